@@ -69,6 +69,8 @@ class NewObject(msgspec.Struct, frozen=True, kw_only=True):
     """The priority of a service, if it is above 0 and above what the service has."""
     uses: tuple[tuple[str, Known | None, str], ...] = ()
     """The other objects that it refers to: kind, object (None: there is none), and the word that names it."""
+    is_planned: bool = False
+    """Whether what it uses may be created before it, under a name of its stack."""
     excess: str = ""
     """Why users below administrator may not add it: its stack has too many such objects. Empty: it has not."""
     volumes: tuple[str, ...] = ()
@@ -193,7 +195,7 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
     if new.raised_priority:
         return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:
-        if used is None and kind == "service" and is_name_of(word, new.stack, stacks):
+        if used is None and (kind == "service" or new.is_planned) and is_name_of(word, new.stack, stacks):
             continue  # a dependency may be created later
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} is not of the stack {new.stack}"

@@ -117,15 +117,15 @@ def usage_of_stack(view: View, stack: str, *, without: str = "") -> Usage:
 def _usage_of_others(view: View, stack: str, without: str = "") -> Usage:
     """Return what all objects but the services take."""
     used = Usage()
-    for network in view.find(Network):
-        if stack_of(network.spec.labels) == stack and network.id != without:
+    for network in view.find(Network, stack=stack):
+        if network.id != without:
             used = used.plus(usage_of_network(view, network.spec, network))
-    for secret in view.find(Secret):
-        if stack_of(secret.spec.labels) == stack and secret.id != without:
+    for secret in view.find(Secret, stack=stack):
+        if secret.id != without:
             payload = view.lookup(Payload, f"secret/{secret.id}")
             used = used.plus(usage_of_file(secret.spec, len(payload.data) if payload is not None else 0))
-    for config in view.find(Config):
-        if stack_of(config.spec.labels) == stack and config.id != without:
+    for config in view.find(Config, stack=stack):
+        if config.id != without:
             used = used.plus(usage_of_file(config.spec, len(config.spec.data)))
     return used
 
@@ -181,18 +181,29 @@ def claim_service(tx: Transaction, spec: ServiceSpec, present: Service | None = 
     return claim(tx, stack, before, usage_of(spec, nodes), id=present.id if present is not None else "")
 
 
-def refusal_of_users(view: View, stack: str, wanted: Usage) -> str:
-    """Return why only an administrator may add an object to a stack, or an empty string.
+class UserBounds:
+    """The bounds for users below administrator.  The usage of a stack is counted once for all objects of a request."""
 
-    Bounds of the stack's quota hold in place of these.
-    """
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._used: dict[tuple[str, bool], Usage] = {}
+
+    def refusal(self, stack: str, wanted: Usage) -> str:
+        """Return why only an administrator may add an object to a stack, or an empty string."""
+        key = stack, bool(wanted.services)
+        if key not in self._used:
+            if wanted.services:
+                self._used[key] = Usage(services=sum(1 for _ in _services(self._view, stack)))
+            else:
+                self._used[key] = _usage_of_others(self._view, stack)
+        return _refusal_of_users(self._view, stack, wanted, self._used[key])
+
+
+def _refusal_of_users(view: View, stack: str, wanted: Usage, others: Usage) -> str:
+    """Bounds of the stack's quota hold in place of these."""
     quota = quota_of(view, stack)
     own = quota.spec if quota is not None else QuotaSpec()
     left = {name: getattr(_OF_USERS, name) for name, *_ in BOUNDS if not getattr(own, name)}
-    if wanted.services:
-        others = Usage(services=sum(1 for _ in _services(view, stack)))
-    else:
-        others = _usage_of_others(view, stack)
     for name, noun, scale, _ in BOUNDS:
         bound, used, want = left.get(name, 0), getattr(others, name), getattr(wanted, name)
         if bound and want and used + want > bound:
@@ -258,6 +269,4 @@ def _needed(quota: QuotaSpec) -> list[str]:
 
 
 def _services(view: View, stack: str) -> Iterator[Service]:
-    for service in view.find(Service):
-        if service.removed_at is None and stack_of(service.spec.labels) == stack:
-            yield service
+    return (service for service in view.find(Service, stack=stack) if service.removed_at is None)

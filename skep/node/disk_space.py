@@ -13,12 +13,14 @@ each file that comes and goes.
 """
 
 import os
+import re
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.blocking import BlockingCalls
 from skep.aio.clock import Clock
@@ -57,6 +59,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """0 on file systems that make inodes as they need them."""
     is_own: bool = False
     """Whether the node's own files are on it."""
+    mount_point: str = ""
+    """Of a disk with files of containers.  Empty if its paths belong to a stack: every user sees the conditions."""
 
     @property
     def percent(self) -> float:
@@ -80,6 +84,22 @@ def space_of(path: str, *, is_own: bool = False) -> Space | None:
         inodes_percent=100 * inodes_used / inodes if found.f_files and inodes else 0.0,
         is_own=is_own,
     )
+
+
+def mount_point_of(device: int, mounts: str, hidden: Iterable[str]) -> str:
+    """Return where a file system is mounted, or an empty string if only below one of the paths ``hidden``.
+
+    Args:
+        mounts: As in /proc/self/mountinfo.
+    """
+    number, below = f"{os.major(device)}:{os.minor(device)}", tuple(f"{one.rstrip('/')}/" for one in hidden)
+    entries = (line.split(" ", 5) for line in mounts.splitlines())
+    points = [_unescaped(one[4]) for one in entries if one[2] == number and one[3] == "/"]
+    return min((one for one in points if not f"{one}/".startswith(below)), key=len, default="")
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
 def sources_of(containers: Iterable[Container]) -> list[str]:
@@ -148,10 +168,12 @@ def _is_above(disk: Space, mark: int, *, was_above: bool) -> bool:
 
 
 def _words(disk: Space, marks: Marks, *, is_full: bool) -> str:
+    place = disk.path if disk.is_own else disk.mount_point
+    name = f"the disk at {place}" if place else "a volume's disk"
     if disk.inodes_percent > disk.used_percent:
-        state = f"{int(disk.inodes_percent)} % of the inodes of the disk at {disk.path} are in use"
+        state = f"{int(disk.inodes_percent)} % of the inodes of {name} are in use"
     else:
-        state = f"the disk at {disk.path} is {int(disk.used_percent)} % full, {_amount(disk.free_bytes)} left"
+        state = f"{name} is {int(disk.used_percent)} % full, {_amount(disk.free_bytes)} left"
     if is_full:
         return f"{state}: no new tasks until it is below {marks.full - HYSTERESIS} %"
     return f"{state}: remove files or enlarge the disk"
@@ -207,8 +229,14 @@ class DiskSpace:
         found: dict[int, Space] = {}
         for directory in self._directories:
             await self._add(str(directory), found, is_own=True)
-        for path in sources_of(self._containers()):
+        sources = sources_of(self._containers())
+        for path in sources:
             await self._add(path, found, is_own=False)
+        if not all(disk.is_own for disk in found.values()):
+            mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+            hidden = (*map(str, self._directories), *sources)
+            for device, disk in found.items():
+                found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
         near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_full))
         self._conditions.report(DISK_SPACE, near)

@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
+from skep.api.errors import Untranslated
 from skep.api.requests import Requests
 from skep.errors import NotFound, ResourceExhausted, SkepError
 from skep.model.encoding import to_json
@@ -152,7 +153,7 @@ async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str]
         )
     except NotFound:  # an earlier version
         return
-    except ResourceExhausted as error:
+    except (ResourceExhausted, Untranslated) as error:  # it has status 500, as in the engine
         warn(f"the managers did not check the plan: {error}")
         return
     places = {

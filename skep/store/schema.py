@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, InvalidArgument, SkepError
 from skep.model.addresses import is_subnet
+from skep.model.history import stack_of
 from skep.model.needs import references_of
 from skep.model.network import Network, subnet_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
@@ -172,6 +173,11 @@ def _spec_name(object: Any) -> str:
     return name.lower()
 
 
+def _stack(object: Any) -> str:
+    """Return the stack by its label.  Objects outside of stacks are indexed under an empty string."""
+    return stack_of(object.spec.labels)
+
+
 SCHEMAS: Final[tuple[KindSchema, ...]] = (
     # Before tasks, because the merge fills in a task's spec from the version stored in the same revision.
     KindSchema(
@@ -194,7 +200,10 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         shared_claims=_service_shared_claims,
         taken=_service_taken,
         references=_service_references,
-        indexes={"name": lambda service: None if is_removed(service) else _spec_name(service)},
+        indexes={
+            "name": lambda service: None if is_removed(service) else _spec_name(service),
+            "stack": lambda service: None if is_removed(service) else _stack(service),
+        },
         is_hidden=is_removed,
         safe_fallback=_service_fallback,
     ),
@@ -255,7 +264,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         claims=_network_claims,
         taken=_network_taken,
         is_referable=True,
-        indexes={"name": _spec_name},
+        indexes={"name": _spec_name, "stack": _stack},
     ),
     KindSchema(
         name="secret",
@@ -263,7 +272,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         claims=_name_claims("secret"),
         taken=_name_taken("secret"),
         is_referable=True,
-        indexes={"name": _spec_name},
+        indexes={"name": _spec_name, "stack": _stack},
     ),
     KindSchema(
         name="config",
@@ -272,7 +281,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         claims=_name_claims("config"),
         taken=_name_taken("config"),
         is_referable=True,
-        indexes={"name": _spec_name},
+        indexes={"name": _spec_name, "stack": _stack},
     ),
     KindSchema(
         name="volume",

@@ -26,24 +26,22 @@ def replace_deploys(tx: Transaction, spec: ConfigSpec) -> None:
     number, stack = spec.labels.get(STACK_REVISION), spec.labels.get(STACK_LABEL)
     if not number or not stack:
         return
-    for config in tx.find(Config):
+    for config in tx.find(Config, stack=stack):
         labels = config.spec.labels
-        if (
-            labels.get(STACK_LABEL) == stack
-            and labels.get(STACK_STATE) == DEPLOYING
-            and STACK_REVISION in labels
-        ):
+        if labels.get(STACK_STATE) == DEPLOYING and STACK_REVISION in labels:
             labels = {**labels, STACK_STATE: f"{REPLACED}{number}"}
             tx.put(replace(config, spec=replace(config.spec, labels=labels)))
 
 
-def require_current(tx: Transaction, revision: str) -> None:
-    """Check that the deploy with this revision is under way, also at the commit.
+def require_current(tx: Transaction, revision: str, stack: str) -> None:
+    """Check that the deploy of ``stack`` with this revision is under way, also at the commit.
 
     Raises: FailedPrecondition: a newer deploy has replaced it, or it has ended.
     """
     config = tx.rely_on(Config, ConfigId(revision))
-    if config is None or STACK_REVISION not in config.spec.labels:
+    is_known = config is not None and STACK_REVISION in config.spec.labels
+    # A user of one stack must not learn the state of another one's deploy.
+    if config is None or not is_known or config.spec.labels.get(STACK_LABEL, "") != stack:
         raise FailedPrecondition("the revision of this deploy was removed: deploy again")
     labels = config.spec.labels
     if (state := labels.get(STACK_STATE, "")) != DEPLOYING:
@@ -52,14 +50,19 @@ def require_current(tx: Transaction, revision: str) -> None:
 
 
 def fenced(
-    operation: Callable[Concatenate[Transaction, P], R], revision: str
+    operation: Callable[Concatenate[Transaction, P], R], revision: str, stack: str
 ) -> Callable[Concatenate[Transaction, P], R]:
-    """``operation``, refused where the deploy with this revision is not current; empty: of no deploy."""
+    """Return ``operation``, refused where the deploy with this revision is not current.
+
+    Args:
+        revision: Id of the config, or an empty string outside of deploys.
+        stack: Stack of the object that the operation changes.
+    """
     if not revision:
         return operation
 
     def run(tx: Transaction, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        require_current(tx, revision)
+        require_current(tx, revision, stack)
         return operation(tx, *args, **kwargs)
 
     return run

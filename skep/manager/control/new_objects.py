@@ -60,12 +60,22 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
 
 
 def planned_service(view: View, spec: ServiceSpec) -> NewObject:
-    """Of a service that may come; what it refers to need not exist yet, and a service of its name may."""
+    """Of a service that may come; what it refers to need not exist yet, and a service of its name may.
+
+    Secrets and configs are found by their names, as by the deploy, whatever ids the spec has.
+    """
+    container = spec.task_template.container_spec or ContainerSpec()
     new = new_service(view, spec)
-    uses = [one for one in new.uses if one[1] is not None]
+    uses = [one for one in new.uses if one[0] not in ("secret", "config")]
+    uses += [
+        ("secret", _by_name(view, Secret, one.secret_name), one.secret_name) for one in container.secrets
+    ]
+    uses += [
+        ("config", _by_name(view, Config, one.config_name), one.config_name) for one in container.configs
+    ]
     if (present := _present(view, spec.name)) is not None:
         uses.append(("service", _by_id(present), present.spec.name))
-    return replace(new, uses=tuple(uses))
+    return replace(new, uses=tuple(uses), is_planned=True)
 
 
 def _raised_priority(view: View, spec: ServiceSpec) -> int:
@@ -147,6 +157,10 @@ def _named(view: View, kind: type[Network] | type[Volume], word: str) -> Known |
         return _by_id(view.resolve(kind, word))
     except SkepError:
         return None
+
+
+def _by_name(view: View, kind: type[Secret] | type[Config], name: str) -> Known | None:
+    return _by_id(next(iter(view.find(kind, name=name)), None))
 
 
 def _by_id(found: Any) -> Known | None:

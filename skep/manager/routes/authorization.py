@@ -7,12 +7,14 @@ from typing import Any, Final
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import TimeSlices
 from skep.api.authorization import stack_label_of
 from skep.api.networks import NetworkBody
 from skep.api.permissions import Facts, Known, NewObject, Rule, Scope
 from skep.api.server import read_json
 from skep.api.service_form import settled
-from skep.errors import PermissionDenied
+from skep.errors import PermissionDenied, ResourceExhausted
 from skep.manager.control.new_objects import (
     known_service,
     known_task,
@@ -23,8 +25,8 @@ from skep.manager.control.new_objects import (
     stacks_of,
 )
 from skep.manager.control.targets import target_of, task_named
-from skep.manager.quotas import Usage, refusal_of_users, usage_of_file, usage_of_network
-from skep.manager.routes.access import current_view
+from skep.manager.quotas import Usage, UserBounds, usage_of_file, usage_of_network
+from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.files import SecretBody
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.placement import read_planned
@@ -36,6 +38,10 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
+_PLANNED_MAX = 500
+"""Objects of one plan of a user below administrator: half a second of a manager's time.  Deploys of more go unchecked,
+with a warning."""
+
 
 class ClusterObjects:
     """The objects of the cluster (``api.authorization.Objects``)."""
@@ -46,6 +52,12 @@ class ClusterObjects:
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
         """See ``Objects``."""
         bodies = await _READERS[rule.kind](request) if rule.scope in (Scope.NEW, Scope.CHANGE) else ()
+        if rule.kind != "stack" or not bodies:
+            return await self._facts(request, rule, bodies)
+        async with manager_of(request).checks.taken():  # the handler takes a slot for its own part
+            return await self._facts(request, rule, bodies)
+
+    async def _facts(self, request: web.Request, rule: Rule, bodies: tuple[Any, ...]) -> Facts:
         # What is stored is checked: a spec may spell a protocol in another way.
         bodies = tuple(settled(one) if isinstance(one, ServiceSpec) else one for one in bodies)
         view = await current_view(request)
@@ -59,13 +71,15 @@ class ClusterObjects:
         is_plan = is_placement or _path(request).endswith("/stacks/check")
         added: Counter[str] = Counter()
         """Services of each stack that the bodies so far create."""
-        new = tuple(
-            _planned_or_new(view, one, added, is_plan=is_plan, is_new=is_new and not is_placement)
-            if isinstance(one, ServiceSpec)
-            else _new_object(view, one, is_new=is_new)
-            for one in bodies
-        )
-        return Facts(known=known, new=new, stacks=stacks_of(view))
+        bounds, slices, new = UserBounds(view), TimeSlices(SystemClock()), []
+        for one in bodies:
+            new.append(
+                _planned_or_new(view, one, added, bounds, is_plan=is_plan, is_new=is_new and not is_placement)
+                if isinstance(one, ServiceSpec)
+                else _new_object(view, one, bounds, is_new=is_new)
+            )
+            await slices.yield_if_due()
+        return Facts(known=known, new=tuple(new), stacks=stacks_of(view))
 
     def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
         """See ``Objects``."""
@@ -90,16 +104,16 @@ def _known(view: View, kind: str, word: str) -> Known:
 
 
 def _planned_or_new(
-    view: View, spec: ServiceSpec, added: Counter[str], *, is_plan: bool, is_new: bool
+    view: View, spec: ServiceSpec, added: Counter[str], bounds: UserBounds, *, is_plan: bool, is_new: bool
 ) -> NewObject:
     new = planned_service(view, spec) if is_plan else new_service(view, spec)
     if not is_new or any(one.removed_at is None for one in view.find(Service, name=spec.name)):
         return new
     added[new.stack] += 1
-    return replace(new, excess=refusal_of_users(view, new.stack, Usage(services=added[new.stack])))
+    return replace(new, excess=bounds.refusal(new.stack, Usage(services=added[new.stack])))
 
 
-def _new_object(view: View, body: Any, *, is_new: bool) -> NewObject:
+def _new_object(view: View, body: Any, bounds: UserBounds, *, is_new: bool) -> NewObject:
     match body:
         case NetworkBody():
             network = spec_of_body(body)
@@ -119,7 +133,7 @@ def _new_object(view: View, body: Any, *, is_new: bool) -> NewObject:
     new = new_object(spec)
     if isinstance(body, NetworkBody) and not body.is_of_cluster:
         new = replace(new, machine_rights=new.machine_rights or "a network of a single node")
-    return replace(new, excess=refusal_of_users(view, new.stack, usage)) if is_new else new
+    return replace(new, excess=bounds.refusal(new.stack, usage)) if is_new else new
 
 
 async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
@@ -134,22 +148,29 @@ async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
 async def _stack(request: web.Request) -> tuple[Any, ...]:
     """All objects of a plan.  Raises: PermissionDenied."""
     wanted = await read_check(request)
-    await _checked_changes(request, wanted.services)
+    if (number := len(wanted.bodies) + len(wanted.removed)) > _PLANNED_MAX:
+        raise ResourceExhausted(
+            f"a plan of {number} objects: only administrators may have more than {_PLANNED_MAX} checked"
+        )
     view, stacks = await current_view(request), {stack_of(one.labels) for one in wanted.bodies}
-    for id in wanted.removed:
-        if (service := view.lookup(Service, id)) is not None and stack_of(service.spec.labels) not in stacks:
+    for id in (*wanted.removed, *(one.id for one in wanted.services if one.id)):
+        service = view.lookup(Service, id)
+        # The same refusal for both: it must not say which ids exist.
+        if service is None or stack_of(service.spec.labels) not in stacks:
             raise PermissionDenied(f"service {id} is not of the stack")
+    await _checked_changes(request, wanted.services)
     return wanted.bodies
 
 
 async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange]) -> tuple[ServiceSpec, ...]:
     """Raises: PermissionDenied: a service would go to another stack, or has rights of its machine."""
-    view = await current_view(request)
+    view, slices = await current_view(request), TimeSlices(SystemClock())
     for change in changes:
+        await slices.yield_if_due()
         # Updates of services by this path are by id; what is not found is refused by the handler.
         if change.id and (service := view.lookup(Service, change.id)) is not None:
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
-                raise PermissionDenied(f"service {service.spec.name} cannot go to another stack")
+                raise PermissionDenied(f"service {change.spec.name} cannot go to another stack")
             if why := known_service(view, service).machine_rights:
                 raise PermissionDenied(f"service {service.spec.name} has {why}")
     return tuple(change.spec for change in changes)

@@ -26,7 +26,8 @@ from skep.errors import InvalidArgument, SkepError
 from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
-from skep.manager.control.deploys import fenced
+from skep.manager.control.deploys import fenced, require_current
+from skep.manager.control.new_objects import stack_of
 from skep.manager.registry_auth import dropped_warnings, shown_auth
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
@@ -99,7 +100,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         spec = control.with_network_ids(await current_view(request), spec)
     await manager.require_room(creates=True)
     service = await manager.update(
-        fenced(control.create_service, deploy_of(request)),
+        fenced(control.create_service, deploy_of(request), stack_of(spec.labels)),
         settled(spec),
         new_id=manager.new_id,
         new_name=manager.new_name,
@@ -138,7 +139,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
-                fenced(control.update_service, deploy_of(request)),
+                fenced(control.update_service, deploy_of(request), stack_of(spec.labels)),
                 service.id,
                 spec,
                 version,
@@ -189,9 +190,11 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     await manager.require_room(creates=any(not one.id for one in changes))
     view = await current_view(request)
-    now, by_admin = manager.now(), identity_of(request).is_admin
+    now, by_admin, revision = manager.now(), identity_of(request).is_admin, deploy_of(request)
 
     def change(tx: Transaction, one: ServiceChange) -> Service:
+        if revision:
+            require_current(tx, revision, stack_of(one.spec.labels))
         spec = settled(control.with_network_ids(view, one.spec))
         if one.id:
             return control.update_service(
@@ -214,7 +217,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
         )
 
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
-    results = await manager.store.update_each(fenced(change, deploy_of(request)), changes)
+    results = await manager.store.update_each(change, changes)
     after = manager.store.view()
 
     def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
@@ -241,7 +244,7 @@ async def remove_service(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     version = version_parameter(request, "service") if "version" in request.query else None
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    remove = fenced(control.remove_service, deploy_of(request))
+    remove = fenced(control.remove_service, deploy_of(request), stack_of(service.spec.labels))
     await manager.update(remove, service.id, now=manager.now(), version=version)
     return web.Response()
 

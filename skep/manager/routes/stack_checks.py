@@ -1,6 +1,5 @@
 """``POST /skep/stacks/check``: what the managers would refuse of a whole deploy.  Nothing is written."""
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import TimeSlices
 from skep.api.identity import identity_of
 from skep.api.networks import NetworkBody, check_form, check_name
 from skep.api.server import Routes, json_list_response, read_json
@@ -21,6 +22,7 @@ from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
+from skep.model.labels import STACK_REVISION
 from skep.model.network import Network
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
@@ -31,8 +33,6 @@ routes = Routes()
 _OBJECTS_MAX = 2_000
 _DATA_BYTES_MAX = 64 << 20
 """Of all secrets and configs together: as many zeros take the place of their content."""
-_PIECE = 50
-"""Objects checked before the event loop gets control, some tenths of a millisecond each."""
 _ATTEMPTS = 3
 """Checks of one plan, where the cluster changes under them."""
 
@@ -90,8 +90,8 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
     """Try to create and change these objects, each with those before it, and give what is refused."""
     manager, by_admin = manager_of(request), identity_of(request).is_admin
     refusals: list[StackRefusal] = []
+    wanted = await read_check(request)  # before the slot: a client may send it slowly
     async with manager.checks.taken():
-        wanted = await read_check(request)
         await current_view(request)
         for _ in range(_ATTEMPTS):
             revision = manager.store.view().revision
@@ -102,8 +102,9 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
 
 
 async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> list[StackRefusal]:
-    tx, made = manager.store.rehearsal(), []
-    for number, (kind, name, stack, attempt) in enumerate(_attempts(wanted, manager, by_admin=by_admin), 1):
+    tx, made, slices = manager.store.rehearsal(), [], TimeSlices(SystemClock())
+    for kind, name, stack, attempt in _attempts(wanted, manager, by_admin=by_admin):
+        await slices.yield_if_due()
         try:
             attempt(tx)
         except OutOfSequence:  # changed meanwhile: the deploy merges both changes
@@ -115,8 +116,6 @@ async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) 
             ):
                 continue  # by a deploy of the same stack, a moment ago: this one uses or updates it
             made.append(StackRefusal(kind=kind, name=name, error=str(error) or type(error).__name__))
-        if number % _PIECE == 0:
-            await asyncio.sleep(0)
     return made
 
 
@@ -125,6 +124,8 @@ async def read_check(request: web.Request) -> StackCheck:
     wanted = await read_json(request, StackCheck, unrecognized=UNRECOGNIZED)
     if len(wanted.bodies) + len(wanted.removed) > _OBJECTS_MAX:
         raise InvalidArgument(f"too much at once: at most {_OBJECTS_MAX} objects")
+    if sum(STACK_REVISION in one.labels for one in wanted.configs) > 1:  # each marks those before it
+        raise InvalidArgument("a deploy has one revision")
     files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
     sizes = [one.data_bytes for one in files]
     if any(size < 0 for size in sizes) or sum(sizes) > _DATA_BYTES_MAX:

@@ -40,6 +40,9 @@ class Ownership(Protocol):
     def task_of_container(self, word: str) -> str:
         """Return the id of the task whose container ``word`` means, or an empty string."""
 
+    def stack_of_container(self, word: str) -> str:
+        """Return the stack whose label the container has, or an empty string."""
+
     def task_of_exec(self, id: str) -> str:
         """Return the id of the task in whose container exec ``id`` runs, or an empty string."""
 
@@ -77,6 +80,12 @@ class LocalObjects:
         if self._engine is None or not self._engine.has(word):
             return ""
         return self._engine.get(word).labels.get(LABEL_TASK_ID, "")
+
+    def stack_of_container(self, word: str) -> str:
+        """See ``Ownership``."""
+        if self._engine is None or not self._engine.has(word):
+            return ""
+        return self._engine.get(word).stack
 
     def task_of_exec(self, id: str) -> str:
         """See ``Ownership``."""

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from skep.api.permissions import may, rule_for
 from skep.errors import PermissionDenied
-from skep.model.access import Identity
+from skep.model.access import EVERY_STACK, Identity, Role
 
 _CONTAINER = re.compile(
     r"(?P<version>/v[0-9][0-9.]*)?/containers/(?P<name>[^/?]+)/(?P<what>[a-z]+)(?P<query>\?.*)?"
@@ -29,6 +29,9 @@ class TaskContainers(Protocol):
     def task_of_container(self, word: str) -> str:
         """Return the id of the task whose container ``word`` means, or an empty string."""
 
+    def stack_of_container(self, word: str) -> str:
+        """Return the stack whose label the container has, or an empty string."""
+
     def task_of_exec(self, id: str) -> str:
         """Return the id of the task in whose container exec ``id`` runs, or an empty string."""
 
@@ -40,7 +43,7 @@ def as_task_request(identity: Identity, method: str, target: str, containers: Ta
         target: Path and query as sent.
 
     Raises:
-        PermissionDenied: The cluster alone starts, stops and removes the container.
+        PermissionDenied: The cluster alone starts, stops and removes the container.  Only for operators of its stack.
     """
     found = _CONTAINER.fullmatch(target)
     if found is not None:
@@ -59,19 +62,27 @@ def as_task_request(identity: Identity, method: str, target: str, containers: Ta
     if is_known:
         return f"{found['version'] or ''}/skep/tasks/{task}/{path}{found['query'] or ''}"
     if found["what"] in _OF_THE_CLUSTER:
-        raise _refusal(identity, method, target)
+        _check_operator(identity, method, target, containers, unquote(found["name"]))
     return ""
 
 
 def _check_removal(identity: Identity, method: str, target: str, containers: TaskContainers) -> None:
     found = _REMOVAL.fullmatch(target) if method == "DELETE" and not identity.is_admin else None
     if found is not None and containers.task_of_container(unquote(found["name"])):
-        raise _refusal(identity, method, target)
+        _check_operator(identity, method, target, containers, unquote(found["name"]))
 
 
-def _refusal(identity: Identity, method: str, target: str) -> PermissionDenied:
+def _check_operator(
+    identity: Identity, method: str, target: str, containers: TaskContainers, word: str
+) -> None:
+    """Raises: PermissionDenied: with the command to use instead, for operators of the container's stack.
+
+    The answer to others must not say whether a word means a container: prefixes of ids are words.
+    """
+    if (identity.role_in(containers.stack_of_container(word) or EVERY_STACK) or 0) < Role.OPERATOR:
+        return
     path = target.partition("?")[0]
-    return PermissionDenied(
+    raise PermissionDenied(
         f"{identity.name} may not {method} {path}: the cluster starts, stops and removes the containers of services. "
         "Use docker service update --force SERVICE, or docker service scale SERVICE=N"
     )

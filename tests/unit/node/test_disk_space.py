@@ -15,7 +15,7 @@ from skep.engine.container import ContainerConfig, ContainerState, MountPoint
 from skep.model.conditions import DISK_PRESSURE, DISK_PRESSURE_LABEL, DISK_SPACE
 from skep.node import disk_space
 from skep.node.conditions import Conditions
-from skep.node.disk_space import DiskSpace, Fullness, Marks, Space, sources_of, space_of
+from skep.node.disk_space import DiskSpace, Fullness, Marks, Space, mount_point_of, sources_of, space_of
 from skep.node.metrics import disk_families
 from tests.support.stub_engine import a_container
 
@@ -97,15 +97,65 @@ def test_the_words_change_with_every_second_percent_at_most() -> None:
 
 
 def test_only_the_nodes_own_disk_keeps_tasks_away_and_zero_means_never() -> None:
-    near, full = Fullness().judge([a_disk(99, is_own=False, path="/mnt")], MARKS)
+    near, full = Fullness().judge([replace(a_disk(99, is_own=False), mount_point="/mnt")], MARKS)
     assert (near.startswith("the disk at /mnt is 99 % full"), full) == (True, "")
     assert Fullness().judge([a_disk(99)], Marks(full=0))[1] == ""
 
 
 def test_several_disks_are_named_the_fullest_first() -> None:
-    disks = [a_disk(86 + number, device=number, path=f"/{number}", is_own=False) for number in range(5)]
+    disks = [a_disk(86 + number, device=number, path=f"/{number}") for number in range(5)]
     near, _ = Fullness().judge(disks, MARKS)
     assert [part.split()[3] for part in near.split("; ")] == ["/4", "/3", "/2"]
+
+
+def test_a_disk_of_a_volume_has_no_path_of_its_stack() -> None:
+    """Every user sees the condition, and not only those of the volume's stack."""
+    blog = a_disk(90, is_own=False, path="/var/lib/skep/volumes/blog_db/_data")
+    near, _ = Fullness().judge([blog], MARKS)
+    assert near == "a volume's disk is 90 % full, 1.0 GiB left: remove files or enlarge the disk"
+    near, _ = Fullness().judge([replace(blog, used_percent=1, inodes_percent=90)], MARKS)
+    assert near.startswith("90 % of the inodes of a volume's disk are in use")
+
+
+def test_the_mount_point_of_a_disk_is_shown_unless_it_is_of_a_volume() -> None:
+    mounts = """\
+20 1 8:1 / / rw - ext4 /dev/sda1 rw
+21 20 8:17 / /mnt/big\\040disk rw shared:1 - ext4 /dev/sdb1 rw
+22 21 8:17 / /var/lib/skep/volumes/blog_x rw - ext4 /dev/sdb1 rw
+23 20 8:17 /blog /run/a rw - ext4 /dev/sdb1 rw
+24 20 8:33 / /var/lib/skep/volumes/blog_y rw - ext4 /dev/sdc1 rw
+25 20 8:49 / /srv/blog rw - ext4 /dev/sdd1 rw
+"""
+
+    def shown(minor: int) -> str:
+        hidden = ("/var/lib/skep", "/srv/blog")
+        return mount_point_of(os.makedev(8, minor), mounts, hidden)
+
+    assert {minor: shown(minor) for minor in (1, 17, 33, 49, 65)} == {
+        1: "/",
+        17: "/mnt/big disk",
+        33: "",  # the only mount is the volume
+        49: "",  # a container's source
+        65: "",  # a subvolume of btrfs has a device of its own
+    }
+
+
+async def test_a_full_disk_of_a_bind_mount_does_not_show_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = (MountPoint(type="bind", destination="/b", source="/srv/blog-secret"),)
+    config = ContainerConfig(path="sh", mounts=points)
+    configuration, conditions = Configuration(data_dir=tmp_path), Conditions(SystemClock())
+    device = os.stat("/proc").st_dev
+
+    def measure(path: str, *, is_own: bool) -> Space:
+        return a_disk(10) if is_own else a_disk(90, device=device, is_own=False, path=path)
+
+    monkeypatch.setattr(disk_space, "space_of", measure)
+    containers = [a_container(config=config)]
+    check = DiskSpace((tmp_path,), lambda: containers, lambda: configuration, conditions, SystemClock())
+    await check.measure()
+    assert conditions.present()[DISK_SPACE].startswith("the disk at /proc is 90 % full")
 
 
 def test_containers_write_to_volumes_and_bind_mounts_that_are_not_read_only() -> None:

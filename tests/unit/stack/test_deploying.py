@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from skep.api.client import Client
+from skep.api.errors import Untranslated
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
-from skep.stack.cluster_state import with_placements
+from skep.stack.cluster_state import check, with_placements
 from skep.stack.deploying import Deployment
 from skep.stack.document import Problems
 from skep.stack.planning import Existing, plan_of
@@ -183,3 +184,14 @@ async def test_nothing_is_asked_for_when_nothing_changes() -> None:
     cluster = Cluster({})
     assert await deploy(cluster, deployed(a_stack(TEXT))) == []
     assert cluster.asked == []
+
+
+async def test_a_plan_that_the_managers_are_too_busy_to_check_is_a_warning() -> None:
+    class Busy(Cluster):
+        async def request(self, method: str, path: str, **options: Any) -> Any:
+            assert path == "/skep/stacks/check"
+            raise Untranslated("2 deploys are checked by this manager and 128 wait: try again later")
+
+    stack, warnings = a_stack(TEXT), list[str]()
+    await check(Busy({}), stack, plan_of(stack, Existing(), images={}, prune=False), warnings.append)
+    assert warnings[0].startswith("the managers did not check the plan: 2 deploys are checked")

@@ -1,11 +1,15 @@
 """Which requests may open a WebSocket."""
 
+import asyncio
+import socket
+
 import pytest
 from aiohttp import WSServerHandshakeError, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import Routes, application
 from skep.engine.api.websocket import check_handshake, opened
+from skep.errors import PermissionDenied
 
 
 @pytest.fixture
@@ -34,6 +38,38 @@ async def test_a_page_of_another_host_may_not(client):
         with pytest.raises(WSServerHandshakeError) as raised:
             await client.ws_connect("/v1.47/ws", headers={"Origin": origin})
         assert raised.value.status == 403
+
+
+@pytest.mark.parametrize(
+    ("origin", "answer"),
+    [("https://evil.example", "refused"), ("http://node:2376", "allowed"), ("", "allowed")],
+)
+async def test_the_origin_counts_on_sockets_of_the_machine(origin: str, answer: str) -> None:
+    """A front passes the connections of TCP clients on by such sockets, and clients forward the API's socket."""
+
+    async def handshake(request: web.Request) -> web.StreamResponse:
+        try:
+            check_handshake(request)
+        except PermissionDenied:
+            return web.Response(text="refused")
+        return web.Response(text="allowed")
+
+    served = web.Application()
+    served.router.add_get("/ws", handshake)
+    runner = web.AppRunner(served)
+    await runner.setup()
+    assert runner.server is not None
+    ours, theirs = socket.socketpair()
+    await asyncio.get_running_loop().connect_accepted_socket(runner.server, theirs)
+    reader, writer = await asyncio.open_connection(sock=ours)
+    given = f"Origin: {origin}\r\n" if origin else ""
+    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    writer.write(f"GET /ws HTTP/1.1\r\nHost: node:2376\r\n{given}{upgrade}{key}\r\n".encode())
+    await reader.readuntil(b"\r\n\r\n")
+    assert (await reader.readexactly(7)).decode() == answer
+    writer.close()
+    await runner.cleanup()
 
 
 async def test_a_request_without_a_handshake_is_refused(client):

@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,16 @@ async def test_a_revision_replaces_the_deploys_of_its_stack_that_are_under_way_a
     assert store.view().get(Config, red.id).written_by == red.written_by, "nobody has written it since"
 
 
+async def test_a_revision_reads_the_configs_of_its_own_stack_only() -> None:
+    store = MemoryStore(SystemClock())
+    await recorded(store, a_revision(1))
+    table = store.view().table_by_type[Config]  # type: ignore[attr-defined]
+    found_ids, read = table.found_ids, list[Any]()
+    table.found_ids = lambda by: read.append(by) or found_ids(by)
+    await recorded(store, a_revision(2))
+    assert {} not in read, "not all of the cluster: a plan of many would stop the manager"
+
+
 @pytest.mark.parametrize("ends_by", ["a newer deploy", "its end", "its removal"])
 async def test_requests_of_a_deploy_that_is_not_current_change_nothing(ends_by: str) -> None:
     store = MemoryStore(SystemClock())
@@ -69,10 +80,22 @@ async def test_requests_of_a_deploy_that_is_not_current_change_nothing(ends_by: 
         case _:
             await store.update(remove_config, red.id)
     with pytest.raises(FailedPrecondition, match=r"replaced by revision 2|interrupted|was removed"):
-        await store.update(fenced(put_service, red.id))
+        await store.update(fenced(put_service, red.id, "shop"))
     assert not store.view().find(Service)
-    await store.update(fenced(put_service, ""))
+    await store.update(fenced(put_service, "", "shop"))
     assert store.view().find(Service), "a request of no deploy"
+
+
+@pytest.mark.parametrize("state", ["deploying", "replaced by revision 8"])
+async def test_a_revision_of_another_stack_is_as_one_that_was_removed(state: str) -> None:
+    store = MemoryStore(SystemClock())
+    other = await recorded(store, a_revision(7, state, stack="blog"))
+    refusals = set()
+    for id in (other.id, "missing"):
+        with pytest.raises(FailedPrecondition) as raised:
+            await store.update(fenced(put_service, id, "shop"))
+        refusals.add(str(raised.value))
+    assert refusals == {"the revision of this deploy was removed: deploy again"}
 
 
 async def test_a_deploy_that_is_replaced_at_the_same_moment_writes_nothing() -> None:
@@ -81,7 +104,7 @@ async def test_a_deploy_that_is_replaced_at_the_same_moment_writes_nothing() -> 
     slow, fast = MemoryStore(SystemClock(), cluster), MemoryStore(SystemClock(), cluster)
     red = await recorded(slow, a_revision(1))
     slow.faults.delay_s = lambda: 0.05
-    request = asyncio.create_task(slow.update(fenced(put_service, red.id)))
+    request = asyncio.create_task(slow.update(fenced(put_service, red.id, "shop")))
     await asyncio.sleep(0.01)
     await recorded(fast, a_revision(2))
     with pytest.raises(FailedPrecondition, match="replaced by revision 2"):

@@ -107,11 +107,12 @@ async def test_a_planned_service_uses_what_there_is_and_the_service_of_its_name(
     template = replace(spec.task_template, container_spec=container, networks=networks)
     spec = replace(spec, task_template=template)
     assert [one[0] for one in new_service(store.view(), spec).uses] == ["network", "secret"]
-    assert planned_service(store.view(), spec).uses == ()
+    missing = (("network", None, "shop_default"), ("secret", None, "s"))
+    assert planned_service(store.view(), spec).uses == missing
     others = await store.update(
         put, a_service("shop_web", spec=replace(plain(), labels={STACK_LABEL: "blog"}))
     )
-    ((kind, known, word),) = planned_service(store.view(), spec).uses
+    (*_, (kind, known, word)) = planned_service(store.view(), spec).uses
     assert known is not None
     assert (kind, known.id, known.stack, word) == ("service", others.id, "blog", "shop_web")
 

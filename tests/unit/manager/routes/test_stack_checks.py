@@ -128,6 +128,12 @@ async def test_an_update_at_another_version_is_no_refusal_and_one_of_another_mod
         {"Secrets": [{"Name": f"s{n}", "DataBytes": 1 << 22} for n in range(17)]},
         {"Services": [{"Spec": {"Name": f"s{n}"}} for n in range(2001)]},
         {"Services": "no list"},
+        {
+            "Configs": [
+                {"Name": f"c{n}", "Labels": LABELS | {"skep.stack.revision": f"{n}"}, "DataBytes": 1}
+                for n in range(2)
+            ]
+        },
     ],
 )
 async def test_what_no_deploy_asks_for_is_a_bad_request(cluster, body: dict[str, Any]) -> None:

@@ -26,6 +26,9 @@ class Owned:
     def task_of_container(self, word: str) -> str:
         return ""
 
+    def stack_of_container(self, word: str) -> str:
+        return ""
+
     def task_of_exec(self, id: str) -> str:
         return ""
 

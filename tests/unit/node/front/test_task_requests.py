@@ -17,6 +17,9 @@ class Containers:
     def task_of_container(self, word: str) -> str:
         return {"c1": "t1", "our name": "t1", "odd": "t1/../../services"}.get(word, "")
 
+    def stack_of_container(self, word: str) -> str:
+        return "shop" if word in ("c1", "our name") else ""
+
     def task_of_exec(self, id: str) -> str:
         return "t1" if id == "e1" else ""
 
@@ -103,6 +106,19 @@ def test_an_administrator_is_served_by_the_node(request_line: str) -> None:
 def test_what_the_cluster_does_is_refused_with_the_command_that_does_it(request_line: str) -> None:
     with pytest.raises(PermissionDenied, match="docker service update --force SERVICE"):
         asked("operator:shop", request_line)
+
+
+@pytest.mark.parametrize("role", ["operator:blog", "viewer:shop", "viewer"])
+@pytest.mark.parametrize("request_line", ["POST /containers/{}/stop", "DELETE /containers/{}"])
+def test_a_container_of_another_stack_is_refused_as_a_missing_one(role: str, request_line: str) -> None:
+    """A prefix of an id would otherwise be found letter by letter."""
+    for word in ("c1", "missing"):
+        assert asked(role, request_line.format(word)) == "", "the node answers for any container"
+
+
+def test_an_operator_of_all_stacks_is_told_the_command() -> None:
+    with pytest.raises(PermissionDenied, match="docker service update --force SERVICE"):
+        asked("operator", "POST /containers/c1/stop")
 
 
 def test_a_head_gets_another_target_and_nothing_else() -> None:
