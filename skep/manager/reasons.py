@@ -376,8 +376,9 @@ def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
     """Whether the last task of ``slot`` failed and has no successor.  ``slot``: oldest first; none is active."""
     last = slot[-1]
     if service.job_status is not None:
-        return last.has_failed and not is_done(slot)
-    return _is_present(last, service) and last.ended_by_itself and not last.is_done
+        return last.ended_in_failure and not is_done(slot)
+    has_ended = last.ended_by_itself or last.ended_in_failure
+    return _is_present(last, service) and has_ended and not last.is_done
 
 
 def _is_present(task: Task, service: Service) -> bool:
