@@ -23,7 +23,7 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
-from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of
+from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
 from skep.model.times import ZERO_TIME, Timestamp, unix_ns
 
 NO_NODE: Final = "no suitable node"
@@ -263,6 +263,8 @@ def failure_of(task: Task) -> tuple[Kind, str]:
         error = masked_text(status.err)
         gone = f"its container was gone before it ended{because(error)}"
         return Kind.START_FAILED, gone if code is not None else error or "it failed"
+    if cause in (EndCause.NODE_RESTARTED.value, EndCause.MONITOR_LOST.value):
+        return Kind.EXIT, words_of(end or TaskEnd())
     name = signal_of(code)
     words = f"exit {code}" + (f" ({name})" if name else "")
     return Kind.SIGNAL if name else Kind.EXIT, f"{words}{because(_detail(status.err))}{_last_line(end)}"

@@ -1,4 +1,4 @@
-"""Ends of tasks whose node restarted: they are no failures of the task."""
+"""Ends of tasks whose node restarted, which are no failures of the task, and of those whose monitor was killed."""
 
 import pytest
 from msgspec.structs import replace
@@ -17,7 +17,7 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.task_end import INTERRUPTIONS, EndCause, TaskEnd
-from skep.model.times import Timestamp
+from skep.model.times import SECOND_NS, Timestamp
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 
@@ -91,5 +91,18 @@ def test_a_service_that_is_never_restarted_has_a_reason_after_a_restart_of_its_n
     (task,) = wanted(world)
     world.report(task.id, TaskState.FAILED, TaskEnd(cause=EndCause.NODE_RESTARTED.value))
     world.settle()
-    problems = problems_of(world.service, list(world.tasks.values()), {}, wanted=1)
-    assert [one.task_id for one in problems] == [task.id]
+    (problem,) = problems_of(world.service, list(world.tasks.values()), {}, wanted=1)
+    assert problem.task_id == task.id
+
+
+def test_killed_monitors_use_up_attempts_and_delay_the_next_task() -> None:
+    world = a_world(RestartPolicy(delay=0, max_attempts=4))
+    delays = []
+    for _ in range(5):
+        (task,) = wanted(world)
+        delays.append(task.restart.delay / SECOND_NS if task.restart is not None else 0)
+        world.report(task.id, TaskState.FAILED, TaskEnd(cause=EndCause.MONITOR_LOST.value))
+        world.settle()
+        world.now += 20
+    assert wanted(world) == []
+    assert delays == [0, 0, 0, 0.5, 1]
