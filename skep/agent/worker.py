@@ -37,8 +37,10 @@ CUT_OFF_CHECK_S = 0.5
 
 
 REMOVED_GRACE_S = 20.0
-"""Longest time from the removal of a node until its containers have stopped: managers publish its volumes elsewhere soon after
-(``manager.volumes.steps.REMOVED_S``)."""
+"""Longest time from the removal of a node until its containers have stopped.
+
+Managers publish its volumes elsewhere soon after (``manager.volumes.steps.REMOVED_S``).
+"""
 
 
 def kill_time(removal: NodeRemoval, clock: Clock) -> float:
@@ -314,7 +316,8 @@ class Worker:
         """Have cluster volumes unmounted once no container uses them: they are another node's soon."""
         if self._volumes is not None:
             await self._volumes.wait_ready()
-            self._volumes.assign(AssignmentSet(complete=True))
+            if self._session_state.removal is not None:  # it may have joined again meanwhile
+                self._volumes.assign(AssignmentSet(complete=True))
 
     def _kill_stopped(self) -> None:
         """Kill the tasks that have not stopped in time."""
