@@ -28,6 +28,7 @@ from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.node_removal import NodeRemoval
 from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, unix_ns
 
 log = structlog.get_logger()
 
@@ -36,8 +37,20 @@ CUT_OFF_CHECK_S = 0.5
 
 
 REMOVED_GRACE_S = 20.0
-"""Longest time for the containers of a removed node to stop: managers publish its volumes elsewhere soon after
-(``manager.volumes.steps.REMOVED_S``)."""
+"""Longest time from the removal of a node until its containers have stopped.
+
+Managers publish its volumes elsewhere soon after (``manager.volumes.steps.REMOVED_S``).
+"""
+
+
+def kill_time(removal: NodeRemoval, clock: Clock) -> float:
+    """When the containers of this removed node are killed, on the monotonic clock of ``clock``.
+
+    The grace period counts from the removal, as the managers' wait does, not from when this node noticed it.
+    """
+    since_s = (clock.now_ns() - unix_ns(removal.at)) / SECOND_NS if removal.at else 0.0
+    # A clock that is behind the manager's must not make the grace period longer.
+    return clock.monotonic() + min(max(REMOVED_GRACE_S - since_s, 0.0), REMOVED_GRACE_S)
 
 
 def stop_reason(assigned: AssignedTask, silence_s: float, removal: NodeRemoval | None = None) -> str:
@@ -292,8 +305,8 @@ class Worker:
             if removal is None or removal.keeps_containers:
                 kill_at = None
             elif kill_at is None:
-                kill_at = self._clock.monotonic() + REMOVED_GRACE_S
-                await self._give_up_volumes()
+                kill_at = kill_time(removal, self._clock)
+                self._spawn(self._give_up_volumes(), "give-up-volumes")
             elif self._clock.monotonic() >= kill_at:
                 kill_at = math.inf
                 self._kill_stopped()
@@ -303,7 +316,8 @@ class Worker:
         """Have cluster volumes unmounted once no container uses them: they are another node's soon."""
         if self._volumes is not None:
             await self._volumes.wait_ready()
-            self._volumes.assign(AssignmentSet(complete=True))
+            if self._session_state.removal is not None:  # it may have joined again meanwhile
+                self._volumes.assign(AssignmentSet(complete=True))
 
     def _kill_stopped(self) -> None:
         """Kill the tasks that have not stopped in time."""

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Collection
+from functools import cache
 
 import structlog
 
@@ -18,12 +19,24 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
     Raises: OSError: the kernel did not answer.
     """
     ports = {one.port.to_bytes(2, "big") for one in stale}
+    is_local = cache(is_local_address)
     try:
         conntrack.delete_stale(
             socket.AF_INET if version == 4 else socket.AF_INET6,
-            lambda flow: is_stale(flow, stale),
+            lambda flow: is_stale(flow, stale, is_local),
             # Most entries do not have a port's bytes, which is known without decoding them.
             concerns=lambda entry: any(port in entry for port in ports),
         )
     except conntrack.Refused as error:
         log.warning("flows to published ports not moved", error=str(error))
+
+
+def is_local_address(address: str) -> bool:
+    """Whether a socket of the calling thread's namespace may have ``address``."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as one:
+        try:
+            one.bind((address, 0))
+        except OSError:
+            return False
+    return True

@@ -207,7 +207,7 @@ def _is_to_go_on(task: Task) -> bool:
 
 def _is_given_up(slot: Iterable[Task]) -> bool:
     last = max(slot, key=lambda task: (unix_ns(task.created_at), task.id), default=None)
-    return last is not None and last.has_failed
+    return last is not None and last.ended_in_failure
 
 
 def starts_until_ns(run: Service) -> int | None:

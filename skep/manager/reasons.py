@@ -23,7 +23,7 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
-from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of
+from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
 from skep.model.times import ZERO_TIME, Timestamp, unix_ns
 
 NO_NODE: Final = "no suitable node"
@@ -263,6 +263,8 @@ def failure_of(task: Task) -> tuple[Kind, str]:
         error = masked_text(status.err)
         gone = f"its container was gone before it ended{because(error)}"
         return Kind.START_FAILED, gone if code is not None else error or "it failed"
+    if cause in (EndCause.NODE_RESTARTED.value, EndCause.MONITOR_LOST.value):
+        return Kind.EXIT, words_of(end or TaskEnd())
     name = signal_of(code)
     words = f"exit {code}" + (f" ({name})" if name else "")
     return Kind.SIGNAL if name else Kind.EXIT, f"{words}{because(_detail(status.err))}{_last_line(end)}"
@@ -376,8 +378,9 @@ def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
     """Whether the last task of ``slot`` failed and has no successor.  ``slot``: oldest first; none is active."""
     last = slot[-1]
     if service.job_status is not None:
-        return last.has_failed and not is_done(slot)
-    return _is_present(last, service) and last.ended_by_itself and not last.is_done
+        return last.ended_in_failure and not is_done(slot)
+    has_ended = last.ended_by_itself or last.ended_in_failure
+    return _is_present(last, service) and has_ended and not last.is_done
 
 
 def _is_present(task: Task, service: Service) -> bool:

@@ -1,7 +1,7 @@
 """The removal of a node, as a manager tells it to that node: in the text of the refusal of its certificate.
 
 The text is SwarmKit's, with the time and the fate of its containers added, so managers and nodes of every version
-understand each other.
+understand each other.  Without the time the node is not known to be removed, and its containers keep running.
 """
 
 import re
@@ -41,8 +41,12 @@ class NodeRemoval(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def removal_in(refusal: str, id: NodeId) -> NodeRemoval | None:
-    """Return the removal that a manager's refusal of node ``id`` tells, or None if it tells something else."""
+    """Return the removal that a manager's refusal of node ``id`` tells, or None if it tells something else.
+
+    A refusal without a time tells none: SwarmKit and older managers refuse nodes like that which their store does not
+    have, also because it was restored from a backup that is older than the node.
+    """
     found = _REFUSAL.fullmatch(refusal)
-    if found is None or found["id"] != id:
+    if found is None or found["id"] != id or not found["at"]:
         return None
-    return NodeRemoval(at=Timestamp(found["at"] or ""), keeps_containers=found["kept"] is not None)
+    return NodeRemoval(at=Timestamp(found["at"]), keeps_containers=found["kept"] is not None)

@@ -217,6 +217,22 @@ class Task(ApiObject):
         return self.ended_by_itself and self.status.state is not TaskState.COMPLETE
 
     @property
+    def ended_in_failure(self) -> bool:
+        """Whether it failed, or was running when its node restarted.
+
+        Restart condition ``none`` gives up both; only a failure counts as an attempt.
+        """
+        if self.has_failed:
+            return True
+        was_stopped = self.restart is not None and self.restart.was_stopped
+        return (
+            self.status.state is TaskState.FAILED
+            and not was_stopped
+            and self.status.end is not None
+            and self.status.end.cause in INTERRUPTIONS
+        )
+
+    @property
     def is_done(self) -> bool:
         """Whether the task ended with exit code 0 and is not started again: a task of a job, or a one-shot service."""
         return self.status.state is TaskState.COMPLETE and (

@@ -43,8 +43,11 @@ class EndCause(Enum):
     """Set by managers: the task's node is down, or was removed with the task on it."""
 
 
-INTERRUPTIONS = frozenset({EndCause.NODE_RESTARTED.value, EndCause.MONITOR_LOST.value})
-"""Causes that nodes report as FAILED, as Docker does, although the task itself did not fail."""
+INTERRUPTIONS = frozenset({EndCause.NODE_RESTARTED.value})
+"""Causes that nodes report as FAILED, as Docker does, although the task itself did not fail.
+
+A lost monitor counts as a failure: the container may be what kills it, by using up the memory, again and again.
+"""
 
 
 class KeptLine(ApiObject):
@@ -125,6 +128,8 @@ def words_of(end: TaskEnd) -> str:
             return f"last health check: {on_one_line(end.health_output)}"
         case EndCause.NODE_RESTARTED.value:
             return "its node restarted"
+        case EndCause.MONITOR_LOST.value:
+            return "its container monitor was killed"
         case _:
             return ""
 

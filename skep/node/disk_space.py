@@ -207,7 +207,13 @@ class DiskSpace:
         self._configuration = configuration
         self._conditions = conditions
         self._clock = clock
+        self._own_calls = BlockingCalls()
         self._calls = BlockingCalls()
+        """Separate: mounts whose servers are silent must not use up the threads for the node's own directories."""
+        self._waiting: set[str] = set()
+        """Paths whose earlier measurement has not ended."""
+        self._own: dict[str, Space | None] = {}
+        """The last measurement of each own directory."""
         self._fullness = Fullness()
         self._silent: set[str] = set()
         self.disks: Sequence[Space] = ()
@@ -243,16 +249,43 @@ class DiskSpace:
         self._conditions.report(DISK_PRESSURE, full)
 
     async def _add(self, path: str, found: dict[int, Space], *, is_own: bool) -> None:
-        """Measure the disk of ``path``, if it is another one.  One that cannot be measured is left out."""
+        """Measure the disk of ``path``, if it is another one.
+
+        One that cannot be measured is left out.  An own directory keeps its last measurement: its disk may still be
+        full.
+        """
         try:
-            space = await self._calls.call(lambda: space_of(path, is_own=is_own), SILENT_S)
+            space = await self._measured(path, is_own=is_own)
         except FileNotFoundError:  # not made yet, or removed with its container
+            self._own.pop(path, None)
             return
         except (OSError, TimeoutError, Unavailable) as error:
             if path not in self._silent:
                 self._silent.add(path)
                 log.info("free space of a disk is not known", path=path, reason=str(error) or "no answer")
-            return
-        self._silent.discard(path)
+            space = self._own.get(path)
+        else:
+            self._silent.discard(path)
+            if is_own:
+                self._own[path] = space
         if space is not None:
             found.setdefault(space.device, space)
+
+    async def _measured(self, path: str, *, is_own: bool) -> Space | None:
+        """``space_of`` in a thread, of which each path has one at most.  Raises: OSError; TimeoutError; Unavailable."""
+        if path in self._waiting:
+            raise Unavailable("an earlier look at it has not ended")
+
+        def measure() -> Space | None:
+            try:
+                return space_of(path, is_own=is_own)
+            finally:
+                self._waiting.discard(path)
+
+        calls = self._own_calls if is_own else self._calls
+        self._waiting.add(path)
+        try:
+            return await calls.call(measure, SILENT_S)
+        except Unavailable:  # no thread was started
+            self._waiting.discard(path)
+            raise

@@ -4,7 +4,7 @@ Connection tracking keeps leading a flow where its first packet went for as long
 by then.  A UDP client that goes on sending from one port would never reach the container that replaced its server.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_network
 from socket import IPPROTO_UDP
 
@@ -38,21 +38,27 @@ class StalePort(msgspec.Struct, frozen=True):
             and self.address in ("", original.destination)
         )
 
-    def is_stale(self, flow: Flow) -> bool:
-        """Whether ``flow``, which goes through the port, leads elsewhere than to ``backends``."""
+    def is_stale(self, flow: Flow, is_local: Callable[[str], bool]) -> bool:
+        """Whether ``flow``, which has the port's number, goes through the port and leads elsewhere.
+
+        A flow that keeps its destination goes through the port only if that is an address of the node.  Otherwise it
+        passes through the node, as a container's queries of a name server do.
+        """
         backend = flow.reply.source
         if (backend, flow.reply.source_port) in self.backends:
             return False
-        is_of_node = backend == flow.original.destination
-        return is_of_node or any(ip_address(backend) in ip_network(one) for one in self.subnets)
+        if backend == flow.original.destination:
+            return is_local(backend)
+        return any(ip_address(backend) in ip_network(one) for one in self.subnets)
 
 
-def is_stale(flow: Flow, ports: Iterable[StalePort]) -> bool:
+def is_stale(flow: Flow, ports: Iterable[StalePort], is_local: Callable[[str], bool]) -> bool:
     """Whether ``flow`` is stale by the first of ``ports`` that it goes through.
 
+    ``is_local``: whether an address is one of the node.
     A port that was published on all addresses and is on one now is twice in ``ports``, the present one first.
     """
-    return next((port.is_stale(flow) for port in ports if port.concerns(flow)), False)
+    return next((port.is_stale(flow, is_local) for port in ports if port.concerns(flow)), False)
 
 
 def stale_host_ports(

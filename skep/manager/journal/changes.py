@@ -244,7 +244,7 @@ def _changed_job(old: Service, new: Service, view: View) -> Iterator[Entry]:
 
 def _why_failed(job: Service, view: View) -> str:
     """The last failure of the present run, and how many of the same task there were."""
-    failed = [one for one in of_present_run(job, view.find(Task, service_id=job.id)) if one.has_failed]
+    failed = [one for one in of_present_run(job, view.find(Task, service_id=job.id)) if one.ended_in_failure]
     last = max(failed, key=lambda one: (unix_ns(one.created_at), one.id), default=None)
     if last is None:
         return ""

@@ -1,16 +1,22 @@
 """What the old tasks of a service hold that a new one of the same service was refused."""
 
+from collections import Counter
+
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.situation import Situation
 from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
-from skep.model.needs import holds_of, host_ports, may_block, needs_of
+from skep.model.needs import Needs, holds_of, host_ports, kind_and_amount, may_block, needs_of
+from skep.model.node import Node
 from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
 
 _IS_FULL = "max replicas per node"
 """Words of the scheduler's refusal for nodes that have as many tasks of the service as they may have."""
+_TOO_LITTLE = "insufficient resources"
+_PLACES = (_IS_FULL, _TOO_LITTLE, "host-mode port already in use", "disk full")
+"""Refusals that the end of a task may lift.  The first filter that refuses a node hides later ones."""
 
 
 def holds(old: Task, task: Task, situation: Situation) -> bool:
@@ -42,9 +48,33 @@ def excludes(serving: Task, task: Task, situation: Situation) -> bool:
     if task.status.err.startswith(WAITS_FOR) or not _may_succeed(serving, task, situation):
         return False
     needs = needs_of(_spec_of(task, situation))
+    if not _is_refused_place(task, needs, situation.node_of(serving)):
+        return False
     has_same_port = not set(host_ports(situation.spec_of(serving))).isdisjoint(needs.host_ports)
     is_full = needs.max_replicas == 1 or (needs.max_replicas > 1 and _IS_FULL in task.status.err)
     return has_same_port or is_full
+
+
+def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
+    """Whether the refusal of ``task`` names a place that the end of a task on ``node`` may free."""
+    named = [one for one in _PLACES if one in task.status.err]
+    if node is not None and not _is_large_enough(node, needs):
+        named = [one for one in named if one != _TOO_LITTLE]
+    return bool(named)
+
+
+def _is_large_enough(node: Node, needs: Needs) -> bool:
+    """Whether ``node`` without any task has the resources of ``needs``."""
+    has = node.description.resources
+    offered: Counter[str] = Counter()
+    for one in has.generic_resources:
+        kind, amount = kind_and_amount(one)
+        offered[kind] += amount
+    return (
+        needs.nano_cpus <= has.nano_cpus
+        and needs.memory_bytes <= has.memory_bytes
+        and all(amount <= offered[kind] for kind, amount in map(kind_and_amount, needs.generic))
+    )
 
 
 def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:

@@ -211,9 +211,9 @@ def _is_given_up(slot: Slot, situation: Situation) -> bool:
     if has_unread_end(slot):
         return True
     past = history(slot)
-    has_failed = bool(past) and past[-1].has_failed
     return (
-        has_failed
+        bool(past)
+        and past[-1].ended_in_failure
         and not wanted(slot)
         and not should_restart(past[-1], slot, situation.seen, situation.max_attempts)
     )

@@ -265,7 +265,7 @@ def _has_failed(tasks: Sequence[Task]) -> bool:
     wanted = [task for task in tasks if task.is_wanted]
     if wanted:
         return any(task.restart is not None and task.restart.failures for task in wanted)
-    return any(task.has_failed for task in tasks)
+    return any(task.ended_in_failure for task in tasks)
 
 
 def _why_in_vain(service: Service, tasks: Sequence[Task], view: View) -> str:
@@ -278,7 +278,7 @@ def _why_in_vain(service: Service, tasks: Sequence[Task], view: View) -> str:
         if job.schedule is not None or is_going(view, service):
             return ""
         return HAS_ENDED if outcome(view, service) == COMPLETED else HAS_FAILED
-    has_failed = any(task.has_failed and task.spec_version == service.spec_version for task in tasks)
+    has_failed = any(task.ended_in_failure and task.spec_version == service.spec_version for task in tasks)
     return HAS_FAILED if has_failed and not any(task.is_wanted for task in tasks) else ""
 
 

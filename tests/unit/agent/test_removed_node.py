@@ -1,19 +1,23 @@
 """The tasks of a node that was removed from its cluster stop: the cluster has replaced them."""
 
 import asyncio
+import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 from msgspec.structs import replace
 
 from skep.agent import worker as worker_module
+from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor.simulated import SimulatedController
-from skep.agent.worker import stop_reason
+from skep.agent.worker import kill_time, stop_reason
+from skep.aio.clock import SystemClock
 from skep.model.ids import TaskId
 from skep.model.node_removal import NodeRemoval
 from skep.model.service import NetworkAttachmentSpec
 from skep.model.task import AssignedTask, TaskState
-from skep.model.times import Timestamp
+from skep.model.times import Timestamp, timestamp, unix_ns
 from tests.unit.agent.test_worker import DEADLINE_S, NeverStops, Node, assigned, complete
 
 REMOVED = NodeRemoval(at=Timestamp("2026-01-02T03:04:05Z"))
@@ -63,8 +67,40 @@ async def test_a_removed_node_that_is_to_keep_them_keeps_them(node: Node) -> Non
         assert worker.statuses()[TaskId("a")].state is TaskState.RUNNING
 
 
+class FixedClock(SystemClock):
+    def __init__(self, now: str) -> None:
+        self._now_ns = unix_ns(Timestamp(now))
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def monotonic(self) -> float:
+        return 1000.0
+
+
+@pytest.mark.parametrize(
+    ("now", "left_s"),
+    [
+        ("2026-01-02T03:04:05Z", 20.0),
+        ("2026-01-02T03:04:17Z", 8.0),  # its registration was postponed
+        ("2026-01-02T03:05:00Z", 0.0),
+        ("2026-01-02T03:00:00Z", 20.0),  # its clock is behind
+    ],
+)
+def test_the_time_to_stop_counts_from_the_removal(now: str, left_s: float) -> None:
+    assert kill_time(REMOVED, FixedClock(now)) == 1000.0 + left_s
+
+
+class BusyVolumes:
+    """Volumes of an earlier process that are not known yet."""
+
+    async def wait_ready(self) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("has_busy_volumes", [False, True])
 async def test_a_task_that_does_not_stop_is_killed_in_time(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+    node: Node, monkeypatch: pytest.MonkeyPatch, has_busy_volumes: bool
 ) -> None:
     """Managers publish a volume for one node elsewhere soon after."""
     monkeypatch.setattr(worker_module, "REMOVED_GRACE_S", 0.05)
@@ -74,8 +110,10 @@ async def test_a_task_that_does_not_stop_is_killed_in_time(
     async with node.working() as worker:
         await worker.assign(complete(assigned("a")))
         await node.reports.wait("a", TaskState.RUNNING)
+        if has_busy_volumes:
+            worker._volumes = cast("ClusterVolumes", BusyVolumes())
         worker._session_state.end()
-        worker._session_state.removal = REMOVED
+        worker._session_state.removal = replace(REMOVED, at=timestamp(time.time_ns()))
         async with asyncio.timeout(DEADLINE_S):
             while node.machine.processes[TaskId("a")].exit_code != 137:  # noqa: ASYNC110  # there is no event
                 await asyncio.sleep(0.01)

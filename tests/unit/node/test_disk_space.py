@@ -1,6 +1,7 @@
 """How full the disks of a node are: by what is left to processes without privileges, and by inodes."""
 
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from skep.aio.clock import SystemClock
 from skep.api.exposition import render
 from skep.configuration.configuration import Configuration
 from skep.engine.container import ContainerConfig, ContainerState, MountPoint
+from skep.errors import Unavailable
 from skep.model.conditions import DISK_PRESSURE, DISK_PRESSURE_LABEL, DISK_SPACE
 from skep.node import disk_space
 from skep.node.conditions import Conditions
@@ -221,3 +223,52 @@ async def test_a_disk_that_does_not_answer_hides_no_other(
     monkeypatch.setattr(disk_space, "space_of", measure)
     await check.measure()
     assert [one.path for one in check.disks] == [str(tmp_path)]
+
+
+async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ContainerConfig(path="sh", mounts=(MountPoint(type="bind", destination="/b", source="/nfs"),))
+    configuration = Configuration(data_dir=tmp_path)
+    conditions = Conditions(SystemClock())
+    containers = [a_container(config=config)]
+    check = DiskSpace((tmp_path,), lambda: containers, lambda: configuration, conditions, SystemClock())
+    may_end, looks = threading.Event(), []
+
+    def measure(path: str, *, is_own: bool) -> Space:
+        if path == "/nfs":
+            looks.append(path)
+            may_end.wait(30)
+        return a_disk(97 if is_own else 10, path=path)
+
+    monkeypatch.setattr(disk_space, "space_of", measure)
+    monkeypatch.setattr(disk_space, "SILENT_S", 0.01)
+    monkeypatch.setattr(check._calls, "_left_max", 2)
+    try:
+        for _ in range(5):
+            await check.measure()
+            assert sorted(conditions.present()) == [DISK_PRESSURE]
+        assert looks == ["/nfs"]
+    finally:
+        may_end.set()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), TimeoutError(), Unavailable("full")])
+async def test_an_own_disk_that_does_not_answer_is_as_full_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    conditions = Conditions(SystemClock())
+    check = checking(tmp_path, conditions)
+    outcomes: list[Exception | None] = [None, error, FileNotFoundError()]
+
+    def measure(path: str, *, is_own: bool) -> Space:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+        return a_disk(97, path=path)
+
+    monkeypatch.setattr(disk_space, "space_of", measure)
+    found = []
+    for _ in range(3):
+        await check.measure()
+        found.append(sorted(conditions.present()))
+    assert found == [[DISK_PRESSURE], [DISK_PRESSURE], []]

@@ -4,6 +4,7 @@ import pytest
 
 from skep.dataplane.netns.state import Flow, Tuple
 from skep.dataplane.plan.flows import is_stale, stale_host_ports
+from skep.dataplane.stale_flows import is_local_address
 from skep.model.sandbox import PublishedPort
 from skep.model.service import PublishMode
 
@@ -25,6 +26,10 @@ def a_flow(port: int, backend: str, from_port: int, *, by: str = "192.0.2.1") ->
     return Flow(original, Tuple(17, backend, from_port, "192.0.2.100", 4000), b"")
 
 
+def is_local(address: str) -> bool:
+    return address in ("192.0.2.1", "192.0.2.2")
+
+
 PORTS = (a_port(53, 9953), a_port(53, 9953, host_ip="::"), a_port(80, 80, protocol="tcp"))
 
 
@@ -36,6 +41,8 @@ PORTS = (a_port(53, 9953), a_port(53, 9953, host_ip="::"), a_port(80, 80, protoc
         (a_flow(53, "172.18.0.5", 53), True, True),  # another port of this container
         (a_flow(53, "192.0.2.1", 53), True, True),  # the node: no container had the port
         (a_flow(53, "10.0.0.7", 53), False, False),  # led elsewhere by another program
+        (a_flow(53, "8.8.8.8", 53, by="8.8.8.8"), False, False),  # passes through: a query of a container
+        (a_flow(53, "172.18.0.4", 53, by="172.18.0.4"), False, False),  # between two containers
         (a_flow(54, "172.18.0.5", 9953), False, False),  # another port
         (a_flow(80, "172.18.0.4", 80), False, False),  # the port is TCP's
     ],
@@ -47,16 +54,27 @@ def test_flows_lead_to_the_container_that_has_the_port(
         stale_host_ports(PORTS, "172.18.0.5", SUBNET, is_published=is_published)
         for is_published in (True, False)
     )
-    assert (is_stale(flow, published), is_stale(flow, gone)) == (when_published, when_gone)
+    assert (is_stale(flow, published, is_local), is_stale(flow, gone, is_local)) == (
+        when_published,
+        when_gone,
+    )
 
 
 def test_a_port_on_one_address_says_nothing_about_flows_by_another() -> None:
     ports = (a_port(53, 53, host_ip="192.0.2.1"),)
     stale = stale_host_ports(ports, "172.18.0.5", SUBNET, is_published=True)
-    assert is_stale(a_flow(53, "172.18.0.4", 53), stale)
-    assert not is_stale(a_flow(53, "172.18.0.4", 53, by="192.0.2.2"), stale)
+    assert is_stale(a_flow(53, "172.18.0.4", 53), stale, is_local)
+    assert not is_stale(a_flow(53, "172.18.0.4", 53, by="192.0.2.2"), stale, is_local)
 
 
 def test_nothing_is_searched_for_containers_without_udp_ports() -> None:
     only_tcp = (a_port(80, 80, protocol="tcp"), a_port(53, 53, host_ip="::"))
     assert stale_host_ports(only_tcp, "172.18.0.5", SUBNET, is_published=True) == ()
+
+
+def test_only_addresses_of_the_machine_are_local() -> None:
+    assert [is_local_address(one) for one in ("127.0.0.1", "192.0.2.77", "2001:db8::7")] == [
+        True,
+        False,
+        False,
+    ]

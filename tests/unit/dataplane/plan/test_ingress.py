@@ -347,6 +347,10 @@ def held_flow(port: int, answers_from: str, *, by: str = "192.0.2.1", from_port:
 STALE = StalePort(53, frozenset({("10.0.0.5", 53)}), ("10.0.0.0/24",))
 
 
+def is_local(address: str) -> bool:
+    return address.startswith("192.0.2.")
+
+
 @pytest.mark.parametrize(
     ("port", "answers_from", "from_port", "expected"),
     [
@@ -362,15 +366,15 @@ def test_a_flow_is_stale_when_its_task_serves_no_more(
     port: int, answers_from: str, from_port: int, expected: bool
 ) -> None:
     flow = held_flow(port, answers_from, from_port=from_port)
-    assert is_stale(flow, [STALE]) == expected
+    assert is_stale(flow, [STALE], is_local) == expected
     of_tcp = msgspec.structs.replace(flow, original=msgspec.structs.replace(flow.original, protocol=6))
-    assert not is_stale(of_tcp, [STALE])
+    assert not is_stale(of_tcp, [STALE], is_local)
 
 
 def test_flows_by_another_address_than_the_ports_own_are_left_alone() -> None:
     bound = msgspec.structs.replace(STALE, address="192.0.2.1")
-    assert is_stale(held_flow(53, "10.0.0.6"), [bound])
-    assert not is_stale(held_flow(53, "10.0.0.6", by="192.0.2.2"), [bound])
+    assert is_stale(held_flow(53, "10.0.0.6"), [bound], is_local)
+    assert not is_stale(held_flow(53, "10.0.0.6", by="192.0.2.2"), [bound], is_local)
 
 
 def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> None:
@@ -399,8 +403,8 @@ def test_flows_are_judged_by_the_addresses_on_which_a_port_is_published_now() ->
         held_flow(80, "10.0.0.1", by=by, from_port=8000) for by in ("192.0.2.1", "192.0.2.2")
     )
     narrowed, widened = stale_ports(everywhere, bound, 4), stale_ports(bound, everywhere, 4)
-    assert [is_stale(one, narrowed) for one in (by_it, by_another)] == [False, True]
-    assert not any(is_stale(one, widened) for one in (by_it, by_another))
+    assert [is_stale(one, narrowed, is_local) for one in (by_it, by_another)] == [False, True]
+    assert not any(is_stale(one, widened, is_local) for one in (by_it, by_another))
 
 
 def test_flows_of_a_family_that_the_node_does_not_hold_are_left_alone() -> None:

@@ -15,10 +15,19 @@ ROOM = Resources(memory_bytes=1 << 30)
 HOST_PORT = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)
 
 
-def an_update_that_is_refused(refusal: str, *, order: UpdateOrder, nodes: int = 1, **requested: Any) -> World:
-    """Both tasks of app:1 run on the nodes in turn, and no node takes those of app:2."""
+def an_update_that_is_refused(
+    refusal: str,
+    *,
+    order: UpdateOrder,
+    nodes: int = 1,
+    before: dict[str, Any] | None = None,
+    **requested: Any,
+) -> World:
+    """Both tasks of app:1, which requested what ``before`` has, run on the nodes in turn; no node takes app:2."""
     update = UpdateConfig(parallelism=1, order=order)
-    old = a_service_spec(image="app:1", replicas=2, update=update, **{**requested, "constraints": ()})
+    old = a_service_spec(
+        image="app:1", replicas=2, update=update, **{**requested, "constraints": (), **(before or {})}
+    )
     service = a_service(spec=old)
     world = World(service, nodes=[a_node(f"n{number}") for number in range(nodes)])
     for slot in (1, 2):
@@ -63,6 +72,27 @@ def test_start_first_waits_for_what_others_may_free(requested: dict[str, Any], r
     assert len(wanted(world, "app:1")) == 2
 
 
+@pytest.mark.parametrize(
+    "requested", [{"ports": (HOST_PORT,)}, {"max_replicas": 1}, {"ports": (HOST_PORT,), "reserve": ROOM}]
+)
+@pytest.mark.parametrize("refusal", ["unsupported platform on 2 nodes", "missing plugin on 2 nodes"])
+def test_start_first_stops_no_task_for_a_refusal_that_its_end_cannot_lift(
+    requested: dict[str, Any], refusal: str
+) -> None:
+    world = an_update_that_is_refused(refusal, order=UpdateOrder.START_FIRST, nodes=2, **requested)
+    assert len(wanted(world, "app:1")) == 2
+
+
+@pytest.mark.parametrize("reserve", [Resources(memory_bytes=1 << 40), Resources(nano_cpus=10**12)])
+def test_start_first_stops_no_task_for_more_than_its_node_has(reserve: Resources) -> None:
+    requested = {"ports": (HOST_PORT,), "max_replicas": 1, "reserve": reserve}
+    refusal = "insufficient resources on 2 nodes"
+    world = an_update_that_is_refused(
+        refusal, order=UpdateOrder.START_FIRST, nodes=2, before={"reserve": ROOM}, **requested
+    )
+    assert len(wanted(world, "app:1")) == 2
+
+
 @pytest.mark.parametrize("order", list(UpdateOrder))
 def test_a_constraint_that_no_node_meets_stops_no_task_whatever_it_holds(order: UpdateOrder) -> None:
     requested = {"ports": (HOST_PORT,), "reserve": ROOM, "max_replicas": 1}
@@ -71,5 +101,6 @@ def test_a_constraint_that_no_node_meets_stops_no_task_whatever_it_holds(order: 
     world = an_update_that_is_refused(refusal, order=order, nodes=2, constraints=wrong, **requested)
     assert len(wanted(world, "app:1")) == 2
     met = ("node.labels.zone!=nowhere",)
+    refusal = "host-mode port already in use on 1 node; scheduling constraints not satisfied on 1 node"
     world = an_update_that_is_refused(refusal, order=order, nodes=2, constraints=met, **requested)
     assert len(wanted(world, "app:1")) == 1
