@@ -40,8 +40,8 @@ class Reasons:
         """``failures_max``: of a task in a row, after which waiting ends; 0: it does not."""
         self._client = client
         self._failures_max = failures_max
-        self._unplaced: dict[str, float] = {}
-        """Services of which no node accepts a task -> since when, by the event loop's clock."""
+        self._since: dict[tuple[str, str], float] = {}
+        """What holds of a service -> since when, by the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
         """Tasks that were seen to have failed, with their slots, by service."""
         self._began: float | None = None
@@ -61,19 +61,24 @@ class Reasons:
         made = {name: one.progress for name, one in looks.items()}
         for name in open_:
             explanation = explanations.get(name, Explanation())
-            is_unplaced = (explanation.problem or looks[name].progress.problem).kind == "no-node"
-            since = self._unplaced.setdefault(name, now) if is_unplaced else now
-            if not is_unplaced:
-                self._unplaced.pop(name, None)
+            problem = explanation.problem or looks[name].progress.problem
             made[name] = explained(
                 made[name],
                 explanation,
                 current=looks[name].current,
                 failures_max=self._failures_max,
-                unplaced_s=now - since,
+                unplaced_s=self._held_s(name, "no-node", now, holds=problem.kind == "no-node"),
+                given_up_s=self._held_s(name, "given up", now, holds=problem.is_given_up),
                 seen=self._seen(name, looks[name]),
             )
         return made
+
+    def _held_s(self, name: str, what: str, now: float, *, holds: bool) -> float:
+        """Seconds for which ``what`` has held at each look."""
+        if holds:
+            return now - self._since.setdefault((name, what), now)
+        self._since.pop((name, what), None)
+        return 0.0
 
     def _seen(self, name: str, look: Look) -> int:
         """How often the worst slot has failed since the wait began."""
