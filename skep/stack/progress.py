@@ -271,6 +271,15 @@ def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str,
     return {task.id: _slot(task) for task in tasks if task.id in current and task.status.state in _FAILED}
 
 
+def running_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
+    """Return the slots of the tasks of the present spec that run, by task id."""
+    return {
+        task.id: _slot(task)
+        for task in tasks
+        if task.id in current and task.status.state is TaskState.RUNNING and task.is_wanted
+    }
+
+
 def _cause(tasks: Iterable[Task]) -> str:
     """Why the newest task that is not well is not; empty: nothing is known.
 
