@@ -96,8 +96,8 @@ LABELS = (
         EXEC,
         "`any`, `user`, `none`",
         "`any`",
-        "limits `skep exec`, `attach` and `cp` for users below administrator: `user` runs commands as the container's "
-        "user only and copies no files in, `none` refuses all three",
+        "limits `skep exec`, `attach`, `cp` and `kill` for users below administrator: `user` runs commands as the "
+        "container's user only and copies no files in, `none` refuses all four",
     ),
     Label(
         LabelTarget.SERVICE,

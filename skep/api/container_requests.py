@@ -125,7 +125,7 @@ def why_not(
         return why_not_ps(query.get("ps_args", ""))
     policy = exec_policy(labels)
     what = request.path.rpartition("/")[2]
-    if policy is ExecPolicy.NONE and what in ("exec", "start", "attach", "archive"):
+    if policy is ExecPolicy.NONE and what in ("exec", "start", "attach", "archive", "kill"):
         return f"the service has the label {EXEC}={policy.value}: only administrators may do this"
     if policy is ExecPolicy.USER and request.is_upload:
         return f"the service has the label {EXEC}={policy.value}: only administrators may copy files in"

@@ -32,6 +32,7 @@ _NEVER_STARTED: Final = "starting container failed"
 _CONTAINER_GONE: Final = "No such container"
 _UNHEALTHY: Final = "dockerexec: unhealthy container"
 _NON_ZERO: Final = "task: non-zero exit"
+_CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
 """Words of runc around the one that says what is wrong."""
 _COMMAND_CHARACTERS_MAX: Final = 100
@@ -262,6 +263,8 @@ def failure_of(task: Task) -> tuple[Kind, str]:
     if code is None or status.err.startswith(_CONTAINER_GONE):
         error = masked_text(status.err)
         gone = f"its container was gone before it ended{because(error)}"
+        if status.err.startswith(_NON_ZERO):
+            return Kind.EXIT, error
         return Kind.START_FAILED, gone if code is not None else error or "it failed"
     if cause in (EndCause.NODE_RESTARTED.value, EndCause.MONITOR_LOST.value):
         return Kind.EXIT, words_of(end or TaskEnd())
@@ -271,10 +274,13 @@ def failure_of(task: Task) -> tuple[Kind, str]:
 
 
 def exit_code(task: Task) -> int | None:
-    """Exit code of a process that ended; None for a task without one."""
+    """Exit code of a process that ended, from the task's error where it has no container; None without one."""
     container = task.status.container_status
-    has_ended = task.status.state in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN)
-    return container.exit_code if has_ended and container is not None and container.container_id else None
+    if task.status.state not in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN):
+        return None
+    if container is not None and container.container_id:
+        return container.exit_code
+    return int(found[1]) if (found := _CODE.match(task.status.err)) is not None else None
 
 
 def hostname(node: Node | None, task: Task) -> str:

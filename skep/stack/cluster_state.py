@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.api.requests import Requests
-from skep.errors import NotFound, ResourceExhausted, SkepError
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, SkepError
 from skep.model.encoding import to_json
 from skep.model.labels import STACK_REVISION
 from skep.model.service import Service
@@ -24,6 +24,9 @@ RESPONSE_TIMEOUT_S: Final = 30.0
 AT_ONCE: Final = 8
 """Requests in flight."""
 NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
+_UNKNOWN_PATH: Final = ": only administrators may do this"
+"""How managers refuse a path that they do not know to users below administrator."""
+_TOO_MUCH: Final = "too much at once"
 _NAMED_MAX: Final = 5
 """Images that one warning names."""
 
@@ -153,7 +156,13 @@ async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str]
         )
     except NotFound:  # an earlier version
         return
-    except (ResourceExhausted, Untranslated) as error:  # it has status 500, as in the engine
+    except PermissionDenied as error:
+        if str(error).endswith(_UNKNOWN_PATH):  # an earlier version; each change is checked when it is made
+            return
+        raise
+    except (InvalidArgument, ResourceExhausted, Untranslated) as error:
+        if isinstance(error, InvalidArgument) and _TOO_MUCH not in str(error):
+            raise
         warn(f"the managers did not check the plan: {error}")
         return
     places = {

@@ -53,7 +53,14 @@ from skep.stack.planning import (
     waves,
     with_network_names,
 )
-from skep.stack.progress import FAILURES_MAX, UP_TO_DATE, ServiceProgress, failed_by_slot, progress_of
+from skep.stack.progress import (
+    FAILURES_MAX,
+    UP_TO_DATE,
+    ServiceProgress,
+    failed_by_slot,
+    progress_of,
+    running_by_slot,
+)
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
@@ -430,6 +437,7 @@ class Deployment:
                 progress=_progress_of(one, by_service.get(one.id, ()), current),
                 current=current,
                 failed=failed_by_slot(by_service.get(one.id, ()), current),
+                running=running_by_slot(by_service.get(one.id, ()), current),
             )
             for one in services_of(services)
         }

@@ -126,8 +126,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     images: Mapping[str, str] = {}
     """Of image names, the names with the digest that a registry gave."""
     prune: bool = False
-    kept: frozenset[str] = frozenset()
-    """Services that are not removed although the files do not have them."""
+    removable: frozenset[str] | None = None
+    """Ids of the services that ``prune`` may remove; None: all."""
 
     @property
     def effective(self) -> tuple[Change, ...]:
@@ -146,7 +146,7 @@ def plan_of(
     images: Mapping[str, str],
     prune: bool,
     only: Collection[str] = (),
-    kept: Collection[str] = (),
+    removable: Collection[str] | None = None,
 ) -> Plan:
     """What a deploy changes.
 
@@ -154,7 +154,7 @@ def plan_of(
         images: of image names, the names with the digest that a registry gave.
         prune: services that the files no longer have are removed.
         only: names of services in the files; empty: all.
-        kept: names of services that ``prune`` leaves.
+        removable: ids of the services that ``prune`` may remove; None: all.
 
     Raises:
         Problems: an external object is not there, or a name is taken by something else.
@@ -173,8 +173,9 @@ def plan_of(
         raise Problems(problems)
     if prune and not only:
         wanted = {one.spec.name for one in stack.services.values()}
-        gone = sorted(name for name in current if name not in wanted and name not in kept)
-        changes += [removal_of(current[name]) for name in gone]
+        gone = sorted(current.keys() - wanted)
+        may_go = (current[name] for name in gone if removable is None or current[name].id in removable)
+        changes += map(removal_of, may_go)
     former = frozenset(
         name
         for service in existing.services
@@ -189,13 +190,13 @@ def plan_of(
         former=former,
         images=images,
         prune=prune,
-        kept=frozenset(kept),
+        removable=None if removable is None else frozenset(removable),
     )
 
 
 def planned_again(stack: Stack, plan: Plan, existing: Existing) -> Plan:
     """Return the plan of the same deploy for what the cluster has now.  Raises: Problems."""
-    return plan_of(stack, existing, images=plan.images, prune=plan.prune, kept=plan.kept)
+    return plan_of(stack, existing, images=plan.images, prune=plan.prune, removable=plan.removable)
 
 
 def freeing(plan: Plan) -> tuple[Change, ...]:

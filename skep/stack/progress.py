@@ -23,6 +23,9 @@ STEADY_S: Final = 5.0
 UNPLACED_S: Final = 60.0
 """How long no node may accept a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
 
+GIVEN_UP_S: Final = 1.0
+"""How long a task may be given up until a wait ends: a service that was scaled has its new tasks by then."""
+
 _STUCK = (
     UpdateState.PAUSED,
     UpdateState.ROLLBACK_STARTED,
@@ -43,6 +46,8 @@ class Problem(msgspec.Struct, frozen=True, rename="pascal"):
     failures: int = 0
     """In a row, in its slot."""
     task_id: str = msgspec.field(name="TaskID", default="")
+    is_given_up: bool = False
+    """Whether its restart policy allows no further attempt."""
 
 
 class ServiceProgress(msgspec.Struct, frozen=True):
@@ -55,6 +60,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     is_done: bool = False
     is_stuck: bool = False
     """Whether it does not continue by itself."""
+    is_updating: bool = False
+    """Whether an update is under way, which decides what follows a failure."""
     problem: Problem = Problem()
     """As far as the tasks show one."""
 
@@ -86,6 +93,7 @@ def explained(
     current: Collection[str],
     failures_max: int,
     unplaced_s: float = 0.0,
+    given_up_s: float = 0.0,
     seen: int = 0,
 ) -> ServiceProgress:
     """Return ``progress`` with the managers' reason, and stuck where waiting cannot help.
@@ -94,6 +102,7 @@ def explained(
         current: ids of the tasks of the present spec: only their failures count.
         failures_max: in a row; 0: nothing is too many.
         unplaced_s: for how long no node has accepted a task.
+        given_up_s: for how long the restart policy has allowed no further attempt.
         seen: failures of one slot since the wait began: few of the ended tasks are kept.
     """
     if progress.is_done or progress.is_stuck:
@@ -104,6 +113,9 @@ def explained(
         problem = replace(problem, failures=0)
     problem = replace(problem, failures=max(problem.failures, seen))
     why = why_hopeless(problem, failures_max, unplaced_s)
+    is_current = problem.task_id in current and not progress.is_updating
+    if problem.is_given_up and is_current and given_up_s >= GIVEN_UP_S:
+        why = "not restarted, by its restart policy"
     if not why:
         return replace(progress, cause=cause, problem=problem)
     return replace(progress, cause=f"{why}: {cause}" if cause else why, is_stuck=True)
@@ -158,7 +170,7 @@ def progress_of(
     text = f"{updated} of {count} tasks run"
     if any(task.id not in current for task in wanted):  # slots, as an old and a new task of one may both run
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
-    return ServiceProgress(text, cause, problem=problem)
+    return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
 
 
 def _slot(task: Task) -> Hashable:
@@ -257,6 +269,15 @@ def _problem(tasks: Sequence[Task]) -> Problem:
 def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
     """Return the slots of the tasks of the present spec that failed, by task id."""
     return {task.id: _slot(task) for task in tasks if task.id in current and task.status.state in _FAILED}
+
+
+def running_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
+    """Return the slots of the tasks of the present spec that run, by task id."""
+    return {
+        task.id: _slot(task)
+        for task in tasks
+        if task.id in current and task.status.state is TaskState.RUNNING and task.is_wanted
+    }
 
 
 def _cause(tasks: Iterable[Task]) -> str:

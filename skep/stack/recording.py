@@ -258,8 +258,8 @@ async def return_plan(
             if not is_admin:
                 raise
     existing = await existing_of(client, stack.name, config_names(stack))
+    plan = plan_of(stack, existing, images={}, prune=True, removable=removable)
     kept = {one.spec.name for one in existing.services if removable is not None and one.id not in removable}
-    plan = plan_of(stack, existing, images={}, prune=True, kept=kept)
     left = frozenset(kept - {one.spec.name for one in stack.services.values()})
     beyond = await _refusals(limited, plan) if limited is not client else ()
     return Return(client if is_admin else limited, stack, plan, left, beyond)

@@ -24,13 +24,15 @@ _EXPLAINED_AFTER_S: Final = 1.0
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """A service as its tasks show it.
 
-    ``current``: ids of the tasks of its present spec; ``failed``: of those that failed, with their slots.
+    ``current``: ids of the tasks of its present spec; ``failed``: of those that failed, with their slots; ``running``:
+    the same of those that run.
     """
 
     id: str
     progress: ServiceProgress
     current: frozenset[str] = frozenset()
     failed: Mapping[str, Hashable] = {}
+    running: Mapping[str, Hashable] = {}
 
 
 class Reasons:
@@ -40,10 +42,10 @@ class Reasons:
         """``failures_max``: of a task in a row, after which waiting ends; 0: it does not."""
         self._client = client
         self._failures_max = failures_max
-        self._unplaced: dict[str, float] = {}
-        """Services of which no node accepts a task -> since when, by the event loop's clock."""
+        self._since: dict[tuple[str, str], float] = {}
+        """What holds of a service (or that a task of it runs) -> since when, by the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
-        """Tasks that were seen to have failed, with their slots, by service."""
+        """Tasks that were seen to have failed, by service, with their slots; None: of one that ran again since."""
         self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
@@ -59,27 +61,36 @@ class Reasons:
         found = await asyncio.gather(*(self._explanation(looks[name].id) for name in asked))
         explanations = dict(zip(asked, found, strict=True))
         made = {name: one.progress for name, one in looks.items()}
+        seen = {name: self._seen(name, one, now) for name, one in looks.items()}
         for name in open_:
             explanation = explanations.get(name, Explanation())
-            is_unplaced = (explanation.problem or looks[name].progress.problem).kind == "no-node"
-            since = self._unplaced.setdefault(name, now) if is_unplaced else now
-            if not is_unplaced:
-                self._unplaced.pop(name, None)
+            problem = explanation.problem or looks[name].progress.problem
             made[name] = explained(
                 made[name],
                 explanation,
                 current=looks[name].current,
                 failures_max=self._failures_max,
-                unplaced_s=now - since,
-                seen=self._seen(name, looks[name]),
+                unplaced_s=self._held_s(name, "no-node", now, holds=problem.kind == "no-node"),
+                given_up_s=self._held_s(name, "given up", now, holds=problem.is_given_up),
+                seen=seen[name],
             )
         return made
 
-    def _seen(self, name: str, look: Look) -> int:
-        """How often the worst slot has failed since the wait began."""
+    def _held_s(self, name: str, what: str, now: float, *, holds: bool) -> float:
+        """Seconds for which ``what`` has held at each look."""
+        if holds:
+            return now - self._since.setdefault((name, what), now)
+        self._since.pop((name, what), None)
+        return 0.0
+
+    def _seen(self, name: str, look: Look, now: float) -> int:
+        """How often the worst slot has failed since the wait began, or since a task of it ran for ``STEADY_S``."""
         failed = self._failed.setdefault(name, {})
-        failed |= look.failed
-        return max(Counter(failed.values()).values(), default=0)
+        failed |= {id: slot for id, slot in look.failed.items() if id not in failed}
+        for task, running in look.running.items():
+            if self._held_s(name, task, now, holds=True) >= STEADY_S:
+                failed |= {id: None for id, slot in failed.items() if slot == running}
+        return max(Counter(slot for slot in failed.values() if slot is not None).values(), default=0)
 
     async def _explanation(self, id: str) -> Explanation:
         try:

@@ -191,7 +191,7 @@ async def test_heartbeats_keep_a_node_ready(cluster, tmp_path):
 async def test_a_removed_node_gets_no_session(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     await cluster.store.update(lambda tx: tx.delete(Node, pair.identity.node_id))
-    with pytest.raises(PermissionDenied, match="was removed"):
+    with pytest.raises(PermissionDenied, match="is not part of the swarm"):
         async with a_session(cluster, pair):
             pass
 

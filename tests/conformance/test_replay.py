@@ -207,7 +207,10 @@ def unlike(response: Any, expected: Any, place: str = "") -> list[str]:
     """Where two JSON values differ, apart from what depends on the machine."""
     if isinstance(expected, dict) and isinstance(response, dict):
         found = [f"{place} lacks {key}" for key in sorted(expected.keys() - response.keys() - _LEADERS)]
-        found += [f"{place} has {key} besides" for key in sorted(response.keys() - expected.keys() - _LATER - _ADDED)]
+        found += [
+            f"{place} has {key} besides"
+            for key in sorted(response.keys() - expected.keys() - _LATER - _ADDED)
+        ]
         for key in sorted((expected.keys() & response.keys()) - _OTHERWISE):
             found += unlike(response[key], expected[key], f"{place}.{key}")
         return found

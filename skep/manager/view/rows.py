@@ -362,7 +362,8 @@ def _error(view: View, task: Task) -> str:
         slot = slot_in(view, task)
         ids = {task.node_id, *(one.node_id for one in slot)}
         known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
-        problem = problem_of(task, slot, known)
+        # Of a few nodes the largest is not the cluster's.  A row is made for every task that waits: not all are read.
+        problem = problem_of(task, slot, {} if status.state is TaskState.PENDING else known)
         if problem.kind == Kind.PROGRESS.value:
             return status.err or problem.course
         return "; ".join(filter(None, (problem.reason, problem.course)))

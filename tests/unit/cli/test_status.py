@@ -265,7 +265,7 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         "w1    worker   ready                  1      -",
         "",
         "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  WHY",
-        "web      0/2                            0 of 2 tasks run",
+        "web      0/2                            not in its desired state",
         "next: skep cluster recover --dry-run",
     ]
     assert stale.exit_code == LEADERLESS

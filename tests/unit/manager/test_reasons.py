@@ -238,6 +238,24 @@ def test_the_oldest_failure_is_named_before_others_and_before_what_is_on_its_way
     assert (found.reason, [one.name for one in found.reasons]) == ("exit 2", ["web.2", "web.1", "web.3"])
 
 
+@pytest.mark.parametrize(
+    ("err", "kind", "reason", "code"),
+    [
+        ("task: non-zero exit (3)", Kind.EXIT, "exit 3", 3),
+        ("task: non-zero exit (3): no db", Kind.EXIT, "exit 3: no db", 3),
+        ("task: non-zero exit (139)", Kind.SIGNAL, "exit 139 (SIGSEGV)", 139),
+        ("task: non-zero exit", Kind.EXIT, "task: non-zero exit", None),
+        ("its executor is not there", Kind.START_FAILED, "its executor is not there", None),
+    ],
+)
+def test_a_process_without_a_container_that_ended_was_started(
+    err: str, kind: Kind, reason: str, code: int | None
+) -> None:
+    task = ended(1)
+    found = problem(replace(task, status=TaskStatus(state=FAILED, err=err)), attempt(READY))
+    assert (found.kind, found.reason, found.exit_code) == (kind.value, reason, code)
+
+
 def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> None:
     service = a_service("web", reserve=Resources(nano_cpus=16 * 10**9, memory_bytes=1 << 30))
     refused = "no suitable node (insufficient resources on 2 nodes)"

@@ -21,6 +21,7 @@ from skep.stack.planning import (
     Placement,
     Plan,
     plan_of,
+    planned_again,
     superseded,
     waves,
 )
@@ -158,6 +159,19 @@ def test_services_that_are_gone_are_removed_if_asked() -> None:
     assert signs(plan(text, deployed(a_stack()))) == []
     assert signs(plan(text, deployed(a_stack()), prune=True)) == ["-service shop_db"]
     assert signs(plan(text, deployed(a_stack()), prune=True, only=["web"])) == []
+
+
+def test_a_plan_made_again_removes_no_service_that_came_after_it() -> None:
+    """An undo may remove what its deploy created; another deploy of the stack may add a service at any time."""
+    existing, stack = deployed(a_stack()), a_stack(TEXT.replace("  db: {image: d}\n", ""))
+    (db,) = (one for one in existing.services if one.spec.name == "shop_db")
+    made = plan_of(stack, existing, images={}, prune=True, removable={db.id})
+    assert signs(made) == ["-service shop_db"]
+    late = replace(db, id=ServiceId("late"), spec=replace(db.spec, name="shop_late"))
+    now = replace(existing, services=(*existing.services, late))
+    assert signs(planned_again(stack, made, now)) == ["-service shop_db"]
+    everything = plan_of(stack, existing, images={}, prune=True)
+    assert signs(planned_again(stack, everything, now)) == ["-service shop_db", "-service shop_late"]
 
 
 def test_only_the_services_asked_for_are_changed() -> None:

@@ -26,6 +26,7 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.stack.progress import (
     FAILURES_MAX,
+    GIVEN_UP_S,
     UNPLACED_S,
     Explanation,
     Problem,
@@ -282,3 +283,33 @@ def test_the_managers_reason_is_shown_and_counts_for_tasks_of_the_present_spec_o
     assert explanation_of("no object") == Explanation()
     done = ServiceProgress("1 of 1 tasks run", is_done=True)
     assert explained(done, explanation, current={"t"}, failures_max=5) == done
+
+
+@pytest.mark.parametrize("failures_max", [0, 5])
+@pytest.mark.parametrize("service", [SERVICE, JOB], ids=["service", "job"])
+def test_a_task_that_its_policy_has_given_up_is_not_waited_for(service: Service, failures_max: int) -> None:
+    failed = a_task(TaskState.FAILED, TaskState.SHUTDOWN, of=service)
+    progress = progress_of(service, [failed])
+    response = {
+        "Reason": "exit 1",
+        "Problem": {"Kind": "exit", "Failures": 1, "TaskID": failed.id, "IsGivenUp": True},
+    }
+
+    def is_stuck(progress: ServiceProgress, given_up_s: float, *current: str) -> bool:
+        explanation = explanation_of(response)
+        found = explained(
+            progress, explanation, current=current, failures_max=failures_max, given_up_s=given_up_s
+        )
+        assert not found.is_stuck or found.cause == "not restarted, by its restart policy: exit 1"
+        return found.is_stuck
+
+    assert is_stuck(progress, GIVEN_UP_S, failed.id)
+    assert not is_stuck(progress, 0.0, failed.id), "new tasks may come in a moment"
+    assert not is_stuck(progress, GIVEN_UP_S, "another"), "it is of the spec before"
+    assert not is_stuck(replace(progress, is_updating=True), GIVEN_UP_S, failed.id), "the update decides"
+
+
+def test_a_service_under_an_update_says_so() -> None:
+    under_way = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
+    assert progress_of(under_way, [RUNS]).is_updating
+    assert not progress_of(SERVICE, [RUNS]).is_updating

@@ -1,6 +1,7 @@
 """Waiting for services goes on while no manager answers."""
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -131,6 +132,52 @@ async def test_failures_are_counted_though_few_ended_tasks_are_kept() -> None:
     assert await is_stuck(("d", 1), ("f", 1))
 
 
+def in_virtual_time(main: Coroutine[Any, Any, list[bool]]) -> list[bool]:
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        loop.close()
+
+
+def test_failures_before_a_task_ran_for_a_while_are_not_in_a_row_with_those_after() -> None:
+    waits = ServiceProgress("1 of 2 tasks run", "exit 1")
+
+    async def ends(ran_s: float) -> list[bool]:
+        reasons, found = Reasons(Explaining({}), 3), list[bool]()
+        looks = (("a b", ""), ("a b", "r"), ("a b", "r"), ("a b r", ""), ("b r s", ""), ("b r s t", ""))
+        for number, (failed, running) in enumerate(looks):
+            look = Look(
+                id="s",
+                progress=waits,
+                current=frozenset("abrst"),
+                failed=dict.fromkeys(failed.split(), 1),
+                running=dict.fromkeys(running, 1),
+            )
+            found.append((await reasons.explain({"web": look}))["web"].is_stuck)
+            await asyncio.sleep(ran_s if number == 1 else 0.5)
+        return found
+
+    assert in_virtual_time(ends(STEADY_S)) == [False, False, False, False, False, True]
+    assert in_virtual_time(ends(STEADY_S - 1)) == [False, False, False, True, True, True]
+
+
+def test_a_service_that_is_given_up_at_two_looks_is_not_waited_for() -> None:
+    problem = {"Kind": "exit", "Failures": 1, "TaskID": "t", "IsGivenUp": True}
+    reasons = Reasons(Explaining({"s": {"Reason": "exit 1", "Problem": problem}}), 5)
+    progress = ServiceProgress("0 of 1 tasks run", "exit 1")
+
+    async def ends() -> list[bool]:
+        found = list[bool]()
+        for _ in range(2):
+            look = Look(id="s", progress=progress, current=frozenset("t"))
+            found.append((await reasons.explain({"web": look}))["web"].is_stuck)
+            await asyncio.sleep(1)
+        return found
+
+    assert in_virtual_time(ends()) == [False, True]
+
+
 def test_a_task_that_no_node_accepts_is_waited_for_a_minute() -> None:
     refused = ServiceProgress("0 of 1 tasks run", "no suitable node", problem=Problem(kind="no-node"))
     waits = ServiceProgress("0 of 1 tasks run")
@@ -143,8 +190,4 @@ def test_a_task_that_no_node_accepts_is_waited_for_a_minute() -> None:
             await asyncio.sleep(then_s)
         return found
 
-    loop = VirtualLoop()
-    try:
-        assert loop.run_until_complete(ends()) == [False, False, False, False, True]
-    finally:
-        loop.close()
+    assert in_virtual_time(ends()) == [False, False, False, False, True]

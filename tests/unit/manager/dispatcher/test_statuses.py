@@ -181,7 +181,7 @@ def test_a_session_relies_on_the_status_which_it_may_leave_as_it_is():
 
 async def test_a_node_without_an_object_gets_no_session(store):
     gone = msgspec.structs.replace(registration("a"), node_id=NodeId("n9"))
-    with pytest.raises(PermissionDenied, match="was removed from the swarm"):
+    with pytest.raises(PermissionDenied, match="is not part of the swarm"):
         await store.update(take_session, gone)
 
 

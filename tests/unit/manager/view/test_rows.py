@@ -12,13 +12,13 @@ from skep.manager.view.table import Key
 from skep.model.ids import ConfigId, NodeId
 from skep.model.node import EngineDescription, FailingPath, NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec
-from skep.model.service import PortConfig, PublishMode
+from skep.model.service import PortConfig, PublishMode, Resources
 from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import PortStatus, TaskState, TaskStatus
 from skep.store.interface import Updated
 from skep.store.memory import MemoryStore
 from skep.store.state import State
-from tests.support.builders import a_node, a_task
+from tests.support.builders import a_node, a_service, a_task
 from tests.support.store_transactions import put
 
 
@@ -31,6 +31,20 @@ def test_a_task_has_the_ports_that_its_node_gave_it() -> None:
     status = TaskStatus(state=TaskState.RUNNING, port_status=PortStatus(ports=(port,)))
     row = msgspec.to_builtins(task_row(view, replace(task, status=status), is_current=True))
     assert list(row["ports"]) == [{"published": 32768, "target": 80, "protocol": "tcp", "mode": "host"}]
+
+
+def test_a_task_that_waits_for_a_node_does_not_take_the_nodes_of_its_slot_for_the_cluster() -> None:
+    store = MemoryStore(SystemClock())
+    service = a_service("web", reserve=Resources(nano_cpus=16 * 10**9))
+    small = a_node("small", has=Resources(nano_cpus=10**9))
+    large = a_node("large", has=Resources(nano_cpus=32 * 10**9))
+    refused = "no suitable node (insufficient resources on 2 nodes)"
+    before = a_task("t1", service=service, slot=1, node="small", state=TaskState.SHUTDOWN)
+    task = a_task("t2", service=service, slot=1, state=TaskState.PENDING)
+    task = replace(task, node_id=NodeId(""), status=TaskStatus(state=TaskState.PENDING, err=refused))
+    for one in (service, small, large, before, task):
+        asyncio.run(store.update(put, one))
+    assert task_row(store.view(), task, is_current=True).error == refused
 
 
 def test_a_node_has_the_paths_that_fail_and_the_volumes_with_data() -> None:
