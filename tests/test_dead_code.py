@@ -22,7 +22,6 @@ USED_BY_OTHERS = {
     "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
     "_write_backlog": "read by the base class (asyncio.sslproto)",
     "allow_abbrev": "read by the base class (argparse)",
-    "buffer_updated": "called by asyncio",
     "feed_eof": "called by aiohttp",
     "format_commands": "called by click",
     "format_epilog": "called by click",
