@@ -1,8 +1,11 @@
 """``skep top`` driven by its keys, on snapshots."""
 
+import asyncio
 import time
+from contextlib import suppress
 
 import pytest
+from textual.css.query import NoMatches
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
@@ -26,10 +29,18 @@ def screen_of(app: TopApp) -> str:
 
 
 async def settled(pilot: Pilot[None]) -> str:
+    """The screen once everything is composed and painted: on a busy machine that takes several turns."""
     await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "cluster"])
-    await pilot.pause()
     assert isinstance(pilot.app, TopApp)
-    return screen_of(pilot.app)
+    before = None
+    async with asyncio.timeout(10):
+        while True:
+            await pilot.pause()
+            with suppress(NoMatches):
+                text = screen_of(pilot.app)
+                if text == before:
+                    return text
+                before = text
 
 
 async def answered(pilot: Pilot[None]) -> str:
