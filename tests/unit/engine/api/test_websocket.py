@@ -42,7 +42,13 @@ async def test_a_page_of_another_host_may_not(client):
 
 @pytest.mark.parametrize(
     ("origin", "answer"),
-    [("https://evil.example", "refused"), ("http://node:2376", "allowed"), ("", "allowed")],
+    [
+        ("https://evil.example", "refused"),
+        ("http://localhost:8000", "refused"),
+        ("http://node:2376", "allowed"),
+        ("http://localhost", "allowed"),  # clients of Unix sockets, as those of moby's tests
+        ("", "allowed"),
+    ],
 )
 async def test_the_origin_counts_on_sockets_of_the_machine(origin: str, answer: str) -> None:
     """A front passes the connections of TCP clients on by such sockets, and clients forward the API's socket."""
