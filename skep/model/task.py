@@ -205,11 +205,7 @@ class Task(ApiObject):
         Not the end of a task that was moved, drained, preempted, evicted, rotated or scaled down, or that lost its node
         or ended because its node restarted.
         """
-        if self.status.state not in ENDED_BY_ITSELF or (
-            self.restart is not None and self.restart.was_stopped
-        ):
-            return False
-        return self.status.end is None or self.status.end.cause not in INTERRUPTIONS
+        return self._ended_unstopped and not self._was_interrupted
 
     @property
     def has_failed(self) -> bool:
@@ -222,15 +218,19 @@ class Task(ApiObject):
 
         Restart condition ``none`` gives up both; only a failure counts as an attempt.
         """
-        if self.has_failed:
-            return True
+        was_running = self.status.state is TaskState.FAILED and self._was_interrupted
+        return self.has_failed or (was_running and self._ended_unstopped)
+
+    @property
+    def _ended_unstopped(self) -> bool:
+        """Whether its node reported its end before the leader had retired it."""
         was_stopped = self.restart is not None and self.restart.was_stopped
-        return (
-            self.status.state is TaskState.FAILED
-            and not was_stopped
-            and self.status.end is not None
-            and self.status.end.cause in INTERRUPTIONS
-        )
+        return self.status.state in ENDED_BY_ITSELF and not was_stopped
+
+    @property
+    def _was_interrupted(self) -> bool:
+        """Whether its end has a cause that is no failure of the task."""
+        return self.status.end is not None and self.status.end.cause in INTERRUPTIONS
 
     @property
     def is_done(self) -> bool:
