@@ -132,9 +132,7 @@ class EngineImages:
 
     async def reconcile(self) -> None:
         """Take from this node's images the names that have moved in the engine.  Raises: SkepError."""
-        theirs = await self._docker.images()
-        names = {name: str(one["Id"]) for one in theirs for name in one.get("RepoTags") or ()}
-        names = {name: id for name, id in names.items() if not name.startswith("<none>")}
+        names = await self._their_names()
         if self._seen is not None:
             for name, id in names.items():
                 ours = self._images.lookup(name)
@@ -208,6 +206,13 @@ class EngineImages:
             if reference.tag
         }
 
+    async def _their_names(self) -> Names:
+        """Read the names of the engine's images.  Raises: SkepError."""
+        names = {
+            name: str(one["Id"]) for one in await self._docker.images() for name in one.get("RepoTags") or ()
+        }
+        return {name: id for name, id in names.items() if not name.startswith("<none>")}
+
     async def note_given(self, names: Collection[str]) -> None:
         """Record names that a user set through the API: a build in the engine may use them."""
         given = {**self._given, **dict.fromkeys(sorted(names), "")}
@@ -223,11 +228,7 @@ class EngineImages:
         """
         ours = self.names()
         try:
-            theirs = {
-                name: str(one["Id"])
-                for one in await self._docker.images()
-                for name in one.get("RepoTags") or ()
-            }
+            theirs = await self._their_names()
         except SkepError as error:
             log.warning("images of the docker engine not read before a build", reason=str(error))
             return

@@ -118,14 +118,19 @@ async def test_a_small_repository_with_large_files_is_refused(
         await repository.fetch()
 
 
+def replace_git(monkeypatch: pytest.MonkeyPatch, directory: Path, script: str) -> None:
+    """Have the program git be a shell script."""
+    directory.mkdir()
+    (directory / "git").write_text(f"#!/bin/sh\n{script}")
+    (directory / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
 async def test_a_command_is_ended_while_it_writes_too_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command that would not end before its deadline."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/git").write_text("#!/bin/sh\nhead -c 3000000 /dev/zero > big\nsleep 600\n")
-    (tmp_path / "bin/git").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    replace_git(monkeypatch, tmp_path / "bin", "head -c 3000000 /dev/zero > big\nsleep 600\n")
     monkeypatch.setattr(git_module, "_WATCH_S", 0.05)
     repository = repository_at("http://h/r.git", tmp_path / "tree", Limits(archive_bytes_max=2 << 20))
     async with asyncio.timeout(60):
@@ -150,10 +155,7 @@ async def test_a_server_with_endless_references_is_given_up(
 async def test_git_has_limits_of_memory_and_file_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/git").write_text("#!/bin/sh\ncat /proc/self/limits >&2\nexit 1\n")
-    (tmp_path / "bin/git").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    replace_git(monkeypatch, tmp_path / "bin", "cat /proc/self/limits >&2\nexit 1\n")
     monkeypatch.setattr(git_module, "_SHOWN_BYTES", 10_000)
     repository = repository_at("http://h/r.git", tmp_path / "tree", Limits(archive_bytes_max=1 << 20))
     with pytest.raises(Unavailable) as failure:
