@@ -200,23 +200,23 @@ def subject_faults(subjects: Iterable[str]) -> list[str]:
 
 
 def _new_subjects() -> list[str]:
-    """The subjects of commits that are not on main; empty where no main is known, as in an archive."""
-    for main in ("origin/main", "main"):
-        command = ["git", "-C", str(ROOT), "log", "--no-merges", "--format=%s", f"{main}..HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not found.returncode:
-            return found.stdout.splitlines()
-    return []
+    """The subjects of commits that are not on main."""
+    return _git_from_main("log", "--no-merges", "--format=%s", "{main}..HEAD")
 
 
 def _changed() -> set[Path]:
     """Files that differ from main, for the list of places."""
+    return {ROOT / name for name in _git_from_main("diff", "--name-only", "{main}")}
+
+
+def _git_from_main(*words: str) -> list[str]:
+    """Return the lines of a git command; ``{main}`` is main's name.  Empty where no main is known, as in an archive."""
     for main in ("origin/main", "main"):
-        command = ["git", "-C", str(ROOT), "diff", "--name-only", main]
+        command = ["git", "-C", str(ROOT), *(word.format(main=main) for word in words)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if not found.returncode:
-            return {ROOT / name for name in found.stdout.splitlines()}
-    return set()
+            return found.stdout.splitlines()
+    return []
 
 
 def risen(
