@@ -1,7 +1,7 @@
 """Records of containers (configuration, state, sandbox), and arguments and results of container operations.
 
 A ``Container`` is one immutable record, appended to ``<data>/containers/<id>/record`` at every change.  The Engine
-API's ``docker ps`` and ``docker inspect`` render it.  It holds no secrets except the variables that the user put into the
+API's ``docker ps`` and ``docker inspect`` render it.  It holds no secrets except the user's variables in the
 environment.  Other versions read the records, so serialized field names never change.
 """
 
