@@ -1,4 +1,4 @@
-"""Changes of the networks of plain containers: ``docker network connect`` and ``disconnect``, ``docker rename``.
+"""Network changes of plain containers: ``docker network connect`` and ``disconnect``, ``docker rename``.
 
 Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNetwork, updateNetworkSettings),
 daemon/rename.go.
@@ -39,10 +39,10 @@ _HAS_THE_HOSTS = "container cannot be disconnected from host network or connecte
 
 
 class NetworkChanges:
-    """Puts plain containers on networks and takes them off, while they run or before their start.
+    """Connects plain containers to networks and disconnects them, while they run or before their start.
 
     The networks of every node are named ``bridge``, ``host`` and ``none``.  A container on ``bridge`` has the mode
-    BRIDGE, whatever it was created with; one that has left it has NETWORKS.
+    BRIDGE, regardless of its creation.  A container that has left it has the mode NETWORKS.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class NetworkChanges:
         turns: Turns,
         events: Events,
     ) -> None:
-        """``locks``: held while the networks of a container change, or follow from its start.
+        """Take the parts of one engine.
 
-        ``turns``: taken after those; the end of a run frees what is recorded by then.
+        Args:
+            locks: Held while a container's networks change, also as a part of its start.
+            turns: Taken after ``locks``.  The end of a run frees the networks that are recorded by then.
         """
         self._store = store
         self._bundles = bundles
@@ -66,10 +68,10 @@ class NetworkChanges:
         self._events = events
 
     async def connect(self, word: str, request: EndpointRequest) -> None:
-        """Put a container on one more network, now or with its start.
+        """Connect a container to another network, now or at its start.
 
-        Raises: NotFound; BeingRemoved; FailedPrecondition: it is there; Forbidden: it has the networks of another;
-        SkepError, in Docker's words.
+        Raises: NotFound; BeingRemoved; FailedPrecondition: it is connected; Forbidden: it shares another container's
+        networks; SkepError, in Docker's words.
         """
         container, _ = self._store.require_plain(word)
         async with self._locks[container.id], self._turns.turn(container.id):
@@ -98,11 +100,10 @@ class NetworkChanges:
                 self._events.publish_network("connect", endpoint_network(sandbox.endpoints[-1]), container.id)
 
     async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
-        """Take a container off a network.
+        """Disconnect a container from a network.
 
-        ``network``: as its user has given it; ``network_id``: where that is known.
-        Raises: NotFound; BeingRemoved; FailedPrecondition: it is not there; Forbidden: it has the networks of another;
-        SkepError.
+        ``network`` is the user's word for it, ``network_id`` its id if known.  Raises: NotFound; BeingRemoved;
+        FailedPrecondition: it is not connected; Forbidden: it shares another container's networks; SkepError.
         """
         container, _ = self._store.require_plain(word)
         async with self._locks[container.id], self._turns.turn(container.id):
@@ -122,9 +123,9 @@ class NetworkChanges:
             log.info("container has left the network already", container=container_id, reason=str(error))
 
     async def rename(self, id: ContainerId, name: str) -> Container:
-        """Give a plain container another name, on its networks too; it keeps its own if that fails.
+        """Rename a plain container, also on its networks.  It keeps its name if that fails.
 
-        Raises: NotFound; BeingRemoved; AlreadyExists: it is taken; FailedPrecondition: the cluster uses its name;
+        Raises: NotFound; BeingRemoved; AlreadyExists: the name is taken; FailedPrecondition: the cluster uses its name;
         SkepError; OSError.
         """
         async with self._locks[id], self._turns.turn(id):
@@ -196,7 +197,7 @@ class NetworkChanges:
             self._events.publish_network("connect" if has_joined else "disconnect", bridge, container.id)
 
     async def _record(self, container: Container, sandbox: Sandbox | None, **changed: Any) -> None:
-        """``sandbox``: of its run, if that has changed; ``changed``: what the next one has."""
+        """Record the ``sandbox`` of the current run, if it changed, and ``changed`` options for the next run."""
         if sandbox is not None:
             await self._observe(container, sandbox)
         _, plain = self._store.require_plain(container.id)  # its user may have stopped it meanwhile
