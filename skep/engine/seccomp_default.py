@@ -1,7 +1,8 @@
 """The default seccomp profile: the system calls that a container may make.  Data, and its form in Docker's JSON.
 
-Calls that are not listed fail with EPERM.  The rules are the same as Docker's own default (moby/profiles, seccomp v0.2.3).
-tests/unit/engine/test_default_profile.py has digests of all of them.  runc ignores names that libseccomp does not know.
+Calls that are not listed fail with EPERM.  The rules are the same as Docker's own default (moby/profiles, seccomp
+v0.2.3), and tests/unit/engine/test_default_profile.py has digests of all of them.  runc ignores names that libseccomp
+does not know.
 """
 
 import re

@@ -85,7 +85,7 @@ async def import_image(images: ImageStore, clock: Clock, request: web.Request) -
 
 
 def _reference(repository: str, tag: str) -> Reference | None:
-    """The name that the image gets; None: none.  Raises: InvalidArgument."""
+    """Return the new image's name, or None for no name.  Raises: InvalidArgument."""
     if not repository:
         return None
     reference = parse_reference(repository)

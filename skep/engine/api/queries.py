@@ -1,4 +1,4 @@
-"""Query parameters, with Docker's errors for those that cannot be parsed."""
+"""Query parameters, with Docker's errors for invalid ones."""
 
 from aiohttp import web
 
@@ -8,7 +8,7 @@ _DIGITS_MAX = 18
 
 
 def integer(request: web.Request, name: str, default: int | None = None) -> int:
-    """A whole number.  Raises: InvalidArgument: it is none, or missing without a ``default``."""
+    """Return an integer.  Raises: InvalidArgument: it is invalid, or missing without a ``default``."""
     text = request.query.get(name, "")
     if not text and default is not None:
         return default
