@@ -264,7 +264,7 @@ def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
 async def _datagrams(family: int, address: "str | Sequence[object]") -> "_Datagrams":
     connection = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        connection.connect(address if isinstance(address, str) else tuple(address))  # datagrams: it does not block
+        connection.connect(address if isinstance(address, str) else tuple(address))  # does not block
     except BaseException:
         connection.close()
         raise
