@@ -19,7 +19,7 @@ class Slots:
         self.waiting = 0
 
     @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
+    async def hold(self) -> AsyncIterator[None]:
         """Hold a slot for the block, first come, first served.  Raises: ResourceExhausted: too many wait."""
         if self._free.locked() and self.waiting >= self._waiting_max:
             raise ResourceExhausted(f"{self._slots} {self._busy} and {self.waiting} wait: try again later")

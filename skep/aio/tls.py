@@ -45,7 +45,7 @@ async def accept(
     inner = _Protocol(loop, new_protocol(), tls, ready, server_side=True, ssl_handshake_timeout=handshake_s)
     transport, _ = await loop.connect_accepted_socket(lambda: inner, connection)
     _tune(transport)
-    await _shaken(transport, ready)
+    await _finish_handshake(transport, ready)
 
 
 async def connect(
@@ -58,7 +58,7 @@ async def connect(
     inner = _Protocol(loop, protocol, tls, ready, server_side=False, server_hostname=server_name)
     transport, _ = await loop.create_connection(lambda: inner, host, port)
     _tune(transport)
-    await _shaken(transport, ready)
+    await _finish_handshake(transport, ready)
     return protocol
 
 
@@ -78,7 +78,7 @@ def _tune(transport: asyncio.BaseTransport) -> None:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
 
 
-async def _shaken(transport: asyncio.BaseTransport, ready: "asyncio.Future[None]") -> None:
+async def _finish_handshake(transport: asyncio.BaseTransport, ready: "asyncio.Future[None]") -> None:
     try:
         await ready
     except BaseException:

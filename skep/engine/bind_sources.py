@@ -38,7 +38,7 @@ class BindSources:
         """
         for mount in mounts:
             if mount.type == "bind":
-                await self._looked_at(mount.source, partial(_check, mount, others))
+                await self._look_at(mount.source, partial(_check, mount, others))
 
     async def wait(self, points: Iterable[MountPoint]) -> None:
         """Return once the sources of ``points`` respond, even if they do not exist.
@@ -47,9 +47,9 @@ class BindSources:
         """
         for point in points:
             if point.type == "bind" and not point.internal:
-                await self._looked_at(point.source, partial(os.path.lexists, point.source))
+                await self._look_at(point.source, partial(os.path.lexists, point.source))
 
-    async def _looked_at(self, source: str, look: Callable[[], object]) -> None:
+    async def _look_at(self, source: str, look: Callable[[], object]) -> None:
         try:
             await self._calls.call(look, self.deadline_s)
         except TimeoutError as error:

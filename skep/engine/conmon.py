@@ -93,7 +93,7 @@ class Conmons:
             self._thread = None
 
     @asynccontextmanager
-    async def started(
+    async def start(
         self, arguments: Sequence[str], directory: Path, *, attach: bool, inherited: Sequence[int] = ()
     ) -> AsyncIterator[Pipes]:
         """Start a conmon that waits for its start byte.  Do not cancel the block before conmon has responded.

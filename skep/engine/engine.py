@@ -130,9 +130,9 @@ class Engine:
         )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.networks = NetworkChanges(
-            self._store, self.bundles, network, self._network_locks, lifecycle.network_turns, self.events
+            self._store, self.bundles, network, self._network_locks, lifecycle.sandbox_locks, self.events
         )
-        self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)
+        self.files = Files(self._store.get, self._lifecycle.mount_root, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self.log_forwarding = LogForwarding(self.bundles, config.hostname, self.events, self.list)
@@ -509,11 +509,11 @@ class Engine:
     async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
         """Do ``work`` under the container's lock: runc would freeze a run that starts meanwhile."""
 
-        async def in_turn() -> None:
+        async def locked() -> None:
             self._store.require_run(container)
             await work(container)
 
-        await run_to_end(self._lifecycle.turns.exclusively(container.id, in_turn()))
+        await run_to_end(self._lifecycle.locks.run(container.id, locked()))
 
     # --- other operations ---------------------------------------------------------------------------------------
 
@@ -543,7 +543,7 @@ class Engine:
         """
         id = self.get(word).id
         work = updates.update(self._store, self._runtime, self.events, id, change)
-        updating = self._lifecycle.turns.exclusively(id, work)
+        updating = self._lifecycle.locks.run(id, work)
         return await self._lifecycle.carry_out(updating, name=f"update-{id[:12]}")
 
     async def rename(self, word: str, name: str) -> None:

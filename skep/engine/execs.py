@@ -108,10 +108,10 @@ class Execs:
         """Return a container's running execs (``ExecIDs`` of inspect)."""
         return tuple(one for one in self._execs.values() if one.container_id == container_id and one.running)
 
-    async def start(self, exec_id: str, on_turn: Callable[[], None] = lambda: None) -> Attachment:
+    async def start(self, exec_id: str, on_begin: Callable[[], None] = lambda: None) -> Attachment:
         """Start an exec.  Return its standard streams, which the caller closes (at once, to detach).
 
-        ``on_turn`` is called after the wait for other starts.  If the caller is cancelled after that, the process is
+        ``on_begin`` is called after the wait for other starts.  If the caller is cancelled after that, the process is
         killed as soon as it exists, and the exec counts as running until then.  Raises: NotFound, also if its container
         is removed meanwhile; NotRunning: its container has ended; AlreadyStarted; StartError: the runtime refused, and
         the exec has the exit code.
@@ -126,11 +126,11 @@ class Execs:
         self._publish("exec_start", container, exec)
         async with AsyncExitStack() as held:
             try:
-                await held.enter_async_context(self._turn(container.id))
+                await held.enter_async_context(self._hold_start_slot(container.id))
             except BaseException:  # cancelled while it waited
                 self._finish(exec_id, _NOT_STARTED)
                 raise
-            on_turn()
+            on_begin()
             outcome: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
             # A separate task: cancelling conmon while it starts a process would leave that process behind.
             work = self._run(exec_id, outcome, held.pop_all())
@@ -188,7 +188,7 @@ class Execs:
             del self._execs[exec_id], self._ended[exec_id]
 
     @asynccontextmanager
-    async def _turn(self, id: ContainerId) -> AsyncIterator[None]:
+    async def _hold_start_slot(self, id: ContainerId) -> AsyncIterator[None]:
         """Hold a start slot of the container and of the node.  A slow start releases the node's slot to others."""
         own = self._own.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
         is_slow = False
@@ -212,10 +212,10 @@ class Execs:
                 else:
                     self._starting.release()
 
-    async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], turn: AsyncExitStack) -> None:
+    async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], slot: AsyncExitStack) -> None:
         """Start an exec and pass its streams to its caller, or end it if the caller was cancelled."""
         try:
-            async with turn:
+            async with slot:
                 started = await self._begin(exec_id)
                 if not outcome.done():
                     outcome.set_result(started.attachment)

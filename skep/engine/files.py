@@ -38,7 +38,7 @@ _IDLE_DEADLINE_S = 300.0
 _END_DEADLINE_S = 10.0
 
 
-Mounted = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]
+MountRoot = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]
 """Returns a context with a container's root file system, mounted for the block.  Raises: NotFound."""
 
 
@@ -66,7 +66,7 @@ class Files:
     """Files of all containers of a node."""
 
     def __init__(
-        self, find: Callable[[str], Container], mounted: Mounted, events: Events, images: ImageStore
+        self, find: Callable[[str], Container], mount_root: MountRoot, events: Events, images: ImageStore
     ) -> None:
         """``find`` returns the container that a word names, or raises NotFound.
 
@@ -74,7 +74,7 @@ class Files:
         """
         self._find = find
         self._events = events
-        self._mounted = mounted
+        self._mount_root = mount_root
         self._images = images
         self._places = asyncio.Semaphore(_COPIES_MAX)
 
@@ -109,7 +109,7 @@ class Files:
         """Yield a tree outside containers, such as a mounted image, as an archive in pieces."""
         async with (
             self._places,
-            self._started(self._settings(root, "export", "/"), "/", "the tree") as worker,
+            self._start_worker(self._settings(root, "export", "/"), "/", "the tree") as worker,
         ):
             yield worker.pieces()
 
@@ -131,7 +131,7 @@ class Files:
         self, word: str, action: str, path: str, target: ArchiveTarget | None = None
     ) -> AsyncIterator["_Worker"]:
         container = self._find(word)
-        async with self._places, self._mounted(container.id) as (root, binds):
+        async with self._places, self._mount_root(container.id) as (root, binds):
             settings = self._settings(root, action, path)
             if action != "export":
                 settings.binds = list(binds)
@@ -142,7 +142,7 @@ class Files:
                 if target.as_user and container.config.user:
                     user = await asyncio.to_thread(identity, root, container.config.user)
                     settings.owner = (user.uid, user.gid)
-            async with self._started(settings, path, f"container {word}") as worker:
+            async with self._start_worker(settings, path, f"container {word}") as worker:
                 yield worker
 
     def _settings(self, root: Path, action: str, path: str) -> files_worker.Settings:
@@ -156,7 +156,7 @@ class Files:
         )
 
     @asynccontextmanager
-    async def _started(
+    async def _start_worker(
         self, settings: files_worker.Settings, path: str, whose: str
     ) -> AsyncIterator["_Worker"]:
         """Start a worker and end it with the block.  ``whose`` names the files' owner in messages."""

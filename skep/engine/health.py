@@ -224,7 +224,7 @@ class HealthMonitor:
             async with asyncio.timeout(None) as deadline:
                 # The deadline starts when the exec does.  Waiting for other execs says nothing about this container.
                 attachment = await self._execs.start(
-                    exec_id, on_turn=lambda: deadline.reschedule(now() + timeout_s(config))
+                    exec_id, on_begin=lambda: deadline.reschedule(now() + timeout_s(config))
                 )
                 try:
                     await _collect(attachment, output)

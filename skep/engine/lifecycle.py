@@ -24,6 +24,7 @@ from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
+from skep.engine.container_locks import ContainerLocks, ForcedRemovals
 from skep.engine.execs import Execs
 from skep.engine.health import HealthMonitor
 from skep.engine.networking import Networking, has_sandbox, publish_networks, sandbox_config
@@ -32,7 +33,6 @@ from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
 from skep.engine.signals import ends_pause
 from skep.engine.state import ContainerStore
-from skep.engine.turns import ForcedRemovals, Turns
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -80,7 +80,7 @@ class Lifecycle:
         self._volumes = volumes
         self._store = store
         self.events = volumes.events
-        self.turns, self.network_turns = Turns(), Turns()
+        self.locks, self.sandbox_locks = ContainerLocks(), ContainerLocks()
         """The second guards a running container's networks and its end.  A removal holds the first meanwhile."""
         self._clock = clock
         self._report_restore = report_restore
@@ -111,7 +111,7 @@ class Lifecycle:
 
     async def prepare(self, container: Container) -> Container:
         """Create everything that a new container needs.  Cleans up on failure.  Raises: SkepError."""
-        return await run_to_end(self.turns.exclusively(container.id, self._prepare_new(container)))
+        return await run_to_end(self.locks.run(container.id, self._prepare_new(container)))
 
     async def start(self, id: ContainerId, secret_env: Sequence[str] = ()) -> Container:
         """Start the process.  Does nothing if it runs.
@@ -120,7 +120,7 @@ class Lifecycle:
         Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: a forced removal interrupted the start.
         """
         async with AsyncExitStack() as held:
-            await held.enter_async_context(self.turns.turn(id))
+            await held.enter_async_context(self.locks.acquire(id))
             container = self._store.require_startable(id)
             if container.is_running:
                 return container
@@ -136,15 +136,15 @@ class Lifecycle:
 
     async def retire(self, id: ContainerId) -> None:
         """Free the resources that only a running container needs, of a container that never ran.  Raises: NotFound."""
-        await run_to_end(self.turns.exclusively(id, self._retire(id)))
+        await run_to_end(self.locks.run(id, self._retire(id)))
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Remove a container.  Raises: NotFound; StillRunning; Unavailable: a part of it is left."""
         with self._forced.removing(id) if force else nullcontext():
-            await self.turns.exclusively(id, self._remove(id, force=force))
+            await self.locks.run(id, self._remove(id, force=force))
 
     @asynccontextmanager
-    async def mounted(self, id: ContainerId) -> AsyncIterator[RootFiles]:
+    async def mount_root(self, id: ContainerId) -> AsyncIterator[RootFiles]:
         """Mount the root file system and the volumes for the block, whether the container runs or not.
 
         Raises: NotFound; MountFailed; Unavailable: it cannot be mounted.
@@ -160,7 +160,7 @@ class Lifecycle:
 
         try:
             await self._volumes.mount(user, container.config.mounts)
-            await run_to_end(self.turns.exclusively(id, borrow()))
+            await run_to_end(self.locks.run(id, borrow()))
             yield borrowed[0]
         finally:
             if borrowed:
@@ -174,10 +174,10 @@ class Lifecycle:
         """
         freed = []
         for id in await self._network.holders():
-            if self.turns.is_taken(id) or self.network_turns.is_taken(id):
+            if self.locks.is_held(id) or self.sandbox_locks.is_held(id):
                 continue  # its sandbox is being attached or freed now
             # A start waits for the lock.  Otherwise this could free the resources that it has just received.
-            async with self.turns.turn(id), self.network_turns.turn(id):
+            async with self.locks.acquire(id), self.sandbox_locks.acquire(id):
                 if not self._needs_network(id):
                     await self._free(self._network.free(id), id)
                     freed.append(id)
@@ -364,7 +364,7 @@ class Lifecycle:
         """Wait for the end, free the resources that only a running container needs, then record the end."""
         id = container.id
         ended = await self._persist(lambda: self._runtime.wait(container), id)
-        async with self.network_turns.turn(id):
+        async with self.sandbox_locks.acquire(id):
             sandbox = self._store.require(id).sandbox  # read again: networks change while it runs
             if sandbox is not None:
                 await self._free(self._network.detach(id, sandbox), id)
@@ -535,7 +535,7 @@ class Lifecycle:
         if container.state is ContainerState.REMOVING:
             id = container.id
             self.spawn(
-                self._persist(lambda: self.turns.exclusively(id, self._discard(id)), id),
+                self._persist(lambda: self.locks.run(id, self._discard(id)), id),
                 name=f"remove-{id[:12]}",
             )
         elif container.is_running:

@@ -405,11 +405,11 @@ def compress(current: Path) -> None:
     for path in paths:
         if path == current or path.suffix == _SUFFIX:
             continue
-        beside = current.with_name("compressing")
-        with open(path, "rb") as source, gzip.open(beside, "wb", compresslevel=1) as target:
+        temporary = current.with_name("compressing")
+        with open(path, "rb") as source, gzip.open(temporary, "wb", compresslevel=1) as target:
             shutil.copyfileobj(source, target, SLICE_BYTES)
-        sync_file(beside)  # otherwise a power loss could leave an empty file in its place
-        beside.replace(_packed(path))
+        sync_file(temporary)  # otherwise a power loss could leave an empty file in its place
+        temporary.replace(_packed(path))
         path.unlink()
 
 

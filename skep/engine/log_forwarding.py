@@ -106,7 +106,7 @@ class LogForwarding:
         self._changed.clear()
 
     async def _run_process(self) -> None:
-        async with _started() as process:
+        async with _run_sender() as process:
             self._sent, self._sending, self.pid = {}, set(), process.pid
             peers = Peers(())
             assert process.stdin is not None, "orders go through a pipe"
@@ -186,7 +186,7 @@ class LogForwarding:
 
 
 @asynccontextmanager
-async def _started() -> AsyncIterator[asyncio.subprocess.Process]:
+async def _run_sender() -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-m", sender.__name__),
         stdin=asyncio.subprocess.PIPE,

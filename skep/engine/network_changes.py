@@ -16,11 +16,11 @@ from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
 from skep.engine.container import BeingRemoved, Container, PlainOptions
+from skep.engine.container_locks import ContainerLocks
 from skep.engine.create import NO_ADDRESS, NO_ALIASES
 from skep.engine.events import Events, NamedNetwork
 from skep.engine.networking import Networking, endpoint_network, sandbox_config
 from skep.engine.state import ContainerStore
-from skep.engine.turns import Turns
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.model.ids import ContainerId
 from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
@@ -51,20 +51,20 @@ class NetworkChanges:
         bundles: Bundles,
         network: Networking,
         locks: defaultdict[ContainerId, asyncio.Lock],
-        turns: Turns,
+        sandbox_locks: ContainerLocks,
         events: Events,
     ) -> None:
         """Take the parts of one engine.
 
         Args:
             locks: Held while a container's networks change, also as a part of its start.
-            turns: Taken after ``locks``.  The end of a run frees the networks that are recorded by then.
+            sandbox_locks: Taken after ``locks``.  The end of a run frees the networks that are recorded by then.
         """
         self._store = store
         self._bundles = bundles
         self._network = network
         self._locks = locks
-        self._turns = turns
+        self._sandbox_locks = sandbox_locks
         self._events = events
 
     async def connect(self, word: str, request: EndpointRequest) -> None:
@@ -74,7 +74,7 @@ class NetworkChanges:
         networks; SkepError, in Docker's words.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id], self._turns.turn(container.id):
+        async with self._locks[container.id], self._sandbox_locks.acquire(container.id):
             container, plain = self._require_kept(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_HAS_ANOTHERS)
@@ -106,7 +106,7 @@ class NetworkChanges:
         FailedPrecondition: it is not connected; Forbidden: it shares another container's networks; SkepError.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id], self._turns.turn(container.id):
+        async with self._locks[container.id], self._sandbox_locks.acquire(container.id):
             container, plain = self._require_kept(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_not_there(container, network))
@@ -128,7 +128,7 @@ class NetworkChanges:
         Raises: NotFound; BeingRemoved; AlreadyExists: the name is taken; FailedPrecondition: the cluster uses its name;
         SkepError; OSError.
         """
-        async with self._locks[id], self._turns.turn(id):
+        async with self._locks[id], self._sandbox_locks.acquire(id):
             before = self._store.require_kept(id, "container is marked for removal and cannot be renamed")
             sandbox = before.sandbox if before.is_running else None
             with self._store.renamed(id, name) as renamed:

@@ -34,9 +34,9 @@ def write(path: Path, container: Container) -> None:
             return
     finally:
         os.close(descriptor)
-    beside = path.with_suffix(".new")
-    beside.write_bytes(line)
-    beside.rename(path)
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(line)
+    temporary.rename(path)
 
 
 def read(path: Path) -> Container | None:

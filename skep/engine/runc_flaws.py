@@ -18,10 +18,10 @@ _CHANGELOG_BYTES_MAX = 4 << 20
 
 
 class Flaw(NamedTuple):
-    """A flaw.  ``mended`` has the first fixed version of each series, oldest series first."""
+    """A flaw.  ``fixed_in`` has the first fixed version of each series, oldest series first."""
 
     name: str
-    mended: tuple[Version, ...]
+    fixed_in: tuple[Version, ...]
     packages: str = "(?!)"
     """Pattern of package versions that are known to be fixed."""
 
@@ -47,7 +47,7 @@ def flaws_of(output: str, changelog: str = "") -> list[str]:
     return [
         flaw.name
         for flaw in FLAWS
-        if (_precedes(version, flaw.mended) or (found[4] and version in flaw.mended))
+        if (_precedes(version, flaw.fixed_in) or (found[4] and version in flaw.fixed_in))
         and flaw.name not in changelog
         and not re.search(flaw.packages, output)
     ]
@@ -72,9 +72,9 @@ def changelog_of(runc: Path, documents: Path = Path("/usr/share/doc")) -> str:
     return "\n".join(_read(path) for pattern in _CHANGELOGS for path in sorted(documents.glob(pattern)))
 
 
-def _precedes(version: Version, mended: Iterable[Version]) -> bool:
+def _precedes(version: Version, fixed_in: Iterable[Version]) -> bool:
     """Return whether ``version`` is older than the fix of its series, or than all fixes."""
-    fixes = list(mended)
+    fixes = list(fixed_in)
     of_series = [fix for fix in fixes if fix[:2] == version[:2]]
     return version < (of_series[0] if of_series else fixes[0])
 

@@ -123,7 +123,7 @@ class Runtime:
         with ExitStack() as given:
             api = self.bundles.apis.take(id)
             inherited = () if api is None else (given.enter_context(api).fileno(),)
-            async with self._conmons.started(arguments, path, attach=False, inherited=inherited) as pipes:
+            async with self._conmons.start(arguments, path, attach=False, inherited=inherited) as pipes:
                 pipes.proceed()
                 pid = await read_pid(pipes.responses)
         process = find(pid)
@@ -282,7 +282,7 @@ class Runtime:
             arguments.append("-i")
         attachment: Attachment | None = None
         try:
-            async with self._conmons.started(arguments, path, attach=True) as pipes:
+            async with self._conmons.start(arguments, path, attach=True) as pipes:
                 pipes.proceed()
                 if await pipes.attach_ready.readline():
                     attachment = await attach(path)  # before the process starts, so that no output is missed

@@ -36,11 +36,11 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
         raise InvalidArgument(f"Error running ps: {error}") from error
     ordered = sorted(pids)
     begins = range(0, max(len(ordered), 1), _PIDS_MAX)
-    tops = [await _listed(arguments, ordered[begin : begin + _PIDS_MAX]) for begin in begins]
+    tops = [await _list(arguments, ordered[begin : begin + _PIDS_MAX]) for begin in begins]
     return Top(tops[0].titles, tuple(row for top in tops for row in top.processes))
 
 
-async def _listed(arguments: Sequence[str], pids: Sequence[int]) -> Top:
+async def _list(arguments: Sequence[str], pids: Sequence[int]) -> Top:
     # ps -q reads no other process, so every row is the container's, whatever the format shows as PID.
     output, problem = await _run(*arguments, f"-q{','.join(map(str, pids))}")
     if problem:  # some arguments (f, --sort, -p) conflict with -q

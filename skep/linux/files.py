@@ -17,13 +17,13 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: b
         mode: Applies from the first byte on, so a secret is never readable by others.
         is_durable: Whether it survives a power loss.  False saves two syncs for files that a reboot discards anyway.
     """
-    beside = path.with_name(path.name + BESIDE)
+    temporary = path.with_name(path.name + BESIDE)
     try:
-        write_new(beside, content, mode=mode, is_synced=is_durable)
-        os.replace(beside, path)
+        write_new(temporary, content, mode=mode, is_synced=is_durable)
+        os.replace(temporary, path)
     except OSError:
         with suppress(OSError):  # on a full disk it would take the space that the next attempt needs
-            beside.unlink()
+            temporary.unlink()
         raise
     if is_durable:
         sync_directory(path.parent)

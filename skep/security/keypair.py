@@ -82,14 +82,14 @@ def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _complete(directory, lock)
-    beside = directory / (CERTIFICATE_FILE + BESIDE)
+    temporary = directory / (CERTIFICATE_FILE + BESIDE)
     replace_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
-    write_new(beside, pair.certificate_pem, mode=0o644)
+    write_new(temporary, pair.certificate_pem, mode=0o644)
     if lock is None:
         replace_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
     else:
         lock.write(directory / KEY_FILE, pair.key_pem)
-    os.replace(beside, directory / CERTIFICATE_FILE)
+    os.replace(temporary, directory / CERTIFICATE_FILE)
     sync_directory(directory)
 
 
@@ -125,13 +125,13 @@ def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
 
 def _complete(directory: Path, lock: KeyLock | None) -> None:
     """Finish a save that was interrupted between its two renames.  Only writers call it: readers change nothing."""
-    beside = directory / (CERTIFICATE_FILE + BESIDE)
-    if not beside.exists():
+    temporary = directory / (CERTIFICATE_FILE + BESIDE)
+    if not temporary.exists():
         return
     try:
         pair = _read(directory, lock)
     except (NotFound, FailedPrecondition):
         return  # it was the first save
-    if pair.certificate_pem == beside.read_bytes():
-        os.replace(beside, directory / CERTIFICATE_FILE)
+    if pair.certificate_pem == temporary.read_bytes():
+        os.replace(temporary, directory / CERTIFICATE_FILE)
         sync_directory(directory)

@@ -59,7 +59,7 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
         shown = _ClassicProgress(kept.add if is_quiet else report)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
         # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
-        async with builder.slots.taken(), builder.images.workspace("context") as directory:
+        async with builder.slots.hold(), builder.images.workspace("context") as directory:
             name = request.query.get("dockerfile") or context.DEFAULT_NAME
             received = context.Context(directory, builder.images.limits, name)
             try:

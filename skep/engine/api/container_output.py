@@ -26,9 +26,9 @@ from skep.api.server import (
 from skep.api.tables import Table
 from skep.api.timestamps import parse_unix_time
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import MULTIPLEXED, RAW, hijacked
+from skep.engine.api.hijack import MULTIPLEXED, RAW, hijack
 from skep.engine.api.terminal import ALL_STREAMS, Client, End, join
-from skep.engine.api.websocket import check_handshake, opened
+from skep.engine.api.websocket import check_handshake, open_websocket
 from skep.engine.container import Container, ContainerState, LogEntry, LogFilter, NotRunning, Stream
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import attributes_of
@@ -75,7 +75,7 @@ async def attach(served: Served, request: web.Request) -> web.StreamResponse:
     """
     container, keys = _attachable(served.engine, request)
     wanted = _Wanted(streams=_streams(request), takes_input=flag(request, "stdin"), keys=keys)
-    async with hijacked(request, tty=container.config.tty) as client:
+    async with hijack(request, tty=container.config.tty) as client:
         await _attach(served.engine, request, container, client, wanted)
     return Hijacked()
 
@@ -88,7 +88,7 @@ async def attach_by_websocket(served: Served, request: web.Request) -> web.Strea
     wanted = _Wanted(streams=ALL_STREAMS, takes_input=True, keys=keys)
     if api_version(request) >= _WEBSOCKET_CHOOSES:
         wanted = _Wanted(streams=_streams(request), takes_input=flag(request, "stdin"), keys=keys)
-    async with opened(request) as (client, response):
+    async with open_websocket(request) as (client, response):
         with suppress(ConnectionError):
             await _attach(served.engine, request, container, client, wanted)
     return response

@@ -13,7 +13,7 @@ from skep.api.responses import Hijacked
 from skep.api.server import ApiVersion, OutputStream, api_version, json_response, read_body, read_json
 from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import Duplex, hijacked
+from skep.engine.api.hijack import Duplex, hijack
 from skep.engine.api.queries import integer
 from skep.engine.api.terminal import End, join
 from skep.engine.container import Exec, ExecConfig, Stream
@@ -56,7 +56,7 @@ async def start_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
     if options.detach:
         (await execs.start(id)).close()
         return web.Response()
-    async with hijacked(request, tty=options.tty) as client:
+    async with hijack(request, tty=options.tty) as client:
         try:
             await _run(execs, client, exec, options)
         except SkepError as error:

@@ -78,7 +78,7 @@ def _unread_bytes(descriptor: int) -> int:
 
 
 @asynccontextmanager
-async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
+async def hijack(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
     """Respond to ``request`` with a raw connection, which is closed with the block.
 
     Read the request's body before.  Afterwards the handler returns ``Hijacked()``.
@@ -105,7 +105,7 @@ async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
         writer.close()
 
 
-async def upgraded(
+async def upgrade(
     request: web.Request, protocol: asyncio.Protocol, begin: Callable[[asyncio.Transport], None]
 ) -> None:
     """Respond to ``request`` by switching to its requested protocol.  Return when the connection has ended.

@@ -117,16 +117,16 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
 @_table.get("/images/get")
 async def save_images(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker save`` of several images, as one archive."""
-    return await _saved(served, request, request.query.getall("names", []))
+    return await _send_images(served, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
 async def save_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker save`` of one image."""
-    return await _saved(served, request, [request.match_info["name"]])
+    return await _send_images(served, request, [request.match_info["name"]])
 
 
-async def _saved(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
+async def _send_images(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
     async with aclosing(served.images.save(names)) as pieces:
         first = await anext(pieces, b"")  # an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})

@@ -66,7 +66,7 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
     check_volume(body, name)
     labels = body.labels if body.name else {**(body.labels or {}), ANONYMOUS: ""}
     await served.volumes.create(name, body.driver, labels, body.driver_opts)
-    return json_response(await _inspected(served.volumes, name), status=201)
+    return json_response(await _inspect(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
@@ -155,7 +155,7 @@ def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
 @_table.get("/volumes/{name}")
 async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume inspect``."""
-    return json_response(await _inspected(served.volumes, request.match_info["name"]))
+    return json_response(await _inspect(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")
@@ -165,19 +165,19 @@ async def remove_volume(served: Served, request: web.Request) -> web.StreamRespo
     if not served.volumes.has(name):
         if is_forced:
             return web.Response(status=204)
-        driver = (await _found_in_plugin(served.volumes, name))["Driver"]
+        driver = (await _find_in_plugin(served.volumes, name))["Driver"]
         await served.volumes.create(name, driver)  # then it is removed like one created here
     await served.volumes.remove(name, served.containers, force=is_forced)
     return web.Response(status=204)
 
 
-async def _inspected(volumes: Volumes, name: str) -> dict[str, Any]:
+async def _inspect(volumes: Volumes, name: str) -> dict[str, Any]:
     """Return ``docker volume inspect``, for a plug-in volume with the plug-in's description.
 
     Raises: NotFound; Unavailable: the plug-in does not respond.
     """
     if not volumes.has(name):
-        return await _found_in_plugin(volumes, name)
+        return await _find_in_plugin(volumes, name)
     shown = shown_volume(volumes, name)
     if (driver := shown["Driver"]) == LOCAL:
         return shown
@@ -193,7 +193,7 @@ async def _inspected(volumes: Volumes, name: str) -> dict[str, Any]:
     return {**described, "Labels": shown["Labels"], "Options": shown["Options"]}
 
 
-async def _found_in_plugin(volumes: Volumes, name: str) -> dict[str, Any]:
+async def _find_in_plugin(volumes: Volumes, name: str) -> dict[str, Any]:
     """Return a volume that was not created here.  Raises: NotFound."""
     listed, _ = await _of_plugins(volumes)
     found = next((one for one in listed if one["Name"] == name), None)

@@ -73,7 +73,9 @@ def check_handshake(request: web.Request) -> None:
 
 
 @asynccontextmanager
-async def opened(request: web.Request) -> AsyncIterator[tuple[WebSocketDuplex, web.WebSocketResponse]]:
+async def open_websocket(
+    request: web.Request,
+) -> AsyncIterator[tuple[WebSocketDuplex, web.WebSocketResponse]]:
     """Complete the handshake of ``request``.  The WebSocket is closed with the block.
 
     Yields the connection, and the response that the handler returns.

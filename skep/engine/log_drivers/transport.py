@@ -154,7 +154,7 @@ async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_
     async with asyncio.timeout(deadline_s):
         match endpoint.network:
             case "udp":
-                family, address = (await _allowed(endpoint, socket.SOCK_DGRAM, guard))[0]
+                family, address = (await _resolve_allowed(endpoint, socket.SOCK_DGRAM, guard))[0]
                 return await _datagrams(family, address)
             case "unixgram":
                 guard.check_socket(endpoint.path)
@@ -163,10 +163,10 @@ async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_
                 guard.check_socket(endpoint.path)
                 return _Stream(*await asyncio.open_unix_connection(endpoint.path))
             case _:
-                return await _stream(endpoint, await _allowed(endpoint, socket.SOCK_STREAM, guard))
+                return await _stream(endpoint, await _resolve_allowed(endpoint, socket.SOCK_STREAM, guard))
 
 
-async def _allowed(
+async def _resolve_allowed(
     endpoint: Endpoint, kind: socket.SocketKind, guard: Guard
 ) -> Sequence[tuple[int, tuple[Any, ...]]]:
     """Return the families and addresses of an endpoint's host that ``guard`` allows.  Raises: OSError: none."""

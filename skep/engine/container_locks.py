@@ -13,7 +13,7 @@ from skep.model.ids import ContainerId
 T = TypeVar("T")
 
 
-class Turns:
+class ContainerLocks:
     """Per-container locks for creation, start, pause, retirement and removal.
 
     Without them, a removal during the creation would leave behind the namespace that is being made.
@@ -23,21 +23,21 @@ class Turns:
         self._locks = WeakValueDictionary[ContainerId, asyncio.Lock]()
         """Locks by container.  Each exists while it is held or waited for."""
 
-    def is_taken(self, id: ContainerId) -> bool:
+    def is_held(self, id: ContainerId) -> bool:
         """Return whether an operation on the container is running."""
         lock = self._locks.get(id)
         return lock is not None and lock.locked()
 
-    async def exclusively(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
+    async def run(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
         """Return the result of ``work``, run under the container's lock."""
         try:
-            async with self.turn(id):
+            async with self.acquire(id):
                 return await work
         finally:
             work.close()  # never started if cancelled while it waited
 
     @asynccontextmanager
-    async def turn(self, id: ContainerId) -> AsyncIterator[None]:
+    async def acquire(self, id: ContainerId) -> AsyncIterator[None]:
         """Hold the container's lock for the block."""
         lock = self._locks.setdefault(id, asyncio.Lock())
         async with lock:
