@@ -29,7 +29,7 @@ class BlockingCalls:
         ``work``.
         """
         if self._running >= self._left_max:
-            raise Unavailable(f"{self._running} looks at files wait for their servers already")
+            raise Unavailable(f"{self._running} file accesses already wait for their servers")
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[T] = loop.create_future()
 

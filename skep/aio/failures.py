@@ -153,7 +153,7 @@ class _Failing:
     def end(self) -> None:
         """Log the recovery if the work had failed."""
         if self._error:
-            log.info("works again", after=self._event, **self._keys)
+            log.info("recovered", after=self._event, **self._keys)
 
 
 def log_error(error: Exception, event: str, **keys: Any) -> None:

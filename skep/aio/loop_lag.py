@@ -173,7 +173,7 @@ def _tell(lag_s: float, ran_s: float, waited_s: float, stood: tuple[str, ...]) -
     why = cause(lag_s, ran_s, waited_s)
     is_starved = why == "waited for a processor"
     log.warning(
-        "the event loop got no processor" if is_starved else "something held the event loop",
+        "event loop starved of processor time" if is_starved else "event loop blocked",
         lag_ms=round(lag_s * 1000),
         ran_ms=round(ran_s * 1000),
         waited_for_processor_ms=round(waited_s * 1000),

@@ -48,7 +48,7 @@ async def discard_tree(path: Path) -> None:
     try:
         await remove_tree(path)
     except OSError as error:
-        log.warning("not removed", path=str(path), error=str(error))
+        log.warning("directory not removed", path=str(path), error=str(error))
 
 
 def discard_tree_now(path: Path) -> None:
@@ -56,4 +56,4 @@ def discard_tree_now(path: Path) -> None:
     try:
         trees.remove_tree(path)
     except OSError as error:
-        log.warning("not removed", path=str(path), error=str(error))
+        log.warning("directory not removed", path=str(path), error=str(error))

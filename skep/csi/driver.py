@@ -143,7 +143,7 @@ class Driver:
         """Return the driver's description of this node."""
         info = await self._call("Node/NodeGetInfo", pb.NodeGetInfoRequest(), pb.NodeGetInfoResponse, LOOK_S)
         if not 0 < len(info.node_id.encode()) <= ID_BYTES_MAX:
-            raise UnusableResponse(f"driver {self.name} gave no usable id of this node")
+            raise UnusableResponse(f"driver {self.name} returned no usable id for this node")
         has_place = info.HasField("accessible_topology")
         return CSIInfo(
             plugin_name=self.name,
@@ -279,7 +279,7 @@ def capability_of(mode: AccessMode) -> pb.VolumeCapability:
 def checked_info(volume: pb.Volume) -> VolumeInfo:
     """Return the volume's description.  Raises: UnusableResponse."""
     if not 0 < len(volume.volume_id.encode()) <= ID_BYTES_MAX:
-        raise UnusableResponse("the driver gave the volume no usable id")
+        raise UnusableResponse("the driver returned no usable volume id")
     if volume.capacity_bytes < 0 or len(volume.accessible_topology) > TOPOLOGIES_MAX:
         raise UnusableResponse("the driver described the volume with invalid numbers")
     return VolumeInfo(
@@ -300,7 +300,7 @@ def discrepancy(volume: Volume, info: VolumeInfo) -> str:
     where = volume.spec.accessibility_requirements
     places: Sequence[Topology] = where.requisite if where is not None else ()
     if places and info.accessible_topology and not any(map(places.__contains__, info.accessible_topology)):
-        return "the driver made it where none of the required topologies is"
+        return "the driver created it outside the required topologies"
     return ""
 
 

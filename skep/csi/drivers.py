@@ -51,7 +51,7 @@ class Drivers:
         ):  # not waited for otherwise: another socket that is asked for its name may be silent
             driver = (await self.all()).get(name)
         if driver is None:
-            raise NotFound(f'driver "{name}" not found: no socket in {self._folder} is of that name')
+            raise NotFound(f'driver "{name}" not found: no socket in {self._folder} belongs to it')
         return driver
 
     async def all(self) -> Mapping[str, Driver]:
@@ -95,15 +95,15 @@ class Drivers:
             )
         except SkepError as error:
             self._ask_again(socket)
-            log.info("driver gave no name", socket=socket[0], reason=str(error))
+            log.info("CSI driver name not received", socket=socket[0], reason=str(error))
             return
         path, name = Path(socket[0]), response.name
         if not is_name(name):
             self._ask_again(socket)
-            log.warning("driver's name is none of CSI", socket=socket[0], name=name[:100])
+            log.warning("CSI driver name invalid", socket=socket[0], name=name[:100])
         elif path.name == SOCKET_NAME and path.parent != self._folder and path.parent.name != name:
             self._ask_again(socket)
-            log.warning("driver has the folder of another name", socket=socket[0], name=name)
+            log.warning("CSI driver name does not match its folder", socket=socket[0], name=name)
         else:
             self._silent.pop(socket, None)
             self._known[socket] = Driver(name, path)

@@ -165,7 +165,7 @@ class ApiSockets:
             return
         listener = _inherited(container.monitor)
         if listener is None:
-            log.warning("API socket is lost until the container starts again", container=container.name)
+            log.warning("API socket lost until the container's next start", container=container.name)
         else:
             self._server.serve(container, set_aside(listener))
 
@@ -225,7 +225,7 @@ def _inherited(monitor: ProcessName) -> socket.socket | None:
     except OSError as error:
         if error.errno not in _ENDED and error.errno not in _REFUSED:
             raise
-        log.warning("API socket not taken over", conmon=monitor.pid, error=str(error))
+        log.warning("API socket not adopted", conmon=monitor.pid, error=str(error))
     finally:
         os.close(process)
     return None

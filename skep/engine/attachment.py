@@ -93,7 +93,7 @@ class WaitingClients:
         """Return the streams from the first byte on.  Raises: ResourceExhausted; the error passed to ``fail``."""
         waiting = self._waiting.setdefault(id, [])
         if len(waiting) >= WAITING_MAX:
-            raise ResourceExhausted(f"{WAITING_MAX} clients wait for the start of the container already")
+            raise ResourceExhausted(f"{WAITING_MAX} clients already wait for the start of the container")
         future: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
         waiting.append(future)
         try:

@@ -40,7 +40,7 @@ class Background:
         if self._group is None:
             work.close()
             raise RuntimeError("containers are used outside of running()")
-        task = self._group.create_task(isolate(work, "container's work ended", work=name), name=name)
+        task = self._group.create_task(isolate(work, "container task failed", work=name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: work.close())  # never started if cancelled before

@@ -63,7 +63,7 @@ def _check(mount: Mount, others: Callable[[Iterable[Mount]], list[Mount]]) -> No
     try:
         if not others([mount]) or os.path.exists(mount.source):
             return
-    except (OSError, ValueError) as error:  # ValueError: it has a zero byte
+    except (OSError, ValueError) as error:  # ValueError: it contains a zero byte
         reason = error.strerror if isinstance(error, OSError) else "invalid argument"
         raise InvalidArgument(
             f'invalid mount config for type "bind": stat {mount.source}: {reason}'

@@ -184,12 +184,12 @@ class Bundles:
         for directory in sorted(self._directory.iterdir()):
             id = ContainerId(directory.name)
             if not _ID.fullmatch(id):
-                log.warning("no container's directory: left alone", path=str(directory))
+                log.warning("unknown directory ignored", path=str(directory))
                 continue
             try:
                 container = self.read(id)
             except Unavailable as error:
-                log_error(error, "container left alone", container=id)
+                log_error(error, "container record not readable", container=id)
                 found.unreadable.append(id)
                 continue
             if container is None:
@@ -257,7 +257,7 @@ class Bundles:
         )
         self._specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
-            log.warning("limit of this node", container=container.name, warning=warning)
+            log.warning("container limit not applied", container=container.name, warning=warning)
         return built.warnings
 
     def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:

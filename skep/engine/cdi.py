@@ -132,7 +132,7 @@ def described(
 @lru_cache(_FILES_MAX)
 def _report_unread(path: str, error: str) -> None:
     """Log once for each reason, because nodes read all descriptions every few seconds."""
-    log.warning("description of devices not read", path=path, error=error)
+    log.warning("CDI description not read", path=path, error=error)
 
 
 def edits_for(requests: Sequence[DeviceRequest], directories: Iterable[Path] = DIRECTORIES) -> Edits:
@@ -184,7 +184,7 @@ def names_of(request: DeviceRequest, known: Iterable[str]) -> Sequence[str]:
         return [f"{kind}=all"] if f"{kind}=all" in known else own
     if request.count > len(own):
         raise FailedPrecondition(
-            f"{request.count} devices {kind} were requested, this machine has {len(own)}"
+            f"{request.count} devices {kind} were requested, but this machine has {len(own)}"
         )
     return sorted(own)[: request.count]
 
@@ -215,7 +215,9 @@ def _parsed(path: Path) -> Any:
         for event in yaml.parse(content, yaml.CSafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > _DEPTH_MAX:
-                raise ValueError("aliases are not supported" if depth <= _DEPTH_MAX else "it is too deep")
+                raise ValueError(
+                    "aliases are not supported" if depth <= _DEPTH_MAX else "it is nested too deeply"
+                )
         return yaml.load(content, yaml.CSafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error

@@ -55,7 +55,9 @@ class Cgroups:
         """
         group = self._group(given) + "/"
         if given and group.startswith((f"{self._containers}/", f"/{self.parent}/monitors/")):
-            raise InvalidArgument(f"invalid cgroup parent {given}: it is of other containers of this node")
+            raise InvalidArgument(
+                f"invalid cgroup parent {given}: it belongs to containers of this node, choose another one"
+            )
 
     @property
     def _containers(self) -> str:
@@ -162,7 +164,7 @@ class Cgroups:
                     _inherit_cpuset(root, directory)
                 (directory / "tasks").write_text(str(threading.get_native_id()))
             except OSError as error:
-                log.warning("cgroup of monitors refused", controller=controller, error=str(error))
+                log.warning("monitor cgroup not joined", controller=controller, error=str(error))
 
     def expect_move(self) -> None:
         """Make the next move of a process to another group fast.  Blocks for some milliseconds: call it in a thread.
@@ -194,7 +196,7 @@ class Cgroups:
             (directory / "cgroup.procs").write_text(str(pid))
         except OSError as error:
             if error.errno != errno.ESRCH:  # it has not just ended
-                log.warning("cgroup of monitors refused", controller="v2", error=str(error))
+                log.warning("monitor cgroup not joined", controller="v2", error=str(error))
 
     def remove(self, container: Container) -> bool:
         """Remove a container's groups, if any.  Return whether none is left.  Parents stay, as in Docker."""

@@ -132,7 +132,7 @@ class Conmons:
             async with asyncio.timeout(DEADLINE_S):
                 yield Pipes(reader, attach_ready, start)
         except TimeoutError as error:
-            raise Unavailable(f"conmon did not respond in {DEADLINE_S:g} s") from error
+            raise Unavailable(f"conmon did not respond within {DEADLINE_S:g} s") from error
         finally:
             os.close(start)
             for transport in transports:

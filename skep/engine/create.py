@@ -173,7 +173,7 @@ def _checked_mac(text: str) -> str:
         raise InvalidArgument(f"address {text[:64]}: invalid MAC address")
     found = text.lower().replace("-", ":")
     if int(found[:2], 16) & 1 or not found.strip("0:"):
-        raise InvalidArgument(f"address {text}: a container's is the address of one interface")
+        raise InvalidArgument(f"address {text}: a container needs a unicast address")
     return found
 
 
@@ -262,7 +262,7 @@ def labels(request: CreateRequest, image: ContainerDefaults, task: TaskOptions |
         return {**(image.labels or {}), **request.labels, **task.labels}
     for name in request.labels:
         if name.startswith(RESERVED_LABELS):
-            raise InvalidArgument(f"the label {name} is for the containers of tasks")
+            raise InvalidArgument(f"the label {name} is reserved for containers of tasks")
     own = {
         name: value for name, value in (image.labels or {}).items() if not name.startswith(RESERVED_LABELS)
     }

@@ -148,7 +148,7 @@ class Engine:
         async with self._lifecycle.running():
             rotating = retry(self.log_rotation.run, "log rotation ended", clock=self._clock)
             self._lifecycle.spawn(rotating, name="log-rotation")
-            forwarding = retry(self.log_forwarding.run, "logs not sent", clock=self._clock)
+            forwarding = retry(self.log_forwarding.run, "log sender failed", clock=self._clock)
             self._lifecycle.spawn(forwarding, name="log-forwarding")
             self._lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
             for container in self.plain_containers():
@@ -582,7 +582,7 @@ class Engine:
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)
         sweeping = self.images.sweep(self._images_in_use)
-        await isolate(sweeping, "layers kept for containers not deleted", container=container.id)
+        await isolate(sweeping, "unused layers not deleted", container=container.id)
         if with_volumes:
             await self.volumes.remove_anonymous(container.config.mounts, self.list)
 

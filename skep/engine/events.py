@@ -128,7 +128,7 @@ class Events:
     def subscribed(self) -> Iterator[Subscription]:
         """Subscribe for the block.  Raises: ResourceExhausted: too many subscribers."""
         if len(self._subscriptions) >= SUBSCRIBERS_MAX:
-            raise ResourceExhausted(f"{SUBSCRIBERS_MAX} clients follow the events of this node already")
+            raise ResourceExhausted(f"{SUBSCRIBERS_MAX} clients already follow the events of this node")
         subscription = Subscription()
         self._subscriptions.add(subscription)
         try:

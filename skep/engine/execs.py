@@ -268,7 +268,7 @@ class Execs:
     ) -> None:
         code = await retry(
             lambda: self._runtime.wait_exec(container, path, monitor),
-            "end of exec not seen",
+            "exec exit not observed",
             clock=self._clock,
             longest_s=5.0,
             exec=exec_id,
@@ -301,7 +301,7 @@ class Execs:
             return
         ended = next((one for one in execs if not one.running), None)
         if ended is None:
-            raise ResourceExhausted(f"container {container_id} has {EXECS_MAX} execs already")
+            raise ResourceExhausted(f"container {container_id} already has {EXECS_MAX} running execs")
         del self._execs[ended.id], self._ended[ended.id]
 
     def _publish(self, action: str, container: Container, exec: Exec) -> None:

@@ -196,9 +196,7 @@ class _Worker:
             result = msgspec.json.decode(text, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             rest = text + await self._process.stderr.read(_LINE_BYTES_MAX)
-            log.warning(
-                "unexpected output of a worker for files", output=rest[-2000:].decode(errors="replace")
-            )
+            log.warning("unexpected output of the file worker", output=rest[-2000:].decode(errors="replace"))
             raise Unavailable("the process that copies files ended without a response") from error
         message = str(result.get("error", ""))
         match result.get("kind"):

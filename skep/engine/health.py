@@ -259,7 +259,7 @@ class HealthMonitor:
                 async with asyncio.timeout(seconds):
                     await self._execs.wait(left)
             except TimeoutError as error:
-                raise Unavailable("the health check before, which was killed, has not ended") from error
+                raise Unavailable("the previous health check was killed but has not ended") from error
         self._left.pop(id, None)
         self._execs.drop(left)
 

@@ -443,12 +443,12 @@ class Lifecycle:
 
     async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
         """Free one resource.  A failure is logged, and a sweep or the next start finds the leftovers."""
-        await isolate(work, "not freed", container=id)
+        await isolate(work, "resource not freed", container=id)
 
     async def _keep_sweeping(self) -> None:
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
-            await isolate(self.sweep(), "leftovers of networks not removed yet")
+            await isolate(self.sweep(), "leftover network resources not removed yet")
 
     async def _keep_unmounting(self) -> None:
         """Retry unmounts, apart from the other sweeps, so that a silent device or plug-in holds up nothing else."""
@@ -484,11 +484,11 @@ class Lifecycle:
         for container in found.known:
             self._store.restore(container)
         for id in found.unreadable:  # its addresses are unknown, and may be assigned to others now
-            log.error("container is ended: its record cannot be read", container=id)
+            log.error("container ended: record not readable", container=id)
             await self._free(self._runtime.delete_unknown(id), id)
             self.spawn(self._persist(partial(self._read_again, id), id), name=f"record-{id[:12]}")
         for id in found.unknown:
-            log.warning("container without a record removed", container=id)
+            log.warning("container without record removed", container=id)
             self.spawn(self._persist(partial(self._discard_unknown, id), id), name=f"remove-{id[:12]}")
         self._has_found = True
         live = [
@@ -515,7 +515,7 @@ class Lifecycle:
         """Return the result of ``work``.  Retries errors and reports the reason meanwhile."""
 
         def show(error: Exception) -> None:
-            self._report_restore(f"containers of before are not taken over: {describe_error(error)}")
+            self._report_restore(f"earlier containers are not adopted yet: {describe_error(error)}")
 
         result = await retry(work, event, clock=self._clock, longest_s=10.0, on_error=show)
         self._report_restore("")
@@ -553,7 +553,7 @@ class Lifecycle:
         try:
             await adopt()
         except Exception:  # the container keeps running meanwhile
-            event = "API socket not taken over yet"
+            event = "API socket not adopted yet"
             self.spawn(retry(adopt, event, clock=self._clock, container=id), name=f"api-{id[:12]}")
 
     async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
@@ -578,7 +578,7 @@ class Lifecycle:
             elif not container.error:  # else its start has failed, and its sandbox was freed
                 await self._prepare_again(container)
         except Exception as error:
-            log_error(error, "container not ready again", container=id)
+            log_error(error, "container not prepared again", container=id)
             self._store.observe(id, error=describe_error(error), exit_code=128)
 
     # --- background work ----------------------------------------------------------------------------------------
@@ -587,7 +587,7 @@ class Lifecycle:
         """Return the result of ``work`` on a container.  Retries errors and shows them as the container's error."""
         return await retry(
             work,
-            "container's work failed",
+            "container operation failed",
             clock=self._clock,
             longest_s=_RETRY_SECONDS_MAX,
             on_error=lambda error: self._show(id, error),

@@ -131,7 +131,7 @@ class LogForwarding:
     def _send(self, stdin: asyncio.StreamWriter, order: Forward | End | Hold) -> None:
         line = encoded(order)
         if line is None:
-            log.warning("log is not sent: its labels and variables are too large", container=order.id)
+            log.warning("log not sent: labels and variables too large", container=order.id)
             return
         stdin.write(line)
         if isinstance(order, Forward):

@@ -136,7 +136,7 @@ class _Source:
         self._slices.close()
         self._files.close()
         if self._files.damage:
-            log.warning("part of a log is damaged and not shown", reason=self._files.damage)
+            log.warning("damaged part of a log not shown", reason=self._files.damage)
 
     def _read_piece(self) -> list[LogEntry]:
         self.has_more = True

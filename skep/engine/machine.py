@@ -211,7 +211,7 @@ def _check_cgroup_parent(path: str) -> None:
     """Stricter than Docker: runc would resolve ``..`` and create a group outside the named parent."""
     names = path.split("/")
     if {".", ".."} & set(names):
-        raise InvalidArgument(f"invalid cgroup parent {path}: it has . or .. in it")
+        raise InvalidArgument(f"invalid cgroup parent {path}: it contains . or ..")
     is_long = len(path) > _PATH_MAX or any(len(name.encode()) > _NAME_MAX for name in names)
     if is_long or not all(char.isprintable() for char in path):
         raise InvalidArgument(f"invalid cgroup parent {path[:_NAME_MAX]!r}: not the path of a cgroup")
@@ -244,4 +244,4 @@ def _check_block_io(options: MachineOptions) -> None:
 
 def _check_zero(path: str) -> None:
     if "\0" in path:
-        raise InvalidArgument(f"invalid path {path!r}: it has a zero byte")
+        raise InvalidArgument(f"invalid path {path!r}: it contains a zero byte")

@@ -138,7 +138,7 @@ class NetworkChanges:
                     raise
                 except BaseException:
                     back = self._network.rename(sandbox_config(before), sandbox)
-                    await run_to_end(isolate(back, "names of a container not changed back", container=id))
+                    await run_to_end(isolate(back, "container rename not rolled back", container=id))
                     raise
             self._events.publish("rename", renamed, oldName=f"/{before.name}")
             return renamed
@@ -208,9 +208,7 @@ class NetworkChanges:
         try:
             await asyncio.to_thread(self._bundles.refresh_name_files, container, changed)
         except OSError as error:
-            log.warning(
-                "names of a container's networks not written", container=container.id, reason=str(error)
-            )
+            log.warning("container name files not written", container=container.id, reason=str(error))
         return changed
 
 

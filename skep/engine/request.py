@@ -205,7 +205,7 @@ def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
     value = parse(body)
     for name, _ in _given(value):
         if name not in _UPDATE_OPTIONS:
-            raise Unimplemented(f"docker update does not change {_FLAGS.get(name, name)}: leave it out")
+            raise Unimplemented(f"docker update cannot change {_FLAGS.get(name, name)}: omit it")
     request = from_builtins(value, UpdateRequest)
     # Older clients always send a number.
     return request if version >= _WITH_PIDS_LIMIT else msgspec.structs.replace(request, pids_limit=None)
@@ -342,7 +342,7 @@ def _check_endpoint(endpoint: Any) -> None:
 def refused(name: str) -> Unimplemented:
     """Return the error for an unsupported option, by its field name in lower case or its flag."""
     return Unimplemented(
-        f"containers that Skep runs itself do not have {_FLAGS.get(name, name)}: leave it out, or give skep a Docker "
+        f"Skep's own containers do not support {_FLAGS.get(name, name)}: omit it, or give skep a Docker "
         "Engine (--engine-socket) for plain containers"
     )
 

@@ -135,7 +135,7 @@ class RestartMonitor:
                             if event.action == "die":
                                 self._check_id(group, event.container_id)
                 except ResourceExhausted as error:  # events were missed, so check all containers again
-                    log.warning("ends of containers missed", reason=str(error))
+                    log.warning("container exit events missed", reason=str(error))
                     await self._clock.sleep(FIRST_DELAY_S)
 
     def reset(self, id: ContainerId) -> None:
@@ -188,7 +188,7 @@ class RestartMonitor:
         except (NotFound, BeingRemoved):
             pass  # removed by its user meanwhile
         except Exception as error:
-            log_error(error, "plain container left as it is", container=id)
+            log_error(error, "restart policy not applied", container=id)
         finally:
             # Immediately, not in a callback of the task: an end between the last check and the callback would be
             # missed.
@@ -226,7 +226,7 @@ class RestartMonitor:
             raise
         except (SkepError, OSError) as error:  # a full disk, for example
             container = self._containers.get(id)  # NotFound may be about one of its networks
-            log.info("plain container not started again", container=id, reason=describe_error(error))
+            log.info("plain container not restarted", container=id, reason=describe_error(error))
             if container.plain is None:
                 return Rest()
             return after_end(container.plain, container.exit_code or 1, 0.0, due.delay_s)

@@ -60,7 +60,7 @@ def warning(output: str, changelog: str) -> str:
         return ""
     version = output.splitlines()[0].removeprefix("runc version ")
     return (
-        f"runc {version} has known ways out of a container ({', '.join(names)}): upgrade it, or name another one "
+        f"runc {version} has known container escapes ({', '.join(names)}): upgrade it, or set another runc "
         "with --runc"
     )
 

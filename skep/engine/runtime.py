@@ -141,7 +141,7 @@ class Runtime:
         except (RuntimeFailed, ProcessEnded) as error:
             raise StartError(str(error), "start") from error
         except TimeoutError as error:
-            raise Unavailable(f"the container did not begin in {COMMAND_DEADLINE_S:g} s") from error
+            raise Unavailable(f"the container did not start within {COMMAND_DEADLINE_S:g} s") from error
 
     async def wait(self, container: Container) -> Ended:
         """Return when the container has ended, even if an earlier process started it."""
@@ -155,7 +155,7 @@ class Runtime:
         if container.process is not None:
             await wait_gone(container.process)
         log.warning(
-            "container's end was not seen",
+            "container exit not observed",
             container=container.name,
             first_process=msgspec.to_builtins(container.process),
             monitor=msgspec.to_builtins(container.monitor),
@@ -193,7 +193,7 @@ class Runtime:
         pids: list[int] = []
         with suppress(Unavailable):  # only for the log
             pids = sorted(self.cgroups.pids(container))
-        log.warning("processes of an ended container are killed", container=container.id, pids=pids)
+        log.warning("leftover processes of an exited container killed", container=container.id, pids=pids)
         await self.delete(container)
 
     async def pause(self, id: ContainerId) -> None:
@@ -259,7 +259,7 @@ class Runtime:
         try:
             output, errors = await communicate(process, COMMAND_DEADLINE_S, stdin)
         except TimeoutError as error:
-            raise Unavailable(f"runc {arguments[0]} did not end in {COMMAND_DEADLINE_S:g} s") from error
+            raise Unavailable(f"runc {arguments[0]} did not end within {COMMAND_DEADLINE_S:g} s") from error
         if process.returncode:
             raise RuntimeFailed(plain(errors))
         return output

@@ -153,7 +153,7 @@ def _process(
     given = [name for name in wanted if name in capacity.capabilities]
     if len(given) < len(wanted):
         refused = [name for name in wanted if name not in capacity.capabilities]
-        warnings.append(f"this node may not give {', '.join(refused)}")
+        warnings.append(f"this node cannot grant {', '.join(refused)}")
     process: dict[str, Any] = {
         "terminal": config.tty,
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": [user.gid, *user.groups]},
@@ -166,7 +166,7 @@ def _process(
     }
     if config.oom_score_adj:
         if config.oom_score_adj < 0 and not capacity.may_lower_oom_score:
-            warnings.append("this node may not lower the OOM score")
+            warnings.append("this node cannot lower the OOM score")
         else:
             process["oomScoreAdj"] = config.oom_score_adj
     profile = _apparmor_profile(config)
@@ -210,7 +210,7 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
             )
         most = capacity.hard_limits.get(type)
         if most is not None and (hard < 0 or hard > most):
-            warnings.append(f"ulimit {limit.name}={hard} is more than this node may give: {most}")
+            warnings.append(f"ulimit {limit.name}={hard} exceeds this node's limit: {most}")
             hard, soft = most, min(soft, most) if soft >= 0 else most
         limits.append({"type": type, "soft": soft & _UNLIMITED, "hard": hard & _UNLIMITED})
     return limits

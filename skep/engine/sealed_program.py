@@ -54,7 +54,7 @@ class SealedProgram:
             try:
                 self._path = self._take(_sealed_copy(self._file))
             except OSError as error:
-                log.info("runtime is executed from its file", program=str(self._file), reason=str(error))
+                log.info("runtime not executed from memory", program=str(self._file), reason=str(error))
                 self._path = str(self._file)
             self._version = version
         return self._path
@@ -84,7 +84,7 @@ def _sealed_copy(file: Path) -> int:
     """Copy runc to sealed memory and return its descriptor.  Raises: OSError: not runc, or the kernel refuses."""
     with open(file, "rb") as source, open(_memory(), "wb") as memory:
         if not file.resolve().name.startswith("runc") or source.read(4) != b"\x7fELF":
-            raise OSError(errno.ENOEXEC, "it is no runc")
+            raise OSError(errno.ENOEXEC, "it is not runc")
         source.seek(0)
         shutil.copyfileobj(source, memory)
         memory.flush()

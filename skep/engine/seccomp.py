@@ -148,5 +148,5 @@ def kernel_version(release: str) -> tuple[int, int]:
     """Return the major and minor number of a kernel release (``uname -r``).  Raises: ValueError."""
     found = _RELEASE.match(release)  # 6.16+deb14-amd64, for example
     if found is None:
-        raise ValueError(f"no version of a kernel: {release}")
+        raise ValueError(f"not a kernel version: {release}")
     return int(found[1]), int(found[2])

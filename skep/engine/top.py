@@ -66,7 +66,7 @@ async def _run(*arguments: str) -> tuple[str, str]:
     try:
         output, errors = await communicate(process, _DEADLINE_S)
     except TimeoutError as error:
-        raise Unavailable(f"ps did not end in {_DEADLINE_S:g} s") from error
+        raise Unavailable(f"ps did not end within {_DEADLINE_S:g} s") from error
     problem = ""
     if process.returncode and (errors or process.returncode != 1):
         problem, *_ = errors.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]

@@ -176,7 +176,7 @@ class VolumePlugin:
     async def _call(self, method: str, body: Any, type: type[T], deadline_s: float) -> T:
         left_s = self._silent_until - self._clock.monotonic()
         if left_s > 0:
-            raise Unavailable(f"plugin {self.name} does not respond; it is asked again in {left_s:.0f} s")
+            raise Unavailable(f"plugin {self.name} does not respond; next attempt in {left_s:.0f} s")
         await self._take_place(method, deadline_s)
         try:
             async with asyncio.timeout(deadline_s):
@@ -255,10 +255,10 @@ def _refusal(response: bytes) -> str:
 def checked_path(plugin: str, path: str) -> str:
     """Return the directory that a plug-in named.  Raises: Unavailable: it is not a normalized absolute path."""
     if not path:
-        raise Unavailable(f"plugin {plugin} gave no path of the volume")
+        raise Unavailable(f"plugin {plugin} returned no path for the volume")
     is_plain = path.startswith("/") and os.path.normpath(path) == path and "\0" not in path
     if not is_plain or len(path) > _PATH_CHARACTERS_MAX:
-        raise Unavailable(f"plugin {plugin} gave a path that is no volume's: {path[:200]!r}")
+        raise Unavailable(f"plugin {plugin} returned an invalid volume path: {path[:200]!r}")
     return path
 
 
@@ -287,7 +287,7 @@ def _check_certificate(path: Path) -> None:
     """Raise OSError for a pipe or device, whose read would block, and for a file too large for a certificate."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > RESPONSE_BYTES_MAX:
-        raise OSError(f"{path} is no regular file of at most {RESPONSE_BYTES_MAX} bytes")
+        raise OSError(f"{path} is not a regular file of at most {RESPONSE_BYTES_MAX} bytes")
 
 
 def _connector(endpoint: Endpoint, context: ssl.SSLContext | None) -> aiohttp.BaseConnector:
@@ -346,7 +346,7 @@ class VolumePlugins:
 
     def _report(self, error: OSError) -> None:
         if not self._is_unread:
-            log.warning("plugins not looked for everywhere", reason=describe_error(error))
+            log.warning("plugin discovery incomplete", reason=describe_error(error))
 
     async def _try(self, name: str) -> None:
         plugin = self._plugins.get(name)

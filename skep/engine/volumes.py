@@ -471,7 +471,9 @@ class Volumes(VolumeStore):
                 f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
             )
         if driver.options and self.has(name) and self.options(name) != driver.options:
-            raise InvalidArgument(f"volume {name} exists with other options than those of the mount")
+            raise InvalidArgument(
+                f"volume {name} exists with other options than the mount: use the same options, or another volume"
+            )
         path = self.ensure(name, labels, driver.options if given.driver_config is not None else None)
         point = mount_point(mount, str(path), name)
         return msgspec.structs.replace(

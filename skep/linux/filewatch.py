@@ -28,7 +28,7 @@ class FileWatch:
         try:
             self._descriptor = _watching(directory)
         except OSError as error:
-            log.info("directory is looked at now and then", path=str(directory), reason=str(error))
+            log.info("inotify unavailable, directory polled", path=str(directory), reason=str(error))
 
     async def wait_changed(self) -> None:
         """Return when something has or may have changed since the last return, or since the watch was created."""

@@ -298,7 +298,7 @@ def bind_directory(source: str, target: Path, refused: list[str]) -> None:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused))
         if real in _NO_VOLUMES or is_refused:
-            raise MountFailed(f"{source} is no volume: it is {real}")
+            raise MountFailed(f"{source} cannot be a volume: it is {real}")
         syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
     finally:
         os.close(descriptor)

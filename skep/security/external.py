@@ -217,7 +217,7 @@ def _refusal(
         return "it is for another key"
     for oid, wanted in subject.items():
         if _only(certificate, oid) != wanted:
-            return f"its subject is another one ({certificate.subject.rfc4514_string()[:200]})"
+            return f"its subject differs ({certificate.subject.rfc4514_string()[:200]})"
     if (reason := _naming_refusal(certificate, identity)) or (reason := _usage_refusal(certificate)):
         return reason
     if certificate.not_valid_before_utc > now + CLOCK_SKEW:

@@ -211,7 +211,7 @@ class KeyLock:
     def _required_key(self) -> bytes:
         key = self._key_in_clear()
         if key is None:
-            raise Locked("this node's keys are locked: docker swarm unlock")
+            raise Locked("this node's keys are locked: run docker swarm unlock")
         return key
 
 

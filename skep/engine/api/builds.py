@@ -206,9 +206,9 @@ def _refuse(request: web.Request) -> None:
     if version not in ("", "1", "2"):
         raise InvalidArgument(f"invalid version {version}")
     if version == "2":
-        raise Unimplemented("builds by BuildKit are not served here: set DOCKER_BUILDKIT=0")
+        raise Unimplemented("BuildKit builds are not supported here: set DOCKER_BUILDKIT=0")
     if query.get("remote"):
-        raise Unimplemented(f"a build's context comes from the client: {query['remote']} is not fetched")
+        raise Unimplemented(f"remote build contexts are not supported: {query['remote']} is not fetched")
     if flag(request, "squash"):
         raise InvalidArgument("squash is only supported with experimental mode")
     if query.get("securityopt"):

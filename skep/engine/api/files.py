@@ -67,7 +67,7 @@ def _place(request: web.Request) -> tuple[str, str]:
     if not path:
         raise InvalidArgument("bad parameter: pathcannot be empty")  # as in Docker
     if "\0" in path:
-        raise InvalidArgument("invalid path: it holds a zero byte")
+        raise InvalidArgument("invalid path: it contains a zero byte")
     return request.match_info["id"], path
 
 

@@ -58,7 +58,7 @@ class Duplex:
             async with asyncio.timeout(DRAIN_S):
                 await self._writer.drain()
         except TimeoutError as error:
-            raise ConnectionResetError("the client takes no output") from error
+            raise ConnectionResetError("the client does not read the output") from error
 
     async def _wait_head_read(self) -> None:
         connection = self._writer.get_extra_info("socket")
@@ -86,7 +86,7 @@ async def hijack(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
     handler = request.protocol
     transport = request.transport
     if transport is None:
-        raise ConnectionResetError("the client has gone")
+        raise ConnectionResetError("the client has disconnected")
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=_BUFFER_BYTES, loop=loop)
     reader.feed_data(_sent_ahead(handler))
@@ -117,7 +117,7 @@ async def upgrade(
     """
     handler, transport = request.protocol, request.transport
     if transport is None:
-        raise ConnectionResetError("the client has gone")
+        raise ConnectionResetError("the client has disconnected")
     ahead = _sent_ahead(handler)
     reporting = _Reporting(protocol, handler)
     transport.set_protocol(reporting)

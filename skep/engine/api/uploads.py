@@ -55,4 +55,4 @@ async def send_piece(request: web.Request, response: web.StreamResponse, piece: 
     except TimeoutError as error:  # its source stays on the disk, or mounted, meanwhile
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError("the client takes no archive") from error
+        raise ConnectionResetError("the client does not read the archive") from error

@@ -45,7 +45,7 @@ class WebSocketDuplex:
             async with asyncio.timeout(DRAIN_S):
                 await self._connection.send_frame(data, self._kind)
         except TimeoutError as error:
-            raise ConnectionResetError("the client takes no output") from error
+            raise ConnectionResetError("the client does not read the output") from error
 
 
 _CLIENT_OF_A_SOCKET = "localhost"
@@ -61,7 +61,9 @@ def check_handshake(request: web.Request) -> None:
             unlike other requests a WebSocket does not need the server's permission.
     """
     if not web.WebSocketResponse().can_prepare(request).ok:
-        raise InvalidArgument("not websocket protocol: the request is no WebSocket handshake of version 13")
+        raise InvalidArgument(
+            "not websocket protocol: the request is not a WebSocket handshake of version 13"
+        )
     origin = request.headers.get("Origin")
     if origin is None:
         return

@@ -171,7 +171,7 @@ class Forwarder:
             has_ended = self._ended.is_set()  # first: everything written before the end is read below
             messages = await self._retry(self._spool.read)
             if damage := self._spool.take_damage():
-                self._report("part of a log is damaged and not sent", damage, 0)
+                self._report("damaged part of a log not sent", damage, 0)
             if messages:
                 await self._buffer.put(messages, self._spool.position)
                 await asyncio.sleep(0)
@@ -226,13 +226,13 @@ class Forwarder:
                 await self._sink.close()
                 if not self._is_away:
                     self._is_away = True
-                    self._report("remote of a log driver is away", describe_error(error), 0)
+                    self._report("log driver remote unreachable", describe_error(error), 0)
                 await backoff.sleep(self._clock)
             else:
                 break
         if self._is_away:
             self._is_away = False
-            self._report("remote of a log driver is back", "", self.lost - self._said)
+            self._report("log driver remote reachable again", "", self.lost - self._said)
             self._said = self.lost
 
     async def _send(self, message: Message) -> None:
@@ -240,7 +240,7 @@ class Forwarder:
             await self._sink.send(message)
         except Undeliverable as error:
             if not self._refused:
-                self._report("log line cannot be sent", str(error), 1)
+                self._report("log line not sent", str(error), 1)
                 self._said += 1
             self._refused += 1
 
@@ -250,7 +250,7 @@ class Forwarder:
 
     def _say_lost(self) -> None:
         if self.lost > self._said:
-            self._report("log lines are lost", "the remote takes none, or too few", self.lost - self._said)
+            self._report("log lines lost", "the remote accepts none, or too few", self.lost - self._said)
             self._said = self.lost
 
     def _save(self, position: Position) -> None:

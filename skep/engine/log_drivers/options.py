@@ -123,7 +123,7 @@ def _check_buffer(options: Options) -> None:
     size = options.get("max-buffer-size")
     if size is not None and parse_size(size) > BUFFER_BYTES_MAX:
         raise InvalidArgument(
-            f"logger: max-buffer-size {size} is larger than {BUFFER_BYTES_MAX >> 20}m, the most that is possible"
+            f"logger: max-buffer-size {size} is larger than {BUFFER_BYTES_MAX >> 20}m, the maximum"
         )
 
 

@@ -101,7 +101,7 @@ class Sender:
         try:
             await forwarder.run()
         except Exception as error:  # one container's error must not affect others
-            report("log not sent any more", describe_error(error), 0)
+            report("log forwarding stopped", describe_error(error), 0)
 
     def _hold(self, id: str, forwarder: Forwarder) -> None:
         task = self._tasks[id]
