@@ -17,10 +17,12 @@ from skep.aio.tls import accept
 log = structlog.get_logger(__name__)
 
 HANDSHAKE_SECONDS_MAX = 10.0
+"""Deadline of one handshake, which normally takes milliseconds."""
 HANDSHAKES_MAX = 256
 """Concurrent handshakes.  Beyond that, the address with most of them loses its oldest one: a normal handshake takes
 milliseconds."""
 ACCEPT_RETRY_S = 0.1
+"""Pause after a failed accept, which fails again immediately while descriptors are short."""
 
 
 class Handshakes:

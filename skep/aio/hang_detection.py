@@ -10,9 +10,11 @@ from enum import Enum
 import msgspec
 
 HAND_OVER_S = 3.0
+"""Silence after which another manager is made the leader."""
 AGAIN_S = 2.0
 """Time between two hand-overs in one silence: the first may have failed, or leadership may have returned."""
 END_S = 15.0
+"""Silence after which the process is ended."""
 CALM_S = 600.0
 """After this long without a hand-over, the next one is as fast as the first."""
 

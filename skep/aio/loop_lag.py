@@ -29,6 +29,7 @@ CHECK_S = 2 * PERIOD_S
 """Interval between checks of the watching thread."""
 
 FRAMES_MAX = 8
+"""Stack frames in a log line."""
 
 BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 

@@ -37,9 +37,13 @@ LOOK_S: Final = 5.0
 CALLS_MAX: Final = 8
 """Concurrent calls of one driver, so that a hanging driver only blocks its own volumes."""
 ID_BYTES_MAX: Final = 256
+"""Size of an id of a volume or node."""
 MAP_BYTES_MAX: Final = 8 * 1024
+"""Size of all keys and values of a map from a driver, which is stored with the volume."""
 TOPOLOGIES_MAX: Final = 64
+"""Topologies of one volume, which are stored with it."""
 MESSAGE_CHARACTERS_MAX: Final = 500
+"""Length of a driver's error text, which becomes an object's status."""
 SECRET_CHARACTERS_MIN: Final = 4
 """Shorter secrets, such as ``yes``, are not masked, because they occur in many words."""
 _BOUNDS = Bounds(stream_window=256 * 1024, connection_window=1024 * 1024, message=256 * 1024)

@@ -23,6 +23,7 @@ from skep.errors import NotFound, SkepError
 log = structlog.get_logger(__name__)
 
 SOCKETS_MAX = 64
+"""Sockets that are considered in one folder."""
 SOCKET_NAME = "csi.sock"
 """Name of the socket of a driver with its own folder, as in Kubernetes."""
 

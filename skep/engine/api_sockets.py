@@ -37,6 +37,7 @@ _USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
 _VOLUMES: Final = "/var/lib/docker/volumes"
 """Docker's directory of volumes.  It means this node's volumes unless the path exists."""
 _BACKLOG = 64
+"""Connections that wait for the node process, which may be restarting."""
 _DRIVERS: Final = "csi"
 """Subdirectory of the run directory for sockets of CSI drivers (``Paths.csi_sockets``), which may run in containers."""
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.EBADF)
@@ -88,8 +89,7 @@ class ApiSockets:
 
         A plain container that mounts the socket itself has full access unless its label says less, because only an
         administrator creates it and names the socket.  A mount of a directory that contains the socket (``/``,
-        ``/run``)
-        grants only reading, and so does any mount of a task, whose spec others may write.
+        ``/run``) grants only reading, and so does any mount of a task, whose spec others may write.
 
         Raises: InvalidArgument: the label cannot be read.
         """

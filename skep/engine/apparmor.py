@@ -25,6 +25,7 @@ _KERNEL = Path("/sys/kernel/security/apparmor")
 _OWN = Path("/proc/self/attr/current")
 _INCLUDED = Path("/etc/apparmor.d")
 _TIMEOUT_S = 30.0
+"""Deadline of apparmor_parser."""
 
 _RULES = """\
   network,

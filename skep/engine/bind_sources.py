@@ -15,6 +15,7 @@ from skep.errors import InvalidArgument, SkepError
 from skep.model.container import Mount
 
 _DEADLINE_S = 10.0
+"""Deadline of one access to a source, whose server may not respond."""
 
 
 class SourceSilent(SkepError):

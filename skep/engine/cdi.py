@@ -24,7 +24,9 @@ log = structlog.get_logger()
 DIRECTORIES: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
 """The specification's directories, in ascending priority: later files override earlier ones."""
 _FILE_BYTES_MAX = 1 << 20
+"""Size of a description file."""
 _FILES_MAX = 256
+"""Description files per directory, and parsed files that are cached."""
 _DEPTH_MAX = 64
 """Nesting depth of lists and mappings."""
 _HOOKS = frozenset(

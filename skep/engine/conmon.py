@@ -43,7 +43,9 @@ threads than a container with a small pids limit may have.  Containers never see
 DEADLINE_S = 60.0
 """Deadline of conmon's response on an overloaded machine.  A healthy one needs 0.05 s."""
 _CONMON_ENDS_S = 10.0
+"""Deadline for the end of the process that has forked the conmon daemon."""
 _LINE_BYTES_MAX = 64 << 10
+"""Size of one response of conmon."""
 
 
 class RuntimeFailed(SkepError):

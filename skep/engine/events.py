@@ -15,8 +15,11 @@ from skep.errors import ResourceExhausted
 from skep.model.ids import ContainerId
 
 RECENT_MAX = 256
+"""Events that are kept for ``--since``, as many as in Docker."""
 PENDING_MAX = 4096
+"""Events that one subscriber may be behind."""
 SUBSCRIBERS_MAX = 256
+"""Clients that follow events at one time."""
 
 
 class NamedNetwork(NamedTuple):

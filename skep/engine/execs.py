@@ -39,6 +39,7 @@ SLOW_MAX = 16
 KILLED_S = 10.0
 """Wait for the end of a killed process, which its conmon has to notice."""
 _NOT_STARTED = 126
+"""Exit code of an exec that could not be started."""
 EXECS_MAX = 1000
 """Execs per container, including ended ones.  The oldest ended exec is forgotten first."""
 

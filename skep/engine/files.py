@@ -29,13 +29,17 @@ from skep.model.times import Timestamp, timestamp
 log = structlog.get_logger()
 
 _PIECE_BYTES = 1 << 18
+"""Bytes of an archive that are read at a time."""
 _LINE_BYTES_MAX = 1 << 20
+"""Size of one result of the worker."""
 _COPIES_MAX = 16
 """Concurrent copies.  Each is a process."""
 _LOOK_DEADLINE_S = 60.0
+"""Deadline for the worker's next result."""
 _IDLE_DEADLINE_S = 300.0
 """Deadline for one piece of an archive, after which an idle client is given up."""
 _END_DEADLINE_S = 10.0
+"""Wait for a killed worker, which a file system that does not respond may hold."""
 
 
 MountRoot = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]

@@ -32,6 +32,7 @@ _INTERVAL_NS = 30 * SECOND_NS
 _START_INTERVAL_NS = 5 * SECOND_NS
 _TIMEOUT_NS = 30 * SECOND_NS
 _RETRIES = 3
+"""Docker's default, as are the three durations above."""
 LOG_MAX = 5
 """Probes that are kept in the state."""
 OUTPUT_BYTES_MAX = 4096

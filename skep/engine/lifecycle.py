@@ -49,6 +49,7 @@ SWEEP_SECONDS = 20.0
 _READ_TRIES_MAX = 5
 """Attempts to read a container's record: the machine may be short of memory or descriptors for a moment."""
 _RETRY_SECONDS_MAX = 30.0
+"""Longest pause between two attempts."""
 KILLED_S_MAX = 60.0
 """Deadline from SIGKILL to the record of the end.  Docker's is 12 s.  Here the networks are freed before the record,
 which may take long on an overloaded machine."""

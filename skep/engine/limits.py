@@ -12,6 +12,7 @@ from skep.engine.machine import MachineOptions, numbers
 from skep.errors import InvalidArgument
 
 CPU_PERIOD_US: Final = 100_000
+"""Docker's default period of a CPU quota, in microseconds."""
 _THROTTLES: Final = {
     "throttleReadBpsDevice": "BPS Block I/O read",
     "throttleWriteBpsDevice": "BPS Block I/O write",

@@ -31,12 +31,14 @@ from skep.linux.files import sync_file
 from skep.model.times import unix_ns
 
 PIECE_BYTES_MAX = 16 << 10
+"""Size of a piece of a long line, Docker's."""
 SLICE_BYTES = 256 << 10
 """Bytes read at a time."""
 _STREAMS = {b"stdout": Stream.STDOUT, b"stderr": Stream.STDERR}
 _NUMBERED = re.compile(r"(.*?)(?:\.(\d+)(\.gz)?)?")
 _SUFFIX = ".gz"
 _FIRST_BYTES = 64
+"""Bytes at the start of a file that identify it.  They include the first line's time in nanoseconds."""
 _UTC = b"+00:00"
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
 """Errors of reading a compressed file that was cut off or changed."""

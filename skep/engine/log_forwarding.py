@@ -28,6 +28,7 @@ log = structlog.get_logger()
 HOLD_DEADLINE_S = 10.0
 """Wait for the process to open the files of a container before its removal."""
 _END_S = 7.0
+"""Wait for the process to end, longer than its own deadline (``sender._END_S``)."""
 _ACTIONS = frozenset({"start", "die", "destroy"})
 
 

@@ -30,6 +30,7 @@ CHECK_S = 1.0
 _ROTATION_RETRY_S_MAX = 10.0
 """Longest pause before a failed rotation is retried.  The log grows meanwhile."""
 _ENTRIES_AT_ONCE = 512
+"""Entries that are returned together."""
 _SLICES_AT_ONCE = (4 << 20) // SLICE_BYTES
 """Slices read in one call of a thread, even if few of their entries are selected."""
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="read-log")

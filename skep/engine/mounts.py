@@ -20,6 +20,7 @@ from skep.linux.without_links import open_without_links, path_of
 from skep.model.container import BindOptions, Mount, TmpfsOptions
 
 _COPY_DEADLINE_S = 600.0
+"""Deadline of the copy into one volume."""
 
 _NEEDED: Final = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
 """Required companions of each volume option."""

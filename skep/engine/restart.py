@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 60.0
+"""The first delay and the longest, between which it doubles, as in Docker."""
 LASTED_S = 10.0
 """The delay starts over after a run of at least this length."""
 

@@ -15,6 +15,7 @@ Version = tuple[int, int, int]
 
 _CHANGELOGS = ("runc/changelog*", "runc-*/changelog*")
 _CHANGELOG_BYTES_MAX = 4 << 20
+"""Part of a changelog that is read."""
 
 
 class Flaw(NamedTuple):

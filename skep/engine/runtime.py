@@ -54,7 +54,9 @@ COMMAND_DEADLINE_S = 60.0
 """Deadline of one runc command on an overloaded machine.  A healthy one needs 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
 _CLEAR_TRIES_MAX = 8
+"""Attempts to remove cgroups before leftover processes are killed."""
 _CONMON_ENDS_S = 10.0
+"""Deadline for the end of a killed conmon."""
 
 
 class Started(msgspec.Struct, frozen=True):

@@ -42,6 +42,7 @@ result = libc.syscall(ctypes.c_long(0x40000000 | 39))  # getpid
 sys.exit(0 if result < 0 and ctypes.get_errno() == errno.ENOSYS else 1)
 """
 _PROBE_TIMEOUT_S = 5.0
+"""Deadline of the probe.  A probe that takes longer counts as support."""
 
 
 @cache

@@ -14,6 +14,7 @@ from skep.linux import syscalls
 from skep.linux.mounting import parse_options
 
 DEFAULT_MODE: Final = 0o1777
+"""Mode of a tmpfs without a mode option over a path that the image does not have."""
 
 _TYPE = "tmpfs"
 _PROPAGATIONS: Final = ("private", "rprivate", "shared", "rshared", "slave", "rslave")

@@ -15,6 +15,7 @@ from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
 
 _DEADLINE_S = 10.0
+"""Deadline of one ps."""
 _COLUMNS = "100000"
 """Line width for ps.  Some versions cut lines at the width of the terminal from which the daemon was started."""
 _RENAMED_COLUMN = re.compile(r"\s+(\S*)=\s*(PID\S*)")

@@ -25,6 +25,7 @@ _FIRST_S = 5.0
 _AT_ONCE = 25
 """Containers read between two pauses for the event loop."""
 _PAUSE_S = 0.01
+"""Pause between batches, for other work of the process."""
 _STACK = "com.docker.stack.namespace"
 _TASK = "com.docker.swarm.task.name"
 _LABEL_MAX = 256

@@ -16,7 +16,9 @@ from skep.errors import InvalidArgument
 from skep.linux.syscalls import open_in_root
 
 _FILE_BYTES_MAX = 4 << 20
+"""Part of a passwd or group file that is read.  The container can make it any size."""
 _ID_MAX = (1 << 31) - 1
+"""Docker's limit."""
 
 
 class Identity(msgspec.Struct, frozen=True):

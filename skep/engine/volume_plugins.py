@@ -30,18 +30,23 @@ SOCKETS: Final = Path("/run/docker/plugins")
 SPECS: Final = (Path("/etc/docker/plugins"), Path("/usr/lib/docker/plugins"))
 LOCAL: Final = "local"
 SCAN_S = 10.0
+"""Interval between scans for new plug-ins."""
 LONG_S, SHORT_S = 120.0, 60.0
 """Docker's deadlines, for calls that change or mount volumes and for calls that only read."""
 LIST_S = 5.0
 """Deadline of one plug-in when all volumes are listed, so that a slow plug-in does not hold up the list."""
 RESPONSE_BYTES_MAX = 1 << 20
+"""Size of a response, and of a certificate file."""
 CALLS_MAX = 16
 """Concurrent calls to one plug-in.  Further calls wait up to their deadline before they are sent."""
 PLUGINS_MAX = 64
+"""Plug-ins of one node.  Further ones are ignored."""
 VOLUMES_MAX = 10_000
 """Volumes of one plug-in that are listed.  The rest is left out."""
 _SPEC_BYTES_MAX = 64 * 1024
+"""Part of a spec file that is read."""
 _PATH_CHARACTERS_MAX = 4096
+"""Length of a path (the kernel's limit), and of a plug-in's error text."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
 
 log = structlog.get_logger()

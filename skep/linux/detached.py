@@ -20,6 +20,7 @@ from skep.linux.files import replace_file
 
 _PR_SET_NAME = 15
 _LOCK_POLL_S = 0.02
+"""Interval between attempts to take a lock."""
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):

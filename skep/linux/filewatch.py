@@ -17,6 +17,7 @@ _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _IN_MODIFY, _IN_CREATE, _IN_MOVED = 0x2, 0x100, 0xC0
 _LOOK_S = 0.25
+"""Interval of polling without inotify."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -16,6 +16,7 @@ from skep.playground.commands import wait_until
 ROOT = Path("/sys/fs/cgroup")
 
 _GONE_WITHIN_S = 10
+"""Wait for cgroups, which stay busy for a moment after their last process."""
 
 
 def hierarchies() -> list[Path]:

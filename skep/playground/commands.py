@@ -12,6 +12,7 @@ from skep.linux.commands import communicate
 
 _PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 _POLL_S = 0.02
+"""Interval between checks of a condition in other processes."""
 
 
 def find(command: str) -> str:

@@ -14,6 +14,7 @@ from skep.playground.archive import Entry, File
 from skep.playground.commands import run
 
 _DOWNLOAD_WITHIN_S = 300
+"""Deadline of one apt command."""
 _LIBRARY = re.compile(r"^(?: *\|?Depends: |    )((?:lib|zlib)[a-z0-9.+-]+)$", re.MULTILINE)
 """A dependency, or (indented further) a package that provides one: ``libssl3t64`` below ``Depends: <libssl3>``."""
 _LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")

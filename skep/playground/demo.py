@@ -26,6 +26,7 @@ WORKERS = 2
 FIRST_PORT, PORTS_TRIED = 8080, 100
 """The service is published at the first of these ports that is free on the machine."""
 _CREATE_WITHIN_S = 120
+"""Deadline of a docker command, which waits for the service's tasks."""
 _RESPONSE_TIMEOUT_S = 10
 
 

@@ -18,6 +18,7 @@ from skep.playground.description import Node
 HOLDER = Path(__file__).with_name("holder.sh")
 SKEP = Path(sys.executable).with_name("skep")
 _API_WITHIN_S = 60
+"""Deadline of a node's start."""
 _ENDS_MAX = 3
 """Ends of the daemon after which it counts as failed.  A daemon that refuses its configuration or its machine ends
 every time."""
@@ -27,6 +28,7 @@ _CONFIGURATION = """\
 # Hosts are served beside the playground's own sockets, once the node was killed and started.
 """
 _TAIL_LINES = 15
+"""Lines of each log that are shown in an error."""
 
 
 def described(

@@ -18,9 +18,11 @@ from skep.playground.commands import find, run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
 
 _READY_WITHIN_S = 60
+"""Deadline until all nodes are ready."""
 _PORT = 2377
 _LISTEN = f"0.0.0.0:{_PORT}"
 _NAME_BYTES_MAX = 16
+"""Length of a node's name (see ``names``)."""
 API = "API"
 """Key of the managers' TLS API, where otherwise a published port is."""
 Progress = Callable[[str], None]

@@ -11,6 +11,7 @@ from skep.playground.commands import wait_until
 from skep.playground.underlay import NETNS_ROOT
 
 _GONE_WITHIN_S = 20
+"""Wait for killed or stopped processes, which an uninterruptible wait may delay."""
 
 
 def living_in(namespace: Path) -> set[int]:

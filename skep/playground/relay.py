@@ -35,9 +35,12 @@ from skep.playground.underlay import NETNS_ROOT
 
 _LOOPBACK = "127.0.0.1"
 _LOOK_S = 1.0
+"""Interval between reads of the published ports."""
 _ASK_S = 2.0
+"""Deadline of one request to a manager."""
 _READY_WITHIN_S = 20
 _PORTS_MAX = 256
+"""Published ports that are relayed."""
 
 PROTOCOLS = ("tcp", "udp")
 """Relayed protocols.  SCTP is only served by the nodes."""

@@ -15,6 +15,7 @@ from skep.security.keys import private_pem
 PORT = 2376
 """Docker's port for an API by TLS."""
 _DAYS = 30
+"""Validity of the certificates in days."""
 _USES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
     *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),

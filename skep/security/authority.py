@@ -25,7 +25,9 @@ from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
 ROOT_LIFETIME = timedelta(days=20 * 365)
+"""Validity of a root, SwarmKit's."""
 NODE_LIFETIME = timedelta(days=90)
+"""Default validity of a node's certificate, SwarmKit's."""
 BACKDATE = timedelta(hours=1)
 """Backdating of a certificate, for nodes whose clock is behind."""
 
@@ -36,6 +38,7 @@ A shorter lifetime makes it renew in a tight loop (with 4 minutes: 3,950 times a
 """
 
 CSR_BYTES_MAX = 16 * 1024
+"""Size of a certificate request, which callers without a certificate send."""
 
 _CLOCK = SystemClock()
 

@@ -15,6 +15,7 @@ from skep.security.keys import new_private_key
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LIFETIME = timedelta(days=100 * 365)
+"""Validity of a list, which etcd ignores."""
 
 
 def listed_serials(content: bytes) -> frozenset[str]:

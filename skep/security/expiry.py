@@ -73,7 +73,7 @@ def _signed(certificate: x509.Certificate, csr_pem: bytes) -> bytes:
 
 
 def _verify(certificate: x509.Certificate, signature: bytes, signed: bytes) -> None:
-    """Raise InvalidSignature; TypeError: a kind of key that cannot sign."""
+    """Verify a signature.  Raises: InvalidSignature; TypeError: a kind of key that cannot sign."""
     match certificate.public_key():
         case ec.EllipticCurvePublicKey() as key:
             key.verify(signature, signed, ec.ECDSA(hashes.SHA256()))

@@ -29,7 +29,9 @@ RESPONSE_BYTES_MAX = 256 * 1024
 """SwarmKit's limit (CertificateMaxSize)."""
 
 AUTHORITIES_MAX = 16
+"""External authorities in one cluster's config."""
 URL_LENGTH_MAX = 2048
+"""Length of an external authority's URL."""
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Largest accepted lead of the authority's clock."""

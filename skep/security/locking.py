@@ -36,8 +36,11 @@ from skep.paths import Paths
 _FORM = "SWMKEY-1-"
 _HEAD = b"SKEP-LOCKED-1\n"
 _NONCE_BYTES = 12
+"""Size of an AES-GCM nonce."""
 _NAME_BYTES = 16
+"""Part of a digest that identifies a lock key."""
 _KEY_BYTES = 32
+"""Size of an AES-256 key."""
 
 
 class Locked(FailedPrecondition):

@@ -34,7 +34,9 @@ _REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": ""
 _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
+"""Registries in one request's credentials."""
 _KEPT_CHARACTERS_MAX = 1 << 20
+"""Output of a quiet build that is kept in memory."""
 _SILENT_S = 300.0
 """A client that sends nothing of its context for this long loses its build slot."""
 

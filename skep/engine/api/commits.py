@@ -27,6 +27,7 @@ from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.times import timestamp
 
 _TEXT_BYTES_MAX = 1 << 20
+"""Size of all Dockerfile instructions of one request."""
 
 
 def commit_routes(engine: Engine, clock: Clock) -> Routes:

@@ -38,6 +38,7 @@ from skep.model.times import ZERO_TIME, timestamp
 
 _NAMES_ITS_FORM = _WEBSOCKET_CHOOSES = ApiVersion("1.42")
 _STATS_PERIOD_S = 1.0
+"""Interval between samples, Docker's."""
 
 
 class Served(msgspec.Struct, frozen=True):

@@ -60,6 +60,7 @@ from skep.model.secret_env import SECRET_ENV_LABEL
 log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
+"""Lines of a list that are rendered before other requests run."""
 _WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
 _WITH_CONDITION = ApiVersion("1.30")
 _EMPTY_OBJECT_BYTES_MAX = 7

@@ -30,6 +30,7 @@ MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 
 _NAMES_ITS_FORM = ApiVersion("1.42")
 _BUFFER_BYTES = 64 << 10
+"""Input of a client that is buffered before it is read."""
 DRAIN_S = 60.0
 """A client that reads nothing for this long is considered disconnected."""
 _HEAD_UNREAD_S = 5.0

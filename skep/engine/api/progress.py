@@ -13,7 +13,9 @@ from skep.engine.images.progress import Message, Report, failure
 from skep.errors import SkepError, Unavailable
 
 _PENDING_MAX = 1000
+"""Queued messages without text."""
 _TEXT_BYTES_MAX = 16 << 20
+"""Queued text, which a build can write faster than its client reads."""
 _MESSAGE_BYTES = 256
 """Overhead of a message in addition to its text."""
 _CLIPPED = Message(stream="\n[output clipped: it comes faster than the client takes it]\n")

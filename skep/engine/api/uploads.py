@@ -8,9 +8,11 @@ from aiohttp import web
 from skep.errors import Unavailable
 
 _PIECE_BYTES = 1 << 18
+"""Bytes that are read at a time."""
 _REST_BYTES_MAX = 64 << 20
 """Rest of a refused upload that is still read, so that its sender gets the response instead of a broken pipe."""
 _REST_DEADLINE_S = 10.0
+"""Deadline for the rest of a refused upload."""
 TAKEN_S = 300.0
 """A client that reads nothing of an archive for this long is disconnected."""
 

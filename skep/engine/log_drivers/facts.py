@@ -19,7 +19,9 @@ from skep.linux.commands import communicate
 
 DEFAULT_TAG = "{{.ID}}"
 _REGEX_DEADLINE_S = 10.0
+"""Deadline of the evaluation of a user's expression."""
 _COUNT_MAX = 1024
+"""Largest number for ``pad`` and ``truncate``, which limits the length of a tag."""
 _MATCH = """
 import json, re, sys
 pattern, names = json.load(sys.stdin)

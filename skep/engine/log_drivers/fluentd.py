@@ -30,12 +30,14 @@ _KNOWN = frozenset(
     )
 )
 _PORT = 24224
+"""Default port of Fluentd's forward protocol."""
 _RETRIES_MAX = (1 << 32) - 1
+"""The largest unsigned 32-bit number."""
 _RECONNECT_NS_MIN, _RECONNECT_NS_MAX = 100_000_000, 10 * SECOND_NS
 
 
 def check(options: Options) -> None:
-    """Check options.  Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("fluentd", options, _KNOWN)
     _endpoint(options)
     if options.get("fluentd-buffer-limit"):

@@ -25,11 +25,15 @@ Report = Callable[[str, str, int], None]
 """Called with an event, the reason, and a number of lines."""
 
 BUFFER_BYTES = 1 << 20
+"""Messages that are read ahead of the remote.  Further ones stay in the files."""
 SAVE_S = 1.0
+"""Interval between writes of the position.  After a crash, this much output may be sent twice."""
 _LOOK_S = 1.0
+"""Interval between counts of unread files, which rotation may remove."""
 _MESSAGE_BYTES = 100
 """Overhead of a message in addition to its line."""
 _RETRY_S, _RETRY_S_MAX = 0.1, 30.0
+"""First and longest pause before a remote is tried again."""
 
 
 class _Chunk(NamedTuple):

@@ -27,14 +27,17 @@ _KNOWN = frozenset(
 )
 _TYPES = ("gzip", "zlib", "none")
 _CHUNK_BYTES = 1420
+"""Size of a datagram, go-gelf's."""
 _HEAD_BYTES = 12
+"""Size of a chunk's header."""
 _CHUNKS_MAX = 128
+"""Chunks of one message, GELF's limit."""
 _LEVEL_DEFAULT = 1
 """go-gelf's default, flate.BestSpeed."""
 
 
 def check(options: Options) -> None:
-    """Check options.  Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     endpoint = _endpoint(options)
     refuse_unknown("gelf", options, _KNOWN)
     for key, value in options.items():

@@ -33,7 +33,7 @@ _OWN = frozenset(
 
 
 def check(options: Options) -> None:
-    """Check options.  Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("journald", options, frozenset())
 
 

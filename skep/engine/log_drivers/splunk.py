@@ -32,10 +32,11 @@ _KNOWN = frozenset(
 _PATH = "/services/collector/event/1.0"
 _FORMATS = ("inline", "json", "raw")
 _LEVEL_DEFAULT = 6
+"""Level for -1, zlib's default."""
 
 
 def check(options: Options) -> None:
-    """Check options.  Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("splunk", options, _KNOWN)
     _url(options)
     if "splunk-token" not in options:

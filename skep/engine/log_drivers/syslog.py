@@ -37,12 +37,13 @@ _FACILITIES = (
 _FORMATS = ("", "rfc3164", "rfc5424", "rfc5424micro")
 _DAEMON, _ERROR, _INFORMATION = 3, 3, 6
 _PORT = 514
+"""Default port of syslog."""
 _SCHEMES = ("unix", "unixgram", "udp", "tcp", "tcp+tls")
 _LOCAL_SOCKETS = ("/dev/log", "/var/run/syslog", "/var/run/log")
 
 
 def check(options: Options) -> None:
-    """Check options.  Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("syslog", options, _KNOWN)
     _endpoints(options)
     _facility(options.get("syslog-facility", ""))

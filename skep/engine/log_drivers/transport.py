@@ -21,6 +21,7 @@ from skep.engine.log_drivers.message import Undeliverable
 from skep.errors import InvalidArgument
 
 CONNECT_S = 10.0
+"""Deadline of one attempt to connect."""
 SEND_S = 30.0
 """Deadline of one send.  After it the connection is given up, because the remote reads nothing."""
 FILE_BYTES_MAX = 1 << 20
