@@ -1,11 +1,11 @@
-"""The scheduler's loop: updates the accounting, and assigns pending tasks to nodes, those of higher priority first.
+"""The scheduler's loop: updates the accounting and assigns pending tasks to nodes, higher priorities first.
 
-Tasks of one service and version have the same requirements and are decided together as a *group*; a global service's
-task has its node already and is a group of its own, and so is a task that returns to the node with its slot's volumes
-as long as that node can run it or is to be waited for.  A refused group is decided again when something changes that
-could help: a node, or the end of a task; its tasks show why a moment later (``texts``).  A group that waits for another
-service (``dependencies``) is decided again when that service changes.  Where the cluster allows it, room for a refused
-group is made (``preemption``).
+Tasks of one service and version have the same requirements and are decided together as a *group*.  A global service's
+task has its node already and is a group of its own.  So is a task that returns to the node with its slot's volumes,
+while that node can run it or is worth waiting for.  A refused group is decided again when a change could help: a node
+event, or the end of a task.  Its tasks show the reason a moment later (``texts``).  A group that waits for another
+service (``dependencies``) is decided again when that service changes.  If the cluster allows it, tasks with a lower
+priority are preempted for a refused group (``preemption``).
 """
 
 import asyncio
@@ -50,11 +50,11 @@ from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, V
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
 
 BATCH = 250
-"""Tasks decided in one go; about 10 ms on slow machines."""
+"""Tasks decided in one pass, which takes about 10 ms on slow machines."""
 T = TypeVar("T")
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
-"""Single tasks of services without any other task, by their requirements: assigned together."""
+"""Single tasks of services without any other task, by requirements.  They are assigned together."""
 
 
 class Scheduler:
@@ -93,12 +93,12 @@ class Scheduler:
         self._requirements = RequirementsCache()
         self._returning = Returning(self._accounting)
         self._away: dict[TaskId, str] = {}
-        """Why pending tasks may go elsewhere than to the node with their slot's volumes; they are in common groups."""
+        """Why pending tasks, in common groups, may run elsewhere than on the node with their slot's volumes."""
         self._assignments: list[Assignment] = []
         self._preemptions: list[Preempt] = []
-        """Decisions that are not being written yet."""
+        """Decisions whose write has not begun."""
         self._deciding: set[TaskId] = set()
-        """Tasks whose decision is being written: commits about them are ignored until then, so they keep their
+        """Tasks whose decision is being written.  Commits about them are ignored until then, so they keep their
         reservation."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Scheduler:
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
-        """Enter the present objects, with pauses."""
+        """Load the current objects, with pauses."""
         for swarm in self._term.view().find(Swarm):
             self._preemptor.set_cluster(swarm)
         for volume in self._term.view().find(Volume):
@@ -118,7 +118,7 @@ class Scheduler:
                 self._priorities.set(service)
             yield
         for nodes in batches_of(self._term.view, Node):
-            for node in nodes:  # before tasks ask for it
+            for node in nodes:  # before tasks need it
                 self._returning.volumes.set_node(node)
             yield
         for tasks in batches_of(self._term.view, Task):
@@ -134,7 +134,7 @@ class Scheduler:
             for task in tasks:
                 self._update_accounting(task.id, task, view)
             return
-        for task in tasks:  # one of them raised: each separately, so that only that one fails
+        for task in tasks:  # one task raised: handle each separately, so that only that one fails
             self._update_task(task.id)
 
     def _on_commit(self, commit: Commit) -> None:
@@ -181,7 +181,7 @@ class Scheduler:
             self._queue.retry(self._priorities.of_successors(commit), None if has_room else has_volumes)
 
     def _on_task_update(self, old: Task, task: Task) -> bool:
-        """A task changed; gives whether it released something."""
+        """Handle a changed task.  Returns whether it released something."""
         if self._is_accounted(old, task):
             return False
         if task.has_failed and not old.has_failed and task.node_id:
@@ -189,7 +189,7 @@ class Scheduler:
         return self._update_task(task.id) or task.spec is not old.spec
 
     def _is_accounted(self, old: Task, task: Task) -> bool:
-        """Whether the accounting has it already: most commits are reports of running tasks."""
+        """Whether the accounting includes the change already: most commits are reports of running tasks."""
         return (
             task.id not in self._groups.of
             and task.desired_state is old.desired_state
@@ -200,7 +200,7 @@ class Scheduler:
         )
 
     def _update_node(self, id: NodeId) -> Collection[SlotName]:
-        """Take the node's present state over; gives the slots about whose volumes it reports something else."""
+        """Update a node from the store.  Returns the slots whose volumes it reports differently."""
         node = self._term.view().lookup(Node, id)
         if node is None:
             self._accounting.remove_node(id)
@@ -210,13 +210,13 @@ class Scheduler:
         return self._returning.volumes.set_node(node)
 
     def _update_volume(self, volume: Volume) -> set[Group]:
-        """Take the volume's present state over; gives the groups that this may concern."""
+        """Update a volume from the store.  Returns the groups that the change may concern."""
         if self._accounting.update_volume(volume.id, self._term.view().lookup(Volume, volume.id)):
-            return set(self._groups.with_volumes)  # a node that has had its number of them may have another
+            return set(self._groups.with_volumes)  # a node at its volume limit may have room for another
         return self._groups.mounting(sources_of(volume))
 
     def _update_task(self, id: TaskId) -> bool:
-        """Account for the present state of a task; gives whether it released something."""
+        """Account for the current state of a task.  Returns whether it released something."""
         has_room = False
         if id not in self._deciding:
             view = self._term.view()
@@ -285,7 +285,7 @@ class Scheduler:
                 await asyncio.sleep(0)  # however little there was to write
 
     async def _decide(self, due: Sequence[Group]) -> None:
-        """Decide what was taken from the queue, or put it back if that was enough for now."""
+        """Decide the groups taken from the queue, and put the surplus back."""
         now = self._clock.monotonic()
         slices = TimeSlices(self._clock)
         groups = await self._without_waiting(due, slices)
@@ -311,16 +311,17 @@ class Scheduler:
                     await self._pause(slices)
 
     async def _pause(self, slices: TimeSlices) -> None:
-        """Let other tasks run if the slice is over.  What was decided is written before: see ``_in_slices``."""
+        """Let other coroutines run if the slice is over.  Decisions are written first: see ``_in_slices``."""
         if slices.is_over:
             await self._flush()
             await slices.yield_if_due()
 
     async def _without_waiting(self, groups: Sequence[Group], slices: TimeSlices) -> list[Group]:
-        """The groups that wait for nothing.
+        """Return the groups that do not wait.
 
-        That is another service, or a spec: without it a task would go to any node, with nothing reserved.  Or the own
-        service: without its labels a task would leave its data, or come before what it depends on.
+        A group waits for another service, or because an object is unreadable.  Without its spec a task would go to any
+        node, with nothing reserved.  Without its service's labels it would leave its data, or start before its
+        dependencies.
         """
         ready: list[Group] = []
         view, now, found = self._term.view(), self._clock.monotonic(), Looked()
@@ -337,7 +338,7 @@ class Scheduler:
             with self._accounting_failures.caught(key):
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
             if (failure := self._accounting_failures.of(key)) is not None:
-                # Unknown: a task that starts too late does less harm than one that does not wait.
+                # Unknown: a task that starts too late does less harm than a task that does not wait.
                 waiting = Waiting(f"{WAITS_FOR}a decision: {failure.error}", until=failure.retry_at)
             if waiting is None:
                 ready.append(group)
@@ -349,7 +350,7 @@ class Scheduler:
         return ready
 
     def _partition(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
-        """Single tasks that may be assigned together, and the groups that must be decided separately."""
+        """Return single tasks that may be assigned together, and the groups that must be decided separately."""
         firsts: Firsts = {}
         others: list[Group] = []
         view = self._term.view()
@@ -374,10 +375,10 @@ class Scheduler:
                 else:
                     others.append(group)
             return firsts, others
-        return {}, groups  # one of them raised: each separately, so that only that one fails
+        return {}, groups  # one task raised: decide each separately, so that only that one fails
 
     async def _decide_group(self, group: Group, limit: int, now: float) -> int:
-        """Decide up to ``limit`` tasks of the group; the rest is queued again.  Gives how many are assigned."""
+        """Decide up to ``limit`` tasks of the group and queue the rest again.  Returns the number of assigned tasks."""
         placed = Placed()
         claims = self._preemptor.claims(group)
         self._preemptor.release(group)
@@ -401,7 +402,7 @@ class Scheduler:
         return len(placed.assignments)
 
     async def _refuse(self, group: Group, placed: Placed) -> None:
-        """Some tasks of the group, and so all that are left, have no node; room is made for them if it may."""
+        """Handle refused tasks of a group, and so all that are left.  Preempt others for them if allowed."""
         task, reason = placed.refusals[0].task, placed.refusals[0].reason
         why = Why(reason or NO_NODE)
         with self._accounting_failures.caught(f"room for {group}"):
@@ -417,7 +418,7 @@ class Scheduler:
     async def _make_room(
         self, group: Group, tasks: Sequence[Task], requirements: Requirements, why: Why
     ) -> None:
-        """Choose nodes for refused tasks, and which tasks have to leave these."""
+        """Choose nodes for refused tasks, and the tasks to preempt there."""
         work = self._preemptor.nominating(group, tasks, requirements, self._may_go_to(tasks[0], group))
         nominations = await self._in_slices(work, tasks)
         why.words.update((one.task.id, self._preemptor.words(one)) for one in nominations)
@@ -425,10 +426,10 @@ class Scheduler:
         if len(nominations) < len(tasks) and (at := self._preemptor.more_at()) is not None:
             self._queue.add_at(group, at)
         if self._preemptions:
-            await self._flush()  # others choose no victims that are chosen already
+            await self._flush()  # so that other decisions do not choose the same victims
 
     def _may_go_to(self, task: Task, group: Group) -> Sequence[NodeId]:
-        """Nodes on which room may be made."""
+        """Return the nodes on which tasks may be preempted."""
         if task.node_id:
             return (task.node_id,)
         if returns(task, group):
@@ -436,14 +437,17 @@ class Scheduler:
         return list(self._accounting.accounts)
 
     async def _in_slices(self, work: SlicedWork[T], tasks: Sequence[Task]) -> T:
-        """The decision about ``tasks``.  Before it pauses, those before it are written: commits about tasks that are
-        decided and not written yet would release their reservations."""
+        """Run the decision about ``tasks``.
+
+        Earlier decisions are written before it pauses: commits about tasks that are decided but not written would
+        release their reservations.
+        """
         try:
             next(work)
         except StopIteration as end:
             at_once: T = end.value
             return at_once
-        # It may come to a refusal: what has room meanwhile has them decided again.
+        # The tasks may be refused.  Changes that free resources meanwhile make them due again.
         for group in {self._groups.of.get(task.id): None for task in tasks}:
             if group is not None:
                 self._queue.set_aside(group)
@@ -452,12 +456,12 @@ class Scheduler:
         decided: T | None = None
         try:
             await self._flush()
-            await asyncio.sleep(0)  # the first step was in no slice
+            await asyncio.sleep(0)  # the first step was not in a slice
             decided = await result_in_slices(work, self._clock)
             return decided
         finally:
             self._deciding.difference_update(ids)
-            for id in ids:  # what was decided is written next, and looked at then
+            for id in ids:  # decided tasks are written next, and checked then
                 if decided is None or self._accounting.node_of(id) is None:
                     self._update_task(id)
 
@@ -488,7 +492,7 @@ class Scheduler:
         return placed
 
     def _return(self, task: Task, requirements: Requirements) -> Placed:
-        """The node with the volumes of the task's slot, or a wait for it, or the service's common group."""
+        """Assign the task to the node with its slot's volumes, wait for that node, or move it to the common group."""
         match self._returning.decide(task, requirements, self._term.view()):
             case Assignment() as assignment:
                 return Placed(assignments=(assignment,))
@@ -503,7 +507,7 @@ class Scheduler:
     def _returned(
         self, tasks: Sequence[Task], requirements: Requirements
     ) -> tuple[list[Task], Sequence[Assignment]]:
-        """``tasks`` without those whose node is to run them after all, and the assignments of these."""
+        """Return ``tasks`` without those whose original node can run them after all, and the assignments of these."""
         left: list[Task] = []
         assignments: list[Assignment] = []
         for task in tasks:
@@ -522,19 +526,19 @@ class Scheduler:
         return left, assignments
 
     def _with_note(self, assignment: Assignment) -> Assignment:
-        """With the reason why the task's data is elsewhere."""
+        """Add the reason why the task's data is elsewhere."""
         why = self._away.get(assignment.task.id)
         return replace(assignment, message=f"{assignment.message}; {why}") if why else assignment
 
     async def _place_first_tasks(self, shape: Requirements, tasks: Sequence[Task], now: float) -> None:
-        """Nodes for single tasks, with equal requirements, of services without any other task."""
+        """Assign single tasks, with equal requirements, of services without any other task."""
         placed: Placed | None = None
         with self._accounting_failures.caught("first tasks"):
             work = placing(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
             placed = await self._in_slices(work, tasks)
             placed = staying(placed, shape, self._accounting, self._term.view())
         if placed is None:
-            # One of them, or a node, raised: each separately, so that only that one fails.
+            # A task or node raised: decide each separately, so that only that one fails.
             for task in tasks:
                 await self._decide_group(group_of(task), 1, now)
             return
@@ -545,27 +549,27 @@ class Scheduler:
             self._texts.set(group_of(refusal.task), why)
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
-        """The group's pending tasks, those that wait longest first."""
+        """Return the group's pending tasks, longest waiting first."""
         view = self._term.view()
         tasks = (self._pending_task(id, view) for id in islice(self._groups.ids(group), limit))
         return [task for task in tasks if task is not None]
 
     def _pending_task(self, id: TaskId, view: View) -> Task | None:
-        """The task, if it waits for a decision."""
+        """Return the task if it waits for a decision, or None."""
         if id not in self._groups.of or id in self._deciding:
             return None
         task = view.lookup(Task, id)
         return task if task is not None and is_pending(task) else None
 
     def _single(self, group: Group, view: View) -> Task | None:
-        """The task of a group with a single pending task."""
+        """Return the task of a group with a single pending task, or None."""
         ids = self._groups.ids(group)
         return self._pending_task(next(iter(ids)), view) if len(ids) == 1 else None
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
-        """Write what was decided, many decisions in one transaction."""
+        """Write the decisions, many in one transaction."""
         decisions: list[Decision] = [*self._assignments, *self._preemptions]
         self._assignments, self._preemptions = [], []
         if not decisions:
@@ -585,8 +589,8 @@ class Scheduler:
             if isinstance(decision, Assignment) and shows(view, decision):
                 self._dequeue(id)
                 continue
-            # Whatever the result, resync with the store: a decision that was not written has no reservation.
-            # Others may have been refused for it, and no commit says that it is gone.
+            # Whatever the result, resync with the store: a decision that was not written has no reservation.  Others
+            # may have been refused because of it, and no commit reports its release.
             has_room |= self._update_task(id)
             group = self._groups.of.get(id)
             if group is None:
