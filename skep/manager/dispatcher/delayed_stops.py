@@ -1,8 +1,8 @@
-"""Wakes the streams of assignments; delays a task's stop while nodes may still send it new connections.
+"""Wakes assignment streams, and delays a task's stop while nodes may still send it new connections.
 
-A serving task is removed from its networks' tables as soon as it is to stop.  The stop is sent to its node when no
-node uses a table with it any more, or when its service's ``skep.drain`` has passed (docs/architecture.md,
-"Stopping").  Nothing is delayed if the service itself is removed, or if the task does not serve.
+A serving task is removed from its networks' tables as soon as it is retired.  The stop is sent to its node when no node
+uses a table with the task, or when its service's ``skep.drain`` has passed (docs/architecture.md, "Stopping").
+Nothing is delayed if the service itself is removed, or if the task does not serve.
 """
 
 import asyncio
@@ -32,18 +32,18 @@ from skep.store.interface import Store, View
 log = structlog.get_logger(__name__)
 
 WITHHELD_MAX = 2_000
-"""At the same time; further tasks stop at once."""
+"""Maximum delayed stops.  Beyond it, tasks stop at once."""
 
 WaitUnused = Callable[[Task, int], Awaitable[None]]
-"""Returns when no node sends new connections to the task, which is to stop since that revision of the store."""
+"""Returns when no node sends new connections to the task, which was retired at that revision of the store."""
 RESTART_S_MAX = 10.0
-"""How much longer a stop may be delayed at most because an etcd restarts."""
+"""Maximum seconds by which a restarting etcd prolongs the delay of a stop."""
 LOOK_S = 0.1
-"""Between two looks whether it has."""
+"""Seconds between checks whether etcd still restarts."""
 
 
 class Stops:
-    """Which tasks the streams of assignments have to send, and when."""
+    """The tasks that assignment streams have to send, and the delays of their stops."""
 
     def __init__(
         self, store: Store, sessions: Sessions, clock: Clock, wait_unused: WaitUnused | None
@@ -56,10 +56,10 @@ class Stops:
         self._pending: list[_PendingStop] = []
         self._has_pending = Event()
         self._etcds = (0, False)
-        """Whether an etcd is to restart, as of a revision: thousands of stops may ask."""
+        """Whether an etcd restarts, as of a revision.  Cached because thousands of stops may check it."""
 
     def on_update(self, old: Task, new: Task, revision: int) -> None:
-        """A task changed with this revision of the store: wake its node's streams, now or later."""
+        """Wake the streams of a changed task's node, now or when the delay of its stop ends."""
         if new.id in self._withheld:
             if new.status.state.is_terminal:
                 self.release(new)
@@ -76,7 +76,7 @@ class Stops:
         self._has_pending.set()
 
     def release(self, task: Task) -> None:
-        """A task was created, deleted or has ended: wake its node's streams at once."""
+        """Wake the node's streams at once for a task that was created, was deleted or has ended."""
         self._withheld.pop(task.id, None)
         self.wake(task.node_id, (task.id,))
 
@@ -87,7 +87,7 @@ class Stops:
             session.wake_assignments(id for id in task_ids if id not in self._withheld)
 
     async def run(self) -> None:
-        """Delay stops, until cancelled."""
+        """Delay stops until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
                 pending, self._pending = self._pending, []
@@ -119,7 +119,7 @@ class Stops:
                 self.release(task)
 
     async def _sleep_at_least(self, seconds: float) -> None:
-        """Longer while a manager's etcd restarts for a new root: that manager's nodes get no tables meanwhile."""
+        """Sleep, and wait for an etcd that restarts for a new root: its manager's nodes get no tables meanwhile."""
         await self._clock.sleep(seconds)
         until = self._clock.monotonic() + RESTART_S_MAX
         while self._restarts_etcd() and self._clock.monotonic() < until:
@@ -133,7 +133,7 @@ class Stops:
 
 
 class _PendingStop(msgspec.Struct, frozen=True):
-    """A task that is to stop since ``revision``, after ``seconds`` at the latest."""
+    """The stop of a task that was retired at ``revision``, delayed by at most ``seconds``."""
 
     task: Task
     revision: int
@@ -141,7 +141,7 @@ class _PendingStop(msgspec.Struct, frozen=True):
 
 
 def drain_of(view: View, old: Task, new: Task) -> float:
-    """Seconds for which the stop of a task is delayed at most; 0: not at all."""
+    """Return the maximum seconds for which a task's stop is delayed.  0 means not at all."""
     if not begins_to_drain(old, new):
         return 0.0
     service, node = view.lookup(Service, new.service_id), view.lookup(Node, new.node_id)

@@ -9,8 +9,8 @@ Claims are not stored.  A task that is leaving anyway counts as ended when victi
 each later decision, chooses the same node without further victims.
 
 On a node the victims are tasks of the lowest priorities that free enough.  In the end each victim that can stay does,
-the most important first.  Among tasks with the same priority, the first victims are those whose service has other
-running tasks, then those that free most of the missing resources, then the youngest.  The node whose most important
+the most important first.  Among tasks with the same priority, the first victims are tasks whose service has other
+running tasks, then tasks that free most of the missing resources, then the youngest.  The node whose most important
 victim is the least important is chosen.
 
 Source: kubernetes, pkg/scheduler/framework/preemption (victims that can stay, nominated nodes); Nomad,
