@@ -83,7 +83,7 @@ class Allocations:
         return frozenset()
 
     def leave_task(self, id: TaskId) -> frozenset[NetworkId]:
-        """Release the addresses of a task that has ended or whose allocation was not written.  Returns their networks."""
+        """Release the addresses of a task that ended or whose allocation was not written.  Returns their networks."""
         return self._release(id)
 
     def enter_node(self, node: Node) -> frozenset[NetworkId]:

@@ -101,5 +101,5 @@ def overlays_of(view: View, task: Task, networks: Networks) -> list[Network]:
 
 
 def spec_or_template(view: View, task: Task) -> ServiceSpec:
-    """Return the spec that the task was made from, or the task's own template if the spec is no longer stored."""
+    """Return the spec that the task was made from, or the task's own template if the store has deleted the spec."""
     return spec_of(view, task) or ServiceSpec(task_template=task.spec)

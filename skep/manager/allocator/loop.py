@@ -397,7 +397,7 @@ class Allocator:
         return []
 
     def _given(self, owner: str, key: str, network: Network, give: Callable[[], T]) -> T:
-        """Return what ``give`` allocates for ``owner``.
+        """Allocate for ``owner`` by calling ``give``.
 
         Raises:
             NoAddress: No address is free.  ``key`` is queued again when one is released, or when the owner of

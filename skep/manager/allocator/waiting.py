@@ -24,7 +24,7 @@ class Waiting:
         self._new.setdefault(service_id, {})[task_id] = None
 
     def remove(self, service_id: ServiceId, task_id: TaskId) -> None:
-        """Remove a task that is no longer new."""
+        """Remove a task that does not wait any longer."""
         if (tasks := self._new.get(service_id)) is not None:
             tasks.pop(task_id, None)
             if not tasks:

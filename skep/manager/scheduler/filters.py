@@ -262,7 +262,7 @@ def explaining(
 ) -> SlicedWork[str]:
     """Count the nodes that each filter refused, largest count first: ``insufficient resources on 2 nodes; ...``.
 
-    Empty if there are no nodes, or if every node passes.
+    The text is empty without nodes, or if every node passes.
     """
     filters = filters_for(requirements)
     refused: Counter[Filter] = Counter()
