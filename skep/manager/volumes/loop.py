@@ -1,13 +1,13 @@
-"""The leader's loop over cluster volumes: one piece of work per volume, which ends in calls of its driver.
+"""The leader's loop for cluster volumes: one job per volume, which ends in calls of its driver.
 
-A volume whose driver hangs or fails is tried again with growing delays, and holds up no other: each is handled by
-itself, and a driver's calls are bounded and have deadlines.
+A volume whose driver hangs or fails is retried with growing delays and does not delay other volumes: each is handled
+separately, and a driver's calls are limited in number and time.
 
-No fence of ours holds in a driver: what a leader has asked for may be done after the next leader's first call.  CSI
-allows several calls for one volume only where they ask for the same.  So a leader confirms its term before each step,
-which ends within ``STEP_S``, and in the first ``SETTLED_S`` of a term undoes nothing of the volumes that there were: to
-make or publish once more what an earlier leader may be making or publishing is harmless, to delete or unpublish it is
-not.  As an entry stays until it has been undone, nothing is made again either that an earlier leader may be undoing.
+Drivers know no fencing: a call by a deposed leader may be executed after the next leader's first call.  CSI allows
+several calls for one volume only if they request the same.  So a leader confirms its term before each step, which ends
+within ``STEP_S``.  In the first ``SETTLED_S`` of a term it undoes nothing for the volumes that existed before: it may
+safely repeat a creation or publication that an earlier leader may have in progress, but not delete or unpublish.  An
+entry stays until it has been undone, so a leader also cannot repeat what an earlier leader may be undoing.
 """
 
 import asyncio
@@ -62,14 +62,17 @@ from skep.store.kinds import Payload, Revocation
 log = structlog.get_logger(__name__)
 
 BATCH = 100
+"""Volumes taken from the queue at once."""
 LANES = 8
-"""Steps of one volume at a time: one for a node that hangs does not hold up those for the others."""
+"""Concurrent steps of one volume, so that a step for a node that hangs does not delay those for others."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+"""Limits of the delay between retries of a volume."""
 MESSAGE_CHARACTERS_MAX = 500
+"""Maximum length of a step's error on the volume."""
 STEP_S = 45.0
-"""Of all that a step asks of a driver, waiting for its turn included."""
+"""Maximum seconds of a step's driver calls, including the wait for their turn."""
 SETTLED_S = 60.0
-"""After the begin of a term no call of an earlier leader is under way any more."""
+"""Seconds after the beginning of a term from which on no call of an earlier leader can be in progress."""
 _STOPPING = "it waits until the removed node has stopped its containers"
 _HELD = "it waits until no call of an earlier leader can be under way"
 INFO_PART, PUBLISH_PART = "info", "publish"
@@ -77,7 +80,7 @@ _DAMAGED = "where the volume is cannot be read in the store: nothing is done unt
 
 
 class ControllerDriver(Protocol):
-    """The controller's half of ``skep.csi.driver.Driver``."""
+    """The controller half of ``skep.csi.driver.Driver``."""
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo: ...
 
@@ -93,24 +96,24 @@ class ControllerDriver(Protocol):
 T = TypeVar("T")
 
 FindDriver: TypeAlias = Callable[[str], Awaitable[ControllerDriver]]
-"""The driver of that name on this machine.  Raises: NotFound."""
+"""Returns the driver with that name on this machine.  Raises NotFound."""
 
 
 Confirm: TypeAlias = Callable[[], Awaitable[None]]
-"""Returns while the term lasts.  Raises: NotLeader; Unavailable."""
+"""Returns while the term lasts.  Raises NotLeader or Unavailable."""
 
 
 async def unconfirmed() -> None:
-    """For a store without terms."""
+    """Do nothing, for a store without terms."""
 
 
 async def no_drivers(name: str) -> ControllerDriver:
-    """Of a manager that has none."""
+    """Raise NotFound, on a manager without drivers."""
     raise NotFound(f'driver "{name}" not found')
 
 
 class ClusterVolumes:
-    """Has cluster volumes made, published where tasks need them, and deleted.  Leader only."""
+    """Has drivers create, publish and delete cluster volumes as tasks need them.  Leader only."""
 
     def __init__(
         self, term: LoopStore, clock: Clock, random: Random, find_driver: FindDriver, confirm: Confirm
@@ -121,10 +124,12 @@ class ClusterVolumes:
         self._find_driver = find_driver
         self._confirm = confirm
         self._inherited: frozenset[VolumeId] = frozenset()
-        """Volumes of which an earlier leader's calls may be under way."""
+        """Volumes for which an earlier leader's calls may be in progress."""
         self._settled_at = 0.0
         self._doubted: set[VolumeId] = set()
-        """Volumes that all nodes have been asked for: once in a term, as a driver may refuse for other reasons."""
+        """Volumes that all nodes were asked to unpublish.
+
+        That happens once per term, since a driver may refuse for other reasons."""
         self._reset()
 
     async def run(self) -> None:
@@ -142,14 +147,14 @@ class ClusterVolumes:
     def _reset(self) -> None:
         self._queue: WorkQueue[VolumeId] = WorkQueue(self._clock)
         self._creation = asyncio.Lock()
-        """One volume after the other gets its id: two that are given the same one would share a disk."""
+        """Volumes get their ids one after the other: two volumes with the same id would share a disk."""
         self._backoffs: dict[VolumeId, Backoff] = {}
         self._users: dict[VolumeId, dict[TaskId, NodeId]] = {}
-        """The tasks that have a volume and have not ended, with their nodes."""
+        """Tasks that have a volume and have not ended, with their nodes."""
         self._by_node = VolumeIndex()
         self._handled: set[VolumeId] = set()
         self._again: set[VolumeId] = set()
-        """Those that changed while they were handled."""
+        """Volumes that changed while they were handled."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -218,7 +223,7 @@ class ClusterVolumes:
                     group.create_task(self._handle(id, read_waiting), name=f"volume-{id}")
 
     async def _handle(self, id: VolumeId, read_waiting: CatchUp) -> None:
-        """One look at a volume, and what follows from it; no error but the end of the term reaches others."""
+        """Handle a volume once.  Only errors that end the term are raised."""
         try:
             await read_waiting()
             is_done = await self._advance(id)
@@ -242,7 +247,7 @@ class ClusterVolumes:
             self._queue.add((id,))
 
     async def _advance(self, id: VolumeId) -> bool:
-        """Settle the volume and carry its steps out; gives whether all of them succeeded."""
+        """Settle the volume and carry out its steps.  Returns whether all of them succeeded."""
         needed = frozenset(self._users.get(id, {}).values())
         volume = await self._term.update(_settle, id, needed)
         if volume is None:
@@ -257,8 +262,11 @@ class ClusterVolumes:
         return all(lane.result() for lane in lanes)
 
     async def _allowed(self, found: Iterable[Step], volume: Volume) -> AsyncIterator[Step]:
-        """Without what undoes something that an earlier leader may be doing, or takes a volume from a removed node that
-        may still write to it; the volume is looked at again later."""
+        """Yield the steps that may be carried out now.
+
+        A step has to wait if it undoes something that an earlier leader may be doing, or takes a volume from a removed
+        node that may still write to it.  The volume is then queued for later.
+        """
         id, now = volume.id, self._clock.monotonic()
         is_settled = id not in self._inherited or self._settled_at <= now
         for step in found:
@@ -279,7 +287,7 @@ class ClusterVolumes:
         return removal_of(self._term.view().lookup(Revocation, step.node_id))
 
     async def _carry_out_each(self, left: deque[Step], volume: Volume) -> bool:
-        """Take steps and carry them out until none is left; gives whether all of them succeeded."""
+        """Carry out steps until none is left.  Returns whether all of them succeeded."""
         is_done = True
         while left:
             step = left.popleft()
@@ -291,8 +299,8 @@ class ClusterVolumes:
                 words = (str(error) if isinstance(error, SkepError) else describe_error(error)) or "failed"
                 if not isinstance(error, SkepError):
                     log_error(error, "step of a volume failed", volume=volume.id, step=type(step).__name__)
-                # CSI's code for a volume that is on another node, of which the store has nothing: there was one of this
-                # name before.
+                # CSI's code for a volume that is on another node.  If the store has no such node, an earlier volume had
+                # the same name.
                 is_elsewhere = isinstance(error, FailedPrecondition) and volume.id not in self._doubted
                 if is_elsewhere and await self._term.update(_doubt, volume.id, step):
                     self._doubted.add(volume.id)
@@ -301,7 +309,7 @@ class ClusterVolumes:
         return is_done
 
     async def _carry_out(self, step: Step, volume: Volume) -> None:
-        """Raises: SkepError."""
+        """Carry out one step.  Raises SkepError."""
         if isinstance(step, Forget):
             await self._term.update(_forget, volume.id)
             return
@@ -326,7 +334,7 @@ class ClusterVolumes:
         log.info("volume", volume=volume.spec.name, id=volume.id, done=type(step).__name__.lower())
 
     async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The result of a driver's call, by the leader.  Raises: NotLeader; SkepError."""
+        """Confirm the term, make a driver call and return its result.  Raises NotLeader or another SkepError."""
         await self._confirm()
         try:
             async with asyncio.timeout(STEP_S):
@@ -335,8 +343,8 @@ class ClusterVolumes:
             raise Unavailable(f"the driver has not done it within {STEP_S:g} s") from error
 
     async def _enter_created(self, volume: Volume, info: VolumeInfo) -> None:
-        """Raises: UnusableResponse: it is not what was asked for, or another volume's."""
-        # It is not deleted: drivers find volumes by name, so it may be one with data that was there before.
+        """Record a created volume.  Raises UnusableResponse if it is not as requested, or another volume."""
+        # It is not deleted: drivers find volumes by name, so it may be an earlier volume with data.
         if not volume.pending_delete and (words := discrepancy(volume, info)):
             raise UnusableResponse(f"{words}; removing the volume deletes it")
         async with self._creation:
@@ -349,7 +357,7 @@ class ClusterVolumes:
             await self._term.update(_created, volume.id, info)
 
     def _secrets_of(self, volume: Volume) -> Mapping[str, str]:
-        """Raises: Unavailable: one cannot be read."""
+        """Return the driver secrets of a volume.  Raises Unavailable if one is unreadable."""
         view, found = self._term.view(), {}
         for one in volume.spec.secrets:
             payload = view.lookup(Payload, f"secret/{one.secret}")
@@ -372,7 +380,7 @@ def _settle(tx: Transaction, id: VolumeId, needed: frozenset[NodeId]) -> Volume 
     if volume is None:
         return None
     if PUBLISH_PART in tx.damaged(Volume).get(id, ()):
-        # It looks as if it were nowhere: with another entry it might be on two nodes, and the damage would be covered.
+        # It looks unpublished: with another entry it might be on two nodes, and the damage would be hidden.
         tx.put(replace(volume, message=_DAMAGED))
         return None
     changed = settled(volume, needed, lambda node_id: tx.lookup(Node, node_id))
@@ -380,7 +388,7 @@ def _settle(tx: Transaction, id: VolumeId, needed: frozenset[NodeId]) -> Volume 
 
 
 def _announced(tx: Transaction, id: VolumeId) -> bool:
-    """From here on the driver may have made it; False: it was removed before."""
+    """Announce that the driver will be asked to create the volume.  Returns False if it was removed before."""
     volume = tx.rely_on(Volume, id)
     if volume is None or volume.info is not None or (volume.pending_delete and not volume.is_creating):
         return False
@@ -417,7 +425,7 @@ def _change(
     state: PublishState,
     change: Callable[[PublishStatus], PublishStatus | None],
 ) -> None:
-    """Change the volume's status on a node, if it still is in ``state``."""
+    """Change the volume's status on a node, if it is still in ``state``."""
     volume = tx.rely_on(Volume, id)
     if volume is None:
         return
@@ -437,8 +445,10 @@ def _forget(tx: Transaction, id: VolumeId) -> None:
 
 
 def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:
-    """Have all nodes give the volume up, but the one for which it is published.  False: the step says nothing of
-    other nodes."""
+    """Have all nodes unpublish the volume, except the node that it is published for.
+
+    Returns False if the step does not concern other nodes.
+    """
     volume = tx.rely_on(Volume, id)
     match step:
         case Publish(node_id) if volume is not None and volume.spec.access_mode.scope is VolumeScope.SINGLE:
@@ -451,7 +461,7 @@ def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:
 
 
 def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:
-    """Show why a step failed, where the step belongs."""
+    """Show why a step failed, on the volume or on its entry for the step's node."""
     volume = tx.rely_on(Volume, id)
     if volume is None:
         return
@@ -467,7 +477,7 @@ def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:
 
 
 def _decides(volume: Volume) -> tuple[object, ...]:
-    """What decisions about the volume depend on: not its messages, or each failure would be tried again at once."""
+    """Return the inputs of decisions about the volume, without messages, so that failures are retried with a delay."""
     entries: Sequence[object] = [(one.node_id, one.state, one.is_closing) for one in volume.publish_status]
     return volume.pending_delete, volume.info, tuple(entries)
 
