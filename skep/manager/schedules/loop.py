@@ -1,4 +1,4 @@
-"""The leader's loop over scheduled jobs: starts what is due, and sleeps until the next due time.  Leader only."""
+"""The leader's loop for scheduled jobs: starts due runs, and sleeps until the next due time.  Leader only."""
 
 import asyncio
 from contextlib import suppress
@@ -27,19 +27,20 @@ log = structlog.get_logger(__name__)
 BATCH = 50
 """Jobs decided before their runs are written together."""
 CLOCK_LOOK_S = 20.0
-"""Between two looks at whether the wall clock was set, or a run that could not be read is repaired."""
+"""Seconds between checks whether the wall clock was set, or an unreadable run was repaired."""
 CLOCK_SET_S = 1.0
+"""Minimum seconds by which the wall clock must have been set to matter."""
 SCHEDULES_ID = "schedules"
-"""Id of the payload that notes when the cluster was restored (``Restored``)."""
+"""Id of the payload that records when the cluster was restored (``Restored``)."""
 RESTORED = "the cluster was restored: whether it has run is not known"
 
 
 class Schedules:
-    """Starts the runs of jobs with a schedule at their due times.
+    """Starts the runs of scheduled jobs at their due times.
 
     Args:
-        incarnation: of the cluster.  After a restore runs that are not in the backup may have happened: what was due
-            until then is passed over.
+        incarnation: The cluster's incarnation.  After a restore, runs that are missing from the backup may have
+            happened, so everything that was due until then is skipped.
     """
 
     def __init__(self, term: LoopStore, clock: Clock, random: Random, incarnation: int) -> None:
@@ -76,7 +77,7 @@ class Schedules:
             group.create_task(self._notice_set_clock(), name="notice that the clock was set")
 
     async def _notice_set_clock(self) -> None:
-        """Waits are measured by another clock than due times: when the wall clock is set, they are computed anew."""
+        """Recompute all waits when the wall clock is set, because waits use another clock than due times."""
         offset_s = self._offset_s()
         while True:
             await self._clock.sleep(CLOCK_LOOK_S)
@@ -110,13 +111,13 @@ class Schedules:
         self._failures.requeue_failed(self._queue, what, [(id, error) for id in ids])
 
     def _is_due(self, id: ServiceId) -> bool:
-        """Whether something is to be decided about a job now; if not, it is queued for its next due time."""
+        """Whether a decision about a job is due now.  If not, the job is queued for its next due time."""
         view = self._term.view()
         service = view.lookup(Service, id)
         if service is None or service.removed_at is not None:
             return False
         if has_unreadable_run(view, id):
-            # A repair need not show as a change of the service: an equal value, or the spec version of the run.
+            # A repair may not show as a change of the service: an equal value, or the spec version of the run.
             self._queue.add_at(id, self._clock.monotonic() + CLOCK_LOOK_S)
             return False
         job = service.job_status
@@ -145,7 +146,7 @@ class Schedules:
                 _log(result)
 
     async def _confirm_incarnation(self) -> None:
-        """Once in a term.  Raises: SkepError."""
+        """Read or record the incarnation, once per term.  Raises SkepError."""
         if self._restored is None:
             self._restored = await self._term.update(
                 note_incarnation, self._incarnation, self._clock.now_ns()
@@ -153,9 +154,9 @@ class Schedules:
 
 
 def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_ns: int = 0) -> Service | None:
-    """Decide and write what is due of a job; gives it, if something was written.
+    """Decide about a job and write the result.  Returns the service if something was written.
 
-    The service is compared: of two leaders that decide about the same due time one decides again.
+    The service is compared at the commit: if two leaders decide about the same due time, one of them decides again.
     """
     service = tx.rely_on(Service, id)
     if service is None or service.removed_at is not None or has_unreadable_run(tx, id):
@@ -163,7 +164,7 @@ def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_n
     job = service.job_status
     if job is None or CRON not in service.spec.labels:
         return None
-    if job.schedule is None:  # of a manager that did not know the label: it counts from now on
+    if job.schedule is None:  # written by a manager that did not know the label: it counts from now on
         decision: JobStatus | None = replace(job, schedule=ScheduleStatus(settled=timestamp(now_ns)))
     else:
         schedule = parsed_schedule(service.spec.labels)
@@ -173,18 +174,18 @@ def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_n
 
 
 class Restored(msgspec.Struct, frozen=True):
-    """When the cluster got its present incarnation."""
+    """When the cluster got its current incarnation."""
 
     incarnation: int
     until_ns: int = 0
-    """Due times until then may have had runs that no backup shows; 0: it was never restored."""
+    """Due times until then may have had runs that no backup shows.  0 if the cluster was never restored."""
 
 
 def note_incarnation(tx: Transaction, incarnation: int, now_ns: int) -> Restored:
-    """Note when this incarnation was first seen, once; gives what is noted."""
+    """Record when this incarnation was first seen, once.  Returns the record."""
     stored = tx.lookup(Payload, SCHEDULES_ID)
     if stored is not None:
-        with suppress(msgspec.DecodeError):  # what cannot be read counts as another incarnation
+        with suppress(msgspec.DecodeError):  # an unreadable record counts as another incarnation
             restored = msgspec.json.decode(stored.data, type=Restored)
             if restored.incarnation == incarnation:
                 return restored
@@ -197,7 +198,7 @@ def _log(service: Service) -> None:
     job = service.job_status
     starts = job.schedule.starts if job is not None and job.schedule is not None else ()
     if not starts or job is None:
-        return  # its schedule was noted
+        return  # only its schedule was recorded
     last = starts[-1]
     if last.skipped:
         log.warning("run skipped", job=service.spec.name, due=last.scheduled_at, reason=last.skipped)
