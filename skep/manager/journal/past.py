@@ -1,6 +1,6 @@
-"""The cluster as it was: which revision a time means, and the objects of then, from the store's history.
+"""Past states of the cluster: the revision at a time, and the objects of that revision, from the store's history.
 
-One state is read at a time, and the last few are kept for a moment: a timeline is dragged to and fro.
+One state is read at a time, and the last few are kept for a moment, because users drag a timeline back and forth.
 """
 
 import asyncio
@@ -19,23 +19,26 @@ from skep.model.times import Timestamp, timestamp
 from skep.store.interface import HistoryGone, Store, View
 
 KEPT_MAX = 3
+"""Maximum states in memory."""
 KEPT_S = 30.0
+"""Seconds after the last request for which states are kept."""
 WAITING_MAX = 8
+"""Maximum requests that wait for a state."""
 OLDEST_S = 10.0
-"""For which the oldest revision is cached: every page of the history needs it."""
+"""Seconds for which the oldest revision is cached, since every page of the history needs it."""
 
 _REVISION = re.compile(r"revision:([0-9]{1,18})")
 
 
 class Past(msgspec.Struct, frozen=True):
-    """A state, and the time until which it is known to have been so."""
+    """A state, and the latest time at which it is known to have existed."""
 
     view: View
     at_ns: int
 
 
 class PastStates:
-    """Of one manager.  ``marks``: its own (``journal.loop``)."""
+    """The past states on one manager.  ``marks`` are the manager's own (``journal.loop``)."""
 
     def __init__(self, store: Store, marks: Iterable[Mark], clock: Clock) -> None:
         self._store = store
@@ -48,10 +51,12 @@ class PastStates:
         self._oldest: tuple[float, int] | None = None
 
     async def at(self, when: str) -> Past:
-        """The state at ``when``: a time, or ``revision:N``.
+        """Return the state at ``when``: a time, or ``revision:N``.
 
-        Raises: InvalidArgument: it is neither, or in the future; HistoryGone: with the oldest time that there is;
-        Unavailable.
+        Raises:
+            InvalidArgument: It is neither, or in the future.
+            HistoryGone: The store has deleted it.  The message has the oldest available time.
+            Unavailable: The store cannot be read, or too many requests wait.
         """
         revision, at_ns = await self._meant(when)
         if revision is None:
@@ -62,7 +67,7 @@ class PastStates:
             raise HistoryGone(await self._gone(when)) from error
 
     async def _meant(self, when: str) -> tuple[int | None, int]:
-        """The revision, None if it was too long ago, and its time."""
+        """Return the revision, or None if it was too long ago, and its time."""
         now_ns, view = self._clock.now_ns(), self._store.view()
         if match := _REVISION.fullmatch(when):
             revision = int(match[1])
@@ -75,7 +80,7 @@ class PastStates:
         return await revision_at(view, self._marks, at_ns), at_ns
 
     async def oldest(self) -> Timestamp:
-        """From which time on there are states; empty: not known.  Raises: Unavailable."""
+        """Return the time of the oldest available state, or an empty string if it is unknown.  Raises Unavailable."""
         now = self._clock.monotonic()
         if self._oldest is None or now - self._oldest[0] > OLDEST_S:
             self._oldest = now, await self._store.oldest_revision()
@@ -107,7 +112,7 @@ class PastStates:
             self._waiting -= 1
 
     def _forget_later(self) -> None:
-        """They take as much memory as the present state."""
+        """Forget the states after a while, since each takes as much memory as the current state."""
         if self._forgetting is not None:
             self._forgetting.cancel()
         self._forgetting = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)
