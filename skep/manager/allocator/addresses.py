@@ -115,12 +115,12 @@ class AddressAllocations:
         """Return how full an allocated network is.  Cheap, since it is called for every task."""
         return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
-    def leave_room(self, network: Network) -> None:
+    def skip_to_last_quarter(self, network: Network) -> None:
         """Continue in the last quarter of the network: unknown addresses in use are mostly before it."""
         for pool in _pools(network):
             key = network.id, pool.version
-            beginning = pool.last - (pool.last - pool.first) // 4
-            self._last[key] = max(self._last.get(key, 0), max(self._taken.get(key, ()), default=0), beginning)
+            start = pool.last - (pool.last - pool.first) // 4
+            self._last[key] = max(self._last.get(key, 0), max(self._taken.get(key, ()), default=0), start)
 
     def allocate(self, owner: str, network: Network, requested: str = "") -> str:
         """Allocate an IPv4 address of an allocated network, as ``ip/length``.

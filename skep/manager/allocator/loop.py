@@ -342,8 +342,8 @@ class Allocator:
             owner = service_owner(service_id)
 
             def allocate(network: Network, version: int) -> str:
-                give = partial(self._allocations.allocate_virtual, owner, network, version)
-                return self._given(owner, service_id, network, give)
+                allocate_one = partial(self._allocations.allocate_virtual, owner, network, version)
+                return self._allocate_for(owner, service_id, network, allocate_one)
 
             try:
                 virtual_ips = virtual_ips_for(service, networks, allocate)
@@ -378,8 +378,8 @@ class Allocator:
             owner, is_docker = node_owner(node_id), is_docker_node(node)
 
             def allocate(network: Network) -> tuple[str, ...]:
-                give = partial(self._node_addresses, owner, network, is_docker=is_docker)
-                return self._given(owner, node_key(node_id), network, give)
+                allocate_one = partial(self._node_addresses, owner, network, is_docker=is_docker)
+                return self._allocate_for(owner, node_key(node_id), network, allocate_one)
 
             try:
                 attachments = node_attachments(node, wanted, allocate)
@@ -396,8 +396,8 @@ class Allocator:
             self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
 
-    def _given(self, owner: str, key: str, network: Network, give: Callable[[], T]) -> T:
-        """Allocate for ``owner`` by calling ``give``.
+    def _allocate_for(self, owner: str, key: str, network: Network, allocate_one: Callable[[], T]) -> T:
+        """Allocate for ``owner`` with ``allocate_one``, if no unreadable addresses prevent that.
 
         Raises:
             NoAddress: No address is free.  ``key`` is queued again when one is released, or when the owner of
@@ -405,8 +405,8 @@ class Allocator:
         """
         try:
             if check_known(self._term.view(), owner, network):
-                self._allocations.addresses.leave_room(network)
-            return give()
+                self._allocations.addresses.skip_to_last_quarter(network)
+            return allocate_one()
         except Unread as error:
             self._unread.setdefault(error.owner, set()).add(key)
             raise
@@ -454,8 +454,8 @@ class Allocator:
         released = self._allocations.leave_task(task.id)  # addresses of an earlier attempt
 
         def allocate(network: Network, requested: Sequence[str]) -> tuple[str, ...]:
-            give = partial(self._allocations.allocate_all, task.id, network, requested)
-            return self._given(task.id, task.service_id, network, give)
+            allocate_one = partial(self._allocations.allocate_all, task.id, network, requested)
+            return self._allocate_for(task.id, task.service_id, network, allocate_one)
 
         match attachments_for(spec, networks, allocate, task.networks_attachments):
             case Attached(attachments):

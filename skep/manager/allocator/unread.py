@@ -35,7 +35,8 @@ def check_known(view: View, owner: str, network: Network) -> bool:
     """Refuse ``owner`` an address of a network on which another owner may have any address.
 
     Services and nodes get new addresses in place of unreadable ones, without waiting for each other.  Returns whether
-    there are several such owners, any of which may get an address that another has (``AddressAllocations.leave_room``).
+    there are several such owners, any of which may get an address that another has.  The caller then uses
+    ``AddressAllocations.skip_to_last_quarter``.
 
     Raises:
         Unread: Another owner's addresses on the network are unreadable.

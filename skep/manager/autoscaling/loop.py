@@ -146,9 +146,9 @@ class Autoscaler:
             self._counts.services = len(self._services)
             self._counts.unknown = 0
             if self._services:
-                await self._look()
+                await self._scale_due()
 
-    async def _look(self) -> None:
+    async def _scale_due(self) -> None:
         usages, now, slices = await self._collect(), self._clock.monotonic(), TimeSlices(self._clock)
         due: list[Scaling] = []
         for id in sorted(self._services):

@@ -25,7 +25,7 @@ class Acknowledgements:
     def set_networks(self, node_id: NodeId, session_id: str, networks: Iterable[NetworkId]) -> None:
         """Set the networks of a node.  It has acknowledged nothing yet in a new session or for new networks."""
         if self._sessions.get(node_id) != session_id:
-            self.begin_anew(node_id)
+            self.reset_node(node_id)
             self._sessions[node_id] = session_id
         before, now = self._networks_of.get(node_id, frozenset()), frozenset(networks)
         if before == now:
@@ -43,7 +43,7 @@ class Acknowledgements:
         if network is not None and revision > network.revisions.get(node_id, revision):
             network.put(node_id, revision)
 
-    def begin_anew(self, node_id: NodeId) -> None:
+    def reset_node(self, node_id: NodeId) -> None:
         """Discard the node's acknowledgements, because it may still apply tables of an earlier session."""
         for network_id in self._networks_of.get(node_id, ()):
             self._network(network_id).put(node_id, 0)

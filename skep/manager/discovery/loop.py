@@ -141,7 +141,7 @@ class Discovery:
             # After a restart from a snapshot the change's revision is unknown: it is this one or an earlier one.
             return {table.id: min(table.endpoint_changed_at(task.id), revision) for table in tables}
 
-        return await self._first(revisions)
+        return await self._wait_for_result(revisions)
 
     @property
     def sessions_changed_at(self) -> int:
@@ -162,9 +162,9 @@ class Discovery:
         if self._handled >= revision:
             return
         self._has_commits.set()  # this revision may belong to a commit without such objects
-        await self._first(lambda: self._handled if self._handled >= revision else None)
+        await self._wait_for_result(lambda: self._handled if self._handled >= revision else None)
 
-    async def _first(self, find: Callable[[], T | None]) -> T:
+    async def _wait_for_result(self, find: Callable[[], T | None]) -> T:
         """Wait for a result of ``find``, which is called now and whenever the tables may have changed."""
         changed = Event()
         self._waiting[changed] = None
@@ -254,7 +254,7 @@ class Discovery:
             session.signal() as signal,
             self._streams.open(_Stream(caller.node_id, session, signal)) as stream,
         ):
-            self.acknowledgements.begin_anew(caller.node_id)
+            self.acknowledgements.reset_node(caller.node_id)
             await run_stream(
                 stream, requests, partial(self._on_applied, stream), self._send_changes(stream, send)
             )

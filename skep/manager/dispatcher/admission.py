@@ -51,7 +51,7 @@ class Admission:
     def __init__(self, clock: Clock, random: Random) -> None:
         self._clock = clock
         self._random = random
-        self._taken = 0
+        self._running = 0
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._waiting_since = 0.0
         self._done = 0
@@ -74,8 +74,8 @@ class Admission:
             self._leave()
 
     async def _wait_slot(self) -> None:
-        if self._taken < AT_ONCE_MAX and not self._waiting:
-            self._taken += 1
+        if self._running < AT_ONCE_MAX and not self._waiting:
+            self._running += 1
             return
         if not self.is_overloaded():
             self._waiting_since, self._done = self._clock.monotonic(), 0
@@ -85,15 +85,15 @@ class Admission:
             async with asyncio.timeout(HOLD_S):
                 await slot
         except TimeoutError:
-            if self._gave_up(slot):
+            if self._stop_waiting(slot):
                 return
             raise self._retry_later() from None
         except asyncio.CancelledError:
-            if self._gave_up(slot):
+            if self._stop_waiting(slot):
                 self._leave()
             raise
 
-    def _gave_up(self, slot: asyncio.Future[None]) -> bool:
+    def _stop_waiting(self, slot: asyncio.Future[None]) -> bool:
         """Stop waiting.  Returns whether the slot became free at the same moment."""
         self._waiting.pop(slot, None)
         return slot.done() and not slot.cancelled()
@@ -108,10 +108,10 @@ class Admission:
         return RetryLater(f"many nodes are registering with this manager: retry in {after_s:.1f} s", after_s)
 
     def _leave(self) -> None:
-        self._taken -= 1
-        while self._waiting and self._taken < AT_ONCE_MAX:
+        self._running -= 1
+        while self._waiting and self._running < AT_ONCE_MAX:
             slot = next(iter(self._waiting))
             del self._waiting[slot]
             if not slot.done():
-                self._taken += 1
+                self._running += 1
                 slot.set_result(None)

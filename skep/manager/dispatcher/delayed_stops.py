@@ -31,14 +31,14 @@ from skep.store.interface import Store, View
 
 log = structlog.get_logger(__name__)
 
-WITHHELD_MAX = 2_000
+DELAYED_MAX = 2_000
 """Maximum delayed stops.  Beyond it, tasks stop at once."""
 
 WaitUnused = Callable[[Task, int], Awaitable[None]]
 """Returns when no node sends new connections to the task, which was retired at that revision of the store."""
 RESTART_S_MAX = 10.0
 """Maximum seconds by which a restarting etcd prolongs the delay of a stop."""
-LOOK_S = 0.1
+CHECK_S = 0.1
 """Seconds between checks whether etcd still restarts."""
 
 
@@ -52,7 +52,7 @@ class Stops:
         self._sessions = sessions
         self._clock = clock
         self._wait_unused = wait_unused
-        self._withheld: dict[TaskId, None] = {}
+        self._delayed: dict[TaskId, None] = {}
         self._pending: list[_PendingStop] = []
         self._has_pending = Event()
         self._etcds = (0, False)
@@ -60,7 +60,7 @@ class Stops:
 
     def on_update(self, old: Task, new: Task, revision: int) -> None:
         """Wake the streams of a changed task's node, now or when the delay of its stop ends."""
-        if new.id in self._withheld:
+        if new.id in self._delayed:
             if new.status.state.is_terminal:
                 self.release(new)
             return
@@ -68,23 +68,23 @@ class Stops:
             return
         seconds = drain_of(self._store.view(), old, new) if self._wait_unused is not None else 0.0
         is_here = self._sessions.live(new.node_id) is not None
-        if not (seconds and is_here) or len(self._withheld) >= WITHHELD_MAX:
+        if not (seconds and is_here) or len(self._delayed) >= DELAYED_MAX:
             self.wake(new.node_id, (new.id,))
             return
-        self._withheld[new.id] = None
+        self._delayed[new.id] = None
         self._pending.append(_PendingStop(new, revision, seconds))
         self._has_pending.set()
 
     def release(self, task: Task) -> None:
         """Wake the node's streams at once for a task that was created, was deleted or has ended."""
-        self._withheld.pop(task.id, None)
+        self._delayed.pop(task.id, None)
         self.wake(task.node_id, (task.id,))
 
     def wake(self, node_id: NodeId, task_ids: Iterable[TaskId]) -> None:
         """Wake the node's streams for tasks, except for those whose stop is delayed."""
         session = self._sessions.live(node_id)
         if session is not None:
-            session.wake_assignments(id for id in task_ids if id not in self._withheld)
+            session.wake_assignments(id for id in task_ids if id not in self._delayed)
 
     async def run(self) -> None:
         """Delay stops until cancelled."""
@@ -92,17 +92,17 @@ class Stops:
             while True:
                 pending, self._pending = self._pending, []
                 for one in pending:
-                    group.create_task(self._withhold(one), name=f"drain {one.task.id}")
+                    group.create_task(self._delay(one), name=f"drain {one.task.id}")
                 self._has_pending.clear()
                 await self._has_pending.wait()
 
-    async def _withhold(self, pending: "_PendingStop") -> None:
+    async def _delay(self, pending: "_PendingStop") -> None:
         assert self._wait_unused is not None, "nothing is withheld without it"
         task = pending.task
         with isolated("drain of a task", task.id):
             try:
                 unused = self._wait_unused(task, pending.revision)
-                await run_unless(_awaited(unused), self._sleep_at_least(pending.seconds))
+                await run_unless(_await(unused), self._sleep_at_least(pending.seconds))
             except Preempted:
                 log.info(
                     "drain time is over: task stops though connections may still be sent to it",
@@ -123,7 +123,7 @@ class Stops:
         await self._clock.sleep(seconds)
         until = self._clock.monotonic() + RESTART_S_MAX
         while self._restarts_etcd() and self._clock.monotonic() < until:
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
 
     def _restarts_etcd(self) -> bool:
         view = self._store.view()
@@ -150,5 +150,5 @@ def drain_of(view: View, old: Task, new: Task) -> float:
     return drain_s(service.spec.labels)
 
 
-async def _awaited(wait: Awaitable[None]) -> None:
+async def _await(wait: Awaitable[None]) -> None:
     await wait

@@ -392,9 +392,9 @@ class Dispatcher:
                 del request
         finally:
             if session is not None and caller.has_crashed():
-                self._expect_back(session)
+                self._extend_grace(session)
 
-    def _expect_back(self, session: LiveSession) -> None:
+    def _extend_grace(self, session: LiveSession) -> None:
         """Let a node whose process ended have the grace of a planned stop.
 
         Its kernel closed the connection, so the machine still runs.

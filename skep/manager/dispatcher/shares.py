@@ -19,9 +19,9 @@ WEIGHT_LIGHT = 30
 WEIGHT_HEAVY = 3
 """Weight of a manager with far more than its share."""
 
-_MUCH = 1.25
+_OVERFULL_RATIO = 1.25
 """A manager is overfull if it has more than its share times this, and at least one session more."""
-_AT_ONCE = 10
+_SURPLUS_DIVISOR = 10
 """Divisor of the surplus that determines how many nodes are redirected per check."""
 
 
@@ -57,9 +57,9 @@ def to_redirect(held: Mapping[NodeId, int], own: NodeId, movable: Collection[Nod
     if not _is_overfull(held[own], share):
         return ()
     least = min(held.values())
-    with_room = {id for id, count in held.items() if count == least}
-    able = [id for id in sorted(movable) if with_room - {id, own}]
-    return tuple(able[: max(1, int(held[own] - share) // _AT_ONCE)])
+    least_loaded = {id for id, count in held.items() if count == least}
+    able = [id for id in sorted(movable) if least_loaded - {id, own}]
+    return tuple(able[: max(1, int(held[own] - share) // _SURPLUS_DIVISOR)])
 
 
 def _share(held: Mapping[NodeId, int]) -> float:
@@ -67,7 +67,7 @@ def _share(held: Mapping[NodeId, int]) -> float:
 
 
 def _is_overfull(count: int, share: float) -> bool:
-    return count >= share + 1 and count > _MUCH * share
+    return count >= share + 1 and count > _OVERFULL_RATIO * share
 
 
 def _weight(count: int, share: float) -> int:

@@ -74,7 +74,7 @@ class AssignmentStreams:
         with session.assignment_signal() as signal:
             change, sent = everything(self._store.view(), session.node_id, self._volumes.on)
             number = 1
-            yield change.revision, _trust_in(change), await encoded(change, "", str(number))
+            yield change.revision, _trust_in(change), await encode_assignments(change, "", str(number))
             del change
             while True:
                 changed = await signal.wait()
@@ -88,7 +88,11 @@ class AssignmentStreams:
                 if update is None:
                     continue
                 applies_to, number = str(number), number + 1
-                yield update.revision, _trust_in(update), await encoded(update, applies_to, str(number))
+                yield (
+                    update.revision,
+                    _trust_in(update),
+                    await encode_assignments(update, applies_to, str(number)),
+                )
                 del update
 
 
@@ -99,7 +103,9 @@ def _trust_in(change: AssignmentSet) -> Mapping[TaskId, Trust]:
 # -- messages, encoded in batches: a node with a thousand tasks does not block the event loop ------------------------
 
 
-async def encoded(change: AssignmentSet, applies_to: str, results_in: str) -> pb.AssignmentsMessage:
+async def encode_assignments(
+    change: AssignmentSet, applies_to: str, results_in: str
+) -> pb.AssignmentsMessage:
     """Encode ``change`` as a message that leads from state ``applies_to`` to state ``results_in``."""
     kind = pb.AssignmentsMessage.COMPLETE if change.complete else pb.AssignmentsMessage.INCREMENTAL
     message = pb.AssignmentsMessage(type=kind, applies_to=applies_to, results_in=results_in)

@@ -47,7 +47,7 @@ class PastStates:
         self._reading = asyncio.Lock()
         self._waiting = 0
         self._kept: OrderedDict[int, View] = OrderedDict()
-        self._forgetting: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._oldest: tuple[float, int] | None = None
 
     async def at(self, when: str) -> Past:
@@ -58,15 +58,15 @@ class PastStates:
             HistoryGone: The store has deleted it.  The message has the oldest available time.
             Unavailable: The store cannot be read, or too many requests wait.
         """
-        revision, at_ns = await self._meant(when)
+        revision, at_ns = await self._resolve(when)
         if revision is None:
-            raise HistoryGone(await self._gone(when))
+            raise HistoryGone(await self._gone_message(when))
         try:
             return Past(await self._state_at(revision), at_ns)
         except HistoryGone as error:
-            raise HistoryGone(await self._gone(when)) from error
+            raise HistoryGone(await self._gone_message(when)) from error
 
-    async def _meant(self, when: str) -> tuple[int | None, int]:
+    async def _resolve(self, when: str) -> tuple[int | None, int]:
         """Return the revision, or None if it was too long ago, and its time."""
         now_ns, view = self._clock.now_ns(), self._store.view()
         if match := _REVISION.fullmatch(when):
@@ -87,7 +87,7 @@ class PastStates:
         at_ns = await time_of(self._store.view(), self._marks, self._oldest[1])
         return timestamp(at_ns) if at_ns is not None else Timestamp("")
 
-    async def _gone(self, when: str) -> str:
+    async def _gone_message(self, when: str) -> str:
         self._oldest = None
         oldest = await self.oldest()
         since = f": it begins at {oldest}" if oldest else ""
@@ -113,6 +113,6 @@ class PastStates:
 
     def _forget_later(self) -> None:
         """Forget the states after a while, since each takes as much memory as the current state."""
-        if self._forgetting is not None:
-            self._forgetting.cancel()
-        self._forgetting = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)

@@ -22,7 +22,7 @@ class Pending:
         self._taken = 0
         """Number of the oldest entries that are being written.  They are kept, in addition to ``most``."""
         self._lost = 0
-        self._lost_told = 0
+        self._reported_lost = 0
         self._lost_revision = 0
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Pending:
     def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
         """Return the entries of one write: the oldest, with whole revisions, after an entry about lost ones if any."""
         entries: list[Entry] = []
-        self._lost_told = self._lost
+        self._reported_lost = self._lost
         if self._lost:
             words = f"{self._lost} entries are missing here: more came than could be written"
             entries.append(missing(words, self._kind, self._lost_revision, now))
@@ -64,8 +64,8 @@ class Pending:
         while self._entries and self._entries[0].id in ids:
             self._entries.popleft()
         self._taken = 0
-        self._lost -= self._lost_told
-        self._lost_told = 0
+        self._lost -= self._reported_lost
+        self._reported_lost = 0
 
     def written_until(self, revision: int) -> None:
         """Remove entries up to ``revision``, because another manager has written them."""
@@ -73,7 +73,7 @@ class Pending:
             self._entries.popleft()
             self._taken = max(self._taken - 1, 0)
         if self._lost_revision <= revision:
-            self._lost = self._lost_told = 0
+            self._lost = self._reported_lost = 0
 
 
 def _characters(entry: Entry) -> int:

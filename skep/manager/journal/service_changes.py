@@ -7,7 +7,7 @@ from skep.model.container import ContainerSpec
 from skep.model.service import ServiceSpec
 
 _NAMES_MAX = 5
-_SAID = frozenset({"image", "env", "secrets", "configs", "labels"})
+_NAMED = frozenset({"image", "env", "secrets", "configs", "labels"})
 
 
 def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
@@ -31,7 +31,7 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
     if template[0].force_update != template[1].force_update:
         yield "all tasks are to be replaced"
     others = [
-        *_differing(before, after, _SAID),
+        *_differing(before, after, _NAMED),
         *_differing(*template, {"container_spec", "force_update"}),
         *_differing(old, new, {"task_template", "mode", "labels"}),
     ]

@@ -89,12 +89,12 @@ class JoiningManager:
         backoff = Backoff(0.03, 0.15, rng=self._rng)
         own = self._pair.identity.node_id
 
-        async def delayed(reason: str) -> None:
+        async def report_delay(reason: str) -> None:
             on_delay(
                 await unreachable_peers(peers, own) or reason
             )  # a peer it cannot reach keeps its own etcd from serving
 
-        await self._call(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, delayed)
+        await self._call(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, report_delay)
 
     async def _call(
         self,

@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 ANNOUNCE_S = 2.0
 """Timeout in seconds of one announcement."""
-FIRST_AGAIN_S, LONGEST_AGAIN_S = 1.0, 4.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 4.0
 """Limits of the delay between announcements."""
 
 
@@ -65,7 +65,7 @@ class PeerSearch:
 
     async def search(self) -> None:
         """Announce this manager's address to all known addresses, repeatedly until cancelled."""
-        backoff = Backoff(FIRST_AGAIN_S, LONGEST_AGAIN_S)
+        backoff = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S)
         while True:
             async with asyncio.TaskGroup() as group:
                 for addr in self._candidates():

@@ -191,7 +191,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case FillSlot():
             _fill(tx, change, new_id, now)
         case RetireTask(task, desired, successor, is_due, cause, service):
-            if service is not None and not _is_still(tx, service):
+            if service is not None and not _is_current_at_commit(tx, service):
                 return
             if cause is not None and _has_passed(tx, cause, task):
                 return
@@ -294,7 +294,7 @@ def _is_current(tx: Transaction, decided: Service) -> bool:
     )
 
 
-def _is_still(tx: Transaction, decided: Service) -> bool:
+def _is_current_at_commit(tx: Transaction, decided: Service) -> bool:
     """Whether ``_is_current`` still holds at the commit.  A new task relies on its service's spec in any case."""
     tx.rely_on(Service, decided.id, HEAD)
     return _is_current(tx, decided)

@@ -60,8 +60,8 @@ def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
     surplus = set()
     for task in sorted(filter(_holds, tasks), key=age):
         reserved = reservations_of(task.spec)
-        has_room = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
-        if not (has_room and all(map(stock.holds, task.generic_resources))):
+        fits = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
+        if not (fits and all(map(stock.holds, task.generic_resources))):
             surplus.add(task.id)
             continue
         nano_cpus -= reserved.nano_cpus

@@ -174,11 +174,11 @@ def _missing_runs(
     under_way = active | {number for number, slot in slots.items() if wanted(slot)} - done
     given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way
     taken = done | under_way | given_up
-    room = min((job.max_concurrent or 0) - len(under_way), total - len(taken))
+    free_runs = min((job.max_concurrent or 0) - len(under_way), total - len(taken))
     free = (number for number in range(1, total + 1) if number not in taken)
     return [
         FillSlot(service, number, desired=first_state(slots.get(number, ())))
-        for number in islice(free, max(room, 0))
+        for number in islice(free, max(free_runs, 0))
     ]
 
 

@@ -65,7 +65,7 @@ THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
 """Throttling below the minimum is skipped, and above the maximum it is cut."""
 FAILED = "orchestration failed"
 """First words of a service's message when its decision raised an error."""
-BESIDE = "; the update: "
+UPDATE_SEPARATOR = "; the update: "
 """Separates such an error from the message of the service's update."""
 
 
@@ -156,7 +156,7 @@ class Orchestrator:
                     if new.service_id and (
                         _is_relevant(old, new)
                         or self._is_on_unusable_node(old, new)
-                        or self._holds_room_of_update(old, new)
+                        or self._holds_place_of_update(old, new)
                     ):
                         yield new.service_id, self._slot_of_event(new)
                 case Created(Node() as node):
@@ -171,7 +171,7 @@ class Orchestrator:
                     if before.spec != after.spec or has_other_properties(before, after):
                         self._overcommitted.pop(after.id, None)
                         yield from self._slots_of_node(after)
-                    elif _is_another(before, after):
+                    elif _affects_tasks(before, after):
                         yield from self._slots_of_node(after)
 
     def _no_longer_required(self, old: Service, new: Service) -> Iterator[tuple[ServiceId, None]]:
@@ -201,7 +201,7 @@ class Orchestrator:
             if task.service_id and any(one.id == id for one in task.volumes):
                 yield task.service_id, slot_key(task)
 
-    def _holds_room_of_update(self, old: Task, new: Task) -> bool:
+    def _holds_place_of_update(self, old: Task, new: Task) -> bool:
         """Whether an outdated task was assigned: its update may retire it for new tasks that were refused its node."""
         if old.node_id or not new.node_id:
             return False
@@ -245,7 +245,7 @@ class Orchestrator:
             slices = TimeSlices(self._clock)
             for service_id in due:
                 if not self._is_throttled(service_id):
-                    changes += await self._decided(service_id, catch_up)
+                    changes += await self._decide(service_id, catch_up)
                     await slices.yield_if_due()
             await self._commit([(id, change) for id, change in changes if not self._is_held(id, change)])
 
@@ -271,7 +271,7 @@ class Orchestrator:
         del self._throttled_until[service_id]
         return False
 
-    async def _decided(self, service_id: ServiceId, catch_up: CatchUp) -> list[tuple[ServiceId, Change]]:
+    async def _decide(self, service_id: ServiceId, catch_up: CatchUp) -> list[tuple[ServiceId, Change]]:
         """Return the changes for one service.
 
         If the decision raises an error, the error is written to the service and the decision is retried.
@@ -430,7 +430,7 @@ def throttle_s(tasks: int) -> float:
     return min(delay_s, THROTTLE_S_MAX) if delay_s >= THROTTLE_S_MIN else 0.0
 
 
-def _is_another(before: Node, after: Node) -> bool:
+def _affects_tasks(before: Node, after: Node) -> bool:
     """Whether a change of a node's status can change a decision about its tasks."""
     is_same = before.status.addr == after.status.addr and is_unknown(before) == is_unknown(after)
     return not is_same or is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after)
@@ -470,7 +470,7 @@ def _own_message(status: UpdateStatus) -> str:
     """Return the message of the update itself, such as a pause, whose cause is stored nowhere else."""
     if not status.message.startswith(FAILED):
         return status.message
-    return status.message.rpartition(BESIDE)[2] if BESIDE in status.message else ""
+    return status.message.rpartition(UPDATE_SEPARATOR)[2] if UPDATE_SEPARATOR in status.message else ""
 
 
 def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
@@ -479,7 +479,7 @@ def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
     if service is not None:
         status = service.update_status or UpdateStatus()
         own = _own_message(status)
-        message = f"{FAILED}: {error}" + (f"{BESIDE}{own}" if own else "")
+        message = f"{FAILED}: {error}" + (f"{UPDATE_SEPARATOR}{own}" if own else "")
         tx.put(replace(service, update_status=replace(status, message=message)))
 
 

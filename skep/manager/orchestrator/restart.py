@@ -210,7 +210,7 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     starts_now = (
         delay == 0 and not _still_stopping(slot, situation) and not _waits_for_update(task, slot, situation)
     )
-    starts_now = starts_now and (task.status.state.is_terminal or _is_gone(task, situation))
+    starts_now = starts_now and (task.status.state.is_terminal or _counts_as_stopped(task, situation))
     return FillSlot(
         situation.service,
         task.slot,
@@ -221,7 +221,7 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     )
 
 
-def _is_gone(task: Task, situation: Situation) -> bool:
+def _counts_as_stopped(task: Task, situation: Situation) -> bool:
     """Whether ``task`` counts as stopped because its node is lost."""
     return is_lost(situation.node_of(task)) and situation.node_stops_at(task) <= situation.now
 
@@ -283,7 +283,7 @@ def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
 
 def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
     """Return the slot's stopping tasks on nodes that will report the stop or stop the tasks by themselves."""
-    return [task for task in slot if is_stopping(task) and not _is_gone(task, situation)]
+    return [task for task in slot if is_stopping(task) and not _counts_as_stopped(task, situation)]
 
 
 def stopped_at(task: Task, situation: Situation) -> float:

@@ -240,15 +240,15 @@ class _Rollout:
         holds something that a new task was refused, since the new task would otherwise wait forever.  For the same
         reason a waiting slot keeps its running task, and retires attempts at the versions that this update replaced.
         """
-        busy, room_at = 0, []
+        busy, allowed_at = 0, []
         for task in self._started:
             settled_at = self._settled[task.id]
             if settled_at is None:
                 busy += 1
             elif settled_at + self._delay_s > self._now:
                 busy += 1
-                room_at.append(settled_at + self._delay_s)
-        room = (self._config.parallelism or len(waiting)) - busy
+                allowed_at.append(settled_at + self._delay_s)
+        allowed = (self._config.parallelism or len(waiting)) - busy
         yield
         idle: list[_SlotView] = []
         serving: list[_SlotView] = []
@@ -257,17 +257,17 @@ class _Rollout:
             if number % STEP == 0:
                 yield
         steps: list[Step] = []
-        room = max(room, 0)
-        for number, view in enumerate([*idle, *serving][:room] + self._holders(idle[room:])):
+        allowed = max(allowed, 0)
+        for number, view in enumerate([*idle, *serving][:allowed] + self._holders(idle[allowed:])):
             steps += self._replace(view)
             if number % STEP == 0:
                 yield
-        for number, view in enumerate(serving[max(room - len(idle), 0) :]):
+        for number, view in enumerate(serving[max(allowed - len(idle), 0) :]):
             steps += _retired(task for task in view.outdated if task not in view.serving)
             if number % STEP == 0:
                 yield
-        if len(waiting) > room and room_at:
-            steps.append(Recheck(min(room_at)))
+        if len(waiting) > allowed and allowed_at:
+            steps.append(Recheck(min(allowed_at)))
         return [*steps, *self._recheck_progress()]
 
     def _holders(self, idle: list[_SlotView]) -> list[_SlotView]:

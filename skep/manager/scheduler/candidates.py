@@ -76,7 +76,7 @@ class Candidates:
             return effective, account.node.id
         return used_share(fill(self._requirements, account), load), effective, account.node.id
 
-    def has_room(self, account: Account, copies: int) -> bool:
+    def has_capacity(self, account: Account, copies: int) -> bool:
         """Whether the node can run one more task now, given its ``copies`` of the same service's tasks."""
         for one in self._passing:  # noqa: SIM110  called for each choice, and `all` makes a generator
             if not one.passes(self._requirements, account, copies):
@@ -103,15 +103,15 @@ class Candidates:
         ranking = self.leaves.get(leaf)
         if ranking is None:
             ranking = self.leaves[leaf] = Ranking(
-                self.rank, self._has_room_for_a_first if self._passing else None
+                self.rank, self._has_capacity_for_first if self._passing else None
             )
         if passes:
             ranking.enter(account)
         else:
             ranking.leave(id)
 
-    def _has_room_for_a_first(self, account: Account) -> bool:
-        return self.has_room(account, 0)
+    def _has_capacity_for_first(self, account: Account) -> bool:
+        return self.has_capacity(account, 0)
 
 
 class Pools:

@@ -62,7 +62,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 _Key: TypeAlias = tuple[ServiceId, Version | None]
-Looked: TypeAlias = dict[_Key, Waiting | None]
+FoundWaits: TypeAlias = dict[_Key, Waiting | None]
 """The wait of each service and version's tasks, or None if they do not wait."""
 
 
@@ -112,7 +112,7 @@ class _State(msgspec.Struct, frozen=True):
     """Whether all its runs have completed.  The dependency is met if the service's own dependencies are met."""
     nodes: frozenset[NodeId] = frozenset()
     until: float | None = None
-    why_in_vain: str = ""
+    blocked_suffix: str = ""
     """Suffix for the reason if the dependency cannot be met without a user's action.  Empty if it may still be met."""
 
 
@@ -120,7 +120,7 @@ _States: TypeAlias = dict[Dependency, _State]
 """Dependency states as of one revision.  Many services may depend on one service with thousands of tasks."""
 
 
-class _Look:
+class _Check:
     """A check of one service and its dependencies."""
 
     def __init__(
@@ -191,7 +191,7 @@ class _Look:
             return ""
         if state.has_completed and one.condition is not Condition.HEALTHY:
             return self.unmet(dependencies_of(service.spec.labels), {*path, one.service})
-        return f"{WAITS_FOR}{one.service} {one.condition.words}{state.why_in_vain}"
+        return f"{WAITS_FOR}{one.service} {one.condition.words}{state.blocked_suffix}"
 
     def _state(self, one: Dependency, service: Service) -> _State:
         tasks = self._view.find(Task, service_id=service.id)
@@ -204,13 +204,13 @@ class _Look:
         # A failed task is not missing once its node may no longer run it.
         failed = frozenset(task.node_id for task in tasks if task.has_failed)
         if one.condition is Condition.COMPLETED:
-            return _State(nodes=failed, why_in_vain=_why_in_vain(service, tasks, self._view))
+            return _State(nodes=failed, blocked_suffix=_blocked_suffix(service, tasks, self._view))
         least = TaskState.STARTING if one.condition is Condition.STARTED else TaskState.RUNNING
         state = self.serves(tasks, least)
         if state.is_met:
             return state
-        why = _why_in_vain(service, tasks, self._view)
-        return replace(state, nodes=state.nodes | failed, why_in_vain=why)
+        why = _blocked_suffix(service, tasks, self._view)
+        return replace(state, nodes=state.nodes | failed, blocked_suffix=why)
 
 
 def awaited(
@@ -230,7 +230,7 @@ def awaited(
     service = view.lookup(Service, task.service_id)
     if service is None or not (dependencies := dependencies_of(service.spec.labels)):
         return None
-    look = _Look(service.spec.name, view, confirmed, now, states if states is not None else {})
+    look = _Check(service.spec.name, view, confirmed, now, states if states is not None else {})
     if look.note(look.serves(view.find(Task, service_id=service.id), TaskState.RUNNING, task.spec)):
         return None
     reason = look.unmet(dependencies, {service.spec.name})
@@ -252,7 +252,7 @@ def _may_end_wait(old: Task, task: Task) -> bool:
     return old.status.state != task.status.state and task.status.state >= TaskState.STARTING
 
 
-def _asks_for_the_same(before: Service, service: Service) -> bool:
+def _wants_same_tasks(before: Service, service: Service) -> bool:
     """Whether only the service's update or addresses changed."""
     return (before.spec, before.removed_at, before.job_status) == (
         service.spec,
@@ -269,7 +269,7 @@ def _has_failed(tasks: Sequence[Task]) -> bool:
     return any(task.ended_in_failure for task in tasks)
 
 
-def _why_in_vain(service: Service, tasks: Sequence[Task], view: View) -> str:
+def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
     """Return why the service cannot meet the condition without a user's action, or an empty string if it may.
 
     A scheduled job has a next run.
@@ -303,14 +303,14 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
         return bool(complete) and all(
             one.node_id in done
             for one in tasks
-            if one.is_active or (one.has_failed and _may_run_there(one, service, view))
+            if one.is_active or (one.has_failed and _may_run_on_its_node(one, service, view))
         )
     job = mode.replicated_job
     wanted = service.spec.replicas if job is None else job.total_completions or 0
     return bool(complete) and len({one.slot for one in complete}) >= wanted
 
 
-def _may_run_there(task: Task, service: Service, view: View) -> bool:
+def _may_run_on_its_node(task: Task, service: Service, view: View) -> bool:
     """Whether the node of a global service's task is one of the service's nodes, even if it is down now."""
     node = view.lookup(Node, task.node_id)
     constraints = (service.spec.task_template.placement or Placement()).constraints
@@ -362,7 +362,7 @@ class Waits:
                 yield from (
                     (key, now) for key, one in self._waiting.items() if task.service_id in one.services
                 )
-            case Updated(Service() as before, Service() as service) if _asks_for_the_same(before, service):
+            case Updated(Service() as before, Service() as service) if _wants_same_tasks(before, service):
                 return
             case (
                 Created(Service() as service)
@@ -393,7 +393,7 @@ class Waits:
                 self._waiting[key] = replace(one, until=at)
                 yield key, at
 
-    def of(self, group: str, task: Task, view: View, now: float, found: Looked) -> Waiting | None:
+    def of(self, group: str, task: Task, view: View, now: float, found: FoundWaits) -> Waiting | None:
         """Return what the group of ``task`` waits for, or None.
 
         Args:

@@ -25,7 +25,7 @@ from skep.manager.scheduler.explain import (
     victims_by_service,
 )
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, placing
-from skep.manager.scheduler.preemption import Nomination, Occupants, making_room, reserve_room
+from skep.manager.scheduler.preemption import Nomination, Occupants, making_nominations, reserve_candidate
 from skep.manager.scheduler.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.constraints import is_satisfied
@@ -133,9 +133,9 @@ class DryRun:
             self._free(replaced[begin : begin + number])
             yield None
             if placed.refusals:
-                found = yield from self._made_room([one.task for one in placed.refusals], requirements)
-                nodes.update(one.room.node_id for one in found)
-                preempted += [victim for one in found for victim in one.room.victims]
+                found = yield from self._nominated([one.task for one in placed.refusals], requirements)
+                nodes.update(one.candidate.node_id for one in found)
+                preempted += [victim for one in found for victim in one.candidate.victims]
                 if len(found) < len(placed.refusals):
                     refusal = placed.refusals[0]
                     break
@@ -249,7 +249,7 @@ class DryRun:
                 refused.append(refusal)
         return replace(placed, assignments=(*placed.assignments, *kept), refusals=tuple(refused))
 
-    def _made_room(
+    def _nominated(
         self, tasks: Sequence[Task], requirements: Requirements
     ) -> Generator[None, None, list[Nomination]]:
         """Choose nodes for refused tasks by preemption.  The victims are removed at once."""
@@ -257,7 +257,7 @@ class DryRun:
             return []
         made: list[Nomination] = []
         for some in [tasks] if not tasks[0].node_id else [[task] for task in tasks]:
-            made += yield from making_room(
+            made += yield from making_nominations(
                 some,
                 requirements,
                 [some[0].node_id] if some[0].node_id else list(self._accounting.accounts),
@@ -269,9 +269,9 @@ class DryRun:
         return made
 
     def _take_over(self, nomination: Nomination, requirements: Requirements) -> None:
-        for victim in nomination.room.victims:
+        for victim in nomination.candidate.victims:
             self._accounting.remove(victim)
-        reserve_room(self._accounting, nomination.task.id, nomination.room, requirements)
+        reserve_candidate(self._accounting, nomination.task.id, nomination.candidate, requirements)
 
     def _homes(self, spec: ServiceSpec, homes: list[NodeId]) -> Iterator[None]:
         """Add one entry for each wanted task: its node for a global service, otherwise an empty id."""

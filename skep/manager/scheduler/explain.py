@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources, usage_in
 from skep.manager.scheduler.filters import filters_for
-from skep.manager.scheduler.preemption import AT_ONCE, Occupants, Room, making_room
+from skep.manager.scheduler.preemption import AT_ONCE, Candidate, Occupants, making_nominations
 from skep.manager.scheduler.priorities import Priorities
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.encoding import ApiObject, always
@@ -60,7 +60,7 @@ def explaining_priority(
         return ""
     nodes = [task.node_id] if task.node_id else list(accounting.accounts)
     for least, below in ((-PRIORITY_MAX, own), (own + 1, PRIORITY_MAX + 1)):
-        made = yield from making_room(
+        made = yield from making_nominations(
             [task],
             requirements,
             nodes,
@@ -69,12 +69,11 @@ def explaining_priority(
             claim=lambda _: None,
             victims_max=AT_ONCE,
         )
-        room = made[0].room if made else None
-        if room is None or not room.victims:
+        candidate = made[0].candidate if made else None
+        if candidate is None or not candidate.victims:
             continue
-        where = (
-            f"{_owners(room, priorities, view, named)} hold the room on {_hostname(accounting, room.node_id)}"
-        )
+        owners, node = _owners(candidate, priorities, view, named), _hostname(accounting, candidate.node_id)
+        where = f"{owners} hold the room on {node}"
         if below > own:
             return f"{where}; its own priority is {own}"
         return where if preempts(view) else f"{where}; preemption is off (skep cluster preemption)"
@@ -101,11 +100,11 @@ def victims_by_service(victims: Iterable[TaskId], view: View, named: ServiceName
     return Counter(named(service) for service in services if service is not None)
 
 
-def _owners(room: Room, priorities: Priorities, view: View, named: ServiceNames) -> str:
+def _owners(candidate: Candidate, priorities: Priorities, view: View, named: ServiceNames) -> str:
     """Return a text such as ``tasks of web, priority 5``."""
-    (name, _), *others = victims_by_service(room.victims, view, named).most_common()
+    (name, _), *others = victims_by_service(candidate.victims, view, named).most_common()
     more = f" and {len(others)} other services" if others else ""
-    return f"tasks of {name}{more}, priority {room.rank[0]},"
+    return f"tasks of {name}{more}, priority {candidate.rank[0]},"
 
 
 def _hostname(accounting: Accounting, id: NodeId) -> str:

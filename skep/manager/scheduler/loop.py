@@ -23,7 +23,7 @@ from skep.manager.failures import Failures
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
-from skep.manager.scheduler.dependencies import Looked, Waiting, Waits
+from skep.manager.scheduler.dependencies import FoundWaits, Waiting, Waits
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
 from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, leaving, placing
@@ -138,47 +138,47 @@ class Scheduler:
             self._update_task(task.id)
 
     def _on_commit(self, commit: Commit) -> None:
-        has_room, has_volumes = False, set[Group]()
+        may_help, volume_groups = False, set[Group]()
         self._queue.add_times(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
                     assert isinstance(event.old, Task)
-                    has_room |= self._on_task_update(event.old, event.new)
+                    may_help |= self._on_task_update(event.old, event.new)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
                     slots = self._update_node(event.new.id)
                     if differ_in_slots_alone(event.old, event.new):
-                        has_volumes |= self._groups.of_slots(slots, self._term.view())
+                        volume_groups |= self._groups.of_slots(slots, self._term.view())
                     else:
-                        has_room |= not differ_in_load_alone(event.old, event.new)
+                        may_help |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
-                    has_volumes |= self._update_volume(event.new)
+                    volume_groups |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
                     before, after = event.old.spec.labels, event.new.spec.labels
-                    has_room |= volume_policy(before) is not volume_policy(after)
-                    has_room |= self._priorities.set(event.new)
+                    may_help |= volume_policy(before) is not volume_policy(after)
+                    may_help |= self._priorities.set(event.new)
                 elif isinstance(event.new, Swarm):
-                    has_room |= self._preemptor.set_cluster(event.new)
+                    may_help |= self._preemptor.set_cluster(event.new)
                 continue
             match event.object:
                 case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:
                     self._enqueue(task)
                 case Task() as task:
-                    has_room |= self._update_task(task.id)
+                    may_help |= self._update_task(task.id)
                 case Node() as node:
                     self._update_node(node.id)
-                    has_room = True
+                    may_help = True
                 case Volume() as volume:
-                    has_volumes |= self._update_volume(volume)
+                    volume_groups |= self._update_volume(volume)
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
                     self._priorities.forget(service.id)
                 case Service() as service:
                     self._priorities.set(service)
-        if self._queue.has_refused and (has_room or has_volumes):
-            self._queue.retry(self._priorities.of_successors(commit), None if has_room else has_volumes)
+        if self._queue.has_refused and (may_help or volume_groups):
+            self._queue.retry(self._priorities.of_successors(commit), None if may_help else volume_groups)
 
     def _on_task_update(self, old: Task, task: Task) -> bool:
         """Handle a changed task.  Returns whether it released something."""
@@ -217,12 +217,12 @@ class Scheduler:
 
     def _update_task(self, id: TaskId) -> bool:
         """Account for the current state of a task.  Returns whether it released something."""
-        has_room = False
+        may_help = False
         if id not in self._deciding:
             view = self._term.view()
             with self._accounting_failures.caught(id):
-                has_room = self._update_accounting(id, view.lookup(Task, id), view)
-        return has_room
+                may_help = self._update_accounting(id, view.lookup(Task, id), view)
+        return may_help
 
     def _update_accounting(self, id: TaskId, task: Task | None, view: View) -> bool:
         if task is not None and holds_resources(task):
@@ -233,12 +233,12 @@ class Scheduler:
                 self._preemptor.add_victim(id)
             return not usage.is_active
         self._preemptor.remove_victim(id)
-        has_room = self._accounting.remove(id)
+        may_help = self._accounting.remove(id)
         if task is not None and is_pending(task):
             self._enqueue(task)
         else:
             self._dequeue(id)
-        return has_room
+        return may_help
 
     def _enqueue(self, task: Task) -> None:
         before = self._groups.of.get(task.id)
@@ -290,9 +290,9 @@ class Scheduler:
         slices = TimeSlices(self._clock)
         groups = await self._without_waiting(due, slices)
         await self._pause(slices)
-        room = BATCH
+        remaining = BATCH
         for level in self._priorities.levels(groups, self._term.view()):
-            if room <= 0:
+            if remaining <= 0:
                 self._queue.put_back(level)
                 continue
             firsts, others = self._partition(level, now)
@@ -302,12 +302,12 @@ class Scheduler:
                     tasks = [task for task in tasks if group_of(task) in in_time]
                     await self._place_first_tasks(shape, tasks, now)
                     await self._pause(slices)
-            room -= len(level) - len(others)
+            remaining -= len(level) - len(others)
             for group in others:
-                if room <= 0:
+                if remaining <= 0:
                     self._queue.put_back((group,))
                 elif self._queue.in_time((group,)):
-                    room -= await self._decide_group(group, room, now) or 1
+                    remaining -= await self._decide_group(group, remaining, now) or 1
                     await self._pause(slices)
 
     async def _pause(self, slices: TimeSlices) -> None:
@@ -324,11 +324,11 @@ class Scheduler:
         dependencies.
         """
         ready: list[Group] = []
-        view, now, found = self._term.view(), self._clock.monotonic(), Looked()
+        view, now, found = self._term.view(), self._clock.monotonic(), FoundWaits()
         for group in groups:
             if slices.is_over:
                 await self._pause(slices)
-                view, now, found = self._term.view(), self._clock.monotonic(), Looked()
+                view, now, found = self._term.view(), self._clock.monotonic(), FoundWaits()
             waiting, tasks = None, self._tasks_of(group, 1)
             if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
                 self._queue.set_aside(group)
@@ -412,10 +412,10 @@ class Scheduler:
             chosen = {one.task.id for one in placed.assignments}
             tasks = [one for one in self._tasks_of(group, BATCH + len(chosen)) if one.id not in chosen]
             if tasks and self._preemptor.may_preempt(task):
-                await self._make_room(group, tasks, requirements, why)
+                await self._preempt_for(group, tasks, requirements, why)
         self._texts.set(group, why)
 
-    async def _make_room(
+    async def _preempt_for(
         self, group: Group, tasks: Sequence[Task], requirements: Requirements, why: Why
     ) -> None:
         """Choose nodes for refused tasks, and the tasks to preempt there."""
@@ -581,7 +581,7 @@ class Scheduler:
         finally:
             self._deciding.difference_update(ids)
         outcomes: list[tuple[str, SkepError | None]] = []
-        view, has_room = self._term.view(), False
+        view, may_help = self._term.view(), False
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
             for victim in decision.victims if isinstance(decision, Preempt) else ():
@@ -591,7 +591,7 @@ class Scheduler:
                 continue
             # Whatever the result, resync with the store: a decision that was not written has no reservation.  Others
             # may have been refused because of it, and no commit reports its release.
-            has_room |= self._update_task(id)
+            may_help |= self._update_task(id)
             group = self._groups.of.get(id)
             if group is None:
                 continue
@@ -599,5 +599,5 @@ class Scheduler:
             if result is None and isinstance(decision, Assignment):
                 self._queue.add((group,))  # its node was removed at the same moment
         self._failures.requeue_failed(self._queue, "decisions", outcomes)
-        if has_room:
+        if may_help:
             self._queue.retry()

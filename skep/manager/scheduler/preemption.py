@@ -50,8 +50,8 @@ Its elements are the highest priority of a victim, the number of services that w
 number of the service's tasks on the node, the number of victims, and the node's id."""
 
 
-class Room(msgspec.Struct, frozen=True, kw_only=True):
-    """Resources of a node for a task after the ``victims``, and the tasks that leave anyway, have ended."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that can run a task after the ``victims``, and the tasks that leave anyway, have ended."""
 
     rank: Rank
     victims: tuple[TaskId, ...] = ()
@@ -70,7 +70,7 @@ class Nomination(msgspec.Struct, frozen=True):
     """The node chosen for a pending task by preemption."""
 
     task: Task
-    room: Room
+    candidate: Candidate
 
 
 class Preempt(msgspec.Struct, frozen=True):
@@ -81,18 +81,20 @@ class Preempt(msgspec.Struct, frozen=True):
     preemption: Preemption
 
 
-def reserve_room(accounting: Accounting, id: TaskId, room: Room, requirements: Requirements) -> None:
+def reserve_candidate(
+    accounting: Accounting, id: TaskId, candidate: Candidate, requirements: Requirements
+) -> None:
     """Reserve a task's future resources on a node.  The task does not count as a task of its service yet."""
     usage = Usage(
         service_id=requirements.service_id,
         nano_cpus=requirements.nano_cpus,
         memory_bytes=requirements.memory_bytes,
-        generic=room.generic,
+        generic=candidate.generic,
         host_ports=requirements.host_ports,
         is_active=False,
-        volumes=room.volumes,
+        volumes=candidate.volumes,
     )
-    accounting.reserve(id, room.node_id, usage)
+    accounting.reserve(id, candidate.node_id, usage)
 
 
 class Occupants:
@@ -111,11 +113,11 @@ class Occupants:
         self._running: dict[ServiceId, int] = {}
         """Number of each service's running tasks that are not leaving."""
 
-    def split(self, held: Mapping[TaskId, Usage]) -> tuple[list[Usage], list["_Candidate"]]:
+    def split(self, held: Mapping[TaskId, Usage]) -> tuple[list[Usage], list["_PossibleVictim"]]:
         """Return the reservations of a node's tasks that must stay, and the possible victims.  Others leave anyway."""
         view = self._view()
         staying: list[Usage] = []
-        candidates: list[_Candidate] = []
+        possible: list[_PossibleVictim] = []
         for id, usage in held.items():
             task = view.lookup(Task, id)
             if task is not None and (id in self._chosen or is_leaving(task)):
@@ -125,8 +127,8 @@ class Occupants:
             if task is None or usage.is_unknown or not is_eligible or has_unknown_service(view, task):
                 staying.append(usage)  # an entry without a task record is a claim
             else:
-                candidates.append(_Candidate(task, usage, priority))
-        return staying, candidates
+                possible.append(_PossibleVictim(task, usage, priority))
+        return staying, possible
 
     def running(self, service_id: ServiceId) -> int:
         """Return how many tasks of a service run and are not leaving."""
@@ -144,7 +146,7 @@ class Occupants:
                 self._running[task.service_id] = self.running(task.service_id) - 1
 
 
-class _Candidate(msgspec.Struct, frozen=True):
+class _PossibleVictim(msgspec.Struct, frozen=True):
     """A possible victim."""
 
     task: Task
@@ -161,7 +163,7 @@ def is_leaving(task: Task) -> bool:
     return not task.is_active or task.preemption is not None
 
 
-def frees_own_room(task: Task, accounting: Accounting, view: View) -> bool:
+def frees_own_resources(task: Task, accounting: Accounting, view: View) -> bool:
     """Whether an earlier task of the slot, which an update stops, is about to release what ``task`` may need."""
     for one in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}"):
         usage, account = accounting.held(one.node_id).get(one.id), accounting.accounts.get(one.node_id)
@@ -177,7 +179,7 @@ def frees_own_room(task: Task, accounting: Accounting, view: View) -> bool:
     return False
 
 
-def making_room(
+def making_nominations(
     tasks: Sequence[Task],
     requirements: Requirements,
     nodes: Iterable[NodeId],
@@ -194,10 +196,10 @@ def making_room(
         claim: Called with each nomination as it is made, to reserve its resources.
         victims_max: Maximum for all nominations together.  A first nomination may have more if this is ``AT_ONCE``.
     """
-    found: list[tuple[Rank, Room]] = []
+    found: list[tuple[Rank, Candidate]] = []
     for number, id in enumerate(nodes, 1):
-        if (room := room_on(id, requirements, accounting, occupants)) is not None:
-            heapq.heappush(found, (room.rank, room))
+        if (candidate := candidate_on(id, requirements, accounting, occupants)) is not None:
+            heapq.heappush(found, (candidate.rank, candidate))
         if number % STEP == 0:
             yield
     made: list[Nomination] = []
@@ -205,30 +207,29 @@ def making_room(
     for number, task in enumerate(tasks, 1):
         if number % STEP == 0:
             yield  # earlier results are checked again below
-        room = None
-        while found and room is None:
+        candidate = None
+        while found and candidate is None:
             _, known = heapq.heappop(found)
-            present = room_on(known.node_id, requirements, accounting, occupants, claimed[known.node_id])
+            present = candidate_on(known.node_id, requirements, accounting, occupants, claimed[known.node_id])
             if present == known:
-                room = present
+                candidate = present
             elif present is not None:  # it changed since it was found
                 heapq.heappush(found, (present.rank, present))
-        if room is None or (len(room.victims) > victims_max and (made or victims_max < AT_ONCE)):
+        if candidate is None or (len(candidate.victims) > victims_max and (made or victims_max < AT_ONCE)):
             break
-        victims_max -= len(room.victims)
-        occupants.choose(room.victims)
-        made.append(Nomination(task, room))
+        victims_max -= len(candidate.victims)
+        occupants.choose(candidate.victims)
+        made.append(Nomination(task, candidate))
         claim(made[-1])
-        claimed[room.node_id] += 1
-        heapq.heappush(found, (room.rank, room))  # checked again for the next task
+        claimed[candidate.node_id] += 1
+        heapq.heappush(found, (candidate.rank, candidate))  # checked again for the next task
     return made
 
 
-def room_on(
+def candidate_on(
     id: NodeId, requirements: Requirements, accounting: Accounting, occupants: Occupants, claimed: int = 0
-) -> Room | None:
-    """Return the resources of a node for a task if as few tasks as possible are stopped, or None if they do not
-    suffice.
+) -> Candidate | None:
+    """Return the node with as few victims as possible, or None if it cannot run the task even then.
 
     Args:
         claimed: Number of claims on the node for other tasks of the service.
@@ -240,7 +241,7 @@ def room_on(
         one.passes(requirements, account, copies) for one in filters if one.is_lasting
     ):
         return None
-    staying, candidates = occupants.split(accounting.held(id))
+    staying, possible = occupants.split(accounting.held(id))
     trial = _Trial(account, staying)
 
     def passes() -> bool:
@@ -248,23 +249,23 @@ def room_on(
 
     if not passes():
         return None
-    for one in candidates:
+    for one in possible:
         trial.put(one)
-    leaving: list[tuple[_Candidate, bool]] = []
-    for one, is_last in _most_expendable_first(candidates, _lacks(requirements, trial.account), occupants):
+    leaving: list[tuple[_PossibleVictim, bool]] = []
+    for one, is_last in _most_expendable_first(possible, _lacks(requirements, trial.account), occupants):
         if passes():
             break
         trial.take(one)
         leaving.append((one, is_last))
     assert passes(), "without all of them it does"
-    victims: list[tuple[_Candidate, bool]] = []
+    victims: list[tuple[_PossibleVictim, bool]] = []
     for one, is_last in reversed(leaving):
         trial.put(one)
         if not passes():
             trial.take(one)
             victims.append((one, is_last))
     highest = max((one.priority for one, _ in victims), default=-PRIORITY_MAX - 1)
-    return Room(
+    return Candidate(
         rank=(highest, sum(is_last for _, is_last in victims), copies, len(victims), id),
         victims=tuple(sorted(one.task.id for one, _ in victims)),
         generic=trial.account.generic.chosen(requirements.generic),
@@ -290,12 +291,12 @@ class _Trial:
         self._staying = staying
         self._added: dict[TaskId, Usage] = {}
 
-    def put(self, one: _Candidate) -> None:
+    def put(self, one: _PossibleVictim) -> None:
         """Add a task."""
         self._added[one.task.id] = one.usage
         self.account.add(one.usage)
 
-    def take(self, one: _Candidate) -> None:
+    def take(self, one: _PossibleVictim) -> None:
         """Remove a task."""
         del self._added[one.task.id]
         self.account.remove(one.usage)
@@ -332,14 +333,14 @@ def _lacks(wanted: Requirements, account: Account) -> _Lacks:
 
 
 def _most_expendable_first(
-    candidates: Iterable[_Candidate], lacks: _Lacks, occupants: Occupants
-) -> Iterator[tuple[_Candidate, bool]]:
+    possible: Iterable[_PossibleVictim], lacks: _Lacks, occupants: Occupants
+) -> Iterator[tuple[_PossibleVictim, bool]]:
     """Yield the tasks whose end frees a lacking resource, and whether each is its service's last running task."""
-    useful = [(one, share) for one in candidates if (share := lacks.share(one.usage))]
+    useful = [(one, share) for one in possible if (share := lacks.share(one.usage))]
     useful.sort(key=lambda item: item[0].age, reverse=True)
     useful.sort(key=lambda item: (item[0].priority, -item[1]))
     gone: Counter[ServiceId] = Counter()
-    ranked: list[tuple[_Candidate, bool]] = []
+    ranked: list[tuple[_PossibleVictim, bool]] = []
     for one, _ in useful:
         service_id, serves = one.task.service_id, _serves(one.task)
         gone[service_id] += serves

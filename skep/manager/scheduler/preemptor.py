@@ -12,9 +12,9 @@ from skep.manager.scheduler.preemption import (
     Nomination,
     Occupants,
     Preempt,
-    frees_own_room,
-    making_room,
-    reserve_room,
+    frees_own_resources,
+    making_nominations,
+    reserve_candidate,
 )
 from skep.manager.scheduler.priorities import Priorities
 from skep.manager.scheduler.requirements import Requirements
@@ -69,7 +69,7 @@ class Preemptor:
 
     def claims(self, group: Group) -> Counter[NodeId]:
         """Return the number of the group's claims per node."""
-        return Counter(one.room.node_id for one in self._claims.get(group, ()))
+        return Counter(one.candidate.node_id for one in self._claims.get(group, ()))
 
     def release(self, group: Group) -> bool:
         """Release the claims of a group.  Returns whether it had any."""
@@ -97,14 +97,14 @@ class Preemptor:
     ) -> SlicedWork[list[Nomination]]:
         """Choose nodes among ``nodes`` for the group's refused tasks, and claim them."""
         view = self._view()
-        tasks = [task for task in refused if not frees_own_room(task, self._accounting, view)]
+        tasks = [task for task in refused if not frees_own_resources(task, self._accounting, view)]
 
         def claim(nomination: Nomination) -> None:
             self._claims.setdefault(group, []).append(nomination)
-            reserve_room(self._accounting, claim_id(nomination.task), nomination.room, requirements)
+            reserve_candidate(self._accounting, claim_id(nomination.task), nomination.candidate, requirements)
 
         return (
-            yield from making_room(
+            yield from making_nominations(
                 tasks,
                 requirements,
                 nodes if tasks else (),
@@ -117,7 +117,7 @@ class Preemptor:
 
     def preemption(self, nomination: Nomination) -> Preempt | None:
         """Return the preemption to write for a nomination, or None if all tasks that have to leave do so anyway."""
-        task, victims = nomination.task, nomination.room.victims
+        task, victims = nomination.task, nomination.candidate.victims
         if not victims:
             return None
         service = self._view().lookup(Service, task.service_id)
@@ -130,9 +130,9 @@ class Preemptor:
 
     def words(self, nomination: Nomination) -> str:
         """Return the text that says what a nominated task waits for."""
-        account = self._accounting.accounts.get(nomination.room.node_id)
+        account = self._accounting.accounts.get(nomination.candidate.node_id)
         name = account.node.description.hostname if account is not None else ""
-        return f"; tasks of lower priority stop for it on {name or nomination.room.node_id}"
+        return f"; tasks of lower priority stop for it on {name or nomination.candidate.node_id}"
 
     def more_at(self) -> float | None:
         """Return when more victims may be chosen if none ends before, or None if none is stopping."""

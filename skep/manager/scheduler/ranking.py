@@ -21,7 +21,7 @@ Entry: TypeAlias = tuple[Any, ...]
 """``(*rank, serial, changes of the account, account)``: flat, since nested tuples compare at half the speed."""
 
 
-LOOKED_MAX = 100
+CHECKED_MAX = 100
 """Accounts that ``first`` drops or ranks again in one call, which takes a millisecond."""
 
 STALE_MAX = 64
@@ -97,7 +97,7 @@ class Ranking:
         heap, serials = self._heap, self._serials
         looked = 0
         while heap:
-            if looked == LOOKED_MAX:
+            if looked == CHECKED_MAX:
                 raise Unfinished
             looked += 1
             entry = heap[0]

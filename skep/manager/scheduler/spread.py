@@ -119,9 +119,9 @@ class Spread:
         failing = self.failing.get(account.node.id, 0)
         return failing, self.copies(account), *self.candidates.rank(account)
 
-    def has_room(self, account: Account) -> bool:
+    def has_capacity(self, account: Account) -> bool:
         """Whether ``max_replicas`` and the node's resources allow one more task."""
-        return self.candidates.has_room(account, self._present(account))
+        return self.candidates.has_capacity(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class _Leaf:
     """
 
     def __init__(self, spread: Spread, path: Leaf) -> None:
-        self.own = Ranking(spread.rank, spread.has_room)
+        self.own = Ranking(spread.rank, spread.has_capacity)
         self._spread = spread
         self._path = path
         self._aside: list[Entry] = []
@@ -289,9 +289,9 @@ class _Leaf:
             account = first[-1]
             id = account.node.id
             if id not in self._spread.failing and not self._spread.copies(account):
-                if self._spread.has_room(account):
+                if self._spread.has_capacity(account):
                     return first  # if a task is leaving, one more fits anyway
-            elif id not in self.own and self._spread.has_room(account):
+            elif id not in self.own and self._spread.has_capacity(account):
                 self.enter(account)
             self._aside.append(fresh.set_aside())
         return None

@@ -36,7 +36,7 @@ class _Known:
         self.volume: Volume | None = None
         self.takes_tasks: dict[NodeId, bool] = {}
         """Nodes of its publish entries, and whether more tasks may use it there."""
-        self.room = 0
+        self.free_nodes = 0
         """Number of additional nodes on which it can be published."""
         self.users: dict[TaskId, tuple[NodeId, bool]] = {}
         """Tasks that use it, with their nodes, and whether they only read."""
@@ -67,14 +67,14 @@ class _Known:
             mode.scope is not VolumeScope.SINGLE or 1 - places,
             mode.sharing is not VolumeSharing.NONE or not self.users,
             mode.sharing is not VolumeSharing.ONE_WRITER or not self.writers,
-            min(1, self.room - len(self.announced)),
+            min(1, self.free_nodes - len(self.announced)),
         )
 
     @property
     def is_open(self) -> bool:
         """Whether a node where it is not yet can use it, at least to read."""
-        is_usable, has_scope, has_sharing, _, has_room = self.limits
-        return min(is_usable, has_scope, has_sharing, has_room) > 0
+        is_usable, has_scope, has_sharing, _, has_space = self.limits
+        return min(is_usable, has_scope, has_sharing, has_space) > 0
 
 
 _Order: TypeAlias = tuple[int, str, VolumeId]
@@ -129,7 +129,7 @@ class VolumeUses:
         if before is not None and sources_of(before) != sources_of(volume):
             self._leave(before)
         known.volume = volume
-        known.room = room_for_nodes(volume)
+        known.free_nodes = room_for_nodes(volume)
         self._enter(known)
         is_new = before is None or (before.spec, before.info) != (volume.spec, volume.info)
         return changed, is_new or any(map(gt, known.limits, limits))
@@ -246,15 +246,15 @@ class VolumeUses:
         users, writers = len(known.users) + len(taken), known.writers + list(taken).count(False)
         if why := _sharing_refusal(spec.access_mode.sharing, users, writers, read_only=mount.read_only):
             return f"{name} {why}"
-        if not is_entered and len(known.announced) - (node.id in known.announced) >= known.room:
+        if not is_entered and len(known.announced) - (node.id in known.announced) >= known.free_nodes:
             return f"{name} is on as many nodes as can be kept of one volume: {elsewhere}"
-        if not is_entered and not self._has_room(node, info):
+        if not is_entered and not self._is_below_limit(node, info):
             return (
                 f"{name}: the node has its {info.max_volumes_per_node} volumes of driver {info.plugin_name}"
             )
         return ""
 
-    def _has_room(self, node: Node, info: CSIInfo) -> bool:
+    def _is_below_limit(self, node: Node, info: CSIInfo) -> bool:
         if not info.max_volumes_per_node:
             return True
         volumes = (self._known[id].volume for id in self._on.get(node.id, ()))

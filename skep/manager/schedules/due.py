@@ -15,7 +15,7 @@ from skep.store.interface import View
 
 
 def next_due_ns(schedule: Schedule, status: ScheduleStatus) -> int | None:
-    """Return the first undecided due time, in nanoseconds since 1970.  None if there is none, or while suspended."""
+    """Return the first undecided due time, in nanoseconds since 1970, or None without one or while suspended."""
     if schedule.is_suspended:
         return None
     at_s = schedule.next_after(_settled_s(status))
@@ -34,12 +34,12 @@ def decided(view: View, service: Service, schedule: Schedule, now_ns: int) -> Jo
     late_s = (now_ns - scheduled_ns) / SECOND_NS
     if schedule.deadline_s is not None and late_s > schedule.deadline_s:
         return _skipped(job, status, start, f"it would have begun {late_s:.0f} s late")
-    if schedule.concurrency is Concurrency.FORBID and (where := _going(view, service)) is not None:
+    if schedule.concurrency is Concurrency.FORBID and (where := _running_where(view, service)) is not None:
         return _skipped(job, status, start, f"run {job.job_iteration.index} is still going{where}")
     return started(view, service, status, start)
 
 
-def _going(view: View, service: Service) -> str | None:
+def _running_where(view: View, service: Service) -> str | None:
     """Return where the current run still runs, as a clause, or None if the next run may start.
 
     A global job is delayed by nodes that run it, not by a node that is down or lacks resources for it.
@@ -52,7 +52,7 @@ def _going(view: View, service: Service) -> str | None:
     return f" on {names[0]}" + (f" and {len(names) - 1} other nodes" if len(names) > 1 else "")
 
 
-def passed_over(job: JobStatus, schedule: Schedule, now_ns: int, reason: str) -> JobStatus | None:
+def skipped_until(job: JobStatus, schedule: Schedule, now_ns: int, reason: str) -> JobStatus | None:
     """Return the job's status with all due times until ``now_ns`` skipped, or None if nothing was due."""
     if job.schedule is None or schedule.is_suspended:
         return None

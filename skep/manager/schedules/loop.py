@@ -13,7 +13,7 @@ from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import run_informer
-from skep.manager.schedules.due import decided, next_due_ns, passed_over
+from skep.manager.schedules.due import decided, next_due_ns, skipped_until
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import ServiceId
 from skep.model.schedules import CRON, parsed_schedule
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 BATCH = 50
 """Jobs decided before their runs are written together."""
-CLOCK_LOOK_S = 20.0
+CLOCK_CHECK_S = 20.0
 """Seconds between checks whether the wall clock was set, or an unreadable run was repaired."""
 CLOCK_SET_S = 1.0
 """Minimum seconds by which the wall clock must have been set to matter."""
@@ -80,7 +80,7 @@ class Schedules:
         """Recompute all waits when the wall clock is set, because waits use another clock than due times."""
         offset_s = self._offset_s()
         while True:
-            await self._clock.sleep(CLOCK_LOOK_S)
+            await self._clock.sleep(CLOCK_CHECK_S)
             if abs(self._offset_s() - offset_s) > CLOCK_SET_S:
                 offset_s = self._offset_s()
                 self._on_snapshot(self._term.view())
@@ -118,7 +118,7 @@ class Schedules:
             return False
         if has_unreadable_run(view, id):
             # A repair may not show as a change of the service: an equal value, or the spec version of the run.
-            self._queue.add_at(id, self._clock.monotonic() + CLOCK_LOOK_S)
+            self._queue.add_at(id, self._clock.monotonic() + CLOCK_CHECK_S)
             return False
         job = service.job_status
         if CRON not in service.spec.labels or job is None:
@@ -168,7 +168,7 @@ def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_n
         decision: JobStatus | None = replace(job, schedule=ScheduleStatus(settled=timestamp(now_ns)))
     else:
         schedule = parsed_schedule(service.spec.labels)
-        decision = passed_over(job, schedule, min(restored_until_ns, now_ns), RESTORED)
+        decision = skipped_until(job, schedule, min(restored_until_ns, now_ns), RESTORED)
         decision = decision or decided(tx, service, schedule, now_ns)
     return tx.put(replace(service, job_status=decision)) if decision is not None else None
 

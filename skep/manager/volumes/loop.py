@@ -103,7 +103,7 @@ Confirm: TypeAlias = Callable[[], Awaitable[None]]
 """Returns while the term lasts.  Raises NotLeader or Unavailable."""
 
 
-async def unconfirmed() -> None:
+async def skip_confirmation() -> None:
     """Do nothing, for a store without terms."""
 
 
@@ -153,7 +153,7 @@ class ClusterVolumes:
         """Tasks that have a volume and have not ended, with their nodes."""
         self._by_node = VolumeIndex()
         self._handled: set[VolumeId] = set()
-        self._again: set[VolumeId] = set()
+        self._requeued: set[VolumeId] = set()
         """Volumes that changed while they were handled."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class ClusterVolumes:
                 ids = await self._queue.take(BATCH)
                 for id in ids:
                     if id in self._handled:
-                        self._again.add(id)
+                        self._requeued.add(id)
                         continue
                     self._handled.add(id)
                     group.create_task(self._handle(id, read_waiting), name=f"volume-{id}")
@@ -242,8 +242,8 @@ class ClusterVolumes:
                 backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
                 self._backoffs[id] = backoff
             self._queue.add_at(id, self._clock.monotonic() + backoff.next_delay_s())
-        if id in self._again:
-            self._again.discard(id)
+        if id in self._requeued:
+            self._requeued.discard(id)
             self._queue.add((id,))
 
     async def _advance(self, id: VolumeId) -> bool:
@@ -252,7 +252,7 @@ class ClusterVolumes:
         volume = await self._term.update(_settle, id, needed)
         if volume is None:
             return True
-        left = deque([step async for step in self._allowed(steps(volume, needed), volume)])
+        left = deque([step async for step in self._allowed_steps(steps(volume, needed), volume)])
         with first_alone(NotLeader):
             async with asyncio.TaskGroup() as group:
                 lanes = [
@@ -261,7 +261,7 @@ class ClusterVolumes:
                 ]
         return all(lane.result() for lane in lanes)
 
-    async def _allowed(self, found: Iterable[Step], volume: Volume) -> AsyncIterator[Step]:
+    async def _allowed_steps(self, found: Iterable[Step], volume: Volume) -> AsyncIterator[Step]:
         """Yield the steps that may be carried out now.
 
         A step has to wait if it undoes something that an earlier leader may be doing, or takes a volume from a removed
@@ -302,7 +302,7 @@ class ClusterVolumes:
                 # CSI's code for a volume that is on another node.  If the store has no such node, an earlier volume had
                 # the same name.
                 is_elsewhere = isinstance(error, FailedPrecondition) and volume.id not in self._doubted
-                if is_elsewhere and await self._term.update(_doubt, volume.id, step):
+                if is_elsewhere and await self._term.update(_mark_doubtful, volume.id, step):
                     self._doubted.add(volume.id)
                 await self._term.update(_note, volume.id, step, words[:MESSAGE_CHARACTERS_MAX])
                 is_done = False
@@ -317,23 +317,23 @@ class ClusterVolumes:
         secrets = self._secrets_of(volume)
         match step:
             case Create():
-                if await self._term.update(_announced, volume.id):
-                    info = await self._asked(lambda: driver.create(volume, secrets))
+                if await self._term.update(_announce_creation, volume.id):
+                    info = await self._call_driver(lambda: driver.create(volume, secrets))
                     await self._enter_created(volume, info)
             case Delete():
-                await self._asked(lambda: driver.delete(_id_of(volume), secrets))
+                await self._call_driver(lambda: driver.delete(_id_of(volume), secrets))
                 await self._term.update(_forget, volume.id)
             case Publish(node_id, driver_node_id):
-                context = await self._asked(lambda: driver.publish(volume, driver_node_id, secrets))
+                context = await self._call_driver(lambda: driver.publish(volume, driver_node_id, secrets))
                 await self._term.update(_published, volume.id, node_id, context)
             case Unpublish(node_id, driver_node_id):
-                await self._asked(lambda: driver.unpublish(_id_of(volume), driver_node_id, secrets))
+                await self._call_driver(lambda: driver.unpublish(_id_of(volume), driver_node_id, secrets))
                 await self._term.update(_unpublished, volume.id, node_id)
             case _:
                 assert_never(step)
         log.info("volume", volume=volume.spec.name, id=volume.id, done=type(step).__name__.lower())
 
-    async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _call_driver(self, call: Callable[[], Awaitable[T]]) -> T:
         """Confirm the term, make a driver call and return its result.  Raises NotLeader or another SkepError."""
         await self._confirm()
         try:
@@ -387,7 +387,7 @@ def _settle(tx: Transaction, id: VolumeId, needed: frozenset[NodeId]) -> Volume 
     return tx.put(changed) if changed != volume else volume
 
 
-def _announced(tx: Transaction, id: VolumeId) -> bool:
+def _announce_creation(tx: Transaction, id: VolumeId) -> bool:
     """Announce that the driver will be asked to create the volume.  Returns False if it was removed before."""
     volume = tx.rely_on(Volume, id)
     if volume is None or volume.info is not None or (volume.pending_delete and not volume.is_creating):
@@ -444,7 +444,7 @@ def _forget(tx: Transaction, id: VolumeId) -> None:
     tx.delete(Volume, id)
 
 
-def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:
+def _mark_doubtful(tx: Transaction, id: VolumeId, step: Step) -> bool:
     """Have all nodes unpublish the volume, except the node that it is published for.
 
     Returns False if the step does not concern other nodes.

@@ -97,8 +97,10 @@ def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
         if (moved := _moved(status, status.node_id in needed, node(status.node_id), driver)) is not None
     ]
     there = {status.node_id for status in statuses}
-    room = room_for_nodes(replace(volume, publish_status=tuple(statuses)))
-    for id in sorted(needed - there)[:room]:  # the others follow when some of these entries are removed
+    free_entries = room_for_nodes(replace(volume, publish_status=tuple(statuses)))
+    for id in sorted(needed - there)[
+        :free_entries
+    ]:  # the others follow when some of these entries are removed
         if volume.spec.access_mode.scope is VolumeScope.SINGLE and statuses:
             break
         statuses.append(_found(PublishStatus(node_id=id), node(id), driver))

@@ -44,7 +44,7 @@ Key = NewType("Key", str)
 
 VERSIONS_WITH_SERVICE_MAX = 50
 """Spec versions deleted in one transaction with their service.  More versions are deleted before it, one by one."""
-AGAIN_S = 0.1
+RETRY_S = 0.1
 """Seconds until the reaper checks a removed service again whose versions are still being deleted."""
 
 NO_LIMIT = -1
@@ -187,7 +187,7 @@ class Reaper:
             if len(versions) <= VERSIONS_WITH_SERVICE_MAX:
                 yield DeleteService(service)
                 return
-            self._queue.add_at(Key(service_id), self._clock.monotonic() + AGAIN_S)
+            self._queue.add_at(Key(service_id), self._clock.monotonic() + RETRY_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
 

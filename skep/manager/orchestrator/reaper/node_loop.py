@@ -19,7 +19,7 @@ from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader,
 
 log = structlog.get_logger(__name__)
 
-LOOK_S = 5.0
+CHECK_S = 5.0
 """Seconds between checks.  The shortest setting is a minute."""
 
 
@@ -55,7 +55,7 @@ class LostNodes:
 
     async def _work(self) -> None:
         while True:
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
             if self._down:
                 await self._remove()
 
