@@ -98,8 +98,7 @@ class Scheduler:
         self._preemptions: list[Preempt] = []
         """Decisions whose write has not begun."""
         self._deciding: set[TaskId] = set()
-        """Tasks whose decision is being written.  Commits about them are ignored until then, so they keep their
-        reservation."""
+        """Tasks whose decision is being written.  Commits about them are ignored, so they keep their reservation."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -317,11 +316,10 @@ class Scheduler:
             await slices.yield_if_due()
 
     async def _without_waiting(self, groups: Sequence[Group], slices: TimeSlices) -> list[Group]:
-        """Return the groups that do not wait.
+        """Return the groups that do not wait for another service, or because an object is unreadable.
 
-        A group waits for another service, or because an object is unreadable.  Without its spec a task would go to any
-        node, with nothing reserved.  Without its service's labels it would leave its data, or start before its
-        dependencies.
+        Without its spec a task would go to any node, with nothing reserved.  Without its service's labels it would
+        leave its data, or start before its dependencies.
         """
         ready: list[Group] = []
         view, now, found = self._term.view(), self._clock.monotonic(), FoundWaits()
@@ -437,10 +435,9 @@ class Scheduler:
         return list(self._accounting.accounts)
 
     async def _in_slices(self, work: SlicedWork[T], tasks: Sequence[Task]) -> T:
-        """Run the decision about ``tasks``.
+        """Run the decision about ``tasks``, and write earlier decisions before it pauses.
 
-        Earlier decisions are written before it pauses: commits about tasks that are decided but not written would
-        release their reservations.
+        Commits about tasks that are decided but not written would release their reservations.
         """
         try:
             next(work)
@@ -589,8 +586,7 @@ class Scheduler:
             if isinstance(decision, Assignment) and shows(view, decision):
                 self._dequeue(id)
                 continue
-            # Whatever the result, resync with the store: a decision that was not written has no reservation.  Others
-            # may have been refused because of it, and no commit reports its release.
+            # A decision that was not written has no reservation.  Others may have been refused because of it.
             may_help |= self._update_task(id)
             group = self._groups.of.get(id)
             if group is None:
