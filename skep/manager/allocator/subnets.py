@@ -238,7 +238,9 @@ def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> l
     if options.get(VXLAN_OPTION) and not ids:
         ids = vxlan_ids(options)
         if len(ids) != count or not taken.isdisjoint(ids):
-            raise NotAllocated(f"VXLAN ids {options[VXLAN_OPTION]} are not {count} free numbers")
+            raise NotAllocated(
+                f"the network needs free VXLAN ids, one per IPv4 subnet ({count}), not {options[VXLAN_OPTION]}"
+            )
     # 4096 is reserved for the ingress network, as in Docker, even if that does not exist.
     number = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
     while len(ids) < count and number <= VXLAN_ID_MAX:
@@ -246,7 +248,7 @@ def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> l
             ids.append(number)
         number += 1
     if len(ids) < count:
-        raise NotAllocated("no VXLAN id is free")
+        raise NotAllocated("no free VXLAN id")
     return ids
 
 

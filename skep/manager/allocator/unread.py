@@ -26,7 +26,7 @@ class Unread(NoAddress):
     def __init__(self, owner: str, network: Network) -> None:
         super().__init__(
             f"{WAITS_FOR}an address of network {network.spec.name}: "
-            f"those of {owner} cannot be read on the manager that leads"
+            f"the addresses of {owner} are unreadable on the leader"
         )
         self.owner = owner
 

@@ -130,7 +130,7 @@ def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Re
     """Return the recommendation of the metric that needs the most tasks."""
     asked = [(wanted(present, measure, readings), measure) for measure in readings.measures]
     if not asked:
-        return Recommendation(replicas=scaling.clamped(present), reason="nothing is measured")
+        return Recommendation(replicas=scaling.clamped(present), reason="no measurements")
     number, measure = max(asked, key=lambda one: one[0])
     tasks = measure.known + readings.unknown
     reason = (
@@ -161,7 +161,7 @@ def blocked(service: Service) -> str:
         return "it was scaled to 0: autoscaling is off until it has a task again"
     state = service.update_status.state if service.update_status is not None else None
     if state in UNDER_WAY:
-        return "an update or a rollback is under way"
+        return "an update or rollback is in progress"
     if state in PAUSED:
         return "its update is paused"
     return ""
@@ -193,10 +193,12 @@ def decide(
 def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:
     """Return why the number stays as it is."""
     if asked.replicas < present:
-        return f"{asked.reason}: {asked.replicas} would do, it waits for {scaling.down_after_s:g} s of that"
+        return (
+            f"{asked.reason}: {asked.replicas} would suffice, scaling down after {scaling.down_after_s:g} s"
+        )
     above = any(measure.sum / measure.target > present * (1 + TOLERANCE) for measure in readings.measures)
     if above and present == scaling.most:
-        return f"{asked.reason}: it has the most tasks that it may have"
+        return f"{asked.reason}: it is at its maximum number of tasks"
     return asked.reason
 
 

@@ -105,13 +105,13 @@ class Stops:
                 await run_unless(_await(unused), self._sleep_at_least(pending.seconds))
             except Preempted:
                 log.info(
-                    "drain time is over: task stops though connections may still be sent to it",
+                    "drain time is over: task stops although it may still receive connections",
                     task=task.id,
                     after_s=pending.seconds,
                 )
             except SkepError as error:
                 log.warning(
-                    "drain failed: task stops though connections may still be sent to it",
+                    "drain failed: task stops although it may still receive connections",
                     task=task.id,
                     reason=str(error),
                 )

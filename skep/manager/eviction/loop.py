@@ -184,7 +184,7 @@ class Evictions:
                 try:
                     await self._send_key(node, key)
                 except Unavailable:
-                    return f"manager {names([node])} is to have the new key and cannot be reached: start or remove it"
+                    return f"manager {names([node])} must store the new key but cannot be reached: start or remove it"
                 stored_on.add(node.id)
             await self._keys.store.barrier()
         await self._keys.store.replace_wrapping_key(self._term, key)
@@ -198,7 +198,7 @@ class Evictions:
         """
         damaged = self._keys.store.unreadable_values
         if self._keys.store.is_rotating and not damaged:
-            return "values are encrypted anew"
+            return "waiting until all values are re-encrypted"
         await self._term.update(note_damaged, eviction.node_id, damaged[:DAMAGED_MAX])
         return ""
 
@@ -223,28 +223,26 @@ class Evictions:
             return ""
         if not is_rotating_root(eviction, swarm):
             if view.lookup(Payload, ROOT_KEY_ID) is None:
-                return "the external CA of the present root signs the next one: run docker swarm ca --rotate"
+                return (
+                    "the external CA of the current root must sign the next one: run docker swarm ca --rotate"
+                )
             await self._term.update(rotate_root, moment(self._clock.now_ns()))
-            return "nodes renew their certificates"
+            return "waiting for nodes to renew their certificates"
         waiting = _not_renewed(view)
         if not waiting:
-            return "the root changes"
+            return "the root is being replaced"
         if all(node.status.state is not NodeState.READY for node in waiting):
             if self._early != eviction.node_id:
                 # These may be away for days, and the overlay step comes after the root, so replace the keys now.
                 await self._replace_gossip_keys()
                 self._early = eviction.node_id
-            return f"nodes that are away renew their certificates when they are back, or are removed: {names(waiting)}"
-        return f"nodes renew their certificates, still to come: {names(waiting)}"
+            return f"waiting for nodes that are down to return and renew their certificates: {names(waiting)}"
+        return f"waiting for nodes to renew their certificates: {names(waiting)}"
 
     def _not_restarted(self) -> str:
         wanted = root_digest(cluster_of(self._term.view()).tls_info.trust_root.encode())
         waiting = [node for node in self._managers() if node.peer_roots != wanted]
-        return (
-            f"managers restart their etcds one after another, still to come: {names(waiting)}"
-            if waiting
-            else ""
-        )
+        return f"waiting for managers to restart etcd one after another: {names(waiting)}" if waiting else ""
 
     async def _replace_gossip_keys(self) -> None:
         await self._term.update(replace_gossip_keys, timestamp(self._clock.now_ns()), self._random.randbytes)

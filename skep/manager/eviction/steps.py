@@ -34,9 +34,9 @@ EVICTION_ID = "eviction"
 Step = Literal["remove", "keys", "data", "root", "restarts", "tokens", "unlock", "overlays"]
 
 TEXTS: Mapping[Step, str] = {
-    "remove": "the node is removed, and its certificates are taken back",
+    "remove": "the node is removed, and its certificates are revoked",
     "keys": "every other manager has a new wrapping key, and the store a new data key",
-    "data": "everything in the store is encrypted anew",
+    "data": "everything in the store is re-encrypted",
     "root": "every node has a certificate of a new root, and join tokens are new",
     "restarts": "every manager's etcd has been restarted with the new root",
     "tokens": "join tokens are new",
@@ -165,8 +165,8 @@ def _check_volumes(tx: Transaction, node: Node) -> None:
         is_single = volume.spec.access_mode.scope is VolumeScope.SINGLE
         if is_single and volume.status_on(node.id) is not None:
             raise FailedPrecondition(
-                f"its containers cannot be kept: volume {volume.spec.name}, which one node at a time may use, is on "
-                f"{names([node])}. Evict it without --keep, or drain it before."
+                f"its containers cannot be kept: single-node volume {volume.spec.name} is on "
+                f"{names([node])}. Evict the node without --keep, or drain it first."
             )
 
 
@@ -277,7 +277,7 @@ def _remove(tx: Transaction, node_id: NodeId, now_ns: int, *, keeps_containers: 
         check_demotion(tx, node)
         tx.put(replace(node, spec=replace(node.spec, role=NodeRole.WORKER)))
     if node.spec.role is NodeRole.MANAGER or is_manager(node) or node.manager_status is not None:
-        return "the managers remove its vote"
+        return "waiting for the managers to remove its vote"
     remove_node(tx, node_id, force=True, now_ns=now_ns, keeps_containers=keeps_containers)
     return ""
 

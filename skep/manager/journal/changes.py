@@ -135,7 +135,7 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
             return f"its node {name} does not have it", Severity.WARNING
         if is_other:
             return "its service was updated", Severity.INFO
-        return f"it does not fit its node {name} any more, or was stopped", Severity.INFO
+        return f"it no longer fits its node {name}, or was stopped", Severity.INFO
     return "it had no node yet", Severity.INFO
 
 
@@ -202,7 +202,7 @@ def _changed_service(old: Service, new: Service, view: View) -> Iterator[Entry]:
             yield _service(new, "remove", f"service {name} was removed", Severity.WARNING)
         return
     if old.spec != new.spec:
-        changes = "; ".join(spec_changes(old.spec, new.spec)) or "its spec was written again"
+        changes = "; ".join(spec_changes(old.spec, new.spec)) or "its spec was rewritten without changes"
         scaled = new.autoscaled
         if scaled is not None and scaled != old.autoscaled:
             yield _service(new, "autoscale", f"service {name} autoscaled: {changes} ({scaled.reason})")
@@ -241,7 +241,7 @@ def _changed_job(old: Service, new: Service, view: View) -> Iterator[Entry]:
         message = f"run {after.job_iteration.index} of job {name} failed{_why_failed(new, view)}"
         yield _service(new, "fail", message, Severity.ERROR)
     if after.retried_until is not None and before.retried_until != after.retried_until:
-        message = f"what failed in run {after.job_iteration.index} of job {name} is tried again: on request"
+        message = f"failed tasks of run {after.job_iteration.index} of job {name} are retried on request"
         yield _service(new, "retry", message)
 
 
@@ -302,7 +302,7 @@ def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     if old.spec.role is not new.spec.role:
         is_promotion = new.spec.role is NodeRole.MANAGER
         action, rank = ("promote", "manager") if is_promotion else ("demote", "worker")
-        yield _node(new, action, f"node {name} is to be a {rank}")
+        yield _node(new, action, f"role of node {name} set to {rank}")
     if old.spec.labels != new.spec.labels:
         yield _node(new, "update", f"labels of node {name} changed")
     if new.cut_off and old.cut_off != new.cut_off:
@@ -321,7 +321,7 @@ def _changed_manager(old: Node, new: Node, name: str) -> Iterator[Entry]:
     if after is None:
         return
     if after.leader and not (before is not None and before.leader):
-        yield _node(new, "leader", f"manager {name} leads", Severity.WARNING)
+        yield _node(new, "leader", f"manager {name} became the leader", Severity.WARNING)
     if before is None or before.reachability is after.reachability:
         return
     if after.reachability is Reachability.UNREACHABLE:
@@ -359,10 +359,10 @@ def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[Entry]:
         parts = [
             name for name in new.spec.__struct_fields__ if getattr(old.spec, name) != getattr(new.spec, name)
         ]
-        yield _cluster(new, "update", f"settings of the cluster changed: {', '.join(parts)}")
+        yield _cluster(new, "update", f"cluster settings changed: {', '.join(parts)}")
     for role in ("worker", "manager"):
         if getattr(old.join_tokens, role) != getattr(new.join_tokens, role):
-            yield _cluster(new, "rotate", f"the join token of {role}s is new")
+            yield _cluster(new, "rotate", f"join token of {role}s rotated")
     if new.root_rotation_in_progress != old.root_rotation_in_progress:
         words = "began" if new.root_rotation_in_progress else "ended"
         yield _cluster(new, "rotate", f"rotation of the cluster's root certificate {words}")
@@ -384,9 +384,9 @@ def _eviction(before: Any, payload: Payload) -> Iterator[Entry]:
     earlier: Eviction | None = decoded_eviction(before) if before is not None else None
     is_new = earlier is None or earlier.nodes != eviction.nodes
     if is_new:
-        message = f"node {eviction.hostname} is evicted, as {eviction.asked_by} asked"
+        message = f"eviction of node {eviction.hostname} requested by {eviction.asked_by}"
     elif eviction.next_step is None and earlier is not None and earlier.next_step is not None:
-        message = f"node {eviction.hostname} was evicted: nothing that it had is valid any more"
+        message = f"node {eviction.hostname} was evicted: all its keys and certificates are replaced"
     else:
         return
     yield Entry(

@@ -72,11 +72,13 @@ class PastStates:
         if match := _REVISION.fullmatch(when):
             revision = int(match[1])
             if not 0 < revision <= view.revision:
-                raise InvalidArgument(f"revision {revision} is none yet: the store is at {view.revision}")
+                raise InvalidArgument(
+                    f"revision {revision} does not exist yet: the store is at revision {view.revision}"
+                )
             return revision, await time_of(view, self._marks, revision) or now_ns
         at_ns = parse_time(when, now_ns)
         if at_ns > now_ns:
-            raise InvalidArgument(f"{when} has not come yet: want a time in the past")
+            raise InvalidArgument(f"{when} is in the future: use a time in the past")
         return await revision_at(view, self._marks, at_ns), at_ns
 
     async def oldest(self) -> Timestamp:
@@ -90,8 +92,9 @@ class PastStates:
     async def _gone_message(self, when: str) -> str:
         self._oldest = None
         oldest = await self.oldest()
-        since = f": it begins at {oldest}" if oldest else ""
-        return f"how the cluster was at {when} is not kept any more by its store{since} (skep history reaches further)"
+        since = f", whose oldest state is of {oldest}" if oldest else ""
+        gone = f"the state of the cluster at {when} is no longer in the store{since}"
+        return f"{gone} (skep history reaches further back)"
 
     async def _state_at(self, revision: int) -> View:
         if self._waiting >= WAITING_MAX:

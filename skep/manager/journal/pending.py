@@ -46,7 +46,7 @@ class Pending:
         entries: list[Entry] = []
         self._reported_lost = self._lost
         if self._lost:
-            words = f"{self._lost} entries are missing here: more came than could be written"
+            words = f"{self._lost} entries are missing here: they arrived faster than they could be written"
             entries.append(missing(words, self._kind, self._lost_revision, now))
         characters = 0
         for entry in self._entries:

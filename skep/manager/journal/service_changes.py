@@ -29,7 +29,7 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
     yield from _phrase("labels", old.labels, new.labels)
     template = old.task_template, new.task_template
     if template[0].force_update != template[1].force_update:
-        yield "all tasks are to be replaced"
+        yield "all tasks will be replaced"
     others = [
         *_differing(before, after, _NAMED),
         *_differing(*template, {"container_spec", "force_update"}),

@@ -133,7 +133,7 @@ def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
     )
     if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
         raise JoinRefused(
-            "the manager's response does not list this one as a member: are they of the same version?"
+            "the response does not list this manager as a member. Check that all managers run the same version."
         )
     return Admission(
         peers=peers,

@@ -33,4 +33,6 @@ async def unreachable_peers(peers: Sequence[Peer], own: str) -> str:
     addrs = [peer.peer_addr for peer in peers if peer.name != own and peer.peer_addr]
     errors = await asyncio.gather(*map(connect_error, addrs))
     closed = [f"{addr} (etcd's peers): {error}" for addr, error in zip(addrs, errors, strict=True) if error]
-    return f"this manager cannot reach {', '.join(closed)}: open the way there" if closed else ""
+    return (
+        f"this manager cannot reach {', '.join(closed)}: open these ports in the firewall" if closed else ""
+    )

@@ -159,7 +159,7 @@ def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
     for other in tx.find(Node):
         if other.id != node_id and _uses_address(other, addr):
             raise Unavailable(
-                f"another manager ({other.id}) is at {addr} already: give this one another --advertise-addr"
+                f"address {addr} is in use by manager {other.id}: choose another --advertise-addr"
             )
     status = node.manager_status or ManagerStatus()
     if status.addr != addr:
@@ -174,7 +174,9 @@ def resign(tx: Transaction, node_id: NodeId) -> None:
         Unavailable: The node's spec is unreadable here, and would be lost.
     """
     if node_id in tx.unreadable(Node):
-        raise Unavailable(f"node {node_id} cannot be read by this manager: leave by another one")
+        raise Unavailable(
+            f"the record of node {node_id} is unreadable on this manager: run the command on another manager"
+        )
     node = tx.lookup(Node, node_id)
     if node is not None and node.spec.role is NodeRole.MANAGER:
         check_demotion(tx, node)

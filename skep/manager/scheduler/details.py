@@ -56,22 +56,22 @@ def data_plane(requirements: Requirements, account: Account, copies: int) -> str
 def paths(requirements: Requirements, account: Account, copies: int) -> str:
     """Return which overlay traffic to which nodes fails, and the label that allows the task nevertheless."""
     failing = [one.summary for one in account.node.cut_off if one.check in requirements.paths]
-    return f"{'; '.join(failing)} (the node's label {IGNORE_PATHS}=true would allow it)"
+    return f"{'; '.join(failing)} (set the node's label {IGNORE_PATHS}=true to allow it)"
 
 
 def platform(requirements: Requirements, account: Account, copies: int) -> str:
     """Return the required platforms and the node's platform."""
     wanted = ", ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in requirements.platforms)
     actual = account.node.description.platform
-    return f"unsupported platform: {wanted} wanted, this is {actual.os}/{actual.architecture}"
+    return f"unsupported platform: {wanted} required, the node is {actual.os}/{actual.architecture}"
 
 
 def rights(requirements: Requirements, account: Account, copies: int) -> str:
     """Return the rights over the machine that the node does not allow."""
     refused = requirements.rights.kinds - account.given_rights
     if is_docker_node(account.node):
-        return f"rights over the machine not given: {rights_text(refused)} (a Docker Engine gives tasks none)"
-    return f"rights over the machine not given: {rights_text(refused)} (the node's setting `allow`)"
+        return f"rights over the machine not allowed: {rights_text(refused)} (a Docker Engine allows none)"
+    return f"rights over the machine not allowed: {rights_text(refused)} (the node's setting `allow`)"
 
 
 def devices(requirements: Requirements, account: Account, copies: int) -> str:
@@ -94,12 +94,12 @@ def ports(requirements: Requirements, account: Account, copies: int) -> str:
 def unknown(requirements: Requirements, account: Account, copies: int) -> str:
     """Return how many of the node's tasks may hold what the task needs."""
     tasks = "1 task" if account.unknown == 1 else f"{account.unknown} tasks"
-    return f"what {tasks} of the node reserve cannot be read: they may have the ports and resources it needs"
+    return f"the reservations of {tasks} are unreadable: they may include the ports and resources it needs"
 
 
 def replicas(requirements: Requirements, account: Account, copies: int) -> str:
     """Return how many tasks of the service the node has."""
-    return f"max replicas per node: {copies} of {requirements.max_replicas} are there"
+    return f"max replicas per node: the node runs {copies} of {requirements.max_replicas}"
 
 
 def cluster_volumes(requirements: Requirements, account: Account, copies: int) -> str:
@@ -111,11 +111,11 @@ def cluster_volumes(requirements: Requirements, account: Account, copies: int) -
 def _shortages(requirements: Requirements, account: Account) -> Iterator[str]:
     if requirements.nano_cpus > account.free_nano_cpus:
         wanted, free = requirements.nano_cpus / _CPU_NANO, max(account.free_nano_cpus, 0) / _CPU_NANO
-        yield f"{wanted:g} CPUs wanted, {free:g} not reserved"
+        yield f"{wanted:g} CPUs requested, {free:g} not reserved"
     if requirements.memory_bytes > account.free_memory_bytes:
         wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE
-        yield f"{wanted:.0f} MiB of memory wanted, {free:.0f} not reserved"
+        yield f"{wanted:.0f} MiB of memory requested, {free:.0f} not reserved"
     for resource in requirements.generic:
         if not account.generic.has(resource):
             kind, amount = kind_and_amount(resource)
-            yield f"{amount} of {kind} wanted, fewer are left"
+            yield f"{amount} of {kind} requested, fewer are available"

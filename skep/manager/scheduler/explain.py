@@ -73,7 +73,7 @@ def explaining_priority(
         if candidate is None or not candidate.victims:
             continue
         owners, node = _owners(candidate, priorities, view, named), _hostname(accounting, candidate.node_id)
-        where = f"{owners} hold the room on {node}"
+        where = f"{owners} hold the resources on {node}"
         if below > own:
             return f"{where}; its own priority is {own}"
         return where if preempts(view) else f"{where}; preemption is off (skep cluster preemption)"

@@ -190,7 +190,7 @@ FILTERS = (
     Filter(
         _asks_for_rights,
         _gives_rights,
-        "rights over the machine not given by {nodes}",
+        "rights over the machine not allowed on {nodes}",
         details.rights,
         is_lasting=True,
     ),
@@ -221,7 +221,7 @@ FILTERS = (
             requirements.nano_cpus or requirements.memory_bytes or requirements.host_ports
         ),
         _is_known,
-        "specs of tasks cannot be read on {nodes}",
+        "unreadable task specs on {nodes}",
         details.unknown,
     ),
     Filter(

@@ -132,7 +132,7 @@ class Preemptor:
         """Return the text that says what a nominated task waits for."""
         account = self._accounting.accounts.get(nomination.candidate.node_id)
         name = account.node.description.hostname if account is not None else ""
-        return f"; tasks of lower priority stop for it on {name or nomination.candidate.node_id}"
+        return f"; preempting tasks of lower priority on {name or nomination.candidate.node_id}"
 
     def more_at(self) -> float | None:
         """Return when more victims may be chosen if none ends before, or None if none is stopping."""

@@ -247,11 +247,10 @@ class VolumeUses:
         if why := _sharing_refusal(spec.access_mode.sharing, users, writers, read_only=mount.read_only):
             return f"{name} {why}"
         if not is_entered and len(known.announced) - (node.id in known.announced) >= known.free_nodes:
-            return f"{name} is on as many nodes as can be kept of one volume: {elsewhere}"
+            return f"{name} is already on {elsewhere} nodes, the maximum for one volume"
         if not is_entered and not self._is_below_limit(node, info):
-            return (
-                f"{name}: the node has its {info.max_volumes_per_node} volumes of driver {info.plugin_name}"
-            )
+            most = info.max_volumes_per_node
+            return f"{name}: the node is at its limit of {most} volumes of driver {info.plugin_name}"
         return ""
 
     def _is_below_limit(self, node: Node, info: CSIInfo) -> bool:
@@ -313,9 +312,9 @@ def _sharing_refusal(sharing: VolumeSharing, users: int, writers: int, *, read_o
     """Return why the volume cannot be shared with its current ``users`` and ``writers``, or an empty string."""
     match sharing:
         case VolumeSharing.NONE if users:
-            return "is another task's"
+            return "is in use by another task"
         case VolumeSharing.ONE_WRITER if not read_only and writers:
-            return "has a writer"
+            return "already has a writer"
         case VolumeSharing.READ_ONLY if not read_only:
             return "is read-only: mount it with readonly"
         case _:

@@ -33,7 +33,7 @@ def decided(view: View, service: Service, schedule: Schedule, now_ns: int) -> Jo
     status, scheduled_ns = _settled(job.schedule, start), unix_ns(start.scheduled_at or "")
     late_s = (now_ns - scheduled_ns) / SECOND_NS
     if schedule.deadline_s is not None and late_s > schedule.deadline_s:
-        return _skipped(job, status, start, f"it would have begun {late_s:.0f} s late")
+        return _skipped(job, status, start, f"it would have started {late_s:.0f} s late")
     if schedule.concurrency is Concurrency.FORBID and (where := _running_where(view, service)) is not None:
         return _skipped(job, status, start, f"run {job.job_iteration.index} is still going{where}")
     return started(view, service, status, start)

@@ -32,7 +32,7 @@ CLOCK_SET_S = 1.0
 """Minimum seconds by which the wall clock must have been set to matter."""
 SCHEDULES_ID = "schedules"
 """Id of the payload that records when the cluster was restored (``Restored``)."""
-RESTORED = "the cluster was restored: whether it has run is not known"
+RESTORED = "the cluster was restored: it is unknown whether the job ran"
 
 
 class Schedules:
@@ -73,7 +73,7 @@ class Schedules:
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._start_due(), name="start what is due")
+            group.create_task(self._start_due(), name="start due runs")
             group.create_task(self._notice_set_clock(), name="notice that the clock was set")
 
     async def _notice_set_clock(self) -> None:

@@ -73,10 +73,10 @@ STEP_S = 45.0
 """Maximum seconds of a step's driver calls, including the wait for their turn."""
 SETTLED_S = 60.0
 """Seconds after the beginning of a term from which on no call of an earlier leader can be in progress."""
-_STOPPING = "it waits until the removed node has stopped its containers"
-_HELD = "it waits until no call of an earlier leader can be under way"
+_STOPPING = "waiting until the removed node has stopped its containers"
+_HELD = "waiting until no call of an earlier leader can be in progress"
 INFO_PART, PUBLISH_PART = "info", "publish"
-_DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
+_DAMAGED = "the store's record of where the volume is published is unreadable: remove the volume with force"
 
 
 class ControllerDriver(Protocol):
@@ -340,7 +340,7 @@ class ClusterVolumes:
             async with asyncio.timeout(STEP_S):
                 return await call()
         except TimeoutError as error:
-            raise Unavailable(f"the driver has not done it within {STEP_S:g} s") from error
+            raise Unavailable(f"the driver did not finish within {STEP_S:g} s") from error
 
     async def _enter_created(self, volume: Volume, info: VolumeInfo) -> None:
         """Record a created volume.  Raises UnusableResponse if it is not as requested, or another volume."""

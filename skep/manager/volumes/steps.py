@@ -222,7 +222,7 @@ def _with_others(status: PublishStatus, statuses: Sequence[PublishStatus], node:
         return status
     found = [(id, node(id)) for id in others[:_NAMES_MAX]]
     names = ", ".join(_name(one) if one is not None else id for id, one in found)
-    return replace(status, message=f"it waits until it is certain that it is not mounted on {names}")
+    return replace(status, message=f"waiting for confirmation that it is not mounted on {names}")
 
 
 def _waiting(status: PublishStatus, node: Node | None) -> PublishStatus:

@@ -53,10 +53,10 @@ class KeptNodes:
     def _unread(self, node: Node) -> str:
         view = self._view
         if node.id in view.unreadable(Node) or STATUS_PART in view.damaged(Node).get(node.id, ()):
-            return "what it has cannot be read in the store"
+            return "its record in the store is unreadable"
         damaged = [id for id, parts in view.damaged(Volume).items() if PUBLISH_PART in parts]
         if volumes := sorted({*damaged, *view.unreadable(Volume)}):
-            return f"where cluster volume {volumes[0]} is cannot be read in the store"
+            return f"the store's record of where cluster volume {volumes[0]} is published is unreadable"
         return ""
 
     def _published(self, node: Node) -> str:

@@ -102,12 +102,12 @@ class LostNodes:
             if isinstance(result, SkepError):
                 log.warning("lost node not removed, will retry", node=id, reason=str(result))
             elif result:
-                log.warning("node was lost for longer than the cluster keeps it: removed", node=id)
+                log.warning("lost node removed", node=id)
 
     def _log_kept(self, kept: dict[NodeId, str]) -> None:
         for id, reason in kept.items():
             if self._kept.get(id) != reason:
-                log.warning("lost node is not removed", node=id, reason=reason)
+                log.warning("lost node kept", node=id, reason=reason)
         self._kept = kept
 
 
