@@ -209,7 +209,7 @@ class Orchestrator:
         return service is not None and new.spec_version != service.spec_version
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
-        """Whether the task was assigned to a node that failed, or whose labels changed, at the same moment."""
+        """Whether the task was just assigned to a node that it must leave: the node changed at the same moment."""
         if old.node_id == new.node_id:
             return False
         node = self._term.view().lookup(Node, new.node_id)

@@ -316,7 +316,7 @@ class Scheduler:
             await slices.yield_if_due()
 
     async def _without_waiting(self, groups: Sequence[Group], slices: TimeSlices) -> list[Group]:
-        """Return the groups that do not wait for another service, or because an object is unreadable.
+        """Return the groups that need not wait for another service, or for an unreadable object.
 
         Without its spec a task would go to any node, with nothing reserved.  Without its service's labels it would
         leave its data, or start before its dependencies.
