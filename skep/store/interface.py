@@ -203,8 +203,8 @@ class Updates(Protocol):
         A body that writes nothing commits nothing.  Errors of the body are raised, and nothing is written.
 
         Raises:
-            Unavailable: Without a quorum, or without a response within the store's deadline (5 s) and the outcome is
-            unknown.
+            Unavailable: There is no quorum, or the store did not respond within its deadline (5 s) and the outcome is
+                unknown.
         """
 
     async def update_each(

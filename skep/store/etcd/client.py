@@ -38,7 +38,7 @@ CHANGE_S = 5.0
 """Timeout of a membership change."""
 
 LOAD_S = 10.0
-"""Timeout of a compaction, and between the parts of a snapshot."""
+"""Timeout of a compaction, of a page of a full read, and of each part of a snapshot."""
 DEFRAGMENT_S = 120.0
 """Timeout of a defragmentation, which takes some 9 s per GB."""
 

@@ -288,7 +288,7 @@ class Member:
                 return
 
     def _not_ready(self) -> str:
-        """Return the error of a single member.  If it has data but no leader or finished write, its log is incomplete."""
+        """Return a single member's error.  With data but no leader or finished write, its log is incomplete."""
         if missing := missing_bytes(self.settings.data):
             return no_space(self.settings.directory, missing)
         if self._had_data:
