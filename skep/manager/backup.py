@@ -1,4 +1,4 @@
-"""A backup while the manager serves: a manifest of the cluster, and a snapshot of the store, in one stream."""
+"""Online backup of a manager: one stream with a manifest of the cluster and a snapshot of the store."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -32,7 +32,7 @@ _COUNTED: Mapping[str, type[Any]] = {
 
 
 class Backups:
-    """Makes backups of one manager's store; with or without a quorum."""
+    """Creates backups of one manager's store, with or without a quorum."""
 
     def __init__(
         self, config: ManagerConfig, store: Store, wrapping_key: Callable[[], bytes], clock: Clock
@@ -43,10 +43,12 @@ class Backups:
         self._clock = clock
 
     def begin(self, request: BackupRequest) -> Sealer:
-        """The writer of the file.
+        """Return the sealer that encrypts the backup.
 
-        Raises: InvalidArgument; FailedPrecondition: without the root's key no certificate could be made for a restored
-        manager.
+        Raises:
+            InvalidArgument: The request is invalid.
+            FailedPrecondition: An external CA holds the root key.  No certificate could be issued for a restored
+                manager.
         """
         if self._store.view().lookup(Payload, ROOT_KEY_ID) is None:
             raise FailedPrecondition(
@@ -56,7 +58,7 @@ class Backups:
         return Sealer(request.header, request.key)
 
     async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
-        """The file.  Raises: Unavailable, FailedPrecondition: it is incomplete, and its end is missing."""
+        """Yield the backup file.  Raises: Unavailable, FailedPrecondition: the file is incomplete and lacks its end."""
         manifest = self._manifest()
         yield sealer.manifest(manifest)
         verified = Verified()

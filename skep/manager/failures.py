@@ -25,13 +25,13 @@ K = TypeVar("K", bound=str)
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
 UNAVAILABLE_S_MAX = 5.0
-"""The longest delay after ``Unavailable`` from the store, which is no error of the object."""
+"""Longest delay after ``Unavailable``, which is a failure of the store and not of the object."""
 
 ERROR_CHARACTERS_MAX = 1000
-"""Errors are written to objects, and may quote user input."""
+"""Limit of an error's text.  It is written to objects and may quote user input."""
 LOGGED_MAX = 1000
 WRITE_FAILURES_MAX = 10_000
-"""Above this number, write failures whose retry time has passed are dropped: their keys may never come up again."""
+"""Above this number, expired write failures are dropped: their keys may never come up again."""
 
 
 class BadObject(SkepError):
@@ -43,9 +43,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     error: str
     failures: int
-    """In a row."""
+    """Number of failures in a row."""
     retry_at: float
-    """Monotonic seconds."""
+    """Monotonic time in seconds."""
     is_unavailable: bool = False
     """The store was not available; the object itself may be fine."""
 
@@ -61,8 +61,10 @@ class Failures:
         self._forget_above = WRITE_FAILURES_MAX
 
     def caught(self, key: str) -> "_Caught":
-        """Context for one object's decision: records and swallows every ``Exception`` but ``NotLeader`` and
-        ``WatchLagged``."""
+        """Return a context for one object's decision.
+
+        It records and suppresses every ``Exception`` but ``NotLeader`` and ``WatchLagged``.
+        """
         return _Caught(self, key)
 
     def record(self, key: str, error: Exception) -> None:
@@ -73,28 +75,31 @@ class Failures:
             log.error("decision failed", object=key, error=failure.error, exc_info=error)
 
     def of(self, key: str) -> Failure | None:
-        """The failure of the last decision about ``key``; None: it succeeded."""
+        """Return the failure of the last decision about ``key``, or None if it succeeded."""
         return self._failures.get(key)
 
     def clear(self, key: str) -> None:
-        """The decision about ``key`` succeeded, or the object was deleted."""
+        """Record that the decision about ``key`` succeeded, or that the object was deleted."""
         self._failures.pop(key, None)
 
     def refusal(self, what: str, key: str) -> Failure | None:
-        """Why the store refused ``what`` of ``key`` last time; None: it was written, or the store was not available."""
+        """Return why the store refused to write ``what`` of ``key`` last time.
+
+        None if it was written or the store was unavailable.
+        """
         failure = self._write_failures.get(_write_key(what, key))
         return failure if failure is not None and not failure.is_unavailable else None
 
     def write_failure(self, what: str, key: str) -> Failure | None:
-        """Why ``what`` of ``key`` was not written last time, an unavailable store included."""
+        """Return why ``what`` of ``key`` was not written last time, including an unavailable store."""
         return self._write_failures.get(_write_key(what, key))
 
     def clear_write_failure(self, what: str, key: str) -> None:
-        """``what`` of ``key`` was written, or is not wanted any more."""
+        """Record that ``what`` of ``key`` was written, or is no longer wanted."""
         self._write_failures.pop(_write_key(what, key), None)
 
     def record_write_failure(self, what: str, key: str, error: SkepError) -> Failure:
-        """Record that ``what`` of ``key`` was not written; gives the failure with its retry time."""
+        """Record that ``what`` of ``key`` was not written, and return the failure with its retry time."""
         is_unavailable, key = isinstance(error, Unavailable), _write_key(what, key)
         before = self._write_failures.get(key)
         failure = self._after(
