@@ -100,12 +100,12 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
         ResourceExhausted: The node or the network has too many attachments.
     """
     if not 0 < len(attachment.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
-        raise InvalidArgument("the request names no container")
+        raise InvalidArgument("the container id is missing or too long")
     if len(attachment.aliases) > ALIASES_MAX or any(
         len(one) > ALIAS_CHARACTERS_MAX for one in attachment.aliases
     ):
         raise InvalidArgument(
-            f"a container has {ALIASES_MAX} names of {ALIAS_CHARACTERS_MAX} characters on a network, at most"
+            f"a container can have at most {ALIASES_MAX} names of {ALIAS_CHARACTERS_MAX} characters on a network"
         )
     node = tx.rely_on(Node, attachment.node_id, "session")
     if node is None:
@@ -122,7 +122,7 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
         )
     present = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
     if len(present) >= ATTACHMENTS_MAX:
-        raise ResourceExhausted(f"the node has {ATTACHMENTS_MAX} containers on cluster networks already")
+        raise ResourceExhausted(f"the node already has {ATTACHMENTS_MAX} containers on cluster networks")
     here = sum(network.id in {config.target for config in one.spec.networks} for one in present)
     require_share(network, here, len(tx.find(Node)))
     require_subnets(network, attachment.addresses)

@@ -52,8 +52,8 @@ class Backups:
         """
         if self._store.view().lookup(Payload, ROOT_KEY_ID) is None:
             raise FailedPrecondition(
-                "an external CA has the key of the cluster's root, so that a backup could not be restored: rotate to "
-                "a root of the cluster's own first (docker swarm ca --rotate)"
+                "an external CA holds the key of the cluster's root, so a backup could not be restored: rotate to "
+                "a root CA of the cluster's own first (docker swarm ca --rotate)"
             )
         return Sealer(request.header, request.key)
 
@@ -69,7 +69,7 @@ class Backups:
         verified.check()
         if not set(split_keys(self._wrapping_key())) <= set(split_keys(manifest.wrapping_key)):
             # Some values may be encrypted with a key newer than the manifest, so the backup could not be read.
-            raise Unavailable("the key of the cluster's store is being replaced: repeat the backup")
+            raise Unavailable("the key of the cluster's store is being replaced: run the backup again")
         yield sealer.end()
 
     def _manifest(self) -> Manifest:

@@ -32,7 +32,7 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
         _refuse_many(name, [*others, spec], sizes)
     if path := circle(view, spec.name, dependencies):
         raise InvalidArgument(
-            f"services cannot wait for each other: {' -> '.join(path)} (label {DEPENDS_ON})"
+            f"services cannot depend on each other in a cycle: {' -> '.join(path)} (label {DEPENDS_ON})"
         )
 
 
@@ -114,15 +114,17 @@ def _refuse_many(name: str, specs: Sequence[ServiceSpec], sizes: dict[str, int])
     Args:
         sizes: Spec sizes by service name.  Missing sizes are computed and added.
     """
-    what = f"service {name} restarts {len(specs)} services with its updates (label {DEPENDS_ON})"
+    what = f"updates of service {name} would restart {len(specs)} services (label {DEPENDS_ON})"
     if len(specs) > RESTARTED_MAX:
-        raise InvalidArgument(f"{what}: {RESTARTED_MAX} are possible")
+        raise InvalidArgument(f"{what}: at most {RESTARTED_MAX} are allowed")
     for spec in specs:
         if spec.name not in sizes:
             sizes[spec.name] = _size_of(spec)
     size = sum(sizes[spec.name] for spec in specs)
     if size > RESTARTED_BYTES_MAX:
-        raise InvalidArgument(f"{what}: their specs have {size} bytes, {RESTARTED_BYTES_MAX} are possible")
+        raise InvalidArgument(
+            f"{what}: their specs have {size} bytes, at most {RESTARTED_BYTES_MAX} are allowed"
+        )
 
 
 def _size_of(spec: ServiceSpec) -> int:

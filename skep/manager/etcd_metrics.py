@@ -21,7 +21,7 @@ ETCD = {
     "etcd_disk_wal_fsync_duration_seconds": "Duration of fsync of the log.",
     "etcd_disk_backend_commit_duration_seconds": "Duration of commits of the database.",
     "etcd_mvcc_db_total_size_in_bytes": "Size of the database.",
-    "etcd_mvcc_db_total_size_in_use_in_bytes": "What of it is in use.",
+    "etcd_mvcc_db_total_size_in_use_in_bytes": "Size of the database that is in use.",
     "etcd_network_peer_round_trip_time_seconds": "Round trips to other members.",
 }
 """Names and help texts of the exported metrics.  etcd has some hundred metrics."""

@@ -166,13 +166,17 @@ class ClusterEvents:
         """
         incarnation, _, revision = cursor.partition("-")
         if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
-            raise InvalidArgument(f"invalid cursor {cursor!r}: want one of an event, like {self.cursor()}")
+            raise InvalidArgument(
+                f"invalid cursor {cursor!r}: want the cursor of an event, like {self.cursor()}"
+            )
         if int(incarnation) != self._store.incarnation:
-            raise EventsLost(f"cursor {cursor} is of another life of the cluster: read its objects anew")
+            raise EventsLost(
+                f"cursor {cursor} belongs to an earlier incarnation of the cluster: list its objects again"
+            )
         if self._floor is None or int(revision) < self._floor:
             raise EventsLost(
-                f"not all events after cursor {cursor} are kept by this manager: ask another one, or read the "
-                f"cluster's objects anew and go on after {self.cursor()}"
+                f"this manager no longer has all events after cursor {cursor}: ask another manager, or list the "
+                f"cluster's objects again and continue after {self.cursor()}"
             )
         return int(revision)
 
@@ -246,7 +250,7 @@ class ClusterEvents:
                     continue
                 if found is None:
                     raise EventsLost(
-                        "the client was too slow and has lost events: go on after its last cursor"
+                        "the client was too slow and has lost events: reconnect with its last cursor"
                     )
                 yield found
         finally:

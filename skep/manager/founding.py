@@ -49,7 +49,7 @@ def found_cluster(
     bootstrap = config.bootstrap
     if bootstrap is None:
         raise FailedPrecondition(
-            "this manager has no cluster and no settings for a new one: init or join again"
+            "this manager has no cluster and no settings for a new one: run docker swarm init or join again"
         )
     tls = tls_info(authority.root_pem)
     first = Node(

@@ -167,7 +167,7 @@ def reads_all_images(view: View, id: NodeId) -> bool:
 def _names(images: Collection[str], most: int) -> frozenset[str]:
     """Check the number and length of image names.  Raises: InvalidArgument."""
     if len(images) > most or any(len(one) > CHARACTERS_MAX for one in images):
-        raise InvalidArgument("too many or too long names of an image")
+        raise InvalidArgument("the request has too many image names, or one is too long")
     return frozenset(images)
 
 
@@ -184,7 +184,7 @@ def needed_images(view: View) -> frozenset[str]:
         Unavailable: A service cannot be read, so its images are unknown.
     """
     if view.unreadable(Service):
-        raise Unavailable("not all services can be read")
+        raise Unavailable("a service cannot be read, so its images are unknown")
     specs = (spec for service in view.find(Service) for spec in specs_in_use(view, service))
     return frozenset(image for spec in specs for image in images_of(spec.task_template))
 

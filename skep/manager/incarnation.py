@@ -48,8 +48,8 @@ class Incarnations(msgspec.Struct, frozen=True, kw_only=True):
 def superseded(served: int, later: int) -> Superseded:
     """Return the error with which a manager stops."""
     return Superseded(
-        f"this manager belongs to incarnation {served} of the cluster, and the others go on with incarnation {later}, "
-        "which was restored or forced without it: docker swarm leave --force here, docker node demote and docker "
+        f"this manager belongs to incarnation {served} of the cluster, and the others now serve incarnation {later}, "
+        "which was restored or forced without it: run docker swarm leave --force here, docker node demote and docker "
         "node rm for this node there, then join again"
     )
 
@@ -114,7 +114,7 @@ def _stop(paths: Paths, served: int, later: int) -> NoReturn:
     try:
         write_incarnations(paths, Incarnations(served=served, later=later))
     except OSError as error:
-        log_error(error, "a later incarnation of the cluster is not kept")
+        log_error(error, "later incarnation of the cluster not stored")
     raise superseded(served, later)
 
 

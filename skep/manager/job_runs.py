@@ -82,7 +82,9 @@ def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) ->
         Unavailable: This manager cannot read the current run; another may.
     """
     if has_unreadable_run(view, service.id):
-        raise Unavailable(f"the present run of job {service.id} cannot be read by this manager")
+        raise Unavailable(
+            f"this manager cannot read the current run of job {service.id}: try another manager"
+        )
     job = service.job_status
     if job is None:
         return None
@@ -294,7 +296,9 @@ def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
         if job is None or job.spec_version in (None, service.spec_version) or service.removed_at is not None:
             continue
         if has_unreadable_run(tx, service.id):
-            raise Unavailable(f"the present run of job {service.spec.name} cannot be read by this manager")
+            raise Unavailable(
+                f"this manager cannot read the current run of job {service.spec.name}: try another manager"
+            )
         if (kind, id) in references_of(as_run(tx, service).spec):
             tx.rely_on(Service, service.id, "job")
             if is_going(tx, service):

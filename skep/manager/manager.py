@@ -412,7 +412,7 @@ async def serving(app: web.Application, socket: Path, handover: Path) -> AsyncIt
     app.on_response_prepare.append(begin_response)
     serves = runner(app, **HOOKS)
     await serves.setup()
-    assert serves.server is not None, "set up just now"
+    assert serves.server is not None, "runner.setup creates the server"
     passed = PassedConnections(serves.server)
     try:
         socket.unlink(missing_ok=True)

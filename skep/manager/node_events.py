@@ -68,7 +68,7 @@ class Position(NamedTuple):
             if not (
                 0 < len(key) <= _KEY_LENGTH and key.isalnum() and part.isascii() and 0 < len(cursor) < 40
             ):
-                raise InvalidArgument(f"invalid cursor {text[:80]!r}: {part[:60]!r} is of no node")
+                raise InvalidArgument(f"invalid cursor {text[:80]!r}: {part[:60]!r} is not a node's cursor")
             nodes[key] = cursor
         if len(nodes) > NODES_MAX:
             raise InvalidArgument(f"invalid cursor: it has more than {NODES_MAX} nodes")
@@ -179,13 +179,15 @@ class AllEvents:
         nodes = self._nodes(wanted)
         known = {name for node in self._view().find(Node) for name in (node.id, node.description.hostname)}
         if missing := sorted(set(wanted.names) - known):
-            raise InvalidArgument(f"there is no node {missing[0]}")
+            raise InvalidArgument(f"node {missing[0]} not found")
         if len(nodes) > NODES_MAX:
             raise FailedPrecondition(
-                f"the events of {len(nodes)} nodes are too many for one stream: name at most {NODES_MAX} of them"
+                f"one stream can have the events of at most {NODES_MAX} nodes, not {len(nodes)}: name the nodes"
             )
         if self._streams >= STREAMS_MAX:
-            raise ResourceExhausted(f"{STREAMS_MAX} clients of this manager read the events of nodes already")
+            raise ResourceExhausted(
+                f"{STREAMS_MAX} clients of this manager already read events of nodes: try another manager"
+            )
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -239,7 +241,7 @@ class AllEvents:
                         continue
                     why = _why_unread(node)
                     if not why and len(reading) >= NODES_MAX:
-                        why = f"the stream has those of {NODES_MAX} other nodes"
+                        why = f"the stream already has events of {NODES_MAX} other nodes"
                     if why:
                         if node.id not in away:
                             away.add(node.id)
@@ -268,7 +270,7 @@ class AllEvents:
                         await reader.take(line)
                         is_away = False
                         backoff.reset()
-                why = "it has ended its events"
+                why = "the node ended its event stream"
             except (SkepError, TimeoutError, msgspec.DecodeError) as error:
                 why = describe_error(error)
             if reader.is_over(self._clock.now_ns()):
@@ -335,7 +337,7 @@ class _Reader:
 
     async def _take_mark(self, known: _Line) -> None:
         if known.action == "gap":
-            await self.put_notice("gap", "it has not kept all events since", known.time_ns)
+            await self.put_notice("gap", "the node no longer has all events since then", known.time_ns)
         elif not self._is_known:
             await self.put_notice("follow", "", known.time_ns)
         else:
@@ -356,13 +358,13 @@ def _decoded(line: bytes) -> _Line:
     try:
         return _decode(line)
     except RecursionError as error:
-        raise msgspec.ValidationError("it is nested too deeply") from error
+        raise msgspec.ValidationError("the event is nested too deeply") from error
 
 
 def _why_unread(node: Node) -> str:
     """Return why the node's events cannot be read, or an empty text if they can."""
     if is_docker_node(node):
-        return "it is a Docker Engine, whose events are at its own API only"
+        return "it is a Docker Engine, whose events are only available at its own API"
     if node.status.state is not NodeState.READY:
         return f"it is {node.status.state.value}"
     return ""
@@ -401,11 +403,11 @@ async def _lines(tunnel: Tunnel) -> AsyncGenerator[bytes, None]:
     while b"\r\n\r\n" not in rest:
         rest += await _piece(tunnel)
         if len(rest) > HEAD_BYTES_MAX:
-            raise Unavailable("the node's response has no end of its head")
+            raise Unavailable("the node's response head is too long")
     head, _, rest = rest.partition(b"\r\n\r\n")
     status = head.split(b" ", 2)[1:2]
     if status != [b"200"]:
-        raise Unavailable(f"the node refuses: {rest[:500].decode(errors='replace')}")
+        raise Unavailable(f"the node refused the request: {rest[:500].decode(errors='replace')}")
     while True:
         *lines, rest = rest.split(b"\n")
         for line in lines:
@@ -422,5 +424,5 @@ async def _piece(tunnel: Tunnel, *, may_end: bool = False) -> bytes:
     async with asyncio.timeout(SILENT_S_MAX):
         data = await tunnel.read()
     if not data and not may_end:
-        raise Unavailable("the node has sent no response")
+        raise Unavailable("the node sent no response")
     return data
