@@ -79,7 +79,7 @@ async def session_named(
     except TimeoutError:
         first = None
     if first is None:
-        raise InvalidArgument("the session is missing")
+        raise InvalidArgument("the stream's first message names no session, or did not come in time")
     return first.session_id
 
 

@@ -29,7 +29,7 @@ def keep_auth(tx: Transaction, payload_id: str, auth: str) -> None:
         try:
             tx.put(Payload(id=payload_id, data=auth.encode()))
         except UnicodeEncodeError:
-            raise InvalidArgument("X-Registry-Auth is no base64") from None
+            raise InvalidArgument("the header X-Registry-Auth is not base64") from None
     elif tx.lookup(Payload, payload_id) is not None:
         tx.delete(Payload, payload_id)
 
@@ -57,7 +57,9 @@ def dropped_warnings(view: View, service: Service, given: str, kept: str) -> lis
     if not has_credentials(given or kept) or view.lookup(Payload, registry_auth_id(service.id)) is not None:
         return []
     image = _image_of(service.spec)
-    return [f"image {image} is pulled without credentials: those of the service are for another registry"]
+    return [
+        f"image {image} is pulled without credentials: the service's credentials are for another registry"
+    ]
 
 
 def follow_rollback(tx: Transaction, service: Service) -> None:
@@ -66,7 +68,7 @@ def follow_rollback(tx: Transaction, service: Service) -> None:
     The newest ones stay, because those of the previous spec may have expired (Docker returns to them).  If the previous
     image has another registry, which the newest ones do not match, the credentials of the previous spec return with it.
     """
-    assert service.previous_spec is not None, "it is what the service returns to"
+    assert service.previous_spec is not None, "a rollback needs a previous spec"
     current, previous = registry_auth_id(service.id), previous_registry_auth_id(service.id)
     newest = with_registry(service.spec, auth_of(tx, current))
     older = with_registry(service.previous_spec, auth_of(tx, previous))

@@ -117,7 +117,7 @@ class StoreSpace:
                     await self._clock.sleep(SETTLE_S)
             case Defragment(node_id):
                 log.warning(
-                    "defragmenting a store: it does not serve meanwhile",
+                    "defragmenting a store, which pauses its service",
                     node=node_id,
                     file_bytes=spaces[node_id].size,
                 )
@@ -131,7 +131,7 @@ class StoreSpace:
                 )  # this term is about to end, unless leadership returned at once
             case Disarm():
                 await self._store.disarm()
-                log.info("store has room again", space=spaces[self._own].summary)
+                log.info("store has free space again", space=spaces[self._own].summary)
 
     async def _others(self, names: Sequence[str]) -> Mapping[NodeId, Space]:
         """Return the space of the other managers that respond."""
@@ -159,10 +159,10 @@ class StoreSpace:
     async def _answer(self, request: skep.StoreSpaceRequest, caller: Caller) -> skep.StoreSpaceResponse:
         if request.defragment:
             if self._defragmenting.locked():
-                raise Unavailable("this manager's store is being defragmented already")
+                raise Unavailable("this manager's store is already being defragmented")
             async with self._defragmenting:
                 log.warning(
-                    "defragmenting this manager's store: it does not serve meanwhile", asked_by=caller.node_id
+                    "defragmenting this manager's store, which pauses its service", asked_by=caller.node_id
                 )
                 await self._store.defragment()
         space = await self._store.space()

@@ -63,7 +63,7 @@ def container_of(task: Task, node: Node | None) -> str:
     if task.status.state is not TaskState.RUNNING:
         raise FailedPrecondition(f"task {task.id} is not running: it is {task.status.state.value}")
     if node is None:
-        raise NotFound(f"task {task.id} runs on node {task.node_id}, which is no part of this swarm any more")
+        raise NotFound(f"task {task.id} runs on node {task.node_id}, which is no longer part of this swarm")
     name = node.description.hostname or node.id
     if is_docker_node(node):
         raise Unimplemented(
@@ -167,7 +167,7 @@ class Tunnels:
                 async with asyncio.timeout(OPEN_S_MAX):
                     await call.send(skep.TunnelPiece(request=request))
                     if await call.receive() is None:
-                        raise Unavailable(f"manager {manager} has closed the tunnel")
+                        raise Unavailable(f"manager {manager} closed the tunnel")
             except Unimplemented as error:
                 raise Unimplemented(
                     f"manager {_name(self._store.view(), manager)}, which has the node's session, runs a version "
@@ -204,7 +204,7 @@ class Tunnels:
             raise self._why_unreachable(node_id)
         if self._open[node_id] >= OF_NODE_MAX or self._open.total() >= TUNNELS_MAX:
             raise ResourceExhausted(
-                f"{OF_NODE_MAX} connections to containers of node {node_id} are open already"
+                f"too many connections to containers of node {node_id} or of this manager are open: close some"
             )
         expected, id = _Expected(node_id), secrets.token_hex(16)
         self._expected[id] = expected
@@ -229,7 +229,7 @@ class Tunnels:
     def _why_unreachable(self, node_id: NodeId) -> SkepError:
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.manager_id != self._own:
-            return Unavailable(f"node {node_id} has no session with a manager at present")
+            return Unavailable(f"node {node_id} has no session with a manager now")
         version = node.description.engine.engine_version if node.description.engine is not None else ""
         return Unavailable(
             f"node {_name(self._store.view(), node_id)} cannot be reached through the managers: its Skep {version} "
@@ -275,7 +275,7 @@ class Tunnels:
             await expected.done.wait()
             reading.cancel()
         if not expected.is_complete:
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
 
 
 class _Expected:
@@ -326,7 +326,7 @@ async def _read(pieces: AsyncIterator[skep.TunnelPiece], waiting: _Pieces) -> No
         async for piece in pieces:
             await waiting.put(piece)
     except (SkepError, TimeoutError, *LOST_PEER) as error:
-        log.info("tunnel of a node broke off", reason=str(error))
+        log.info("tunnel to a node was lost", reason=str(error))
     finally:
         waiting.end()
 
@@ -361,7 +361,7 @@ async def _first(pieces: AsyncIterator[skep.TunnelPiece]) -> skep.TunnelPiece:
     except TimeoutError:
         first = None
     if first is None:
-        raise InvalidArgument("the tunnel is not named")
+        raise InvalidArgument("the tunnel's first message is missing or late")
     return first
 
 

@@ -49,7 +49,7 @@ class WorkerReads:
         """
         self._check(request.target)
         if len(self._reading) >= READS_MAX or self._reading.count(caller.node_id) >= READS_OF_NODE_MAX:
-            raise ResourceExhausted("too many clients of workers read from this manager")
+            raise ResourceExhausted("too many clients of workers read from this manager: try again later")
         self._reading.append(caller.node_id)
         try:
             async with (
@@ -72,7 +72,7 @@ class WorkerReads:
         """
         swarm = next(iter(self._view().find(Swarm)), None)
         if swarm is None or not allows_worker_reads(swarm.spec.labels):
-            raise PermissionDenied("this cluster does not show itself to clients of workers")
+            raise PermissionDenied("this cluster does not allow clients of workers to read it")
         if not target.startswith("/") or not is_readable("GET", path_of(target)):
             raise PermissionDenied(f"clients of workers may not read {target[:200]}")
 

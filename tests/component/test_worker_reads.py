@@ -88,7 +88,7 @@ async def test_nothing_is_shown_unless_the_cluster_allows_it(cluster, reads):
     for value in (None, "false", "yes"):
         if value is not None:
             await cluster.allow(value)
-        with pytest.raises(PermissionDenied, match="does not show itself"):
+        with pytest.raises(PermissionDenied, match="does not allow clients of workers"):
             await reads.body("/services")
     assert cluster.asked == []
 
