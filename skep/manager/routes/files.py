@@ -55,7 +55,7 @@ class Created(ApiObject):
 
 @routes.get("/secrets")
 async def list_secrets(request: web.Request) -> web.StreamResponse:
-    """All secrets that fit the filters; of names and ids one has to fit."""
+    """List the secrets that match the filters.  Of the name and id filters, one must match."""
     return await _listed(request, Secret, "names", "name", "id", "label")
 
 
@@ -74,7 +74,7 @@ async def create_secret(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/secrets/{id}")
 async def inspect_secret(request: web.Request) -> web.StreamResponse:
-    """One secret, without its data."""
+    """Show one secret, without its data."""
     return json_response(await _named(request, Secret))
 
 
@@ -101,7 +101,7 @@ async def remove_secret(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/configs")
 async def list_configs(request: web.Request) -> web.StreamResponse:
-    """All configs that fit the filters; of names and ids one has to fit."""
+    """List the configs that match the filters.  Of the name and id filters, one must match."""
     return await _listed(request, Config, "name", "id", "label")
 
 
@@ -113,7 +113,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     _refuse_templating(request, spec, "config")
     await manager.require_room(creates=True)
     if STACK_REVISION in spec.labels:
-        # Deploys that are under way are marked: they must be shown, whichever manager has served them.
+        # Mark the deploys in progress: they must be visible, whichever manager served them.
         await current_view(request)
     config = await manager.update(
         control.create_config,
@@ -127,7 +127,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/configs/{id}")
 async def inspect_config(request: web.Request) -> web.StreamResponse:
-    """One config with its data."""
+    """Show one config with its data."""
     return json_response(await _named(request, Config))
 
 
@@ -162,7 +162,7 @@ async def _listed(request: web.Request, kind: type[File], *known: str) -> web.St
 
 
 def _fits(file: Secret | Config, filters: Filters) -> bool:
-    """Names in any case: SwarmKit's index of names is in lower case.
+    """Return whether a file matches the filters.  Names match in any case: SwarmKit's name index is in lower case.
 
     Source: swarmkit, manager/state/store/memory.go (findIterators).
     """
