@@ -72,7 +72,7 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
         record.failed(error.status, "" if error.status < 400 else error.reason)
         raise
     except asyncio.CancelledError:
-        record.failed(_CLIENT_GONE, "the client was gone before the response: the outcome is not known")
+        record.failed(_CLIENT_GONE, "the client disconnected before the response: the outcome is unknown")
         raise
     except Exception:
         record.failed(500, "internal error")

@@ -154,14 +154,14 @@ async def _stack(request: web.Request) -> tuple[Any, ...]:
     wanted = await read_check(request)
     if (number := len(wanted.bodies) + len(wanted.removed)) > _PLANNED_MAX:
         raise ResourceExhausted(
-            f"a plan of {number} objects: only administrators may have more than {_PLANNED_MAX} checked"
+            f"a plan has {number} objects: only administrators may check more than {_PLANNED_MAX}"
         )
     view, stacks = await current_view(request), {stack_of(one.labels) for one in wanted.bodies}
     for id in (*wanted.removed, *(one.id for one in wanted.services if one.id)):
         service = view.lookup(Service, id)
         # Use the same refusal for both cases, so that it does not reveal which ids exist.
         if service is None or stack_of(service.spec.labels) not in stacks:
-            raise PermissionDenied(f"service {id} is not of the stack")
+            raise PermissionDenied(f"service {id} does not belong to the stack")
     await _checked_changes(request, wanted.services)
     return wanted.bodies
 
@@ -178,7 +178,7 @@ async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange
         # Updates of services by this path are by id.  The handler refuses an unknown id.
         if change.id and (service := view.lookup(Service, change.id)) is not None:
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
-                raise PermissionDenied(f"service {change.spec.name} cannot go to another stack")
+                raise PermissionDenied(f"service {change.spec.name} cannot be moved to another stack")
             if why := known_service(view, service).machine_rights:
                 raise PermissionDenied(f"service {service.spec.name} has {why}")
     return tuple(change.spec for change in changes)

@@ -71,9 +71,7 @@ class NodeResult(ApiObject):
 async def diagnose_network(request: web.Request) -> web.StreamResponse:
     """Send one JSON object per line: the nodes, then each node's result as it arrives, within 25 s."""
     if flag(request, "throughput"):
-        raise InvalidArgument(
-            "throughput is measured by POST: it loads every link, which a viewer may not do"
-        )
+        raise InvalidArgument("measure throughput with POST: it loads every link, which a viewer may not do")
     return await _run(request, throughput=False)
 
 

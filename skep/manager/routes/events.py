@@ -97,7 +97,9 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
         )
         manager.all_events.check(wanted)
     elif position is not None and position.nodes:
-        raise InvalidArgument("the cursor is of a stream with events of nodes: name them again")
+        raise InvalidArgument(
+            "the cursor belongs to a stream with events of nodes: name the same nodes again"
+        )
     async with JsonLines(request) as lines:
         try:
             if wanted is not None:

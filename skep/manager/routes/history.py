@@ -100,7 +100,9 @@ async def show_state(request: web.Request) -> web.Response:
         PermissionDenied: The user only has roles in single stacks.
     """
     if not _sees_all(identity_of(request)):
-        raise PermissionDenied("the state of the whole cluster is not for users of single stacks")
+        raise PermissionDenied(
+            "users with roles in single stacks only may not see the state of the whole cluster"
+        )
     past = await past_of(request).at(request.query.get("at", ""))
     view = past.view
     nodes, services = problems_of(view, Node), problems_of(view, Service)

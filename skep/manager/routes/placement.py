@@ -60,7 +60,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
                 placements = [one async for one in _placements(dry_run, view, specs)]
         except TimeoutError as error:
             raise ResourceExhausted(
-                f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: ask for fewer at once"
+                f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: send fewer services at once"
             ) from error
     return json_list_response(placements)
 

@@ -66,7 +66,7 @@ async def find_target(request: web.Request) -> web.StreamResponse:
 async def reach_container(request: web.Request) -> web.StreamResponse:
     """Forward a request of the Engine API below ``/containers/ID``."""
     task = await _task(request)
-    assert task.status.container_status is not None, "otherwise it is no target"
+    assert task.status.container_status is not None, "target_of returns tasks with a container"
     rest = request.path.rpartition("/")[2]
     return await _forward(request, task, f"/containers/{task.status.container_status.container_id}/{rest}")
 

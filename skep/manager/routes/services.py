@@ -237,7 +237,7 @@ async def read_changes(request: web.Request) -> tuple[ServiceChange, ...]:
     """Return the changes in the body of ``request``.  Raises: InvalidArgument."""
     changes = await read_json(request, tuple[ServiceChange, ...], unrecognized=UNRECOGNIZED)
     if len(changes) > _TOGETHER_MAX:
-        raise InvalidArgument(f"at most {_TOGETHER_MAX} services at once")
+        raise InvalidArgument(f"a request can change at most {_TOGETHER_MAX} services")
     return changes
 
 
@@ -344,7 +344,7 @@ def room_warnings(view: View, service: Service) -> list[str]:
         if number >= NEARLY_FULL * size:
             warnings.append(
                 f"network {network.spec.name} has {size} addresses, and its services need {number}: "
-                f"skep network update --subnet-add SUBNET {network.spec.name} gives it more"
+                f"add a subnet with skep network update --subnet-add SUBNET {network.spec.name}"
             )
     return warnings
 

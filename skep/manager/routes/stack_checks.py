@@ -127,7 +127,7 @@ async def read_check(request: web.Request) -> StackCheck:
     if (
         sum(STACK_REVISION in one.labels for one in wanted.configs) > 1
     ):  # each revision marks the ones before it
-        raise InvalidArgument("a deploy has one revision")
+        raise InvalidArgument("a deploy can have only one stack revision")
     files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
     sizes = [one.data_bytes for one in files]
     if any(size < 0 for size in sizes) or sum(sizes) > _DATA_BYTES_MAX:

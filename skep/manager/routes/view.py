@@ -57,7 +57,7 @@ async def _write(request: web.Request, response: web.StreamResponse, one: Sent |
     except TimeoutError:
         if isinstance(request.transport, asyncio.WriteTransport):
             request.transport.abort()  # otherwise unsent data would keep the connection open
-        raise ConnectionResetError("the viewer takes nothing") from None
+        raise ConnectionResetError("the viewer reads nothing") from None
 
 
 def _message(one: Sent) -> bytes:
@@ -67,7 +67,7 @@ def _message(one: Sent) -> bytes:
 def _view_of(request: web.Request) -> Watching:
     view = manager_of(request).cluster_view
     if view is None:
-        raise Unavailable("this manager follows no cluster")
+        raise Unavailable("this manager has no view of the cluster")
     return view
 
 
@@ -81,7 +81,7 @@ async def page(request: web.Request) -> web.StreamResponse:
         NotFound: The file does not exist, or the request has no such header.
     """
     if RELAY_HEADER not in request.headers:
-        raise NotFound("the dashboard is opened by: skep ui")
+        raise NotFound("open the dashboard with: skep ui")
     found = pages().get(name := request.match_info.get("name", ""))
     if found is None:
         raise NotFound("page not found")

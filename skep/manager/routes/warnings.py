@@ -63,7 +63,7 @@ def damage_warnings(view: View) -> Iterator[str]:
         for id in sorted({*view.unreadable(schema.type), *view.damaged(schema.type)})
     ]
     for kind, id, damage in found[:_DAMAGED_SHOWN]:
-        yield f"WARNING: {kind} {id} in this manager's store: {damage}; it is left as it is (docs/guide/recovery.md)"
+        yield f"WARNING: {kind} {id} in this manager's store: {damage}; it is not changed (docs/guide/recovery.md)"
     if len(found) > _DAMAGED_SHOWN:
         yield f"WARNING: {len(found) - _DAMAGED_SHOWN} further objects in this manager's store cannot be read"
 
@@ -88,11 +88,11 @@ def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
             )
         elif claimed is not None and (owner := owners[claimed]) is not None and owner != node.id:
             found.append(
-                f"node {names[node.id]}: its data path address {claimed} is that of node "
+                f"node {names[node.id]}: its data path address {claimed} belongs to node "
                 f"{names[owner]}, so its overlay networks reach no other node"
             )
         elif announced and not usable_address(announced):
             found.append(
-                f"node {names[node.id]}: its data path address {announced!r} is no address of a machine and is not used"
+                f"node {names[node.id]}: its data path address {announced!r} is not a machine's address and is not used"
             )
     return found

@@ -164,7 +164,7 @@ async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[Entry]
         await serving
     (entry,) = recorded
     assert entry.status == 499
-    assert "the client was gone before the response" in entry.message
+    assert "the client disconnected before the response" in entry.message
     assert "refused" not in entry.message
 
 
