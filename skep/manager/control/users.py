@@ -1,7 +1,7 @@
 """Operations on users and their credentials.
 
-The authority of users' certificates is not the cluster's: a certificate of a user is one of an unknown authority
-wherever nodes and managers meet, so no check can be forgotten there.
+Users' certificates have a different authority than the cluster's.  Wherever nodes and managers meet, a user's
+certificate comes from an unknown authority, so no check can be forgotten there.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ ROOT_NAME: Final = "skep-users"
 TOKEN_PREFIX: Final = "skep_"
 BINDINGS_MAX = 64
 KEPT_MAX = 32
-"""Certificates of a user, and tokens; of certificates the oldest give way."""
+"""Maximum number of a user's certificates, and of tokens.  A new certificate replaces the oldest."""
 LIFETIME_S_MAX = 366 * 86400
 T = TypeVar("T", UserToken, UserCertificate)
 _PEM = re.compile(rb"-----BEGIN [^-]+-----[^-]+-----END [^-]+-----\s*")
@@ -47,7 +47,7 @@ def set_roles(tx: Transaction, id: UserId, roles: tuple[str, ...], *, now: Times
 
 
 def remove_user(tx: Transaction, id: UserId) -> None:
-    """Remove a user, and with it its access.  Raises: NotFound."""
+    """Remove a user and its access.  Raises: NotFound."""
     tx.delete(User, id)
 
 
@@ -61,13 +61,13 @@ def add_token(
     new_id: IdSource,
     now: Timestamp,
 ) -> User:
-    """Let ``token`` prove that a client is this user.
+    """Add a token that authenticates this user.
 
     Args:
-        logs_in_only: the token opens the dashboard, and is refused by the API.
+        logs_in_only: Whether the token opens the dashboard only, and the API refuses it.
 
     Raises:
-        NotFound: There is no such user.
+        NotFound: The user does not exist.
         InvalidArgument: The user has too many tokens, or the lifetime is too long.
     """
     user = tx.get(User, id)
@@ -85,7 +85,7 @@ def add_token(
 
 
 def remove_token(tx: Transaction, id: UserId, token_id: str, *, now: Timestamp) -> User:
-    """Raises: NotFound."""
+    """Remove a user's token.  Raises: NotFound."""
     user = tx.get(User, id)
     left = tuple(token for token in user.tokens if token.id != token_id)
     if len(left) == len(user.tokens):
@@ -105,12 +105,13 @@ def renew_certificate(
 ) -> tuple[User, bytes, bytes]:
     """Issue a certificate to a user who has the certificate ``serial``.
 
-    The new certificate lives as long as that one at most, so a user never extends what an administrator chose.  A
-    user with as many certificates as are kept gets it in place of that one: a renewal never ends another certificate.
+    The new certificate lives at most as long as that one, so a user never extends the lifetime that an administrator
+    chose.
+    If the user has the maximum number of certificates, it replaces that one: a renewal never ends another certificate.
 
     Args:
-        lifetime_s: 0 for the lifetime of the certificate ``serial``.
-        fresh: becomes the authority of users if there is none.
+        lifetime_s: Lifetime in seconds, or 0 for the lifetime of the certificate ``serial``.
+        fresh: Authority that becomes the authority of users if they have none.
 
     Returns:
         The user, the certificate and its root, as PEM.
@@ -141,9 +142,14 @@ def add_certificate(
     """Issue a certificate for the key of a request.
 
     Args:
-        fresh: becomes the authority of users if there is none.
+        fresh: Authority that becomes the authority of users if they have none.
 
-    Returns: the user, the certificate and its root, as PEM.  Raises: NotFound; InvalidArgument.
+    Returns:
+        The user, the certificate and its root, as PEM.
+
+    Raises:
+        NotFound: The user does not exist.
+        InvalidArgument: The lifetime is too long, or the request is malformed.
     """
     user = tx.get(User, id)
     end = _end(now, lifetime_s)
@@ -159,17 +165,17 @@ def add_certificate(
 
 
 def new_token() -> str:
-    """A token: 256 random bits behind a prefix."""
+    """Return a new token: 256 random bits after a prefix."""
     return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
 def digest_of(token: str) -> str:
-    """What is kept of a token.  It is random, so it needs no salt and no slow hash."""
+    """Return the stored digest of a token.  A token is random, so it needs no salt and no slow hash."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def access_table(view: View, *, is_current: bool) -> AccessTable:
-    """What the node process needs of all users."""
+    """Return the data about all users that the node process needs."""
     payload = view.lookup(Payload, USERS_ROOT_ID)
     root = _PEM.findall(payload.data)[1] if payload is not None else b""
     users = tuple(
@@ -186,7 +192,7 @@ def access_table(view: View, *, is_current: bool) -> AccessTable:
 
 
 def _checked(spec: UserSpec) -> UserSpec:
-    """Raises: InvalidArgument."""
+    """Check and normalize a user's roles.  Raises: InvalidArgument."""
     if len(spec.roles) > BINDINGS_MAX:
         raise InvalidArgument(f"at most {BINDINGS_MAX} roles")
     if not spec.roles:
