@@ -149,5 +149,5 @@ async def test_a_revision_of_another_stack_tells_nothing_to_any_request(rig: Rig
     ]
     for request, body in requests:
         _, text, _ = await rig.exchange("operator:shop", request, body, {"X-Skep-Revision": revision.id})
-        assert "the revision of this deploy was removed: deploy again" in text, request
+        assert "the revision of this deploy was removed: deploy the stack again" in text, request
         assert "interrupted" not in text

@@ -43,11 +43,11 @@ def require_current(tx: Transaction, revision: str, stack: str) -> None:
     is_known = config is not None and STACK_REVISION in config.spec.labels
     # A user of one stack must not learn the state of another stack's deploy.
     if config is None or not is_known or config.spec.labels.get(STACK_LABEL, "") != stack:
-        raise FailedPrecondition("the revision of this deploy was removed: deploy again")
+        raise FailedPrecondition("the revision of this deploy was removed: deploy the stack again")
     labels = config.spec.labels
     if (state := labels.get(STACK_STATE, "")) != DEPLOYING:
         name = f"revision {labels[STACK_REVISION]} of {labels.get(STACK_LABEL, '')}"
-        raise FailedPrecondition(f"the deploy of {name} may not change more: {state}")
+        raise FailedPrecondition(f"the deploy of {name} cannot make further changes: {state}")
 
 
 def fenced(

@@ -30,7 +30,7 @@ def run_job(tx: Transaction, id: ServiceId, *, now: Timestamp, replaces: bool) -
     assert job is not None, "it is a job"
     if not replaces and is_going(tx, service):
         raise FailedPrecondition(
-            f"run {job.job_iteration.index} of job {service.spec.name} is still going: wait for its end, or replace it "
+            f"run {job.job_iteration.index} of job {service.spec.name} is active: wait until it ends, or replace it "
             f"(skep job run --replace {service.spec.name})"
         )
     if job.schedule is not None:
@@ -50,7 +50,7 @@ def retry_job(tx: Transaction, id: ServiceId) -> Service:
     service = _job(tx, id)
     if not has_failed(tx, service):
         raise FailedPrecondition(
-            f"nothing of the present run of job {service.spec.name} has failed: there is nothing to retry"
+            f"no slot of the current run of job {service.spec.name} has failed: there is nothing to retry"
         )
     spec = as_run(
         tx, service
@@ -67,10 +67,10 @@ def _job(tx: Transaction, id: ServiceId) -> Service:
     if service.removed_at is not None:
         raise NotFound(f"service {id} not found")
     if has_unreadable_run(tx, id):
-        raise Unavailable(f"the present run of job {id} cannot be read by this manager")
+        raise Unavailable(f"this manager cannot read the current run of job {id}: try another manager")
     if service.job_status is None:
         raise FailedPrecondition(
-            f"service {service.spec.name} is no job: it has mode {service.spec.mode.name}"
+            f"service {service.spec.name} is not a job: it has mode {service.spec.mode.name}"
         )
     if tx.level < SCHEDULES:  # an older leader would not retry, and would not show why a run started
         raise FailedPrecondition("this needs managers of this version: upgrade the others first")

@@ -71,7 +71,7 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
     """
     network = tx.get(Network, id)
     if not is_overlay(network):
-        raise FailedPrecondition(f"network {network.spec.name} has no subnets of the cluster's")
+        raise FailedPrecondition(f"network {network.spec.name} has no subnets that the cluster manages")
     options = network.spec.ipam_options or IPAMOptions(driver=Driver(name="default"))
     present = options.configs
     if not any(config.subnet and ":" not in config.subnet for config in present):
@@ -201,7 +201,7 @@ def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]
     for clash in route_overlaps(wanted, tx.find(Node)):
         raise FailedPrecondition(
             f"Pool overlaps with other one on this address space: {clash} "
-            f"(label {OVERLAP_LABEL}=true takes it all the same)"
+            f"(label {OVERLAP_LABEL}=true allows it)"
         )
 
 

@@ -65,7 +65,7 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     if spec.role is NodeRole.MANAGER and is_docker_node(node):
         raise FailedPrecondition(
             f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "
-            "promote a skep node, or join one with the manager token"
+            "promote a Skep node, or join one with the manager token"
         )
     if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
         check_demotion(tx, node)
@@ -90,7 +90,7 @@ def remove_node(
     node = tx.get(Node, id)
     if "manager" in tx.damaged(Node).get(id, ()):
         raise Unavailable(
-            f"it cannot be read whether node {id} is a manager with a vote: try again on another manager"
+            f"this manager cannot read whether node {id} is a manager with a vote: try another manager"
         )
     if node.spec.role is NodeRole.MANAGER and node.manager_status is not None and _has_vote(node):
         raise FailedPrecondition(

@@ -50,7 +50,9 @@ def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
     removed = [_pool(text) for text in change.remove]
     for pool in removed:
         if pool not in present:
-            raise NotFound(f"{pool} is no address pool of the cluster: it has {_listed(map(str, present))}")
+            raise NotFound(
+                f"{pool} is not an address pool of the cluster: it has {_listed(map(str, present))}"
+            )
         if users := _users(tx, pool):
             raise FailedPrecondition(f"address pool {pool} is in use by networks: {_listed(users)}")
     kept = [pool for pool in present if pool not in removed]
@@ -91,7 +93,7 @@ def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> 
 
 def _check_sizes(pools: Sequence[IPv4Network], size: int) -> None:
     if not pools:
-        raise FailedPrecondition("the cluster needs an address pool: add another one before")
+        raise FailedPrecondition("the cluster needs an address pool: add another one first")
     if len(pools) > POOLS_MAX:
         raise InvalidArgument(f"a cluster has at most {POOLS_MAX} address pools")
     if not 1 <= size <= SUBNET_SIZE_MAX:

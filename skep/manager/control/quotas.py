@@ -64,7 +64,7 @@ def set_quota(tx: Transaction, spec: QuotaSpec, *, new_id: IdSource, now: Timest
     bounds = [getattr(spec, name) for name, *_ in BOUNDS]
     if any(not 0 <= bound < 2**53 for bound in bounds) or not any(bounds):
         raise InvalidArgument(
-            "a quota needs a bound: tasks, cpus, memory, ports, networks, addresses, secrets, configs, data or services"
+            "a quota needs a limit: tasks, cpus, memory, ports, networks, addresses, secrets, configs, data or services"
         )
     present = quota_of(tx, spec.name)
     if present is None:

@@ -67,7 +67,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     ):  # Docker's older field for a service's networks.  Nodes only get the networks of the template.
         for option in network.driver_opts:
             raise InvalidArgument(
-                f"network {network.target}: driver option {option} belongs into the networks of TaskTemplate"
+                f"network {network.target}: driver option {option} belongs in the networks of TaskTemplate"
             )
 
 

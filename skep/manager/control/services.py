@@ -234,7 +234,7 @@ def _resolved(
 def _free_name(tx: Transaction, new_name: NameSource) -> str:
     name = free_name(new_name, lambda name: bool(tx.find(Service, name=name)), attempts=1_000)
     if name is None:
-        raise InvalidArgument("no generated name is free: name the service")
+        raise InvalidArgument("all generated names are taken: give the service a name")
     return name
 
 
@@ -288,7 +288,7 @@ def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = N
     refused = kinds - allowed_by(cluster_of(view).spec.labels)
     if refused:
         raise PermissionDenied(
-            f"the cluster does not allow its services: {rights_text(refused)} (see `skep cluster allow`)"
+            f"this cluster does not allow services to use: {rights_text(refused)} (see `skep cluster allow`)"
         )
 
 
@@ -311,7 +311,7 @@ def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = 
             if cannot_share(volume, mount):
                 raise InvalidArgument(
                     f"cluster volume {mount.source} has sharing mode {volume.spec.access_mode.sharing.value}, so a new "
-                    f"task cannot start beside the old one: use stop-first as the {first[0]} order"
+                    f"task cannot start while the old one runs: use stop-first as the {first[0]} order"
                 )
 
 

@@ -138,7 +138,7 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
     ]
     if behind:
         raise FailedPrecondition(
-            f"nodes that are away still trust the root before the present one, and could not return after another "
+            f"unavailable nodes still trust the root before the current one, and could not return after another "
             f"rotation: {_names(behind)}. Start them, or remove them (docker node rm --force)"
         )
 
@@ -147,7 +147,7 @@ def _check_etcds(tx: Transaction) -> None:
     """Check that every etcd trusts the current root.  Raises: Unavailable."""
     if behind := etcds_behind(tx):
         raise Unavailable(
-            f"managers restart their etcds after the last rotation of the root, try again: {_names(behind)}"
+            f"managers are restarting etcd after the last rotation of the root, try again: {_names(behind)}"
         )
 
 

@@ -84,7 +84,7 @@ def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp
     state = _state(tx, service)
     if state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED):
         more = f": skep update resume {service.spec.name}" if state is UpdateState.ROLLBACK_PAUSED else ""
-        raise FailedPrecondition(f"service {service.spec.name} is rolled back already{more}")
+        raise FailedPrecondition(f"service {service.spec.name} is already being rolled back{more}")
     if state not in (UpdateState.UPDATING, UpdateState.PAUSED):
         raise _nothing_to(service, "abort")
     return rollback_service(tx, id, service.spec, version, now=now)
@@ -111,7 +111,7 @@ def _state(view: View, service: Service) -> UpdateState | None:
 
 def _nothing_to(service: Service, verb: str) -> FailedPrecondition:
     name = service.spec.name
-    return FailedPrecondition(f"no update of service {name} is under way: there is nothing to {verb}")
+    return FailedPrecondition(f"service {name} has no update in progress: there is nothing to {verb}")
 
 
 def _put(tx: Transaction, service: Service, status: UpdateStatus) -> Service:

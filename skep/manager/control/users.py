@@ -73,7 +73,7 @@ def add_token(
     user = tx.get(User, id)
     kept = _living(user.tokens, now)
     if len(kept) >= KEPT_MAX:
-        raise InvalidArgument(f"user {user.spec.name} has {KEPT_MAX} tokens: remove one")
+        raise InvalidArgument(f"user {user.spec.name} already has {KEPT_MAX} tokens: remove one")
     added = UserToken(
         id=new_id()[:10],
         digest=digest_of(token),
@@ -127,8 +127,8 @@ def renew_certificate(
     lifetime_s_max = (unix_ns(asking.not_after) - unix_ns(asking.created_at)) // SECOND_NS
     if lifetime_s > lifetime_s_max:
         raise InvalidArgument(
-            f"your certificate is valid for {lifetime_s_max} s in all, and so is the next one at most: "
-            f"an administrator issues longer ones with `skep user renew {user.spec.name} --days N`"
+            f"your certificate has a lifetime of {lifetime_s_max} s, which the next one cannot exceed: "
+            f"an administrator can issue a longer one with `skep user renew {user.spec.name} --days N`"
         )
     if len(_living(user.certificates, now)) >= KEPT_MAX:
         left = tuple(one for one in user.certificates if one is not asking)
@@ -194,7 +194,7 @@ def access_table(view: View, *, is_current: bool) -> AccessTable:
 def _checked(spec: UserSpec) -> UserSpec:
     """Check and normalize a user's roles.  Raises: InvalidArgument."""
     if len(spec.roles) > BINDINGS_MAX:
-        raise InvalidArgument(f"at most {BINDINGS_MAX} roles")
+        raise InvalidArgument(f"a user can have at most {BINDINGS_MAX} roles")
     if not spec.roles:
         raise InvalidArgument("a user needs a role: viewer, operator, operator:STACK or admin")
     return replace(spec, roles=tuple(sorted({str(parse_binding(role)) for role in spec.roles})))
@@ -202,9 +202,7 @@ def _checked(spec: UserSpec) -> UserSpec:
 
 def _end(now: Timestamp, lifetime_s: int) -> Timestamp:
     if not 0 < lifetime_s <= LIFETIME_S_MAX:
-        raise InvalidArgument(
-            f"a lifetime has to be more than nothing, and at most {LIFETIME_S_MAX // 86400} days"
-        )
+        raise InvalidArgument(f"a lifetime must be more than 0 and at most {LIFETIME_S_MAX // 86400} days")
     return timestamp(unix_ns(now) + lifetime_s * SECOND_NS)
 
 

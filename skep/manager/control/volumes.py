@@ -118,7 +118,7 @@ def _check_spec(spec: VolumeSpec) -> None:
     if not spec.name:
         raise InvalidArgument("meta: name must be provided")
     if len(spec.name.encode()) > NAME_BYTES_MAX or not spec.name.isprintable():
-        raise InvalidArgument(f"the name of a volume has at most {NAME_BYTES_MAX} bytes, all printable")
+        raise InvalidArgument(f"the name of a volume can have at most {NAME_BYTES_MAX} bytes, all printable")
     if not spec.driver.name:
         raise InvalidArgument("driver must be specified")
     if sum(len(key) + len(value) for key, value in spec.driver.options.items()) > _MAP_BYTES_MAX:

@@ -41,7 +41,9 @@ async def test_a_service_without_an_update_is_refused(store: MemoryStore, verb: 
         "resume": lambda tx: resume_update(tx, service.id),
         "abort": lambda tx: abort_update(tx, service.id, service.version.index, now=NOW),
     }
-    with pytest.raises(FailedPrecondition, match=f"no update of service web .* nothing to {verb}"):
+    with pytest.raises(
+        FailedPrecondition, match=f"service web has no update in progress.* nothing to {verb}"
+    ):
         await store.update(requests[verb])
     await store.update(remove_service, service.id, now=NOW)
     with pytest.raises(NotFound):
