@@ -1,7 +1,7 @@
-"""What signs a node's certificate: this manager with the root's key, or an external authority that the leader calls.
+"""Signs nodes' certificates: this manager with the root's key, or an external authority that the leader calls.
 
-Any manager takes requests.  An external authority is called by the leader alone, to which the others relay: its limits
-and its back-off then hold for the whole cluster.
+Any manager accepts requests.  Only the leader calls an external authority, and the others relay requests to it, so the
+limits and the backoff apply to the whole cluster.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,8 +50,8 @@ class CertificateSigner:
     """Signs nodes' certificates for ``CertificateService``.
 
     Args:
-        own: this manager's node.
-        channel: the link to another manager.
+        own: This manager's node.
+        channel: Returns the link to another manager.
     """
 
     def __init__(
@@ -69,13 +69,15 @@ class CertificateSigner:
         self._clock = clock
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (unary(methods.SIGN_EXTERNALLY, self._relayed),)
 
     async def sign(self, csr_pem: bytes, identity: Identity) -> Signed:
-        """A certificate of ``identity`` for the key in a request.
+        """Return a certificate of ``identity`` for the key in a request.
 
-        Raises: InvalidArgument: the request is invalid; Unavailable: no external authority has signed it.
+        Raises:
+            InvalidArgument: The request is invalid.
+            Unavailable: No external authority has signed it.
         """
         view = self._store.view()
         swarm = cluster_of(view)
