@@ -168,7 +168,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
     )
     if len(certificate.serials) > SERIALS_MAX and identity.role is NodeRole.MANAGER:
         raise ResourceExhausted(
-            f"node {identity.node_id} gets no further certificate: {SERIALS_MAX} as a manager have not expired"
+            f"node {identity.node_id} cannot get another certificate: it has {SERIALS_MAX} unexpired ones as a manager"
         )
     if node is not None:
         tx.put(msgspec.structs.replace(node, certificate=certificate))

@@ -77,7 +77,7 @@ class CallerCheck:
             )
             raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
         if access is Access.MANAGER:
-            raise Unavailable(f"node {identity.node_id} is not known here yet: try again")
+            raise Unavailable(f"node {identity.node_id} is not known to this manager yet: try again")
 
 
 def check_caller(view: View, identity: Identity, access: Access) -> bool:

@@ -58,7 +58,7 @@ def expiring(view: View, now: datetime) -> Iterator[Expiry]:
                 id=node.id,
                 name=name,
                 not_after=not_after,
-                warning=f"WARNING: {words}: see that it reaches a manager",
+                warning=f"WARNING: {words}: check that the node reaches a manager",
             )
 
 

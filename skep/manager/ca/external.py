@@ -85,7 +85,9 @@ class ExternalAuthorities:
                     try:
                         return accept(certificate_in(await self._response(url, body, roots_pem)))
                     except Unavailable as error:
-                        log.warning("external CA gave no certificate", url=shown_url(url), reason=str(error))
+                        log.warning(
+                            "external CA returned no certificate", url=shown_url(url), reason=str(error)
+                        )
                         reasons.append(f"{shown_url(url)}: {error}")
         except TimeoutError:
             reasons.append(f"no response within {ALL_S:g} s")
@@ -95,7 +97,7 @@ class ExternalAuthorities:
         """Return the body of a response.  Raises: Unavailable: the call failed, or this authority is skipped now."""
         left_out = self._left_out.get(url)
         if left_out is not None and self._clock.monotonic() < left_out.until:
-            raise Unavailable(f"not called again yet: {left_out.reason}")
+            raise Unavailable(f"skipped after a failure: {left_out.reason}")
         try:
             status, content = await self._posted(url, body, roots_pem)
         except Unavailable as error:

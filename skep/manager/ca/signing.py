@@ -90,7 +90,7 @@ class CertificateSigner:
             return Signed(certificate_pem=certificate_pem, issuer=issuer_digest(tls_info(authority.root_pem)))
         leader = self._store.leader
         if leader is None:
-            raise Unavailable("there is no leader, which would call the external CA")
+            raise Unavailable("the managers have no leader, which would call the external CA: try again")
         if leader == self._own:
             return await self._sign_externally(csr_pem, identity)
         request = skep.SignExternallyRequest(
@@ -103,7 +103,7 @@ class CertificateSigner:
         self, request: skep.SignExternallyRequest, caller: Caller
     ) -> skep.SignExternallyResponse:
         if self._store.leader != self._own:
-            raise Unavailable("this manager is not the leader, which calls the external CA")
+            raise Unavailable("this manager is no longer the leader, which calls the external CA: try again")
         identity = Identity(
             node_id=NodeId(request.node_id),
             cluster_id=cluster_of(self._store.view()).id,

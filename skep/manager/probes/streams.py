@@ -208,9 +208,9 @@ class ProbeStreams:
         for record, result in zip(due, results, strict=True):
             words = ", ".join(path.summary for path in record.failing)
             if isinstance(result, SkepError):
-                log.warning("paths not written yet", node=record.node_id, error=str(result))
+                log.warning("failing paths not written, will retry", node=record.node_id, error=str(result))
             elif result and record.failing:
-                log.warning("node does not reach others", node=record.node_id, paths=words)
+                log.warning("node cannot reach others", node=record.node_id, paths=words)
             elif result:
                 log.info("node reaches all others", node=record.node_id)
 
@@ -223,7 +223,7 @@ class ProbeStreams:
             await self._store.update(record_paths, record)
         except SkepError as error:
             self._is_stale = True
-            log.warning("paths not written yet", node=node.id, error=str(error))
+            log.warning("failing paths not written, will retry", node=node.id, error=str(error))
 
     # -- streams --------------------------------------------------------------------------------------------------
 

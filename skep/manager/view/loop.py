@@ -125,7 +125,9 @@ class ClusterView:
     def _viewing(self) -> Iterator[None]:
         """Count a viewer for the block.  Raises: Unavailable: there are too many viewers."""
         if self._viewers >= VIEWERS_MAX:
-            raise Unavailable(f"{VIEWERS_MAX} viewers follow the cluster by this manager already: close some")
+            raise Unavailable(
+                f"{VIEWERS_MAX} viewers already follow the cluster through this manager: close some of them"
+            )
         self._viewers += 1
         self._came.set()
         try:
@@ -141,7 +143,9 @@ class ClusterView:
                 while self._table is None or not self._table.number:
                     await self._stepped.wait()
         except TimeoutError as error:
-            raise Unavailable(f"this manager has not read its objects in {READY_S_MAX:g} s") from error
+            raise Unavailable(
+                f"this manager has not read its objects within {READY_S_MAX:g} s: try again"
+            ) from error
         return self._table
 
     async def _wait_left(self) -> None:
@@ -177,7 +181,7 @@ class ClusterView:
 
     async def _work(self) -> None:
         table = self._table
-        assert table is not None, "the informer begins with a snapshot"
+        assert table is not None, "the informer starts with a snapshot"
         while True:
             began = self._clock.monotonic()
             self._changed.clear()
