@@ -279,7 +279,7 @@ async def test_a_user_runs_a_job_now_unless_it_is_going_and_retries_what_failed(
     await store.update(run_job, id, now=TEN, replaces=False)
     assert status(store, id).job_iteration.index == 0
     assert [one.scheduled_at for one in starts(store, id)] == [None]
-    with pytest.raises(FailedPrecondition, match="run 0 of job nightly is still going"):
+    with pytest.raises(FailedPrecondition, match="run 0 of job nightly is active"):
         await store.update(run_job, id, now=TEN, replaces=False)
     await store.update(run_job, id, now=TEN, replaces=True)
     assert status(store, id).job_iteration.index == 1

@@ -73,5 +73,5 @@ async def test_only_the_update_that_was_seen_is_aborted(store: MemoryStore) -> N
     assert aborted.spec == service.previous_spec
     assert aborted.update_status is not None
     assert aborted.update_status.state is UpdateState.ROLLBACK_STARTED
-    with pytest.raises(FailedPrecondition, match="rolled back already"):
+    with pytest.raises(FailedPrecondition, match="already being rolled back"):
         await store.update(abort_update, service.id, aborted.version.index, now=NOW)
