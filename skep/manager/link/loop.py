@@ -131,14 +131,14 @@ class ManagerLink:
         """Return the open connection to a manager.  Raises: Unavailable."""
         channel = self._channels.get(manager)
         if channel is None:
-            raise Unavailable(f"manager {manager} cannot be reached")
+            raise Unavailable(f"manager {manager} cannot be reached now: try again")
         return channel
 
     @asynccontextmanager
     async def channel_beside(self, manager: NodeId) -> AsyncIterator[Channel]:
         """Open a separate connection for one more reader.  It ends with the link.  Raises: Unavailable."""
         address = self.channel(manager).address
-        assert self._beside is not None, "there is a link"
+        assert self._beside is not None, "channel raises without a link"
         async with self._beside.channel(address) as channel:
             yield channel
 

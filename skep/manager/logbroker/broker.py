@@ -165,7 +165,7 @@ class LogBroker:
 
     def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> Subscription:
         if len(self._subscriptions) >= SUBSCRIPTIONS_MAX:
-            raise Unavailable("too many log streams are open")
+            raise Unavailable("too many log streams are open: close some and try again")
         subscription = Subscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
         self._subscriptions[subscription.id] = subscription
         return subscription
@@ -442,7 +442,7 @@ class LogBroker:
     def _require(self, subscription_id: str, node_id: NodeId) -> Subscription:
         subscription = self._subscriptions.get(subscription_id)
         if subscription is None or subscription.sources.get(node_id) is None:
-            raise NotFound("no such subscription")
+            raise NotFound("log subscription not found")
         return subscription
 
     def _checked(self, lines: Iterable[LogLine], sender: NodeId = NO_MANAGER) -> list[LogLine]:
