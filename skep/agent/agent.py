@@ -279,11 +279,11 @@ class Agent:
 
     def session_message(self, message: pb.SessionMessage) -> None:
         """Apply a message about this node and its cluster."""
-        assert self._peer is not None, "the peer of the session"
+        assert self._peer is not None, "a session has a peer"
         if not self.registered.is_set():
             log.info("registered", manager=self._peer.addr, session=message.session_id)
             self._managers.worked(self._peer)
-            assert self._channel is not None, "of the session"
+            assert self._channel is not None, "a session has a channel"
             self._session_state.begin(self._channel)
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]

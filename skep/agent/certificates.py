@@ -130,7 +130,7 @@ async def _wait_issued(channel: Channel, node_id: str, csr: bytes, clock: Clock)
                 methods.NODE_CERTIFICATE_STATUS, pb.NodeCertificateStatusRequest(node_id=node_id)
             )
         except NotFound as error:
-            raise Unavailable(f"{channel.address} has lost the certificate: try again") from error
+            raise Unavailable(f"{channel.address} no longer has the certificate: try again") from error
         if reply.status.state == pb.IssuanceStatus.ISSUED and reply.certificate.csr == csr:
             return reply.certificate.certificate
         await backoff.sleep(clock)

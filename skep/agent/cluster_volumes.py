@@ -90,7 +90,7 @@ class _Held:
     @property
     def obstacle(self) -> str:
         """Why no task may use the volume."""
-        return self.why or ("it is not mounted yet" if self.is_wanted else "it is being given up")
+        return self.why or ("it is not mounted yet" if self.is_wanted else "it is being unmounted")
 
 
 class ClusterVolumes:
@@ -146,7 +146,7 @@ class ClusterVolumes:
                     self._spawn(id, held)
             self._ready.set()
             while True:
-                await isolate(self._scan(), "drivers not looked for")
+                await isolate(self._scan(), "volume drivers not found")
                 await self._clock.sleep(SCAN_S)
 
     async def wait_ready(self) -> None:
@@ -276,10 +276,10 @@ class ClusterVolumes:
                 held.why = ""
             except SkepError as error:
                 held.why = str(error)
-                log.warning("volume not as it is to be", volume=id, reason=held.why)
+                log.warning("cluster volume not ready, will retry", volume=id, reason=held.why)
             except Exception as error:
                 held.why = describe_error(error)
-                log_error(error, "volume not as it is to be", volume=id)
+                log_error(error, "cluster volume not ready, will retry", volume=id)
             if not held.why:
                 backoff.reset()
             if held.is_wanted and held.is_mounted:
@@ -298,13 +298,13 @@ class ClusterVolumes:
         await driver.node_publish(volume, self._staging(volume.id), self._target(volume.id), secrets)
         published = await asyncio.to_thread(self._published, volume)
         if volume.access_mode.block_volume is not None and not published.device:
-            raise Unavailable("its driver says that it is published, and no block device is there")
+            raise Unavailable("its driver reports it as published, but there is no block device")
         if volume.access_mode.block_volume is None and not await asyncio.to_thread(
             self._is_mounted, published.path
         ):
             # Tasks would otherwise write to the node's own disk.
             raise Unavailable(
-                "its driver says that it is mounted, and nothing is: the mounts of one in a container must be shared"
+                "its driver reports it as mounted, but it is not: a driver in a container needs shared mounts"
             )
         if held.volume == volume:
             held.set(is_wanted=held.is_wanted, is_mounted=True)
@@ -330,7 +330,7 @@ class ClusterVolumes:
         driver = await self._drivers.get(volume.driver.name)
         await driver.node_unpublish(volume.volume_id, self._staging(volume.id), self._target(volume.id))
         await asyncio.to_thread(self._forget, volume.id)
-        log.info("volume given up", volume=volume.id, driver=volume.driver.name)
+        log.info("volume unmounted", volume=volume.id, driver=volume.driver.name)
         return True
 
     def _report_given_up(self) -> None:
@@ -359,14 +359,14 @@ class ClusterVolumes:
     def _remember(self, volume: VolumeAssignment) -> None:
         """Record a volume on disk.  Blocks.  Raises: SkepError."""
         if not volume.id.isalnum():
-            raise Unavailable("a volume with an impossible id")
+            raise Unavailable("the volume has an invalid id")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # The record may contain credentials of the storage.
             replace_file(self._file(volume.id), to_json(volume), mode=0o600)
             self._staging(volume.id).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise Unavailable(f"the volume's directory was not made: {describe_error(error)}") from error
+            raise Unavailable(f"cannot create the volume's directory: {describe_error(error)}") from error
 
     def _forget(self, id: VolumeId) -> None:
         """Remove a volume's directories and record.  Blocks.
@@ -381,7 +381,7 @@ class ClusterVolumes:
                 continue
             except OSError as error:
                 raise Unavailable(
-                    f"the driver left {path.name} as it was: {describe_error(error)}"
+                    f"the driver did not clean up {path.name}: {describe_error(error)}"
                 ) from error
         self._file(id).unlink(missing_ok=True)
 

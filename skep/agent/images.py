@@ -200,7 +200,7 @@ class ClusterSources:
         """
         pair = self._pair
         if pair is None:
-            raise Unavailable("this node is in no cluster")
+            raise Unavailable("this node is not in a cluster")
         request = skep.FindImageRequest(images=reference.spellings)
         known: dict[tuple[str, str], NodeSource] = {}
         async with AsyncExitStack() as stack:

@@ -118,14 +118,14 @@ class ManagerList:
         """
         if distrust:
             self._show_unreached(
-                f"no manager is trusted: {distrust}. Containers run on. "
-                "If this node was evicted: docker swarm leave --force"
+                f"no manager is trusted: {distrust}. Containers keep running. "
+                "If this node was evicted, run docker swarm leave --force."
             )
             return
         tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
         self._show_unreached(
-            f"no manager answers: this node asks {tried}. Containers run on. "
-            'If the managers are elsewhere now: managers = ["address:2377"] in /etc/skep/skep.toml, and restart skep'
+            f"no manager answers: this node tries {tried}. Containers keep running. "
+            'If the managers have new addresses, set managers = ["address:2377"] in /etc/skep/skep.toml and restart'
         )
 
     def choose(self, own_id: NodeId, random: Random) -> Peer | None:

@@ -106,7 +106,7 @@ class ProbeStream:
                     diagnosing = group.create_task(
                         self._diagnose(call, order.diagnostics), name="diagnostics"
                     )
-            raise Unavailable(f"{self._channel.address} ended the paths")
+            raise Unavailable(f"{self._channel.address} ended the probe stream")
 
     async def _report(self, call: Call[skep.ProbeUpdate, skep.ProbeOrder]) -> None:
         """Send all reports, then the changed ones."""

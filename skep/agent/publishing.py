@@ -63,7 +63,7 @@ class LogPublisher:
                 self._beside = SharedConnections(connect, group, streams_max=STREAMS_MAX)
                 group.create_task(self._listen(group), name="log subscriptions")
         except* Unimplemented:
-            log.warning("the manager takes no logs", manager=self._channel.address)
+            log.warning("the manager does not accept logs", manager=self._channel.address)
         await asyncio.get_running_loop().create_future()  # the session's other parts continue
 
     async def _listen(self, group: asyncio.TaskGroup) -> None:
@@ -119,6 +119,6 @@ class LogPublisher:
             finally:
                 self._streams -= 1
         else:
-            assert self._beside is not None, "there are no subscriptions before it"
+            assert self._beside is not None, "run sets it before any subscription"
             async with self._beside.channel(self._channel.address) as channel:
                 yield channel

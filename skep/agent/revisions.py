@@ -67,7 +67,7 @@ class SeenRevision:
             await retry(self._write, "revision not written", clock=self._clock, longest_s=10.0)
 
     async def _write(self) -> None:
-        assert self._path is not None, "checked before"
+        assert self._path is not None, "run returns without a path"
         content = msgspec.json.encode(_File(self._cluster, self._seen))
         await asyncio.to_thread(replace_file, self._path, content)
 

@@ -173,7 +173,7 @@ class ReportRetries:
         self._failures += 1
         if self._failures >= REPORT_TRIES_MAX:
             raise error
-        log.warning("report not written yet", report=self._what, error=str(error))
+        log.warning("report not written, will retry", report=self._what, error=str(error))
         await self._backoff.sleep(self._clock)
 
     def written(self) -> None:
@@ -229,7 +229,7 @@ class Session:
                 async with asyncio.timeout(FIRST_MESSAGE_SECONDS_MAX):
                     message = await call.receive()
             except TimeoutError as error:
-                raise Unavailable(f"{self._channel.address} gave no session in time") from error
+                raise Unavailable(f"{self._channel.address} did not accept a session in time") from error
             if message is not None:
                 self._id = message.session_id
                 self._host.session_message(message)

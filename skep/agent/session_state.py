@@ -77,7 +77,7 @@ class SessionState:
     def channel(self) -> Channel:
         """The connection of the session.  Raises: Unavailable: there is no session."""
         if self._channel is None:
-            raise Unavailable("no manager is reached at present")
+            raise Unavailable("no manager can be reached now")
         return self._channel
 
     def begin(self, channel: Channel) -> None:

@@ -71,7 +71,7 @@ class TableStream:
                     # Start only now: tables applied earlier are acknowledged once, and only if their incarnation is
                     # known.
                     acknowledging = group.create_task(self._acknowledge(call), name="acknowledge tables")
-            raise Unavailable(f"{self._channel.address} ended the tables")
+            raise Unavailable(f"{self._channel.address} ended the network table stream")
 
     async def _acknowledge(self, call: Call[skep.AppliedTables, skep.NetworkTables]) -> None:
         known: Mapping[NetworkId, Revision] = {}

@@ -247,7 +247,7 @@ class TaskDriver:
 
     async def _end(self) -> TaskEnd | None:
         """Return why the process ended, if known."""
-        return await isolate(self.controller.ended(), "end of task not known", task=self.task.task.id)
+        return await isolate(self.controller.ended(), "reason of task's end unknown", task=self.task.task.id)
 
     async def _ask(self, verb: Verb) -> str:
         """Execute ``verb``.  Returns the failure of the task's process, or an empty text."""
@@ -278,7 +278,7 @@ class TaskDriver:
         """Wait until the process has ended.  A failed observation does not count as its end."""
         return await retry(
             self.controller.wait,
-            "end of task not seen",
+            "end of task not observed",
             clock=self._clock,
             longest_s=10.0,
             passes=(SkepError,),
@@ -307,14 +307,14 @@ class TaskDriver:
     async def _start_again(self) -> None:
         """Replace an ended process by a new one of the same task."""
         self._attempts.append(self._clock.monotonic())
-        log.info("task tried again without a manager", task=self.task.task.id, attempt=self.attempts)
+        log.info("task restarted without a manager", task=self.task.task.id, attempt=self.attempts)
         await self.controller.remove()
         await self.controller.prepare()
         await self.controller.start()
         self._reach(TaskState.RUNNING, f"started again without a manager (attempt {self.attempts})")
 
     def _reach(self, state: TaskState, message: str, error: str = "", end: TaskEnd | None = None) -> None:
-        assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"
+        assert state >= self.status.state, f"{self.task.task.id} would return to {state}"
         container, ports, warnings = self._observed(state)
         if state is TaskState.RUNNING:
             message = "; ".join([message, *warnings])[:_MESSAGE_MAX]

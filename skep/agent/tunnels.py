@@ -91,16 +91,16 @@ class TunnelHost:
             Unavailable: This node is about to leave the cluster.
         """
         if self._group is None:
-            raise Unavailable("the node opens no connections at present")
+            raise Unavailable("the node cannot open connections now")
         if self._count >= TUNNELS_MAX:
-            raise ResourceExhausted(f"the node has {TUNNELS_MAX} connections to its containers already")
+            raise ResourceExhausted(f"the node already has {TUNNELS_MAX} connections to its containers")
         self._count += 1
         self._group.create_task(self._open(order, address, orders), name=f"tunnel {order.id}")
 
     async def _open(
         self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
-        assert self._connections is not None, "otherwise there are no tunnels"
+        assert self._connections is not None, "run creates the connections"
         try:
             container = await self._access.connect(order.request)
             try:

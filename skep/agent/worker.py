@@ -375,7 +375,7 @@ class Worker:
             self._payloads.drop(change.removed_secrets, change.removed_configs)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        assert self._group is not None, "the worker is used before it runs"
+        assert self._group is not None, "run sets the group"
         return self._group.create_task(isolate(work, "work of the worker ended", name=name), name=name)
 
 
