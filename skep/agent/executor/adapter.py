@@ -140,7 +140,7 @@ def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) 
         _check_mount(mount)
     wanted = sum(mount.type == "cluster" for mount in mounts)
     if wanted != len(cluster_volumes):
-        raise Rejected("the task has not been given its cluster volumes")
+        raise Rejected("the task's cluster volumes were not assigned with it")
     left = iter(cluster_volumes)
     return tuple(
         replace(mount, type="bind", source=str(next(left).path), cluster_options=None)
@@ -282,7 +282,7 @@ def _network_mode(task: Task) -> str:
     if not any(driver_of(one) == "host" for one in attached):
         return ""
     if len(attached) > 1:
-        raise Rejected("conflicting options: a container on the network host is on no other")
+        raise Rejected("conflicting options: a container on the network host cannot be on another one")
     return "host"
 
 
@@ -295,7 +295,9 @@ def published_ports(task: AssignedTask) -> Iterator[PublishedPort]:
     ports = [port for port in task.ports if port.publish_mode is PublishMode.HOST]
     for port, options in publish_options(task.service_labels, ports):
         if ":" in options.host_ip and port.protocol == "sctp":
-            raise Rejected(f"port {port.target_port}/sctp in host mode has no IPv6: {options.host_ip}")
+            raise Rejected(
+                f"port {port.target_port}/sctp in host mode does not support IPv6: {options.host_ip}"
+            )
         yield PublishedPort(host_ip=options.host_ip, **msgspec.structs.asdict(port))
 
 
@@ -311,7 +313,7 @@ def _security_options(privileges: Privileges) -> tuple[str, ...]:
                 raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
     labels = privileges.selinux_context
     if labels is not None and (labels.user or labels.role or labels.type or labels.level):
-        raise Rejected("this node gives containers no SELinux labels: leave the SELinuxContext out")
+        raise Rejected("this node does not set SELinux labels: remove SELinuxContext from the spec")
     found = ["no-new-privileges"] if privileges.no_new_privileges else []
     if privileges.app_armor is not None and privileges.app_armor.mode == "disabled":
         found.append("apparmor=unconfined")

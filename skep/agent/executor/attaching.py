@@ -184,10 +184,10 @@ class ClusterAttachments:
         if id in self._held:
             return
         if not self._requesting[container_id]:
-            raise Rejected("the container that requested this endpoint does not wait for it any more")
+            raise Rejected("the container that requested this endpoint no longer waits for it")
         (endpoint, *_) = endpoint_configs(task.task) or (None,)
         if endpoint is None:
-            raise Rejected("this endpoint is on no overlay network")
+            raise Rejected("this endpoint has no overlay network")
         self._held[id] = _Held(container_id, msgspec.structs.replace(endpoint, attachment=id))
         self._arrived.set()
 

@@ -306,7 +306,9 @@ class OciController:
             async with self._cluster_volumes() as volumes:
                 rules = adapter.volume_device_rules(spec.mounts, volumes)
                 if not set(rules).issubset(container.config.machine.device_cgroup_rules):
-                    raise SkepError("a block volume has become another device since the container was made")
+                    raise SkepError(
+                        "a block volume has become another device since the container was created"
+                    )
                 container = await self._engine.start(container.id, secret_env=secret_env)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error

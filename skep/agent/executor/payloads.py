@@ -209,7 +209,7 @@ _DRIVERS = ("", templates.DRIVER, "other")
 def _file_name(id: str, driver: str = "") -> str:
     """Return an id as a file name.  Raises: InvalidArgument: it would lead outside the directory."""
     if not id.isalnum():
-        raise InvalidArgument(f"{id!r} is no id")
+        raise InvalidArgument(f"{id!r} is not a valid id")
     return f"{id}.{driver}" if driver else id
 
 

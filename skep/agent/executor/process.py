@@ -113,7 +113,7 @@ class ProcessController:
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
         if spec.mounts or spec.secrets or spec.configs:
-            raise Rejected("this node runs plain commands: they have no mounts, secrets or configs")
+            raise Rejected("this node runs plain commands, which cannot have mounts, secrets or configs")
         self._path.mkdir(mode=0o700, exist_ok=True)
 
     async def start(self) -> Running:
@@ -179,7 +179,7 @@ class ProcessController:
     def _spec(self) -> ContainerSpec:
         spec = self._task.task.spec.container_spec
         if spec is None:
-            raise Rejected("this node runs plain commands: the task has none")
+            raise Rejected("this node runs plain commands, but the task has no command")
         return spec
 
     async def _launch(self, spec: ContainerSpec) -> None:
