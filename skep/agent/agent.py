@@ -299,7 +299,7 @@ class Agent:
         return self._credentials.connected(address, timeout_s=timeout_s)
 
     def accept_revision(self, revision: Revision) -> None:
-        """Accept a manager's revision.  Raises: FailedPrecondition: the manager lags behind what this node has seen."""
+        """Accept a manager's revision.  Raises: FailedPrecondition: the manager lags behind this node."""
         self._services.seen.advance(revision)
 
     def record_response(self, requested_at: float) -> None:

@@ -1,4 +1,4 @@
-"""Image transfer between the nodes of a cluster: serves this node's images and fetches those of others.
+"""Image transfer between the nodes of a cluster: serves this node's images and fetches other nodes' images.
 
 Each node serves its images on a separate port, over mutual TLS with the cluster's certificates, and reports the port in
 its description.  A manager tells which nodes may have an image, and whether a caller is still a node of the cluster,

@@ -185,7 +185,7 @@ class ManagerList:
         self._show_unreached("")
 
     def replace(self, peers: Sequence[Peer], weights: Mapping[str, int] | None = None) -> None:
-        """Replace the list of managers by one that a manager has sent.  An empty list changes nothing.
+        """Replace the list of managers by a list from a manager.  An empty list changes nothing.
 
         ``weights`` has each manager's relative share of nodes, by address.
         """

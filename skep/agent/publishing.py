@@ -56,7 +56,7 @@ class LogPublisher:
         self._publishing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Listen until the session ends.  A manager without a log broker is no reason to end the session."""
+        """Listen until the session ends.  A manager without a log broker does not end the session."""
         try:
             async with asyncio.TaskGroup() as group:
                 connect = partial(self._connect, timeout_s=CONNECT_S)

@@ -1,4 +1,4 @@
-"""Task statuses to be sent to a manager: only the latest of each task, however long there is no connection."""
+"""Task statuses to be sent to a manager: only the latest of each task, however long the connection is lost."""
 
 import asyncio
 from collections.abc import Mapping

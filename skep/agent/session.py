@@ -138,7 +138,7 @@ class SessionHost(Protocol):
         """Apply the manager's message with this node's role, the list of managers and the root certificates."""
 
     def accept_revision(self, revision: Revision) -> None:
-        """Accept a manager's revision.  Raises: FailedPrecondition: it is older than what this node has seen."""
+        """Accept a manager's revision.  Raises: FailedPrecondition: it is older than the newest revision here."""
 
     def record_response(self, requested_at: float) -> None:
         """Record that the manager has responded to a heartbeat sent at ``requested_at`` (the clock's
@@ -261,7 +261,7 @@ class Session:
         return parts
 
     async def _run_if_implemented(self, name: str, run: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-        """Run a stream that Docker managers and those of earlier versions lack.  The session continues without it."""
+        """Run a stream that Docker managers and earlier versions lack.  The session continues without it."""
         try:
             with first_alone(SkepError):
                 await run(self._id)

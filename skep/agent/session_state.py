@@ -75,7 +75,7 @@ class SessionState:
 
     @property
     def channel(self) -> Channel:
-        """The connection of the session.  Raises: Unavailable: there is no session."""
+        """The connection of the session.  Raises: Unavailable."""
         if self._channel is None:
             raise Unavailable("no manager can be reached now")
         return self._channel
@@ -115,7 +115,7 @@ class SessionState:
         await self._session.wait()
 
     async def wait_no_session(self) -> None:
-        """Wait until there is no session."""
+        """Wait until the session has ended."""
         await self._no_session.wait()
 
     # --- a planned stop ---------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ class BrokenController:
         self._error = error
 
     def observed(self) -> None:
-        """Return None: there is no process."""
+        """Return None: no process exists."""
 
     async def prepare(self) -> None:
         """Raise Rejected."""
@@ -413,4 +413,4 @@ class BrokenController:
         """Do nothing: no process runs."""
 
     async def remove(self) -> None:
-        """Do nothing: there are no resources."""
+        """Do nothing: no resources exist."""

@@ -365,7 +365,7 @@ def _transport_of(request: web.BaseRequest) -> asyncio.Transport:
 
 
 def _token_in(body: bytes) -> bytes:
-    """Return the token in a login form.  Raises: InvalidArgument: there is none."""
+    """Return the token in a login form.  Raises: InvalidArgument: it is missing."""
     try:
         fields = parse_qs(body.decode("ascii"), max_num_fields=4)
     except ValueError as error:

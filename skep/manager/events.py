@@ -367,7 +367,7 @@ def _went_down(old: Node, new: Node) -> bool:
 def _task(action: str, task: Task, view: View, at_ns: int) -> Message:
     """Return a message about a task, a Skep extension.
 
-    Its name and labels are those of the task's container.  The end of a task has its cause.
+    It has the name and labels of the task's container.  The end of a task has its cause.
     """
     status, service = task.status, view.lookup(Service, task.service_id)
     attributes = {

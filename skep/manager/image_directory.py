@@ -1,4 +1,4 @@
-"""Finds nodes that serve an image, and checks which images a node may read: only those of its own tasks.
+"""Finds nodes that serve an image, and checks which images a node may read: only its own tasks' images.
 
 Nodes announce nothing.  The tasks tell which nodes have an image or will have it soon.  Images that were built or
 loaded for the cluster are on managers.  A node that does not have the image answers so.

@@ -39,7 +39,7 @@ class Superseded(FailedPrecondition):
 
 
 class Incarnations(msgspec.Struct, frozen=True, kw_only=True):
-    """The incarnation that this manager served last, and the latest one that it has seen.  0 if unknown."""
+    """The incarnation that this manager served last, and the latest that it has seen.  0 if unknown."""
 
     served: int = 0
     later: int = 0
@@ -75,7 +75,7 @@ def check_incarnations(paths: Paths) -> Incarnations:
 
 
 class Incarnation:
-    """The incarnation that this manager serves, compared with that of every other manager."""
+    """The incarnation that this manager serves, compared with every other manager's."""
 
     def __init__(self, served: int) -> None:
         self.served = served
@@ -145,7 +145,9 @@ async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> in
             connected(addr, context, ROLE_NAMES[NodeRole.MANAGER]) as channel,
             channel.stream(methods.PINGS) as call,
         ):
-            await call.send(skep.Ping(incarnation=0, node_id=own))  # 0: a query, not counted as a ping
+            await call.send(
+                skep.Ping(incarnation=0, node_id=own)
+            )  # incarnation 0 marks a query, which does not count as a ping
             response = await call.receive()
             return int(response.incarnation) if response is not None else 0
     return 0

@@ -33,7 +33,7 @@ class Job(ApiObject):
     last_run: Timestamp | None = None
     next_run: Timestamp | None = None
     note: str = ""
-    """Why there is no next run, or why the last due time was skipped."""
+    """Why the next run is missing, or why the last due time was skipped."""
     starts: tuple[JobStart, ...] = ()
     """Starts of a scheduled job, the oldest first."""
 

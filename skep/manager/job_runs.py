@@ -272,7 +272,7 @@ def is_going(view: View, service: Service) -> bool:
 
 
 def nodes_of(run: Service, tasks: Iterable[Task], nodes: Iterable[Node]) -> Iterable[Node]:
-    """Return those of ``nodes`` that may belong to the current ``run`` of a global job with these ``tasks``."""
+    """Return the ``nodes`` that may belong to the current ``run`` of a global job with these ``tasks``."""
     job = run.job_status
     if job is None or not job.has_fixed_nodes:
         return nodes

@@ -1,4 +1,4 @@
-"""One manager: the parts that always run, and those that run while it leads.
+"""One manager: the parts that always run, and the parts that run while it leads.
 
 Every manager serves the API and the agents from its own replica of the store and never forwards to the leader.  Only
 the control loops run on the leader alone, and each of their writes is fenced by its term.

@@ -33,7 +33,7 @@ _STARTING_MAX = 100_000
 
 
 class StartTimes(StartingTasks[float]):
-    """Times tasks from the commit that creates them to the one that shows them running, by this manager's clock."""
+    """Times tasks from their creation to the commit that shows them running, by this manager's clock."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         super().__init__(store, _STARTING_MAX)

@@ -51,8 +51,9 @@ ID, NAME = "com.docker.swarm.node.id", "node.name"
 
 
 class Position(NamedTuple):
-    """Where a stream resumes: the cursor of the cluster's events, and each node's cursor by the first characters of its
-    id.
+    """Position at which a stream resumes.
+
+    It has the cursor of the cluster's events, and each node's cursor by the first characters of the node's id.
     """
 
     cluster: str = ""

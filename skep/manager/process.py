@@ -370,7 +370,7 @@ async def _open(
     except Unfinished:
         await _found(config, paths, pair, clock, wrapping_key)
         store = await stack.enter_async_context(opening())
-    # From now on the root key is only in the store, encrypted.
+    # The root key is now only in the store, encrypted.
     paths.root_ca_key.unlink(missing_ok=True)
     return store
 

@@ -1,4 +1,4 @@
-"""Follows tasks from the commit that creates them to the one that shows them running or ended."""
+"""Follows tasks from their creation to the commit that shows them running or ended."""
 
 from typing import Generic, TypeVar
 

@@ -9,7 +9,7 @@ from skep.model.volume import Volume
 class VolumeIndex:
     """Nodes and the volumes that have a status on them.
 
-    It may lag behind a view by the commits that were not read yet.  Each of these names what it concerns.
+    It may lag behind a view by the commits that were not read yet.  Each such commit names its objects.
     """
 
     def __init__(self) -> None:

@@ -166,7 +166,7 @@ def _check_mount(mount: Mount) -> None:
 def volume_device_rules(
     mounts: Iterable[Mount], cluster_volumes: Iterable[PublishedVolume]
 ) -> tuple[str, ...]:
-    """Return the device rules for the container's block volumes.  A bind mount of a device alone gives no access."""
+    """Return the device rules for the container's block volumes.  A bind mount alone does not allow access."""
     ours = [mount for mount in mounts if mount.type == "cluster"]
     return tuple(
         f"b {volume.device} {'r' if mount.read_only else 'rw'}"

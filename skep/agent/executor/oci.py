@@ -155,11 +155,11 @@ def oci_executor(
 
     Args:
         cgroup_parent: Parent in each cgroup hierarchy.  Two nodes on one machine need two.
-        programs: runc and conmon, or None for those on the PATH.
+        programs: runc and conmon, or None to find them on the PATH.
         cdi_directories: Directories with CDI descriptions of devices.
         allowed: Rights over the node that tasks may have.
         bring: See ``ImagePuller``.
-        plugins: Volume plug-ins, or None for those of the machine.
+        plugins: Volume plug-ins, or None for the machine's plug-ins.
         apis: API sockets for containers that mount the Engine API's socket.
     """
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()

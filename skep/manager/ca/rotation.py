@@ -51,7 +51,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
 def next_step(
     swarm: Swarm, nodes: Iterable[Node], requested_at: Mapping[NodeId, float], now: float
 ) -> RequestRenewals | Finish | None:
-    """Return the next step of a rotation, or None if there is no rotation or it has to wait for nodes.
+    """Return the next step of a rotation, or None without a rotation or if it has to wait for nodes.
 
     Args:
         requested_at: When each node was last requested to renew, in the leader's monotonic seconds, like ``now``.

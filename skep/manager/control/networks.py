@@ -75,7 +75,7 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
     options = network.spec.ipam_options or IPAMOptions(driver=Driver(name="default"))
     present = options.configs
     if not any(config.subnet and ":" not in config.subnet for config in present):
-        # Add the allocated subnets to the spec, because they are no longer the only ones.
+        # Add the allocated subnets to the spec, because they are not the only ones afterwards.
         present = present if any(not config.subnet for config in present) else (IPAMConfig(), *present)
     given = network.ipam_options.configs if network.ipam_options is not None else ()
     new = tuple(config for config in configs if config.subnet)

@@ -95,7 +95,7 @@ def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
 def known_service(view: View, service: Service) -> Known:
     """Return the facts about a service.
 
-    Its rights include those of the spec that a rollback would return to, and of a job's current run.
+    The rights include the rights of the spec that a rollback would restore, and of a job's current run.
     """
     specs = specs_in_use(view, service)
     rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")

@@ -1,6 +1,6 @@
 """Validation of a service's spec, with SwarmKit's texts and order.
 
-Source: swarmkit, manager/controlapi/service.go (validateServiceSpec and what it calls).
+Source: swarmkit, manager/controlapi/service.go (validateServiceSpec and its callees).
 """
 
 import re

@@ -371,7 +371,7 @@ def auth_source(word: str, service: Service) -> AuthSource:
     """Parse the parameter ``registryAuthFrom`` of an update.
 
     Raises:
-        Untranslated: The value is unknown, or there is no previous spec.
+        Untranslated: The value is unknown, or the previous spec is missing.
     """
     match word:
         case "" | "spec":

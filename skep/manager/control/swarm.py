@@ -250,7 +250,7 @@ def _with_root(
 
 
 def roots_of(view: View, swarm: Swarm) -> Roots:
-    """Return the cluster's root and the one that it rotates to, with the keys that are in the store."""
+    """Return the cluster's root and the next root during a rotation, with the keys that are in the store."""
     rotation = swarm.rotation
     return Roots(
         root_pem=swarm.tls_info.trust_root.encode(),

@@ -114,7 +114,7 @@ class ManagerLink:
         return self._last_seen.reachable(now) - self._reports.without_quorum()
 
     async def ask(self) -> Set[NodeId]:
-        """Ping all managers.  Return those that answer within ``RESPONSE_SECONDS_MAX`` and have contact
+        """Ping all managers.  Return the managers that answer within ``RESPONSE_SECONDS_MAX`` and have contact
         with a quorum.
         """
         began = self._clock.monotonic()

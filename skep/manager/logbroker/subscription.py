@@ -162,7 +162,7 @@ class Subscription:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no more lines will arrive."""
+        """Whether all lines have arrived."""
         return not self.query.follow and not self.pending
 
     def has_sent(self, node_id: NodeId) -> bool:

@@ -8,7 +8,7 @@ from skep.model.node import CutOff, FailingPath, Node
 from skep.store.interface import Transaction
 
 WRITTEN_MAX = 64
-"""Failing paths written per node, those of containers' traffic first.  Each takes 100 bytes."""
+"""Failing paths written per node, containers' traffic first.  Each takes 100 bytes."""
 
 
 class PathRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -132,7 +132,7 @@ class ProbeStreams:
             work=self._work,
         )
 
-    # -- what is to be probed -----------------------------------------------------------------------------------
+    # -- probe targets --------------------------------------------------------------------------------------------
 
     def _on_snapshot(self, _view: View) -> None:
         self._is_stale = True
@@ -188,7 +188,7 @@ class ProbeStreams:
         networks = self._networks.networks_of(node_id)
         return [id for id in networks if self._networks.is_encrypted(id)]
 
-    # -- what is to be written ------------------------------------------------------------------------------------
+    # -- stored failures ------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
         view = self._store.view()
@@ -280,11 +280,11 @@ class ProbeResults:
             )
 
     def retain(self, peers: Collection[NodeId]) -> None:
-        """Forget all nodes but ``peers``.  The others are no longer probed."""
+        """Forget all nodes but ``peers``.  The others are not probed now."""
         self._failing = {id: paths for id, paths in self._failing.items() if id in peers}
 
     def failing(self) -> tuple[FailingPath, ...]:
-        """Return the failing paths to write: at most ``WRITTEN_MAX``, those of containers' traffic first."""
+        """Return the failing paths to write: at most ``WRITTEN_MAX``, containers' traffic first."""
         paths = [path for paths in self._failing.values() for path in paths]
         paths.sort(key=lambda path: (_RANK.get(path.check, len(_RANK)), path.peer, path.check))
         return tuple(paths[:WRITTEN_MAX])

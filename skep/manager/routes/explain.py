@@ -101,7 +101,7 @@ def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
 
 
 async def _verdicts(view: View, task: Task, named: ServiceNames) -> tuple[list[NodeVerdict], str]:
-    """Return each node's refusals of ``task``, or only those of the node that it was created for.
+    """Return each node's refusals of ``task``, or only the refusals of the node that it was created for.
 
     If no node would take the task, the second result tells how priorities affect it.
     """

@@ -30,7 +30,7 @@ _WARNED_OF_MAX = 10
 
 
 def is_predefined(network: Network) -> bool:
-    """Return whether the network represents one that every node has, and shows itself."""
+    """Return whether the network represents a network of every node, which the nodes show themselves."""
     return network.spec.labels.get(PREDEFINED_LABEL) == "true"
 
 

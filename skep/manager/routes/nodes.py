@@ -31,7 +31,7 @@ routes = Routes()
 
 
 class _Membership(Enum):
-    """Membership of a node.  All nodes are accepted: there is no manual approval."""
+    """Membership of a node.  All nodes are accepted, without manual approval."""
 
     ACCEPTED = "accepted"
     PENDING = "pending"

@@ -316,7 +316,7 @@ def _without_tmpfs_options(mount: Mount) -> Mount:
 
 
 _SERVICES_MAX = 2_000
-"""With more services the check is skipped, because a create must not block the event loop."""
+"""The check is skipped with more services, because a create must not block the event loop."""
 
 
 def _secret_warnings(spec: ServiceSpec) -> list[str]:
