@@ -290,7 +290,7 @@ async def test_a_user_runs_a_job_now_unless_it_is_going_and_retries_what_failed(
     (failed,) = store.view().find(Task, service_id=id)
     assert status(store, id).retried_until == failed.created_at
     assert status(store, id).job_iteration.index == 1
-    with pytest.raises(FailedPrecondition, match="still going"):
+    with pytest.raises(FailedPrecondition, match="is active"):
         await store.update(run_job, id, now=TEN, replaces=False)
 
 

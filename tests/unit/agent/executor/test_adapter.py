@@ -39,7 +39,7 @@ NODE = NodeFacts(hostname="n")
             Privileges(credential_spec=CredentialSpec(file="spec.json")),
             '^invalid --security-opt 2: "credentialspec=file://spec.json"$',
         ),
-        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "no SELinux labels"),
+        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "does not set SELinux labels"),
     ],
 )
 def test_what_cannot_confine_here_is_rejected(privileges: Privileges, said: str) -> None:
