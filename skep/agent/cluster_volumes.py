@@ -199,7 +199,7 @@ class ClusterVolumes:
     # -- tasks -----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def mounted(
+    async def keep_mounted(
         self, attachments: Sequence[VolumeAttachment]
     ) -> AsyncIterator[Sequence[PublishedVolume]]:
         """Mount a task's volumes and keep them mounted in the context.  Yields them in their order.

@@ -251,9 +251,11 @@ class NodeSource:
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
         """Return a manifest, which is not verified.  See ``ServedImages.manifest``.  Raises: SkepError."""
-        channel = await self._connected()
+        channel = await self._connect()
         request = skep.ImageManifestRequest(target=target)
-        response = await self._called(channel.call(methods.IMAGE_MANIFEST, request, timeout_s=MANIFEST_S))
+        response = await self._await_response(
+            channel.call(methods.IMAGE_MANIFEST, request, timeout_s=MANIFEST_S)
+        )
         return Document(
             response.content,
             response.media_type,
@@ -264,11 +266,11 @@ class NodeSource:
     @asynccontextmanager
     async def blob(self, digest: str, *, last_resort: bool) -> AsyncIterator[AsyncIterator[bytes]]:
         """Yield the pieces of a blob, which are not verified.  Raises: SkepError."""
-        channel = await self._connected()
+        channel = await self._connect()
         async with channel.stream(methods.IMAGE_BLOB) as call:
             request = skep.ImageBlobRequest(digest=digest, last_resort=last_resort)
-            await self._called(call.send(request, end=True))
-            if await self._called(call.receive()) is None:
+            await self._await_response(call.send(request, end=True))
+            if await self._await_response(call.receive()) is None:
                 raise Unavailable(f"{self._addr} sent no blob")
 
             async def pieces() -> AsyncIterator[bytes]:
@@ -277,7 +279,7 @@ class NodeSource:
 
             yield pieces()
 
-    async def _connected(self) -> Channel:
+    async def _connect(self) -> Channel:
         """Return the connection, which is opened again after it broke.  Raises: Unavailable."""
         async with self._connecting:
             if self._channel is None:
@@ -288,7 +290,7 @@ class NodeSource:
                 )
             return self._channel
 
-    async def _called(self, call: Awaitable[T]) -> T:
+    async def _await_response(self, call: Awaitable[T]) -> T:
         try:
             return await call
         except Unavailable:

@@ -33,7 +33,7 @@ CONNECT_S = 5.0
 class LogSource(Protocol):
     """Reads the logs of this node's tasks."""
 
-    def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+    def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
         """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
 
         Ends when everything is read, or with ``follow`` only when the iterator is closed.  An empty batch means that
@@ -90,7 +90,7 @@ class LogPublisher:
         try:
             query = query_from_pb(message)
             async with self._free_channel() as channel, channel.stream(methods.PUBLISH_LOGS) as call:
-                lines = self._logs.read(query)
+                lines = self._logs.read_lines(query)
                 try:
                     async for batch in lines:
                         entry = pb.PublishLogsMessage(

@@ -172,7 +172,7 @@ class KeyPairCredentials:
         """Try to renew once.  Returns whether the certificate is now valid for the node's role."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
-                self._adopt(await self._requested(choose()))
+                self._adopt(await self._request_pair(choose()))
         except (SkepError, OSError) as error:
             log.warning(
                 "certificate not renewed", error=describe_error(error), until=self.pair.not_after.isoformat()
@@ -183,7 +183,7 @@ class KeyPairCredentials:
         )
         return self._role in (None, self.pair.identity.role)
 
-    async def _requested(self, peer: Peer | None) -> KeyPair:
+    async def _request_pair(self, peer: Peer | None) -> KeyPair:
         """Request a new key pair from a manager.  Raises: SkepError."""
         if peer is None:
             raise Unavailable("no manager is known")

@@ -247,7 +247,9 @@ class TaskDriver:
 
     async def _end(self) -> TaskEnd | None:
         """Return why the process ended, if known."""
-        return await isolate(self.controller.ended(), "reason of task's end unknown", task=self.task.task.id)
+        return await isolate(
+            self.controller.fetch_end(), "reason of task's end unknown", task=self.task.task.id
+        )
 
     async def _ask(self, verb: Verb) -> str:
         """Execute ``verb``.  Returns the failure of the task's process, or an empty text."""
@@ -264,17 +266,17 @@ class TaskDriver:
 
     async def _watch(self) -> str:
         """Wait until the process has ended and is not restarted again.  Returns its failure, or an empty text."""
-        ended = await self._ended()
+        ended = await self._wait_ended()
         while await self._may_try_again(ended):
             try:
                 await self._start_again()
             except SkepError as error:
                 ended = TaskExit(exit_code=1, message=str(error))
             else:
-                ended = await self._ended()
+                ended = await self._wait_ended()
         return ended.message
 
-    async def _ended(self) -> TaskExit:
+    async def _wait_ended(self) -> TaskExit:
         """Wait until the process has ended.  A failed observation does not count as its end."""
         return await retry(
             self.controller.wait,

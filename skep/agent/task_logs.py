@@ -43,7 +43,7 @@ class TaskLogs:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+    async def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
         """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
 
         With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.  An empty batch
@@ -161,7 +161,7 @@ def bounded(lines: Sequence[LogLine]) -> Iterator[Sequence[LogLine]]:
 class NoLogs:
     """``LogSource`` of the ``process`` executor: a task's output is a file on its node."""
 
-    def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+    def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
         """Refuse to read.  Raises: Unimplemented."""
         raise Unimplemented(
             "tasks of the process executor have no logs: their output is a file on their node"

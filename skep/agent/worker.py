@@ -400,7 +400,7 @@ class BrokenController:
         """Return the error as the end of the task."""
         return TaskExit(exit_code=1, message=describe_error(self._error))
 
-    async def ended(self) -> None:
+    async def fetch_end(self) -> None:
         """Return None: no end is known."""
 
     async def shutdown(self, drain_s: float = 0.0) -> None:

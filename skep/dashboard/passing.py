@@ -115,7 +115,7 @@ def refusal(error: SkepError, status: int = 0) -> web.Response:
     return response
 
 
-async def answered(responding: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def respond_or_refuse(responding: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Return the response, or an error response."""
     try:
         return await responding()

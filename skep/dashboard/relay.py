@@ -23,9 +23,9 @@ from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
     Passing,
-    answered,
     json_response,
     require_own_page,
+    respond_or_refuse,
     same,
     target_of,
 )
@@ -91,7 +91,7 @@ class Relay:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._first.arrived(request.protocol)
-        return await answered(partial(self._respond, request))
+        return await respond_or_refuse(partial(self._respond, request))
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         target = target_of(request)

@@ -36,11 +36,11 @@ from skep.dashboard.pages import SECURITY_HEADERS, page_response, pages
 from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
-    answered,
     body_of,
     json_response,
     refusal,
     require_own_page,
+    respond_or_refuse,
     target_of,
 )
 from skep.dashboard.sessions import ATTEMPTS, Attempts, Names, Session, Sessions
@@ -210,7 +210,7 @@ class DashboardServer:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._first.arrived(request.protocol)
-        return await answered(partial(self._respond, request))
+        return await respond_or_refuse(partial(self._respond, request))
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         target = target_of(request)
@@ -326,10 +326,10 @@ class DashboardServer:
             if found is None:
                 raise NotFound("page not found")
             return page_response(found, request.headers.get("If-None-Match", ""))
-        client = RawClient.over("this node", partial(self._connected, identity))
+        client = RawClient.over("this node", partial(self._connect_to_api, identity))
         return await session.passing.respond(request, target, client)
 
-    async def _connected(self, identity: Identity) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect_to_api(self, identity: Identity) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a new connection to the node's API with ``identity``."""
         ours, theirs = socket.socketpair()
         try:

@@ -199,7 +199,7 @@ class ClusterEvents:
             return since_ns is not None and _is_between(kept.message, since_ns, until_ns)
 
         with suppress(EventsLost):
-            async with aclosing(self._read(is_past, until_ns)) as reading:
+            async with aclosing(self._read_kept(is_past, until_ns)) as reading:
                 async for kept in reading:
                     if kept is not None and fits(kept.message):
                         yield kept.message
@@ -218,14 +218,14 @@ class ClusterEvents:
         """
         first = self._revision if after is None else after
         yield _progress(self.cursor(first), self._clock.now_ns())
-        async with aclosing(self._read(lambda kept: kept.revision > first, until_ns)) as reading:
+        async with aclosing(self._read_kept(lambda kept: kept.revision > first, until_ns)) as reading:
             async for kept in reading:
                 if kept is None:
                     yield _progress(self.cursor(), self._clock.now_ns())
                 elif kept.revision > first and fits(kept.message):
                     yield replace(kept.message, cursor=self.cursor(max(kept.after, first)))
 
-    async def _read(
+    async def _read_kept(
         self, is_past: Callable[[_Kept], bool], until_ns: int | None
     ) -> AsyncGenerator[_Kept | None, None]:
         """Yield past events that ``is_past`` accepts, then new ones until ``until_ns``, and None after an idle period.

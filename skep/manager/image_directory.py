@@ -86,7 +86,7 @@ class ImageDirectory:
         return (
             unary(methods.FIND_IMAGE, self._find),
             unary(methods.CHECK_NODE, self._check),
-            unary(methods.NEEDED_IMAGES, self._needed),
+            unary(methods.NEEDED_IMAGES, self._list_needed),
         )
 
     async def _find(self, request: skep.FindImageRequest, caller: Caller) -> skep.FindImageResponse:
@@ -115,7 +115,9 @@ class ImageDirectory:
             raise PermissionDenied(f"Permission denied: node {identity.node_id} has no task of this image")
         return skep.CheckNodeResponse()
 
-    async def _needed(self, request: skep.NeededImagesRequest, caller: Caller) -> skep.NeededImagesResponse:
+    async def _list_needed(
+        self, request: skep.NeededImagesRequest, caller: Caller
+    ) -> skep.NeededImagesResponse:
         view = self._store.view()
         if request.images:
             names, known = _names(request.images, NAMES_MAX), needed_images(view)

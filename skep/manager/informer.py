@@ -73,7 +73,7 @@ async def run_exact_informer(
         try:
             async with term.watch(*kinds) as watch, asyncio.TaskGroup() as group:
                 on_snapshot(watch.snapshot)
-                group.create_task(_read(watch, on_commit), name="read")
+                group.create_task(_read_commits(watch, on_commit), name="read")
                 await work(partial(_read_waiting, watch, on_commit))
         except* WatchLagged:
             log.warning("watch lagged, resyncing from a snapshot", kinds=[kind.__name__ for kind in kinds])
@@ -88,7 +88,7 @@ def batches_of(view: Callable[[], View], kind: type[T]) -> Iterator[Sequence[T]]
         yield [found for id in ids if (found := now.lookup(kind, id)) is not None]
 
 
-async def _read(watch: Watch, on_commit: Callable[[Commit], None]) -> None:
+async def _read_commits(watch: Watch, on_commit: Callable[[Commit], None]) -> None:
     async for commit in watch:
         handle_isolated(on_commit.__qualname__, on_commit, commit)
         await _read_waiting(watch, on_commit)

@@ -172,7 +172,7 @@ class AllEvents:
                                 position[item.node] = item.cursor
                             if item.message is not None:
                                 message = _with_cursor(item.message, str(Position(at, position)))
-                                await _taken(send(message))
+                                await _wait_taken(send(message))
                         nodes.cancel()
 
     def check(self, wanted: Wanted) -> None:
@@ -379,7 +379,7 @@ def _notice(action: str, node: Node, reason: str, position: Mapping[str, str], a
     return _Item(key, position.get(key, ""), message)
 
 
-async def _taken(sending: Awaitable[None]) -> None:
+async def _wait_taken(sending: Awaitable[None]) -> None:
     try:
         async with asyncio.timeout(TAKES_WITHIN_S):
             await sending

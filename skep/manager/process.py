@@ -357,7 +357,7 @@ async def _open(
     """
     wrapping_key = await asyncio.to_thread(founding_wrapping_key, paths)
     if is_empty:
-        await _found(config, paths, pair, clock, wrapping_key)
+        await _initialize_store(config, paths, pair, clock, wrapping_key)
     opening = partial(
         open_store,
         *(paths.etcd_socket, config.node_id, wrapping_key, clock),
@@ -368,14 +368,14 @@ async def _open(
     try:
         store = await stack.enter_async_context(opening())
     except Unfinished:
-        await _found(config, paths, pair, clock, wrapping_key)
+        await _initialize_store(config, paths, pair, clock, wrapping_key)
         store = await stack.enter_async_context(opening())
     # The root key is now only in the store, encrypted.
     paths.root_ca_key.unlink(missing_ok=True)
     return store
 
 
-async def _found(
+async def _initialize_store(
     config: ManagerConfig, paths: Paths, pair: KeyPair, clock: Clock, wrapping_key: bytes
 ) -> None:
     """Write a new cluster into the store.  Raises: the errors of ``initialize``."""

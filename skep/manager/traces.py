@@ -30,7 +30,7 @@ def request_spans(exporter: TraceExporter) -> Middleware:
     """Return a middleware that records requests which write services as the first spans of their traces."""
 
     @web.middleware
-    async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def trace_request(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST" or not _TRACED.fullmatch(request.path):
             return await handler(request)
         with recording(exporter.now_ns) as recorded, recorded.part(f"POST {request.path}") as whole:
@@ -38,7 +38,7 @@ def request_spans(exporter: TraceExporter) -> Middleware:
         exporter.add(spans_of_request(whole, recorded.parts, request.headers.get("traceparent", "")))
         return response
 
-    return traced
+    return trace_request
 
 
 def spans_of_request(whole: Part, parts: list[Part], traceparent: str) -> Iterator[Span]:

@@ -271,7 +271,7 @@ class Tunnels:
         expected.opened.set_result(Tunnel(waiting.take, send))
         # This task reads, not the client's task: only the task that reads a generator can close it.
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(_read(pieces, waiting), name="read from a node")
+            reading = group.create_task(_read_pieces(pieces, waiting), name="read from a node")
             await expected.done.wait()
             reading.cancel()
         if not expected.is_complete:
@@ -321,7 +321,7 @@ class _Pieces:
         return self._pieces.popleft()
 
 
-async def _read(pieces: AsyncIterator[skep.TunnelPiece], waiting: _Pieces) -> None:
+async def _read_pieces(pieces: AsyncIterator[skep.TunnelPiece], waiting: _Pieces) -> None:
     try:
         async for piece in pieces:
             await waiting.put(piece)

@@ -41,9 +41,9 @@ class WorkerReads:
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
-        return (server_stream(methods.READ, self._read, taken_s=TAKEN_S),)
+        return (server_stream(methods.READ, self._serve_read, taken_s=TAKEN_S),)
 
-    async def _read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
+    async def _serve_read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
         """Yield the API's response to a read.  Raises: PermissionDenied; ResourceExhausted; errors of this manager's
         API.
         """

@@ -143,7 +143,7 @@ async def test_what_happens_after_the_permission_ended_is_not_sent(cluster):
     cluster.may_answer.clear()
     identity = Identity(node_id=NodeId("w1"), cluster_id=cluster.swarm.id, role=NodeRole.WORKER)
     caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
-    pieces = cluster.reads._read(skep.ReadRequest(target="/events"), caller)
+    pieces = cluster.reads._serve_read(skep.ReadRequest(target="/events"), caller)
     async with aclosing(pieces):
         assert await anext(pieces) == skep.ReadPiece()
         waiting = asyncio.ensure_future(anext(pieces))

@@ -230,7 +230,7 @@ class AttachmentController:
         await self._attachments.wait_released(self._task.task.id)
         return TaskExit(exit_code=0)
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:

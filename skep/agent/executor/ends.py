@@ -71,11 +71,11 @@ async def with_last_lines(engine: Engine, id: ContainerId, end: TaskEnd, lines_m
     """Return ``end`` with the last ``lines_max`` lines of the container's log that can be read in time."""
     kept: deque[KeptLine] = deque(maxlen=max(lines_max, 0))
     if lines_max > 0:
-        await isolate(_read(engine, id, kept), "last lines not read", container=id)
+        await isolate(_read_last_lines(engine, id, kept), "last lines not read", container=id)
     return bounded_end(replace(end, lines=tuple(kept)), lines_max)
 
 
-async def _read(engine: Engine, id: ContainerId, kept: deque[KeptLine]) -> None:
+async def _read_last_lines(engine: Engine, id: ContainerId, kept: deque[KeptLine]) -> None:
     async with asyncio.timeout(LOG_SECONDS_MAX):
         async for entry in engine.logs(id, LogFilter(tail=kept.maxlen)):
             kept.append(

@@ -76,7 +76,7 @@ class Controller(Protocol):
     async def wait(self) -> TaskExit:
         """Wait until the process has ended for any reason.  May be awaited any number of times."""
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         """Return why the process ended, with its last lines.
 
         Called after its end.  None if the reason is unknown, or if the process was stopped and ended in time.

@@ -264,7 +264,7 @@ class OciController:
     @asynccontextmanager
     async def _cluster_volumes(self) -> AsyncIterator[Sequence[PublishedVolume]]:
         """Mount the task's cluster volumes.  Raises: SkepError: one cannot be mounted."""
-        async with self._executor.cluster_volumes.mounted(self._task.task.volumes) as volumes:
+        async with self._executor.cluster_volumes.keep_mounted(self._task.task.volumes) as volumes:
             yield volumes
 
     async def _note_volumes(self) -> None:
@@ -340,7 +340,7 @@ class OciController:
             await self._stop(id)
         return _exit_of(await self._engine.wait(id), reason)
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         """Return the end from the container's record and its log."""
         container = self._container()
         end = end_of(container, was_stopped=self._was_stopped) if container is not None else None

@@ -146,7 +146,7 @@ class ProcessController:
             code = 255  # the waiting shell was killed: the exit code is lost
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         """Return None: only the exit code is known."""
         return None
 

@@ -81,7 +81,7 @@ class ImagePuller:
             return
         fetch = self._fetches[key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._fetched(reference, auth, uses_helper)
+            outcome = await self._fetch(reference, auth, uses_helper)
             fetch.set_result(outcome)
         finally:
             del self._fetches[key]
@@ -90,7 +90,7 @@ class ImagePuller:
         if isinstance(outcome, SkepError):
             raise outcome
 
-    async def _fetched(self, reference: str, auth: str, uses_helper: bool) -> Image | SkepError:
+    async def _fetch(self, reference: str, auth: str, uses_helper: bool) -> Image | SkepError:
         registry = registry_of(reference)
         try:
             image = await self._images.pull(reference, auth, uses_helper=uses_helper)

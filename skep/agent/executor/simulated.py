@@ -159,7 +159,7 @@ class SimulatedController:
         code = process.exit_code or 0
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         """Return None: only the exit code is known."""
         return None
 

@@ -71,8 +71,8 @@ class _TracedController:
     async def wait(self) -> TaskExit:
         return await self._inner.wait()
 
-    async def ended(self) -> TaskEnd | None:
-        return await self._inner.ended()
+    async def fetch_end(self) -> TaskEnd | None:
+        return await self._inner.fetch_end()
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         await self._inner.shutdown(drain_s)

@@ -99,7 +99,7 @@ class ExternalAuthorities:
         if left_out is not None and self._clock.monotonic() < left_out.until:
             raise Unavailable(f"skipped after a failure: {left_out.reason}")
         try:
-            status, content = await self._posted(url, body, roots_pem)
+            status, content = await self._post(url, body, roots_pem)
         except Unavailable as error:
             self._leave_out(url, str(error))
             raise
@@ -109,7 +109,7 @@ class ExternalAuthorities:
             raise Unavailable(f"unexpected status code in CSR response: {status} - {shown}")
         return content
 
-    async def _posted(self, url: str, body: bytes, roots_pem: bytes) -> tuple[int, bytes]:
+    async def _post(self, url: str, body: bytes, roots_pem: bytes) -> tuple[int, bytes]:
         context = external_context(self._pair(), roots_pem)
         headers = {"Content-Type": "application/json"}
         try:

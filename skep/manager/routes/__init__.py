@@ -38,7 +38,7 @@ from skep.manager.routes import (
     warnings,
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
-from skep.manager.routes.audit import audited
+from skep.manager.routes.audit import record_request
 from skep.manager.routes.authorization import ClusterObjects
 
 __all__ = ["ManagerApi", "application", "compile_routes"]
@@ -85,7 +85,7 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
     app[MANAGER] = api
     # Insert before the last middleware, which checks the rights, so that refusals are recorded before they become
     # responses.
-    app.middlewares.insert(len(app.middlewares) - 1, audited)
+    app.middlewares.insert(len(app.middlewares) - 1, record_request)
     return app
 
 

@@ -53,7 +53,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @web.middleware
-async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def record_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Record a request that may change something, once its outcome is known."""
     path = path_of(request.path)
     is_read = request.method in ("GET", "HEAD") and not _READS.fullmatch(path)

@@ -191,10 +191,10 @@ def _path(request: web.Request) -> str:
 
 
 def _reader(type_: type[Any]) -> Callable[[web.Request], Awaitable[tuple[Any, ...]]]:
-    async def read(request: web.Request) -> tuple[Any, ...]:
+    async def read_body(request: web.Request) -> tuple[Any, ...]:
         return (await read_json(request, type_),)
 
-    return read
+    return read_body
 
 
 _READERS: Final[Mapping[str, Callable[[web.Request], Awaitable[tuple[Any, ...]]]]] = {

@@ -64,7 +64,7 @@ def shown(view: View, network: Network) -> dict[str, Any]:
     return {**flat_form(network), **({"Damage": damage} if damage else {})}
 
 
-async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str, Any]:
+async def describe_network(view: View, network: Network, *, verbose: bool) -> dict[str, Any]:
     """Return a cluster network as ``inspect`` shows it: with the nodes that take part, and warnings for the user.
 
     With ``verbose``, it also has its services and their tasks.

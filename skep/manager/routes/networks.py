@@ -23,7 +23,13 @@ from skep.api.timestamps import parse_time
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
-from skep.manager.routes.network_answers import facts_of, inspected, is_predefined, shown, used_networks
+from skep.manager.routes.network_answers import (
+    describe_network,
+    facts_of,
+    is_predefined,
+    shown,
+    used_networks,
+)
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.times import unix_ns
@@ -51,7 +57,7 @@ async def inspect_network(request: web.Request) -> web.StreamResponse:
     verbose = wrapped_flag(request, "verbose")
     view = await current_view(request)
     network = _resolve(view, request.match_info["id"])
-    return json_response(await inspected(view, network, verbose=verbose))
+    return json_response(await describe_network(view, network, verbose=verbose))
 
 
 @routes.post("/networks/create")

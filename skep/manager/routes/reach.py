@@ -110,7 +110,7 @@ async def _forward(request: web.Request, task: Task, path: str) -> web.StreamRes
         SkepError: No tunnel can be opened.
     """
     kind = forwarded(request.method, _pattern(path))
-    value = await _read(request, kind)
+    value = await _read_body(request, kind)
     await _authorize(request, task, kind, value)
     body = to_json(value) if value is not None else b""
     # Not the task id: authorization has replaced the name in the path by it.
@@ -132,7 +132,7 @@ def _pattern(path: str) -> str:
     return f"/{kind}/{{id}}/{what}"
 
 
-async def _read(request: web.Request, kind: Forwarded) -> ExecRequest | ExecStart | None:
+async def _read_body(request: web.Request, kind: Forwarded) -> ExecRequest | ExecStart | None:
     """Return the decoded body, or None without a body to decode.
 
     Raises:

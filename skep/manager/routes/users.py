@@ -114,14 +114,14 @@ async def create_user(request: web.Request) -> web.StreamResponse:
 @routes.get("/skep/users/{id}")
 async def inspect_user(request: web.Request) -> web.StreamResponse:
     """Show one user."""
-    return json_response(_shown(await _named(request)))
+    return json_response(_shown(await _find_user(request)))
 
 
 @routes.post("/skep/users/{id}/update")
 async def update_user(request: web.Request) -> web.StreamResponse:
     """Replace the roles of a user.  Open connections with other roles end."""
     manager = manager_of(request)
-    spec, user = await read_json(request, UserSpec), await _named(request)
+    spec, user = await read_json(request, UserSpec), await _find_user(request)
     changed = await manager.update(control.set_roles, user.id, spec.roles, now=manager.now())
     return json_response(_shown(changed))
 
@@ -129,7 +129,7 @@ async def update_user(request: web.Request) -> web.StreamResponse:
 @routes.delete("/skep/users/{id}")
 async def remove_user(request: web.Request) -> web.StreamResponse:
     """Remove a user.  Its connections end."""
-    user = await _named(request)
+    user = await _find_user(request)
     await manager_of(request).update(control.remove_user, user.id)
     return web.Response(status=204)
 
@@ -138,7 +138,7 @@ async def remove_user(request: web.Request) -> web.StreamResponse:
 async def create_token(request: web.Request) -> web.StreamResponse:
     """Create a token for a user."""
     manager = manager_of(request)
-    body, user = await read_json(request, NewToken), await _named(request)
+    body, user = await read_json(request, NewToken), await _find_user(request)
     token = control.new_token()
     changed = await manager.update(
         control.add_token,
@@ -157,7 +157,7 @@ async def create_token(request: web.Request) -> web.StreamResponse:
 async def remove_token(request: web.Request) -> web.StreamResponse:
     """Remove a token of a user.  Its connections end."""
     manager = manager_of(request)
-    user = await _named(request)
+    user = await _find_user(request)
     await manager.update(control.remove_token, user.id, request.match_info["token"], now=manager.now())
     return web.Response(status=204)
 
@@ -195,7 +195,7 @@ def _table(manager: ManagerApi) -> AccessTable:
     return control.access_table(manager.store.view(), is_current=manager.quorum().has_leader)
 
 
-async def _named(request: web.Request) -> User:
+async def _find_user(request: web.Request) -> User:
     return (await current_view(request)).resolve(User, request.match_info["id"])
 
 

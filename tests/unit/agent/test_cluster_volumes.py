@@ -120,7 +120,7 @@ class Rig:
 
     async def path(self, *volumes: VolumeAssignment) -> list[Path]:
         attachments = [VolumeAttachment(id=one.id, source=one.id, target="/d") for one in volumes]
-        async with self.volumes.mounted(attachments) as published:
+        async with self.volumes.keep_mounted(attachments) as published:
             return [one.path for one in published]
 
 
@@ -283,7 +283,7 @@ async def test_a_block_volume_is_its_device_and_no_task_gets_anything_else(rig: 
         (rig.folder / "v1" / "mount").rmdir()
         rig.drivers["d"].pretends = False
         attachment = VolumeAttachment(id=disk.id, source="disk", target="/dev/disk")
-        async with volumes.mounted([attachment]) as published:
+        async with volumes.keep_mounted([attachment]) as published:
             assert published == [(rig.folder / "v1" / "mount", "7:5")]
         volumes.assign(removed(disk))
         assert await volumes.take_reports() == ["v1"]
