@@ -335,7 +335,7 @@ REFUSED_BODY = {
 }
 
 IRRELEVANT = {
-    "Privileges.SELinuxContext.Disable": "containers have does not set SELinux labels in any case",
+    "Privileges.SELinuxContext.Disable": "containers have no SELinux labels in any case",
     "Mounts.0.Consistency": "of Docker Desktop's shared folders; no engine on Linux acts on it",
     "ContainerIDFile": "the client writes the file",
     "ConsoleSize": "of Windows; on Linux the client resizes the terminal",
