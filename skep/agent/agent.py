@@ -40,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
+"""Delays in seconds before the next attempt at a session."""
 UNREACHED_S = 10.0
 """Seconds without any manager after which ``docker info`` shows it."""
 POSTPONED_MAX = 10

@@ -39,7 +39,9 @@ log = structlog.get_logger(__name__)
 TASK_WAIT_S = 120.0
 """Seconds that a task waits for a volume before it fails with the driver's last error."""
 SCAN_S = 10.0
+"""Seconds between two searches for volume drivers."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+"""Delays in seconds before a failed driver call is repeated."""
 DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
 """Bytes of one driver, and of all drivers, in the node's description.  A larger description would be cut
 (``model.description_size``).

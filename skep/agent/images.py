@@ -40,15 +40,18 @@ log = structlog.get_logger(__name__)
 CHECKED_S = 30.0
 """Seconds for which a node may read an image after a manager has allowed it."""
 CHECKED_MAX = 4096
+"""Permissions that are cached."""
 NAMES_MAX = 1000
 """Image names in one request to a manager."""
 MANIFEST_S = 15.0
+"""Seconds to wait for another node's manifest."""
 BOUNDS = Bounds(stream_window=4 << 20, connection_window=16 << 20, message=(4 << 20) + (64 << 10))
 """Limits for data from another node, which is less trusted than a manager.
 
 A manifest has at most 4 MiB, as in a registry, and a piece of a layer half a MiB.
 """
 BIND_AGAIN_S_MAX = 30.0
+"""Longest delay in seconds before an address is bound again."""
 
 T = TypeVar("T")
 

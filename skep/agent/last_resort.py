@@ -30,9 +30,11 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 CHECK_S = 1.0
+"""Seconds between two checks."""
 AWAKE_S = 3.0
 """Seconds of silence below which no task stops."""
 RESCAN_S = 5.0
+"""Seconds between two scans of the containers during a silence."""
 LATER_S = 2.0
 """Additional seconds after which a container is killed that a running node process should have stopped."""
 

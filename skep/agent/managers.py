@@ -10,7 +10,9 @@ from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
 
 RESPONSE_SECONDS_MIN = 1.0
+"""Shortest timeout in seconds, so that a short heartbeat period does not end sessions."""
 DEFAULT_WEIGHT = 10
+"""Weight of a manager without one, as in SwarmKit."""
 
 
 class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):

@@ -28,6 +28,7 @@ STREAMS_MAX = 80
 SUBSCRIPTIONS_MAX = 1000
 """Concurrent subscriptions: as many as a manager has readers."""
 CONNECT_S = 5.0
+"""Seconds to open an additional connection."""
 
 
 class LogSource(Protocol):

@@ -38,8 +38,10 @@ log = structlog.get_logger(__name__)
 
 EARLIEST = 0.5
 LATEST = 0.8
+"""Shares of a certificate's life between which it is renewed, as in SwarmKit."""
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 300.0
+"""Delays in seconds before a failed renewal is repeated."""
 LOOK_AGAIN_S = 3600.0
 """Seconds between two checks, within which a machine that slept or changed its clock finds a due certificate."""
 

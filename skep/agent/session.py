@@ -49,10 +49,15 @@ from skep.wire.convert.values import duration_from_pb
 log = structlog.get_logger(__name__)
 
 FIRST_MESSAGE_SECONDS_MAX = 5.0
+"""Seconds to wait for the manager to accept the session."""
 REPLY_SECONDS_MAX = 5.0
+"""Seconds to wait for a Docker manager's response to a heartbeat."""
 PERIOD_SECONDS_MIN = 0.05
+"""Shortest heartbeat period that this node accepts, so that a manager's zero does not make it spin."""
 TIMEOUT_SLICES = 5
+"""Parts of the wait for a heartbeat's response (``_wait_overdue``)."""
 DESCRIPTION_CHECK_S = 10.0
+"""Seconds between two comparisons of the node's description."""
 SLOTS_BYTES_PER_S = 1024
 """Bytes per second that descriptions may cost on average if they differ only in the slots with used volumes.
 
@@ -63,7 +68,9 @@ REPORT_SECONDS_MAX = 15.0
 
 
 PART_RETRY_S_MAX = 5.0
+"""Longest delay in seconds before a failed part of the session is repeated."""
 VOLUME_REPORTS_MAX = 500
+"""Volumes in one report."""
 REPORT_TRIES_MAX = 4
 """Attempts until another manager is tried.  A short loss of quorum is no reason to leave a manager."""
 

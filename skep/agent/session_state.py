@@ -21,6 +21,7 @@ from skep.wire.client import Channel
 log = structlog.get_logger()
 
 STOP_ANNOUNCEMENT_S_MAX = 1.0
+"""Seconds by which an announcement may delay a planned stop."""
 
 
 class SessionState:

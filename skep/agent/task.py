@@ -33,6 +33,7 @@ log = structlog.get_logger()
 
 
 DEFAULT_DELAY_S = 5.0
+"""Restart delay of a policy without one, as in SwarmKit."""
 CUT_OFF_S = 10.0
 """Seconds of an outage that are left to the leader, because managers restart and move."""
 

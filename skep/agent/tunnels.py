@@ -32,6 +32,7 @@ Fewer than the streams of one connection, and more than a manager orders, becaus
 there.
 """
 CONNECT_S = 5.0
+"""Seconds to open the connection for tunnels."""
 
 
 class ContainerAccess(Protocol):

@@ -25,10 +25,13 @@ from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted, Sk
 HEAD_S: Final = 15.0
 """Seconds for the first request of a connection to arrive."""
 BODY_S: Final = 30.0
+"""Seconds for a request's body to arrive."""
 TAKES_S: Final = 60.0
 """Seconds for the browser to read written data."""
 REQUESTS_MAX: Final = 64
+"""Simultaneous requests of one browser."""
 TERMINALS_MAX: Final = 16
+"""Simultaneous terminals of one browser."""
 TERMINAL: Final = "/skep/ui/exec"
 SESSION: Final = "/skep/ui/session"
 """Path of the logged-in user, as JSON."""

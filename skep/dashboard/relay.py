@@ -35,6 +35,7 @@ LOOPBACK: Final = "127.0.0.1"
 TOKEN_S: Final = 600.0
 """Seconds for which the printed address works."""
 CONNECTIONS_MAX: Final = 256
+"""Simultaneous connections."""
 
 _COOKIE = "skep-ui"
 _AGAIN = "run `skep ui` again, and open the address that it prints"

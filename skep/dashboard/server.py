@@ -61,13 +61,16 @@ log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
 OF_SOURCE_MAX: Final = 64
+"""Connections of logged-in browsers: of all, and from one address."""
 STRANGERS_MAX: Final = 256
 STRANGERS_OF_SOURCE_MAX: Final = 32
 """Connections of browsers that are not logged in.  A browser opens six at a time for the login page."""
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
 _IDLE_S = 75.0
+"""Seconds for which an idle connection is kept."""
 _EXPIRED_CHECK_S = 10.0
+"""Seconds between two checks for expired sessions."""
 _OPEN = ("login.js", "style.css", "mark.svg")
 """Files of the login page, which everyone may read."""
 _VIEW = rule_for("GET", "/skep/view")

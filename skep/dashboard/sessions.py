@@ -19,6 +19,7 @@ OF_USER_MAX: Final = 8
 ATTEMPTS: Final = 10
 """Logins from one address at once, and then per minute."""
 _SOURCES_MAX: Final = 4096
+"""Addresses whose attempts are remembered."""
 
 
 class Session(msgspec.Struct, frozen=True, eq=False):

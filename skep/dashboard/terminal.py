@@ -18,9 +18,11 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 
 _MESSAGE_BYTES_MAX: Final = 64 * 1024
 _TAKES_S: Final = 60.0
+"""Seconds for the page to read written data."""
 _HEARTBEAT_S: Final = 30.0
 _WORDS_MAX: Final = 64
 _SIDE_MAX: Final = 1000
+"""Rows or columns of a terminal."""
 _HANG_UP: Final = b"\x03\x04"
 """Input that is sent when the page disconnects.  It ends an idle shell, which nothing else would end."""
 

@@ -36,6 +36,7 @@ ATTACHMENTS_MAX = 1000
 """Maximum number of one node's plain containers on cluster networks."""
 CONTAINER_ID_CHARACTERS_MAX = 128
 ALIASES_MAX = 32
+"""Names of one container on a network."""
 ALIAS_CHARACTERS_MAX = 253
 """The maximum length of a DNS name."""
 _VERSIONS = 2

@@ -24,12 +24,14 @@ K = TypeVar("K", bound=str)
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
+"""Longest delay in seconds before a failing decision is repeated."""
 UNAVAILABLE_S_MAX = 5.0
 """Longest delay after ``Unavailable``, which is a failure of the store and not of the object."""
 
 ERROR_CHARACTERS_MAX = 1000
 """Limit of an error's text.  It is written to objects and may quote user input."""
 LOGGED_MAX = 1000
+"""Errors that are remembered so that each is logged once."""
 WRITE_FAILURES_MAX = 10_000
 """Above this number, expired write failures are dropped: their keys may never come up again."""
 

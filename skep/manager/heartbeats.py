@@ -8,6 +8,7 @@ from skep.store.interface import View
 DEFAULT_PERIOD_S = 5.0
 """Seconds between heartbeats if the cluster does not configure them."""
 GRACE_PERIODS = 3
+"""Grace period in heartbeat periods, as in SwarmKit."""
 GRACE_PERIODS_MIN = 2
 """Smallest grace period in heartbeat periods.  One lost heartbeat never marks a node down."""
 

@@ -36,6 +36,7 @@ from skep.wire.service import Handler, unary
 SOURCES_MAX = 16
 """Nodes in one response.  The managers, up to half of them, come first."""
 SPELLINGS_MAX = 8
+"""Names of one image in a request for its nodes."""
 NAMES_MAX = 1000
 """Image names in one request of a node about its own images."""
 CHARACTERS_MAX = 512
@@ -50,6 +51,7 @@ ANSWERS_MAX = 1024
 GRANTED_S = 3600.0
 """Seconds for which a node may read an image after its last task of it was seen: a fetch may outlast the task."""
 GRANTS_MAX = 65_536
+"""Nodes and images whose last task is remembered."""
 
 
 class Candidates(msgspec.Struct, frozen=True):

@@ -31,7 +31,9 @@ from skep.wire.client import connected
 log = structlog.get_logger(__name__)
 
 RESPONSE_S = 1.0
+"""Seconds to wait for the incarnation of another manager."""
 POLL_EVERY_S = 5.0
+"""Longest pause in seconds between two polls of the other managers."""
 
 
 class Superseded(FailedPrecondition):

@@ -22,6 +22,7 @@ from skep.store.level import LEVEL
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 5.0
+"""Delays in seconds before the status is written again."""
 
 
 class ManagerStatusWriter:

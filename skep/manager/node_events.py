@@ -36,6 +36,7 @@ STREAMS_MAX = 8
 LINE_BYTES_MAX = 256 << 10
 """A node replaces a longer event with a gap message."""
 HEAD_BYTES_MAX = 64 << 10
+"""Size of a node's response head."""
 SILENT_S_MAX = 30.0
 """A node sends a line at least every ten seconds."""
 LAST_S = 5.0
@@ -43,8 +44,11 @@ LAST_S = 5.0
 TAKES_WITHIN_S = 60.0
 """A client that takes no event for this long loses its place to another client."""
 _WAITING_MAX = 64
+"""Messages of all nodes that wait for one client."""
 _LOOK_S = 1.0
+"""Seconds between two checks for nodes that joined or returned."""
 _KEY_LENGTH = 12
+"""Characters of a node's id in a cursor.  They distinguish nodes and keep cursors short."""
 TYPES = frozenset({"container", "image", "volume"})
 ID, NAME = "com.docker.swarm.node.id", "node.name"
 """Attributes of a node's events."""

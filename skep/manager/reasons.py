@@ -36,6 +36,7 @@ _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
 """runc's words around the error itself."""
 _COMMAND_CHARACTERS_MAX: Final = 100
+"""Characters of a health check's command in a reason."""
 LOOP_FROM: Final = 2
 """Failures in a row that are called a crash loop."""
 

@@ -32,7 +32,9 @@ a
 while.
 """
 RESPONSE_S = 5.0
+"""Seconds to wait for another manager's figures."""
 DEFRAGMENT_S = 150.0
+"""Seconds to wait for another manager's defragmentation."""
 SETTLE_S = 1.0
 """Seconds after a compaction until etcd has freed its pages."""
 COMPACT_AGAIN_S = 30.0

@@ -24,6 +24,7 @@ from skep.errors import SkepError
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.5
+"""Seconds between two callbacks in the watched loop."""
 EXIT_CODE = 70
 """EX_SOFTWARE."""
 

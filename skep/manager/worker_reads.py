@@ -25,7 +25,9 @@ from skep.wire.service import Handler, server_stream
 READS_MAX = 256
 """Simultaneous reads of all nodes."""
 READS_OF_NODE_MAX = 32
+"""Simultaneous reads of one node."""
 PIECE_BYTES = 32 << 10
+"""Bytes in one message to a node."""
 TAKEN_S = 60.0
 """Seconds that a node may take for one piece."""
 

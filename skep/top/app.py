@@ -24,9 +24,12 @@ from skep.top.table import RowTable
 from skep.top.watching import Cluster
 
 LOG_LINES_MAX = 2000
+"""Log lines that the view keeps."""
 _HEADLINES_MAX = 3
 _LOGS_S = 0.2
+"""Seconds between two repaints of the logs."""
 _LOG_BATCH, _LOG_REST_S = 500, 0.02
+"""Lines after which reading pauses, and the pause in seconds."""
 _DARK, _LIGHT = "textual-dark", "textual-light"
 _ONLY_IN: Mapping[str, tuple[View, ...]] = {
     "scale": (View.SERVICES, View.TASKS),

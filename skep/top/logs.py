@@ -13,8 +13,11 @@ from skep.model.task_end import SEQUENCE
 from skep.model.times import SECOND_NS, unix_ns
 
 _TAIL = 200
+"""Lines before the start of the follow."""
 _LINE_CHARACTERS_MAX = 2000
+"""Characters of a line that are kept."""
 _RECONNECT_S_MAX = 10.0
+"""Longest delay in seconds before a reconnection."""
 _TASK = "com.docker.swarm.task.id="
 
 

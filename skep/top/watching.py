@@ -25,12 +25,17 @@ from skep.top.logs import LogLine, follow_logs
 from skep.top.snapshot import Connection, Link, Snapshot, Task, Touched, touched_by, unexplained
 
 _RESPONSE_TIMEOUT_S = 20.0
+"""Seconds to wait for a response."""
 _TASKS_WITHIN_S = 60.0
+"""Seconds to wait for the list of all tasks."""
 _TASKS_BYTES_MAX = 512 << 20
+"""Size limit of the list of all tasks."""
 EVENTS_KEPT = 1000
+"""Events that the view keeps."""
 _ONE_BY_ONE = 50
 """Ids of a kind that are read individually.  For more, all objects are listed."""
 _AT_ONCE = 8
+"""Concurrent requests for single objects."""
 _EXPLAINED = 20
 """Services whose explanation is requested, as in ``skep status``.  The others only show their numbers."""
 _GATHER_S = 0.15
@@ -40,6 +45,7 @@ _LOOK_S = 2.0
 _LIST_SHARE = 10
 """Pause before a list is repeated, as a multiple of its duration."""
 _RECONNECT_S_MAX = 10.0
+"""Longest delay in seconds before a reconnection."""
 
 Publish = Callable[[Snapshot], None]
 

@@ -28,6 +28,7 @@ from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
 
 _START_DEADLINE_S = 10.0
+"""Seconds for the waiting shell to report the command's process."""
 _WRAPPER = """\
 cd "$1" || exit 126
 directory=$2

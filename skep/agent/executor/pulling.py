@@ -21,6 +21,7 @@ from skep.model.images import registry_of
 log = structlog.get_logger()
 
 RETRY_AFTER_S = 30.0
+"""Seconds for which a failed registry is not contacted again if there is a local image."""
 
 
 Bring: TypeAlias = Callable[[str], Awaitable[None]]

@@ -25,6 +25,7 @@ RECHECK_S = 5.0
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
 SWEEP_S = 3600.0
+"""Seconds between two deletions of expired revocations."""
 
 
 class CertificateAuthority:

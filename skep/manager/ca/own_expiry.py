@@ -29,7 +29,9 @@ from skep.store.kinds import Revocation
 log = structlog.get_logger(__name__)
 
 CHECK_EVERY_S = 0.5
+"""Seconds between two checks for a renewed certificate."""
 WARN_EVERY_S = 60.0
+"""Seconds between two warnings while the manager waits."""
 AHEAD = timedelta(minutes=5)
 """A certificate that expires within this time counts as expired."""
 

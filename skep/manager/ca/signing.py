@@ -44,6 +44,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
 log = structlog.get_logger(__name__)
 
 RELAY_S = ALL_S + 2.0
+"""Seconds to wait for the leader, which itself waits ``ALL_S`` for the external authorities."""
 
 
 class CertificateSigner:

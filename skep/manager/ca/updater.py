@@ -40,6 +40,7 @@ CHECK_EVERY_S = 1.0
 """Seconds between two checks of the node's files.  Most changes come with a commit, and are handled at once."""
 
 WARN_EVERY_S = 24 * 3600.0
+"""Seconds between two warnings about the same certificate."""
 
 Disconnect = Callable[[Callable[[Identity], bool]], None]
 """Ends the connections of callers for which the predicate is true."""

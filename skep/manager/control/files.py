@@ -28,7 +28,9 @@ from skep.store.interface import InUse, Transaction
 from skep.store.kinds import Payload
 
 SECRET_BYTES_MAX = 500 * 1024
+"""Size limit of a secret, as in SwarmKit."""
 CONFIG_BYTES_MAX = 1000 * 1024
+"""Size limit of a config, as in SwarmKit."""
 
 
 def create_secret(

@@ -24,9 +24,12 @@ from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
 SUBNETS_MAX = 64
+"""Subnets of one network."""
 _DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
 _MTU_MIN = 576
+"""Smallest MTU of an IPv4 network (RFC 791)."""
 _MTU_MIN_6 = 1280
+"""Smallest MTU of an IPv6 network (RFC 8200)."""
 
 
 def check_network_spec(spec: NetworkSpec) -> None:

@@ -18,9 +18,11 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Transaction, View
 
 POOLS_MAX = 64
+"""Address pools of a cluster."""
 SUBNET_SIZE_MAX = 29
 """Longest prefix of a network's subnet, as in Docker."""
 NAMED_MAX = 5
+"""Names in one error."""
 
 
 class PoolChange(ApiObject):

@@ -39,7 +39,9 @@ from skep.model.service import (
 )
 
 _NANO_CPUS_MIN = 1_000_000
+"""Smallest CPU limit or reservation, as in SwarmKit."""
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
+"""Smallest memory limit or reservation, as in SwarmKit."""
 _PORT_MAX = 65535
 _SIGN_BIT = 2**63 - 1
 """Decoding limits larger numbers to this value.  SwarmKit reads them as negative."""

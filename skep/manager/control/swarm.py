@@ -39,6 +39,7 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
+"""Shortest lifetime of node certificates, as in SwarmKit."""
 FROZEN = "replacement of tasks is frozen"
 """First words of the reason, by which ``/info`` of the nodes recognizes it."""
 

@@ -25,9 +25,11 @@ from skep.store.level import USERS
 ROOT_NAME: Final = "skep-users"
 TOKEN_PREFIX: Final = "skep_"
 BINDINGS_MAX = 64
+"""Roles of one user."""
 KEPT_MAX = 32
 """Maximum number of a user's certificates, and of tokens.  A new certificate replaces the oldest."""
 LIFETIME_S_MAX = 366 * 86400
+"""Longest lifetime of a token or certificate: a leap year."""
 T = TypeVar("T", UserToken, UserCertificate)
 _PEM = re.compile(rb"-----BEGIN [^-]+-----[^-]+-----END [^-]+-----\s*")
 

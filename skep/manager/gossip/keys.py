@@ -14,7 +14,9 @@ from skep.model.times import SECOND_NS, Timestamp, unix_ns
 SUBSYSTEMS = ("networking:gossip", "networking:ipsec")
 KEYS_PER_SUBSYSTEM = 3
 KEY_BYTES = 16
+"""Length of a key, as in SwarmKit."""
 ROTATION_S = 12 * 3600.0
+"""Seconds between two rotations, as in SwarmKit (12 hours)."""
 
 
 def first_keys(random_bytes: Callable[[int], bytes], now: Timestamp) -> GossipKeys:

@@ -31,8 +31,11 @@ from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 log = structlog.get_logger(__name__)
 
 CONNECTIONS_MAX = 64
+"""Simultaneous connections."""
 CONNECTIONS_PER_NODE_MAX = 4
+"""Simultaneous connections of one caller."""
 CONNECT_S_MAX = 5.0
+"""Seconds to connect to the other Docker node."""
 RELAY_S_MAX = 30.0
 """Limit in seconds for one relayed connection.  A complete exchange between two engines takes a fraction of
 a second.

@@ -41,8 +41,11 @@ from skep.wire.shared import SharedConnections
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.2
+"""Seconds between two ticks that measure this loop's running time."""
 PING_S = 0.5
+"""Seconds between two pings: several fit into ``last_seen.SILENT_S``."""
 RESPONSE_SECONDS_MAX = 1.5
+"""Seconds to wait for the answer to a ping.  Shorter than ``last_seen.SILENT_S``."""
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 1.0
 """Longest retry delay in seconds.  Short, because a manager that returns must be seen before it counts as silent."""

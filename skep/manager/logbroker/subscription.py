@@ -18,6 +18,7 @@ from skep.model.logs import LogLine, LogQuery
 from skep.model.times import SECOND_NS
 
 LINES_MAX = 1000
+"""Lines that wait for one reader."""
 HOLD_S = 1.0
 """Seconds for which the lines of other nodes wait for a node that sends none."""
 SILENT_S = 5.0

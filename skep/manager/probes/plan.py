@@ -21,10 +21,13 @@ from hashlib import blake2b
 from skep.model.ids import NetworkId, NodeId
 
 ALL_PAIRS_MAX = 24
+"""Nodes up to which all pairs are probed."""
 NEIGHBOURS = 4
 """Neighbors on each side of a node, on the ring of all nodes."""
 NETWORKS_MAX = 6
+"""Networks of a node whose rings it joins."""
 NEIGHBOURS_ON_NETWORK = 2
+"""Neighbors on each side of a node, on the ring of a network."""
 PEERS_MAX = 2 * (NEIGHBOURS + NETWORKS_MAX * NEIGHBOURS_ON_NETWORK)
 
 _DIGEST_BYTES = 8

@@ -13,6 +13,7 @@ from skep.model.times import Timestamp
 log = structlog.get_logger(__name__)
 
 BY_CHARACTERS_MAX = 200
+"""Characters of the requesting user's name."""
 
 routes = Routes()
 

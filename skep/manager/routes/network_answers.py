@@ -26,7 +26,9 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 _PIECE = 1_000
+"""Tasks between two pauses for the event loop."""
 _WARNED_OF_MAX = 10
+"""Clashes with nodes' networks that the warnings name."""
 
 
 def is_predefined(network: Network) -> bool:

@@ -34,6 +34,7 @@ routes = Routes()
 _PIECE = 250
 """Objects counted between two pauses for the event loop."""
 _SERVICES_MAX = 2_000
+"""Services in one request."""
 _TASKS_MAX = REPLICAS_MAX
 """Tasks of all services together.  Placing them takes a manager some seconds, concurrently with its other work."""
 _WITHIN_S = 30.0

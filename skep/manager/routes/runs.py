@@ -28,9 +28,12 @@ routes = Routes()
 RUNS_MAX = 500
 """Maximum number of runs in one response, the latest ones."""
 LINES_MAX = 100
+"""Last lines of one run that a request may ask for."""
 DEFAULT_LINES = 3
 LINE_BYTES_MAX = 4096
+"""Bytes of one line in the response."""
 LOGS_SECONDS_MAX = 10.0
+"""Seconds to wait for the nodes' logs."""
 
 
 class Run(ApiObject):

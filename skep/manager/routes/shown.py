@@ -28,6 +28,7 @@ from skep.store.interface import View
 from skep.store.kinds import as_run
 
 _PATHS_SHOWN = 4
+"""Failing paths in a node's status message."""
 _PIECE = 5_000
 """Objects counted between two pauses for the event loop."""
 

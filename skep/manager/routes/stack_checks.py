@@ -31,6 +31,7 @@ from skep.store.interface import Transaction
 routes = Routes()
 
 _OBJECTS_MAX = 2_000
+"""Objects in one plan."""
 _DATA_BYTES_MAX = 64 << 20
 """Size of all secrets and configs together.  Zeros of the same size replace their content."""
 _ATTEMPTS = 3

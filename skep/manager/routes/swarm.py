@@ -26,6 +26,7 @@ ETCDS_WITHIN_S = 40.0
 """Seconds for which a root rotation waits for etcd restarts of the previous one.  Nine managers take 30 s."""
 
 LOOK_S = 0.2
+"""Seconds between two checks of the etcds."""
 
 routes = Routes()
 

@@ -27,7 +27,9 @@ routes = Routes()
 BEAT_S = 2.0
 """Seconds between two messages to the node process, even if nothing changes."""
 TOKEN_S = 90 * 86400
+"""Default lifetime of a token: 90 days."""
 CERTIFICATE_S = 30 * 86400
+"""Default lifetime of a user's certificate: 30 days."""
 
 
 class NewToken(ApiObject):

@@ -26,6 +26,7 @@ from skep.store.space import warning
 routes = Routes()
 
 _DAMAGED_SHOWN = 10
+"""Unreadable objects that the warnings name."""
 
 
 @routes.get("/_skep/warnings")

@@ -12,6 +12,7 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Store, View
 
 _WARNINGS_MAX = 20
+"""Warnings in the row."""
 
 
 class ClusterRows:

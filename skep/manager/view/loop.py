@@ -33,13 +33,17 @@ GATHER_S: Final = 0.1
 REST: Final = 50.0
 """Pause after a step, as a multiple of the step's duration."""
 REST_S_MAX: Final = 5.0
+"""Longest pause in seconds."""
 CLUSTER_S: Final = 10.0
 """Seconds between two checks of facts that no commit shows: warnings, and whether a leader exists."""
 HEARTBEAT_S: Final = 15.0
+"""Seconds without a change after which a viewer is sent a sign of life."""
 LINGER_S: Final = 30.0
 """Seconds for which the rows are kept after the last viewer, so that reloading a page costs nothing."""
 READY_S_MAX: Final = 20.0
+"""Seconds that a viewer waits for the first rows."""
 VIEWERS_MAX: Final = 32
+"""Simultaneous viewers of one manager."""
 
 
 class ClusterView:
