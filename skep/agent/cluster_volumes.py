@@ -2,8 +2,7 @@
 
 Each volume has its own worker, so a volume whose driver hangs blocks only its own tasks, which wait for a bounded time.
 Before a driver is called, the volume is recorded in a file, so that a node process that ends at any point leaves
-nothing
-mounted forever.  ``<data>/csi/<id>/`` has ``staging`` and ``mount``, and ``<data>/csi/<id>.json`` the volume.
+nothing mounted forever.  ``<data>/csi/<id>/`` has ``staging`` and ``mount``, and ``<data>/csi/<id>.json`` the volume.
 
 Source: swarmkit, agent/csi/volumes.go, agent/csi/plugin/plugin.go.
 """

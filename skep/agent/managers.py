@@ -26,9 +26,8 @@ def response_timeout(period_s: float, managers: int) -> float:
     """Return the seconds to wait for the response to a heartbeat.
 
     One period, so that a node switches to another manager within a heartbeat.  The first heartbeat (``period_s`` 0) may
-    take
-    longer, because many nodes may be registering at the same time.  Without another manager, every heartbeat may take
-    longer.
+    take longer, because many nodes may be registering at the same time.  Without another manager, every heartbeat may
+    take longer.
     """
     if managers < 2 or not period_s:
         return RESPONSE_SECONDS_MAX
@@ -39,10 +38,8 @@ def connect_timeout(failures: int, managers: int, absent: int = 0) -> float:
     """Return the seconds to wait for a connection.
 
     A machine without power does not respond, and an overloaded one is slow.  While some managers respond and ``absent``
-    ones
-    do not, all absent ones together take no longer than a single one may.  Otherwise a node that tried the dead
-    managers
-    first would return only after its grace period.
+    ones do not, all absent ones together take no longer than a single one may.  Otherwise a node that tried the dead
+    managers first would return only after its grace period.
     """
     if managers < 2:
         return RESPONSE_SECONDS_MAX
@@ -66,8 +63,7 @@ def next_manager(
     often.
 
     Because the node's own manager comes last, the loss of a machine is a single event: its node does not look for
-    another
-    manager while its tasks are replaced.
+    another manager while its tasks are replaced.
     """
     if not peers:
         return None
@@ -115,8 +111,7 @@ class ManagerList:
         """Record that no manager has accepted a session for long.
 
         ``distrust`` tells why the last manager is not trusted, or is empty.  The managers' root changes when a manager
-        is
-        evicted, so an evicted manager that was disconnected at that time can verify none of their messages.
+        is evicted, so an evicted manager that was disconnected at that time can verify none of their messages.
         """
         if distrust:
             self._show_unreached(
@@ -143,12 +138,9 @@ class ManagerList:
         """Check the identity of the manager that a connection to ``peer`` has reached.
 
         The certificate of a demoted or removed manager stays valid for up to 90 days, and an attacker at the address of
-        a
-        manager could use it.  So a manager that the last list does not have is accepted only while no manager of that
-        list
-        responds, because all of them may have been replaced.  Managers that the settings name by address have no
-        identity to
-        compare.
+        a manager could use it.  So a manager that the last list does not have is accepted only while no manager of that
+        list responds, because all of them may have been replaced.  Managers that the settings name by address have no
+        identity to compare.
 
         Raises:
             Unavailable: Another manager is at this address.

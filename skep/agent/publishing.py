@@ -38,8 +38,7 @@ class LogSource(Protocol):
         """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
 
         Ends when everything is read, or with ``follow`` only when the iterator is closed.  An empty batch means that
-        all
-        existing lines were yielded.
+        all existing lines were yielded.
         """
 
 

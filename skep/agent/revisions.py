@@ -56,8 +56,7 @@ class SeenRevision:
         """Write changes until cancelled, one write at a time, only the newest.  Retries while the disk fails.
 
         The file lags by the duration of a write.  After a crash during a write, the node may accept assignments of the
-        moment
-        before from a lagging manager, but no older ones.
+        moment before from a lagging manager, but no older ones.
         """
         if self._path is None:
             await asyncio.Event().wait()

@@ -374,8 +374,7 @@ class Session:
         """Wait until the response to a heartbeat is overdue.
 
         The wait is split into slices.  A standstill of this process ends only one of them, so it does not count as the
-        manager's
-        silence.
+        manager's silence.
         """
         slice_s = self._host.response_timeout_s(period_s) / TIMEOUT_SLICES
         for _ in range(TIMEOUT_SLICES):

@@ -2,8 +2,7 @@
 
 The agent records it, and the worker reads it, because a task's rights without a manager depend on it.  Objects created
 before joining read the facts here that are known only afterwards: the node's id and the session's connection.  A
-planned
-stop of the node process is announced here, and the session sends it to its manager.
+planned stop of the node process is announced here, and the session sends it to its manager.
 """
 
 import asyncio

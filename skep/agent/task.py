@@ -2,8 +2,7 @@
 
 ``next_step`` is the whole state machine.  ``TaskDriver`` executes its steps, one at a time, and reports each state that
 it reaches.  States only move forward.  A change of the desired state interrupts the verb in progress.  Every verb may
-be
-interrupted and repeated.
+be interrupted and repeated.
 
 Source: swarmkit, agent/exec/controller.go (Do), which also has the messages and the choice between REJECTED and FAILED.
 """
@@ -110,10 +109,8 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
     """Return the seconds until a process that ended without a manager is restarted, or None if the policy forbids it.
 
     With a manager, the leader replaces ended tasks.  Without one, the node follows the task's restart policy: the same
-    task
-    stays RUNNING, and each attempt is counted.  When the policy gives up, the task has failed, and the next session
-    reports
-    that state to the leader.
+    task stays RUNNING, and each attempt is counted.  When the policy gives up, the task has failed, and the next
+    session reports that state to the leader.
 
     Args:
         exit_code: Exit code of the ended process.  A failure without one counts as 1.

@@ -47,8 +47,7 @@ class TaskLogs:
         """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
 
         With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.  An empty batch
-        means
-        that all existing lines were yielded.
+        means that all existing lines were yielded.
         """
         lines: _Lines = MergeQueue(attrgetter("timestamp_ns"), _AHEAD_MAX)
         lines.open(_FIRST_LOOK)

@@ -2,8 +2,7 @@
 
 A manager sends orders on a stream of the session.  For each order, this node makes a call to that manager on a separate
 connection, so that copied files never delay heartbeats.  The connection is kept for a while.  A tunnel does not end
-with
-the session, which may move to another manager.
+with the session, which may move to another manager.
 """
 
 import asyncio

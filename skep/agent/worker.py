@@ -3,8 +3,7 @@ assignment.
 
 A complete set of assignments replaces all others: other tasks are removed, including tasks that an earlier process left
 without a file.  An incremental set adds and removes tasks.  Until the first complete set, unknown tasks are not
-touched:
-without a manager the node continues with the tasks on its disk.
+touched:  without a manager the node continues with the tasks on its disk.
 
 Source: swarmkit, agent/worker.go.
 """

@@ -115,8 +115,7 @@ class Relay:
         """Exchange the token for the cookie.
 
         The response is a page that reloads itself.  For a browser that came through a link, a redirect would be a
-        request from
-        another site.
+        request from another site.
         """
         if self._token is None or self._clock() > self._token_until or not same(token, self._token):
             raise Unauthenticated(f"this address has been used, or is too old: {_AGAIN}")

@@ -1,11 +1,9 @@
 """The dashboard for browsers without ``skep ui``: a manager's own TLS listener, for users with a token.
 
 Off unless the setting ``dashboard`` names an address.  Connections to a public address of this machine are closed
-unless
-``dashboard-public`` is set.  A token is exchanged for a session: a cookie that no script can read, ``Secure``,
+unless ``dashboard-public`` is set.  A token is exchanged for a session: a cookie that no script can read, ``Secure``,
 ``SameSite=Strict``, for one random path.  Requests are then the same as those of the relay (``dashboard.passing``),
-sent
-as the token's user.  If the user's roles do not allow one, the API refuses it with the reason.
+sent as the token's user.  If the user's roles do not allow one, the API refuses it with the reason.
 """
 
 import asyncio

@@ -26,8 +26,7 @@ class Session(msgspec.Struct, frozen=True, eq=False):
     """The session of one browser.
 
     ``key`` is the first part of the path of all its pages.  A cookie is sent to every port of its host, where a
-    published
-    service may listen, but not for an unguessable path.  ``passing`` has its active requests.
+    published service may listen, but not for an unguessable path.  ``passing`` has its active requests.
     """
 
     key: str

@@ -135,8 +135,7 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     """Restart the services that restart with updates of ``changed``, as ``docker service update --force`` does.
 
     Their new tasks wait for the new tasks of ``changed``, which are created from ``template``.  If ``template`` does
-    not
-    change the tasks, nothing is restarted.
+    not change the tasks, nothing is restarted.
 
     Raises:
         InvalidArgument: Too many services would be restarted.  A cluster of an earlier version may have so many.

@@ -210,8 +210,7 @@ class ClusterEvents:
         """Yield events of revisions after ``after`` with their cursors, until ``until_ns``.
 
         Starts with the new events if ``after`` is None.  The first message has only a cursor, and so has a message
-        after each
-        idle period.
+        after each idle period.
 
         Raises:
             EventsLost: The reader has fallen behind.

@@ -66,8 +66,7 @@ async def run_exact_informer(
     """Run an informer whose work depends on data that ``on_commit`` records, such as the time of a change.
 
     ``work`` is called with a ``CatchUp``.  Without it, work that runs first after a commit would find objects in the
-    view
-    for which nothing was recorded.
+    view for which nothing was recorded.
     """
     while True:
         try:

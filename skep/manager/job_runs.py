@@ -284,8 +284,7 @@ def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
     """Return the jobs whose current run needs an object that their specs no longer refer to.
 
     The store protects objects that a spec refers to, but the run of a scheduled job keeps the spec that it started
-    with.
-    The transaction fails if such a run starts or is retried at the same moment.
+    with.  The transaction fails if such a run starts or is retried at the same moment.
 
     Raises:
         Unavailable: A run cannot be read.

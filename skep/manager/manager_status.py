@@ -72,8 +72,7 @@ def write_manager_status(
     """Write the status of manager ``node_id``.  If it leads, clear ``leader`` of all others.
 
     Does not restore a removed node, or the status of a demoted one.  Only the leader sets an unreachable manager back
-    to
-    reachable.
+    to reachable.
 
     Args:
         addr: ``ip:port`` of its gRPC server.

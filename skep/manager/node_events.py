@@ -309,8 +309,7 @@ class _Reader:
         """Return the request for the events after the last one.
 
         Without a cursor, the node sends all events since the stream started.  If an earlier stream is resumed, the node
-        sends
-        all events that it has.
+        sends all events that it has.
         """
         query = {"filters": self._wanted.filters} if self._wanted.filters else {}
         if self._cursor:

@@ -25,8 +25,7 @@ class Quorum(ApiObject):
     """Response of ``GET /skep/quorum``, which never waits.
 
     ``has_leader`` tells whether reads and writes succeeded a moment ago, and if not, ``since`` tells when they last
-    did.
-    ``own_error`` is a problem of this manager itself, such as a full disk, as a sentence ("Error" in the API).
+    did.  ``own_error`` is a problem of this manager itself, such as a full disk, as a sentence ("Error" in the API).
     """
 
     has_leader: bool = always(True)

@@ -76,10 +76,8 @@ class Problem(ApiObject):
     """Why one task is not in its desired state.
 
     ``failures`` counts the failures in a row in the task's slot.  ``since`` is the first of them, or when the task
-    entered
-    its state, and ``at`` is the last one.  ``next_attempt`` is empty without a scheduled attempt.  ``end`` belongs to
-    the
-    failed task and has its last lines.
+    entered its state, and ``at`` is the last one.  ``next_attempt`` is empty without a scheduled attempt.  ``end``
+    belongs to the failed task and has its last lines.
     """
 
     kind: str = always(Kind.PROGRESS.value)

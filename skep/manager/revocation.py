@@ -62,8 +62,7 @@ def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: 
     """Revoke every certificate in a manager's name but its own.
 
     While two roots are trusted, the owner of the old root's key can act as the manager, and can have a certificate of
-    the
-    new root issued in its name.  All such certificates are recorded, and no others can be issued.
+    the new root issued in its name.  All such certificates are recorded, and no others can be issued.
 
     Args:
         window_ns: Time after its expiry during which a certificate may still be renewed.

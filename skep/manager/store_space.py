@@ -28,8 +28,7 @@ log = structlog.get_logger(__name__)
 
 CHECK_S, CHECK_S_MAX = 5.0, 60.0
 """Seconds between two checks.  They grow while a step fails, because even a failed defragmentation stops its store for
-a
-while.
+a while.
 """
 RESPONSE_S = 5.0
 """Seconds to wait for another manager's figures."""

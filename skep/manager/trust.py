@@ -114,8 +114,7 @@ def trusted_of(view: View, service: Service) -> Trusted:
     """Return the trusted values of a service in its current state.
 
     A service that an older version wrote last has no mark.  All its values are trusted, unless an operator existed by
-    then
-    and may have written them.
+    then and may have written them.
     """
     if service.trusted is not None:
         return service.trusted

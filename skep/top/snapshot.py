@@ -91,8 +91,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All shown objects.
 
     Nodes and services are in the API's form.  ``reasons`` explains services that are not in their desired state, by id,
-    as
-    in ``skep explain``.  ``without_leader`` has the text of ``skep status`` without a leader, and is empty otherwise.
+    as in ``skep explain``.  ``without_leader`` has the text of ``skep status`` without a leader, and is empty
+    otherwise.
     """
 
     nodes: Mapping[str, Mapping[str, Any]] = _NO_NODES

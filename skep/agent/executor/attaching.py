@@ -2,8 +2,7 @@
 
 ``docker run --network`` of an attachable network creates a task without a service (``attachment_service``), assigned to
 this node.  Its controller starts nothing: the task runs while its container has the endpoint, and ends with it.  So if
-a
-``detach`` did not reach a manager (none responded, the node process died), the end of the task does.
+a ``detach`` did not reach a manager (none responded, the node process died), the end of the task does.
 
 Source: moby, daemon/cluster/executor/container/attachment.go, daemon/cluster/networks.go (AttachNetwork).
 """

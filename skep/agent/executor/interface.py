@@ -6,8 +6,7 @@
 
 After a restart of the node process, controllers are created again for the same tasks.  Running processes are not
 interrupted, and the verbs find them (*adoption*).  Every verb may therefore be called for work that is already done,
-and
-then returns at once.
+and then returns at once.
 
 Source: swarmkit, agent/exec/controller.go (the verbs and their order).
 """

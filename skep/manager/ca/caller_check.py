@@ -85,8 +85,7 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
 
     Raises:
         PermissionDenied: The node was removed, or calls as a manager without being one, or uses a certificate from
-            before
-            its demotion.
+            before its demotion.
     """
     revocation = view.lookup(Revocation, identity.node_id)
     if (removal := removal_of(revocation)) is not None:

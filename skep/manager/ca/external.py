@@ -52,8 +52,7 @@ class ExternalAuthorities:
     """Calls authorities one after another until one returns the requested certificate.
 
     An unreachable authority is skipped for a while, so that requests of many nodes do not wait for it in turn.  A
-    response
-    that ``accept`` refuses affects only its request.
+    response that ``accept`` refuses affects only its request.
 
     Args:
         pair: Returns this manager's key pair at the time of each call.

@@ -1,8 +1,7 @@
 """Recovery of a manager whose own certificate expired while it was off.
 
 A single manager has the cluster's key in its store and signs for itself.  If there are several managers, the expired
-one
-cannot reach its store, because the others reject its certificate.  Its node's agent requests a new certificate from
+one cannot reach its store, because the others reject its certificate.  Its node's agent requests a new certificate from
 them, and the manager waits for it.
 """
 

@@ -48,8 +48,7 @@ class CertificateService:
     """Issues certificates immediately, without a queue or a pending state.
 
     A signed certificate is kept in memory until it is fetched from this manager.  At another manager, or after a
-    restart, a
-    node gets NOT_FOUND and requests a new certificate.
+    restart, a node gets NOT_FOUND and requests a new certificate.
     """
 
     def __init__(

@@ -122,8 +122,7 @@ def update_config(
     """Change the labels of a config that is still at ``version``.  Raises: the errors of ``update_secret``.
 
     A revision of a stack has the rights of the weakest role that ever wrote it, because its labels decide whether a
-    rollback
-    chooses it.
+    rollback chooses it.
     """
     config = tx.get(Config, id)
     if config.spec.name != spec.name or (spec.data and spec.data != config.spec.data):

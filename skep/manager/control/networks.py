@@ -126,8 +126,7 @@ def first_networks(*, new_id: IdSource, now: Timestamp, has_ipv6: bool = False) 
 
     Args:
         has_ipv6: Whether the nodes reach each other by IPv6.  Then clients do as well, and ingress preserves their
-            addresses
-            if it has IPv6.
+            addresses if it has IPv6.
     """
     ingress = NetworkSpec(
         name="ingress",

@@ -63,8 +63,7 @@ def planned_service(view: View, spec: ServiceSpec) -> NewObject:
     """Return the facts about a planned service.
 
     The objects that it refers to need not exist yet, and a service with its name may exist.  Secrets and configs are
-    found
-    by their names, as in the deploy, whatever ids the spec has.
+    found by their names, as in the deploy, whatever ids the spec has.
     """
     container = spec.task_template.container_spec or ContainerSpec()
     new = new_service(view, spec)
@@ -127,8 +126,7 @@ def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None
 
     Args:
         service: Service that has or gets the spec, and keeps the log driver that an administrator chose for it.  None
-            for a
-            new service.
+            for a new service.
     """
     template = spec.task_template
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))

@@ -58,8 +58,7 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
         NotFound: The node does not exist.
         OutOfSequence: The node is at another version.
         FailedPrecondition: A Docker Engine would become a manager, or the last manager would be demoted, or the
-            remaining
-            managers would have no quorum.
+            remaining managers would have no quorum.
     """
     node = tx.get(Node, id)
     if spec.role is NodeRole.MANAGER and is_docker_node(node):

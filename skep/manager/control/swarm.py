@@ -124,8 +124,7 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
     """Check that no unavailable node, nor its etcd, missed the end of the last rotation.
 
     Such a node accepts the managers by the certificate with which the previous root signed the current one.  During
-    another
-    rotation they have a different certificate.  SwarmKit does not check this, and loses the node.
+    another rotation they have a different certificate.  SwarmKit does not check this, and loses the node.
 
     Raises:
         FailedPrecondition: Such a node exists.

@@ -45,9 +45,8 @@ def target_of(view: View, word: str) -> Task:
     """Return the task that ``word`` names.
 
     ``word`` is a task's id or a prefix of it, ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` for a global service, or
-    the
-    name of a task's container (``SERVICE.SLOT.TASK``).  For a service or slot, the result is the running task with the
-    lowest slot, and the newest of several.
+    the name of a task's container (``SERVICE.SLOT.TASK``).  For a service or slot, the result is the running task with
+    the lowest slot, and the newest of several.
 
     Raises:
         NotFound: The service or task does not exist.

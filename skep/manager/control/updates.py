@@ -47,8 +47,7 @@ def resume_update(tx: Transaction, id: ServiceId) -> Service:
     """Resume a paused update or rollback.
 
     Earlier failures no longer count, or the update would be paused again at once.  Later failures count, and so does a
-    task
-    that has not started by the progress deadline.
+    task that has not started by the progress deadline.
 
     Raises:
         FailedPrecondition: No update is in progress.

@@ -108,8 +108,8 @@ def renew_certificate(
     """Issue a certificate to a user who has the certificate ``serial``.
 
     The new certificate lives at most as long as that one, so a user never extends the lifetime that an administrator
-    chose.
-    If the user has the maximum number of certificates, it replaces that one: a renewal never ends another certificate.
+    chose.  If the user has the maximum number of certificates, it replaces that one: a renewal never ends another
+    certificate.
 
     Args:
         lifetime_s: Lifetime in seconds, or 0 for the lifetime of the certificate ``serial``.

@@ -68,8 +68,7 @@ def _check_unchanged(spec: VolumeSpec, asked: ClusterVolumeSpec) -> None:
     """Check that no other field changes.  Omitted fields are unchanged.  Raises: InvalidArgument, in SwarmKit's words.
 
     The docker command sends back all fields that it received.  Docker's daemon ignores them, so that a larger capacity
-    would
-    seem to be accepted.
+    would seem to be accepted.
     """
     none_required, no_range = TopologyRequirement(), CapacityRange()
     for name, given, kept in (

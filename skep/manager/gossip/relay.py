@@ -2,10 +2,9 @@
 
 An engine looks for gossip members only at the managers' addresses.  With Docker, a manager is an engine and responds
 there, but a Skep manager is not.  So while Docker nodes exist, every manager relays connections at this port to a
-Docker
-node other than the caller: opaque bytes, encrypted with keys that the relay does not use.  After the first contact,
-engines gossip directly.  They continue to contact the managers' addresses every 60 s, because no member has those
-addresses, which heals a partitioned gossip.  UDP is not needed for that.
+Docker node other than the caller: opaque bytes, encrypted with keys that the relay does not use.  After the first
+contact, engines gossip directly.  They continue to contact the managers' addresses every 60 s, because no member has
+those addresses, which heals a partitioned gossip.  UDP is not needed for that.
 
 Only addresses of Docker nodes are served, few at a time, each for a bounded time and number of bytes.
 

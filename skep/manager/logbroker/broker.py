@@ -110,10 +110,8 @@ class LogBroker:
         """Yield lines of all tasks that ``query`` matches, some at a time.
 
         Existing lines are merged in the order of their times.  A follower's new lines are not, and a silent node does
-        not delay
-        the others (``subscription.HOLD_S``).  Ends when every node has sent everything, or with ``follow`` only when
-        the
-        iterator is closed.
+        not delay the others (``subscription.HOLD_S``).  Ends when every node has sent everything, or with ``follow``
+        only when the iterator is closed.
 
         Raises:
             IncompleteLogs: Raised at the end, naming nodes that did not respond and tasks without a node.
@@ -174,8 +172,8 @@ class LogBroker:
         """Return lines in place of the lines of nodes that do not answer.
 
         These are the lines that are kept with their tasks, unless the nodes have sent lines, and a line that names each
-        node.
-        Nodes are named to followers, and always if they were removed, because their absence is then not an error.
+        node.  Nodes are named to followers, and always if they were removed, because their absence is then not an
+        error.
         """
         if not silent:
             return ()

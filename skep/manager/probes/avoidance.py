@@ -2,9 +2,8 @@
 
 A pair fails only if both nodes report it.  A node process that hangs or restarts responds to no probes, but its data
 path works.  The pair does not show which of the two nodes is the cause.  The node with the most failing pairs is
-removed
-first, greedily, until no pair is left.  That is the node with the broken machine, rack or firewall, if one node is
-broken, and an arbitrary but stable choice otherwise.  At least one node always remains.
+removed first, greedily, until no pair is left.  That is the node with the broken machine, rack or firewall, if one node
+is broken, and an arbitrary but stable choice otherwise.  At least one node always remains.
 
 Finding the smallest such set is hard (vertex cover).  The greedy set is larger by a logarithm at most.
 """

@@ -74,8 +74,7 @@ class Diagnostics:
         """Send the result of every Skep node once, as it arrives.
 
         At the end, send an error for each node without a result after ``within_s``.  Exceptions of ``send`` are raised
-        in a
-        group.
+        in a group.
         """
         nodes = {node.id: node for node in self._store.view().find(Node) if not is_docker_node(node)}
         waiting = {node.id: node for node in nodes.values() if _is_probing(node)}
@@ -139,8 +138,7 @@ class Diagnostics:
         """Send the results of the nodes with a stream to this manager, each as soon as it arrives.
 
         Each node has its stream with one manager, so no node takes part in two throughput tests at a time, whichever
-        managers
-        receive the requests.
+        managers receive the requests.
         """
         try:
             with self._throughput_tests.running() if throughput else nullcontext():

@@ -26,8 +26,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     """Send events as they happen, one JSON object per line.
 
     Events of nodes are included if the filters name their types with the scope ``swarm``.  In Docker, they do not have
-    that
-    scope.
+    that scope.
     """
     since, until = period_of(request)
     manager, filters = manager_of(request), Filters.of(request)
@@ -61,8 +60,7 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     """Send all events, including those of tasks, each with its cursor.
 
     ``after`` resumes after the event with that cursor.  ``since`` starts with the kept events of that time.  ``nodes``
-    adds
-    the events of containers, images and volumes, of ``all`` nodes or of the nodes with these names.
+    adds the events of containers, images and volumes, of ``all`` nodes or of the nodes with these names.
 
     Raises:
         InvalidArgument: The cursor is invalid.

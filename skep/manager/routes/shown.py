@@ -174,8 +174,7 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
     """Return ``task`` for a response, without its runtime: as in the engine, only a service's spec has it.
 
     If its node is down, the task is shown as unknown, never as running.  As ``docker service ps`` shows errors, they
-    include
-    the failure before a restart delay, the end of the delay, and the task for which this task was preempted.
+    include the failure before a restart delay, the end of the delay, and the task for which this task was preempted.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
@@ -217,8 +216,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     A slot of a one-shot service is done if its youngest task is.
 
     A global service wants one task on each eligible node.  SwarmKit counts the service's tasks instead, so it misses
-    tasks
-    that wait for their restart, and counts tasks twice during an update.
+    tasks that wait for their restart, and counts tasks twice during an update.
 
     Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
     """

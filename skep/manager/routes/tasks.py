@@ -92,8 +92,7 @@ def _has_desired(task: Task, states: Collection[TaskState]) -> bool:
     """Return whether ``task`` matches a filter for desired states.
 
     The next task of a slot is prepared while the previous one runs.  If no node takes it, it also counts as desired to
-    run,
-    because it would be the only sign of an update that cannot be placed.
+    run, because it would be the only sign of an update that cannot be placed.
     """
     is_refused = task.desired_state is TaskState.READY and task.status.state is TaskState.PENDING
     return task.desired_state in states or (

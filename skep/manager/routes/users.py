@@ -88,8 +88,7 @@ async def renew_own(request: web.Request) -> web.StreamResponse:
     """Issue another certificate to a user who authenticates by certificate.
 
     A token is not enough, because the certificate would outlive the token's removal.  ``lifetime_seconds`` is at most,
-    and
-    by default, the lifetime of the request's certificate.
+    and by default, the lifetime of the request's certificate.
     """
     identity: Identity = identity_of(request)
     if identity.origin is not Origin.CERTIFICATE:

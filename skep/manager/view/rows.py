@@ -1,8 +1,7 @@
 """Rows of the dashboard, one for each object, small and without secrets.  Pure.
 
 No row has environment variables, commands, or the data of secrets and configs.  Times are Unix times in seconds, or 0
-if
-there is no time.
+if there is no time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,8 +66,7 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     """The row of a node.
 
     ``manager`` is its reachability, empty for a worker.  ``load`` is 0 to 1, or None if unknown.  ``silent_since`` is
-    the
-    last heartbeat of a node that is down.
+    the last heartbeat of a node that is down.
     """
 
     name: str

@@ -5,8 +5,7 @@ only state of a viewer is the number of its last step.  It lacks the union of th
 in the current state.  So a slow or disconnected viewer costs nothing and gets each row once.
 
 A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.events``: the rows show at least that revision of the
-store.
-Any manager can resume from it.  Rows are complete, so rows that the viewer may already have are sent again.
+store.  Any manager can resume from it.  Rows are complete, so rows that the viewer may already have are sent again.
 """
 
 from collections import deque
