@@ -49,7 +49,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     retry_at: float
     """Monotonic time in seconds."""
     is_unavailable: bool = False
-    """The store was not available; the object itself may be fine."""
+    """The store was unavailable, and the object itself may be fine."""
 
 
 class Failures:
@@ -126,8 +126,8 @@ class Failures:
         """Requeue the keys whose changes the store did not write, with growing delays.
 
         Args:
-            what: kind of change; a key may have failures of several kinds.
-            results: per key a ``SkepError``, or any other value if the change was written.
+            what: Kind of change.  A key may have failures of several kinds.
+            results: For each key a ``SkepError``, or any other value if the change was written.
         """
         results = list(results)
         failed = {key: result for key, result in results if isinstance(result, SkepError)}
@@ -180,12 +180,12 @@ class _Caught:
 
 
 def isolated(what: str, id: str) -> "_Isolated":
-    """Context that logs and swallows errors about one object; for events and snapshots, where nothing is retried."""
+    """Return a context that logs and suppresses errors about one object, for events and snapshots, without retries."""
     return _Isolated(what, id)
 
 
 def for_each_isolated(what: str, objects: Iterable[T], enter: Callable[[T], object]) -> None:
-    """Call ``enter`` for each object, ``isolated``; a new leader has hundreds of thousands of them."""
+    """Call ``enter`` for each object, ``isolated``.  A new leader has hundreds of thousands of them."""
     rest, is_over = iter(objects), False
     while not is_over:
         entering = _Isolated(what, "")
@@ -199,7 +199,7 @@ def for_each_isolated(what: str, objects: Iterable[T], enter: Callable[[T], obje
 class _Isolated:
     __slots__ = ("_what", "id")
     _logged: ClassVar[dict[tuple[str, str, str], None]] = {}
-    """What was logged already, newest last."""
+    """Errors that were already logged, the newest last."""
 
     def __init__(self, what: str, id: str) -> None:
         self._what = what
@@ -223,7 +223,7 @@ class _Isolated:
 
 
 def handle_isolated(what: str, handle: Callable[[Commit], object], commit: Commit) -> None:
-    """Call ``handle`` with a commit; if that raises, with each of its events alone, so that only the bad one is lost.
+    """Call ``handle`` with a commit.  If that raises, call it with each event alone, so that only the bad one is lost.
 
     ``handle`` may see an event twice then, which is harmless: loops are level-triggered.
     """
@@ -238,13 +238,13 @@ def handle_isolated(what: str, handle: Callable[[Commit], object], commit: Commi
 
 
 def object_id(event: Event) -> str:
-    """Id of the object that changed."""
+    """Return the id of the object that changed."""
     id: str = (event.new if isinstance(event, Updated) else event.object).id  # type: ignore[attr-defined]
     return id
 
 
 def isolating_errors(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T], R]:
-    """``body`` for ``update_each``: an unexpected exception fails its own item (``BadObject``), not all of them."""
+    """Return ``body`` for ``update_each``.  An unexpected exception only fails its own item (``BadObject``)."""
 
     def run(tx: Transaction, item: T) -> R:
         try:
@@ -261,9 +261,9 @@ def isolating_errors(body: Callable[[Transaction, T], R]) -> Callable[[Transacti
 async def write_each(
     term: Updates, body: Callable[[Transaction, T], R], items: Sequence[T]
 ) -> Sequence[R | SkepError]:
-    """``isolating_errors(body)`` once per item, each a transaction of its own, in as few raft entries as possible.
+    """Run ``isolating_errors(body)`` per item, each in its own transaction, in as few raft entries as possible.
 
-    One result or error per item, in order.
+    Return one result or error per item, in order.
     Raises: NotLeader: the term is over.
     """
     results = await term.update_each(isolating_errors(body), items)

@@ -176,7 +176,7 @@ class Manager:
         )
 
     async def run(self) -> None:
-        """Run until cancelled.  Any part that fails ends the manager; its supervisor restarts it."""
+        """Run until cancelled.  Any part that fails ends the manager, and its supervisor restarts it."""
         events = ClusterEvents(self._store, self._clock)
         view = ClusterView(self._store, self._clock, ClusterRows(self._store, self._clock, self._quorum).row)
         api = self._api(events, view)
