@@ -302,7 +302,7 @@ async def test_one_that_takes_too_long_ends(cluster, monkeypatch: pytest.MonkeyP
     _, client = cluster
     async with client.post("/skep/services/placement", json=[a_spec("a")]) as response:
         assert response.status == 500
-        assert "ask for fewer at once" in (await response.json())["message"]
+        assert "send fewer services at once" in (await response.json())["message"]
 
 
 @pytest.mark.parametrize(
