@@ -259,7 +259,7 @@ class Gateway:
                     )
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
-        # From now on, no address of the old subnet is allocated.
+        # No address of the old subnet is allocated from now on.
         before, self._addresses = self._addresses, None
         try:
             # Remove the link with all its addresses: it may have some that the desired state does not know.
