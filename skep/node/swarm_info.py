@@ -44,7 +44,7 @@ TIMED_OUT = (
     "this node kept nothing of the attempt."
 )
 FROZEN = "replacement of tasks is frozen"
-"""Begins the part of a node's status message in which a manager says why it replaces no tasks."""
+"""Start of the part of a node's status message in which a manager says why it replaces no tasks."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
@@ -55,7 +55,7 @@ NO_LEADER = (
     "Make sure more than half of the managers are online."
 )
 _TIMEOUT_S = 7.0
-"""Of requests to the manager of this node, which responds after 5 s where it has no quorum."""
+"""Limit of requests to this node's manager, which responds after 5 s without quorum."""
 
 
 def why_waiting(mark: Path) -> str:
