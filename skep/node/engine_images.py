@@ -1,7 +1,7 @@
 """Presents the images of this node and of the machine's Docker Engine as one store.
 
 Both have a store of their own: services run from this node's, plain containers and builds from the engine's.  An image
-that only the other store has is copied when it is needed.  Which images a build needs is not known before it runs.  It
+of the other store is copied when it is needed.  Which images a build needs is not known before it runs.  It
 gets all images that users have loaded, tagged or pulled here, without those that the node has fetched for its tasks.
 
 A name means the image in the store where it changed last.  ``theirs_is_newer`` compares the engine's image of a name

@@ -13,7 +13,7 @@ from skep.node.supervision.processes import NodeProcesses
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """The environment.  ``versions`` are those of the programs that the node starts, ``warnings`` concern the
+    """The environment.  ``versions`` lists the programs that the node starts, ``warnings`` concern the
     configuration."""
 
     machine: Machine

@@ -56,7 +56,7 @@ table ip skep_probe {
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """The available features.  ``missing`` explains for each missing one what was tried and the kernel's error."""
+    """The available features.  ``missing`` explains each missing one with the attempt and the kernel's error."""
 
     missing: Mapping[str, str] = {}
     cgroup_version: int = 2

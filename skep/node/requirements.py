@@ -1,4 +1,4 @@
-"""Checks before a node starts.  Each refusal is a sentence that says what to do."""
+"""Checks before a node starts.  Each refusal is a sentence with advice."""
 
 import os
 import re

@@ -260,7 +260,7 @@ class Front:
         except OSError:
             data = b""
         if (response := self._ping(data)) is not None:
-            # Closed below: a disconnected client, or one that has sent many pings without reading.
+            # Otherwise closed below: the client has disconnected, or sent many pings without reading.
             with suppress(OSError):
                 if connected.send(response) == len(response):
                     return

@@ -1,7 +1,7 @@
-"""Images and volumes of this node and of the Docker Engine beside it, in one list and with one removal.
+"""Presents images and volumes of this node and of the machine's Docker Engine in one list, with common removal.
 
-Requests about an image that this node does not have are the engine's (``front.routing``); these are the rest.  A
-volume of a service is this node's, any other the engine's.
+Requests about an image that this node does not have are the engine's (``front.routing``).  This module handles the
+rest.  A service's volume is this node's, any other is the engine's.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ def with_objects_of(
     volumes: Volumes,
     routes: tuple[web.AbstractRouteDef, ...],
 ) -> tuple[web.AbstractRouteDef, ...]:
-    """``routes`` of this node, which include the engine's images and volumes."""
+    """Return this node's ``routes`` with the engine's images and volumes included."""
     beside = _Beside(docker, images, volumes)
     wraps: Mapping[tuple[str, str], Wrap] = {
         ("GET", "/images/json"): beside.list_images,
@@ -62,7 +62,7 @@ def with_objects_of(
 
 
 class _Beside:
-    """Handlers that ask both."""
+    """Handlers that query both."""
 
     def __init__(self, docker: DockerEngine, images: EngineImages, volumes: Volumes) -> None:
         self._docker = docker
@@ -110,7 +110,7 @@ class _Beside:
         return handle
 
     def remove_image(self, ours: Handler) -> Handler:
-        """The engine first: a plain container keeps the image in both."""
+        """Remove the image from the engine first: if a plain container uses it, it stays in both."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             theirs = await self._passed(request)
@@ -162,7 +162,7 @@ class _Beside:
         return handle
 
     def of_volume(self, ours: Handler) -> Handler:
-        """The engine's, if it has one of that name."""
+        """Pass the request to the engine if it has a volume of that name."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             name = request.match_info["name"]
@@ -183,7 +183,7 @@ class _Beside:
         return (await self._docker.api.send("GET", path)).status == 200
 
     async def _passed(self, request: web.Request) -> Response:
-        """The engine's response to the same request.  Raises: Unavailable."""
+        """Return the engine's response to the same request.  Raises: Unavailable."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         return await self._docker.api.send(request.method, request.path_qs, await read_body(request), headers)
 
@@ -197,7 +197,7 @@ def _passed_back(response: Response) -> web.Response:
 
 
 def _content(response: web.StreamResponse) -> Any:
-    """The decoded body of a successful response; None: it has none."""
+    """Return the decoded body of a successful response, or None."""
     if (
         response.status != 200
         or not isinstance(response, web.Response)

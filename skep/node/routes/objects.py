@@ -1,4 +1,4 @@
-"""Routes of networks, containers, images and volumes of a node, merged with the Docker Engine's and the cluster's."""
+"""Routes of a node's networks, containers, images and volumes, merged with the Docker Engine's and the cluster's."""
 
 from aiohttp import web
 
@@ -22,10 +22,13 @@ def object_routes(
     networks: web.RouteTableDef,
     cluster: ClusterNetworks,
 ) -> tuple[web.AbstractRouteDef, ...]:
-    """Args:
-    engine: this node's; None: it runs no containers.
-    docker: the machine's Docker Engine, if there is one; ``images``: what the two share.
-    networks: the routes of networks.
+    """Return the routes.
+
+    Args:
+        engine: This node's engine, or None on a node without containers.
+        docker: The machine's Docker Engine, if there is one.
+        images: Images shared by the two engines.
+        networks: The routes of networks.
     """
     own = engine_routes(engine, clock) if engine is not None else ()
     if docker is not None and engine is not None and images is not None:

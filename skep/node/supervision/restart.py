@@ -30,7 +30,7 @@ def recent(ends: Sequence[float], now: float) -> tuple[float, ...]:
 
 
 def after_end(ends: Sequence[float], now: float, rng: float, *, gives_up: bool) -> StartAgain | GiveUp:
-    """Decide what to do after the last of ``ends``.
+    """Decide whether to restart after the last of ``ends``.
 
     The pause grows with every end within the last minute.  With ``gives_up``, the fifth end is the last.
 
