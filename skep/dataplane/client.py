@@ -37,7 +37,7 @@ class NetClient:
     """Reserves ports that outlive the node process (``ports.PortReservations``) and registers names.
 
     A call waits while the net process restarts, and raises ``Unavailable`` after 10 s.  ``owner`` labels the ports that
-    this client reserves.  ``held_ports`` lists the ports of this owner only.
+    this client reserves.  ``list_held`` returns the ports of this owner only.
     """
 
     def __init__(self, path: Path, clock: Clock, rng: Callable[[], float], owner: str = "") -> None:
@@ -77,7 +77,7 @@ class NetClient:
         if not isinstance(response, Done):
             raise _unexpected(response)
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
         """Return the protocol, port and address of each port held for this owner.  Raises: Unavailable."""
         return tuple(
             (held.protocol, held.port, held.address)

@@ -166,7 +166,7 @@ class ContainerNetwork:
         """Return the containers that have a namespace, addresses, ports or names on this node, needed or not."""
         served: Collection[str] = ()
         if self._naming is not None:
-            served = await isolate(self._naming.served(), "names of containers not listed") or ()
+            served = await isolate(self._naming.ensure_served(), "names of containers not listed") or ()
         holders = {*self._namespaces.pinned(), *self._overlays.holders(), *self._gateway.users(), *served}
         return sorted(map(ContainerId, holders))
 

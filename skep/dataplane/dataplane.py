@@ -110,7 +110,7 @@ class DataPlane:
         )
         checks = PortChecks(PortProbe(namespaces, clock, _random_number), self.tunnels)
         self.prober = PathProber(
-            data_path, checks, paths.measured_paths, self.overlays.remeasured, clock, rng
+            data_path, checks, paths.measured_paths, self.overlays.apply_measurements, clock, rng
         )
         replies = ReplyRouting(self._healer)
         self.mesh = Mesh(
@@ -162,7 +162,7 @@ class DataPlane:
             "clearing of networks": self._deferred.run,
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
-            "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
+            "encrypted networks": partial(self.tunnels.run, self.overlays.apply_measurements),
         }
         keep = partial(retry, clock=self._clock, rng=self._rng)
         await self.prober.restore()

@@ -213,7 +213,7 @@ class Gateway:
             if self._addresses is None:
                 return  # the containers' ports are not known yet
             published = self._published()  # before listing: a port reserved in between is not lost
-            held = frozenset(await self._reservations.held())
+            held = frozenset(await self._reservations.list_held())
             for port in held:
                 if not self._reserving and port not in self._holders:
                     await self._reservations.release(*port)
@@ -401,7 +401,7 @@ class Gateway:
         published = self._published()
         # Before the first await: a sweep releases ports without a holder.
         self._holders = {port: id for port, (id, _, _) in published.items()}
-        held = frozenset(await self._reservations.held())
+        held = frozenset(await self._reservations.list_held())
         await self._hold_again(published, held)
         for gone in sorted(held - published.keys()):  # ports of removed containers
             await self._reservations.release(*gone)

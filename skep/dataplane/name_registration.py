@@ -49,7 +49,7 @@ class NameRegistration:
             await self._service.forget(id)
         await self._serve_others(served)
 
-    async def served(self) -> frozenset[str]:
+    async def ensure_served(self) -> frozenset[str]:
         """Register containers that should have names and have none, and return the ids of all that had names before.
 
         Raises: SkepError: the net process does not respond.

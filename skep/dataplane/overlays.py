@@ -137,12 +137,12 @@ class Overlays:
         except SkepError as error:
             log.warning("networks not cleared", error=str(error))
 
-    async def remeasured(self) -> None:
+    async def apply_measurements(self) -> None:
         """Apply changed measurements of the underlay to the networks.  All networks are tried.  Raises: SkepError."""
         async with self._applying:
             if self._is_cleared:  # otherwise the first tables apply them
                 refused: list[SkepError] = []
-                await self._tried(self._find_underlays(), refused)
+                await self._collect_errors(self._find_underlays(), refused)
                 await self._settle_all([id for id in self._tables if self._lies_on_another(id)], refused)
                 if refused:
                     raise refused[0]
@@ -154,15 +154,15 @@ class Overlays:
             for reconciler in (self._home, *self._reconcilers.values()):
                 reconciler.invalidate()
         refused: list[SkepError] = []
-        await self._tried(self._find_underlays(), refused)
-        await self._tried(self._apply_tunnels(), refused)
-        await self._tried(self._settle_home(), refused)
+        await self._collect_errors(self._find_underlays(), refused)
+        await self._collect_errors(self._apply_tunnels(), refused)
+        await self._collect_errors(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._endpoints.keys() if is_first else frozenset())
         await self._settle_all(concerned, refused)
         if is_first:
-            await self._tried(self._clear_pins(), refused)
+            await self._collect_errors(self._clear_pins(), refused)
         if is_first and not refused:
-            await self._tried(self._clear_home(), refused)
+            await self._collect_errors(self._clear_home(), refused)
         if refused:
             raise refused[0]
         self._is_cleared = True
@@ -183,10 +183,10 @@ class Overlays:
 
     async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
         async with limit:
-            await self._tried(self._settle(id), refused)
-            await self._tried(self._settle_containers(id), refused)
+            await self._collect_errors(self._settle(id), refused)
+            await self._collect_errors(self._settle_containers(id), refused)
 
-    async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
+    async def _collect_errors(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
             await work
         except SkepError as error:

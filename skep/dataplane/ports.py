@@ -48,7 +48,7 @@ class PortReservations(Protocol):
     async def release(self, protocol: str, port: int, address: str = "") -> None:
         """Release the port.  Does nothing if it is not held."""
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
         """Return the protocol, port and address of each reserved port."""
 
 
@@ -89,10 +89,10 @@ class UnreservedPorts:
         """Release a port as in ``PortReservations``."""
         await self._ports.release(protocol, port, address)
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
         """Return reserved ports as in ``PortReservations``, after releasing ports that the daemon now uses."""
         held, reserved = [], self._reserved()
-        for key in await self._ports.held():
+        for key in await self._ports.list_held():
             if key[:2] in reserved:
                 await self._ports.release(*key)
             else:

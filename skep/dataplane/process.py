@@ -219,17 +219,17 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
             held, served = tuple(ports.held.list()), tuple(serving.list())
             return Listing(held, served, serving.repairs.total, serving.counts())
         case Serve(named):
-            return await _done(serving.serve(named))
+            return await _finish(serving.serve(named))
         case Forget(id):
             serving.forget(id)
             return Done()
         case Refresh(networks):
-            return await _done(serving.refresh(networks))
+            return await _finish(serving.refresh(networks))
         case HandOver():
             raise AssertionError("handed over before")
 
 
-async def _done(work: Awaitable[None]) -> Done | Refused:
+async def _finish(work: Awaitable[None]) -> Done | Refused:
     try:
         await work
     except SkepError as error:

@@ -146,7 +146,7 @@ class TaskContainers:
         else:
             container = self._container(request)
             if not request.head:
-                return await _connected(container, request.port)
+                return await _connect_to_port(container, request.port)
             self._check(container, bytes(request.head))
         server = self._servers.get(request.admin)
         if server is None:
@@ -207,7 +207,7 @@ def tunnel_host(engine: Engine | None, events: NodeEvents, connect: Connect) -> 
     return TunnelHost(TaskContainers(engine, events), connect) if engine is not None else None
 
 
-async def _connected(container: Container, port: int) -> Connection:
+async def _connect_to_port(container: Container, port: int) -> Connection:
     """Connect to a TCP port from within the container, because programs may listen on its loopback only.
 
     Raises: FailedPrecondition: it is not running; NotFound: it has just ended; Unavailable: nothing listens there.

@@ -221,7 +221,7 @@ class DiskSpace:
         self.disks: Sequence[Space] = ()
         """The last measurements, one for each file system."""
 
-    async def begun(self) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def prepare(self) -> Callable[[], Coroutine[Any, Any, None]]:
         """Measure once, so that the node's first description has the conditions.  Return ``run``."""
         await self.measure()
         return self.run
@@ -257,7 +257,7 @@ class DiskSpace:
         still be full.
         """
         try:
-            space = await self._measured(path, is_own=is_own)
+            space = await self._measure_in_thread(path, is_own=is_own)
         except FileNotFoundError:  # not created yet, or removed with its container
             self._own.pop(path, None)
             return
@@ -273,7 +273,7 @@ class DiskSpace:
         if space is not None:
             found.setdefault(space.device, space)
 
-    async def _measured(self, path: str, *, is_own: bool) -> Space | None:
+    async def _measure_in_thread(self, path: str, *, is_own: bool) -> Space | None:
         """Call ``space_of`` in a thread, at most one for each path.  Raises: OSError; TimeoutError; Unavailable."""
         if path in self._waiting:
             raise Unavailable("an earlier look at it has not ended")

@@ -43,7 +43,7 @@ from skep.node.interfaces import read_interfaces
 from skep.node.leaving import clear_unfinished, forget_swarm, leave_manager_group, objection
 from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership_states import Event, State, after, docker_state
-from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
+from skep.node.restoring import Restored, endpoints_for, plan_of, receive, restored_node
 from skep.node.runner import Dependencies, NodeRunner
 from skep.node.supervision.zygote import ZygoteGone
 from skep.node.swarm_info import (
@@ -235,7 +235,7 @@ class Membership:
             self._require_outside()
             snapshot = self._paths.data / "restore.snapshot"
             try:
-                manifest = await received(pieces, key, snapshot)
+                manifest = await receive(pieces, key, snapshot)
                 endpoints = endpoints_for(manifest, advertise_addr, await read_interfaces())
                 if not is_dry:
                     await self._enter_restored(manifest, endpoints, snapshot)

@@ -89,11 +89,11 @@ class NodeMetrics:
         """
         async with self._making:
             if self._clock.monotonic() - self._made_at >= KEPT_S:
-                self._page = await self._made()
+                self._page = await self._make_page()
                 self._made_at = self._clock.monotonic()
             return self._page
 
-    async def _made(self) -> bytes:
+    async def _make_page(self) -> bytes:
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(self._of_manager())
             names = group.create_task(self._of_net_process())

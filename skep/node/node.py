@@ -193,8 +193,8 @@ class Node:
             run = partial(run_part, group, self._clock)
             run(self._environment.processes.net.run, "net process")
             await self._open_apis(stack)
-            run(await self._offers.begun(), "offers of the machine")
-            run(await self._disk_space.begun(), "disk space")
+            run(await self._offers.prepare(), "offers of the machine")
+            run(await self._disk_space.prepare(), "disk space")
             if self._engine is not None:
                 await self._engine.images.open()
                 await asyncio.to_thread(self._engine.volumes.open)

@@ -68,7 +68,7 @@ class OfferReader:
         """Read now.  Unreadable parts keep their last values."""
         self.present = await asyncio.to_thread(self.read, self.present)
 
-    async def begun(self) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def prepare(self) -> Callable[[], Coroutine[Any, Any, None]]:
         """Read once, so that the first description has the result.  Return ``run``."""
         await self.refresh()
         return self.run

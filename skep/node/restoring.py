@@ -33,7 +33,7 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
 
 
-async def received(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> Manifest:
+async def receive(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> Manifest:
     """Write the snapshot of a backup to the file ``snapshot``, which appears once the backup is known to be complete.
 
     Raises: InvalidArgument: not a backup, damaged, or encrypted with another key.

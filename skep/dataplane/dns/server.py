@@ -203,7 +203,7 @@ class ContainerServer:
     async def _respond_later(
         self, query: Query, data: bytes, decision: Decision, client: tuple[str, int]
     ) -> None:
-        response = await self._delayed(query, data, decision, query.udp_bytes_max, is_tcp=False)
+        response = await self._wait_for_response(query, data, decision, query.udp_bytes_max, is_tcp=False)
         self._send(self._counted(decision, response), client)
 
     def _counted(self, decision: Decision | None, response: bytes) -> bytes:
@@ -229,7 +229,7 @@ class ContainerServer:
                         return reply(query, NXDOMAIN, bytes_max=bytes_max)
                 return None if self.forwarding.servers else reply(query, SERVFAIL, bytes_max=bytes_max)
 
-    async def _delayed(
+    async def _wait_for_response(
         self, query: Query, data: bytes, decision: Decision, bytes_max: int, *, is_tcp: bool
     ) -> bytes:
         """Return the response to ``query`` after waiting for rules or another name server."""
@@ -301,7 +301,7 @@ class ContainerServer:
         decision = self._resolver.resolve(query)
         response = self._immediate(query, decision, TCP_BYTES_MAX)
         if response is None:
-            response = await self._delayed(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
+            response = await self._wait_for_response(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
         return self._counted(decision, response)
 
 

@@ -171,7 +171,7 @@ class Mesh:
     async def _publish(self, wanted: Plan) -> None:
         """Apply ``wanted``.  Replies are routed and ports held before packets are sent to a task."""
         if not self._is_held_known:
-            self._held = set(await self._ports.held())
+            self._held = set(await self._ports.list_held())
             self._is_held_known = True
         wanted = await self._hold(wanted)
         if wanted != self._plan:

@@ -159,7 +159,7 @@ class NetnsReconciler:
                 await self._apply_tables()
             assumed = self._assumed
             if assumed is None or not wanted.sysctls.keys() <= assumed.sysctls.keys():
-                assumed = self._without_departing(await self._read(wanted))
+                assumed = self._without_departing(await self._read_state(wanted))
             self._assumed = None
             wanted = self._goal  # without the links that departed meanwhile
             await self._carry_out(difference(wanted, assumed, is_exclusive=self.is_exclusive))
@@ -179,7 +179,7 @@ class NetnsReconciler:
             if wanted is None:
                 return 0
             repaired = await self._heal_tables(is_thorough=is_thorough)
-            found = await self._read(wanted)
+            found = await self._read_state(wanted)
             wanted = self._goal or wanted  # without the links that departed meanwhile
             found = self._without_departing(found)
             operations = self._confirmed(difference(wanted, found, is_exclusive=self.is_exclusive))
@@ -200,7 +200,7 @@ class NetnsReconciler:
         async with self._changing:
             self._assumed = None
             await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
-            found = self._without_departing(await self._read(self._goal or State()))
+            found = self._without_departing(await self._read_state(self._goal or State()))
             await self._carry_out(difference(self._goal or State(), found, is_exclusive=self.is_exclusive))
             self._assumed = self._goal
 
@@ -258,7 +258,7 @@ class NetnsReconciler:
         self._foreign |= ours
         return bool(ours)
 
-    async def _read(self, wanted: State) -> State:
+    async def _read_state(self, wanted: State) -> State:
         found = await self._namespaces.run(self.path, read.read_namespace, self._selects, wanted)
         self.indices = frozenset(found.indices[name] for name in found.state.links)
         state = found.state
@@ -309,7 +309,7 @@ class NetnsReconciler:
                 await self._remake(name)
             # Now the links exist and are unconfigured.
             goal = self._goal or State()
-            operations = difference(goal, await self._read(goal), is_exclusive=self.is_exclusive)
+            operations = difference(goal, await self._read_state(goal), is_exclusive=self.is_exclusive)
             if any(isinstance(one, AddLink) and one.link.parent is None for one in operations):
                 raise KernelRefused(f"an interface of {self.name} cannot be made again")
         await apply_operations(self._namespaces, self.path, operations)

@@ -189,18 +189,18 @@ class DataPath:
         before = min(self.measured.own.get(peer.node_id, 0), underlay.mtu)
         if before:
             tried_sizes = recheck_sizes(before, underlay.mtu)
-            arrived = await self._arrived(address, underlay, tried_sizes)
+            arrived = await self._probe_sizes(address, underlay, tried_sizes)
             tried = len(tried_sizes)
             if arrived and max(arrived) == before:
                 return before, tried
             known = narrowed(known, tried_sizes, arrived) if arrived else known
         while tried_sizes := next_sizes(known):
-            arrived = await self._arrived(address, underlay, tried_sizes)
+            arrived = await self._probe_sizes(address, underlay, tried_sizes)
             tried += len(tried_sizes)
             known = narrowed(known, tried_sizes, arrived)
         return known.arrives, tried
 
-    async def _arrived(self, address: str, underlay: Underlay, tried_sizes: Collection[int]) -> set[int]:
+    async def _probe_sizes(self, address: str, underlay: Underlay, tried_sizes: Collection[int]) -> set[int]:
         header_bytes = overhead(underlay.address) + IP_UDP_BYTES
         async with asyncio.TaskGroup() as group:
             probes = {

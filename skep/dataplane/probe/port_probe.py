@@ -42,18 +42,18 @@ class PortProbe:
 
     async def tls_hello(self, address: str, port: int) -> Outcome:
         """Send a TLS client hello over TCP, to which a server responds with its own hello."""
-        return await self._retried(partial(self._tls_hello, address, port))
+        return await self._retry(partial(self._tls_hello, address, port))
 
     async def connect(self, address: str, port: int) -> Outcome:
         """Open a TCP connection, and send nothing over it."""
-        return await self._retried(partial(self._connect, address, port))
+        return await self._retry(partial(self._connect, address, port))
 
     async def tunnel(self, namespace: Path, address: str) -> Outcome:
         """Send an ICMPv6 echo request to the peer's ``address`` in the tunnels.  ``namespace`` is this node's
         tunnels."""
-        return await self._retried(partial(self._echo, namespace, address))
+        return await self._retry(partial(self._echo, namespace, address))
 
-    async def _retried(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
+    async def _retry(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
         """Run ``probe`` up to ``TRIES`` times until it succeeds.  It returns its error, or an empty text."""
         error = ""
         for attempt in range(TRIES):

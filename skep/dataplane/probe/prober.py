@@ -95,7 +95,8 @@ class PathProber:
 
     Args:
         file: File on tmpfs with the state for the next process of this node.
-        remeasured: Applies the present measurements to all overlays.  It may raise SkepError, and is then retried.
+        apply_measurements: Applies the present measurements to all overlays.  It may raise SkepError and is then
+            retried.
         rng: Returns numbers from 0 to 1, which spread rounds.
     """
 
@@ -104,7 +105,7 @@ class PathProber:
         data_path: DataPath,
         ports: PortChecks,
         file: Path,
-        remeasured: Callable[[], Awaitable[None]],
+        apply_measurements: Callable[[], Awaitable[None]],
         clock: Clock,
         rng: Callable[[], float],
     ) -> None:
@@ -114,7 +115,7 @@ class PathProber:
         self._saved: SavedState | None = None
         self._is_unread = False
         self._saving = asyncio.Lock()
-        self._remeasured = remeasured
+        self._apply_measurements = apply_measurements
         self._clock = clock
         self._rng = rng
         self._targets: ProbeTargets | None = None
@@ -336,7 +337,7 @@ class PathProber:
             known = self._data_path.measured, self._data_path.offload
             await self._save()
             try:
-                await self._remeasured()
+                await self._apply_measurements()
             except (SkepError, OSError) as error:
                 log.warning("overlays not updated with measurements", reason=str(error))
                 self._is_measured.set()

@@ -41,7 +41,7 @@ class HostRelays:
                 if reservation.target is None or key in self._relays:
                     continue
                 try:
-                    self._relays[key] = await self._opened(
+                    self._relays[key] = await self._open(
                         reservation, reservation.target, set_aside(own.dup())
                     )
                 except Exception as error:  # one port's error does not affect others
@@ -60,7 +60,7 @@ class HostRelays:
             relay.close(ends_connections=True)
         self._relays.clear()
 
-    async def _opened(
+    async def _open(
         self, reservation: Reservation, target: tuple[str, int], listener: socket.socket
     ) -> TcpRelay | UdpRelay:
         listener.setblocking(False)

@@ -84,7 +84,7 @@ class TcpRelay:
         self._open[writer] = None
         try:
             _set_options(writer)
-            task = await self._connected(writer)
+            task = await self._connect_to_task(writer)
             if task is None:
                 _reset(writer)
                 return
@@ -97,7 +97,7 @@ class TcpRelay:
             del self._open[writer]
             writer.close()
 
-    async def _connected(
+    async def _connect_to_task(
         self, client: asyncio.StreamWriter
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         """Connect to a serving task and send the header.  Return None if no backend can be reached."""
@@ -173,7 +173,7 @@ class _IdleLimit:
         for limit in self._limits:
             limit.reschedule(asyncio.get_running_loop().time() + HALF_CLOSED_S)
 
-    async def read(self, reader: asyncio.StreamReader) -> bytes:
+    async def read_from(self, reader: asyncio.StreamReader) -> bytes:
         """Read the next data.  Raises: TimeoutError: the connection is half-closed and was idle for too long."""
         async with asyncio.timeout(HALF_CLOSED_S if self._is_half_closed else None) as limit:
             self._limits.add(limit)
@@ -184,7 +184,7 @@ class _IdleLimit:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, idle_limit: _IdleLimit) -> None:
-    while data := await idle_limit.read(reader):
+    while data := await idle_limit.read_from(reader):
         writer.write(data)
         await writer.drain()
     idle_limit.half_close()

@@ -36,7 +36,7 @@ class Devices(Protocol):
 
         Return its index there, or 0 if it does not exist yet.  Raises: Unavailable."""
 
-    async def read(self, name: str, namespace: Path) -> FoundDevice:
+    async def read_device(self, name: str, namespace: Path) -> FoundDevice:
         """Return the device's configuration.  Raises: Unavailable."""
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
@@ -60,7 +60,7 @@ class KernelDevices:
         except (OSError, NetlinkError) as error:
             raise Unavailable(f"the kernel makes no WireGuard device: {error}") from error
 
-    async def read(self, name: str, namespace: Path) -> FoundDevice:
+    async def read_device(self, name: str, namespace: Path) -> FoundDevice:
         """Read the configuration over generic netlink in ``namespace``."""
         try:
             return await self._namespaces.run(namespace, kernel.read_device, name)
@@ -100,15 +100,15 @@ class UserSpaceDevices:
         except (OSError, NetlinkError) as error:
             raise Unavailable(f"the device {name} cannot be moved: {error}") from error
 
-    async def read(self, name: str, namespace: Path) -> FoundDevice:
+    async def read_device(self, name: str, namespace: Path) -> FoundDevice:
         """Read the configuration over the device's socket."""
-        return parsed_device(await self._answered(name, "get=1\n\n"))
+        return parsed_device(await self._request(name, "get=1\n\n"))
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
         """Send one message, which wireguard-go executes line by line."""
-        await self._answered(name, socket_message(change))
+        await self._request(name, socket_message(change))
 
-    async def _answered(self, name: str, request: str) -> str:
+    async def _request(self, name: str, request: str) -> str:
         """Return wireguard-go's response.  Raises: Unavailable: no process serves the socket, or it refused the
         request."""
         try:

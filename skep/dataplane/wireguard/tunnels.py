@@ -421,7 +421,9 @@ class Tunnels:
         for pair in pairs:
             try:
                 found.append(
-                    await self._devices.read(device_name(self._run_directory, pair.slot), self.namespace)
+                    await self._devices.read_device(
+                        device_name(self._run_directory, pair.slot), self.namespace
+                    )
                 )
             except SkepError:
                 continue
@@ -505,7 +507,7 @@ class Tunnels:
         planned = [(slot, wanted) for slot, wanted in self._plan.devices.items() if slot in self._placed]
         for slot, wanted in planned:
             name = device_name(self._run_directory, slot)
-            device = await self._devices.read(name, self.namespace)
+            device = await self._devices.read_device(name, self.namespace)
             change = changes(device, wanted, self._configured.get(slot))
             if change.is_needed:
                 await self._devices.write(name, self.namespace, change)

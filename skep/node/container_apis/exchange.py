@@ -121,7 +121,7 @@ class Exchanges:
         try:
             async with asyncio.timeout(DOCUMENT_S), self._documents:
                 # A response to HTTP/1.0 has no chunks, and ends with its connection.
-                head, document = await self._received(request, identity)
+                head, document = await self._fetch(request, identity)
                 if document and head.split(b" ", 2)[1].startswith(b"2"):
                     document = await result_in_slices(redacted(document), self._clock)
         except TimeoutError as error:
@@ -133,7 +133,7 @@ class Exchanges:
         except TimeoutError:
             client.abort()
 
-    async def _received(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
+    async def _fetch(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
         """Return head and body of the response.  Raises: Unavailable: it is too long."""
         server = await self._front(identity)
         try:

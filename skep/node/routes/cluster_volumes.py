@@ -81,7 +81,7 @@ class _Both:
             if not flag(request, "force") or not self._is_asked(request):
                 return await either(request)
             response = await ours(request)
-            theirs = await self._named(request) if response.status < 300 else None
+            theirs = await self._request_by_name(request) if response.status < 300 else None
             return response if theirs is None or theirs.status in (204, 404) else _passed_back(theirs)
 
         return handle
@@ -99,7 +99,7 @@ class _Both:
         """Handle ``docker volume update``, which only cluster volumes support."""
         if not self._cluster.member.is_manager:
             raise Unavailable("volume update only valid for cluster volumes, but swarm is unavailable")
-        return _passed_back(await self._named(request))
+        return _passed_back(await self._request_by_name(request))
 
     def _ours_or_theirs(self, ours: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -111,7 +111,7 @@ class _Both:
             else:
                 if response.status != 404 or not self._is_asked(request):
                     return response
-            return _passed_back(await self._named(request))
+            return _passed_back(await self._request_by_name(request))
 
         return handle
 
@@ -123,7 +123,7 @@ class _Both:
         if not self._cluster.member.is_manager:
             raise Unavailable(self._cluster.member.manager_refusal() or "This node is not a swarm manager.")
 
-    async def _named(self, request: web.Request) -> Response:
+    async def _request_by_name(self, request: web.Request) -> Response:
         """Return the manager's response to the same request for a volume by name."""
         path = f"{_PATH}/{quote(request.match_info['name'], safe='')}"
         return await self._manager(request, request.method, f"{path}?{request.query_string}")

@@ -189,18 +189,18 @@ class Supervisor:
             self.process, code = await self._start()
             if self.process is None:
                 return code
-        killed_for = await self._watched_to_its_end(self.process)
+        killed_for = await self._watch_to_end(self.process)
         code = await self._zygote.reap(self.process.pid)
         self._last_end = self._last_error_text() or killed_for or _how(code)
         self.process = None
         return code
 
-    async def _watched_to_its_end(self, process: ProcessIdentity) -> str:
+    async def _watch_to_end(self, process: ProcessIdentity) -> str:
         """Return when the process has ended, with the reason if it was killed from here."""
         async with asyncio.TaskGroup() as group:
             lasting = group.create_task(self._clear_condition_later(), name=f"start of {self._name}")
             try:
-                return await self._watched(process)
+                return await self._watch(process)
             finally:
                 lasting.cancel()
 
@@ -208,7 +208,7 @@ class Supervisor:
         await self._clock.sleep(_LASTING_S)
         self._policy.show_condition("")
 
-    async def _watched(self, process: ProcessIdentity) -> str:
+    async def _watch(self, process: ProcessIdentity) -> str:
         if self._policy.wait_hung is None:
             await wait_end(process)
             return ""

@@ -37,20 +37,20 @@ def with_objects_of(
     routes: tuple[web.AbstractRouteDef, ...],
 ) -> tuple[web.AbstractRouteDef, ...]:
     """Return this node's ``routes`` with the engine's images and volumes included."""
-    beside = _Beside(docker, images, volumes)
+    merged_objects = _MergedObjects(docker, images, volumes)
     wraps: Mapping[tuple[str, str], Wrap] = {
-        ("GET", "/images/json"): beside.list_images,
-        ("POST", "/images/create"): beside.note_names,
-        ("POST", "/images/load"): beside.note_names,
-        ("POST", "/images/{name:.+}/tag"): beside.note_names,
-        ("GET", "/images/get"): beside.save_images,
-        ("POST", "/images/prune"): beside.prune_images,
-        ("DELETE", "/images/{name:.+}"): beside.remove_image,
-        ("GET", "/volumes"): beside.list_volumes,
-        ("GET", "/volumes/{name}"): beside.of_volume,
-        ("DELETE", "/volumes/{name}"): beside.of_volume,
-        ("POST", "/volumes/create"): beside.only_theirs,
-        ("POST", "/volumes/prune"): beside.prune_volumes,
+        ("GET", "/images/json"): merged_objects.list_images,
+        ("POST", "/images/create"): merged_objects.note_names,
+        ("POST", "/images/load"): merged_objects.note_names,
+        ("POST", "/images/{name:.+}/tag"): merged_objects.note_names,
+        ("GET", "/images/get"): merged_objects.save_images,
+        ("POST", "/images/prune"): merged_objects.prune_images,
+        ("DELETE", "/images/{name:.+}"): merged_objects.remove_image,
+        ("GET", "/volumes"): merged_objects.list_volumes,
+        ("GET", "/volumes/{name}"): merged_objects.of_volume,
+        ("DELETE", "/volumes/{name}"): merged_objects.of_volume,
+        ("POST", "/volumes/create"): merged_objects.only_theirs,
+        ("POST", "/volumes/prune"): merged_objects.prune_volumes,
     }
 
     def wrapped(route: web.AbstractRouteDef) -> web.AbstractRouteDef:
@@ -61,7 +61,7 @@ def with_objects_of(
     return tuple(wrapped(route) for route in routes)
 
 
-class _Beside:
+class _MergedObjects:
     """Handlers that query both."""
 
     def __init__(self, docker: DockerEngine, images: EngineImages, volumes: Volumes) -> None:
@@ -113,7 +113,7 @@ class _Beside:
         """Remove the image from the engine first: if a plain container uses it, it stays in both."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            theirs = await self._passed(request)
+            theirs = await self._pass_on(request)
             if theirs.status not in (200, 404):
                 return _passed_back(theirs)
             response = await ours(request)
@@ -136,7 +136,7 @@ class _Beside:
             here = _content(response)
             if here is None:
                 return response
-            theirs = await self._passed(request)
+            theirs = await self._pass_on(request)
             there = _content(_passed_back(theirs))
             if there is None:
                 return _passed_back(theirs)
@@ -149,7 +149,7 @@ class _Beside:
 
     def list_volumes(self, ours: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            theirs = await self._passed(request)
+            theirs = await self._pass_on(request)
             there = _content(_passed_back(theirs))
             here = _content(await ours(request))
             if there is None or here is None:
@@ -168,13 +168,13 @@ class _Beside:
             name = request.match_info["name"]
             if name in self._volumes.names() and not await self._has_volume(request, name):
                 return await ours(request)
-            return _passed_back(await self._passed(request))
+            return _passed_back(await self._pass_on(request))
 
         return handle
 
     def only_theirs(self, _ours: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            return _passed_back(await self._passed(request))
+            return _passed_back(await self._pass_on(request))
 
         return handle
 
@@ -182,7 +182,7 @@ class _Beside:
         path = request.path if request.method == "GET" else f"/volumes/{name}"
         return (await self._docker.api.send("GET", path)).status == 200
 
-    async def _passed(self, request: web.Request) -> Response:
+    async def _pass_on(self, request: web.Request) -> Response:
         """Return the engine's response to the same request.  Raises: Unavailable."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         return await self._docker.api.send(request.method, request.path_qs, await read_body(request), headers)
