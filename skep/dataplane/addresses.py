@@ -109,7 +109,7 @@ class Addresses(Generic[Network]):
                 self._used[address] = owner
                 self._last = number
                 return address
-        raise ResourceExhausted(f"no address is left in {self.subnet}")
+        raise ResourceExhausted(f"no address is free in {self.subnet}")
 
     def take_requested(self, address: Address, owner: str) -> Address:
         """Allocate ``address``.  Raises: InvalidArgument: it is outside this subnet; FailedPrecondition: it is in

@@ -133,4 +133,4 @@ class NetClient:
 
 
 def _unexpected(response: Response) -> Unavailable:
-    return Unavailable(f"the net process answered {type(response).__name__}, which was not asked for")
+    return Unavailable(f"the net process sent an unexpected response, {type(response).__name__}")

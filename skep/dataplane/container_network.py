@@ -106,7 +106,7 @@ class ContainerNetwork:
         try:
             check_sandbox(sandbox)
         except Exception as error:  # any error concerns this one container only
-            log_error(error, "network of a container left out", container=id)
+            log_error(error, "network of container not maintained: invalid record", container=id)
             self._left_out[id] = describe_error(error)
             self._report_left_out()
             return False
@@ -114,7 +114,7 @@ class ContainerNetwork:
 
     def _report_left_out(self) -> None:
         names = ", ".join(f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
-        sentence = f"the networks of these containers are not kept, start them anew: {names}"
+        sentence = f"the networks of these containers are not maintained, restart them: {names}"
         self._show_condition(sentence if names else "")
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
@@ -159,7 +159,7 @@ class ContainerNetwork:
         if self._left_out.pop(container_id, None) is None:
             await undoing
         else:
-            await isolate(undoing, "network of a container not wholly freed", container=container_id)
+            await isolate(undoing, "container network not completely freed", container=container_id)
             self._report_left_out()
 
     async def holders(self) -> Collection[ContainerId]:
@@ -175,7 +175,7 @@ class ContainerNetwork:
         held = self._gateway.sandbox_of(id) or Sandbox(netns=str(self._namespaces.path(id)))
         connected = self._overlays.endpoints_of(id)
         log.warning(
-            "network of a container that is gone removed",
+            "network of a removed container cleaned up",
             container=id,
             namespace=id in self._namespaces.pinned(),
             addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
@@ -319,7 +319,7 @@ class ContainerNetwork:
             if self._naming is not None and sandbox.endpoints:
                 await self._naming.detach(container_id)
         except SkepError as error:  # the net process also notices that a namespace was deleted
-            log.warning("names of a container not removed", container=container_id, reason=str(error))
+            log.warning("container names not removed", container=container_id, reason=str(error))
         finally:
             try:
                 await self._gateway.disconnect(container_id)

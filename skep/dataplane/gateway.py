@@ -255,7 +255,7 @@ class Gateway:
                 if network.prefixlen and network.overlaps(subnet):
                     raise Forbidden(
                         f"Pool overlaps with other one on this address space: {subnet} and {network}, "
-                        "which this machine reaches by itself"
+                        "which this machine routes already"
                     )
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
@@ -429,9 +429,7 @@ class Gateway:
                     continue
                 unheld.add(key)
                 if key not in self._unheld:
-                    log.warning(
-                        "host port is not published any longer", port=key, container=id, reason=str(error)
-                    )
+                    log.warning("host port no longer published", port=key, container=id, reason=str(error))
             else:
                 if id not in self._sandboxes:  # disconnected meanwhile, which did not release this port
                     await self._release(id, key)
@@ -570,7 +568,7 @@ def stored_subnet(
         # The default route overlaps everything.
         if not any(remembered.overlaps(network) for network in taken if network.prefixlen):
             return remembered
-        log.warning("the gateway's subnet collides with a route and is changed", subnet=str(remembered))
+        log.warning("gateway subnet overlaps a route, choosing another", subnet=str(remembered))
     subnet = fresh()
     _save(file, subnet)
     return subnet

@@ -33,7 +33,7 @@ async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | No
     try:
         length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
         if length > bytes_max:
-            raise Unavailable(f"a message of {length} bytes, which is more than {bytes_max}")
+            raise Unavailable(f"message of {length} bytes exceeds the limit of {bytes_max}")
         return await reader.readexactly(length)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None

@@ -66,7 +66,7 @@ class NameRegistration:
                 await self._service.serve(named)
             except SkepError as error:
                 if self._failing.get(id) != str(error):
-                    log.warning("container without names", container=id, reason=str(error))
+                    log.warning("container names not served", container=id, reason=str(error))
                 self._failing[id] = str(error)
             else:
                 self._failing.pop(id, None)

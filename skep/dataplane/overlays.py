@@ -343,7 +343,7 @@ class Overlays:
                 is_ingress = self._head_of(one.network_id).is_ingress
                 reconciler = self._home if is_ingress else self._reconcilers.get(one.network_id)
                 if reconciler is None:
-                    raise KernelRefused(f"nothing is known of network {one.network_name} yet")
+                    raise KernelRefused(f"network {one.network_name} is not set up on this node yet")
                 await reconciler.remake(one.port)
         if interface == sandbox.interface and sandbox.port:
             await self._home.remake(sandbox.port)
@@ -453,7 +453,7 @@ class Overlays:
                 id not in in_use  # such a network has no reconciler if it could not be settled yet
                 and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked()
             ):
-                log.info("namespace of a network that is gone removed", network=id)
+                log.info("namespace of removed network deleted", network=id)
                 await pinned.remove(self._pins, id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
@@ -461,7 +461,7 @@ class Overlays:
         if id in self._tables:
             return self._tables[id].head
         if id not in self._heads:
-            raise KernelRefused(f"nothing is known of network {id} any more")
+            raise KernelRefused(f"network {id} was removed from this node")
         return self._heads[id]
 
 

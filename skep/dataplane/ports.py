@@ -214,7 +214,7 @@ def reopened(state: Path) -> Held:
         return {}
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         aside = state.with_name(state.name + ".damaged")
-        log_error(error, "ports are not held any more: their file is damaged", kept_as=str(aside))
+        log_error(error, "reserved ports lost: their file is damaged", kept_as=str(aside))
         discard_tree_now(aside)
         with suppress(OSError):
             state.rename(aside)

@@ -128,7 +128,7 @@ async def _kept_apart(work: Awaitable[None]) -> None:
     try:
         await work
     except Exception:
-        log.exception("unexpected")
+        log.exception("work for a container failed unexpectedly")
 
 
 async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
@@ -170,7 +170,7 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
     server = await serve(serve_connection, paths.net_socket)
     with closing(server):  # do not wait for the server to close: that waits for its connections
         ports.held.record()
-        log.info("net process serves", ports=len(ports.held.list()), containers=len(serving.list()))
+        log.info("net process ready", ports=len(ports.held.list()), containers=len(serving.list()))
         await over.wait()
         is_leaving = True
     all_closed.clear()
@@ -226,7 +226,7 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
         case Refresh(networks):
             return await _finish(serving.refresh(networks))
         case HandOver():
-            raise AssertionError("handed over before")
+            raise AssertionError("HandOver is handled by the connection's loop")
 
 
 async def _finish(work: Awaitable[None]) -> Done | Refused:

@@ -117,7 +117,7 @@ class ServedContainer:
             for one in (notifications, packets, sockets if sockets is not earlier else None):
                 if one is not None:
                     one.close()
-            raise Unavailable("the container was forgotten while it was opened")
+            raise Unavailable("the container was removed while its names were set up")
         self._packets = packets
         if packets is not None:
             asyncio.get_running_loop().add_reader(packets, self._read_packets, packets)

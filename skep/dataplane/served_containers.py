@@ -161,7 +161,7 @@ class ServedContainers:
         except (SkepError, OSError) as error:
             if self._served.get(named.id) is served:
                 self.forget(named.id)
-            raise FailedPrecondition(f"no names in the container's namespace: {error}") from error
+            raise FailedPrecondition(f"cannot serve names in the container's namespace: {error}") from error
         self._respond(pending)
 
     def forget(self, id: str) -> None:
@@ -193,7 +193,9 @@ class ServedContainers:
         for id in outdated.keys() - done:
             self._schedule(id, _Work.APPLY)
         if failed := touched.keys() - done:
-            raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
+            raise Unavailable(
+                f"{len(failed)} of {len(touched)} containers do not have the new virtual addresses yet"
+            )
         if unread := self._networks.unread.intersection(ids):
             raise Unavailable(f"tables of {len(unread)} networks cannot be read at present")
 
@@ -322,7 +324,7 @@ def _read(path: Path) -> ContainerRecord | None:
         if record.named.id != path.name:
             raise msgspec.ValidationError(f"it is that of container {record.named.id}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.warning("record of a container's names removed", path=str(path), reason=str(error))
+        log.warning("invalid record of container names removed", path=str(path), reason=str(error))
         return None
     except OSError as error:
         if is_no_file(error):

@@ -32,7 +32,7 @@ class NodeObjects:
         if rule.scope is Scope.NEW:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
-                raise PermissionDenied("only administrators may make networks of one node")
+                raise PermissionDenied("only administrators may create networks of one node")
             return Facts()  # the manager that receives the request checks it
         key = "id" if "id" in request.match_info else "name"
         word = request.match_info[key]
@@ -44,7 +44,7 @@ class NodeObjects:
             case "network":
                 known = await self._network(request, word)
             case kind:
-                raise PermissionDenied(f"only administrators may reach a {kind} by a node that is no manager")
+                raise PermissionDenied(f"only administrators may access a {kind} through a worker")
         request.match_info[key] = known.id
         return Facts(known=known)
 

@@ -56,7 +56,7 @@ class ClusterReads:
                     if len(content) > BODY_BYTES_MAX:
                         raise ResourceExhausted("the manager's response is too long")
         except TimeoutError as error:
-            raise Unavailable("the manager's response is too slow") from error
+            raise Unavailable("the manager's response took too long") from error
         return bytes(content)
 
     @asynccontextmanager

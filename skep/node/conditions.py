@@ -59,7 +59,7 @@ class Conditions:
             if condition is None or condition.cleared_at is not None:
                 return
             condition.cleared_at = self._clock.monotonic()
-        log.info("condition has ended", name=name)
+        log.info("condition cleared", name=name)
 
     def forget_ended(self) -> None:
         """Drop the labels of cleared conditions, which the managers of another cluster have not seen."""

@@ -150,7 +150,7 @@ class TaskContainers:
             self._check(container, bytes(request.head))
         server = self._servers.get(request.admin)
         if server is None:
-            raise Unavailable("the node is about to stop")
+            raise Unavailable("the node is stopping")
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         try:
@@ -167,19 +167,21 @@ class TaskContainers:
         """Check that the request is for events.  Raises: PermissionDenied; Malformed."""
         request = parse_request(head)
         if (request.method, path_of(request.target)) != ("GET", EVENTS):
-            raise PermissionDenied("the request is about no container")
+            raise PermissionDenied("the request does not name a container")
 
     def _container(self, request: skep.TunnelRequest) -> Container:
         container = self._engine.get(request.container_id)
         if container.labels.get(LABEL_TASK_ID) != request.task_id or container.id != request.container_id:
-            raise PermissionDenied(f"container {request.container_id} is not that of task {request.task_id}")
+            raise PermissionDenied(
+                f"container {request.container_id} does not belong to task {request.task_id}"
+            )
         return container
 
     def _check(self, container: Container, head: bytes) -> None:
         """Check that the request is about the container.  Raises: PermissionDenied; Malformed."""
         subject = _SUBJECT.fullmatch(path_of(parse_request(head).target))
         if subject is None:
-            raise PermissionDenied("the request is about no container")
+            raise PermissionDenied("the request does not name a container")
         id = (
             subject["id"]
             if subject["kind"] == "containers"

@@ -21,11 +21,11 @@ HANG_S = 10.0
 _PROBE = ".writable"
 _BLOCK = bytes(4096)
 _ADVICE = {
-    errno.ENOSPC: "make room: it goes on by itself",
-    errno.EDQUOT: "make room: it goes on by itself",
+    errno.ENOSPC: "free some space, the node then resumes by itself",
+    errno.EDQUOT: "free some space, the node then resumes by itself",
     errno.EROFS: "look for errors of the disk in the kernel's log, and mount it again",
     errno.EIO: "the disk fails: see the kernel's log",
-    errno.EMFILE: "the node process has too many files open: restart skep, containers run on",
+    errno.EMFILE: "the node process has too many files open: restart skep, containers keep running",
     errno.ENFILE: "the machine has too many files open",
     errno.ENOMEM: "the machine has no memory left",
 }

@@ -264,7 +264,7 @@ class DiskSpace:
         except (OSError, TimeoutError, Unavailable) as error:
             if path not in self._silent:
                 self._silent.add(path)
-                log.info("free space of a disk is not known", path=path, reason=str(error) or "no answer")
+                log.info("free space of disk unknown", path=path, reason=str(error) or "no answer")
             space = self._own.get(path)
         else:
             self._silent.discard(path)
@@ -276,7 +276,7 @@ class DiskSpace:
     async def _measure_in_thread(self, path: str, *, is_own: bool) -> Space | None:
         """Call ``space_of`` in a thread, at most one for each path.  Raises: OSError; TimeoutError; Unavailable."""
         if path in self._waiting:
-            raise Unavailable("an earlier look at it has not ended")
+            raise Unavailable("an earlier measurement has not ended")
 
         def measure() -> Space | None:
             try:

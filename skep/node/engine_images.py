@@ -127,7 +127,7 @@ class EngineImages:
                         backoff.reset()
                         self._changed.set()
             except (SkepError, msgspec.DecodeError) as error:
-                log.debug("events of the docker engine end", reason=str(error))
+                log.debug("event stream of docker engine ended", reason=str(error))
             await backoff.sleep(clock)
 
     async def reconcile(self) -> None:
@@ -137,9 +137,7 @@ class EngineImages:
             for name, id in names.items():
                 ours = self._images.lookup(name)
                 if ours is not None and theirs_is_newer(name, ours.id, id, self._seen):
-                    log.info(
-                        "name of an image has moved in the docker engine", name=name, before=ours.id, now=id
-                    )
+                    log.info("image name has moved in the docker engine", name=name, before=ours.id, now=id)
                     await self._images.remove(name, force=True, users=self._users)
         await self._see(names)
 
@@ -182,15 +180,15 @@ class EngineImages:
             return
         if theirs and self._handed.get(name) == (ours.id, theirs):
             return  # an engine that identifies images by their manifest
-        log.info("image handed to the docker engine", image=word)
+        log.info("image copied to the docker engine", image=word)
         try:
             async with self._copying, asyncio.timeout(COPY_S_MAX):
                 await self._docker.load(self._images.save([word]))
         except NotFound:
-            log.info("image was removed while it was handed over", image=word)
+            log.info("image was removed while it was copied to the docker engine", image=word)
             return
         except TimeoutError:
-            log.warning("image not handed to the docker engine in time", image=word)
+            log.warning("image not copied to the docker engine in time", image=word)
             return
         given = await self._docker.image_id(word)
         self._handed[name] = (ours.id, given)
@@ -236,7 +234,7 @@ class EngineImages:
                 try:
                     await self.hand_over(name)
                 except (SkepError, OSError) as error:
-                    log.warning("image not handed to the docker engine", image=name, reason=str(error))
+                    log.warning("image not copied to the docker engine", image=name, reason=str(error))
 
     async def _see(self, names: Names) -> None:
         if names != self._seen:

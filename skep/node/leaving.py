@@ -108,6 +108,6 @@ async def clear_unfinished(paths: Paths, work: ClusterWork) -> None:
     """Remove leftovers of an interrupted init, join or leave from this node."""
     await _end_unsupervised_manager(paths)
     if paths.manager.exists() or paths.certificates.exists():
-        log.warning("traces of an unfinished init or leave are removed")
+        log.warning("removing leftovers of an unfinished init, join or leave")
         await work.remove_all()
         remove_cluster_data(paths)

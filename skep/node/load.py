@@ -117,7 +117,7 @@ class LoadMeter:
                 self._measured = measured(self._measured, self._read(now), now)
             except (OSError, ValueError, LookupError) as error:
                 if self._is_readable:
-                    log.warning("the load of this node cannot be measured", error=str(error))
+                    log.warning("node load cannot be measured", error=str(error))
                 self._is_readable, self._measured = False, None
                 return None
             self._is_readable = True

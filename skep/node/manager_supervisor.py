@@ -111,7 +111,7 @@ class ManagerSupervisor:
             await self._role_changed.wait()
 
     async def _promote(self) -> None:
-        log.info("this node becomes a manager")
+        log.info("node promoted to manager")
         await asyncio.to_thread(self._write_files)
         self._save_role(True)
         self._apply(Event.FILES_WRITTEN)
@@ -153,7 +153,7 @@ class ManagerSupervisor:
     async def _demote(self) -> None:
         """Demote this node.  ``node.json`` comes last: until then a restarted node process finds a manager and demotes
         it again."""
-        log.info("this node is no manager any more")
+        log.info("node demoted to worker")
         self.process = None
         self._backoff.reset()
         await asyncio.to_thread(self._remove_files)

@@ -135,7 +135,7 @@ class Membership:
                 return  # a request came first
             node = read_local_node(self._paths.node_json)
             if node is not None and node.is_manager and self._lock.is_locked:
-                log.warning("locked: docker swarm unlock")
+                log.warning("manager is locked, run docker swarm unlock")
                 self._locked_node = node
                 self._apply(Event.LOADED_LOCKED)
             elif node is not None:
@@ -507,11 +507,11 @@ class Membership:
                 addr = advertised(configured, node.listen_addr, await read_interfaces())
                 present = msgspec.structs.replace(node, advertise_addr=addr, local_addr=host_of(addr))
             except SkepError as error:
-                log.warning("the address of this node stays", configured=configured, reason=str(error))
+                log.warning("advertise address unchanged", configured=configured, reason=str(error))
         if present.is_manager:
             await asyncio.to_thread(self._dependencies.manager_files.update, present)
         if present != node:
-            log.info("this node has moved", before=node.advertise_addr, now=present.advertise_addr)
+            log.info("advertise address changed", before=node.advertise_addr, now=present.advertise_addr)
             await asyncio.to_thread(write_local_node, self._paths.node_json, present)
         return present
 

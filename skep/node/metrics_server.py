@@ -84,7 +84,7 @@ async def _listening(connection: Callable[[], asyncio.Protocol], host: str, port
         listening = await asyncio.get_running_loop().create_server(connection, host or None, port)
     except OSError as error:
         raise FailedPrecondition(
-            f"metrics-addr {host}:{port} cannot be listened on: {error.strerror}"
+            f"metrics-addr {host}:{port} cannot be used: {error.strerror}. Choose another address"
         ) from error
     log.info("metrics served", addr=f"{host}:{port}")
     try:

@@ -99,7 +99,7 @@ class OfferReader:
     def _is_whole(self, what: str, failed: Sequence[OSError]) -> bool:
         """Return whether all of ``what`` was readable.  A node without free descriptors still has its devices."""
         if failed and what not in self._unread:
-            log.warning("offers of the machine not read", what=what, reason=describe_error(failed[0]))
+            log.warning("machine resources not read", what=what, reason=describe_error(failed[0]))
         (self._unread.add if failed else self._unread.discard)(what)
         return not failed
 

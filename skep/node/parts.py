@@ -35,7 +35,7 @@ async def wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: 
     try:
         await run_unless(ready, clock.sleep(seconds))
     except Preempted:
-        log.warning("not all containers are found again yet", after_s=seconds)
+        log.warning("some containers not found yet", after_s=seconds)
 
 
 async def run_after(ready: Work, work: Work) -> None:

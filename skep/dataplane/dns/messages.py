@@ -161,11 +161,11 @@ def encoded(name: str) -> bytes:
     parts = []
     for label in name.encode().split(b"."):
         if not 0 < len(label) <= _LABEL_BYTES_MAX:
-            raise ValueError(f"{name!r} is no DNS name")
+            raise ValueError(f"{name!r} is not a DNS name")
         parts.append(bytes((len(label),)) + label)
     wire = b"".join(parts) + b"\0"
     if len(wire) > _NAME_BYTES_MAX:
-        raise ValueError(f"{name!r} is no DNS name")
+        raise ValueError(f"{name!r} is not a DNS name")
     return wire
 
 

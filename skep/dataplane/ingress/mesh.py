@@ -162,7 +162,7 @@ class Mesh:
                 await self._publish(wanted)
             except (SkepError, OSError) as error:
                 self._plan = None  # it is not known which state is in force
-                raise SkepError(f"published ports are not as they should be: {error}") from error
+                raise SkepError(f"published ports cannot be updated: {error}") from error
             if self.conflicts:
                 self._again.set()
             else:
@@ -248,7 +248,7 @@ class Mesh:
             refusal = await self._namespaces.run(self._namespaces.home, ipv6_nat_refusal)
             self._nats_ipv6 = not refusal
             if refusal:
-                log.info("ports are published by IPv4 alone", reason=refusal)
+                log.info("ports are published for IPv4 only", reason=refusal)
         families = [family for family in FAMILIES if family is IPV4 or self._nats_ipv6]
         if not wanted.held:
             self._home.remove_part(_PART, [family.table for family in families])

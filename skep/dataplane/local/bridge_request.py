@@ -117,7 +117,7 @@ def _check_driver(body: NetworkBody) -> None:
             raise Forbidden(f'only one instance of "{body.driver}" network is allowed')
         case driver:
             raise Unimplemented(
-                f"this node makes bridge networks for its containers, none of driver {driver}: "
+                f"this node supports only bridge networks for its containers, not driver {driver}:  "
                 "give skep a Docker Engine (--engine-socket) for these"
             )
 
@@ -176,9 +176,11 @@ def _unique_local(id: str) -> IPv6Network:
 def _checked(text: str, taken: Iterable[Subnet]) -> Subnet:
     subnet = ip_network(text, strict=False)
     if subnet.is_multicast or subnet.is_loopback or (subnet.version == 6 and subnet.is_link_local):
-        raise InvalidArgument(f"invalid subnet {subnet}: a network has addresses of single machines")
+        raise InvalidArgument(
+            f"invalid subnet {subnet}: multicast, loopback and link-local addresses cannot be used"
+        )
     if subnet.num_addresses < 4:
-        raise InvalidArgument(f"subnet {subnet} has no room for a gateway and a container")
+        raise InvalidArgument(f"subnet {subnet} is too small for a gateway and a container")
     if any(overlap(subnet, other) for other in taken if other.prefixlen):
         raise Forbidden("Pool overlaps with other one on this address space")
     return subnet

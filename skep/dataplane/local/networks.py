@@ -134,7 +134,12 @@ class LocalNetworks:
             if isinstance(error, OSError) and not is_no_file(error):
                 raise Unavailable(f"the node's networks cannot be read: {describe_error(error)}") from error
             aside = self._file.with_suffix(".damaged")
-            log_error(error, "the node's networks are begun anew", file=str(self._file), kept_as=str(aside))
+            log_error(
+                error,
+                "file of local networks damaged, starting with new ones",
+                file=str(self._file),
+                kept_as=str(aside),
+            )
             discard_tree_now(aside)
             with suppress(OSError):
                 self._file.rename(aside)
@@ -145,7 +150,7 @@ class LocalNetworks:
             try:
                 self._keep(kept)
             except OSError as error:  # the next change writes the file too
-                log_error(error, "the node's networks are not kept")
+                log_error(error, "local networks not saved")
                 self._kept = kept
 
     def predefined(self) -> list[LocalNetwork]:
@@ -263,7 +268,7 @@ class LocalNetworks:
         device = device_of(network)
         others = [one for one in kept.bridges if one in lasting or device_of(one) != device]
         self._keep(replace(kept, bridges=(*others, network)))
-        log.info("network of the cluster made on a device of this machine", network=network.name)
+        log.info("cluster network created on a device of this machine", network=network.name)
         return network
 
     async def for_start(
@@ -301,7 +306,7 @@ class LocalNetworks:
         if any(one.name == body.name for one in (*kept.bridges, *kept.configurations)):
             raise AlreadyExists(f"network with name {body.name} already exists")
         if self._gateway is None:
-            raise Unimplemented("this node networks no containers: it makes no bridge networks")
+            raise Unimplemented("this node does not network containers, so it has no bridge networks")
         if len(kept.bridges) >= _BRIDGES_MAX:
             raise Forbidden(f"this node has {_BRIDGES_MAX} bridge networks already")
         configuration = find(kept.configurations, body.config_source) if body.config_source else None
@@ -339,7 +344,7 @@ class LocalNetworks:
                 self._forget(network.id)
                 raise
         log.info(
-            "network made", network=network.name, driver=network.driver, subnet=network.configs[0].subnet
+            "network created", network=network.name, driver=network.driver, subnet=network.configs[0].subnet
         )
         return network
 
@@ -380,14 +385,14 @@ class LocalNetworks:
         if self.gateway() is not None:
             raise AlreadyExists(f"network with name {GATEWAY} already exists")
         if self._gateway is None:
-            raise Unimplemented("this node networks no containers: it has no gateway bridge")
+            raise Unimplemented("this node does not network containers, so it has no gateway bridge")
         if body.driver not in ("", "bridge"):
             raise Forbidden(f"{GATEWAY} is this node's gateway bridge and cannot be of driver {body.driver}")
         subnet = _requested_subnet(body)
         await self._gateway.move(subnet)
         network = self._new_gateway(body)
         self._keep(replace(self._opened(), gateway=network, is_gateway_removed=False))
-        log.info("gateway bridge made", subnet=str(self._gateway.subnet))
+        log.info("gateway bridge created", subnet=str(self._gateway.subnet))
         return network
 
     def remove_gateway(self) -> None:

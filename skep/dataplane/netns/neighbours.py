@@ -69,7 +69,7 @@ class NeighbourTables:
         try:
             await self._watch(refusal)
         except (OSError, ValueError) as error:  # an older kernel does not count overflows
-            log.warning("overflows of the neighbour table are not counted here", reason=str(error))
+            log.warning("kernel does not count neighbour table overflows", reason=str(error))
 
     async def _watch(self, refusal: str) -> None:
         known, overflowed_at = await asyncio.to_thread(self._count), 0.0

@@ -94,7 +94,7 @@ def _run(text: str) -> str:
         )
     context = library.nft_ctx_new(0)
     if not context:
-        raise NftUnavailable("libnftables gave no context")
+        raise NftUnavailable("libnftables returned no context")
     try:
         library.nft_ctx_buffer_error(context)
         library.nft_ctx_buffer_output(context)

@@ -63,7 +63,7 @@ async def index_of(route: AsyncIPRoute, parent: ParentLink) -> int:
         await _make(route, parent)
         found = await route.link_lookup(ifname=parent.device)
     if not found:
-        raise Unavailable(f"the parent interface {parent.device} of a network is not there")
+        raise Unavailable(f"a network's parent interface {parent.device} does not exist on this node")
     return int(found[0])
 
 

@@ -311,7 +311,7 @@ class NetnsReconciler:
             goal = self._goal or State()
             operations = difference(goal, await self._read_state(goal), is_exclusive=self.is_exclusive)
             if any(isinstance(one, AddLink) and one.link.parent is None for one in operations):
-                raise KernelRefused(f"an interface of {self.name} cannot be made again")
+                raise KernelRefused(f"cannot recreate an interface of {self.name}")
         await apply_operations(self._namespaces, self.path, operations)
 
     # --- nftables ---------------------------------------------------------------------------------------------

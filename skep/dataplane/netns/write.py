@@ -184,7 +184,9 @@ class _Changes:
                 await self._add_on_parent(link, link.parent, options)
             case _ if link.peer is not None:
                 if not os.path.ismount(link.peer.netns):  # its container is just ending
-                    log.warning("no namespace for the other end", link=link.name, namespace=link.peer.netns)
+                    log.warning(
+                        "namespace of the other end does not exist", link=link.name, namespace=link.peer.netns
+                    )
                     return
                 with _opened(link.peer.netns) as namespace:
                     far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
@@ -193,7 +195,7 @@ class _Changes:
                     # No error is tolerated: an existing name on either side is another device.
                     await self._route.link("add", peer=far, **options)
             case _:
-                raise KernelRefused(f"the other end of {link.name} is not known")
+                raise KernelRefused(f"cannot create {link.name}: its other end is unknown")
         await self._set(link)
 
     async def _add_on_parent(self, link: Link, parent: ParentLink, options: dict[str, Any]) -> None:

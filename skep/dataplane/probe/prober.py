@@ -271,7 +271,7 @@ class PathProber:
         before = self._data_path.failure
         failure = await self._data_path.apply(targets)
         if failure and failure != before:
-            log.warning("data path cannot be probed, trying again", reason=failure)
+            log.warning("data path cannot be probed, retrying", reason=failure)
         if failure:
             return False
         self._notify_overlays()

@@ -280,7 +280,7 @@ def merged(
         id = change.head.id
         before = after.get(id)
         if before is None and not change.is_whole:
-            raise InvalidArgument(f"a change of network {id}, whose table this node does not have")
+            raise InvalidArgument(f"cannot apply a change of network {id}: this node does not have its table")
         after[id] = changed(before, change)
     gone = set(received.removed)
     if received.is_complete:

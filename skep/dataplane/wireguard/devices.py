@@ -58,7 +58,7 @@ class KernelDevices:
         try:
             return await _index_after(self._namespaces, name, namespace, make)
         except (OSError, NetlinkError) as error:
-            raise Unavailable(f"the kernel makes no WireGuard device: {error}") from error
+            raise Unavailable(f"the kernel cannot create a WireGuard device: {error}") from error
 
     async def read_device(self, name: str, namespace: Path) -> FoundDevice:
         """Read the configuration over generic netlink in ``namespace``."""
@@ -123,7 +123,7 @@ class UserSpaceDevices:
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise Unavailable(f"wireguard-go does not answer for {name}: {error}") from error
         if (number := reply.rstrip("\n").rpartition("errno=")[2]) != "0":
-            raise Unavailable(f"wireguard-go refuses a change of {name}: errno {number}")
+            raise Unavailable(f"wireguard-go refused a change of {name}: errno {number}")
         return reply
 
 
@@ -173,7 +173,7 @@ def parsed_device(text: str) -> FoundDevice:
                 case "last_handshake_time_nsec":
                     peer["handshake_at"] += int(value) / 1e9
     except ValueError as error:
-        raise Unavailable(f"wireguard-go answers what is not understood: {error}") from error
+        raise Unavailable(f"wireguard-go sent an invalid response: {error}") from error
     return FoundDevice(
         private=private, port=port, peers={public: FoundPeer(**one) for public, one in peers.items()}
     )

@@ -41,7 +41,7 @@ def load(path: Path) -> tuple[KeyPair, ...]:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
         aside = path.with_name(path.name + ".damaged")
-        log_error(error, "wireguard keys damaged, new ones are made", file=str(path), kept_as=str(aside))
+        log_error(error, "wireguard keys damaged, making new ones", file=str(path), kept_as=str(aside))
         with suppress(OSError):
             discard_tree_now(aside)
             path.rename(aside)

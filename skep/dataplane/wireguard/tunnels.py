@@ -385,7 +385,7 @@ class Tunnels:
             self._are_saved = True
         except OSError as error:  # until they are saved, the next node process would make others
             if self._are_saved:
-                log_error(error, "wireguard keys not saved, trying again")
+                log_error(error, "wireguard keys not saved, retrying")
             self._are_saved = False
         if self._pairs and pairs != self._pairs:
             log.info("wireguard key rotated", keys=len(pairs))
@@ -519,7 +519,7 @@ class Tunnels:
     def _note(self, error: str) -> None:
         """Log a repeated error once."""
         if error and error != self._last_error:
-            log.warning("encrypted networks not carried, trying again", reason=error)
+            log.warning("encrypted networks not carried, retrying", reason=error)
         self._last_error = error
 
 

@@ -89,7 +89,7 @@ class Exchanges:
         viewer = Identity(name=id, origin=Origin.CONTAINER, bindings=(Binding(Role.VIEWER),))
         body = request.body()
         if not body.is_complete or (isinstance(body, Sized) and body.bytes_left):
-            raise InvalidArgument("requests with a body are not possible with limited access to the API")
+            raise InvalidArgument("requests with a body need full access to the API")
         if passing is Passing.REDACTED:
             own = self._own_documents.setdefault(id, asyncio.Semaphore(_OWN_DOCUMENTS_MAX))
             async with own:  # held until the container has read the document, which stays in memory
@@ -145,7 +145,7 @@ class Exchanges:
             while data := await server.read():
                 document += data
                 if len(document) > DOCUMENT_BYTES_MAX:
-                    raise Unavailable("the response is too long for limited access to the API")
+                    raise Unavailable("the response is too long without full access to the API")
             return head, bytes(document)
         finally:
             server.abort()

@@ -25,20 +25,20 @@ def check(access: ApiAccess, method: str, target: str) -> Passing:
     if method not in ("GET", "HEAD"):
         raise _refusal(access, f"{method} {path} changes something")
     if not _is_plain(raw_path_of(target)):
-        raise _refusal(access, f"the path {path} is not one of its paths")
+        raise _refusal(access, f"the path {path} is not a path that it serves")
     rule = rule_for(method, path)
     if rule.container is ApiAccess.READ or rule.container is access:
         # A machine with a join token can become a manager, so tokens are shown with full access only.
         is_redacted = rule.is_document and (access is ApiAccess.READ or path == "/swarm")
         return Passing.REDACTED if is_redacted else Passing.AS_IT_IS
-    raise _refusal(access, f"{method} {path} can show what others keep secret")
+    raise _refusal(access, f"{method} {path} can reveal other users' secrets")
 
 
 def _refusal(access: ApiAccess, why: str) -> PermissionDenied:
     needed = "full" if access is ApiAccess.INSPECT else "inspect or full"
     return PermissionDenied(
         f"this container's API socket is limited to {access.value} access: {why} "
-        f"(the container label {API_LABEL}={needed} gives more, where the cluster allows it)"
+        f"(the container label {API_LABEL}={needed} grants more, if the cluster allows it)"
     )
 
 

@@ -30,7 +30,7 @@ def redacted(document: bytes) -> SlicedWork[bytes]:
             found.append(_encoded(part))
             yield  # lists of services and tasks can be long
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unavailable("the response cannot be shown to this container: it is no JSON") from error
+        raise Unavailable("the response cannot be shown to this container: it is not JSON") from error
     return b"[" + b",".join(found) + b"]\n"
 
 

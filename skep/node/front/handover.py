@@ -99,7 +99,7 @@ class Handover:
         if self._manager() is not None:
             return
         if self._waiting >= _WAITING_MAX:
-            raise Unavailable("too many requests wait for the manager of this node")
+            raise Unavailable("too many requests wait for the manager of this node: try again later")
         self._waiting += 1
         try:
             async with asyncio.timeout(_CONNECT_WAIT_S):
@@ -179,7 +179,7 @@ class _Manager:
     def pass_on(self, connection: Passed, data: bytes) -> None:
         """Pass a connection.  Raises: Unavailable."""
         if not self.has_room:
-            raise Unavailable("the manager of this node takes no more connections")
+            raise Unavailable("the manager of this node accepts no more connections: try again later")
         try:
             descriptor = os.dup(connection.socket.fileno())
         except OSError as error:

@@ -364,7 +364,9 @@ class Front:
         if properties.is_stranger:
             self._strangers.forget(client)
             if not self._remote.admit(client.transport):
-                raise Unavailable("too many connections are open, of this address or in all: try again later")
+                raise Unavailable(
+                    "too many connections are open, from this address or in total: try again later"
+                )
         self._users.remember(client.transport, credential, identity)
         return msgspec.structs.replace(properties, identity=identity, is_stranger=False), raw
 

@@ -107,7 +107,9 @@ class Users:
         if self._root is not None and _is_issued_by(certificate, self._root):
             return Credential(Origin.CERTIFICATE, f"{certificate.serial_number:x}")
         if certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME) == _USERS:
-            raise Unauthenticated("the certificate is one of an earlier authority of users")
+            raise Unauthenticated(
+                "the certificate is of an earlier user authority: request a new one with `skep user`"
+            )
         return Credential(Origin.MACHINE, _common_name(connection.getpeercert()))
 
     def has_certificate(self, transport: asyncio.Transport) -> bool:
@@ -125,11 +127,11 @@ class Users:
             return Identity(name=credential.key, origin=Origin.MACHINE, bindings=ALL)
         if self._clock.monotonic() - self._received_at > SILENT_S:
             raise Unavailable(
-                "users are not known at present: the manager process of this node has not sent them"
+                "users are unknown at present: this node's manager process has not sent them. Try again later"
             )
         user, end_ns = self._by_key.get(credential.key, (None, 0))
         if user is None or end_ns <= self._clock.now_ns():
-            why = "has expired" if user is not None else "is not known, or was revoked"
+            why = "has expired" if user is not None else "is unknown or was revoked"
             raise Unauthenticated(f"the {credential.origin.value} {why}")
         if credential.key in user.logins and not credential.is_login:
             raise Unauthenticated(

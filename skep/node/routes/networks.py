@@ -162,7 +162,7 @@ class _NodeNetworks:
             return self._created(self._local.add_configuration(body))
         if self._sources.engine is None:
             raise Unimplemented(
-                "this node runs no containers, so it has no networks for them: create an overlay network "
+                "this node does not run containers, so it has no networks for them:  create an overlay network "
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
             )
         routes = [one for one, _ in await asyncio.to_thread(read_routes)]
@@ -236,7 +236,7 @@ class _NodeNetworks:
                 f"rpc error: code = PermissionDenied desc = network {name} not manually attachable"
             )
         raise Unimplemented(
-            f"Could not attach to network {name}: the Docker Engine of this machine takes no part in the cluster: "
+            f"Could not attach to network {name}: the Docker Engine of this machine is not part of the cluster:  "
             "run the container on that network from its start (docker run --network), or as a service"
         )
 

@@ -55,7 +55,7 @@ async def restore(membership: Membership, request: web.Request) -> web.StreamRes
     try:
         key = base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True)
     except ValueError as error:
-        raise InvalidArgument(f"{KEY_HEADER} is no base64") from error
+        raise InvalidArgument(f"{KEY_HEADER} is not base64") from error
     plan = await membership.restore(
         request.content.iter_any(),
         key,

@@ -250,7 +250,7 @@ async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamRe
     return await system.read_cluster(request)
 
 
-_NO_CONTAINERS = "this node runs plain commands of services, no containers"
+_NO_CONTAINERS = "this node runs services as plain processes, not containers"
 _NO_PLUGINS = "engine plugins are not supported; volume plugins are processes with a socket of their own"
 _NEEDS_CONTAINERS = ("auth", "build", "commit", "grpc", "plugins", "session", "system", "volumes")
 """First words of the paths that a node without containers does not serve at all."""

@@ -47,14 +47,14 @@ async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> st
             has_response = await responds()
             match detector.record(clock.monotonic(), has_response=has_response is not False):
                 case Action.HAND_OVER:
-                    log.error("the manager process does not answer", silent_s=round(detector.silent_s, 1))
+                    log.error("manager process does not respond", silent_s=round(detector.silent_s, 1))
                     # In a task, because a hung member must not delay the end of the process.
                     if attempt is None or attempt.done():
                         attempt = group.create_task(_hand_over(hand_over), name="hand over leadership")
                 case Action.END:
                     if attempt is not None:
                         attempt.cancel()
-                    return f"it did not answer for {detector.silent_s:.0f} s"
+                    return f"it did not respond for {detector.silent_s:.0f} s"
 
 
 async def _hand_over(hand_over: HandOver) -> None:

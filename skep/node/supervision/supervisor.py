@@ -139,7 +139,7 @@ class Supervisor:
         is_starved = code is not None and code == self._policy.starved
         if is_starved:
             self._policy.show_condition(
-                f"the {self._name} process does not run: {self._last_end}; it is tried again"
+                f"the {self._name} process does not run: {self._last_end}. It is retried"
             )
         gives_up = self._policy.gives_up and not is_starved
         match after_end(self._ends, self._clock.monotonic(), self._rng(), gives_up=gives_up):
@@ -184,7 +184,7 @@ class Supervisor:
             self.process = running
         else:
             if running is not None and not self._policy.hands_over:
-                log.info("process of another version is replaced", name=self._name, version=running.version)
+                log.info("replacing process of another version", name=self._name, version=running.version)
                 await terminate(running, STOP_GRACE_S)
             self.process, code = await self._start()
             if self.process is None:
