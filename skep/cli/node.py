@@ -243,7 +243,7 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
-        body = {"Node": name, "By": by, **({"Keep": True} if keep else {})}
+        body = {"Node": name, "RequestedBy": by, **({"KeepContainers": True} if keep else {})}
         state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
@@ -279,9 +279,9 @@ class _Progress:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
-            click.echo(_CONTAINERS[bool(state.get("KeepsContainers"))])
+            click.echo(_CONTAINERS[bool(state.get("KeepContainers"))])
             return True
-        self.note(state["WaitsFor"])
+        self.note(state["WaitingFor"])
         return False
 
     def note(self, reason: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from skep.cli.status import is_as_wanted, node_rows
+from skep.cli.status import is_service_healthy, node_rows
 from skep.model.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
@@ -172,7 +172,7 @@ def _order(snapshot: Snapshot, task: Task) -> tuple[str, int, str, str]:
 def summary(snapshot: Snapshot) -> list[tuple[str, str]]:
     """What there is, each part with its number, for the line at the top: (noun, text)."""
     nodes = Counter(str(node["Status"]["State"]) for node in snapshot.nodes.values())
-    wanted = sum(1 for service in snapshot.services.values() if is_as_wanted(service))
+    wanted = sum(1 for service in snapshot.services.values() if is_service_healthy(service))
     tasks = Counter(_kind(task) for task in snapshot.tasks.values())
     shown = [f"{tasks[kind]} {kind}" for kind in ("run", "start", "wait") if tasks[kind]]
     return [
@@ -195,8 +195,8 @@ def headlines(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     """Each thing that is wrong, as ``skep status`` says it: (kind, sentence).  The most serious first."""
     yield from (("swarm", line) for line in snapshot.without_leader[:1])
     for row in node_rows(snapshot.nodes.values()):
-        if row.why or not row.is_well:
-            yield "node", f"{row.name} is {row.state}" + (f": {row.why}" if row.why else "")
+        if row.reason or not row.is_healthy:
+            yield "node", f"{row.name} is {row.state}" + (f": {row.reason}" if row.reason else "")
     for id, service in sorted(snapshot.services.items(), key=lambda item: str(item[1]["Spec"]["Name"])):
         if reason := snapshot.reasons.get(id):
             yield "service", f"{service['Spec']['Name']}: {reason}"
@@ -204,5 +204,5 @@ def headlines(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
 
 def unexplained(services: Iterable[Mapping[str, Any]]) -> list[str]:
     """Ids of services whose explanation is asked for, by name."""
-    wanting = (service for service in services if not is_as_wanted(service))
+    wanting = (service for service in services if not is_service_healthy(service))
     return [service["ID"] for service in sorted(wanting, key=lambda service: str(service["Spec"]["Name"]))]

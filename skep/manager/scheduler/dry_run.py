@@ -66,10 +66,10 @@ class PlannedPlacement(ApiObject):
     """Of one service.  Without ``refusal`` all its tasks fit."""
 
     name: str = always("")
-    wanted: int = always(0)
+    desired: int = always(0)
     nodes: tuple[NodeShare, ...] = always(())
     """With all tasks that fit, those that stay too."""
-    refusal: str = always("")
+    error: str = always("")
     verdicts: tuple[NodeVerdict, ...] = always(())
     """Why nodes take no further task, if one is refused."""
     preempted: tuple[Preempted, ...] = ()
@@ -143,9 +143,9 @@ class DryRun:
         yield from collect_in_slices(self._shares(nodes), shares)
         yield PlannedPlacement(
             name=spec.name,
-            wanted=len(homes),
+            desired=len(homes),
             nodes=tuple(shares),
-            refusal=refusal.reason if refusal is not None else "",
+            error=refusal.reason if refusal is not None else "",
             preempted=tuple(
                 Preempted(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
@@ -329,7 +329,7 @@ class DryRun:
             if number % STEP == 0:
                 yield
             one = verdict(requirements, account, copies[account.node.id])
-            if one.refusals:
+            if one.reasons:
                 found.append(one)
             if len(found) == VERDICTS_MAX:
                 return

@@ -65,7 +65,7 @@ class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
 class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known.
 
-    ``silent_since``: last heartbeat of a node that is down.
+    ``last_heartbeat_at``: last heartbeat of a node that is down.
     """
 
     name: str
@@ -82,10 +82,10 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     cpus: float
     memory: int
     load: float | None
-    failing: tuple[FailingRow, ...]
+    failing_checks: tuple[FailingRow, ...]
     volumes: tuple[LocalVolumeRow, ...]
     reason: str
-    silent_since: float
+    last_heartbeat_at: float
     version: int
 
 
@@ -110,14 +110,15 @@ class UpdateRow(msgspec.Struct, frozen=True, gc=False):
 class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
     """``completed``, ``total``: tasks that have completed, and how many a job is to have.  One-shot services complete.
 
-    ``state``: well, moving or unwell.  ``reason``: that of ``skep explain``; ``since``: when that began.
+    ``state``: ``healthy``, ``converging`` or ``degraded``.  ``reason``: that of ``skep explain``; ``since``: when that
+    began.
     """
 
     name: str
     stack: str
     image: str
     mode: str
-    wanted: int
+    desired: int
     running: int
     completed: int
     total: int
@@ -141,7 +142,7 @@ class TaskRow(Row, frozen=True, kw_only=True, gc=False):
     slot: int
     node: str
     state: str
-    wanted: str
+    desired_state: str
     error: str
     message: str
     since: float
@@ -215,12 +216,12 @@ class ManagersRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClusterRow(Row, frozen=True, kw_only=True, gc=False):
-    """``frozen``: why tasks of lost nodes are not replaced at present; empty: they are."""
+    """``replacement_suspended``: the reason why tasks on lost nodes are not replaced now, or empty if they are."""
 
     name: str
     managers: ManagersRow
     warnings: tuple[str, ...]
-    frozen: str
+    replacement_suspended: str
 
 
 def node_row(node: Node) -> NodeRow:
@@ -248,7 +249,7 @@ def node_row(node: Node) -> NodeRow:
         cpus=described.resources.nano_cpus / _NANO,
         memory=described.resources.memory_bytes,
         load=node.load,
-        failing=tuple(
+        failing_checks=tuple(
             FailingRow(one.hostname or one.peer, one.check, one.port)
             for one in node.failing_paths[:_FAILING_MAX]
         )
@@ -256,7 +257,7 @@ def node_row(node: Node) -> NodeRow:
         else (),
         volumes=_local_volumes(node),
         reason=_cut("; ".join(filter(None, reasons))),
-        silent_since=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
+        last_heartbeat_at=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
         version=node.version.index,
     )
 
@@ -277,7 +278,7 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         stack=spec.labels.get(STACK_LABEL, ""),
         image=_image(container.image if container is not None else ""),
         mode=spec.mode.name,
-        wanted=counts.wanted,
+        desired=counts.desired,
         running=counts.running,
         completed=counts.completed,
         total=counts.total,
@@ -306,7 +307,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What the tasks of a service say of it."""
 
     running: int
-    wanted: int
+    desired: int
     completed: int
     total: int = 0
     """How many tasks the present run of a job has to complete."""
@@ -338,7 +339,7 @@ def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
         slot=task.shown_slot,
         node=task.node_id,
         state=status.state.value,
-        wanted=task.desired_state.value,
+        desired_state=task.desired_state.value,
         error=_cut(_error(view, known)),
         message=_cut(status.message),
         since=seconds(status.timestamp),
@@ -364,9 +365,9 @@ def _error(view: View, task: Task) -> str:
         known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
         # Of a few nodes the largest is not the cluster's.  A row is made for every task that waits: not all are read.
         problem = problem_of(task, slot, {} if status.state is TaskState.PENDING else known)
-        if problem.kind == Kind.PROGRESS.value:
-            return status.err or problem.course
-        return "; ".join(filter(None, (problem.reason, problem.course)))
+        if problem.kind == Kind.PROGRESSING.value:
+            return status.err or problem.restart_summary
+        return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
     return status.err
 
 

@@ -65,7 +65,7 @@ test("versions of a secret are together, and tasks of the present spec have thei
   assert.deepEqual(families(rows).get("key").map(({ name }) => name), ["key-3", "key-2", "key"]);
   assert.equal(families(rows).get("other").length, 1);
   const cluster = new Cluster();
-  const task = (id, current, state = "running") => ({ id, service: "s", node: "n", state, wanted: "running", current });
+  const task = (id, current, state = "running") => ({ id, service: "s", node: "n", state, desired_state: "running", current });
   cluster.take({ cursor: "1-1", tasks: [task("a", true), task("b", false), task("c", true, "starting")] });
   assert.deepEqual(uptake(cluster, rows[3]), { have: 1, wait: 1 });
 });

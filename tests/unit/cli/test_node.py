@@ -18,7 +18,7 @@ from tests.support.builders import a_node, a_service, a_task
 def a_state(*done: bool, waits_for: str = "", complete: bool = False) -> dict[str, Any]:
     steps = [{"Text": f"step {number}", "Done": is_done} for number, is_done in enumerate(done)]
     return {
-        "NodeID": "n3", "Hostname": "m3", "Steps": steps, "WaitsFor": waits_for, "Complete": complete
+        "NodeID": "n3", "Hostname": "m3", "Steps": steps, "WaitingFor": waits_for, "Complete": complete
     }  # fmt: skip
 
 

@@ -263,7 +263,7 @@ def dry_run_frees_it(resource: str) -> bool:
     new = replace(spec, name="db", task_template=replace(template, container_spec=container))
     *_, planned = DryRun(tx, accounting, lambda one: one.spec.name).placing(new)
     assert planned is not None
-    return filters_refuse(resource) and not planned.refusal
+    return filters_refuse(resource) and not planned.error
 
 
 def lost_node_is_kept(resource: str) -> bool:

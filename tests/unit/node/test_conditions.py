@@ -113,7 +113,7 @@ def test_skep_status_lists_ready_nodes_that_say_what_is_wrong():
         },
         {"ID": "b", "Description": {"Hostname": "w2"}, "Status": {"State": "ready"}},
     ]
-    assert [(row.name, row.why, row.is_well) for row in node_rows(nodes)] == [
+    assert [(row.name, row.reason, row.is_healthy) for row in node_rows(nodes)] == [
         ("w1", "the disk is full", True),
         ("w2", "", True),
     ]
