@@ -4,7 +4,7 @@ A disk counts as full by what processes without privileges have left of it (``f_
 blocks for root, so a write by root succeeds long after containers fail.  Inodes run out on their own, with blocks left.
 
 * From ``WARN_PERCENT`` on, the condition ``disk-space`` names the disk.
-* From the setting ``disk-full`` on, a disk of the node itself is the condition ``disk-pressure``: managers assign no
+* From the setting ``disk-pressure`` on, a disk of the node itself is the condition of that name: managers assign no
   further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere never are: other
   tasks do not need them.
 
@@ -33,7 +33,7 @@ from skep.node.conditions import Conditions
 log = structlog.get_logger()
 
 WARN_PERCENT = 85
-"""Where the node also begins to remove unused images (``image-disk-high``), and where kubelet does."""
+"""Where the node also begins to remove unused images (``image-gc-high``), and where kubelet does."""
 HYSTERESIS = 2
 STEP_PERCENT = 2
 """A condition shows another percentage only when it differs by so much: each is a write of the node's description."""
@@ -244,7 +244,7 @@ class DiskSpace:
             for device, disk in found.items():
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
-        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_full))
+        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_pressure))
         self._conditions.report(DISK_SPACE, near)
         self._conditions.report(DISK_PRESSURE, full)
 

@@ -2,7 +2,7 @@
 
 A module that is missing, a container around us without a capability, a kernel without nftables: none of that shows
 in a version number.  What is missing becomes a warning of ``/info`` and an engine label, so that a placement
-constraint can avoid the node (``engine.labels.skep.without.vxlan!=true``).
+constraint can avoid the node (``engine.labels.skep.missing.vxlan!=true``).
 """
 
 import ctypes
@@ -112,7 +112,7 @@ def warnings(features: Features) -> tuple[str, ...]:
 
 def labels(features: Features) -> Mapping[str, str]:
     """Engine labels for what is missing."""
-    return {f"skep.without.{name}": "true" for name in sorted(features.missing)}
+    return {f"skep.missing.{name}": "true" for name in sorted(features.missing)}
 
 
 def detect(data_dir: Path, nft: str = "nft") -> Features:

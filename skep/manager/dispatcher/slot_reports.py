@@ -19,8 +19,8 @@ from skep.store.interface import Transaction
 def with_seen_volumes(tx: Transaction, node: Node, description: NodeDescription) -> NodeDescription:
     """``description`` without reports of slots that have had no task on ``node``.
 
-    A task of a slot goes where its data is, and with ``skep.volumes=keep`` nowhere else: a node that could report any
-    slot would get its tasks with their secrets, or keep them from running.
+    A task of a slot goes where its data is, and with ``skep.volume-affinity=required`` nowhere else: a node that could
+    report any slot would get its tasks with their secrets, or keep them from running.
     """
     label = description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
     if not label or label == node.description.engine.labels.get(SLOT_VOLUMES_LABEL):

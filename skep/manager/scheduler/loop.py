@@ -37,7 +37,7 @@ from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import IdSource, NodeId, TaskId
-from skep.model.labels import volume_policy
+from skep.model.labels import volume_affinity
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
@@ -157,7 +157,7 @@ class Scheduler:
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
                     before, after = event.old.spec.labels, event.new.spec.labels
-                    has_room |= volume_policy(before) is not volume_policy(after)
+                    has_room |= volume_affinity(before) is not volume_affinity(after)
                     has_room |= self._priorities.set(event.new)
                 elif isinstance(event.new, Swarm):
                     has_room |= self._preemptor.set_cluster(event.new)

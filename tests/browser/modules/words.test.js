@@ -33,7 +33,7 @@ test("the state of diagnostics follows from their lines", () => {
   assert.deepEqual(found.errors, [{ name: "c", error: "it is down" }]);
   assert.deepEqual(found.slowest, { ms: 1.5, from: "m1", to: "w1" });
   assert.deepEqual(diagnosed([]).wrong, []);
-  assert.deepEqual(failing([{ id: "a", failing: [{ peer: "w1", check: "overlay", port: "4789/udp" }] }]).map(({ to }) => to), ["w1"]);
+  assert.deepEqual(failing([{ id: "a", failing_checks: [{ peer: "w1", check: "overlay", port: "4789/udp" }] }]).map(({ to }) => to), ["w1"]);
 });
 
 test("lines come in pieces, one is not endless, and diagnostics run one at a time", async () => {

@@ -51,7 +51,7 @@ def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
 
 async def test_a_condition_of_one_cluster_is_not_reported_to_the_next(conditions: Conditions):
     """The managers of the cluster that the node joins would show for half a minute that none of them answers."""
-    conditions.set("no-manager", "no manager answers")
+    conditions.set("manager-unreachable", "no manager answers")
     conditions.set("disk", "full")
     session = SessionState(HandClock())
     none: Any = Nothing()
