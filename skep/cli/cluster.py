@@ -76,8 +76,8 @@ def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> Non
 
     At least a minute.  Managers are never removed, nor anything unless more than half of all nodes are ready, nor
     nodes with tasks that stay there (skep.on-disconnect=keep), with data of skep.volume-affinity=required, or with a
-    published cluster volume: skep status shows why.  A removed node that comes back has to join again.  skep node forget
-    removes one now.
+    published cluster volume: skep status shows why.  A removed node that comes back has to join again.
+    skep node forget removes one now.
 
     \b
     Examples:
