@@ -201,11 +201,16 @@ def _syscall(number: int, *arguments: object) -> int:
 
 
 def unmount_if_mounted(target: Path) -> None:
-    """Unmount everything mounted at ``target``, if anything."""
-    while os.path.ismount(target):
+    """Unmount everything at ``target``.  Does nothing if nothing is mounted there.
+
+    ``os.path.ismount`` compares devices and misses a bind mount within one file system, so the kernel decides.
+    """
+    while True:
         try:
             unmount(target)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 return
+            if error.errno == errno.EPERM and not os.path.ismount(target):
+                return  # without privileges umount2(2) fails before it looks at the path
             raise
