@@ -127,8 +127,10 @@ class NodeSystem:
         begin: Callable[[], Awaitable[None]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        """Stream events of this node, its manager, and the Docker Engine.  For the arguments see
-        ``NodeEvents.stream``."""
+        """Stream events of this node, its manager, and the Docker Engine.
+
+        For the arguments see ``NodeEvents.stream``.
+        """
         sources: list[EventLines] = [self]
         if self._docker is not None:
             sources.append(self._docker.api)
@@ -187,8 +189,7 @@ async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
 
 
 def ping_response(system: NodeSystem, method: str, version: str | None) -> bytes | None:
-    """Return the response of ``ping`` as bytes for the front, or None for a version that the application must
-    refuse."""
+    """Return the response of ``ping`` as bytes for the front, or None if the version must be refused."""
     newest = system.newest_version
     try:
         requested(version, newest)
