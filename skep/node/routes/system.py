@@ -264,8 +264,8 @@ def unsupported_routes(*, has_containers: bool) -> Routes:
     def refuse(method: str, path: str, reason: str) -> None:
         async def handle(request: web.Request) -> web.StreamResponse:
             raise Unimplemented(
-                f"{request.method} {path_of(request.path)} is not answered by this node: {reason}; "
-                "or give skep a Docker Engine to pass such requests on to (--engine-socket)"
+                f"{request.method} {path_of(request.path)} is not answered by this node: {reason}. "
+                "To serve such requests, give skep a Docker Engine (--engine-socket)"
             )
 
         table.route(method, path)(handle)

@@ -105,7 +105,7 @@ def test_addresses_go_round_and_leave_out_what_is_used() -> None:
     assert addresses.gateway == IPv4Address("10.0.0.1")
     taken = [addresses.take(f"c{number}") for number in range(5)]
     assert [str(address) for address in taken] == [f"10.0.0.{number}" for number in range(2, 7)]
-    with pytest.raises(ResourceExhausted, match="no address is left"):
+    with pytest.raises(ResourceExhausted, match="no address is free"):
         addresses.take("late")
     addresses.release(taken[1], "another owner")
     with pytest.raises(ResourceExhausted):
