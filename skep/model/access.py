@@ -50,17 +50,17 @@ class Origin(Enum):
     """How the client of a request proved its identity."""
 
     SOCKET = "socket"
-    """By the permissions of a unix socket of this machine."""
+    """Permissions of a Unix socket of this machine."""
     MACHINE = "machine"
-    """By a certificate of the authority in the node's setting ``tls-ca``."""
+    """A certificate of the authority in the node's setting ``tls-ca``."""
     CERTIFICATE = "certificate"
-    """By a certificate that the cluster issued to a user."""
+    """A certificate that the cluster issued to a user."""
     TOKEN = "token"
-    """By a user's token."""
+    """A user's token."""
     CONTAINER = "container"
-    """By the socket in a container that may use the API."""
+    """The socket in a container that may use the API."""
     NODE = "node"
-    """By the certificate of a worker, for the clients of its API."""
+    """The certificate of a worker, for the clients of its API."""
 
 
 class Credential(msgspec.Struct, frozen=True):
