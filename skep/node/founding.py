@@ -144,7 +144,7 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
         error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else bind_error(wanted)
         if error is not None:
             raise Untranslated(
-                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind:  "
+                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind: "
                 f"{_reason(error)}: free the port, choose another, or leave the setting out"
             ) from error
 
