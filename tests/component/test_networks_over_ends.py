@@ -368,7 +368,7 @@ async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moves, goes_on = asyncio.Event(), asyncio.Event()
-    home, held = lab.gateway._home, lab.ports.held
+    home, held = lab.gateway._home, lab.ports.list_held
 
     async def slow_move() -> None:
         monkeypatch.setattr(home, "apply", nothing)
