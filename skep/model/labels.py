@@ -66,8 +66,11 @@ WORKER_READS = "skep.worker-reads"
 PUBLISH_NOT_READY = "skep.publish-not-ready"
 """On services: ``true`` lets task names resolve before tasks are healthy.  Virtual addresses and ports stay strict."""
 
-VOLUMES = "skep.volumes"
+VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
+_FORMER_VOLUMES = "skep.volumes"
+_FORMER_VALUES = {"return": "preferred", "keep": "required", "spread": "none"}
+"""The label and its values in specs of earlier versions; the present label wins."""
 
 PRIORITY = "skep.priority"
 """On services: tasks of a higher priority are placed first if resources are short.  Default 0."""
@@ -79,9 +82,11 @@ PREEMPTION = "skep.preemption"
 """On the cluster: ``true`` stops tasks if a task of a higher priority cannot be placed."""
 ALLOW_MACHINE_LOGS = "skep.allow-machine-logs"
 """On the cluster: ``true`` lets users below the administrator send logs to the cluster's machines."""
-ALLOW_HELPERS = "skep.allow-helpers"
+ALLOW_CREDENTIAL_HELPERS = "skep.allow-credential-helpers"
 """On the cluster: ``STACK=REPOSITORY,...``: images for which services of users below the administrator may use the
 nodes' credential helpers."""
+_FORMER_ALLOW_HELPERS = "skep.allow-helpers"
+"""The label in clusters of earlier versions; the present one wins."""
 
 EXEC = "skep.exec"
 """On containers: commands and files that users below administrator may bring into them (``ExecPolicy``)."""
@@ -113,14 +118,14 @@ class OnDisconnect(Enum):
     """The node itself stops them after the delay, and only then are they replaced."""
 
 
-class VolumePolicy(Enum):
+class VolumeAffinity(Enum):
     """Placement of a task whose slot has data in local volumes of a node."""
 
-    RETURN = "return"
-    """On that node while it can run the task, otherwise on another one, as in Docker."""
-    KEEP = "keep"
+    PREFERRED = "preferred"
+    """On that node while it can run the task, otherwise on another one."""
+    REQUIRED = "required"
     """On that node only, as long as it is part of the cluster."""
-    SPREAD = "spread"
+    NONE = "none"
     """On any node, as in Docker."""
 
 
@@ -233,12 +238,12 @@ def history_entries(labels: Mapping[str, str]) -> int:
         return HISTORY_DEFAULT
 
 
-def volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
-    """Return the volume policy in the labels of a service."""
+def volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
+    """Return the volume affinity in the labels of a service."""
     try:
-        return _volume_policy(labels)
+        return _volume_affinity(labels)
     except InvalidArgument:
-        return VolumePolicy.RETURN
+        return VolumeAffinity.PREFERRED
 
 
 def exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
@@ -272,11 +277,13 @@ def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, .
     The stack ``*`` means every stack.  Raises: InvalidArgument.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for part in filter(None, map(str.strip, labels.get(ALLOW_HELPERS, "").split(","))):
+    text = labels.get(ALLOW_CREDENTIAL_HELPERS, labels.get(_FORMER_ALLOW_HELPERS, ""))
+    for part in filter(None, map(str.strip, text.split(","))):
         stack, sign, repository = part.partition("=")
         if not sign or not stack or not repository.strip("/") or any(char in repository for char in "@*= "):
             raise InvalidArgument(
-                f"invalid label {ALLOW_HELPERS}: {part!r}: want STACK=REGISTRY/REPOSITORY, separated by commas"
+                f"invalid label {ALLOW_CREDENTIAL_HELPERS}: {part!r}: "
+                "want STACK=REGISTRY/REPOSITORY, separated by commas"
             )
         found[stack] = (*found.get(stack, ()), repository.strip("/"))
     return found
@@ -308,7 +315,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _job_ttl_s(labels)
     _drain_s(labels)
     _last_lines(labels)
-    _volume_policy(labels)
+    _volume_affinity(labels)
     _priority(labels)
     parsed_dependencies(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
@@ -341,8 +348,10 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
     return DisconnectPolicy(action=action, delay_s=delay_s)
 
 
-def _volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
-    return _choice(labels, VOLUMES, VolumePolicy.RETURN)
+def _volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
+    if VOLUME_AFFINITY not in labels and (former := labels.get(_FORMER_VOLUMES)) is not None:
+        labels = {VOLUME_AFFINITY: _FORMER_VALUES.get(former, former)}
+    return _choice(labels, VOLUME_AFFINITY, VolumeAffinity.PREFERRED)
 
 
 def _exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
