@@ -1,4 +1,4 @@
-"""The control loops of one leader; they communicate through the store only."""
+"""Control loops of one leader, which communicate only through the store."""
 
 from random import Random
 from typing import Protocol
@@ -40,10 +40,14 @@ def loops(
     collect_usages: Collect = no_usages,
     counts: AutoscalingCounts | None = None,
 ) -> list[Loop]:
-    """The loops of one term, each to be run as a task of its own.
+    """Return the loops of one term.  Each runs as a task of its own.
 
-    ``incarnation``: of the cluster; ``find_driver``: of cluster volumes, on this machine; ``confirm``: the term, before
-    what no fence covers; ``collect_usages``: of tasks of autoscaled services; ``counts``: of their changes.
+    Args:
+        incarnation: Incarnation of the cluster.
+        find_driver: Finds drivers of cluster volumes on this machine.
+        confirm: Confirms the term before an action that no fence covers.
+        collect_usages: Collects usages of autoscaled services' tasks.
+        counts: Counters of changes by autoscaling.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, KeyRotation, CertificateAuthority)
     return [
