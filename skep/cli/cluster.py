@@ -80,10 +80,10 @@ def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> Non
 
     DURATION is the time that a down worker is kept, or "never".
 
-    At least a minute.  Managers are never removed, nor anything unless more than half of all nodes are ready, nor
-    nodes with tasks that stay there (skep.on-disconnect=keep, skep.volume-affinity=required), or with a published
-    cluster volume: skep status shows why.  A removed node that comes back has to join again.  skep node forget
-    removes one now.
+    The shortest time is a minute. Managers are never removed. Nothing is removed unless more than half of all nodes are
+    ready. Nodes with a published cluster volume, or with tasks that stay there (skep.on-disconnect=keep,
+    skep.volume-affinity=required), are kept. skep status shows why. A removed node has to join again when it returns.
+    To remove one now, run skep node forget.
 
     \b
     Examples:

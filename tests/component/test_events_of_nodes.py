@@ -273,23 +273,23 @@ async def test_nodes_beyond_the_bound_that_join_later_are_named(cluster, node, m
         return [one["Actor"]["Attributes"]["reason"] for one in found]
 
     await until(told)
-    assert told() == ["the stream has those of 1 other nodes"]
+    assert told() == ["the stream already has events of 1 other nodes"]
     await stream.stop()
 
 
 async def test_streams_and_nodes_have_bounds(cluster, node, monkeypatch):
     every = cast("AllEvents", cluster.all_events)
-    with pytest.raises(InvalidArgument, match="there is no node nowhere"):
+    with pytest.raises(InvalidArgument, match="node nowhere not found"):
         every.check(Wanted(names=["nowhere"]))
     streams = [Stream(cluster) for _ in range(node_events.STREAMS_MAX)]
     await until(lambda: all(stream.got for stream in streams))
-    with pytest.raises(ResourceExhausted, match="read the events of nodes already"):
+    with pytest.raises(ResourceExhausted, match="already read events of nodes"):
         every.check(Wanted())
     for stream in streams:
         await stream.stop()
     every.check(Wanted())
     monkeypatch.setattr(node_events, "NODES_MAX", 0)
-    with pytest.raises(FailedPrecondition, match="too many for one stream"):
+    with pytest.raises(FailedPrecondition, match="events of at most"):
         every.check(Wanted())
 
 

@@ -1,4 +1,4 @@
-"""The row about the cluster as a whole: from this manager's own state, without requests to others."""
+"""The row of the cluster as a whole, from this manager's own state, without requests to others."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,11 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Store, View
 
 _WARNINGS_MAX = 20
+"""Warnings in the row."""
 
 
 class ClusterRows:
-    """``quorum``: whether there is a leader, as this manager sees it."""
+    """``quorum`` returns whether a leader exists, as seen by this manager."""
 
     def __init__(self, store: Store, clock: Clock, quorum: Callable[[], Quorum]) -> None:
         self._store = store
@@ -23,7 +24,7 @@ class ClusterRows:
         self._quorum = quorum
 
     async def row(self, view: View) -> ClusterRow:
-        """As ``view`` shows it now."""
+        """Return the row for ``view``."""
         swarm = next(iter(view.find(Swarm)), None)
         managers = [node for node in view.find(Node) if node.manager_status is not None]
         quorum = self._quorum()

@@ -91,7 +91,7 @@ async def test_tasks_are_spread_and_each_service_takes_room_from_the_next(cluste
     assert second["Desired"] == 2
     assert second["Error"].startswith("no suitable node (insufficient resources on 2 nodes")
     reasons = {one["Hostname"]: one["Reasons"] for one in second["Verdicts"]}
-    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory wanted, 0 not reserved"]
+    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory requested, 0 not reserved"]
 
 
 async def test_what_no_node_meets_is_named(cluster) -> None:
@@ -302,7 +302,7 @@ async def test_one_that_takes_too_long_ends(cluster, monkeypatch: pytest.MonkeyP
     _, client = cluster
     async with client.post("/skep/services/placement", json=[a_spec("a")]) as response:
         assert response.status == 500
-        assert "ask for fewer at once" in (await response.json())["message"]
+        assert "send fewer services at once" in (await response.json())["message"]
 
 
 @pytest.mark.parametrize(
