@@ -173,7 +173,8 @@ class SimulatedNode:
         for mount in container.mounts if container is not None and task.slot else ():
             if mount.type == "volume":
                 name = mount.source.replace("{{.Task.Slot}}", str(task.slot))
-                self.slot_volumes[name, assigned.service_name, task.slot] = created_ms(task)
+                key = name, assigned.service_name, task.slot
+                self.slot_volumes[key] = max(self.slot_volumes.get(key, 0), created_ms(task))
 
     def _describe(self) -> NodeDescription:
         if not self.slot_volumes and not self.has_full_disk:
@@ -316,12 +317,12 @@ class _ImageController(SimulatedController):
         self._node.tasks[self._task.task.id] = self._task  # it may have been removed before a retry
         if self._task.task.volumes:
             await self._node.volumes.wait_mounted(self._task.task)
-        self._node.note_local_volumes(self._task)
         if self._id in self._node.machine.processes:
             await self._executor.take(
                 self._executor.behaviour.prepare_s
             )  # the time to detect that it is already prepared
         await super().prepare()
+        self._node.note_local_volumes(self._task)
 
     async def start(self) -> Running:
         process = self._require()
