@@ -51,7 +51,7 @@ EXTENDED_PAUSES_S = (*PAUSES_S, 0.2, 0.8, 5.0, 20.0)
 CONVERGED_S = 90.0
 """Limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
-"""Iterations of the event loop in two minutes; the average is 24,000 in a run.  More than ten times that is a busy loop."""
+"""Iterations of the event loop in two minutes; a whole run has 24,000 on average.  Ten times that is a busy loop."""
 LONGEST_WAIT_S = LONGEST_DELAY_S + 10.0
 """Limit for leftovers of finished work to go: the longest delay between two attempts, and a margin."""
 POLL_S = 0.5
