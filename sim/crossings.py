@@ -13,6 +13,7 @@ from sim.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, wi
 from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.storage import DRIVER, SimulatedStorage
+from sim.trial import check_planned
 from skep.api.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.jobs import retry_job
@@ -32,6 +33,8 @@ from skep.model.service import (
     GlobalService,
     ReplicatedJob,
     ReplicatedService,
+    ResourceRequirements,
+    Resources,
     RestartCondition,
     RestartPolicy,
     Service,
@@ -185,6 +188,14 @@ def _shrinks_under_a_quota(cluster: SimulatedCluster) -> None:
     _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
 
 
+def _updated_beyond_any_node(cluster: SimulatedCluster) -> None:
+    """An update reserves more memory than any node has.  The dry run refuses it, or its tasks get nodes."""
+    id = _create(cluster, _a_spec("web", _replicas(2)))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 2)
+    spec = _enlarged(cluster.view.get(Service, id).spec)
+    check_planned(cluster, id, spec, lambda: _update(cluster, id, _enlarged))
+
+
 # -- jobs and nodes ----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +246,7 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("drained often", _drained_often),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
+        ("update larger than any node", _updated_beyond_any_node),
         ("back after the run", _back_after_the_run),
         ("removed under a global service", _removed_under_a_global_service),
         ("retried under another clock", _retried_after_a_change_of_clock),
@@ -250,6 +262,11 @@ def _a_spec(
 ) -> ServiceSpec:
     template = TaskSpec(container_spec=ContainerSpec(image=image), restart_policy=restart)
     return ServiceSpec(name=name, task_template=template, mode=mode)
+
+
+def _enlarged(spec: ServiceSpec) -> ServiceSpec:
+    reserved = ResourceRequirements(reservations=Resources(memory_bytes=1 << 40))
+    return replace(spec, task_template=replace(spec.task_template, resources=reserved))
 
 
 def _replicas(number: int) -> ServiceMode:
