@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from sim.credentials import NoLogs, SimulatedCredentials
 from sim.network import Network
+from sim.roots import Certificates
 from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent
@@ -54,6 +55,7 @@ class SimulatedNode:
         clock: VirtualClock,
         random: Random,
         behaviour: Behaviour,
+        certificates: Certificates,
         renew: Callable[[], None],
     ) -> None:
         """``renew``: called when a manager requests a renewal of the certificate."""
@@ -83,6 +85,7 @@ class SimulatedNode:
         self._clock = clock
         self._random = random
         self._behaviour = behaviour
+        self._certificates = certificates
         self._renew = renew
         self._registered: asyncio.Event | None = None
         self.volumes = SimulatedVolumes(self._users_of_volumes, clock)
@@ -140,7 +143,7 @@ class SimulatedNode:
         )
         managers = self._list = ManagerList(self._managers)
         agent = Agent(
-            credentials=SimulatedCredentials(self._identity, self._network, self._renew),
+            credentials=SimulatedCredentials(self._identity, self._network, self._certificates, self._renew),
             managers=managers,
             describe=self._describe,
             services=NodeServices(

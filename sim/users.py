@@ -33,6 +33,7 @@ from sim.random_specs import (
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
+from sim.roots import root
 from sim.storage import DRIVER
 from skep.api.errors import status_of
 from skep.errors import SkepError, Unavailable
@@ -42,6 +43,7 @@ from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.nodes import update_node
 from skep.manager.control.quotas import remove_quota, set_quota
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
@@ -62,7 +64,7 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.swarm import Swarm
-from skep.model.times import timestamp
+from skep.model.times import moment, timestamp
 from skep.model.user import User, UserSpec
 from skep.model.volume import AccessMode, TypeMount, Volume, VolumeScope, VolumeSharing, VolumeSpec
 from skep.store.etcd.store import EtcdStore
@@ -118,7 +120,7 @@ class Users:
                 *(self._create, self._scale, self._update),
                 *(self._run_job, self._retry_job, self._retry_job, self._suspend),
                 *(self._reprioritize, self._rotate, self._quota, self._quota),
-                *(self._volume, self._set_cluster, self._user, self._load),
+                *(self._volume, self._set_cluster, self._user, self._load, self._rotate_root),
             )
 
     def act(self) -> None:
@@ -516,6 +518,23 @@ class Users:
         store = await self._store(creates=False)
         self._cluster.trace.add(f"user: the cluster has {labels}")
         await store.update(_relabelled, labels)
+
+    async def _rotate_root(self) -> None:
+        """``docker swarm ca --rotate``, perhaps while the root is being rotated."""
+        store = await self._store(creates=False)
+        if not (found := store.view().find(Swarm)):
+            raise Unavailable("this manager cannot read the cluster's settings")
+        spec, number = found[0].spec, next(self._numbers)
+        forced = replace(spec.ca_config, force_rotate=spec.ca_config.force_rotate + 1)
+        self._cluster.trace.add(f"user: rotate the root to {number}")
+        body = partial(
+            update_swarm,
+            new_id=lambda: f"token{number}",
+            now=moment(self._now_ns()),
+            new_root=lambda: root(number),
+        )
+        spec = replace(spec, ca_config=forced)
+        await store.update(body, spec, found[0].version.index, Rotations())
 
     async def _user(self) -> None:
         """Create a user, give one other roles, or remove one."""
