@@ -18,6 +18,9 @@ from skep.store.interface import View
 PLACED_S = 25.0
 """Limit until all new tasks have nodes.  An update replaces them one after the other, with delays."""
 
+EARLIER_LEADER_S = 75.0
+"""Time by which a new leader may take a volume from a node: calls of the leader before it have ended then."""
+
 
 def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> None:
     """Force an update of a steady service.  If the dry run accepts it, no task may stay without a node."""
@@ -46,10 +49,16 @@ def check_planned(
     pass_time(cluster, PLACED_S)
     if not is_accepted:
         return
-    for task in cluster.view.find(Task, service_id=id):
-        if task.is_wanted and task.status.state is TaskState.PENDING:
-            problem = f"the dry run accepts {spec.name}, and task {task.id} has no node: {task.status.err}"
-            cluster.observer.note(cluster.loop.time(), [problem])
+    if _pending(cluster, id):
+        pass_time(cluster, EARLIER_LEADER_S)
+    for task in _pending(cluster, id):
+        problem = f"the dry run accepts {spec.name}, and task {task.id} has no node: {task.status.err}"
+        cluster.observer.note(cluster.loop.time(), [problem])
+
+
+def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:
+    tasks = cluster.view.find(Task, service_id=id)
+    return [task for task in tasks if task.is_wanted and task.status.state is TaskState.PENDING]
 
 
 def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
