@@ -8,7 +8,7 @@ too weak.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,6 +28,7 @@ from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
 from skep.api.permissions import STACK_LABEL
+from skep.cli import maintenance, upgrade, upgrade_plan
 from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.control import quotas, services, tasks
@@ -422,6 +423,25 @@ def _deletes_unreported_tasks() -> list[Patch]:
     return [Patch(reaper_loop, "unreported", lambda *_: {})]
 
 
+def _shares_the_lock() -> list[Patch]:
+    def taken(
+        holders: Sequence[maintenance.Holder], holder: maintenance.Holder, *_: object
+    ) -> list[maintenance.Holder]:
+        return [*(one for one in holders if not maintenance.is_same(one, holder)), holder]
+
+    return [Patch(maintenance, "taken", taken)]
+
+
+def _leaves_workers_out() -> list[Patch]:
+    real = upgrade_plan.plan
+
+    def plan(*args: Any, **options: Any) -> upgrade_plan.Plan:
+        found = real(*args, **options)
+        return replace(found, steps=() if len(found.done) else found.steps, refusals=())
+
+    return [Patch(upgrade, "plan", plan)]
+
+
 def _allows_start_first_with_volumes() -> list[Patch]:
     return [Patch(services, "_check_volumes", lambda *_: None)]
 
@@ -639,6 +659,8 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
+            ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
+            ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
             ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
             (
                 "start first",

@@ -139,8 +139,8 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
         _check_due_times(cluster)
     cluster.give_managers()
     cluster.do(users.finished())
-    cluster.do(users.activate_all())
     cluster.do(users.settle())
+    cluster.do(users.activate_all())
     _converge(cluster)
     if cluster.observer.violations:
         return
