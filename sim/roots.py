@@ -1,7 +1,7 @@
-"""Roots and certificates in a simulated cluster: who trusts whom while the root is rotated.
+"""Roots and certificates in a simulated cluster, whose nodes check them while the root is rotated.
 
 Roots are real, as managers keep them in the store and compare them.  A node's certificate is only what counts for
-trust: the root that issued it, and the root that has cross-signed that one.
+trust: the root that issued it, and the root that has cross-signed the issuer.
 """
 
 import asyncio

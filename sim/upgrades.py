@@ -1,7 +1,7 @@
-"""Upgrades of all workers, beside everything else that users do.
+"""Upgrades of all workers, concurrent with all other requests of users.
 
 Each is the production command.  It may be killed or suspended between any two requests, lose responses, find a node
-that does not come back, and be continued by another one.
+that does not come back, and be continued by another command.
 
 Rules: only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready worker behind.
 """
@@ -71,7 +71,7 @@ class Upgrades:
             show_version(cluster, id, "1")
 
     def act(self) -> None:
-        """Begin an upgrade, or another one that continues it."""
+        """Begin an upgrade, or continue an interrupted upgrade."""
         live = [client for task, client in self._running.items() if not task.done() and not client.is_killed]
         if len(live) >= AT_ONCE:
             return
@@ -90,11 +90,11 @@ class Upgrades:
             case _:
                 pass
         self._cluster.trace.add(f"user: {name}")
-        task = self._cluster.loop.create_task(self._guarded(client, name, version, broken), name=name)
+        task = self._cluster.loop.create_task(self._carry_out(client, name, version, broken), name=name)
         self._running[task] = client
 
     async def end(self) -> None:
-        """End all upgrades, and abort the one that was interrupted, with retries."""
+        """End all upgrades, and abort an interrupted upgrade, with retries."""
         for task, client in self._running.items():
             client.is_killed = True
             task.cancel()
@@ -106,7 +106,7 @@ class Upgrades:
                 await _abort(host)
             await asyncio.sleep(RETRY_S)
 
-    async def _guarded(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
+    async def _carry_out(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
         began = self._cluster.loop.time()
         try:
             await self._run(client, name, version, broken)

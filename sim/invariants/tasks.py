@@ -149,6 +149,7 @@ class TasksAreSpread:
         if (
             reservations(task) != Resources()
             or has_placement(task)
+            or _has_cluster_volumes(task)
             or service is None
             or host_ports(service.spec)
         ):
@@ -176,6 +177,12 @@ class TasksAreSpread:
                 f"task {task.id} went to {task.node_id} with {lasting[task.node_id]} others of {task.service_id}, "
                 f"while a node has {least}"
             )
+
+
+def _has_cluster_volumes(task: Task) -> bool:
+    """Whether the task needs cluster volumes, which nodes release one after the other."""
+    container = task.spec.container_spec
+    return container is not None and any(one.type == "cluster" for one in container.mounts)
 
 
 class UpdatesKeepServing:
