@@ -246,7 +246,9 @@ class SimulatedMeans(Means, frozen=True, kw_only=True):
 
 def show_version(cluster: SimulatedCluster, id: str, version: str) -> None:
     """Have a worker say that it runs this version of Skep."""
-    node = cluster.nodes[NodeId(id)]
+    node = cluster.nodes.get(NodeId(id))
+    if node is None:
+        return  # it was removed meanwhile
     engine = replace(node._description.engine, engine_version=version, labels={NODE_LABEL: "1"})
     node._description = replace(node._description, engine=engine)
 

@@ -13,6 +13,7 @@ The same seed gives the same run, to the last commit.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from itertools import combinations
 from math import inf
 from random import Random
@@ -28,10 +29,11 @@ from sim.initial_state import CLUSTER, address_of, joined
 from sim.invariants.observer import Observer
 from sim.invariants.quiescence import rest_violations
 from sim.invariants.volumes import OnlyCopiesStay, Stored
-from sim.links import Isolation, Links, Port, Uptime
+from sim.links import Isolation, Links, Machine, Port, Uptime
 from sim.manager import SimulatedManager
 from sim.network import Network
 from sim.node import SimulatedNode, image_of
+from sim.roots import Certificates, first_certificate
 from sim.storage import DRIVER, SimulatedStorage
 from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace
@@ -106,7 +108,8 @@ class SimulatedCluster:
             skew: whether the machines' clocks disagree.
             turns_max: limit of iterations of the event loop, for a run that may not terminate.
             history_limit: see ``joined``.
-            storage: of cluster volumes.  With it managers also keep a journal and evict nodes; None: they do not.
+            storage: of cluster volumes.  With it managers also keep a journal, evict nodes and have a root; None: they
+                do not.
         """
         self.storage = storage
         self.random = Random(seed)
@@ -141,6 +144,9 @@ class SimulatedCluster:
         ]
         self.changing: set[NodeId] = set()
         """Machines that join, leave or change their role; no other fault is injected into them meanwhile."""
+        self.certificates = Certificates()
+        """The certificates of all machines, in a cluster with storage."""
+        self.network.accepts = self._trust_each_other
         self.renew: Callable[[NodeId], None] = lambda _: None
         """Called when a manager orders a node to renew its certificate."""
         self._skew = skew
@@ -271,11 +277,19 @@ class SimulatedCluster:
             clock=self.clocks[id],
             random=self.random,
             behaviour=self._behaviour,
+            certificates=self.certificates,
             renew=lambda: self.renew(id),
         )
         node.nano_cpus = self._nano_cpus_of
         node.watchers.append(self.observer)
         return node
+
+    def _trust_each_other(self, source: Machine, target: Machine) -> bool:
+        def view_of(id: Machine) -> View | None:
+            manager = self.running_managers.get(NodeId(id))
+            return manager.store.view() if manager is not None and manager.store is not None else None
+
+        return self.certificates.accepts(source, target, view_of)
 
     def _stored_on(self, id: NodeId) -> Stored:
         return set(self.nodes[id].slot_volumes) if id in self.nodes else set()
@@ -615,11 +629,14 @@ class SimulatedCluster:
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
         self.raft.committed.remove(self.committed.take)  # read below, once the data keys are known
         await self.raft.wait_readable(self.raft.members[first])
+        has_root = self.storage is not None
+        if has_root:
+            self.certificates.held |= dict.fromkeys((*self.managers, *self.workers), first_certificate())
         await initialize_on(
             client,
             WRAPPING_KEY,
             self.clocks[first],
-            joined,
+            partial(joined, has_root=has_root),
             self.managers,
             self.workers,
             self._history_limit,

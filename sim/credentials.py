@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import cast
 
 from sim.network import Network
+from sim.roots import Certificates
 from skep.agent.renewal import ChooseManager
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import TLSInfo
@@ -15,15 +16,23 @@ from skep.wire.client import Channel
 
 
 class SimulatedCredentials:
-    """Credentials that are always accepted and never expire.  Implements ``agent.agent.Credentials``."""
+    """Credentials that never expire.  Implements ``agent.agent.Credentials``."""
 
-    def __init__(self, identity: Identity, network: Network, renew: Callable[[], None]) -> None:
+    def __init__(
+        self, identity: Identity, network: Network, certificates: Certificates, renew: Callable[[], None]
+    ) -> None:
         """``renew``: called when a manager requests a renewal."""
         self._renew = renew
         self.identity = identity
-        self.tls_info = TLSInfo()
-        self.changed = asyncio.Event()
+        self.changed = certificates.changed[identity.node_id] = asyncio.Event()
+        self._certificates = certificates
         self._network = network
+
+    @property
+    def tls_info(self) -> TLSInfo:
+        """The issuer of the certificate, and the trusted roots."""
+        held = self._certificates.held.get(self.identity.node_id)
+        return held.tls_info if held is not None else TLSInfo()
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """A connection to the manager at ``address``.  Raises: Unavailable: not reachable."""
@@ -34,7 +43,8 @@ class SimulatedCredentials:
         )
 
     def take_roots(self, root_pem: bytes) -> None:
-        """Roots are not checked."""
+        """Trust the roots that a manager has sent."""
+        self._certificates.trust(self.identity.node_id, root_pem.decode())
 
     def take_role(self, role: NodeRole) -> None:
         """The role is not part of a simulated certificate."""

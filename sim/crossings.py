@@ -13,6 +13,7 @@ from sim.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, wi
 from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.storage import DRIVER, SimulatedStorage
+from sim.trial import check_planned
 from skep.api.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.jobs import retry_job
@@ -32,6 +33,8 @@ from skep.model.service import (
     GlobalService,
     ReplicatedJob,
     ReplicatedService,
+    ResourceRequirements,
+    Resources,
     RestartCondition,
     RestartPolicy,
     Service,
@@ -85,15 +88,47 @@ def _update_with_a_volume(cluster: SimulatedCluster) -> None:
 
 def _lost_with_the_only_data(cluster: SimulatedCluster) -> None:
     """The node of a slot's data is lost while the service has no tasks."""
-    mount = Mount(type="volume", source="db-{{.Task.Slot}}", target="/data")
-    id = _create(cluster, with_labels(with_mount(_a_spec("db", ONE), mount), {VOLUME_AFFINITY: "required"}))
-    _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
+    id = _create_with_data(cluster)
     cluster.run_for(15.0)
     home = _home(cluster, "db")
     _update(cluster, id, lambda spec: replace(spec, mode=_replicas(0)))
     _expect(cluster, "db does not end", lambda: not cluster.tasks("db"))
+    _lose(cluster, home)
+
+
+def _ended_before_its_report(cluster: SimulatedCluster) -> None:
+    """A task ends at once, and its node is lost after the report of its data."""
+    home = _end_at_once(cluster)
+    _expect(cluster, "the task stays after the report", lambda: not cluster.tasks("db"))
+    cluster.run_for(15.0)
+    _lose(cluster, home)
+
+
+def _lost_before_its_report(cluster: SimulatedCluster) -> None:
+    """A task ends at once, and its node is lost before the report of its data."""
+    _lose(cluster, _end_at_once(cluster))
+
+
+def _end_at_once(cluster: SimulatedCluster) -> NodeId:
+    """The node of a service whose only task has ended."""
+    id = _create_with_data(cluster)
+    home = _home(cluster, "db")
+    _update(cluster, id, lambda spec: replace(spec, mode=_replicas(0)))
+    cluster.run_for(3.0)
+    return home
+
+
+def _create_with_data(cluster: SimulatedCluster) -> ServiceId:
+    """One task whose local data must stay."""
+    mount = Mount(type="volume", source="db-{{.Task.Slot}}", target="/data")
+    id = _create(cluster, with_labels(with_mount(_a_spec("db", ONE), mount), {VOLUME_AFFINITY: "required"}))
+    _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
+    return id
+
+
+def _lose(cluster: SimulatedCluster, id: NodeId) -> None:
     cluster.write(_remove_lost_nodes)
-    cluster.kill_node(home)
+    cluster.kill_node(id)
     cluster.run_for(LOST_S)
 
 
@@ -153,6 +188,14 @@ def _shrinks_under_a_quota(cluster: SimulatedCluster) -> None:
     _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
 
 
+def _updated_beyond_any_node(cluster: SimulatedCluster) -> None:
+    """An update reserves more memory than any node has.  The dry run refuses it, or its tasks get nodes."""
+    id = _create(cluster, _a_spec("web", _replicas(2)))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 2)
+    spec = _enlarged(cluster.view.get(Service, id).spec)
+    check_planned(cluster, id, spec, lambda: _update(cluster, id, _enlarged))
+
+
 # -- jobs and nodes ----------------------------------------------------------------------------------------------------
 
 
@@ -198,9 +241,12 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("cut off with a volume", _cut_off_with_a_volume),
         ("update with a volume", _update_with_a_volume),
         ("lost with the only data", _lost_with_the_only_data),
+        ("ended before its report", _ended_before_its_report),
+        ("lost before its report", _lost_before_its_report),
         ("drained often", _drained_often),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
+        ("update larger than any node", _updated_beyond_any_node),
         ("back after the run", _back_after_the_run),
         ("removed under a global service", _removed_under_a_global_service),
         ("retried under another clock", _retried_after_a_change_of_clock),
@@ -216,6 +262,11 @@ def _a_spec(
 ) -> ServiceSpec:
     template = TaskSpec(container_spec=ContainerSpec(image=image), restart_policy=restart)
     return ServiceSpec(name=name, task_template=template, mode=mode)
+
+
+def _enlarged(spec: ServiceSpec) -> ServiceSpec:
+    reserved = ResourceRequirements(reservations=Resources(memory_bytes=1 << 40))
+    return replace(spec, task_template=replace(spec.task_template, resources=reserved))
 
 
 def _replicas(number: int) -> ServiceMode:

@@ -5,6 +5,7 @@ from itertools import count
 
 from msgspec.structs import replace
 
+from sim.roots import found
 from skep.manager.control.networks import first_networks
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import (
@@ -29,11 +30,18 @@ CLUSTER = ClusterId("sim")
 
 
 def joined(
-    tx: Transaction, managers: Iterable[NodeId], workers: Iterable[NodeId], history_limit: int | None = None
+    tx: Transaction,
+    managers: Iterable[NodeId],
+    workers: Iterable[NodeId],
+    history_limit: int | None = None,
+    *,
+    has_root: bool = False,
 ) -> None:
     """Write a cluster of these nodes, with the networks that every new cluster has; managers are drained.
 
-    ``history_limit``: number of ended tasks of a slot that are kept; None: Docker's default.
+    Args:
+        history_limit: number of ended tasks of a slot that are kept; None: Docker's default.
+        has_root: whether certificates count (``roots``).
     """
     spec, numbers = DEFAULT_SWARM_SPEC, count(1)
     if history_limit is not None:
@@ -53,6 +61,8 @@ def joined(
         )
     for id in workers:
         tx.put(a_worker(id))
+    if has_root:
+        found(tx)
 
 
 def a_worker(id: NodeId) -> Node:

@@ -8,7 +8,7 @@ too weak.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +17,7 @@ from unittest import mock
 import msgspec
 from msgspec.structs import replace
 
-from sim import differential, focused, run
+from sim import differential, focused, run, visits
 from sim.crossings import CROSSINGS
 from sim.etcd.client import SimulatedClient
 from sim.seeds import Simulate, results
@@ -28,6 +28,7 @@ from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
 from skep.api.permissions import STACK_LABEL
+from skep.cli import maintenance, upgrade, upgrade_plan
 from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.control import quotas, services, tasks
@@ -37,13 +38,14 @@ from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import held_places, jobs, observed_times, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.due_slots import SlotKey
 from skep.manager.orchestrator.reaper import loop as reaper_loop
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
-from skep.manager.scheduler import filters, requirements, spread
+from skep.manager.scheduler import dry_run, filters, requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
@@ -397,6 +399,49 @@ def _keeps_spec_versions() -> list[Patch]:
     return [Patch(reaper_loop, "unused_versions", lambda *_: [])]
 
 
+def _accepts_all() -> list[Patch]:
+    real = dry_run.DryRun.placing
+
+    def placing(self: dry_run.DryRun, specs: ServiceSpec) -> Iterator[dry_run.PlannedPlacement | None]:
+        for step in real(self, specs):
+            yield replace(step, refusal="") if step is not None else None
+
+    return [Patch(dry_run.DryRun, "placing", placing)]
+
+
+def _decides_all_for_a_node() -> list[Patch]:
+    def all_slots(
+        self: orchestrator_loop.Orchestrator, node: Node
+    ) -> Iterator[tuple[ServiceId, SlotKey | None]]:
+        for service in self._term.view().find(Service):
+            yield service.id, None
+
+    return [Patch(orchestrator_loop.Orchestrator, "_slots_of_node", all_slots)]
+
+
+def _deletes_unreported_tasks() -> list[Patch]:
+    return [Patch(reaper_loop, "unreported", lambda *_: {})]
+
+
+def _shares_the_lock() -> list[Patch]:
+    def taken(
+        holders: Sequence[maintenance.Holder], holder: maintenance.Holder, *_: object
+    ) -> list[maintenance.Holder]:
+        return [*(one for one in holders if not maintenance.is_same(one, holder)), holder]
+
+    return [Patch(maintenance, "taken", taken)]
+
+
+def _leaves_workers_out() -> list[Patch]:
+    real = upgrade_plan.plan
+
+    def plan(*args: Any, **options: Any) -> upgrade_plan.Plan:
+        found = real(*args, **options)
+        return replace(found, steps=() if len(found.done) else found.steps, refusals=())
+
+    return [Patch(upgrade, "plan", plan)]
+
+
 def _allows_start_first_with_volumes() -> list[Patch]:
     return [Patch(services, "_check_volumes", lambda *_: None)]
 
@@ -578,12 +623,31 @@ MUTANTS: tuple[Mutant, ...] = (
                 "lost with the only data",
             ),
             (
+                "unreported data",
+                "a task with data stays until its node has reported it",
+                _deletes_unreported_tasks,
+                "lost before its report",
+            ),
+            (
+                "dry run",
+                "the dry run refuses tasks that fit no node",
+                _accepts_all,
+                "update larger than any node",
+            ),
+            (
                 "given up",
                 "a run of a job has no more attempts than its policy allows",
                 _never_given_up,
                 "retried under another clock",
             ),
         )
+    ),
+    Mutant(
+        "visits",
+        "a change of a node makes only its slots due",
+        _decides_all_for_a_node,
+        visits.simulate,
+        CROSSING_SEEDS,
     ),
     Mutant("attempts", "a task that was moved uses up no attempt", _counts_moves, run.extended),
     Mutant(
@@ -597,6 +661,8 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
+            ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
+            ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
             ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
             (
                 "start first",

@@ -121,6 +121,8 @@ class Network:
         self.latency_s = latency_s
         self.slow: dict[Machine, float] = {}
         """Additional latency of a machine's messages, in seconds."""
+        self.accepts: Callable[[Machine, Machine], bool] = lambda source, target: True
+        """Whether the ends of a new connection trust each other's certificates."""
         self.held: HeldDirections = HeldDirections()
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}
@@ -150,7 +152,7 @@ class Network:
     async def connected(
         self, address: str, identity: Identity, *, timeout_s: float = CONNECT_SECONDS_MAX
     ) -> "AsyncIterator[MemoryChannel]":
-        """A connection to ``address``.  Raises: Unavailable: connection refused, or no handshake in time."""
+        """A connection to ``address``.  Raises: Unavailable: refused, not trusted, or no handshake in time."""
         source, target = identity.node_id, address.partition(":")[0]
         try:
             async with asyncio.timeout(timeout_s):
@@ -160,6 +162,8 @@ class Network:
         listener = self._listeners.get(address)
         if listener is None:
             raise Unavailable(f"{address}: connection refused")
+        if not self.accepts(source, target):
+            raise Unavailable(f"{address}: certificate not trusted")
         channel = MemoryChannel(
             address, listener, identity, Direction(self, source, target), Direction(self, target, source)
         )

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from sim.credentials import NoLogs, SimulatedCredentials
 from sim.network import Network
+from sim.roots import Certificates
 from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent
@@ -54,6 +55,7 @@ class SimulatedNode:
         clock: VirtualClock,
         random: Random,
         behaviour: Behaviour,
+        certificates: Certificates,
         renew: Callable[[], None],
     ) -> None:
         """``renew``: called when a manager requests a renewal of the certificate."""
@@ -83,6 +85,7 @@ class SimulatedNode:
         self._clock = clock
         self._random = random
         self._behaviour = behaviour
+        self._certificates = certificates
         self._renew = renew
         self._registered: asyncio.Event | None = None
         self.volumes = SimulatedVolumes(self._users_of_volumes, clock)
@@ -140,7 +143,7 @@ class SimulatedNode:
         )
         managers = self._list = ManagerList(self._managers)
         agent = Agent(
-            credentials=SimulatedCredentials(self._identity, self._network, self._renew),
+            credentials=SimulatedCredentials(self._identity, self._network, self._certificates, self._renew),
             managers=managers,
             describe=self._describe,
             services=NodeServices(
@@ -173,7 +176,8 @@ class SimulatedNode:
         for mount in container.mounts if container is not None and task.slot else ():
             if mount.type == "volume":
                 name = mount.source.replace("{{.Task.Slot}}", str(task.slot))
-                self.slot_volumes[name, assigned.service_name, task.slot] = created_ms(task)
+                key = name, assigned.service_name, task.slot
+                self.slot_volumes[key] = max(self.slot_volumes.get(key, 0), created_ms(task))
 
     def _describe(self) -> NodeDescription:
         if not self.slot_volumes and not self.has_full_disk:
@@ -316,12 +320,12 @@ class _ImageController(SimulatedController):
         self._node.tasks[self._task.task.id] = self._task  # it may have been removed before a retry
         if self._task.task.volumes:
             await self._node.volumes.wait_mounted(self._task.task)
-        self._node.note_local_volumes(self._task)
         if self._id in self._node.machine.processes:
             await self._executor.take(
                 self._executor.behaviour.prepare_s
             )  # the time to detect that it is already prepared
         await super().prepare()
+        self._node.note_local_volumes(self._task)
 
     async def start(self) -> Running:
         process = self._require()

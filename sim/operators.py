@@ -12,18 +12,21 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
+from sim.committed import Change
 from sim.etcd.client import PEER_PORT
 from sim.initial_state import a_manager, a_worker, address_of
 from sim.manager import SimulatedManager
+from sim.roots import Certificate, describe, issue
 from sim.users import Users
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
+from skep.manager.ca.rotation import ROTATE
 from skep.manager.control.nodes import remove_node
 from skep.manager.membership.service import announce_manager
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.store.etcd.errors import NoMember
 from skep.store.etcd.peers import peer_url
-from skep.store.interface import Transaction
+from skep.store.interface import Transaction, Updated, View
 
 T = TypeVar("T")
 
@@ -54,6 +57,7 @@ class Operators:
         )
         self._busy: set[asyncio.Task[None]] = set()
         cluster.renew = self._renew
+        cluster.committed.watchers.append(self._renew_managers)
 
     def act(self) -> None:
         """Begin a random operation, if it is possible now."""
@@ -75,7 +79,13 @@ class Operators:
 
     async def join_worker(self, id: NodeId) -> None:
         self._log(f"{id} joins")
-        await self._written(lambda tx: tx.lookup(Node, id) or tx.put(a_worker(id)))
+
+        def joined(tx: Transaction) -> Certificate | None:
+            if tx.lookup(Node, id) is None:
+                tx.put(a_worker(id))
+            return issue(tx)
+
+        self._take(id, await self._written(joined))
         node, (other, *_) = self._cluster.add_node(id), self._cluster.nodes.values()
         node.broken_images, node.hanging_images = other.broken_images, other.hanging_images
         node.ending_images = other.ending_images
@@ -130,7 +140,13 @@ class Operators:
     async def join_manager(self, id: NodeId) -> None:
         self._log(f"{id} joins as a manager")
         self._cluster.changing.add(id)
-        await self._written(lambda tx: tx.lookup(Node, id) or tx.put(a_manager(id)))
+
+        def joined(tx: Transaction) -> Certificate | None:
+            if tx.lookup(Node, id) is None:
+                tx.put(a_manager(id))
+            return self._issued(tx, id)
+
+        self._take(id, await self._written(joined))
         self._cluster.add_machine(id)
         await self._come_in(id)
         self._cluster.changing.discard(id)
@@ -237,18 +253,46 @@ class Operators:
     def _renew(self, id: NodeId) -> None:
         """Renew the certificate of a node, unless a renewal is in progress."""
         if not any(task.get_name() == f"renew {id}" for task in self._busy):
-            self._begin(self._renewed(id), f"renew {id}")
+            self._begin(self._renewed_until_issued(id), f"renew {id}")
+
+    def _renew_managers(self, change: Change, _: View) -> None:
+        """Machines that run a manager only have no agent that is sent the request."""
+        for event in change.events:
+            match event:
+                case Updated(_, Node(id=id) as node) if id not in self._cluster.nodes and _is_to_renew(node):
+                    if id in self._cluster.managers:
+                        self._cluster.loop.call_soon(self._renew, id)
+
+    async def _renewed_until_issued(self, id: NodeId) -> None:
+        """Renew the certificate, again if another renewal was requested meanwhile."""
+        await self._renewed(id)
+        while (node := self._cluster.view.lookup(Node, id)) is not None and _is_to_renew(node):
+            await asyncio.sleep(RETRY_S)
+            await self._renewed(id)
+
+    def _issued(self, tx: Transaction, id: NodeId) -> Certificate | None:
+        certificate = issue(tx)
+        if certificate is not None and id not in self._cluster.nodes:
+            describe(tx, id, certificate)
+        return certificate
+
+    def _take(self, id: NodeId, certificate: Certificate | None) -> None:
+        if certificate is not None:
+            self._cluster.certificates.take(id, certificate)
 
     async def _renewed(self, id: NodeId) -> None:
-        def issued(tx: Transaction) -> NodeRole | None:
+        def issued(tx: Transaction) -> tuple[NodeRole | None, Certificate | None]:
             node = tx.lookup(Node, id)
             if node is None or node.certificate is None:
-                return None
+                return None, None
             # Idempotent: an earlier attempt of unknown outcome may have been committed.
             tx.put(replace(node, certificate=replace(node.certificate, state="issued")))
-            return node.certificate.role
+            return node.certificate.role, self._issued(tx, id)
 
-        role = await self._written(issued)
+        role, certificate = await self._written(issued)
+        self._take(id, certificate)
+        if id not in self._cluster.nodes:
+            return  # the operator that changes the role of such a machine starts and ends its manager
         if role is NodeRole.MANAGER and id not in self._cluster.managers:
             await self._come_in(id)
         elif role is NodeRole.WORKER and id in self._cluster.managers:
@@ -347,6 +391,10 @@ class Operators:
 
     def _now_ns(self) -> int:
         return self._cluster.clocks[self._cluster.managers[0]].now_ns()
+
+
+def _is_to_renew(node: Node) -> bool:
+    return node.certificate is not None and node.certificate.state == ROTATE
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -51,7 +51,7 @@ EXTENDED_PAUSES_S = (*PAUSES_S, 0.2, 0.8, 5.0, 20.0)
 CONVERGED_S = 90.0
 """Limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
-"""Iterations of the event loop in one run; the average is 24,000.  More than ten times that is a busy loop."""
+"""Iterations of the event loop in two minutes; a whole run has 24,000 on average.  Ten times that is a busy loop."""
 LONGEST_WAIT_S = LONGEST_DELAY_S + 10.0
 """Limit for leftovers of finished work to go: the longest delay between two attempts, and a margin."""
 POLL_S = 0.5
@@ -139,8 +139,8 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
         _check_due_times(cluster)
     cluster.give_managers()
     cluster.do(users.finished())
-    cluster.do(users.activate_all())
     cluster.do(users.settle())
+    cluster.do(users.activate_all())
     _converge(cluster)
     if cluster.observer.violations:
         return
@@ -203,6 +203,7 @@ def _converge(cluster: SimulatedCluster) -> None:
     def missing() -> Iterable[str]:
         for one in cluster.view.find(Service):
             yield from unmet(cluster.view, one, given_up(one), finished)
+        yield from ("the root is still being rotated" for one in cluster.view.find(Swarm) if one.rotation)
         if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
             yield "the store still has its alarm or is over its limit"
         for volume in cluster.view.find(Volume):

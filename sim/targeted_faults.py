@@ -14,7 +14,7 @@ from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
-from skep.store.interface import Transaction
+from skep.store.interface import Transaction, View
 
 CUT_OFF_S = 15.0
 """Longer than any requested delay of ``skep.on-disconnect``, and than a container takes to stop."""
@@ -114,6 +114,8 @@ def serve_stale_state(cluster: SimulatedCluster) -> None:
     committed, kv = cluster.committed, cluster.raft.kv
     since = max(kv.revision - cluster.random.choice(REVISIONS), 2)
     past = committed.past(kv.events(2, since))
+    if _root_of(past) != _root_of(cluster.view):
+        return  # a rotation of the root ends once all nodes have reported, so no manager is that far behind
     for id in cluster.random.sample(cluster.managers, len(cluster.managers)):
         manager = cluster.running_managers.get(id)
         if manager is not None and manager.serve_stale_state(past):
@@ -190,6 +192,10 @@ def end_removed_nodes(cluster: SimulatedCluster) -> None:
 def _set_label(tx: Transaction, name: str, value: str) -> None:
     (swarm,) = tx.find(Swarm)
     tx.put(replace(swarm, spec=replace(swarm.spec, labels={**swarm.spec.labels, name: value})))
+
+
+def _root_of(view: View) -> str:
+    return next((one.tls_info.trust_root for one in view.find(Swarm)), "")
 
 
 def _is_updatable(service: Service) -> bool:

@@ -23,6 +23,8 @@ EPOCH_NS = 1_700_000_000 * SECOND_NS
 """Start of the simulated wall clock (November 2023)."""
 RESOLUTION_S = time.get_clock_info("monotonic").resolution
 JUMP_S_MAX = 24 * 3600.0
+TURNS_PERIOD_S = 120.0
+"""Time after which iterations are counted from 0 again: a run of many minutes in which containers crash has many."""
 CANCELLED_MIN = 100
 CANCELLED_SHARE = 0.5
 """As in asyncio's loops."""
@@ -46,12 +48,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self, turns_max: int | None = None, seed: int = 0) -> None:
         """
         Args:
-            turns_max: number of iterations after which ``Spinning`` is raised, once; None: no limit.
+            turns_max: number of iterations within ``TURNS_PERIOD_S`` after which ``Spinning`` is raised, once.  None:
+                no limit.
             seed: of ``random``, which back-offs use that are not given a source of their own.
         """
         random.seed(seed)
         self._now = 0.0
-        self._turns_left = inf if turns_max is None else turns_max
+        self._turns_max = self._turns_left = inf if turns_max is None else turns_max
+        self._period_ends = TURNS_PERIOD_S
         self._due: deque[_Call] = deque()
         self._timers: list[tuple[float, _Timer]] = []
         """A heap, as that of asyncio: timers of the same instant run in the order in which its loop would run them."""
@@ -157,7 +161,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Advance the clock to the next timer unless a callback is due, and count the iteration."""
         self._turns_left -= 1
         if self._turns_left < 0:
-            self._turns_left = inf  # so that the clean-up can run
+            self._turns_max = self._turns_left = inf  # so that the clean-up can run
             raise Spinning(f"the limit of iterations of the event loop is reached, at {self._now:.3f} s")
         if self._due or self._stopping:
             return
@@ -166,6 +170,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         left_s = self._timers[0][0] - self._now
         if left_s > 0:
             self._now += min(left_s, JUMP_S_MAX)
+        if self._now >= self._period_ends:
+            self._turns_left, self._period_ends = self._turns_max, self._now + TURNS_PERIOD_S
 
 
 class _Call(asyncio.Handle):

@@ -1,5 +1,6 @@
 """An update that the dry run accepts is placed, in a cluster at rest."""
 
+from collections.abc import Callable
 from random import Random
 
 from sim.cluster import SimulatedCluster
@@ -9,12 +10,16 @@ from sim.invariants.placement import homes_of
 from sim.users import Users, forced
 from skep.manager.routes.placement import accounting_of
 from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
+from skep.model.ids import ServiceId
 from skep.model.service import Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 PLACED_S = 25.0
 """Limit until all new tasks have nodes.  An update replaces them one after the other, with delays."""
+
+EARLIER_LEADER_S = 75.0
+"""Time by which a new leader may take a volume from a node: calls of the leader before it have ended then."""
 
 
 def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> None:
@@ -25,17 +30,35 @@ def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> No
     # A task with a cluster volume meets the one that it replaces.
     sharing = [one for one in services if any(task.volumes for task in cluster.wanted(one.id))]
     id = random.choice(sharing or services).id
-    spec = forced(cluster.view.get(Service, id).spec)
+    check_planned(
+        cluster, id, forced(cluster.view.get(Service, id).spec), lambda: cluster.do(users.force(id))
+    )
+
+
+def check_planned(
+    cluster: SimulatedCluster, id: ServiceId, spec: ServiceSpec, update: Callable[[], object]
+) -> None:
+    """Note a violation if the dry run accepts ``spec`` for a service, and a task stays without a node.
+
+    Args:
+        update: called to update the service to that spec.
+    """
     planned = cluster.do(_planned(cluster.view, spec))
     is_accepted = not planned.error and not planned.preempted
-    cluster.do(users.force(id))
+    update()
     pass_time(cluster, PLACED_S)
     if not is_accepted:
         return
-    for task in cluster.view.find(Task, service_id=id):
-        if task.is_wanted and task.status.state is TaskState.PENDING:
-            problem = f"the dry run accepts {spec.name}, and task {task.id} has no node: {task.status.err}"
-            cluster.observer.note(cluster.loop.time(), [problem])
+    if _pending(cluster, id):
+        pass_time(cluster, EARLIER_LEADER_S)
+    for task in _pending(cluster, id):
+        problem = f"the dry run accepts {spec.name}, and task {task.id} has no node: {task.status.err}"
+        cluster.observer.note(cluster.loop.time(), [problem])
+
+
+def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:
+    tasks = cluster.view.find(Task, service_id=id)
+    return [task for task in tasks if task.is_wanted and task.status.state is TaskState.PENDING]
 
 
 def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:

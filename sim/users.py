@@ -33,7 +33,9 @@ from sim.random_specs import (
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
+from sim.roots import root
 from sim.storage import DRIVER
+from sim.upgrades import Upgrades
 from skep.api.errors import status_of
 from skep.errors import SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
@@ -42,12 +44,13 @@ from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.nodes import update_node
 from skep.manager.control.quotas import remove_quota, set_quota
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
 from skep.manager.quotas import quota_of
 from skep.model.ids import NodeId, ServiceId, VolumeId
-from skep.model.labels import FORGET_NODES, PREEMPTION, PRIORITY
+from skep.model.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
@@ -62,7 +65,7 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.swarm import Swarm
-from skep.model.times import timestamp
+from skep.model.times import moment, timestamp
 from skep.model.user import User, UserSpec
 from skep.model.volume import AccessMode, TypeMount, Volume, VolumeScope, VolumeSharing, VolumeSpec
 from skep.store.etcd.store import EtcdStore
@@ -113,12 +116,18 @@ class Users:
         self._served_by = cluster.managers[0]
         """The manager that the last request went to."""
         self._services_max = SERVICES_MAX if extensions is None else EXTENDED_SERVICES_MAX
+        self._upgrades = (
+            Upgrades(cluster, extensions, self._responses, self._acknowledgements)
+            if extensions is not None
+            else None
+        )
         if extensions is not None:
             self._actions += (
                 *(self._create, self._scale, self._update),
                 *(self._run_job, self._retry_job, self._retry_job, self._suspend),
                 *(self._reprioritize, self._rotate, self._quota, self._quota),
-                *(self._volume, self._set_cluster, self._user, self._load),
+                *(self._volume, self._set_cluster, self._user, self._load, self._rotate_root),
+                *(self._upgrade, self._upgrade),
             )
 
     def act(self) -> None:
@@ -414,6 +423,8 @@ class Users:
     async def settle(self) -> None:
         """Suspend every schedule and end the measurements of tasks, so that the cluster can come to rest."""
         self._cluster.nano_cpus = lambda _: None
+        if self._upgrades is not None:
+            await self._upgrades.end()
         for service in self._cluster.view.find(Service):
             attempts = 0
             while CRON in service.spec.labels and not self._is_suspended(service.id):
@@ -517,6 +528,28 @@ class Users:
         self._cluster.trace.add(f"user: the cluster has {labels}")
         await store.update(_relabelled, labels)
 
+    async def _rotate_root(self) -> None:
+        """``docker swarm ca --rotate``, perhaps while the root is being rotated."""
+        store = await self._store(creates=False)
+        if not (found := store.view().find(Swarm)):
+            raise Unavailable("this manager cannot read the cluster's settings")
+        spec, number = found[0].spec, next(self._numbers)
+        forced = replace(spec.ca_config, force_rotate=spec.ca_config.force_rotate + 1)
+        self._cluster.trace.add(f"user: rotate the root to {number}")
+        body = partial(
+            update_swarm,
+            new_id=lambda: f"token{number}",
+            now=moment(self._now_ns()),
+            new_root=lambda: root(number),
+        )
+        spec = replace(spec, ca_config=forced)
+        await store.update(body, spec, found[0].version.index, Rotations())
+
+    async def _upgrade(self) -> None:
+        """``skep upgrade`` of all workers."""
+        if self._upgrades is not None:
+            self._upgrades.act()
+
     async def _user(self) -> None:
         """Create a user, give one other roles, or remove one."""
         store = await self._store(creates=True)
@@ -593,7 +626,8 @@ def _relabelled(tx: Transaction, labels: Mapping[str, str]) -> None:
     if not (found := tx.find(Swarm)):
         raise Unavailable("this manager cannot read the cluster's settings")
     (swarm,) = found
-    tx.put(replace(swarm, spec=replace(swarm.spec, labels=labels)))
+    kept = {name: text for name, text in swarm.spec.labels.items() if name == MAINTENANCE}
+    tx.put(replace(swarm, spec=replace(swarm.spec, labels={**labels, **kept})))
 
 
 def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:

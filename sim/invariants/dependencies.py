@@ -64,9 +64,11 @@ class DependenciesComeFirst:
             if not found or not one.is_required:
                 continue  # it may be removed at the same moment
             service = found[0]
-            replicated = service.spec.mode.replicated
-            if replicated is not None and replicated.replicas == 0:
-                continue
+            replicated, job = service.spec.mode.replicated, service.spec.mode.replicated_job
+            if (replicated is not None and replicated.replicas == 0) or (
+                job is not None and job.total_completions == 0
+            ):
+                continue  # it has nothing to run
             has_completed = any(
                 task.status.state is TaskState.COMPLETE for task in view.find(Task, service_id=service.id)
             )

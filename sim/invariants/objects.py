@@ -1,10 +1,12 @@
 """Objects at rest are bounded by live ones, and refer to no object that is gone."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 
 from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
-from skep.model.ids import ServiceId
+from skep.manager.orchestrator.reaper.unreported import unreported
+from skep.model.ids import ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
@@ -44,11 +46,22 @@ def _tasks(view: View) -> Iterable[str]:
         if gone:
             yield f"{len(gone)} tasks of {service.spec.name} are of slots of removed nodes: {gone[0]}"
         slots = _slots(service)
-        if slots is not None and len(sizes) > slots:
-            yield f"{service.spec.name} has {len(sizes)} slots with tasks, not {slots}"
+        waiting = _waiting(view, service, tasks)
+        used = {task.slot or task.node_id for task in tasks if task.id not in waiting}
+        if slots is not None and len(used) > slots:
+            yield f"{service.spec.name} has {len(used)} slots with tasks, not {slots}"
     for task in view.find(Task):
         if task.service_id and view.lookup(Service, task.service_id) is None:
             yield f"task {task.id} is of a service that is gone"
+
+
+def _waiting(view: View, service: Service, tasks: Sequence[Task]) -> Collection[TaskId]:
+    """Tasks that stay until their node has reported their data."""
+    of_slot: dict[int, list[Task]] = {}
+    for task in tasks:
+        of_slot.setdefault(task.slot, []).append(task)
+    found = (unreported(slot, service, partial(view.lookup, Node)) for slot in of_slot.values())
+    return {id for one in found for id in one}
 
 
 def _slots(service: Service) -> int | None:

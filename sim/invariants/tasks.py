@@ -149,6 +149,7 @@ class TasksAreSpread:
         if (
             reservations(task) != Resources()
             or has_placement(task)
+            or _has_cluster_volumes(task)
             or service is None
             or host_ports(service.spec)
         ):
@@ -178,6 +179,12 @@ class TasksAreSpread:
             )
 
 
+def _has_cluster_volumes(task: Task) -> bool:
+    """Whether the task needs cluster volumes, which nodes release one after the other."""
+    container = task.spec.container_spec
+    return container is not None and any(one.type == "cluster" for one in container.mounts)
+
+
 class UpdatesKeepServing:
     """With start-first, the only running task of a slot is not retired before its replacement runs.
 
@@ -186,10 +193,13 @@ class UpdatesKeepServing:
     """
 
     KNOWN_S = DEADLINE_S
+    JUST_S = 1.0
 
     def __init__(self) -> None:
         self._running_at: dict[TaskId, float] = {}
         self._back_at: dict[NodeId, float] = {}
+        self._placed_at: dict[TaskId, float] = {}
+        """When tasks got a node that had been refused one."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:  # first: one commit may have both, and tasks come before nodes in it
@@ -198,14 +208,18 @@ class UpdatesKeepServing:
                     self._back_at[after.id] = change.time_s
         for event in change.events:
             match event:
+                case Updated(Task() as old, Task() as new) if (
+                    old.status.err and not old.node_id and new.node_id
+                ):
+                    self._placed_at[new.id] = change.time_s
                 case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
                     known_at = max(self._running_at.get(new.id, -inf), self._back_at.get(new.node_id, -inf))
                     if change.time_s - known_at > self.KNOWN_S:
-                        yield from self._violations(view, old, new)
+                        yield from self._violations(view, new, change.time_s)
                 case Updated(Task() as old, Task() as new) if new.status.state is TaskState.RUNNING:
                     self._running_at.setdefault(new.id, change.time_s)
 
-    def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
+    def _violations(self, view: View, new: Task, now: float) -> Iterable[str]:
         service = view.lookup(Service, new.service_id)
         node = view.lookup(Node, new.node_id)
         if service is None or service.removed_at is not None or not always_starts_first(service):
@@ -218,7 +232,10 @@ class UpdatesKeepServing:
         successors = [one for one in slot if one.is_wanted]
         differs = any(successor.spec != new.spec for successor in successors)
         refused = any(
-            successor.status.state is TaskState.PENDING and successor.status.err for successor in successors
+            (successor.status.state is TaskState.PENDING and successor.status.err)
+            # The leader stops the old task while its scheduler finds a node that has just become free.
+            or now - self._placed_at.get(successor.id, -inf) < self.JUST_S
+            for successor in successors
         )
         if refused or not meets(constraints_of(service.spec), node):
             return  # its replacement needs its resources, or its node no longer meets the constraints

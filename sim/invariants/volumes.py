@@ -14,6 +14,8 @@ from skep.store.interface import Created, Deleted, Updated, View
 
 UNNOTICED_S = 10.0
 """What is newer need not be known to a leader whose replica lags."""
+FREED_S = 1.0
+"""The end of a task of another slot need not be known so soon.  Longer would leave out most placements."""
 
 
 class LocalVolumesStay:
@@ -27,6 +29,8 @@ class LocalVolumesStay:
         """When a task had its volumes."""
         self._able: dict[NodeId, float] = {}
         """Since when a node has been what it is now."""
+        self._freed: dict[NodeId, tuple[float, str]] = {}
+        """When the last task on a node ended, and its slot."""
 
     def __call__(self, change: Change, view: View) -> Iterator[str]:
         for event in change.events:
@@ -39,6 +43,8 @@ class LocalVolumesStay:
                     self._able[node.id] = change.time_s
                 case Updated(Task() as old, Task() as task):
                     state = task.status.state
+                    if state.is_terminal and not old.status.state.is_terminal:
+                        self._freed[task.node_id] = change.time_s, _slot(task)
                     if state >= TaskState.READY and state is not TaskState.REJECTED:
                         self._since.setdefault(task.id, change.time_s)
                     if not old.node_id and task.node_id and task.slot:
@@ -60,7 +66,12 @@ class LocalVolumesStay:
             and view.lookup(Node, other.node_id) is not None
         }
         if policy is VolumeAffinity.PREFERRED:
-            homes = {id for id in homes if self._could_have_it(view.get(Node, id), task, service, now, view)}
+            homes = {
+                id
+                for id in homes
+                if self._could_have_it(view.get(Node, id), task, service, now, view)
+                and not self._was_just_freed(id, task, now)
+            }
         if homes and task.node_id not in self._homes_of_any_age(task, names, view):
             yield (
                 f"task {task.id} of {service.spec.name} got {task.node_id}: its volumes are on {sorted(homes)}"
@@ -72,6 +83,11 @@ class LocalVolumesStay:
             for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
             if other.id != task.id and names & _volumes(other) and other.id in self._since
         }
+
+    def _was_just_freed(self, id: NodeId, task: Task, now: float) -> bool:
+        """Whether a task of another slot has just ended, so that the leader may have taken the node for a full one."""
+        at, slot = self._freed.get(id, (-inf, ""))
+        return slot != _slot(task) and now - at < FREED_S
 
     def _could_have_it(self, node: Node, task: Task, service: Service, now: float, view: View) -> bool:
         is_settled = self._able.get(node.id, -inf) + UNNOTICED_S <= now
@@ -109,6 +125,11 @@ class OnlyCopiesStay:
                     and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
                 ):
                     yield f"{id} was removed, which has the only data of {name}.{slot} in {volume}"
+
+
+def _slot(task: Task) -> str:
+    """The schema's index "slot"."""
+    return f"{task.service_id}/{task.slot or task.node_id}"
 
 
 def _volumes(task: Task) -> set[str]:

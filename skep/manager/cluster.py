@@ -42,6 +42,18 @@ def etcds_behind(view: View) -> list[Node]:
     ]
 
 
+def is_last_rotation_known(view: View) -> bool:
+    """Whether all nodes that are ready, and their etcds, trust the present root: another rotation may begin."""
+    swarm = cluster_of(view)
+    ready = (node for node in view.find(Node) if node.status.state is NodeState.READY)
+    return not any(is_node_behind(node, swarm) or has_etcd_behind(node, swarm) for node in ready)
+
+
+def is_node_behind(node: Node, swarm: Swarm) -> bool:
+    """Whether the node reports another trusted root than the present one.  It reports none before its first session."""
+    return node.description.tls_info.trust_root not in ("", swarm.tls_info.trust_root)
+
+
 def has_etcd_behind(node: Node, swarm: Swarm) -> bool:
     """Return whether the node is a manager whose etcd trusts other roots than only the current one."""
     # Compute no digest for workers: there may be thousands.

@@ -318,3 +318,18 @@ def test_the_rule_sees_a_task_that_did_not_wait() -> None:
     history.after(2)
     assign("t3")
     assert history.violations == ["task t3 of web got a node, but db does not run"]
+
+
+@pytest.mark.parametrize(("completions", "may_start"), [(0, True), (1, False)])
+def test_the_rule_lets_tasks_start_that_depend_on_a_job_without_runs(
+    completions: int, *, may_start: bool
+) -> None:
+    history = History(DependenciesComeFirst())
+    job = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=completions))
+    web = waiting(a_service_spec("web"), "job=service_completed_successfully")
+    history.put(Service(id=ServiceId("job"), spec=replace(a_service_spec("job"), mode=job)))
+    history.put(Service(id=ServiceId("web"), spec=web))
+    task = replace(a_task("t1", state=TaskState.PENDING), service_id=ServiceId("web"))
+    history.put(task)
+    history.put(replace(task, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)))
+    assert (history.violations == []) is may_start

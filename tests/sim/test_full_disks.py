@@ -36,3 +36,13 @@ def test_a_node_that_has_space_again_or_had_the_slot_may_get_a_task() -> None:
     history.put(a_node(W1))
     assign(history.after(KNOWN_S + 1), a_task("t2", slot=1, state=TaskState.PENDING))
     assert history.violations == []
+
+
+@pytest.mark.parametrize(("later_s", "is_wrong"), [(1.0, False), (KNOWN_S + 1, True)])
+def test_a_slot_whose_task_was_just_deleted_may_return(later_s: float, *, is_wrong: bool) -> None:
+    """The scheduler may have decided while its replica still had the task."""
+    history = History(FullNodesGetNoNewTasks())
+    history.put(a_service(), a_full_node(), a_task("t0", slot=2, node=W1, state=TaskState.FAILED))
+    history.after(KNOWN_S + 1).commit(lambda tx: tx.delete(Task, "t0"))
+    assign(history.after(later_s), a_task("t1", slot=2, state=TaskState.PENDING))
+    assert bool(history.violations) is is_wrong

@@ -184,6 +184,21 @@ def test_with_start_first_a_task_that_has_just_started_may_be_stopped() -> None:
     assert history.violations == []
 
 
+@pytest.mark.parametrize(("after_s", "is_wrong"), [(0.5, False), (2.0, True)])
+def test_with_start_first_a_task_may_be_stopped_while_a_node_becomes_free(
+    after_s: float, *, is_wrong: bool
+) -> None:
+    """The leader has decided to stop it for a successor that was refused every node."""
+    history = History(UpdatesKeepServing())
+    old = a_task("old", node="w1", state=TaskState.RUNNING)
+    history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), old)
+    new = a_task("new", image="app:2", state=TaskState.PENDING)
+    history.put(replace(new, status=replace(new.status, err="no suitable node")))
+    history.put(a_task("new", image="app:2", node="w2", state=TaskState.ASSIGNED))
+    history.after(after_s).put(replace(old, desired_state=TaskState.SHUTDOWN))
+    assert bool(history.violations) is is_wrong
+
+
 def test_a_slot_that_is_removed_waits_for_no_replacement() -> None:
     history = History(UpdatesKeepServing())
     history.put(a_node(W1), a_service(UpdateOrder.START_FIRST))

@@ -46,6 +46,17 @@ def test_a_run_that_spins_is_ended_and_what_is_left_ends_in_peace() -> None:
     loop.close()
 
 
+def test_a_long_run_may_have_more_iterations_than_a_short_one() -> None:
+    loop = VirtualLoop(turns_max=1000)
+
+    async def work(seconds: int) -> None:
+        for _ in range(seconds):
+            await asyncio.sleep(1)
+
+    loop.run_until_complete(work(3000))
+    loop.close()
+
+
 def test_a_run_of_which_one_turn_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def stand_still(cluster: SimulatedCluster, steps: int, extensions: Random | None) -> None:
         while True:

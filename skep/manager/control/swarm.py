@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.api.swarm_requests import check_swarm_name, merged_spec
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
-from skep.manager.cluster import cluster_of, etcds_behind, has_etcd_behind
+from skep.manager.cluster import cluster_of, etcds_behind, has_etcd_behind, is_node_behind
 from skep.manager.control.networks import first_networks
 from skep.model.ids import IdSource
 from skep.model.labels import check_swarm_labels
@@ -101,7 +101,8 @@ def update_swarm(
         OutOfSequence: The cluster is at another version.
         FailedPrecondition: The root would be rotated while an unavailable node trusts an older root than the current
             one.
-        Unavailable: A manager's etcd still trusts an older root, which changes soon (``etcds_behind``).
+        Unavailable: A ready node or a manager's etcd still trusts an older root, which changes soon
+            (``is_last_rotation_known``).
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     check_swarm_name(spec)
@@ -113,6 +114,7 @@ def update_swarm(
         raise OutOfSequence
     if rooted.rotation is not None and rooted.rotation != swarm.rotation:
         _check_all_can_return(tx, swarm)
+        _check_nodes(tx, swarm)
         _check_etcds(tx)
     tokens = _rotated(swarm, rotations, new_id)
     is_locked = spec.encryption_config.auto_lock_managers
@@ -129,17 +131,28 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
     Raises:
         FailedPrecondition: Such a node exists.
     """
-    known = ("", swarm.tls_info.trust_root)
     behind = [
         node
         for node in tx.find(Node)
         if node.status.state is not NodeState.READY
-        and (node.description.tls_info.trust_root not in known or has_etcd_behind(node, swarm))
+        and (is_node_behind(node, swarm) or has_etcd_behind(node, swarm))
     ]
     if behind:
         raise FailedPrecondition(
             f"unavailable nodes still trust the root before the current one, and could not return after another "
             f"rotation: {_names(behind)}. Start them, or remove them (docker node rm --force)"
+        )
+
+
+def _check_nodes(tx: Transaction, swarm: Swarm) -> None:
+    """Raises: Unavailable: a node that is ready has not reported the present root.
+
+    It may be cut off already: it stays ready until its grace period is over.
+    """
+    if behind := [node for node in tx.find(Node) if is_node_behind(node, swarm)]:
+        raise Unavailable(
+            f"nodes have not yet taken the root of the last rotation, try again: {_names(behind)} "
+            "(a node that does not take it has to be restarted or removed)"
         )
 
 

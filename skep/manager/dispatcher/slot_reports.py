@@ -20,22 +20,24 @@ def with_seen_volumes(tx: Transaction, node: Node, description: NodeDescription)
     """Return ``description`` without reports of slots that have had no task on ``node``.
 
     A slot's task returns to its data, and with ``skep.volume-affinity=required`` runs nowhere else: a node that could
-    report any slot would receive its tasks with their secrets, or keep them from running.
+    report any slot would receive its tasks with their secrets, or keep them from running.  For the same reason no use
+    of a volume is later than the tasks that a manager knows.
     """
     label = description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
     if not label or label == node.description.engine.labels.get(SLOT_VOLUMES_LABEL):
         return description
-    known = {_key(one): one for one in slot_volumes_of(node)}
+    known = {_key(one): one.at_ms for one in slot_volumes_of(node)}
     seen = _seen(tx, node.id)
-    reported = slot_volumes_of(replace(node, description=description))
-    # For a slot that was reported before, the time stays as it was unless the newer task is known.
-    kept = [
-        one if (one.service, one.slot, one.at_ms) in seen else known[_key(one)]
-        for one in reported
-        if (one.service, one.slot, one.at_ms) in seen or _key(one) in known
-    ]
+    kept: dict[tuple[str, str, int], SlotVolume] = {}
+    for one in slot_volumes_of(replace(node, description=description)):
+        # A use by a task that is gone, or was never seen, counts as one by the task before it.
+        times = [at_ms for at_ms in seen.get((one.service, one.slot), ()) if at_ms <= one.at_ms]
+        if _key(one) in known:
+            times.append(known[_key(one)])
+        if times:
+            kept[_key(one)] = replace(one, at_ms=max(times))
     labels = dict(description.engine.labels)
-    labels[SLOT_VOLUMES_LABEL] = slot_volumes_label(kept)
+    labels[SLOT_VOLUMES_LABEL] = slot_volumes_label(kept.values())
     return replace(description, engine=replace(description.engine, labels=labels))
 
 
@@ -43,11 +45,11 @@ def _key(one: SlotVolume) -> tuple[str, str, int]:
     return one.volume, one.service, one.slot
 
 
-def _seen(tx: Transaction, node_id: NodeId) -> set[tuple[str, int, int]]:
-    """Return service, slot and time of the node's tasks."""
-    found = set()
+def _seen(tx: Transaction, node_id: NodeId) -> dict[tuple[str, int], list[int]]:
+    """Return the times of the node's tasks by service and slot."""
+    found: dict[tuple[str, int], list[int]] = {}
     for task in tx.find(Task, node_id=node_id):
         service = tx.lookup(Service, task.service_id)
         if service is not None:
-            found.add((service.spec.name, task.slot, created_ms(task)))
+            found.setdefault((service.spec.name, task.slot), []).append(created_ms(task))
     return found

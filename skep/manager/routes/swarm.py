@@ -10,7 +10,7 @@ from skep.api.identity import identity_of
 from skep.api.server import Routes, json_response, read_json
 from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument, PermissionDenied
-from skep.manager.cluster import cluster_of, etcds_behind
+from skep.manager.cluster import cluster_of, is_last_rotation_known
 from skep.manager.control import pools
 from skep.manager.control import swarm as control
 from skep.manager.control.pools import PoolChange
@@ -22,8 +22,9 @@ from skep.security.locking import shown_unlock_key
 from skep.security.rotation import is_about_roots
 from skep.store.interface import View
 
-ETCDS_WITHIN_S = 40.0
-"""Seconds for which a root rotation waits for etcd restarts of the previous one.  Nine managers take 30 s."""
+KNOWN_WITHIN_S = 40.0
+"""Seconds for which a root rotation waits until nodes and etcds know the previous one.  Nine managers take 30 s to
+restart their etcds."""
 
 LOOK_S = 0.2
 """Seconds between two checks of the etcds."""
@@ -68,7 +69,7 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
     was_locked = control.unlock_key_of(manager.store.view()) is not None
     view = await current_view(request)
     if is_about_roots(cluster_of(view).spec.ca_config, spec.ca_config):
-        view = await _with_etcds_restarted(manager)
+        view = await _with_last_rotation_known(manager)
     swarm = cluster_of(view)
     prepared = await manager.external.prepare(swarm, control.roots_of(view, swarm), spec.ca_config)
     await manager.update(
@@ -80,12 +81,10 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
     return web.Response()
 
 
-async def _with_etcds_restarted(manager: ManagerApi) -> View:
-    """Wait until every etcd trusts the current root, and return the view.  After ``ETCDS_WITHIN_S``, return it to be
-    refused.
-    """
-    until = manager.clock.monotonic() + ETCDS_WITHIN_S
-    while etcds_behind(view := manager.store.view()) and manager.clock.monotonic() < until:
+async def _with_last_rotation_known(manager: ManagerApi) -> View:
+    """Return the view once all nodes and etcds trust the current root, or after ``KNOWN_WITHIN_S``, to be refused."""
+    until = manager.clock.monotonic() + KNOWN_WITHIN_S
+    while not is_last_rotation_known(view := manager.store.view()) and manager.clock.monotonic() < until:
         await manager.clock.sleep(LOOK_S)
     return view
 

@@ -63,7 +63,9 @@ def commands(
     """Every command of Skep's own, groups included, by its words."""
     name = "skep" if context is None else str(command.name)
     context = click.Context(command, info_name=name, parent=context, **command.context_settings)
-    for child in command.list_commands(context) if isinstance(command, click.Group) else ():
+    if not isinstance(command, click.Group):
+        return
+    for child in command.list_commands(context):
         found = command.get_command(context, child)
         assert found is not None
         yield (

@@ -87,9 +87,7 @@ class KeptNodes:
                 for name in self._kept_volumes(self._view.find(Service, name=one.service))
             ):
                 return f"it has the data of {one.service}.{one.slot} in volume {one.volume}"
-        label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
-        is_cut = len(label) > _CUT_CHARACTERS or size_condition(node.description)
-        if is_cut and any(self._kept_volumes(self._view.find(Service))):
+        if has_cut_report(node) and any(self._kept_volumes(self._view.find(Service))):
             return "it has more volumes than it can report, and may have the data of any service"
         return ""
 
@@ -119,3 +117,9 @@ class KeptNodes:
             if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:
                 return f"its tasks of {name} are not replaced yet (skep.on-disconnect-delay)"
         return ""
+
+
+def has_cut_report(node: Node) -> bool:
+    """Return whether the node may have more volumes with data than its report has."""
+    label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
+    return len(label) > _CUT_CHARACTERS or bool(size_condition(node.description))

@@ -23,8 +23,9 @@ from skep.manager.orchestrator.reaper.history import (
     surplus_history,
     unused_versions,
 )
+from skep.manager.orchestrator.reaper.unreported import keeps_data, unreported
 from skep.manager.work_queue import WorkQueue
-from skep.model.ids import IdSource, ServiceId
+from skep.model.ids import IdSource, NodeId, ServiceId
 from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service
@@ -88,6 +89,8 @@ class Reaper:
         self._queue: WorkQueue[Key] = WorkQueue(clock)
         self._failures = Failures(clock, random)
         self._loading: Iterator[None] = iter(())
+        self._waiting: dict[NodeId, set[Key]] = {}
+        """Slots with a task that waits for a report of this node (``unreported``), until the node's next change."""
 
     async def run(self) -> None:
         """Delete until cancelled.  Runs on the leader only."""
@@ -97,6 +100,7 @@ class Reaper:
         )
 
     def _on_snapshot(self, snapshot: View) -> None:
+        self._waiting.clear()
         self._queue.add(Key(service.id) for service in snapshot.find(Service))
         self._queue.add(Key(one.service_id) for one in snapshot.find(SpecVersion))
         self._loading = self._load()
@@ -116,6 +120,10 @@ class Reaper:
                 case Updated(Task() as old, Task() as new):
                     if old.desired_state != new.desired_state or new.status.state.is_terminal:
                         self._queue.add((_slot_key(new),))
+                case Created(Service() as readable):
+                    # A new one has no tasks. Tasks of one that could not be read are decided now.
+                    tasks = self._term.view().find(Task, service_id=readable.id)
+                    self._queue.add(_slot_key(task) for task in tasks)
                 case Created(SpecVersion() as version):
                     # A version that was unreadable while its service was deleted may be left: only known versions are
                     # deleted with it.
@@ -125,7 +133,14 @@ class Reaper:
                 case Updated(Service() as before, Service() as after):
                     if before.removed_at != after.removed_at or before.spec_version != after.spec_version:
                         self._queue.add((Key(after.id),))
+                    if keeps_data(before) and not keeps_data(after):
+                        tasks = self._term.view().find(Task, service_id=after.id)
+                        self._queue.add(_slot_key(task) for task in tasks)
+                case Updated(Node() as old_node, Node() as node) if node.id in self._waiting:
+                    if (old_node.description, old_node.spec) != (node.description, node.spec):
+                        self._queue.add(self._waiting.pop(node.id))
                 case Deleted(Node() as node):
+                    self._waiting.pop(node.id, None)
                     tasks = self._term.view().find(Task, node_id=node.id)
                     self._queue.add(_slot_key(task) for task in tasks)
                 case Updated(Swarm() as old_swarm, Swarm() as swarm) if _limit(old_swarm) != _limit(swarm):
@@ -155,15 +170,21 @@ class Reaper:
             node = view.lookup(Node, task.node_id)
             if is_orphaned(task, node) and not is_past_attachment(task, node):
                 yield Orphan(task)
+        service_id = ServiceId(key.partition("/")[0])
+        service = view.lookup(Service, service_id)
+        if service is None and service_id in view.unreadable(Service):
+            return  # whether the data of its tasks must be kept is not known
+        waiting = unreported(tasks, service, partial(view.lookup, Node)) if service is not None else {}
+        for node_id in waiting.values():
+            self._waiting.setdefault(node_id, set()).add(key)
         disposable = [
             task
             for task in tasks
-            if is_disposable(task)
+            if (is_disposable(task) and task.id not in waiting)
             or is_past_attachment(task, node := view.lookup(Node, task.node_id))
             or is_of_gone_slot(task, node)
         ]
         yield from map(DeleteTask, disposable)
-        service = view.lookup(Service, key.partition("/")[0])
         # Without a readable run its completed tasks are unknown, and deleting them would run them once more.
         if service is not None and not has_unreadable_run(view, service.id):
             run = as_run(view, service)
@@ -171,7 +192,7 @@ class Reaper:
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
             surplus = surplus_history(kept, limit, iteration, _updating(service), attempts_kept(run))
-            yield from map(DeleteTask, surplus)
+            yield from (DeleteTask(task) for task in surplus if task.id not in waiting)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
         service = view.lookup(Service, service_id)

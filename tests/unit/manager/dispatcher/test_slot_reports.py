@@ -48,7 +48,7 @@ async def store() -> MemoryStore:
 async def test_a_slot_that_a_node_never_had_is_not_believed_of_it(store: MemoryStore) -> None:
     """Its tasks, with their secrets, would go there, or wait for it for ever where they keep to their volume."""
     own, others = (created_ms(store.view().get(Task, id)) for id in ("t1", "t2"))
-    lies = f"data=web.1@{own} data=web.3@{others} data=web.2@{own + 1} data=other.2@{own}"
+    lies = f"data=web.1@{own} data=web.3@{others} data=web.2@{own - 1} data=other.2@{own}"
     await store.update(take_session, registered(lies))
     assert believed(store) == ""
     await store.update(describe_node, W1, SESSION, described(f"{lies} data=web.2@{own}"))
@@ -63,6 +63,13 @@ async def test_what_was_believed_once_is_believed_without_the_task(store: Memory
     assert believed(store) == f"data=web.2@{at}", "nor is it newer, or in another volume"
     await store.update(take_session, registered(""))
     assert believed(store) == ""
+
+
+async def test_a_use_by_a_task_that_is_gone_counts_as_one_by_the_task_before_it(store: MemoryStore) -> None:
+    """A task may be rejected after it has had its volumes, and is deleted before the node's report."""
+    at = created_ms(store.view().get(Task, "t1"))
+    await store.update(take_session, registered(f"data=web.2@{at + 5}"))
+    assert believed(store) == f"data=web.2@{at}"
 
 
 async def test_a_later_task_makes_it_later(store: MemoryStore) -> None:

@@ -1,0 +1,72 @@
+"""Tasks that stay in the store until their node has reported their data (decision 159).
+
+With ``skep.volume-affinity=required``, the tasks of a slot start only where its data is, and the leader keeps a lost
+node that has the data.  Managers know where it is from the slot's tasks, and later from the node's report.  A node
+sends its report some seconds after the task, and managers accept it only for slots whose tasks they have seen (decision
+81).  So the last task with data of a slot on a node is deleted after the report, not before."""
+
+from collections.abc import Callable, Iterable
+
+from skep.manager.orchestrator.reaper.kept_nodes import has_cut_report
+from skep.model.ids import NodeId, TaskId
+from skep.model.labels import VolumeAffinity, volume_affinity
+from skep.model.node import Node
+from skep.model.planes import is_docker_node
+from skep.model.service import Service
+from skep.model.slot_volumes import (
+    FORGOTTEN_LABEL,
+    created_ms,
+    forgotten_in,
+    local_volumes,
+    may_be,
+    slot_volumes_of,
+)
+from skep.model.task import Task, TaskState
+
+_STARTED = (TaskState.COMPLETE, TaskState.FAILED)
+"""Ends that a node reports only for a container that it has started.  For the others, the container's ID counts."""
+
+
+def unreported(
+    slot: Iterable[Task], service: Service, node_of: Callable[[NodeId], Node | None]
+) -> dict[TaskId, NodeId]:
+    """Return the ended tasks of one slot that must stay, with the node whose report they wait for.
+
+    There is at most one for each node.  Docker Engines never report, so nothing waits for them.
+    """
+    if not keeps_data(service):
+        return {}
+    latest: dict[NodeId, Task] = {}
+    for task in slot:
+        if _has_data(task) and task.created_at >= latest.get(task.node_id, task).created_at:
+            latest[task.node_id] = task
+    return {
+        task.id: id
+        for id, task in latest.items()
+        if (node := node_of(id)) is not None and not _is_reported(task, service, node)
+    }
+
+
+def keeps_data(service: Service) -> bool:
+    """Return whether tasks of the service may have to wait for a report."""
+    return service.removed_at is None and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
+
+
+def _has_data(task: Task) -> bool:
+    if not task.slot or not task.node_id or not task.status.state.is_terminal or not local_volumes(task.spec):
+        return False
+    container = task.status.container_status
+    return task.status.state in _STARTED or (container is not None and bool(container.container_id))
+
+
+def _is_reported(task: Task, service: Service, node: Node) -> bool:
+    """Whether the node's report has each volume of the task, or never will.  Reports of earlier tasks do not count."""
+    if is_docker_node(node) or has_cut_report(node):
+        return True
+    at_ms, key = created_ms(task), (service.spec.name, task.slot)
+    forgotten = forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, ""))
+    known = {
+        one.volume for one in slot_volumes_of(node) if (one.service, one.slot) == key and one.at_ms >= at_ms
+    }
+    known |= {volume for volume, until_ms in forgotten.items() if until_ms >= at_ms}
+    return all(any(may_be(volume, name) for volume in known) for name in local_volumes(task.spec))
