@@ -5,14 +5,12 @@ each connection that it may pass (``State``, written by the process that serves 
 sends connections: the descriptor, and the bytes that were already read from it.
 
 The node process keeps a duplicate of each passed descriptor until the manager sends ``CLOSED`` for it or passes it
-back.
-So it can continue with the connections of a manager process that ends: the state shows whether a response is missing.
+back.  So it can continue with the connections of a manager process that ends: the state shows whether a response is
+missing.
 
 A message is one packet of a SOCK_SEQPACKET socket, or several (``REST``) if much was read.  The header has kind and
-flags
-(1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each, big-endian).  If
-a
-flag is set, the client's identity precedes the data, with its length (2 bytes).
+flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
+big-endian).  If a flag is set, the client's identity precedes the data, with its length (2 bytes).
 """
 
 import asyncio

@@ -2,8 +2,7 @@
 
 An identity belongs to a connection.  It is determined when the connection is accepted, and is passed with it from
 process to process.  A connection of a Unix socket has no identity: its client has the rights that the permissions of
-the
-socket grant.
+the socket grant.
 """
 
 import asyncio

@@ -1,8 +1,7 @@
 """Serves the connections that the node process passes to the manager process (``handover``).
 
 aiohttp answers the requests.  It receives complete HTTP/1.1 messages, one at a time.  When the first request arrives
-that
-is not for the manager process, the connection is passed back to the node process.
+that is not for the manager process, the connection is passed back to the node process.
 """
 
 import asyncio
@@ -96,8 +95,7 @@ def take_over(request: web.Request, protocol: asyncio.Protocol) -> None:
     """Hand over the connection of ``request`` to ``protocol``, which also writes the response.
 
     ``request.content`` still reads the rest of the request's body, and ``protocol`` gets the data after it.  The
-    connection
-    is closed when the handler has returned.
+    connection is closed when the handler has returned.
 
     Raises:
         Unavailable: The connection was not passed, or its client has disconnected.

@@ -2,8 +2,7 @@
 
     table = Routes()
 
-    @table.get("/services/{id}")
-    async def inspect_service(request: web.Request) -> web.StreamResponse:
+    @table.get("/services/{id}") async def inspect_service(request: web.Request) -> web.StreamResponse:
         return json_response(...)
 
     app = application(table)
