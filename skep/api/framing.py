@@ -1,8 +1,7 @@
 """HTTP/1.1 requests: their heads, the ends of their bodies (RFC 9112, section 6), and the process that serves them.
 
 Ambiguous messages (two lengths, a length with chunks, folded lines) are malformed, because the web server behind must
-see
-the same messages as this module.
+see the same messages as this module.
 """
 
 import re

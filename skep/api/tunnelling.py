@@ -26,8 +26,7 @@ async def join_client(
     Args:
         body: Sends the client's data, if that is not simply everything on its connection.
         is_port: Whether the container may end its direction first.  Otherwise the end of its response is the end, and
-            the
-            client's data is held back until the response upgrades the connection.
+            the client's data is held back until the response upgrades the connection.
 
     Raises:
         Unavailable: Either side was lost.  The caller drops both.
