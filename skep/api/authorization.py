@@ -45,7 +45,9 @@ class Objects(Protocol):
         """Return the stack of an object in a list of ``kind``, or an empty text."""
 
 
-async def authorized(request: web.Request, handler: Handler, objects: Objects) -> web.StreamResponse:
+async def respond_if_authorized(
+    request: web.Request, handler: Handler, objects: Objects
+) -> web.StreamResponse:
     """Return the response to ``request`` if its client may send it.
 
     Raises:
@@ -71,7 +73,7 @@ async def authorized(request: web.Request, handler: Handler, objects: Objects) -
     response = await handler(request)
     if rule.scope is Scope.LIST and identity.role_in(EVERY_STACK) is None and response.status == 200:
         assert isinstance(response, web.Response), "lists are documents"
-        return await _filtered(response, identity, rule.kind, objects)
+        return await _filter(response, identity, rule.kind, objects)
     return response
 
 
@@ -87,7 +89,7 @@ def _needs_facts(identity: Identity, rule: Rule) -> bool:
     return rule.role is Role.OPERATOR or identity.role_in(EVERY_STACK) is None
 
 
-async def _filtered(
+async def _filter(
     response: web.Response, identity: Identity, kind: str, objects: Objects
 ) -> web.StreamResponse:
     """Return ``response``, a list or a document with a list, without objects that ``identity`` may not see."""

@@ -25,7 +25,7 @@ from skep.aio.clock import Clock
 from skep.api.errors import error_of
 from skep.api.requests import TIMEOUT_S, Filters, Requests, parameters_of
 from skep.api.responses import OutputStream
-from skep.api.ssh import Destination, forwarded
+from skep.api.ssh import Destination, forward_socket
 from skep.api.versions import NEWEST, ApiVersion
 from skep.errors import InvalidArgument, SkepError, Unavailable, reason_of
 from skep.model.unknown import leniently
@@ -141,7 +141,7 @@ class Client(Requests):
     async def __aenter__(self) -> Self:
         connector: aiohttp.BaseConnector
         if self._tunnel is not None:
-            self._socket = await self._stack.enter_async_context(forwarded(self._tunnel))
+            self._socket = await self._stack.enter_async_context(forward_socket(self._tunnel))
         if self._socket is not None:
             connector = aiohttp.UnixConnector(self._socket)
         else:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from skep.api.errors import error_of
-from skep.api.ssh import Destination, forwarded
+from skep.api.ssh import Destination, forward_socket
 from skep.errors import InvalidArgument, Unavailable, reason_of
 
 CONNECT_S = 10.0
@@ -179,7 +179,7 @@ class RawClient:
             lines += [f"Content-Type: {media_type}", "Transfer-Encoding: chunked"]
         elif body or method in ("POST", "PUT"):
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(body)}"]
-        reader, writer = await self._connected()
+        reader, writer = await self._connect()
         try:
             with suppress(ConnectionError):  # a server that refuses the rest of a body has already responded
                 await _write(writer, "\r\n".join((*lines, "", "")).encode())
@@ -195,13 +195,13 @@ class RawClient:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         """Open a connection for the block, on which nothing was sent.  Raises: Unavailable."""
-        reader, writer = await self._connected()
+        reader, writer = await self._connect()
         try:
             yield reader, writer
         finally:
             writer.close()
 
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection.  Raises: Unavailable."""
         assert self._open is not None, "used outside of its async with"
         try:
@@ -218,7 +218,7 @@ class RawClient:
         except ValueError as error:
             raise InvalidArgument(f"unable to parse docker host `{self._host}`") from error
         if parts.scheme == "ssh":
-            path = await self._stack.enter_async_context(forwarded(Destination.of(self._host)))
+            path = await self._stack.enter_async_context(forward_socket(Destination.of(self._host)))
             return partial(asyncio.open_unix_connection, path)
         if parts.scheme == "unix" and parts.path:
             return partial(asyncio.open_unix_connection, parts.path)

@@ -25,7 +25,7 @@ from aiohttp import web
 from aiohttp.web_urldispatcher import AbstractResource
 from yarl import URL
 
-from skep.api.authorization import Objects, authorized
+from skep.api.authorization import Objects, respond_if_authorized
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
@@ -324,7 +324,7 @@ async def _read_version(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def _authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    return await authorized(request, handler, request.app[_OBJECTS])
+    return await respond_if_authorized(request, handler, request.app[_OBJECTS])
 
 
 _LAST_WITH_PLAIN_ERRORS = ApiVersion("1.23")
