@@ -180,7 +180,7 @@ def _boom() -> dict[str, Any]:
 
 
 def _stuck() -> dict[str, Any]:
-    refusal = "insufficient resources: 512000 MiB of memory wanted, 24106 not reserved"
+    refusal = "insufficient resources: 512000 MiB of memory requested, 24106 not reserved"
     return {
         "Summary": _REFUSED,
         "State": "pending",
@@ -238,7 +238,9 @@ _PLAN = Plan(
             wanted=1,
             refusal="no suitable node (insufficient resources on 2 nodes)",
             verdicts=tuple(
-                NodeRefusal(name, ("insufficient resources: 64000 MiB of memory wanted, 24106 not reserved",))
+                NodeRefusal(
+                    name, ("insufficient resources: 64000 MiB of memory requested, 24106 not reserved",)
+                )
                 for name in ("m1", "m3")
             ),
         ),

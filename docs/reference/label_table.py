@@ -323,7 +323,7 @@ LABELS = (
                 API_LABEL,
                 "`read`, `inspect`, `full`",
                 "`read`",
-                "what it may call on the API's socket, if it mounts that: [dashboards](../guide/dashboards.md)",
+                "what it may call on the API's socket, if it mounts that: [API access](../guide/api-access.md)",
             ),
             ("skep.pid", "`host`", "its own", "the node's processes (right `namespaces`)"),
             ("skep.ipc", "`host`", "its own", "the node's shared memory (right `namespaces`)"),

@@ -17,7 +17,7 @@ from skep.manager.quotas import replicas_within_quota
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import Schedules
 from skep.manager.task_usages import no_usages
-from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, unconfirmed
+from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, skip_confirmation
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
 
@@ -36,7 +36,7 @@ def loops(
     incarnation: int = 0,
     *,
     find_driver: FindDriver = no_drivers,
-    confirm: Confirm = unconfirmed,
+    confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
     counts: AutoscalingCounts | None = None,
 ) -> list[Loop]:

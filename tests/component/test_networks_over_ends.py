@@ -435,10 +435,10 @@ async def test_a_start_waits_for_the_sweep_of_what_the_last_run_left(
     id, starts = await lab.run("c"), list[asyncio.Task[Container]]()
     lab.ports.fails.append(Unavailable("the net process is not reached"))
     await lab.end(id)
-    release, turns = lab.ports.release, lab.engine._lifecycle.turns
+    release, locks = lab.ports.release, lab.engine._lifecycle.locks
 
     async def start_meanwhile(*key: Any) -> None:
-        assert turns.is_taken(id)
+        assert locks.is_held(id)
         starts.append(asyncio.create_task(lab.engine.start(id)))
         await asyncio.sleep(0)
         await release(*key)

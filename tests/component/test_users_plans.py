@@ -48,7 +48,7 @@ async def test_a_plan_of_an_operator_stops_no_other_request(rig: Rig) -> None:
 
 async def test_a_plan_waits_for_a_slot_before_its_rights_are_computed(rig: Rig) -> None:
     body = {"Configs": [{"Name": "shop_c", "Labels": SHOP, "DataBytes": 3}]}
-    async with rig.api.checks.taken(), rig.api.checks.taken():
+    async with rig.api.checks.hold(), rig.api.checks.hold():
         with pytest.raises(TimeoutError):
             # It has no right to this: but for the slot, the refusal would come at once.
             await asyncio.wait_for(rig.exchange("operator:blog", "POST /skep/stacks/check", body), 0.2)

@@ -140,7 +140,7 @@ async def test_what_is_later_than_its_deadline_does_not_run(store: Store) -> Non
     async with leading("10:20:00", store):
         await wait_for(store, lambda: bool(starts(store, id)))
     (late,) = starts(store, id)
-    assert late.skipped == "it would have begun 1200 s late"
+    assert late.skipped == "it would have started 1200 s late"
     assert status(store, id).awaits_first_run
     async with leading("11:05:00", store):
         await wait_for(store, lambda: not status(store, id).awaits_first_run)

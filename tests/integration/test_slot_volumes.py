@@ -165,7 +165,9 @@ def test_a_services_volume_has_the_same_options_on_every_node_or_its_task_is_rej
         *("--restart-delay", "1s", "--stop-grace-period", "1s", IMAGE, "sleep", "1000"),
     )
     wait_running(m1, "cache", 2, 60)
-    refused = "volume memory exists with other options than those of the mount"
+    refused = (
+        "volume memory exists with other options than the mount: use the same options, or another volume"
+    )
     wait_until(lambda: "Rejected" in m1.docker("service", "ps", "--no-trunc", "cache").stdout, "w2 refuses")
     assert refused in m1.docker("service", "ps", "--no-trunc", "cache").stdout
     trio.node("w2").docker("volume", "rm", "memory")

@@ -56,7 +56,7 @@ class ClusterObjects:
         bodies = await _READERS[rule.kind](request) if rule.scope in (Scope.NEW, Scope.CHANGE) else ()
         if rule.kind != "stack" or not bodies:
             return await self._facts(request, rule, bodies)
-        async with manager_of(request).checks.taken():  # the handler takes another slot for its own part
+        async with manager_of(request).checks.hold():  # the handler takes another slot for its own part
             return await self._facts(request, rule, bodies)
 
     async def _facts(self, request: web.Request, rule: Rule, bodies: tuple[Any, ...]) -> Facts:

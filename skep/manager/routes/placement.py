@@ -52,7 +52,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
     number = len(view.ids(Node))
     if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
         raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
-    async with manager_of(request).plans.taken():
+    async with manager_of(request).plans.hold():
         try:
             async with asyncio.timeout(_WITHIN_S):
                 view = await current_view(request)

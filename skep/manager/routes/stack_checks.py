@@ -92,7 +92,7 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
     manager, by_admin = manager_of(request), identity_of(request).is_admin
     refusals: list[StackRefusal] = []
     wanted = await read_check(request)  # before the slot is taken: a client may send it slowly
-    async with manager.checks.taken():
+    async with manager.checks.hold():
         await current_view(request)
         for _ in range(_ATTEMPTS):
             revision = manager.store.view().revision

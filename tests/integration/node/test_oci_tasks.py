@@ -403,7 +403,7 @@ async def test_invalid_volume_options_reject_the_task(executor: OciExecutor) -> 
         (
             "made",
             {**nfs, "o": "addr=10.0.0.1"},
-            "volume made exists with other options than those of the mount",
+            "volume made exists with other options than the mount: use the same options, or another volume",
         ),
     ):
         given = VolumeOptions(driver_config=Driver(name="local", options=options))

@@ -18,7 +18,7 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
             {
                 "Hostname": name,
                 "NodeID": name,
-                "Refusals": ["512000 MiB of memory wanted, 24106 not reserved"],
+                "Refusals": ["512000 MiB of memory requested, 24106 not reserved"],
             }
             for name in ("w2", "m1")
         ],
@@ -26,7 +26,7 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
     assert list(about_task("web.1", task, NOW)) == [
         "web.1: no suitable node (insufficient resources on 2 nodes)",
         "  pending for 3m 10s, wanted: running",
-        "  all 2 nodes: 512000 MiB of memory wanted, 24106 not reserved",
+        "  all 2 nodes: 512000 MiB of memory requested, 24106 not reserved",
     ]
     task["Nodes"] = [{"Hostname": "w2", "Refusals": ["small"]}, {"Hostname": "m1", "Refusals": ["drained"]}]
     assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  WHY NOT", "  m1    drained", "  w2    small"]

@@ -51,7 +51,7 @@ def test_every_node_says_everything_that_speaks_against_it() -> None:
     refusals = {str(one.node_id): one.refusals for one in verdicts(task, small, drained, good)}
     assert refusals == {
         "small": (
-            "insufficient resources: 2 CPUs wanted, 1 not reserved",
+            "insufficient resources: 2 CPUs requested, 1 not reserved",
             "constraints not satisfied: node.labels.zone == north",
         ),
         "drained": ("the node's availability is drain",),
@@ -65,7 +65,7 @@ def test_what_other_tasks_reserved_is_not_free() -> None:
     task = a_task(service=service, state=TaskState.PENDING)
     node = a_node("n1", has=Resources(nano_cpus=1, memory_bytes=4 << 30))
     (one,) = verdicts(task, node, others=(running,))
-    assert one.refusals == ("insufficient resources: 3072 MiB of memory wanted, 1024 not reserved",)
+    assert one.refusals == ("insufficient resources: 3072 MiB of memory requested, 1024 not reserved",)
 
 
 def test_a_node_that_is_down_says_since_its_silence() -> None:
@@ -288,7 +288,7 @@ def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -
         return found.summary, found.unknown
 
     assert explained(2) == (
-        "cpu 90%, target 50%, over 2 of 2 tasks: it has the most tasks that it may have",
+        "cpu 90%, target 50%, over 2 of 2 tasks: it is at its maximum number of tasks",
         0,
     )
     assert explained(0) == ("none of its 2 tasks is measured", 2)

@@ -86,4 +86,6 @@ async def test_a_network_without_addresses_says_why(cluster) -> None:
     spec = NetworkSpec(name="second", driver_configuration=Driver(name="overlay", options=options))
     await api.store.update(lambda tx: tx.put(Network(id=NetworkId("second"), spec=spec)))
     async with client.get("/networks/second") as response:
-        assert (await response.json())["Warnings"] == ["not allocated: VXLAN ids 1,2 are not 1 free numbers"]
+        assert (await response.json())["Warnings"] == [
+            "not allocated: the network needs free VXLAN ids, one per IPv4 subnet (1), not 1,2"
+        ]

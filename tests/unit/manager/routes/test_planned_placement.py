@@ -91,7 +91,7 @@ async def test_tasks_are_spread_and_each_service_takes_room_from_the_next(cluste
     assert second["Wanted"] == 2
     assert second["Refusal"].startswith("no suitable node (insufficient resources on 2 nodes")
     reasons = {one["Hostname"]: one["Refusals"] for one in second["Verdicts"]}
-    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory wanted, 0 not reserved"]
+    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory requested, 0 not reserved"]
 
 
 async def test_what_no_node_meets_is_named(cluster) -> None:

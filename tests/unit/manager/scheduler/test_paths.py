@@ -74,7 +74,7 @@ def test_a_task_that_finds_no_node_says_why_and_each_node_which_way_fails() -> N
     assert reason(refused) == "no suitable node (overlay traffic fails on 1 node)"
     (words,) = verdict(requirements, accounting.accounts[a_node("w1").id], 0).refusals
     assert words == (
-        "4789/udp fails between this node and w2 (the node's label skep.ignore-paths=true would allow it)"
+        "4789/udp fails between this node and w2 (set the node's label skep.ignore-paths=true to allow it)"
     )
 
 
