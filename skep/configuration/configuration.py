@@ -80,12 +80,12 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The encryption of overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
     wireguard_port: int = 0
     """UDP port; the next port is used too.  0 chooses the port ten above the data path's."""
-    image_disk_high: int = 85
-    image_disk_low: int = 80
-    """Percent of the images' disk.  Above ``image_disk_high``, unused fetched images are removed until
-    ``image_disk_low`` is reached.
+    image_gc_high: int = 85
+    image_gc_low: int = 80
+    """Percent of the images' disk.  Above ``image_gc_high``, unused fetched images are removed until
+    ``image_gc_low`` is reached.
     """
-    disk_full: int = 95
+    disk_pressure: int = 95
     """Percent of the node's own disk from which the node receives no new tasks.  0 turns this limit off."""
     image_port: int = 0
     """TCP port where other nodes fetch images from this one.  0 chooses 2374, or any free port if 2374 is taken."""

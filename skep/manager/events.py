@@ -47,7 +47,7 @@ BEHIND_MAX = 1024
 PROGRESS_S = 10.0
 """Seconds between two cursor messages of an idle stream."""
 
-Action = Literal["create", "update", "remove", "freeze", "resume", "drain"]
+Action = Literal["create", "update", "remove", "suspend", "resume", "drain"]
 
 TASK_ACTIONS: Mapping[TaskState, str] = {
     TaskState.RUNNING: "start",
@@ -338,7 +338,7 @@ def _dockers(event: Event, now_ns: int) -> Iterator[Message]:
         case Updated(Swarm() as old, Swarm() as new):
             if new.freeze is not None and old.freeze is None:
                 nodes = {"nodes": ",".join(new.freeze.nodes)}
-                yield _message("freeze", new, nodes, unix_ns(new.freeze.since))
+                yield _message("suspend", new, nodes, unix_ns(new.freeze.since))
             elif new.freeze is None and old.freeze is not None:
                 yield _message("resume", new, {}, now_ns)
         case Updated(_, new):
@@ -350,10 +350,10 @@ def _eviction(eviction: Eviction, at_ns: int) -> Message:
     step = eviction.next_step
     attributes = {
         "name": eviction.hostname,
-        "by": eviction.asked_by,
-        "through": eviction.asked_through,
+        "requestedBy": eviction.asked_by,
+        "requestedVia": eviction.asked_through,
         "done": f"{len(eviction.done)}/{len(eviction.steps)}",
-        "waits": eviction.waits_for if step is not None else "",
+        "waitingFor": eviction.waits_for if step is not None else "",
     }
     actor = Actor(id=eviction.node_id, attributes=attributes)
     return Message(type="node", action="evict", actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
@@ -466,7 +466,7 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
     changes |= _changed("role", old.spec.role.value, new.spec.role.value)
     changes |= _changed("state", old.status.state.value, new.status.state.value)
     changes |= _changed("paths.failing", _words(old.failing_paths), _words(new.failing_paths))
-    changes |= _changed("overlay.refused", _words(old.cut_off), _words(new.cut_off))
+    changes |= _changed("overlay.unavailable", _words(old.cut_off), _words(new.cut_off))
     changes |= _changed("conditions", *("; ".join(condition_messages(one.description)) for one in (old, new)))
     before, after = old.manager_status, new.manager_status
     if before is not None and after is not None:

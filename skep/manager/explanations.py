@@ -81,7 +81,7 @@ class UpdateExplanation(ApiObject):
     waiting_for: str = always("")
 
 
-class MeasureExplanation(ApiObject):
+class MetricExplanation(ApiObject):
     """One metric that autoscaling uses, ``cpu`` or ``memory``, in percent, as the average of the measured tasks."""
 
     name: str = ""
@@ -93,14 +93,14 @@ class MeasureExplanation(ApiObject):
 class AutoscalingExplanation(ApiObject):
     """State of a service's autoscaling."""
 
-    least: int = 0
-    most: int = 0
-    measures: tuple[MeasureExplanation, ...] = ()
-    unknown: int = always(0)
+    min: int = 0
+    max: int = 0
+    metrics: tuple[MetricExplanation, ...] = ()
+    unmeasured: int = always(0)
     """Tasks without a measurement."""
     summary: str = always("")
     """The reason for the current number of tasks."""
-    last: Autoscaled | None = None
+    last_change: Autoscaled | None = None
     """The last change by autoscaling."""
 
 
@@ -117,13 +117,13 @@ class ServiceExplanation(ApiObject):
     """
     problem: Problem | None = None
     """The task problem that ``reason`` describes."""
-    course: str = ""
+    restart_summary: str = ""
     """How often the task failed, and when the next attempt starts."""
-    is_as_wanted: bool = always(False)
-    """Whether all wanted tasks run, or the job has completed."""
+    is_healthy: bool = always(False)
+    """Whether all desired tasks run, or the job has completed."""
     running: int = always(0)
-    wanted: int = always(0)
-    done: int = 0
+    desired: int = always(0)
+    completed: int = 0
     """Slots of a one-shot service whose task ended with exit code 0."""
     ended_at: Timestamp = Timestamp("")
     """When the job completed."""
@@ -211,22 +211,22 @@ def explain_service(
         if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
     ]
     if is_job:
-        text, reason, is_as_wanted = _of_job(service, tasks, running, problems, nodes)
+        text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_as_wanted = _of_service(running, wanted, done, problems)
-    worst = problems[0] if problems and not is_as_wanted else None
+        text, reason, is_healthy = _of_service(running, wanted, done, problems)
+    worst = problems[0] if problems and not is_healthy else None
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
         reason=_with_update(service, reason, worst),
         problem=worst,
-        course=worst.course if worst is not None else "",
-        is_as_wanted=is_as_wanted,
-        ended_at=_last_end(tasks) if is_job and is_as_wanted else Timestamp(""),
+        restart_summary=worst.restart_summary if worst is not None else "",
+        is_healthy=is_healthy,
+        ended_at=_last_end(tasks) if is_job and is_healthy else Timestamp(""),
         running=running,
-        wanted=wanted,
-        done=done,
-        reasons=_counted_problems(one for one in problems if one.waiting),
+        desired=wanted,
+        completed=done,
+        reasons=_counted_problems(one for one in problems if one.pending_task_id),
         failures=_counted(failed),
         schedule=schedule_words(service),
         update_status=service.update_status,
@@ -273,7 +273,7 @@ def summary(
             return status.err or status.message or status.state.value
     known = nodes if nodes is not None else {node.id: node} if node is not None else {}
     problem = problem_of(task, slot, known)
-    return "; ".join(filter(None, (problem.reason, problem.course)))
+    return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
 
 
 def next_attempt(task: Task, now_ns: int) -> str:
@@ -302,7 +302,7 @@ def _ordinal(number: int) -> str:
 def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
     if task.status.err.startswith(WAITS_FOR):
         return f"it {task.status.err}"
-    willing = sum(not one.refusals for one in verdicts)
+    willing = sum(not one.reasons for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
     return task.status.err or f"none of {len(verdicts)} nodes can take it"
@@ -322,7 +322,7 @@ def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem
         reason = "its tasks are not created yet" if running < wanted else "its tasks are not replaced yet"
         return f"{reason}; {count}", reason, False
     worst = problems[0]
-    return "; ".join(filter(None, (worst.reason, worst.course, count))), worst.reason, False
+    return "; ".join(filter(None, (worst.reason, worst.restart_summary, count))), worst.reason, False
 
 
 def _of_job(
@@ -360,7 +360,7 @@ def _of_job(
     if not problems:
         return progress, f"{running} run" if running else "its tasks are not created yet", False
     worst = problems[0]
-    return "; ".join(filter(None, (worst.reason, worst.course, progress))), worst.reason, False
+    return "; ".join(filter(None, (worst.reason, worst.restart_summary, progress))), worst.reason, False
 
 
 def _last_end(tasks: Iterable[Task]) -> Timestamp:
@@ -389,7 +389,7 @@ def _counted_problems(problems: Iterable[Problem]) -> tuple[Reason, ...]:
         Reason(
             summary=words,
             tasks=number,
-            example=examples[words].waiting,
+            example=examples[words].pending_task_id,
             name=examples[words].name,
         )
         for words, number in list(counts.items())[:REASONS_MAX]
@@ -460,15 +460,15 @@ def explain_autoscaling(
     if not blocked(service) and asked.replicas > service.spec.replicas:
         reason = within_quota(asked.replicas)[1] or reason
     return AutoscalingExplanation(
-        least=scaling.least,
-        most=scaling.most,
-        measures=tuple(
-            MeasureExplanation(
+        min=scaling.least,
+        max=scaling.most,
+        metrics=tuple(
+            MetricExplanation(
                 name=one.name, target=one.target, average=round(one.average, 1) if one.known else None
             )
             for one in readings.measures
         ),
-        unknown=readings.unknown,
+        unmeasured=readings.unknown,
         summary=reason,
-        last=service.autoscaled,
+        last_change=service.autoscaled,
     )

@@ -250,7 +250,7 @@ class AllEvents:
                     if why:
                         if node.id not in away:
                             away.add(node.id)
-                            await queue.put(_notice("away", node, why, position, self._clock.now_ns()))
+                            await queue.put(_notice("disconnect", node, why, position, self._clock.now_ns()))
                         continue
                     away.discard(node.id)
                     age_s = self._clock.monotonic() - begun_at
@@ -285,7 +285,7 @@ class AllEvents:
                 return
             if not is_away:
                 is_away = True
-                await reader.put_notice("away", why, self._clock.now_ns())
+                await reader.put_notice("disconnect", why, self._clock.now_ns())
             if _why_unread(present):
                 return
             await backoff.sleep(self._clock)
@@ -343,7 +343,7 @@ class _Reader:
         if known.action == "gap":
             await self.put_notice("gap", "the node no longer has all events since then", known.time_ns)
         elif not self._is_known:
-            await self.put_notice("follow", "", known.time_ns)
+            await self.put_notice("connect", "", known.time_ns)
         else:
             await self._queue.put(_Item(self._key, self._cursor, None))
         self._is_known = True

@@ -12,13 +12,13 @@ from skep.store.interface import View
 
 
 class PeerManager(ApiObject):
-    """A manager as seen by this manager.  ``silent_seconds`` is 0 while it responds."""
+    """A manager as seen by this manager.  ``unreachable_seconds`` is 0 while it responds."""
 
     id: NodeId
     hostname: str = always("")
     addr: str = always("")
-    answers: bool = always(True)
-    silent_seconds: float = 0.0
+    is_reachable: bool = always(True)
+    unreachable_seconds: float = 0.0
 
 
 class Quorum(ApiObject):
@@ -51,8 +51,8 @@ def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Tim
             id=node.id,
             hostname=node.description.hostname or node.id,
             addr=node.manager_status.addr,
-            answers=node.id == own or node.id not in silent,
-            silent_seconds=round(silent.get(node.id, 0.0), 1) if node.id != own else 0.0,
+            is_reachable=node.id == own or node.id not in silent,
+            unreachable_seconds=round(silent.get(node.id, 0.0), 1) if node.id != own else 0.0,
         )
         for node in view.find(Node)
         if node.manager_status is not None

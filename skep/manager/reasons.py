@@ -54,22 +54,22 @@ class Kind(Enum):
     REJECTED = "rejected"
     """The node cannot prepare the task's image, mounts or networks."""
     NO_NODE = "no-node"
-    LOST = "lost"
+    NODE_LOST = "node-lost"
     """The node is down."""
-    WAITS = "waits"
+    WAITING = "waiting"
     """The task waits for another service or a cluster volume."""
-    PROGRESS = "progress"
+    PROGRESSING = "progressing"
     """The task is starting, and nothing has failed."""
 
     @property
     def is_failure(self) -> bool:
         """Whether a task failed, so that waiting alone may not help."""
-        return self not in (Kind.NO_NODE, Kind.LOST, Kind.WAITS, Kind.PROGRESS)
+        return self not in (Kind.NO_NODE, Kind.NODE_LOST, Kind.WAITING, Kind.PROGRESSING)
 
     @property
     def weight(self) -> int:
         """Rank of the cause.  The lowest is shown first."""
-        return {Kind.NO_NODE: 1, Kind.LOST: 2, Kind.WAITS: 3, Kind.PROGRESS: 4}.get(self, 0)
+        return {Kind.NO_NODE: 1, Kind.NODE_LOST: 2, Kind.WAITING: 3, Kind.PROGRESSING: 4}.get(self, 0)
 
 
 class Problem(ApiObject):
@@ -80,12 +80,12 @@ class Problem(ApiObject):
     belongs to the failed task and has its last lines.
     """
 
-    kind: str = always(Kind.PROGRESS.value)
+    kind: str = always(Kind.PROGRESSING.value)
     weight: int = always(0)
     """``Kind.weight``: 0 for failures, higher for causes that may resolve by themselves."""
     reason: str = always("")
     task_id: TaskId = TaskId("")
-    waiting: TaskId = TaskId("")
+    pending_task_id: TaskId = TaskId("")
     """The task that does not run, if ``task_id`` is a failed task before it.  Empty while there is no
     further attempt.
     """
@@ -106,7 +106,7 @@ class Problem(ApiObject):
         return self.weight, unix_ns(self.since), self.name
 
     @property
-    def course(self) -> str:
+    def restart_summary(self) -> str:
         """How often the task failed, and when the next attempt starts, in UTC.  Empty if it did not fail."""
         parts = []
         if self.failures >= LOOP_FROM:
@@ -131,7 +131,7 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         nodes: Known nodes.  If these are all nodes of the cluster, the reason may name the largest.
     """
     kind, words = _present(task, nodes)
-    last = last_failure(task, slot) if kind is Kind.PROGRESS else None
+    last = last_failure(task, slot) if kind is Kind.PROGRESSING else None
     restart = task.restart or Restart()
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
     next_attempt = restart.not_before if is_held else Timestamp("")
@@ -141,20 +141,20 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         failures = max(restart.failures, 1)
         return replace(
             found,
-            waiting=task.id,
+            pending_task_id=task.id,
             failures=failures,
             since=since,
             next_attempt=next_attempt,
             is_given_up=False,
         )
-    if kind is Kind.PROGRESS and restart.failures:
+    if kind is Kind.PROGRESSING and restart.failures:
         kind, words = Kind.EXIT, "earlier tasks failed, and none of them is kept"
     return Problem(
         kind=kind.value,
         weight=kind.weight,
         reason=words,
         task_id=task.id,
-        waiting=task.id,
+        pending_task_id=task.id,
         name=name,
         failures=restart.failures if kind is Kind.EXIT else 0,
         since=task.status.timestamp,
@@ -213,32 +213,32 @@ def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
     where = hostname(nodes.get(task.node_id), task)
     match status.state:
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
-            return Kind.WAITS, f"it {status.err}"
+            return Kind.WAITING, f"it {status.err}"
         case TaskState.PENDING if status.err:
             return Kind.NO_NODE, _too_large(task, nodes) or status.err
         case TaskState.NEW:
             return (
-                (Kind.WAITS, status.err)
+                (Kind.WAITING, status.err)
                 if status.err
-                else (Kind.PROGRESS, "it waits for its networks and ports")
+                else (Kind.PROGRESSING, "it waits for its networks and ports")
             )
         case TaskState.PENDING:
-            return Kind.PROGRESS, "it waits for a node"
+            return Kind.PROGRESSING, "it waits for a node"
         case TaskState.ASSIGNED:
-            return Kind.PROGRESS, f"{where} has not received it yet"
+            return Kind.PROGRESSING, f"{where} has not received it yet"
         case TaskState.ACCEPTED | TaskState.PREPARING:
             words = f"{where} prepares it: image, mounts and networks"
-            return (Kind.WAITS, f"{words}: {status.err}") if status.err else (Kind.PROGRESS, words)
+            return (Kind.WAITING, f"{words}: {status.err}") if status.err else (Kind.PROGRESSING, words)
         case TaskState.READY:
             if task.desired_state is not TaskState.READY:
-                return Kind.PROGRESS, f"{where} starts it"
-            return Kind.PROGRESS, "it is prepared and waits for its turn to start"
+                return Kind.PROGRESSING, f"{where} starts it"
+            return Kind.PROGRESSING, "it is prepared and waits for its turn to start"
         case TaskState.STARTING:
-            return Kind.PROGRESS, f"{where} waits for it to become healthy{because(status.err)}"
+            return Kind.PROGRESSING, f"{where} waits for it to become healthy{because(status.err)}"
         case TaskState.UNKNOWN:
-            return Kind.LOST, status.err or f"{where} is down"
+            return Kind.NODE_LOST, status.err or f"{where} is down"
         case TaskState.RUNNING:
-            return Kind.PROGRESS, f"it runs on {where}"
+            return Kind.PROGRESSING, f"it runs on {where}"
         case _:
             return failure_of(task)
 

@@ -60,7 +60,7 @@ class NodeWork:
     async def remove_all(self) -> None:
         """Kill and remove every task, as Docker does, for up to a minute.  Tasks that are left then are logged."""
         self._session.leave()
-        self._conditions.clear("no-manager")
+        self._conditions.clear("manager-unreachable")
         self._conditions.forget_ended()
         await self._worker.clear()
         backoff = Backoff(0.02, 0.5)

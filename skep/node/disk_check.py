@@ -34,7 +34,7 @@ _ADVICE = {
 class DiskCheck:
     """Writes a block to each directory and keeps the condition ``disk`` current.
 
-    The condition ``disk-full`` is the text that the manager writes into ``store_full`` while its store lacks space.
+    The condition ``store-full`` is the text that the manager writes into ``store_full`` while its store lacks space.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class DiskCheck:
         """Check every ``PERIOD_S`` until cancelled."""
         while True:
             self._conditions.reporter("disk")(await self.look())
-            self._conditions.reporter("disk-full")(self._store_full_text())
+            self._conditions.reporter("store-full")(self._store_full_text())
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:

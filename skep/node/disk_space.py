@@ -4,9 +4,9 @@ A disk's use is measured by the space left for unprivileged processes (``f_bavai
 for root, so a write by root succeeds long after containers fail.  Inodes can run out while blocks are left.
 
 * The condition ``disk-space`` names a disk from ``WARN_PERCENT`` on.
-* The condition ``disk-pressure`` names a disk of the node itself from the setting ``disk-full`` on, and managers assign
-  no further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere are never named,
-  because other tasks do not need them.
+* The condition ``disk-pressure`` names a disk of the node itself from the setting ``disk-pressure`` on, and managers
+  assign no further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere are
+  never named, because other tasks do not need them.
 
 Each is cleared ``HYSTERESIS`` percent below its mark, so that a disk at the mark does not change the cluster's state
 with each file that is created or removed.
@@ -33,7 +33,7 @@ from skep.node.conditions import Conditions
 log = structlog.get_logger()
 
 WARN_PERCENT = 85
-"""The node also starts to remove unused images here (``image-disk-high``), as kubelet does."""
+"""The node also starts to remove unused images here (``image-gc-high``), as kubelet does."""
 HYSTERESIS = 2
 STEP_PERCENT = 2
 """A condition shows another percentage only if it differs by this much, because each is a write of the node's
@@ -246,7 +246,7 @@ class DiskSpace:
             for device, disk in found.items():
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
-        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_full))
+        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_pressure))
         self._conditions.report(DISK_SPACE, near)
         self._conditions.report(DISK_PRESSURE, full)
 

@@ -2,7 +2,7 @@
 
 A missing module, a surrounding container without a capability, or a kernel without nftables does not show in a version
 number.  A missing feature becomes a warning in ``/info`` and an engine label, so that a placement constraint can avoid
-the node (``engine.labels.skep.without.vxlan!=true``).
+the node (``engine.labels.skep.missing.vxlan!=true``).
 """
 
 import ctypes
@@ -112,7 +112,7 @@ def warnings(features: Features) -> tuple[str, ...]:
 
 def labels(features: Features) -> Mapping[str, str]:
     """Return the engine labels for missing features."""
-    return {f"skep.without.{name}": "true" for name in sorted(features.missing)}
+    return {f"skep.missing.{name}": "true" for name in sorted(features.missing)}
 
 
 def detect(data_dir: Path, nft: str = "nft") -> Features:

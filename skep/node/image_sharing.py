@@ -62,7 +62,7 @@ class ImageSharing:
 
         def marks() -> Marks:
             configuration = self._configuration()
-            return Marks(configuration.image_disk_high, configuration.image_disk_low)
+            return Marks(configuration.image_gc_high, configuration.image_gc_low)
 
         await self._session.wait_session()
         needed = partial(needed_images, self._session)

@@ -124,7 +124,7 @@ class NodeMetrics:
             ),
             *disk_families(one.disks()),
             *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
-            gauge("skep_node_reports_waiting", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
+            gauge("skep_node_pending_reports", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
             *process_families("node", self._lag),
             *(one.exporter.families() if one.exporter is not None else ()),
         ]  # fmt: skip
@@ -239,7 +239,7 @@ def dns_families(listing: Listing) -> list[Family]:
     return [
         gauge("skep_dns_containers", "Containers with a name server of their networks.", len(listing.served)),
         by_label(
-            "skep_dns_questions_total",
+            "skep_dns_requests_total",
             "counter",
             "Questions of containers for names, by record type.",
             "type",
@@ -258,7 +258,7 @@ def dns_families(listing: Listing) -> list[Family]:
             "reason",
             {"timeout": names.upstream_timeouts, "failure": names.upstream_failures},
         ),
-        gauge("skep_dns_forwarded_in_flight", "Questions at other name servers now.", names.in_flight),
+        gauge("skep_dns_forwards_in_flight", "Questions at other name servers now.", names.in_flight),
         by_label(
             "skep_network_repairs_total",
             "counter",

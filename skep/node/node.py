@@ -399,7 +399,7 @@ class Node:
             self._known_managers(node),
             save_managers,
             address_of=node.reach,
-            show_unreached=self._environment.conditions.reporter("no-manager"),
+            show_unreached=self._environment.conditions.reporter("manager-unreachable"),
         )
         return Agent(
             credentials=credentials,

@@ -131,7 +131,7 @@ def lost_quorum(quorum: Mapping[str, Any]) -> str:
     ``quorum`` is the response to ``GET /skep/quorum``, with the key names that other versions read.
     """
     managers = quorum["Managers"]
-    silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
+    silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
     sentences = [NO_LEADER]
     if silent:
         verb = "does" if len(silent) == 1 else "do"

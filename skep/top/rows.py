@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.status import completion, is_as_wanted
+from skep.cli.status import completion, is_service_healthy
 from skep.errors import InvalidArgument
 from skep.model.node import plain_message
 from skep.model.times import SECOND_NS, timestamp, unix_ns
@@ -169,7 +169,7 @@ def _service(snapshot: Snapshot, service: Mapping[str, Any]) -> Row:
         tone, why = Tone.BAD, reason
     elif is_updating:
         tone, why = Tone.WARNING, str(update.get("Message") or update["State"])
-    elif not is_as_wanted(service) and "job" not in mode_of(service):
+    elif not is_service_healthy(service) and "job" not in mode_of(service):
         tone, why = Tone.WARNING, "not as wanted"
     else:
         tone, why = Tone.GOOD, ""
@@ -245,7 +245,7 @@ def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: int) -> Row:
     return Row(node["ID"], cells, tone, (_URGENCY[tone], name, node["ID"]))
 
 
-_BAD_ACTIONS = frozenset({"reject", "lost", "freeze", "expire"})
+_BAD_ACTIONS = frozenset({"reject", "lost", "suspend", "expire"})
 _SHOWN_ELSEWHERE = ("name", "com.docker.swarm.")
 
 

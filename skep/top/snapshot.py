@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from skep.cli.status import is_as_wanted, node_rows
+from skep.cli.status import is_service_healthy, node_rows
 from skep.model.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
@@ -173,7 +173,7 @@ def _order(snapshot: Snapshot, task: Task) -> tuple[str, int, str, str]:
 def summary(snapshot: Snapshot) -> list[tuple[str, str]]:
     """Return the summary for the top line, as pairs of a noun and its counts."""
     nodes = Counter(str(node["Status"]["State"]) for node in snapshot.nodes.values())
-    wanted = sum(1 for service in snapshot.services.values() if is_as_wanted(service))
+    wanted = sum(1 for service in snapshot.services.values() if is_service_healthy(service))
     tasks = Counter(_kind(task) for task in snapshot.tasks.values())
     shown = [f"{tasks[kind]} {kind}" for kind in ("run", "start", "wait") if tasks[kind]]
     return [
@@ -196,8 +196,8 @@ def headlines(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     """Yield each problem as a kind and a sentence, as in ``skep status``, the most serious first."""
     yield from (("swarm", line) for line in snapshot.without_leader[:1])
     for row in node_rows(snapshot.nodes.values()):
-        if row.why or not row.is_well:
-            yield "node", f"{row.name} is {row.state}" + (f": {row.why}" if row.why else "")
+        if row.reason or not row.is_healthy:
+            yield "node", f"{row.name} is {row.state}" + (f": {row.reason}" if row.reason else "")
     for id, service in sorted(snapshot.services.items(), key=lambda item: str(item[1]["Spec"]["Name"])):
         if reason := snapshot.reasons.get(id):
             yield "service", f"{service['Spec']['Name']}: {reason}"
@@ -205,5 +205,5 @@ def headlines(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
 
 def unexplained(services: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the ids of services that need an explanation, by name."""
-    wanting = (service for service in services if not is_as_wanted(service))
+    wanting = (service for service in services if not is_service_healthy(service))
     return [service["ID"] for service in sorted(wanting, key=lambda service: str(service["Spec"]["Name"]))]

@@ -297,7 +297,7 @@ class _Connected:
         async def ask(id: str) -> None:
             with suppress(NotFound):  # it was removed in the meantime
                 response = await self._get(f"/skep/services/{id}/explain")
-                if not response["IsAsWanted"]:
+                if not response["IsHealthy"]:
                     found[id] = reason_in(response)
 
         async with asyncio.TaskGroup() as group:

@@ -71,10 +71,10 @@ def test_busy_tasks_become_more_and_idle_ones_fewer(pair: TestCluster, load: Pat
     wait_running(m1, "web", 1)
 
     def measured() -> bool:
-        return explained(m1, "web").get("Unknown") == 0
+        return explained(m1, "web").get("Unmeasured") == 0
 
     wait_until(measured, "its task is measured", WITHIN_S)
-    assert explained(m1, "web")["Measures"][0]["Average"] < 20
+    assert explained(m1, "web")["Metrics"][0]["Average"] < 20
     assert replicas(m1, "web") == 1
 
     (load / "busy").touch()

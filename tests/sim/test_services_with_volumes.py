@@ -147,7 +147,7 @@ class World:
             mount = Mount(type="cluster", source=mode, target="/d")
             tx.put(Service(id=ServiceId(mode), spec=_spec(mode, mount)))
         mount = Mount(type="volume", source="data", target="/d")
-        spec = replace(_spec(LOCAL, mount), labels={"skep.volumes": "keep"})
+        spec = replace(_spec(LOCAL, mount), labels={"skep.volume-affinity": "required"})
         tx.put(Service(id=ServiceId(LOCAL), spec=spec))
 
     async def _disturb(self) -> None:

@@ -19,8 +19,8 @@ from skep.store.interface import Transaction
 def with_seen_volumes(tx: Transaction, node: Node, description: NodeDescription) -> NodeDescription:
     """Return ``description`` without reports of slots that have had no task on ``node``.
 
-    A slot's task returns to its data, and with ``skep.volumes=keep`` runs nowhere else: a node that could report any
-    slot would receive its tasks with their secrets, or keep them from running.
+    A slot's task returns to its data, and with ``skep.volume-affinity=required`` runs nowhere else: a node that could
+    report any slot would receive its tasks with their secrets, or keep them from running.
     """
     label = description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
     if not label or label == node.description.engine.labels.get(SLOT_VOLUMES_LABEL):

@@ -369,7 +369,7 @@ def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[Entry]:
     if new.freeze is not None and old.freeze is None:
         nodes = len(new.freeze.nodes)
         message = f"tasks of lost nodes are not replaced: {nodes} nodes went down at once"
-        yield _cluster(new, "freeze", message, Severity.ERROR)
+        yield _cluster(new, "suspend", message, Severity.ERROR)
     elif new.freeze is None and old.freeze is not None:
         yield _cluster(new, "resume", "tasks of lost nodes are replaced again")
 

@@ -23,8 +23,8 @@ class EvictionBody(ApiObject):
 
     node: str = ""
     """Id or name.  For a node that was already removed, its full id."""
-    by: str = ""
-    keep: bool = False
+    requested_by: str = ""
+    keep_containers: bool = False
     """Keep the node's containers running alongside their replacements."""
 
 
@@ -36,18 +36,18 @@ class ShownStep(ApiObject):
 
 
 class ShownEviction(ApiObject):
-    """An eviction and its progress.  ``asked_*`` tell which user requested it, through which manager, and when."""
+    """An eviction and its progress.  ``requested_*`` tell which user requested it, through which manager, and when."""
 
     node_id: str = always("")
     hostname: str = always("")
-    asked_by: str = always("")
-    asked_through: str = always("")
-    asked_at: Timestamp = always(Timestamp(""))
+    requested_by: str = always("")
+    requested_via: str = always("")
+    requested_at: Timestamp = always(Timestamp(""))
     steps: tuple[ShownStep, ...] = always(())
-    waits_for: str = always("")
+    waiting_for: str = always("")
     damaged: tuple[str, ...] = always(())
     """Keys of unreadable values in the store, which are not changed."""
-    keeps_containers: bool = always(False)
+    keep_containers: bool = always(False)
     """Whether the node's containers keep running."""
     complete: bool = always(False)
 
@@ -57,9 +57,9 @@ async def evict(request: web.Request) -> web.StreamResponse:
     """Start an eviction, or resume an interrupted one."""
     manager = manager_of(request)
     body = await read_json(request, EvictionBody)
-    by = "".join(filter(str.isprintable, body.by))[:BY_CHARACTERS_MAX] or "a client of the API"
+    by = "".join(filter(str.isprintable, body.requested_by))[:BY_CHARACTERS_MAX] or "a client of the API"
     eviction = await manager.update(
-        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.keep
+        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.keep_containers
     )
     log.warning(
         "eviction requested",
@@ -85,12 +85,12 @@ def shown(eviction: Eviction) -> ShownEviction:
     return ShownEviction(
         node_id=eviction.node_id,
         hostname=eviction.hostname,
-        asked_by=eviction.asked_by,
-        asked_through=eviction.asked_through,
-        asked_at=eviction.asked_at,
+        requested_by=eviction.asked_by,
+        requested_via=eviction.asked_through,
+        requested_at=eviction.asked_at,
         steps=tuple(ShownStep(text=TEXTS[step], done=step in eviction.done) for step in eviction.steps),
-        waits_for=eviction.waits_for,
+        waiting_for=eviction.waits_for,
         damaged=eviction.damaged,
-        keeps_containers=eviction.node_id in eviction.keeping,
+        keep_containers=eviction.node_id in eviction.keeping,
         complete=eviction.next_step is None,
     )

@@ -97,7 +97,7 @@ async def _priority(view: View, tasks: Iterable[Task], named: ServiceNames) -> s
 
 def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
     """Return ``one`` for a task that waits for the node ``home``, on which its volume is."""
-    return one if one.node_id == home else replace(one, refusals=(*one.refusals, words))
+    return one if one.node_id == home else replace(one, reasons=(*one.reasons, words))
 
 
 async def _verdicts(view: View, task: Task, named: ServiceNames) -> tuple[list[NodeVerdict], str]:
@@ -115,7 +115,7 @@ async def _verdicts(view: View, task: Task, named: ServiceNames) -> tuple[list[N
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]
-    if task.status.err.startswith(WAITS_FOR) or not all(one.refusals for one in verdicts):
+    if task.status.err.startswith(WAITS_FOR) or not all(one.reasons for one in verdicts):
         return verdicts, ""
     work = explaining_priority(task, requirements, accounting, view, named)
     return verdicts, await result_in_slices(work, SystemClock())

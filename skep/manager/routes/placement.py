@@ -102,7 +102,7 @@ async def _placements(
                 if step is not None:
                     yield step
         except SkepError as error:
-            yield PlannedPlacement(name=spec.name, refusal=str(error))
+            yield PlannedPlacement(name=spec.name, error=str(error))
 
 
 def _with_ids(view: View, spec: ServiceSpec) -> ServiceSpec:

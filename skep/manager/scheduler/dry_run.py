@@ -68,10 +68,10 @@ class PlannedPlacement(ApiObject):
     """Planned placement of one service.  Without ``refusal`` all its tasks fit."""
 
     name: str = always("")
-    wanted: int = always(0)
+    desired: int = always(0)
     nodes: tuple[NodeShare, ...] = always(())
     """Nodes with all tasks that fit, including existing tasks that stay."""
-    refusal: str = always("")
+    error: str = always("")
     verdicts: tuple[NodeVerdict, ...] = always(())
     """Why nodes refuse another task, if a task is refused."""
     preempted: tuple[Preempted, ...] = ()
@@ -146,9 +146,9 @@ class DryRun:
         yield from collect_in_slices(self._shares(nodes), shares)
         yield PlannedPlacement(
             name=spec.name,
-            wanted=len(homes),
+            desired=len(homes),
             nodes=tuple(shares),
-            refusal=refusal.reason if refusal is not None else "",
+            error=refusal.reason if refusal is not None else "",
             preempted=tuple(
                 Preempted(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
@@ -335,7 +335,7 @@ class DryRun:
             if number % STEP == 0:
                 yield
             one = verdict(requirements, account, copies[account.node.id])
-            if one.refusals:
+            if one.reasons:
                 found.append(one)
             if len(found) == VERDICTS_MAX:
                 return

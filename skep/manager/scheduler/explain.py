@@ -30,7 +30,7 @@ class NodeVerdict(ApiObject):
 
     node_id: NodeId
     hostname: str = always("")
-    refusals: tuple[str, ...] = always(())
+    reasons: tuple[str, ...] = always(())
 
 
 def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVerdict:
@@ -41,7 +41,7 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
         if not filter.passes(requirements, account, copies)
     )
     node = account.node
-    return NodeVerdict(node_id=node.id, hostname=node.description.hostname, refusals=refusals)
+    return NodeVerdict(node_id=node.id, hostname=node.description.hostname, reasons=refusals)
 
 
 def reserve_for(accounting: Accounting, task: Task, view: View) -> None:

@@ -37,7 +37,7 @@ from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import IdSource, NodeId, TaskId
-from skep.model.labels import volume_policy
+from skep.model.labels import volume_affinity
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
@@ -156,7 +156,7 @@ class Scheduler:
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
                     before, after = event.old.spec.labels, event.new.spec.labels
-                    may_help |= volume_policy(before) is not volume_policy(after)
+                    may_help |= volume_affinity(before) is not volume_affinity(after)
                     may_help |= self._priorities.set(event.new)
                 elif isinstance(event.new, Swarm):
                     may_help |= self._preemptor.set_cluster(event.new)

@@ -1,4 +1,4 @@
-"""Tasks that return to the node where a local volume has their slot's data (label ``skep.volumes``)."""
+"""Tasks that return to the node where a local volume has their slot's data (label ``skep.volume-affinity``)."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from skep.manager.scheduler.filters import Filter, first_refusing
 from skep.manager.scheduler.placement import ASSIGNED, Assignment, Refusal, assigned
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
-from skep.model.labels import VolumePolicy, volume_policy
+from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateOrder
 from skep.model.slot_volumes import Home, VolumeIndex, homes_of, local_volumes
@@ -47,7 +47,7 @@ class Returning:
         if service is None:
             return ""
         homes = _homes(task, service, view, self.volumes)
-        is_kept = volume_policy(service.spec.labels) is VolumePolicy.KEEP
+        is_kept = volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
         # The data exists already, even on a disk that is full.
         requirements = replace(requirements, needs_disk=False)
         away = ""
@@ -67,7 +67,7 @@ class Returning:
 
 
 def _homes(task: Task, service: Service, view: View, index: VolumeIndex) -> Sequence[Home]:
-    if volume_policy(service.spec.labels) is VolumePolicy.SPREAD:
+    if volume_affinity(service.spec.labels) is VolumeAffinity.NONE:
         return ()
     past = view.find(Task, slot=f"{task.service_id}/{task.slot}")
     return homes_of(task, service.spec.name, past, index)
@@ -117,7 +117,7 @@ def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
 def must_wait(task: Task, view: View) -> bool:
     """Whether the task may only run on the first of these nodes."""
     service = view.lookup(Service, task.service_id)
-    return service is not None and volume_policy(service.spec.labels) is VolumePolicy.KEEP
+    return service is not None and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
 
 
 def away_words(task: Task, home: Home, node: Node, why: str) -> str:

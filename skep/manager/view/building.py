@@ -210,8 +210,8 @@ def _named_by(service: Service) -> frozenset[Key]:
 def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
     """Count the tasks of a service and rate its state.
 
-    ``state`` is *well* in its desired state, *moving* while it converges, and *unwell* if something failed or needs
-    action.
+    ``state`` is *healthy* in its desired state, *converging* while it converges, and *degraded* if something
+    failed or needs action.
     """
     update = service.update_status.state if service.update_status is not None else None
     running, wanted = status.running_tasks, status.desired_tasks
@@ -228,28 +228,30 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
                 nodes=_nodes_of(view, tasks),
                 done=done,
             )
-            is_well, reason = explained.is_as_wanted and not is_troubled, explained.reason
+            is_well, reason = explained.is_healthy and not is_troubled, explained.reason
             if (problem := explained.problem) is not None:
                 since, is_troubled = seconds(problem.since), is_troubled or Kind(problem.kind).is_failure
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
     if update in PAUSED or (is_troubled and not is_well):
-        state = "unwell"
+        state = "degraded"
     else:
         state = (
-            "well" if is_well and update not in UNDER_WAY and not _is_surplus(service, status) else "moving"
+            "healthy"
+            if is_well and update not in UNDER_WAY and not _is_surplus(service, status)
+            else "converging"
         )
     message = service.update_status.message if service.update_status is not None else ""
     if not reason and (update in PAUSED or update in UNDER_WAY):
         reason = message
     return Counts(
         running=running,
-        wanted=wanted,
+        desired=wanted,
         completed=status.completed_tasks,
         total=status.total_tasks,
         state=state,
-        reason="" if state == "well" else reason,
-        since=0.0 if state == "well" else since,
+        reason="" if state == "healthy" else reason,
+        since=0.0 if state == "healthy" else since,
     )
 
 

@@ -31,7 +31,7 @@ class ClusterRows:
         leaders = [
             node.id for node in managers if node.manager_status is not None and node.manager_status.leader
         ]
-        answering = {one.id for one in quorum.managers if one.answers}
+        answering = {one.id for one in quorum.managers if one.is_reachable}
         freeze = swarm.freeze if swarm is not None else None
         warnings = [
             *([] if quorum.has_leader else [f"WARNING: the managers have no leader since {quorum.since}"]),
@@ -47,5 +47,5 @@ class ClusterRows:
                 leader=leaders[0] if leaders and quorum.has_leader else "",
             ),
             warnings=tuple(warnings[:_WARNINGS_MAX]),
-            frozen=frozen_message(freeze) if freeze is not None else "",
+            replacement_suspended=frozen_message(freeze) if freeze is not None else "",
         )

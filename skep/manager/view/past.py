@@ -48,5 +48,5 @@ def _cluster(view: View) -> ClusterRow:
             leader=next((id for id, one in managers.items() if one.leader), ""),
         ),
         warnings=(),
-        frozen=frozen_message(freeze) if freeze is not None else "",
+        replacement_suspended=frozen_message(freeze) if freeze is not None else "",
     )

@@ -65,8 +65,8 @@ class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
 class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     """The row of a node.
 
-    ``manager`` is its reachability, empty for a worker.  ``load`` is 0 to 1, or None if unknown.  ``silent_since`` is
-    the last heartbeat of a node that is down.
+    ``manager`` is its reachability, empty for a worker.  ``load`` is 0 to 1, or None if unknown.
+    ``last_heartbeat_at`` is the last heartbeat of a node that is down.
     """
 
     name: str
@@ -83,10 +83,10 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     cpus: float
     memory: int
     load: float | None
-    failing: tuple[FailingRow, ...]
+    failing_checks: tuple[FailingRow, ...]
     volumes: tuple[LocalVolumeRow, ...]
     reason: str
-    silent_since: float
+    last_heartbeat_at: float
     version: int
 
 
@@ -112,14 +112,15 @@ class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
     """The row of a service.
 
     ``completed`` counts completed tasks, and ``total`` the tasks that a job needs.  One-shot services complete as well.
-    ``state`` is well, moving or unwell.  ``reason`` is the same as in ``skep explain``, and ``since`` its start.
+    ``state`` is healthy, converging or degraded.  ``reason`` is the same as in ``skep explain``, and ``since`` when
+    it began.
     """
 
     name: str
     stack: str
     image: str
     mode: str
-    wanted: int
+    desired: int
     running: int
     completed: int
     total: int
@@ -146,7 +147,7 @@ class TaskRow(Row, frozen=True, kw_only=True, gc=False):
     slot: int
     node: str
     state: str
-    wanted: str
+    desired_state: str
     error: str
     message: str
     since: float
@@ -223,14 +224,14 @@ class ManagersRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClusterRow(Row, frozen=True, kw_only=True, gc=False):
-    """The row of the cluster.  ``frozen`` tells why tasks of lost nodes are not replaced now, and is empty
-    otherwise.
+    """The row of the cluster.  ``replacement_suspended`` tells why tasks of lost nodes are not replaced now, and is
+    empty otherwise.
     """
 
     name: str
     managers: ManagersRow
     warnings: tuple[str, ...]
-    frozen: str
+    replacement_suspended: str
 
 
 def node_row(node: Node) -> NodeRow:
@@ -258,7 +259,7 @@ def node_row(node: Node) -> NodeRow:
         cpus=described.resources.nano_cpus / _NANO,
         memory=described.resources.memory_bytes,
         load=node.load,
-        failing=tuple(
+        failing_checks=tuple(
             FailingRow(one.hostname or one.peer, one.check, one.port)
             for one in node.failing_paths[:_FAILING_MAX]
         )
@@ -266,7 +267,7 @@ def node_row(node: Node) -> NodeRow:
         else (),
         volumes=_local_volumes(node),
         reason=_cut("; ".join(filter(None, reasons))),
-        silent_since=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
+        last_heartbeat_at=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
         version=node.version.index,
     )
 
@@ -287,7 +288,7 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         stack=spec.labels.get(STACK_LABEL, ""),
         image=_image(container.image if container is not None else ""),
         mode=spec.mode.name,
-        wanted=counts.wanted,
+        desired=counts.desired,
         running=counts.running,
         completed=counts.completed,
         total=counts.total,
@@ -316,7 +317,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Counts of a service's tasks, and the state that follows from them."""
 
     running: int
-    wanted: int
+    desired: int
     completed: int
     total: int = 0
     """Tasks that the current run of a job has to complete."""
@@ -348,7 +349,7 @@ def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
         slot=task.shown_slot,
         node=task.node_id,
         state=status.state.value,
-        wanted=task.desired_state.value,
+        desired_state=task.desired_state.value,
         error=_cut(_error(view, known)),
         message=_cut(status.message),
         since=seconds(status.timestamp),
@@ -375,9 +376,9 @@ def _error(view: View, task: Task) -> str:
         # The largest of a few nodes is not the cluster's largest.  Not all nodes are read, because every waiting task
         # has a row.
         problem = problem_of(task, slot, {} if status.state is TaskState.PENDING else known)
-        if problem.kind == Kind.PROGRESS.value:
-            return status.err or problem.course
-        return "; ".join(filter(None, (problem.reason, problem.course)))
+        if problem.kind == Kind.PROGRESSING.value:
+            return status.err or problem.restart_summary
+        return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
     return status.err
 
 

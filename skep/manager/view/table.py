@@ -46,7 +46,7 @@ class _Change(msgspec.Struct, frozen=True):
     cursor: str
     time: float
     set: Mapping[str, list[msgspec.Raw] | msgspec.Raw]
-    gone: Mapping[str, list[str]]
+    removed: Mapping[str, list[str]]
 
 
 class Table:
@@ -150,15 +150,15 @@ class Table:
 
     def _encode_rows(self, keys: Iterable[Key]) -> bytes:
         present: dict[str, list[msgspec.Raw] | msgspec.Raw] = {}
-        gone: dict[str, list[str]] = {}
+        removed: dict[str, list[str]] = {}
         for kind, id in sorted(keys):
             row = self._rows[kind].get(id)
             if row is None:
-                gone.setdefault(kind, []).append(id)
+                removed.setdefault(kind, []).append(id)
             elif kind == CLUSTER:
                 present[kind] = row
             else:
                 rows = present.setdefault(kind, [])
                 assert isinstance(rows, list), "only the cluster is a single row"
                 rows.append(row)
-        return _encoder.encode(_Change(self.cursor, self._time, present, gone))
+        return _encoder.encode(_Change(self.cursor, self._time, present, removed))

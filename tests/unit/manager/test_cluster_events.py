@@ -184,7 +184,7 @@ def test_an_event_of_a_node_names_the_nodes_that_it_does_not_reach_and_what_foll
     assert reported(Updated(sick, well)) == [("node", "update", told_well)]
     cut_off = CutOff(check="overlay", port="4789/udp", peers=("w2",))
     ((_, _, attributes),) = reported(Updated(sick, replace(sick, cut_off=(cut_off,))))
-    assert attributes["overlay.refused.new"] == "4789/udp fails between this node and w2"
+    assert attributes["overlay.unavailable.new"] == "4789/udp fails between this node and w2"
 
 
 def test_events_of_a_node_have_what_users_can_see_of_it():

@@ -365,7 +365,7 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
     made = plan(TEXT, Existing())
     fits = Placement("shop_web", 3, (NodeShare("n1", 1), NodeShare("n2", 2)))
     refused = (NodeRefusal("n1", ("insufficient resources: 2 CPUs requested, 1 not reserved",)),)
-    assert [unstyle(line) for line in placement_lines(Placement("a", 0, refusal="no"))] == [
+    assert [unstyle(line) for line in placement_lines(Placement("a", 0, error="no"))] == [
         "would be refused: no"
     ]
     hostile = Placement(

@@ -12,7 +12,7 @@ from functools import cached_property
 from skep.manager.orchestrator.disconnection import policy_on, replaced_at
 from skep.model.description_size import size_condition
 from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import OnDisconnect, VolumePolicy, volume_policy
+from skep.model.labels import OnDisconnect, VolumeAffinity, volume_affinity
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.slot_volumes import (
@@ -96,7 +96,7 @@ class KeptNodes:
     def _kept_volumes(self, services: Iterable[Service]) -> Iterator[str]:
         """Yield the names, perhaps with placeholders, of local volumes to which tasks of the services return."""
         for service in services:
-            if volume_policy(service.spec.labels) is VolumePolicy.KEEP and service.removed_at is None:
+            if volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED and service.removed_at is None:
                 for spec in specs_in_use(self._view, service):
                     yield from local_volumes(spec.task_template)
 
@@ -111,8 +111,11 @@ class KeptNodes:
             if task.volumes and not task.status.state.is_terminal:
                 # Includes volumes without an entry: they may have been removed with force.
                 return f"a task of {name} may still write to cluster volume {task.volumes[0].source}"
-            if policy.action is OnDisconnect.KEEP or volume_policy(service.spec.labels) is VolumePolicy.KEEP:
-                return f"tasks of {name} stay on it (skep.on-disconnect, skep.volumes)"
+            if (
+                policy.action is OnDisconnect.KEEP
+                or volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
+            ):
+                return f"tasks of {name} stay on it (skep.on-disconnect, skep.volume-affinity)"
             if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:
                 return f"its tasks of {name} are not replaced yet (skep.on-disconnect-delay)"
         return ""
