@@ -1,6 +1,6 @@
-"""Refuses requests that their client has no role for, and leaves out of lists what it may not see.
+"""Refuses requests for which their client has no role, and removes invisible objects from lists.
 
-The same on every process that serves the API; what is known of objects differs, and is given by ``Objects``.
+Every process that serves the API uses it, with its own ``Objects``.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -30,24 +30,33 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Objects(Protocol):
-    """The objects that requests are about, as a process has them."""
+    """The objects of requests, as a process knows them."""
 
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
-        """What ``request`` is about.
+        """Return the facts about the objects of ``request``.
 
-        An object that the path names is named by its id in ``request.match_info`` afterwards.
-        Raises: SkepError: the object does not exist, the body is none.
+        Afterwards, ``request.match_info`` has the id of an object that the path names.
+
+        Raises:
+            SkepError: The object does not exist, or the body is invalid.
         """
 
     def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
-        """The stack of an object in a list of ``kind``; empty: it is of none."""
+        """Return the stack of an object in a list of ``kind``, or an empty text."""
 
 
-async def authorized(request: web.Request, handler: Handler, objects: Objects) -> web.StreamResponse:
-    """The response to ``request``, if its client may make it.  Raises: PermissionDenied; as ``Objects.facts``."""
+async def respond_if_authorized(
+    request: web.Request, handler: Handler, objects: Objects
+) -> web.StreamResponse:
+    """Return the response to ``request`` if its client may send it.
+
+    Raises:
+        PermissionDenied: The client may not send it.
+        SkepError: An error of ``Objects.facts``.
+    """
     resource = request.match_info.route.resource
     if request.match_info.http_exception is not None or resource is None:
-        return await handler(request)  # there is no such path
+        return await handler(request)  # the path does not exist
     identity = identity_of(request)
     if identity.is_admin:
         return await handler(request)
@@ -64,12 +73,12 @@ async def authorized(request: web.Request, handler: Handler, objects: Objects) -
     response = await handler(request)
     if rule.scope is Scope.LIST and identity.role_in(EVERY_STACK) is None and response.status == 200:
         assert isinstance(response, web.Response), "lists are documents"
-        return await _filtered(response, identity, rule.kind, objects)
+        return await _filter(response, identity, rule.kind, objects)
     return response
 
 
 def stack_label_of(item: Mapping[str, Any]) -> str:
-    """The stack that an object's JSON names, in its labels or those of its spec."""
+    """Return the stack in an object's JSON, from its labels or its spec's labels."""
     labels = item.get("Labels") or (item.get("Spec") or {}).get("Labels") or {}
     return str(labels.get(STACK_LABEL) or "")
 
@@ -80,17 +89,17 @@ def _needs_facts(identity: Identity, rule: Rule) -> bool:
     return rule.role is Role.OPERATOR or identity.role_in(EVERY_STACK) is None
 
 
-async def _filtered(
+async def _filter(
     response: web.Response, identity: Identity, kind: str, objects: Objects
 ) -> web.StreamResponse:
-    """``response``, a list, or a document with one in it, without what ``identity`` may not see."""
+    """Return ``response``, a list or a document with a list, without objects that ``identity`` may not see."""
     body = response.body
     found = msgspec.json.decode(await body.as_bytes() if isinstance(body, Payload) else body or b"[]")
 
     def shown(items: Any) -> list[Any]:
         return [one for one in items or () if sees(identity, objects.stack_of(kind, one))]
 
-    if isinstance(found, dict):  # volumes have warnings beside them
+    if isinstance(found, dict):  # volumes come in an object with warnings
         found = {key: shown(value) if isinstance(value, list) else None for key, value in found.items()}
     else:
         found = shown(found)

@@ -25,7 +25,7 @@ from skep.aio.clock import Clock
 from skep.api.errors import error_of
 from skep.api.requests import TIMEOUT_S, Filters, Requests, parameters_of
 from skep.api.responses import OutputStream
-from skep.api.ssh import Destination, forwarded
+from skep.api.ssh import Destination, forward_socket
 from skep.api.versions import NEWEST, ApiVersion
 from skep.errors import InvalidArgument, SkepError, Unavailable, reason_of
 from skep.model.unknown import leniently
@@ -33,30 +33,30 @@ from skep.model.unknown import leniently
 T = TypeVar("T")
 
 _LOCAL_TIMEOUT_S = 5.0
-"""The same to a process on this machine."""
+"""Timeout of requests to a process on this machine, in seconds."""
 _CONNECT_S = 10.0
 _LINE_BYTES_MAX = 4 * 1024 * 1024
 
 
 class Response(msgspec.Struct, frozen=True):
-    """A whole response, whatever its status.  ``content_type``: empty if it has none."""
+    """A whole response with any status.  ``content_type`` is empty without that header."""
 
     status: int
     content_type: str
     body: bytes
 
     def error(self) -> SkepError:
-        """The error that its status and message mean."""
+        """Return the error for its status and message."""
         return error_of(self.status, _message(self.body, None))
 
 
 class Client(Requests):
-    """A connection pool to one API endpoint.  Use as an async context manager.
+    """A connection pool to one API endpoint.  Use it as an async context manager.
 
     Args:
-        version: the API version of requests; empty: they carry none; None: the highest that both ends support.
-        name: what errors call the endpoint; empty: its address.
-        timeout_s: deadline of requests that give none of their own.
+        version: API version of requests.  Empty for none, or None for the highest that both ends support.
+        name: Name of the endpoint in errors.  Empty for its address.
+        timeout_s: Timeout of requests without their own.
     """
 
     def __init__(
@@ -83,13 +83,14 @@ class Client(Requests):
 
     @classmethod
     def at(cls, host: str, *, tls: ssl.SSLContext | None = None, version: str | None = None) -> "Client":
-        """A client of ``unix:///path``, ``tcp://host:port`` (with ``tls``) or ``ssh://[user@]machine[:port][/path]``.
+        """Return a client of ``unix:///path``, ``tcp://host:port`` (with ``tls``) or
+        ``ssh://[user@]machine[:port][/path]``.
 
         Args:
-            version: use this API version instead of negotiating one.
+            version: API version to use instead of a negotiated one.
 
         Raises:
-            InvalidArgument: ``host`` is none of these.
+            InvalidArgument: ``host`` has another form.
         """
         try:
             parts = urlsplit(host)
@@ -107,19 +108,19 @@ class Client(Requests):
 
     @classmethod
     def local(cls, socket: Path, name: str) -> "Client":
-        """A client of another process on this machine, whose requests carry no version and have 5 s.
+        """Return a client of another process on this machine.  Its requests have no version and a timeout of 5 s.
 
-        ``name``: what errors call the process.
+        ``name`` is the process's name in errors.
         """
         return cls("http://localhost", socket=str(socket), version="", name=name, timeout_s=_LOCAL_TIMEOUT_S)
 
     @property
     def has_socket(self) -> bool:
-        """Whether the unix socket exists; a process that is only starting has none yet."""
+        """Whether the Unix socket exists.  It does not while the process is starting."""
         return self._socket is not None and Path(self._socket).exists()
 
     async def wait_listening(self, clock: Clock, rng: Callable[[], float], within_s: float) -> None:
-        """Return once a process listens at the unix socket.  Raises: Unavailable: none ``within_s``."""
+        """Wait until a process listens at the Unix socket.  Raises: Unavailable: none does ``within_s``."""
         backoff = Backoff(0.02, 0.5, rng=rng)
         try:
             async with asyncio.timeout(within_s):
@@ -140,7 +141,7 @@ class Client(Requests):
     async def __aenter__(self) -> Self:
         connector: aiohttp.BaseConnector
         if self._tunnel is not None:
-            self._socket = await self._stack.enter_async_context(forwarded(self._tunnel))
+            self._socket = await self._stack.enter_async_context(forward_socket(self._tunnel))
         if self._socket is not None:
             connector = aiohttp.UnixConnector(self._socket)
         else:
@@ -166,7 +167,7 @@ class Client(Requests):
         await self._stack.aclose()
 
     async def read(self, type_: type[T], path: str, *, filters: Filters | None = None, **query: str) -> T:
-        """The response to ``GET path`` as ``type_``.  Raises: as ``get``."""
+        """Return the response to ``GET path`` as ``type_``.  Raises: the errors of ``get``."""
         return _as(type_, await self.request("GET", path, filters=filters, query=query))
 
     async def request(
@@ -198,9 +199,10 @@ class Client(Requests):
         body: bytes | AsyncIterable[bytes] = b"",
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """The whole response, whatever its status, to a request for ``path`` as it is (with a version or without).
+        """Send a request for ``path`` as it is, with or without a version, and return the response with any status.
 
-        Raises: Unavailable: there is none, or nothing came for a minute.
+        Raises:
+            Unavailable: There was no response, or no data for a minute.
         """
         timeout = aiohttp.ClientTimeout(total=None, connect=_CONNECT_S, sock_read=TIMEOUT_S)
         try:
@@ -214,7 +216,9 @@ class Client(Requests):
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
-        """The lines of an endless response, as they come.  Raises: as ``get``, before the first one."""
+        """Yield the lines of an endless response as they arrive.  Raises: the errors of ``get``, before the
+        first one.
+        """
         async with self._exchange("GET", path, None, query, None, None) as response:
             yield aiter(response.content)
 
@@ -228,8 +232,11 @@ class Client(Requests):
         timeout_s: float,
         **query: str,
     ) -> T:
-        """The response, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as
-        ``get``."""
+        """Send ``POST path`` with a body that is read while it is sent, and return the response as ``type_``.
+
+        Raises:
+            SkepError: See ``get``.
+        """
         response = await self.request(
             "POST", path, body=content, query=query, headers=headers, timeout_s=timeout_s
         )
@@ -247,9 +254,9 @@ class Client(Requests):
         buffer_bytes: int = _LINE_BYTES_MAX,
         **query: str,
     ) -> AsyncGenerator["Stream", None]:
-        """A response that is read while it arrives.  Raises: as ``get``, before the first byte.
+        """Open a response that is read while it arrives.  Raises: the errors of ``get``, before the first byte.
 
-        ``buffer_bytes``: twice as many wait for a slow reader; no line may be longer.
+        Up to twice ``buffer_bytes`` wait for a slow reader, and no line may be longer than ``buffer_bytes``.
         """
         async with self._exchange(
             method, path, body, query, filters, headers, buffer_bytes=buffer_bytes
@@ -289,7 +296,7 @@ class Client(Requests):
             raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
 
     async def _agreed_version(self) -> str:
-        """The highest version that both ends support; negotiated once."""
+        """Return the highest version that both ends support.  It is negotiated once."""
         async with self._negotiating:
             if self._version is None:
                 self._version = await self._negotiate()
@@ -318,24 +325,24 @@ class Client(Requests):
 
 
 class Stream:
-    """A response while it arrives."""
+    """A response that is read while it arrives."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
 
     async def objects(self) -> AsyncGenerator[Any, None]:
-        """The objects of a stream of JSON lines."""
+        """Yield the objects of a stream of JSON lines."""
         async for line in self._response.content:
             if line.strip():
                 yield msgspec.json.decode(line)
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The bytes as they arrive."""
+        """Yield the bytes as they arrive."""
         async for piece in self._response.content.iter_any():
             yield piece
 
     async def frames(self) -> AsyncGenerator[tuple[OutputStream, bytes], None]:
-        """The messages of a multiplexed stream.  Raises: Unavailable: it ended in the middle of one."""
+        """Yield the messages of a multiplexed stream.  Raises: Unavailable: it ended in the middle of a message."""
         content = self._response.content
         while True:
             try:
@@ -352,7 +359,7 @@ class Stream:
 
 
 def _as(type_: type[T], response: Any) -> T:
-    """A decoded response as ``type_``.  Unknown fields of a server of another version are ignored."""
+    """Return a decoded response as ``type_``.  Unknown fields from a server of another version are ignored."""
     return leniently(msgspec.json.encode(response), type_)
 
 
@@ -366,7 +373,7 @@ def _decoded(content: bytes) -> Any:
 
 
 def _message(content: bytes, reason: str | None) -> str:
-    """The message in an error's body, JSON or not."""
+    """Return the message in an error's body, JSON or not."""
     try:
         message = msgspec.json.decode(content, type=dict[str, Any])["message"]
     except (msgspec.DecodeError, KeyError):

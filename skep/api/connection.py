@@ -1,4 +1,4 @@
-"""One end of a connection: bytes in and out with back-pressure; half-closes are passed on."""
+"""One end of a connection: bytes in both directions with back-pressure, and half-closes."""
 
 import asyncio
 import select
@@ -11,11 +11,13 @@ from skep.api.framing import HEAD_BYTES_MAX, Malformed
 
 _BUFFER_BYTES_MAX = 256 * 1024
 CHECK_S = 5.0
-"""Between two looks whether a client that has closed its direction is still there."""
+"""Seconds between two checks whether a client that has closed its direction is still connected."""
 LINGER_BYTES_MAX = 256 * 1024 * 1024
 LINGER_S = 5.0
-"""What is still read, and for how long, of a request whose response was sent: a connection that is closed while its
-other end sends is reset, and the response lost with it."""
+"""Limits for reading the rest of a request whose response was sent.
+
+If a connection is closed while the other end sends, it is reset, and the response is lost.
+"""
 
 
 class Gone(ConnectionError):
@@ -23,13 +25,12 @@ class Gone(ConnectionError):
 
 
 class Connection(asyncio.Protocol):
-    """A connection read and written by one coroutine each.
+    """A connection with one reading and one writing coroutine.
 
-    What arrives waits in a buffer of at most 256 KiB (and what one read of the socket brings); beyond that the
-    sender has to wait.
+    Received data waits in a buffer of at most 256 KiB, and one more read of the socket.  Then the sender has to wait.
 
     Args:
-        on_open: called once the connection stands.
+        on_open: Called once the connection is established.
     """
 
     def __init__(self, on_open: "Callable[[Connection], None] | None" = None) -> None:
@@ -45,7 +46,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def over(cls, connected: socket.socket, read: bytes = b"") -> "Connection":
-        """A connection over ``connected``, of which ``read`` was read already.  Raises: OSError."""
+        """Return a connection over ``connected``, from which ``read`` was already read.  Raises: OSError."""
         connected.setblocking(False)
         _, connection = await asyncio.get_running_loop().connect_accepted_socket(cls, connected)
         connection._buffer[:0] = read
@@ -54,34 +55,34 @@ class Connection(asyncio.Protocol):
     # --- called by the event loop -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client has connected."""
+        """Record that a client has connected."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if self._on_open is not None:
             self._on_open(self)
 
     def data_received(self, data: bytes) -> None:
-        """Keep what came; reading pauses at ``_BUFFER_BYTES_MAX``."""
+        """Buffer received data.  Reading pauses at ``_BUFFER_BYTES_MAX``."""
         self._buffer += data
         if len(self._buffer) >= _BUFFER_BYTES_MAX:
             self.transport.pause_reading()
         self._readable.set()
 
     def eof_received(self) -> bool:
-        """The client sends no more."""
+        """Record that the client sends no more."""
         self._end()
         return may_half_close(self.transport)  # the other direction stays open
 
     def pause_writing(self) -> None:
-        """The transport's buffer is full."""
+        """Pause writers while the transport's buffer is full."""
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        """The transport's buffer has room again."""
+        """Resume writers when the transport's buffer has space again."""
         self._writable.set()
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Wake whatever waits on the connection."""
+        """Wake all waiting coroutines."""
         self._lost = True
         self._end()
         self._writable.set()
@@ -92,7 +93,7 @@ class Connection(asyncio.Protocol):
         self._readable.set()
 
     def give_to(self, protocol: asyncio.Protocol) -> None:
-        """Let ``protocol`` serve the connection from now on, from the first byte that nobody has taken yet."""
+        """Let ``protocol`` serve the connection from now on, from the first byte that was not consumed yet."""
         waiting, ended = self.take(), self.has_ended
         self.transport.set_protocol(protocol)
         protocol.connection_made(self.transport)
@@ -105,27 +106,27 @@ class Connection(asyncio.Protocol):
 
     @property
     def transport(self) -> asyncio.Transport:
-        """Of the connection; there is one as soon as a client has connected."""
+        """The transport of the connection, which exists once a client has connected."""
         assert self._transport is not None, "used before the connection stood"
         return self._transport
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more will arrive (what has arrived may still wait)."""
+        """Whether no more data will arrive.  Received data may still wait."""
         return self._ended
 
     @property
     def is_lost(self) -> bool:
-        """Both directions are closed."""
+        """Whether both directions are closed."""
         return self._lost or self.transport.is_closing()
 
     def give_back(self, data: bytes) -> None:
-        """Put ``data``, which was taken, in front of what waits to be read."""
+        """Put consumed ``data`` back in front of the waiting data."""
         self._buffer[:0] = data
         self._readable.set()
 
     def take(self) -> bytes:
-        """Everything that has arrived."""
+        """Return all received data."""
         data = bytes(self._buffer)
         self._buffer.clear()
         if not self._ended:
@@ -134,20 +135,20 @@ class Connection(asyncio.Protocol):
         return data
 
     async def read(self) -> bytes:
-        """What has arrived, at least one byte; ``b""`` once the other end has closed."""
+        """Return received data, at least one byte, or ``b""`` once the other end has closed."""
         await self.wait_begun()
         return self.take()
 
     async def wait_begun(self) -> None:
-        """Return when something waits to be read, or nothing ever will."""
+        """Wait until there is data to read, or the other end has closed."""
         while not self._buffer and not self._ended:
             self._readable.clear()
             await self._readable.wait()
 
     async def wait_lost(self) -> None:
-        """Return when both directions are closed: by the other end, or because it does not answer any more."""
+        """Wait until both directions are closed by the other end, or because it no longer answers."""
         while not self._is_hung_up():
-            # Once the other end has closed its direction, the event loop does not listen to it any more.
+            # Once the other end has closed its direction, the event loop no longer watches it.
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):
                     await self._closed.wait()
@@ -160,9 +161,9 @@ class Connection(asyncio.Protocol):
         return bool(poll.poll(0))
 
     def head(self, searched: int = 0) -> bytes | None:
-        """Everything up to and with the next empty line, if that has arrived.
+        """Return the data up to and including the next empty line, or None if that has not arrived.
 
-        ``searched``: bytes known to hold none.  Raises: Malformed: it is longer than 64 KiB.
+        ``searched`` bytes are known not to contain it.  Raises: Malformed: the head is longer than 64 KiB.
         """
         end = self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))
         if end < 0:
@@ -176,9 +177,11 @@ class Connection(asyncio.Protocol):
         return head
 
     async def read_head(self) -> bytes:
-        """``head()`` once it has arrived; ``b""`` if the other end closed before a first byte.
+        """Wait for a head and return it, or ``b""`` if the other end closed before the first byte.
 
-        Raises: Malformed: it is longer than 64 KiB; Gone: the other end closed in the middle.
+        Raises:
+            Malformed: The head is longer than 64 KiB.
+            Gone: The other end closed in the middle of it.
         """
         searched = 0
         while (head := self.head(searched)) is None:
@@ -192,7 +195,7 @@ class Connection(asyncio.Protocol):
         return head
 
     async def send(self, data: bytes) -> None:
-        """Send ``data``; return when there is room for more.  Raises: Gone."""
+        """Send ``data``.  Returns when there is space for more.  Raises: Gone."""
         if self.is_lost:
             raise Gone("closed by the other end")
         self.transport.write(data)
@@ -201,12 +204,12 @@ class Connection(asyncio.Protocol):
             raise Gone("closed by the other end")
 
     def duplicate(self) -> socket.socket:
-        """Another descriptor of this connection, which is not TLS.  Raises: OSError."""
+        """Return another descriptor of this connection, which does not use TLS.  Raises: OSError."""
         connected: socket.socket = self.transport.get_extra_info("socket").dup()
         return connected
 
     def end(self) -> None:
-        """Close our direction; the other end may go on sending."""
+        """Close our direction.  The other end may continue to send."""
         if not self.is_lost and self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -217,9 +220,9 @@ class Connection(asyncio.Protocol):
             await self.linger()
 
     async def linger(self) -> None:
-        """Close, but not while the other end still sends: its data is dropped until it has closed, or sent too much.
+        """Close, but not while the other end still sends.  Its data is dropped until it has closed, or sent too much.
 
-        TLS closes with a handshake of its own, and has no half-close that would make the other end stop.
+        TLS closes with its own handshake, and has no half-close that would make the other end stop.
         """
         if self._lost or not self.transport.can_write_eof():
             self.close()
@@ -233,9 +236,9 @@ class Connection(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Close both directions once what was sent has left."""
+        """Close both directions once sent data has left."""
         self.transport.close()
 
     def abort(self) -> None:
-        """Drop the connection with whatever is under way."""
+        """Drop the connection with all data in transit."""
         self.transport.abort()

@@ -1,7 +1,7 @@
-"""Errors at the HTTP edge: which status each means, and how the engine words those of its swarm half.
+"""Errors at the HTTP edge: their statuses, and the engine's wording of errors of its swarm half.
 
-Docker shows errors of SwarmKit's control API as gRPC prints them (``rpc error: code = InvalidArgument desc = ...``)
-and its own as they are.  ``rpc_errors`` gives errors that wording where they enter from ``manager.control``.
+Docker shows errors of SwarmKit's control API as gRPC prints them (``rpc error: code = InvalidArgument desc = ...``) and
+its own errors unchanged.  ``rpc_errors`` adds that wording to errors of ``manager.control``.
 
 Source: moby 20.10, errdefs/http_helpers.go (statusCodeFromGRPCError).
 """
@@ -26,9 +26,9 @@ from skep.errors import (
 
 
 class Untranslated(SkepError):
-    """Docker lets this error out without a class of its own: a 500 with the sentence in it.
+    """An error that Docker returns without a class: a 500 with the sentence in it.
 
-    For the engine's oddities only; what goes wrong inside us is no ``SkepError``.
+    Only for the engine's oddities.  An internal failure is not a ``SkepError``.
     """
 
 
@@ -37,7 +37,7 @@ class Forbidden(SkepError):
 
 
 class NotModified(SkepError):
-    """It is already in that state (304, no body): a container that is started twice."""
+    """The object is already in that state (304, no body), like a container that is started twice."""
 
 
 STATUSES: tuple[tuple[type[SkepError], int], ...] = (
@@ -56,7 +56,7 @@ STATUSES: tuple[tuple[type[SkepError], int], ...] = (
     (Unimplemented, 501),
     (Unavailable, 503),
 )
-"""Error class to status, first match wins; any other ``SkepError`` is a 500."""
+"""Error classes and statuses.  The first match applies, and any other ``SkepError`` is a 500."""
 
 RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
     (InvalidArgument, "InvalidArgument"),
@@ -69,7 +69,7 @@ RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
     (ResourceExhausted, "ResourceExhausted"),
     (Unimplemented, "Unimplemented"),
 )
-"""Error class to gRPC's name of its code.  ``NotFound`` is missing: the engine words that one itself."""
+"""Error classes and gRPC's names of their codes.  ``NotFound`` is missing, because the engine words it itself."""
 
 _AGENTS_RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
     *RPC_CODES,
@@ -92,14 +92,14 @@ _CLASSES: dict[int, type[SkepError]] = {
 
 
 def status_of(error: SkepError) -> int:
-    """The HTTP status that ``error`` means."""
+    """Return the HTTP status of ``error``."""
     return next((status for class_, status in STATUSES if isinstance(error, class_)), 500)
 
 
 def error_of(status: int, message: str) -> SkepError:
-    """The error that a response with ``status`` means to a client.
+    """Return the error of a response with ``status``, for a client.
 
-    A version conflict has no status of its own: it is recognized by its text, as in other clients.
+    A version conflict has no status of its own, so it is recognized by its text, as in other clients.
     """
     if status == 500 and message.endswith("update out of sequence"):
         return OutOfSequence(message)
@@ -108,7 +108,7 @@ def error_of(status: int, message: str) -> SkepError:
 
 @contextmanager
 def rpc_errors() -> Iterator[None]:
-    """Word errors raised inside as the engine words those of SwarmKit's control API."""
+    """Word errors raised inside like the engine words errors of SwarmKit's control API."""
     try:
         yield
     except SkepError as error:
@@ -121,8 +121,7 @@ def rpc_errors() -> Iterator[None]:
 
 @contextmanager
 def rpc_words(prefix: str) -> Iterator[None]:
-    """Word errors of a call to a manager as the engine's agent does: ``<prefix>: rpc error: code = ... desc =
-    ...``."""
+    """Word errors of a call to a manager like the engine's agent: ``<prefix>: rpc error: code = ... desc = ...``."""
     try:
         yield
     except SkepError as error:
@@ -133,5 +132,5 @@ def rpc_words(prefix: str) -> Iterator[None]:
 def _coded(
     error: SkepError, codes: Iterable[tuple[type[SkepError], str]]
 ) -> tuple[type[SkepError], str] | None:
-    """The class that ``error`` is of, with gRPC's name of its code."""
+    """Return the class of ``error`` and gRPC's name of its code."""
     return next(((class_, code) for class_, code in codes if isinstance(error, class_)), None)

@@ -1,6 +1,6 @@
 """The ``filters`` parameter of list requests.
 
-Two forms are understood: ``{"name": {"web": true}}`` and the older ``{"name": ["web"]}``.
+It has two forms: ``{"name": {"web": true}}`` and the older ``{"name": ["web"]}``.
 
 Source: moby 20.10, api/types/filters/parse.go.
 """
@@ -16,19 +16,19 @@ from skep.errors import InvalidArgument
 
 
 class Filters:
-    """The filters of a list request: for each key the wanted values, any of which may match."""
+    """The filters of a list request.  Each key has wanted values, any of which may match."""
 
     def __init__(self, values: Mapping[str, Iterable[str]] | None = None) -> None:
         self._values = {key: tuple(sorted(set(wanted))) for key, wanted in (values or {}).items()}
 
     @classmethod
     def of(cls, request: web.Request) -> "Filters":
-        """The filters of ``request``.  Raises: InvalidArgument: they are no JSON of either form."""
+        """Return the filters of ``request``.  Raises: InvalidArgument: they have neither form."""
         return cls.from_json(request.query.get("filters", ""))
 
     @classmethod
     def from_json(cls, text: str) -> "Filters":
-        """Filters written as JSON; an empty text has none.  Raises: InvalidArgument."""
+        """Parse filters in JSON.  An empty text has none.  Raises: InvalidArgument."""
         if not text:
             return cls()
         fields = parse(text.encode(errors="surrogateescape"))
@@ -39,13 +39,13 @@ class Filters:
         return cls({key: _wanted(values) for key, values in fields.items()})
 
     def refuse_unknown(self, *known: str) -> None:
-        """Raises: InvalidArgument: a key is none of ``known``."""
+        """Refuse keys that are not in ``known``.  Raises: InvalidArgument."""
         for key in sorted(self._values):
             if key not in known:
                 raise InvalidArgument(f"Invalid filter '{key}'")
 
     def json(self, *without: str) -> str:
-        """As a client writes them, but for the keys ``without``; empty: there are none."""
+        """Return the filters as a client writes them, except the keys ``without``.  Empty without filters."""
         kept = {
             key: dict.fromkeys(wanted, True) for key, wanted in self._values.items() if key not in without
         }
@@ -55,22 +55,22 @@ class Filters:
         return key in self._values
 
     def __getitem__(self, key: str) -> tuple[str, ...]:
-        """The values wanted for ``key``, sorted; none if it is not filtered by."""
+        """Return the values wanted for ``key``, sorted, or none without such a filter."""
         return self._values.get(key, ())
 
     def __bool__(self) -> bool:
         return bool(self._values)
 
     def matches(self, key: str, *found: str) -> bool:
-        """Whether one of ``found`` is wanted exactly (or ``key`` is not filtered by)."""
+        """Return whether one of ``found`` is wanted exactly, or ``key`` is not a filter."""
         return not self[key] or any(value in self[key] for value in found)
 
     def matches_prefix(self, key: str, *found: str) -> bool:
-        """Whether one of ``found`` begins with a wanted value (or ``key`` is not filtered by)."""
+        """Return whether one of ``found`` starts with a wanted value, or ``key`` is not a filter."""
         return not self[key] or any(value.startswith(wanted) for value in found for wanted in self[key])
 
     def matches_labels(self, key: str, labels: Mapping[str, str]) -> bool:
-        """Whether ``labels`` have all wanted ones, each ``name`` or ``name=value``."""
+        """Return whether ``labels`` have all wanted labels, each ``name`` or ``name=value``."""
         for wanted in self[key]:
             name, has_value, value = wanted.partition("=")
             if name not in labels or (has_value and labels[name] != value):

@@ -1,7 +1,7 @@
-"""HTTP/1.1 requests: their heads, where the body behind a head ends (RFC 9112, section 6), and whose they are.
+"""HTTP/1.1 requests: their heads, the ends of their bodies (RFC 9112, section 6), and the process that serves them.
 
-Whatever could be read in two ways (a length twice, a length beside chunks, folded lines) is malformed: the web server
-behind must see the same messages as this module.
+Ambiguous messages (two lengths, a length with chunks, folded lines) are malformed, because the web server behind must
+see the same messages as this module.
 """
 
 import re
@@ -16,25 +16,25 @@ _LINE_BYTES_MAX = 4096
 
 
 class Malformed(InvalidArgument):
-    """These bytes are no HTTP/1.1 message."""
+    """These bytes are not an HTTP/1.1 message."""
 
 
 class Head(msgspec.Struct, frozen=True):
-    """First line and headers; names in lower case, in their order, values without outer blanks."""
+    """First line and headers, in their order, with names in lower case and values without outer blanks."""
 
     first_line: bytes
     headers: tuple[tuple[bytes, bytes], ...]
 
     def all(self, name: bytes) -> list[bytes]:
-        """The values of all headers called ``name``, which is in lower case."""
+        """Return the values of all headers called ``name``, which is in lower case."""
         return [value for key, value in self.headers if key == name]
 
     def tokens(self, name: bytes) -> list[bytes]:
-        """The comma-separated words of all headers called ``name``, in lower case."""
+        """Return the comma-separated words of all headers called ``name``, in lower case."""
         return [word.strip().lower() for value in self.all(name) for word in value.split(b",")]
 
     def with_headers(self, *headers: tuple[bytes, bytes], without: Iterable[bytes] = ()) -> bytes:
-        """The head as sent, with ``headers`` in place of any of the same names."""
+        """Return the head as sent, with ``headers`` in place of those with the same names."""
         dropped = {*without, *(name.lower() for name, _ in headers)}
         kept = [(name, value) for name, value in self.headers if name not in dropped]
         lines = [self.first_line, *(b"%s: %s" % pair for pair in (*kept, *headers))]
@@ -44,18 +44,18 @@ class Head(msgspec.Struct, frozen=True):
 class Body:
     """Finds the end of one body in a stream of bytes.
 
-    ``take`` splits what arrived: the part that still belongs to the body, and the rest.
+    ``take`` splits received data into the part that belongs to the body, and the rest.
     """
 
     is_complete = True
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
-        """Split ``data``; this base class has no body."""
+        """Split ``data``.  This base class has no body."""
         return b"", data
 
 
 class Sized(Body):
-    """Ends after so many bytes."""
+    """A body of a fixed length."""
 
     def __init__(self, length: int) -> None:
         self.bytes_left = length
@@ -70,18 +70,18 @@ class Sized(Body):
 
 
 class Chunked(Body):
-    """Ends with the chunk of size zero and the trailers behind it."""
+    """A body that ends with a chunk of size zero and the trailers."""
 
     def __init__(self) -> None:
         self.is_complete = False
         self._data_left = 0
-        """Bytes of the present chunk, with its line end, that are still to come."""
+        """Remaining bytes of the current chunk, including its line end."""
         self._line = b""
-        """The beginning of a line whose end has not come yet."""
+        """The incomplete current line."""
         self._in_trailers = False
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
-        """Raises: Malformed."""
+        """Split ``data`` at the end of the body.  Raises: Malformed."""
         position = 0
         while position < len(data) and not self.is_complete:
             if self._data_left:
@@ -126,11 +126,11 @@ class Request(msgspec.Struct, frozen=True):
 
     @property
     def upgrades(self) -> bool:
-        """The connection stops being HTTP after this request (attach, exec, BuildKit's session)."""
+        """Whether the connection stops being HTTP after this request (attach, exec, BuildKit's session)."""
         return b"upgrade" in self.head.tokens(b"connection") or bool(self.head.all(b"upgrade"))
 
     def body(self) -> Body:
-        """Where the body behind it ends.  Raises: Malformed."""
+        """Return the body after the head.  Raises: Malformed."""
         encodings = self.head.tokens(b"transfer-encoding")
         lengths = set(self.head.all(b"content-length"))
         if encodings and (lengths or encodings != [b"chunked"]):
@@ -146,7 +146,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def parse_request(raw: bytes) -> Request:
-    """``raw``: everything up to the empty line.  Raises: Malformed."""
+    """Parse ``raw``, which is everything up to the empty line.  Raises: Malformed."""
     head = _parse(raw)
     parts = head.first_line.split(b" ")
     if len(parts) != 3 or parts[2] not in (b"HTTP/1.1", b"HTTP/1.0") or not parts[0].isalpha():
@@ -155,7 +155,7 @@ def parse_request(raw: bytes) -> Request:
         target = parts[1].decode("ascii")
     except UnicodeDecodeError as error:
         raise Malformed("malformed request target") from error
-    if target.startswith(("http://", "https://")):  # absolute form, as to a proxy
+    if target.startswith(("http://", "https://")):  # absolute form, as for a proxy
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     if not target.startswith("/"):
         raise Malformed("malformed request target")
@@ -176,7 +176,7 @@ def _parse(raw: bytes) -> Head:
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """What has to be known of a request to route it, and to find its end."""
+    """The parts of a request that are needed to route it and to find its end."""
 
     method: str
     target: str
@@ -185,7 +185,7 @@ class Incoming(msgspec.Struct, frozen=True):
 
 
 def read_head(raw: bytes) -> Incoming:
-    """``raw``: everything up to the empty line.  Raises: Malformed."""
+    """Parse ``raw``, which is everything up to the empty line.  Raises: Malformed."""
     match = _PLAIN_REQUEST.fullmatch(raw)
     if match is None:
         request = parse_request(raw)
@@ -206,7 +206,7 @@ _OTHER_LINES = (
     rb"[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n\0]*\r\n)*"
 )
 _LENGTH_LINE = rb"content-length:[ \t]*([0-9]{1,5})[ \t]*\r\n"
-# A request whose headers say at most its body's length and nothing of the connection: one match instead of a parse.
+# A request whose headers have at most a length and nothing about the connection: one match instead of a parse.
 _PLAIN_REQUEST = re.compile(
     rb"(GET|POST|PUT|DELETE) (/[!-~]*) HTTP/1\.1\r\n(?i:%s(?:%s%s)?)\r\n"
     % (_OTHER_LINES, _LENGTH_LINE, _OTHER_LINES)
@@ -214,8 +214,10 @@ _PLAIN_REQUEST = re.compile(
 
 
 def plain_ping(data: bytes) -> tuple[str, str | None] | None:
-    """Method and version of the request ``data``, if it is a whole ``/_ping`` without anything to read or decide
-    beside it: no body, no word about the connection, no request behind it."""
+    """Return method and version if ``data`` is a complete, plain ``/_ping``, else None.
+
+    A plain request has no body, no header about the connection, and no further request after it.
+    """
     match = _PLAIN_PING.fullmatch(data)
     if match is None:
         return None
@@ -227,7 +229,7 @@ _PLAIN_PING = re.compile(rb"(GET|HEAD) (?:/v([0-9.]+))?/_ping HTTP/1\.1\r\n(?i:%
 
 
 def is_for_manager(path: str) -> bool:
-    """Whether the manager process answers requests for ``path`` (without version and query).
+    """Return whether the manager process answers requests for ``path``, which has no version and query.
 
     The node process passes connections by this rule, and the manager passes them back by it.
     """
@@ -235,25 +237,27 @@ def is_for_manager(path: str) -> bool:
 
 
 def is_readable(method: str, path: str) -> bool:
-    """Whether a worker may have a manager answer the request, where the cluster allows it: it changes nothing, and
-    shows no secret."""
+    """Return whether a manager may answer a worker's request, if the cluster allows it.
+
+    Such a request changes nothing, and shows no secret.
+    """
     return method == "GET" and _READABLE.fullmatch(path) is not None
 
 
 def path_of(target: str) -> str:
-    """The path in ``target`` without its version, as it is routed: ``//v1.41/info/?x=1`` -> ``/info``."""
+    """Return the path in ``target`` without its version, as it is routed: ``//v1.41/info/?x=1`` -> ``/info``."""
     return _VERSION.sub("/", plain_path(raw_path_of(target)), count=1)
 
 
 def raw_path_of(target: str) -> str:
-    """The path in ``target`` as it was sent."""
+    """Return the path in ``target`` as it was sent."""
     return target.partition("#")[0].partition("?")[0]
 
 
 def plain_path(path: str) -> str:
-    """``path`` without doubled slashes and without one at its end.
+    """Return ``path`` without doubled slashes and without a slash at its end.
 
-    Clients that join a base URL and a path send such paths.  Every process routes and authorizes the plain one.
+    Clients that join a base URL and a path send such paths.  Every process routes and authorizes the plain path.
     """
     if "//" in path or (path.endswith("/") and len(path) > 1):
         return "/" + _SLASHES.sub("/", path).strip("/")
@@ -265,7 +269,7 @@ _SLASHES = re.compile(r"//+")
 
 _VERSION = re.compile(r"^/v[0-9][0-9.]*/")
 _MANAGER = re.compile(
-    # the node's own membership works without a manager; everything else about the swarm is the manager's
+    # the node's own membership works without a manager, and the manager serves the rest of the swarm
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
     r"|/skep/(?:access|backup|events|history|jobs|state|quorum|users|view(?:/stream)?|doctor/network"

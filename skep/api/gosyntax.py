@@ -1,7 +1,7 @@
-"""The error messages of Go's JSON scanner for a text that is not JSON; and what Go parses as booleans and sizes.
+"""Error messages of Go's JSON scanner for invalid JSON, and Go's parsing of booleans and sizes.
 
-Decoding itself is msgspec's; the scanner runs only after a body has been refused.  It walks the text
-token by token with the states of Go's scanner and returns the sentence of the first error.
+msgspec decodes bodies, and the scanner only runs after a body was refused.  It walks the text token by token with the
+states of Go's scanner and returns the sentence of the first error.
 
 Source: Go 1.19, src/encoding/json/scanner.go and stream.go.
 """
@@ -26,25 +26,25 @@ BOOLEANS = {
     **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
     **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
 }
-"""What ``strconv.ParseBool`` reads, and as what."""
+"""The values that ``strconv.ParseBool`` accepts."""
 
 
 def first_error(text: bytes) -> str | None:
-    """The sentence of Go's decoder for the first value in ``text``; None if that value is well-formed.
+    """Return the sentence of Go's decoder for the first value in ``text``, or None if that value is well-formed.
 
-    What follows the first value is not looked at, as ``json.Decoder`` does.
+    Like ``json.Decoder``, it ignores everything after the first value.
     """
     problem, _ = _scan(text)
     return problem
 
 
 def end_of_first_value(text: bytes) -> int:
-    """Where the first value in ``text`` (well-formed, see ``first_error``) ends."""
+    """Return the end of the first value in ``text``, which is well-formed (see ``first_error``)."""
     return _scan(text)[1]
 
 
 def _scan(text: bytes) -> tuple[str | None, int]:
-    """The first error, and the position behind the first value."""
+    """Return the first error, and the position after the first value."""
     open_brackets = bytearray()
     position = 0
     wanted = "value"
@@ -111,7 +111,7 @@ def _end_of_space(text: bytes, position: int) -> int:
 
 
 def _scan_scalar(text: bytes, position: int, context: str) -> tuple[str | None, int]:
-    """Scan a string, number or literal that should begin at ``position``."""
+    """Scan a string, number or literal that should start at ``position``."""
     char = text[position]
     if char == ord('"'):
         return _scan_string(text, position)
@@ -195,7 +195,7 @@ _ESCAPES = {
 
 
 def _quoted(char: int) -> str:
-    """One byte as Go quotes it in an error: ``'b'``, ``'\\n'``, ``'\\x00'``, ``'ÿ'``."""
+    """Quote one byte like Go does in an error: ``'b'``, ``'\\n'``, ``'\\x00'``, ``'ÿ'``."""
     if char in _ESCAPES:
         return f"'{_ESCAPES[char]}'"
     if char < 0x20 or char == 0x7F:
@@ -209,7 +209,7 @@ _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``10m``, ``1.5GiB``, ``4096``, less than 2**63.  Raises: InvalidArgument.
+    """Return the bytes of ``10m``, ``1.5GiB`` or ``4096``, less than 2**63.  Raises: InvalidArgument.
 
     Source: docker/go-units, size.go (RAMInBytes).
     """
@@ -221,6 +221,6 @@ def parse_size(text: str) -> int:
 
 
 def parse_port(text: str) -> int | None:
-    """A port's number, 0 to 65535; None: it is none."""
+    """Return a port's number, 0 to 65535, or None for an invalid one."""
     is_number = text.isascii() and text.isdigit() and len(text) < 6
     return int(text) if is_number and int(text) < 65536 else None

@@ -1,16 +1,16 @@
-"""Messages by which the node process and the manager process pass clients' connections to each other.
+"""Messages with which the node process and the manager process pass clients' connections to each other.
 
 The node process connects to the manager's socket and sends the *state table*: a shared memory file with one byte for
-each connection it may pass (`State`, written by the process that serves the connection).  After that either end sends
-connections: the descriptor, and the bytes that were read of it already.
+each connection that it may pass (``State``, written by the process that serves the connection).  After that, either end
+sends connections: the descriptor, and the bytes that were already read from it.
 
-The node process keeps a duplicate of each descriptor it has passed, until the manager sends `CLOSED` for it or
-passes it back. So it can go on with the connections of a manager process that ends: the state shows whether a
-response is missing.
+The node process keeps a duplicate of each passed descriptor until the manager sends ``CLOSED`` for it or passes it
+back.  So it can continue with the connections of a manager process that ends: the state shows whether a response is
+missing.
 
-A message is one packet of a SOCK_SEQPACKET socket, or several where the bytes read are long (`REST`).  The header:
-kind, flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
-big-endian).  Where a flag says so, the client's identity is before the data, with its length (2 bytes).
+A message is one packet of a SOCK_SEQPACKET socket, or several (``REST``) if much was read.  The header has kind and
+flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
+big-endian).  If a flag is set, the client's identity precedes the data, with its length (2 bytes).
 """
 
 import asyncio
@@ -25,62 +25,61 @@ from enum import IntEnum
 import msgspec
 
 SLOTS = 8192
-"""Connections that one node process may have passed at one time."""
+"""Connections that one node process may have passed at the same time."""
 NO_SLOT = 0xFFFFFFFF
-"""Of a connection that an earlier node process passed."""
+"""Slot of a connection that an earlier node process passed."""
 _HEADER = struct.Struct("!BBII")
 _DATA_BYTES = 32 * 1024
-"""Of one packet: the socket's buffer has room for several."""
+"""Bytes of one packet.  The socket's buffer has space for several."""
 _AT_ONCE = 32
-"""Packets read before other work of the event loop has its turn."""
+"""Packets that are read before other work of the event loop gets its turn."""
 _REMOTE = 1
 _IDENTIFIED = 2
 _IDENTITY_LENGTH = struct.Struct("!H")
 IDENTITY_BYTES_MAX = 16 * 1024
-"""It is in the first packet."""
+"""Limit of an identity, which must fit into the first packet."""
 
 
 class State(IntEnum):
-    """How far the exchange on a connection is; the value in the state table."""
+    """Progress of the exchange on a connection, stored in the state table."""
 
     IDLE = 0
-    """Nothing of a request was read."""
+    """No byte of a request was read."""
     REQUESTED = 1
-    """A request was read at least in part, nothing of its response was sent."""
+    """A request was read at least in part, and no byte of its response was sent."""
     RESPONDING = 2
     """A part of the response was sent."""
 
 
 class Kind(IntEnum):
-    """What a message is about."""
+    """Kind of a message."""
 
     STATES = 1
-    """To the manager, first: the descriptor is the state table's."""
+    """To the manager, as the first message: the descriptor of the state table."""
     CONNECTION = 2
     REST = 3
-    """More of the data of the message before."""
+    """More data of the previous message."""
     CLOSED = 4
-    """To the node process: the connections whose slots are the data have ended."""
+    """To the node process: the connections whose slots are in the data have ended."""
     STOPPING = 5
     """To the node process: pass no more connections to this manager process."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message.  ``descriptor``: owned by the receiver; None if it had no room for it."""
+    """One message.  The receiver owns ``descriptor``, which is None if the receiver had no free one."""
 
     kind: Kind
     slot: int = 0
     data: bytes = b""
     descriptor: int | None = None
     is_remote: bool = False
-    """The client is on another machine: what it keeps open is limited in time."""
+    """Whether the client is on another machine.  Its open connections are limited in time."""
     identity: bytes = b""
-    """Of the client (``identity.packed``); empty: what the permissions of the unix socket give."""
+    """Identity of the client (``identity.packed``), or empty for the permissions of the Unix socket."""
 
 
 class Channel:
-    """Messages over a connected SOCK_SEQPACKET socket, in order.  Owns the socket and the descriptors it is to
-    send."""
+    """Messages over a connected SOCK_SEQPACKET socket, in order.  Owns the socket and the descriptors to send."""
 
     def __init__(
         self, connected: socket.socket, on_message: Callable[[Message], None], on_end: Callable[[], None]
@@ -99,11 +98,11 @@ class Channel:
 
     @property
     def queued(self) -> int:
-        """Packets that the other end has not made room for yet."""
+        """Number of packets for which the other end has no space yet."""
         return len(self._queue)
 
     def send(self, message: Message) -> None:
-        """Send ``message`` as soon as there is room.  After the end it is dropped and its descriptor closed."""
+        """Send ``message`` as soon as there is space.  After the end, drop it and close its descriptor."""
         if self.is_closed:
             _close(message.descriptor)
             return
@@ -205,12 +204,12 @@ class Channel:
 
 
 def pack_slots(slots: Sequence[int]) -> bytes:
-    """Slots as data, 4 bytes each, big-endian."""
+    """Return slots as data, 4 bytes each, big-endian."""
     return struct.pack(f"!{len(slots)}I", *slots)
 
 
 def unpack_slots(data: bytes) -> tuple[int, ...]:
-    """The reverse of ``pack_slots``."""
+    """Return the slots in data of ``pack_slots``."""
     return struct.unpack(f"!{len(data) // 4}I", data)
 
 

@@ -1,7 +1,8 @@
 """The identity of a request.
 
-An identity belongs to a connection: it is found when the connection is accepted, and goes with it from process to
-process.  A connection of a unix socket has none of its own; its client has what the permissions of the socket give.
+An identity belongs to a connection.  It is determined when the connection is accepted, and is passed with it from
+process to process.  A connection of a Unix socket has no identity: its client has the rights that the permissions of
+the socket grant.
 """
 
 import asyncio
@@ -18,27 +19,27 @@ from skep.errors import Unauthenticated
 from skep.model.access import ALL, ROLE_HEADER, Identity, Origin, parse_binding
 
 IDENTITY_HEADER: Final = "X-Skep-Identity"
-"""Of requests that a process of this node makes for a client, on the manager's own socket."""
+"""Header of requests that a process of this node makes for a client, on the manager's own socket."""
 
 _THIS_NODE: Final = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
-"""Of requests of this node's processes that are for no client."""
+"""Identity of requests that this node's processes make for themselves."""
 
 _identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
 IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
-"""Whether a request came on a socket that only processes of this node open, so that its headers are trusted."""
+"""Returns whether a request came on a socket that only processes of this node open, so that its headers are trusted."""
 
 
 def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
-    """Requests on ``transport`` are those of ``identity``."""
+    """Assign ``identity`` to requests on ``transport``."""
     _identities[transport] = identity
 
 
 def identity_of(request: web.Request) -> Identity:
-    """Return the identity of ``request``, within the role that its header ``X-Skep-Role`` names.
+    """Return the identity of ``request``, limited to the role in its header ``X-Skep-Role``.
 
     Raises:
-        Unauthenticated: its connection is not known, or was closed.
-        InvalidArgument: the header names no role.
+        Unauthenticated: Its connection is unknown, or was closed.
+        InvalidArgument: The header does not name a role.
     """
     identity, limit = unlimited_identity_of(request), request.headers.get(ROLE_HEADER)
     return identity if limit is None else identity.limited_to(parse_binding(limit))
@@ -47,7 +48,8 @@ def identity_of(request: web.Request) -> Identity:
 def unlimited_identity_of(request: web.Request) -> Identity:
     """Return the identity of the client of ``request``, whatever role the request is limited to.
 
-    Raises: Unauthenticated: its connection is not known, or was closed.
+    Raises:
+        Unauthenticated: Its connection is unknown, or was closed.
     """
     transport = request.transport
     known = _identities.get(transport) if transport is not None else None
@@ -64,25 +66,27 @@ def unlimited_identity_of(request: web.Request) -> Identity:
 
 
 def is_of_token(request: web.Request) -> bool:
-    """Whether its client is known by a token, which counts for one request: a proxy sends those of all on one
-    connection."""
+    """Return whether a token authenticates the client.
+
+    A token counts for one request, because a proxy sends the requests of all its clients on one connection.
+    """
     known = _identities.get(request.transport) if request.transport is not None else None
     return known is not None and known.origin is Origin.TOKEN
 
 
 def of_socket(connected: socket.socket) -> Identity:
-    """The client of a unix socket, which has all rights: the socket is root's and the group's."""
+    """Return the client of a Unix socket, which has all rights: the socket belongs to root and the group."""
     _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Identity(name="root" if uid == 0 else f"uid {uid}", origin=Origin.SOCKET, bindings=ALL)
 
 
 def packed(identity: Identity) -> bytes:
-    """``identity`` for another process of this node."""
+    """Return ``identity`` encoded for another process of this node."""
     return msgspec.json.encode(identity)
 
 
 def unpacked(data: bytes) -> Identity:
-    """The reverse of ``packed``.  Raises: Unauthenticated."""
+    """Decode the result of ``packed``.  Raises: Unauthenticated."""
     try:
         return msgspec.json.decode(data, type=Identity)
     except msgspec.DecodeError as error:

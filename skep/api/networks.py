@@ -1,7 +1,7 @@
-"""What ``/networks`` takes and how it is filtered: the same for a cluster's networks and for a node's own.
+"""Bodies and filters of ``/networks``, for both a cluster's networks and a node's own.
 
-Source: moby 20.10, api/types/network, api/server/router/network/filter.go, daemon/network.go,
-daemon/network/filter.go, libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetwork).
+Source: moby 20.10, api/types/network, api/server/router/network/filter.go, daemon/network.go, daemon/network/filter.go,
+libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetwork).
 """
 
 import re
@@ -17,14 +17,14 @@ from skep.model.encoding import ApiObject, always
 from skep.model.network import ConfigReference
 
 NAMES_OF_THE_ENGINE = frozenset({"bridge", "host", "none", "default"})
-"""Names that no user's network can have."""
+"""Names that a user's network cannot have."""
 BUILTIN = frozenset({"bridge", "host", "none"})
 DRIVERS_OF_NODES = frozenset({"bridge", "macvlan", "ipvlan", "host", "null"})
 LIST_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type")
 PRUNE_FILTERS = ("label", "label!", "until")
 SWARM, LOCAL = "swarm", "local"
 PREDEFINED_LABEL = "com.docker.swarm.predefined"
-"""Of a cluster's network that stands for one that every node has for itself."""
+"""Label of a cluster network that represents a network of every node."""
 
 
 class SubnetBody(ApiObject):
@@ -70,17 +70,17 @@ class NetworkBody(ApiObject):
 
     @property
     def config_source(self) -> str:
-        """The network of the node that this one takes its settings from; empty: none."""
+        """The node's network from which this one takes its settings, or empty."""
         return self.config_from.network if self.config_from is not None else ""
 
     @property
     def is_of_cluster(self) -> bool:
-        """Whether the managers make it; else it is the node's own."""
+        """Whether the managers create it.  Otherwise it is the node's own."""
         return not self.config_only and (self.driver == "overlay" or self.scope == SWARM or self.ingress)
 
 
 class ConnectBody(ApiObject):
-    """Body of ``POST /networks/{id}/connect`` and ``/disconnect``; what the endpoint is to be is not read here."""
+    """Body of ``POST /networks/{id}/connect`` and ``/disconnect``, without the settings of the endpoint."""
 
     __go_name__ = "types.NetworkConnect"
 
@@ -89,7 +89,7 @@ class ConnectBody(ApiObject):
 
 
 class SubnetsBody(ApiObject):
-    """Body of ``POST /networks/{id}/update``, which is ours: subnets to add."""
+    """Body of ``POST /networks/{id}/update``, a Skep extension: subnets to add."""
 
     subnets_add: tuple[SubnetBody, ...] = ()
 
@@ -101,9 +101,11 @@ def check_name(name: str) -> None:
 
 
 def check_form(body: NetworkBody) -> None:
-    """Refuse what the engine refuses before it looks for a free subnet, with its messages and in its order.
+    """Refuse everything that the engine refuses before it looks for a free subnet, with its messages and in its order.
 
-    Raises: Forbidden, NotFound; Untranslated: a subnet that is none.
+    Raises:
+        Forbidden, NotFound: The engine refuses the settings.
+        Untranslated: A subnet is invalid.
     """
     for config in body.ipam.config if body.ipam is not None else ():
         if config.subnet and not is_subnet(config.subnet):
@@ -156,7 +158,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_list_filters(filters: Filters) -> None:
-    """Raises: InvalidArgument, Untranslated: an unknown filter, or one whose value is none of its own."""
+    """Check the filters of a list.  Raises: InvalidArgument, Untranslated: an unknown filter or value."""
     filters.refuse_unknown(*LIST_FILTERS)
     for word in filters["type"]:
         if word not in {"custom", "builtin"}:
@@ -165,7 +167,7 @@ def check_list_filters(filters: Filters) -> None:
 
 
 def fits(facts: Facts, filters: Filters) -> bool:
-    """Whether the network matches the filters."""
+    """Return whether the network matches the filters."""
     dangling = _dangling(filters)
     is_builtin = facts.scope == LOCAL and facts.name in BUILTIN
     is_dangling = not is_builtin and not facts.is_used
@@ -181,9 +183,9 @@ def fits(facts: Facts, filters: Filters) -> bool:
 
 
 def _matches_part(wanted: Iterable[str], text: str) -> bool:
-    """The engine takes these for regular expressions; here they are parts of the text, ``^`` and ``$`` its ends.
+    """Return whether ``text`` contains one of ``wanted``, with ``^`` and ``$`` for its start and end.
 
-    A regular expression from outside could keep the process busy for hours.
+    The engine uses regular expressions.  One from outside could keep the process busy for hours.
     """
     words = list(wanted)
     return not words or any(_pattern(word).search(text) for word in words)

@@ -1,4 +1,4 @@
-"""Spans are sent to an OpenTelemetry collector: OTLP over HTTP, in JSON.
+"""Sends spans to an OpenTelemetry collector: OTLP over HTTP, in JSON.
 
 Source: https://opentelemetry.io/docs/specs/otlp/#otlphttp
 """
@@ -24,22 +24,24 @@ from skep.tracing import Span
 log = structlog.get_logger()
 
 WAITING_MAX = 4096
-"""Spans that wait; further ones are dropped, and counted."""
+"""Spans that wait.  Further ones are dropped and counted."""
 _BATCH = 512
 _GATHER_S = 1.0
-"""Between the first span and its batch."""
+"""Seconds between the first span and its batch."""
 _SENT_WITHIN_S = 10.0
 _AGAIN = (429, 502, 503, 504)
 """Status codes after which a batch is sent again.  Source: OTLP's specification, Retryable Response Codes."""
 
 
 class TraceExporter:
-    """Sends the spans of one process, in the background."""
+    """Sends the spans of one process in the background."""
 
     def __init__(
         self, endpoint: str, process: str, host: str, clock: Clock, rng: Callable[[], float]
     ) -> None:
-        """``endpoint``: ``http://collector:4318``; ``process``: node or manager; ``host``: this machine's name."""
+        """``endpoint`` is like ``http://collector:4318``, ``process`` is node or manager, ``host`` is this machine's
+        name.
+        """
         self._url = f"{endpoint.rstrip('/')}/v1/traces"
         self._process = process
         self._host = host
@@ -51,11 +53,11 @@ class TraceExporter:
         self._sent = self._dropped = 0
 
     def now_ns(self) -> int:
-        """The time of spans."""
+        """Return the time for spans."""
         return self._clock.now_ns()
 
     def add(self, spans: Iterable[Span]) -> None:
-        """Send them soon; never waits."""
+        """Queue spans without waiting."""
         for span in spans:
             if len(self._waiting) < WAITING_MAX:
                 self._waiting.append(span)
@@ -65,7 +67,7 @@ class TraceExporter:
             self._is_filled.set()
 
     async def run(self) -> None:
-        """Send until cancelled.  While the collector does not answer spans wait, and then are dropped."""
+        """Send until cancelled.  While the collector does not answer, spans wait, and are dropped beyond the limit."""
         timeout = aiohttp.ClientTimeout(total=_SENT_WITHIN_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
@@ -76,7 +78,7 @@ class TraceExporter:
                 self._is_filled.clear()
 
     def families(self) -> list[Family]:
-        """For the page of metrics."""
+        """Return the metric families."""
         labels = label_text({"process": self._process})
         return [
             Family("skep_trace_spans_sent_total", "counter", "Spans sent.", [Sample(labels, self._sent)]),
@@ -106,10 +108,10 @@ class TraceExporter:
             self._sent += len(batch)
 
     async def _post(self, session: aiohttp.ClientSession, batch: Sequence[Span]) -> tuple[str, bool]:
-        """Why it was not sent (empty: it was), and whether trying again is useless."""
+        """Send a batch.  Returns why it failed, or an empty text, and whether a retry is useless."""
         headers = {"Content-Type": "application/json"}
         try:
-            # Redirected, a POST would become a GET without the spans, whose answer looks like success.
+            # A redirected POST would become a GET without the spans, whose answer looks like success.
             async with session.post(
                 self._url, data=self._body(batch), headers=headers, allow_redirects=False
             ) as response:
@@ -119,7 +121,7 @@ class TraceExporter:
                 return f"the collector answers {response.status}{where}", response.status not in _AGAIN
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return str(error) or type(error).__name__, False
-        except ValueError as error:  # such as a text that is no Unicode: the process must not end by it
+        except ValueError as error:  # for example a text with invalid Unicode, which must not end the process
             return describe_error(error), True
 
     def _body(self, batch: Sequence[Span]) -> bytes:
@@ -137,12 +139,12 @@ class TraceExporter:
 def exporter_to(
     endpoint: str, process: str, host: str, clock: Clock, rng: Callable[[], float]
 ) -> TraceExporter | None:
-    """As ``TraceExporter``; None: ``endpoint`` is empty, nothing is traced."""
+    """Return a ``TraceExporter``, or None if ``endpoint`` is empty and traces are off."""
     return TraceExporter(endpoint, process, host, clock, rng) if endpoint else None
 
 
 def otlp(span: Span) -> Mapping[str, Any]:
-    """A span in OTLP's JSON: ids are hexadecimal, times are strings."""
+    """Return a span in OTLP's JSON, with hexadecimal ids and times as strings."""
     found: dict[str, Any] = {
         "traceId": span.trace,
         "spanId": span.id,

@@ -1,7 +1,7 @@
-"""Serves the connections that the node process passes to the manager process (`handover`).
+"""Serves the connections that the node process passes to the manager process (``handover``).
 
-aiohttp answers the requests; it is given one at a time, whole messages of HTTP/1.1 only.  With the first request
-that is not for the manager process the connection is passed back to the node process.
+aiohttp answers the requests.  It receives complete HTTP/1.1 messages, one at a time.  When the first request arrives
+that is not for the manager process, the connection is passed back to the node process.
 """
 
 import asyncio
@@ -37,31 +37,35 @@ from skep.linux.unix_sockets import private_socket
 log = structlog.get_logger(__name__)
 
 REQUEST_S = 60.0
-"""For a head and a small body to arrive, and for the next bytes of a longer body whose length was given.  A body
-without a length is a stream and has no limit."""
+"""Seconds for a head and a small body to arrive, and for the next bytes of a longer body with a length.
+
+A body without a length is a stream and has no limit.
+"""
 IDLE_S = 300.0
-"""Between two requests of a client on another machine; a local one may take any time, as with Docker."""
+"""Seconds between two requests of a client on another machine.  A local client has no limit, as with Docker."""
 CHECK_S = 5.0
 SMALL_BODY = 64 * 1024
 _BUFFER_BYTES_MAX = 256 * 1024
-"""Of requests that were sent ahead."""
+"""Bytes of requests that were sent ahead."""
 _READ_BYTES = 64 * 1024
 _CLOSED_S = 0.02
-"""Before the node process is woken because connections have ended: not while their clients make the next ones."""
+"""Seconds before the node process is woken because connections have ended, so that it is not while clients
+reconnect.
+"""
 _FOREVER_S = 1e9
-"""aiohttp's limit for idle connections; theirs are `REQUEST_S` and `IDLE_S`."""
+"""aiohttp's limit for idle connections, in place of which ``REQUEST_S`` and ``IDLE_S`` apply."""
 
 _read_buffer = memoryview(bytearray(_READ_BYTES))
-"""For all connections: what was read is copied out at once."""
+"""Shared by all connections, because received data is copied at once."""
 
 
 class ResponseHook(AbstractAccessLogger):
-    """Given to aiohttp as its access log: one per connection, called at the end of each response."""
+    """The access log of aiohttp.  Each connection has one, which is called at the end of each response."""
 
     connection: "_Connection | None" = None
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """Called by aiohttp at the end of a response."""
+        """End the response.  Called by aiohttp."""
         if self.connection is not None:
             self.connection.end_response(is_last=not response.keep_alive)
 
@@ -71,29 +75,30 @@ HOOKS: dict[str, Any] = {
     "access_log_class": ResponseHook,
     "keepalive_timeout": _FOREVER_S,
 }
-"""What the runner of the application has to be made with."""
+"""Options for the runner of the application."""
 
 
 async def begin_response(request: web.Request, _response: web.StreamResponse) -> None:
-    """To be among the application's ``on_response_prepare``."""
+    """Mark the connection as responding.  Register it in the application's ``on_response_prepare``."""
     hook = request.protocol.access_logger
     if isinstance(hook, ResponseHook) and hook.connection is not None:
         hook.connection.state = State.RESPONDING
 
 
 def is_passed(request: web.Request) -> bool:
-    """Whether the connection of ``request`` was passed by the node process."""
+    """Return whether the node process passed the connection of ``request``."""
     hook = request.protocol.access_logger
     return isinstance(hook, ResponseHook) and hook.connection is not None
 
 
 def take_over(request: web.Request, protocol: asyncio.Protocol) -> None:
-    """Make the connection of ``request`` that of ``protocol``, which also writes the response.
+    """Hand over the connection of ``request`` to ``protocol``, which also writes the response.
 
-    What is left of the request's body is still read by ``request.content``; ``protocol`` gets what follows it.  The
+    ``request.content`` still reads the rest of the request's body, and ``protocol`` gets the data after it.  The
     connection is closed when the handler has returned.
 
-    Raises: Unavailable: the connection was not passed, or its client has gone.
+    Raises:
+        Unavailable: The connection was not passed, or its client has disconnected.
     """
     hook = request.protocol.access_logger
     if not isinstance(hook, ResponseHook) or hook.connection is None or request.transport is None:
@@ -105,21 +110,22 @@ class PassedConnections:
     """Accepts connections that node processes pass, and serves them.
 
     Args:
-        new_handler: the server of an application with ``begin_response``, run with ``HOOKS``.
+        new_handler: The server of an application with ``begin_response``, run with ``HOOKS``.
     """
 
     def __init__(self, new_handler: Callable[[], RequestHandler]) -> None:
         self.new_handler = new_handler
         self._peers: list[_Peer] = []
-        """The newest last: the next node process may connect before the end of the former one is seen."""
+        """Node processes, the newest last.  The next one may connect before the end of the previous one is seen."""
         self._open: set[_Connection] = set()
         self._is_stopping = False
 
     @asynccontextmanager
     async def listening(self, path: Path) -> AsyncIterator[None]:
-        """Serve while the context is open; then pass connections back, each when no response is owed on it.
+        """Serve while the context is open.  Then pass connections back, each once no response is pending on it.
 
-        Raises: Unavailable: ``path`` cannot be bound.
+        Raises:
+            Unavailable: ``path`` cannot be bound.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -140,7 +146,7 @@ class PassedConnections:
                 self._stop()
 
     def close(self) -> None:
-        """End the channels.  The node process goes on with the connections that are still open."""
+        """Close the channels.  The node process continues with the connections that are still open."""
         for peer in tuple(self._peers):
             peer.channel.close()
         self._peers.clear()
@@ -148,7 +154,7 @@ class PassedConnections:
     def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         try:
             connected, _ = listener.accept()
-        except OSError as error:  # out of descriptors, or the node process has gone already
+        except OSError as error:  # out of descriptors, or the node process has already ended
             log.warning("node process not accepted", error=str(error))
             return
         connected.setblocking(False)
@@ -176,19 +182,19 @@ class PassedConnections:
         return self._is_stopping
 
     def opened(self, connection: "_Connection") -> None:
-        """``connection`` is served from now on."""
+        """Record that ``connection`` is being served."""
         self._open.add(connection)
 
     def closed(self, connection: "_Connection") -> None:
-        """``connection`` is served no more."""
+        """Record that ``connection`` is no longer served."""
         self._open.discard(connection)
 
     def gone(self, peer: "_Peer") -> None:
-        """The node process has ended.  What it passed is served on."""
+        """Remove a node process that has ended.  Its connections are still served."""
         self._peers.remove(peer)
 
     def return_to(self, peer: "_Peer") -> "_Peer | None":
-        """Which node process gets a connection back that ``peer`` passed; None: there is none at present."""
+        """Return the node process that gets back a connection passed by ``peer``, or None."""
         if not peer.channel.is_closed:
             return peer
         return self._peers[-1] if self._peers else None
@@ -246,25 +252,25 @@ class _Exchange:
         self.is_small = isinstance(request.body, Sized) and request.body.bytes_left <= SMALL_BODY
         self.is_answered = False
         self.is_last = request.upgrades
-        """The connection is closed after it."""
+        """Whether the connection is closed after it."""
 
     @property
     def is_over(self) -> bool:
-        """Whether the request was received whole and answered."""
+        """Whether the request was completely received and answered."""
         return self.is_answered and self.body.is_complete
 
 
 class _Phase(Enum):
     SERVING = auto()
     LEAVING = auto()
-    """Nothing is read any more; passed back once all that was written has left."""
+    """Reading has stopped.  The connection is passed back once all written data was sent."""
     PASSED_BACK = auto()
 
 
 class _Connection(asyncio.BufferedProtocol):
-    """One client's connection: its requests go to aiohttp's handler, each when the one before was answered.
+    """One client's connection.  aiohttp's handler gets each request after the previous one was answered.
 
-    How far its exchange is, is also in the state table, for the node process (``state``).
+    The progress of its exchange is also in the state table, for the node process (``state``).
     """
 
     def __init__(self, owner: PassedConnections, peer: _Peer, passed: Message) -> None:
@@ -279,12 +285,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._phase = _Phase.SERVING
         self._is_paused = False
         self._taken: asyncio.Protocol | None = None
-        """What gets all that follows the request (``take_over``)."""
+        """The protocol that gets everything after the request (``take_over``)."""
         self._has_ended = False
-        """The client sends nothing more; only where the connection is taken over, or will be."""
+        """Whether the client has closed its direction.  Only relevant if the connection is or will be taken over."""
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
-        """When the present request began, the last one was answered, or a long body went on."""
+        """When the current request started, the last one was answered, or a long body continued."""
 
     async def begin(self, connected: socket.socket) -> None:
         connected.setblocking(False)
@@ -319,7 +325,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         if self.state == State.IDLE:
-            # Before anything is read: what a manager process that ends has read is lost.
+            # set before reading, because data read by a manager process that ends is lost
             self.state = State.REQUESTED
         return _read_buffer
 
@@ -330,12 +336,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._advance()
 
     def eof_received(self) -> bool:
-        """True: the other direction stays open."""
+        """Return True to keep the other direction open."""
         self._has_ended = True
         if self._taken is not None:
             return bool(self._taken.eof_received())
         if self._exchange is None and not self._unread:
-            self.state = State.IDLE  # what there was to read was the end: no response is owed
+            self.state = State.IDLE  # the only data was the end, so no response is pending
         return self._exchange is not None and self._exchange.is_last
 
     def pause_writing(self) -> None:
@@ -356,24 +362,26 @@ class _Connection(asyncio.BufferedProtocol):
         if self._taken is not None:
             self._taken.connection_lost(error)
         if self._phase is _Phase.PASSED_BACK or self._owner.is_stopping:
-            return  # the node process has it, or goes on by its state when this process has ended
-        with suppress(OSError):  # the node process has a duplicate: closing ours would not end the connection
+            return  # the node process has the connection, or continues by its state when this process has ended
+        with suppress(
+            OSError
+        ):  # the node process has a duplicate, so closing ours would not end the connection
             self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._peer.closed(self._slot)
 
     # --- requests ---------------------------------------------------------------------------------------------
 
     def take_over(self, protocol: asyncio.Protocol) -> None:
-        """See ``take_over`` of the module."""
+        """Hand over the connection.  See the module's ``take_over``."""
         self._taken = protocol
-        self.state = State.RESPONDING  # no other process can respond to it any more
+        self.state = State.RESPONDING  # no other process can respond now
         protocol.connection_made(self._transport)
         self._advance()
         if self._has_ended:
             protocol.eof_received()
 
     def _advance(self) -> None:
-        """Give the handler what it may have of what was read."""
+        """Give the handler the data that it may have."""
         if self._taken is not None and (self._exchange is None or self._exchange.body.is_complete):
             data, self._unread = self._unread, b""
             if data:
@@ -384,7 +392,7 @@ class _Connection(asyncio.BufferedProtocol):
                 if not self._begin_request():
                     break
             elif self._exchange.body.is_complete:
-                break  # sent ahead: its turn comes with the end of the response
+                break  # sent ahead: handled after the end of the response
             else:
                 self._feed(self._exchange, b"", self._unread)
         is_full = len(self._unread) >= _BUFFER_BYTES_MAX
@@ -396,7 +404,7 @@ class _Connection(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
 
     def _begin_request(self) -> bool:
-        """Begin with the next request; False: its head is not complete, or the connection is passed back."""
+        """Start the next request.  Returns False if its head is incomplete, or the connection is passed back."""
         end = self._unread.find(b"\r\n\r\n") + 4
         if end < 4 and len(self._unread) <= HEAD_BYTES_MAX:
             return False
@@ -406,14 +414,14 @@ class _Connection(asyncio.BufferedProtocol):
         except Malformed:
             request = None
         if request is None or not is_for_manager(path_of(request.target)):
-            self._pass_back()  # what is malformed or too long is refused by the node process
+            self._pass_back()  # the node process refuses malformed and too long requests
             return False
         exchange = self._exchange = _Exchange(request)
         self._feed(exchange, raw, self._unread[end:])
         return True
 
     def _feed(self, exchange: _Exchange, head: bytes, data: bytes) -> None:
-        """Give the handler ``head`` and what of ``data`` belongs to the body of ``exchange``."""
+        """Give the handler ``head`` and the part of ``data`` that belongs to the body of ``exchange``."""
         is_malformed = False
         try:
             mine, self._unread = exchange.body.take(data)
@@ -423,11 +431,11 @@ class _Connection(asyncio.BufferedProtocol):
             self._since = self._loop.time()
         self._handler.data_received(head + mine)
         if exchange.is_last and (is_malformed or exchange.body.is_complete):
-            self._handler.close()  # it takes nothing any more, so not before the body is whole
+            self._handler.close()  # it accepts no further data, so the body must be complete first
         self._end_exchange()
 
     def end_response(self, *, is_last: bool) -> None:
-        """Called when all of a response is written.  ``is_last``: the connection is closed after it."""
+        """Record that a response was completely written.  ``is_last`` closes the connection after it."""
         if self._exchange is not None:
             self._exchange.is_answered = not is_last
         self._end_exchange()
@@ -448,7 +456,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._pass_back()
 
     def close_if_overdue(self, now: float) -> None:
-        """Close the connection if its client has begun a request too long ago, or has been idle for too long."""
+        """Close the connection if its client started a request too long ago, or has been idle for too long."""
         limit_s = None
         if self._exchange is None:
             limit_s = REQUEST_S if self._unread else IDLE_S if self._is_remote else None
@@ -458,23 +466,23 @@ class _Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def pass_back_if_idle(self) -> None:
-        """Pass the connection back unless a request is being received or answered."""
+        """Pass the connection back, unless a request is being received or answered."""
         if self._exchange is None and not self._unread:
             self._pass_back()
 
     def _pass_back(self) -> None:
-        """Pass the connection back, with what was read of the next request, once all that was written has left."""
+        """Pass the connection back, with received data of the next request, once all written data was sent."""
         if self._phase is _Phase.SERVING:
             self._phase = _Phase.LEAVING
             self._transport.pause_reading()
-            self._transport.set_write_buffer_limits(0)  # resume_writing is called when nothing is left
+            self._transport.set_write_buffer_limits(0)  # resume_writing is called when the buffer is empty
         if self._phase is _Phase.PASSED_BACK or self._transport.is_closing():
             return
         if self._transport.get_write_buffer_size():
             return
         to = self._owner.return_to(self._peer)
         if to is not None:
-            with suppress(OSError):  # no descriptor is free: the connection is closed
+            with suppress(OSError):  # if no descriptor is free, the connection is closed
                 descriptor = os.dup(self._transport.get_extra_info("socket").fileno())
                 slot = self._slot if to is self._peer else NO_SLOT
                 to.channel.send(

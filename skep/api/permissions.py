@@ -1,6 +1,6 @@
-"""Which role a request needs: one table of all endpoints, for users and for containers that mount the API's socket.
+"""Roles that requests need: one table of all endpoints, for users and for containers that mount the API's socket.
 
-A path that is not in the table is an administrator's.  Paths are without their version.
+A path that is not in the table needs an administrator.  Paths are without their version.
 """
 
 import re
@@ -18,27 +18,27 @@ STACK_LABEL: Final = "com.docker.stack.namespace"
 
 
 class Scope(Enum):
-    """What a request is about, for identities with roles in single stacks."""
+    """Object of a request, for identities with roles in single stacks."""
 
     ANY = auto()
-    """Nothing that belongs to a stack: a role in any stack will do."""
+    """No object of a stack: a role in any stack is sufficient."""
     CLUSTER = auto()
-    """The whole cluster, or what cannot be divided: a role in the whole cluster is needed."""
+    """The whole cluster, or an indivisible part: a role in the whole cluster is needed."""
     LIST = auto()
-    """Objects of a kind, of which only those of the identity's stacks are shown."""
+    """Objects of a kind.  Only objects in the identity's stacks are shown."""
     OBJECT = auto()
     """The object that the path names."""
     NEW = auto()
     """An object that the body describes."""
     CHANGE = auto()
-    """Both: the object becomes what the body describes."""
+    """An existing object that changes to the body's description."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests by one of ``methods`` whose path matches.
+    """Requests by one of ``methods`` with a matching path.
 
-    ``kind``: of the objects that it is about.  ``container``: what containers need for it; None: full access.
-    ``is_document``: the response is one JSON document, which may contain secrets.
+    ``kind`` is the kind of the objects.  ``container`` is the access that containers need, or None for full access.
+    ``is_document`` tells that the response is one JSON document, which may contain secrets.
     """
 
     methods: frozenset[str]
@@ -51,34 +51,34 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """What has to be known of an object.  ``stack``: empty: it is of none."""
+    """Facts about an existing object.  ``stack`` is empty if it belongs to none."""
 
     id: str
     stack: str = ""
     machine_rights: str = ""
-    """What it may do to its machine that only administrators may give; empty: nothing."""
+    """A right over its machine that only administrators may grant.  Empty without one."""
 
 
 class NewObject(msgspec.Struct, frozen=True, kw_only=True):
-    """An object that a body describes, as far as permissions depend on it."""
+    """Facts about an object in a body that permissions depend on."""
 
     name: str
     stack: str = ""
     machine_rights: str = ""
     raised_priority: int = 0
-    """The priority of a service, if it is above 0 and above what the service has."""
+    """The priority of a service, if it is above 0 and above the service's current one."""
     uses: tuple[tuple[str, Known | None, str], ...] = ()
-    """The other objects that it refers to: kind, object (None: there is none), and the word that names it."""
+    """Other objects that it refers to: kind, object (None if it does not exist), and the word that names it."""
     is_planned: bool = False
-    """Whether what it uses may be created before it, under a name of its stack."""
+    """Whether the objects that it uses may be created before it, under a name of its stack."""
     excess: str = ""
-    """Why users below administrator may not add it: its stack has too many such objects. Empty: it has not."""
+    """Why users below administrator may not add it: its stack has too many such objects.  Empty if it has not."""
     volumes: tuple[str, ...] = ()
-    """Names of local volumes, which have no owner but their name."""
+    """Names of local volumes, whose name is the only sign of their owner."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request is about.  ``stacks``: every stack of the cluster."""
+    """Objects of a request.  ``stacks`` has every stack of the cluster."""
 
     known: Known | None = None
     new: tuple[NewObject, ...] = ()
@@ -86,10 +86,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rule_for(method: str, path: str) -> Rule:
-    """The rule of a request; without one in the table, an administrator's.
+    """Return the rule of a request.  A request that is not in the table needs an administrator.
 
     Args:
-        path: as sent, or the pattern of a route: ``/services/{id}``.
+        path: Path as sent, or the pattern of a route: ``/services/{id}``.
     """
     method = "GET" if method == "HEAD" else method
     for rule in RULES:
@@ -99,10 +99,10 @@ def rule_for(method: str, path: str) -> Rule:
 
 
 def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | None:
-    """Why ``identity`` may not make a request of ``rule``; None: it may.
+    """Return why ``identity`` may not make a request of ``rule``, or None if it may.
 
     Args:
-        facts: None: not known yet; the result is then about the role alone.
+        facts: Facts about the request, or None if unknown yet.  Then only the role is checked.
     """
     if identity.is_admin:
         return None
@@ -133,14 +133,14 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
 
 
 def sees(identity: Identity, stack: str) -> bool:
-    """Whether ``identity`` may see an object of ``stack``; empty: of none."""
+    """Return whether ``identity`` may see an object of ``stack``, which is empty for objects without a stack."""
     return identity.role_in(stack or EVERY_STACK) is not None
 
 
 def why_not_ps(arguments: str) -> str:
-    """Why nobody but administrators may have ``ps`` run with ``arguments`` (``docker top``); empty: users may.
+    """Return why only administrators may run ``ps`` with ``arguments`` (``docker top``), or an empty text.
 
-    ``ps`` runs as root, and prints the environment of processes, or other processes, where it is told to.
+    ``ps`` runs as root, and can print the environment of processes, or other processes.
     """
     if _PS_ARGUMENTS.fullmatch(arguments.strip(" ")):
         return ""
@@ -156,13 +156,13 @@ def why_not_image(image: str) -> str:
 
 
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
-    """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer.
+    """Return whether an object called ``name`` can belong to ``stack``, and to no longer stack name in ``stacks``.
 
-    A volume's name may have placeholders, which can become any text: what is before the first one has to decide it.
+    A volume's name may have placeholders, which can become any text, so the part before the first one must decide it.
     """
     name, is_open, _ = name.partition("{{")
     if is_open:
-        name = name.rstrip()  # as {{- does
+        name = name.rstrip()  # {{- trims spaces as well
     longer = [f"{one}_" for one in stacks if one.startswith(f"{stack}_")]
     return name.startswith(f"{stack}_") and not any(
         name.startswith(one) or (is_open and one.startswith(name)) for one in longer
@@ -181,7 +181,7 @@ def _outside(identity: Identity, rule: Rule, stack: str) -> str:
 
 
 def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collection[str]) -> str:
-    """Why an identity with roles in single stacks may not make what is ``new``; empty: it may."""
+    """Return why an identity with roles in single stacks may not create ``new``, or an empty text."""
     if not new.stack:
         return f"the {rule.kind} {new.name} needs the label {STACK_LABEL}, its roles are {_roles(identity)}"
     if why := _outside(identity, rule, new.stack):
@@ -208,8 +208,10 @@ _PS_ARGUMENTS: Final = re.compile(
     r"|-?[acjlnuvwx]+"
     rf"|(?:(?:-[Ae]+|[ax]+) +)?(?:-[Ae]*|[ax]*)o{_PS_COLUMNS}(?: +-?o{_PS_COLUMNS})*"
 )
-"""Words of ps that choose columns.  None of these makes ps read all words again in the BSD syntax, where ``-e`` is the
-environment, as it does with words that contradict each other.  No column has a title of the user's.
+"""Arguments of ps that choose columns.
+
+None of these makes ps read all arguments again in the BSD syntax, in which ``-e`` is the environment, as it does with
+contradicting arguments.  Users cannot choose titles of columns.
 
 Source: procps, src/ps/parser.c (arg_parse).
 """
@@ -240,7 +242,7 @@ def _rule(
 
 
 def _of(kind: str, prefix: str) -> tuple[Rule, ...]:
-    """Of a kind of objects whose details have nothing that the list has not."""
+    """Return the rules of a kind of objects whose details are the same as in the list."""
     name = rf"{prefix}/[^/]+"
     return (
         _rule("GET", prefix, _VIEWER, Scope.LIST, kind, container=_READ),
@@ -260,7 +262,7 @@ UNKNOWN: Final = _rule("", "", _ADMIN, Scope.CLUSTER)
 RULES: Final = (
     _rule("GET", r"/(?:_ping|version)", _VIEWER, Scope.ANY, container=_READ, is_document=False),
     _rule("GET", r"/info", _VIEWER, Scope.ANY, container=_READ),
-    # Commands that containers ran, and what other stacks do, are among the events.
+    # Events include commands that containers ran, and the activity of other stacks.
     _rule("GET", r"/events", _VIEWER, Scope.CLUSTER, container=_READ, is_document=False),
     _rule("GET", r"/skep/(?:events|history|state|view|view/stream)", _VIEWER, Scope.CLUSTER),
     _rule("GET", r"/metrics|/skep/cluster/(?:store|level)|/skep/doctor/network", _VIEWER, Scope.CLUSTER),
@@ -278,7 +280,7 @@ RULES: Final = (
     _rule("GET", rf"/tasks/{_NAME}", _VIEWER, Scope.OBJECT, "task", container=_READ),
     # Every user sees nodes and their names, by which tasks are listed.
     _rule("GET", r"/nodes(?:/[^/]+)?", _VIEWER, Scope.ANY, container=_READ),
-    # Without join tokens for all but administrators: a machine with a token can become a manager.
+    # Only administrators see join tokens, because a machine with a token can become a manager.
     _rule("GET", r"/swarm", _VIEWER, Scope.CLUSTER, container=_READ),
     _rule(
         "GET",
@@ -303,14 +305,14 @@ RULES: Final = (
     _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
     _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.NEW, "service"),
     _rule("POST", r"/skep/stacks/check", _OPERATOR, Scope.NEW, "stack"),
-    # To run commands in a container, or to read its files, is to have its secrets.
+    # A user who can run commands in a container, or read its files, has its secrets.
     _rule(
         "GET POST PUT",
         rf"/skep/tasks/{_NAME}/(?:container/(?:exec|attach|resize|wait|kill|archive)|exec/[^/]+/[a-z]+|port/[^/]+)",
         *(_OPERATOR, Scope.OBJECT, "target"),
     ),
     _rule("GET", rf"/skep/stacks/{_NAME}/quota", _VIEWER, Scope.OBJECT, "stack"),
-    # What belongs to one node.  A local volume can be any directory of the machine.
+    # Objects of one node.  A local volume can be any directory of the machine.
     _rule("GET", r"/containers/json", _VIEWER, Scope.LIST, "container", container=_READ),
     _rule("GET", rf"/containers/{_NAME}/json", _VIEWER, Scope.OBJECT, "container", container=_READ),
     # command lines, and with options the environment
@@ -335,10 +337,10 @@ RULES: Final = (
     _rule("GET", r"/skep/cluster/volumes", _VIEWER, Scope.LIST, "volume"),
     _rule("GET", r"/skep/cluster/volumes/[^/]+", _VIEWER, Scope.OBJECT, "volume"),
     _rule("GET", r"/images/json|/images/.+/json", _VIEWER, Scope.CLUSTER, container=_READ),
-    # Its lines have the values of ENV and ARG.
+    # The history contains the values of ENV and ARG.
     _rule("GET", r"/images/.+/history", _VIEWER, Scope.CLUSTER, container=_INSPECT),
     _rule("GET", r"/exec/[^/]+/json", _VIEWER, Scope.CLUSTER, container=_INSPECT),
     _rule("GET", r"/system/df", _VIEWER, Scope.CLUSTER, container=_INSPECT),
     _rule("GET", r"/plugins(?:/.+/json)?", _VIEWER, Scope.CLUSTER),
 )
-"""The first that matches counts."""
+"""The first matching rule applies."""

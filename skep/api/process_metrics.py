@@ -1,4 +1,4 @@
-"""What every process shows Prometheus of itself: processor time, memory, descriptors, the lag of its event loop."""
+"""Metrics of each process for Prometheus: processor time, memory, file descriptors, event loop lag."""
 
 import os
 import time
@@ -12,7 +12,11 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def process_families(process: str, lag: LoopLag | None = None) -> list[Family]:
-    """``process``: node or manager; a label, since the two are one page."""
+    """Return the metrics of this process.
+
+    Args:
+        process: ``node`` or ``manager``; a label, because both processes share one metrics page.
+    """
     labels = label_text({"process": process})
     families = [
         Family(

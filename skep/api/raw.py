@@ -1,6 +1,6 @@
 """A small client of the Engine API for connections that become streams: exec, attach, archives, ports.
 
-One connection per request.  It imports nothing of aiohttp, whose import alone takes longer than an exec.
+It uses one connection per request, and does not import aiohttp, whose import alone takes longer than an exec.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from skep.api.errors import error_of
-from skep.api.ssh import Destination, forwarded
+from skep.api.ssh import Destination, forward_socket
 from skep.errors import InvalidArgument, Unavailable, reason_of
 
 CONNECT_S = 10.0
 HEAD_S = 30.0
-"""For a response's head: a manager waits for a node for 10 s."""
+"""Seconds for a response's head.  A manager waits 10 s for a node."""
 WRITE_S = 60.0
-"""For the host to take what is written."""
+"""Seconds for the host to read written data."""
 READ_BYTES = 64 * 1024
 
 Body: TypeAlias = bytes | AsyncIterable[bytes]
@@ -31,14 +31,14 @@ NO_QUERY: Mapping[str, str] = MappingProxyType({})
 
 
 def json(value: Any) -> bytes:
-    """A body."""
+    """Return ``value`` as a body."""
     return msgspec.json.encode(value)
 
 
 class Exchange:
-    """A response, and the connection it came on.
+    """A response and its connection.
 
-    ``headers``: names in lower case.  ``reader`` and ``writer``: what follows the head.
+    ``headers`` have lower-case names.  ``reader`` and ``writer`` start after the head.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Exchange:
         self.writer = writer
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it arrives.  Raises: Unavailable: it is incomplete."""
+        """Yield the body as it arrives.  Raises: Unavailable: it is incomplete."""
         try:
             if self.headers.get("transfer-encoding", "").lower() == "chunked":
                 async for piece in self._chunks():
@@ -83,18 +83,18 @@ class Exchange:
             await self.reader.readexactly(2)
 
     async def raw_pieces(self) -> AsyncIterator[bytes]:
-        """What comes on a connection that has become a stream, to its end."""
+        """Yield the data of a connection that has become a stream, until its end."""
         with suppress(ConnectionError):
             while piece := await self.reader.read(READ_BYTES):
                 yield piece
 
     async def content(self) -> bytes:
-        """The whole body.  Raises: Unavailable."""
+        """Return the whole body.  Raises: Unavailable."""
         return b"".join([piece async for piece in self.pieces()])
 
 
 class RawClient:
-    """Requests to one host, each on a connection of its own.  Use as an async context manager.
+    """Requests to one host, each on a separate connection.  Use it as an async context manager.
 
     Args:
         host: ``unix:///path``, ``tcp://host:port`` (with ``tls``) or ``ssh://[user@]machine[:port][/path]``.
@@ -108,13 +108,15 @@ class RawClient:
 
     @classmethod
     def over(cls, name: str, open: Opener) -> Self:
-        """Requests on the connections that ``open`` makes; to be used as it is.  ``name``: of the host, in errors."""
+        """Return a client on the connections that ``open`` creates, for use without a context.  ``name`` is used in
+        errors.
+        """
         client = cls(name)
         client._open = open
         return client
 
     async def __aenter__(self) -> Self:
-        """Raises: InvalidArgument: the host is none; Unavailable: ssh does not reach it."""
+        """Connect.  Raises: InvalidArgument: the host is invalid; Unavailable: ssh does not reach it."""
         self._open = await self._opener()
         return self
 
@@ -127,11 +129,11 @@ class RawClient:
         await self._stack.aclose()
 
     async def get(self, path: str, query: Mapping[str, str] = NO_QUERY) -> Any:
-        """The decoded response.  Raises: the error of its status; Unavailable."""
+        """Return the decoded response.  Raises: the error of its status; Unavailable."""
         return await self.request("GET", path, query=query)
 
     async def post(self, path: str, body: Any = None, query: Mapping[str, str] = NO_QUERY) -> Any:
-        """The decoded response to ``body`` as JSON.  Raises: as ``get``."""
+        """Send ``body`` as JSON and return the decoded response.  Raises: the errors of ``get``."""
         return await self.request("POST", path, body, query)
 
     async def request(
@@ -142,7 +144,7 @@ class RawClient:
         query: Mapping[str, str] = NO_QUERY,
         headers: Mapping[str, str] = NO_QUERY,
     ) -> Any:
-        """The decoded response; None for an empty one.  Raises: as ``get``."""
+        """Return the decoded response, or None for an empty one.  Raises: the errors of ``get``."""
         content = json(body) if body is not None else b""
         async with self.exchange(method, path, content, query=query, headers=headers) as response:
             answer = await response.content()
@@ -160,12 +162,14 @@ class RawClient:
         media_type: str = "application/json",
         headers: Mapping[str, str] = NO_QUERY,
     ) -> AsyncIterator[Exchange]:
-        """A request and its response, whose body is read in the block; then the connection is closed.
+        """Send a request and yield its response, whose body is read in the block.  Then the connection is closed.
 
         Args:
-            upgrade: the connection becomes a stream in both directions.
+            upgrade: Whether the connection becomes a stream in both directions.
 
-        Raises: the error of the response's status; Unavailable: there is none.
+        Raises:
+            SkepError: The error of the response's status.
+            Unavailable: There was no response.
         """
         target = f"{path}?{urlencode(query)}" if query else path
         lines = [f"{method} {target} HTTP/1.1", "Host: engine"]
@@ -175,9 +179,9 @@ class RawClient:
             lines += [f"Content-Type: {media_type}", "Transfer-Encoding: chunked"]
         elif body or method in ("POST", "PUT"):
             lines += [f"Content-Type: {media_type}", f"Content-Length: {len(body)}"]
-        reader, writer = await self._connected()
+        reader, writer = await self._connect()
         try:
-            with suppress(ConnectionError):  # a server that refuses the rest of a body has responded
+            with suppress(ConnectionError):  # a server that refuses the rest of a body has already responded
                 await _write(writer, "\r\n".join((*lines, "", "")).encode())
                 await _send_body(writer, body)
             yield await _response(method, reader, writer)
@@ -190,31 +194,31 @@ class RawClient:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """A connection for the block, on which nothing was sent.  Raises: Unavailable."""
-        reader, writer = await self._connected()
+        """Open a connection for the block, on which nothing was sent.  Raises: Unavailable."""
+        reader, writer = await self._connect()
         try:
             yield reader, writer
         finally:
             writer.close()
 
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Raises: Unavailable."""
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a connection.  Raises: Unavailable."""
         assert self._open is not None, "used outside of its async with"
         try:
             async with asyncio.timeout(CONNECT_S):
                 return await self._open()
-        except OSError as error:  # a time-out is one
+        except OSError as error:  # includes timeouts
             raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
 
     async def _opener(self) -> Opener:
-        """Raises: InvalidArgument; Unavailable."""
+        """Return how to open connections.  Raises: InvalidArgument; Unavailable."""
         try:
             parts = urlsplit(self._host)
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise InvalidArgument(f"unable to parse docker host `{self._host}`") from error
         if parts.scheme == "ssh":
-            path = await self._stack.enter_async_context(forwarded(Destination.of(self._host)))
+            path = await self._stack.enter_async_context(forward_socket(Destination.of(self._host)))
             return partial(asyncio.open_unix_connection, path)
         if parts.scheme == "unix" and parts.path:
             return partial(asyncio.open_unix_connection, parts.path)
@@ -240,7 +244,12 @@ async def _send_body(writer: asyncio.StreamWriter, body: Body) -> None:
 
 
 async def _response(method: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange:
-    """Raises: the error of its status; OSError, IncompleteReadError, ValueError: there is none."""
+    """Return the response.
+
+    Raises:
+        SkepError: The error of its status.
+        OSError, IncompleteReadError, ValueError: There was no response.
+    """
     async with asyncio.timeout(HEAD_S):
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     first, *lines = head.removesuffix("\r\n\r\n").split("\r\n")

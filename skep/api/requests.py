@@ -1,4 +1,4 @@
-"""Requests whose responses are read whole: what both clients have of them, and the client that needs no aiohttp.
+"""Requests whose responses are read as a whole: the base of both clients, and the client that does not need aiohttp.
 
 The import of aiohttp takes longer than the requests of most commands.
 """
@@ -16,14 +16,14 @@ from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavaila
 from skep.model.access import ROLE_HEADER
 
 TIMEOUT_S: Final = 60.0
-"""Deadline of a request whose response is read as a whole."""
+"""Timeout of a request whose response is read as a whole, in seconds."""
 
 Filters: TypeAlias = Mapping[str, Sequence[str]]
 """Values by key, as ``docker ... --filter KEY=VALUE``."""
 
 
 def filters_of(words: Iterable[str]) -> dict[str, list[str]]:
-    """``words`` of a command, each ``KEY=VALUE``.  Raises: InvalidArgument: one is not."""
+    """Parse the ``words`` of a command, each ``KEY=VALUE``.  Raises: InvalidArgument: one has another form."""
     wanted: dict[str, list[str]] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -34,7 +34,7 @@ def filters_of(words: Iterable[str]) -> dict[str, list[str]]:
 
 
 def parameters_of(filters: Filters | None) -> dict[str, str]:
-    """``filters`` as a parameter of a query; none, if there are none."""
+    """Return ``filters`` as a query parameter, or none without filters."""
     if not filters:
         return {}
     wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
@@ -42,7 +42,7 @@ def parameters_of(filters: Filters | None) -> dict[str, str]:
 
 
 class Requests(ABC):
-    """What commands and stacks make requests with."""
+    """Sends requests for commands and stacks."""
 
     async def get(
         self,
@@ -53,8 +53,12 @@ class Requests(ABC):
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
-        """The decoded response to ``GET path``.  Raises: the error of the response's status; Unavailable: there is
-        none."""
+        """Return the decoded response to ``GET path``.
+
+        Raises:
+            SkepError: The error of the response's status.
+            Unavailable: There was no response.
+        """
         return await self.request(
             "GET", path, filters=filters, query=query, headers=headers, timeout_s=timeout_s
         )
@@ -68,11 +72,11 @@ class Requests(ABC):
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
-        """The decoded response to ``POST path`` with ``body`` as JSON.  Raises: as ``get``."""
+        """Return the decoded response to ``POST path`` with ``body`` as JSON.  Raises: the errors of ``get``."""
         return await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
 
     async def delete(self, path: str, *, timeout_s: float | None = None, **query: str) -> Any:
-        """The decoded response to ``DELETE path``.  Raises: as ``get``."""
+        """Return the decoded response to ``DELETE path``.  Raises: the errors of ``get``."""
         return await self.request("DELETE", path, query=query, timeout_s=timeout_s)
 
     @abstractmethod
@@ -87,22 +91,22 @@ class Requests(ABC):
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """One request and its whole response: decoded JSON, None if it is empty.
+        """Send a request and return its whole response as decoded JSON, or None if it is empty.
 
         Raises:
-            SkepError: of the class that the status means, with the server's message.
-            Unavailable: no response within ``timeout_s``.
+            SkepError: The error of the response's status, with the server's message.
+            Unavailable: There was no response within ``timeout_s``.
         """
 
 
 class LimitedRequests(Requests):
-    """Requests of which those that change something have the rights of one role at most.
+    """Requests whose changes have at most the rights of one role.
 
-    Reads keep the rights of the client: a role in one stack does not see the networks of others.
+    Reads keep the rights of the client, because a role in one stack does not see the networks of others.
     """
 
     def __init__(self, client: Requests, role: str) -> None:
-        """``role``: as in ``skep user``: ``operator:shop``."""
+        """``role`` has the form of ``skep user``, like ``operator:shop``."""
         self._client = client
         self._headers = {ROLE_HEADER: role}
 
@@ -110,7 +114,8 @@ class LimitedRequests(Requests):
     async def of(cls, client: Requests, role: str) -> Self:
         """Return requests limited to ``role``.
 
-        Raises: FailedPrecondition: the manager is of a version that cannot limit them.
+        Raises:
+            FailedPrecondition: The manager's version cannot limit them.
         """
         made = cls(client, role)
         access = await client.get("/skep/access", headers=made._headers)
@@ -143,13 +148,13 @@ class LimitedRequests(Requests):
 
 
 class PlainRequests(Requests):
-    """Each on a connection of its own, in the newest version of the API.  Use as an async context manager."""
+    """Sends each request on a separate connection, in the newest API version.  Use it as an async context manager."""
 
     def __init__(self, client: RawClient) -> None:
         self._client = client
 
     async def __aenter__(self) -> Self:
-        """Raises: as ``RawClient``."""
+        """Connect.  Raises: the errors of ``RawClient``."""
         await self._client.__aenter__()
         return self
 

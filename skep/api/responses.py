@@ -1,6 +1,6 @@
 """Responses: JSON objects, long lists in pieces, streams of JSON lines, multiplexed output.
 
-The event loop is never held longer than it takes to encode one piece.
+The event loop is never blocked for longer than the encoding of one piece.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 _PIECE = 128
-"""List items encoded at once: about a millisecond of tasks."""
+"""List items that are encoded at once.  Tasks take about a millisecond."""
 _KNOWN_PIECE = 512
-"""The same where most of them are cached: a quarter of a millisecond; 5 ms for the first request."""
+"""List items that are encoded at once if most are cached: a quarter of a millisecond, 5 ms for the first request."""
 
 RAW_STREAM = "application/vnd.docker.raw-stream"
 MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
@@ -29,10 +29,10 @@ _encoder = msgspec.json.Encoder()
 
 
 class KnownJson:
-    """The JSON of objects that never change, cached from one long list to the next.
+    """Cached JSON of immutable objects, from one long list to the next.
 
-    An object is known by its id and by being the same one, shown in the same circumstances: whatever else its response
-    depends on.  What is not listed any more is forgotten.
+    An entry is valid for the same object with the same id in the same circumstances, which are everything else that its
+    response depends on.  Objects that are no longer listed are dropped.
     """
 
     def __init__(self) -> None:
@@ -40,33 +40,35 @@ class KnownJson:
         self._circumstances: Any = None
 
     def agreed(self, circumstances: C) -> C:
-        """Those of the last list if they are equal, so that they are identical objects."""
+        """Return the last list's circumstances if they are equal, so that they are identical objects."""
         if circumstances != self._circumstances:
             self._circumstances = circumstances
         agreed: C = self._circumstances
         return agreed
 
     def of(self, id: str, object: T, circumstances: C, show: Callable[[C, T], Any]) -> bytes:
-        """The JSON of what ``show`` makes of ``object``.  ``circumstances``: as agreed."""
+        """Return the JSON of ``show(circumstances, object)``.  ``circumstances`` come from ``agreed``."""
         known = self._known.get(id)
         if known is None or known[0] is not object or known[1] is not circumstances:
             known = self._known[id] = (object, circumstances, _encoder.encode(show(circumstances, object)))
         return known[2]
 
     def keep_only(self, ids: Collection[str]) -> None:
-        """Drop all others."""
+        """Drop all other objects."""
         if len(self._known) > len(ids):
             wanted = frozenset(ids)
             self._known = {id: known for id, known in self._known.items() if id in wanted}
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
-    """``value`` as Docker's JSON, with the newline that ends it."""
+    """Return ``value`` as Docker's JSON, with a newline at the end."""
     return web.Response(body=_encoder.encode(value) + b"\n", status=status, content_type="application/json")
 
 
 def json_list_response(items: Sequence[T], show: Callable[[T], Any] = lambda item: item) -> web.Response:
-    """A list of objects, each as ``show`` makes it; a long one goes out in pieces while it is being encoded."""
+    """Return a list of objects, each converted by ``show``.  A long list is sent in pieces while it is
+    being encoded.
+    """
     shown = map(show, items)
     if len(items) <= _PIECE:
         return json_response(list(shown))
@@ -76,7 +78,7 @@ def json_list_response(items: Sequence[T], show: Callable[[T], Any] = lambda ite
 def known_list_response(
     items: Sequence[T], show: Callable[[C, T], Any], circumstances: C, known: KnownJson
 ) -> web.Response:
-    """The same for all objects of a kind, which have an ``id``; of a long list only new objects are encoded."""
+    """Return a list of all objects of a kind, which have an ``id``.  In a long list, only new objects are encoded."""
     if len(items) <= _PIECE:
         return json_list_response(items, partial(show, circumstances))
     pieces = _known_pieces(items, show, known.agreed(circumstances), known)
@@ -84,12 +86,12 @@ def known_list_response(
 
 
 async def _list_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The JSON list of the items in ``pieces``, of which there are some."""
+    """Yield the JSON list of the items in ``pieces``, which is not empty."""
     lead = b"["
     async for piece in pieces:
         yield lead + piece
         lead = b","
-        await asyncio.sleep(0)  # others' turn
+        await asyncio.sleep(0)  # lets other requests run between two pieces
     yield b"]\n"
 
 
@@ -112,7 +114,7 @@ async def _known_pieces(
 class ChunkedResponse:
     """A response that is sent in pieces, from ``begin`` on or while its context is open.
 
-    ``response``: what the handler returns then.
+    The handler returns ``response`` afterwards.
     """
 
     def __init__(self, request: web.Request, status: int = 200, content_type: str | None = None) -> None:
@@ -141,32 +143,33 @@ class JsonLines(ChunkedResponse):
         super().__init__(request, status, "application/json")
 
     async def send(self, value: Any) -> None:
-        """Send ``value`` as one line (dockerd ends each with CR LF or LF; readers take both).
+        """Send ``value`` as one line.  dockerd ends each with CR LF or LF, and readers accept both.
 
-        Raises: ConnectionResetError: the client has gone.
+        Raises:
+            ConnectionResetError: The client has disconnected.
         """
         await self.response.write(_encoder.encode(value) + b"\n")
 
 
 class OutputStream(IntEnum):
-    """Which of its outputs a process wrote to; the number stands in the frame's head."""
+    """Output of a process.  The number is in the frame's head."""
 
     STDIN = 0
     STDOUT = 1
     STDERR = 2
     SYSTEM = 3
-    """Messages of the engine itself after a stream has begun: clients print them as errors."""
+    """Messages of the engine itself after a stream has started.  Clients print them as errors."""
 
 
 def frame(stream: OutputStream, data: bytes) -> bytes:
-    """``data`` in the engine's multiplexed format: stream, three zero bytes, length (big-endian), data."""
+    """Return ``data`` in the engine's multiplexed format: stream, three zero bytes, length (big-endian), data."""
     return bytes((stream, 0, 0, 0)) + len(data).to_bytes(4, "big") + data
 
 
 class OutputFrames(ChunkedResponse):
-    """A process's output: framed, or raw where it had a terminal.
+    """A process's output, framed, or raw with a terminal.
 
-    Up to API 1.41 it has no content type (clients look at the container); from 1.42 on it has.
+    Up to API 1.41 it has no content type (clients look at the container), and from 1.42 on it has one.
     """
 
     def __init__(self, request: web.Request, *, tty: bool, content_type: str | None) -> None:
@@ -174,23 +177,23 @@ class OutputFrames(ChunkedResponse):
         self._tty = tty
 
     async def send(self, stream: OutputStream, data: bytes) -> None:
-        """Send one message.  Raises: ConnectionResetError: the client has gone."""
+        """Send one message.  Raises: ConnectionResetError: the client has disconnected."""
         await self.response.write(data if self._tty else frame(stream, data))
 
     async def send_all(self, messages: Iterable[tuple[OutputStream, bytes]]) -> None:
-        """Send several at once.  Raises: ConnectionResetError: the client has gone."""
+        """Send several messages at once.  Raises: ConnectionResetError: the client has disconnected."""
         await self.response.write(
             b"".join(data if self._tty else frame(stream, data) for stream, data in messages)
         )
 
 
 class Hijacked(web.StreamResponse):
-    """What a handler returns for a connection that is no longer HTTP: nothing is written for it."""
+    """Response of a handler whose connection is no longer HTTP.  It writes nothing."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write no head: it was sent when the connection was taken over."""
+        """Write no head, which was sent when the connection was taken over."""
         self.force_close()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Write no end: the connection was closed by its user."""
+        """Write no end: the protocol that took over the connection has closed it."""

@@ -2,8 +2,7 @@
 
     table = Routes()
 
-    @table.get("/services/{id}")
-    async def inspect_service(request: web.Request) -> web.StreamResponse:
+    @table.get("/services/{id}") async def inspect_service(request: web.Request) -> web.StreamResponse:
         return json_response(...)
 
     app = application(table)
@@ -26,7 +25,7 @@ from aiohttp import web
 from aiohttp.web_urldispatcher import AbstractResource
 from yarl import URL
 
-from skep.api.authorization import Objects, authorized
+from skep.api.authorization import Objects, respond_if_authorized
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
@@ -71,13 +70,13 @@ T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-"""Bound of a request that is read as a whole; streams are read by ``request.content``."""
+"""Size limit of a request that is read as a whole.  ``request.content`` reads streams."""
 
 _HEAD_BYTES_MAX = 1024 * 1024
-"""Bound of a request's first line and of each header, as the engine's: filters may name hundreds of objects."""
+"""Size limit of a request's first line and of each header, as in the engine: filters may name hundreds of objects."""
 
 _LARGE_BODY = 64 * 1024
-"""Bodies above this are decoded in a thread, so that they never hold the loop."""
+"""Bodies above this size are decoded in a thread, so that they never block the loop."""
 
 SERVER = "Skep/0.1.0 (linux)"
 """The ``Server`` header."""
@@ -94,7 +93,7 @@ Routes = web.RouteTableDef
 
 
 def is_of_administrator(request: web.Request) -> bool:
-    """Whether an administrator makes ``request``: so does everyone who reaches an application without objects."""
+    """Return whether an administrator makes ``request``, like every client of an application without objects."""
     return request.app.get(_OBJECTS) is None or identity_of(request).is_admin
 
 
@@ -105,15 +104,13 @@ def application(
     is_private: Callable[[web.Request], bool] = lambda _: False,
     objects: Objects | None = None,
 ) -> web.Application:
-    """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
+    """Return an application with the routes of ``tables``, each under ``/v<version>`` and without it.
 
     Args:
-        newest: the highest API version that is supported and announced (``Api-Version``), or a function that gives the
-        present one.
-        server: the ``Server`` header.
-        is_private: which requests came on a socket that only processes of this node open.
-        objects: the objects that requests are about; None: every client that reaches the application may do
-            everything.
+        newest: Highest supported API version (``Api-Version``), or a function that returns it.
+        server: The ``Server`` header.
+        is_private: Returns whether a request came on a socket that only processes of this node open.
+        objects: Objects for authorization, or None if every client may do everything.
     """
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
@@ -130,17 +127,17 @@ def application(
     for route in (route for table in tables for route in table):
         assert isinstance(route, web.RouteDef), "only plain routes can have a version before them"
         for router in (app.router, versioned):
-            # not route.register(): it would answer HEAD wherever there is GET, which the engine does not
+            # not route.register(), which would answer HEAD wherever there is GET, unlike the engine
             router.add_route(route.method, route.path, route.handler)
     app.router.register_resource(_Versioned(versioned))
     return app
 
 
 class _Versioned(AbstractResource):
-    """All routes behind ``/v<version>``, and, where slashes are doubled or at the end, without it.
+    """All routes under ``/v<version>``, and without it if slashes are doubled or at the end.
 
-    With the version in each route's pattern aiohttp could not index them: it would try the patterns one after another,
-    50 to 130 µs for each request.
+    With the version in each route's pattern, aiohttp could not index the routes.  It would try the patterns one after
+    another, which takes 50 to 130 µs for each request.
     """
 
     def __init__(self, router: web.UrlDispatcher) -> None:
@@ -191,7 +188,7 @@ class _Url(msgspec.Struct, frozen=True):
 
 
 class _Unversioned(msgspec.Struct, frozen=True):
-    """What a router reads of a request."""
+    """The parts of a request that a router reads."""
 
     method: str
     rel_url: _Url
@@ -201,9 +198,9 @@ _VERSIONED_PATH = re.compile(r"/v([0-9.]+)(/.*)")
 
 
 def runner(app: web.Application, **options: Any) -> web.AppRunner:
-    """What serves ``app``; sites are added by the caller.  ``options``: of aiohttp's, beside or instead of these.
+    """Return the runner that serves ``app``.  The caller adds sites.  ``options`` add to aiohttp's, or replace them.
 
-    A handler is cancelled when its client has gone, so that a stream without a reader ends at once.
+    A handler is cancelled when its client disconnects, so that a stream without a reader ends at once.
     """
     settings: dict[str, Any] = {
         "access_log": None,
@@ -216,18 +213,18 @@ def runner(app: web.Application, **options: Any) -> web.AppRunner:
 
 
 def api_version(request: web.Request) -> ApiVersion:
-    """The API version that ``request`` is served in."""
+    """Return the API version of ``request``."""
     return request[_VERSION]
 
 
 async def read_json(request: web.Request, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
-    """The body of ``request`` as ``type_``, decoded by Go's rules (see ``bodies``).
+    """Return the body of ``request`` as ``type_``, decoded by Go's rules (see ``bodies``).
 
-    ``unrecognized`` gives the engine's errors for values outside of an enumeration.
+    ``unrecognized`` returns the engine's errors for values outside of an enumeration.
 
     Raises:
-        InvalidArgument: it is not JSON of that type.
-        ResourceExhausted: it is longer than ``MAX_BODY_BYTES``.
+        InvalidArgument: It is not JSON of that type.
+        ResourceExhausted: It is longer than ``MAX_BODY_BYTES``.
     """
     body = await read_body(request)
     if len(body) < _LARGE_BODY:
@@ -236,7 +233,7 @@ async def read_json(request: web.Request, type_: type[T], *, unrecognized: Unrec
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body of ``request``.  Raises: ResourceExhausted."""
+    """Return the whole body of ``request``.  Raises: ResourceExhausted."""
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
@@ -244,7 +241,9 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def _too_large(request: web.Request) -> ResourceExhausted:
-    """A body over the bound.  The engine has none of its own and runs into gRPC's, which is the same."""
+    """Return the error for a body over the limit.  The engine has no limit itself, but reaches gRPC's, which is the
+    same.
+    """
     size = request.content_length or MAX_BODY_BYTES + 1
     return ResourceExhausted(
         "rpc error: code = ResourceExhausted desc = grpc: received message larger than max "
@@ -256,14 +255,16 @@ _FALSE = frozenset({"", "0", "no", "false", "none"})
 
 
 def flag(request: web.Request, name: str) -> bool:
-    """The query parameter ``name`` as a boolean by the engine's rule: everything except 0, no, false, none and the
-    empty string is true."""
+    """Return the query parameter ``name`` as a boolean by the engine's rule.
+
+    Everything except 0, no, false, none and the empty string is true.
+    """
     return request.query.get(name, "").strip().lower() not in _FALSE
 
 
 @web.middleware
 async def _with_plain_path(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give handlers the path that was routed: some tell by its end what to do."""
+    """Give handlers the path that was routed, because some choose the action by its end."""
     if _PLAIN in request:
         url = request.rel_url
         path = plain_path(url.raw_path)
@@ -273,7 +274,7 @@ async def _with_plain_path(request: web.Request, handler: Handler) -> web.Stream
 
 @web.middleware
 async def _translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Errors become responses here and nowhere else."""
+    """Translate errors into responses, which happens only here."""
     try:
         return await handler(request)
     except NotModified:
@@ -281,7 +282,7 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
     except SkepError as error:
         return _error_response(request, status_of(error), str(error))
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        if request.method == "OPTIONS":  # of any path, with nothing in it
+        if request.method == "OPTIONS":  # an empty response for any path
             return web.Response()
         return _error_response(request, 404, "page not found")
     except web.HTTPRequestEntityTooLarge:
@@ -290,7 +291,7 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
     except web.HTTPException:
         raise
     except ConnectionResetError:
-        raise  # the client went away in the middle of a stream
+        raise  # the client disconnected in the middle of a stream
     except Exception:
         log.exception("request failed", method=request.method, path=request.path)
         return _error_response(request, 500, "internal error (the daemon's log has the details)")
@@ -298,7 +299,7 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
 
 @web.middleware
 async def _close_on_late_error(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A response that fails after its head was sent cannot be replaced: its connection is closed."""
+    """Close the connection of a response that fails after its head was sent, because it cannot be replaced."""
     try:
         return await handler(request)
     except ConnectionResetError:
@@ -315,7 +316,7 @@ async def _close_on_late_error(request: web.Request, handler: Handler) -> web.St
 
 @web.middleware
 async def _read_version(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Read the requested version, and refuse those not supported."""
+    """Read the requested version, and refuse unsupported versions."""
     if request.match_info.http_exception is None:
         request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST]())
     return await handler(request)
@@ -323,7 +324,7 @@ async def _read_version(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def _authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    return await authorized(request, handler, request.app[_OBJECTS])
+    return await respond_if_authorized(request, handler, request.app[_OBJECTS])
 
 
 _LAST_WITH_PLAIN_ERRORS = ApiVersion("1.23")
@@ -337,7 +338,7 @@ def _error_response(request: web.Request, status: int, message: str) -> web.Resp
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """The headers of every response for a known path."""
+    """Add the headers of every response for a known path."""
     request[_HAS_BEGUN] = True
     if response.status != 101 and is_of_token(request):
         response.force_close()
@@ -349,7 +350,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 
 def common_headers(newest: ApiVersion, server: str = SERVER) -> dict[str, str]:
-    """The headers of every response; ``newest``: the highest API version that is supported."""
+    """Return the headers of every response.  ``newest`` is the highest supported API version."""
     return {
         "Api-Version": str(newest),
         "Docker-Experimental": "false",

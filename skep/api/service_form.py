@@ -49,19 +49,19 @@ UNRECOGNIZED: Unrecognized = {
     UpdateOrder: lambda word: InvalidArgument(f"unrecognized update order {word}"),
     PublishMode: lambda word: PublishMode.HOST if word.lower() == "host" else PublishMode.INGRESS,
 }
-"""The engine's errors for unknown values of a service's spec; an unknown publish mode means ingress."""
+"""The engine's errors for unknown values in a service's spec.  An unknown publish mode means ingress."""
 
 _PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 _MOUNT_TYPES = frozenset({"bind", "volume", "tmpfs", "npipe", "cluster"})
-"""Those of SwarmKit, which has none of images."""
+"""SwarmKit's mount types, which do not include images."""
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 
 
 def settled(spec: ServiceSpec) -> ServiceSpec:
-    """``spec`` as it is stored and shown.
+    """Return ``spec`` as it is stored and shown.
 
     Raises:
-        InvalidArgument: it cannot be converted, in the engine's words.
+        InvalidArgument: It cannot be converted, in the engine's words.
     """
     template, mode = _settled_runtime(spec)
     return replace(
@@ -164,12 +164,12 @@ def _settled_bind_options(options: BindOptions | None) -> BindOptions | None:
     if propagation and propagation not in _PROPAGATIONS:
         raise InvalidArgument(f'invalid MountPropagation: "{options.propagation}"')
     if options == BindOptions():
-        return None  # SwarmKit has no way to say "given, but empty"
+        return None  # SwarmKit cannot represent an empty but present value
     return replace(options, propagation=propagation or "rprivate")
 
 
 def _settled_placement(placement: Placement | None) -> Placement | None:
-    """An empty preference is dropped."""
+    """Drop empty preferences."""
     if placement is None:
         return None
     return replace(
@@ -204,7 +204,7 @@ def _settled_endpoint(endpoint: EndpointSpec | None) -> EndpointSpec | None:
 
 
 def _settled_ports(ports: Iterable[PortConfig]) -> tuple[PortConfig, ...]:
-    """An unknown protocol is tcp, as in the engine."""
+    """Replace unknown protocols by tcp, as in the engine."""
     return tuple(
         replace(port, protocol=port.protocol.lower() if port.protocol.lower() in _PROTOCOLS else "tcp")
         for port in ports
@@ -212,7 +212,7 @@ def _settled_ports(ports: Iterable[PortConfig]) -> tuple[PortConfig, ...]:
 
 
 def _settled_mode(mode: ServiceMode, *, leaves_number: bool = False) -> ServiceMode:
-    """``leaves_number``: a missing number of replicas stays missing."""
+    """Return the mode with defaults.  With ``leaves_number``, a missing number of replicas stays missing."""
     given = [
         alternative
         for alternative in (mode.global_, mode.replicated, mode.replicated_job, mode.global_job)

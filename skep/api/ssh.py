@@ -63,7 +63,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @asynccontextmanager
-async def forwarded(destination: Destination) -> AsyncGenerator[str, None]:
+async def forward_socket(destination: Destination) -> AsyncGenerator[str, None]:
     """A local socket connected to ``destination``, in the block.
 
     Raises: Unavailable: with the last line of ssh's output.

@@ -1,6 +1,6 @@
-"""The requests ``POST /swarm/init`` and ``/swarm/join``, checked before anything is made.
+"""The requests ``POST /swarm/init`` and ``/swarm/join``, checked before anything is created.
 
-Pure: the machine's interfaces come in as an argument.  The words are the engine's.
+Pure: the machine's interfaces are an argument.  The error texts are the engine's.
 
 Source: moby 20.10, daemon/cluster/listen_addr.go and swarm.go, opts/hosts.go (ParseTCPAddr).
 """
@@ -55,16 +55,17 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     is_up: bool = True
     is_loopback: bool = False
     is_ours: bool = False
-    """A bridge or gateway of containers: never the machine's own address."""
+    """Whether it is a bridge or gateway of containers, which never has the machine's own address."""
 
 
 Interfaces = Mapping[str, Interface]
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a node listens and how others reach it.  Addresses as ``host:port``, IPv6 in brackets.
+    """Addresses on which a node listens and others reach it, as ``host:port``, with IPv6 in brackets.
 
-    ``local_addr``: an address of this machine.  ``advertise_addr``: "" at a join, where the manager finds it out.
+    ``local_addr`` is an address of this machine.  ``advertise_addr`` is empty for a join, where the manager determines
+    it.
     """
 
     listen_addr: str
@@ -86,7 +87,7 @@ class Founding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked join request.  ``remote_addrs``: managers, ``host:port``."""
+    """A checked join request.  ``remote_addrs`` are managers as ``host:port``."""
 
     endpoints: Endpoints
     remote_addrs: tuple[str, ...]
@@ -95,7 +96,7 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def founding(request: InitRequest, interfaces: Interfaces) -> Founding:
-    """``request`` with defaults for everything left out.  Raises: InvalidArgument, Untranslated."""
+    """Check ``request`` and fill in defaults.  Raises: InvalidArgument, Untranslated."""
     listen_addr = _with_port("ListenAddr", request.listen_addr)
     check_swarm_name(request.spec)
     host, port = _listen(listen_addr, interfaces)
@@ -124,7 +125,7 @@ def founding(request: InitRequest, interfaces: Interfaces) -> Founding:
 
 
 def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
-    """``request`` with defaults for everything left out.  Raises: InvalidArgument, Untranslated."""
+    """Check ``request`` and fill in defaults.  Raises: InvalidArgument, Untranslated."""
     listen_addr = _with_port("ListenAddr", request.listen_addr)
     if not request.remote_addrs:
         raise InvalidArgument("at least 1 RemoteAddr is required to join")
@@ -135,7 +136,7 @@ def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
         try:
             advertise_addr = joined(*_advertise(request.advertise_addr, port, interfaces))
         except InvalidArgument:
-            pass  # the manager sees where the node comes from
+            pass  # the manager sees the node's address
     local = host_of(advertise_addr) or str(host)
     return Joining(
         endpoints=Endpoints(
@@ -151,15 +152,16 @@ def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
 
 
 def advertised(word: str, listen_addr: str, interfaces: Interfaces) -> str:
-    """``ip:port`` under which others reach a node, from ``word`` in its configuration: an address or an interface.
+    """Return ``ip:port`` where others reach a node.  ``word`` in its configuration is an address or an interface.
 
-    Raises: InvalidArgument: it is neither.
+    Raises:
+        InvalidArgument: ``word`` is neither.
     """
     return joined(*_advertise(word, listen_addr.rpartition(":")[2] or DEFAULT_PORT, interfaces))
 
 
 def availability(word: str) -> Availability:
-    """The availability that a joining node requests; empty means active.  Raises: Untranslated."""
+    """Return the availability that a joining node requests, or active if ``word`` is empty.  Raises: Untranslated."""
     if not word:
         return Availability.ACTIVE
     try:
@@ -169,13 +171,13 @@ def availability(word: str) -> Availability:
 
 
 def check_swarm_name(spec: SwarmSpec) -> None:
-    """The cluster has one name only.  Raises: InvalidArgument."""
+    """Check the cluster's name, of which there is only one.  Raises: InvalidArgument."""
     if spec.name not in {"", "default"}:
         raise InvalidArgument('swarm spec must be named "default"')
 
 
 def merged_spec(requested: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmSpec:
-    """``base`` with everything that ``requested`` sets; null, zero and "" set nothing.
+    """Return ``base`` with all values that ``requested`` sets.  Null, zero and "" set nothing.
 
     Source: moby 20.10, daemon/cluster/convert/swarm.go (MergeSwarmSpecToGRPC).
     """
@@ -218,7 +220,7 @@ def merged_spec(requested: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> S
 
 
 def checked_pools(pools: Sequence[str], subnet_size: int) -> tuple[str, ...]:
-    """The address pools that networks get their subnets from.  Raises: Untranslated (the engine answers 500)."""
+    """Check the address pools for networks' subnets.  Raises: Untranslated (the engine answers 500)."""
     if not pools:
         return ()
     size = subnet_size or DEFAULT_SUBNET_SIZE
@@ -240,7 +242,7 @@ def checked_pools(pools: Sequence[str], subnet_size: int) -> tuple[str, ...]:
 
 
 def checked_data_path_port(port: int) -> int:
-    """The UDP port of the overlay networks.  Raises: Untranslated: outside of 1024 to 49151."""
+    """Check the UDP port of the overlay networks.  Raises: Untranslated: it is outside of 1024 to 49151."""
     if not port:
         return DEFAULT_DATA_PATH_PORT
     if not 1024 <= port <= 49151:
@@ -252,12 +254,12 @@ _HOST = re.compile(r"[\w.:%\[\]-]+")
 
 
 def _with_port(noun: str, addr: str) -> str:
-    """``addr`` with the default port if it names none, without ``tcp://``."""
+    """Return ``addr`` with the default port if it has none, without ``tcp://``."""
     if not addr:
         raise InvalidArgument(f'invalid {noun} "": invalid empty address')
     bare = addr.removeprefix("tcp://")
     if not _HOST.fullmatch(bare):
-        return addr  # the engine lets it pass, and fails at the next step
+        return addr  # the engine accepts it here, and fails at the next step
     host, port = _split(bare) or (bare.strip("[]"), DEFAULT_PORT)
     if not (port or DEFAULT_PORT).isdigit():
         return addr
@@ -265,7 +267,7 @@ def _with_port(noun: str, addr: str) -> str:
 
 
 def _split(addr: str) -> tuple[str, str] | None:
-    """``host:port`` or ``[host]:port`` in two, None if it is neither."""
+    """Split ``host:port`` or ``[host]:port``.  Returns None for any other form."""
     if addr.startswith("["):
         host, bracket, rest = addr[1:].partition("]")
         return (host, rest[1:]) if bracket and rest.startswith(":") else None
@@ -294,7 +296,7 @@ def _data_path(addr: str, interfaces: Interfaces) -> str:
 def _address(
     word: str, interfaces: Interfaces, problem: str, *, is_unspecified_valid: bool = False
 ) -> Address:
-    """The address that ``word``, an interface's name or an address, means."""
+    """Return the address that ``word`` names: an interface's name or an address."""
     interface = interfaces.get(word)
     if interface is not None:
         return _interface_address(word, interface)
@@ -308,7 +310,7 @@ def _address(
 
 
 def _interface_address(name: str, interface: Interface) -> Address:
-    """The interface's one IPv4 address, else its one IPv6 address."""
+    """Return the interface's one IPv4 address, else its one IPv6 address."""
     for version in (4, 6):
         found = [address for address in interface.addresses if address.version == version]
         if len(found) > 1:
@@ -321,7 +323,7 @@ def _interface_address(name: str, interface: Interface) -> Address:
 
 
 def _system_address(interfaces: Interfaces) -> Address:
-    """The machine's only address.  Raises: InvalidArgument: it has none, or several."""
+    """Return the machine's only address.  Raises: InvalidArgument: it has none, or several."""
     chosen: tuple[str, Address] | None = None
     for name, address in _candidates(interfaces):
         if chosen is None:
@@ -342,7 +344,7 @@ def _system_address(interfaces: Interfaces) -> Address:
 
 
 def _candidates(interfaces: Interfaces) -> Iterator[tuple[str, Address]]:
-    """Addresses that could be the machine's: of each interface those of one IP version, IPv4 first."""
+    """Yield possible addresses of the machine: the IPv4 addresses of each interface, else its IPv6 addresses."""
     for name, interface in interfaces.items():
         if not interface.is_up or interface.is_loopback or interface.is_ours:
             continue
@@ -358,7 +360,7 @@ def _candidates(interfaces: Interfaces) -> Iterator[tuple[str, Address]]:
 
 
 def _local(listen: Address, advertise: Address, interfaces: Interfaces) -> Address:
-    """An address of this machine: where it listens, else what it advertises, else its only one."""
+    """Return an address of this machine: where it listens, else the advertised one, else its only one."""
     if not listen.is_unspecified:
         return listen
     if any(advertise in interface.addresses for interface in interfaces.values()):

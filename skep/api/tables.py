@@ -1,4 +1,4 @@
-"""Routes of handlers that work on something of a node: a table per module, bound once what it is about exists."""
+"""Route tables: a module lists its handlers in a table, which is bound to their subject once the subject exists."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -11,33 +11,33 @@ BoundHandler = Callable[[T, web.Request], Awaitable[web.StreamResponse]]
 
 
 class Table(Generic[T]):
-    """Handlers by method and path; each is called with what the table is bound to, and the request."""
+    """Handlers by method and path.  Each is called with the table's subject and the request."""
 
     def __init__(self) -> None:
         self._handlers: list[tuple[str, str, BoundHandler[T]]] = []
 
     def get(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
-        """Decorator of a handler of GET."""
+        """Register a handler of GET."""
         return self._adding("GET", path)
 
     def head(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
-        """Decorator of a handler of HEAD."""
+        """Register a handler of HEAD."""
         return self._adding("HEAD", path)
 
     def post(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
-        """Decorator of a handler of POST."""
+        """Register a handler of POST."""
         return self._adding("POST", path)
 
     def put(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
-        """Decorator of a handler of PUT."""
+        """Register a handler of PUT."""
         return self._adding("PUT", path)
 
     def delete(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
-        """Decorator of a handler of DELETE."""
+        """Register a handler of DELETE."""
         return self._adding("DELETE", path)
 
     def bound(self, subject: T) -> list[web.RouteDef]:
-        """The routes, for ``skep.api.server.application``."""
+        """Return the routes for ``skep.api.server.application``."""
         return [
             web.route(method, path, partial(handler, subject)) for method, path, handler in self._handlers
         ]

@@ -21,10 +21,10 @@ _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def parse_unix_time(text: str) -> int | None:
-    """``1763600000.123456789`` as nanoseconds since 1970; None for an empty text.
+    """Return ``1763600000.123456789`` as nanoseconds since 1970, or None for an empty text.
 
     Raises:
-        Untranslated: it is no Unix time, in Go's words.
+        Untranslated: the text is not a Unix time; the message is Go's.
     """
     if not text:
         return None
@@ -34,10 +34,10 @@ def parse_unix_time(text: str) -> int | None:
 
 
 def period_of(request: web.Request) -> tuple[int | None, int | None]:
-    """``since`` and ``until`` of a request for events.
+    """Return ``since`` and ``until`` of a request for events.
 
     Raises:
-        Untranslated: one is no Unix time; InvalidArgument: it ends before it begins.
+        Untranslated: a parameter is not a Unix time; InvalidArgument: the period ends before it begins.
     """
     begin, end = request.query.get("since", ""), request.query.get("until", "")
     since, until = parse_unix_time(begin), parse_unix_time(end)
@@ -47,12 +47,12 @@ def period_of(request: web.Request) -> tuple[int | None, int | None]:
 
 
 def parse_time(text: str, now_ns: int) -> int:
-    """``text`` as nanoseconds since 1970: a Unix time, a date, or a duration before ``now_ns``.
+    """Return ``text`` as nanoseconds since 1970: a Unix time, a date, or a duration before ``now_ns``.
 
-    A date without a zone is UTC: a node has no zone of its own.
+    A date without a zone is UTC, because a node has no zone.
 
     Raises:
-        InvalidArgument: it is none of these.
+        InvalidArgument: the text is none of these.
     """
     unix = _UNIX.fullmatch(text)
     if unix is not None:

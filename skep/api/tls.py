@@ -1,4 +1,4 @@
-"""TLS for the clients of a node: of its API, and of the dashboard."""
+"""TLS contexts for the servers of a node's API and dashboard."""
 
 import ssl
 from pathlib import Path
@@ -7,9 +7,9 @@ from skep.errors import FailedPrecondition
 
 
 def server_context(certificate: Path, key: Path, authority: Path | None = None) -> ssl.SSLContext:
-    """The node's own certificate; those of clients are verified by ``authority``.
+    """Return a context with the node's certificate that verifies client certificates by ``authority``, if given.
 
-    Raises: FailedPrecondition: a file is not what it should be.
+    Raises: FailedPrecondition: a file is missing or invalid.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -1,4 +1,4 @@
-"""Joins a connection of this machine with a tunnel between nodes: both directions are copied, each with its end."""
+"""Joins a connection of this machine with a tunnel between nodes.  Both directions are copied, including their ends."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -20,14 +20,16 @@ async def join_client(
     body: Coroutine[Any, Any, None] | None = None,
     is_port: bool = False,
 ) -> None:
-    """At a manager: until the container's side has ended, and with a port the client's, too.
+    """Join a client with a tunnel at a manager, until the container's side has ended, and with a port also the
+    client's.
 
     Args:
-        body: sends what the client has to say, where that is not all that comes on its connection.
-        is_port: the container may end its direction first; else the end of its response is the end, and what comes
-            from the client is kept until the response says that the connection is no HTTP any more.
+        body: Sends the client's data, if that is not simply everything on its connection.
+        is_port: Whether the container may end its direction first.  Otherwise the end of its response is the end, and
+            the client's data is held back until the response upgrades the connection.
 
-    Raises: Unavailable: either side broke off; the caller drops both.
+    Raises:
+        Unavailable: Either side was lost.  The caller drops both.
     """
     upgraded = asyncio.Event()
     with first_alone(SkepError):
@@ -43,7 +45,7 @@ async def join_client(
                     if begin == _UPGRADED:
                         upgraded.set()
                     elif body is None and len(begin) == len(_UPGRADED):
-                        up.cancel()  # refused
+                        up.cancel()  # the node refused the upgrade
                 await _send(client, data)
             if is_port:
                 client.end()
@@ -54,7 +56,11 @@ async def join_client(
 
 
 async def join_container(container: Connection, tunnel: Tunnel) -> None:
-    """At a node: until the manager has ended the call.  Raises: Unavailable: that was before the container's end."""
+    """Join a container with a tunnel at a node, until the manager has ended the call.
+
+    Raises:
+        Unavailable: The call ended before the container did.
+    """
     with first_alone(SkepError):
         async with asyncio.TaskGroup() as group:
             down = group.create_task(_from_container(container, tunnel), name="from the container")
@@ -62,13 +68,13 @@ async def join_container(container: Connection, tunnel: Tunnel) -> None:
 
 
 async def _watch(client: Connection, up: asyncio.Task[None], *, is_request: bool) -> None:
-    """Raise once a client that has sent everything is gone: nothing else would notice before there is output."""
+    """Raise once a client that has sent everything has disconnected.  Otherwise only output would reveal it."""
     await asyncio.wait([up])
     if is_request or up.cancelled():
-        while await client.read():  # nothing behind a request to a container is answered
+        while await client.read():  # data after a request to a container is not answered
             pass
         with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):  # it may have closed its direction alone
+            async with asyncio.timeout(LINGER_S):  # it may have closed only its direction
                 await client.wait_lost()
     else:
         await client.wait_lost()
@@ -77,7 +83,7 @@ async def _watch(client: Connection, up: asyncio.Task[None], *, is_request: bool
 
 async def _from_client(client: Connection, tunnel: Tunnel, upgraded: asyncio.Event) -> None:
     while data := await client.read():
-        # A node of an earlier version keeps the connection of a request that it refused, and answers another one.
+        # An earlier node version keeps the connection of a refused request open, and answers another request on it.
         await upgraded.wait()
         await tunnel.send(data)
     if client.is_lost:
@@ -92,10 +98,12 @@ async def _from_container(container: Connection, tunnel: Tunnel) -> None:
 
 
 async def _to_container(tunnel: Tunnel, container: Connection, down: asyncio.Task[None]) -> None:
-    """Copy, then wait for the manager: what ``down`` has sent would be lost if this end left the call first."""
+    """Copy, then wait for the manager, because data that ``down`` has sent would be lost if this end left the call
+    first.
+    """
     try:
         while data := await tunnel.read():
-            # A container that takes nothing more may still have sent something.
+            # A container that reads nothing more may still have sent something.
             with suppress(Gone):
                 await container.send(data)
         container.end()

@@ -1,4 +1,4 @@
-"""Changing an object through the API at the version that was read, as every update has to."""
+"""Updates of objects through the API, each at the version that was read."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -7,7 +7,7 @@ from skep.api.requests import Requests
 from skep.errors import OutOfSequence, SkepError
 
 ATTEMPTS: Final = 10
-"""To update an object that others update, too."""
+"""Attempts to update an object that others update too."""
 
 
 async def update(
@@ -20,18 +20,18 @@ async def update(
     query: Mapping[str, str] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> bool:
-    """Write ``change`` of the object ``word``; read and changed anew where others were faster.
+    """Apply ``change`` to the object ``word``; read the object and try again if another update came first.
 
     Args:
-        headers: of the update.
-        kind: as in the path: ``services``, ``nodes``, ``configs``.
-        change: of the object, as the API has it, gives its new spec; None: there is nothing to change.
-        query: further parameters of the update: ``rollback``.
+        headers: headers of the update request.
+        kind: the kind in the path: ``services``, ``nodes``, ``configs``.
+        change: returns the new spec for an object in the API's form, or None if nothing changes.
+        query: further parameters of the update, like ``rollback``.
 
     Returns:
-        Whether it was changed.
+        Whether the object was changed.
 
-    Raises: as ``Client.get``; OutOfSequence: others were faster every time.
+    Raises: as ``Client.get``; OutOfSequence: another update came first in every attempt.
     """
     for attempt in range(ATTEMPTS):
         found = await client.get(f"/{kind}/{word}", timeout_s=timeout_s)
@@ -50,5 +50,5 @@ async def update(
 
 
 def is_race(error: SkepError) -> bool:
-    """Whether a change was refused because the object had changed since it was read."""
+    """Return whether a change was refused because the object had changed since it was read."""
     return isinstance(error, OutOfSequence) or "update out of sequence" in str(error)

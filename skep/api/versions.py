@@ -1,4 +1,4 @@
-"""API versions: the path prefix ``/v1.41``, what is served, and how versions compare.
+"""API versions: the path prefix ``/v1.41``, the supported range, and the comparison of versions.
 
 Source: moby 20.10, api/server/middleware/version.go, api/types/versions/compare.go.
 """
@@ -10,7 +10,7 @@ from skep.errors import InvalidArgument
 
 @total_ordering
 class ApiVersion:
-    """A version such as ``1.41``: ordered by its numbers, shown as it was written."""
+    """A version such as ``1.41``, ordered by its numbers and shown as it was written."""
 
     __slots__ = ("numbers", "text")
 
@@ -44,10 +44,10 @@ def _parsed(text: str) -> ApiVersion:
 
 
 def requested(prefix: str | None, newest: ApiVersion) -> ApiVersion:
-    """The version a request is served in: the one of its path (``1.41``), else the newest.
+    """Return the version for a request: the version in its path (``1.41``), or the newest.
 
     Raises:
-        InvalidArgument: outside of what this server supports.
+        InvalidArgument: this server does not support the version.
     """
     if prefix is None:
         return newest

@@ -1,4 +1,4 @@
-"""Reads of a command that waits: it goes on over a change of leader and a manager that restarts."""
+"""Reads for a waiting command, which continues through a change of leader or the restart of a manager."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -14,12 +14,12 @@ _LONGEST_S: Final = 5.0
 
 
 async def persistently(read: Callable[[], Awaitable[T]], show: Callable[[str], Any]) -> T:
-    """The result of ``read``, which is called again for as long as nothing answers; the caller has a deadline.
+    """Return the result of ``read``, repeating it while no manager answers.  The caller sets the deadline.
 
-    For reads after a first one that was answered: a wrong address is an error at once.
+    Use it only after a first read has succeeded, so that a wrong address is an error at once.
 
     Args:
-        show: gets the reason, once for each.
+        show: called with the reason for the wait, whenever the reason changes.
     """
     backoff, shown = Backoff(_FIRST_S, _LONGEST_S), ""
     while True:

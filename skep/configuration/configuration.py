@@ -1,4 +1,4 @@
-"""The configuration of one node, complete and valid."""
+"""The complete, valid configuration of one node."""
 
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -15,7 +15,7 @@ from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths
 
 
 class ConfigurationError(SkepError):
-    """Invalid settings.  ``problems``: one sentence each, naming the setting's source and what to do."""
+    """Invalid settings.  Each of ``problems`` is a sentence that names the setting's source and the remedy."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -23,7 +23,7 @@ class ConfigurationError(SkepError):
 
 
 class UnixHost(msgspec.Struct, frozen=True):
-    """Serve the API on a unix socket."""
+    """A unix socket on which the API is served."""
 
     path: Path
 
@@ -32,7 +32,7 @@ class UnixHost(msgspec.Struct, frozen=True):
 
 
 class TcpHost(msgspec.Struct, frozen=True):
-    """Serve the API over TLS to clients whose certificate the configured authority signed."""
+    """An address where the API is served over TLS to clients whose certificate the configured authority signed."""
 
     address: str
     port: int
@@ -45,7 +45,7 @@ Host = UnixHost | TcpHost
 
 
 class AddressPool(msgspec.Struct, frozen=True):
-    """Subnets of ``size`` bits out of ``base`` for the networks of this node."""
+    """A range ``base`` that is divided into subnets with a prefix of ``size`` bits for the networks of this node."""
 
     base: str
     size: int
@@ -57,45 +57,48 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path = DEFAULT_DATA
     run_dir: Path = DEFAULT_RUN
     hosts: tuple[Host, ...] = ()
-    """Empty: ``skep.sock`` in the run directory."""
+    """If empty, the API is served on ``skep.sock`` in the run directory."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None
     dashboard: tuple[str, int] | None = None
-    """Where browsers are served by TLS; None: nowhere."""
+    """Address and port where browsers are served over TLS, or None to serve none."""
     dashboard_public: bool = False
     engine_socket: Path | None = None
-    """The Docker Engine that gets what is not ours; None: such requests are refused."""
+    """Socket of the Docker Engine that receives requests Skep does not serve, or None to refuse them."""
 
     listen_addr: str = ""
     peer_addr: str = ""
-    """``:port`` or ``ip:port``; empty: ``reserved_ports.default_peer_addr``, or another one that is free.  It counts
-    when a manager is made."""
+    """``:port`` or ``ip:port``.  If empty: ``reserved_ports.default_peer_addr``, or another free address.  Read only
+    when a manager is made.
+    """
     advertise_addr: str = ""
     data_path_addr: str = ""
-    """Address or interface; these, but for ``peer_addr``, are what ``docker swarm init`` and ``join`` fall back to."""
+    """Address or interface.  ``docker swarm init`` and ``join`` fall back to these addresses, except ``peer_addr``."""
     data_path_port: int = DEFAULT_DATA_PATH_PORT
     encryption: str = "auto"
-    """What encrypts overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
+    """The encryption of overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
     wireguard_port: int = 0
-    """UDP; the next one is used, too.  0: ten above the data path's."""
+    """UDP port; the next port is used too.  0 chooses the port ten above the data path's."""
     image_gc_high: int = 85
     image_gc_low: int = 80
-    """Percent of the images' disk: above the one, unused images that were fetched are removed down to the other."""
+    """Percent of the images' disk.  Above ``image_gc_high``, unused fetched images are removed until
+    ``image_gc_low`` is reached.
+    """
     disk_pressure: int = 95
-    """Percent of the node's own disk from which on it gets no new tasks; 0: it always does."""
+    """Percent of the node's own disk from which the node receives no new tasks.  0 turns this limit off."""
     image_port: int = 0
-    """TCP, for other nodes that fetch images from this one.  0: 2374, or any free one if that is taken."""
+    """TCP port where other nodes fetch images from this one.  0 chooses 2374, or any free port if 2374 is taken."""
 
     metrics_addr: tuple[str, int] | None = None
     """Address and port where Prometheus reads by plain HTTP, or None to serve metrics on the API's hosts only."""
     metrics_hosts: tuple[str, ...] = ()
     """DNS names under which ``metrics_addr`` is read, in lower case."""
     trace_endpoint: str = ""
-    """URL of a collector of traces (OTLP over HTTP); empty: none."""
+    """URL of a trace collector (OTLP over HTTP), or empty to send no traces."""
 
     managers: tuple[str, ...] = ()
-    """Where managers may be found that are not where they were."""
+    """Further addresses to look for managers, for the case that the managers have moved."""
 
     debug: bool = False
     log_format: str = "text"
@@ -103,7 +106,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     generic_resources: tuple[GenericResource, ...] = ()
 
     allow: frozenset[Right] = ALL_RIGHTS
-    """Rights over this machine that tasks may have, where the cluster allows them, too."""
+    """Rights over this machine that tasks may have if the cluster allows them too."""
     cdi_spec_dirs: tuple[Path, ...] = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
     executor: str = "oci"
@@ -112,21 +115,21 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     conmon: str = "conmon"
     nft: str = "nft"
     etcd_binary: Path | None = None
-    """None: looked for beside the Python environment, then on the path."""
+    """If None, etcd is looked for next to the Python environment, then on the path."""
     store_quota: int = 4 * 1024**3
-    """Bytes that the file of a manager's store may have."""
+    """Largest size of a manager's store file in bytes."""
 
     insecure_registries: tuple[str, ...] = ()
     registry_mirrors: tuple[str, ...] = ()
     credential_helpers: Mapping[str, str] = {}
-    """Registry -> NAME of the program ``docker-credential-NAME``."""
+    """The NAME in ``docker-credential-NAME``, by registry."""
     log_driver: str = "json-file"
     log_opts: Mapping[str, str] = {}
     default_address_pools: tuple[AddressPool, ...] = ()
 
     @property
     def address_pools(self) -> tuple[tuple[IPv4Network | IPv6Network, int], ...]:
-        """``default_address_pools`` as networks, each with the prefix length of its subnets."""
+        """Return ``default_address_pools`` as networks, each with the prefix length of its subnets."""
         return tuple((ip_network(pool.base), pool.size) for pool in self.default_address_pools)
 
     @property
@@ -135,5 +138,5 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def api_hosts(self) -> tuple[Host, ...]:
-        """Where the API is served: ``hosts``, by default the node's unix socket."""
+        """Return the hosts where the API is served: ``hosts``, or the node's unix socket by default."""
         return self.hosts or (UnixHost(self.paths.api_socket),)

@@ -1,4 +1,4 @@
-"""What a running node takes over when its configuration is read again (SIGHUP)."""
+"""The changes that a running node applies when it reads its configuration again (SIGHUP)."""
 
 import msgspec
 
@@ -7,7 +7,7 @@ from skep.configuration.settings import SETTINGS
 
 
 class Reload(msgspec.Struct, frozen=True):
-    """``configuration`` is the running one with the changes that need no restart."""
+    """A running configuration with the changes that need no restart applied, and the names of the changed settings."""
 
     configuration: Configuration
     reloaded: tuple[str, ...]
@@ -15,7 +15,7 @@ class Reload(msgspec.Struct, frozen=True):
 
 
 def reload(running: Configuration, written: Configuration) -> Reload:
-    """Compare what runs with what is written now; names in the order of ``SETTINGS``."""
+    """Compare the running configuration with the written one.  Names are in the order of ``SETTINGS``."""
     changed = [
         setting
         for setting in SETTINGS

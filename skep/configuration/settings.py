@@ -1,4 +1,4 @@
-"""Every setting once: its names in the three sources, its parser, whether a running node applies a change."""
+"""The settings: names in the three sources, parser, and whether a running node applies a change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from skep.configuration import values
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """One setting.
 
-    ``name`` is the flag without its dashes and the key in TOML; ``field`` of ``Configuration`` is the same with
-    underscores unless given.  A setting that is a list has flags that may be repeated, each an item.
+    ``name`` is the flag without its dashes and the key in TOML.  ``field``, the attribute of ``Configuration``, is the
+    same with underscores by default.  The flag of a list may be repeated, once per item.
     """
 
     name: str
@@ -20,7 +20,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     read: Callable[[Any], Any]
     field: str = ""
     key: str = ""
-    """The key in TOML where it differs from the flag (lists are plural there)."""
+    """The key in TOML if it differs from the flag (lists are plural there)."""
     short: str = ""
     repeats: bool = False
     docker_key: str = ""
@@ -31,12 +31,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def attribute(self) -> str:
-        """Its field of ``Configuration``."""
+        """Return the attribute of ``Configuration`` that holds this setting."""
         return self.field or (self.key or self.name).replace("-", "_")
 
     @property
     def toml_key(self) -> str:
-        """Its key in ``skep.toml``."""
+        """Return the setting's key in ``skep.toml``."""
         return self.key or self.name
 
 

@@ -1,4 +1,4 @@
-"""Reads flags, TOML file and Docker's ``daemon.json``: the first of them that has a setting decides it."""
+"""Reads flags, the TOML file and Docker's ``daemon.json``, in this order of precedence."""
 
 import argparse
 import os
@@ -23,14 +23,14 @@ _THE_ENGINES_OWN = frozenset({"hosts", "data_dir", "metrics_addr"})
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A configuration, and warnings for its author (one sentence each)."""
+    """A configuration, and one sentence for each warning to its author."""
 
     configuration: Configuration
     warnings: tuple[str, ...] = ()
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True):
-    """The command line: which files to read, and the settings it gives (by flag name, as written)."""
+    """The command line: the files to read, and the given settings (by flag name, as written)."""
 
     toml: Path = DEFAULT_TOML
     toml_required: bool = False
@@ -40,7 +40,7 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Take the command line of ``skep daemon`` apart.  Exits with usage on an unknown flag, as argparse does."""
+    """Parse the command line of ``skep daemon``.  An unknown flag exits with usage, as argparse does."""
     # ``configuration.command`` has the help; the daemon itself does not import click.
     parser = argparse.ArgumentParser(prog="skep daemon", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def load(arguments: Arguments) -> Loaded:
-    """The configuration that flags, TOML and ``daemon.json`` give together.
+    """Load the configuration from flags, TOML and ``daemon.json``.
 
     Raises: ConfigurationError: with a sentence for each bad value.
     """
@@ -81,9 +81,9 @@ def load(arguments: Arguments) -> Loaded:
 
 
 def _resolved(loaded: Loaded) -> Loaded:
-    """The same with its two directories as the kernel names them.
+    """Return ``loaded`` with the real paths of its two directories.
 
-    runc refuses a root file system below a symbolic link, and ``/var/run`` is one on every distribution.
+    runc refuses a root file system below a symbolic link, and ``/var/run`` is a link on every distribution.
     """
     configuration = loaded.configuration
     configuration = msgspec.structs.replace(
@@ -97,9 +97,10 @@ def _resolved(loaded: Loaded) -> Loaded:
 
 
 def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, Any]) -> Loaded:
-    """Lay the three over each other: flags, then TOML, then ``daemon.json``, then defaults.
+    """Combine the sources: flags, then TOML, then ``daemon.json``, then defaults.
 
-    With an engine socket, ``daemon.json`` is that engine's: where it listens and keeps its data is not for us.
+    With an engine socket, ``daemon.json`` belongs to that engine, so its hosts, data directory and metrics address are
+    ignored.
     """
     warnings: list[str] = []
     problems: list[str] = []
@@ -147,7 +148,10 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
 
 
 def _unused_hosts(configuration: Configuration, toml: Mapping[str, Any]) -> tuple[str, ...]:
-    """The hosts of the file that flags have replaced.  A file that does not serve its host looks like a broken node."""
+    """Return the hosts in the file that flags have replaced.
+
+    They are worth a warning: a node that does not serve the host in its file looks broken.
+    """
     try:
         written = values.hosts(toml.get("hosts", ()))
     except ValueError:
@@ -156,7 +160,7 @@ def _unused_hosts(configuration: Configuration, toml: Mapping[str, Any]) -> tupl
 
 
 def _advice(key: str, known: Mapping[str, object]) -> str:
-    """What to do about an unknown key: the nearest known one, if one is near."""
+    """Return advice about an unknown key: the nearest known key if there is a similar one."""
     from difflib import get_close_matches  # rarely needed, and 0.15 MB in every process
 
     near = get_close_matches(key.replace("_", "-"), known, n=1)
@@ -164,7 +168,7 @@ def _advice(key: str, known: Mapping[str, object]) -> str:
 
 
 def _problems_together(configuration: Configuration) -> list[str]:
-    """What is wrong only in combination."""
+    """Return problems of settings that are valid alone but not together."""
     problems = []
     over_tcp = [host for host in configuration.api_hosts if isinstance(host, TcpHost)]
     tls = (configuration.tls_cert, configuration.tls_key, configuration.tls_ca)

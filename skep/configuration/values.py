@@ -1,6 +1,6 @@
-"""What was written (a flag's text, a value of TOML or JSON) -> the typed value of a setting.
+"""Parsers of written values: a flag's text or a value of TOML or JSON becomes the typed value of a setting.
 
-Every function raises ``ValueError`` with the second half of a sentence: what is wrong, and what to write instead.  The
+Every parser raises ``ValueError`` with the second half of a sentence: the fault, and the value to write instead.  The
 first sentence of its docstring is the form of the setting in ``docs/reference/configuration.md``.
 """
 
@@ -60,7 +60,7 @@ def boolean(value: Any) -> bool:
 
 
 def store_quota(value: Any) -> int:
-    """A size from ``16MiB`` to ``64GiB``.  Gives bytes."""
+    """A size from ``16MiB`` to ``64GiB``.  Returns bytes."""
     found = re.fullmatch(r"(\d{1,6})(MiB|GiB)", text(value))
     if found is None:
         raise ValueError(f"is {value!r}: write a number with its unit, 512MiB or 4GiB")
@@ -141,7 +141,7 @@ def data_path_port(value: Any) -> int:
 
 
 def wireguard_port(value: Any) -> int:
-    """A port from 1024 to 65534, since the next one is used, too."""
+    """A port from 1024 to 65534, because the next port is used too."""
     number = _integer(value)
     if not 1024 <= number <= 65534:
         raise ValueError(f"is {number}: choose a port from 1024 to 65534")
@@ -176,7 +176,7 @@ def address_and_port(value: Any) -> str:
 
 
 def peer_addr(value: Any) -> str:
-    """A port, or an IP address with a port.  Gives ``:2380`` or ``192.0.2.1:2380``."""
+    """A port, or an IP address with a port.  Returns ``:2380`` or ``192.0.2.1:2380``."""
     if isinstance(value, int) or (isinstance(value, str) and value.removeprefix(":").isdecimal()):
         return f":{port(value.removeprefix(':') if isinstance(value, str) else value)}"
     written = text(value)
@@ -191,7 +191,7 @@ def peer_addr(value: Any) -> str:
 
 
 def listening_addr(value: Any) -> tuple[str, int]:
-    """An IP address with a port; ``:port`` is every address."""
+    """An IP address with a port; ``:port`` means every address."""
     written = text(value)
     host, _, digits = written.rpartition(":")
     try:
@@ -215,7 +215,7 @@ def http_url(value: Any) -> str:
 
 
 def one_of(*choices: str) -> Any:
-    """A function that takes exactly these values."""
+    """Return a parser that accepts exactly these values."""
 
     def choice(value: Any) -> str:
         if value not in choices:
@@ -235,7 +235,7 @@ def cgroup_parent(value: Any) -> str:
 
 
 def labels(values: Any) -> Mapping[str, str]:
-    """``key=value``; the value may hold blanks and further equals signs."""
+    """``key=value``; the value may contain blanks and further equals signs."""
     result: dict[str, str] = {}
     for written in _texts(values):
         key, separator, value = written.partition("=")
@@ -349,7 +349,7 @@ def _pair(text: str) -> tuple[str, str]:
 def log_driver(value: Any) -> str:
     """``json-file``, ``local``, ``none``, ``journald``, ``syslog``, ``fluentd``, ``gelf`` or ``splunk``.
 
-    For another one of Docker's there is a warning, and it is not used.
+    Docker's other drivers are accepted with a warning, and ``json-file`` is used instead.
     """
     if value not in LOG_DRIVERS + _OTHER_LOG_DRIVERS_OF_DOCKER:
         raise ValueError(f"is {value!r}: write one of {', '.join(LOG_DRIVERS)}")

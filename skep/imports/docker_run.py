@@ -1,4 +1,4 @@
-"""``docker run ...`` as the keys of a Compose service."""
+"""Converts ``docker run ...`` to the keys of a Compose service."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -72,7 +72,7 @@ _OTHER_SWITCHES: Final = (
     "disable-content-trust",
     "quiet",
 )
-"""Without a key in a stack file, and without a value."""
+"""Switches without a key in a stack file."""
 _SHORT: Final = {
     "c": "cpu-shares",
     "d": "detach",
@@ -101,7 +101,7 @@ _LONG: Final = frozenset({*_LISTS, *_VALUES, *_SWITCHES, *_WITHOUT_EFFECT, *_OTH
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """``entry``: keys of a service.  ``name``: of the container.  ``notes``: key and text."""
+    """A converted command: the keys of its service, the container's name, and notes (key and text)."""
 
     entry: dict[str, Any]
     name: str
@@ -109,7 +109,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def service_of(words: Sequence[str]) -> Run:
-    """The words after ``docker run``.  Raises: InvalidArgument: an option is not known, or there is no image."""
+    """Convert the words after ``docker run``.  Raises: InvalidArgument: an option is unknown, or there is no image."""
     entry: dict[str, Any] = {}
     notes: list[tuple[str, str]] = []
     given: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ def service_of(words: Sequence[str]) -> Run:
 
 
 def _options(rest: list[str]) -> Iterator[tuple[str, str]]:
-    """Take the options in front of the image from ``rest``."""
+    """Take the options before the image from ``rest``."""
     while rest and rest[0].startswith("-") and rest[0] != "-":
         word = rest.pop(0)
         if word == "--":

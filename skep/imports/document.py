@@ -1,4 +1,4 @@
-"""What an import gives: a Compose document, and notes on what it does not say."""
+"""The result of an import: a Compose document, and notes on settings that it cannot express."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _ROUNDS_MAX: Final = 50
 
 
 class Note(msgspec.Struct, frozen=True, order=True):
-    """Something that the document does not say, or says in another way.  ``path``: ``services.web.mac_address``."""
+    """A setting that the document lacks or expresses differently.  ``path`` is like ``services.web.mac_address``."""
 
     path: str
     text: str
@@ -38,31 +38,34 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The file, with the notes as a comment above it."""
+        """Return the file, with the notes as a comment above it."""
         head = "".join(f"# {line}\n" for line in _wrapped(self.notes))
         return head + rendered(self.document)
 
 
 def rendered(document: dict[str, Any]) -> str:
-    """As YAML, in the order of the document, without anchors."""
+    """Return the document as YAML, in its order and without anchors."""
     copied = json.loads(json.dumps(document))  # PyYAML writes what is in two places as an anchor
     return yaml.dump(copied, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def escaped(text: str) -> str:
-    """``text`` as a Compose file has it, where a dollar begins a variable."""
+    """Escape ``text`` for a Compose file, where a dollar begins a variable."""
     return text.replace("$", "$$")
 
 
 def read_back(document: dict[str, Any]) -> tuple[Stack, Report]:
-    """The stack that ``skep stack`` makes of the document, without the contents of files."""
+    """Return the stack that ``skep stack`` makes of the document, without the contents of files."""
     report = Report()
     node = canonical(interpolated(parse(rendered(document), FILE), {}, lambda text: None))
     return stack_of(node, str(document.get("name", "")), {}, report), report
 
 
 def accepted(document: dict[str, Any]) -> Imported:
-    """The document without the keys that a cluster refuses; the notes say what was removed, and what has no effect."""
+    """Return the document without the keys that a cluster refuses.
+
+    The notes say which keys were removed, and which have no effect.
+    """
     notes: dict[Note, None] = {}
     for _ in range(_ROUNDS_MAX):
         _, report = read_back(document)
@@ -76,7 +79,7 @@ def accepted(document: dict[str, Any]) -> Imported:
 
 
 def _remove(document: dict[str, Any], problem: Problem) -> bool:
-    """Remove the key that a problem names, if it is one that a service can be without."""
+    """Remove the key that a problem names, if a service can do without it."""
     keys = problem.path.split(".")
     if len(keys) < 3 or keys[2] in ("image", "build", "depends_on", "networks"):
         return False
@@ -98,7 +101,7 @@ def _wrapped(notes: tuple[Note, ...]) -> Iterator[str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists indented below their keys, as people write them."""
+    """A YAML dumper that indents lists below their keys, as people write them."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

@@ -1,4 +1,4 @@
-"""fleet's units, of CoreOS: units of systemd that run containers, and say in ``[X-Fleet]`` where.
+"""Converts units of CoreOS's fleet: systemd units that run containers and choose their machines in ``[X-Fleet]``.
 
 Source: coreos/fleet, Documentation/unit-files-and-scheduling.md; systemd.unit(5), "Specifiers".
 """
@@ -24,7 +24,7 @@ _OF_SYSTEMD: Final = {
     "NotifyAccess", "SyslogIdentifier", "StandardOutput", "StandardError", "StartLimitInterval", "StartLimitBurst",
     "LimitNOFILE",
 }  # fmt: skip
-"""Settings of [Service] about the process of the docker command, which is no more."""
+"""Settings of [Service] about the process of the docker command, which the cluster does not run."""
 _READ: Final = {
     "ExecStart", "ExecStartPre", "ExecStartPost", "ExecStop", "ExecStopPost", "ExecReload", "Environment",
     "EnvironmentFile", "Restart", "RestartSec", "TimeoutStopSec",
@@ -51,14 +51,16 @@ _CONDITIONS: Final = {
     "no": "none",
 }
 _PREPARATIONS: Final = ("kill", "rm", "pull", "stop", "start", "wait")
-"""Commands of docker before and after a run that a cluster needs not, as it does the same by itself."""
+"""Docker commands before and after a run that the cluster does itself."""
 
 
 class _Service(msgspec.Struct, frozen=True):
     name: str
     unit: Unit
     instances: int
-    """Units of the same template that were given; 0: it is no template, or only the template was given."""
+    """Number of given units of the same template; 0 if the unit is not of a template, or only the template
+    was given.
+    """
 
 
 def imported(texts: Mapping[str, str], stack: str) -> Imported:
@@ -94,7 +96,7 @@ def imported(texts: Mapping[str, str], stack: str) -> Imported:
 
 
 def _services(units: Sequence[Unit]) -> Iterator[_Service]:
-    """Instances of one template are one service."""
+    """Merge the instances of each template into one service."""
     seen: dict[str, list[Unit]] = {}
     for unit in units:
         if not unit.name.endswith(".service"):

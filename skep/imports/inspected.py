@@ -1,4 +1,4 @@
-"""``docker service inspect``, or ``GET /services``, as a stack file."""
+"""Converts ``docker service inspect`` or ``GET /services`` to a stack file."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,11 +17,13 @@ from skep.stack.planning import differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 _OF_THE_STACK: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
-"""Labels that a stack gives to what is in it."""
+"""Labels that a stack sets on its objects."""
 
 
 def specs_in(text: str) -> list[tuple[ServiceSpec, Unknown]]:
-    """The specs in what ``docker service inspect`` prints, and what of each is not known.  Raises: InvalidArgument."""
+    """Return the specs in the output of ``docker service inspect``, and the unknown keys of each.  Raises:
+    InvalidArgument.
+    """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -32,7 +34,7 @@ def specs_in(text: str) -> list[tuple[ServiceSpec, Unknown]]:
 
 
 def spec_in(service: Any) -> tuple[ServiceSpec, Unknown]:
-    """The spec of a service as the API has it, and what of it is not known.  Raises: InvalidArgument."""
+    """Return the spec of a service in the API's form, and its unknown keys.  Raises: InvalidArgument."""
     spec = service.get("Spec") if isinstance(service, dict) else None
     if not isinstance(spec, dict) or not isinstance(spec.get("TaskTemplate"), dict):
         raise InvalidArgument("this is not what docker service inspect prints: want services with a Spec")
@@ -44,7 +46,7 @@ def spec_in(service: Any) -> tuple[ServiceSpec, Unknown]:
 
 
 def networks_in(text: str) -> dict[str, Mapping[str, Any]]:
-    """What ``docker network inspect`` prints, by id.  Raises: InvalidArgument."""
+    """Return the networks in the output of ``docker network inspect``, by id.  Raises: InvalidArgument."""
     try:
         found = json.loads(text)
         return {str(one["Id"]): one for one in found if isinstance(one["Name"], str)}
@@ -53,7 +55,7 @@ def networks_in(text: str) -> dict[str, Mapping[str, Any]]:
 
 
 def stack_name_of(specs: Iterable[ServiceSpec]) -> str:
-    """The stack that all services belong to; empty: there is no such stack."""
+    """Return the stack that all services belong to, or an empty text if they do not share a stack."""
     names = {spec.labels.get(NAMESPACE, "") for spec in specs}
     return names.pop() if len(names) == 1 else ""
 
@@ -121,7 +123,7 @@ def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapp
 
 
 def _keys(names: Iterable[str], stack: str) -> dict[str, str]:
-    """Names to keys: without the stack's name in front, unless two would be the same."""
+    """Return keys by names: without the stack's prefix, unless two keys would be the same."""
     made: dict[str, str] = {}
     for name in names:
         key = name.removeprefix(f"{stack}_") or name

@@ -1,4 +1,4 @@
-"""A running Docker Swarm as stack files, and the steps to move it."""
+"""Converts a running Docker Swarm to stack files, with the steps to move it."""
 
 import base64
 import binascii
@@ -43,7 +43,7 @@ _VOLUMES: Final = [
 
 
 class Objects(msgspec.Struct, frozen=True, kw_only=True):
-    """What a swarm has, as its API shows it."""
+    """The objects of a swarm, as its API shows them."""
 
     services: Sequence[Mapping[str, Any]] = ()
     networks: Sequence[Mapping[str, Any]] = ()
@@ -60,7 +60,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def objects_of(client: Client) -> Objects:
-    """Everything that the swarm of ``client`` has.  Raises: SkepError: it is no manager's, or does not respond."""
+    """Read all objects of the swarm of ``client``.  Raises: SkepError: it is not a manager, or does not respond."""
     found = [
         await client.get(f"/{kind}", timeout_s=_RESPONSE_TIMEOUT_S)
         for kind in ("services", "networks", "secrets", "configs", "nodes")
@@ -71,7 +71,7 @@ async def objects_of(client: Client) -> Objects:
 
 
 def move_of(objects: Objects) -> Move:
-    """Stack files, the contents of configs, and a page with the steps."""
+    """Return stack files, the contents of configs, and a page with the steps."""
     objects = replace(objects, configs=[one for one in objects.configs if not _is_revision(one)])
     networks = {str(one["Id"]): one for one in objects.networks if one.get("Scope") == "swarm"}
     specs = [spec_in(service) for service in objects.services]
@@ -100,7 +100,7 @@ def _is_revision(config: Mapping[str, Any]) -> bool:
 
 
 def _free_name(taken: Collection[str]) -> str:
-    """``REST``, with a number if a stack has that name."""
+    """Return ``REST``, with a number if a stack already has that name."""
     numbered = (f"{REST}-{number}" for number in count(2))
     return next(name for name in chain((REST,), numbered) if name not in taken)
 
@@ -273,5 +273,5 @@ def _address_options(ipam: Mapping[str, Any]) -> Iterator[str]:
 
 
 def notes_of(move: Move) -> list[tuple[str, Note]]:
-    """The notes of all stacks, with the stack's name."""
+    """Return the notes of all stacks, each with the stack's name."""
     return [(name, note) for name, one in move.stacks.items() for note in one.notes]

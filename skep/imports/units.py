@@ -1,4 +1,4 @@
-"""The file format of systemd's units: sections of settings, some of them several times."""
+"""The file format of systemd's units: sections of settings, some of them repeated."""
 
 from collections.abc import Mapping
 
@@ -8,23 +8,23 @@ from skep.errors import InvalidArgument
 
 
 class Unit(msgspec.Struct, frozen=True):
-    """One unit file.  ``settings``: by section and key, their values in order."""
+    """One unit file.  ``settings`` has the values of each section and key, in order."""
 
     name: str
     settings: Mapping[tuple[str, str], tuple[str, ...]]
 
     def all(self, section: str, key: str) -> tuple[str, ...]:
-        """The values of a setting; an empty one takes back those before it."""
+        """Return the values of a setting.  An empty value in the file discards those before it."""
         return self.settings.get((section, key), ())
 
     def last(self, section: str, key: str) -> str:
-        """The value that counts where there can be one only; empty: it is not set."""
+        """Return the last value of a setting, the one in effect, or an empty text if it is not set."""
         found = self.all(section, key)
         return found[-1] if found else ""
 
 
 def unit_of(text: str, name: str) -> Unit:
-    """Read a unit file.  Raises: InvalidArgument: it is none, with the line.
+    """Read a unit file.  Raises: InvalidArgument: a line is neither a section nor a setting; it names the line.
 
     Source: systemd.syntax(7).
     """
