@@ -41,6 +41,7 @@ from skep.engine.build.instructions import (
     From,
     Healthcheck,
     Instruction,
+    OnBuild,
     Run,
     Stage,
     Stages,
@@ -58,7 +59,7 @@ from skep.engine.build.interface import (
     Step,
 )
 from skep.engine.build.mounts import parse_mount
-from skep.engine.build.remotes import KnownAnswers
+from skep.engine.build.remotes import KnownAnswers, redacted
 from skep.engine.build.repositories import Fetching
 from skep.engine.build.sources import digest_of
 from skep.engine.build.stage import (
@@ -221,7 +222,7 @@ class Build:
         return Step(
             number=self._steps,
             total=self._stages.steps,
-            text=instruction.text,
+            text=redacted(instruction.text) if isinstance(instruction, Copy | OnBuild) else instruction.text,
             stage=self._stage,
             stage_name=stage.base.name,
         )
@@ -414,7 +415,7 @@ class Build:
             if known is not None:
                 known.note(copy.sources, digest, is_add=copy.is_add)
             container, key = self._key_of_copy(copy, state, digest)
-            line = f"{copy.text} # buildkit" if is_buildkit else ""
+            line = f"{redacted(copy.text)} # buildkit" if is_buildkit else ""
             if await self._take_cached(step, state, key):
                 return
             directory = state.config.working_dir
@@ -553,8 +554,7 @@ class Build:
         image = self._position.image
         below = Image(id=image.id, config=image.config) if image is not None else None
         async with self._images.layer_of_changes(upper, below, without=without, take=True) as layer:
-            is_empty = layer.diff_id == child.EMPTY_LAYER
-            chain = self._chain if is_empty else (*self._chain, layer.chain_id)
+            chain = self._chain if layer.diff_id == child.EMPTY_LAYER else (*self._chain, layer.chain_id)
             await self._commit(state, container, key, line, diff_id=layer.diff_id, chain=chain)
 
     async def _commit(

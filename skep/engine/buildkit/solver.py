@@ -25,6 +25,7 @@ from skep.engine.build.checks import EnvOf
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
 from skep.engine.build.interface import BuildRequest, Builds, OpenContext
 from skep.engine.build.patterns import ignored_patterns
+from skep.engine.build.remotes import redacted
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.contexts import Contexts
@@ -95,7 +96,10 @@ class Job:
         record = pb.BuildHistoryRecord(
             ref=self.request.ref,
             frontend=self.request.frontend,
-            frontend_attrs=self.request.frontend_attrs,
+            frontend_attrs={
+                name: redacted(value) if name.partition(":")[0] == "context" else value
+                for name, value in self.request.frontend_attrs.items()
+            },
             exporters=self.request.exporters,
             exporter_response=self.response,
             num_cached_steps=counts.cached,
