@@ -21,6 +21,7 @@ from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, Step, StepLimits
+from skep.engine.build.step_sources import history_sources
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest, short
 from skep.engine.images.progress import Message, Report
@@ -52,7 +53,7 @@ def build_routes(builder: Builder) -> list[web.RouteDef]:
 async def build_image(builder: Builder, request: web.Request) -> web.StreamResponse:
     """``docker build``."""
     is_quiet = flag(request, "q")
-    template = _template(request)
+    template = _template(request, builder)
 
     async def build(report: Report) -> None:
         kept = _KeptMessages()
@@ -173,7 +174,7 @@ class _ClassicProgress:
         """The last line of the response says it."""
 
 
-def _template(request: web.Request) -> BuildRequest:
+def _template(request: web.Request, builder: Builder) -> BuildRequest:
     """The request without its Dockerfile.  Raises: InvalidArgument, Unimplemented."""
     query = request.query
     _refuse(request)
@@ -185,6 +186,9 @@ def _template(request: web.Request) -> BuildRequest:
         arguments=_decoded(query.get("buildargs") or "{}", dict[str, str | None], "build args"),
         labels=_decoded(query.get("labels") or "{}", dict[str, str], "labels"),
         use_cache=not flag(request, "nocache"),
+        step_sources=history_sources(
+            builder.images, _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
+        ),
         pull=flag(request, "pull"),
         network=query.get("networkmode", ""),
         hosts=tuple(query.getall("extrahosts", [])),
@@ -219,8 +223,6 @@ def _refuse(request: web.Request) -> None:
         raise InvalidArgument(f'Unsupported isolation: "{query["isolation"]}"')
     if _decoded(query.get("outputs") or "[]", list[object], "outputs"):
         raise Unimplemented("docker build --output is not supported")
-    # Steps that were built here are found by themselves; as on an engine, a source that is not here is passed over.
-    _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
     for name, nothing in _REFUSED.items():
         if query.get(name, "") not in ("", nothing):
             raise Unimplemented(f"docker build: {name} is not supported")
