@@ -6,6 +6,7 @@ Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile 
 import base64
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -20,7 +21,8 @@ from skep.engine.api.queries import integer
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
 from skep.engine.build.builder import Builder
-from skep.engine.build.interface import BuildRequest, BuildResult, Step, StepLimits
+from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
+from skep.engine.build.remote_builds import fetch_context
 from skep.engine.build.step_sources import history_sources
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest, short
@@ -62,17 +64,22 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
         # Before anything is unpacked: a request that waits has a connection, and neither a process nor files.
         async with builder.slots.taken(), builder.images.workspace("context") as directory:
             name = request.query.get("dockerfile") or context.DEFAULT_NAME
-            received = context.Context(directory, builder.images.limits, name)
-            try:
-                await received.receive(pieces_of(request, silent_s=_SILENT_S), builder.contexts)
-            except SkepError:
-                await drain(request)
-                raise
-            wanted = msgspec.structs.replace(template, dockerfile=await received.dockerfile())
+            if remote := request.query.get("remote", ""):
+                text, files = await fetch_context(remote, directory, builder.images.limits, name)
+                open_context, known = _opening(files), None
+            else:
+                received = context.Context(directory, builder.images.limits, name)
+                try:
+                    await received.receive(pieces_of(request, silent_s=_SILENT_S), builder.contexts)
+                except SkepError:
+                    await drain(request)
+                    raise
+                text, open_context, known = await received.dockerfile(), received.directory, received.known
+            wanted = msgspec.structs.replace(template, dockerfile=text)
             if keeps_containers and not is_quiet:  # docker-py's default
                 report(Message(stream=_ALWAYS_REMOVED))
             try:
-                result = await builder.build_in_slot(wanted, received.directory, shown, known=received.known)
+                result = await builder.build_in_slot(wanted, open_context, shown, known=known)
             except SkepError:
                 kept.give(report)
                 raise
@@ -99,6 +106,13 @@ async def prune_build_cache(builder: Builder, request: web.Request) -> web.Strea
         return json_response({"CachesDeleted": None, "SpaceReclaimed": 0})
     gone, freed_bytes = await builder.mounts.prune()
     return json_response({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
+
+
+def _opening(files: Path) -> OpenContext:
+    async def open_context() -> Path:
+        return files
+
+    return open_context
 
 
 def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> None:
@@ -211,8 +225,6 @@ def _refuse(request: web.Request) -> None:
         raise InvalidArgument(f"invalid version {version}")
     if version == "2":
         raise Unimplemented("builds by BuildKit are not served here: set DOCKER_BUILDKIT=0")
-    if query.get("remote"):
-        raise Unimplemented(f"a build's context comes from the client: {query['remote']} is not fetched")
     if flag(request, "squash"):
         raise InvalidArgument("squash is only supported with experimental mode")
     if query.get("securityopt"):
