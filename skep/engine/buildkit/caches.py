@@ -18,6 +18,7 @@ from skep.engine.buildkit.content import ClientStore
 from skep.engine.buildkit.options import CacheEntry, is_true
 from skep.engine.buildkit.progress import Vertices
 from skep.engine.buildkit.sessions import Session
+from skep.engine.images.progress import Message
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Repository
 from skep.engine.images.store import ImageStore
@@ -30,7 +31,7 @@ _PLACES = {"registry": "registry", "local": "client directory"}
 
 
 class Caches:
-    """Reads and writes the caches of builds.  ``images``: Where the layers are."""
+    """Reads and writes the caches of builds, and pushes their images.  ``images``: Where the layers are."""
 
     def __init__(self, images: ImageStore) -> None:
         self._images = images
@@ -92,6 +93,19 @@ class Caches:
                 else:
                     response |= {"cache.manifest": descriptor} if descriptor else {}
         return response
+
+    async def push(self, vertices: Vertices, provider: Provider, tags: Sequence[Reference]) -> str:
+        """Push an image by its tags; returns the digest of its manifest.  Raises: SkepError."""
+        digests: list[str] = []
+
+        def note(message: Message) -> None:
+            if isinstance(message.aux, Mapping) and "Digest" in message.aux:
+                digests.append(str(message.aux["Digest"]))
+
+        for tag in tags:
+            with vertices.doing(f"pushing {tag.familiar}"):
+                await self._images.push(tag, await provider.credentials(tag.domain), note)
+        return digests[0]
 
     async def _export(
         self, session: Session, provider: Provider, entry: CacheEntry, result: BuildResult

@@ -106,7 +106,6 @@ class ClientStore:
         written = (await self._answer(messages, request(pb.COMMIT, offset))).digest
         if written != upload.digest:
             raise InvalidArgument(f"the client stored {written[:200]} in place of {upload.digest}")
-        await messages.finish()
 
     async def _answer(self, messages: Messages, request: pb.WriteContentRequest) -> pb.WriteContentResponse:
         await messages.send(request)

@@ -89,6 +89,8 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[Reference, ...] = ()
     rewrites_times: bool = False
     """Whether no file of its layers is newer than ``SOURCE_DATE_EPOCH``."""
+    is_pushed: bool = False
+    """Whether the tags are pushed to their registries."""
 
 
 class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
@@ -280,7 +282,7 @@ def cache_entries(options: pb.CacheOptions) -> tuple[Sequence[CacheEntry], Seque
 
 
 _EXPORT_IGNORED = ("push", "load", "registry.insecure", "prefer-image-digest", "unpack", "context", "dest")
-"""Of an image export: buildx pushes by itself; here an image is always unpacked."""
+"""Of an image export without effect: an image is always unpacked."""
 
 
 def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
@@ -288,8 +290,6 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
     if len(exporters) > 1:
         raise Unimplemented("multiple outputs are not supported")
     for kind, attributes in exporters:
-        if kind == "image" and is_true(attributes.get("push", "")):  # of "moby" the client pushes afterwards
-            raise Unimplemented("output option push is not supported: push the image by docker push")
         if kind in ("moby", "image"):
             known = {"name", "rewrite-timestamp", *_EXPORT_IGNORED}
             left = {name for name, value in attributes.items() if value} - known
@@ -300,6 +300,7 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 output=Output.IMAGE,
                 tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
                 rewrites_times=is_true(attributes.get("rewrite-timestamp", "")),
+                is_pushed=_is_pushed(attributes),
             )
         if kind not in (Output.LOCAL.value, Output.TAR.value):
             raise Unimplemented(f'exporter "{kind}" could not be found')
@@ -308,6 +309,14 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 raise Unimplemented(f"output option {name} is not supported")
         return Exported(output=Output(kind))
     return Exported()
+
+
+def _is_pushed(attributes: Mapping[str, str]) -> bool:
+    """Whether an image is pushed.  Raises: InvalidArgument: it has no name."""
+    is_pushed = is_true(attributes.get("push", ""))
+    if is_pushed and not attributes.get("name"):
+        raise InvalidArgument("tag is needed when pushing to registry")
+    return is_pushed
 
 
 def check_network(build: Asked, entitlements: Sequence[str]) -> None:

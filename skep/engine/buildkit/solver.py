@@ -255,6 +255,10 @@ class Solver:
         response: Mapping[str, str] = {}
         if job.exported.output is Output.IMAGE:
             response = self._exported(job, image)
+            if job.exported.is_pushed:
+                provider = ClientProvider(session, self.contexts.scratch)
+                pushed = await self._caches.push(job.vertices, provider, job.exported.tags)
+                response = {**response, "containerimage.digest": pushed}
         elif job.exported.output is not Output.NONE:
             await self._send(job, session, image)
         return {**response, **await self._export_caches(job, session, image)}
