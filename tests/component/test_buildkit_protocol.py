@@ -15,6 +15,7 @@ from skep.api.server import application
 from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Progress, Provider, Step
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import sessions as sessions_module
+from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.control import Control
 from skep.engine.buildkit.routes import BuildKit, buildkit_routes
@@ -22,6 +23,7 @@ from skep.engine.buildkit.sessions import SESSIONS_MAX, Sessions
 from skep.engine.buildkit.solver import Solver
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest
+from skep.engine.images.store import ImageStore
 from skep.engine.images.workers import Limits
 from skep.rpc.status import CallFailed, Status
 from tests.support.archives import a_file as archived
@@ -106,7 +108,9 @@ class Rig:
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     builds, sessions, limits = ReadingBuilds(), Sessions(), Limits(archive_bytes_max=12_000)
     contexts = Contexts(tmp_path / "contexts", limits)
-    solver = Solver(builds, builds.archive, sessions, contexts, SystemClock())
+    images = ImageStore(tmp_path / "images")
+    await images.open()
+    solver = Solver(builds, builds.archive, sessions, contexts, Caches(images), SystemClock())
     kit = BuildKit(sessions, solver, Control(sessions, solver, None))  # type: ignore[arg-type]  # no cache is asked for
     runner = web.AppRunner(application(buildkit_routes(kit)), handler_cancellation=True)
     await runner.setup()
@@ -373,23 +377,28 @@ async def test_what_is_not_done_is_refused_by_name(rig: Rig, change: pb.SolveReq
 
 
 async def test_caches_of_any_kind_never_fail_a_build(rig: Rig) -> None:
-    """A source that is missing, or of a kind that is not read, is a warning, and a local image nothing at all."""
-    request = a_request("r", "s", **{"cache-from": "here:1,gone:1", "build-arg:BUILDKIT_INLINE_CACHE": "1"})
-    rig.builds.images["here:1"] = ()
-    for kind in ("gha", "s3", "local"):
+    """A source that is missing, or of a kind that is not read, is a warning."""
+    options = {"cache-from": "127.0.0.1:1/gone:1", "build-arg:BUILDKIT_INLINE_CACHE": "1"}
+    request = a_request("r", "s", **options)
+    for kind in ("gha", "s3"):
         request.cache.imports.add(type=kind)
         request.cache.exports.add(type=kind)
+    request.cache.imports.add(type="local")
     request.cache.imports.add(type="registry").attrs["ref"] = "bad//name"
     files = FileServer([DOCKERFILE], NOTHING, NOTHING)
     async with session(rig.socket, "s", files), control(rig.socket) as calls:
         response, events = await asyncio.gather(calls.solve(request), calls.status("r"))
     assert response.exporter_response["image.name"]
     said = {warning.short.decode() for event in events for warning in event.warnings}
-    why = "steps are found that were built on this node"
-    assert {one for one in said if why in one} == {
-        *(f"cache source {one} is not used: {why}" for one in ("gone:1", "gha", "s3", "local", "bad//name")),
-        *(f"the {one} cache is not exported: {why}" for one in ("inline", "gha", "s3", "local")),
+    unread, unwritten = "use registry or local", "use inline, registry or local"
+    assert {one for one in said if "cache" in one and "gone:1" not in one} == {
+        *(f"cache source {one} is not used: type {one} is not supported; {unread}" for one in ("gha", "s3")),
+        *(f"cache {one} is not exported: type {one} is not supported; {unwritten}" for one in ("gha", "s3")),
+        "cache source local is not used: a local cache needs the digest of its manifest, and got none",
+        "cache source bad//name is not used: invalid reference format",
     }
+    assert any(one.startswith("cache source 127.0.0.1:1/gone:1 is not used: ") for one in said)
+    assert rig.builds.requests[0].inline_cache
 
 
 async def test_findings_of_checks_are_warnings_of_the_definition(rig: Rig) -> None:

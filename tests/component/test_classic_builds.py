@@ -1,6 +1,8 @@
 """Requests of classic builds: what a request that waits costs, and clients that send nothing."""
 
 import asyncio
+import gzip
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,11 +34,11 @@ class Rig:
         self.scratch = builder.images.scratch
         self._socket = socket
 
-    async def post(self, body: bytes | AsyncIterator[bytes]) -> tuple[int, str]:
+    async def post(self, body: bytes | AsyncIterator[bytes], **query: str) -> tuple[int, str]:
         connector = aiohttp.UnixConnector(str(self._socket))
         async with (
             aiohttp.ClientSession(connector=connector) as session,
-            session.post("http://d/v1.41/build", data=body) as response,
+            session.post("http://d/v1.41/build", data=body, params=query) as response,
         ):
             return response.status, await response.text()
 
@@ -96,3 +98,71 @@ async def test_what_an_interrupted_build_has_left_goes_with_the_next_start(tmp_p
     await again.open()
     await again.settle()
     assert not [path for path in (tmp_path / "images").rglob("*") if path.name == "file"]
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    """A web server with an archive, a Dockerfile and a repository."""
+    place = tmp_path / "www"
+    source = tmp_path / "source"
+    for directory in (place, source / "app"):
+        directory.mkdir(parents=True)
+    dockerfile = "FROM scratch\nCOPY file /\n"
+    for name, content in (("Dockerfile", dockerfile), ("file", "fetched"), (".dockerignore", "ignored\n")):
+        (source / "app" / name).write_text(content)
+    members = [a_file("Other", dockerfile.encode()), a_file("file", b"fetched")]
+    (place / "c.tar.gz").write_bytes(gzip.compress(a_tar(*members)))
+    (place / "Dockerfile").write_text("FROM scratch\nENV A=b\n")
+    script = (
+        "git init -q && git add . && git -c user.name=x -c user.email=x@y commit -qm one"
+        f" && git clone -q --bare . {place}/r.git && git -C {place}/r.git update-server-info"
+    )
+    subprocess.run(  # noqa: ASYNC221 - milliseconds
+        ["sh", "-ec", script], cwd=source, check=True, env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    )
+    app = web.Application()
+    app.router.add_static("/", place)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "step"),
+    [
+        ("c.tar.gz", {"dockerfile": "Other"}, "COPY file /"),
+        ("Dockerfile", {}, "ENV A=b"),
+        ("r.git#:app", {}, "COPY file /"),
+    ],
+)
+async def test_a_context_is_fetched_from_an_address(
+    rig: Rig, address: str, place: str, options: dict[str, str], step: str
+) -> None:
+    """``remote=`` of docker-py: an archive, a Dockerfile alone, a repository."""
+    status, said = await rig.post(b"", remote=f"{address}/{place}", t="fetched:1", **options)
+    assert status == 200, said
+    assert f"Step 2/2 : {step}" in said
+    assert "Successfully tagged fetched:1" in said, said
+    assert not list(rig.scratch.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("remote", "status", "text"),
+    [
+        ("http://ann:pa55word@127.0.0.1:1/x.tar", 503, "xxxxx:xxxxx@127.0.0.1:1"),
+        (
+            "http://ann:pa55word@127.0.0.1:1/x.git",
+            503,
+            "failed to fetch http://xxxxx:xxxxx@127.0.0.1:1/x.git",
+        ),
+        ("/etc", 500, "remoteURL (/etc) could not be recognized as URL"),
+        ("file:///etc", 500, "could not be recognized as URL"),
+    ],
+)
+async def test_an_address_that_gives_no_context_fails_the_build(
+    rig: Rig, remote: str, status: int, text: str
+) -> None:
+    found, said = await rig.post(b"", remote=remote)
+    assert (found, text in said, "pa55word" in said) == (status, True, False), said

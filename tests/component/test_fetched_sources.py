@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.build.remotes import is_git, is_remote
+from skep.engine.build.remotes import is_git, is_remote, redacted
 from skep.engine.build.repositories import Address, address_of
 from skep.errors import InvalidArgument, SkepError
 from tests.support.build_rig import BuildRig, a_tar
@@ -191,7 +191,7 @@ async def test_what_cannot_be_fetched_fails_the_build(
 async def test_a_server_that_is_not_there_fails_the_build(rig: BuildRig) -> None:
     with pytest.raises(SkepError, match=r"failed to load http://127.0.0.1:1/x: .*onnect"):
         await rig.build("FROM scratch\nADD http://u:pw@127.0.0.1:1/x /t\n".replace("u:pw@", ""))
-    with pytest.raises(SkepError, match=r"http://u:xxxxx@127.0.0.1:1/x"):
+    with pytest.raises(SkepError, match=r"http://xxxxx:xxxxx@127.0.0.1:1/x"):
         await rig.build("FROM scratch\nADD http://u:pw@127.0.0.1:1/x /t\n")
 
 
@@ -204,6 +204,44 @@ async def test_the_classic_builder_fetches_files_too(rig: BuildRig, server: WebS
     image = await rig.build(f"FROM scratch\nADD {server.url}/tool.sh /t/\n", is_buildkit=False)
     with rig.files(image) as root:
         assert stat.S_IMODE((root / "t/tool.sh").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("is_buildkit", [True, False])
+async def test_no_password_of_an_address_is_in_steps_history_and_errors(
+    rig: BuildRig, server: WebServer, is_buildkit: bool
+) -> None:
+    guarded = server.url.replace("://", "://ann:pa55word@")
+    add = f"ADD {guarded}/tool.sh /t/\nONBUILD ADD {guarded}/moved /o/\n"
+    image = await rig.build("FROM scratch\n" + add, is_buildkit=is_buildkit)
+    assert server.requests[-1][1]["Authorization"].startswith("Basic "), "the server gets it"
+    said = [call.args[0].text for call in rig.progress.started.call_args_list]
+    assert said[1] == f"ADD {server.url.replace('://', '://xxxxx:xxxxx@')}/tool.sh /t/"
+    assert "pa55word" not in "".join(said)
+    parent = rig.images.get(rig.images.get(image).parent)
+    config = rig.images.config_file(parent).read_text()
+    assert "pa55word" not in config
+    assert ("xxxxx:xxxxx@" in config) == is_buildkit, "the classic builder's history has a digest"
+    for wrong in (f"{guarded}/nosuch", f"{guarded}/no.git", "http://ann:pa55word@127.0.0.1:x/y"):
+        with pytest.raises(SkepError) as error:
+            await rig.build(f"FROM scratch\nADD {wrong} /t\n", is_buildkit=is_buildkit)
+        assert "pa55word" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:password@host.tld/path.git", "https://xxxxx:xxxxx@host.tld/path.git"),
+        ("https://user@h/", "https://xxxxx@h/"),
+        ("https://:password@h/", "https://:xxxxx@h/"),
+        ("https://u:pa/ss@h/x", "https://xxxxx:xxxxx@h/x"),
+        ("https://u:p@ss@h/x", "https://xxxxx:xxxxx@h/x"),
+        ("ADD [\"https://u:p@h/x\", '/']", "ADD [\"https://xxxxx:xxxxx@h/x\", '/']"),
+        ("https://h:80/a@b http://[::1]:80/a@b", "https://h:80/a@b http://[::1]:80/a@b"),
+        ("git@h:o/r.git", "git@h:o/r.git"),
+    ],
+)
+def test_how_addresses_are_shown(text: str, shown: str) -> None:
+    assert redacted(text) == shown
 
 
 # --- git ---------------------------------------------------------------------------------------------------------

@@ -97,8 +97,14 @@ async def test_a_web_address_is_an_archive_or_a_dockerfile(rig: Rig, address: st
     assert rig.builds.files == {"sub/Other": DOCKERFILE}
     await built(rig, "two", FileServer(), context=f"{address}/Dockerfile")
     assert rig.builds.requests[1].dockerfile == "FROM scratch\nENV A=b\n"
-    with pytest.raises(CallFailed, match="invalid response status 404"):
-        await built(rig, "three", FileServer(), context=f"{address}/none")
+    guarded = address.replace("://", "://ann:pa55word@")
+    with pytest.raises(CallFailed, match=r"xxxxx:xxxxx@.*invalid response status 404"):
+        await built(rig, "three", FileServer(), context=f"{guarded}/none")
+    request = pb.BuildHistoryRequest(early_exit=True)
+    records = [event.record async for event in rig.kit.solver.history.listen(request)]
+    assert f"{address.replace('://', '://xxxxx:xxxxx@')}/none" in [
+        record.frontend_attrs["context"] for record in records
+    ]
 
 
 async def test_a_git_repository_is_the_context(rig: Rig, address: str, tmp_path: Path) -> None:

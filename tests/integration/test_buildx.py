@@ -94,18 +94,14 @@ def test_a_build_that_fails_says_why_and_tags_nothing(m1: TestNode, tmp_path: Pa
     [
         (
             ("--platform", "linux/amd64,linux/arm64"),
-            "Multi-platform build is not supported for the docker driver",
+            "multiple platforms are not supported: linux/amd64,linux/arm64",
         ),
         (("--platform", "linux/s390x"), "and not for linux/s390x"),
-        (("--provenance=true",), "Attestation is not supported for the docker driver"),
-        (
-            ("--cache-to", "type=local,dest=/nonexistent"),
-            "Cache export is not supported for the docker driver",
-        ),
-        (("--output", "type=oci,dest=/dev/null"), "OCI exporter is not supported for the docker driver"),
+        (("--provenance=true",), "Attestations are not supported by the current BuildKit daemon"),
+        (("--output", "type=oci,dest=/dev/null"), 'exporter "oci" could not be found'),
         (
             ("--output", "type=docker,dest=/dev/null"),
-            "Docker exporter is not supported for the docker driver",
+            'exporter "docker" could not be found',
         ),
         (("--build-context", "a=https://localhost:1/x.git"), "named context a is not supported"),
         (("--allow", "security.insecure"), "granting entitlement security.insecure is not allowed"),

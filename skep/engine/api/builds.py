@@ -6,6 +6,7 @@ Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile 
 import base64
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -20,7 +21,9 @@ from skep.engine.api.queries import integer
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
 from skep.engine.build.builder import Builder
-from skep.engine.build.interface import BuildRequest, BuildResult, Step, StepLimits
+from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
+from skep.engine.build.remote_builds import fetch_context
+from skep.engine.build.step_sources import history_sources
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest, short
 from skep.engine.images.progress import Message, Report
@@ -54,7 +57,7 @@ def build_routes(builder: Builder) -> list[web.RouteDef]:
 async def build_image(builder: Builder, request: web.Request) -> web.StreamResponse:
     """``docker build``."""
     is_quiet = flag(request, "q")
-    template = _template(request)
+    template = _template(request, builder)
 
     async def build(report: Report) -> None:
         kept = _KeptMessages()
@@ -63,17 +66,22 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
         # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
         async with builder.slots.hold(), builder.images.workspace("context") as directory:
             name = request.query.get("dockerfile") or context.DEFAULT_NAME
-            received = context.Context(directory, builder.images.limits, name)
-            try:
-                await received.receive(pieces_of(request, silent_s=_SILENT_S), builder.contexts)
-            except SkepError:
-                await drain(request)
-                raise
-            wanted = msgspec.structs.replace(template, dockerfile=await received.dockerfile())
+            if remote := request.query.get("remote", ""):
+                text, files = await fetch_context(remote, directory, builder.images.limits, name)
+                open_context, known = _opening(files), None
+            else:
+                received = context.Context(directory, builder.images.limits, name)
+                try:
+                    await received.receive(pieces_of(request, silent_s=_SILENT_S), builder.contexts)
+                except SkepError:
+                    await drain(request)
+                    raise
+                text, open_context, known = await received.dockerfile(), received.directory, received.known
+            wanted = msgspec.structs.replace(template, dockerfile=text)
             if keeps_containers and not is_quiet:  # docker-py's default
                 report(Message(stream=_ALWAYS_REMOVED))
             try:
-                result = await builder.build_in_slot(wanted, received.directory, shown, known=received.known)
+                result = await builder.build_in_slot(wanted, open_context, shown, known=known)
             except SkepError:
                 kept.give(report)
                 raise
@@ -100,6 +108,13 @@ async def prune_build_cache(builder: Builder, request: web.Request) -> web.Strea
         return json_response({"CachesDeleted": None, "SpaceReclaimed": 0})
     gone, freed_bytes = await builder.mounts.prune()
     return json_response({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
+
+
+def _opening(files: Path) -> OpenContext:
+    async def open_context() -> Path:
+        return files
+
+    return open_context
 
 
 def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> None:
@@ -175,7 +190,7 @@ class _ClassicProgress:
         """Report nothing, because the last line of the response has the error."""
 
 
-def _template(request: web.Request) -> BuildRequest:
+def _template(request: web.Request, builder: Builder) -> BuildRequest:
     """Return the request without its Dockerfile.  Raises: InvalidArgument, Unimplemented."""
     query = request.query
     _refuse(request)
@@ -187,6 +202,9 @@ def _template(request: web.Request) -> BuildRequest:
         arguments=_decoded(query.get("buildargs") or "{}", dict[str, str | None], "build args"),
         labels=_decoded(query.get("labels") or "{}", dict[str, str], "labels"),
         use_cache=not flag(request, "nocache"),
+        step_sources=history_sources(
+            builder.images, _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
+        ),
         pull=flag(request, "pull"),
         network=query.get("networkmode", ""),
         hosts=tuple(query.getall("extrahosts", [])),
@@ -209,8 +227,6 @@ def _refuse(request: web.Request) -> None:
         raise InvalidArgument(f"invalid version {version}")
     if version == "2":
         raise Unimplemented("BuildKit builds are not supported here: set DOCKER_BUILDKIT=0")
-    if query.get("remote"):
-        raise Unimplemented(f"remote build contexts are not supported: {query['remote']} is not fetched")
     if flag(request, "squash"):
         raise InvalidArgument("squash is only supported with experimental mode")
     if query.get("securityopt"):
@@ -221,8 +237,6 @@ def _refuse(request: web.Request) -> None:
         raise InvalidArgument(f'Unsupported isolation: "{query["isolation"]}"')
     if _decoded(query.get("outputs") or "[]", list[object], "outputs"):
         raise Unimplemented("docker build --output is not supported")
-    # Steps that were built on this node are found anyway.  As in Docker, sources that are not here are ignored.
-    _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
     for name, nothing in _REFUSED.items():
         if query.get(name, "") not in ("", nothing):
             raise Unimplemented(f"docker build: {name} is not supported")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 
+import msgspec
+
 from skep.engine.build.inputs import Inputs
 from skep.engine.build.interface import BuildRequest, Progress, Step
 from skep.engine.build.stage import Made
@@ -27,30 +29,32 @@ class Bases:
         progress: Progress,
         stack: AsyncExitStack,
     ) -> None:
-        self._images = images
-        self._request = request
+        self.images = images
+        self.request = request
         self._inputs = inputs
-        self._progress = progress
-        self._stack = stack
+        self.progress = progress
+        self.stack = stack
 
     async def pulled(self, step: Step, name: str) -> Made:
         """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
         word = name
-        if self._request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
+        if self.request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
             word = str(parse_reference(name).with_default_tag())
-        found = self._images.resolve(word)
-        if found is None or (self._request.pull and not is_digest(name)):  # no registry has an id
+        found = self.images.resolve(word)
+        if found is None or (self.request.pull and not is_digest(name)):  # no registry has an id
             reference = parse_reference(name).with_default_tag()
-            auth = await self._inputs.credentials(self._request, reference.domain)
-            report = partial(self._progress.pulling, step)
-            found = await self._images.pull(str(reference), auth, report, platform=self._request.platform)
+            auth = await self._inputs.credentials(self.request, reference.domain)
+            report = partial(self.progress.pulling, step)
+            found = await self.images.pull(str(reference), auth, report, platform=self.request.platform)
         return await self.usable(found)
 
     async def usable(self, image: Image) -> Made:
         """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
-        await self._stack.enter_async_context(self._images.pinned(image.chain))
-        content = self._images.config_file(image).read_bytes()
-        return Made(id=image.id, content=content, config=image.config, chain=tuple(image.chain))
+        await self.stack.enter_async_context(self.images.pinned(image.chain))
+        content = self.images.config_file(image).read_bytes()
+        return Made(
+            id=image.id, content=content, config=image.config, chain=tuple(image.chain), link=image.id
+        )
 
     async def not_newer(self, made: Made, inherited: int, arguments: Mapping[str, str]) -> Made:
         """Return the image with all times limited to ``SOURCE_DATE_EPOCH``.
@@ -61,13 +65,20 @@ class Bases:
 
         Images of steps keep the times of the steps, so a new ``SOURCE_DATE_EPOCH`` alone invalidates no cached step.
         """
-        epoch_s = self._request.epoch_s
-        if epoch_s is None and self._request.is_buildkit:
+        epoch_s = self.request.epoch_s
+        if epoch_s is None and self.request.is_buildkit:
             epoch_s = parse_epoch(arguments.get("SOURCE_DATE_EPOCH", ""))
         if epoch_s is None:
             return made
         content = child.not_newer(made.content, timestamp(epoch_s * SECOND_NS), inherited)
         if content == made.content:
             return made
-        image = await self._images.add(content, parent=made.id, is_step=True)
-        return Made(id=image.id, content=content, config=image.config, chain=made.chain)
+        return await self._with_config(made, content)
+
+    async def with_cache(self, made: Made, cache: bytes) -> Made:
+        """Return the image with the steps of the build in its configuration (``--cache-to type=inline``)."""
+        return await self._with_config(made, child.with_cache(made.content, cache))
+
+    async def _with_config(self, made: Made, content: bytes) -> Made:
+        image = await self.images.add(content, parent=made.id, is_step=True)
+        return msgspec.structs.replace(made, id=image.id, content=content, config=image.config)

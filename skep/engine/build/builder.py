@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -20,11 +19,10 @@ from skep.aio.clock import Clock
 from skep.aio.slots import Slots
 from skep.engine.build import copies, runs, targets
 from skep.engine.build.bases import Bases
-from skep.engine.build.cache import CacheMounts, StepCache, key_of
+from skep.engine.build.cache import CacheMounts, StepCache
 from skep.engine.build.config import (
     Arguments,
     StageArguments,
-    StageState,
     begun,
     changed,
     command_of_step,
@@ -41,6 +39,7 @@ from skep.engine.build.instructions import (
     From,
     Healthcheck,
     Instruction,
+    OnBuild,
     Run,
     Stage,
     Stages,
@@ -58,8 +57,9 @@ from skep.engine.build.interface import (
     Step,
 )
 from skep.engine.build.mounts import parse_mount
-from skep.engine.build.remotes import KnownAnswers
+from skep.engine.build.remotes import KnownAnswers, redacted
 from skep.engine.build.repositories import Fetching
+from skep.engine.build.results import Change, Results, options_of
 from skep.engine.build.sources import digest_of
 from skep.engine.build.stage import (
     Changes,
@@ -70,16 +70,14 @@ from skep.engine.build.stage import (
     mounted_image,
     new_work,
 )
+from skep.engine.build.step_records import inline_cache
 from skep.engine.build.substitution import Budget, substituted
 from skep.engine.container import Stream
 from skep.engine.engine import Engine
 from skep.engine.images import child
-from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image
-from skep.engine.images.platforms import this_platform
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import new_container_id
-from skep.model.times import SECOND_NS, timestamp
 
 SCRATCH = "scratch"
 BUILDS_MAX = 16
@@ -179,10 +177,7 @@ class Build:
         self._stage = 0
         self._steps = 0
         self._areas = 0
-        self._may_be_cached = request.use_cache
-        self._inherited = 0
-        """Number of history entries that the stage's base image had before the build."""
-        self._position = Position(state=StageState(config=ContainerDefaults()), image=None)
+        self._results = Results(self._bases, builder.steps, builder.clock)
 
     async def run(self, warnings: Sequence[str]) -> BuildResult:
         """Carry out all that the target needs."""
@@ -206,14 +201,18 @@ class Build:
                 await self._run_stage(number, stage)
             else:
                 self._steps += 1 + len(stage.instructions)
-        made = self._position.image
+        made, records = self._results.position.image, tuple(self._results.records.values())
         if made is None:
             raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
-        made = await self._bases.not_newer(made, self._inherited, self._arguments.of_stages)
+        made = await self._bases.not_newer(made, self._results.inherited, self._arguments.of_stages)
+        if self._request.inline_cache:
+            made = await self._bases.with_cache(made, inline_cache(records, made.link, made.config.diff_ids))
         await self._images.add(made.content, self._request.tags)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
-        return BuildResult(image_id=made.id, unused_arguments=self._arguments.unused)
+        return BuildResult(
+            image_id=made.id, unused_arguments=self._arguments.unused, records=records, last=made.link
+        )
 
     def _next_step(self, instruction: Instruction) -> Step:
         self._steps += 1
@@ -221,7 +220,7 @@ class Build:
         return Step(
             number=self._steps,
             total=self._stages.steps,
-            text=instruction.text,
+            text=redacted(instruction.text) if isinstance(instruction, Copy | OnBuild) else instruction.text,
             stage=self._stage,
             stage_name=stage.base.name,
         )
@@ -229,21 +228,20 @@ class Build:
     async def _run_stage(self, number: int, stage: Stage) -> None:
         self._stage = number
         without = stage.base.name.lower() in self._request.stages_without_cache
-        self._may_be_cached = self._request.use_cache and not without
+        self._results.begin_stage(uses_cache=self._request.use_cache and not without)
         await self._run_step(stage.base)
         for instruction in stage.instructions:
             await self._run_step(instruction)
-        self._done[number] = self._position.image
-        self._scopes[number] = self._arguments.stage, self._inherited
+        self._done[number] = self._results.position.image
+        self._scopes[number] = self._arguments.stage, self._results.inherited
 
     async def _run_stage_apart(self, number: int) -> None:
         """Carry out a stage that only a trigger of the current stage's base image uses."""
-        place = (self._stage, self._steps, self._may_be_cached, self._position, self._inherited)
-        arguments = self._arguments.stage
+        place, results = (self._stage, self._steps, self._arguments.stage), self._results.place
         self._steps = self._stages.steps_before(number)
         await self._run_stage(number, self._stages.stages[number])
-        self._stage, self._steps, self._may_be_cached, self._position, self._inherited = place
-        self._arguments.stage = arguments
+        self._stage, self._steps, self._arguments.stage = place
+        self._results.place = results
 
     async def _run_step(self, instruction: Instruction) -> None:
         step = self._next_step(instruction)
@@ -256,7 +254,7 @@ class Build:
         except Exception as error:
             self._progress.failed(step, error)
             raise
-        self._progress.finished(step, self._position.image_id)
+        self._progress.finished(step, self._results.position.image_id)
 
     # --- FROM -----------------------------------------------------------------------------------------------------
 
@@ -277,14 +275,17 @@ class Build:
         is_stage = index is not None and targets.context_name(name) not in self._request.images
         made = await self._stage_or_image(step, name, is_base=True)
         defaults = made.config.defaults if made is not None else ContainerDefaults()
-        inherited, self._inherited = None, child.history_length(made.content) if made is not None else 0
+        inherited, self._results.inherited = (
+            None,
+            child.history_length(made.content) if made is not None else 0,
+        )
         if is_stage and index in self._scopes:
-            inherited, self._inherited = self._scopes[index]
+            inherited, self._results.inherited = self._scopes[index]
         self._arguments.begin_stage(inherited, defaults.env or ())
         state = begun(defaults)
         triggers = state.config.on_build or ()
         state = msgspec.structs.replace(state, config=msgspec.structs.replace(state.config, on_build=None))
-        self._position = Position(state=state, image=made)
+        self._results.position = Position(state=state, image=made)
         if triggers:
             plural = "s" if len(triggers) > 1 else ""
             text = f"# Executing {len(triggers)} build trigger{plural}\n"
@@ -295,8 +296,8 @@ class Build:
     async def _begin_with_directory(self, step: Step, name: str) -> None:
         """Start a stage on a named context that is a directory: an image with these files only."""
         self._arguments.begin_stage()
-        self._inherited = 0
-        self._position = Position(state=begun(ContainerDefaults()), image=None)
+        self._results.inherited = 0
+        self._results.position = Position(state=begun(ContainerDefaults()), image=None)
         text = f"COPY --from={name} / /"
         await self._copy(step, Copy(text=text, keyword="COPY", sources=("/",), destination="/", origin=name))
 
@@ -328,7 +329,7 @@ class Build:
     # --- the other instructions -----------------------------------------------------------------------------------
 
     async def _carry_out(self, step: Step, instruction: Instruction) -> None:
-        state = self._position.state
+        state = self._results.state
         beside = self._arguments.beside(state.config.env or ())
         ready = await self._expanded(instruction, variables_of(state, beside))
         match ready:
@@ -363,19 +364,20 @@ class Build:
 
     async def _change(self, step: Step, instruction: Instruction) -> None:
         """An instruction that changes the configuration; WORKDIR makes its directory, too."""
-        state, comment = changed(self._position.state, instruction)
+        state, comment = changed(self._results.state, instruction)
         is_workdir = isinstance(instruction, Workdir)
         words = (f"#(nop) {comment}",) if is_workdir else ("#(nop) ", comment)
-        container = _options(msgspec.structs.replace(state.config, cmd=(*state.shell, *words)))
+        container = options_of(msgspec.structs.replace(state.config, cmd=(*state.shell, *words)))
         line = comment if self._request.is_buildkit else ""
-        if await self._take_cached(step, state, key := self._key(container, state)):
+        change = self._results.change(state, container, line, adds_layer=None if is_workdir else False)
+        if await self._results.take_cached(step, change):
             return
         id = new_container_id()  # Docker makes a container for each of these; here it names the step's work
         self._progress.running(step, id)
         if is_workdir and (changes := await self._made_directory(state.config)) is not None:
-            await self._commit_changes(state, container, key, line, changes.upper)
+            await self._results.commit_changes(change, changes.upper)
         else:
-            await self._commit(state, container, key, line, diff_id="", chain=self._chain)
+            await self._results.commit(change)
         self._progress.removed(step, id)
 
     async def _made_directory(self, config: ContainerDefaults) -> Changes | None:
@@ -387,20 +389,20 @@ class Build:
 
     async def _copy(self, step: Step, copy: Copy) -> None:
         """COPY and ADD."""
-        state, is_buildkit = self._position.state, self._request.is_buildkit
+        state, is_buildkit = self._results.state, self._request.is_buildkit
         copies.check_copy(copy, is_buildkit=is_buildkit)
         known = self._inputs.known if len(copies.local_sources(copy)) == len(copy.sources) > 0 else None
         known = None if copy.origin else known
-        if known is not None and self._may_be_cached:
+        if known is not None and self._results.may_be_cached:
             digest = known.digest(copy.sources, is_add=copy.is_add)
-            if digest and await self._take_cached(step, state, self._key_of_copy(copy, state, digest)[1]):
+            if digest and await self._results.take_cached(step, self._change_of_copy(copy, digest)):
                 return
         fetching = Fetching(self._images.limits, self._builder.answers, self._inputs.provider, self._area)
         remotes = fetching.remotes(copy)
         async with AsyncExitStack() as stack:
-            if remotes and len(remotes) == len(copy.sources) and self._may_be_cached:
+            if remotes and len(remotes) == len(copy.sources) and self._results.may_be_cached:
                 digest = digest_of([await remote.resolve() for remote in remotes.values()])
-                if await self._take_cached(step, state, self._key_of_copy(copy, state, digest)[1]):
+                if await self._results.take_cached(step, self._change_of_copy(copy, digest)):
                     return
             root = None
             if copies.local_sources(copy):
@@ -413,21 +415,23 @@ class Build:
             digest = digest_of([one.digest for one in prepared.sources]) or "inline"
             if known is not None:
                 known.note(copy.sources, digest, is_add=copy.is_add)
-            container, key = self._key_of_copy(copy, state, digest)
-            line = f"{copy.text} # buildkit" if is_buildkit else ""
-            if await self._take_cached(step, state, key):
+            change = self._change_of_copy(copy, digest)
+            if await self._results.take_cached(step, change):
                 return
             directory = state.config.working_dir
             target = copies.target_of(copy, directory, self._changes(), self._area(), is_buildkit=is_buildkit)
             await copies.perform(self._images, copy, prepared, target)
-            await self._commit_changes(state, container, key, line, target.changes.upper)
+            await self._results.commit_changes(change, target.changes.upper)
 
-    def _key_of_copy(self, copy: Copy, state: StageState, digest: str) -> tuple[dict[str, Any], str]:
-        """The container configuration of a COPY or ADD of sources with this digest, and its key."""
-        shown = copies.shown_copy(copy, digest)
-        config = msgspec.structs.replace(state.config, cmd=(*state.shell, f"#(nop) {shown}"))
-        container = _options(config)
-        return container, self._key(container, state, *copies.key_of_options(copy))
+    def _change_of_copy(self, copy: Copy, digest: str) -> Change:
+        """Return the step of a COPY or ADD of sources with this digest."""
+        state = self._results.state
+        config = msgspec.structs.replace(
+            state.config, cmd=(*state.shell, f"#(nop) {copies.shown_copy(copy, digest)}")
+        )
+        line = f"{redacted(copy.text)} # buildkit" if self._request.is_buildkit else ""
+        more = copies.key_of_options(copy)
+        return self._results.change(state, options_of(config), line, *more, adds_layer=True)
 
     @asynccontextmanager
     async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:
@@ -447,15 +451,15 @@ class Build:
 
     async def _run(self, step: Step, run: Run, beside: Mapping[str, str]) -> None:
         """RUN."""
-        state = self._position.state
-        if self._position.image is None:
+        state = self._results.state
+        if self._results.position.image is None:
             raise InvalidArgument("Please provide a source image with `from` prior to run")
         if run.flags and not self._request.is_buildkit:
             raise InvalidArgument(copies.NEEDS_BUILDKIT.format(run.flags[0]))
         network = runs.network_of(run, has_host_network=self._request.has_host_network)
         command, script = runs.command_of(run, state.shell)
         shown = command_of_step(command, self._arguments, beside)
-        container = _options(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
+        container = options_of(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
         variables = variables_of(state, beside)
         expand = partial(substituted, variables=variables, escape=self._stages.escape, budget=self._budget)
         mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
@@ -471,22 +475,19 @@ class Build:
             )
             extras = (*run.mounts, run.network, script, *await sources.find(mounts))
             line = f"RUN {' '.join(shown)} # buildkit" if self._request.is_buildkit else ""
-            key = self._key(container, state, *extras) if any(extras) else self._key(container, state)
-            if await self._take_cached(step, state, key):
+            change = self._results.change(state, container, line, *(extras if any(extras) else ()))
+            if await self._results.take_cached(step, change):
                 return
             env = {**beside, **self._arguments.proxies}
             prepared = await sources.prepare(command, script, env, mounts, state.config.working_dir)
             prepared = msgspec.structs.replace(prepared, network=network)
-            await self._run_command(step, prepared, (state, container, key, line))
+            await self._run_command(step, prepared, change)
 
-    async def _run_command(
-        self, step: Step, prepared: runs.Prepared, made: tuple[StageState, dict[str, Any], str, str]
-    ) -> None:
-        state = made[0]
-        config = msgspec.structs.replace(state.config, healthcheck=None)
+    async def _run_command(self, step: Step, prepared: runs.Prepared, change: Change) -> None:
+        config = msgspec.structs.replace(change.state.config, healthcheck=None)
         if self._request.is_buildkit:  # which mounts no volumes in a step
             config = msgspec.structs.replace(config, volumes=None)
-        position = self._position.image
+        position = self._results.position.image
         assert position is not None, "RUN on scratch is refused"
         image = Image(id=position.id, config=msgspec.structs.replace(position.config, config=config))
         containers = self._builder.containers
@@ -496,15 +497,8 @@ class Build:
             output, is_buildkit = partial(self._progress.output, step), self._request.is_buildkit
             await containers.run(container, prepared, output, is_buildkit=is_buildkit)
             upper = await containers.changes_of(container, missing)
-            await self._commit_changes(*made, upper, without=runs.MADE_BY_THE_RUNTIME)
+            await self._results.commit_changes(change, upper, without=runs.MADE_BY_THE_RUNTIME)
         self._progress.removed(step, container.id)
-
-    # --- results --------------------------------------------------------------------------------------------------
-
-    @property
-    def _chain(self) -> tuple[Digest, ...]:
-        image = self._position.image
-        return image.chain if image is not None else ()
 
     def _area(self) -> Path:
         """An empty directory."""
@@ -514,87 +508,4 @@ class Build:
         return area
 
     def _changes(self) -> Changes:
-        return Changes(self._area(), lower_directories(self._images, self._position.image))
-
-    def _key(self, container: dict[str, Any], state: StageState, *more: str) -> str:
-        kind: tuple[str, ...] = (_BUILDKIT,) if self._request.is_buildkit else ()
-        if self._request.rewrites_times:
-            kind += (f"epoch={self._request.epoch_s}",)
-        options = {**container, "": [*kind, *more]} if kind or any(more) else container
-        return key_of(self._position.image_id, options, state.author)
-
-    async def _take_cached(self, step: Step, state: StageState, key: str) -> bool:
-        """Whether the step's result is here; it is the position then."""
-        found = self._builder.steps.find(key) if self._may_be_cached else None
-        try:
-            made = await self._bases.usable(found) if found is not None else None
-        except (NotFound, OSError):
-            made = None
-        if made is None:
-            self._may_be_cached = False
-            return False
-        self._position = Position(state=state, image=made)
-        self._progress.cached(step)
-        return True
-
-    async def _commit_changes(
-        self,
-        state: StageState,
-        container: dict[str, Any],
-        key: str,
-        line: str,
-        upper: Path,
-        *,
-        without: Sequence[str] = (),
-    ) -> None:
-        """Make the changes in ``upper`` a layer, and an image with it."""
-        if self._request.rewrites_times and self._request.epoch_s is not None:
-            await asyncio.to_thread(copies.make_not_newer, upper, self._request.epoch_s * SECOND_NS)
-        image = self._position.image
-        below = Image(id=image.id, config=image.config) if image is not None else None
-        async with self._images.layer_of_changes(upper, below, without=without, take=True) as layer:
-            is_empty = layer.diff_id == child.EMPTY_LAYER
-            chain = self._chain if is_empty else (*self._chain, layer.chain_id)
-            await self._commit(state, container, key, line, diff_id=layer.diff_id, chain=chain)
-
-    async def _commit(
-        self,
-        state: StageState,
-        container: dict[str, Any],
-        key: str,
-        line: str,
-        *,
-        diff_id: str,
-        chain: Sequence[Digest],
-    ) -> None:
-        """Make an image of the step's result, and let it be the position."""
-        here, parent = this_platform(), self._position.image
-        step = child.Step(
-            created=timestamp(self._builder.clock.now_ns()),
-            diff_id=diff_id,
-            created_by=line or " ".join(container.get("Cmd", ())),
-            author=state.author,
-            comment=_BUILDKIT if line else "",
-        )
-        content = child.child_config(
-            parent.content if parent is not None else None,
-            step,
-            _options(state.config),
-            more={} if line else {"container_config": container},
-            platform={"architecture": here.architecture, "os": here.os},
-        )
-        if len(content) > _CONFIG_BYTES_MAX:
-            raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
-        await self._stack.enter_async_context(self._images.pinned(chain))
-        image = await self._images.add(
-            content, parent=parent.id if parent is not None else "", is_step=self._request.is_buildkit
-        )
-        self._builder.steps.note(key, image.id)
-        made = Made(id=image.id, content=content, config=image.config, chain=tuple(chain))
-        self._position = Position(state=state, image=made)
-
-
-def _options(config: ContainerDefaults) -> dict[str, Any]:
-    """As JSON has it."""
-    options: dict[str, Any] = msgspec.to_builtins(config)
-    return options
+        return Changes(self._area(), lower_directories(self._images, self._results.position.image))

@@ -33,6 +33,56 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
     ulimits: tuple[Ulimit, ...] = ()
 
 
+class WantedStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A step whose result is looked for in a cache source."""
+
+    key: str
+    """Shared key of the step (``results.StepKey``)."""
+    diff_ids: tuple[str, ...] = ()
+    """Layers of the image before the step."""
+    config: bytes | None = None
+    """Configuration of the image before the step.  None after ``FROM scratch``."""
+    command: tuple[str, ...] = ()
+    """Command of the step's container, as the history has it."""
+    adds_layer: bool | None = None
+    """Whether the step has to add a layer, or must not.  None if only carrying it out shows that."""
+
+
+class FoundStep(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a step in a cache source.  ``created``: A Timestamp."""
+
+    created: str
+    diff_id: str = ""
+    """The layer that the step adds.  Empty if it adds none."""
+    blob: Digest = Digest("")
+    size: int = 0
+
+
+class StepSource(Protocol):
+    """A place with results of steps, usually of another node.  It is not trusted to be well-formed."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+
+    def find(self, step: WantedStep) -> FoundStep | None:
+        """Return the step's result, if the source has one on top of the same layers."""
+
+    async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
+        """Put the layer of a result into the image store.  Raises: SkepError, OSError: it is missing or wrong."""
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A completed step, as a cache for other nodes gets it."""
+
+    key: str
+    parent: str = ""
+    """Shared key of the step before it in its stage or base stage.  The id of a base image, or empty."""
+    diff_ids: tuple[Digest, ...] = ()
+    """Layers of the image after the step."""
+    created: str = ""
+
+
 class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One build."""
 
@@ -48,6 +98,10 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     use_cache: bool = True
     stages_without_cache: tuple[str, ...] = ()
     """Names of stages whose steps are carried out anew, in lower case."""
+    step_sources: tuple[StepSource, ...] = ()
+    """Places where steps are looked for that are not known on this node."""
+    inline_cache: bool = False
+    """Whether the image's configuration gets the steps of the build, so that the image is a cache source."""
     images: Mapping[str, str] = {}
     """Images by the names that stand for them in FROM and ``--from``, in lower case."""
     directories: Mapping[str, OpenContext] = {}
@@ -137,6 +191,10 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
 
     image_id: Digest
     unused_arguments: tuple[str, ...] = ()
+    records: tuple[StepRecord, ...] = ()
+    """Every step that was carried out or found."""
+    last: str = ""
+    """Key of the target's last step.  The id of the base image if the target has no step."""
 
 
 class Builds(Protocol):

@@ -38,6 +38,8 @@ _TIMEOUT = aiohttp.ClientTimeout(total=3600, sock_connect=30, sock_read=60)
 """An hour is enough for the largest context that a node accepts, at 36 MB/s."""
 _PIECE_BYTES = 1 << 20
 _KNOWN_MAX = 256
+_MASK = "xxxxx"
+_REST_OF_ADDRESS = re.compile(r"""://([^\s"']*)""")
 _UNNAMED = "__unnamed__"
 
 
@@ -61,6 +63,28 @@ def is_git(source: str) -> bool:
 def is_remote(source: str) -> bool:
     """Whether ADD fetches a source."""
     return _HTTP.match(source) is not None or is_git(source)
+
+
+def redacted(text: str) -> str:
+    """Return a text without users and passwords in its addresses: ``https://xxxxx:xxxxx@host/``.
+
+    Source: buildkit, util/urlutil/redact.go (RedactCredentials).
+    """
+
+    return _REST_OF_ADDRESS.sub(lambda found: "://" + _without_userinfo(found[1]), text)
+
+
+def _without_userinfo(rest: str) -> str:
+    """Mask user and password at the beginning of an address without its scheme."""
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    host, separator, port = authority.partition(":")
+    if "@" not in authority and separator and not host.startswith("[") and port.strip("0123456789"):
+        # A slash in a password ends the host too early, and what stands behind its colon is not a port.
+        authority = rest[: rest.rfind("@") + 1]
+    userinfo, at, _ = authority.rpartition("@")
+    user, colon, password = userinfo.partition(":")
+    masked = (_MASK if user else "") + colon + (_MASK if password else "")
+    return masked + rest[len(userinfo) :] if at else rest
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -121,7 +145,7 @@ class Download(Remote):
         try:
             name = posixpath.basename(unquote(URL(url).raw_path).rstrip("/"))
         except ValueError as error:
-            raise InvalidArgument(f"invalid URL {url}: {error}") from error
+            raise InvalidArgument(f"invalid URL {redacted(url)}: {redacted(str(error))}") from error
         self._name = _UNNAMED if name in ("", ".", "..") or "\0" in name else name
 
     async def resolve(self) -> str:
@@ -153,7 +177,7 @@ class Download(Remote):
                     )
                 digest = await self._keep(response)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise Unavailable(f"failed to load {self._shown}: {describe_error(error)}") from error
+            raise Unavailable(f"failed to load {self._shown}: {redacted(describe_error(error))}") from error
         if digest != (self._digest or digest):
             raise InvalidArgument(
                 f"digest mismatch for {self._shown}: sha256:{digest} (expected: sha256:{self._digest})"
@@ -211,9 +235,8 @@ class Download(Remote):
 
     @property
     def _shown(self) -> str:
-        """The address without its password."""
-        url = URL(self._url)
-        return str(url.with_password("xxxxx")) if url.password else self._url
+        """The address without user and password."""
+        return redacted(self._url)
 
 
 def _write(descriptor: int, piece: bytes, hashed: "hashlib._Hash") -> None:

@@ -20,7 +20,7 @@ import msgspec
 from skep.engine.build.git import Git
 from skep.engine.build.instructions import Copy
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote
+from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote, redacted
 from skep.engine.build.sources import Source
 from skep.engine.build.trees import Tree
 from skep.engine.images.workers import Limits
@@ -71,7 +71,7 @@ def address_of(source: str) -> Address:
     except ValueError:
         host = ""
     if not host or any(value.startswith("-") for value in (address.remote, address.ref, address.checksum)):
-        raise InvalidArgument(f"invalid git address: {without_credentials(source)}")
+        raise InvalidArgument(f"invalid git address: {redacted(source)}")
     return address
 
 
@@ -105,7 +105,7 @@ class Repository(Remote):
     def __init__(self, address: Address, directory: Path, limits: Limits, provider: Provider | None) -> None:
         """``directory``: empty, for the working tree."""
         self._address = address
-        self._program = Git(directory, limits, without_credentials(address.remote))
+        self._program = Git(directory, limits, redacted(address.remote))
         self._directory = directory
         self._provider = provider
         self._commit = ""
@@ -140,9 +140,7 @@ class Repository(Remote):
         with Tree(self._directory) as tree:
             resolved = tree.resolve(address.subdir)
             if not (self._directory / resolved).is_dir():
-                raise InvalidArgument(
-                    f"invalid subdir {address.subdir} of {without_credentials(address.remote)}"
-                )
+                raise InvalidArgument(f"invalid subdir {address.subdir} of {redacted(address.remote)}")
         return Source(self._directory, address.subdir, resolved, True, digest)
 
     async def _find_commit(self) -> None:
@@ -165,9 +163,7 @@ class Repository(Remote):
             ]
             commit = next((found[name] for name in names if name in found), "")
             if not _SHA.fullmatch(commit):
-                raise InvalidArgument(
-                    f"repository {without_credentials(address.remote)} does not contain ref {ref}"
-                )
+                raise InvalidArgument(f"repository {redacted(address.remote)} does not contain ref {ref}")
         if not commit.startswith(address.checksum):
             raise InvalidArgument(f"expected checksum to match {address.checksum}, got {commit}")
         self._commit = commit
@@ -244,12 +240,6 @@ def _bare(remote: str) -> str:
     if remote.startswith("ssh://"):
         return re.sub(r"^(ssh://[^/?#:@]*):[^/?#]*@", r"\1@", remote)
     return re.sub(r"^([a-z]+://)[^/?#]*@", r"\1", remote)
-
-
-def without_credentials(remote: str) -> str:
-    """Return an address for messages.  A wrong address may have a slash in its password."""
-    plain = re.sub(r"^([a-z]+://)[^/?#]*@", r"\1", remote)
-    return re.sub(r"^([a-z]+://)[^?#]*@", r"\1xxxxx@", plain)
 
 
 class Fetching:

@@ -29,6 +29,8 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     content: bytes
     config: ImageConfig
     chain: tuple[Digest, ...]
+    link: str = ""
+    """Shared key of the step that made it.  The id of an image that no step of the build made."""
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True):

@@ -138,7 +138,9 @@ class Control:
         return records
 
     def _record(self) -> pb.WorkerRecord:
-        labels = {"org.mobyproject.buildkit.worker.executor": "skep"}
+        # buildx sends exports of caches and pushes only to a worker with a snapshotter, and does not look at its name.
+        prefix = "org.mobyproject.buildkit.worker"
+        labels = {f"{prefix}.executor": "skep", f"{prefix}.snapshotter": "overlayfs"}
         here = this_platform()
         platform = pb.Platform(architecture=here.architecture, os=here.os)
         return pb.WorkerRecord(id="skep", labels=labels, platforms=[platform], buildkit_version=_VERSION)

@@ -10,6 +10,7 @@ import msgspec
 
 from skep.engine.build.interface import StepLimits
 from skep.engine.build.targets import context_name, parse_epoch
+from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.images.reference import Reference, parse_reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.model.container import Ulimit
@@ -69,10 +70,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = ""
     cache_namespace: str = ""
     epoch_s: int | None = None
-    cache_sources: tuple[str, ...] = ()
+    cache_sources: tuple["CacheEntry", ...] = ()
     """``--cache-from``."""
-    cache_exports: tuple[str, ...] = ()
-    """Types of ``--cache-to``."""
+    inline_cache: bool = False
+    """``BUILDKIT_INLINE_CACHE=1``: the image is a cache source."""
     checks: str = ""
     """``BUILDKIT_DOCKERFILE_CHECK``, in place of the Dockerfile's own directive."""
     request: str = ""
@@ -88,13 +89,21 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[Reference, ...] = ()
     rewrites_times: bool = False
     """Whether no file of its layers is newer than ``SOURCE_DATE_EPOCH``."""
+    is_pushed: bool = False
+    """Whether the tags are pushed to their registries."""
 
 
 class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
-    """One place where steps are taken from."""
+    """One place where steps are taken from, or exported to."""
 
     type: str = ""
     attrs: Mapping[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """Name for messages: an image, a directory or the type."""
+        attrs = self.attrs
+        return attrs.get("ref") or attrs.get("src") or attrs.get("dest") or self.type
 
 
 def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> Asked:
@@ -123,7 +132,7 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
         dockerfile=Source(dockerfile, sessions.get(dockerfile, "")),
         remote=left.pop("context", ""),
         has_own_dockerfile=has_own_dockerfile,
-        keeps_git_dir=_is_true(arguments.pop("BUILDKIT_CONTEXT_KEEP_GIT_DIR", "")),
+        keeps_git_dir=is_true(arguments.pop("BUILDKIT_CONTEXT_KEEP_GIT_DIR", "")),
         images=images,
         directories=directories,
         target=left.pop("target", ""),
@@ -140,7 +149,7 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
         cache_namespace=arguments.get("BUILDKIT_CACHE_MOUNT_NS", ""),
         epoch_s=parse_epoch(arguments.get("SOURCE_DATE_EPOCH", "")),
         cache_sources=_cache_sources(left),
-        cache_exports=("inline",) if _is_true(arguments.get("BUILDKIT_INLINE_CACHE", "")) else (),
+        inline_cache=is_true(arguments.get("BUILDKIT_INLINE_CACHE", "")),
         checks=arguments.get("BUILDKIT_DOCKERFILE_CHECK", ""),
         request=left.pop("requestid", ""),
         has_syntax=bool(arguments.get("BUILDKIT_SYNTAX", "")),
@@ -176,14 +185,15 @@ def _taken(left: dict[str, str], prefix: str) -> dict[str, str]:
 def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
     """Raises: Unimplemented: for what is known of BuildKit and is not done."""
     check_syntax(arguments.get("BUILDKIT_SYNTAX", ""))
-    if _is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
+    if is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
         raise Unimplemented("multiple platforms are not supported")
     for kind, value in _taken(left, "attest:").items():
         if kind != "provenance" or value not in _DEFAULT_PROVENANCE:
             raise Unimplemented(f"attestations are not supported: {kind}")
 
 
-def _is_true(value: str) -> bool:
+def is_true(value: str) -> bool:
+    """Whether an option is set, as Go's ``strconv.ParseBool`` reads it."""
     return value.lower() in ("1", "t", "true")
 
 
@@ -250,7 +260,7 @@ def _ulimit(text: str) -> Ulimit:
         raise InvalidArgument(f"invalid ulimit argument: {text}") from error
 
 
-def _cache_sources(left: dict[str, str]) -> tuple[str, ...]:
+def _cache_sources(left: dict[str, str]) -> tuple[CacheEntry, ...]:
     """What the options of a front end name.  Raises: InvalidArgument: they cannot be read."""
     images = [image for image in left.pop("cache-from", "").split(",") if image]
     text = left.pop("cache-imports", "")
@@ -258,11 +268,21 @@ def _cache_sources(left: dict[str, str]) -> tuple[str, ...]:
         entries = msgspec.json.decode(text, type=list[CacheEntry]) if text else []
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"failed to unmarshal cache-imports: {error}") from error
-    return (*images, *(entry.attrs.get("ref") or entry.type for entry in entries))
+    return (*(CacheEntry("registry", {"ref": image}) for image in images), *entries)
+
+
+def cache_entries(options: pb.CacheOptions) -> tuple[Sequence[CacheEntry], Sequence[CacheEntry]]:
+    """Return the sources and the exports that a request names beside the front end's options."""
+    imports = [CacheEntry("registry", {"ref": ref}) for ref in options.import_refs]
+    imports += [CacheEntry(entry.type, dict(entry.attrs)) for entry in options.imports]
+    exports = [CacheEntry(entry.type, dict(entry.attrs)) for entry in options.exports]
+    if options.export_ref:
+        exports.append(CacheEntry("registry", {"ref": options.export_ref}))
+    return imports, exports
 
 
 _EXPORT_IGNORED = ("push", "load", "registry.insecure", "prefer-image-digest", "unpack", "context", "dest")
-"""Of an image export: buildx pushes by itself; here an image is always unpacked."""
+"""Of an image export without effect: an image is always unpacked."""
 
 
 def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
@@ -270,8 +290,6 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
     if len(exporters) > 1:
         raise Unimplemented("multiple outputs are not supported")
     for kind, attributes in exporters:
-        if kind == "image" and _is_true(attributes.get("push", "")):  # of "moby" the client pushes afterwards
-            raise Unimplemented("output option push is not supported: push the image by docker push")
         if kind in ("moby", "image"):
             known = {"name", "rewrite-timestamp", *_EXPORT_IGNORED}
             left = {name for name, value in attributes.items() if value} - known
@@ -281,7 +299,8 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
             return Exported(
                 output=Output.IMAGE,
                 tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
-                rewrites_times=_is_true(attributes.get("rewrite-timestamp", "")),
+                rewrites_times=is_true(attributes.get("rewrite-timestamp", "")),
+                is_pushed=_is_pushed(attributes),
             )
         if kind not in (Output.LOCAL.value, Output.TAR.value):
             raise Unimplemented(f'exporter "{kind}" could not be found')
@@ -290,6 +309,14 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 raise Unimplemented(f"output option {name} is not supported")
         return Exported(output=Output(kind))
     return Exported()
+
+
+def _is_pushed(attributes: Mapping[str, str]) -> bool:
+    """Whether an image is pushed.  Raises: InvalidArgument: it has no name."""
+    is_pushed = is_true(attributes.get("push", ""))
+    if is_pushed and not attributes.get("name"):
+        raise InvalidArgument("tag is needed when pushing to registry")
+    return is_pushed
 
 
 def check_network(build: Asked, entitlements: Sequence[str]) -> None:

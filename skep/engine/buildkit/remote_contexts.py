@@ -19,7 +19,7 @@ from yarl import URL
 
 from skep.engine.build.copies import is_archive
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, is_git
+from skep.engine.build.remotes import Download, KnownAnswers, is_git, redacted
 from skep.engine.build.repositories import Address, Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.buildkit import buildkit_pb2 as pb
@@ -62,7 +62,9 @@ async def remote_context(
             yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
-            raise Unimplemented(f"a context at another place than the client is not supported: {address}")
+            raise Unimplemented(
+                f"a context at another place than the client is not supported: {redacted(address)}"
+            )
         if URL(address).host == _UPLOAD_HOST:
             pieces = _uploaded(session, URL(address), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")

@@ -21,6 +21,7 @@ from skep.api.tables import Table
 from skep.engine.api.hijack import upgrade
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.control import Control
 from skep.engine.buildkit.filesend import image_archive
@@ -52,7 +53,9 @@ def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
     images = builder.images
     sessions = Sessions()
     contexts = Contexts(images.contexts, images.limits)
-    solver = Solver(builder, partial(image_archive, builder.engine), sessions, contexts, clock)
+    solver = Solver(
+        builder, partial(image_archive, builder.engine), sessions, contexts, Caches(builder.images), clock
+    )
     return BuildKit(sessions, solver, Control(sessions, solver, builder))
 
 

@@ -23,10 +23,12 @@ from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
 from skep.engine.build.checks import EnvOf
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
-from skep.engine.build.interface import BuildRequest, Builds, OpenContext
+from skep.engine.build.interface import BuildRequest, BuildResult, Builds, OpenContext, StepSource
 from skep.engine.build.patterns import ignored_patterns
+from skep.engine.build.remotes import redacted
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
+from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.filesend import OpenArchive, send_archive, send_tree, spool
@@ -34,10 +36,12 @@ from skep.engine.buildkit.filesync import Selection
 from skep.engine.buildkit.history import History
 from skep.engine.buildkit.options import (
     Asked,
+    CacheEntry,
     Exported,
     Output,
     Source,
     asked,
+    cache_entries,
     check_entitlements,
     check_network,
     exported,
@@ -68,7 +72,6 @@ _JOB_WAIT_S = 15.0
 """A client asks for the progress of a build, or calls it, before the build is there."""
 _DEFINITION_BYTES_MAX = 16 << 20
 """Of the Dockerfile and what is fetched with it."""
-_OWN_STEPS = "steps are found that were built on this node"
 _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 
@@ -80,6 +83,8 @@ class Job:
         self.log = BuildLog()
         self.vertices = Vertices(request.ref, self.log, now_ns)
         self.exported = Exported()
+        self.cache_imports, self.cache_exports = cache_entries(request.cache)
+        self.built: dict[Digest, BuildResult] = {}
         self.results: dict[str, Digest] = {}
         """By the name under which the client returns a result."""
         self.returned: asyncio.Future[pb.ReturnRequest] = asyncio.get_running_loop().create_future()
@@ -95,7 +100,10 @@ class Job:
         record = pb.BuildHistoryRecord(
             ref=self.request.ref,
             frontend=self.request.frontend,
-            frontend_attrs=self.request.frontend_attrs,
+            frontend_attrs={
+                name: redacted(value) if name.partition(":")[0] == "context" else value
+                for name, value in self.request.frontend_attrs.items()
+            },
             exporters=self.request.exporters,
             exporter_response=self.response,
             num_cached_steps=counts.cached,
@@ -115,10 +123,17 @@ class Solver:
     """All builds that clients of BuildKit's protocol have asked for."""
 
     def __init__(
-        self, builds: Builds, archives: OpenArchive, sessions: Sessions, contexts: Contexts, clock: Clock
+        self,
+        builds: Builds,
+        archives: OpenArchive,
+        sessions: Sessions,
+        contexts: Contexts,
+        caches: Caches,
+        clock: Clock,
     ) -> None:
         self._builds = builds
         self._archives = archives
+        self._caches = caches
         self._sessions = sessions
         self.contexts = contexts
         self._clock = clock
@@ -235,12 +250,25 @@ class Solver:
             image: Digest | None = await self._build(job, session, build, request.frontend_attrs)
         else:
             image = _returned(job, await job.returned)
-        if image is None or job.exported.output is Output.NONE:
+        if image is None:
             return {}
-        if job.exported.output is not Output.IMAGE:
+        response: Mapping[str, str] = {}
+        if job.exported.output is Output.IMAGE:
+            response = self._exported(job, image)
+            if job.exported.is_pushed:
+                provider = ClientProvider(session, self.contexts.scratch)
+                pushed = await self._caches.push(job.vertices, provider, job.exported.tags)
+                response = {**response, "containerimage.digest": pushed}
+        elif job.exported.output is not Output.NONE:
             await self._send(job, session, image)
+        return {**response, **await self._export_caches(job, session, image)}
+
+    async def _export_caches(self, job: Job, session: Session, image: Digest) -> Mapping[str, str]:
+        """Export the steps of the build to the places of ``--cache-to``.  Raises: SkepError."""
+        if not job.cache_exports or image not in job.built:
             return {}
-        return self._exported(job, image)
+        provider = ClientProvider(session, self.contexts.scratch)
+        return await self._caches.export(job.vertices, session, provider, job.cache_exports, job.built[image])
 
     async def _send(self, job: Job, session: Session, image: Digest) -> None:
         """Give the client the files of the result.  Raises: SkepError."""
@@ -271,7 +299,6 @@ class Solver:
     async def _build(self, job: Job, session: Session, build: Asked, attributes: Mapping[str, str]) -> Digest:
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for its record
-        self._say_what_caches_are_for(job, build)
         if build.request:
             raise Unimplemented(f"unsupported request {build.request}")
         provider = ClientProvider(session, self.contexts.scratch)
@@ -297,6 +324,8 @@ class Solver:
                     has_host_network="network.host" in job.request.entitlements,
                 ),
                 directories={name: opening(source, None) for name, source in build.directories.items()},
+                step_sources=await self._step_sources(job, session, build, provider),
+                inline_cache=build.inline_cache or any(one.type == "inline" for one in job.cache_exports),
             )
             open_context = opening(build.context, definition.ignored, remote[0] if remote else None)
             work = self._builds.build(request, open_context, job.vertices, provider)
@@ -304,7 +333,19 @@ class Solver:
                 result = await run_unless(work, session.wait_closed())
             except Preempted as error:
                 raise Unavailable("the client of the build is gone") from error
+        job.built[result.image_id] = result
         return result.image_id
+
+    async def _step_sources(
+        self, job: Job, session: Session, build: Asked, provider: ClientProvider
+    ) -> tuple[StepSource, ...]:
+        """Open the sources of ``--cache-from``.  They never fail a build."""
+        entries: list[CacheEntry] = []
+        for entry in (*build.cache_sources, *job.cache_imports):  # buildx names the same ones in both places
+            entries += [entry] if entry not in entries else []
+        if not build.use_cache:
+            return ()
+        return await self._caches.sources(job.vertices, session, provider, entries)
 
     async def _answered(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
         """Respond to a request that does not build.  Raises: SkepError."""
@@ -320,20 +361,6 @@ class Solver:
         """Variables of the base images, read here: the image store belongs to the event loop's thread."""
         names = await asyncio.to_thread(requests.base_names, text, build)
         return {name: self._builds.env_of(name) for name in names}.get
-
-    def _say_what_caches_are_for(self, job: Job, build: Asked) -> None:
-        """Warn of ``--cache-from`` and ``--cache-to`` that have no effect.  They never fail a build."""
-        cache = job.request.cache
-        sources = [*build.cache_sources, *cache.import_refs]
-        sources += [entry.attrs.get("ref") or entry.type for entry in cache.imports]
-        for source in dict.fromkeys(sources):
-            with job.vertices.doing(f"importing cache manifest from {source}") as vertex:
-                if self._builds.env_of(source) is None:
-                    job.vertices.warn(vertex, f"cache source {source} is not used: {_OWN_STEPS}")
-        exports = [*build.cache_exports, *(entry.type for entry in cache.exports)]
-        for kind in dict.fromkeys([*exports, *(["registry"] if cache.export_ref else [])]):
-            with job.vertices.doing(f"exporting {kind} cache") as vertex:
-                job.vertices.warn(vertex, f"the {kind} cache is not exported: {_OWN_STEPS}")
 
     async def _session_of(self, session: Session, source: Source) -> Session:
         return await self._sessions.get(source.session) if source.session else session

@@ -5,6 +5,7 @@ Pure; the bytes are those that Docker would write, as far as it has the fields.
 Source: moby 20.10, image/image.go (NewChildImage), daemon/images/image_commit.go.
 """
 
+import base64
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,11 @@ EMPTY_LAYER = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ac
 Source: moby, layer/empty.go (DigestSHA256EmptyTar).
 """
 
+INLINE_CACHE = "moby.buildkit.cache.v0"
+"""Field of a configuration with the steps of the image's build.
+
+Source: buildkit, exporter/containerimage/exptypes, cache/remotecache/import.go (image.Cache).
+"""
 _KEPT = ("architecture", "os", "variant", "os.version", "os.features")
 """What an image has from the one that it is made from, besides layers and history."""
 
@@ -104,6 +110,24 @@ def not_newer(content: bytes, created: str, inherited: int) -> bytes:
         if str(entry.get("created") or "~").rstrip("Z") > created.rstrip("Z"):
             entry["created"] = created
     return msgspec.json.encode({**document, "history": history}, order="sorted")
+
+
+def with_cache(content: bytes, cache: bytes) -> bytes:
+    """Return a configuration with the steps of its build, as BuildKit keeps them (``step_records``)."""
+    document = {**_decoded(content), INLINE_CACHE: base64.b64encode(cache).decode()}
+    return msgspec.json.encode(document, order="sorted")
+
+
+def cache_in(content: bytes) -> bytes:
+    """Return what ``with_cache`` put into a configuration.  Empty without it.  Raises: InvalidArgument."""
+    try:
+        return base64.b64decode(msgspec.json.decode(content, type=_Cached).cache or "", validate=True)
+    except (ValueError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"invalid cache in an image configuration: {error}") from error
+
+
+class _Cached(msgspec.Struct, frozen=True):
+    cache: str | None = msgspec.field(name=INLINE_CACHE, default=None)
 
 
 def _entry(step: Step, *, has_layer: bool) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
 from skep.engine.images.manifests import Descriptor, Manifest, decoded, require_image
 from skep.engine.images.platforms import Platform, choose, parse_platform, require_platform
-from skep.engine.images.progress import Message, Report, step, transfer
+from skep.engine.images.progress import Message, Report, quiet, step, transfer
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import (
     OCI_MANIFEST,
@@ -174,6 +174,32 @@ async def inspect(
     )
 
 
+async def small_blob(repository: Repository, digest: str, bytes_max: int) -> bytes:
+    """Return a blob that fits into memory.  Raises: InvalidArgument: it is larger, or another one; as ``blob``."""
+    async with repository.blob(digest) as (_, pieces):
+        content = await _whole(pieces, bytes_max)
+    if digest_of(content) != digest:
+        raise InvalidArgument(f"image verification failed for digest {digest}")
+    return content
+
+
+async def fetch_layer(
+    images: LocalImages, repository: Repository, descriptor: Descriptor, chain_id: Digest, diff_id: str
+) -> None:
+    """Fetch one layer into the store, unless it is there.  Its chain is pinned by the caller.
+
+    Raises: InvalidArgument: it is not the layer ``diff_id``; UnpackFailed; as ``Repository.blob``.
+    """
+    async with _lock(_layers, (images, chain_id)), images.workspace("layer") as directory:
+        if images.layer_store.get(chain_id) is not None:
+            return
+        try:
+            path = await _download(repository, images, descriptor, directory / "layer", quiet)
+            await _unpack(images, path, descriptor, chain_id, diff_id, quiet)
+        finally:
+            images.arriving.discard(descriptor.digest)
+
+
 async def _inspected(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
     try:
         document = await repository.manifest(reference.digest or reference.tag, bytes_max)
@@ -184,10 +210,7 @@ async def _inspected(repository: Repository, reference: Reference, bytes_max: in
     manifest = decoded(document)
     platforms = [one.platform for one in manifest.manifests or () if one.platform]
     if manifest.config is not None:
-        async with repository.blob(manifest.config.digest) as (_, pieces):
-            content = await _whole(pieces, _CONFIG_BYTES_MAX)
-        if digest_of(content) != manifest.config.digest:
-            raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
+        content = await small_blob(repository, manifest.config.digest, _CONFIG_BYTES_MAX)
         config = parse_config(content)
         platforms = [{"architecture": config.architecture, "os": config.os}]
     return _described(document, manifest, platforms)

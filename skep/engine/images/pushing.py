@@ -126,7 +126,7 @@ class _Push:
         await self._blob(Upload(digest=image.id, size=len(config), content=config))
         blobs = [self._pushed[diff_id] for diff_id in image.config.diff_ids]
         manifest = await asyncio.to_thread(_manifest_for, self._images, image, config, blobs)
-        await attempted(lambda: self._put_manifest(tag, manifest))
+        await put_manifest(self._repository, tag, manifest)
         self._report(Message(status=f"{tag.tag}: digest: {manifest.digest} size: {len(manifest.content)}"))
         if self._images.resolve(image.id) is not None:
             await self._images.add(config, (self._name.with_digest(manifest.digest),))
@@ -179,16 +179,22 @@ class _Push:
             mounted = await send(self._repository, upload, sent, waiting)
         return f"Mounted from {mounted}" if mounted else "Pushed"
 
-    async def _put_manifest(self, tag: Reference, manifest: Document) -> None:
-        async with self._repository.request(
+
+async def put_manifest(repository: Repository, tag: Reference, manifest: Document) -> None:
+    """Give a manifest, whose blobs are there, to a registry under a tag.  Raises: Refused, RegistryError."""
+
+    async def put() -> None:
+        async with repository.request(
             "PUT",
-            f"{self._repository.path}/manifests/{tag.tag}",
+            f"{repository.path}/manifests/{tag.tag}",
             headers={"Content-Type": manifest.media_type},
             content=manifest.content,
             timeout=SHORT_TIMEOUT,
         ) as response:
             await check(response)
             require_digest(response, manifest.digest)
+
+    await attempted(put)
 
 
 _blobs: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -247,6 +253,11 @@ def _kept(content: bytes) -> Manifest | None:
 
 def _descriptor(media_type: str, size: int, digest: str) -> Mapping[str, object]:
     return {"mediaType": media_type, "size": size, "digest": digest}
+
+
+def layer_type(blob: Blob, kind: str) -> str:
+    """Return the media type of a layer in a manifest of the type ``kind``.  Blocks for a moment."""
+    return _ZSTD_TYPE if _begins_with(blob, _ZSTD) else _LAYER_TYPES[kind]
 
 
 def _begins_with(blob: Blob, magic: bytes) -> bool:

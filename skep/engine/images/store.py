@@ -32,6 +32,8 @@ from skep.engine.images.registry import (
     Denied,
     NoCredentials,
     RegistryError,
+    Repository,
+    at_endpoints,
     decode_credentials,
 )
 from skep.engine.images.removal import Users, ancestors_to_prune, removal
@@ -170,6 +172,21 @@ class ImageStore(LocalImages):
             if found is None:
                 raise
             return found
+
+    async def at_registry(
+        self,
+        reference: Reference,
+        auth: str,
+        action: Callable[[Repository], Awaitable[T]],
+        *,
+        to_push: bool = False,
+    ) -> T:
+        """Return the result of ``action`` with a repository of a registry.  Raises: as ``at_endpoints``."""
+        return await self._with_credentials(
+            reference.domain,
+            auth,
+            lambda known: at_endpoints(self.policy, reference, known, action, to_push=to_push),
+        )
 
     async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
         """Send an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""

@@ -319,9 +319,9 @@ async def test_a_request_that_cannot_be_built_is_refused(node: BuildLab) -> None
         ),
         (
             a_tar(good),
-            {"remote": "https://github.com/x/y.git"},
-            501,
-            "https://github.com/x/y.git is not fetched",
+            {"remote": "ftp://127.0.0.1/x"},
+            500,
+            "remoteURL (ftp://127.0.0.1/x) could not be recognized as URL",
         ),
         (a_tar(good), {"squash": "1"}, 400, "squash is only supported with experimental mode"),
         (a_tar(good), {"rm": "0"}, 200, "[Warning] --rm=false has no effect"),

@@ -91,18 +91,18 @@ def only_here() -> None:
 
 @pytest.mark.usefixtures("only_here")
 async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: BuildLab) -> None:
-    """A source that is missing is a warning; a local image is none.  buildx itself leaves out caches of services."""
+    """A source that is missing is a warning.  buildx itself leaves out caches of services."""
     context = lab.context("FROM busybox:1\nRUN date +%s%N > /when\n")
     code, output = await host.build(context, "-t", "first:1", "--build-arg", "BUILDKIT_INLINE_CACHE=1")
     assert code == 0, output
-    assert "the inline cache is not exported: steps are found that were built on this node" in output
+    assert "not exported" not in output
     for source in (
         "127.0.0.1:1/gone:latest",
         "type=registry,ref=127.0.0.1:1/gone:latest",
     ):
         code, output = await host.build(context, "-t", "next:1", "--cache-from", source)
         assert code == 0, output
-        assert "is not used: steps are found that were built on this node" in output, f"{source}: {output}"
+        assert "cache source 127.0.0.1:1/gone:latest is not used: " in output, f"{source}: {output}"
         assert "CACHED" in output
     code, output = await host.build(
         context, "-t", "next:1", "--cache-from", "first:1", "--cache-to", "type=inline"

@@ -1,0 +1,243 @@
+"""Results of the steps of one build: found on this node, found in a cache source, or committed as a new image.
+
+A step has two keys.  The local one begins with the id of the image before it, so it finds results of this node only.
+The shared one begins with the id of the stage's base image and has every instruction since, so it is the same on every
+node (``step_records``).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.engine.build import copies
+from skep.engine.build.bases import Bases
+from skep.engine.build.cache import StepCache, key_of
+from skep.engine.build.config import StageState
+from skep.engine.build.interface import FoundStep, Step, StepRecord, StepSource, WantedStep
+from skep.engine.build.stage import Made, Position
+from skep.engine.images import child
+from skep.engine.images.digest import Digest, chain_ids
+from skep.engine.images.image import ContainerDefaults, Image
+from skep.engine.images.platforms import this_platform
+from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.model.times import SECOND_NS, timestamp
+
+BUILDKIT = "buildkit.dockerfile.v0"
+_CONFIG_BYTES_MAX = 1 << 20
+
+
+class StepKey(msgspec.Struct, frozen=True):
+    """Keys of a step.  ``local``: of the index of this node; ``shared``: of caches that nodes exchange."""
+
+    local: str
+    shared: str
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A step that is about to be carried out: the stage after it, and what identifies it."""
+
+    state: StageState
+    container: dict[str, Any]
+    """Configuration of the step's container, as the history and Docker's classic cache have it."""
+    key: StepKey
+    line: str = ""
+    """Entry of the history.  Empty: the container's command."""
+    adds_layer: bool | None = None
+    """See ``WantedStep``."""
+
+
+class Results:
+    """Results of one build, and the position of its current stage."""
+
+    def __init__(self, bases: Bases, steps: StepCache, clock: Clock) -> None:
+        self._bases = bases
+        self._images = bases.images
+        self._request = bases.request
+        self._steps = steps
+        self._clock = clock
+        self._refused: set[str] = set()
+        """Cache sources that gave a wrong layer.  They are not asked again."""
+        self.position = Position(state=StageState(config=ContainerDefaults()), image=None)
+        self.inherited = 0
+        """Number of history entries that the stage's base image had before the build."""
+        self.uses_cache = self._request.use_cache
+        """Whether steps of the current stage may come from a cache."""
+        self._is_known_here = True
+        """Whether every step of the stage so far was found on this node."""
+        self.records: dict[str, StepRecord] = {}
+        """Steps of this build, by their shared keys."""
+
+    def begin_stage(self, *, uses_cache: bool) -> None:
+        """Start a stage."""
+        self.uses_cache = uses_cache
+        self._is_known_here = True
+
+    @property
+    def place(self) -> tuple[Position, int, bool, bool]:
+        """Where the current stage is.  It can be assigned to return to a stage."""
+        return self.position, self.inherited, self.uses_cache, self._is_known_here
+
+    @place.setter
+    def place(self, place: tuple[Position, int, bool, bool]) -> None:
+        self.position, self.inherited, self.uses_cache, self._is_known_here = place
+
+    @property
+    def may_be_cached(self) -> bool:
+        """Whether a lookup of the next step can find something."""
+        return self.uses_cache and (self._is_known_here or bool(self._request.step_sources))
+
+    @property
+    def state(self) -> StageState:
+        """The configuration of the stage so far."""
+        return self.position.state
+
+    @property
+    def chain(self) -> tuple[Digest, ...]:
+        """The layers of the stage so far."""
+        return self.position.image.chain if self.position.image is not None else ()
+
+    def change(
+        self,
+        state: StageState,
+        container: dict[str, Any],
+        line: str,
+        *more: str,
+        adds_layer: bool | None = None,
+    ) -> Change:
+        """Return a step from here to ``state``.
+
+        ``more``: Whatever else the result depends on.
+        """
+        kind: tuple[str, ...] = (BUILDKIT,) if self._request.is_buildkit else ()
+        if self._request.rewrites_times:
+            kind += (f"epoch={self._request.epoch_s}",)
+        options = {**container, "": [*kind, *more]} if kind or any(more) else container
+        image = self.position.image
+        key = StepKey(
+            local=key_of(self.position.image_id, options, state.author),
+            shared=key_of(image.link if image is not None else "", options, state.author),
+        )
+        return Change(state=state, container=container, key=key, line=line, adds_layer=adds_layer)
+
+    async def take_cached(self, step: Step, change: Change) -> bool:
+        """Whether the step's result is in a cache.  It is the position then."""
+        if not self.uses_cache:
+            return False
+        if await self._take_here(change) or await self._take_from_sources(step, change):
+            self._bases.progress.cached(step)
+            return True
+        return False
+
+    async def _take_here(self, change: Change) -> bool:
+        found = self._steps.find(change.key.local) if self._is_known_here else None
+        try:
+            made = await self._bases.usable(found) if found is not None else None
+        except (NotFound, OSError):
+            made = None
+        if made is None:
+            self._is_known_here = False
+            return False
+        self._reach(change, made)
+        return True
+
+    async def _take_from_sources(self, step: Step, change: Change) -> bool:
+        image = self.position.image
+        wanted = WantedStep(
+            key=change.key.shared,
+            diff_ids=tuple(image.config.diff_ids) if image is not None else (),
+            config=image.content if image is not None else None,
+            command=tuple(change.container.get("Cmd") or ()),
+            adds_layer=change.adds_layer,
+        )
+        for source in self._request.step_sources:
+            found = source.find(wanted) if source.name not in self._refused else None
+            if found is not None and await self._take_found(step, change, source, found):
+                return True
+        return False
+
+    async def _take_found(self, step: Step, change: Change, source: StepSource, found: FoundStep) -> bool:
+        """Make an image of a result of another node.
+
+        The index of this node does not get it: later builds without this source do not have to trust the source.
+        """
+        chain = self.chain
+        try:
+            if found.diff_id:
+                image = self.position.image
+                chain = chain_ids((*(image.config.diff_ids if image is not None else ()), found.diff_id))
+                await self._bases.stack.enter_async_context(self._images.pinned(chain))
+                await source.fetch(found, chain[-1])
+            await self._commit(change, diff_id=found.diff_id, chain=chain, created=found.created)
+        except (SkepError, OSError) as error:
+            self._refused.add(source.name)
+            self._bases.progress.warning(step, f"cache source {source.name} is not used: {error}")
+            return False
+        self._is_known_here = True  # steps on top of it may have been carried out here
+        return True
+
+    async def commit_changes(self, change: Change, upper: Path, *, without: Sequence[str] = ()) -> None:
+        """Make the changes in ``upper`` a layer, and an image with it."""
+        if self._request.rewrites_times and self._request.epoch_s is not None:
+            await asyncio.to_thread(copies.make_not_newer, upper, self._request.epoch_s * SECOND_NS)
+        image = self.position.image
+        below = Image(id=image.id, config=image.config) if image is not None else None
+        async with self._images.layer_of_changes(upper, below, without=without, take=True) as layer:
+            is_empty = layer.diff_id == child.EMPTY_LAYER
+            chain = self.chain if is_empty else (*self.chain, layer.chain_id)
+            await self._commit_new(change, layer.diff_id, chain)
+
+    async def commit(self, change: Change) -> None:
+        """Make an image of a step without a layer."""
+        await self._commit_new(change, "", self.chain)
+
+    async def _commit_new(self, change: Change, diff_id: str, chain: Sequence[Digest]) -> None:
+        created = timestamp(self._clock.now_ns())
+        image = await self._commit(change, diff_id=diff_id, chain=chain, created=created)
+        self._steps.note(change.key.local, image.id)
+
+    async def _commit(self, change: Change, *, diff_id: str, chain: Sequence[Digest], created: str) -> Image:
+        """Make an image of the step's result, and let it be the position."""
+        here, parent, line = this_platform(), self.position.image, change.line
+        step = child.Step(
+            created=created,
+            diff_id=diff_id,
+            created_by=line or " ".join(change.container.get("Cmd", ())),
+            author=change.state.author,
+            comment=BUILDKIT if line else "",
+        )
+        content = child.child_config(
+            parent.content if parent is not None else None,
+            step,
+            options_of(change.state.config),
+            more={} if line else {"container_config": change.container},
+            platform={"architecture": here.architecture, "os": here.os},
+        )
+        if len(content) > _CONFIG_BYTES_MAX:
+            raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
+        await self._bases.stack.enter_async_context(self._images.pinned(chain))
+        image = await self._images.add(
+            content, parent=parent.id if parent is not None else "", is_step=self._request.is_buildkit
+        )
+        self._reach(change, Made(id=image.id, content=content, config=image.config, chain=tuple(chain)))
+        return image
+
+    def _reach(self, change: Change, made: Made) -> None:
+        before = self.position.image
+        key = change.key.shared
+        self.records[key] = StepRecord(
+            key=key,
+            parent=before.link if before is not None else "",
+            diff_ids=tuple(map(Digest, made.config.diff_ids)),
+            created=made.config.created or "",
+        )
+        self.position = Position(state=change.state, image=msgspec.structs.replace(made, link=key))
+
+
+def options_of(config: ContainerDefaults) -> dict[str, Any]:
+    """Return the options of an image's containers by their names in JSON."""
+    options: dict[str, Any] = msgspec.to_builtins(config)
+    return options

@@ -1,0 +1,212 @@
+"""Cache sources of builds: where steps of other nodes are read from.
+
+An artifact or an image is read from a registry, a directory of the client, or the image store.  Its layers are fetched
+when a step needs them, and checked against the digests of the step before they are used.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+from skep.engine.build.interface import FoundStep, StepSource, WantedStep
+from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, CacheLayer, StepTable
+from skep.engine.images import child, pulling
+from skep.engine.images.digest import Digest, parse_digest
+from skep.engine.images.image import Image, ImageConfig, parse_config
+from skep.engine.images.manifests import Descriptor, Manifest, decoded
+from skep.engine.images.platforms import choose
+from skep.engine.images.reference import Reference
+from skep.engine.images.refusals import NOT_JSON
+from skep.engine.images.store import ImageStore
+from skep.errors import InvalidArgument, SkepError
+
+T = TypeVar("T")
+
+READ_S = 60.0
+"""For the records of a source.  A source that is slower is left out, since the build waits for it."""
+_IMAGE_CONFIG_BYTES_MAX = 8 << 20
+_BAD = (SkepError, OSError, TimeoutError, *NOT_JSON)
+"""What a source that is missing, refuses, or is malformed raises."""
+
+
+class Place(Protocol):
+    """Where manifests and blobs of a source are."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+
+    async def at(self, action: Callable[[pulling.Repository], Awaitable[T]]) -> T:
+        """Return the result of ``action`` with the place.  Raises: SkepError."""
+
+
+class RegistryPlace:
+    """A repository of a registry."""
+
+    def __init__(self, images: ImageStore, reference: Reference, auth: str) -> None:
+        """``auth``: The ``X-Registry-Auth`` value of the user for the registry."""
+        self._images = images
+        self._reference = reference
+        self._auth = auth
+        self.name = reference.familiar
+
+    async def at(self, action: Callable[[pulling.Repository], Awaitable[T]]) -> T:
+        """See ``Place``."""
+        return await self._images.at_registry(self._reference, self._auth, action)
+
+
+class FetchedSteps:
+    """Steps whose layers are fetched from a place."""
+
+    def __init__(self, images: ImageStore, place: Place, table: StepTable) -> None:
+        self._images = images
+        self._place = place
+        self._table = table
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+        return self._place.name
+
+    def find(self, step: WantedStep) -> FoundStep | None:
+        """See ``StepSource``."""
+        return self._table.find(step)
+
+    async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
+        """See ``StepSource``."""
+        descriptor = Descriptor(digest=found.blob, size=found.size)
+
+        async def fetch(repository: pulling.Repository) -> None:
+            await pulling.fetch_layer(self._images, repository, descriptor, chain_id, found.diff_id)
+
+        if self._images.layer_store.get(chain_id) is None:
+            await self._place.at(fetch)
+
+
+class ImageSteps:
+    """Steps in the configuration of an image of this node."""
+
+    def __init__(self, images: ImageStore, name: str, table: StepTable) -> None:
+        self._images = images
+        self.name = name
+        self._table = table
+
+    def find(self, step: WantedStep) -> FoundStep | None:
+        """See ``StepSource``."""
+        return self._table.find(step)
+
+    async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
+        """Raises: NotFound: the image was removed."""
+        self._images.layer_store.directory(chain_id)
+
+
+class HistorySteps:
+    """Steps in the history of an image of this node, as the classic builder compares them: by their commands.
+
+    Source: moby 20.10, image/cache/cache.go (ImageCache.GetCache, isValidParent, isValidConfig).
+    """
+
+    def __init__(self, images: ImageStore, name: str, config: ImageConfig) -> None:
+        self._images = images
+        self.name = name
+        self._config = config
+
+    def find(self, step: WantedStep) -> FoundStep | None:
+        """See ``StepSource``."""
+        before = (parse_config(step.config).history or ()) if step.config is not None else ()
+        own = self._config.history or ()
+        if len(own) <= len(before) or tuple(own[: len(before)]) != tuple(before):
+            return None
+        layers = tuple(self._config.diff_ids)
+        entry, count = own[len(before)], len(step.diff_ids)
+        if entry.created_by != " ".join(step.command) or layers[:count] != tuple(step.diff_ids):
+            return None
+        if step.adds_layer not in (None, not entry.empty_layer):
+            return None
+        if entry.empty_layer:
+            return FoundStep(created=entry.created or "")
+        return FoundStep(created=entry.created or "", diff_id=layers[count]) if count < len(layers) else None
+
+    async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
+        """Raises: NotFound: the image was removed."""
+        self._images.layer_store.directory(chain_id)
+
+
+def history_sources(images: ImageStore, names: Sequence[str]) -> tuple[StepSource, ...]:
+    """Return the images of ``--cache-from`` of a classic build that are on this node."""
+    found = [(name, images.lookup(name)) for name in names]
+    return tuple(HistorySteps(images, name, image.config) for name, image in found if image is not None)
+
+
+def image_source(images: ImageStore, image: Image, name: str) -> StepSource | None:
+    """Return the steps in the configuration of an image.  None if it has none.  Blocks.
+
+    Raises: SkepError; OSError; ValueError: the configuration is malformed.
+    """
+    content = images.config_file(image).read_bytes()
+    layers = [CacheLayer(blob=id, size=0, diff_id=id) for id in image.config.diff_ids]
+    table = _table_of_image(content, layers)
+    return ImageSteps(images, name, table) if table is not None else None
+
+
+async def read_source(images: ImageStore, place: Place, target: str) -> StepSource | None:
+    """Read the records of a cache artifact, or of an image.  None if the image has none.
+
+    ``target``: Tag or digest of its manifest.
+
+    Raises: InvalidArgument: it is missing, refused, slow or malformed.
+    """
+
+    async def load_records(repository: pulling.Repository) -> StepTable | None:
+        return await _table(repository, target, images.limits.manifest_bytes_max)
+
+    try:
+        async with asyncio.timeout(READ_S):
+            table = await place.at(load_records)
+    except _BAD as error:
+        reason = f"no response in {READ_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+        raise InvalidArgument(reason) from error
+    return FetchedSteps(images, place, table) if table is not None else None
+
+
+async def _table(repository: pulling.Repository, target: str, bytes_max: int) -> StepTable | None:
+    manifest = decoded(await pulling.attempted(lambda: repository.manifest(target, bytes_max)))
+    listed = manifest.manifests
+    if listed is None:
+        return await _table_of_manifest(repository, manifest)
+    config = next((one for one in listed if one.media_type == CACHE_CONFIG_TYPE), None)
+    if config is not None:
+        return await _table_of_artifact(repository, config, listed)
+    digest = parse_digest(choose(listed, None).digest)
+    chosen = decoded(await pulling.attempted(lambda: repository.manifest(digest, bytes_max)))
+    return await _table_of_manifest(repository, chosen)
+
+
+async def _table_of_manifest(repository: pulling.Repository, manifest: Manifest) -> StepTable | None:
+    config = manifest.config
+    if config is None:
+        raise InvalidArgument("an index within an index")
+    if config.media_type == CACHE_CONFIG_TYPE:
+        return await _table_of_artifact(repository, config, manifest.layers)
+    content = await pulling.small_blob(repository, config.digest, _IMAGE_CONFIG_BYTES_MAX)
+    diff_ids = parse_config(content).diff_ids
+    if len(diff_ids) != len(manifest.layers):
+        raise InvalidArgument("the manifest does not match the image's configuration")
+    layers = [
+        CacheLayer(blob=layer.digest, size=layer.size, diff_id=diff_id)
+        for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)
+    ]
+    return _table_of_image(content, layers)
+
+
+async def _table_of_artifact(
+    repository: pulling.Repository, config: Descriptor, blobs: Sequence[Descriptor]
+) -> StepTable:
+    content = await pulling.small_blob(repository, config.digest, CONFIG_BYTES_MAX)
+    return StepTable.of_config(content, {blob.digest: blob.size for blob in blobs})
+
+
+def _table_of_image(config: bytes, layers: Sequence[CacheLayer]) -> StepTable | None:
+    """Read the records of an image's configuration.  Raises: ValueError: they are malformed."""
+    cache = child.cache_in(config)
+    return StepTable.of_image(cache, layers) if cache else None

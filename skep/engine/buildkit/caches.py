@@ -1,0 +1,149 @@
+"""``--cache-from`` and ``--cache-to`` of BuildKit's clients: which sources a build has, and where its steps go.
+
+A source never fails a build: one that is missing, refused or malformed is a warning.  An export that fails does, unless
+its option ``ignore-error`` is set, as in BuildKit.
+
+Source: moby/buildkit, solver/llbsolver/solver.go (runCacheExporters), cache/remotecache/registry,
+cache/remotecache/local; moby, builder/builder-next/adapters/localinlinecache.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from skep.engine.build.interface import BuildResult, Provider, StepSource
+from skep.engine.build.step_exports import RegistryDestination, export_steps
+from skep.engine.build.step_records import chosen
+from skep.engine.build.step_sources import RegistryPlace, image_source, read_source
+from skep.engine.buildkit.content import ClientStore
+from skep.engine.buildkit.options import CacheEntry, is_true
+from skep.engine.buildkit.progress import Vertices
+from skep.engine.buildkit.sessions import Session
+from skep.engine.images.progress import Message
+from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.images.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Repository
+from skep.engine.images.store import ImageStore
+from skep.errors import InvalidArgument, SkepError
+
+SOURCES_MAX = 16
+"""Sources of one build.  Further ones are left out with a warning, since each may take a minute."""
+_INLINE = "inline"
+_PLACES = {"registry": "registry", "local": "client directory"}
+
+
+class Caches:
+    """Reads and writes the caches of builds, and pushes their images.  ``images``: Where the layers are."""
+
+    def __init__(self, images: ImageStore) -> None:
+        self._images = images
+
+    async def sources(
+        self, vertices: Vertices, session: Session, provider: Provider, entries: Sequence[CacheEntry]
+    ) -> tuple[StepSource, ...]:
+        """Return the sources that can be used.  The others are warnings."""
+        found: list[StepSource] = []
+        for number, entry in enumerate(entries):
+            with vertices.doing(f"importing cache manifest from {entry.name}") as vertex:
+                try:
+                    if number >= SOURCES_MAX:
+                        raise InvalidArgument(f"a build has at most {SOURCES_MAX} cache sources")
+                    source = await self._source(session, provider, entry)
+                except (SkepError, OSError, ValueError) as error:
+                    vertices.warn(vertex, f"cache source {entry.name} is not used: {error}")
+                else:
+                    found += [source] if source is not None else []
+        return tuple(found)
+
+    async def _source(self, session: Session, provider: Provider, entry: CacheEntry) -> StepSource | None:
+        if entry.type == "local":
+            store = ClientStore(session, entry.attrs.get("src", ""))
+            return await read_source(self._images, store, entry.attrs.get("digest", ""))
+        if entry.type != "registry":
+            raise InvalidArgument(f"type {entry.type} is not supported; use registry or local")
+        reference = _reference(entry)
+        image = self._images.lookup(str(reference))
+        if image is not None:
+            return await asyncio.to_thread(image_source, self._images, image, entry.name)
+        auth = await provider.credentials(reference.domain)
+        place = RegistryPlace(self._images, reference, auth)
+        source = await read_source(self._images, place, reference.digest or reference.tag)
+        if source is None:
+            raise InvalidArgument("the image has no cache; build it with --cache-to type=inline")
+        return source
+
+    async def export(
+        self,
+        vertices: Vertices,
+        session: Session,
+        provider: Provider,
+        entries: Sequence[CacheEntry],
+        result: BuildResult,
+    ) -> Mapping[str, str]:
+        """Export the steps of a build; returns what the client gets to know.  Raises: SkepError."""
+        response: dict[str, str] = {}
+        for entry in entries:
+            if entry.type == _INLINE:  # it is in the image
+                continue
+            with vertices.doing(f"exporting cache to {_PLACES.get(entry.type, entry.type)}") as vertex:
+                try:
+                    descriptor = await self._export(session, provider, entry, result)
+                except (SkepError, OSError) as error:
+                    if entry.type in _PLACES and not is_true(entry.attrs.get("ignore-error", "")):
+                        raise
+                    vertices.warn(vertex, f"cache {entry.name} is not exported: {error}")
+                else:
+                    response |= {"cache.manifest": descriptor} if descriptor else {}
+        return response
+
+    async def push(self, vertices: Vertices, provider: Provider, tags: Sequence[Reference]) -> str:
+        """Push an image by its tags; returns the digest of its manifest.  Raises: SkepError."""
+        digests: list[str] = []
+
+        def note(message: Message) -> None:
+            if isinstance(message.aux, Mapping) and "Digest" in message.aux:
+                digests.append(str(message.aux["Digest"]))
+
+        for tag in tags:
+            with vertices.doing(f"pushing {tag.familiar}"):
+                await self._images.push(tag, await provider.credentials(tag.domain), note)
+        return digests[0]
+
+    async def _export(
+        self, session: Session, provider: Provider, entry: CacheEntry, result: BuildResult
+    ) -> str:
+        if entry.type not in _PLACES:
+            raise InvalidArgument(f"type {entry.type} is not supported; use inline, registry or local")
+        mode = entry.attrs.get("mode", "min")
+        if mode not in ("min", "max"):
+            raise InvalidArgument(f"unsupported mode {mode} of a cache; use min or max")
+        records = chosen(result.records, result.last, is_max=mode == "max")
+        media_type = _media_type(entry.attrs)
+        if entry.type == "local":
+            store = ClientStore(session, entry.attrs.get("dest", ""))
+            return await export_steps(self._images, records, store, media_type=media_type)
+        reference = _reference(entry)
+
+        async def push(repository: Repository) -> str:
+            destination = RegistryDestination(repository, reference)
+            return await export_steps(self._images, records, destination, media_type=media_type)
+
+        auth = await provider.credentials(reference.domain)
+        return await self._images.at_registry(reference, auth, push, to_push=True)
+
+
+def _reference(entry: CacheEntry) -> Reference:
+    if not entry.attrs.get("ref"):
+        raise InvalidArgument(f"a {entry.type} cache needs the option ref")
+    return parse_reference(entry.attrs["ref"]).with_default_tag()
+
+
+def _media_type(attributes: Mapping[str, str]) -> str:
+    """Return the type of the manifest to write.
+
+    Source: buildkit, cache/remotecache/registry/registry.go (ResolveCacheExporterFunc).
+    """
+    is_oci = is_true(attributes.get("oci-mediatypes", "true"))
+    if is_true(attributes.get("image-manifest", "true" if is_oci else "false")):
+        if not is_oci:
+            raise InvalidArgument("image-manifest=true needs oci-mediatypes=true")
+        return OCI_MANIFEST
+    return OCI_INDEX if is_oci else DOCKER_LIST

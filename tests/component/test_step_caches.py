@@ -1,0 +1,416 @@
+"""Caches of build steps: what one node exports, another one finds; sources that lie change nothing."""
+
+import json
+from base64 import b64decode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.engine.build.builder import Builder
+from skep.engine.build.interface import BuildRequest, BuildResult, StepSource, WantedStep
+from skep.engine.build.step_exports import export_steps
+from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, StepTable
+from skep.engine.build.step_sources import history_sources, read_source
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.caches import SOURCES_MAX, Caches
+from skep.engine.buildkit.options import CacheEntry
+from skep.engine.buildkit.progress import BuildLog, Vertices
+from skep.engine.images.child import INLINE_CACHE
+from skep.engine.images.digest import digest_of
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.registry import OCI_MANIFEST, Document
+from skep.engine.images.store import ImageStore
+from skep.engine.images.uploads import Upload
+from skep.errors import InvalidArgument, NotFound, SkepError
+from tests.support.registry_rig import docker_registry, guarded_registry
+
+pytestmark = pytest.mark.needs("root")
+
+DOCKERFILE = """FROM scratch AS tools
+COPY tool /tool
+ENV TOOL=1
+FROM scratch
+COPY first /first
+LABEL step=two
+COPY --from=tools /tool /tool
+COPY second /second
+"""
+
+AUTH = urlsafe_b64encode(json.dumps({"username": "user", "password": "secret"}).encode()).decode()
+
+
+class Node:
+    """A node that builds, without containers, with a context of its own."""
+
+    def __init__(self, place: Path, images: ImageStore) -> None:
+        self.images = images
+        engine: Any = SimpleNamespace(images=images)
+        self.builder = Builder(engine, place / "builds", SystemClock())
+        self.caches = Caches(images)
+        self.context = place / "context"
+        self.context.mkdir()
+        for name in ("tool", "first", "second"):
+            (self.context / name).write_text(name)
+        self.log = BuildLog()
+        self.vertices = Vertices("r", self.log, SystemClock().now_ns)
+        self.progress = MagicMock()
+        self.provider: Any = SimpleNamespace(credentials=self.credentials)
+        self.auth = ""
+
+    async def credentials(self, _domain: str) -> str:
+        return self.auth
+
+    async def build(
+        self,
+        *sources: CacheEntry,
+        dockerfile: str = DOCKERFILE,
+        inline: bool = False,
+        tag: str = "",
+        also: tuple[StepSource, ...] = (),
+        is_buildkit: bool = True,
+    ) -> BuildResult:
+        """Build the context with cache sources."""
+
+        async def open_context() -> Path:
+            return self.context
+
+        self.progress.reset_mock()
+        found = await self.caches.sources(self.vertices, MagicMock(), self.provider, sources)
+        request = BuildRequest(
+            dockerfile=dockerfile,
+            is_buildkit=is_buildkit,
+            step_sources=(*found, *also),
+            inline_cache=inline,
+            tags=(parse_reference(tag).with_default_tag(),) if tag else (),
+        )
+        return await self.builder.build(request, open_context, self.progress)
+
+    async def export(self, result: BuildResult, **attributes: str) -> str:
+        """``--cache-to type=registry``."""
+        entry = CacheEntry("registry", {name.replace("_", "-"): text for name, text in attributes.items()})
+        response = await self.caches.export(self.vertices, MagicMock(), self.provider, [entry], result)
+        return response["cache.manifest"]
+
+    @property
+    def cached(self) -> list[str]:
+        """Instructions that came from a cache in the last build."""
+        return [call.args[0].text for call in self.progress.cached.call_args_list]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the last build and its sources warned of."""
+        said = [call.args[1] for call in self.progress.warning.call_args_list]
+        return said + self.log_warnings()
+
+    def log_warnings(self) -> list[str]:
+        """Warnings of sources and exports."""
+        found = []
+        for event in self.log._events:
+            found += [one.short.decode() for one in pb.StatusResponse.FromString(event).warnings]
+        return found
+
+    def text(self, result: BuildResult, name: str) -> str:
+        """A file of an image."""
+        for directory in self.images.layers(self.images.get(result.image_id)):
+            if (directory / name).is_file():
+                return (directory / name).read_text()
+        raise FileNotFoundError(name)
+
+
+async def a_node(place: Path) -> Node:
+    place.mkdir()
+    images = ImageStore(place / "images")
+    await images.open()
+    return Node(place, images)
+
+
+@pytest.fixture
+async def one(tmp_path: Path) -> Node:
+    return await a_node(tmp_path / "one")
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> Node:
+    return await a_node(tmp_path / "two")
+
+
+@pytest.fixture
+async def registry(tmp_path: Path) -> AsyncIterator[str]:
+    async with docker_registry(tmp_path / "registry") as address:
+        yield address
+
+
+def of_registry(ref: str) -> CacheEntry:
+    return CacheEntry("registry", {"ref": ref})
+
+
+LAST_STAGE = ["COPY first /first", "LABEL step=two", "COPY --from=tools /tool /tool", "COPY second /second"]
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"image_manifest": "false"}, {"image_manifest": "false", "oci_mediatypes": "false"}]
+)
+async def test_steps_of_one_node_are_found_by_another(
+    one: Node, two: Node, registry: str, form: dict[str, str]
+) -> None:
+    built = await one.build()
+    descriptor = json.loads(await one.export(built, ref=f"{registry}/cache:1", mode="max", **form))
+    assert descriptor["digest"].startswith("sha256:")
+    again = await two.build(of_registry(f"{registry}/cache:1"))
+    assert two.cached == ["COPY tool /tool", "ENV TOOL=1", *LAST_STAGE]
+    assert again.image_id == built.image_id, "times are those of the first build"
+    assert two.text(again, "second") == "second"
+    assert two.warnings == []
+
+
+async def test_the_mode_min_has_the_steps_of_the_target_only(one: Node, two: Node, registry: str) -> None:
+    await one.export(await one.build(), ref=f"{registry}/cache:1")
+    again = await two.build(of_registry(f"{registry}/cache:1"))
+    assert two.cached == LAST_STAGE, "the other stage is carried out, and gives the same files"
+    assert two.text(again, "tool") == "tool"
+
+
+async def test_an_image_is_a_cache_of_its_own_steps(one: Node, two: Node, registry: str) -> None:
+    reference = parse_reference(f"{registry}/app:1")
+    built = await one.build(inline=True, tag=str(reference))
+    assert (await one.build(inline=True)).image_id == built.image_id, "a rebuild gives the same image"
+    await one.images.push(reference, "")
+    again = await two.build(of_registry(str(reference)), inline=True)
+    assert two.cached == LAST_STAGE
+    assert again.image_id == built.image_id
+    await two.images.pull(str(reference))
+    await two.build(of_registry(str(reference)))
+    assert two.cached[-4:] == LAST_STAGE, "of an image that is here, nothing is fetched"
+
+
+async def test_a_changed_file_is_a_step_of_its_own(one: Node, two: Node, registry: str) -> None:
+    await one.export(await one.build(), ref=f"{registry}/cache:1", mode="max")
+    (two.context / "first").write_text("changed")
+    again = await two.build(of_registry(f"{registry}/cache:1"))
+    assert two.cached == ["COPY tool /tool", "ENV TOOL=1"]
+    assert two.text(again, "first") == "changed"
+    assert two.text(again, "second") == "second"
+
+
+async def test_later_builds_do_not_trust_a_source_that_they_do_not_name(
+    one: Node, two: Node, registry: str
+) -> None:
+    await one.export(await one.build(), ref=f"{registry}/cache:1", mode="max")
+    await two.build(of_registry(f"{registry}/cache:1"))
+    await two.build()
+    assert two.cached == []
+
+
+async def test_the_users_credentials_are_for_the_registry(one: Node, two: Node, tmp_path: Path) -> None:
+    async with guarded_registry(tmp_path / "guarded") as address:
+        built = await one.build()
+        with pytest.raises(SkepError, match="no basic auth credentials"):
+            await one.export(built, ref=f"{address}/cache:1")
+        one.auth = AUTH
+        await one.export(built, ref=f"{address}/cache:1")
+        await two.build(of_registry(f"{address}/cache:1"))
+        assert two.cached == []
+        assert "no basic auth credentials" in two.warnings[0]
+        two.auth = AUTH
+        await two.build(of_registry(f"{address}/cache:1"), dockerfile=DOCKERFILE + "LABEL more=1\n")
+        assert "COPY first /first" in two.cached
+
+
+def blobs(directory: Path) -> Sequence[Path]:
+    """Files of the blobs of a registry."""
+    return sorted((directory / "files/docker/registry/v2/blobs").rglob("data"))
+
+
+def is_json(path: Path) -> bool:
+    return path.read_bytes().startswith(b"{")
+
+
+async def test_a_layer_that_is_another_one_is_not_used(
+    one: Node, two: Node, registry: str, tmp_path: Path
+) -> None:
+    await one.export(await one.build(), ref=f"{registry}/cache:1", mode="max")
+    for path in blobs(tmp_path / "registry"):
+        if not is_json(path):
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    again = await two.build(of_registry(f"{registry}/cache:1"))
+    assert two.cached == []
+    assert two.text(again, "second") == "second"
+    assert any("verification failed" in text for text in two.warnings), two.warnings
+
+
+class Artifact:
+    """A cache in memory, of which a test may change the configuration."""
+
+    name = "a lie"
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.manifest_bytes = b""
+
+    async def put(self, upload: Upload) -> None:
+        self.blobs[upload.digest] = upload.path.read_bytes() if upload.path else upload.content
+
+    async def put_manifest(self, document: Document) -> None:
+        self.manifest_bytes = document.content
+
+    async def at(self, action: Any) -> Any:
+        return await action(self)
+
+    async def manifest(self, _target: str, _bytes_max: int) -> Document:
+        return Document(self.manifest_bytes, OCI_MANIFEST)
+
+    @asynccontextmanager
+    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield self.blobs[digest][start:]
+
+        if digest not in self.blobs:
+            raise NotFound("blob unknown to registry")
+        yield start, pieces()
+
+    def mistrust(self, _digest: str) -> bool:
+        return False
+
+    def change(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change the records, with a manifest that fits."""
+        manifest = json.loads(self.manifest_bytes)
+        config = json.loads(self.blobs[manifest["config"]["digest"]])
+        change(config)
+        content = json.dumps(config).encode()
+        manifest["config"] |= {"digest": digest_of(content), "size": len(content)}
+        self.blobs[digest_of(content)] = content
+        self.manifest_bytes = json.dumps(manifest).encode()
+
+
+def swap_layers(config: dict[str, Any]) -> None:
+    """Each layer is said to be another one's content."""
+    layers = config["layers"]
+    blobs = [layer["blob"] for layer in layers]
+    for layer, blob in zip(layers, blobs[1:] + blobs[:1], strict=True):
+        layer["blob"] = blob
+
+
+def swap_parents(config: dict[str, Any]) -> None:
+    """Layers lie on top of others than those of the build."""
+    layers = config["layers"]
+    for number, layer in enumerate(layers):
+        layer["parent"] = -1 if layer["parent"] >= 0 else (number + 1) % len(layers)
+
+
+def tie_rings(config: dict[str, Any]) -> None:
+    """Layers lie on top of each other."""
+    for number, layer in enumerate(config["layers"]):
+        layer["parent"] = number
+
+
+def point_nowhere(config: dict[str, Any]) -> None:
+    """Results name layers that are not there."""
+    for record in config["records"]:
+        record["layers"] = [{"layer": number, "createdAt": "2026-01-01T00:00:00Z"} for number in (-7, 99)]
+
+
+def give_odd_times(config: dict[str, Any]) -> None:
+    """Times are no times."""
+    for record in config["records"]:
+        record["layers"][0]["createdAt"] = "yesterday" * 1000
+
+
+def give_odd_digests(config: dict[str, Any]) -> None:
+    """Blobs have names that are no digests."""
+    for layer in config["layers"]:
+        layer["blob"] = "sha256:../../../etc/passwd"
+
+
+@pytest.mark.parametrize(
+    "lie", [swap_layers, swap_parents, tie_rings, point_nowhere, give_odd_times, give_odd_digests]
+)
+async def test_records_that_lie_change_nothing(
+    one: Node, two: Node, lie: Callable[[dict[str, Any]], None]
+) -> None:
+    built, artifact = await one.build(), Artifact()
+    await export_steps(one.images, built.records, artifact, media_type=OCI_MANIFEST)
+    artifact.change(lie)
+    source = await read_source(two.images, artifact, "latest")
+    assert source is not None
+    again = await two.build(also=(source,))
+    assert not any(text.startswith("COPY") for text in two.cached), "steps without files may be right"
+    assert [two.text(again, name) for name in ("first", "tool", "second")] == ["first", "tool", "second"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"layers": 7}',
+        b"[" * 100_000,
+        b'{"records": [{"digest": 1}]}',
+        b'{"records": [' + b"{}," * 20_000 + b"{}]}",
+        b" " * (CONFIG_BYTES_MAX + 1),
+    ],
+)
+async def test_records_that_cannot_be_read_are_refused(one: Node, content: bytes) -> None:
+    artifact = Artifact()
+    await artifact.put(Upload(digest=digest_of(content), size=len(content), content=content))
+    config = {"mediaType": CACHE_CONFIG_TYPE, "digest": digest_of(content), "size": len(content)}
+    manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": []}
+    artifact.manifest_bytes = json.dumps(manifest).encode()
+    with pytest.raises(InvalidArgument):
+        await read_source(one.images, artifact, "latest")
+
+
+async def test_sources_that_are_not_there_are_warnings(one: Node, registry: str) -> None:
+    sources = [of_registry(f"{registry}/gone:1"), of_registry("127.0.0.1:1/gone:1"), of_registry("bad//name")]
+    sources += [of_registry(""), CacheEntry("s3"), CacheEntry("local", {"src": "/x"})]
+    sources += [of_registry("127.0.0.1:1/gone:1")] * SOURCES_MAX
+    await one.build(*sources)
+    assert len(one.warnings) == len(sources)
+    assert all(text.startswith("cache source ") for text in one.warnings)
+
+
+async def test_an_image_with_odd_records_is_a_warning(one: Node, two: Node) -> None:
+    built = await one.build(inline=True, tag="app:1")
+    content = json.loads(one.images.config_file(one.images.get(built.image_id)).read_bytes())
+    assert json.loads(b64decode(content[INLINE_CACHE]))[0]["digest"].startswith("sha256:")
+    for cache in ("!", "AA==", "W10=", 7):
+        await one.images.add(
+            json.dumps({**content, INLINE_CACHE: cache}).encode(), (parse_reference("odd:1"),)
+        )
+        await one.build(of_registry("odd:1"))
+    assert len(one.warnings) == 3, "an empty list is no fault"
+
+
+async def test_buildkits_own_records_are_read_and_fit_no_step(one: Node) -> None:
+    """As BuildKit 0.12 writes them, with chained results and selectors."""
+    records = (
+        b'[{"layers":[{"layer":0,"createdAt":"2024-01-01T00:00:00.5Z"}],"digest":"sha256:aa","inputs":'
+        b'[[{"selector":"sha256:bb","link":1}],[{"link":2}]]},{"digest":"random:cc"},'
+        b'{"digest":"sha256:dd","chains":[{"layers":[0,1],"createdAt":"2024-01-01T00:00:00Z"}]}]'
+    )
+    table = StepTable.of_image(records, [])
+    assert len(table) == 3
+    assert table.find(WantedStep(key="aa")) is None
+
+
+async def test_the_classic_builder_finds_steps_in_the_history_of_an_image(
+    one: Node, two: Node, registry: str
+) -> None:
+    """As an engine, of images that are here, by their commands; a source that is not here is passed over."""
+    name = f"{registry}/app:1"
+    built = await one.build(is_buildkit=False, tag=name)
+    await one.images.push(parse_reference(name), "")
+    await two.images.pull(name)
+    sources = history_sources(two.images, [name, "gone:1", "bad//name"])
+    again = await two.build(also=sources, is_buildkit=False)
+    assert two.cached == LAST_STAGE
+    assert two.images.get(again.image_id).chain == one.images.get(built.image_id).chain
+    (two.context / "second").write_text("changed")
+    again = await two.build(also=sources, is_buildkit=False)
+    assert two.cached[-3:] == LAST_STAGE[:3]
+    assert two.text(again, "second") == "changed"
