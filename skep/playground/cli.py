@@ -127,7 +127,7 @@ def up(
             "published TCP and UDP ports answer at 127.0.0.1 of this machine (skep playground ps lists them)"
         )
     if relay and tls:
-        local = _finish(ground.relayed(PORT))
+        local = _finish(ground.wait_relayed(PORT))
         click.echo(
             f"users: skep user add NAME --role viewer --context --address tcp://127.0.0.1:{local} "
             f"--ca {authority_file(directory.resolve())}"
