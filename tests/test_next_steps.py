@@ -18,7 +18,7 @@ STATES = ("NotFound", "FailedPrecondition")
 """What a user has to change something about: what is named, or its state."""
 
 COMMAND = re.compile(r"\b(skep|docker) [a-z-]|(^|\s)-{1,2}[a-z]")
-ADVICE = re.compile(r"([:;,] |\n)(create|deploy|mend|name|recover) ")
+ADVICE = re.compile(r"([:;,.] |\n)([Cc]reate|[Dd]eploy|[Ff]ix|[Nn]ame|[Rr]ecover) ")
 CAUSES_ALONE = {
     "the task is …: …": "its service is removed again, so there is nothing left to look at",
 }

@@ -1,4 +1,4 @@
-"""``skep explain``: why a service, task, node or network is not as wanted."""
+"""``skep explain``: the reason why an object is not in its desired state."""
 
 import time
 from collections import Counter
@@ -106,7 +106,7 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
         f": {message}" if message else ""
     )
     if status["State"] == "down":
-        yield "  its tasks run elsewhere when it was silent for too long; if it is lost for good: skep node forget"
+        yield "  its tasks move to other nodes after its grace period; if it is lost for good: skep node forget"
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield f"  it gets no tasks: its availability is {word} (docker node update --availability active)"
@@ -202,7 +202,7 @@ def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterat
     yield f"{name}: {explanation['Summary']}"
     state, wanted = explanation["State"], explanation["DesiredState"]
     yield f"  {state} for {age(explanation['Since'], now)}" + (
-        f", wanted: {wanted}" if wanted != state else ""
+        f", desired: {wanted}" if wanted != state else ""
     )
     yield from (f"  {line}" for line in _end(explanation.get("End") or {}))
     rows = sorted(_row(node) for node in explanation.get("Nodes") or ())

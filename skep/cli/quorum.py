@@ -49,17 +49,17 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
     answering, needed = len(managers) - len(silent), len(managers) // 2 + 1
-    verb = "answers" if answering == 1 else "answer"
+    verb = "responds" if answering == 1 else "respond"
     missing = f" ({', '.join(silent)} {'does' if len(silent) == 1 else 'do'} not)" if silent else ""
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
-    yield "what follows is this manager's state of that time; containers go on running, nothing can be changed"
+    yield "what follows is the state of that time; containers keep running, nothing can be changed"
     if error := quorum.get("Error"):
         yield f"this manager itself: {error}"
     if answering < needed:
         count = needed - answering
         them = "it" if len(silent) == 1 else f"{count} of them"
-        yield f"either start {them} again, or repair the network to {them} (port 2377 and the peer port)"
+        yield f"either restart {them}, or repair the network to {them} (port 2377 and the peer port)"
         yield "or, if they are lost for good: skep cluster recover   (a plan is shown first; docs/guide/recovery.md)"
     else:
-        yield "the managers that answer are enough: see their logs, and `skep doctor network`, for why they elect none"
+        yield "the managers that respond are enough for a quorum: read their logs, and run `skep doctor network`"

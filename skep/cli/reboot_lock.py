@@ -103,7 +103,7 @@ def status(host: HostOptions, output: Output) -> None:
         async with host.client() as client:
             members, now = await maintenance.nodes_and_time(client)
             holders = await maintenance.holders_of(client)
-        lines = [maintenance.described(one, members, now) for one in holders] or ["no node has the lock"]
+        lines = [maintenance.described(one, members, now) for one in holders] or ["no node holds the lock"]
 
         is_late = any(one.is_overdue(now) for one in holders)
         rows = [msgspec.to_builtins(one) for one in holders]

@@ -105,8 +105,8 @@ def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
     answering = sum(bool(manager["IsReachable"]) for manager in managers)
     if 2 * answering > len(managers):
         raise FailedPrecondition(
-            f"{answering} of {len(managers)} managers answer, which is enough for a leader: see why they elect none by "
-            "skep doctor network and their logs"
+            f"{answering} of {len(managers)} managers respond, which is enough for a quorum: read their logs, or run "
+            "skep doctor network"
         )
 
 
@@ -155,7 +155,7 @@ def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) 
 def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     managers = quorum["Managers"]
     answering = sum(bool(one["IsReachable"]) for one in managers)
-    verb = "answers" if answering == 1 else "answer"
+    verb = "responds" if answering == 1 else "respond"
     yield (
         "NO LEADER",
         f"{answering} of {len(managers)} managers {verb}, {len(managers) // 2 + 1} are needed",
@@ -167,7 +167,7 @@ def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tu
         elif one["IsReachable"]:
             yield "answers", name
         else:
-            yield "GONE", f"{name}, silent for {duration(one.get('UnreachableSeconds', 0.0))}"
+            yield "LOST", f"{name}, no response for {duration(one.get('UnreachableSeconds', 0.0))}"
 
 
 def _is_here(manager: Mapping[str, Any], info: Mapping[str, Any]) -> bool:

@@ -86,7 +86,7 @@ def _from_helper(helper: str, server: str) -> dict[str, str]:
             [path, "get"], input=server.encode(), capture_output=True, timeout=_HELPER_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InvalidArgument(f"{program} does not answer: {type(error).__name__}") from error
+        raise InvalidArgument(f"{program} does not respond: {type(error).__name__}") from error
     if done.returncode:
         return {}
     try:

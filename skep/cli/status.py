@@ -1,4 +1,4 @@
-"""``skep status``: the cluster on one screen, as one of its nodes sees it, with a reason beside what is not well."""
+"""``skep status``: the cluster on one screen, as one node sees it, with the reason if something is not healthy."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from skep.model.task_end import printable
 from skep.model.times import SECOND_NS, unix_ns
 
 DEGRADED, LEADERLESS = 3, 4
-"""Exit codes: something is not as wanted; there is no leader.  0: all is well, 1: the node does not answer."""
+"""Exit codes: degraded, and no leader. 0: healthy. 1: the node does not respond."""
 
 _RESPONSE_TIMEOUT_S = 10.0
 _EARLIER_WITHIN_S = 60.0
@@ -35,7 +35,7 @@ _TASKS_COUNTED_MAX = 5_000
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
 UNREACHABLE = "unreachable"
-"""State of a manager that does not answer while there is no leader: whether its machine is down is not known."""
+"""State of a manager that does not respond while the cluster has no leader. Its machine may be up."""
 
 _NODE_LOST, _ON_ITS_WAY = 2, 4
 """Weights of problems (``Problem.Weight`` of an explanation)."""
@@ -229,7 +229,7 @@ def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
         if manager is None or manager["IsReachable"]:
             rows.append(msgspec.structs.replace(row, role=role))
             continue
-        silent = f"it has not answered for {duration(float(manager.get('UnreachableSeconds') or 0))}"
+        silent = f"no response for {duration(float(manager.get('UnreachableSeconds') or 0))}"
         why = "; ".join(filter(None, (silent, row.reason)))
         rows.append(
             msgspec.structs.replace(row, role=role, state=UNREACHABLE, is_reachable=False, reason=why)
@@ -499,7 +499,7 @@ def _headline(status: Status) -> str:
         if cluster.as_of:
             words.append(f"as of {clock_time(cluster.as_of)}:")
         words.append(f"{counted(len(managers), 'manager')}{leader}, {counted(workers, 'worker')}, {nodes}")
-        words.append(f"{well} of {counted(len(cluster.services), 'service')} as wanted")
+        words.append(f"{well} of {counted(len(cluster.services), 'service')} healthy")
     return "  ".join(words)
 
 

@@ -245,7 +245,7 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
     except Unavailable as error:
         text = str(error).rpartition("\n")[0]
         raise FailedPrecondition(
-            f"{text}\nnothing was changed: mend this, then the same command again"
+            f"{text}\nNothing was changed. Fix the problem and rerun the command."
         ) from error
     return found
 

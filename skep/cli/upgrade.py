@@ -493,7 +493,7 @@ class _Upgrade:
                 return await persistently(request, say)
         except TimeoutError:
             raise Unavailable(
-                f"no manager answers for {self._within_s:g} s (skep status at another manager)"
+                f"no manager has responded for {self._within_s:g} s (skep status at another manager)"
             ) from None
 
 
@@ -546,7 +546,7 @@ async def carry_out(
             await run.end()
             raise
         except asyncio.CancelledError:
-            say("interrupted: the same command with --continue goes on, skep upgrade --abort ends it")
+            say("interrupted: rerun the command with --continue to resume, or run skep upgrade --abort")
             raise
         await run.release()
     click.echo(f"{counted(count, 'node')} upgraded to {means.version}")

@@ -162,7 +162,7 @@ async def _wait_known(options: HostOptions) -> None:
                         break
                 await asyncio.sleep(backoff.next_delay_s())
     except TimeoutError:
-        error = error or f"{endpoint.host} does not answer"
+        error = error or f"{endpoint.host} does not respond"
     say(f"the user was added; the context does not work yet: {error}")
 
 

@@ -316,7 +316,7 @@ def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem
     if running + done >= wanted and not problems:
         if done:
             return f"{done} of {wanted} tasks done" + (f", {running} run" if running else ""), "", True
-        return f"{running} of {wanted} tasks run: as wanted", "", True
+        return f"{running} of {wanted} tasks run: healthy", "", True
     count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
     if not problems:
         reason = "its tasks are not created yet" if running < wanted else "its tasks are not replaced yet"

@@ -34,7 +34,7 @@ def test_a_service_without_a_node_says_which_filter_refused_and_its_task_what_ea
 def test_a_service_that_runs_says_so_and_its_failures_name_code_and_signal(m1: TestNode) -> None:
     create(m1, "web", 1)
     wait_running(m1, "web", 1)
-    assert explained(m1, "web").strip() == "web: 1 of 1 tasks run: as wanted"
+    assert explained(m1, "web").strip() == "web: 1 of 1 tasks run: healthy"
     words = ("--restart-condition", "none", "--detach", IMAGE, "sh", "-c", "exit 139")
     m1.docker("service", "create", "--name", "broken", *words)
     wait_until(lambda: "SIGSEGV" in explained(m1, "broken"), "the signal is named")

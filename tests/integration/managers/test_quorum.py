@@ -72,7 +72,7 @@ def says_so_at_once(node: TestNode) -> None:
         lambda: "NO LEADER" in (done := skep("status")).stdout and done, "the status tells of it"
     )
     assert status.returncode == 4
-    assert "1 of 2 managers answers (m2 does not)" in status.stdout
+    assert "1 of 2 managers responds (m2 does not)" in status.stdout
     assert "skep cluster recover" in status.stdout
     assert "SERVICE" in status.stdout, "what this manager knew"
     explained = skep("explain", "web")

@@ -98,7 +98,7 @@ def test_every_node_is_upgraded_under_load_and_a_bad_version_is_taken_back(
     assert {node["Spec"]["Availability"] for node in nodes.values()} == {"active"}
     assert Counter(seen.failed) == Counter()
     assert seen.count > 1_000
-    assert skep(cluster, "reboot-lock", "status").stdout == "no node has the lock\n"
+    assert skep(cluster, "reboot-lock", "status").stdout == "no node holds the lock\n"
 
 
 @pytest.fixture(scope="module")

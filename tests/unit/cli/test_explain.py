@@ -25,7 +25,7 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
     }
     assert list(about_task("web.1", task, NOW)) == [
         "web.1: no suitable node (insufficient resources on 2 nodes)",
-        "  pending for 3m 10s, wanted: running",
+        "  pending for 3m 10s, desired: running",
         "  all 2 nodes: 512000 MiB of memory requested, 24106 not reserved",
     ]
     task["Nodes"] = [{"Hostname": "w2", "Reasons": ["small"]}, {"Hostname": "m1", "Reasons": ["drained"]}]
@@ -95,7 +95,7 @@ def test_a_signal_that_skep_sent_is_not_named() -> None:
 
 
 def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> None:
-    service: dict[str, Any] = {"Summary": "4 of 4 tasks run: as wanted", "Reasons": [], "Failures": []}
+    service: dict[str, Any] = {"Summary": "4 of 4 tasks run: healthy", "Reasons": [], "Failures": []}
     service["Autoscaling"] = {
         "Min": 2,
         "Max": 10,
@@ -117,7 +117,7 @@ def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> 
 
 
 def test_a_paused_update_names_the_commands_that_go_on() -> None:
-    service: dict[str, Any] = {"Summary": "2 of 2 tasks run: as wanted", "Reasons": [], "Failures": []}
+    service: dict[str, Any] = {"Summary": "2 of 2 tasks run: healthy", "Reasons": [], "Failures": []}
     service["UpdateStatus"] = {"State": "paused", "Message": "manually paused"}
     line = "  it is paused: skep update resume web, or skep update abort web"
     assert line in list(about_service("web", service, NOW))

@@ -42,10 +42,10 @@ def test_the_lost_managers_are_named_and_so_is_the_state_that_is_kept() -> None:
     check(info, quorum)
     lines = shown(info, quorum, Kept(revision=1234, counts={"services": 4, "nodes": 5}))
     assert lines[:5] == [
-        "NO LEADER 1 of 3 managers answers, 2 are needed",
+        "NO LEADER 1 of 3 managers responds, 2 are needed",
         "here m1 (192.0.2.1:2377)",
-        "GONE m2 (192.0.2.2:2377), silent for 1m 15s",
-        "GONE m3 (192.0.2.3:2377), silent for 1m 15s",
+        "LOST m2 (192.0.2.2:2377), no response for 1m 15s",
+        "LOST m3 (192.0.2.3:2377), no response for 1m 15s",
         "kept revision 1234 of m1: 4 services, 5 nodes",
     ]
     assert not any(line.startswith("compare") for line in lines)
@@ -63,7 +63,7 @@ def test_another_manager_that_answers_may_have_more() -> None:
     ("swarm", "quorum", "reason"),
     [
         ({}, a_quorum(has_leader=True), "has a leader: there is nothing to recover"),
-        ({}, a_quorum("m3"), "2 of 3 managers answer, which is enough"),
+        ({}, a_quorum("m3"), "2 of 3 managers respond, which is enough"),
         ({"LocalNodeState": "inactive"}, None, "in no cluster: skep restore FILE"),
         ({"LocalNodeState": "locked"}, None, "docker swarm unlock"),
         ({"ControlAvailable": False}, None, "a worker: recover on a manager"),

@@ -93,7 +93,7 @@ def a_degraded_one() -> Status:
 def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_is_not_well() -> None:
     found = a_degraded_one()
     assert list(lines_of(found, Screen())) == [
-        "cluster  DEGRADED  1 manager (leader m1), 1 worker, 1 of 2 nodes ready  1 of 2 services as wanted",
+        "cluster  DEGRADED  1 manager (leader m1), 1 worker, 1 of 2 nodes ready  1 of 2 services healthy",
         "node  m1, skep 0.1.0",
         "",
         "NODE  ROLE    STATE  TASKS  LOAD  WHY",
@@ -232,11 +232,11 @@ def a_quorum(*responses: bool) -> dict[str, Any]:
 
 def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> None:
     reported = list(no_leader(a_quorum(True, False, False)))
-    assert reported[0] == "NO LEADER since 2026-11-21 18:38:04 UTC: 1 of 3 managers answers (m2, m3 do not)"
-    assert "start 1 of them again" in reported[2]
+    assert reported[0] == "NO LEADER since 2026-11-21 18:38:04 UTC: 1 of 3 managers responds (m2, m3 do not)"
+    assert "restart 1 of them" in reported[2]
     assert "skep cluster recover" in reported[3]
     reported = list(no_leader(a_quorum(True, True, False)))
-    assert reported[0].endswith("2 of 3 managers answer (m3 does not)")
+    assert reported[0].endswith("2 of 3 managers respond (m3 does not)")
     assert "cluster recover" not in "".join(reported)
 
 
@@ -257,13 +257,13 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         next=way_out(quorum),
     )
     assert [line for line in lines_of(stale, Screen()) if line not in stale.notes] == [
-        "cluster  NO LEADER  as of 18:38:04 UTC:  3 managers, 1 worker, 2 of 4 nodes ready  0 of 1 service as wanted",
+        "cluster  NO LEADER  as of 18:38:04 UTC:  3 managers, 1 worker, 2 of 4 nodes ready  0 of 1 service healthy",
         "node  m1, skep 0.1.0",
         "",
         "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  WHY",
         "m1    manager  ready                  2      -",
-        "m2    manager  UNREACHABLE            0      -     it has not answered for 1m 35s",
-        "m3    manager  UNREACHABLE            0      -     it has not answered for 1m 35s",
+        "m2    manager  UNREACHABLE            0      -     no response for 1m 35s",
+        "m3    manager  UNREACHABLE            0      -     no response for 1m 35s",
         "w1    worker   ready                  1      -",
         "",
         "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  WHY",

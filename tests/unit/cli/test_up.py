@@ -149,7 +149,7 @@ def test_nothing_is_changed_unless_all_machines_will_do(tmp_path: Path) -> None:
     assert code == 1
     assert output.splitlines()[-2:] == [
         "Error: root@m2: the user is not root: name root@MACHINE",
-        "nothing was changed: mend this, then the same command again",
+        "Nothing was changed. Fix the problem and rerun the command.",
     ]
     assert "root@m1: is suitable" in output
     assert len(asked) == 3

@@ -164,7 +164,7 @@ def test_a_crash_loop_is_the_headline_with_exit_code_last_line_and_next_attempt(
 def test_a_service_as_wanted_says_so() -> None:
     web = a_service("web", replicas=1)
     reported = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={})
-    assert reported.summary == "1 of 1 tasks run: as wanted"
+    assert reported.summary == "1 of 1 tasks run: healthy"
 
 
 def test_an_image_that_cannot_be_pulled_is_named_in_the_reason() -> None:
