@@ -14,7 +14,7 @@ each file that comes and goes.
 
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,15 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """0 on file systems that make inodes as they need them."""
     is_own: bool = False
     """Whether the node's own files are on it."""
+    purpose: str = ""
+    """Purpose of the node's own files on it (``data``, ``images``).  Empty if it has none."""
     mount_point: str = ""
     """Of a disk with files of containers.  Empty if its paths belong to a stack: every user sees the conditions."""
+
+    @property
+    def name(self) -> str:
+        """Name without a path of the machine: its purpose, or else its device number."""
+        return self.purpose or f"{os.major(self.device)}:{os.minor(self.device)}"
 
     @property
     def percent(self) -> float:
@@ -189,14 +196,14 @@ class DiskSpace:
     """Keeps the conditions ``disk-space`` and ``disk-pressure`` current.
 
     Args:
-        directories: of the node's own files.
+        directories: of the node's own files, by purpose.
         containers: lists the node's containers.
         configuration: gives the present one, which may be reloaded.
     """
 
     def __init__(
         self,
-        directories: Sequence[Path],
+        directories: Mapping[str, Path],
         containers: Callable[[], Iterable[Container]],
         configuration: Callable[[], Configuration],
         conditions: Conditions,
@@ -233,14 +240,14 @@ class DiskSpace:
     async def measure(self) -> None:
         """Measure now, and set or clear the conditions."""
         found: dict[int, Space] = {}
-        for directory in self._directories:
-            await self._add(str(directory), found, is_own=True)
+        for purpose, directory in self._directories.items():
+            await self._add(str(directory), found, purpose=purpose)
         sources = sources_of(self._containers())
         for path in sources:
-            await self._add(path, found, is_own=False)
+            await self._add(path, found)
         if not all(disk.is_own for disk in found.values()):
             mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-            hidden = (*map(str, self._directories), *sources)
+            hidden = (*map(str, self._directories.values()), *sources)
             for device, disk in found.items():
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
@@ -248,12 +255,13 @@ class DiskSpace:
         self._conditions.report(DISK_SPACE, near)
         self._conditions.report(DISK_PRESSURE, full)
 
-    async def _add(self, path: str, found: dict[int, Space], *, is_own: bool) -> None:
+    async def _add(self, path: str, found: dict[int, Space], *, purpose: str = "") -> None:
         """Measure the disk of ``path``, if it is another one.
 
         One that cannot be measured is left out.  An own directory keeps its last measurement: its disk may still be
         full.
         """
+        is_own = bool(purpose)
         try:
             space = await self._measured(path, is_own=is_own)
         except FileNotFoundError:  # not made yet, or removed with its container
@@ -269,7 +277,7 @@ class DiskSpace:
             if is_own:
                 self._own[path] = space
         if space is not None:
-            found.setdefault(space.device, space)
+            found.setdefault(space.device, replace(space, purpose=purpose))
 
     async def _measured(self, path: str, *, is_own: bool) -> Space | None:
         """``space_of`` in a thread, of which each path has one at most.  Raises: OSError; TimeoutError; Unavailable."""

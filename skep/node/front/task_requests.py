@@ -6,6 +6,7 @@ spec, writes it into the history, and forwards it to the task's node, which chec
 """
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -31,6 +32,9 @@ class TaskContainer(msgspec.Struct, frozen=True):
     task: str = ""
     """The id of its task, or empty if it is a plain container."""
     stack: str = ""
+
+
+_Find = Callable[[Identity, str], TaskContainer]
 
 
 class TaskContainers(Protocol):
@@ -73,7 +77,8 @@ def _task_request(identity: Identity, method: str, target: str, containers: Task
     if (found := _CONTAINER.fullmatch(target)) is not None:
         pattern, path = f"/containers/{{id}}/{found['what']}", f"container/{found['what']}"
         is_known, is_of_cluster = found["what"] in _OF_A_TASK, found["what"] in _OF_THE_CLUSTER
-        find, word = containers.container_of, unquote(found["name"])
+        find: _Find = containers.container_of
+        word = unquote(found["name"])
     elif (found := _EXEC.fullmatch(target)) is not None:
         pattern, path = f"/exec/{{id}}/{found['what']}", f"exec/{found['id']}/{found['what']}"
         is_known, is_of_cluster = found["what"] in ("json", "resize", "start"), False
