@@ -21,7 +21,7 @@ import msgspec
 from bench import soak_networks
 from bench.engine import Engine
 from bench.soak_users import DEADLINE_S, Users
-from skep.model.labels import VOLUMES, VolumePolicy
+from skep.model.labels import VOLUME_AFFINITY, VolumeAffinity
 from skep.playground.description import Node
 
 STACKS = 10
@@ -189,7 +189,7 @@ def a_stack(number: int) -> dict[str, Any]:
             "deploy": {
                 "replicas": 2,
                 # Tasks that return to their data cannot be spread before an upgrade, which refuses crowded nodes.
-                "labels": {VOLUMES: VolumePolicy.SPREAD.value},
+                "labels": {VOLUME_AFFINITY: VolumeAffinity.NONE.value},
                 "update_config": {"order": "start-first", "parallelism": 1, "monitor": "1s"},
                 "restart_policy": {"condition": "any", "delay": "0s"},
             },

@@ -51,7 +51,7 @@ class SimulatedCredentials:
 class NoLogs:
     """Simulated tasks write no logs.  Implements ``LogSource`` of the agent."""
 
-    async def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+    async def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
         nothing: tuple[Sequence[LogLine], ...] = ()
         for lines in nothing:
             yield lines

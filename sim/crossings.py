@@ -22,7 +22,7 @@ from skep.manager.control.volumes import create_volume
 from skep.model.container import ContainerSpec, Mount
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import FORGET_NODES, JOB_TTL, VOLUMES
+from skep.model.labels import FORGET_NODES, JOB_TTL, VOLUME_AFFINITY
 from skep.model.meta import Driver
 from skep.model.node import Availability, Node
 from skep.model.quota import QuotaSpec
@@ -86,7 +86,7 @@ def _update_with_a_volume(cluster: SimulatedCluster) -> None:
 def _lost_with_the_only_data(cluster: SimulatedCluster) -> None:
     """The node of a slot's data is lost while the service has no tasks."""
     mount = Mount(type="volume", source="db-{{.Task.Slot}}", target="/data")
-    id = _create(cluster, with_labels(with_mount(_a_spec("db", ONE), mount), {VOLUMES: "keep"}))
+    id = _create(cluster, with_labels(with_mount(_a_spec("db", ONE), mount), {VOLUME_AFFINITY: "required"}))
     _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
     cluster.run_for(15.0)
     home = _home(cluster, "db")

@@ -22,7 +22,7 @@ from skep.errors import SkepError
 from skep.manager.control.networks import remove_network
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NetworkId, NodeId, ServiceId
-from skep.model.labels import VOLUMES
+from skep.model.labels import VOLUME_AFFINITY
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import Availability, Node
@@ -121,8 +121,8 @@ def volumes(seed: int) -> RunResult:
     random = Random(seed)
     with SimulatedCluster(managers=1, workers=4, seed=seed) as cluster:
         names = ("kept", "returning")
-        for name, policy in zip(names, ("keep", "return"), strict=True):
-            cluster.create(replace(a_spec_with_volumes(name), labels={VOLUMES: policy}))
+        for name, policy in zip(names, ("required", "preferred"), strict=True):
+            cluster.create(replace(a_spec_with_volumes(name), labels={VOLUME_AFFINITY: policy}))
         _until(cluster, lambda: [one for one in names if cluster.containers(one) < REPLICAS], "do not run")
         cluster.run_for(SETTLED_S)
         for _ in range(VOLUME_STEPS):

@@ -153,7 +153,7 @@ def _packed() -> list[Patch]:
         yield
         accounts = self._accounting.accounts
         able = [accounts[id] for id, passes in self.candidates.can_pass.items() if passes and id in accounts]
-        with_room = [account for account in able if self.has_room(account)]
+        with_room = [account for account in able if self.has_capacity(account)]
         return max(with_room, key=self.copies, default=None)
 
     return [Patch(spread.Spread, "choosing", fullest)]

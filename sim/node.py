@@ -351,7 +351,7 @@ class _ImageController(SimulatedController):
         self._node.machine.has_ended(self._id)
         return ended
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         was_interrupted = self._id in self._node.machine.interrupted
         return TaskEnd(cause=EndCause.NODE_RESTARTED.value) if was_interrupted else None
 

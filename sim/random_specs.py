@@ -20,8 +20,8 @@ from skep.model.labels import (
     ON_DISCONNECT_DELAY,
     PRIORITY,
     PROGRESS_DEADLINE,
-    VOLUMES,
-    VolumePolicy,
+    VOLUME_AFFINITY,
+    VolumeAffinity,
 )
 from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_MAX_ATTEMPTS
 from skep.model.service import (
@@ -266,8 +266,8 @@ def _a_dependency(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
 
 def _a_local_volume(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     mount = Mount(type="volume", source=f"{spec.name}-{{{{.Task.Slot}}}}", target="/local")
-    policy = random.choice(list(VolumePolicy))
-    return with_labels(with_mount(spec, mount), {VOLUMES: policy.value})
+    policy = random.choice(list(VolumeAffinity))
+    return with_labels(with_mount(spec, mount), {VOLUME_AFFINITY: policy.value})
 
 
 def _a_cluster_volume(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

@@ -27,7 +27,7 @@ def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> No
     id = random.choice(sharing or services).id
     spec = forced(cluster.view.get(Service, id).spec)
     planned = cluster.do(_planned(cluster.view, spec))
-    is_accepted = not planned.refusal and not planned.preempted
+    is_accepted = not planned.error and not planned.preempted
     cluster.do(users.force(id))
     pass_time(cluster, PLACED_S)
     if not is_accepted:

@@ -1,6 +1,6 @@
-"""Files by which the node process starts its manager process: written by the node, read by the manager at each start.
+"""Files with which the node process starts its manager process: written by the node, read by the manager at each start.
 
-It lies below both, so that neither has to import the other.
+The module is below both, so that they do not import each other.
 """
 
 from pathlib import Path
@@ -21,10 +21,10 @@ REMOVED = 3
 """Exit code of a manager process whose etcd member was removed by the other managers."""
 
 FUTILE = 4
-"""Exit code of a manager process that would fail again in the same way; its last error text has the remedy."""
+"""Exit code of a manager process that would fail again in the same way.  Its last error text has the remedy."""
 
 STARVED = 5
-"""Exit code of a manager process that lacks a resource of the machine (files, memory); a later start may succeed."""
+"""Exit code of a manager process that lacks a machine resource (files, memory).  A later start may succeed."""
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one manager, stored as JSON below its data directory.
 
     ``listen_addr`` and ``advertise_addr`` are ``ip:port`` of the gRPC server.
-    ``bootstrap`` stays in the file; it is used only while the store is still empty.
+    ``bootstrap`` stays in the file, but is used only while the store is empty.
     """
 
     data_dir: str
@@ -52,23 +52,23 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     advertise_addr: str
     hostname: str
     peer_addr: str = ""
-    """``ip:port`` where its etcd listens for the other managers; empty (a file of an early version): the port after
-    ``listen_addr``'s."""
+    """``ip:port`` where its etcd listens for other managers.  Empty in files of early versions, which means the port
+    after ``listen_addr``'s."""
     bootstrap: Bootstrap | None = None
     managers: tuple[str, ...] = ()
-    """``ip:port`` of managers to join; empty: this manager creates the cluster."""
+    """``ip:port`` of managers to join.  Empty if this manager creates the cluster."""
     look_at: tuple[str, ...] = ()
     """``ip:port`` of managers from the configuration, used when the known addresses do not respond."""
     store_quota: int = 4 * 1024**3
-    """Size limit of etcd's file, in bytes; the default is ``store.space.QUOTA_BYTES``."""
+    """Size limit of etcd's file in bytes.  The default is ``store.space.QUOTA_BYTES``."""
     trace_endpoint: str = ""
-    """URL of a collector of traces (OTLP over HTTP); empty: none."""
+    """URL of a trace collector (OTLP over HTTP).  Empty for no traces."""
     etcd_binary: str = ""
-    """Empty: the one that set-up installed, or the first on ``$PATH``."""
+    """Path of etcd.  Empty for the etcd that set-up installed, or the first on ``$PATH``."""
 
     @property
     def paths(self) -> Paths:
-        """Where everything lies."""
+        """The manager's paths on disk."""
         return Paths(Path(self.data_dir), Path(self.run_dir))
 
     @property
@@ -83,7 +83,7 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load(path: Path) -> ManagerConfig:
-    """Read a manager's settings.  Raises: FailedPrecondition: missing or damaged, with what to do."""
+    """Read a manager's settings.  Raises: FailedPrecondition: missing or damaged, with the next step."""
     try:
         return leniently(path.read_bytes(), ManagerConfig)
     except FileNotFoundError:
@@ -95,22 +95,20 @@ def load(path: Path) -> ManagerConfig:
 
 
 def encode(config: ManagerConfig) -> bytes:
-    """The file's content for ``config``."""
+    """Return the file's content for ``config``."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
 
 
 class Recovery(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that this manager recovers as the only one of its cluster (``manager.recovery``), and its progress.
-
-    ``is_bare``: the snapshot is a database file without its hash.
-    """
+    """A request to recover this manager as the only one of its cluster (``manager.recovery``), and its progress."""
 
     stage: Literal["wanted", "restored"] = "wanted"
     is_bare: bool = False
+    """Whether the snapshot is a database file without its hash."""
 
 
 def load_recovery(paths: Paths) -> Recovery | None:
-    """The pending recovery; None: there is none.  Raises: FailedPrecondition: the file is damaged."""
+    """Return the pending recovery, or None.  Raises: FailedPrecondition: the file is damaged."""
     try:
         return msgspec.json.decode(paths.recovery.read_bytes(), type=Recovery)
     except FileNotFoundError:
@@ -120,5 +118,5 @@ def load_recovery(paths: Paths) -> Recovery | None:
 
 
 def save_recovery(paths: Paths, recovery: Recovery) -> None:
-    """Write the request; replaces an earlier one."""
+    """Write the request.  It replaces an earlier one."""
     replace_file(paths.recovery, msgspec.json.encode(recovery) + b"\n", mode=0o600)

@@ -1,6 +1,6 @@
 """``skep daemon``: builds one node from its configuration and runs it.  It may import every other module.
 
-The process becomes the zygote (see ``node.supervision.zygote``), whose first child, the node process, looks at the
+The process becomes the zygote (see ``node.supervision.zygote``).  Its first child, the node process, checks the
 machine, holds the lock of the data directory, and runs the node until SIGTERM.
 """
 
@@ -58,31 +58,31 @@ from skep.store.etcd.binary import find_binary
 log = structlog.get_logger()
 
 _LOCK_WAIT_S = 2.0
-"""For the end of a node process that was killed a moment ago, and of what it had forked."""
+"""Wait for the end of a node process that was killed a moment ago, and of its children."""
 
 FORMAT = "1"
-"""Layout of the data directory."""
+"""Layout version of the data directory."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the node that ``argv`` and the configuration files describe, until SIGTERM; the exit code."""
+    """Run the node that ``argv`` and the configuration files describe, until SIGTERM.  Return the exit code."""
     arguments = parse_arguments(argv)
     try:
         loaded = load(arguments)
     except ConfigurationError as error:
         return _refuse(error)
     _name_logs(loaded.configuration)
-    os.umask(0o022)  # nothing is writable for others, and images' files are readable in containers
-    os.chdir("/")  # the present directory may be removed, and a process without one cannot start others
+    os.umask(0o022)  # nothing is writable for others, but images' files are readable in containers
+    os.chdir("/")  # the working directory may be removed, and a process without one cannot start others
     entries = {"net": _net, "manager": _manager}
     entries |= {wireguard_go.process_name(slot): partial(wireguard_go.enter, slot) for slot in (0, 1)}
     return zygote.host(entries, {"manager": _prepare_manager}, partial(_node, arguments, loaded))
 
 
 def _node(arguments: Arguments, loaded: Loaded, parent: Zygote) -> int:
-    """The node process; ``loaded``: what the configuration was when the zygote began."""
+    """Run the node process.  ``loaded`` is the configuration at the zygote's start."""
     set_title("skep-node")
-    with suppress(ConfigurationError):  # a process that does not start would not help
+    with suppress(ConfigurationError):  # not starting would not help
         loaded = load(arguments)
     _name_logs(loaded.configuration)
     watch_children_by_pidfd()
@@ -106,11 +106,11 @@ def _refuse(error: BaseException) -> int:
     return 1
 
 
-# --- what the zygote forks ------------------------------------------------------------------------------------------
+# --- processes forked by the zygote ---------------------------------------------------------------------------------
 
 
 def _net(arguments: Sequence[str]) -> None:
-    """The net process; ``arguments``: data and run directory."""
+    """Run the net process.  ``arguments`` are data and run directory."""
     logs.name_process("net")
     paths = _paths(arguments)
     logs.follow(paths.log_settings)
@@ -118,7 +118,7 @@ def _net(arguments: Sequence[str]) -> None:
 
 
 def _manager(arguments: Sequence[str]) -> None:
-    """The manager process; ``arguments``: data and run directory."""
+    """Run the manager process.  ``arguments`` are data and run directory."""
     logs.name_process("manager")
     paths = _paths(arguments)
     with detached("manager", lock=paths.lock_file("manager"), pid_file=paths.pid_file("manager")):
@@ -128,7 +128,7 @@ def _manager(arguments: Sequence[str]) -> None:
 
 
 def _prepare_manager() -> None:
-    """The part of a manager's start that needs no settings."""
+    """Perform the part of a manager's start that needs no settings."""
     from skep.manager.process import prepare
 
     prepare()
@@ -163,7 +163,7 @@ class Daemon:
         )
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT.  Raises: SkepError: this machine or this configuration is not usable."""
+        """Run until SIGTERM or SIGINT.  Raises: SkepError: the machine or the configuration is unusable."""
         stop, hangup = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -212,7 +212,7 @@ class Daemon:
         self._zygote.notify("READY=1")
 
     def _check_machine(self) -> Mapping[str, str]:
-        """Versions of what this node starts.  Raises: Unfit; FailedPrecondition."""
+        """Return the versions of the node's programs.  Raises: Unfit; FailedPrecondition."""
         configuration = self._configuration
         try:
             log_config(
@@ -242,7 +242,7 @@ class Daemon:
         return check_isolation(self._configuration.runc, self._conditions)
 
     def _features(self) -> Features:
-        """What this machine can do.  After a crash the earlier result is used, so that the node is back quickly."""
+        """Return this machine's features.  After a crash, reuse the earlier result to start quickly."""
         path = self._configuration.paths.features
         try:
             return msgspec.json.decode(path.read_bytes(), type=Features)
@@ -255,7 +255,7 @@ class Daemon:
         return features
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
-        """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""
+        """Reload the configuration at every SIGHUP.  An invalid one changes nothing."""
         while True:
             await hangup.wait()
             hangup.clear()
@@ -270,7 +270,7 @@ class Daemon:
             try:
                 _configure_logs(taken.configuration)
                 node.reload(taken.configuration)
-            except Exception as error:  # settings that cannot be applied are no reason to end
+            except Exception as error:  # settings that cannot be applied must not end the node
                 log_error(error, "configuration not reloaded everywhere")
                 continue
             log.info(
@@ -281,7 +281,7 @@ class Daemon:
 
 
 async def end_forwarder(paths: Paths) -> None:
-    """End the process by which earlier versions encrypted networks: it may have outlived its node process."""
+    """End the process with which earlier versions encrypted networks.  It may have outlived its node process."""
     forwarder = read_pid_file(paths.pid_file("forwarder"))
     if forwarder is not None:
         log.info("forwarder of an earlier version ended", pid=forwarder.pid)
@@ -298,7 +298,7 @@ async def _hand_over(socket: Path) -> None:
 
 
 def _forget_keys(paths: Paths) -> None:
-    """An orderly stop locks a node that has autolock on; after a crash the next process continues with the keys."""
+    """Lock a node with autolock at an orderly stop.  After a crash, the next process continues with the keys."""
     KeyLock(paths).forget()
     discard_tree_now(paths.tls)
 
@@ -309,7 +309,7 @@ def _configure_logs(configuration: Configuration) -> None:
     logs.configure(debug=settings.debug, log_format=settings.log_format)
     try:
         settings.write(configuration.paths.log_settings)
-    except OSError as error:  # their settings stay as they are
+    except OSError as error:  # manager and net keep their settings
         log_error(error, "settings of logs not written")
 
 
@@ -328,7 +328,7 @@ def _sole_user(paths: Paths) -> Iterator[None]:
 
 
 def _prepare(paths: Paths) -> None:
-    """Make the directories.  Raises: FailedPrecondition: the data directory has a newer layout."""
+    """Create the directories.  Raises: FailedPrecondition: the data directory has a newer layout."""
     for directory in (paths.run, paths.netns, paths.runc):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     for directory in (paths.tasks, paths.networks, paths.images, paths.containers, paths.volumes):

@@ -1,7 +1,6 @@
 """The errors of all modules; the edges translate them (``api/errors.py``, ``rpc/errors.py``).
 
-An error is raised by meaning, with a message that a user can act on.  Status codes are used at the
-edges only.
+An error is raised by meaning, with a message that a user can act on.  Status codes are only used at the edges.
 """
 
 import os
@@ -12,11 +11,11 @@ _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
 class SkepError(Exception):
-    """Root of every expected failure.  ``str(error)`` is the sentence a user reads."""
+    """Root of every expected failure.  ``str(error)`` is the sentence for the user."""
 
 
 class InvalidArgument(SkepError):
-    """The request can never work as it is."""
+    """The request can never work."""
 
 
 class PortTaken(InvalidArgument):
@@ -38,7 +37,7 @@ class PortTaken(InvalidArgument):
 
 
 class FailedPrecondition(SkepError):
-    """The request does not fit the present state of what it names."""
+    """The request does not fit the current state of its objects."""
 
 
 class Unauthenticated(SkepError):
@@ -46,7 +45,7 @@ class Unauthenticated(SkepError):
 
 
 class PermissionDenied(SkepError):
-    """The caller is known and may not do this."""
+    """The caller is known but may not do this."""
 
 
 class NotFound(SkepError):
@@ -65,11 +64,11 @@ class OutOfSequence(SkepError):
 
 
 class Unavailable(SkepError):
-    """Not now, or not here: no manager, no leader, locked, a deadline passed."""
+    """Not possible now, or not here: no manager, no leader, locked, a deadline passed."""
 
 
 class Unreadable(Unavailable):
-    """A stored value cannot be read by this manager, and may be by others."""
+    """This manager cannot read a stored value.  Others may."""
 
 
 class ResourceExhausted(SkepError):
@@ -85,13 +84,13 @@ class RetryLater(ResourceExhausted):
 
 
 class Unimplemented(SkepError):
-    """Known to the API, not supported by this node."""
+    """The API has it, but this node does not support it."""
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a connection or a file failed, in the system's plain words: ``connection refused``.
+    """Return why a connection or a file failed, in the system's plain words: ``connection refused``.
 
-    asyncio and aiohttp put numbers, tuples and their own settings into the texts of what they raise.
+    asyncio and aiohttp put numbers, tuples and their own settings into the texts of their errors.
     """
     error = getattr(error, "os_error", error)
     if isinstance(error, ssl.SSLError):
@@ -99,10 +98,10 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError):
         if error.errno and error.errno > 0:
             return os.strerror(error.errno).lower()
-        # Of a name with several addresses asyncio raises one error with all their texts.
+        # For a name with several addresses, asyncio raises one error with all their texts.
         if numbers := _ERRNO.findall(str(error)):
             return ", ".join(dict.fromkeys(os.strerror(int(number)).lower() for number in numbers))
-        if error.strerror:  # of the resolver, whose numbers are negative
+        if error.strerror:  # a resolver error, whose number is negative
             return error.strerror.lower()
     if isinstance(error, TimeoutError):
         return str(error) or "timed out"

@@ -1,7 +1,7 @@
 """Structured logs on standard error: one event per line, as text or as JSON.
 
-A line that cannot be written is lost, and no error: processes that outlive the one whose output they inherited
-must not fail because their output is not read any more.
+A line that cannot be written is lost without an error: processes may outlive the one whose output they inherited, and
+must not fail because nothing reads their output.
 """
 
 import logging
@@ -23,14 +23,14 @@ class LogSettings(msgspec.Struct, frozen=True):
     log_format: str = "text"
 
     def write(self, path: Path) -> None:
-        """Replace ``path``; a reader sees the old or the new content."""
+        """Replace ``path``.  A reader sees the old or the new content."""
         beside = path.with_name(f"{path.name}.{os.getpid()}")
         beside.write_bytes(msgspec.json.encode(self))
         beside.rename(path)
 
     @staticmethod
     def read(path: Path) -> "LogSettings":
-        """The settings in ``path``; the defaults where it is missing or invalid."""
+        """Return the settings in ``path``, or the defaults if it is missing or invalid."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=LogSettings)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -38,7 +38,7 @@ class LogSettings(msgspec.Struct, frozen=True):
 
 
 def follow(path: Path) -> LogSettings:
-    """Apply the settings in ``path`` now and after each SIGHUP; returns the present ones."""
+    """Apply the settings in ``path`` now and after each SIGHUP.  Return the current ones."""
 
     def apply() -> LogSettings:
         settings = LogSettings.read(path)
@@ -58,7 +58,7 @@ def name_process(name: str) -> None:
 
 
 def configure(*, debug: bool = False, log_format: str = "text", process: str = "") -> None:
-    """Set up logging of this process; may be called again to change it."""
+    """Set up logging of this process.  Call it again to change it."""
     if process:
         name_process(process)
     level = logging.DEBUG if debug else logging.INFO
@@ -78,7 +78,7 @@ def configure(*, debug: bool = False, log_format: str = "text", process: str = "
 
 
 class _Process:
-    """Which process this is; threads log as well, so it is no context variable."""
+    """Name of this process.  Not a context variable, because threads log as well."""
 
     name = ""
 
@@ -90,7 +90,7 @@ def _add_process(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
 
 
 class _Lines:
-    """Writes lines to standard error, whatever that is at the moment."""
+    """Writes lines to the current standard error."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -106,7 +106,7 @@ class _Lines:
 
 
 class _FromLibraries(logging.Handler):
-    """Passes what libraries log with the standard module to structlog."""
+    """Passes messages that libraries log with the standard module to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -125,7 +125,7 @@ _as_json = structlog.processors.JSONRenderer(default=str)
 
 
 def _as_text(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
-    """``2026-01-31T12:00:00Z info    task rejected task=abc reason='no image'``, tracebacks below."""
+    """Format ``2026-01-31T12:00:00Z info    task rejected task=abc reason='no image'``, with tracebacks below."""
     traceback = event.pop("exception", "") or event.pop("stack", "")
     head = f"{event.pop('timestamp')} {event.pop('level'):<8} {event.pop('event')}"
     line = " ".join([head, *(f"{key}={_shown(value)}" for key, value in event.items())])

@@ -1,7 +1,7 @@
-"""Where a node keeps what it has on disk: one property per path.
+"""A node's paths on disk, one property per path.
 
-The data directory outlives a reboot, the run directory lies on tmpfs and does not.  Sockets are never below the
-data directory: a socket's path has at most 107 bytes.
+The data directory survives a reboot, the run directory is on tmpfs and does not.  Sockets are never below the data
+directory, because a socket's path has at most 107 bytes.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ SOCKET_PATH_BYTES_MAX = 107
 
 
 class Paths(msgspec.Struct, frozen=True):
-    """The two directories of one node.  Reading a path creates nothing."""
+    """The two directories of one node.  Reading a path creates no file."""
 
     data: Path
     run: Path
@@ -24,17 +24,17 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def data_lock(self) -> Path:
-        """Held by the node process that uses this data directory."""
+        """Lock held by the node process that uses this data directory."""
         return self.data / "lock"
 
     @property
     def format(self) -> Path:
-        """The number of the layout of the data directory."""
+        """Layout version of the data directory."""
         return self.data / "format"
 
     @property
     def node_json(self) -> Path:
-        """This node as a member of its cluster; absent outside of any."""
+        """This node's cluster membership.  Missing outside of clusters."""
         return self.data / "node.json"
 
     @property
@@ -54,12 +54,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def networks(self) -> Path:
-        """Directory of what the node has chosen for its networks, and of saved tables."""
+        """Directory of the node's choices for its networks, and of saved tables."""
         return self.data / "networks"
 
     @property
     def kept_tables(self) -> Path:
-        """The network tables of this node as received last, for the next start."""
+        """Last received network tables of this node, for the next start."""
         return self.networks / "tables"
 
     @property
@@ -74,7 +74,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def written(self) -> Mapping[str, Path]:
-        """Directories that new tasks need space in, by purpose; each may be a file system of its own."""
+        """Directories that new tasks need space in, by purpose.  Each may be a separate file system."""
         return {
             "data": self.data,
             "images": self.images,
@@ -84,7 +84,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def processes(self) -> Path:
-        """State of tasks that are plain commands (executor process)."""
+        """State of tasks that are plain commands (for the ``process`` executor)."""
         return self.data / "processes"
 
     @property
@@ -94,22 +94,22 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def cluster_volumes(self) -> Path:
-        """Directory where cluster volumes are mounted, and of what is known of them."""
+        """Directory of mounted cluster volumes, and of their state."""
         return self.data / "csi"
 
     @property
     def manager(self) -> Path:
-        """State of the manager on this node; absent on a worker."""
+        """State of the manager on this node.  Missing on a worker."""
         return self.data / "manager"
 
     @property
     def removed_manager(self) -> Path:
-        """What was ``manager`` until the node stopped being one; it is being removed."""
+        """The former ``manager`` directory of a demoted node, during its removal."""
         return self.data / "manager.removed"
 
     @property
     def manager_config(self) -> Path:
-        """What the node process writes for the manager process."""
+        """Settings that the node process writes for the manager process."""
         return self.manager / "config.json"
 
     @property
@@ -119,22 +119,22 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def root_ca_key(self) -> Path:
-        """Only between init and the first transaction; afterwards the key lies wrapped in the store."""
+        """The root CA key between init and the first transaction.  Afterwards the key is wrapped in the store."""
         return self.manager_keys / "root-ca.key"
 
     @property
     def wrapping_key(self) -> Path:
-        """Opens the data keys that lie wrapped in the store."""
+        """Key that decrypts the data keys wrapped in the store."""
         return self.manager_keys / "wrapping.key"
 
     @property
     def lock_key(self) -> Path:
-        """Exists while autolock is on: encrypts ``locked_files``, and is itself encrypted with the unlock key."""
+        """Exists while autolock is on.  Encrypts ``locked_files``, and is itself encrypted with the unlock key."""
         return self.manager_keys / "lock.key"
 
     @property
     def locked_files(self) -> tuple[Path, ...]:
-        """What autolock protects."""
+        """Files that autolock protects."""
         return (self.wrapping_key, self.node_key)
 
     @property
@@ -144,7 +144,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def joining_mark(self) -> Path:
-        """Exists from the admission of this manager until it has its vote; contains why it has none."""
+        """Exists from this manager's admission until it is a voter.  Contains the reason why it is not."""
         return self.etcd / "joining"
 
     @property
@@ -154,69 +154,69 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def recovery_snapshot(self) -> Path:
-        """The snapshot from which that starts."""
+        """The snapshot from which the recovery starts."""
         return self.manager / "recovery.snapshot"
 
     @property
     def incarnation(self) -> Path:
-        """The incarnation of the cluster that this manager served last, and a later one that it received."""
+        """The incarnation of the cluster that this manager served last, and a later incarnation that it received."""
         return self.manager / "incarnation.json"
 
     # --- run directory ----------------------------------------------------------------------------------------
 
     @property
     def csi_sockets(self) -> Path:
-        """Where the sockets of CSI drivers are."""
+        """Directory of the CSI drivers' sockets."""
         return self.run / "csi"
 
     @property
     def features(self) -> Path:
-        """Features of this machine, as detected at the start; an orderly stop removes it."""
+        """Features of this machine, as detected at the start.  An orderly stop removes it."""
         return self.run / "features.json"
 
     @property
     def etcd_version(self) -> Path:
-        """The version of this machine's etcd, as it reported last."""
+        """Last reported version of this machine's etcd."""
         return self.run / "etcd-version.json"
 
     @property
     def last_seen(self) -> Path:
-        """When a manager last responded to this node."""
+        """Time at which a manager last responded to this node."""
         return self.run / "last-heard.json"
 
     @property
     def api_socket(self) -> Path:
-        """Of the node process."""
+        """API socket of the node process."""
         return self.run / "skep.sock"
 
     @property
     def manager_socket(self) -> Path:
-        """Where the manager process takes connections from the node process."""
+        """Socket on which the manager process accepts connections from the node process."""
         return self.run / "manager.sock"
 
     @property
     def handover_socket(self) -> Path:
-        """Where the node process passes clients' connections to the manager process."""
+        """Socket through which the node process passes clients' connections to the manager process."""
         return self.run / "handover.sock"
 
     @property
     def manager_waiting(self) -> Path:
-        """Exists while the manager waits for a quorum and so serves no request."""
+        """Exists while the manager waits for a quorum and therefore serves no requests."""
         return self.run / "manager.waiting"
 
     @property
     def store_full(self) -> Path:
-        """Exists while the manager's store waits for disk space; contains how much."""
+        """Exists while the manager's store waits for disk space.  Contains the required amount."""
         return self.run / "manager.full"
 
     @property
     def etcd_socket(self) -> Path:
-        """For etcd's clients on this machine."""
+        """Socket for etcd's clients on this machine."""
         return self.run / "etcd.sock"
 
     @property
     def net_socket(self) -> Path:
-        """For requests to the net process."""
+        """Socket for requests to the net process."""
         return self.run / "net.sock"
 
     @property
@@ -226,27 +226,27 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def net_ports(self) -> Path:
-        """The ports that the net process holds, for the one that follows it after a crash."""
+        """Ports held by the net process, for its successor after a crash."""
         return self.run / "net-ports.json"
 
     @property
     def tables(self) -> Path:
-        """Network tables as the net process reads them, a file per network."""
+        """Network tables for the net process, one file per network."""
         return self.run / "tables"
 
     @property
     def names(self) -> Path:
-        """What the net process serves in each container's namespace, for the one that follows it."""
+        """Names that the net process serves in each container's namespace, for its successor."""
         return self.run / "names"
 
     @property
     def tunnels(self) -> Path:
-        """Where the namespace of the tunnels of encrypted networks is pinned."""
+        """Directory where the namespace of encrypted networks' tunnels is pinned."""
         return self.run / "tunnels"
 
     @property
     def wireguard_keys(self) -> Path:
-        """The node's own WireGuard key pairs: on tmpfs, root's."""
+        """The node's own WireGuard key pairs, on tmpfs and only for root."""
         return self.run / "wireguard.keys"
 
     @property
@@ -256,17 +256,17 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def netns(self) -> Path:
-        """Where network namespaces are pinned."""
+        """Directory where network namespaces are pinned."""
         return self.run / "netns"
 
     @property
     def overlays(self) -> Path:
-        """The namespaces of overlay networks; containers' are in ``netns``."""
+        """Namespaces of overlay networks.  Containers' namespaces are in ``netns``."""
         return self.run / "overlays"
 
     @property
     def probes(self) -> Path:
-        """The namespace of the probes between nodes."""
+        """Namespace of the probes between nodes."""
         return self.run / "probes"
 
     @property
@@ -281,12 +281,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def bundles(self) -> Path:
-        """What runc and conmon need of running containers."""
+        """Files that runc and conmon need for running containers."""
         return self.run / "bundles"
 
     @property
     def secrets(self) -> Path:
-        """Secrets of running tasks: on tmpfs, so that no reboot finds them."""
+        """Secrets of running tasks, on tmpfs, so that they do not survive a reboot."""
         return self.run / "secrets"
 
     @property
@@ -296,17 +296,17 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def open_lock_key(self) -> Path:
-        """The lock key in clear: on tmpfs, while the node is unlocked."""
+        """The unencrypted lock key, on tmpfs, while the node is unlocked."""
         return self.run / "lock.key"
 
     def pid_file(self, process: str) -> Path:
-        """Pid and start time of a detached process: ``manager`` or ``net``."""
+        """Return the file with pid and start time of a detached process: ``manager`` or ``net``."""
         return self.run / f"{process}.pid"
 
     def last_words(self, process: str) -> Path:
-        """Why a detached process ended, in a sentence, if it could write it."""
+        """Return the file with a sentence about why a detached process ended, if it could write it."""
         return self.run / f"{process}.end"
 
     def lock_file(self, process: str) -> Path:
-        """Held by a detached process while it runs."""
+        """Return the lock file that a detached process holds while it runs."""
         return self.run / f"{process}.lock"

@@ -1,7 +1,7 @@
-"""Spans of a service's life, for OpenTelemetry: what was done, when, and as a part of what.
+"""Spans of a service's life for OpenTelemetry: operations, their times and their parents.
 
-Ids of traces and spans are derived from the ids of objects, so that nothing has to travel with them: a trace is one
-version of a service's spec, and every process that has the task can compute it (decision 106).
+Trace and span ids are derived from object ids, so they do not have to be transferred.  A trace is one version of a
+service's spec, and every process that has the task can compute its id (decision 106).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +18,17 @@ NO_ATTRIBUTES: Mapping[str, str] = {}
 
 
 def trace_id(service: str, spec_version: int) -> str:
-    """Of one version of a service's spec: 32 hexadecimal digits."""
+    """Return the trace id of one version of a service's spec: 32 hexadecimal digits."""
     return sha256(f"{service}:{spec_version}".encode()).hexdigest()[:32]
 
 
 def span_id(*parts: str) -> str:
-    """Of what ``parts`` name: 16 hexadecimal digits."""
+    """Return the span id of the object or step named by ``parts``: 16 hexadecimal digits."""
     return sha256(":".join(parts).encode()).hexdigest()[:16]
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
-    """One step.  ``error``: why it failed; ``link``: trace and span of a client's, by its ``traceparent``."""
+    """One step."""
 
     trace: str
     id: str
@@ -38,11 +38,13 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     end_ns: int
     attributes: Mapping[str, str] = NO_ATTRIBUTES
     error: str = ""
+    """Reason of the failure.  Empty after success."""
     link: tuple[str, str] | None = None
+    """Trace and span of the client, from its ``traceparent``."""
 
 
 class Part(msgspec.Struct):
-    """A step within the one that is recorded.  ``result``: what it gave, where the recorder needs it."""
+    """A step inside a recorded step.  ``result`` is its result if the recorder needs it."""
 
     name: str
     begin_ns: int
@@ -52,7 +54,7 @@ class Part(msgspec.Struct):
 
 
 class Recording:
-    """Parts of one step, in the order in which they began."""
+    """Parts of one step, in the order of their start."""
 
     def __init__(self, now_ns: NowNs) -> None:
         self._now_ns = now_ns
@@ -60,7 +62,7 @@ class Recording:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Part]:
-        """Record the block as a part, its failure too."""
+        """Record the block as a part, including its failure."""
         part = Part(name, self._now_ns())
         self.parts.append(part)
         try:
@@ -77,7 +79,7 @@ _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 @contextmanager
 def recording(now_ns: NowNs) -> Iterator[Recording]:
-    """Record what the block, and the tasks that it starts, do ``within``."""
+    """Record the steps ``within`` the block and the tasks that it starts."""
     found = Recording(now_ns)
     token = _RECORDING.set(found)
     try:
@@ -88,7 +90,7 @@ def recording(now_ns: NowNs) -> Iterator[Recording]:
 
 @contextmanager
 def within(name: str) -> Iterator[Part | None]:
-    """The block is a part of what is recorded now, if anything is."""
+    """Record the block as a part of the current recording, if any."""
     found = _RECORDING.get()
     if found is None:
         yield None

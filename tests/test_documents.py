@@ -98,10 +98,13 @@ def test_every_file_that_is_named_without_its_folder_exists(page: Path) -> None:
 
 @pages
 def test_every_class_and_function_that_is_named_exists(page: Path) -> None:
-    """``CamelCase`` and ``snake_case`` words in backquotes; of dotted ones the last part; records as above."""
+    """``CamelCase`` and ``snake_case`` words in backquotes; of dotted ones the last part; records as above.
+
+    The table of renamed fields has names that no longer exist.
+    """
     form = r"(?:\w+\.)*(_?(?:[A-Z][a-z]+\w*|[a-z]+(?:_[a-z0-9]+)+))"
     named = {match[1] for word in quoted(page) if (match := re.fullmatch(form, word))}
-    assert "decisions" in page.parts or named - identifiers() == set()
+    assert "decisions" in page.parts or page.name == "renamed.md" or named - identifiers() == set()
 
 
 def test_every_name_of_the_map_is_defined_in_its_file() -> None:

@@ -74,5 +74,5 @@ def test_the_navigation_is_the_index() -> None:
     ],
 )
 def test_links_lead_somewhere_on_the_site(text: str, seen: str) -> None:
-    page = PurePosixPath("guide/operate.md")
+    page = PurePosixPath("guide/status.md")
     assert linked(text, "docs" / page, page) == seen

@@ -128,7 +128,7 @@ def _status() -> Status:
     ]
     explained = {
         "boom": _boom(),
-        "stuck": {"Summary": _REFUSED, "Reason": _REFUSED, "IsAsWanted": False, "Problem": {"Weight": 1}},
+        "stuck": {"Summary": _REFUSED, "Reason": _REFUSED, "IsHealthy": False, "Problem": {"Weight": 1}},
     }
     running = ["m1", "m1", "m2", "m2", "m2", "m3", "m3"]
     cluster = Cluster(
@@ -171,8 +171,8 @@ def _boom() -> dict[str, Any]:
     return {
         "Summary": f"{_CRASH}; {_COURSE}; 0 of 2 tasks run",
         "Reason": _CRASH,
-        "Course": _COURSE,
-        "IsAsWanted": False,
+        "RestartSummary": _COURSE,
+        "IsHealthy": False,
         "Problem": {"Since": "2026-01-31T11:48:02Z", "Weight": 0, "End": {"Cause": "exit", "Lines": lines}},
         "Reasons": [{"Tasks": 2, "Summary": _CRASH, "Name": "boom.1", "Example": ""}],
         "Failures": [{"Tasks": 8, "Summary": _CRASH, "Example": "5rtugg83s0k5e2d81lhsb36fe"}],
@@ -180,14 +180,14 @@ def _boom() -> dict[str, Any]:
 
 
 def _stuck() -> dict[str, Any]:
-    refusal = "insufficient resources: 512000 MiB of memory wanted, 24106 not reserved"
+    refusal = "insufficient resources: 512000 MiB of memory requested, 24106 not reserved"
     return {
         "Summary": _REFUSED,
         "State": "pending",
         "DesiredState": "running",
         "Since": "2026-01-31T11:56:50Z",
-        "Nodes": [{"Hostname": name, "Refusals": [refusal]} for name in ("m1", "m2", "m3")]
-        + [{"Hostname": "w1", "Refusals": ["the node is down (heartbeat failure)"]}],
+        "Nodes": [{"Hostname": name, "Reasons": [refusal]} for name in ("m1", "m2", "m3")]
+        + [{"Hostname": "w1", "Reasons": ["the node is down (heartbeat failure)"]}],
     }
 
 
@@ -208,9 +208,21 @@ _COUNTS = {"services": 4, "tasks": 12, "nodes": 4, "networks": 3, "secrets": 2, 
 _KEPT = Kept(revision=48213, counts=_COUNTS)
 _QUORUM = {
     "Managers": [
-        {"ID": "m1", "Hostname": "m1", "Addr": "192.0.2.11:2377", "Answers": True},
-        {"ID": "m2", "Hostname": "m2", "Addr": "192.0.2.12:2377", "Answers": False, "SilentSeconds": 372.0},
-        {"ID": "m3", "Hostname": "m3", "Addr": "192.0.2.13:2377", "Answers": False, "SilentSeconds": 372.0},
+        {"ID": "m1", "Hostname": "m1", "Addr": "192.0.2.11:2377", "IsReachable": True},
+        {
+            "ID": "m2",
+            "Hostname": "m2",
+            "Addr": "192.0.2.12:2377",
+            "IsReachable": False,
+            "UnreachableSeconds": 372.0,
+        },
+        {
+            "ID": "m3",
+            "Hostname": "m3",
+            "Addr": "192.0.2.13:2377",
+            "IsReachable": False,
+            "UnreachableSeconds": 372.0,
+        },
     ]
 }
 
@@ -232,13 +244,15 @@ _PLAN = Plan(
         Change(action=Action.REMOVE, kind="service", name="shop_old"),
     ),
     placements={
-        "shop_web": Placement(name="shop_web", wanted=3, nodes=(NodeShare("m1", 2), NodeShare("m3", 1))),
+        "shop_web": Placement(name="shop_web", desired=3, nodes=(NodeShare("m1", 2), NodeShare("m3", 1))),
         "shop_search": Placement(
             name="shop_search",
-            wanted=1,
-            refusal="no suitable node (insufficient resources on 2 nodes)",
+            desired=1,
+            error="no suitable node (insufficient resources on 2 nodes)",
             verdicts=tuple(
-                NodeRefusal(name, ("insufficient resources: 64000 MiB of memory wanted, 24106 not reserved",))
+                NodeRefusal(
+                    name, ("insufficient resources: 64000 MiB of memory requested, 24106 not reserved",)
+                )
                 for name in ("m1", "m3")
             ),
         ),

@@ -608,8 +608,8 @@ CLUSTER_EVENTS = (
     ClusterEvent(
         ("node",),
         ("update",),
-        "its spec, state or role changed. *Skep*: `paths.failing` (nodes that it does not reach), `overlay.refused` "
-        "(why tasks on overlay networks avoid it), `conditions`",
+        "its spec, state or role changed. *Skep*: `paths.failing` (nodes that it does not reach), "
+        "`overlay.unavailable` (why tasks on overlay networks avoid it), `conditions`",
         ("_node_changes",),
     ),
     ClusterEvent(("node",), ("evict",), "progress of `skep node evict` (*Skep*)", ("_eviction",)),
@@ -622,7 +622,7 @@ CLUSTER_EVENTS = (
     ),
     ClusterEvent(
         ("swarm",),
-        ("freeze", "resume"),
+        ("suspend", "resume"),
         "replacement of tasks is suspended because many nodes went down at once, and goes on (*Skep*)",
         ("_dockers",),
     ),
@@ -720,9 +720,9 @@ def events() -> str:
                 "`skep events --nodes all` (or names of nodes) has those of containers, images and volumes of nodes",
                 f"among them, at any manager, with the attributes `{from_nodes.ID}` and `{from_nodes.NAME}`.",
                 "The cursor then has a part for each node; a node goes on after it, also after a break of its own",
-                "connection. Messages of type `stream` say what becomes of a node's events: `follow` (they are read",
-                "from here on), `away` (they cannot be read, with the `reason`), `gap` (not all that follow are kept,",
-                "or an event is longer than 128 KiB).",
+                "connection. Messages of type `stream` report the connection to a node: `connect` (its events follow),",
+                "`disconnect` (they cannot be read, with the `reason`), `gap` (not all that follow are kept, or an",
+                "event is longer than 128 KiB).",
                 f"At most {from_nodes.NODES_MAX} nodes, and {from_nodes.STREAMS_MAX} such clients of a manager.",
                 "`docker events --filter scope=swarm --filter type=container` (`image`, `volume`) shows the same to",
                 "every client; without the scope it shows this node's, as in Docker. Docker Engines among the nodes,",

@@ -7,7 +7,7 @@ import msgspec
 from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.labels import (
-    ALLOW_HELPERS,
+    ALLOW_CREDENTIAL_HELPERS,
     ALLOW_MACHINE_LOGS,
     DRAIN,
     EXEC,
@@ -33,7 +33,7 @@ from skep.model.labels import (
     STACK_FILES,
     STACK_REVISION,
     STACK_STATE,
-    VOLUMES,
+    VOLUME_AFFINITY,
     WORKER_READS,
 )
 from skep.model.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
@@ -204,9 +204,9 @@ LABELS = (
     ),
     Label(
         LabelTarget.SERVICE,
-        VOLUMES,
-        "`return`, `keep`, `spread`",
-        "`return`",
+        VOLUME_AFFINITY,
+        "`preferred`, `required`, `none`",
+        "`preferred`",
         "where a task goes whose slot has data in a local volume of a node: to that node if it can run the task, else "
         "to another one; to that node only, for which it waits; to any node, as in Docker",
     ),
@@ -323,7 +323,7 @@ LABELS = (
                 API_LABEL,
                 "`read`, `inspect`, `full`",
                 "`read`",
-                "what it may call on the API's socket, if it mounts that: [dashboards](../guide/dashboards.md)",
+                "what it may call on the API's socket, if it mounts that: [API access](../guide/api-access.md)",
             ),
             ("skep.pid", "`host`", "its own", "the node's processes (right `namespaces`)"),
             ("skep.ipc", "`host`", "its own", "the node's shared memory (right `namespaces`)"),
@@ -399,7 +399,7 @@ LABELS = (
     Label(
         LabelTarget.REVISION,
         STACK_STATE,
-        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`, `being undone`, `replaced by revision N`",
+        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`, `rolling back`, `replaced by revision N`",
         "",
         "how its deploy ended",
     ),
@@ -502,7 +502,7 @@ LABELS = (
     ),
     Label(
         LabelTarget.CLUSTER,
-        ALLOW_HELPERS,
+        ALLOW_CREDENTIAL_HELPERS,
         "`STACK=REPOSITORY`, separated by commas; `*`: every stack",
         "none",
         "images that nodes may pull with their own credentials (`credential-helpers`) for services of users below the "
@@ -514,13 +514,13 @@ LABELS = (
         "skep.condition.NAME",
         "a sentence",
         "",
-        "something is wrong with the node: `apparmor`, `description`, `disk`, `disk-full`, `disk-pressure`, "
+        "something is wrong with the node: `apparmor`, `description-size`, `disk`, `disk-pressure`, "
         "`disk-space`, `encrypted-networks`, "
-        "`images`, `manager`, `neighbours`, `networks`, `no-manager`, `restore`, `swarm`",
+        "`images`, `manager`, `manager-unreachable`, `neighbor-table`, `networks`, `restore`, `store-full`, `swarm`",
     ),
     Label(
         LabelTarget.ENGINE,
-        "skep.without.NAME",
+        "skep.missing.NAME",
         "`true`",
         "",
         "the kernel lacks something: `bridge`, `ipv6-egress`, `nftables`, `overlayfs`, `route-localnet`, `seccomp`, "

@@ -130,7 +130,7 @@ def _accounted(view: View, loop: Scheduler) -> Accounting:
             fresh.reserve(task.id, task.node_id, usage_in(view, task))
     for claims in loop._preemptor._claims.values():
         for one in claims:
-            node_id, id = one.room.node_id, claim_id(one.task)
+            node_id, id = one.candidate.node_id, claim_id(one.task)
             fresh.reserve(id, node_id, loop._accounting.held(node_id)[id])
     return fresh
 
@@ -186,8 +186,8 @@ def leftovers(
             yield f"has {len(session._signals)} streams in the session of {session.node_id}"
         if unread := {id for line in session._signals for id in line._changed}:
             yield f"has {sorted(unread)} to send to {session.node_id}"
-    if dispatcher._stops._withheld:
-        yield f"withholds the stop of {sorted(dispatcher._stops._withheld)}"
+    if dispatcher._stops._delayed:
+        yield f"delays the stop of {sorted(dispatcher._stops._delayed)}"
     live = {session.id for session in sessions.all()}
     for session_id, kept in dispatcher._repeats._delayed.items():
         if session_id not in live or kept.reports:

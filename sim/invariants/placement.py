@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from sim.committed import Change
 from skep.model.container import Mount
 from skep.model.ids import NodeId
-from skep.model.labels import VolumePolicy, volume_policy
+from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import PublishMode, Service, ServiceSpec, UpdateOrder
@@ -105,10 +105,10 @@ def is_unplaceable(task: Task, service: Service, view: View) -> bool:
 
 
 def homes_of(task: Task, service: Service, view: View) -> set[NodeId]:
-    """The nodes to which a task with ``skep.volumes=keep`` has to return; empty: it may get any."""
+    """The nodes to which a task with ``skep.volume-affinity=required`` has to return; empty: it may get any."""
     container = task.spec.container_spec
     mounts = container.mounts if container is not None and task.slot else ()
-    if volume_policy(service.spec.labels) is not VolumePolicy.KEEP or not any(
+    if volume_affinity(service.spec.labels) is not VolumeAffinity.REQUIRED or not any(
         _is_local(one) for one in mounts
     ):
         return set()

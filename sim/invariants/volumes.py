@@ -6,7 +6,7 @@ from math import inf
 from sim.committed import Change
 from sim.invariants.placement import could_take
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import VolumePolicy, volume_policy
+from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -48,8 +48,8 @@ class LocalVolumesStay:
 
     def _misplaced(self, task: Task, now: float, view: View) -> Iterator[str]:
         service, names = view.lookup(Service, task.service_id), _volumes(task)
-        policy = volume_policy(service.spec.labels) if service is not None else VolumePolicy.SPREAD
-        if service is None or policy is VolumePolicy.SPREAD or not names:
+        policy = volume_affinity(service.spec.labels) if service is not None else VolumeAffinity.NONE
+        if service is None or policy is VolumeAffinity.NONE or not names:
             return
         homes = {
             other.node_id
@@ -59,7 +59,7 @@ class LocalVolumesStay:
             and self._since.get(other.id, inf) + UNNOTICED_S <= now
             and view.lookup(Node, other.node_id) is not None
         }
-        if policy is VolumePolicy.RETURN:
+        if policy is VolumeAffinity.PREFERRED:
             homes = {id for id in homes if self._could_have_it(view.get(Node, id), task, service, now, view)}
         if homes and task.node_id not in self._homes_of_any_age(task, names, view):
             yield (
@@ -104,7 +104,10 @@ class OnlyCopiesStay:
         elsewhere: Stored = set().union(*(self._stored(node.id) for node in view.find(Node)))
         for volume, name, slot in sorted(self._stored(id) - elsewhere):
             for service in view.find(Service, name=name):
-                if service.removed_at is None and volume_policy(service.spec.labels) is VolumePolicy.KEEP:
+                if (
+                    service.removed_at is None
+                    and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
+                ):
                     yield f"{id} was removed, which has the only data of {name}.{slot} in {volume}"
 
 

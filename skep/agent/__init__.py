@@ -1,1 +1,1 @@
-"""The cluster's hand on a node: the session with a manager, the assigned tasks, and the executors that run them."""
+"""The node's side of the cluster: the session with a manager, assigned tasks, and the executors that run them."""

@@ -1,7 +1,8 @@
 """The agent: this node's connection to the managers.
 
 It keeps a session with one of them, tries the next when that breaks, and renews the node's certificate.  Assignments
-go to the worker, its status reports go to the manager.  Containers do not depend on it: without a manager they run on.
+are passed to the worker, and its status reports to the manager.  Containers do not depend on the agent: without a
+manager they keep running.
 """
 
 import asyncio
@@ -39,20 +40,21 @@ log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
+"""Delays in seconds before the next attempt at a session."""
 UNREACHED_S = 10.0
-"""After so long without any manager ``docker info`` shows it."""
+"""Seconds without any manager after which ``docker info`` shows it."""
 POSTPONED_MAX = 10
-"""After so many postponements another manager is tried."""
+"""Postponements after which another manager is tried."""
 POSTPONEMENT_S_MAX = 30.0
-"""No manager may postpone a node for longer at a time."""
+"""Seconds by which a manager may postpone a node at a time."""
 REMOVED_RETRY_S = 10.0
-"""Between two attempts of a node that was removed.  A cluster restored from an earlier backup accepts it again."""
+"""Seconds between two attempts of a removed node.  A cluster restored from an earlier backup accepts it again."""
 LASTED_S = 10.0
-"""A session that held for so long was a good one: the next attempt is made at once."""
+"""Seconds after which a session counts as good, so that the next attempt starts at once."""
 
 
 def postponement_s(requested_s: float, random: float) -> float:
-    """Seconds to wait when a manager requests ``requested_s``: never less, spread by ``random`` (0 to 1)."""
+    """Return the seconds to wait when a manager requests ``requested_s``: never less, spread by ``random`` (0 to 1)."""
     return min(max(requested_s, FIRST_RETRY_S) * (1.0 + 0.1 * random), POSTPONEMENT_S_MAX)
 
 
@@ -60,17 +62,17 @@ class Attempt(Enum):
     """Result of one attempt at a session."""
 
     SESSION = "session"
-    """There was one, and it has ended."""
+    """A session was held and has ended."""
     NONE = "none"
     NEXT = "next"
-    """No connection, and there are other managers to try."""
+    """No connection was made, and there are other managers to try."""
 
 
 class Credentials(Protocol):
     """The node's identity and key pair (``agent.renewal.KeyPairCredentials``)."""
 
     changed: asyncio.Event
-    """Set with every change; cleared by the session, which sends it to the manager."""
+    """Set with every change.  Cleared by the session, which sends the change to the manager."""
 
     @property
     def identity(self) -> Identity:
@@ -78,22 +80,22 @@ class Credentials(Protocol):
 
     @property
     def tls_info(self) -> TLSInfo:
-        """The trusted roots, and the issuer of the certificate."""
+        """Trusted roots, and the issuer of the certificate."""
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+        """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
 
     def take_roots(self, root_pem: bytes) -> None:
         """Trust the roots that a manager has sent."""
 
     def take_role(self, role: NodeRole) -> None:
-        """The role of this node in the cluster; another than the certificate's needs a renewal."""
+        """Set the node's role in the cluster.  If it differs from the certificate's, a renewal is needed."""
 
     def want_renewal(self) -> None:
         """Renew the certificate as soon as possible."""
 
     async def run(self, choose: ChooseManager) -> None:
-        """Keep them valid until cancelled; ``choose``: the manager to renew with."""
+        """Keep the credentials valid until cancelled.  ``choose`` returns the manager to renew with."""
 
 
 class Agent:
@@ -112,8 +114,8 @@ class Agent:
     ) -> None:
         """
         Args:
-            describe: the node's description, read at the start of each session (the trusted roots are added here).
-            session_state: where every session and heartbeat is recorded.
+            describe: Returns the node's description at the start of each session.  The agent adds the trusted roots.
+            session_state: Records every session and heartbeat.
         """
         self._managers = managers
         self._describe = describe
@@ -123,9 +125,9 @@ class Agent:
         self._credentials = credentials
         self._session_state = session_state
         self._peer: Peer | None = None
-        """Of the last attempt at a session; while ``registered`` is set, of the session."""
+        """The peer of the last attempt at a session, or of the session while ``registered`` is set."""
         self._channel: Channel | None = None
-        """Likewise."""
+        """The connection of the last attempt or session."""
         self._distrust = ""
         """Why the manager of the last attempt is not trusted, or an empty string."""
         self._try_now = asyncio.Event()
@@ -133,20 +135,20 @@ class Agent:
 
     @property
     def node_id(self) -> NodeId:
-        """In the certificate."""
+        """The node id in the certificate."""
         return self._credentials.identity.node_id
 
     @property
     def role(self) -> NodeRole:
-        """In the certificate."""
+        """The role in the certificate."""
         return self._credentials.identity.role
 
     def renew_certificate(self) -> None:
-        """Request another certificate from the managers, as soon as one is reached."""
+        """Request another certificate from the managers as soon as one is reached."""
         self._credentials.want_renewal()
 
     def _manager_to_renew_with(self) -> Peer | None:
-        """The one that holds the session, which is known to respond; without a session the next to try."""
+        """Return the session's manager, which is known to respond, or without a session the next manager to try."""
         has_session = self.registered.is_set() and self._peer is not None
         peer = self._peer if has_session else self._managers.choose(self.node_id, self._random)
         return Peer(peer.node_id, self._managers.address_of(peer)) if peer is not None else None
@@ -166,7 +168,9 @@ class Agent:
         """Keep a session and a valid certificate until cancelled."""
         self._session_state.join(self.node_id)
         async with asyncio.TaskGroup() as group:
-            if self._services.serve_images is not None:  # first, so that the first session names the port
+            if (
+                self._services.serve_images is not None
+            ):  # started first, so that the first session reports the port
                 group.create_task(self._services.serve_images(), name="serve images")
             if self._services.tunnels is not None:
                 group.create_task(self._services.tunnels.run(), name="tunnels")
@@ -175,7 +179,7 @@ class Agent:
             group.create_task(self._services.seen.run(), name="keep the revision")
 
     def try_now(self) -> None:
-        """A manager has just begun to serve: without a session, make the next attempt at once."""
+        """Make the next attempt at once without a session: a manager has just started to serve."""
         self._try_now.set()
 
     # -- sessions -------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ class Agent:
         while True:
             started = self._clock.monotonic()
             self._try_now.clear()
-            # A task of its own: a broken connection cancels the task that uses it, which must not be this loop.
+            # A separate task, because a broken connection cancels the task that uses it, which must not be this loop.
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._attempt(), name="session attempt")
             self.registered.clear()
@@ -235,9 +239,9 @@ class Agent:
         return Attempt.NONE if is_connected or self._managers.is_last_of_round(peer) else Attempt.NEXT
 
     def _note_removal(self, refusal: str) -> None:
-        """Record that this node was removed, if a manager has refused it for that.
+        """Record that this node was removed, if a manager has refused it for that reason.
 
-        The connection has proved that a manager of the cluster says so; in words that no other refusal has.
+        The connection has proved that a manager of the cluster says so, in words that no other refusal has.
         """
         removal = removal_in(refusal, self.node_id)
         if removal is not None and removal != self._session_state.removal:
@@ -245,9 +249,10 @@ class Agent:
             self._session_state.removal = removal
 
     async def _hold_session(self, channel: Channel, peer: Peer) -> None:
-        """Hold a session until it breaks; on the same connection later, where the manager requests it.
+        """Hold a session until it breaks.  If the manager postpones it, try again later on the same connection.
 
-        Raises: SkepError: why.
+        Raises:
+            SkepError: The reason why the session ended.
         """
         for postponed in count(1):
             session = Session(
@@ -275,11 +280,11 @@ class Agent:
 
     def session_message(self, message: pb.SessionMessage) -> None:
         """Apply a message about this node and its cluster."""
-        assert self._peer is not None, "the peer of the session"
+        assert self._peer is not None, "a session has a peer"
         if not self.registered.is_set():
             log.info("registered", manager=self._peer.addr, session=message.session_id)
             self._managers.worked(self._peer)
-            assert self._channel is not None, "of the session"
+            assert self._channel is not None, "a session has a channel"
             self._session_state.begin(self._channel)
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
@@ -291,22 +296,22 @@ class Agent:
         self._credentials.take_role(role_from_pb(message.node.role))
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """One more connection to a manager, with this node's certificate.  Raises: Unavailable."""
+        """Open one more connection to a manager with this node's certificate.  Raises: Unavailable."""
         return self._credentials.connected(address, timeout_s=timeout_s)
 
     def accept_revision(self, revision: Revision) -> None:
-        """Raises: FailedPrecondition: the manager is behind what this node has seen."""
+        """Accept a manager's revision.  Raises: FailedPrecondition: the manager lags behind this node."""
         self._services.seen.advance(revision)
 
     def record_response(self, requested_at: float) -> None:
-        """The manager has responded to a heartbeat sent at ``requested_at``."""
+        """Record that the manager has responded to a heartbeat sent at ``requested_at``."""
         self._session_state.record_response(requested_at)
 
     @property
     def session_state(self) -> SessionState:
-        """Of this node with its managers."""
+        """State of this node's session with its managers."""
         return self._session_state
 
     def response_timeout_s(self, period_s: float) -> float:
-        """How long to wait for the response to a heartbeat."""
+        """Return how long to wait for the response to a heartbeat."""
         return response_timeout(period_s, len(self._managers.peers))

@@ -1,4 +1,4 @@
-"""Requests for the node's certificate to a manager: for joining, and for renewal.
+"""Requests for the node's certificate to a manager, for joining and for renewal.
 
 Source: swarmkit, ca/certificates.go (GetRemoteCA, RequestAndSaveNewCertificates).
 """
@@ -23,18 +23,18 @@ from skep.wire.client import Channel, connected
 from skep.wire.convert.node import availability_to_pb
 
 ISSUE_SECONDS_MAX = 20.0
-"""A certificate that has not come by then will not; Docker's limit for joining."""
+"""Seconds to wait for a certificate, Docker's limit for joining.  A later certificate would not come at all."""
 
 
 async def join(
     address: str, token: str, clock: Clock, availability: Availability = Availability.ACTIVE
 ) -> KeyPair:
-    """Ask the manager at ``address`` to take this machine into its cluster; the role is the token's.
+    """Ask the manager at ``address`` to accept this machine into its cluster.  The token determines the role.
 
     Raises:
-        InvalidArgument: no join token, or not one of this cluster (Docker's words).
-        FailedPrecondition: the manager's root is not the one the token was made for.
-        Unavailable: no manager responds there.
+        InvalidArgument: The token is invalid, or does not belong to this cluster (Docker's words).
+        FailedPrecondition: The manager's root differs from the token's.
+        Unavailable: No manager responds there.
     """
     root_pem = await fetch_root(address, token)
     context = joining_context(root_pem)
@@ -42,9 +42,10 @@ async def join(
 
 
 async def fetch_root(address: str, token: str) -> bytes:
-    """The root bundle of the cluster that ``token`` belongs to, from a manager that is not authenticated yet.
+    """Return the root bundle of the token's cluster from a manager that is not authenticated yet.
 
-    Raises: InvalidArgument; FailedPrecondition; Unavailable (see ``join``).
+    Raises:
+        InvalidArgument, FailedPrecondition, Unavailable: See ``join``.
     """
     expected = parse_token(token)
     async with connected(address, unverified_context(), ROOT_NAME) as channel:
@@ -54,20 +55,26 @@ async def fetch_root(address: str, token: str) -> bytes:
 
 
 async def renew(address: str, pair: KeyPair, clock: Clock) -> KeyPair:
-    """A new certificate with a new key, for the node that ``pair`` names.
+    """Return a new certificate with a new key for the node of ``pair``.
 
-    Raises: PermissionDenied: the node was removed; Unavailable; FailedPrecondition: the response cannot be used.
+    Raises:
+        PermissionDenied: The node was removed.
+        Unavailable: The manager does not respond.
+        FailedPrecondition: The response cannot be used.
     """
     return await _request(address, client_context(pair), MANAGER_NAME, pair.root_pem, clock)
 
 
 async def renew_expired(address: str, pair: KeyPair) -> KeyPair:
-    """A new certificate with a new key, for the node whose certificate in ``pair`` has expired.
+    """Return a new certificate with a new key for a node whose certificate in ``pair`` has expired.
 
-    No connection can be made with an expired certificate, so the node shows it, and proves that it has the key.
+    An expired certificate cannot authenticate a connection, so the node sends it and proves that it has the key.
 
-    Raises: PermissionDenied: the node was removed, or expired too long ago; Unavailable; FailedPrecondition: the
-    response cannot be used; Unimplemented: a Docker manager.
+    Raises:
+        PermissionDenied: The node was removed, or its certificate expired too long ago.
+        Unavailable: The manager does not respond.
+        FailedPrecondition: The response cannot be used.
+        Unimplemented: The manager is a Docker manager.
     """
     key = await asyncio.to_thread(new_private_key)
     csr = signing_request(key)
@@ -98,7 +105,7 @@ async def _request(
             csr=csr, token=token, availability=availability_to_pb(availability)
         )
         try:
-            # Longer than other calls: an external authority may have to sign.
+            # longer than other calls, because an external authority may have to sign
             reply = await channel.call(
                 methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=ISSUE_SECONDS_MAX
             )
@@ -123,7 +130,7 @@ async def _wait_issued(channel: Channel, node_id: str, csr: bytes, clock: Clock)
                 methods.NODE_CERTIFICATE_STATUS, pb.NodeCertificateStatusRequest(node_id=node_id)
             )
         except NotFound as error:
-            raise Unavailable(f"{channel.address} has lost the certificate: try again") from error
+            raise Unavailable(f"{channel.address} no longer has the certificate: try again") from error
         if reply.status.state == pb.IssuanceStatus.ISSUED and reply.certificate.csr == csr:
             return reply.certificate.certificate
         await backoff.sleep(clock)

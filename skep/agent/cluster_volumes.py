@@ -1,8 +1,8 @@
-"""The cluster volumes of this node: mounted by their drivers as assigned, and given up when asked and out of use.
+"""The cluster volumes of this node: mounted by their drivers as assigned, and unmounted on request when unused.
 
-Each volume has a worker of its own, so one whose driver hangs holds up its own tasks alone; these wait for a bounded
-time.  What a driver may have mounted is written to a file before it is asked, so that a node process that ends anywhere
-leaves nothing mounted for ever.  ``<data>/csi/<id>/``: ``staging`` and ``mount``; ``<data>/csi/<id>.json``: the volume.
+Each volume has its own worker, so a volume whose driver hangs blocks only its own tasks, which wait for a bounded time.
+Before a driver is called, the volume is recorded in a file, so that a node process that ends at any point leaves
+nothing mounted forever.  ``<data>/csi/<id>/`` has ``staging`` and ``mount``, and ``<data>/csi/<id>.json`` the volume.
 
 Source: swarmkit, agent/csi/volumes.go, agent/csi/plugin/plugin.go.
 """
@@ -36,17 +36,21 @@ from skep.model.volume import NOT_PUBLISHED, VolumeAssignment
 log = structlog.get_logger(__name__)
 
 TASK_WAIT_S = 120.0
-"""How long a task waits for a volume; then it fails, with what the driver said last."""
+"""Seconds that a task waits for a volume before it fails with the driver's last error."""
 SCAN_S = 10.0
+"""Seconds between two searches for volume drivers."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+"""Delays in seconds before a failed driver call is repeated."""
 DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
-"""Of one driver, and of all, in the node's description: a larger description is cut (``model.description_size``)."""
+"""Bytes of one driver, and of all drivers, in the node's description.  A larger description would be cut
+(``model.description_size``).
+"""
 USED_CHECK_S = 1.0
-"""Between two looks whether a volume that is to be given up is still mounted in a container."""
+"""Seconds between two checks whether a container still uses a volume that should be unmounted."""
 
 
 class PublishedVolume(NamedTuple):
-    """A volume of a task on this node: a directory with something mounted, or a block device."""
+    """A volume of a task on this node: a directory with a mount, or a block device."""
 
     path: Path
     device: str = ""
@@ -54,26 +58,30 @@ class PublishedVolume(NamedTuple):
 
 
 class _Held:
-    """One volume, wanted or to be given up."""
+    """One volume that is wanted or should be unmounted."""
 
     def __init__(self, volume: VolumeAssignment, *, is_wanted: bool) -> None:
         self.volume = volume
         self.is_wanted = is_wanted
         self.is_mounted = False
-        """By this process, which asks once more for what an earlier one had: a reboot may have come between."""
+        """Whether this process mounted it.  A volume of an earlier process is mounted again, because of a possible
+        reboot.
+        """
         self.why = ""
-        """Why it is not as it is to be."""
+        """Why the volume is not in its desired state."""
         self.holds = 0
-        """Containers that are being made with it."""
+        """Number of containers that are being created with it."""
         self.is_dormant = False
-        """Left by an earlier process: nothing is done until a manager or a task names it.  It may be on another node by
-        now."""
+        """Whether it was left by an earlier process.
+
+        Nothing is done until a manager or a task names it, because it may be on another node by now.
+        """
         self.changed = asyncio.Event()
         self.usable = asyncio.Event()
-        """Set exactly while tasks may have it: one that waits for it would turn without end otherwise."""
+        """Set exactly while tasks may use the volume.  Otherwise a waiting task would loop without a pause."""
 
     def set(self, *, is_wanted: bool, is_mounted: bool) -> None:
-        """Tasks may have it while it is both."""
+        """Set both flags.  Tasks may use the volume while both are true."""
         self.is_wanted, self.is_mounted = is_wanted, is_mounted
         if is_wanted and is_mounted:
             self.usable.set()
@@ -82,12 +90,12 @@ class _Held:
 
     @property
     def obstacle(self) -> str:
-        """Why no task may have it."""
-        return self.why or ("it is not mounted yet" if self.is_wanted else "it is being given up")
+        """Why no task may use the volume."""
+        return self.why or ("it is not mounted yet" if self.is_wanted else "it is being unmounted")
 
 
 class ClusterVolumes:
-    """Takes volumes from assignments, and gives tasks their directories."""
+    """Applies volume assignments, and provides tasks with the volumes' directories."""
 
     def __init__(
         self,
@@ -102,10 +110,10 @@ class ClusterVolumes:
     ) -> None:
         """
         Args:
-            secret: the data of a secret of this node, by id.  Raises: NotFound.
-            users_of: containers with a mount of that directory that run, or are about to.
-            is_mounted: whether something is mounted there, as this process and containers see it.
-            device_at: ``major:minor`` of the block device there; empty: it is none.
+            secret: Returns the data of a secret of this node by id.  Raises: NotFound.
+            users_of: Returns the containers with a mount of a directory that run, or are about to.
+            is_mounted: Returns whether a directory has a mount that this process and containers see.
+            device_at: Returns ``major:minor`` of the block device at a path, or an empty text.
         """
         self._folder = folder
         self._drivers = drivers
@@ -118,9 +126,11 @@ class ClusterVolumes:
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self._unreported: dict[VolumeId, bool] = {}
-        """Those given up, and whether that has been taken: a late answer to an earlier report is none to this one."""
+        """Unmounted volumes, and whether they were included in a report.  A late answer to an earlier report does not
+        count.
+        """
         self._to_report: dict[VolumeId, VolumeAssignment] = {}
-        """Those that a manager asked for, and of which something may be left."""
+        """Volumes that a manager wants unmounted, of which something may be left."""
         self._reportable = asyncio.Event()
         self._infos: dict[str, tuple[Driver, CSIInfo]] = {}
 
@@ -137,16 +147,16 @@ class ClusterVolumes:
                     self._spawn(id, held)
             self._ready.set()
             while True:
-                await isolate(self._scan(), "drivers not looked for")
+                await isolate(self._scan(), "volume drivers not found")
                 await self._clock.sleep(SCAN_S)
 
     async def wait_ready(self) -> None:
-        """Return once what an earlier process left is known."""
+        """Wait until the volumes of an earlier process are known."""
         await self._ready.wait()
 
     @property
     def drivers(self) -> tuple[CSIInfo, ...]:
-        """The drivers of this node, as it describes itself."""
+        """The drivers of this node for its description."""
         found, left = [], DESCRIPTION_BYTES_MAX
         for _, (_, info) in sorted(self._infos.items()):
             left -= len(to_json(info))
@@ -157,7 +167,7 @@ class ClusterVolumes:
     # -- assignments and reports -----------------------------------------------------------------------------------
 
     def assign(self, change: AssignmentSet) -> None:
-        """Take over the volumes of ``change``, after ``wait_ready``; returns at once."""
+        """Apply the volumes of ``change``, after ``wait_ready``.  Returns at once."""
         for volume in change.volumes:
             self._unreported.pop(volume.id, None)
             self._to_report.pop(volume.id, None)
@@ -169,12 +179,12 @@ class ClusterVolumes:
         if change.complete:
             named = {volume.id for volume in (*change.volumes, *change.removed_volumes)}
             for id, held in list(self._held.items()):
-                if id not in named:  # removed with force while this node was away
+                if id not in named:  # removed with force while this node was unreachable
                     self._want(held.volume, is_wanted=False)
         self._report_given_up()
 
     async def take_reports(self) -> Sequence[VolumeId]:
-        """Wait for volumes that were given up; they are reported until ``reported``."""
+        """Wait for unmounted volumes.  They are reported until ``reported``."""
         while not self._unreported:
             self._reportable.clear()
             await self._reportable.wait()
@@ -182,7 +192,7 @@ class ClusterVolumes:
         return list(self._unreported)
 
     def reported(self, ids: Iterable[VolumeId]) -> None:
-        """A manager has taken the reports."""
+        """Record that a manager has accepted the reports."""
         for id in ids:
             if self._unreported.get(id):
                 del self._unreported[id]
@@ -190,12 +200,13 @@ class ClusterVolumes:
     # -- tasks -----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def mounted(
+    async def keep_mounted(
         self, attachments: Sequence[VolumeAttachment]
     ) -> AsyncIterator[Sequence[PublishedVolume]]:
-        """A task's volumes, in their order, not given up while the context lasts.
+        """Mount a task's volumes and keep them mounted in the context.  Yields them in their order.
 
-        Raises: Unavailable: one is not mounted within ``TASK_WAIT_S``, with the reason.
+        Raises:
+            Unavailable: A volume was not mounted within ``TASK_WAIT_S``, with the reason.
         """
         taken: list[_Held] = []
         try:
@@ -248,7 +259,7 @@ class ClusterVolumes:
         self._group.create_task(self._drive(id, held), name=f"volume-{id}")
 
     async def _drive(self, id: VolumeId, held: _Held) -> None:
-        """Bring the volume to where it is wanted, again after each change and failure; ends when it is given up."""
+        """Bring the volume to its desired state, again after each change and failure, until it is unmounted."""
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
         while True:
             held.changed.clear()
@@ -257,17 +268,19 @@ class ClusterVolumes:
                 if is_wanted:
                     if not held.is_mounted:
                         await self._mount(held)
-                elif await self._give_up(held) and not held.is_wanted:  # or else it is wanted again meanwhile
+                elif (
+                    await self._give_up(held) and not held.is_wanted
+                ):  # unless it is wanted again in the meantime
                     del self._held[id]
                     self._report_given_up()
                     return
                 held.why = ""
             except SkepError as error:
                 held.why = str(error)
-                log.warning("volume not as it is to be", volume=id, reason=held.why)
+                log.warning("cluster volume not ready, will retry", volume=id, reason=held.why)
             except Exception as error:
                 held.why = describe_error(error)
-                log_error(error, "volume not as it is to be", volume=id)
+                log_error(error, "cluster volume not ready, will retry", volume=id)
             if not held.why:
                 backoff.reset()
             if held.is_wanted and held.is_mounted:
@@ -278,7 +291,7 @@ class ClusterVolumes:
                     await asyncio.wait_for(held.changed.wait(), delay_s)
 
     async def _mount(self, held: _Held) -> None:
-        """Raises: SkepError."""
+        """Mount a volume by its driver.  Raises: SkepError."""
         volume = held.volume
         secrets = {one.key: self._secret(one.secret) for one in volume.secrets}
         driver = await self._drivers.get(volume.driver.name)
@@ -286,27 +299,29 @@ class ClusterVolumes:
         await driver.node_publish(volume, self._staging(volume.id), self._target(volume.id), secrets)
         published = await asyncio.to_thread(self._published, volume)
         if volume.access_mode.block_volume is not None and not published.device:
-            raise Unavailable("its driver says that it is published, and no block device is there")
+            raise Unavailable("its driver reports it as published, but there is no block device")
         if volume.access_mode.block_volume is None and not await asyncio.to_thread(
             self._is_mounted, published.path
         ):
-            # Tasks would write to the node's own disk.
+            # Tasks would otherwise write to the node's own disk.
             raise Unavailable(
-                "its driver says that it is mounted, and nothing is: the mounts of one in a container must be shared"
+                "its driver reports it as mounted, but it is not: a driver in a container needs shared mounts"
             )
         if held.volume == volume:
             held.set(is_wanted=held.is_wanted, is_mounted=True)
             log.info("volume mounted", volume=volume.id, driver=volume.driver.name)
 
     def _published(self, volume: VolumeAssignment) -> PublishedVolume:
-        """Blocks."""
+        """Return the volume as published on this node.  Blocks."""
         path = self._target(volume.id)
         return PublishedVolume(
             path, self._device_at(path) if volume.access_mode.block_volume is not None else ""
         )
 
     async def _give_up(self, held: _Held) -> bool:
-        """Whether nothing is left of it.  Raises: SkepError: its driver did not do it."""
+        """Unmount a volume unless it is used.  Returns whether nothing of it is left.  Raises: SkepError: the driver
+        failed.
+        """
         volume = held.volume
         users = self._users_of(self._target(volume.id))
         if held.holds or users:
@@ -316,11 +331,11 @@ class ClusterVolumes:
         driver = await self._drivers.get(volume.driver.name)
         await driver.node_unpublish(volume.volume_id, self._staging(volume.id), self._target(volume.id))
         await asyncio.to_thread(self._forget, volume.id)
-        log.info("volume given up", volume=volume.id, driver=volume.driver.name)
+        log.info("volume unmounted", volume=volume.id, driver=volume.driver.name)
         return True
 
     def _report_given_up(self) -> None:
-        """Report those of which nothing is left here, nor under an id of before they were removed and made again."""
+        """Report volumes of which nothing is left here, including under an id from before they were recreated."""
         disks = {(held.volume.driver.name, held.volume.volume_id) for held in self._held.values()}
         for volume in list(self._to_report.values()):
             if volume.id not in self._held and (volume.driver.name, volume.volume_id) not in disks:
@@ -343,19 +358,23 @@ class ClusterVolumes:
         return os.path.lexists(self._file(id))
 
     def _remember(self, volume: VolumeAssignment) -> None:
-        """Blocks.  Raises: SkepError."""
+        """Record a volume on disk.  Blocks.  Raises: SkepError."""
         if not volume.id.isalnum():
-            raise Unavailable("a volume with an impossible id")
+            raise Unavailable("the volume has an invalid id")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # It may contain what gives access to the storage.
+            # The record may contain credentials of the storage.
             replace_file(self._file(volume.id), to_json(volume), mode=0o600)
             self._staging(volume.id).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise Unavailable(f"the volume's directory was not made: {describe_error(error)}") from error
+            raise Unavailable(f"cannot create the volume's directory: {describe_error(error)}") from error
 
     def _forget(self, id: VolumeId) -> None:
-        """Blocks.  Raises: Unavailable: the driver has left something there; nothing is removed by force."""
+        """Remove a volume's directories and record.  Blocks.
+
+        Raises:
+            Unavailable: The driver has left something in a directory.  Nothing is removed by force.
+        """
         for path in (self._target(id), self._staging(id), self._folder / id):
             try:
                 os.rmdir(path)
@@ -363,12 +382,12 @@ class ClusterVolumes:
                 continue
             except OSError as error:
                 raise Unavailable(
-                    f"the driver left {path.name} as it was: {describe_error(error)}"
+                    f"the driver did not clean up {path.name}: {describe_error(error)}"
                 ) from error
         self._file(id).unlink(missing_ok=True)
 
     def _remembered(self) -> list[VolumeAssignment]:
-        """Blocks."""
+        """Return the recorded volumes.  Blocks."""
         found = []
         for path in sorted(self._folder.glob("*.json")):
             try:
@@ -393,5 +412,5 @@ class ClusterVolumes:
                     f"it describes the node in {size} bytes: at most {DRIVER_BYTES_MAX} are read"
                 )
             self._infos[driver.name] = driver, info
-        except SkepError as error:  # a controller without a node service, or one that hangs
+        except SkepError as error:  # a controller without a node service, or a driver that hangs
             log.info("driver does not describe the node", driver=driver.name, reason=str(error))

@@ -1,8 +1,8 @@
-"""Images between the nodes of a cluster: this node's for the others, and the others' for this one.
+"""Image transfer between the nodes of a cluster: serves this node's images and fetches other nodes' images.
 
-Each node serves its images on a port of its own, over mutual TLS with the certificates of the cluster, and reports the
-port in its description.  A manager says which nodes may have an image, and whether a caller is still a node of the
-cluster: its certificate is valid for longer than that.
+Each node serves its images on a separate port, over mutual TLS with the cluster's certificates, and reports the port in
+its description.  A manager tells which nodes may have an image, and whether a caller is still a node of the cluster,
+because its certificate stays valid after its removal.
 """
 
 import asyncio
@@ -38,42 +38,47 @@ from skep.wire.service import Handler, server_stream, unary
 log = structlog.get_logger(__name__)
 
 CHECKED_S = 30.0
-"""For so long a node may read an image after a manager has said so."""
+"""Seconds for which a node may read an image after a manager has allowed it."""
 CHECKED_MAX = 4096
+"""Permissions that are cached."""
 NAMES_MAX = 1000
-"""Names of images in one request to a manager."""
+"""Image names in one request to a manager."""
 MANIFEST_S = 15.0
+"""Seconds to wait for another node's manifest."""
 BOUNDS = Bounds(stream_window=4 << 20, connection_window=16 << 20, message=(4 << 20) + (64 << 10))
-"""Of what another node sends, which is not trusted as a manager is: a manifest is 4 MiB long at most, as one of a
-registry, a piece of a layer half a MiB."""
+"""Limits for data from another node, which is less trusted than a manager.
+
+A manifest has at most 4 MiB, as in a registry, and a piece of a layer half a MiB.
+"""
 BIND_AGAIN_S_MAX = 30.0
+"""Longest delay in seconds before an address is bound again."""
 
 T = TypeVar("T")
 
 PresentPair: TypeAlias = Callable[[], KeyPair]
-"""Gives the node's key pair, which is renewed."""
+"""Returns the node's current key pair, which is renewed over time."""
 
 
 class ImagePort:
     """Serves this node's images to other nodes of its cluster.
 
-    ``port``: where; 0: not at present.
+    ``port`` is the port in use, or 0 while nothing is served.
     """
 
     def __init__(
         self, images: ServedImages, session: SessionState, clock: Clock, wanted_port: int = 0
     ) -> None:
-        """``wanted_port``: 0: the default, or any free one if that is taken."""
+        """``wanted_port`` is 0 for the default port, or any free one if that is taken."""
         self._images = images
         self._session = session
         self._clock = clock
         self._wanted_port = wanted_port
         self._checked: dict[tuple[str, str, frozenset[str]], float] = {}
-        """Node id, serial number of its certificate and names of an image -> when a manager has allowed it."""
+        """Node id, serial number of its certificate and image names -> time of a manager's permission."""
         self.port = 0
 
     async def run(self, pair: PresentPair, host: str) -> None:
-        """Serve until cancelled.  An address that cannot be bound is tried again and again."""
+        """Serve until cancelled.  If an address cannot be bound, retry."""
 
         async def serve_images() -> None:
             try:
@@ -102,7 +107,7 @@ class ImagePort:
                 self.port = 0
 
     def handlers(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.IMAGE_MANIFEST, self._manifest),
             server_stream(methods.IMAGE_BLOB, self._blob, taken_s=serving.STALLED_S),
@@ -130,10 +135,10 @@ class ImagePort:
                 yield skep.ImageBlobPiece(data=piece)
 
     async def _check(self, caller: Caller, names: frozenset[str]) -> NodeId:
-        """Ask a manager whether the caller may read an image that has all of ``names``; return its node id.
+        """Ask a manager whether the caller may read an image that has all of ``names``, and return its node id.
 
         Raises:
-            NotFound: There is no such image here.
+            NotFound: The image is not on this node.
             PermissionDenied: The caller is no longer a node of the cluster, or has no task of the image.
             Unavailable: No manager responds.
         """
@@ -155,7 +160,12 @@ class ImagePort:
         return key[0]
 
     async def _ask_manager(self, node: NodeId, serial: str, names: Sequence[str]) -> None:
-        """Raises: PermissionDenied: the node may read an image by none of its names; SkepError: no manager responds."""
+        """Ask whether the node may read an image by one of its names.
+
+        Raises:
+            PermissionDenied: The node may not read it by any name.
+            SkepError: No manager responds.
+        """
         for first in range(0, max(len(names), 1), NAMES_MAX):
             asked = names[first : first + NAMES_MAX]
             request = skep.CheckNodeRequest(node_id=node, serial=serial, images=asked)
@@ -169,7 +179,7 @@ class ImagePort:
 
 
 class ClusterSources:
-    """The other nodes, as where images come from; implements ``spreading.Neighbours``."""
+    """The other nodes as sources of images.  Implements ``spreading.Neighbours``."""
 
     def __init__(self, session: SessionState) -> None:
         self._session = session
@@ -177,7 +187,7 @@ class ClusterSources:
 
     @contextmanager
     def using(self, pair: PresentPair) -> Iterator[None]:
-        """While this node is in a cluster: the key pair to connect with."""
+        """Set the key pair for connections while this node is in a cluster."""
         self._pair = pair
         try:
             yield
@@ -186,13 +196,14 @@ class ClusterSources:
 
     @asynccontextmanager
     async def sources(self, reference: Reference) -> AsyncIterator[FindSources]:
-        """The nodes that may have an image; connections to them are kept while the context is open.
+        """Find the nodes that may have an image.  Connections to them are kept while the context is open.
 
-        Raises: Unavailable: this node is in no cluster.
+        Raises:
+            Unavailable: This node is not in a cluster.
         """
         pair = self._pair
         if pair is None:
-            raise Unavailable("this node is in no cluster")
+            raise Unavailable("this node is not in a cluster")
         request = skep.FindImageRequest(images=reference.spellings)
         known: dict[tuple[str, str], NodeSource] = {}
         async with AsyncExitStack() as stack:
@@ -209,25 +220,25 @@ class ClusterSources:
 
 
 async def needed_images(session: SessionState, names: Sequence[str]) -> Collection[str]:
-    """Return those of ``names`` by which services of the cluster may need an image.
+    """Return the ``names`` under which services of the cluster may need an image.
 
     Raises:
-        SkepError: No manager responds, or this node is in no cluster.
+        SkepError: No manager responds, or this node is not in a cluster.
     """
     needed: set[str] = set()
     for first in range(0, len(names), NAMES_MAX):
         request = skep.NeededImagesRequest(images=names[first : first + NAMES_MAX])
         response = await session.channel.call(methods.NEEDED_IMAGES, request)
-        # Managers of older versions return all images, as specs name them: a digest stands for every name with it.
+        # Managers of older versions return all images as specs name them.  A digest matches every name with it.
         needed.update(form for name in response.images for form in (name, name.rpartition("@")[2]))
     return needed
 
 
 class NodeSource:
-    """One other node; implements ``spreading.Source``.  Connects when it is first asked.
+    """Another node.  Implements ``spreading.Source``.  Connects at its first use.
 
     Args:
-        stack: closes the connection.
+        stack: Closes the connection.
     """
 
     def __init__(
@@ -242,10 +253,12 @@ class NodeSource:
         self._connecting = asyncio.Lock()
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """See ``ServedImages.manifest``; not verified.  Raises: SkepError."""
-        channel = await self._connected()
+        """Return a manifest, which is not verified.  See ``ServedImages.manifest``.  Raises: SkepError."""
+        channel = await self._connect()
         request = skep.ImageManifestRequest(target=target)
-        response = await self._called(channel.call(methods.IMAGE_MANIFEST, request, timeout_s=MANIFEST_S))
+        response = await self._await_response(
+            channel.call(methods.IMAGE_MANIFEST, request, timeout_s=MANIFEST_S)
+        )
         return Document(
             response.content,
             response.media_type,
@@ -255,12 +268,12 @@ class NodeSource:
 
     @asynccontextmanager
     async def blob(self, digest: str, *, last_resort: bool) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The pieces of a blob, not verified.  Raises: SkepError."""
-        channel = await self._connected()
+        """Yield the pieces of a blob, which are not verified.  Raises: SkepError."""
+        channel = await self._connect()
         async with channel.stream(methods.IMAGE_BLOB) as call:
             request = skep.ImageBlobRequest(digest=digest, last_resort=last_resort)
-            await self._called(call.send(request, end=True))
-            if await self._called(call.receive()) is None:
+            await self._await_response(call.send(request, end=True))
+            if await self._await_response(call.receive()) is None:
                 raise Unavailable(f"{self._addr} sent no blob")
 
             async def pieces() -> AsyncIterator[bytes]:
@@ -269,8 +282,8 @@ class NodeSource:
 
             yield pieces()
 
-    async def _connected(self) -> Channel:
-        """The connection, made anew after it broke.  Raises: Unavailable."""
+    async def _connect(self) -> Channel:
+        """Return the connection, which is opened again after it broke.  Raises: Unavailable."""
         async with self._connecting:
             if self._channel is None:
                 present = self._pair()
@@ -280,7 +293,7 @@ class NodeSource:
                 )
             return self._channel
 
-    async def _called(self, call: Awaitable[T]) -> T:
+    async def _await_response(self, call: Awaitable[T]) -> T:
         try:
             return await call
         except Unavailable:

@@ -1,8 +1,8 @@
-"""Stops tasks that must not run without a manager (``skep.on-disconnect=stop``) where the node process cannot.
+"""Stops tasks that must not run without a manager (``skep.on-disconnect=stop``) if the node process cannot.
 
-A node process that is dead, or ends again and again, has no session, so the managers replace these tasks after their
-delay.  The net process runs this check, from files: when a manager last responded to this node, the tasks with their
-services' labels, and the containers' records.  A node process that is alive stops the tasks itself, a moment earlier.
+A node process that is dead, or ends repeatedly, has no session, so the managers replace these tasks after their delay.
+The net process runs this check from files: when a manager last responded to this node, the tasks with their services'
+labels, and the containers' records.  A running node process stops the tasks itself, a moment earlier.
 """
 
 import asyncio
@@ -30,15 +30,17 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 CHECK_S = 1.0
+"""Seconds between two checks."""
 AWAKE_S = 3.0
-"""No task stops after a shorter silence."""
+"""Seconds of silence below which no task stops."""
 RESCAN_S = 5.0
+"""Seconds between two scans of the containers during a silence."""
 LATER_S = 2.0
-"""A container that a live node process should have stopped is killed so much later."""
+"""Additional seconds after which a container is killed that a running node process should have stopped."""
 
 
 class PendingStop(msgspec.Struct, frozen=True):
-    """A container that is to stop when no manager has responded to the node for ``delay_s``."""
+    """A container to stop when no manager has responded to the node for ``delay_s``."""
 
     id: str
     process: ProcessName
@@ -48,7 +50,7 @@ class PendingStop(msgspec.Struct, frozen=True):
 
 
 def due_signal(one: PendingStop, silence_s: float, *, has_node_process: bool, was_signalled: bool) -> int:
-    """The signal to send to the container now; 0: none."""
+    """Return the signal to send to the container now, or 0."""
     if silence_s >= one.delay_s + one.grace_s + LATER_S:
         return signal.SIGKILL
     if silence_s >= one.delay_s and not has_node_process and not was_signalled:
@@ -57,7 +59,10 @@ def due_signal(one: PendingStop, silence_s: float, *, has_node_process: bool, wa
 
 
 class LastResort:
-    """Checks the containers of one node.  ``send``: signals exactly this process; False: it is gone."""
+    """Checks the containers of one node.
+
+    ``send`` signals exactly this process, and returns False if it has ended.
+    """
 
     def __init__(
         self, paths: Paths, clock: SystemClock, *, send: Callable[[ProcessName, int], bool] = send_signal
@@ -134,7 +139,7 @@ def _pending_stop(container: Container, process: ProcessName, delay_s: float) ->
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds ``path`` (flock), without disturbing one that is about to."""
+    """Return whether a process holds a flock on ``path``, without disturbing a process that is about to take it."""
     try:
         inode = path.stat().st_ino
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """When a manager last responded to this node, recorded across restarts of the node process.
 
 The time is in seconds since the machine's boot, which advance while no node process runs and while the machine sleeps.
-Such times compare within one boot only, so the boot's id is stored with them.
+Such times are comparable only within one boot, so the boot's id is stored with them.
 """
 
 from collections.abc import Callable
@@ -16,28 +16,31 @@ log = structlog.get_logger()
 
 
 class LastSeen:
-    """In memory.  ``since_boot``: seconds since the machine was started."""
+    """The time of the last response, in memory.  ``since_boot`` returns the seconds since the machine booted."""
 
     def __init__(self, since_boot: Callable[[], float], at: float | None = None) -> None:
-        """``at``: since boot; None: not in this boot, as far as is known."""
+        """``at`` is in seconds since boot, or None without a known response during this boot."""
         self._since_boot = since_boot
         self._at = at
 
     def record(self, ago_s: float) -> None:
-        """A manager responded ``ago_s`` seconds ago."""
+        """Record that a manager responded ``ago_s`` seconds ago."""
         self._at = self._since_boot() - ago_s
         self._save(self._at)
 
     def forget(self) -> None:
-        """The machine was started again."""
+        """Forget the time after a reboot."""
         self._at = None
 
     def silence_s(self) -> float:
-        """Seconds since then; infinite where it is unknown, since tasks may have been replaced by now."""
+        """Return the seconds since the last response.
+
+        Infinite if unknown, because tasks may have been replaced by now.
+        """
         return float("inf") if self._at is None else self._since_boot() - self._at
 
     def _save(self, at: float) -> None:
-        """Keep it for the next process."""
+        """Store the time for the next process."""
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -46,7 +49,7 @@ class _Saved(msgspec.Struct, frozen=True):
 
 
 class LastSeenFile(LastSeen):
-    """In a file too.  It is not synced: after a reboot it means nothing."""
+    """The time of the last response, also in a file.  The file is not synced: after a reboot it is useless."""
 
     def __init__(self, path: Path, since_boot: Callable[[], float], boot_id: str) -> None:
         self._path = path
@@ -62,7 +65,7 @@ class LastSeenFile(LastSeen):
 
 
 def seen_at(path: Path, boot_id: str) -> float | None:
-    """Seconds since boot, as recorded in ``path``; None: there is no record of this boot."""
+    """Return the time recorded in ``path``, in seconds since boot, or None without a record of this boot."""
     try:
         saved = msgspec.json.decode(path.read_bytes(), type=_Saved)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):

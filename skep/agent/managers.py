@@ -1,4 +1,4 @@
-"""The known managers, and which of them to try next."""
+"""The known managers, and the choice of the next one to try."""
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -10,7 +10,9 @@ from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
 
 RESPONSE_SECONDS_MIN = 1.0
+"""Shortest timeout in seconds, so that a short heartbeat period does not end sessions."""
 DEFAULT_WEIGHT = 10
+"""Weight of a manager without one, as in SwarmKit."""
 
 
 class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):
@@ -21,10 +23,11 @@ class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Ad
 
 
 def response_timeout(period_s: float, managers: int) -> float:
-    """Seconds to wait for the response to a heartbeat: one period, so that a node moves on within a heartbeat.
+    """Return the seconds to wait for the response to a heartbeat.
 
-    The first one (``period_s`` 0) may take longer: many nodes may be registering at the same time.  So may all
-    where there is no other manager.
+    One period, so that a node switches to another manager within a heartbeat.  The first heartbeat (``period_s`` 0) may
+    take longer, because many nodes may be registering at the same time.  Without another manager, every heartbeat may
+    take longer.
     """
     if managers < 2 or not period_s:
         return RESPONSE_SECONDS_MAX
@@ -32,10 +35,11 @@ def response_timeout(period_s: float, managers: int) -> float:
 
 
 def connect_timeout(failures: int, managers: int, absent: int = 0) -> float:
-    """Seconds to wait for a connection: a machine without power does not respond, an overloaded one is slow.
+    """Return the seconds to wait for a connection.
 
-    While some managers respond and ``absent`` ones do not, all of those together take no longer than a single one may:
-    a node that tried the dead ones first would come back after its grace.
+    A machine without power does not respond, and an overloaded one is slow.  While some managers respond and ``absent``
+    ones do not, all absent ones together take no longer than a single one may.  Otherwise a node that tried the dead
+    managers first would return only after its grace period.
     """
     if managers < 2:
         return RESPONSE_SECONDS_MAX
@@ -53,12 +57,13 @@ def next_manager(
     random: Random,
     weights: Mapping[str, int] | None = None,
 ) -> Peer | None:
-    """The manager to try next: one with the fewest failures; among equals at random, this node's own manager last.
+    """Return the manager to try next: one with the fewest failures, chosen at random, this node's own manager last.
 
-    ``weights``: by address, from the managers; among equals the heavier is chosen more often.
+    ``weights`` come from the managers, by address.  Among equal managers, one with a higher weight is chosen more
+    often.
 
-    With its own manager last, the loss of a machine is one event: its node does not look for another manager while
-    its tasks are replaced.
+    Because the node's own manager comes last, the loss of a machine is a single event: its node does not look for
+    another manager while its tasks are replaced.
     """
     if not peers:
         return None
@@ -73,9 +78,9 @@ class ManagerList:
     """The managers as the last session listed them, and the failures to reach them.
 
     Args:
-        changed: called with every new list.
-        address_of: where this node reaches a manager; other nodes may use another address.
-        show_unreached: called with a sentence while no manager is reached, with an empty text once one is.
+        changed: Called with every new list.
+        address_of: Returns where this node reaches a manager.  Other nodes may use another address.
+        show_unreached: Called with a sentence while no manager is reached, and with an empty text once one is.
     """
 
     def __init__(
@@ -95,47 +100,47 @@ class ManagerList:
         self._weights: dict[str, int] = {}
 
     def failures(self, peer: Peer) -> int:
-        """Consecutive failures of ``peer``."""
+        """Return the consecutive failures of ``peer``."""
         return self._failures.get(peer.addr, 0)
 
     def clear_unreached(self) -> None:
-        """One of them has answered, be it with a refusal."""
+        """Record that a manager has answered, even with a refusal."""
         self._show_unreached("")
 
     def note_unreached(self, distrust: str = "") -> None:
-        """None of them has given a session for long.
+        """Record that no manager has accepted a session for long.
 
-        ``distrust``: why the one that was tried last is not trusted, or an empty string.  Their root changes when a
-        manager is evicted; an evicted manager that was cut off meanwhile can verify nothing that they say.
+        ``distrust`` tells why the last manager is not trusted, or is empty.  The managers' root changes when a manager
+        is evicted, so an evicted manager that was disconnected at that time can verify none of their messages.
         """
         if distrust:
             self._show_unreached(
-                f"no manager is trusted: {distrust}. Containers run on. "
-                "If this node was evicted: docker swarm leave --force"
+                f"no manager is trusted: {distrust}. Containers keep running. "
+                "If this node was evicted, run docker swarm leave --force."
             )
             return
         tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
         self._show_unreached(
-            f"no manager answers: this node asks {tried}. Containers run on. "
-            'If the managers are elsewhere now: managers = ["address:2377"] in /etc/skep/skep.toml, and restart skep'
+            f"no manager answers: this node tries {tried}. Containers keep running. "
+            'If the managers have new addresses, set managers = ["address:2377"] in /etc/skep/skep.toml and restart'
         )
 
     def choose(self, own_id: NodeId, random: Random) -> Peer | None:
-        """The manager to try next; None: none is known."""
+        """Return the manager to try next, or None if no manager is known."""
         return next_manager(self.peers, self._failures, own_id, random, self._weights)
 
     def connect_timeout(self, peer: Peer) -> float:
-        """Seconds to wait for a connection to ``peer``."""
+        """Return the seconds to wait for a connection to ``peer``."""
         known = {one.addr for one in self.peers}
         return connect_timeout(self.failures(peer), len(known), len(self._absent & known))
 
     def require_manager(self, peer: Peer, found: NodeId) -> None:
         """Check the identity of the manager that a connection to ``peer`` has reached.
 
-        The certificate of a manager that was demoted or removed stays valid for up to 90 days, and whoever reaches
-        this node from the address of a manager could show it.  So a manager that the last list does not have is
-        accepted only while none of that list responds: all of them may have been replaced.  Managers that the
-        settings name by address have no identity to compare.
+        The certificate of a demoted or removed manager stays valid for up to 90 days, and an attacker at the address of
+        a manager could use it.  So a manager that the last list does not have is accepted only while no manager of that
+        list responds, because all of them may have been replaced.  Managers that the settings name by address have no
+        identity to compare.
 
         Raises:
             Unavailable: Another manager is at this address.
@@ -150,7 +155,9 @@ class ManagerList:
             )
 
     def failed(self, peer: Peer, *, was_connected: bool = True) -> None:
-        """There was no session with ``peer``, or it broke; ``was_connected``: it accepted the connection."""
+        """Record a failed or lost session with ``peer``.  ``was_connected`` tells whether it accepted the
+        connection.
+        """
         self._failures[peer.addr] = self._failures.get(peer.addr, 0) + 1
         if was_connected:
             self._absent.discard(peer.addr)
@@ -158,22 +165,23 @@ class ManagerList:
             self._absent.add(peer.addr)
 
     def is_last_of_round(self, peer: Peer) -> bool:
-        """Whether every other one has failed as often as ``peer``.
+        """Return whether every other manager has failed as often as ``peer``.
 
-        Until then the next is tried soon if ``peer`` did not accept a connection: most of the managers may be dead.
+        Until then, the next manager is tried soon if ``peer`` did not accept a connection, because most managers may be
+        dead.
         """
         return all(self.failures(other) >= self.failures(peer) for other in self.peers)
 
     def worked(self, peer: Peer) -> None:
-        """``peer`` gave a session: all failures are forgotten."""
+        """Forget all failures after ``peer`` accepted a session."""
         self._failures.clear()
         self._absent.clear()
         self._show_unreached("")
 
     def replace(self, peers: Sequence[Peer], weights: Mapping[str, int] | None = None) -> None:
-        """A manager has sent the list of all managers.  An empty one changes nothing.
+        """Replace the list of managers by a list from a manager.  An empty list changes nothing.
 
-        ``weights``: by address, the relative share of nodes of each.
+        ``weights`` has each manager's relative share of nodes, by address.
         """
         self._weights = dict(weights or {})
         unique = tuple(sorted({peer.addr: peer for peer in peers if peer.addr}.values(), key=_addr))

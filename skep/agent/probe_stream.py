@@ -1,4 +1,4 @@
-"""The part of a session that receives which nodes to probe, and sends what was measured."""
+"""Probe stream of a session: receives the nodes to probe and sends the measurements."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from skep.wire.client import Call, Channel
 from skep.wire.convert.paths import diagnostics_from_pb, reports_to_pb, targets_from_pb
 
 DIAGNOSTICS_SECONDS_MAX = 20.0
-"""Less than a manager waits, so that it receives a response in any case."""
+"""Seconds for diagnostics.  Less than a manager waits, so that it always receives a response."""
 
 
 class ProbeSource(Protocol):
@@ -24,16 +24,16 @@ class ProbeSource(Protocol):
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
-        """The latest of each peer."""
+        """Latest report about each peer."""
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these from now on; None: no node."""
+        """Probe these targets from now on, or none if None."""
 
     async def next_reports(self) -> tuple[PathReport, ...]:
-        """The changed reports, once there are any."""
+        """Wait for changed reports and return them."""
 
     async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
-        """Probe now; ``own``: this node as a target of others, None if it is unknown."""
+        """Probe now.  ``own`` is this node as a target of others, or None if unknown."""
 
 
 class NodeProbes:
@@ -42,28 +42,28 @@ class NodeProbes:
     def __init__(
         self, probes: PathProber, names: NameChecks, on_peers: Callable[[frozenset[str]], None]
     ) -> None:
-        """``on_peers``: called with the addresses of the other nodes whenever a manager sends them."""
+        """``on_peers`` is called with the addresses of the other nodes whenever a manager sends them."""
         self._probes = probes
         self._on_peers = on_peers
         self._names = names
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
-        """The latest of each peer."""
+        """Latest report about each peer."""
         return self._probes.reports
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these from now on; None: no node."""
+        """Probe these targets from now on, or none if None."""
         self._probes.set_targets(targets)
         if targets is not None:
             self._on_peers(targets.addresses)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
-        """The changed reports, once there are any."""
+        """Wait for changed reports and return them."""
         return await self._probes.next_reports()
 
     async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
-        """Findings about names are a report of this node about itself."""
+        """Probe now.  Findings about names become a report of this node about itself."""
         reports = await self._probes.diagnose(request.peers, throughput=request.throughput)
         findings = await self._names.check(request.names)
         if own is None or not findings:
@@ -72,7 +72,7 @@ class NodeProbes:
 
 
 class ProbeStream:
-    """Runs once, in a session."""
+    """Probe stream of one session.  Runs once."""
 
     def __init__(self, channel: Channel, source: ProbeSource) -> None:
         self._channel = channel
@@ -83,9 +83,11 @@ class ProbeStream:
     async def run(self, session_id: str) -> None:
         """Probe and report until the stream ends.
 
-        Probing goes on between sessions; the reports are sent in the next one.
+        Probing continues between sessions, and the next session sends the reports.
 
-        Raises: SkepError: why it ended; Unimplemented: the manager requests no probes.
+        Raises:
+            SkepError: The reason why the stream ended.
+            Unimplemented: The manager requests no probes.
         """
         async with self._channel.stream(methods.PATHS) as call, asyncio.TaskGroup() as group:
             await call.send(skep.ProbeUpdate(session_id=session_id))
@@ -96,18 +98,18 @@ class ProbeStream:
                     self._targets = targets_from_pb(order.targets)
                     self._source.set_targets(self._targets)
                 if reporting is None:
-                    # Earlier reports concern the targets of this manager only, so they follow its first list.
+                    # Earlier reports concern only this manager's targets, so they follow its first list.
                     reporting = group.create_task(self._report(call), name="probe reports")
                 if order.HasField("diagnostics"):
                     if diagnosing is not None:
-                        diagnosing.cancel()  # its requester has gone
+                        diagnosing.cancel()  # the client that requested it has disconnected
                     diagnosing = group.create_task(
                         self._diagnose(call, order.diagnostics), name="diagnostics"
                     )
-            raise Unavailable(f"{self._channel.address} ended the paths")
+            raise Unavailable(f"{self._channel.address} ended the probe stream")
 
     async def _report(self, call: Call[skep.ProbeUpdate, skep.ProbeOrder]) -> None:
-        """All reports, then those that change."""
+        """Send all reports, then the changed ones."""
         reports = tuple(self._source.reports.values())
         while True:
             if reports:
@@ -127,7 +129,7 @@ class ProbeStream:
             response.error = f"the diagnostics took longer than {DIAGNOSTICS_SECONDS_MAX:g} s"
         except SkepError as error:
             response.error = str(error)
-        except Exception as error:  # the stream serves other requests too
+        except Exception as error:  # the stream also serves other requests
             log_error(error, "diagnostics failed")
             response.error = describe_error(error)
         await self._send(call, response)

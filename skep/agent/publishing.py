@@ -1,7 +1,7 @@
 """Serves a manager's log subscriptions (``docker service logs``).
 
-Each subscription is published on a stream of its own, so a reader that is slow holds up only itself.  The first
-ones are on the session's connection; further ones on connections beside it.
+Each subscription is published on a separate stream, so a slow reader blocks only itself.  The first ones use the
+session's connection, further ones additional connections.
 """
 
 import asyncio
@@ -24,20 +24,21 @@ from skep.wire.shared import Connect, SharedConnections
 log = structlog.get_logger(__name__)
 
 STREAMS_MAX = 80
-"""Subscriptions on one connection: the manager allows 100 streams, and the session needs some for the rest."""
+"""Subscriptions on one connection.  The manager allows 100 streams, and the session needs some for other purposes."""
 SUBSCRIPTIONS_MAX = 1000
-"""Answered at one time: as many as a manager has readers."""
+"""Concurrent subscriptions: as many as a manager has readers."""
 CONNECT_S = 5.0
+"""Seconds to open an additional connection."""
 
 
 class LogSource(Protocol):
     """Reads the logs of this node's tasks."""
 
-    def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Lines of all tasks of this node that ``query`` means, some at a time, in the order of their times.
+    def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+        """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
 
-        Ends when everything is read, or with ``follow`` only when the iterator is closed; an empty batch says that
-        what there was has come.
+        Ends when everything is read, or with ``follow`` only when the iterator is closed.  An empty batch means that
+        all existing lines were yielded.
         """
 
 
@@ -45,25 +46,25 @@ class LogPublisher:
     """Log subscriptions of one session."""
 
     def __init__(self, channel: Channel, logs: LogSource, connect: Connect) -> None:
-        """``connect``: to the session's manager once more."""
+        """``connect`` opens another connection to the session's manager."""
         self._channel = channel
         self._logs = logs
         self._connect = connect
         self._beside: SharedConnections | None = None
         self._streams = 0
-        """On the session's connection."""
+        """Streams on the session's connection."""
         self._publishing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Listen until the session ends.  A manager without a log broker is none that we need to leave."""
+        """Listen until the session ends.  A manager without a log broker does not end the session."""
         try:
             async with asyncio.TaskGroup() as group:
                 connect = partial(self._connect, timeout_s=CONNECT_S)
                 self._beside = SharedConnections(connect, group, streams_max=STREAMS_MAX)
                 group.create_task(self._listen(group), name="log subscriptions")
         except* Unimplemented:
-            log.warning("the manager takes no logs", manager=self._channel.address)
-        await asyncio.get_running_loop().create_future()  # the session's other parts go on
+            log.warning("the manager does not accept logs", manager=self._channel.address)
+        await asyncio.get_running_loop().create_future()  # the session's other parts continue
 
     async def _listen(self, group: asyncio.TaskGroup) -> None:
         async with self._channel.stream(methods.LISTEN_SUBSCRIPTIONS) as call:
@@ -89,7 +90,7 @@ class LogPublisher:
         try:
             query = query_from_pb(message)
             async with self._free_channel() as channel, channel.stream(methods.PUBLISH_LOGS) as call:
-                lines = self._logs.read(query)
+                lines = self._logs.read_lines(query)
                 try:
                     async for batch in lines:
                         entry = pb.PublishLogsMessage(
@@ -103,14 +104,14 @@ class LogPublisher:
                 await call.send(pb.PublishLogsMessage(subscription_id=subscription_id, close=True), end=True)
                 await call.receive()
         except SkepError as error:
-            # The reader has gone, or the logs cannot be read; neither is a reason to leave the session.
+            # The reader has disconnected, or the logs cannot be read.  Neither is a reason to end the session.
             log.info("log subscription ended", subscription=subscription_id, reason=str(error))
         except Exception as error:
             log_error(error, "log subscription failed", subscription=subscription_id)
 
     @asynccontextmanager
     async def _free_channel(self) -> AsyncIterator[Channel]:
-        """A connection with room for one more stream.  Raises: Unavailable."""
+        """Return a connection that can have one more stream.  Raises: Unavailable."""
         if self._streams < STREAMS_MAX:
             self._streams += 1
             try:
@@ -118,6 +119,6 @@ class LogPublisher:
             finally:
                 self._streams -= 1
         else:
-            assert self._beside is not None, "there are no subscriptions before it"
+            assert self._beside is not None, "run sets it before any subscription"
             async with self._beside.channel(self._channel.address) as channel:
                 yield channel

@@ -1,8 +1,8 @@
-"""A node's credentials, and when they are renewed.
+"""A node's credentials and their renewal.
 
 A certificate is renewed at a random point of 50 to 80 % of its life, when a manager requests it (the root is rotated),
-and when the node's role has changed.  The node's sessions do not notice: a new certificate counts from the next
-connection on.
+and when the node's role has changed.  The node's sessions are not interrupted: a new certificate counts from the next
+connection.
 
 Source: swarmkit, ca/renewer.go and certificates.go (calculateRandomExpiry).
 """
@@ -38,28 +38,30 @@ log = structlog.get_logger(__name__)
 
 EARLIEST = 0.5
 LATEST = 0.8
+"""Shares of a certificate's life between which it is renewed, as in SwarmKit."""
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 300.0
+"""Delays in seconds before a failed renewal is repeated."""
 LOOK_AGAIN_S = 3600.0
-"""After a sleep, or a change of its clock, a machine notices within that time that its certificate is due."""
+"""Seconds between two checks, within which a machine that slept or changed its clock finds a due certificate."""
 
 
 def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> datetime:
-    """When to request the next certificate: at a random point of 50 to 80 % of the span.
+    """Return when to request the next certificate: at a random point of 50 to 80 % of the span.
 
-    Random, so that nodes that joined together do not renew together.
+    The time is random, so that nodes that joined together do not renew together.
     """
     return not_before + (not_after - not_before) * random.uniform(EARLIEST, LATEST)
 
 
 class ChooseManager(Protocol):
-    """Gives the manager to renew with; None: none is known."""
+    """Returns the manager to renew with, or None if none is known."""
 
     def __call__(self) -> Peer | None: ...
 
 
 class KeyPairCredentials:
-    """The key pair of this node: the present one, renewed by ``run``.  Implements ``agent.Credentials``."""
+    """The key pair of this node, which ``run`` renews.  Implements ``agent.Credentials``."""
 
     def __init__(
         self,
@@ -72,11 +74,12 @@ class KeyPairCredentials:
     ) -> None:
         """
         Args:
-            directory: holds the key pair; renewed ones are written there.
-            on_change: called after a new certificate, or new roots, were written.
-            lock: of that key pair, which is open.
+            directory: Directory of the key pair.  Renewed key pairs are written there.
+            on_change: Called after a new certificate, or new roots, were written.
+            lock: Open lock of that key pair.
 
-        Raises: NotFound, FailedPrecondition: there is no key pair that can be read.
+        Raises:
+            NotFound, FailedPrecondition: The key pair is missing or unreadable.
         """
         self._directory = directory
         self._clock = clock
@@ -87,20 +90,20 @@ class KeyPairCredentials:
         self._wanted = asyncio.Event()
         self.pair = keypair.load(directory, lock)
         self.changed = asyncio.Event()
-        """Set with every change; cleared by the session, which sends it to the manager."""
+        """Set with every change.  Cleared by the session, which sends the change to the manager."""
 
     @property
     def identity(self) -> Identity:
-        """In the certificate."""
+        """Node, cluster and role of the certificate."""
         return self.pair.identity
 
     @property
     def tls_info(self) -> TLSInfo:
-        """The trusted roots, and the issuer of the certificate."""
+        """Trusted roots, and the issuer of the certificate."""
         return tls_info_of(self.pair)
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+        """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
         return connected(address, client_context(self.pair), MANAGER_NAME, timeout_s=timeout_s)
 
     def want_renewal(self) -> None:
@@ -108,13 +111,13 @@ class KeyPairCredentials:
         self._wanted.set()
 
     def take_role(self, role: NodeRole) -> None:
-        """The role of this node in the cluster: a certificate for another one is renewed until it matches."""
+        """Set the node's role in the cluster.  A certificate for another role is renewed until it matches."""
         self._role = role
         if role is not self.pair.identity.role:
             self._wanted.set()
 
     def take_roots(self, root_pem: bytes) -> None:
-        """Trust the roots that a manager has sent, unless they cannot be read: no manager could be reached any more.
+        """Trust the roots that a manager has sent, unless they are unreadable and would make every manager unreachable.
 
         Source: swarmkit, node/node.go (updateRootCA).
         """
@@ -129,23 +132,23 @@ class KeyPairCredentials:
             return
         try:
             self._adopt(pair)
-        except OSError as error:  # the next message has them again
+        except OSError as error:  # the next message contains them again
             log_error(error, "the cluster's root certificates not written")
             return
         log.info("the cluster's root certificates changed")
 
     @property
     def is_expired(self) -> bool:
-        """Whether managers refuse the present certificate."""
+        """Whether managers refuse the current certificate."""
         return self._now() >= self.pair.not_after
 
     async def run(self, choose: ChooseManager) -> None:
-        """Renew whenever it is due, until cancelled.  ``choose``: the manager to renew with."""
+        """Renew whenever it is due, until cancelled.  ``choose`` returns the manager to renew with."""
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             await self._wait_due()
             self._wanted.clear()
-            # A task of its own: a broken connection cancels the task that uses it, which must not be this loop.
+            # A separate task, because a broken connection cancels the task that uses it, which must not be this loop.
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._renew(choose), name="certificate renewal")
             if attempt.result():
@@ -155,7 +158,7 @@ class KeyPairCredentials:
             self._wanted.set()
 
     async def _wait_due(self) -> None:
-        """Return when the certificate is due, or its renewal was requested."""
+        """Wait until the certificate is due, or its renewal was requested."""
         at = renewal_time(self.pair.not_before, self.pair.not_after, self._random)
         while not self._wanted.is_set():
             left_s = (at - self._now()).total_seconds()
@@ -168,10 +171,10 @@ class KeyPairCredentials:
                 continue
 
     async def _renew(self, choose: ChooseManager) -> bool:
-        """One attempt; whether the certificate is valid for the node's role now."""
+        """Try to renew once.  Returns whether the certificate is now valid for the node's role."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
-                self._adopt(await self._requested(choose()))
+                self._adopt(await self._request_pair(choose()))
         except (SkepError, OSError) as error:
             log.warning(
                 "certificate not renewed", error=describe_error(error), until=self.pair.not_after.isoformat()
@@ -182,8 +185,8 @@ class KeyPairCredentials:
         )
         return self._role in (None, self.pair.identity.role)
 
-    async def _requested(self, peer: Peer | None) -> KeyPair:
-        """A new key pair from a manager.  Raises: SkepError."""
+    async def _request_pair(self, peer: Peer | None) -> KeyPair:
+        """Request a new key pair from a manager.  Raises: SkepError."""
         if peer is None:
             raise Unavailable("no manager is known")
         if self.is_expired:
@@ -191,7 +194,9 @@ class KeyPairCredentials:
         return await renew(peer.addr, self.pair, self._clock)
 
     def _is_renewed_beside(self) -> bool:
-        """Take over a valid key pair that the manager of this machine has written meanwhile, if there is one."""
+        """Adopt a valid key pair that the manager on this machine has written in the meantime.  Returns whether there
+        is one.
+        """
         self.pair = keypair.load(self._directory, self._lock)
         self.changed.set()
         return not self.is_expired
@@ -200,7 +205,7 @@ class KeyPairCredentials:
         return moment(self._clock.now_ns())
 
     def _adopt(self, pair: KeyPair) -> None:
-        """Use ``pair`` from the next connection on; open ones stay."""
+        """Use ``pair`` from the next connection on.  Open connections stay."""
         keypair.save(pair, self._directory, self._lock)
         self.pair = pair
         self.changed.set()

@@ -1,4 +1,4 @@
-"""Statuses on their way to a manager: per task only the latest, however long there is no connection."""
+"""Task statuses to be sent to a manager: only the latest of each task, however long the connection is lost."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,39 +7,39 @@ from skep.model.ids import TaskId
 from skep.model.task import TaskStatus
 
 BATCH_MAX = 200
-"""Statuses per call: below 1 MiB even if each is as long as it may be."""
+"""Statuses per call: below 1 MiB even if each has the maximum size."""
 
 
 class Reports:
-    """Statuses to send: the worker puts them in, the session takes them out.  At most one of each task."""
+    """Queue of statuses.  The worker adds them, the session takes them.  At most one of each task."""
 
     def __init__(self) -> None:
         self._pending: dict[TaskId, TaskStatus] = {}
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return how many statuses wait."""
         return len(self._pending)
 
     def report(self, task_id: TaskId, status: TaskStatus) -> None:
-        """Send ``status`` as soon as there is a session; it replaces one of the same task that is not sent yet."""
+        """Send ``status`` as soon as there is a session.  It replaces an unsent status of the same task."""
         self._pending.pop(task_id, None)  # a task that reports often is queued behind the others
         self._pending[task_id] = status
         self._changed.set()
 
     def forget(self, task_id: TaskId) -> None:
-        """The task was removed: its status is not reported any more."""
+        """Drop the status of a removed task."""
         self._pending.pop(task_id, None)
 
     def report_again(self, statuses: Mapping[TaskId, TaskStatus]) -> None:
-        """Send ``statuses`` too, where nothing newer waits: a new session starts."""
+        """Also send ``statuses`` of tasks without a newer one, at the start of a new session."""
         for task_id, status in statuses.items():
             self._pending.setdefault(task_id, status)
         if self._pending:
             self._changed.set()
 
     async def take(self) -> dict[TaskId, TaskStatus]:
-        """Wait for statuses; gives up to ``BATCH_MAX``, the longest waiting first."""
+        """Wait for statuses, and return up to ``BATCH_MAX``, the longest waiting first."""
         while not self._pending:
             self._changed.clear()
             await self._changed.wait()
@@ -49,5 +49,5 @@ class Reports:
         return batch
 
     def put_back(self, batch: Mapping[TaskId, TaskStatus]) -> None:
-        """``batch`` was not delivered."""
+        """Queue an undelivered ``batch`` again."""
         self.report_again(batch)

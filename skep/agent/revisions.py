@@ -1,7 +1,7 @@
-"""The newest revision of assignments that this node has seen.  It never decreases, not over a restart either.
+"""The newest revision of assignments that this node has seen.  It never decreases, even across a restart.
 
-A manager that lags behind the others, or was restored from an old copy, would otherwise start what was stopped and
-stop what was started.  Only a higher incarnation (a restore, a forced new cluster) starts counting again.
+Otherwise a manager that lags behind the others, or was restored from an old copy, would start stopped tasks and stop
+started ones.  Only a higher incarnation (a restore, a forced new cluster) restarts the count.
 """
 
 import asyncio
@@ -25,12 +25,15 @@ class _File(msgspec.Struct, frozen=True):
 
 
 class SeenRevision:
-    """The newest revision this node has seen of its cluster, kept in a file."""
+    """The newest revision that this node has seen of its cluster, kept in a file."""
 
     def __init__(self, path: Path | None, cluster: ClusterId, clock: Clock | None = None) -> None:
-        """``path``: None keeps it in memory only.  A file of another cluster, or a damaged one, counts for nothing.
+        """Read the revision from ``path``, or keep it only in memory if ``path`` is None.
 
-        Raises: OSError: it cannot be read now.
+        A file of another cluster, or a damaged one, is ignored.
+
+        Raises:
+            OSError: The file cannot be read now.
         """
         self._path = path
         self._cluster = cluster
@@ -40,20 +43,20 @@ class SeenRevision:
 
     @property
     def seen(self) -> Revision:
-        """The newest one."""
+        """The newest revision."""
         return self._seen
 
     def advance(self, offered: Revision) -> None:
-        """Take ``offered``.  Raises: FailedPrecondition: it lies before what was seen."""
+        """Accept ``offered``.  Raises: FailedPrecondition: it is older than the newest one."""
         before, self._seen = self._seen, advanced(self._seen, offered)
         if before != self._seen:
             self._changed.set()
 
     async def run(self) -> None:
-        """Write what changed until cancelled: one write at a time, only the newest; again while the disk refuses.
+        """Write changes until cancelled, one write at a time, only the newest.  Retries while the disk fails.
 
-        It lags behind what was taken by as long as a write lasts.  After a crash in that time the node may accept
-        from a lagging manager the assignments of the moment before, and no older ones.
+        The file lags by the duration of a write.  After a crash during a write, the node may accept assignments of the
+        moment before from a lagging manager, but no older ones.
         """
         if self._path is None:
             await asyncio.Event().wait()
@@ -63,7 +66,7 @@ class SeenRevision:
             await retry(self._write, "revision not written", clock=self._clock, longest_s=10.0)
 
     async def _write(self) -> None:
-        assert self._path is not None, "checked before"
+        assert self._path is not None, "run returns without a path"
         content = msgspec.json.encode(_File(self._cluster, self._seen))
         await asyncio.to_thread(replace_file, self._path, content)
 

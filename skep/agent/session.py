@@ -1,7 +1,7 @@
 """One session with one manager: register, heartbeat, receive assignments, report statuses, publish logs.
 
-A session ends when any part of it does; the agent then begins another one, with this manager or the next.  What
-lies between sessions (statuses not delivered, the revision seen) is kept by the agent.
+A session ends when any part of it does.  The agent then starts another one, with this manager or the next.  The agent
+keeps state between sessions: undelivered statuses, and the newest revision.
 """
 
 import asyncio
@@ -49,71 +49,80 @@ from skep.wire.convert.values import duration_from_pb
 log = structlog.get_logger(__name__)
 
 FIRST_MESSAGE_SECONDS_MAX = 5.0
+"""Seconds to wait for the manager to accept the session."""
 REPLY_SECONDS_MAX = 5.0
+"""Seconds to wait for a Docker manager's response to a heartbeat."""
 PERIOD_SECONDS_MIN = 0.05
+"""Shortest heartbeat period that this node accepts, so that a manager's zero does not make it spin."""
 TIMEOUT_SLICES = 5
+"""Parts of the wait for a heartbeat's response (``_wait_overdue``)."""
 DESCRIPTION_CHECK_S = 10.0
+"""Seconds between two comparisons of the node's description."""
 SLOTS_BYTES_PER_S = 1024
-"""A description that differs only in the slots that have used volumes is sent when it costs no more than this on
-average: such a job on many nodes, each minute, would otherwise fill the store's log with descriptions."""
+"""Bytes per second that descriptions may cost on average if they differ only in the slots with used volumes.
+
+A job on many nodes that runs each minute would otherwise fill the store's log with descriptions.
+"""
 REPORT_SECONDS_MAX = 15.0
-"""A manager responds once a report is written, which takes until its store has a leader again."""
+"""Seconds to wait for a report.  A manager responds once it is written, which may take until its store has a leader."""
 
 
 PART_RETRY_S_MAX = 5.0
+"""Longest delay in seconds before a failed part of the session is repeated."""
 VOLUME_REPORTS_MAX = 500
+"""Volumes in one report."""
 REPORT_TRIES_MAX = 4
-"""Until another manager is tried: a short loss of quorum is no reason to leave one."""
+"""Attempts until another manager is tried.  A short loss of quorum is no reason to leave a manager."""
 
 Part: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
 def unknown_load() -> None:
-    """Of a node that does not measure its load."""
+    """Return None, on a node that does not measure its load."""
 
 
 class AssignmentSink(Protocol):
-    """Takes assignments and acts on them (``agent/worker.py``)."""
+    """Receives assignments and applies them (``agent/worker.py``)."""
 
     async def assign(self, change: AssignmentSet) -> None:
-        """Take over ``change``; return when it is accepted, not when its tasks run.  Called one at a time."""
+        """Apply ``change``, and return when it is accepted, not when its tasks run.  Called one at a time."""
 
     def statuses(self) -> Mapping[TaskId, TaskStatus]:
-        """The present status of every task known here; the agent reports all of them in each new session."""
+        """Return the current status of every known task.  The agent reports all of them in each new session."""
 
 
 class VolumeSource(Protocol):
-    """Says which cluster volumes were given up (``agent/cluster_volumes.py``)."""
+    """Reports which cluster volumes were unmounted (``agent/cluster_volumes.py``)."""
 
     async def take_reports(self) -> Sequence[VolumeId]:
-        """Wait for some; given again until ``reported``."""
+        """Wait for volumes to report.  They are returned again until ``reported``."""
 
     def reported(self, ids: Iterable[VolumeId]) -> None:
-        """A manager has taken the reports."""
+        """Record that a manager has accepted the reports."""
 
 
 class UsageSource(Protocol):
-    """Measures what tasks use (``node/task_usage.py``)."""
+    """Measures the usage of tasks (``node/task_usage.py``)."""
 
     def measure(self, task_ids: Sequence[TaskId]) -> None:
         """Measure these tasks from now on, and no others."""
 
     def present(self) -> Mapping[TaskId, TaskUsage]:
-        """What is known of them."""
+        """Return the known usages."""
 
 
 class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
-    """What the sessions of a node deliver to, and report from.
+    """Parts of a node that its sessions deliver to and report from.
 
     Args:
-        load: the share of the node in use, 0 to 1, None while it is unknown; sent with each heartbeat.
-        tables: is given the network tables; None: the node has no cluster networks.
-        probes: of other nodes; None: there are none.
-        seen: the newest revision of assignments.
-        tunnels: to this node's containers; None: it has none.
-        volumes: cluster volumes that the node has given up; None: it has none.
-        usages: of tasks that a manager asks about, sent with each heartbeat; None: nothing is measured.
-        serve_images: serves this node's images to other nodes, until cancelled; None: it has none.
+        load: Returns the share of the node in use, 0 to 1, or None while unknown.  Sent with each heartbeat.
+        tables: Receives the network tables, or None if the node has no cluster networks.
+        probes: Probes other nodes, or None.
+        seen: Newest revision of assignments.
+        tunnels: Serves tunnels to this node's containers, or None.
+        volumes: Reports unmounted cluster volumes, or None.
+        usages: Measures tasks that a manager asks about, sent with each heartbeat, or None.
+        serve_images: Serves this node's images to other nodes until cancelled, or None.
     """
 
     sink: AssignmentSink
@@ -130,30 +139,35 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionHost(Protocol):
-    """The agent, as its session calls it."""
+    """The agent, as used by its session."""
 
     def session_message(self, message: pb.SessionMessage) -> None:
-        """The manager has sent this node's role, the list of managers and the root certificates."""
+        """Apply the manager's message with this node's role, the list of managers and the root certificates."""
 
     def accept_revision(self, revision: Revision) -> None:
-        """Raises: FailedPrecondition: older than what this node has seen."""
+        """Accept a manager's revision.  Raises: FailedPrecondition: it is older than the newest revision here."""
 
     def record_response(self, requested_at: float) -> None:
-        """The manager has responded to a heartbeat sent at ``requested_at`` (clock's monotonic time)."""
+        """Record that the manager has responded to a heartbeat sent at ``requested_at`` (the clock's
+        monotonic time).
+        """
 
     def response_timeout_s(self, period_s: float) -> float:
-        """How long to wait for the response to a heartbeat; ``period_s``: between two, 0 before the first."""
+        """Return how long to wait for the response to a heartbeat.
+
+        ``period_s`` is the period of heartbeats, or 0 before the first one.
+        """
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """One more connection to a manager, for what its session has no room for.  Raises: Unavailable."""
+        """Open one more connection to a manager, for streams beyond the session's limit.  Raises: Unavailable."""
 
     @property
     def session_state(self) -> SessionState:
-        """Where a planned stop is announced, and recorded once the manager has confirmed it."""
+        """Announces a planned stop, and records the manager's confirmation."""
 
 
 class ReportRetries:
-    """When reports of one kind are sent again that a manager could not write: statuses, descriptions, volumes."""
+    """Retries of one kind of report that a manager could not write: statuses, descriptions, volumes."""
 
     def __init__(self, what: str, clock: Clock, rng: Callable[[], float]) -> None:
         self._what = what
@@ -162,15 +176,15 @@ class ReportRetries:
         self._failures = 0
 
     async def wait_again(self, error: Unavailable) -> None:
-        """Return when the next attempt is due.  Raises: Unavailable: ``error``, after too many attempts."""
+        """Wait until the next attempt is due.  Raises: Unavailable: ``error``, after too many attempts."""
         self._failures += 1
         if self._failures >= REPORT_TRIES_MAX:
             raise error
-        log.warning("report not written yet", report=self._what, error=str(error))
+        log.warning("report not written, will retry", report=self._what, error=str(error))
         await self._backoff.sleep(self._clock)
 
     def written(self) -> None:
-        """A report was written: the next one has all attempts again."""
+        """Record that a report was written.  The next one has all attempts again."""
         self._failures = 0
         self._backoff.reset()
 
@@ -190,8 +204,9 @@ class Session:
     ) -> None:
         """
         Args:
-            description_changed: set when ``describe`` gives something else; it is compared now and then anyway.
-            rng: numbers from 0 to 1.
+            description_changed: Set when ``describe`` returns something else.  The description is also compared
+                periodically.
+            rng: Returns numbers from 0 to 1.
         """
         self._channel = channel
         self._host = host
@@ -207,7 +222,7 @@ class Session:
         self._described = NodeDescription()
 
     async def run(self) -> None:
-        """Hold the session until it breaks.  Raises: SkepError: why."""
+        """Hold the session until it breaks.  Raises: SkepError: the reason."""
         with first_alone(SkepError):
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._hold(group), name="session")
@@ -221,7 +236,7 @@ class Session:
                 async with asyncio.timeout(FIRST_MESSAGE_SECONDS_MAX):
                     message = await call.receive()
             except TimeoutError as error:
-                raise Unavailable(f"{self._channel.address} gave no session in time") from error
+                raise Unavailable(f"{self._channel.address} did not accept a session in time") from error
             if message is not None:
                 self._id = message.session_id
                 self._host.session_message(message)
@@ -253,7 +268,7 @@ class Session:
         return parts
 
     async def _run_if_implemented(self, name: str, run: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-        """Docker managers, and those of earlier versions, lack some streams; the session goes on without them."""
+        """Run a stream that Docker managers and earlier versions lack.  The session continues without it."""
         try:
             with first_alone(SkepError):
                 await run(self._id)
@@ -266,9 +281,10 @@ class Session:
             )
 
     async def _repeat(self, name: str, part: Part) -> None:
-        """Run one part; an unexpected error ends neither the session nor the other parts.
+        """Run one part.  An unexpected error ends neither the session nor the other parts.
 
-        Raises: SkepError: the session is over.
+        Raises:
+            SkepError: The session is over.
         """
 
         async def run() -> None:
@@ -286,7 +302,7 @@ class Session:
         )
 
     async def _watch_description(self) -> None:
-        """Send the node's description again when it has changed, within the session where the manager supports it."""
+        """Send the changed description of the node again, within the session if the manager supports that."""
         retries = ReportRetries("description", self._clock, self._rng)
         slots_from = self._slots_due_at(self._described)
         while True:
@@ -299,7 +315,7 @@ class Session:
             request = skep.DescribeRequest(session_id=self._id, description=description_to_pb(description))
             try:
                 await self._channel.call(methods.DESCRIBE, request, timeout_s=REPORT_SECONDS_MAX)
-            except Unimplemented as error:  # a Docker manager takes it with a new session only
+            except Unimplemented as error:  # a Docker manager only accepts it with a new session
                 raise Unavailable("the node's description has changed") from error
             except Unavailable as error:
                 await retries.wait_again(error)
@@ -310,7 +326,7 @@ class Session:
             slots_from = self._slots_due_at(description)
 
     def _slots_due_at(self, sent: NodeDescription) -> float:
-        """When a description that differs from the one just sent in slots alone may be sent."""
+        """Return when a description that differs from the last one only in slots may be sent."""
         wait_s = len(to_json(sent)) / SLOTS_BYTES_PER_S
         return self._clock.monotonic() + max(wait_s, DESCRIPTION_CHECK_S)
 
@@ -337,7 +353,7 @@ class Session:
                 self._host.record_response(sent_at)
                 if is_stopping:
                     self._host.session_state.stop_announced()
-                    await asyncio.Event().wait()  # a further heartbeat would revoke it
+                    await asyncio.Event().wait()  # a further heartbeat would revoke the announcement
                 period_s = _seconds(reply.period)
                 await wait_first(self._clock.sleep(period_s), self._host.session_state.wait_stopping())
 
@@ -355,9 +371,10 @@ class Session:
         return reply
 
     async def _wait_overdue(self, period_s: float) -> None:
-        """Return when the response to a heartbeat is overdue.
+        """Wait until the response to a heartbeat is overdue.
 
-        The wait is in slices: a standstill of this process ends one of them only, so it is not the manager's silence.
+        The wait is split into slices.  A standstill of this process ends only one of them, so it does not count as the
+        manager's silence.
         """
         slice_s = self._host.response_timeout_s(period_s) / TIMEOUT_SLICES
         for _ in range(TIMEOUT_SLICES):
@@ -410,7 +427,7 @@ class Session:
     async def _send_statuses(
         self, request: pb.UpdateTaskStatusRequest, ends: Mapping[str, skep.TaskEnd]
     ) -> None:
-        """With why tasks ended, where the manager takes that."""
+        """Send statuses, with the reasons of tasks' ends if the manager accepts them."""
         if ends:
             reported = skep.ReportedStatuses(request=request, ends=ends)
             try:
@@ -422,7 +439,7 @@ class Session:
         await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=REPORT_SECONDS_MAX)
 
     async def _report(self) -> None:
-        """One call at a time; meanwhile later statuses replace earlier ones."""
+        """Send statuses, one call at a time.  In the meantime, later statuses replace earlier ones."""
         retries = ReportRetries("statuses", self._clock, self._rng)
         while True:
             batch = await self._services.reports.take()
@@ -437,7 +454,7 @@ class Session:
             try:
                 await self._send_statuses(request, ends)
             except PermissionDenied as error:
-                # It would be refused again in every session.
+                # it would be refused again in every session
                 log.warning("statuses refused", tasks=sorted(batch), error=str(error))
             except Unavailable as error:
                 self._services.reports.put_back(batch)
@@ -449,7 +466,7 @@ class Session:
                 retries.written()
 
     async def _report_volumes(self, volumes: VolumeSource, session_id: str) -> None:
-        """Reports that a manager does not write are sent to the next one."""
+        """Report unmounted volumes.  Reports that a manager does not write are sent to the next one."""
         retries = ReportRetries("volumes", self._clock, self._rng)
         while True:
             ids = await volumes.take_reports()
@@ -468,12 +485,14 @@ class Session:
 
 
 def _seconds(period: Duration) -> float:
-    """Between two heartbeats, as the manager has set it."""
+    """Return the period of heartbeats that the manager has set, in seconds."""
     return max(duration_from_pb(period) / SECOND_NS, PERIOD_SECONDS_MIN)
 
 
 def _follows(message: pb.AssignmentsMessage, applied: str) -> bool:
-    """Whether ``message`` continues the chain that ``applied`` ended; if not, the stream is opened again."""
+    """Return whether ``message`` continues the chain that ended with ``applied``.  If not, the stream is
+    opened again.
+    """
     if message.type == pb.AssignmentsMessage.COMPLETE or message.applies_to == applied:
         return True
     log.warning("assignments lost", expected=applied, got=message.applies_to)

@@ -1,8 +1,8 @@
-"""This node's identity in its cluster, whether it has a session with a manager, and for how long it has had none.
+"""This node's identity in its cluster, and whether and since when it has a session with a manager.
 
-The agent records it.  The worker reads it: what a task may do without a manager depends on it.  What is known after
-joining only (the node's id, the session's connection) is read here by what was made before.  A planned stop of the
-node process is announced here, and the session sends it to its manager.
+The agent records it, and the worker reads it, because a task's rights without a manager depend on it.  Objects created
+before joining read the facts here that are known only afterwards: the node's id and the session's connection.  A
+planned stop of the node process is announced here, and the session sends it to its manager.
 """
 
 import asyncio
@@ -20,13 +20,14 @@ from skep.wire.client import Channel
 log = structlog.get_logger()
 
 STOP_ANNOUNCEMENT_S_MAX = 1.0
+"""Seconds by which an announcement may delay a planned stop."""
 
 
 class SessionState:
     """State of this node's session with its managers.  Times are the clock's monotonic seconds."""
 
     def __init__(self, clock: Clock, last_seen: LastSeen | None = None) -> None:
-        """``last_seen``: recorded by earlier processes too; None: this process is the first."""
+        """``last_seen`` was also recorded by earlier processes.  None for the first process."""
         self._clock = clock
         self._last_seen = last_seen or LastSeen(clock.monotonic, clock.monotonic())
         self._responded_at = clock.monotonic()
@@ -35,7 +36,7 @@ class SessionState:
         self.removal: NodeRemoval | None = None
         """Set by the agent while the managers refuse this node because it was removed from the cluster."""
         self.data_path_port = 0
-        """UDP port of the cluster's overlay networks, written by the agent; 0: not known so far."""
+        """UDP port of the cluster's overlay networks, written by the agent, or 0 while unknown."""
         self._channel: Channel | None = None
         self._session = asyncio.Event()
         self._no_session = asyncio.Event()
@@ -47,22 +48,22 @@ class SessionState:
 
     @property
     def node_id(self) -> NodeId:
-        """In its present cluster; empty: the node is in none, or not known to be yet."""
+        """The node's id in its current cluster, or empty if it is not known to be in one."""
         return self._node_id
 
     def join(self, node_id: NodeId) -> None:
-        """This node is ``node_id`` of a cluster.  Harmless when that is known."""
+        """Record that this node is ``node_id`` of a cluster.  Idempotent."""
         self._node_id = node_id
         self._joined.set()
 
     def leave(self) -> None:
-        """This node is in no cluster any more."""
+        """Record that this node is no longer in a cluster."""
         self._node_id = NodeId("")
         self.removal = None
         self._joined.clear()
 
     async def wait_joined(self) -> None:
-        """Return when ``node_id`` is known."""
+        """Wait until ``node_id`` is known."""
         await self._joined.wait()
 
     # --- the session ------------------------------------------------------------------------------------------
@@ -74,13 +75,13 @@ class SessionState:
 
     @property
     def channel(self) -> Channel:
-        """The connection of the session.  Raises: Unavailable: there is none."""
+        """The connection of the session.  Raises: Unavailable."""
         if self._channel is None:
-            raise Unavailable("no manager is reached at present")
+            raise Unavailable("no manager can be reached now")
         return self._channel
 
     def begin(self, channel: Channel) -> None:
-        """A manager has accepted a session."""
+        """Record that a manager has accepted a session."""
         self._channel = channel
         self.removal = None
         self._responded_at = self._clock.monotonic()
@@ -89,30 +90,32 @@ class SessionState:
         self._no_session.clear()
 
     def record_response(self, requested_at: float) -> None:
-        """The manager has responded to a request sent at ``requested_at``; it regards the node as alive since then."""
+        """Record a manager's response to a request sent at ``requested_at``.  The manager considers the node alive
+        since then.
+        """
         self._responded_at = max(self._responded_at, requested_at)
         self._last_seen.record(self._clock.monotonic() - self._responded_at)
 
     def end(self) -> None:
-        """The session has ended."""
+        """Record that the session has ended."""
         self._channel = None
         self._session.clear()
         self._no_session.set()
 
     def silence_s(self) -> float:
-        """Seconds since a manager responded, or since this process first tried to reach one."""
+        """Return the seconds since a manager responded, or since this process first tried to reach one."""
         return self._clock.monotonic() - self._responded_at
 
     def total_silence_s(self) -> float:
-        """Seconds since a manager responded to this node, earlier processes included."""
+        """Return the seconds since a manager responded to this node, including earlier processes."""
         return self._last_seen.silence_s()
 
     async def wait_session(self) -> None:
-        """Return when there is a session."""
+        """Wait until there is a session."""
         await self._session.wait()
 
     async def wait_no_session(self) -> None:
-        """Return when there is none."""
+        """Wait until the session has ended."""
         await self._no_session.wait()
 
     # --- a planned stop ---------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ class SessionState:
     async def announce_stop(self) -> None:
         """Announce to the manager that this process restarts, so that it waits longer before it replaces tasks.
 
-        Returns when the manager has confirmed it, at once where there is no session, or after a second.
+        Returns when the manager has confirmed it, at once without a session, or after a second.
         """
         if not self.has_session:
             return
@@ -136,9 +139,9 @@ class SessionState:
         return self._stopping.is_set()
 
     async def wait_stopping(self) -> None:
-        """Return when this process is about to stop as planned."""
+        """Wait until a planned stop of this process is announced."""
         await self._stopping.wait()
 
     def stop_announced(self) -> None:
-        """The manager has confirmed the planned stop."""
+        """Record that the manager has confirmed the planned stop."""
         self._announced.set()

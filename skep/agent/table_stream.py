@@ -1,4 +1,4 @@
-"""The part of a session that receives network tables, and acknowledges those that are applied."""
+"""Network table stream of a session: receives tables and acknowledges applied ones."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from skep.wire.client import Call, Channel
 from skep.wire.convert.tables import table_set_from_pb
 
 SET_BYTES_MAX = 256 * 1024 * 1024
-"""Of all messages of one set: a set of this size is an error of the manager."""
+"""Limit for all messages of one set.  A set of this size is an error of the manager."""
 
 
 class TableSink(Protocol):
@@ -25,25 +25,32 @@ class TableSink(Protocol):
         """The revision of each network's table that is applied."""
 
     def update(self, received: TableSet, incarnation: int) -> None:
-        """Raises: FailedPrecondition: older than what was received before; InvalidArgument: it does not follow it."""
+        """Apply received tables.
+
+        Raises:
+            FailedPrecondition: They are older than the tables received before.
+            InvalidArgument: They do not follow those tables.
+        """
 
     async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
-        """Return ``applied`` as soon as it differs from ``known``."""
+        """Wait until ``applied`` differs from ``known``, and return it."""
 
 
 class TableStream:
-    """Runs once, in a session."""
+    """Network table stream of one session.  Runs once."""
 
     def __init__(self, channel: Channel, sink: TableSink) -> None:
         self._channel = channel
         self._sink = sink
         self._incarnation = 0
-        """Of the tables that this stream has received; only revisions of it are acknowledged."""
+        """Incarnation of the received tables.  Only its revisions are acknowledged."""
 
     async def run(self, session_id: str) -> None:
         """Receive and acknowledge until the stream ends.
 
-        Raises: SkepError: why it ended; Unimplemented: the manager has no network tables.
+        Raises:
+            SkepError: The reason why the stream ended.
+            Unimplemented: The manager has no network tables.
         """
         async with self._channel.stream(methods.NETWORKS) as call, asyncio.TaskGroup() as group:
             await call.send(skep.AppliedTables(session_id=session_id))
@@ -61,9 +68,10 @@ class TableStream:
                 self._sink.update(table_set_from_pb(messages), message.incarnation)
                 messages, size = [], 0
                 if acknowledging is None:
-                    # Not before: what is applied already is acknowledged once, and only if its incarnation is known.
+                    # Start only now: tables applied earlier are acknowledged once, and only if their incarnation is
+                    # known.
                     acknowledging = group.create_task(self._acknowledge(call), name="acknowledge tables")
-            raise Unavailable(f"{self._channel.address} ended the tables")
+            raise Unavailable(f"{self._channel.address} ended the network table stream")
 
     async def _acknowledge(self, call: Call[skep.AppliedTables, skep.NetworkTables]) -> None:
         known: Mapping[NetworkId, Revision] = {}

@@ -1,11 +1,10 @@
-"""One task on its node: from what is observed and what is desired follows the next step.
+"""One task on its node: the next step follows from its observed and its desired state.
 
-``next_step`` is the whole state machine; ``TaskDriver`` carries its steps out, one at a time, and reports
-each state it reaches.  States only move forward.  A change of what is desired interrupts the verb that is
-in progress; every verb may be interrupted and repeated.
+``next_step`` is the whole state machine.  ``TaskDriver`` executes its steps, one at a time, and reports each state that
+it reaches.  States only move forward.  A change of the desired state interrupts the verb in progress.  Every verb may
+be interrupted and repeated.
 
-Source: swarmkit, agent/exec/controller.go (Do); messages and the choice between REJECTED and FAILED are its
-own.
+Source: swarmkit, agent/exec/controller.go (Do), which also has the messages and the choice between REJECTED and FAILED.
 """
 
 import asyncio
@@ -33,8 +32,9 @@ log = structlog.get_logger()
 
 
 DEFAULT_DELAY_S = 5.0
+"""Restart delay of a policy without one, as in SwarmKit."""
 CUT_OFF_S = 10.0
-"""An outage shorter than this is left to the leader: managers restart and move."""
+"""Seconds of an outage that are left to the leader, because managers restart and move."""
 
 
 class Verb(Enum):
@@ -47,14 +47,14 @@ class Verb(Enum):
 
 
 class Move(msgspec.Struct, frozen=True):
-    """Go on to ``state``; nothing has to be done for it."""
+    """Advance to ``state`` without an action."""
 
     state: TaskState
     message: str
 
 
 class Do(msgspec.Struct, frozen=True):
-    """Carry out ``verb``; when it has worked, the task is in ``state``."""
+    """Execute ``verb``.  If it succeeds, the task is in ``state``."""
 
     verb: Verb
     state: TaskState
@@ -62,17 +62,17 @@ class Do(msgspec.Struct, frozen=True):
 
 
 class Rest(msgspec.Struct, frozen=True):
-    """Nothing to do until something else is desired."""
+    """Nothing to do until the desired state changes."""
 
 
 Step: TypeAlias = Move | Do | Rest
 
 
 def next_step(observed: TaskState, desired: TaskState) -> Step:
-    """What brings a task from ``observed`` nearer to ``desired``.
+    """Return the step that brings a task from ``observed`` nearer to ``desired``.
 
-    A verb that was begun may end beyond what is desired; between verbs the task waits for the desired
-    state: READY holds a prepared task back until its start is wanted.
+    A running verb may end beyond the desired state.  Between verbs the task waits for the desired state: READY holds a
+    prepared task until its start is wanted.
     """
     if desired >= TaskState.SHUTDOWN:
         if observed.is_terminal:
@@ -101,23 +101,23 @@ def next_step(observed: TaskState, desired: TaskState) -> Step:
 
 
 def failed_state(observed: TaskState) -> TaskState:
-    """What a task becomes whose verb failed: before its start it was never accepted by this node."""
+    """Return the state of a task whose verb failed.  Before its start, it was never accepted by this node."""
     return TaskState.REJECTED if observed < TaskState.STARTING else TaskState.FAILED
 
 
 def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: float) -> float | None:
-    """Seconds until a process that ended without a manager is started again; None: the policy allows no more.
+    """Return the seconds until a process that ended without a manager is restarted, or None if the policy forbids it.
 
-    With a manager the leader replaces what has ended.  Without one the restart policy of the task is followed here: the
-    same task stays RUNNING, and each attempt is counted.  When the policy gives up, the task has failed, and the leader
-    receives that state with the next session.
+    With a manager, the leader replaces ended tasks.  Without one, the node follows the task's restart policy: the same
+    task stays RUNNING, and each attempt is counted.  When the policy gives up, the task has failed, and the next
+    session reports that state to the leader.
 
     Args:
-        exit_code: of the process that has ended; a failure that has none counts as 1.
-        attempts: when earlier attempts were made (any clock, that of ``now``).
+        exit_code: Exit code of the ended process.  A failure without one counts as 1.
+        attempts: Times of earlier attempts, on the same clock as ``now``.
 
-    A job's task runs once: the leader decides about further runs.  The attachment of a plain container to a
-    network is requested by that container only.
+    A job's task runs once: the leader decides about further runs.  The attachment of a plain container to a network is
+    requested only by that container.
 
     Source: swarmkit, manager/orchestrator/restart/restart.go (the policy's meaning).
     """
@@ -156,9 +156,9 @@ class TaskDriver:
     ) -> None:
         """
         Args:
-            status: the furthest known one of the task; ``on_status`` is called with every state reached from there.
-            session_state: whether there is a manager; without one the task follows its restart policy itself.
-            attempts: how often it did so before this process began.
+            status: Furthest known status of the task.  ``on_status`` is called with every state reached from there.
+            session_state: Whether there is a manager.  Without one, the task follows its restart policy itself.
+            attempts: Number of restarts without a manager before this process started.
         """
         self.task = task
         self.status = status
@@ -172,18 +172,18 @@ class TaskDriver:
 
     @property
     def attempts(self) -> int:
-        """How often the process was started again without a manager."""
+        """Number of restarts without a manager."""
         return len(self._attempts)
 
     @property
     def drain_s(self) -> float:
-        """How long a stop waits for the task's clients, as its service specifies now."""
+        """Seconds that a stop waits for the task's clients, as its service now specifies."""
         return drain_s(self.task.service_labels)
 
     def stop(self, reason: str) -> None:
-        """Stop the task for good, whatever is desired: its node is cut off, and its service's spec requires that.
+        """Stop the task permanently, whatever the desired state, because its disconnected node and its spec require it.
 
-        A repeated call changes nothing: a stop in progress would start again, and its grace period with it.
+        A repeated call changes nothing.  Otherwise a stop in progress would restart with its full grace period.
         """
         if not self._stopped:
             self._stopped = reason
@@ -191,11 +191,13 @@ class TaskDriver:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether its node has stopped the task for good."""
+        """Whether its node has stopped the task permanently."""
         return bool(self._stopped)
 
     def assign(self, task: AssignedTask) -> bool:
-        """Take over a newer assignment; whether it has other limits, or last lines to keep: the controller needs it."""
+        """Apply a newer assignment.  Returns whether the controller needs it, for other limits or last
+        lines to keep.
+        """
         before, self.task = self.task, task
         if before.task.desired_state is not task.task.desired_state:
             self._desired_changed.set()
@@ -217,9 +219,9 @@ class TaskDriver:
                     await self._carry_out(step)
 
     async def _carry_out(self, step: Do) -> None:
-        """Do it, unless something else is desired meanwhile.
+        """Execute a step, unless the desired state changes in the meantime.
 
-        The one broad ``except`` of a task: a bug met by one task ends that task, never its neighbours.
+        This is the one broad ``except`` of a task: a bug in one task ends that task, never its neighbors.
         """
         try:
             error = await run_unless(self._ask(step.verb), self._desired_changed.wait())
@@ -235,18 +237,20 @@ class TaskDriver:
             self._reach(failed_state(self.status.state), self.status.message, error, end)
         elif step.state.is_terminal:
             end = await self._end()
-            # Docker has no words for a container that did not stop in time, and an end that was wanted has no error.
+            # Docker has no words for a container that did not stop in time, and an intended end has no error.
             error = words_of(end) if end is not None and step.state is TaskState.SHUTDOWN else ""
             self._reach(step.state, self._stopped or step.message, error, end)
         else:
             self._reach(step.state, self._stopped or step.message)
 
     async def _end(self) -> TaskEnd | None:
-        """Why the process ended, as far as it is known."""
-        return await isolate(self.controller.ended(), "end of task not known", task=self.task.task.id)
+        """Return why the process ended, if known."""
+        return await isolate(
+            self.controller.fetch_end(), "reason of task's end unknown", task=self.task.task.id
+        )
 
     async def _ask(self, verb: Verb) -> str:
-        """Carry out ``verb``; gives what went wrong with the task's process, empty if nothing."""
+        """Execute ``verb``.  Returns the failure of the task's process, or an empty text."""
         match verb:
             case Verb.PREPARE:
                 await self.controller.prepare()
@@ -259,22 +263,22 @@ class TaskDriver:
         return ""
 
     async def _watch(self) -> str:
-        """Until the process has ended, and no further attempt is to be made; gives what went wrong."""
-        ended = await self._ended()
+        """Wait until the process has ended and is not restarted again.  Returns its failure, or an empty text."""
+        ended = await self._wait_ended()
         while await self._may_try_again(ended):
             try:
                 await self._start_again()
             except SkepError as error:
                 ended = TaskExit(exit_code=1, message=str(error))
             else:
-                ended = await self._ended()
+                ended = await self._wait_ended()
         return ended.message
 
-    async def _ended(self) -> TaskExit:
-        """Return when the process has ended.  An error of the observation is no end of the process."""
+    async def _wait_ended(self) -> TaskExit:
+        """Wait until the process has ended.  A failed observation does not count as its end."""
         return await retry(
             self.controller.wait,
-            "end of task not seen",
+            "end of task not observed",
             clock=self._clock,
             longest_s=10.0,
             passes=(SkepError,),
@@ -282,7 +286,10 @@ class TaskDriver:
         )
 
     async def _may_try_again(self, ended: TaskExit) -> bool:
-        """Whether there is no manager to replace the task, and its policy allows an attempt; returns when it is due."""
+        """Return whether to restart the task now, because no manager replaces it and its policy allows it.
+
+        Returns when the attempt is due.
+        """
         session_state = self._session_state
         if session_state.has_session:
             return False
@@ -294,20 +301,20 @@ class TaskDriver:
             wait_s = max(delay_s, CUT_OFF_S - session_state.silence_s())
             await run_unless(self._clock.sleep(wait_s), session_state.wait_session())
         except Preempted:
-            return False  # the manager that is back decides
+            return False  # the manager decides, now that there is one again
         return True
 
     async def _start_again(self) -> None:
-        """Replace what has ended by a new process of the same task."""
+        """Replace an ended process by a new one of the same task."""
         self._attempts.append(self._clock.monotonic())
-        log.info("task tried again without a manager", task=self.task.task.id, attempt=self.attempts)
+        log.info("task restarted without a manager", task=self.task.task.id, attempt=self.attempts)
         await self.controller.remove()
         await self.controller.prepare()
         await self.controller.start()
         self._reach(TaskState.RUNNING, f"started again without a manager (attempt {self.attempts})")
 
     def _reach(self, state: TaskState, message: str, error: str = "", end: TaskEnd | None = None) -> None:
-        assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"
+        assert state >= self.status.state, f"{self.task.task.id} would return to {state}"
         container, ports, warnings = self._observed(state)
         if state is TaskState.RUNNING:
             message = "; ".join([message, *warnings])[:_MESSAGE_MAX]
@@ -323,7 +330,9 @@ class TaskDriver:
         self._on_status(self.task.task.id, self.status)
 
     def _observed(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus, Sequence[str]]:
-        """The container as it is, from STARTING on, with its warnings; once it was seen it is not forgotten."""
+        """Return the current container, from STARTING on, with its warnings.  A container seen earlier is not
+        forgotten.
+        """
         observed = None
         try:
             observed = self.controller.observed() if state >= TaskState.STARTING else None

@@ -1,9 +1,8 @@
-"""What a node keeps of its tasks over a restart: each assignment and the last status that matters.
+"""Tasks that a node records across restarts: each assignment and its last relevant status.
 
-One file per task below ``<data>/tasks``, replaced by rename and synced.  No credentials and no secrets are
-in it.  Writing lags behind a little and only the latest is written: while a manager can be reached, it
-sends every assignment again, and the state of a container is in the container's own record.  A task
-that is not here is merely assigned again.
+Each task has one file in ``<data>/tasks``, replaced by rename and synced, without credentials and secrets.  Writes lag
+slightly, and only the latest version is written.  While a manager can be reached, it sends every assignment again, and
+a container's own record has its state.  A task without a file is assigned again.
 """
 
 import asyncio
@@ -27,12 +26,12 @@ _SUFFIX = ".json"
 
 
 class RememberedTask(msgspec.Struct, frozen=True):
-    """One task as it was assigned, and how far it had come."""
+    """One task as it was assigned, and its last status."""
 
     assigned: AssignedTask
     status: TaskStatus
     attempts: int = 0
-    """How often it was started again without a manager."""
+    """Number of restarts without a manager."""
 
 
 class TaskFiles:
@@ -46,22 +45,22 @@ class TaskFiles:
         self._writing = threading.Lock()
 
     def load(self) -> list[RememberedTask]:
-        """All of them, by id.  A file that cannot be read is left out: its task will be assigned again."""
+        """Return all tasks in order of id.  Unreadable files are skipped: their tasks will be assigned again."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return read_tasks(self._directory)
 
     def remember(self, task: RememberedTask) -> None:
-        """Write it soon; an earlier version that was not written yet is skipped."""
+        """Write a task soon.  An unwritten earlier version is skipped."""
         self._dirty[task.assigned.task.id] = task
         self._something.set()
 
     def forget(self, id: TaskId) -> None:
-        """Remove its file soon."""
+        """Remove a task's file soon."""
         self._dirty[id] = None
         self._something.set()
 
     async def run(self) -> None:
-        """Write what changed until cancelled, and the rest then; what the disk refuses is kept and tried again."""
+        """Write changes until cancelled, and the remaining ones then.  Failed writes are kept and retried."""
         try:
             while True:
                 await self._something.wait()
@@ -77,7 +76,7 @@ class TaskFiles:
         try:
             await asyncio.to_thread(self._write, batch)
         except BaseException:
-            # A part may have been written: it is written again, unless there is something newer.
+            # A part may have been written.  It is written again unless there is a newer version.
             self._dirty = {**batch, **self._dirty}
             raise
 
@@ -86,14 +85,14 @@ class TaskFiles:
             self._write_batch(batch)
 
     def _write_batch(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
-        """Raises: what the first that is refused is refused for, once all others are written."""
+        """Write a batch.  Raises: the error of the first failed task, once all others are written."""
         refusals = []
         for id, task in batch.items():
             try:
                 self._write_one(id, task)
             except Exception as error:
                 refusals.append(error)
-        sync_directory(self._directory)  # once for all of them
+        sync_directory(self._directory)  # one sync for the whole batch
         if refusals:
             raise refusals[0]
 
@@ -108,11 +107,11 @@ class TaskFiles:
 
 
 def read_tasks(directory: Path) -> list[RememberedTask]:
-    """All of them in ``directory``, by id; a file that cannot be read is left out."""
+    """Return all tasks in ``directory`` in order of id.  Unreadable files are skipped."""
     tasks = []
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
         try:
             tasks.append(leniently(path.read_bytes(), RememberedTask))
-        except Exception as error:  # whatever it is, it is one file
+        except Exception as error:  # any error affects only one file
             log_error(error, "task file left out", path=str(path))
     return tasks

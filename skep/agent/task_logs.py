@@ -1,7 +1,7 @@
 """The logs of this node's tasks, for ``docker service logs``.
 
-The container's labels give the task of each line, so tasks that have ended still have their lines.  What there is comes
-in the order of its times; while following, what is written from then on comes as it is written.
+The container's labels tell the task of each line, so ended tasks keep their lines.  Existing lines are merged in the
+order of their times.  A follower then gets new lines as they are written.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from skep.model.logs import LogLine, LogQuery, LogStream
 log = structlog.get_logger(__name__)
 
 _AHEAD_MAX = 512
-"""Lines that were read and not yet taken; a slow reader then holds the reading of all its tasks."""
+"""Lines that were read but not taken.  A slow reader then pauses the reading of all its tasks."""
 _BATCH_LINES_MAX, _BATCH_BYTES_MAX = 512, 128 << 10
 _STREAMS = {LogStream.STDOUT: Stream.STDOUT, LogStream.STDERR: Stream.STDERR}
 _BACK = {stream: name for name, stream in _STREAMS.items()}
@@ -34,7 +34,7 @@ _BACK = {stream: name for name, stream in _STREAMS.items()}
 
 _Lines: TypeAlias = MergeQueue[LogLine]
 _FIRST_LOOK = "the containers that there are"
-"""Waited for until each of them is."""
+"""Key of a pseudo stream that is open until each existing container has its own."""
 
 
 class TaskLogs:
@@ -43,11 +43,11 @@ class TaskLogs:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Lines of all tasks of this node that ``query`` means, some at a time, in the order of their times.
+    async def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+        """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
 
-        With ``follow`` this ends only when the iterator is closed, and includes tasks that start later; an empty batch
-        says that what there was has come.
+        With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.  An empty batch
+        means that all existing lines were yielded.
         """
         lines: _Lines = MergeQueue(attrgetter("timestamp_ns"), _AHEAD_MAX)
         lines.open(_FIRST_LOOK)
@@ -71,7 +71,9 @@ class TaskLogs:
                 reading.cancel()
 
     async def _read_all(self, query: LogQuery, lines: _Lines) -> None:
-        with self._engine.events.subscribed() as events:  # before the first look: no start falls between
+        with (
+            self._engine.events.subscribed() as events
+        ):  # subscribed before the first look, so that no start is missed
             async with asyncio.TaskGroup() as group:
                 seen = set()
                 for container in self._engine.list():
@@ -89,7 +91,7 @@ class TaskLogs:
                         try:
                             container = self._engine.get(event.container_id)
                         except SkepError:
-                            continue  # gone again
+                            continue  # removed again in the meantime
                         if is_meant(container, query):
                             seen.add(container.id)
                             group.create_task(self._read_one(container, query, None, lines))
@@ -101,7 +103,7 @@ class TaskLogs:
         tail: int | None,
         lines: _Lines,
     ) -> None:
-        """One container's lines.  One that is removed meanwhile, or cannot be read, does not end the others' lines."""
+        """Read one container's lines.  If it is removed or unreadable, the others' lines continue."""
         try:
             await self._read_container(container, query, tail, lines)
         except (SkepError, OSError) as error:
@@ -144,7 +146,7 @@ class TaskLogs:
 
 
 def bounded(lines: Sequence[LogLine]) -> Iterator[Sequence[LogLine]]:
-    """``lines`` in parts that a message may have."""
+    """Yield ``lines`` in parts that fit into a message."""
     start = size = 0
     for index, line in enumerate(lines):
         if index > start and size + len(line.data) > _BATCH_BYTES_MAX:
@@ -158,15 +160,15 @@ def bounded(lines: Sequence[LogLine]) -> Iterator[Sequence[LogLine]]:
 class NoLogs:
     """``LogSource`` of the ``process`` executor: a task's output is a file on its node."""
 
-    def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Raises: Unimplemented."""
+    def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+        """Refuse to read.  Raises: Unimplemented."""
         raise Unimplemented(
             "tasks of the process executor have no logs: their output is a file on their node"
         )
 
 
 def is_meant(container: Container, query: LogQuery) -> bool:
-    """Whether the query names this container's task by any of its three ways."""
+    """Return whether the query names this container's task by task, service or node."""
     labels = container.labels
     if LABEL_TASK_ID not in labels:
         return False

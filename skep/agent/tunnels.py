@@ -1,8 +1,8 @@
 """Tunnels from managers to the containers of this node's tasks.
 
-A manager sends orders on a stream of the session.  For each one this node makes a call to that manager, on a
-connection beside the session's, so that copied files never delay heartbeats; it is kept for a while.  A tunnel does not
-end with the session, which may move to another manager.
+A manager sends orders on a stream of the session.  For each order, this node makes a call to that manager on a separate
+connection, so that copied files never delay heartbeats.  The connection is kept for a while.  A tunnel does not end
+with the session, which may move to another manager.
 """
 
 import asyncio
@@ -25,21 +25,26 @@ from skep.wire.tunnel import Tunnel
 log = structlog.get_logger(__name__)
 
 TUNNELS_MAX = 96
-"""Open at one time: fewer than the streams of one connection, and more than a manager orders: one that ends is open
-here for a moment longer than there."""
+"""Simultaneous tunnels.
+
+Fewer than the streams of one connection, and more than a manager orders, because a tunnel ends here slightly later than
+there.
+"""
 CONNECT_S = 5.0
+"""Seconds to open the connection for tunnels."""
 
 
 class ContainerAccess(Protocol):
     """The containers of this node's tasks (``node.container_access``)."""
 
     def serving(self) -> AbstractAsyncContextManager[None]:
-        """Needed while there are connections."""
+        """Return a context that must be open while there are connections."""
 
     async def connect(self, request: skep.TunnelRequest) -> Connection:
-        """A connection to what ``request`` names.
+        """Connect to the target of ``request``.
 
-        Raises: SkepError: it is nothing of a task of this node, or cannot be reached.
+        Raises:
+            SkepError: The target does not belong to a task of this node, or cannot be reached.
         """
 
 
@@ -54,7 +59,7 @@ class TunnelHost:
         self._count = 0
 
     async def run(self) -> None:
-        """Carry out orders until cancelled."""
+        """Execute orders until cancelled."""
         async with self._access.serving(), asyncio.TaskGroup() as group:
             self._group = group
             self._connections = SharedConnections(
@@ -66,7 +71,7 @@ class TunnelHost:
                 self._group = None
 
     async def receive_orders(self, channel: Channel, session_id: str) -> None:
-        """Receive orders of the session's manager until its stream ends.  Raises: SkepError: why it ended."""
+        """Receive orders of the session's manager until its stream ends.  Raises: SkepError: the reason."""
         async with channel.stream(methods.TUNNEL_ORDERS) as call:
             await call.send(skep.TunnelUpdate(session_id=session_id))
             async for order in call:
@@ -79,18 +84,23 @@ class TunnelHost:
     def _carry_out(
         self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
-        """Raises: ResourceExhausted: there are too many already; Unavailable: this node is about to leave."""
+        """Start to open a tunnel.
+
+        Raises:
+            ResourceExhausted: There are too many tunnels.
+            Unavailable: This node is about to leave the cluster.
+        """
         if self._group is None:
-            raise Unavailable("the node opens no connections at present")
+            raise Unavailable("the node cannot open connections now")
         if self._count >= TUNNELS_MAX:
-            raise ResourceExhausted(f"the node has {TUNNELS_MAX} connections to its containers already")
+            raise ResourceExhausted(f"the node already has {TUNNELS_MAX} connections to its containers")
         self._count += 1
         self._group.create_task(self._open(order, address, orders), name=f"tunnel {order.id}")
 
     async def _open(
         self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
-        assert self._connections is not None, "otherwise there are no tunnels"
+        assert self._connections is not None, "run creates the connections"
         try:
             container = await self._access.connect(order.request)
             try:
@@ -105,7 +115,7 @@ class TunnelHost:
         except (SkepError, OSError) as error:
             log.info("tunnel ended early", task=order.request.task_id, reason=describe_error(error))
             await _refuse(orders, order, describe_error(error))
-        except Exception as error:  # of this tunnel alone
+        except Exception as error:  # an error of this tunnel only
             log_error(error, "tunnel failed", task=order.request.task_id)
             await _refuse(orders, order, "the node failed to open the connection: its log has the details")
         finally:
@@ -115,6 +125,6 @@ class TunnelHost:
 async def _refuse(
     orders: Call[skep.TunnelUpdate, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
 ) -> None:
-    """Report a tunnel that could not be opened; one that was open has reported its end to the manager itself."""
+    """Report a tunnel that could not be opened.  An open tunnel has reported its end to the manager itself."""
     with suppress(SkepError):
         await orders.send(skep.TunnelUpdate(id=order.id, error=reason))

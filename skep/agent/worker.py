@@ -1,8 +1,9 @@
-"""The tasks assigned to this node: one driver each, kept on disk over restarts, removed when no longer assigned.
+"""The tasks assigned to this node: each has a driver, is kept on disk across restarts, and is removed with its
+assignment.
 
-After a complete set of assignments exactly its tasks are kept: others are removed, also those that an earlier
-process left and no file records.  A difference adds and removes.  Until the first complete set nothing unknown is
-touched: without a manager the node continues with the tasks on its disk.
+A complete set of assignments replaces all others: other tasks are removed, including tasks that an earlier process left
+without a file.  An incremental set adds and removes tasks.  Until the first complete set, unknown tasks are not
+touched:  without a manager the node continues with the tasks on its disk.
 
 Source: swarmkit, agent/worker.go.
 """
@@ -33,18 +34,18 @@ from skep.model.times import SECOND_NS, unix_ns
 log = structlog.get_logger()
 
 CUT_OFF_CHECK_S = 0.5
-"""Between two checks, while there is no session, which tasks have to stop."""
+"""Seconds between two checks for tasks that have to stop without a session."""
 
 
 REMOVED_GRACE_S = 20.0
-"""Longest time from the removal of a node until its containers have stopped.
+"""Longest time in seconds from the removal of a node until its containers have stopped.
 
 Managers publish its volumes elsewhere soon after (``manager.volumes.steps.REMOVED_S``).
 """
 
 
 def kill_time(removal: NodeRemoval, clock: Clock) -> float:
-    """When the containers of this removed node are killed, on the monotonic clock of ``clock``.
+    """Return when the containers of this removed node are killed, on the monotonic clock of ``clock``.
 
     The grace period counts from the removal, as the managers' wait does, not from when this node noticed it.
     """
@@ -54,9 +55,11 @@ def kill_time(removal: NodeRemoval, clock: Clock) -> float:
 
 
 def stop_reason(assigned: AssignedTask, silence_s: float, removal: NodeRemoval | None = None) -> str:
-    """Why a task stops on a node that has not reached a manager for ``silence_s``; empty: it runs on.
+    """Return why a task stops on a node that has not reached a manager for ``silence_s``, or an empty text if it
+    continues.
 
-    ``removal``: of the node from its cluster, which replaces all of its tasks.  Plain containers are not the cluster's.
+    ``removal`` is set if the node was removed from its cluster, which replaces all its tasks.  Plain containers do not
+    belong to the cluster.
     """
     is_plain = assigned.task.spec.network_attachment_spec is not None
     if removal is not None and not removal.keeps_containers and not is_plain:
@@ -71,17 +74,17 @@ class PayloadSink(Protocol):
     """Keeps the data of secrets and configs (``engine/mounts/payloads.py``)."""
 
     def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None:
-        """Keep the data of these.  Raises: OSError."""
+        """Keep the data of these secrets and configs.  Raises: OSError."""
 
     def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
-        """Forget the data of these; those that are not kept are ignored."""
+        """Forget the data of these secrets and configs.  Unknown ones are ignored."""
 
     def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
         """Forget the data of all others."""
 
 
 class _Unkept:
-    """Secrets and configs whose data is being kept, or could not be and is tried again."""
+    """Secrets and configs whose data is not stored yet, or could not be and is retried."""
 
     def __init__(self) -> None:
         self.secrets: dict[SecretId, SecretFile] = {}
@@ -89,12 +92,12 @@ class _Unkept:
         self.is_retried = False
 
     def add(self, change: AssignmentSet) -> None:
-        """Enter what an assignment brings."""
+        """Add the secrets and configs of an assignment."""
         self.secrets.update((one.id, one) for one in change.secrets)
         self.configs.update((one.id, one) for one in change.configs)
 
     def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
-        """Remove these: they are kept, or are not needed any longer."""
+        """Remove these: they are stored, or no longer needed."""
         for secret in secrets:
             self.secrets.pop(secret, None)
         for config in configs:
@@ -105,16 +108,16 @@ class _Unkept:
         self.drop(self.secrets.keys() - set(secrets), self.configs.keys() - set(configs))
 
     def clear(self) -> None:
-        """Everything is kept."""
+        """Remove all: everything is stored."""
         self.secrets.clear()
         self.configs.clear()
         self.is_retried = False
 
 
 class Worker:
-    """Runs the tasks assigned to this node; the agent's ``AssignmentSink``.
+    """Runs the tasks assigned to this node.  The agent's ``AssignmentSink``.
 
-    Nothing that an executor raises about one task ends more than that task's work.
+    An executor's error about one task ends at most that task's work.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class Worker:
         payloads: PayloadSink | None = None,
         volumes: ClusterVolumes | None = None,
     ) -> None:
-        """``payloads``, ``volumes``: None for an executor that mounts nothing."""
+        """``payloads`` and ``volumes`` are None for an executor without mounts."""
         self._volumes = volumes
         self._executor = executor
         self._files = files
@@ -144,13 +147,13 @@ class Worker:
         self._ready = asyncio.Event()
 
     async def run(self) -> None:
-        """Take up the remembered tasks, then work until cancelled.  Containers go on afterwards."""
+        """Load the recorded tasks, then work until cancelled.  Containers continue afterwards."""
         async with self._executor.running(), asyncio.TaskGroup() as group:
             self._group = group
             load = partial(asyncio.to_thread, self._files.load)
             for remembered in await retry(load, "task files not read", clock=self._clock, longest_s=10.0):
                 self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
-            # A session may have begun before, without these statuses.
+            # a session may have started earlier, without these statuses
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
             self._spawn(self._stop_when_cut_off(), "stop-when-cut-off")
@@ -158,11 +161,11 @@ class Worker:
             self._ready.set()
 
     async def wait_ready(self) -> None:
-        """Return once everything that an earlier process left is known."""
+        """Wait until everything that an earlier process left is known."""
         await self._ready.wait()
 
     async def assign(self, change: AssignmentSet) -> None:
-        """Take over ``change``; return when it is accepted, not when its tasks run."""
+        """Apply ``change``.  Returns when it is accepted, not when its tasks run."""
         await self._ready.wait()
         if self._payloads is not None:
             self._put_payloads(self._payloads, change)
@@ -186,9 +189,9 @@ class Worker:
         await isolate(self._drop_payloads(change), "secrets and configs not dropped")
 
     async def clear(self) -> None:
-        """Kill and remove every task, without a grace period: this node leaves its swarm.  Returns when that is begun.
+        """Kill and remove every task without a grace period, because this node leaves its swarm.
 
-        Source: moby 20.10, daemon/cluster/swarm.go (Leave).
+        Returns when the removal has started.  Source: moby 20.10, daemon/cluster/swarm.go (Leave).
         """
         await self._ready.wait()
         for id in sorted(self._drivers):
@@ -196,11 +199,11 @@ class Worker:
         await self.assign(AssignmentSet(complete=True))
 
     def statuses(self) -> Mapping[TaskId, TaskStatus]:
-        """The present status of every task here."""
+        """Return the current status of every task here."""
         return {id: driver.status for id, driver in self._drivers.items()}
 
     def tasks(self) -> Mapping[TaskId, AssignedTask]:
-        """Every task here, as it is assigned now."""
+        """Return every task here in its current assignment."""
         return {id: driver.task for id, driver in self._drivers.items()}
 
     # --- single tasks -----------------------------------------------------------------------------------------
@@ -241,16 +244,16 @@ class Worker:
 
     async def _drive(self, driver: TaskDriver) -> None:
         removal = self._removing.get(driver.task.task.id)
-        if removal is not None:  # assigned again while its remains are being removed
+        if removal is not None:  # assigned again while its earlier containers are being removed
             await asyncio.wait([removal])
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:
-        """A newer assignment for a container that has not ended; a refusal of new limits leaves the old ones."""
+        """Update a running container to a newer assignment.  If new limits are refused, the old ones stay."""
         await isolate(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
 
     def _remove(self, id: TaskId, *, at_once: bool = False) -> None:
-        """No longer assigned: stop it in its own way (``at_once``: kill it) and free what it holds."""
+        """Stop a task that is no longer assigned, or kill it (``at_once``), and free its resources."""
         driver = self._drivers.pop(id, None)
         if driver is not None:
             running = self._running.pop(id)
@@ -271,15 +274,15 @@ class Worker:
         task.add_done_callback(lambda done: self._forget_removal(id, done))
 
     def _forget_removal(self, id: TaskId, done: asyncio.Task[None]) -> None:
-        if self._removing.get(id) is done:  # the task may have been assigned, and be removed, again
+        if self._removing.get(id) is done:  # the task may have been assigned and removed again
             del self._removing[id]
 
     async def _free(
         self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None, *, at_once: bool
     ) -> None:
-        """Free what a task holds, once its driver (``running``) has ended; again after a while if that fails."""
+        """Free a task's resources once its driver (``running``) has ended.  Retries after a failure."""
         if running is not None:
-            # A verb that is not cut off may still be making what is to be freed.
+            # A verb that cannot be interrupted may still be creating resources.
             await asyncio.wait([running])
 
         async def free() -> None:
@@ -293,7 +296,7 @@ class Worker:
         await retry(free, "task not removed", clock=self._clock, task=id)
 
     async def _stop_when_cut_off(self) -> None:
-        """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
+        """Stop the tasks of services that require it once this node was disconnected for the service's delay."""
         kill_at: float | None = None
         while True:
             await self._session_state.wait_no_session()
@@ -313,10 +316,10 @@ class Worker:
             await self._clock.sleep(CUT_OFF_CHECK_S)
 
     async def _give_up_volumes(self) -> None:
-        """Have cluster volumes unmounted once no container uses them: they are another node's soon."""
+        """Unmount cluster volumes once no container uses them: they will soon be on another node."""
         if self._volumes is not None:
             await self._volumes.wait_ready()
-            if self._session_state.removal is not None:  # it may have joined again meanwhile
+            if self._session_state.removal is not None:  # it may have joined again in the meantime
                 self._volumes.assign(AssignmentSet(complete=True))
 
     def _kill_stopped(self) -> None:
@@ -330,7 +333,7 @@ class Worker:
     def _on_status(self, id: TaskId, status: TaskStatus) -> None:
         log.info("task", task=id, state=status.state.value, error=status.err)
         self._reports.report(id, status)
-        # What lies before the start is found again in the container's own record.
+        # States before the start are found again in the container's own record.
         if status.state >= TaskState.RUNNING:
             self._remember(id)
 
@@ -340,7 +343,7 @@ class Worker:
             self._files.remember(RememberedTask(driver.task, driver.status, driver.attempts))
 
     def _put_payloads(self, payloads: PayloadSink, change: AssignmentSet) -> None:
-        """Keep the data of secrets and configs.  What cannot be kept now is tried again; a task that needs it fails."""
+        """Store the data of secrets and configs.  A failure is retried, and a task that needs the data fails."""
         unkept = self._unkept
         unkept.add(change)
         try:
@@ -349,7 +352,7 @@ class Worker:
             log_error(error, "secrets and configs not kept, trying again")
 
             async def put() -> None:
-                # Only what no later assignment has removed, or brought with other data.
+                # Skip data that a later assignment has removed or replaced.
                 payloads.put(unkept.secrets.values(), unkept.configs.values())
                 unkept.clear()
 
@@ -371,42 +374,42 @@ class Worker:
             self._payloads.drop(change.removed_secrets, change.removed_configs)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        assert self._group is not None, "the worker is used before it runs"
+        assert self._group is not None, "run sets the group"
         return self._group.create_task(isolate(work, "work of the worker ended", name=name), name=name)
 
 
 class BrokenController:
-    """The controller of a task for which the executor made none: every verb raises the reason."""
+    """The controller of a task for which the executor could not create one.  Every verb raises the reason."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
 
     def observed(self) -> None:
-        """There is nothing."""
+        """Return None: no process exists."""
 
     async def prepare(self) -> None:
-        """Raises: Rejected, always."""
+        """Raise Rejected."""
         raise Rejected(describe_error(self._error)) from self._error
 
     async def start(self) -> Running:
-        """Raises: Rejected, always."""
+        """Raise Rejected."""
         raise Rejected(describe_error(self._error)) from self._error
 
     async def wait(self) -> TaskExit:
-        """The error as the end of the task."""
+        """Return the error as the end of the task."""
         return TaskExit(exit_code=1, message=describe_error(self._error))
 
-    async def ended(self) -> None:
-        """Nothing is known of it."""
+    async def fetch_end(self) -> None:
+        """Return None: no end is known."""
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Nothing runs."""
+        """Do nothing: no process runs."""
 
     async def terminate(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no process runs."""
 
     async def update(self, task: AssignedTask) -> None:
-        """Nothing runs."""
+        """Do nothing: no process runs."""
 
     async def remove(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources exist."""

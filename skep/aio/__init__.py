@@ -1,4 +1,4 @@
-"""Asyncio building blocks without anything of clusters."""
+"""Asyncio building blocks, independent of clusters."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Bounds on open connections: for all of a listener, and for each source address."""
+"""Limits of open connections, per listener and per source address."""
 
 import asyncio
 from collections import Counter
@@ -16,16 +16,16 @@ T = TypeVar("T")
 class Newcomers(Generic[T]):
     """Connections of one listener whose peers have not proved an identity yet.
 
-    A full listener ends an old connection instead of refusing the new one. A peer with an identity proves it at once,
-    so it gets in while strangers hold every place.  The source address that holds most places loses its oldest
-    connection.
+    A full listener ends an old connection instead of refusing the new one.  A peer with an identity proves it
+    immediately, so it gets in even while strangers hold every slot.  The source address with most connections loses its
+    oldest one.
 
     Args:
-        kind: names the connections in the log.
-        most: connections at one time.
-        most_of_source: connections of one source address at one time.
-        end: ends a connection that makes room.
-        may_leave: whether a connection may be ended to make room; all may by default.
+        kind: Name of the connections in the log.
+        most: Maximum number of connections.
+        most_of_source: Maximum number of connections per source address.
+        end: Ends a connection.
+        may_leave: Returns whether a connection may be ended for a new one.  By default all may.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Newcomers(Generic[T]):
                 return False
             leaving = max(
                 spare, key=lambda one: shares[self._sources[one]]
-            )  # the first of equals is the oldest
+            )  # max returns the first of equals, which is the oldest
             self.forget(leaving)
             self._end(leaving)
         self._sources[new] = source
@@ -84,19 +84,19 @@ class Newcomers(Generic[T]):
         self._sources[one] = self._sources.pop(one)
 
     def forget(self, one: T) -> None:
-        """Stop counting a connection: it has ended, or its peer has proved an identity."""
+        """Stop counting a connection, because it has ended or its peer has proved an identity."""
         self._sources.pop(one, None)
         self._is_flooded = self._is_flooded and bool(self._sources)
 
     def _note_flood(self, source: str) -> None:
-        """Log the first of a row of connections that are too many."""
+        """Log the first of a series of excess connections."""
         if not self._is_flooded:
             log.warning(f"too many {self._kind} at one time", most=self._most, most_from=source)
         self._is_flooded = True
 
 
 def admit_transport(newcomers: Newcomers[asyncio.Transport], transport: asyncio.Transport) -> bool:
-    """``Newcomers.admit`` for a connection whose end nobody reports: those that have closed are forgotten first."""
+    """Call ``Newcomers.admit`` for a connection whose end is not reported.  Closed ones are forgotten first."""
     for known in newcomers:
         if known.is_closing():
             newcomers.forget(known)
@@ -104,7 +104,7 @@ def admit_transport(newcomers: Newcomers[asyncio.Transport], transport: asyncio.
 
 
 class Admission:
-    """The open connections of one kind, whichever process serves them.  ``kind`` names them in the log."""
+    """The open connections of one kind, whichever process serves them.  ``kind`` is their name in the log."""
 
     def __init__(self, kind: str, most: int, most_of_source: int) -> None:
         self._kind = kind

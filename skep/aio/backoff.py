@@ -7,9 +7,9 @@ from skep.aio.clock import Clock
 
 
 class Backoff:
-    """Delays that double from ``first_s`` to ``longest_s``, each spread over its upper half.
+    """Delays that double from ``first_s`` to ``longest_s``, each with jitter in its upper half.
 
-    ``rng`` gives numbers from 0 to 1; the simulation passes its own.
+    ``rng`` returns numbers from 0 to 1.  The simulation passes its own.
     """
 
     def __init__(
@@ -23,13 +23,13 @@ class Backoff:
         self._next_s = first_s
 
     def next_delay_s(self) -> float:
-        """Seconds to wait before the next attempt."""
+        """Return the seconds to wait before the next attempt."""
         whole = self._next_s
         self._next_s = min(whole * 2, self._longest_s)
         return whole * (0.5 + 0.5 * self._rng())
 
     def reset(self) -> None:
-        """After a success: begin with short delays again."""
+        """Start with short delays again, after a success."""
         self._next_s = self._first_s
 
     async def sleep(self, clock: Clock) -> None:

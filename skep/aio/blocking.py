@@ -1,7 +1,7 @@
-"""Calls of the system that may never return, such as a look at a file whose server is silent.
+"""System calls that may never return, such as an access to a file whose server does not respond.
 
-Each has a thread of its own that is left behind at the deadline: a thread of a pool that all other work shares would be
-missed there, and the process could not end before it.
+Each runs in a thread of its own, which is abandoned at the deadline.  A blocked thread of a shared pool would be
+missing there, and would keep the process from ending.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ T = TypeVar("T")
 
 
 class BlockingCalls:
-    """``left_max``: threads that were left behind and still wait; with so many of them no further call is made."""
+    """Runs blocking calls.  Refuses new ones while ``left_max`` run, including abandoned ones."""
 
     def __init__(self, left_max: int = 64) -> None:
         self._left_max = left_max
         self._running = 0
 
     async def call(self, work: Callable[[], T], deadline_s: float) -> T:
-        """The result of ``work``, which runs in a thread.
+        """Return the result of ``work``, which runs in a thread.
 
-        Raises: TimeoutError: it takes longer, and goes on by itself; Unavailable: too many do so already; what
-        ``work`` raises.
+        Raises: TimeoutError: it takes longer, and continues by itself; Unavailable: too many are running already; as
+        ``work``.
         """
         if self._running >= self._left_max:
-            raise Unavailable(f"{self._running} looks at files wait for their servers already")
+            raise Unavailable(f"{self._running} file accesses already wait for their servers")
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[T] = loop.create_future()
 

@@ -1,13 +1,13 @@
-"""How asyncio learns that a child process has ended."""
+"""Detection of ended child processes in asyncio."""
 
 import asyncio
 import sys
 
 
 def watch_children_by_pidfd() -> None:
-    """Wait for children by pidfd.  Python 3.11 keeps a thread for each child otherwise; later versions do this.
+    """Detect the end of children by pidfd, as later Python versions do.  Python 3.11 uses a thread per child instead.
 
-    To be called before the event loop starts.
+    Call it before the event loop starts.
     """
     if sys.version_info < (3, 12):
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())

@@ -1,6 +1,6 @@
-"""Time as an argument: code that needs the time is given a clock, so a whole cluster can run on a simulated one.
+"""Time as an argument: code that needs the time gets a clock, so a whole cluster can run on a simulated one.
 
-``SystemClock`` is the only place that reads the machine's clocks.
+Only ``SystemClock`` reads the machine's clocks.
 """
 
 import asyncio
@@ -9,33 +9,36 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """The present, and waiting for the future."""
+    """The current time, and waiting."""
 
     def now_ns(self) -> int:
-        """Wall clock: nanoseconds since 1970, UTC.  May jump; for stamps only, never for measuring."""
+        """Return the wall clock time in nanoseconds since 1970, UTC.
+
+        It may jump: use it for stamps, not to measure.
+        """
 
     def monotonic(self) -> float:
-        """Seconds since some fixed moment.  Never goes back; stamps of two clocks are not comparable."""
+        """Return seconds since some fixed moment.  Never decreases.  Stamps of two clocks are not comparable."""
 
     async def sleep(self, seconds: float) -> None:
-        """Return after ``seconds`` of this clock; zero or less lets others run once."""
+        """Return after ``seconds`` of this clock.  Zero or less lets other tasks run once."""
 
 
 class SystemClock:
     """The clocks of this machine."""
 
     def now_ns(self) -> int:
-        """Wall clock, nanoseconds since 1970."""
+        """Return the wall clock time in nanoseconds since 1970."""
         return time.time_ns()
 
     def monotonic(self) -> float:
-        """Seconds since an arbitrary moment."""
+        """Return seconds since an arbitrary moment."""
         return time.monotonic()
 
     def since_boot(self) -> float:
-        """Seconds since the machine was started, those in which it slept too; the same in all its processes."""
+        """Return seconds since the machine's boot, including suspends.  It is the same in all processes."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     async def sleep(self, seconds: float) -> None:
-        """``asyncio.sleep``; a negative time counts as 0."""
+        """Call ``asyncio.sleep``.  A negative time counts as 0."""
         await asyncio.sleep(max(seconds, 0.0))

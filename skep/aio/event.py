@@ -13,22 +13,22 @@ class Event:
         self._waiters: list[asyncio.Future[None]] | None = None
 
     def is_set(self) -> bool:
-        """Whether it is set."""
+        """Return whether the event is set."""
         return self._is_set
 
     def set(self) -> None:
-        """Set it, and wake up all that wait."""
+        """Set the event and wake up all waiting tasks."""
         self._is_set = True
         for waiter in self._waiters or ():
             if not waiter.done():
                 waiter.set_result(None)
 
     def clear(self) -> None:
-        """Reset it; later calls of ``wait`` wait again."""
+        """Reset the event.  Later calls of ``wait`` wait again."""
         self._is_set = False
 
     async def wait(self) -> bool:
-        """Return when the event is set, or has been since the call."""
+        """Return once the event is set, even if it is cleared right after that."""
         if self._is_set:
             return True
         waiter = asyncio.get_running_loop().create_future()

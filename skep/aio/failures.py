@@ -1,8 +1,8 @@
-"""Error handling per object (a container, a task, an image, a probe): one that fails does not affect the others.
+"""Error handling per object (a container, a task, an image, a probe): a failure does not affect other objects.
 
-In a ``TaskGroup`` an exception of one task cancels all the others.  So work about one object raises none: ``isolate``
-does it once, ``retry`` repeats it until it succeeds, ``Rounds`` calls plain functions about many objects.  All log
-an error when it first appears, with its traceback unless it is a ``SkepError``; ``isolate`` and ``retry`` pass it to
+In a ``TaskGroup`` an exception of one task cancels all others.  So work on one object must not raise: ``isolate`` runs
+it once, ``retry`` repeats it until it succeeds, ``Rounds`` calls plain functions for many objects.  All log an error
+when it first appears, with its traceback unless it is a ``SkepError``.  ``isolate`` and ``retry`` also pass it to
 ``on_error``, which shows it on the object.
 """
 
@@ -26,13 +26,13 @@ CHARACTERS_MAX = 300
 
 
 def _nothing(_: Exception) -> None:
-    """The error is logged only."""
+    """Do nothing: the error is only logged."""
 
 
 async def isolate(
     work: Awaitable[T], event: str, /, *, on_error: Callable[[Exception], None] = _nothing, **keys: Any
 ) -> T | None:
-    """The result of ``work``; None when it failed, which is logged as ``event`` with ``keys``."""
+    """Return the result of ``work``, or None after a failure, which is logged as ``event`` with ``keys``."""
     try:
         return await work
     except Exception as error:
@@ -55,15 +55,15 @@ async def retry(
     kinds: tuple[type[Exception], ...] = (Exception,),
     **keys: Any,
 ) -> T:
-    """The result of ``work``, which is called again after each failure, with pauses that grow to ``longest_s``.
+    """Return the result of ``work``, which is repeated after each failure, with pauses that grow to ``longest_s``.
 
-    After work that ran for ``longest_s`` before it failed, the pauses are short again.
+    If work had run for ``longest_s`` before it failed, the pauses start over.
 
     Args:
-        event: of the log line; the same error again is logged at level debug.
-        on_error: called with every error.
-        passes: errors that are raised.
-        kinds: of errors that are retried; any other is raised, too.
+        event: Event of the log line.  Repetitions of the same error are logged at level debug.
+        on_error: Called with every error.
+        passes: Errors that are raised.
+        kinds: Errors that are retried.  Any other is raised.
     """
     failing = _Failing(event, Backoff(first_s, longest_s, rng=rng), keys)
     while True:
@@ -84,10 +84,10 @@ async def retry(
 
 
 class Rounds:
-    """Work about many objects that is due in every round; after an error of one, less and less often for that one.
+    """Work on many objects that is due in every round.  An object that fails is attempted less and less often.
 
     Args:
-        event: of the log line; the same error again is logged at level debug.
+        event: Event of the log line.  Repetitions of the same error are logged at level debug.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Rounds:
         self._failing: dict[str, _Failing] = {}
 
     def attempt(self, key: str, work: Callable[[], object], **keys: Any) -> None:
-        """Call ``work`` about the object ``key``, unless it failed a short time ago.
+        """Call ``work`` for the object ``key``, unless it failed a short time ago.
 
         Args:
-            keys: of the log line.
+            keys: Keys of the log line.
         """
         failing = self._failing.get(key)
         if failing is not None and self._clock.monotonic() < failing.again_at:
@@ -125,7 +125,7 @@ class Rounds:
                 failing.end()
 
     def keep(self, keys: Collection[str]) -> None:
-        """Forget all objects but these."""
+        """Forget all objects except these."""
         for key in self._failing.keys() - keys:
             del self._failing[key]
 
@@ -141,7 +141,7 @@ class _Failing:
         self._error = ""
 
     def record(self, error: Exception) -> float:
-        """Log ``error`` if it is not the one before; seconds until the next attempt."""
+        """Log ``error`` if it differs from the last one.  Return the seconds until the next attempt."""
         delay_s, text = self.backoff.next_delay_s(), describe_error(error)
         if text != self._error:
             self._error = text
@@ -151,9 +151,9 @@ class _Failing:
         return delay_s
 
     def end(self) -> None:
-        """It works, perhaps again."""
+        """Log the recovery if the work had failed."""
         if self._error:
-            log.info("works again", after=self._event, **self._keys)
+            log.info("recovered", after=self._event, **self._keys)
 
 
 def log_error(error: Exception, event: str, **keys: Any) -> None:
@@ -165,7 +165,7 @@ def log_error(error: Exception, event: str, **keys: Any) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """``error`` in one short line: its text, the system's reason, or the type of an unexpected exception."""
+    """Describe ``error`` in one short line: its text, the system's reason, or the type of an unexpected exception."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""Errors of task groups, raised as themselves instead of in an ExceptionGroup."""
+"""Raises errors of task groups as themselves instead of in an ExceptionGroup."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 @asynccontextmanager
 async def errors_as_they_are() -> AsyncIterator[None]:
-    """Around a ``TaskGroup``: a single error leaves the block as itself; several stay a group."""
+    """Wrap a ``TaskGroup``: a single error leaves the block as itself, several as a group."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -17,9 +17,9 @@ async def errors_as_they_are() -> AsyncIterator[None]:
 
 @contextmanager
 def first_alone(kind: type[Exception]) -> Iterator[None]:
-    """Around a ``TaskGroup``: of errors that are all of ``kind``, the first leaves the block, caused by their group.
+    """Wrap a ``TaskGroup``: if all errors are of ``kind``, the first leaves the block, caused by their group.
 
-    Not with ``except*``: Python before 3.11.4 wraps what it raises in a group again.
+    Does not use ``except*``: Python before 3.11.4 wraps errors raised in it in a group again.
     """
     try:
         yield

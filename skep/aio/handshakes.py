@@ -1,6 +1,6 @@
-"""TLS handshakes of incoming connections, bounded in number and time.
+"""TLS handshakes of incoming connections, with limits on number and time.
 
-asyncio does not bound their number: 10,000 connections that send nothing would take a gigabyte.
+asyncio does not limit their number: 10,000 connections that send nothing would take a gigabyte.
 """
 
 import asyncio
@@ -17,14 +17,16 @@ from skep.aio.tls import accept
 log = structlog.get_logger(__name__)
 
 HANDSHAKE_SECONDS_MAX = 10.0
+"""Deadline of one handshake, which normally takes milliseconds."""
 HANDSHAKES_MAX = 256
-"""At one time.  When there are more, the oldest one of the address with most of them is ended: a normal handshake
-takes milliseconds."""
+"""Concurrent handshakes.  Beyond that, the address with most of them loses its oldest one: a normal handshake takes
+milliseconds."""
 ACCEPT_RETRY_S = 0.1
+"""Pause after a failed accept, which fails again immediately while descriptors are short."""
 
 
 class Handshakes:
-    """Handshakes of one listener.  ``new_protocol`` makes the protocol of a connection whose handshake is done."""
+    """Handshakes of one listener.  ``new_protocol`` creates the protocol of a connection after its handshake."""
 
     def __init__(self, new_protocol: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext) -> None:
         self._new_protocol = new_protocol
@@ -35,22 +37,22 @@ class Handshakes:
 
     @property
     def count(self) -> int:
-        """Under way."""
+        """Number of handshakes in progress."""
         return len(self._under_way)
 
     def give_up(self) -> None:
-        """End all that are under way."""
+        """Cancel all handshakes in progress."""
         for task in self._under_way:
             task.cancel()
 
     async def accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
-        """Accept connections until cancelled.  ``listener``: non-blocking."""
+        """Accept connections until cancelled.  ``listener`` is non-blocking."""
         loop = asyncio.get_running_loop()
         try:
             while True:
                 try:
                     connection, address = await loop.sock_accept(listener)
-                except OSError as error:  # out of descriptors, or the peer has gone already
+                except OSError as error:  # out of descriptors, or the peer has disconnected already
                     log.warning("connection not accepted", error=str(error))
                     await asyncio.sleep(ACCEPT_RETRY_S)
                     continue
@@ -58,7 +60,7 @@ class Handshakes:
                     group.create_task(self._shake_hands(connection), name="handshake"),
                     source_of(str(address[0])),
                 )
-                await asyncio.sleep(0)  # lets the handshake begin: it owns the socket from then on
+                await asyncio.sleep(0)  # lets the handshake start, which then owns the socket
         finally:
             self.give_up()
 
@@ -69,7 +71,7 @@ class Handshakes:
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
             await accept(self._new_protocol, connection, self._tls, handshake_s=HANDSHAKE_SECONDS_MAX)
-        except OSError as error:  # TLS errors and lost peers are some
+        except OSError as error:  # includes TLS errors and lost peers
             log.debug("handshake failed", error=str(error) or type(error).__name__)
-        except Exception as error:  # of this peer alone
+        except Exception as error:  # must not affect other peers
             log_error(error, "handshake failed")

@@ -1,8 +1,8 @@
-"""When a process that does not respond counts as hung, and what to do about it.
+"""Rules for processes that do not respond: when they count as hung, and the reaction.
 
-Time is measured as the observing loop experienced it (``RunningTime``): after a standstill of the whole machine (a
-suspend, for example) no process counts as hung for it, and on a machine so busy that the observer gets no processor
-time either, the observed process is given more time.
+Time is measured as the observing loop experienced it (``RunningTime``).  A standstill of the whole machine, such as a
+suspend, does not make processes count as hung.  On a machine so busy that the observer lacks processor time as well,
+the observed process gets more time.
 """
 
 from enum import Enum
@@ -10,26 +10,28 @@ from enum import Enum
 import msgspec
 
 HAND_OVER_S = 3.0
+"""Silence after which another manager is made the leader."""
 AGAIN_S = 2.0
-"""Between two hand-overs of one silence: the first may have failed, or leadership may have come back."""
+"""Time between two hand-overs in one silence: the first may have failed, or leadership may have returned."""
 END_S = 15.0
+"""Silence after which the process is ended."""
 CALM_S = 600.0
-"""After so long without a hand-over the next one is as quick as the first."""
+"""After this long without a hand-over, the next one is as fast as the first."""
 
 
 class RunningTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that one event loop was running to observe."""
+    """Seconds during which one event loop was able to observe."""
 
     seconds: float = 0.0
-    """Only differences have a meaning."""
+    """Only differences are meaningful."""
     seen_at: float
     """The clock's monotonic time at the last tick."""
 
     def after(self, now: float, tick_s: float, *, is_current: bool = True) -> "RunningTime":
         """The running time at ``now``, one tick later.
 
-        A tick that took longer than twice its length was a standstill of this loop, which is not a peer's silence.
-        While not ``is_current``, the time stands still: this process could not receive what others did.
+        A tick that took longer than twice its length was a standstill of this loop, not a peer's silence.
+        Unless ``is_current``, the time stands still, because this process could not receive updates from others.
         """
         passed = min(max(now - self.seen_at, 0.0), 2 * tick_s) if is_current else 0.0
         return RunningTime(seconds=self.seconds + passed, seen_at=now)
@@ -40,21 +42,21 @@ class Action(Enum):
 
     WAIT = "wait"
     HAND_OVER = "hand over"
-    """Make another manager the leader; harmless where it was not needed."""
+    """Make another manager the leader.  Harmless if it was not necessary."""
     END = "end"
-    """End the process, so that it is started again."""
+    """End the process, so that it is restarted."""
 
 
 class HangDetector:
     """Observes one process, which is probed every ``tick_s``.
 
-    A silent process loses its leadership every ``AGAIN_S``, as it may be elected again.  Each silence whose hand-over
-    was not needed, because a response came after all, doubles the wait for the next one, up to the time at which the
-    process is ended anyway: a machine that is slow now and then keeps its leader.
+    A silent process loses its leadership every ``AGAIN_S``, because it may be elected again.  An unnecessary hand-over,
+    after which a response came, doubles the wait for the next one, up to the time after which the process is ended
+    anyway.  So a machine that is slow now and then keeps its leader.
     """
 
     def __init__(self, tick_s: float, now: float) -> None:
-        """``now``: on a monotonic clock."""
+        """``now`` is a monotonic time."""
         self._tick_s = tick_s
         self._time = RunningTime(seen_at=now)
         self._responded_at = 0.0
@@ -69,7 +71,7 @@ class HangDetector:
         return self._time.seconds - self._responded_at
 
     def record(self, now: float, *, has_response: bool) -> Action:
-        """A tick has passed, with or without a response."""
+        """Record a tick, with or without a response, and return the next action."""
         self._time = self._time.after(now, self._tick_s)
         if has_response:
             self._responded_at = self._time.seconds

@@ -1,8 +1,8 @@
-"""Lag of an event loop: by how much it runs tasks later than scheduled.
+"""Event loop lag: the delay between the scheduled and the actual run of tasks.
 
-There are three causes, which the kernel's accounting of the thread distinguishes: it *ran* (a callback computed for too
-long, an error of this program), it *waited for a processor* (the machine is busy with something else), or it *slept* (a
-callback made a blocking call, or another thread held the interpreter's lock).
+It has three causes, which the kernel's accounting of the thread distinguishes.  The thread *ran*: a callback computed
+for too long, a bug of this program.  It *waited for a processor*: the machine is busy with something else.  Or it
+*slept*: a callback made a blocking call, or another thread held the interpreter's lock.
 """
 
 import os
@@ -20,21 +20,22 @@ from skep.aio.clock import Clock
 log = structlog.get_logger()
 
 PERIOD_S = 0.05
-"""Between two measurements.  A delay is measured from the next one on."""
+"""Interval between measurements.  A delay is measured from the next one on."""
 
 LATE_S = 0.1
-"""Lag that is logged."""
+"""Lag from which on it is logged."""
 
 CHECK_S = 2 * PERIOD_S
-"""Between two checks of the watching thread."""
+"""Interval between checks of the watching thread."""
 
 FRAMES_MAX = 8
+"""Stack frames in a log line."""
 
 BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Lag(msgspec.Struct, frozen=True, rename="pascal"):
-    """A histogram.  ``counts``: measurements of at most each of ``bounds_ms``, then all others."""
+    """A histogram.  ``counts`` has the measurements up to each of ``bounds_ms``, then all others."""
 
     looks: int
     ms_max: float
@@ -46,7 +47,7 @@ class Lag(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class LoopLag:
-    """Measures the loop it runs on.  ``seen()`` may be called at any time; differences of counts give a period."""
+    """Measures its event loop.  ``seen()`` can be called at any time.  Differences of counts describe a period."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_MS) + 1)
@@ -54,7 +55,7 @@ class LoopLag:
         self._ms_sum = 0.0
 
     async def run(self, clock: Clock) -> None:
-        """Measure until cancelled; a lag of ``LATE_S`` is logged, with its cause and the stack of the loop."""
+        """Measure until cancelled.  Logs a lag of ``LATE_S``, with its cause and the loop's stack."""
         with StackWatch() as watch, ThreadTimes() as times:
             spent = times.read()
             while True:
@@ -67,7 +68,7 @@ class LoopLag:
                     _tell(lag_s, spent[0] - last[0], spent[1] - last[1], stood)
 
     async def sample(self, clock: Clock, period_s: float) -> None:
-        """Measure every ``period_s`` until cancelled, and log nothing: for a process that has to be cheap when idle."""
+        """Measure every ``period_s`` until cancelled, without logs: for a process that has to be cheap when idle."""
         while True:
             before = clock.monotonic()
             await clock.sleep(period_s)
@@ -81,7 +82,7 @@ class LoopLag:
         self._ms_sum += lag_ms
 
     def seen(self) -> Lag:
-        """Everything since the start."""
+        """Return everything since the start."""
         looks = sum(self._counts)
         needed = looks - looks // 1000
         place = next(place for place, reached in enumerate(accumulate(self._counts)) if reached >= needed)
@@ -97,13 +98,13 @@ class LoopLag:
 
 
 class ThreadTimes:
-    """Scheduling of the present thread."""
+    """Scheduling statistics of the current thread."""
 
     def __enter__(self) -> "ThreadTimes":
         try:
             self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            self._file = -1  # a kernel without these figures
+            self._file = -1  # the kernel does not have these statistics
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,7 +112,7 @@ class ThreadTimes:
             os.close(self._file)
 
     def read(self) -> tuple[float, float]:
-        """Seconds in which it ran, and in which it was runnable and waited for a processor, since it began."""
+        """Return the seconds that the thread ran, and waited for a processor while runnable, since its start."""
         if self._file < 0:
             return 0.0, 0.0
         ran_ns, waited_ns, _ = os.pread(self._file, 100, 0).split()
@@ -119,7 +120,7 @@ class ThreadTimes:
 
 
 class StackWatch:
-    """A thread that records the stack of the thread which made it, when that has not called ``turn`` for a while."""
+    """A thread that records the stack of the thread that created it when that has not called ``turn`` for a while."""
 
     def __init__(self) -> None:
         self.stood: tuple[str, ...] = ()
@@ -140,7 +141,7 @@ class StackWatch:
         self._thread.join()
 
     def turn(self) -> tuple[str, ...]:
-        """Called by the watched thread; returns its recorded stack, if it was late."""
+        """Return the recorded stack, if the watched thread was late.  The watched thread calls it."""
         self._turns += 1
         stood, self.stood = self.stood, ()
         return stood
@@ -154,7 +155,7 @@ class StackWatch:
 
 
 def stack_of(frame: FrameType | None) -> tuple[str, ...]:
-    """A frame and those that called it, innermost first: ``module.py:12 name``."""
+    """Return the places of a frame and its callers, innermost first: ``module.py:12 name``."""
     places: list[str] = []
     while frame is not None and len(places) < FRAMES_MAX:
         code = frame.f_code
@@ -164,7 +165,7 @@ def stack_of(frame: FrameType | None) -> tuple[str, ...]:
 
 
 def cause(lag_s: float, ran_s: float, waited_s: float) -> str:
-    """The main cause of a lag: the thread ``ran``, ``waited for a processor``, or ``slept``."""
+    """Return the main cause of a lag: the thread ``ran``, ``waited for a processor``, or ``slept``."""
     parts = {"ran": ran_s, "waited for a processor": waited_s, "slept": lag_s - ran_s - waited_s}
     return max(parts, key=parts.__getitem__)
 
@@ -173,7 +174,7 @@ def _tell(lag_s: float, ran_s: float, waited_s: float, stood: tuple[str, ...]) -
     why = cause(lag_s, ran_s, waited_s)
     is_starved = why == "waited for a processor"
     log.warning(
-        "the event loop got no processor" if is_starved else "something held the event loop",
+        "event loop starved of processor time" if is_starved else "event loop blocked",
         lag_ms=round(lag_s * 1000),
         ran_ms=round(ran_s * 1000),
         waited_for_processor_ms=round(waited_s * 1000),

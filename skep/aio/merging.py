@@ -1,8 +1,8 @@
-"""A bounded queue that merges several sources, each in its own order, into one sequence in the order of their keys.
+"""A bounded queue that merges several sources, each in its own order, into one sequence in key order.
 
-An item is given out once no source that is waited for can bring an earlier one.  A source is waited for from ``open``
-until ``end``; one that brings nothing for long is passed over until it brings something again.  What a source brings
-with a smaller key than before stays behind what it brought before: no source's own order changes.
+An item is returned once no awaited source can produce an earlier one.  A source is awaited from ``open`` until ``end``.
+A source that produces nothing for long is skipped until it produces something again.  If a source's key decreases, its
+item stays behind the earlier items of that source: the order within a source never changes.
 """
 
 import asyncio
@@ -18,44 +18,44 @@ class MergeQueue(Generic[T]):
     """Items of several sources in the order of ``key_of``."""
 
     def __init__(self, key_of: Callable[[T], int], items_max: int) -> None:
-        """``items_max``: items here at one time; a source for which the others wait adds what it has nevertheless."""
+        """``items_max`` limits queued items.  A source for which the others wait can always add its items."""
         self._key_of = key_of
         self._items_max = items_max
         self._sources: dict[Hashable, _Source[T]] = {}
         self._missing: set[Hashable] = set()
-        """Sources that are waited for and have brought nothing: as long as there is one, nothing is given out."""
+        """Awaited sources without items.  While there is one, no item is returned."""
         self._open: set[Hashable] = set()
         self._merged: list[T] = []
         self._held = 0
-        """Items that are not merged yet."""
+        """Number of items that are not merged yet."""
         self._updated = asyncio.Event()
         self._room = asyncio.Event()
         self.is_closed = False
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there are sources that are waited for."""
+        """Whether sources are awaited."""
         return bool(self._open)
 
     @property
     def is_holding(self) -> bool:
-        """Whether items wait for sources that have brought nothing."""
+        """Whether items wait for sources without items."""
         return bool(self._held and self._missing)
 
     def open(self, source: Hashable) -> None:
-        """Wait for the items of ``source``."""
+        """Await the items of ``source``."""
         self._open.add(source)
         if source not in self._sources:
             self._missing.add(source)
 
     def end(self, source: Hashable) -> None:
-        """Wait for no further items of ``source``, which may still bring some."""
+        """Stop awaiting items of ``source``, which may still add some."""
         self._open.discard(source)
         self._missing.discard(source)
         self.wake()
 
     def pass_over(self) -> frozenset[Hashable]:
-        """Give out what there is without the sources that have brought nothing, which are returned."""
+        """Stop waiting for the sources without items for now, and return these sources."""
         missing = frozenset(self._missing)
         self._missing.clear()
         self.wake()
@@ -67,7 +67,7 @@ class MergeQueue(Generic[T]):
         self._room.set()
 
     def close(self) -> None:
-        """The reader has gone."""
+        """Discard all items, because the reader has ended."""
         self.is_closed = True
         self._sources.clear()
         self._merged.clear()
@@ -89,7 +89,7 @@ class MergeQueue(Generic[T]):
         return not self.is_closed
 
     def add(self, source: Hashable, items: Sequence[T]) -> None:
-        """Add ``items``, whether or not there is room."""
+        """Add ``items``, even beyond the limit."""
         if items:
             held = self._sources.get(source)
             if held is None:
@@ -105,7 +105,7 @@ class MergeQueue(Generic[T]):
         self._updated.clear()
 
     def take(self, most: int) -> list[T]:
-        """The next items, at most ``most``."""
+        """Return the next items, at most ``most``."""
         if not self._merged and not self._missing:
             self._merge()
         items = self._merged[:most]
@@ -118,7 +118,7 @@ class MergeQueue(Generic[T]):
         return self._held + len(self._merged) < self._items_max or source in self._missing
 
     def _merge(self) -> None:
-        """Move what no source that is waited for can precede."""
+        """Move the items that no awaited source can precede."""
         last = min((self._sources[one].keys[-1] for one in self._open if one in self._sources), default=None)
         keys, items, parts = list[int](), list[T](), 0
         for source in tuple(self._sources):
@@ -134,7 +134,7 @@ class MergeQueue(Generic[T]):
             if source in self._open:
                 self._missing.add(source)
         self._held -= len(items)
-        if parts > 1:  # each is in order, which the sort makes use of; it keeps the order of equal keys
+        if parts > 1:  # each part is sorted, which the sort exploits; it is stable for equal keys
             items = [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
         self._merged += items
 

@@ -1,4 +1,4 @@
-"""Races between coroutines: the first to end cancels the other; and work that a cancellation does not cut off."""
+"""Races between coroutines, in which the first to end cancels the other, and work that survives cancellation."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,7 +12,7 @@ class Preempted(Exception):
 
 
 async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, Any, object]) -> T:
-    """The result of ``work``, or what it raised.  When this returns or raises, both have ended.
+    """Return the result of ``work``, or raise its error.  Both coroutines have ended then.
 
     Raises: Preempted: ``preempting`` returned first.
     """
@@ -27,11 +27,11 @@ async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, An
     result, error = working.result()
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]  # there is a result where there is no error
+    return result  # type: ignore[return-value]  # without an error there is a result
 
 
 async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> None:
-    """Return when either has returned; the other one is cancelled and awaited."""
+    """Return when either has returned.  The other one is cancelled and awaited."""
     try:
         await run_unless(one, other)
     except Preempted:
@@ -39,10 +39,10 @@ async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any
 
 
 async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which runs to its end however often the caller is cancelled.
+    """Return the result of ``work``, which runs to its end even if the caller is cancelled, repeatedly.
 
-    Raises: what ``work`` does; CancelledError, once it has ended, if the caller was cancelled.
-    For short work that would leave something behind where it was cut off.
+    Raises: as ``work``; CancelledError, once it has ended, if the caller was cancelled.
+    For short work that would leave something behind if interrupted.
     """
     whole = asyncio.gather(_outcome(work))
     is_cancelled = False
@@ -52,7 +52,7 @@ async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
         except asyncio.CancelledError:
             is_cancelled = True
     if is_cancelled:
-        whole.exception()  # or asyncio would log, at the end of the loop, that it was not retrieved
+        whole.exception()  # otherwise asyncio would log at the end of the loop that it was not retrieved
         raise asyncio.CancelledError
     ((result, error),) = whole.result()
     if error is not None:
@@ -61,7 +61,7 @@ async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:
-    """Result or error of ``work``, as a value: a task group would turn an error into a group."""
+    """Return result or error of ``work`` as a value: a task group would turn an error into a group."""
     try:
         return await work, None
     except Exception as error:
@@ -69,7 +69,7 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | 
 
 
 async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until ``event`` is set, for ``seconds`` at most; whether it is."""
+    """Wait until ``event`` is set, at most ``seconds``.  Return whether it is."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,4 +1,4 @@
-"""Work of which some is done at one time, and some more may wait for that."""
+"""A limit on concurrent work, with a bounded queue."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,10 +8,10 @@ from skep.errors import ResourceExhausted
 
 
 class Slots:
-    """``slots``: pieces of work at one time; ``waiting_max``: how many wait for them."""
+    """Runs ``slots`` pieces of work at one time, while at most ``waiting_max`` wait."""
 
     def __init__(self, slots: int, waiting_max: int, busy: str) -> None:
-        """``busy``: what they do, for the refusal of more, as in ``builds are at work on this node``."""
+        """``busy`` describes the running work in the error, as in ``builds are at work on this node``."""
         self._busy = busy
         self._slots = slots
         self._free = asyncio.Semaphore(slots)
@@ -19,8 +19,8 @@ class Slots:
         self.waiting = 0
 
     @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
-        """Hold a slot while the block runs; in the order of asking.  Raises: ResourceExhausted: too many wait."""
+    async def hold(self) -> AsyncIterator[None]:
+        """Hold a slot for the block, first come, first served.  Raises: ResourceExhausted: too many wait."""
         if self._free.locked() and self.waiting >= self._waiting_max:
             raise ResourceExhausted(f"{self._slots} {self._busy} and {self.waiting} wait: try again later")
         self.waiting += 1

@@ -9,17 +9,17 @@ from skep.aio.clock import Clock
 T = TypeVar("T")
 
 SlicedWork: TypeAlias = Generator[None, None, T]
-"""Work that can be paused wherever it yields, and returns its result."""
+"""Work that can pause wherever it yields, and returns its result."""
 
 STEP = 100
-"""Items of a few microseconds each between two points at which work can be paused."""
+"""Items of a few microseconds each between two points at which work can pause."""
 
 SLICE_S = 0.005
-"""Length of a slice: with several such computations at a time a request is still fast."""
+"""Length of a slice.  With several such computations at a time, a request is still fast."""
 
 
 class TimeSlices:
-    """Time slices of one computation, which awaits ``give_way`` after each item."""
+    """Time slices of one computation, which awaits ``yield_if_due`` after each item."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -27,11 +27,11 @@ class TimeSlices:
 
     @property
     def is_over(self) -> bool:
-        """Whether the present slice is over."""
+        """Whether the current slice is over."""
         return self._clock.monotonic() - self._began >= SLICE_S
 
     async def yield_if_due(self) -> bool:
-        """Let other tasks run if the present slice is over; whether it was."""
+        """Let other tasks run if the current slice is over.  Return whether it was."""
         if not self.is_over:
             return False
         await asyncio.sleep(0)
@@ -40,7 +40,7 @@ class TimeSlices:
 
 
 def run_at_once(work: SlicedWork[T]) -> T:
-    """The result of ``work``, without a pause."""
+    """Return the result of ``work``, without pauses."""
     while True:
         try:
             next(work)
@@ -50,7 +50,7 @@ def run_at_once(work: SlicedWork[T]) -> T:
 
 
 async def run_in_slices(work: Iterable[None], clock: Clock) -> None:
-    """Do all of ``work``; other tasks run in between."""
+    """Do all of ``work`` and let other tasks run in between."""
     slices = TimeSlices(clock)
     for _ in work:
         await slices.yield_if_due()
@@ -59,7 +59,7 @@ async def run_in_slices(work: Iterable[None], clock: Clock) -> None:
 async def result_in_slices(
     work: SlicedWork[T], clock: Clock, resumed: Callable[[], Awaitable[object]] | None = None
 ) -> T:
-    """The result of ``work``; other tasks run in between.  ``resumed``: awaited after each pause."""
+    """Return the result of ``work`` and let other tasks run in between.  Awaits ``resumed`` after each pause."""
     slices = TimeSlices(clock)
     while True:
         try:

@@ -1,12 +1,12 @@
-"""TLS connections that cost a fraction of what asyncio's own do; made by ``accept`` and ``connect``.
+"""TLS connections with a fraction of the memory of asyncio's own.  ``accept`` and ``connect`` create them.
 
-* asyncio gives each TLS connection a buffer of 256 KiB to read into.  Data is handed to OpenSSL before
-  anything else is read, so one buffer serves all connections of a thread.
-* It keeps the peer's certificate as dictionaries, besides OpenSSL's own, and a queue of pending writes.
-  Here the former are made on demand, and the latter is a list.
+* asyncio has a read buffer of 256 KiB per TLS connection.  Data is passed to OpenSSL before anything else is read, so
+  here all connections of a thread share one buffer.
+* asyncio keeps the peer's certificate as dictionaries in addition to OpenSSL's own, and a queue of pending writes.
+  Here the former are created on demand, and the latter is a list.
 
-They can be half-closed by the other end, which asyncio's cannot: Go's clients close their direction with TLS's
-close_notify where they have nothing (more) to send, and read on (``docker exec`` without ``-i``).
+Unlike asyncio's, the other end can half-close them: Go's clients close their direction with TLS's close_notify when
+they have nothing (more) to send, and continue to read (``docker exec`` without ``-i``).
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 READ_BYTES = 16 * 1024
-"""Read at once from one connection: a TLS record."""
+"""Bytes read at once from one connection: a TLS record."""
 
 _of_thread = threading.local()
 
 SILENT_S = 60
-"""A machine that has vanished without closing its connections has lost them by then, idle ones too."""
+"""Seconds after which connections of a vanished machine are closed, even idle ones."""
 _PROBES = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 3}
 
 
@@ -36,38 +36,37 @@ async def accept(
     *,
     handshake_s: float,
 ) -> None:
-    """Do the server's side of the handshake; returns when the protocol has its transport.
+    """Perform the server's side of the handshake.  Return when the protocol has its transport.
 
-    ``connection`` is owned by this function from its first step on.  Raises: OSError: TLS errors are some, too.
+    This function owns ``connection`` from its first step on.  Raises: OSError, which includes TLS errors.
     """
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     inner = _Protocol(loop, new_protocol(), tls, ready, server_side=True, ssl_handshake_timeout=handshake_s)
     transport, _ = await loop.connect_accepted_socket(lambda: inner, connection)
     _tune(transport)
-    await _shaken(transport, ready)
+    await _finish_handshake(transport, ready)
 
 
 async def connect(
     new_protocol: Callable[[], P], host: str, port: int, tls: ssl.SSLContext, *, server_name: str
 ) -> P:
-    """The protocol of a new connection, past its handshake.  The deadline is the caller's.  Raises: OSError."""
+    """Return the protocol of a new connection after its handshake.  The caller sets the deadline.  Raises: OSError."""
     loop = asyncio.get_running_loop()
     protocol = new_protocol()
     ready: asyncio.Future[None] = loop.create_future()
     inner = _Protocol(loop, protocol, tls, ready, server_side=False, server_hostname=server_name)
     transport, _ = await loop.create_connection(lambda: inner, host, port)
     _tune(transport)
-    await _shaken(transport, ready)
+    await _finish_handshake(transport, ready)
     return protocol
 
 
 def _tune(transport: asyncio.BaseTransport) -> None:
-    """Have the kernel send small pieces at once, and end the connection when the other machine is silent for
-    ``SILENT_S``.
+    """Make the kernel send small pieces immediately, and end the connection after ``SILENT_S`` of silence.
 
-    asyncio does the former only for sockets that were made with the number of their protocol, which accepted ones are
-    not: a request's body behind its head would wait 40 ms for the other end's delayed acknowledgement.
+    asyncio does the former only for sockets created with their protocol number, which accepted sockets are not.  The
+    body of a request would wait 40 ms for the other end's delayed acknowledgement.
     """
     connected = transport.get_extra_info("socket")
     if connected is None or connected.family not in (socket.AF_INET, socket.AF_INET6):
@@ -79,7 +78,7 @@ def _tune(transport: asyncio.BaseTransport) -> None:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
 
 
-async def _shaken(transport: asyncio.BaseTransport, ready: "asyncio.Future[None]") -> None:
+async def _finish_handshake(transport: asyncio.BaseTransport, ready: "asyncio.Future[None]") -> None:
     try:
         await ready
     except BaseException:
@@ -91,15 +90,15 @@ _HALF_CLOSE = "half-close"
 
 
 def may_half_close(transport: asyncio.BaseTransport) -> bool:
-    """Whether the other end may close its direction alone, so that ``eof_received`` may return True.
+    """Return whether the other end may close only its direction, so that ``eof_received`` may return True.
 
-    It may over plain connections and over those of this module, and not over asyncio's own TLS.
+    It may over plain connections and connections of this module, but not over asyncio's own TLS.
     """
     return transport.get_extra_info("sslcontext") is None or bool(transport.get_extra_info(_HALF_CLOSE))
 
 
 class _Protocol(asyncio.sslproto.SSLProtocol):
-    """asyncio's, with a buffer that it shares, and a half-close by the other end."""
+    """asyncio's protocol with a shared buffer, and a half-close by the other end."""
 
     max_size = READ_BYTES
 
@@ -119,7 +118,7 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
         self._extra.pop("peercert", None)
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Handle received bytes.  After close_notify they end the connection: nobody would read them, or its end."""
+        """Handle received bytes.  After close_notify they end the connection, because nothing would read them."""
         is_established = self._state is asyncio.sslproto.SSLProtocolState.WRAPPED  # type: ignore[attr-defined]
         if self._is_half_closed and is_established:
             self._fatal_error(ConnectionResetError("data after close_notify"))
@@ -127,7 +126,7 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
         super().buffer_updated(nbytes)
 
     def _call_eof_received(self) -> None:
-        """The other end has sent close_notify, and sends no more."""
+        """Handle the other end's close_notify, after which it sends no data."""
         if self._app_state is not asyncio.sslproto.AppProtocolState.STATE_CON_MADE:  # type: ignore[has-type]
             return
         self._app_state = asyncio.sslproto.AppProtocolState.STATE_EOF
@@ -137,7 +136,7 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
             self._fatal_error(error, "Error calling eof_received()")
 
     def _start_shutdown(self) -> None:
-        """Not when the other end has closed its direction, but once ours is closed."""
+        """Shut down, but not before our direction is closed if the other end has only closed its own."""
         if self._is_half_closed and self._app_transport is not None and not self._app_transport._closed:
             return
         super()._start_shutdown()

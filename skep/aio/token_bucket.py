@@ -2,7 +2,7 @@
 
 
 class TokenBucket:
-    """``per_s`` tokens a second, ``most`` at once.  Time is an argument: monotonic seconds."""
+    """A bucket with ``per_s`` new tokens per second, at most ``most``.  Time is an argument in monotonic seconds."""
 
     def __init__(self, most: float, per_s: float, now: float) -> None:
         self._most = most
@@ -11,7 +11,7 @@ class TokenBucket:
         self._at = now
 
     def take(self, now: float) -> bool:
-        """Take a token; whether there was one."""
+        """Take a token.  Return whether there was one."""
         self._left = min(self._most, self._left + (now - self._at) * self._per_s)
         self._at = now
         if self._left < 1:

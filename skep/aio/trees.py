@@ -1,4 +1,4 @@
-"""Removal and walks of directory trees in threads of their own: either may take minutes, and no other work waits."""
+"""Removes and walks directory trees in separate threads, since both may take minutes and must not delay other work."""
 
 import asyncio
 import threading
@@ -22,10 +22,10 @@ _walkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="walk-tree")
 
 
 async def remove_tree(path: Path, *, keep: str = "") -> None:
-    """Remove ``path`` with all that is in it; cancelled, it ends soon and leaves the rest.
+    """Remove ``path`` with everything in it.  If cancelled, it stops soon and leaves the rest.
 
-    ``keep``: the name of an entry of ``path`` that goes last.
-    Raises: OSError: something is left (``trees.NotRemoved``).
+    ``keep`` names an entry of ``path`` that is removed last.
+    Raises: OSError: a part is left (``trees.NotRemoved``).
     """
     stop = threading.Event()
     work = asyncio.get_running_loop().run_in_executor(_removers, partial(trees.remove_tree, path, stop, keep))
@@ -33,27 +33,27 @@ async def remove_tree(path: Path, *, keep: str = "") -> None:
         await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait((work,))  # no thread may remove what is made again afterwards
+        await asyncio.wait((work,))  # no thread may remove files that are created again afterwards
         work.cancelled() or work.exception()
         raise
 
 
 async def walk_tree(walk: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
-    """The result of ``walk``, which looks at every file of a tree."""
+    """Return the result of ``walk``, which accesses every file of a tree."""
     return await asyncio.get_running_loop().run_in_executor(_walkers, walk, *arguments)
 
 
 async def discard_tree(path: Path) -> None:
-    """Remove a tree; what cannot be removed is logged, and left for the next start of the process."""
+    """Remove a tree.  A failure is logged, and the next start of the process removes the rest."""
     try:
         await remove_tree(path)
     except OSError as error:
-        log.warning("not removed", path=str(path), error=str(error))
+        log.warning("directory not removed", path=str(path), error=str(error))
 
 
 def discard_tree_now(path: Path) -> None:
-    """The same, for code that runs in a thread already."""
+    """Do the same in code that already runs in a thread."""
     try:
         trees.remove_tree(path)
     except OSError as error:
-        log.warning("not removed", path=str(path), error=str(error))
+        log.warning("directory not removed", path=str(path), error=str(error))

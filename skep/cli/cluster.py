@@ -75,9 +75,9 @@ def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> Non
     """Show or set how long a worker that is down is kept before it is removed (DURATION, or "never").
 
     At least a minute.  Managers are never removed, nor anything unless more than half of all nodes are ready, nor
-    nodes with tasks that stay there (skep.on-disconnect=keep), with data of skep.volumes=keep, or with a published
-    cluster volume: skep status shows why.  A removed node that comes back has to join again.  skep node forget
-    removes one now.
+    nodes with tasks that stay there (skep.on-disconnect=keep), with data of skep.volume-affinity=required, or with a
+    published cluster volume: skep status shows why.  A removed node that comes back has to join again.
+    skep node forget removes one now.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ from skep.model.times import SECOND_NS, timestamp, unix_ns
 RECONNECT_S_MAX = 10.0
 _SWARMS_OWN = "com.docker.swarm."
 _ID_CHARACTERS = 12
-_TOLD = ("away", "gap")
+_TOLD = ("disconnect", "gap")
 """Of messages about the stream: what may be missing of a node."""
 
 

@@ -178,15 +178,15 @@ def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
     """What an autoscaled service's number of tasks follows."""
     if not found:
         return
-    measures = ", ".join(
+    metrics = ", ".join(
         f"{one['Name']} {one['Average']:.0f}%, target {one['Target']}%"
         if one.get("Average") is not None
         else f"{one['Name']} not known, target {one['Target']}%"
-        for one in found.get("Measures") or ()
+        for one in found.get("Metrics") or ()
     )
-    yield f"  autoscaling, {found['Least']} to {found['Most']} tasks: {measures}"
+    yield f"  autoscaling, {found['Min']} to {found['Max']} tasks: {metrics}"
     yield f"    now: {found['Summary']}"
-    if last := found.get("Last"):
+    if last := found.get("LastChange"):
         before, after = last.get("Before", 0), last.get("After", 0)
         yield f"    last: {before} → {after}, {age(last['At'], now)} ago: {last['Reason']}"
 
@@ -230,7 +230,7 @@ def _output(end: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(node: Mapping[str, Any]) -> tuple[str, str]:
-    return node["Hostname"] or node["NodeID"], "; ".join(node["Refusals"]) or "could take it"
+    return node["Hostname"] or node["NodeID"], "; ".join(node["Reasons"]) or "could take it"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.model.encoding import to_json
-from skep.model.labels import VOLUMES, VolumePolicy, volume_policy
+from skep.model.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
 from skep.model.service import TaskSpec
 from skep.model.slot_volumes import local_volumes
 from skep.model.unknown import leniently
@@ -120,8 +120,8 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
     if not volumes:
         return ""
     has = f"{spec['Name']} has local volumes there ({named(volumes)})"
-    if volume_policy(spec.get("Labels") or {}) is VolumePolicy.KEEP:
-        return f"{has}, and waits until {node} takes tasks again ({VOLUMES}={VolumePolicy.KEEP.value})"
+    if volume_affinity(spec.get("Labels") or {}) is VolumeAffinity.REQUIRED:
+        return f"{has}, and waits until {node} takes tasks again ({VOLUME_AFFINITY}={VolumeAffinity.REQUIRED.value})"
     return f"{has}: it starts without their data elsewhere, and the data stays on {node}"
 
 
@@ -243,7 +243,7 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
-        body = {"Node": name, "By": by, **({"Keep": True} if keep else {})}
+        body = {"Node": name, "RequestedBy": by, **({"KeepContainers": True} if keep else {})}
         state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
@@ -279,9 +279,9 @@ class _Progress:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
-            click.echo(_CONTAINERS[bool(state.get("KeepsContainers"))])
+            click.echo(_CONTAINERS[bool(state.get("KeepContainers"))])
             return True
-        self.note(state["WaitsFor"])
+        self.note(state["WaitingFor"])
         return False
 
     def note(self, reason: str) -> None:

@@ -35,7 +35,7 @@ async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
 def way_out(quorum: Mapping[str, Any]) -> str:
     """Return the command to go on with while there is no leader; it changes nothing."""
     managers = quorum["Managers"]
-    answering = sum(bool(manager["Answers"]) for manager in managers)
+    answering = sum(bool(manager["IsReachable"]) for manager in managers)
     return "skep doctor network" if answering > len(managers) // 2 else "skep cluster recover --dry-run"
 
 
@@ -47,7 +47,7 @@ def clock_time(stamp: str) -> str:
 def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     """Since when, which managers are missing, and how to recover."""
     managers = quorum["Managers"]
-    silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
+    silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
     answering, needed = len(managers) - len(silent), len(managers) // 2 + 1
     verb = "answers" if answering == 1 else "answer"
     missing = f" ({', '.join(silent)} {'does' if len(silent) == 1 else 'do'} not)" if silent else ""

@@ -99,7 +99,7 @@ def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
     managers = quorum["Managers"]
     if quorum["HasLeader"]:
         raise FailedPrecondition("the cluster has a leader: there is nothing to recover (skep status)")
-    answering = sum(bool(manager["Answers"]) for manager in managers)
+    answering = sum(bool(manager["IsReachable"]) for manager in managers)
     if 2 * answering > len(managers):
         raise FailedPrecondition(
             f"{answering} of {len(managers)} managers answer, which is enough for a leader: see why they elect none by "
@@ -129,7 +129,9 @@ def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) 
         words = ", ".join(counted(count, kind[:-1]) for kind, count in (kept.counts or {}).items())
         number = f"revision {kept.revision}" if kept.revision else "the last revision"
         yield "kept", f"{number} of {info['Name']}" + (f": {words}" if words else "")
-        others = [one["Hostname"] for one in quorum["Managers"] if one["Answers"] and not _is_here(one, info)]
+        others = [
+            one["Hostname"] for one in quorum["Managers"] if one["IsReachable"] and not _is_here(one, info)
+        ]
         if others:
             yield (
                 "compare",
@@ -149,7 +151,7 @@ def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) 
 
 def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     managers = quorum["Managers"]
-    answering = sum(bool(one["Answers"]) for one in managers)
+    answering = sum(bool(one["IsReachable"]) for one in managers)
     verb = "answers" if answering == 1 else "answer"
     yield (
         "NO LEADER",
@@ -159,10 +161,10 @@ def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tu
         name = one["Hostname"] + (f" ({one['Addr']})" if one.get("Addr") else "")
         if _is_here(one, info):
             yield "here", name
-        elif one["Answers"]:
+        elif one["IsReachable"]:
             yield "answers", name
         else:
-            yield "GONE", f"{name}, silent for {duration(one.get('SilentSeconds', 0.0))}"
+            yield "GONE", f"{name}, silent for {duration(one.get('UnreachableSeconds', 0.0))}"
 
 
 def _is_here(manager: Mapping[str, Any], info: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from skep.api.requests import Filters, Requests, filters_of
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
-from skep.cli.status import is_as_wanted
+from skep.cli.status import is_service_healthy
 from skep.errors import NotFound
 
 NAMESPACE = "com.docker.stack.namespace"
@@ -60,18 +60,20 @@ def stacks(services: Objects) -> Shown:
     rows: dict[str, dict[str, Any]] = {}
     for service in services:
         name = service["Spec"]["Labels"][NAMESPACE]
-        row = rows.setdefault(name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "IsWell": True})
+        row = rows.setdefault(
+            name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "IsHealthy": True}
+        )
         running, desired = _counts(service)
         row["Services"] += 1
         row["Running"] += running
         row["Desired"] += desired
-        row["IsWell"] = row["IsWell"] and is_as_wanted(service)
+        row["IsHealthy"] = row["IsHealthy"] and is_service_healthy(service)
     listed = [rows[name] for name in sorted(rows)]
     cells = [
         (
             str(row["Name"]),
             str(row["Services"]),
-            Cell(f"{row['Running']}/{row['Desired']}", "" if row["IsWell"] else "red"),
+            Cell(f"{row['Running']}/{row['Desired']}", "" if row["IsHealthy"] else "red"),
         )
         for row in listed
     ]
@@ -131,7 +133,7 @@ def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:
             (
                 row["Name"],
                 row["Mode"],
-                Cell(row["Replicas"], "" if is_as_wanted(service) else "red"),
+                Cell(row["Replicas"], "" if is_service_healthy(service) else "red"),
                 *((row["ID"],) if screen.is_wide else ()),
                 row["Ports"],
                 row["Image"],

@@ -192,14 +192,14 @@ def placement_lines(placement: Placement) -> list[str]:
     where = f": {named}{others}" if named else ""
     stopped = ", ".join(f"{counted(one.tasks, 'task')} of {one.name}" for one in placement.preempted)
     preempts = [click.style(f"stops for it: {printable(stopped)}", fg="yellow")] if stopped else []
-    if not placement.refusal:
-        return [f"{counted(placement.wanted, 'task')}{where}", *preempts] if placement.wanted else []
-    if not placement.wanted:
-        return [click.style(f"would be refused: {printable(placement.refusal)}", fg="red")]
-    head = f"does not fit: {fitting} of {counted(placement.wanted, 'task')} would run{where}"
-    lines = [click.style(head, fg="red"), *preempts, f"  {printable(placement.refusal)}"]
+    if not placement.error:
+        return [f"{counted(placement.desired, 'task')}{where}", *preempts] if placement.desired else []
+    if not placement.desired:
+        return [click.style(f"would be refused: {printable(placement.error)}", fg="red")]
+    head = f"does not fit: {fitting} of {counted(placement.desired, 'task')} would run{where}"
+    lines = [click.style(head, fg="red"), *preempts, f"  {printable(placement.error)}"]
     for one in placement.verdicts[:_NODES_MAX]:
-        lines += [printable(f"  {one.hostname}: {reason}") for reason in one.refusals]
+        lines += [printable(f"  {one.hostname}: {reason}") for reason in one.reasons]
     return lines
 
 

@@ -34,7 +34,7 @@ _TASKS_COUNTED_MAX = 5_000
 """With more tasks they are not counted by node: the list would take longer than all the rest."""
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
-SILENT = "silent"
+UNREACHABLE = "unreachable"
 """State of a manager that does not answer while there is no leader: whether its machine is down is not known."""
 
 _NODE_LOST, _ON_ITS_WAY = 2, 4
@@ -58,10 +58,10 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     version: str = ""
     is_reachable: bool = True
     """As a manager."""
-    why: str = ""
+    reason: str = ""
 
     @property
-    def is_well(self) -> bool:
+    def is_healthy(self) -> bool:
         """A node may be drained or paused on purpose; a condition of one that is ready is only a warning."""
         return self.state == "ready" and self.is_reachable
 
@@ -76,12 +76,12 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     name: str
     id: str = msgspec.field(name="ID")
     running: int
-    wanted: int
+    desired: int
     completed: int = 0
     total: int = 0
     update: str = ""
-    why: str = ""
-    is_well: bool = True
+    reason: str = ""
+    is_healthy: bool = True
     image: str = ""
     weight: int = _ON_ITS_WAY
     since: str = ""
@@ -89,7 +89,7 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     @property
     def tasks(self) -> str:
         """``2/3``, or ``6/6 done``."""
-        return f"{self.completed}/{self.total} done" if self.total else f"{self.running}/{self.wanted}"
+        return f"{self.completed}/{self.total} done" if self.total else f"{self.running}/{self.desired}"
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -106,7 +106,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """Everything that is shown; ``-o json`` has it in this form.
 
-    ``health``: ``ok``, ``degraded``, ``no leader``; ``node``: facts about the node that was asked.
+    ``health``: ``healthy``, ``degraded``, ``no leader``; ``node``: facts about the node that was asked.
     """
 
     health: str
@@ -120,7 +120,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     @property
     def exit_code(self) -> int:
         """Of the command."""
-        return {"ok": 0, "degraded": DEGRADED}.get(self.health, LEADERLESS)
+        return {"healthy": 0, "degraded": DEGRADED}.get(self.health, LEADERLESS)
 
 
 @click.command()
@@ -143,7 +143,7 @@ def status(host: HostOptions, when: str, output: Output) -> None:
       skep status
       skep status --watch
       skep status --at '10 min ago'
-      skep status -o json | jq '.Cluster.Services[] | select(.IsWell | not)'
+      skep status -o json | jq '.Cluster.Services[] | select(.IsHealthy | not)'
       skep --host ssh://root@manager1 status
     """
 
@@ -165,7 +165,7 @@ async def _status(host: HostOptions) -> Status:
         if quorum is None:
             state = info["Swarm"].get("LocalNodeState") or "inactive"
             is_part = state in ("active", "inactive") and not info["Swarm"].get("Error")
-            return Status(health="ok" if is_part else "degraded", node=tuple(about_node(info)))
+            return Status(health="healthy" if is_part else "degraded", node=tuple(about_node(info)))
         is_led = bool(quorum["HasLeader"])
         notes = [] if is_led else list(no_leader(quorum))
         node = [*about_node(info, shows_error=is_led), await _store(client)]
@@ -176,7 +176,7 @@ async def _status(host: HostOptions) -> Status:
             notes.append(f"the cluster is not known: {error}")
         if cluster is not None and not is_led:
             cluster = as_of(cluster, quorum)
-        health = "no leader" if not is_led else "ok" if is_well(cluster) else "degraded"
+        health = "no leader" if not is_led else "healthy" if is_cluster_healthy(cluster) else "degraded"
         further = "" if is_led else way_out(quorum)
         return Status(health=health, node=tuple(node), notes=tuple(notes), cluster=cluster, next=further)
 
@@ -200,14 +200,16 @@ def status_of_state(state: Mapping[str, Any], now: datetime) -> Status:
         services=tuple(service_rows(state["Services"], {}, at.timestamp())),
     )
     when = f"{at:%Y-%m-%d %H:%M:%S %Z} (revision {state['Revision']})"
-    return Status(health="ok" if is_well(cluster) else "degraded", node=((_AT, when),), cluster=cluster)
+    return Status(
+        health="healthy" if is_cluster_healthy(cluster) else "degraded", node=((_AT, when),), cluster=cluster
+    )
 
 
-def is_well(cluster: Cluster | None) -> bool:
+def is_cluster_healthy(cluster: Cluster | None) -> bool:
     """Whether all nodes and services are."""
     if cluster is None:
         return False
-    return all(row.is_well for row in cluster.nodes) and all(row.is_well for row in cluster.services)
+    return all(row.is_healthy for row in cluster.nodes) and all(row.is_healthy for row in cluster.services)
 
 
 def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
@@ -221,12 +223,14 @@ def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
     for row in cluster.nodes:
         manager = managers.get(row.id)
         role = "manager" if row.role == "leader" else row.role
-        if manager is None or manager["Answers"]:
+        if manager is None or manager["IsReachable"]:
             rows.append(msgspec.structs.replace(row, role=role))
             continue
-        silent = f"it has not answered for {duration(float(manager.get('SilentSeconds') or 0))}"
-        why = "; ".join(filter(None, (silent, row.why)))
-        rows.append(msgspec.structs.replace(row, role=role, state=SILENT, is_reachable=False, why=why))
+        silent = f"it has not answered for {duration(float(manager.get('UnreachableSeconds') or 0))}"
+        why = "; ".join(filter(None, (silent, row.reason)))
+        rows.append(
+            msgspec.structs.replace(row, role=role, state=UNREACHABLE, is_reachable=False, reason=why)
+        )
     return msgspec.structs.replace(cluster, as_of=quorum["Since"], leader="", nodes=tuple(rows))
 
 
@@ -244,7 +248,7 @@ async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[s
     nodes = await client.get("/nodes", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
     services = await client.get("/services", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S, status="true")
     explained: dict[str, Mapping[str, Any]] = {}
-    for id in [service["ID"] for service in services if not is_as_wanted(service)][:_EXPLAINED]:
+    for id in [service["ID"] for service in services if not is_service_healthy(service)][:_EXPLAINED]:
         path = f"/skep/services/{id}/explain"
         try:
             explained[id] = await client.get(path, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -327,7 +331,7 @@ def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None 
                 load=node.get("Load"),
                 version=(node["Description"].get("Engine") or {}).get("EngineVersion", ""),
                 is_reachable=is_reachable,
-                why=why,
+                reason=why,
             )
         )
     return sorted(rows, key=lambda row: (row.role == "worker", row.name, row.id))
@@ -341,24 +345,24 @@ def service_rows(
         found = explained.get(service["ID"])
         running, wanted = _count(service, "RunningTasks"), _count(service, "DesiredTasks")
         update = service.get("UpdateStatus") or {}
-        is_well = bool(found["IsAsWanted"]) if found is not None else is_as_wanted(service)
-        why = "" if is_well or found is None else reason_in(found)
+        is_healthy = bool(found["IsHealthy"]) if found is not None else is_service_healthy(service)
+        why = "" if is_healthy or found is None else reason_in(found)
         problem = (found or {}).get("Problem") or {}
         weight, since = problem.get("Weight", _ON_ITS_WAY), problem.get("Since", "")
         if update.get("State") in _PAUSED:
-            why, is_well = why or update.get("Message", ""), False
+            why, is_healthy = why or update.get("Message", ""), False
             weight, since = 0, since or update.get("StartedAt", "")
         completed, total = completion(service)
         yield ServiceRow(
             name=service["Spec"]["Name"],
             id=service["ID"],
             running=running,
-            wanted=wanted,
+            desired=wanted,
             completed=completed,
             total=total,
             update=_update(update, now),
-            why=why or ("" if is_well else "not in its desired state"),
-            is_well=is_well,
+            reason=why or ("" if is_healthy else "not in its desired state"),
+            is_healthy=is_healthy,
             image=_image(service),
             weight=weight,
             since=since,
@@ -373,7 +377,7 @@ def _image(service: Mapping[str, Any]) -> str:
 
 def reason_in(explanation: Mapping[str, Any]) -> str:
     """Why a service is not in its desired state and how often it failed, without the counts of its tasks."""
-    parts = (explanation.get("Reason", ""), explanation.get("Course", ""))
+    parts = (explanation.get("Reason", ""), explanation.get("RestartSummary", ""))
     return "; ".join(filter(None, parts)) or str(explanation["Summary"])
 
 
@@ -403,7 +407,7 @@ def _update(update: Mapping[str, Any], now: float) -> str:
     return words
 
 
-def is_as_wanted(service: Mapping[str, Any]) -> bool:
+def is_service_healthy(service: Mapping[str, Any]) -> bool:
     """Whether as many tasks run as the service's spec asks for; of a job, whether as many have completed.
 
     A global job's spec does not contain its number of runs: its explanation does.
@@ -437,7 +441,7 @@ def _count(service: Mapping[str, Any], field: str) -> int:
 def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     """The headline, what is wrong, nodes, services, and the command to go on with."""
     health = status.health.upper()
-    colour = {"ok": "green", "degraded": "yellow"}.get(status.health, "red")
+    colour = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
     first, *further = screen.fitted(_headline(status), indent=2)
     yield first.replace(health, screen.styled(health, colour, bold=True), 1)
     yield from further
@@ -472,7 +476,7 @@ def _next(status: Status) -> Iterator[str]:
 
 def worst(cluster: Cluster) -> str:
     """The name of what to look at first: the oldest failure of a service, else a lost node, else what is on its way."""
-    bad = [row for row in cluster.services if not row.is_well]
+    bad = [row for row in cluster.services if not row.is_healthy]
     bad.sort(key=lambda row: (row.weight, row.since or "~", row.name))
     lost = [row.name for row in cluster.nodes if row.state == "down"]
     # The services that a lost node has left are a consequence of it.
@@ -487,7 +491,7 @@ def _headline(status: Status) -> str:
         leader = f" (leader {printable(cluster.leader)})" if cluster.leader else ""
         workers = len(cluster.nodes) - len(managers)
         ready = sum(row.state == "ready" for row in cluster.nodes)
-        well = sum(row.is_well for row in cluster.services)
+        well = sum(row.is_healthy for row in cluster.services)
         nodes = f"{ready} of {len(cluster.nodes)} nodes ready"
         if cluster.as_of:
             words.append(f"as of {clock_time(cluster.as_of)}:")
@@ -506,7 +510,7 @@ def _nodes(rows: Sequence[NodeRow], screen: Screen, at: str) -> Iterator[str]:
             "-" if row.tasks is None else str(row.tasks),
             "-" if row.load is None else f"{row.load:.0%}",
             *([row.id, row.version] if screen.is_wide else []),
-            Cell(row.why, "yellow"),
+            Cell(row.reason, "yellow"),
         ]
         for row in shown
     ]
@@ -526,11 +530,11 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, at: str, *, shows_imag
     cells: list[list[str | Cell]] = [
         [
             row.name,
-            Cell(row.tasks, "" if row.is_well else "red"),
+            Cell(row.tasks, "" if row.is_healthy else "red"),
             row.update,
             *([row.id] if screen.is_wide else []),
             *([row.image] if shows_images else []),
-            Cell(row.why, "yellow"),
+            Cell(row.reason, "yellow"),
         ]
         for row in shown
     ]
@@ -544,4 +548,4 @@ def _first(rows: Sequence[T], most: int, screen: Screen) -> Sequence[T]:
     """All rows, or as many as a screen has room for, those that are not well first."""
     if screen.is_wide or len(rows) <= most:
         return rows
-    return sorted(rows, key=lambda row: row.is_well)[:most]
+    return sorted(rows, key=lambda row: row.is_healthy)[:most]

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from skep.model.labels import VOLUMES, VolumePolicy, volume_policy
+from skep.model.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
 from skep.model.planes import NODE_LABEL
 from skep.model.service import TaskSpec
 from skep.model.slot_volumes import local_volumes
@@ -147,7 +147,7 @@ def _refusals_of_replicas(
             if one.returns:
                 text += (
                     "; its tasks return to the data in their local volumes, unless the service has the label "
-                    f"{VOLUMES}={VolumePolicy.SPREAD.value}"
+                    f"{VOLUME_AFFINITY}={VolumeAffinity.NONE.value}"
                 )
             yield text
 
@@ -187,7 +187,7 @@ def running_of(services: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[st
             continue
         policy = service["Spec"].get("UpdateConfig") or {}
         template = msgspec.convert(service["Spec"].get("TaskTemplate") or {}, TaskSpec)
-        is_free = volume_policy(service["Spec"].get("Labels") or {}) is VolumePolicy.SPREAD
+        is_free = volume_affinity(service["Spec"].get("Labels") or {}) is VolumeAffinity.NONE
         found.append(
             Running(
                 id=service["ID"],

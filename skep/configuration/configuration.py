@@ -79,10 +79,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """What encrypts overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
     wireguard_port: int = 0
     """UDP; the next one is used, too.  0: ten above the data path's."""
-    image_disk_high: int = 85
-    image_disk_low: int = 80
+    image_gc_high: int = 85
+    image_gc_low: int = 80
     """Percent of the images' disk: above the one, unused images that were fetched are removed down to the other."""
-    disk_full: int = 95
+    disk_pressure: int = 95
     """Percent of the node's own disk from which on it gets no new tasks; 0: it always does."""
     image_port: int = 0
     """TCP, for other nodes that fetch images from this one.  0: 2374, or any free one if that is taken."""

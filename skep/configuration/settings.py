@@ -26,6 +26,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     docker_key: str = ""
     """The key of Docker's ``daemon.json`` with the same meaning."""
     reloads: bool = False
+    former: str = ""
+    """Flag and key in earlier versions, which still work."""
 
     @property
     def attribute(self) -> str:
@@ -117,20 +119,23 @@ SETTINGS = (
         read=values.wireguard_port,
     ),
     Setting(
-        name="image-disk-high",
+        name="image-gc-high",
+        former="image-disk-high",
         help="percent of the images' disk from which on a node of a cluster removes images that it fetched and that "
         "nothing needs; 0: never (85)",
         read=values.percent,
         reloads=True,
     ),
     Setting(
-        name="image-disk-low",
+        name="image-gc-low",
+        former="image-disk-low",
         help="percent of the images' disk down to which they are removed (80)",
         read=values.percent,
         reloads=True,
     ),
     Setting(
-        name="disk-full",
+        name="disk-pressure",
+        former="disk-full",
         help="percent of the data directory's disk from which on the node gets no new tasks; 0: it always does (95)",
         read=values.percent,
         reloads=True,

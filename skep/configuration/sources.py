@@ -69,6 +69,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             parser.add_argument(*names, dest=setting.name, nargs="?", const="true", help=setting.help)
         else:
             parser.add_argument(*names, dest=setting.name, help=setting.help)
+        if setting.former:
+            parser.add_argument(f"--{setting.former}", dest=setting.name, help=argparse.SUPPRESS)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     toml, daemon_json = given.pop("config", None), given.pop("daemon_json", None)
     return Arguments(
@@ -117,6 +119,8 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     """
     warnings: list[str] = []
     problems: list[str] = []
+    renamed = {setting.former: setting.toml_key for setting in SETTINGS if setting.former}
+    toml = {renamed.get(key, key): toml[key] for key in sorted(toml, key=renamed.__contains__, reverse=True)}
     by_toml_key = {setting.toml_key: setting for setting in SETTINGS}
     by_docker_key = {setting.docker_key: setting for setting in SETTINGS if setting.docker_key}
     problems += [

@@ -1,5 +1,5 @@
 """The Container Storage Interface: drivers found by their sockets, and called by gRPC.
 
-A driver is another program, trusted with the volumes that it made and nothing else: each call has a deadline and a
-bound, and what it says is checked.  Reasons: decision 85.
+A driver is another program, trusted with its own volumes and nothing else.  Each call has a deadline and a size limit,
+and its responses are validated.  Reasons: decision 85.
 """

@@ -1,4 +1,4 @@
-"""One CSI driver: its calls, with their deadlines, and checks of what it says."""
+"""Calls of one CSI driver, with deadlines and checks of its responses."""
 
 import asyncio
 import re
@@ -30,18 +30,22 @@ from skep.rpc.headers import request_block
 A = TypeVar("A", bound=Message)
 
 CALL_S: Final = 30.0
-"""Deadline of a call that changes something: attaching a disk takes its time.  It is repeated, so a longer one only
-ends later."""
+"""Deadline of a call that changes something, since attaching a disk takes time.  The call is repeated, so a longer
+one only succeeds later."""
 LOOK_S: Final = 5.0
 """Deadline of a call that changes nothing."""
 CALLS_MAX: Final = 8
-"""Calls of one driver at a time: one that hangs holds up its own volumes alone."""
+"""Concurrent calls of one driver, so that a hanging driver only blocks its own volumes."""
 ID_BYTES_MAX: Final = 256
+"""Size of an id of a volume or node."""
 MAP_BYTES_MAX: Final = 8 * 1024
+"""Size of all keys and values of a map from a driver, which is stored with the volume."""
 TOPOLOGIES_MAX: Final = 64
+"""Topologies of one volume, which are stored with it."""
 MESSAGE_CHARACTERS_MAX: Final = 500
+"""Length of a driver's error text, which becomes an object's status."""
 SECRET_CHARACTERS_MIN: Final = 4
-"""Shorter values, such as ``yes``, are in many words."""
+"""Shorter secrets, such as ``yes``, are not masked, because they occur in many words."""
 _BOUNDS = Bounds(stream_window=256 * 1024, connection_window=1024 * 1024, message=256 * 1024)
 _NAME = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9.]{0,61}[A-Za-z0-9])?")
 _CONTROLLER, _CREATES, _PUBLISHES, _STAGES = 1, 1, 2, 1
@@ -63,7 +67,7 @@ class UnusableResponse(SkepError):
 
 
 class Abilities(msgspec.Struct, frozen=True):
-    """Which calls a driver has."""
+    """The optional calls that a driver supports."""
 
     creates: bool = False
     publishes: bool = False
@@ -82,10 +86,10 @@ class Driver:
     # --- controller -----------------------------------------------------------------------------------------------
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
-        """Make the volume, or find it made, by its name.  Raises: UnusableResponse: not as requested."""
+        """Create the volume, or find it by its name.  Raises: UnusableResponse: it is not as requested."""
         spec = volume.spec
         if not (await self._known_abilities()).creates:
-            return VolumeInfo(volume_id=spec.name)  # it exists, under this id
+            return VolumeInfo(volume_id=spec.name)  # without CreateVolume it exists, and its name is its id
         request = pb.CreateVolumeRequest(
             name=spec.name,
             volume_capabilities=[capability_of(spec.access_mode)],
@@ -102,7 +106,7 @@ class Driver:
         return checked_info(response.volume)
 
     async def delete(self, volume_id: str, secrets: Mapping[str, str]) -> None:
-        """Delete the volume; one that does not exist is deleted."""
+        """Delete the volume.  Idempotent."""
         if (await self._known_abilities()).creates:
             request = pb.DeleteVolumeRequest(volume_id=volume_id, secrets=dict(secrets))
             await self._call("Controller/DeleteVolume", request, pb.DeleteVolumeResponse)
@@ -110,7 +114,7 @@ class Driver:
     async def publish(
         self, volume: Volume, driver_node_id: str, secrets: Mapping[str, str]
     ) -> Mapping[str, str]:
-        """Make the volume available on a node; gives what the node's driver needs."""
+        """Make the volume available on a node.  Return the context for the node's driver."""
         assert volume.info is not None, "only a created volume is published"
         if not (await self._known_abilities()).publishes:
             return {}
@@ -128,7 +132,7 @@ class Driver:
         return _checked_map("publish context", response.publish_context)
 
     async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
-        """Undo ``publish``; harmless where it was not published."""
+        """Undo ``publish``.  Idempotent."""
         if (await self._known_abilities()).publishes:
             request = pb.ControllerUnpublishVolumeRequest(
                 volume_id=volume_id, node_id=driver_node_id, secrets=dict(secrets)
@@ -140,10 +144,10 @@ class Driver:
     # --- node -----------------------------------------------------------------------------------------------------
 
     async def node_info(self) -> CSIInfo:
-        """This node as the driver sees it."""
+        """Return the driver's description of this node."""
         info = await self._call("Node/NodeGetInfo", pb.NodeGetInfoRequest(), pb.NodeGetInfoResponse, LOOK_S)
         if not 0 < len(info.node_id.encode()) <= ID_BYTES_MAX:
-            raise UnusableResponse(f"driver {self.name} gave no usable id of this node")
+            raise UnusableResponse(f"driver {self.name} returned no usable id for this node")
         has_place = info.HasField("accessible_topology")
         return CSIInfo(
             plugin_name=self.name,
@@ -155,7 +159,7 @@ class Driver:
     async def node_publish(
         self, volume: VolumeAssignment, staging: Path, target: Path, secrets: Mapping[str, str]
     ) -> None:
-        """Mount the volume, or place its device, at ``target``; by way of ``staging`` if the driver has that step."""
+        """Mount the volume, or create its device, at ``target``, through ``staging`` if the driver has that step."""
         common: dict[str, Any] = {
             "volume_id": volume.volume_id,
             "publish_context": dict(volume.publish_context),
@@ -177,14 +181,14 @@ class Driver:
         await self._call("Node/NodePublishVolume", request, pb.NodePublishVolumeResponse)
 
     async def node_unpublish(self, volume_id: str, staging: Path, target: Path) -> None:
-        """Undo ``node_publish``, however far it got."""
+        """Undo ``node_publish``, even a partial one."""
         request = pb.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target))
         await self._call("Node/NodeUnpublishVolume", request, pb.NodeUnpublishVolumeResponse)
         if await self._has_staging():
             unstage = pb.NodeUnstageVolumeRequest(volume_id=volume_id, staging_target_path=str(staging))
             await self._call("Node/NodeUnstageVolume", unstage, pb.NodeUnstageVolumeResponse)
 
-    # --- within ---------------------------------------------------------------------------------------------------
+    # --- internal -------------------------------------------------------------------------------------------------
 
     async def _known_abilities(self) -> Abilities:
         if self._abilities is None:
@@ -242,7 +246,7 @@ class Driver:
 
 
 async def call(socket: Path, method: str, request: Message, reply: type[A], deadline_s: float) -> A:
-    """One call on a connection of its own: they are rare, and a driver that restarts is no special case.
+    """Call a driver on a new connection: calls are rare, and a restarted driver needs no special case.
 
     Raises: SkepError.
     """
@@ -256,16 +260,16 @@ async def call(socket: Path, method: str, request: Message, reply: type[A], dead
                     stream.begin(block, request.SerializeToString(), is_last=True)
                     return reply.FromString(await stream.only_message())
             finally:
-                connection.abort()  # what a driver does not read would keep a closed one open
+                connection.abort()  # a closed connection would stay open as long as the driver does not read
 
 
 def is_name(name: str) -> bool:
-    """Whether CSI allows it as the name of a driver."""
+    """Return whether CSI allows ``name`` as a driver name."""
     return _NAME.fullmatch(name) is not None
 
 
 def capability_of(mode: AccessMode) -> pb.VolumeCapability:
-    """How the volume is used, in CSI's words."""
+    """Return how the volume is used, as a CSI capability."""
     access = pb.VolumeCapability.AccessMode(mode=_MODES.get((mode.scope, mode.sharing), 0))
     if mode.block_volume is not None:
         return pb.VolumeCapability(block=pb.VolumeCapability.BlockVolume(), access_mode=access)
@@ -277,9 +281,9 @@ def capability_of(mode: AccessMode) -> pb.VolumeCapability:
 
 
 def checked_info(volume: pb.Volume) -> VolumeInfo:
-    """Raises: UnusableResponse: it is none that could be used."""
+    """Return the volume's description.  Raises: UnusableResponse."""
     if not 0 < len(volume.volume_id.encode()) <= ID_BYTES_MAX:
-        raise UnusableResponse("the driver gave the volume no usable id")
+        raise UnusableResponse("the driver returned no usable volume id")
     if volume.capacity_bytes < 0 or len(volume.accessible_topology) > TOPOLOGIES_MAX:
         raise UnusableResponse("the driver described the volume with invalid numbers")
     return VolumeInfo(
@@ -291,7 +295,7 @@ def checked_info(volume: pb.Volume) -> VolumeInfo:
 
 
 def discrepancy(volume: Volume, info: VolumeInfo) -> str:
-    """Return in a sentence how a created volume differs from its spec, or an empty string."""
+    """Return a sentence about how a created volume differs from its spec, or an empty string."""
     wanted, has = volume.spec.capacity_range or CapacityRange(), info.capacity_bytes
     if has and has < wanted.required_bytes:
         return f"the driver made it with {has} bytes: {wanted.required_bytes} are required"
@@ -300,7 +304,7 @@ def discrepancy(volume: Volume, info: VolumeInfo) -> str:
     where = volume.spec.accessibility_requirements
     places: Sequence[Topology] = where.requisite if where is not None else ()
     if places and info.accessible_topology and not any(map(places.__contains__, info.accessible_topology)):
-        return "the driver made it where none of the required topologies is"
+        return "the driver created it outside the required topologies"
     return ""
 
 
@@ -311,8 +315,10 @@ def _checked_map(what: str, given: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _for_users(words: str, secrets: Iterable[str]) -> str:
-    """A driver's words without secrets, as some repeat what they were asked, and without what a terminal obeys: docker
-    prints the errors of tasks as they are."""
+    """Remove secrets and control characters from a driver's words.
+
+    Some drivers repeat their request, and docker prints errors of tasks unfiltered.
+    """
     for secret in sorted((one.strip() for one in secrets), key=len, reverse=True):
         if len(secret) >= SECRET_CHARACTERS_MIN:
             words = words.replace(secret, "***")

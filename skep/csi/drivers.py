@@ -1,8 +1,8 @@
-"""The CSI drivers of this machine: every socket in one folder, by the name that its driver gives itself.
+"""The CSI drivers of this machine: the sockets in one folder, by driver name.
 
-A driver gets the secrets of its volumes, so its name is not its own word. A driver in a container has a folder of its
-own, ``NAME/csi.sock``, and is the driver NAME or none. Of the sockets ``*.sock``, which programs of the machine make,
-the one called by the driver's name counts first, then the one that was here first.
+A driver gets its volumes' secrets, so its name does not depend on its own word alone.  A driver in a container has a
+folder of its own, ``NAME/csi.sock``, and can only be the driver NAME.  Among the sockets ``*.sock``, which programs of
+the machine create, one with the driver's name takes precedence, then the oldest one.
 """
 
 import asyncio
@@ -23,15 +23,16 @@ from skep.errors import NotFound, SkepError
 log = structlog.get_logger(__name__)
 
 SOCKETS_MAX = 64
+"""Sockets that are considered in one folder."""
 SOCKET_NAME = "csi.sock"
 """Name of the socket of a driver with its own folder, as in Kubernetes."""
 
 _Identity = tuple[str, int, int]
-"""A socket: path, inode, time of its creation."""
+"""A socket: path, inode, creation time."""
 
 
 class Drivers:
-    """Found anew at each look; one that has restarted is another."""
+    """The drivers of a folder, discovered again at each call.  A restarted driver counts as a new one."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder = folder
@@ -40,18 +41,18 @@ class Drivers:
         self._silent: dict[_Identity, tuple[Backoff, float]] = {}
         """Sockets whose driver returned no valid name, with the time of the next attempt."""
         self._holders: dict[str, _Identity] = {}
-        """The socket that has each name."""
+        """The socket that owns each name."""
         self._lock = asyncio.Lock()
 
     async def get(self, name: str) -> Driver:
-        """A driver by name.  Raises: NotFound."""
+        """Return a driver by name.  Raises: NotFound."""
         driver = self._named(await self._sockets()).get(name)
         if (
             driver is None
         ):  # not waited for otherwise: another socket that is asked for its name may be silent
             driver = (await self.all()).get(name)
         if driver is None:
-            raise NotFound(f'driver "{name}" not found: no socket in {self._folder} is of that name')
+            raise NotFound(f'driver "{name}" not found: no socket in {self._folder} belongs to it')
         return driver
 
     async def all(self) -> Mapping[str, Driver]:
@@ -95,15 +96,15 @@ class Drivers:
             )
         except SkepError as error:
             self._ask_again(socket)
-            log.info("driver gave no name", socket=socket[0], reason=str(error))
+            log.info("CSI driver name not received", socket=socket[0], reason=str(error))
             return
         path, name = Path(socket[0]), response.name
         if not is_name(name):
             self._ask_again(socket)
-            log.warning("driver's name is none of CSI", socket=socket[0], name=name[:100])
+            log.warning("CSI driver name invalid", socket=socket[0], name=name[:100])
         elif path.name == SOCKET_NAME and path.parent != self._folder and path.parent.name != name:
             self._ask_again(socket)
-            log.warning("driver has the folder of another name", socket=socket[0], name=name)
+            log.warning("CSI driver name does not match its folder", socket=socket[0], name=name)
         else:
             self._silent.pop(socket, None)
             self._known[socket] = Driver(name, path)
@@ -114,13 +115,13 @@ class Drivers:
 
 
 def _is_called(socket: _Identity, name: str) -> bool:
-    """Whether the path of ``socket`` has the driver's name."""
+    """Return whether the path of ``socket`` has the driver's name."""
     path = Path(socket[0])
     return path.parent.name == name if path.name == SOCKET_NAME else path.stem == name
 
 
 def _sockets(folder: Path) -> Iterator[_Identity]:
-    """``NAME.sock`` and ``NAME/csi.sock`` of a folder, by name.  Blocks."""
+    """Yield ``NAME.sock`` and ``NAME/csi.sock`` of a folder, sorted by name.  Blocks."""
     for entry in _entries(folder):
         path = os.path.join(folder, entry)
         if not entry.endswith(".sock"):

@@ -1,1 +1,1 @@
-"""The dashboard: its pages (``static/``), and the relay by which ``skep ui`` opens them."""
+"""The dashboard: its pages (``static/``), and the relay through which ``skep ui`` opens them."""

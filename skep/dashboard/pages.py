@@ -1,4 +1,4 @@
-"""The files of the dashboard: read once, served from memory by name.  No request reaches the file system.
+"""The files of the dashboard, read once and served from memory by name.  No request reaches the file system.
 
 Modules are served within the script of the page that needs them (``dashboard.script``).
 """
@@ -15,7 +15,7 @@ from aiohttp import web
 from skep.dashboard.script import joined
 
 RELAY_HEADER: Final = "X-Skep-UI"
-"""Of requests by ``skep ui``.  A page of another origin cannot have a browser send it."""
+"""Header of requests by ``skep ui``.  A page of another origin cannot make a browser send it."""
 
 SECURITY_HEADERS: Final[Mapping[str, str]] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -27,7 +27,7 @@ SECURITY_HEADERS: Final[Mapping[str, str]] = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-"""Of every response to a browser."""
+"""Headers of every response to a browser."""
 
 _TYPES: Final[Mapping[str, str]] = {
     "html": "text/html; charset=utf-8",
@@ -55,7 +55,7 @@ class Page(msgspec.Struct, frozen=True):
 
 @cache
 def pages() -> Mapping[str, Page]:
-    """All by name: files, and a script for each page; the index also by the empty name."""
+    """Return all pages by name: files, and a script for each page.  The index also has the empty name."""
     modules = {file.stem: file.read_text() for file in _FOLDER.glob("*.js")}
     contents = {f"{name}.js": joined(name, modules).encode() for name in _SCRIPTS if name in modules}
     for file in sorted(_FOLDER.iterdir()):
@@ -71,7 +71,7 @@ def pages() -> Mapping[str, Page]:
 
 
 def page_response(page: Page, known: str) -> web.Response:
-    """``known``: what the browser has of it already (``If-None-Match``)."""
+    """Return a page as a response.  ``known`` is the browser's cached version (``If-None-Match``)."""
     headers = {**SECURITY_HEADERS, "ETag": page.etag, "Cache-Control": "no-cache"}
     if page.etag in known:
         return web.Response(status=304, headers=headers)

@@ -1,7 +1,7 @@
-"""Requests of a browser that is logged in, passed on to the API: what ``skep ui`` and a manager's own listener share.
+"""Forwards requests of a logged-in browser to the API.  Shared by ``skep ui`` and a manager's own listener.
 
 * A request that changes something, or opens a terminal, has the ``Origin`` of the page (CSRF).
-* Only the requests of ``ALLOWED`` are passed on.
+* Only the requests in ``ALLOWED`` are forwarded.
 * Bodies, connections, requests, terminals and the time for a head are bounded.
 """
 
@@ -23,15 +23,18 @@ from skep.dashboard.terminal import join_terminal
 from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 
 HEAD_S: Final = 15.0
-"""For the first request of a connection to arrive."""
+"""Seconds for the first request of a connection to arrive."""
 BODY_S: Final = 30.0
+"""Seconds for a request's body to arrive."""
 TAKES_S: Final = 60.0
-"""For the browser to take what is written."""
+"""Seconds for the browser to read written data."""
 REQUESTS_MAX: Final = 64
+"""Simultaneous requests of one browser."""
 TERMINALS_MAX: Final = 16
+"""Simultaneous terminals of one browser."""
 TERMINAL: Final = "/skep/ui/exec"
 SESSION: Final = "/skep/ui/session"
-"""Who is logged in, as JSON."""
+"""Path of the logged-in user, as JSON."""
 
 _ID = r"[A-Za-z0-9_.%-]+"
 ALLOWED: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
@@ -49,7 +52,7 @@ ALLOWED: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
         ("POST", r"/skep/services/placement"),
     )
 )
-"""What the pages ask for, without the version of the API."""
+"""The requests of the pages, without the API version."""
 
 _PASSED_BACK = ("content-type", "etag", "cache-control")
 _CURSOR = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
@@ -58,23 +61,27 @@ _TARGET = re.compile(r"/[!-~]*")
 
 
 def is_allowed(method: str, target: str) -> bool:
-    """Whether the pages may ask for ``target``, path and query as sent."""
+    """Return whether the pages may request ``target``, which is path and query as sent."""
     sent, path = raw_path_of(target), path_of(target)
-    # What is judged is the plain path, and what is passed on is the one that was sent.
+    # The check uses the plain path, but the sent path is forwarded.
     if ".." in path or "#" in target or (plain_path(sent) != sent and sent != "/ui/"):
         return False
     return any(method == allowed and pattern.fullmatch(path) for allowed, pattern in ALLOWED)
 
 
 def target_of(request: web.BaseRequest) -> str:
-    """Path and query as sent.  Raises: InvalidArgument."""
+    """Return path and query as sent.  Raises: InvalidArgument."""
     if not _TARGET.fullmatch(request.raw_path):
         raise InvalidArgument("malformed request target")
     return request.raw_path
 
 
 def require_own_page(request: web.BaseRequest, scheme: str) -> None:
-    """``Host`` was checked.  Raises: PermissionDenied: another site's page has the browser send it."""
+    """Check the request's origin.  ``Host`` was checked before.
+
+    Raises:
+        PermissionDenied: Another site's page made the browser send it.
+    """
     origins = request.headers.getall("Origin", [])
     changes = request.method != "GET" or "Upgrade" in request.headers
     if (changes or origins) and origins != [f"{scheme}://{request.headers['Host']}"]:
@@ -84,12 +91,12 @@ def require_own_page(request: web.BaseRequest, scheme: str) -> None:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether they are equal, in a time that does not tell how far."""
+    """Return whether two texts are equal, in a time that does not reveal how much of them is."""
     return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())
 
 
 async def body_of(request: web.BaseRequest) -> bytes:
-    """Raises: Unavailable: it does not arrive; HTTPRequestEntityTooLarge."""
+    """Return the request's body.  Raises: Unavailable: it does not arrive; HTTPRequestEntityTooLarge."""
     try:
         async with asyncio.timeout(BODY_S):
             return await request.read()
@@ -98,21 +105,21 @@ async def body_of(request: web.BaseRequest) -> bytes:
 
 
 def json_response(content: object) -> web.Response:
-    """For the page alone."""
+    """Return a JSON response for the page only."""
     headers = {**SECURITY_HEADERS, "Cache-Control": "no-store"}
     return web.Response(body=msgspec.json.encode(content), headers=headers, content_type="application/json")
 
 
 def refusal(error: SkepError, status: int = 0) -> web.Response:
-    """The reason as JSON; then the connection is closed."""
+    """Return the error as JSON, and close the connection afterwards."""
     response = json_response({"message": str(error)})
     response.set_status(status or status_of(error))
     response.force_close()
     return response
 
 
-async def answered(responding: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    """The response, or the reason why there is none."""
+async def respond_or_refuse(responding: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Return the response, or an error response."""
     try:
         return await responding()
     except SkepError as error:
@@ -128,16 +135,16 @@ class FirstRequests:
         self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
 
     def expect(self, protocol: web.RequestHandler) -> None:
-        """A connection was accepted."""
+        """Start the timer of an accepted connection."""
         self._waiting[protocol] = asyncio.get_running_loop().call_later(HEAD_S, self._drop, protocol)
 
     def arrived(self, protocol: asyncio.BaseProtocol) -> None:
-        """A request came on it."""
+        """Stop the timer of a connection, on which a request arrived."""
         if (timer := self._waiting.pop(protocol, None)) is not None:
             timer.cancel()
 
     def close(self) -> None:
-        """Nothing is dropped any more."""
+        """Stop all timers."""
         for timer in self._waiting.values():
             timer.cancel()
 
@@ -148,13 +155,13 @@ class FirstRequests:
 
 
 class Passing:
-    """The requests and terminals of one browser that are under way."""
+    """Active requests and terminals of one browser."""
 
     def __init__(self) -> None:
         self._requests = self._terminals = 0
 
     async def respond(self, request: web.BaseRequest, target: str, client: RawClient) -> web.StreamResponse:
-        """Pass on a request for ``target`` of the page itself.  Raises: SkepError; HTTPRequestEntityTooLarge."""
+        """Forward a request for ``target`` of the page itself.  Raises: SkepError; HTTPRequestEntityTooLarge."""
         if request.method == "GET" and target.partition("?")[0] == TERMINAL:
             return await self._open_terminal(request, client)
         if not is_allowed(request.method, target):
@@ -196,7 +203,7 @@ async def _pass_on(request: web.BaseRequest, target: str, client: RawClient) -> 
 
 
 def _passed_headers(request: web.BaseRequest) -> Mapping[str, str]:
-    """Nothing that the browser adds by itself: no cookie, no origin."""
+    """Return the forwarded headers, without any that the browser adds by itself, such as cookies or the origin."""
     passed = {RELAY_HEADER: "1"}
     for name, pattern in (("Last-Event-ID", _CURSOR), ("If-None-Match", _ETAG)):
         if pattern.fullmatch(value := request.headers.get(name, "")):
@@ -205,7 +212,9 @@ def _passed_headers(request: web.BaseRequest) -> Mapping[str, str]:
 
 
 async def _pass_back(request: web.BaseRequest, there: Exchange) -> web.StreamResponse:
-    """Raises: ConnectionResetError: one side has ended in the middle, or the browser takes nothing."""
+    """Forward a response.  Raises: ConnectionResetError: one side ended the connection, or the browser does
+    not read.
+    """
     passed = {name: there.headers[name] for name in _PASSED_BACK if name in there.headers}
     response = web.StreamResponse(status=there.status, headers={**passed, **SECURITY_HEADERS})
     await response.prepare(request)
@@ -216,6 +225,6 @@ async def _pass_back(request: web.BaseRequest, there: Exchange) -> web.StreamRes
         await response.write_eof()
     except (SkepError, TimeoutError) as error:
         if request.transport is not None:
-            request.transport.abort()  # the head was sent: only the end of the connection can say it
+            request.transport.abort()  # the head was sent, so only the end of the connection can report the error
         raise ConnectionResetError("the response broke off") from error
     return response

@@ -1,11 +1,11 @@
-"""Between a browser and the API of a cluster: what ``skep ui`` listens with on this machine's loopback.
+"""Relay between a browser and the API of a cluster, with which ``skep ui`` listens on this machine's loopback.
 
-The API has no defence against a browser, and root's rights behind it.  So whatever any page, program or user of this
-machine may send is refused unless it is the dashboard's own page (``dashboard.passing``):
+The API has no defense against a browser, and grants root's rights.  So every request of a page, program or user of this
+machine is refused unless it comes from the dashboard's own page (``dashboard.passing``):
 
-* The address that is printed has a token, which works once and for some minutes; it is exchanged for a cookie that no
-  script reads and that goes to one random path only (a cookie goes to every port of its host).
-* ``Host`` names this listener, so that no name of an attacker's that resolves to 127.0.0.1 works (DNS rebinding).
+* The printed address has a token, which works once and for some minutes.  It is exchanged for a cookie that no script
+  can read and that is sent to one random path only, because a cookie is sent to every port of its host.
+* ``Host`` names this listener, so that an attacker's name that resolves to 127.0.0.1 does not work (DNS rebinding).
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
     Passing,
-    answered,
     json_response,
     require_own_page,
+    respond_or_refuse,
     same,
     target_of,
 )
@@ -33,19 +33,20 @@ from skep.errors import NotFound, PermissionDenied, Unauthenticated
 
 LOOPBACK: Final = "127.0.0.1"
 TOKEN_S: Final = 600.0
-"""For which the address that is printed works."""
+"""Seconds for which the printed address works."""
 CONNECTIONS_MAX: Final = 256
+"""Simultaneous connections."""
 
 _COOKIE = "skep-ui"
 _AGAIN = "run `skep ui` again, and open the address that it prints"
 
 
 class Relay:
-    """Passes the requests of one browser on to the API behind ``client``.
+    """Forwards the requests of one browser to the API behind ``client``.
 
     Args:
-        new_secret: gives another unguessable word of letters and digits with each call.
-        clock: monotonic seconds.
+        new_secret: Returns another unguessable word of letters and digits with each call.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, client: RawClient, new_secret: Callable[[], str], clock: Callable[[], float]) -> None:
@@ -56,7 +57,7 @@ class Relay:
         self._key = new_secret()
         self._cookie = new_secret()
         self._cookie_name = f"{_COOKIE}-{new_secret()[:8]}"
-        """Another one each time: a page of another port of this host can set a cookie that it can name."""
+        """Random each time, because a page on another port of this host can set a cookie whose name it knows."""
         self._hosts: tuple[str, ...] = ()
         self._server = web.Server(
             self._handle, handler_cancellation=True, access_log=None, lingering_time=1.0
@@ -66,9 +67,10 @@ class Relay:
 
     @asynccontextmanager
     async def listening(self, port: int) -> AsyncIterator[str]:
-        """Serve while the context is open; gives the address to open.  ``port`` 0: any free one.
+        """Serve while the context is open, and yield the address to open.  ``port`` 0 selects any free port.
 
-        Raises: OSError: it is taken.
+        Raises:
+            OSError: The port is taken.
         """
         loop = asyncio.get_running_loop()
         server = await loop.create_server(self._accepted, LOOPBACK, port, family=socket.AF_INET)
@@ -90,7 +92,7 @@ class Relay:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._first.arrived(request.protocol)
-        return await answered(partial(self._respond, request))
+        return await respond_or_refuse(partial(self._respond, request))
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         target = target_of(request)
@@ -110,8 +112,11 @@ class Relay:
         return await self._passing.respond(request, target, self._client)
 
     def _log_in(self, token: str) -> web.Response:
-        """Exchange the token for the cookie.  The page goes on by itself, as a redirect would be another site's
-        request for a browser that came by a link."""
+        """Exchange the token for the cookie.
+
+        The response is a page that reloads itself.  For a browser that came through a link, a redirect would be a
+        request from another site.
+        """
         if self._token is None or self._clock() > self._token_until or not same(token, self._token):
             raise Unauthenticated(f"this address has been used, or is too old: {_AGAIN}")
         self._token = None
@@ -127,9 +132,9 @@ class Relay:
 
 
 class _Refused(asyncio.Protocol):
-    """A connection too many."""
+    """A connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Drop it."""
+        """Drop the connection."""
         assert isinstance(transport, asyncio.Transport)
         transport.abort()

@@ -1,7 +1,7 @@
-"""The modules of a page as one script: a browser asks once, and not for each of forty files in turn.
+"""Joins the modules of a page into one script, so that a browser sends one request instead of forty in turn.
 
-Each module but the page's own becomes a function that is called once, so its names stay its own; what it exports is an
-object under the module's name.  The modules themselves stay what is written, read and tested (``static/``).
+Each module but the page's own becomes a function that is called once, so its names stay private.  Its exports become an
+object named after the module.  The modules themselves stay separate in the sources and tests (``static/``).
 """
 
 import re
@@ -14,13 +14,13 @@ _OTHER_FORM: Final = re.compile(r"^(?:import|export)\b.*|\bimport(?:\.meta|\().*
 
 
 def joined(entry: str, modules: Mapping[str, str]) -> str:
-    """``entry`` and all that it imports, directly or not, in the order in which a browser evaluates them.
+    """Return ``entry`` and all its direct and indirect imports, in a browser's order of evaluation.
 
     Args:
-        modules: texts by name, without ``.js``.
+        modules: Texts by name, without ``.js``.
 
     Raises:
-        ValueError: the form of an import or export is not known here, modules import each other, or one is not there.
+        ValueError: An import or export has an unsupported form, modules import each other, or one is missing.
     """
     texts: dict[str, str] = {}
     _add(entry, modules, texts, ())
@@ -37,14 +37,14 @@ def _add(name: str, modules: Mapping[str, str], texts: dict[str, str], importers
     for _, imported in _IMPORT.findall(modules[name]):
         _add(imported, modules, texts, (*importers, name))
     body, exported = _without_imports(name, modules[name])
-    # Nothing imports a page's own module, so it needs no scope, and may wait at its top.
+    # Nothing imports a page's own module, so it needs no scope, and can await at its top level.
     texts[name] = (
         f"const ${name} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();\n" if importers else body
     )
 
 
 def _without_imports(name: str, text: str) -> tuple[str, str]:
-    """A module's text, its imports taken from objects, and the names that it exports."""
+    """Return a module's text with imports read from objects, and the names that it exports."""
     exported = ", ".join(_EXPORT.findall(text))
     body = _EXPORT.sub("", _IMPORT.sub(r"const { \1 } = $\2;", text)).rstrip()
     if other := _OTHER_FORM.search(body):

@@ -1,9 +1,9 @@
-"""The dashboard for browsers without ``skep ui``: a manager's own listener, by TLS, for users with a token.
+"""The dashboard for browsers without ``skep ui``: a manager's own TLS listener, for users with a token.
 
-Off unless the setting ``dashboard`` names an address; connections to a public address of this machine are closed unless
-``dashboard-public`` is set.  A token is exchanged for a session: a cookie that no script reads, ``Secure``,
-``SameSite=Strict``, for one random path.  Requests are then those of the relay (``dashboard.passing``), made as the
-token's user: what its roles do not allow, the API refuses with the reason.
+Off unless the setting ``dashboard`` names an address.  Connections to a public address of this machine are closed
+unless ``dashboard-public`` is set.  A token is exchanged for a session: a cookie that no script can read, ``Secure``,
+``SameSite=Strict``, for one random path.  Requests are then the same as those of the relay (``dashboard.passing``),
+sent as the token's user.  If the user's roles do not allow one, the API refuses it with the reason.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ from skep.dashboard.pages import SECURITY_HEADERS, page_response, pages
 from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
-    answered,
     body_of,
     json_response,
     refusal,
     require_own_page,
+    respond_or_refuse,
     target_of,
 )
 from skep.dashboard.sessions import ATTEMPTS, Attempts, Names, Session, Sessions
@@ -59,15 +59,18 @@ log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
 OF_SOURCE_MAX: Final = 64
+"""Connections of logged-in browsers: of all, and from one address."""
 STRANGERS_MAX: Final = 256
 STRANGERS_OF_SOURCE_MAX: Final = 32
 """Connections of browsers that are not logged in.  A browser opens six at a time for the login page."""
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
 _IDLE_S = 75.0
+"""Seconds for which an idle connection is kept."""
 _EXPIRED_CHECK_S = 10.0
+"""Seconds between two checks for expired sessions."""
 _OPEN = ("login.js", "style.css", "mark.svg")
-"""Files of the login page: for everyone."""
+"""Files of the login page, which everyone may read."""
 _VIEW = rule_for("GET", "/skep/view")
 _LOGIN_HEADERS = {
     **SECURITY_HEADERS,
@@ -81,24 +84,29 @@ _AGAIN = "log in again"
 
 
 class Users(Protocol):
-    """Who has which token."""
+    """Identifies users by their tokens."""
 
     def identify(self, credential: Credential) -> Identity:
-        """Raises: Unauthenticated: it proves nothing; Unavailable: that is not known at present."""
+        """Return the identity of a credential.
+
+        Raises:
+            Unauthenticated: The credential is invalid.
+            Unavailable: Users are not known now.
+        """
 
     def remember(self, transport: asyncio.Transport, credential: Credential, identity: Identity) -> None:
-        """End the connection when ``credential`` gives ``identity`` no longer."""
+        """End the connection when ``credential`` no longer has ``identity``."""
 
 
 class Tls(msgspec.Struct, frozen=True):
-    """``names``: what the certificate is for."""
+    """TLS settings.  ``names`` are the names in the certificate."""
 
     context: ssl.SSLContext
     names: Names
 
     @classmethod
     def of(cls, certificate: Path, key: Path) -> "Tls":
-        """Raises: FailedPrecondition: a file is not what it should be."""
+        """Load a certificate and its key.  Raises: FailedPrecondition: a file is invalid."""
         context = server_context(certificate, key)
         context.set_alpn_protocols(["http/1.1"])
         try:
@@ -121,8 +129,8 @@ class DashboardServer:
     """The listener.
 
     Args:
-        serve: serves one end of a new connection to the node's API as that of a client.
-        new_secret: gives another unguessable word of letters and digits with each call.
+        serve: Serves one end of a new connection to the node's API as a client's connection.
+        new_secret: Returns another unguessable word of letters and digits with each call.
     """
 
     def __init__(
@@ -152,7 +160,7 @@ class DashboardServer:
         )
         self._first = FirstRequests()
         self._streams: dict[Session, set[asyncio.Transport]] = {}
-        """Connections with a request of a session under way."""
+        """Connections with an active request of a session."""
         self._has_refused_public = False
         self._server = web.Server(
             self._handle,
@@ -164,9 +172,10 @@ class DashboardServer:
 
     @asynccontextmanager
     async def listening(self, address: str, port: int) -> AsyncIterator[Sequence[int]]:
-        """Serve while the context is open; gives the ports.  ``address`` empty: every one.
+        """Serve while the context is open, and yield the ports.  An empty ``address`` means every address.
 
-        Raises: FailedPrecondition: it cannot be listened on.
+        Raises:
+            FailedPrecondition: It cannot listen on the address.
         """
         async with AsyncExitStack() as stack:
             listeners = [stack.enter_context(one) for one in _listeners(address, port)]
@@ -202,7 +211,7 @@ class DashboardServer:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._first.arrived(request.protocol)
-        return await answered(partial(self._respond, request))
+        return await respond_or_refuse(partial(self._respond, request))
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         target = target_of(request)
@@ -211,11 +220,13 @@ class DashboardServer:
         if slash:
             return await self._respond_in_session(request, key, f"/{rest}")
         response = await self._respond_to_anyone(request, key.partition("?")[0])
-        response.force_close()  # a connection is kept for those alone who are logged in
+        response.force_close()  # only connections of logged-in users are kept open
         return response
 
     def _require_own_name(self, request: web.BaseRequest) -> None:
-        """Raises: PermissionDenied: a page of another name reaches this address (DNS rebinding)."""
+        """Check the host name.  Raises: PermissionDenied: a page of another name reaches this address (DNS
+        rebinding).
+        """
         hosts = request.headers.getall("Host", [])
         local = str(_transport_of(request).get_extra_info("sockname")[0])
         if len(hosts) != 1 or not self._tls.names.has(hosts[0], local):
@@ -316,11 +327,11 @@ class DashboardServer:
             if found is None:
                 raise NotFound("page not found")
             return page_response(found, request.headers.get("If-None-Match", ""))
-        client = RawClient.over("this node", partial(self._connected, identity))
+        client = RawClient.over("this node", partial(self._connect_to_api, identity))
         return await session.passing.respond(request, target, client)
 
-    async def _connected(self, identity: Identity) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A new connection to the node's API, of ``identity``."""
+    async def _connect_to_api(self, identity: Identity) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a new connection to the node's API with ``identity``."""
         ours, theirs = socket.socketpair()
         try:
             theirs.setblocking(False)
@@ -347,7 +358,7 @@ class DashboardServer:
 
 
 def _transport_of(request: web.BaseRequest) -> asyncio.Transport:
-    """Raises: ConnectionResetError: the browser has gone."""
+    """Return the request's transport.  Raises: ConnectionResetError: the browser has disconnected."""
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the browser has gone")
@@ -355,7 +366,7 @@ def _transport_of(request: web.BaseRequest) -> asyncio.Transport:
 
 
 def _token_in(body: bytes) -> bytes:
-    """Raises: InvalidArgument: the form has none."""
+    """Return the token in a login form.  Raises: InvalidArgument: it is missing."""
     try:
         fields = parse_qs(body.decode("ascii"), max_num_fields=4)
     except ValueError as error:
@@ -367,7 +378,7 @@ def _token_in(body: bytes) -> bytes:
 
 
 def _not_logged_in(request: web.BaseRequest, why: str) -> web.Response:
-    """The login page for whoever looks at it, the reason for a script."""
+    """Return the login page to a person, or the reason to a script."""
     if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
         response = _login_page(why, 401)
         response.force_close()
@@ -387,10 +398,10 @@ def _login_page(why: str, status: int) -> web.Response:
 
 
 def _listeners(address: str, port: int) -> list[socket.socket]:
-    """Raises: FailedPrecondition."""
+    """Open the listening sockets.  Raises: FailedPrecondition."""
     places = [(address, socket.AF_INET6 if ":" in address else socket.AF_INET)]
     if not address:
-        # Not one for both: an IPv6 socket shows IPv4 clients by other addresses.
+        # Use two sockets, because an IPv6 socket shows IPv4 clients with other addresses.
         places = [("0.0.0.0", socket.AF_INET), *([("::", socket.AF_INET6)] if socket.has_ipv6 else [])]
     found: list[socket.socket] = []
     for host, family in places:

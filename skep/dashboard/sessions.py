@@ -1,4 +1,4 @@
-"""Who is logged in to the dashboard of this node, and how often logging in may be tried.  Time is an argument."""
+"""Sessions of the dashboard of this node, and a limit of login attempts.  Time is an argument."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,19 +13,20 @@ from skep.model.access import Credential
 from skep.model.addresses import plain_address
 
 LIFE_S: Final = 12 * 3600.0
-"""A session ends then: a working day."""
+"""Seconds until a session ends: a working day."""
 OF_USER_MAX: Final = 8
-"""Sessions of one token; with another one, the oldest ends."""
+"""Sessions of one token.  A further session ends the oldest."""
 ATTEMPTS: Final = 10
-"""Logins from one address at once, and then as many a minute."""
+"""Logins from one address at once, and then per minute."""
 _SOURCES_MAX: Final = 4096
+"""Addresses whose attempts are remembered."""
 
 
 class Session(msgspec.Struct, frozen=True, eq=False):
-    """One browser.
+    """The session of one browser.
 
-    ``key``: begins the path of all its pages.  A cookie goes to every port of its host, where a published service may
-    listen; for an unguessable path it does not.  ``passing``: what it has under way.
+    ``key`` is the first part of the path of all its pages.  A cookie is sent to every port of its host, where a
+    published service may listen, but not for an unguessable path.  ``passing`` has its active requests.
     """
 
     key: str
@@ -37,15 +38,15 @@ class Session(msgspec.Struct, frozen=True, eq=False):
 
 
 class Sessions:
-    """The sessions of one listener.  ``new_secret``: as of ``Relay``."""
+    """The sessions of one listener.  ``new_secret`` is the same as for ``Relay``."""
 
     def __init__(self, new_secret: Callable[[], str]) -> None:
         self._new_secret = new_secret
         self._by_key: dict[str, Session] = {}
-        """Oldest first."""
+        """Sessions by key, the oldest first."""
 
     def open(self, credential: Credential, now: float) -> tuple[Session, tuple[Session, ...]]:
-        """A new session, and those that end for it."""
+        """Open a session.  Returns it, and the sessions that end because of it."""
         ended = self.end_expired(now)
         own = [one for one in self._by_key.values() if one.credential == credential]
         surplus = tuple(own[: max(0, len(own) + 1 - OF_USER_MAX)])
@@ -57,7 +58,9 @@ class Sessions:
         return session, ended + surplus
 
     def find(self, key: str, cookie_of: Callable[[str], str], now: float) -> Session | None:
-        """The session of a path, if the browser has its cookie.  ``cookie_of``: the value of a cookie; empty: none."""
+        """Return the session of a path, if the browser has its cookie.  ``cookie_of`` returns a cookie's value, or
+        empty.
+        """
         session = self._by_key.get(key)
         if (
             session is None
@@ -68,11 +71,11 @@ class Sessions:
         return session
 
     def end(self, session: Session) -> None:
-        """Its cookie opens nothing any more."""
+        """End a session.  Its cookie is no longer valid."""
         self._by_key.pop(session.key, None)
 
     def end_expired(self, now: float) -> tuple[Session, ...]:
-        """Those whose time is over by now."""
+        """End the sessions that have expired, and return them."""
         ended = tuple(one for one in self._by_key.values() if one.ends_at <= now)
         for one in ended:
             self.end(one)
@@ -80,13 +83,13 @@ class Sessions:
 
 
 class Attempts:
-    """Bounds the logins of each address; the addresses that tried last are kept."""
+    """Limits the logins of each address.  The addresses that tried last are kept."""
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def admit(self, source: str, now: float) -> bool:
-        """Whether ``source`` may try."""
+        """Return whether ``source`` may try to log in."""
         bucket = self._buckets.pop(source, None) or TokenBucket(ATTEMPTS, ATTEMPTS / 60, now)
         self._buckets[source] = bucket
         if len(self._buckets) > _SOURCES_MAX:
@@ -95,18 +98,18 @@ class Attempts:
 
 
 class Names(msgspec.Struct, frozen=True):
-    """What the server's certificate is for: names in lower case, ``*.example.com`` among them, and addresses."""
+    """Names in the server's certificate, in lower case, including wildcards like ``*.example.com``, and addresses."""
 
     dns: frozenset[str]
     addresses: frozenset[str]
 
     def has(self, host: str, local: str) -> bool:
-        """Whether a request with the header ``Host: host`` is for this server.
+        """Return whether a request with the header ``Host: host`` is for this server.
 
-        A page of an attacker's name that resolves to this server (DNS rebinding) has that name as host.
+        A page of an attacker's name that resolves to this server (DNS rebinding) has that name as its host.
 
         Args:
-            local: the address of this machine that it came to.
+            local: Address of this machine that received the request.
         """
         name = _name_of(host)
         try:
@@ -121,7 +124,7 @@ class Names(msgspec.Struct, frozen=True):
 
 
 def _name_of(host: str) -> str:
-    """Without port and brackets."""
+    """Return a host without port and brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()

@@ -1,7 +1,7 @@
-"""A terminal in the page: a websocket joined with a command in a task's container, as ``skep exec -it`` runs it.
+"""A terminal in the page: a WebSocket connected to a command in a task's container, like ``skep exec -it``.
 
-Binary messages are what is typed and what is printed.  Text messages are JSON: from the page
-``{"resize": {"rows": R, "columns": C}}``, to it at the end ``{"exit_code": N}`` or ``{"error": "..."}``.
+Binary messages contain input and output.  Text messages are JSON: ``{"resize": {"rows": R, "columns": C}}`` from the
+page, and at the end ``{"exit_code": N}`` or ``{"error": "..."}`` to the page.
 """
 
 import asyncio
@@ -18,11 +18,13 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 
 _MESSAGE_BYTES_MAX: Final = 64 * 1024
 _TAKES_S: Final = 60.0
+"""Seconds for the page to read written data."""
 _HEARTBEAT_S: Final = 30.0
 _WORDS_MAX: Final = 64
 _SIDE_MAX: Final = 1000
+"""Rows or columns of a terminal."""
 _HANG_UP: Final = b"\x03\x04"
-"""Typed when the page goes: an idle shell ends, where nothing else would end it."""
+"""Input that is sent when the page disconnects.  It ends an idle shell, which nothing else would end."""
 
 
 class _Size(msgspec.Struct, frozen=True):
@@ -35,7 +37,7 @@ class _Control(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run, and where."""
+    """A command and its task."""
 
     task: str
     words: tuple[str, ...]
@@ -44,7 +46,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def command_of(request: web.BaseRequest) -> Command:
-    """Raises: InvalidArgument."""
+    """Return the command that a request names.  Raises: InvalidArgument."""
     query = request.query
     words = tuple(query.getall("command", [])) or ("/bin/sh",)
     if not query.get("task") or "/" in query["task"] or len(words) > _WORDS_MAX:
@@ -66,7 +68,9 @@ def _checked(rows: int, columns: int) -> _Size:
 
 
 async def join_terminal(request: web.BaseRequest, client: RawClient) -> web.WebSocketResponse:
-    """Run the command that ``request`` names until it or the page ends.  Raises: InvalidArgument: it names none."""
+    """Run the command that ``request`` names until it or the page ends.  Raises: InvalidArgument: it names
+    no command.
+    """
     command = command_of(request)
     page = web.WebSocketResponse(max_msg_size=_MESSAGE_BYTES_MAX, heartbeat=_HEARTBEAT_S, compress=False)
     if not page.can_prepare(request).ok:
@@ -85,7 +89,7 @@ async def join_terminal(request: web.BaseRequest, client: RawClient) -> web.WebS
 
 
 async def _run(page: web.WebSocketResponse, client: RawClient, command: Command) -> int:
-    """The exit code.  Raises: SkepError."""
+    """Run the command and return its exit code.  Raises: SkepError."""
     target = await client.get(f"/skep/tasks/{quote(command.task, safe='')}/target")
     task = f"/skep/tasks/{target['TaskID']}"
     created = await client.post(
@@ -118,11 +122,11 @@ async def _run(page: web.WebSocketResponse, client: RawClient, command: Command)
 def _hang_up(stream: Exchange) -> None:
     if not stream.writer.is_closing():
         stream.writer.write(_HANG_UP)
-        stream.writer.close()  # after what was written
+        stream.writer.close()  # closes after the written data
 
 
 async def _print(page: web.WebSocketResponse, stream: Exchange) -> None:
-    """Until the command ends, or the page.  Raises: Unavailable: the page takes nothing."""
+    """Send output to the page until the command or the page ends.  Raises: Unavailable: the page does not read."""
     with suppress(ConnectionError):
         async for piece in stream.raw_pieces():
             try:
@@ -133,7 +137,7 @@ async def _print(page: web.WebSocketResponse, stream: Exchange) -> None:
 
 
 async def _type(page: web.WebSocketResponse, stream: Exchange, client: RawClient, path: str) -> None:
-    """What comes from the page, until it goes."""
+    """Send the page's input to the command until the page disconnects."""
     with suppress(ConnectionError):
         async for message in page:
             if message.type is WSMsgType.BINARY:

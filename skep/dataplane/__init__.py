@@ -1,1 +1,2 @@
-"""The networks of one node: links, routes, nftables, names and the sockets of containers: a process of their own."""
+"""The data plane of one node: links, routes, nftables rules, container names, and the net process that outlives the
+node."""

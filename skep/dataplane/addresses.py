@@ -1,4 +1,4 @@
-"""Addresses and subnets of the node's own networks.  Pure."""
+"""Allocates addresses and subnets on the node's own networks.  Does no I/O."""
 
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -21,20 +21,20 @@ DEFAULT_POOLS: Final[Sequence[Subnets]] = (
     (IPv4Network("172.16.0.0/15"), 24),
     (IPv4Network("192.168.0.0/16"), 24),
 )
-"""Docker's own pools for local networks, in its order: 30 subnets.  A node with builders or a network for each
-application needs more, so the last two pools follow: 512 small subnets below Docker's, and what a route of the machine
-left of a /20.  None is in 10.0.0.0/8, where overlay networks are."""
+"""Docker's own pools for local networks, in Docker's order: 30 subnets.  A node with builders, or with a network for
+each application, needs more, so two pools follow: 512 small subnets below Docker's, and the rest of a /20 that a route
+of the machine occupies in part.  No pool is in 10.0.0.0/8, where overlay networks are."""
 
 
 def pools_or_default(configured: Sequence[Subnets]) -> Sequence[Subnets]:
-    """``configured``, with the default pools if none of them is IPv4."""
+    """Return ``configured``, followed by the default pools if no configured pool is IPv4."""
     return configured if any(pool.version == 4 for pool, _ in configured) else (*configured, *DEFAULT_POOLS)
 
 
 def free_subnet(taken: Iterable[Network], pools: Iterable[Subnets], version: type[Network]) -> Network:
-    """Return the first subnet of ``pools`` that overlaps none of ``taken``, apart from default routes.
+    """Return the first subnet of ``pools`` that does not overlap ``taken``.  Default routes in ``taken`` do not count.
 
-    Raises: ResourceExhausted: there is none, in Docker's words.
+    Raises: ResourceExhausted: no subnet is free, in Docker's words.
     """
     used = sorted((int(network[0]), int(network[-1])) for network in taken if network.prefixlen > 0)
     for pool, prefix_length in pools:
@@ -49,8 +49,9 @@ def free_subnet(taken: Iterable[Network], pools: Iterable[Subnets], version: typ
 
 
 def _first_free(start: int, size: int, used: Iterable[tuple[int, int]]) -> int:
-    """The first multiple of ``size`` from ``start`` on whose addresses are outside the ``used`` ranges, which are in
-    their order."""
+    """Return the first multiple of ``size``, at ``start`` or later, whose addresses are outside the ``used`` ranges.
+
+    ``used`` is sorted."""
     for first, last in used:
         if first >= start + size:
             break
@@ -64,20 +65,21 @@ UNIQUE_LOCAL_BITS = 40
 
 
 def unique_local(rng: int) -> IPv6Network:
-    """The first /64 of a unique local network: ``fd``, then ``rng``, 40 random bits (RFC 4193)."""
+    """Return the first /64 of the unique local network with the 40 random bits ``rng``: ``fd``, then ``rng`` (RFC
+    4193)."""
     return IPv6Network((0xFD << 120 | rng << 80, 64))
 
 
 def beside(address: Address, subnet: IPv6Network) -> IPv6Address:
-    """The IPv6 address derived from ``address``: as unique, so it is not allocated."""
+    """Return the IPv6 address derived from ``address``.  It is as unique as ``address``, so it needs no allocation."""
     return subnet[int(address)]
 
 
 class Addresses(Generic[Network]):
     """The addresses of one subnet.  The first is the gateway's, unless the user chooses another.
 
-    The next free one after the last given is taken, so that an address is not reused at once (its
-    neighbours may still remember the old owner).
+    ``take`` continues after the address that it returned last.  A released address is therefore not reused at once,
+    while neighbors may still remember its old owner.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Addresses(Generic[Network]):
         pool: Network | None = None,
         reserved: Iterable[Address] = (),
     ) -> None:
-        """``pool``: the part of the subnet for addresses that no user requests; ``reserved``: never allocated."""
+        """Make an allocator.  ``pool`` limits the addresses that ``take`` returns, ``reserved`` are never allocated."""
         self.subnet: Network = subnet
         self.gateway = gateway or subnet[1]
         self._reserved = frozenset({self.gateway, *reserved})
@@ -99,7 +101,7 @@ class Addresses(Generic[Network]):
         self._last = self._first - 1
 
     def take(self, owner: str) -> Address:
-        """A free address.  Raises: ResourceExhausted: none is left."""
+        """Return a free address, now ``owner``'s.  Raises: ResourceExhausted: the pool is used up."""
         first, last = self._first, self._last_of_pool
         for number in chain(range(self._last + 1, last + 1), range(first, self._last + 1)):
             address = self.subnet[number - int(self.subnet[0])]
@@ -107,10 +109,11 @@ class Addresses(Generic[Network]):
                 self._used[address] = owner
                 self._last = number
                 return address
-        raise ResourceExhausted(f"no address is left in {self.subnet}")
+        raise ResourceExhausted(f"no address is free in {self.subnet}")
 
     def take_requested(self, address: Address, owner: str) -> Address:
-        """Allocate ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is in use."""
+        """Allocate ``address``.  Raises: InvalidArgument: it is outside this subnet; FailedPrecondition: it is in
+        use."""
         is_inside = int(self.subnet[1]) <= int(address) <= int(self.subnet[-2])
         if not is_inside or address.version != self.subnet.version:
             raise InvalidArgument(
@@ -122,17 +125,17 @@ class Addresses(Generic[Network]):
         return address
 
     def claim(self, address: Address, owner: str) -> None:
-        """Record that ``owner`` has ``address`` already."""
+        """Record that ``owner`` already has ``address``."""
         self._used[address] = owner
         if self._first <= int(address) <= self._last_of_pool:
             self._last = max(self._last, int(address))
 
     def owners(self) -> tuple[str, ...]:
-        """Owners of addresses."""
+        """Return the owner of each allocated address."""
         return tuple(self._used.values())
 
     def release(self, address: Address, owner: str) -> None:
-        """Release it; ignored when it is not ``owner``'s."""
+        """Release ``address``.  Does nothing if ``owner`` does not have it."""
         if self._used.get(address) == owner:
             del self._used[address]
 
@@ -143,14 +146,15 @@ class Addresses(Generic[Network]):
 
 
 def mac_of(address: Address) -> str:
-    """Docker's MAC address of a container: 02:42 and its IPv4 address; the last four bytes of another address."""
+    """Return Docker's MAC address of a container: 02:42, then the IPv4 address (of IPv6, the last four bytes)."""
     return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed[-4:]))
 
 
 def mac_for(addresses: Iterable[str]) -> str:
-    """The MAC address of an endpoint: from its first IPv4 address, else from its first one; empty without any.
+    """Return an endpoint's MAC address, or an empty string for an endpoint without addresses.
 
-    ``addresses``: without a length.
+    It is derived from the first IPv4 address, or from the first address if all are IPv6.  ``addresses`` have no prefix
+    length.
     """
     given = list(addresses)
     chosen = next((one for one in given if ":" not in one), given[0] if given else "")

@@ -1,4 +1,4 @@
-"""The client of the net process: one kept connection, opened again when the process was replaced."""
+"""The client of the net process.  It keeps one connection and reconnects when the process was replaced."""
 
 import secrets
 from collections.abc import Callable, Iterable
@@ -34,10 +34,10 @@ MESH = "mesh"
 
 
 class NetClient:
-    """Ports that outlive the node process (``ports.PortReservations``), and names.
+    """Reserves ports that outlive the node process (``ports.PortReservations``) and registers names.
 
-    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.  ``owner``: of the ports that are
-    reserved; each owner sees its own only.
+    A call waits while the net process restarts, and raises ``Unavailable`` after 10 s.  ``owner`` labels the ports that
+    this client reserves.  ``list_held`` returns the ports of this owner only.
     """
 
     def __init__(self, path: Path, clock: Clock, rng: Callable[[], float], owner: str = "") -> None:
@@ -47,11 +47,18 @@ class NetClient:
     async def reserve(
         self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
     ) -> int:
-        """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
+        """Reserve a port and return its number.
 
-        ``target``: the address and port to which what comes there is relayed.
-        Raises: AlreadyExists: another program has it; AddressNotHere; FailedPrecondition: it cannot be bound here;
-        Unavailable.
+        Args:
+            port: The port, or 0 for any free port.
+            address: The address to bind, or empty for every IPv4 address.
+            target: The address and port to which the net process relays traffic.
+
+        Raises:
+            AlreadyExists: Another program has the port.
+            AddressNotHere: The node does not have the address.
+            FailedPrecondition: The port cannot be bound on this node.
+            Unavailable: The net process does not answer.
         """
         token = f"{self._owner}:{secrets.token_hex(8)}"
         match await self._ask(Reserve(protocol, port, token, address, target)):
@@ -65,13 +72,13 @@ class NetClient:
                 raise _unexpected(other)
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
-        """Let ``port`` go; ignored when it is not held.  Raises: Unavailable."""
+        """Release ``port``.  Does nothing if it is not held.  Raises: Unavailable."""
         response = await self._ask(Release(protocol, port, address))
         if not isinstance(response, Done):
             raise _unexpected(response)
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
-        """What is held for this owner: (protocol, port, address).  Raises: Unavailable."""
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
+        """Return the protocol, port and address of each port held for this owner.  Raises: Unavailable."""
         return tuple(
             (held.protocol, held.port, held.address)
             for held in (await self.listing()).reservations
@@ -79,16 +86,16 @@ class NetClient:
         )
 
     async def listing(self) -> Listing:
-        """Everything it holds and serves.  Raises: Unavailable."""
+        """Return everything that the net process holds and serves.  Raises: Unavailable."""
         response = await self._ask(List())
         if not isinstance(response, Listing):
             raise _unexpected(response)
         return response
 
     async def serve(self, named: Named) -> None:
-        """Serve names and virtual addresses in a container's namespace, in place of those it had.
+        """Serve names and virtual addresses in a container's namespace, replacing earlier ones.
 
-        Returns when queries are answered.  Raises: FailedPrecondition: they cannot be served there; Unavailable.
+        Returns when queries are answered.  Raises: FailedPrecondition: the namespace cannot be served; Unavailable.
         """
         match await self._ask(Serve(named)):
             case Done():
@@ -99,15 +106,15 @@ class NetClient:
                 raise _unexpected(other)
 
     async def forget(self, id: str) -> None:
-        """Serve none to container ``id`` any more; harmless when it has none.  Raises: Unavailable."""
+        """Stop serving container ``id``.  Does nothing if it is not served.  Raises: Unavailable."""
         response = await self._ask(Forget(id))
         if not isinstance(response, Done):
             raise _unexpected(response)
 
     async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
-        """The tables of ``networks`` (none: all) have changed; returns when they are applied in every namespace.
+        """Reload the tables of ``networks``, or of all networks if empty, and wait until every namespace has them.
 
-        Raises: Unavailable: in some namespace they are not; the net process tries again by itself.
+        Raises: Unavailable: some namespace does not have them yet.  The net process retries by itself.
         """
         match await self._ask(Refresh(tuple(networks))):
             case Done():
@@ -118,7 +125,7 @@ class NetClient:
                 raise _unexpected(other)
 
     def close(self) -> None:
-        """Close the connection; the next call opens another."""
+        """Close the connection.  The next call opens another."""
         self._ipc.close()
 
     async def _ask(self, request: Request) -> Response:
@@ -126,4 +133,4 @@ class NetClient:
 
 
 def _unexpected(response: Response) -> Unavailable:
-    return Unavailable(f"the net process answered {type(response).__name__}, which was not asked for")
+    return Unavailable(f"the net process sent an unexpected response, {type(response).__name__}")

@@ -1,4 +1,4 @@
-"""A container's whole network: a namespace, its networks, and the gateway bridge last."""
+"""Networking of a container: its namespace, its networks, and the gateway bridge last."""
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ _CONTAINER_SYSCTLS = {
 
 
 class ContainerNetwork:
-    """Creates and frees the sandboxes of containers (``engine.networking.Networking``)."""
+    """Creates and frees the network sandboxes of containers (``engine.networking.Networking``)."""
 
     def __init__(
         self,
@@ -49,11 +49,13 @@ class ContainerNetwork:
         naming: NameRegistration | None,
         show_condition: Callable[[str], None],
     ) -> None:
-        """
+        """Connect the parts.
+
         Args:
-            allocation: of plain containers' endpoints.
-            naming: None where names are not served.
-            show_condition: called with the containers whose networks are not kept; an empty text: none.
+            allocation: Allocates the endpoints of plain containers.
+            naming: Registers names, or None if names are not served.
+            show_condition: Called with a sentence that lists the containers whose networks are not maintained, or with
+                an empty text for none.
         """
         self._namespaces = namespaces
         self._gateway = gateway
@@ -66,7 +68,7 @@ class ContainerNetwork:
 
     @property
     def host_gateway(self) -> str:
-        """The node's address on the gateway bridge, for ``host-gateway``; empty: there is none yet."""
+        """The node's address on the gateway bridge, for ``host-gateway``.  Empty until the bridge has a subnet."""
         subnet = self._gateway.subnet
         return str(subnet[1]) if subnet is not None else ""
 
@@ -76,9 +78,9 @@ class ContainerNetwork:
         return self._allocation.predefined_ids
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
-        """Make the node ready, keep the ``live`` sandboxes, free all others.
+        """Prepare the node, keep the ``live`` sandboxes, and free all others.
 
-        A sandbox whose record is invalid is left alone as it is, and out of what others get.
+        A sandbox with an invalid record is left as it is, and its resources are not allocated to others.
         Raises: SkepError: this node cannot network containers.
         """
         kept = {config.id for config, _ in live}
@@ -88,7 +90,8 @@ class ContainerNetwork:
         self._overlays.restore(sandboxes)
         await self._gateway.restore(sandboxes)
         await self._overlays.begin(sandboxes)
-        for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
+        # not fatal: a container can make its own namespace unusable for these rules
+        for id, sandbox in sandboxes.items():
             routing = self._route_replies(id, sandbox)
             await isolate(routing, "reply routing not applied yet", container=id)
         if self._naming is not None:
@@ -102,8 +105,8 @@ class ContainerNetwork:
             return False
         try:
             check_sandbox(sandbox)
-        except Exception as error:  # whatever it is, it is one container
-            log_error(error, "network of a container left out", container=id)
+        except Exception as error:  # any error concerns this one container only
+            log_error(error, "network of container not maintained: invalid record", container=id)
             self._left_out[id] = describe_error(error)
             self._report_left_out()
             return False
@@ -111,14 +114,15 @@ class ContainerNetwork:
 
     def _report_left_out(self) -> None:
         names = ", ".join(f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
-        sentence = f"the networks of these containers are not kept, start them anew: {names}"
+        sentence = f"the networks of these containers are not maintained, restart them: {names}"
         self._show_condition(sentence if names else "")
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
-        """A namespace with ``eth0`` and so on: its endpoints in their order, then the gateway bridge; and names in it.
+        """Create a container's namespace with its networks and names.
 
-        A container on internal networks only has no default route, and no ports of the node.  Raises: AlreadyExists:
-        a port is taken; SkepError.
+        The endpoints are ``eth0`` and so on, in their order, and the gateway bridge is the last interface.  A container
+        on internal networks only has no default route and publishes no ports.
+        Raises: AlreadyExists: a port is in use; SkepError.
         """
         if config.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
             return Sandbox(netns="")
@@ -146,31 +150,32 @@ class ContainerNetwork:
         return sandbox
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Free everything that ``attach`` gave; harmless when it is free already."""
-        kept = self._overlays.endpoints_of(container_id)  # of a change that could not be undone, too
+        """Free everything that ``attach`` allocated.  Does nothing if it is free already."""
+        # includes endpoints of a change that could not be undone
+        kept = self._overlays.endpoints_of(container_id)
         endpoints = (*sandbox.endpoints, *(one for one in kept if one not in sandbox.endpoints))
         sandbox = msgspec.structs.replace(sandbox, endpoints=endpoints)
         undoing = self._undo(container_id, sandbox, [one.config for one in endpoints])
         if self._left_out.pop(container_id, None) is None:
             await undoing
         else:
-            await isolate(undoing, "network of a container not wholly freed", container=container_id)
+            await isolate(undoing, "container network not completely freed", container=container_id)
             self._report_left_out()
 
     async def holders(self) -> Collection[ContainerId]:
-        """Containers for which this node has a namespace, addresses, ports or names, needed or not."""
+        """Return the containers that have a namespace, addresses, ports or names on this node, needed or not."""
         served: Collection[str] = ()
         if self._naming is not None:
-            served = await isolate(self._naming.served(), "names of containers not listed") or ()
+            served = await isolate(self._naming.ensure_served(), "names of containers not listed") or ()
         holders = {*self._namespaces.pinned(), *self._overlays.holders(), *self._gateway.users(), *served}
         return sorted(map(ContainerId, holders))
 
     async def free(self, id: ContainerId) -> None:
-        """Free all that is held for a container that does not run, or is gone.  Raises: SkepError, OSError."""
+        """Free everything that a stopped or removed container still holds.  Raises: SkepError, OSError."""
         held = self._gateway.sandbox_of(id) or Sandbox(netns=str(self._namespaces.path(id)))
         connected = self._overlays.endpoints_of(id)
         log.warning(
-            "network of a container that is gone removed",
+            "network of a removed container cleaned up",
             container=id,
             namespace=id in self._namespaces.pinned(),
             addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
@@ -178,20 +183,20 @@ class ContainerNetwork:
         try:
             await self.detach(id, held)
         finally:
-            if self._naming is not None:  # which ``detach`` asks only about those that are on networks
+            if self._naming is not None:  # ``detach`` removes names only of containers with endpoints
                 await self._naming.detach(id)
 
     async def sweep(self) -> None:
-        """Free what is held for no container.  Raises: OSError."""
+        """Free namespaces, addresses and ports that belong to no container.  Raises: OSError."""
         await isolate(self._gateway.sweep(), "ports not released yet")
         await self._overlays.sweep()
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
     async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
-        """One more network for a running plain container.
+        """Connect a running plain container to one more network.
 
-        Raises: FailedPrecondition: it is on that network; NotFound: no such network; SkepError.
+        Raises: FailedPrecondition: it is on that network already; NotFound: no such network; SkepError.
         """
         others = [one.config for one in sandbox.endpoints]
         endpoint = await self._allocation.join_one(config, request, others)
@@ -212,7 +217,7 @@ class ContainerNetwork:
         return joined
 
     async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
-        """Take a running plain container from one of its networks.  Raises: SkepError."""
+        """Disconnect a running plain container from a network.  Raises: SkepError."""
         gone = [one.config for one in sandbox.endpoints if one.network_id == network_id]
         kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
         left = msgspec.structs.replace(sandbox, endpoints=kept)
@@ -222,10 +227,10 @@ class ContainerNetwork:
         return left
 
     async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
-        """Put a running plain container on the node's bridge, or take it off, as ``config.mode`` says.
+        """Connect a running plain container to the node's bridge, or disconnect it, as ``config.mode`` says.
 
-        Its interface on the gateway bridge stays where its other networks need a way out, and is closed to other
-        containers.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
+        Its interface on the gateway bridge stays if one of its other networks needs egress.  The interface is then
+        closed to other containers.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
         """
         if not needs_way_out(config.mode, [one.config for one in sandbox.endpoints]):
             left = _without_way_out(sandbox)
@@ -245,9 +250,9 @@ class ContainerNetwork:
         return joined
 
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
-        """Have others find it by ``config.name`` from now on; ``sandbox``: None: it does not run.
+        """Register the container under ``config.name``.  ``sandbox`` is None if it does not run.
 
-        Raises: FailedPrecondition: it is on a network of the cluster; SkepError.
+        Raises: FailedPrecondition: it is on a cluster network; SkepError.
         """
         if sandbox is not None:
             await self._allocation.rename(config, sandbox)
@@ -256,7 +261,7 @@ class ContainerNetwork:
         self, config: SandboxConfig, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
     ) -> None:
         await self._cut(config, before, left)
-        # Only now: a container that could not be cut off keeps its addresses, and so does its record.
+        # After ``_cut``: a container that could not be disconnected keeps its addresses, and so does its record.
         await self._allocation.leave(config.id, gone)
 
     async def _undo_connect(
@@ -265,12 +270,12 @@ class ContainerNetwork:
         try:
             await self._cut(config, joined, before)
         finally:
-            # What it could not be cut off from is freed with its end.
+            # A network that it could not be disconnected from is freed when the container ends.
             if endpoint.head.id not in {one.network_id for one in self._overlays.endpoints_of(config.id)}:
                 await self._allocation.leave(config.id, (endpoint,))
 
     async def _cut(self, config: SandboxConfig, before: Sandbox, left: Sandbox) -> None:
-        """Make ``left`` of what a running container had.  Raises: SkepError; OSError."""
+        """Change a running container's sandbox from ``before`` to ``left``.  Raises: SkepError; OSError."""
         kept = {one.port for one in left.endpoints}
         if before.address and not left.address:
             await self._gateway.cut(config.id, before)
@@ -283,7 +288,7 @@ class ContainerNetwork:
                 await self._naming.detach(config.id)
 
     async def _way_out(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
-        """``sandbox`` with an interface on the gateway bridge.  Raises: SkepError."""
+        """Return ``sandbox`` with a new interface on the gateway bridge.  Raises: SkepError."""
         found = await self._gateway.connect(
             config.id,
             Path(sandbox.netns),
@@ -296,7 +301,7 @@ class ContainerNetwork:
         return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
     async def _route_replies(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Replies of a container on the ingress network go back through the node that their client came by."""
+        """Route replies of a container on the ingress network back through the node that the client connected to."""
         for one in sandbox.endpoints:
             if one.config.head.is_ingress:
                 await self._reply_routing.add(
@@ -313,8 +318,8 @@ class ContainerNetwork:
         try:
             if self._naming is not None and sandbox.endpoints:
                 await self._naming.detach(container_id)
-        except SkepError as error:  # the net process notices a namespace that is gone, too
-            log.warning("names of a container not removed", container=container_id, reason=str(error))
+        except SkepError as error:  # the net process also notices that a namespace was deleted
+            log.warning("container names not removed", container=container_id, reason=str(error))
         finally:
             try:
                 await self._gateway.disconnect(container_id)
@@ -326,9 +331,9 @@ class ContainerNetwork:
 
 
 def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
-    """Whether a container with ``endpoints`` gets an interface on the gateway bridge.
+    """Return whether a container with ``endpoints`` gets an interface on the gateway bridge.
 
-    On a network of the machine's own it has a way out already.
+    A network with a parent device of the machine already provides egress.
 
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
@@ -343,12 +348,12 @@ def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> boo
 
 
 def _without_way_out(sandbox: Sandbox) -> Sandbox:
-    """``sandbox`` without its interface on the gateway bridge, and what depends on it."""
+    """Return ``sandbox`` without its interface on the gateway bridge and its published ports."""
     return Sandbox(netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
 
 def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:
-    """What the node sets in the container's namespace where its user has set nothing else."""
+    """Return the sysctls that the node sets in the container's namespace, except those set by the user."""
     users = {name.replace(".", "/") for name in config.sysctls}
     if "net/ipv6/conf/all/disable_ipv6" in users:
         users.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
@@ -359,11 +364,11 @@ def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:
 
 
 def has_way_out_by_ipv6(endpoints: Sequence[EndpointConfig]) -> bool:
-    """Whether the gateway bridge gives the container an IPv6 default route too: a network with a way out has IPv6."""
+    """Return whether the gateway bridge also provides an IPv6 default route: a network with egress has IPv6."""
     return any(":" in address for one in endpoints if not one.head.is_internal for address in one.addresses)
 
 
 def _free_interface(sandbox: Sandbox) -> str:
-    """The first name that none of a container's interfaces has."""
+    """Return the first ``ethN`` that is not the name of one of the container's interfaces."""
     used = {one.interface for one in sandbox.endpoints} | ({sandbox.interface} if sandbox.address else set())
     return next(name for number in count() if (name := f"eth{number}") not in used)

@@ -1,4 +1,4 @@
-"""The composition of the data plane: every part of one node's networks, made once, and run together."""
+"""Composes the data plane of one node from its parts, and runs them."""
 
 import asyncio
 import secrets
@@ -44,14 +44,15 @@ from skep.paths import Paths
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """What the data plane of a node is built on.
+    """The node on which a data plane is built.
 
     Args:
-        namespaces: of containers, and the node's own.
-        rng: numbers from 0 to 1.
-        show_condition: called with the name of a condition of the node and its message; an empty message ends it.
-        own_ports: gives the ports of the machine that no container may have.
-        pools: where the node's networks get their subnets from (``pools_or_default``).
+        namespaces: The containers' namespaces and the node's own.
+        rng: Returns random numbers from 0 to 1.
+        show_condition: Called with the name of a node condition and its message.  An empty message clears the
+            condition.
+        own_ports: Returns the machine's ports that containers may not publish.
+        pools: The address pools for subnets of the node's networks (``pools_or_default``).
     """
 
     paths: Paths
@@ -64,9 +65,12 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NetProcess(msgspec.Struct, frozen=True):
-    """The services of the net process.
+    """Services of the net process.
 
-    ``ports``: of containers in host mode; ``mesh_ports``: of the routing mesh; ``names`` None: names are not served.
+    Args:
+        ports: Reserves the host-mode ports of containers.
+        mesh_ports: Reserves the ports of the routing mesh.
+        names: Registers names of containers, or None if names are not served.
     """
 
     ports: PortReservations
@@ -78,10 +82,11 @@ class DataPlane:
     """The networks of one node."""
 
     def __init__(self, host: Host, net: NetProcess, endpoints: ClusterEndpoints, encryption: Options) -> None:
-        """
+        """Compose the data plane.
+
         Args:
-            endpoints: plain containers' endpoints on the cluster's networks.
-            encryption: how this node encrypts networks between nodes.
+            endpoints: Allocates plain containers' endpoints on cluster networks.
+            encryption: How this node encrypts traffic between nodes.
         """
         paths, namespaces, clock, rng = host.paths, host.namespaces, host.clock, host.rng
         self._clock = clock
@@ -105,7 +110,7 @@ class DataPlane:
         )
         checks = PortChecks(PortProbe(namespaces, clock, _random_number), self.tunnels)
         self.prober = PathProber(
-            data_path, checks, paths.measured_paths, self.overlays.remeasured, clock, rng
+            data_path, checks, paths.measured_paths, self.overlays.apply_measurements, clock, rng
         )
         replies = ReplyRouting(self._healer)
         self.mesh = Mesh(
@@ -138,9 +143,9 @@ class DataPlane:
         )
 
     def network_of_cluster(self, id: str, name: str, driver: str, configuration: str) -> NetworkHead:
-        """A network of the cluster that each node makes for itself, from its own ``configuration`` (macvlan, ipvlan).
+        """Return a cluster network that each node creates from its own ``configuration`` (macvlan, ipvlan).
 
-        Raises: NotFound: there is no such configuration, in Docker's words; SkepError: it cannot be so.
+        Raises: NotFound: no such configuration, in Docker's words; SkepError: the configuration is unusable.
         """
         body = NetworkBody(name=name, driver=driver, config_from=ConfigReference(network=configuration))
         devices = [device for _, device in socket.if_nameindex()]
@@ -148,16 +153,16 @@ class DataPlane:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep everything as it is wanted, whatever others change, until the block ends.
+        """Keep the networks in their desired state until the block ends.
 
-        A part that fails is started again, with growing pauses; the others continue.
+        A part that fails is restarted with growing pauses.  The other parts continue.
         """
         parts: dict[str, Callable[[], Awaitable[None]]] = {
             "healing of networks": self._healer.run,
             "clearing of networks": self._deferred.run,
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
-            "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
+            "encrypted networks": partial(self.tunnels.run, self.overlays.apply_measurements),
         }
         keep = partial(retry, clock=self._clock, rng=self._rng)
         await self.prober.restore()
@@ -174,14 +179,14 @@ class DataPlane:
 
 
 def _local_networks(host: Host, gateway: Gateway) -> LocalNetworks:
-    """The node's own networks, with the devices that are made for them."""
+    """Compose the node's own networks and their parent devices."""
     file, devices = host.paths.networks / "local", ParentDevices(host.namespaces)
     pools = pools_or_default(host.pools)
     return LocalNetworks(file, gateway, devices, pools=pools, clock=host.clock, new_id=new_container_id)
 
 
 def _data_path(host: Host, home: NetnsReconciler, healer: Healer) -> DataPath:
-    """Probes of other nodes, in a namespace of their own."""
+    """Compose the probes of other nodes, which run in a namespace of their own."""
     namespace = ProbeNamespace(
         pins=Namespaces(host.paths.probes, host.namespaces.home),
         home=home,

@@ -1,4 +1,4 @@
-"""Where a plain container's networks come from: this node's bridge networks, or the cluster's."""
+"""Allocates the endpoints of plain containers, on this node's networks or on the cluster's."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -13,19 +13,19 @@ from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, Sandbox
 
 
 class ClusterEndpoints(Protocol):
-    """Gives endpoints on the cluster's networks, each under the id of its attachment task."""
+    """Allocates endpoints on cluster networks.  Each endpoint has the id of its attachment task."""
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None:
         """Take over the endpoints that containers of an earlier process still have."""
 
     async def take(self, container_id: ContainerId, request: EndpointRequest) -> EndpointConfig:
-        """An endpoint with its address; ``request.aliases``: the container's name first.
+        """Allocate an endpoint with its address.  The first of ``request.aliases`` is the container's name.
 
         Raises: NotFound: no such network; SkepError, in Docker's words.
         """
 
     async def give_back(self, id: TaskId) -> None:
-        """The container has left the network.  Harmless when it was released before."""
+        """Release the endpoint of a container that has left the network.  Does nothing if it is released already."""
 
 
 class EndpointAllocation:
@@ -41,7 +41,7 @@ class EndpointAllocation:
         return self._local.predefined_ids
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
-        """Keep what ``live`` sandboxes hold."""
+        """Keep the endpoints of ``live`` sandboxes allocated."""
         self._cluster.restore(
             (endpoint.config.attachment, container.id)
             for container, sandbox in live
@@ -51,7 +51,7 @@ class EndpointAllocation:
         await self._local.restore(live)
 
     async def join(self, container: SandboxConfig) -> tuple[EndpointConfig, ...]:
-        """Endpoints on ``container.networks``, in their order.
+        """Allocate endpoints on ``container.networks``, in their order.
 
         Raises: NotFound: no such network; SkepError, in Docker's words.
         """
@@ -67,7 +67,7 @@ class EndpointAllocation:
     async def fill(
         self, container: SandboxConfig, endpoints: Sequence[EndpointConfig]
     ) -> tuple[EndpointConfig, ...]:
-        """``endpoints`` of a task, with addresses on networks that this node makes.  Raises: SkepError."""
+        """Return a task's ``endpoints`` with addresses on networks that this node creates.  Raises: SkepError."""
         filled: list[EndpointConfig] = []
         try:
             for one in endpoints:
@@ -81,7 +81,9 @@ class EndpointAllocation:
     async def join_one(
         self, container: SandboxConfig, request: EndpointRequest, others: Collection[EndpointConfig]
     ) -> EndpointConfig:
-        """One more endpoint beside ``others``.  Raises: FailedPrecondition: it is on that network; as ``join``."""
+        """Allocate one more endpoint.
+
+        Raises: FailedPrecondition: one of ``others`` is on that network already; the errors of ``join``."""
         ids = {other.head.id for other in others}
         network = self._local.find(request.network)
         if network is not None:
@@ -93,7 +95,7 @@ class EndpointAllocation:
                 f"containers on network {request.network} of the cluster do not have --mac-address: other nodes use "
                 "the one that follows from their address"
             )
-        # The managers know the short id, which is the host name of a container that has none of its own.
+        # Managers know the short id, which is the default host name.
         hostname = container.hostname if not container.id.startswith(container.hostname) else ""
         own_names = filter(None, dict.fromkeys((container.name, hostname, *request.aliases)))
         named = msgspec.structs.replace(request, aliases=tuple(own_names))
@@ -104,9 +106,9 @@ class EndpointAllocation:
         return msgspec.structs.replace(endpoint, links=request.links)
 
     async def leave(self, container_id: ContainerId, endpoints: Iterable[EndpointConfig]) -> None:
-        """Release ``endpoints``; a task's are released by the managers with the end of the task.
+        """Release ``endpoints``.  Managers release a task's endpoints when the task ends.
 
-        Raises: the first error, once all others are released.
+        Raises: The first error, after all other endpoints were released.
         """
         errors = []
         for one in endpoints:
@@ -121,9 +123,9 @@ class EndpointAllocation:
             raise errors[0]
 
     async def rename(self, container: SandboxConfig, sandbox: Sandbox) -> None:
-        """Have the name of a running container be ``container.name``.
+        """Change the name of a running container to ``container.name``.
 
-        Raises: FailedPrecondition: it is on a network of the cluster, where its name cannot change; SkepError.
+        Raises: FailedPrecondition: it is on a cluster network, where its name cannot change; SkepError.
         """
         for one in sandbox.endpoints:
             if one.config.attachment:
@@ -135,5 +137,5 @@ class EndpointAllocation:
 
 
 def _is_there(container: SandboxConfig, network: str) -> FailedPrecondition:
-    """Source: moby 20.10, daemon/container_operations.go (ConnectToNetwork)."""
+    """Return Docker's error.  Source: moby 20.10, daemon/container_operations.go (ConnectToNetwork)."""
     return FailedPrecondition(f"endpoint with name {container.name} already exists in network {network}")

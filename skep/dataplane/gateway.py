@@ -1,11 +1,12 @@
 """The gateway bridge: the default route of every container, and host-mode ports.
 
-One bridge per node with a subnet that overlaps no route of the machine.  Each container gets an address on it, and an
-interface with the default route.  Its kernel state is a part of the wanted state of the node's own namespace
-(``NetnsReconciler``), which repairs it.
+Each node has one such bridge, with a subnet that overlaps no route of the machine.  Each container gets an address on
+it, and an interface with the default route.  Its kernel state is one part of the desired state of the node's own
+namespace, which ``NetnsReconciler`` repairs.
 
-A container on a network with IPv6 has IPv6 egress as well, where the machine has it: from a unique local /64 that the
-node chose once, translated to the node's own address.  Without such containers nothing of the node's IPv6 is changed.
+A container on a network with IPv6 also has IPv6 egress if the machine has it.  Its address is from a unique local /64
+that the node chose once, and is translated to the node's own address.  Without such containers the node's IPv6
+settings are not changed.
 """
 
 import asyncio
@@ -63,7 +64,7 @@ _Port: TypeAlias = tuple[str, int, str]
 BRIDGE = "skep-gw"
 _PART = "gateway"
 _TWINS_MAX = 10
-"""Attempts to find a number that is free for IPv4 and for IPv6."""
+"""Attempts to find a port number that is free for IPv4 and for IPv6."""
 _FAMILIES = {IPv4Network: socket.AF_INET, IPv6Network: socket.AF_INET6}
 _HOME_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
@@ -78,8 +79,8 @@ class Gateway:
     """The gateway bridge of one node.
 
     Args:
-        state: file with the chosen subnet; the IPv6 one is beside it.
-        pools: where the subnet is from.
+        state: File with the chosen IPv4 subnet.  The IPv6 subnet is in the same folder.
+        pools: Address pools for the subnet.
     """
 
     def __init__(
@@ -106,15 +107,17 @@ class Gateway:
         self._forwards_ipv6 = False
         self._sandboxes: dict[ContainerId, Sandbox] = {}
         self._holders: dict[_Port, ContainerId] = {}
-        """Who has each reserved port: the next one may have what a record of an earlier run says."""
+        """The container that holds each reserved port.  A record of an earlier run may name a port that another
+        container has by now."""
         self._unheld: frozenset[_Port] = frozenset()
-        """Ports of containers that another program took while the net process held none: they are not published."""
+        """Ports of containers that another program took while the net process held none.  They are not published."""
         self._reserving = 0
-        """Reservations without an answer so far: the port may be held, and is in no record."""
+        """Number of reservations in progress.  Such a port may already be held without being in ``_holders``."""
         self._changing = asyncio.Lock()
 
     async def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
-        """Make bridge and rules, keep addresses and ports of the ``live`` containers and release all other ports.
+        """Create the bridge and its rules, keep addresses and ports of the ``live`` containers, and release all other
+        ports.
 
         Raises: SkepError: this node cannot network containers.
         """
@@ -126,7 +129,7 @@ class Gateway:
                     self._sandboxes[id] = sandbox
             await self._restore_ports()
             await self._apply()
-            # Rules of an earlier process may have led to other containers.
+            # Flows may still follow rules of an earlier process to other containers.
             await self._delete_flows(self._sandboxes.values())
 
     async def connect(
@@ -140,10 +143,14 @@ class Gateway:
         wants_ipv6: bool = False,
         mac_address: str = "",
     ) -> Sandbox:
-        """An interface for a container, without address and route so far, and its host-mode ``ports`` published.
+        """Return a container's new interface, without address and route so far, and publish its host-mode ``ports``.
 
-        ``is_open``: it reaches other open ones by the bridge; ``wants_ipv6``: with IPv6 egress, where the machine has
-        it; ``mac_address``: that its user has chosen.  Raises: AlreadyExists: a port is in use; SkepError.
+        Args:
+            is_open: Whether the container reaches other open containers through the bridge.
+            wants_ipv6: Whether it gets IPv6 egress if the machine has it.
+            mac_address: The MAC address that the user has chosen, or empty.
+
+        Raises: AlreadyExists: a port is in use; SkepError.
         """
         addresses = self._require_addresses()
         address = addresses.take(container_id)
@@ -176,18 +183,20 @@ class Gateway:
         return sandbox
 
     async def disconnect(self, container_id: ContainerId) -> None:
-        """Release addresses and ports of ``connect``.  Idempotent; after an error the container is one of ``users``."""
+        """Release the addresses and ports that ``connect`` allocated.
+
+        Idempotent.  After an error the container is still one of ``users``."""
         if container_id in self.users() or container_id in self._sandboxes:
             await self._undo(container_id)
 
     async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """``disconnect`` a running container: its interface is removed, too.  Raises: SkepError."""
+        """Disconnect a running container and remove its interface.  Raises: SkepError."""
         if sandbox.port:
             await apply_operations(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
         await self.disconnect(container_id)
 
     async def change(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """``sandbox`` is what a connected container has now: whether it is open differs.  Raises: SkepError."""
+        """Change whether a connected container is open, as ``sandbox`` says.  Raises: SkepError."""
         before, self._sandboxes[container_id] = self._sandboxes[container_id], sandbox
         try:
             await self._apply()
@@ -196,15 +205,15 @@ class Gateway:
             raise
 
     async def sweep(self) -> None:
-        """Release ports that no container has, and hold those that the net process has lost, in a crash for instance.
+        """Release ports without a container, and reserve ports again that the net process has lost, as in a crash.
 
-        A port may have been reserved without an answer.  Raises: Unavailable.
+        A reservation whose answer was lost leaves a port without a container.  Raises: Unavailable.
         """
         async with self._changing:
             if self._addresses is None:
-                return  # which ports containers have is not known so far
-            published = self._published()  # before the list: one that is reserved meanwhile is not lost
-            held = frozenset(await self._reservations.held())
+                return  # the containers' ports are not known yet
+            published = self._published()  # before listing: a port reserved in between is not lost
+            held = frozenset(await self._reservations.list_held())
             for port in held:
                 if not self._reserving and port not in self._holders:
                     await self._reservations.release(*port)
@@ -215,19 +224,19 @@ class Gateway:
                 await self._delete_flows(self._sandboxes.values())
 
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
-        """The result of ``connect`` of a connected container; None: it is not connected."""
+        """Return the sandbox that ``connect`` created, or None if the container is not connected."""
         return self._sandboxes.get(container_id)
 
     # --- another subnet ---------------------------------------------------------------------------------------
 
     @property
     def bridge(self) -> str:
-        """Name of its link."""
+        """Name of the bridge's link."""
         return self._bridge
 
     @property
     def subnet(self) -> IPv4Network | None:
-        """Of the bridge; None: it is not made yet."""
+        """Subnet of the bridge, or None before the bridge is created."""
         return self._addresses.subnet if self._addresses is not None else None
 
     def users(self) -> Sequence[str]:
@@ -235,9 +244,9 @@ class Gateway:
         return self._addresses.owners() if self._addresses is not None else ()
 
     async def move(self, subnet: IPv4Network | None) -> None:
-        """Give the bridge another subnet; None: one that is free.
+        """Change the bridge's subnet.  None chooses a free one.
 
-        Raises: FailedPrecondition: a container is on it; Forbidden: the machine has that network; SkepError.
+        Raises: FailedPrecondition: a container is connected; Forbidden: the machine routes that subnet; SkepError.
         """
         if subnet is not None:
             async with self._namespaces.netlink(self._namespaces.home) as home:
@@ -246,13 +255,14 @@ class Gateway:
                 if network.prefixlen and network.overlaps(subnet):
                     raise Forbidden(
                         f"Pool overlaps with other one on this address space: {subnet} and {network}, "
-                        "which this machine reaches by itself"
+                        "which this machine routes already"
                     )
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
-        before, self._addresses = self._addresses, None  # no more addresses of the old subnet
+        # No address of the old subnet is allocated from now on.
+        before, self._addresses = self._addresses, None
         try:
-            # With all its addresses: it may have others than the wanted state.
+            # Remove the link with all its addresses: it may have some that the desired state does not know.
             await self._home.remove(self._bridge)
             if subnet is None:
                 self._state.unlink(missing_ok=True)
@@ -262,10 +272,11 @@ class Gateway:
                 await self._choose_addresses()
                 await self._apply()
         except BaseException:
-            if self._addresses is None and before is not None:  # the next container has the bridge made again
+            if self._addresses is None and before is not None:  # the next container makes the bridge again
                 self._addresses = before
                 with suppress(OSError):
-                    _save(self._state, before.subnet)  # as it is in memory, for the next process
+                    # the next process reads the subnet that this one still uses
+                    _save(self._state, before.subnet)
             raise
 
     async def _undo(self, container_id: ContainerId) -> None:
@@ -276,7 +287,7 @@ class Gateway:
         ports = [port for port, holder in self._holders.items() if holder == container_id]
         if ports:
             try:
-                await self._home.apply()  # before another container gets the port
+                await self._home.apply()  # remove the old rules before another container gets the port
             except SkepError as error:  # the next comparison removes it
                 log.warning("gateway rules not removed", container=container_id, error=str(error))
             if sandbox is not None:
@@ -285,10 +296,12 @@ class Gateway:
             self._deferred.soon(_PART, self._home.apply)
         for port in ports:
             await self._release(container_id, port)
-        self._require_addresses().release_all(container_id)  # last: until then a sweep finds the ports
+        # last: until then ``sweep`` still finds the ports
+        self._require_addresses().release_all(container_id)
 
     async def _delete_flows(self, sandboxes: Iterable[Sandbox], *, is_published: bool = True) -> None:
-        """Delete UDP flows through ports of ``sandboxes`` that lead elsewhere, or to them if they are unpublished."""
+        """Delete UDP flows through ports of ``sandboxes`` that lead elsewhere.  With ``is_published`` False, delete
+        those to them."""
         subnet = str(self._require_addresses().subnet)
         stale = [
             port
@@ -297,10 +310,11 @@ class Gateway:
         ]
         if stale:  # a search takes the kernel 9 ms
             deletion = self._namespaces.run(self._namespaces.home, delete_flows, stale)
-            await isolate(deletion, "stale flows not deleted")  # new clients are served all the same
+            # not fatal: new clients are served all the same
+            await isolate(deletion, "stale flows not deleted")
 
     async def _apply(self) -> None:
-        """Apply bridge, ports and rules.  Raises: SkepError."""
+        """Apply the bridge, ports and rules.  Raises: SkepError."""
         self._set_part()
         if self._used_subnet6() is not None and not self._forwards_ipv6:
             await self._namespaces.run(self._namespaces.home, forward_ipv6)
@@ -333,13 +347,14 @@ class Gateway:
         self._home.set_part(_PART, state, *rules)
 
     def _used_subnet6(self) -> IPv6Network | None:
-        """None: no container has IPv6 egress at present."""
+        """Return the IPv6 subnet, or None while no container has IPv6 egress."""
         return self._subnet6 if any(one.address6 for one in self._sandboxes.values()) else None
 
     # --- ports ------------------------------------------------------------------------------------------------
 
     async def _reserve(self, id: ContainerId, port: PublishedPort, address: str) -> tuple[PublishedPort, ...]:
-        """What ``port`` publishes of the container with ``address``: with no address of the node, IPv4 and IPv6."""
+        """Reserve ``port`` of the container with ``address``.  Without a host address it is published for IPv4 and for
+        IPv6."""
         if port.host_ip or port.protocol == "sctp":
             return (await self._reserve_one(id, port, address),)
         for left in reversed(range(_TWINS_MAX)):
@@ -374,24 +389,25 @@ class Gateway:
             self._unheld -= {_reserved(reserved)}
             return reserved
 
-        return await run_to_end(reserve())  # a reserved port in no record would be held for good
+        # not interrupted: a reserved port without a record would be held forever
+        return await run_to_end(reserve())
 
     async def _release(self, id: ContainerId, port: _Port) -> None:
         await self._reservations.release(*port)
-        if self._holders.get(port) == id:  # the next holder may have it already
+        if self._holders.get(port) == id:  # another container may hold it already
             del self._holders[port]
 
     async def _restore_ports(self) -> None:
         published = self._published()
-        # Known before anything is waited for: a sweep releases what has no holder.
+        # Before the first await: a sweep releases ports without a holder.
         self._holders = {port: id for port, (id, _, _) in published.items()}
-        held = frozenset(await self._reservations.held())
+        held = frozenset(await self._reservations.list_held())
         await self._hold_again(published, held)
-        for gone in sorted(held - published.keys()):  # of containers that are gone
+        for gone in sorted(held - published.keys()):  # ports of removed containers
             await self._reservations.release(*gone)
 
     def _published(self) -> Mapping[_Port, tuple[ContainerId, PublishedPort, str]]:
-        """The container, the port and the container's address of each host-mode port."""
+        """Return the container, the port and the container's address of each host-mode port."""
         return {
             _reserved(port): (id, port, one.address)
             for id, one in self._sandboxes.items()
@@ -401,7 +417,8 @@ class Gateway:
     async def _hold_again(
         self, published: Mapping[_Port, tuple[ContainerId, PublishedPort, str]], held: frozenset[_Port]
     ) -> None:
-        """Hold what is ``published`` and not ``held``; what cannot be held is not published until it can."""
+        """Reserve each port of ``published`` that is not ``held``.  A port that cannot be held is not published until
+        it can."""
         unheld = set()
         for key in sorted(published.keys() - held):
             id, port, address = published[key]
@@ -412,11 +429,9 @@ class Gateway:
                     continue
                 unheld.add(key)
                 if key not in self._unheld:
-                    log.warning(
-                        "host port is not published any longer", port=key, container=id, reason=str(error)
-                    )
+                    log.warning("host port no longer published", port=key, container=id, reason=str(error))
             else:
-                if id not in self._sandboxes:  # disconnected meanwhile, without this port
+                if id not in self._sandboxes:  # disconnected meanwhile, which did not release this port
                     await self._release(id, key)
         self._unheld = frozenset(unheld)
 
@@ -428,7 +443,7 @@ class Gateway:
         return self._addresses
 
     async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
-        """For IPv4, and for IPv6 if this machine can give containers IPv6 egress."""
+        """Choose the subnet for IPv4, and for IPv6 if this machine can provide IPv6 egress to containers."""
         at_home = self._namespaces.home
         refusal = await self._namespaces.run(at_home, ipv6_refusal)
         if refusal:
@@ -453,9 +468,10 @@ class Gateway:
 def gateway_state(
     bridge: str, subnet: IPv4Network, sandboxes: Iterable[Sandbox], subnet6: IPv6Network | None = None
 ) -> State:
-    """The gateway network's part of the node's own namespace.  ``subnet6``: None: IPv6 is unused.
+    """Return the gateway network's part of the node's own namespace.  ``subnet6`` is None while IPv6 is unused.
 
-    The bridge has a fixed MAC address: otherwise it has that of its lowest port, which changes with the ports.
+    The bridge has a fixed MAC address.  Otherwise the kernel uses the lowest one of its ports, which changes with the
+    ports.
     """
     links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
     for one in sandboxes:
@@ -477,12 +493,12 @@ def gateway_state(
         addresses=frozenset(addresses),
         sysctls={
             **_HOME_SYSCTLS,
-            # For clients on the node at 127.0.0.1; packets from outside are dropped (chain ``raw``).
+            # Clients on the node connect to 127.0.0.1.  Packets from outside are dropped (chain ``raw``).
             f"net/ipv4/conf/{bridge}/route_localnet": "1",
             f"net/ipv4/conf/{bridge}/rp_filter": "0",
-            # A port is published before its container's interface is up.  A packet of that moment would have all later
-            # ones wait for the second ARP request, by default a second later.  75 of them take the usual 3 s; 40 ms are
-            # whole ticks of each kernel's clock, so that the same value is read back.
+            # A port is published before its container's interface is up.  A packet sent at that moment makes all later
+            # packets wait for the second ARP request, by default for a second.  75 requests at 40 ms keep the usual
+            # limit of 3 s.  40 ms are whole ticks of each kernel's clock, so that the same value is read back.
             f"net/ipv4/neigh/{bridge}/retrans_time_ms": "40",
             f"net/ipv4/neigh/{bridge}/mcast_solicit": "75",
             **sysctls6,
@@ -491,9 +507,10 @@ def gateway_state(
 
 
 def new_port_name() -> str:
-    """Name of a container's port on the bridge; the kernel takes 15 characters.
+    """Return a new name for a container's port on the bridge.  The kernel accepts 15 characters.
 
-    Not derived from the container's id: the kernel may take a moment to remove the port of an earlier start.
+    It is not derived from the container's id, because the kernel may need a moment to remove the port of an earlier
+    start.
     """
     return f"vs{secrets.token_hex(6)}"
 
@@ -503,7 +520,7 @@ def _reserved(port: PublishedPort) -> _Port:
 
 
 def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:
-    """Those of IPv4; the net process relays the others."""
+    """Return the IPv4 ports of ``ports``.  The net process relays IPv6 ports."""
     return [
         HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
         for port in ports
@@ -512,13 +529,13 @@ def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:
 
 
 async def _index(route: AsyncIPRoute, name: str) -> int:
-    """Index of a link, 0 when there is none."""
+    """Return the index of a link, or 0 if it does not exist."""
     found = await route.link_lookup(ifname=name)
     return found[0] if found else 0
 
 
 async def _networks_except(route: AsyncIPRoute, index: int, version: type[Network]) -> list[Network]:
-    """Destinations of the node's routes, without those through the link ``index``."""
+    """Return the destinations of the node's routes, except those through the link ``index``."""
     networks = []
     async for response in await route.route("dump", family=_FAMILIES[version]):
         destination = response.get("dst")
@@ -534,27 +551,30 @@ def _fresh_unique_local() -> IPv6Network:
 def stored_subnet(
     file: Path, taken: Iterable[Network], version: type[Network], fresh: Callable[[], Network]
 ) -> Network:
-    """The subnet that ``file`` has, unless one of ``taken`` collides with it by now: then a ``fresh`` one.
+    """Return the subnet stored in ``file``, or store a ``fresh`` one if the stored subnet collides with one of
+    ``taken``.
 
-    ``taken``: what the machine's routes reach.  Raises: what ``fresh`` does; OSError: it cannot be read, or
-    not be written.
+    Args:
+        taken: Destinations of the machine's routes.
+
+    Raises: The errors of ``fresh``; OSError: the file cannot be read or written.
     """
     try:
         remembered = version(file.read_text().strip())
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not is_no_file(error):
-            raise  # containers are on it
+            raise  # keep the subnet: containers may use it
     else:
-        # The default route is everywhere.
+        # The default route overlaps everything.
         if not any(remembered.overlaps(network) for network in taken if network.prefixlen):
             return remembered
-        log.warning("the gateway's subnet collides with a route and is changed", subnet=str(remembered))
+        log.warning("gateway subnet overlaps a route, choosing another", subnet=str(remembered))
     subnet = fresh()
     _save(file, subnet)
     return subnet
 
 
 def _save(file: Path, subnet: IPv4Network | IPv6Network) -> None:
-    """Keep ``subnet`` for the next process.  Raises: OSError."""
+    """Store ``subnet`` for the next process.  Raises: OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, f"{subnet}\n".encode(), is_durable=False)

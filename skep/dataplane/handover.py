@@ -1,4 +1,4 @@
-"""Passes sockets from one net process to the next, so that no query is lost while the version changes."""
+"""Hands sockets over from one net process to the next, so that no query is lost during an upgrade."""
 
 import os
 import socket
@@ -25,11 +25,11 @@ log = structlog.get_logger()
 
 _TIMEOUT_S = 5.0
 _SOCKETS_PER_MESSAGE = 200
-"""The kernel passes at most 253 descriptors at once."""
+"""The kernel passes at most 253 descriptors in one message (``SCM_MAX_FD``)."""
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What the predecessor held."""
+    """Everything that the predecessor held."""
 
     held: Held
     named: Mapping[Label, socket.socket] = {}
@@ -37,7 +37,7 @@ class Taken(msgspec.Struct, frozen=True):
 
 
 def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
-    """Send ``sockets`` behind a ``HandedOver``.  Blocks for up to 5 s.  Raises: OSError."""
+    """Send ``sockets`` after the ``HandedOver`` message.  Blocks for up to 5 s.  Raises: OSError."""
     with socket.socket(fileno=os.dup(connection.fileno())) as blocking:
         blocking.settimeout(_TIMEOUT_S)
         for start in range(0, len(sockets), _SOCKETS_PER_MESSAGE):
@@ -46,7 +46,8 @@ def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
 
 
 def take(path: Path) -> Taken | None:
-    """Everything that the process serving ``path`` holds; None: no process serves it.  Blocks for up to 5 s."""
+    """Return everything that the process serving ``path`` holds, or None if no process serves it.  Blocks for up to 5
+    s."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_TIMEOUT_S)
@@ -62,7 +63,7 @@ def take(path: Path) -> Taken | None:
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("predecessor has not handed over", reason=str(error))
         return None
-    # One of a version before sends no labels.
+    # The previous version sends no labels.
     named = dict(zip(response.labels, received, strict=False))
     by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received[len(named) :]}
     names = {
@@ -74,7 +75,7 @@ def take(path: Path) -> Taken | None:
 
 
 def _sockets(connection: socket.socket) -> list[socket.socket]:
-    """All sockets until the other end closes."""
+    """Receive sockets until the other end closes."""
     sockets: list[socket.socket] = []
     while True:
         data, descriptors, _, _ = socket.recv_fds(connection, 1, _SOCKETS_PER_MESSAGE)

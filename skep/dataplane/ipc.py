@@ -1,6 +1,6 @@
-"""Requests to another process of this node, over a unix socket: one request, one response.
+"""Requests to another process of this node, over a Unix socket: one request, one response.
 
-Each message has its length (4 bytes, big-endian) before it.  The processes may be of two consecutive versions, so
+Each message is preceded by its length (4 bytes, big-endian).  The two processes may be of consecutive versions, so
 fields of messages are only ever added.
 """
 
@@ -19,27 +19,28 @@ _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-"""Serves one connection."""
+"""Handles one connection."""
 
 
 def framed(body: bytes) -> bytes:
-    """``body`` with its length before it."""
+    """Return ``body`` preceded by its length."""
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
 async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | None:
-    """The next message; None: the other end has closed.  Raises: Unavailable: not a message."""
+    """Return the next message, or None after the other end has closed.  Raises: Unavailable: the message is too
+    long."""
     try:
         length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
         if length > bytes_max:
-            raise Unavailable(f"a message of {length} bytes, which is more than {bytes_max}")
+            raise Unavailable(f"message of {length} bytes exceeds the limit of {bytes_max}")
         return await reader.readexactly(length)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
 
 
 async def serve(converse: Serve, path: Path) -> asyncio.Server:
-    """Listen at ``path``, in place of the server there, for processes of this user alone.  Raises: OSError."""
+    """Listen at ``path``, replacing the server there, for processes of this user only.  Raises: OSError."""
     listener = private_socket(path)
     try:
         return await asyncio.start_unix_server(converse, sock=listener)
@@ -49,15 +50,15 @@ async def serve(converse: Serve, path: Path) -> asyncio.Server:
 
 
 class IpcClient:
-    """A client: one kept connection, opened again when the other process was replaced.
+    """A client with one kept connection, which it reopens when the other process was replaced.
 
-    A request waits while that process restarts, for up to 10 s.
+    A request waits for up to 10 s while that process restarts.
     """
 
     def __init__(
         self, path: Path, clock: Clock, rng: Callable[[], float], *, server: str, bytes_max: int
     ) -> None:
-        """``server``: the other process, for error texts; ``bytes_max``: of a response."""
+        """Make a client.  ``server`` names the other process in errors.  A response has at most ``bytes_max`` bytes."""
         self._path = path
         self._clock = clock
         self._rng = rng
@@ -67,7 +68,9 @@ class IpcClient:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: bytes) -> bytes:
-        """The response to ``body``, which is sent again over a new connection when one breaks.  Raises: Unavailable."""
+        """Send a request and return its response.  It is sent again over a new connection when one breaks.
+
+        Raises: Unavailable: no response within 10 s."""
         message = framed(body)
         backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:
@@ -79,13 +82,13 @@ class IpcClient:
                         self.close()
                         await backoff.sleep(self._clock)
                     except BaseException:
-                        self.close()  # a response may still come: the connection cannot be used again
+                        self.close()  # a late response may still arrive on this connection
                         raise
         except TimeoutError as error:
             raise Unavailable(f"{self._server} does not answer on {self._path}") from error
 
     def close(self) -> None:
-        """Close the connection; the next request opens another."""
+        """Close the connection.  The next request opens another."""
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None

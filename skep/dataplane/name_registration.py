@@ -1,4 +1,4 @@
-"""Names and virtual addresses of containers on networks: requests to the net process, which serves them."""
+"""Registers names and virtual addresses of containers with the net process, which serves them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,23 +16,23 @@ log = structlog.get_logger()
 
 
 class NameRegistry(Protocol):
-    """The net process (``client.NetClient``)."""
+    """The net process's service of names (``client.NetClient``)."""
 
     async def serve(self, named: Named) -> None:
-        """Serve names in a container's namespace, in place of those it had.  Raises: SkepError."""
+        """Serve names in a container's namespace, replacing earlier ones.  Raises: SkepError."""
 
     async def forget(self, id: str) -> None:
-        """Serve none in the namespace of container ``id``; harmless when there are none.  Raises: SkepError."""
+        """Stop serving names to container ``id``.  Does nothing if it is not served.  Raises: SkepError."""
 
     async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
-        """Read the tables of ``networks`` (none: all) again, and apply them.  Raises: SkepError."""
+        """Reload and apply the tables of ``networks``, or of all networks if empty.  Raises: SkepError."""
 
     async def listing(self) -> Listing:
-        """Everything that it serves.  Raises: SkepError."""
+        """Return everything that the net process serves.  Raises: SkepError."""
 
 
 class NameRegistration:
-    """Has the net process serve each container on networks.  ``resolver``: the node's /etc/resolv.conf."""
+    """Registers each container on a network with the net process.  ``resolver`` is the node's /etc/resolv.conf."""
 
     def __init__(self, service: NameRegistry, resolver: Path) -> None:
         self._service = service
@@ -41,7 +41,7 @@ class NameRegistration:
         self._failing: dict[str, str] = {}
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
-        """Serve exactly the ``live`` ones.  Failures are logged: these containers run already."""
+        """Serve exactly the ``live`` containers.  Failures are only logged, because these containers run already."""
         found = ((config.id, self._named(config, one)) for config, one in live)
         self._wanted = {id: named for id, named in found if named is not None}
         served = {one.id: one for one in (await self._service.listing()).served}
@@ -49,8 +49,8 @@ class NameRegistration:
             await self._service.forget(id)
         await self._serve_others(served)
 
-    async def served(self) -> frozenset[str]:
-        """Ids of the containers that have names.  Those that should and have none are served first.
+    async def ensure_served(self) -> frozenset[str]:
+        """Register containers that should have names and have none, and return the ids of all that had names before.
 
         Raises: SkepError: the net process does not respond.
         """
@@ -66,29 +66,29 @@ class NameRegistration:
                 await self._service.serve(named)
             except SkepError as error:
                 if self._failing.get(id) != str(error):
-                    log.warning("container without names", container=id, reason=str(error))
+                    log.warning("container names not served", container=id, reason=str(error))
                 self._failing[id] = str(error)
             else:
                 self._failing.pop(id, None)
 
     async def attach(self, config: SandboxConfig, sandbox: Sandbox) -> None:
-        """Names are served when this returns.  Raises: SkepError."""
+        """Register the container's names.  They are served when this returns.  Raises: SkepError."""
         if (named := self._named(config, sandbox)) is not None:
             await self._service.serve(named)
             self._wanted[config.id] = named
 
     async def detach(self, id: ContainerId) -> None:
-        """Serve no names to the container any more; harmless when it has none.  Raises: SkepError."""
+        """Stop serving names to the container.  Does nothing if it has none.  Raises: SkepError."""
         self._wanted.pop(id, None)
         self._failing.pop(id, None)
         await self._service.forget(id)
 
     async def listing(self) -> Listing:
-        """Everything that the net process holds and has counted.  Raises: SkepError."""
+        """Return everything that the net process holds and has counted.  Raises: SkepError."""
         return await self._service.listing()
 
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
-        """Have the net process read the tables of ``networks`` again, and apply them.  Raises: SkepError."""
+        """Reload and apply the tables of ``networks`` in the net process.  Raises: SkepError."""
         await self._service.refresh(networks)
 
     def _named(self, config: SandboxConfig, sandbox: Sandbox) -> Named | None:
@@ -97,9 +97,9 @@ class NameRegistration:
 
 
 def named_of(config: SandboxConfig, sandbox: Sandbox, node_resolver: str) -> Named | None:
-    """The request for a container's names; None: it is on no network.
+    """Return the request for a container's names, or None if it is on no network.
 
-    ``node_resolver``: the text of the node's /etc/resolv.conf.
+    ``node_resolver`` is the text of the node's /etc/resolv.conf.
     """
     if not sandbox.endpoints:
         return None

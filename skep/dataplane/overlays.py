@@ -1,8 +1,9 @@
-"""The overlay networks of one node: a namespace for each, with bridge and VXLAN; the ingress network's at home.
+"""Overlay networks of one node.  Each has a namespace with a bridge and VXLAN devices, except the ingress network.
 
-A network's namespace is made by whichever comes first, its table or a container on it, and removed with the last of
-them.  Pins lie in a folder beside the containers'.  What earlier processes of this node left is used as it is; it is
-cleared up when the first tables have come, because before that their owners are not known.
+The ingress network's devices are in the node's own namespace.  A network's namespace is created with its table or with
+the first container on it, whichever comes first, and removed with the last of them.  Namespaces are pinned in a folder
+next to the containers'.  Namespaces of earlier processes are reused.  Unneeded ones are removed when the first tables
+have arrived, because their owners are not known before.
 """
 
 import asyncio
@@ -47,14 +48,14 @@ from skep.model.tables import NetworkHead, Table
 log = structlog.get_logger()
 
 _AT_ONCE = 8
-"""Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
+"""Networks that are changed concurrently.  The kernel makes each change wait, most of all deletions of devices."""
 _FILTER_PART = "vxlan_filter"
 
 
 def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler:
-    """Of the node's own namespace, in which others have devices and routes too.
+    """Return the reconciler of the node's own namespace, where other programs also have devices and routes.
 
-    Until tables have come it is not known what there belongs to no network, so nothing is removed.
+    It removes nothing until tables have arrived: before, it is not known which devices belong to no network.
     """
     scope = Scope(selects=_is_of_ingress, has_own_routes=False)
     return NetnsReconciler("node", namespaces.home, namespaces, repairs, scope)
@@ -66,10 +67,12 @@ def _is_of_ingress(link: Link) -> bool:
 
 
 class Overlays:
-    """All overlay networks of this node, and the insides of its containers' namespaces.
+    """All overlay networks of this node, and the interfaces in its containers' namespaces.
 
-    ``pins``: where networks' namespaces are pinned.  ``home``: the node's own namespace.  ``tunnels``: carry encrypted
-    networks between nodes.
+    Args:
+        pins: Folder where networks' namespaces are pinned.
+        home: Reconciler of the node's own namespace.
+        tunnels: Carry encrypted networks between nodes.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Overlays:
         self._deferred = deferred
         self._tunnels = tunnels
         self._node_id = NodeId("")
-        """In the cluster that the tables are of."""
+        """This node's id in the cluster that the tables belong to."""
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
         self._is_cleared = False
@@ -110,29 +113,36 @@ class Overlays:
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
-        """All ``tables`` of this node's networks, of which those ``changed`` since the last call.
+        """Apply the tables of this node's networks.
 
-        Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
+        All networks are tried, whatever fails.
+
+        Args:
+            tables: All tables of this node.
+            changed: The networks whose tables changed since the last call.
+
+        Raises:
+            SkepError: The kernel refused a change to some network.  It is also retried in the background.
         """
         async with self._applying:
-            # Containers that run already have to be known first: their ports would be removed.
+            # Wait until running containers are known, because the ports of unknown containers are removed.
             await self._restored.wait()
             self._node_id = node_id
             await self._apply(tables, changed)
 
     async def apply_nothing(self) -> None:
-        """This node has no tables: remove what earlier processes left of networks."""
+        """Remove everything that earlier processes left of networks: this node has no tables."""
         try:
             await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
             log.warning("networks not cleared", error=str(error))
 
-    async def remeasured(self) -> None:
-        """Have networks follow what was measured by now.  Every one is tried.  Raises: SkepError."""
+    async def apply_measurements(self) -> None:
+        """Apply changed measurements of the underlay to the networks.  All networks are tried.  Raises: SkepError."""
         async with self._applying:
-            if self._is_cleared:  # otherwise the first tables bring it about
+            if self._is_cleared:  # otherwise the first tables apply them
                 refused: list[SkepError] = []
-                await self._tried(self._find_underlays(), refused)
+                await self._collect_errors(self._find_underlays(), refused)
                 await self._settle_all([id for id in self._tables if self._lies_on_another(id)], refused)
                 if refused:
                     raise refused[0]
@@ -144,15 +154,15 @@ class Overlays:
             for reconciler in (self._home, *self._reconcilers.values()):
                 reconciler.invalidate()
         refused: list[SkepError] = []
-        await self._tried(self._find_underlays(), refused)
-        await self._tried(self._apply_tunnels(), refused)
-        await self._tried(self._settle_home(), refused)
+        await self._collect_errors(self._find_underlays(), refused)
+        await self._collect_errors(self._apply_tunnels(), refused)
+        await self._collect_errors(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._endpoints.keys() if is_first else frozenset())
         await self._settle_all(concerned, refused)
         if is_first:
-            await self._tried(self._clear_pins(), refused)
+            await self._collect_errors(self._clear_pins(), refused)
         if is_first and not refused:
-            await self._tried(self._clear_home(), refused)
+            await self._collect_errors(self._clear_home(), refused)
         if refused:
             raise refused[0]
         self._is_cleared = True
@@ -173,21 +183,21 @@ class Overlays:
 
     async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
         async with limit:
-            await self._tried(self._settle(id), refused)
-            await self._tried(self._settle_containers(id), refused)
+            await self._collect_errors(self._settle(id), refused)
+            await self._collect_errors(self._settle_containers(id), refused)
 
-    async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
+    async def _collect_errors(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
             await work
         except SkepError as error:
             refused.append(error)
         except OSError as error:
             refused.append(KernelRefused(str(error)))
-        except ValueError as error:  # the other networks go on
+        except ValueError as error:  # one invalid table does not stop the other networks
             refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
-        """The filter of VXLAN packets, before any device takes them."""
+        """Apply the filter of VXLAN packets.  It must exist before any VXLAN device receives packets."""
         if self._tables:
             table = vxlan_filter(self._tables, self._node_id, (BRIDGE,))
             self._home.set_part(_FILTER_PART, State(), table)
@@ -196,7 +206,9 @@ class Overlays:
         await self._home.apply()
 
     async def _clear_home(self) -> None:
-        """Remove what no network needs in the node's own namespace; only after the state of all networks was set."""
+        """Remove everything in the node's own namespace that no network needs.
+
+        Call it only after the desired state of all networks was set."""
         self._home.is_exclusive = True
         self._home.invalidate()
         await self._home.apply()
@@ -204,15 +216,15 @@ class Overlays:
     # --- containers -------------------------------------------------------------------------------------------
 
     def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
-        """Containers of earlier processes that go on; nothing of them is touched."""
+        """Register running containers of an earlier process, without touching their networking."""
         for id, sandbox in live.items():
             for endpoint in sandbox.endpoints:
                 self._enter(id, sandbox.netns, endpoint)
 
     async def begin(self, live: Mapping[ContainerId, Sandbox]) -> None:
-        """Keep the node's own namespace and those of the ``live`` containers, and take tables.
+        """Start to reconcile the namespaces of the node and of the ``live`` containers, and accept tables.
 
-        The gateway bridge is there already.  Raises: OSError.
+        The gateway bridge must exist already.  Raises: OSError.
         """
         await self._healer.watch(self._home)
         for id, sandbox in live.items():
@@ -231,9 +243,9 @@ class Overlays:
         *,
         first: str = "eth0",
     ) -> tuple[Endpoint, ...]:
-        """A port on the bridge of each network, with ``first`` and so on in the container's namespace as far ends.
+        """Connect a container to networks: a port on each network's bridge, and an interface in its namespace.
 
-        Addresses come with ``settle_container``.  Raises: SkepError.
+        The interfaces are ``first`` and the following.  ``settle_container`` sets their addresses.  Raises: SkepError.
         """
         for config in configs:
             if reason := self._tunnels.refusal(config.head):
@@ -251,13 +263,13 @@ class Overlays:
         return endpoints
 
     async def settle_container(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
+        """Set addresses and routes in the container's namespace and maintain them from now on.  Raises: SkepError."""
         reconciler = await self._watch_container(container_id, sandbox)
         reconciler.assume(just_made(reconciler.wanted, sandbox.sysctls))
         await reconciler.apply()
 
     async def change(self, id: ContainerId, gone: Iterable[Endpoint], sandbox: Sandbox) -> None:
-        """Take a container that runs on from networks; it has ``sandbox`` now.  Raises: SkepError; OSError."""
+        """Disconnect a running container from networks.  ``sandbox`` is its new state.  Raises: SkepError; OSError."""
         if (before := self._containers.pop(id, None)) is not None:
             self._healer.forget(before[0])
         for one in gone:
@@ -266,9 +278,9 @@ class Overlays:
         await (await self._watch_container(id, sandbox)).apply()
 
     def disconnect(self, container_id: ContainerId, endpoints: Sequence[Endpoint]) -> None:
-        """Its ports go with its namespace; networks that are not needed any more are removed in a moment.
+        """Disconnect a container whose namespace is about to be removed together with its ports.
 
-        Harmless when all of that is gone.
+        Unneeded networks are removed a moment later.  Idempotent.
         """
         found = self._containers.pop(container_id, None)
         if found is not None:
@@ -283,25 +295,25 @@ class Overlays:
             self._deferred.soon(id, partial(self._settle, id))
 
     def reconciler_of(self, container_id: ContainerId) -> NetnsReconciler:
-        """Of a container that has its addresses."""
+        """Return the reconciler of a container that has its addresses."""
         return self._containers[container_id][0]
 
     def holders(self) -> frozenset[ContainerId]:
-        """Containers that have an endpoint on a network of this node."""
+        """Return the containers that have an endpoint on a network of this node."""
         return frozenset(self._containers).union(*self._endpoints.values())
 
     def endpoints_of(self, container_id: ContainerId) -> tuple[Endpoint, ...]:
-        """The endpoints of one container."""
+        """Return the endpoints of one container."""
         return tuple(one[container_id].endpoint for one in self._endpoints.values() if container_id in one)
 
     async def sweep(self) -> None:
-        """Remove namespaces of networks that this node has no part in any more.  Raises: OSError."""
+        """Remove namespaces of networks that this node no longer takes part in.  Raises: OSError."""
         if self._is_cleared:
             await self._clear_pins()
 
     def _enter(self, container_id: ContainerId, netns: str, endpoint: Endpoint) -> None:
         if endpoint.config.head.parent is not None:
-            return  # it is no network that this node carries: there is a device in the container's namespace alone
+            return  # the network is not carried by this node: its only device is in the container's namespace
         self._heads.setdefault(endpoint.network_id, endpoint.config.head)
         endpoints = self._endpoints.setdefault(endpoint.network_id, {})
         endpoints[container_id] = LocalEndpoint(netns, endpoint)
@@ -325,19 +337,19 @@ class Overlays:
         return reconciler
 
     async def _remake(self, sandbox: Sandbox, interface: str) -> None:
-        """Make an interface of a container anew, from its bridge."""
+        """Recreate an interface of a container together with its bridge port."""
         for one in sandbox.endpoints:
             if one.interface == interface:
                 is_ingress = self._head_of(one.network_id).is_ingress
                 reconciler = self._home if is_ingress else self._reconcilers.get(one.network_id)
                 if reconciler is None:
-                    raise KernelRefused(f"nothing is known of network {one.network_name} yet")
+                    raise KernelRefused(f"network {one.network_name} is not set up on this node yet")
                 await reconciler.remake(one.port)
         if interface == sandbox.interface and sandbox.port:
             await self._home.remake(sandbox.port)
 
     async def _settle_containers(self, id: NetworkId) -> None:
-        """The MTU may be another one now."""
+        """Apply a network's changed MTU in the namespaces of its containers."""
         for container_id in tuple(self._endpoints.get(id, {})):
             if container_id in self._containers:
                 reconciler, sandbox = self._containers[container_id]
@@ -359,7 +371,7 @@ class Overlays:
     # --- networks ---------------------------------------------------------------------------------------------
 
     async def _settle(self, id: NetworkId) -> None:
-        """Bring about what is known of one network by now.  Raises: SkepError; OSError."""
+        """Reconcile one network with its present table and containers.  Raises: SkepError; OSError."""
         async with self._locks.setdefault(id, asyncio.Lock()):
             endpoints = tuple(self._endpoints.get(id, {}).values())
             if id not in self._tables and not endpoints:
@@ -380,12 +392,13 @@ class Overlays:
             )
             reconciler = await self._reconciler(id, head)
             reconciler.set_part(id, state, spoofing_filter(owner(one.endpoint) for one in endpoints))
-            # A container may come before its network's table was applied, or when the last one just went.
+            # A container may start before its network's table was applied, or when the last one has just ended.
             async with self._tunnels.kept_open() if is_tunnelled else nullcontext():
                 await reconciler.apply()
 
     def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
-        """The table of a network and what its VXLANs leave from; those of an encrypted one are inside the tunnels."""
+        """Return a network's table and the underlay of its VXLANs, which for an encrypted network are inside the
+        tunnels."""
         table = self._tables.get(id)
         underlay = self._underlays.of(self._node_id, table)
         if table is not None and table.head.is_encrypted:
@@ -393,7 +406,7 @@ class Overlays:
         return table, underlay
 
     def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
-        """Remembered for each table, of which a large network's is long, and many containers start on it."""
+        """Return the table's entries, cached: a large network's table is long and many containers start on it."""
         known = self._remote.get(table.head.id)
         if known is None or known[0] is not table or known[1:3] != (self._node_id, underlay):
             entries = remote_entries(table, self._node_id, underlay)
@@ -401,14 +414,14 @@ class Overlays:
         return known[3]
 
     def _lies_on_another(self, id: NetworkId) -> bool:
-        """Whether what is under a network differs from what it was made for."""
+        """Return whether a network's entries were made for another underlay or other addresses."""
         known, (table, underlay) = self._remote.get(id), self._carried(id)
         return known is None or known[0] is not table or known[2] != underlay
 
     async def _reconciler(self, id: NetworkId, head: NetworkHead) -> NetnsReconciler:
         if head.is_ingress:
             return self._home
-        if not id.isalnum():  # it becomes the name of a file
+        if not id.isalnum():  # the id becomes a file name
             raise InvalidArgument(f"invalid network id {id!r}")
         reconciler = self._reconcilers.get(id)
         if reconciler is None:
@@ -433,26 +446,26 @@ class Overlays:
             await self._home.apply()
 
     async def _clear_pins(self) -> None:
-        """Remove namespaces of networks that this node has no part in any more."""
+        """Remove namespaces of networks that this node no longer takes part in."""
         in_use = self._reconcilers.keys() | self._tables.keys() | self._endpoints.keys()
         for id in self._pins.pinned():
             if (
-                id not in in_use  # without a reconciler: it could not be settled yet
+                id not in in_use  # such a network has no reconciler if it could not be settled yet
                 and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked()
             ):
-                log.info("namespace of a network that is gone removed", network=id)
+                log.info("namespace of removed network deleted", network=id)
                 await pinned.remove(self._pins, id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
-        """Raises: KernelRefused: the network was removed meanwhile."""
+        """Return a network's head.  Raises: KernelRefused: the network was removed meanwhile."""
         if id in self._tables:
             return self._tables[id].head
         if id not in self._heads:
-            raise KernelRefused(f"nothing is known of network {id} any more")
+            raise KernelRefused(f"network {id} was removed from this node")
         return self._heads[id]
 
 
 def _endpoint(config: EndpointConfig, interface: str) -> Endpoint:
-    """With ``interface`` in the container, and a bridge port that no earlier start of it had."""
+    """Return an endpoint with ``interface`` in the container and a new bridge port name."""
     mac = config.mac_address or mac_for(one.partition("/")[0] for one in config.addresses)
     return Endpoint(config=config, interface=interface, port=new_port_name(), mac_address=mac)

@@ -1,11 +1,11 @@
-"""Ports of the node itself: no other program may listen where a container is published.
+"""Reserves ports of the node, so that no other program listens where a container is published.
 
-A reserved port is a bound socket; the packets go to the container by nftables before they would reach it.  A daemon
-that binds the port gets EADDRINUSE, and so does Skep when another program has it.  The socket does not listen: a
-client that connects before the rules are there is refused, and not accepted by a socket that never answers.
+A reserved port is a bound socket, but nftables sends its packets to the container before they reach the socket.  A
+daemon that binds the port gets EADDRINUSE, and so does Skep when another program has the port.  The socket does not
+listen.  A client that connects before the rules exist is therefore refused, instead of accepted and never answered.
 
-The net process holds the sockets (``Reservations``) and records them in a file, from which the net process that follows
-a crash opens them again.
+The net process holds the sockets (``Reservations``) and records them in a file.  After a crash the next net process
+binds them again from that file.
 """
 
 import errno
@@ -28,33 +28,39 @@ from skep.model.reserved_ports import ReservedPorts
 
 
 class PortReservations(Protocol):
-    """Holds ports; the net process does, so that they outlive the node process."""
+    """Reserves ports in the net process, so that they outlive the node process."""
 
     async def reserve(
         self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
     ) -> int:
-        """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
+        """Reserve a port and return its number.
 
-        ``target``: the address and port to which what comes there is relayed.
-        Raises: AlreadyExists: another program has it; AddressNotHere.
+        Args:
+            port: The port, or 0 for any free port.
+            address: The address to bind, or empty for every IPv4 address.
+            target: The address and port to which the net process relays traffic.
+
+        Raises:
+            AlreadyExists: Another program has the port.
+            AddressNotHere: The node does not have the address.
         """
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
-        """Let it go; ignored when it is not held."""
+        """Release the port.  Does nothing if it is not held."""
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
-        """What is held: (protocol, port, address)."""
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
+        """Return the protocol, port and address of each reserved port."""
 
 
 class AddressNotHere(FailedPrecondition):
-    """The node has no such address."""
+    """The node does not have the address."""
 
 
 class UnreservedPorts:
-    """Ports of this machine without those that its own daemon uses: no container gets one, whoever asks.
+    """Reserves ports of this machine, except the ports of Skep's own daemon.
 
-    The daemon's sockets would hold most of them, but not before they are opened: the data path's with the first overlay
-    network, a manager's while its process is started again.
+    The daemon's sockets block most of them, but only once they are open.  The data path's socket opens with the first
+    overlay network, and a manager's is closed while its process restarts.
     """
 
     def __init__(self, ports: PortReservations, reserved: Callable[[], ReservedPorts]) -> None:
@@ -64,7 +70,8 @@ class UnreservedPorts:
     async def reserve(
         self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
     ) -> int:
-        """As ``PortReservations`` says.  Raises: AlreadyExists: also if the daemon uses the port."""
+        """Reserve a port as in ``PortReservations``.  Raises: AlreadyExists: the daemon uses the port, or another
+        program."""
         if use := self._reserved().get((protocol, port)):
             raise AlreadyExists(
                 f"Bind for {joined(address or '0.0.0.0', port)} failed: port is reserved for {use}"
@@ -72,19 +79,20 @@ class UnreservedPorts:
         number = await self._ports.reserve(protocol, port, address, target)
         if (protocol, number) not in self._reserved():
             return number
-        try:  # any free port was asked for, and that one is not: held meanwhile, or it would be given again
+        # The caller wants any free port, and this one is the daemon's.  Hold it meanwhile, or it would be chosen again.
+        try:
             return await self.reserve(protocol, port, address, target)
         finally:
             await self._ports.release(protocol, number, address)
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
-        """As ``PortReservations`` says."""
+        """Release a port as in ``PortReservations``."""
         await self._ports.release(protocol, port, address)
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
-        """As ``PortReservations`` says; what the daemon has come to use is let go first."""
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
+        """Return reserved ports as in ``PortReservations``, after releasing ports that the daemon now uses."""
         held, reserved = [], self._reserved()
-        for key in await self._ports.held():
+        for key in await self._ports.list_held():
             if key[:2] in reserved:
                 await self._ports.release(*key)
             else:
@@ -93,9 +101,9 @@ class UnreservedPorts:
 
 
 def bind(protocol: str, port: int, address: str = "") -> socket.socket:
-    """A socket that holds ``port`` of the present network namespace.
+    """Return a socket bound to ``port`` in the present network namespace.
 
-    Raises: AlreadyExists, with Docker's words; AddressNotHere; InvalidArgument: an unknown protocol.
+    Raises: AlreadyExists, in Docker's words; AddressNotHere; InvalidArgument: an unknown protocol; Unavailable.
     """
     kinds = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM, "sctp": socket.SOCK_STREAM}
     if protocol not in kinds:
@@ -112,10 +120,10 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     try:
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if protocol != "udp":  # connections of a server that has ended do not count, one that listens does
+        if protocol != "udp":  # ignore connections of an ended server, but not a listening server
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((address, port))
-        if protocol != "udp":  # from now on no other socket may share it, whatever its options
+        if protocol != "udp":  # from now on no other socket may share the port, whatever its options
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         opened.close()
@@ -136,22 +144,22 @@ Held = dict[Reservation, socket.socket]
 
 
 class Reservations:
-    """The host ports that this process holds.  ``state``: the file in which they are recorded."""
+    """The host ports that this process holds.  They are recorded in the file ``state``."""
 
     def __init__(self, state: Path, held: Held) -> None:
         self._state = state
         self._held = held
 
     def list(self) -> Sequence[Reservation]:
-        """All that are held."""
+        """Return all reservations."""
         return tuple(self._held)
 
     def sockets(self) -> Sequence[socket.socket]:
-        """In the order of ``list``."""
+        """Return the sockets in the order of ``list``."""
         return tuple(self._held.values())
 
     def held(self) -> Sequence[tuple[Reservation, socket.socket]]:
-        """All with their sockets, which stay this object's."""
+        """Return all reservations with their sockets, which this object still owns."""
         return tuple(self._held.items())
 
     def reserve(
@@ -162,10 +170,10 @@ class Reservations:
         address: str = "",
         target: tuple[str, int] | None = None,
     ) -> int:
-        """Hold ``port`` (0: any free one); the same answer again for the same ``token``.
+        """Reserve ``port``, or any free port if 0.  A repeated call with the same ``token`` returns the same port.
 
-        Raises: AlreadyExists: another program has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
-        all; OSError: it cannot be recorded.
+        Raises: AlreadyExists: another program has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be bound;
+        OSError: it cannot be recorded.
         """
         for held in self._held:
             if held.token == token:
@@ -175,14 +183,14 @@ class Reservations:
         self._held[reservation] = opened
         try:
             self.record()
-        except OSError:  # the next process would not have it
+        except OSError:  # without a record the next process would not hold the port
             del self._held[reservation]
             opened.close()
             raise
         return reservation.port
 
     def release(self, protocol: str, port: int, address: str = "") -> None:
-        """Let ``port`` go; harmless when it is not held."""
+        """Release ``port``.  Does nothing if it is not held."""
         wanted = (protocol, port, address)
         for held in [one for one in self._held if (one.protocol, one.port, one.address) == wanted]:
             self._held.pop(held).close()
@@ -194,9 +202,9 @@ class Reservations:
 
 
 def reopened(state: Path) -> Held:
-    """The ports in the file of an earlier process, bound again; those that another program has are left out.
+    """Bind the ports recorded by an earlier process again.  Ports that another program has taken are left out.
 
-    A damaged file is kept beside it (``.damaged``), and counts as none.  Raises: OSError: it cannot be read now.
+    A damaged file counts as empty and is renamed to ``<name>.damaged``.  Raises: OSError: it cannot be read at present.
     """
     try:
         reservations = msgspec.json.decode(state.read_bytes(), type=tuple[Reservation, ...])
@@ -206,7 +214,7 @@ def reopened(state: Path) -> Held:
         return {}
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         aside = state.with_name(state.name + ".damaged")
-        log_error(error, "ports are not held any more: their file is damaged", kept_as=str(aside))
+        log_error(error, "reserved ports lost: their file is damaged", kept_as=str(aside))
         discard_tree_now(aside)
         with suppress(OSError):
             state.rename(aside)

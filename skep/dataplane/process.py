@@ -1,4 +1,4 @@
-"""The net process itself: takes over from its predecessor, then answers on ``net.sock`` until SIGTERM."""
+"""The net process: takes over from its predecessor, then answers requests on ``net.sock`` until SIGTERM."""
 
 import asyncio
 import random
@@ -53,7 +53,7 @@ _PREDECESSOR_ENDS_S = 5.0
 
 
 class Ports(NamedTuple):
-    """The node's ports that are held, and what is relayed from them."""
+    """The node's reserved ports, and the relays of their traffic."""
 
     held: Reservations
     relays: HostRelays
@@ -61,12 +61,13 @@ class Ports(NamedTuple):
 
 
 def run(paths: Paths, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
-    """Be the net process of this node.  Blocks until SIGTERM, or until a successor has taken over.
+    """Run as the net process of this node.  Blocks until SIGTERM, or until a successor has taken over.
 
-    ``beside``: work that has to go on without the node process too.
+    The work of ``beside`` runs here because it must continue while the node process is down.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three sockets per container
+    # the number of sockets grows with the containers: three for each
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     taken = handover.take(paths.net_socket)
     with detached(
         "net",
@@ -123,11 +124,11 @@ async def _run(
 
 
 async def _kept_apart(work: Awaitable[None]) -> None:
-    """A failure of one container's work ends no other's, nor the process."""
+    """Log a failure of one container's work, which must not end others' work or the process."""
     try:
         await work
     except Exception:
-        log.exception("unexpected")
+        log.exception("work for a container failed unexpectedly")
 
 
 async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
@@ -135,7 +136,7 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     open_now: set[asyncio.StreamWriter] = set()
     all_closed = asyncio.Event()
-    is_leaving = False  # later requests go to the next process: clients try again
+    is_leaving = False  # later requests are for the next process: clients retry
 
     async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal is_leaving
@@ -167,9 +168,9 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
                 all_closed.set()
 
     server = await serve(serve_connection, paths.net_socket)
-    with closing(server):  # only that: waiting for it would be waiting for its connections
+    with closing(server):  # do not wait for the server to close: that waits for its connections
         ports.held.record()
-        log.info("net process serves", ports=len(ports.held.list()), containers=len(serving.list()))
+        log.info("net process ready", ports=len(ports.held.list()), containers=len(serving.list()))
         await over.wait()
         is_leaving = True
     all_closed.clear()
@@ -182,11 +183,12 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
 async def _hand_over(
     writer: asyncio.StreamWriter, reservations: Reservations, serving: ServedContainers
 ) -> None:
-    """Give everything to the other end.  Raises: OSError: it did not take it, and all goes on as before."""
+    """Hand everything over to the other end.  Raises: OSError: it did not take over, and this process continues."""
     waiting: tuple[Waiting, ...] = serving.pause()
     try:
         named = serving.sockets()
-        writer.transport.set_write_buffer_limits(0)  # sockets follow when all of the response is out
+        # the sockets are sent outside the stream, after the whole response
+        writer.transport.set_write_buffer_limits(0)
         writer.write(frame(HandedOver(tuple(reservations.list()), tuple(named), waiting)))
         await writer.drain()
         handover.give(writer.get_extra_info("socket"), (*named.values(), *reservations.sockets()))
@@ -217,17 +219,17 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
             held, served = tuple(ports.held.list()), tuple(serving.list())
             return Listing(held, served, serving.repairs.total, serving.counts())
         case Serve(named):
-            return await _done(serving.serve(named))
+            return await _finish(serving.serve(named))
         case Forget(id):
             serving.forget(id)
             return Done()
         case Refresh(networks):
-            return await _done(serving.refresh(networks))
+            return await _finish(serving.refresh(networks))
         case HandOver():
-            raise AssertionError("handed over before")
+            raise AssertionError("HandOver is handled by the connection's loop")
 
 
-async def _done(work: Awaitable[None]) -> Done | Refused:
+async def _finish(work: Awaitable[None]) -> Done | Refused:
     try:
         await work
     except SkepError as error:

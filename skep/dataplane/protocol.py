@@ -1,9 +1,9 @@
-"""The messages of ``net.sock``: one request, one response, each with its length (4 bytes, big-endian) before it.
+"""The messages of ``net.sock``: one request, one response, each preceded by its length (4 bytes, big-endian).
 
-Hand-over is the exception: ``HandedOver`` is followed by single bytes that carry the sockets in ancillary data
-(``SCM_RIGHTS``): first those of ``labels``, in their order, then those of reservations; a socket's address
-says which reservation it is.  The processes may be of two consecutive versions, so fields are only ever added, and the
-names of the requests and responses, which are their tags, stay.
+Hand-over is the exception.  ``HandedOver`` is followed by single bytes that carry the sockets in ancillary data
+(``SCM_RIGHTS``): first the sockets of ``labels``, in their order, then the sockets of reservations.  A socket's address
+identifies its reservation.  The two processes may be of consecutive versions, so fields are only ever added, and
+requests and responses keep their names, which are their tags.
 """
 
 from typing import cast
@@ -17,10 +17,12 @@ FRAME_BYTES_MAX = 4 * 1024 * 1024
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """A host port that is held.
+    """A reserved host port.
 
-    ``token``: of the call that reserved it, so that the call may be repeated; ``address`` empty: every IPv4 address;
-    ``target``: the address and port to which the net process relays what comes there (``proxy/host_ports.py``).
+    Args:
+        token: Identifies the call that reserved the port, so that the call may be repeated.
+        address: The address that it is bound to, or empty for every IPv4 address.
+        target: The address and port to which the net process relays traffic (``proxy/host_ports.py``).
     """
 
     protocol: str
@@ -31,12 +33,13 @@ class Reservation(msgspec.Struct, frozen=True):
 
     @property
     def owner(self) -> str:
-        """Who reserved it (``client.NetClient``): empty for the ports of containers, and of former versions' tokens."""
+        """The owner of the reservation (``client.NetClient``).  Empty for ports of containers and for tokens of older
+        versions."""
         return self.token.rpartition(":")[0]
 
 
 class NameServer(msgspec.Struct, frozen=True):
-    """A name server to forward to."""
+    """A name server that queries are forwarded to."""
 
     address: str
     port: int = 53
@@ -49,28 +52,29 @@ class Place(msgspec.Struct, frozen=True):
     task: TaskId = TaskId("")
     addresses: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
-    """``container:alias``: names of this container alone."""
+    """Links as ``container:alias``.  Only this container resolves them."""
 
 
 class Named(msgspec.Struct, frozen=True, kw_only=True):
-    """A container whose namespace has names and virtual addresses."""
+    """A container with names and virtual addresses in its namespace."""
 
     id: str
     netns: str
-    """Path of its namespace."""
+    """Path of the namespace."""
     networks: tuple[Place, ...]
-    """In the order in which names are looked up."""
+    """The networks in which names are looked up, in this order."""
     servers: tuple[NameServer, ...] = ()
-    """Servers for other names, from the node's namespace, or from the container's if they are on a network of
-    its own."""
+    """Servers for other names.  A server on one of the container's networks is reached from the container's namespace,
+    others from the node's."""
     forwards: bool = True
-    """False: the container has no way out, so no query is forwarded from the node's namespace."""
+    """Whether queries are forwarded from the node's namespace.  False if the container has no egress."""
     forwards_single_labels: bool = True
-    """False: ``ndots`` was set, so that clients try their search domains instead."""
+    """Whether single-label names are forwarded.  False if ``ndots`` was set, so that clients try their search
+    domains."""
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
-    """Hold a port (0: any free one); answered with ``Reserved`` or ``Refused``."""
+    """Reserve a port, or any free port if 0.  Answered with ``Reserved`` or ``Refused``."""
 
     protocol: str
     port: int
@@ -80,7 +84,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
-    """Let a port go, if it is held; answered with ``Done``."""
+    """Release a port if it is held.  Answered with ``Done``."""
 
     protocol: str
     port: int
@@ -88,43 +92,49 @@ class Release(msgspec.Struct, frozen=True, tag=True):
 
 
 class List(msgspec.Struct, frozen=True, tag=True):
-    """Answered with ``Listing``."""
+    """List everything held and served.  Answered with ``Listing``."""
 
 
 class Serve(msgspec.Struct, frozen=True, tag=True):
-    """Have names and virtual addresses in a container's namespace, instead of what it had; answered with ``Done`` when
-    queries are answered, or with ``Refused``."""
+    """Serve names and virtual addresses in a container's namespace, replacing earlier ones.
+
+    Answered with ``Done`` when queries are answered, or with ``Refused``."""
 
     named: Named
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
-    """A container's namespace goes, or needs no names any more; answered with ``Done``."""
+    """Stop serving a container, whose namespace is removed or needs no names.  Answered with ``Done``."""
 
     id: str
 
 
 class Refresh(msgspec.Struct, frozen=True, tag=True):
-    """The tables of these networks have changed (all, if none is named); answered with ``Done`` when names and
-    virtual addresses of theirs are served by them in every namespace, with ``Refused`` where that failed."""
+    """Reload the tables of these networks, or of all networks if empty.
+
+    Answered with ``Done`` when names and virtual addresses follow the new tables in every namespace, or with
+    ``Refused`` if that failed."""
 
     networks: tuple[NetworkId, ...] = ()
 
 
 class HandOver(msgspec.Struct, frozen=True, tag=True):
-    """Give everything to the client, and end; answered with ``HandedOver``."""
+    """Hand everything over to the client and exit.  Answered with ``HandedOver``."""
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
-    """The port that is held now."""
+    """The port that is reserved now."""
 
     port: int
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """``message`` is a sentence for the task's status.
+    """The request failed.
 
-    ``is_taken``: because another program has the port; ``is_elsewhere``: because the node has no such address.
+    Args:
+        message: A sentence for the task's status.
+        is_taken: Whether another program has the port.
+        is_elsewhere: Whether the node lacks the address.
     """
 
     message: str
@@ -137,10 +147,12 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class NameCounts(msgspec.Struct, frozen=True):
-    """What the name servers have done since the process began.
+    """Counters of the name servers since the process started.
 
-    ``questions``: by type; ``responses``: source, code and number (``dns.counts``); ``in_flight``: queries at other
-    servers now.
+    Args:
+        questions: Number of questions by type.
+        responses: Source, code and number of responses (``dns.counts``).
+        in_flight: Queries that currently wait for other servers.
     """
 
     questions: tuple[tuple[str, int], ...] = ()
@@ -151,9 +163,11 @@ class NameCounts(msgspec.Struct, frozen=True):
 
 
 class Listing(msgspec.Struct, frozen=True, tag=True):
-    """``repairs``: how often tables in a container's namespace were repaired that another program had changed.
+    """Everything that the process holds and serves.
 
-    ``names``: a process of an older version has none.
+    Args:
+        repairs: How often tables in containers' namespaces were repaired after another program had changed them.
+        names: Counters of the name servers.  A process of an older version does not send them.
     """
 
     reservations: tuple[Reservation, ...]
@@ -163,7 +177,7 @@ class Listing(msgspec.Struct, frozen=True, tag=True):
 
 
 class Label(msgspec.Struct, frozen=True):
-    """Which socket of which container it is: ``udp`` or ``tcp``."""
+    """Identifies a socket by its container and its kind, ``udp`` or ``tcp``."""
 
     container: str
     kind: str
@@ -179,7 +193,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag=True):
-    """Everything that the process held; the sockets follow."""
+    """Everything that the process held.  The sockets follow."""
 
     reservations: tuple[Reservation, ...]
     labels: tuple[Label, ...] = ()
@@ -191,15 +205,15 @@ Response = Reserved | Refused | Done | Listing | HandedOver
 
 
 def frame(message: Request | Response) -> bytes:
-    """``message`` with its length before it."""
+    """Return ``message`` preceded by its length."""
     return framed(msgspec.msgpack.encode(message))
 
 
 def decode_request(body: bytes) -> Request:
-    """Raises: msgspec.DecodeError; UnicodeDecodeError."""
+    """Decode a request.  Raises: msgspec.DecodeError; UnicodeDecodeError."""
     return cast("Request", msgspec.msgpack.decode(body, type=Request))
 
 
 def decode_response(body: bytes) -> Response:
-    """Raises: msgspec.DecodeError; UnicodeDecodeError."""
+    """Decode a response.  Raises: msgspec.DecodeError; UnicodeDecodeError."""
     return cast("Response", msgspec.msgpack.decode(body, type=Response))

@@ -1,4 +1,4 @@
-"""One container's name server and virtual addresses in its namespace, run by the net process."""
+"""One container's name server and virtual addresses, which the net process serves in the container's namespace."""
 
 import asyncio
 import socket
@@ -37,9 +37,9 @@ OUR_TABLES = frozenset(
 
 
 class ContainerRecord(msgspec.Struct, frozen=True):
-    """What the net process saves of a container for the next one.
+    """A container's state that the net process saves for its successor.
 
-    ``namespace``: device and inode of its namespace, to recognise another one at the same path.
+    ``namespace`` is the device and inode of its namespace, which tell whether another one is at the same path by now.
     """
 
     named: Named
@@ -49,12 +49,12 @@ class ContainerRecord(msgspec.Struct, frozen=True):
     namespace: tuple[int, int] = (0, 0)
 
     def is_same_namespace(self) -> bool:
-        """Whether the namespace that was served is still there.  Raises: OSError: that is not known now."""
+        """Return whether the served namespace still exists.  Raises: OSError: that cannot be determined at present."""
         return self.namespace == namespace_at(Path(self.named.netns))
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """What all containers share.  ``start_task``: starts a supervised task."""
+    """Resources that all containers share.  ``start_task`` starts a supervised task."""
 
     directory: Path
     namespaces: Namespaces
@@ -65,8 +65,10 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 class ServedContainer:
-    """One container.  ``record``: of an earlier process or request, or new; ``on_foreign_change``: called when another
-    program has changed our tables in its namespace."""
+    """One container that is served.
+
+    ``record`` is new, or was saved by an earlier process or request.  ``on_foreign_change`` is called when another
+    program has changed our tables in the namespace."""
 
     def __init__(
         self, environment: Environment, record: ContainerRecord, on_foreign_change: Callable[[], None]
@@ -88,17 +90,17 @@ class ServedContainer:
         self.virtual = VirtualAddresses(environment.networks.backends, self._write, loaded)
 
     def adopt(self, sockets: Sockets) -> None:
-        """Serve at once at ``sockets``, which an earlier process or object has opened, with their rules."""
+        """Start to serve at ``sockets`` at once.  They come with their rules from an earlier process or object."""
         self.sockets = sockets
         self._server = self._new_server(sockets)
         self._server.start()
 
     async def open(self) -> None:
-        """Open sockets, write rules, watch for changes by others, and serve.
+        """Open sockets, write rules, watch for changes by other programs, and serve.
 
-        Raises: SkepError, OSError: that failed, or it was closed meanwhile.
+        Raises: SkepError, OSError: that failed, or the container was closed meanwhile.
         """
-        async with self._opening:  # a second call closes what the first has opened
+        async with self._opening:  # a second call closes the listeners of the first
             await self._open()
 
     async def _open(self) -> None:
@@ -111,11 +113,11 @@ class ServedContainer:
         sockets, notifications, packets = await self._environment.namespaces.run(
             path, self._prepare_namespace
         )
-        if self._is_closed:  # meanwhile: new sockets would never be closed
+        if self._is_closed:  # closed meanwhile: nothing else would close the new sockets
             for one in (notifications, packets, sockets if sockets is not earlier else None):
                 if one is not None:
                     one.close()
-            raise Unavailable("the container was forgotten while it was opened")
+            raise Unavailable("the container was removed while its names were set up")
         self._packets = packets
         if packets is not None:
             asyncio.get_running_loop().add_reader(packets, self._read_packets, packets)
@@ -131,7 +133,7 @@ class ServedContainer:
         self.save()
 
     def is_open(self) -> bool:
-        """Whether it is open, and its namespace is the same as then."""
+        """Return whether it is open and its namespace was not replaced since."""
         return self._watch is not None and self._watch.is_open and self.record.is_same_namespace()
 
     async def repair(self) -> None:
@@ -150,7 +152,7 @@ class ServedContainer:
             self._server.received(message, client)
 
     def pause(self) -> tuple[tuple[str, int, bytes], ...]:
-        """Stop serving; returns the pending queries."""
+        """Stop serving and return the pending queries."""
         return self._server.stop() if self._server is not None else ()
 
     def resume(self) -> None:
@@ -159,7 +161,7 @@ class ServedContainer:
             self._server.start()
 
     def release_sockets(self) -> Sockets | None:
-        """The sockets, which the caller owns from now on."""
+        """Return the sockets, which the caller owns from now on."""
         sockets, self.sockets = self.sockets, None
         return sockets
 
@@ -186,17 +188,17 @@ class ServedContainer:
     # --- resolver (dns.server) ---------------------------------------------------------------------------------
 
     def resolve(self, query: Query) -> Decision:
-        """How to respond to ``query`` at present."""
+        """Decide how to respond to ``query``."""
         networks = self._environment.networks
         indices = [networks.index(id) for id in self._network_ids()]
         return decide(query, indices, self._environment.rng(), self._links)
 
     def is_loaded(self, virtual: Services) -> bool:
-        """Whether the rules of these services' virtual addresses are in the namespace."""
+        """Return whether the rules of these services' virtual addresses are in the namespace."""
         return self.virtual.is_usable(virtual)
 
     async def load(self, virtual: Services) -> None:
-        """Write their rules.  Raises: SkepError, OSError."""
+        """Write the rules of these services.  Raises: SkepError, OSError."""
         await self.virtual.load(virtual)
         self.save()
 
@@ -210,21 +212,22 @@ class ServedContainer:
         return tuple(subnet for id in self._network_ids() for subnet in networks.index(id).subnets)
 
     def has_other_subnets(self) -> bool:
-        """Whether its networks have other subnets than when it was opened."""
+        """Return whether the subnets of its networks have changed since it was opened."""
         return self._own_subnets() != self._subnets
 
     def _prepare_namespace(self) -> tuple[Sockets, socket.socket, socket.socket | None]:
-        """In the namespace: sockets (unless there are any), their rules, and sysctls.
+        """In the namespace, open sockets unless there are some already, write their rules, and set sysctls.
 
-        Returns sockets, nftables notifications, and logged packets to unresolved addresses (None: the kernel does not
-        support it).
+        Returns the sockets, a socket for nftables notifications, and a socket for logged packets to unresolved
+        addresses.  The last is None if the kernel does not support it.
         """
         earlier = self.sockets
         sockets = earlier or open_sockets(self.record.udp_port, self.record.tcp_port)
         try:
             nft.create([names_table(*sockets.ports)])
             packets = on_demand.open_on_demand(self._subnets)
-            for name, value in conntrack.SYSCTLS.items():  # now that there is connection tracking
+            # possible now that the rules have loaded connection tracking
+            for name, value in conntrack.SYSCTLS.items():
                 set_sysctl(name, value)
             try:
                 return sockets, open_notifications(), packets
@@ -241,7 +244,7 @@ class ServedContainer:
         await self._environment.namespaces.run(Path(self.named.netns), self._write_inside, plan)
 
     def _write_inside(self, plan: Plan) -> None:
-        """In the namespace.  Only ``virtual`` writes plans, one after another."""
+        """Write a plan in the namespace.  Only ``virtual`` calls this, one plan at a time."""
         if self._elements is None:
             self._elements = ElementSocket()
         try:
@@ -249,7 +252,7 @@ class ServedContainer:
         except BaseException:
             self._close_elements()
             raise
-        if self._is_closed:  # meanwhile
+        if self._is_closed:  # closed meanwhile
             self._close_elements()
 
     def _close_elements(self) -> None:
@@ -283,7 +286,7 @@ class ServedContainer:
             self._on_foreign_change()
 
     def _read_packets(self, packets: socket.socket) -> None:
-        """Packets to addresses whose services may not be loaded yet."""
+        """Load services on demand: packets were sent to virtual addresses whose rules may not be loaded yet."""
         for address in on_demand.read(packets):
             for network in self._network_ids():
                 _, service = self._environment.networks.index(network).reverse.get(
@@ -297,7 +300,8 @@ class ServedContainer:
             await self.load(frozenset({(network, service)}))
             backends = self._environment.networks.backends(network).get(service, {})
             await self._environment.namespaces.run(Path(self.named.netns), _reset_flows, backends)
-        except (SkepError, OSError) as error:  # the next packet comes in half a minute
+        # not retried: the next packet of the flow is logged within half a minute
+        except (SkepError, OSError) as error:
             log.warning("virtual address not loaded", container=self.named.id, reason=str(error))
 
     def _stop_listening(self) -> None:
@@ -310,13 +314,15 @@ class ServedContainer:
 
 
 def _reset_flows(backends: VipBackends) -> None:
-    """Delete flows to these addresses that began before their rules, in the thread's namespace."""
+    """Delete flows to these addresses that began before their rules, in the calling thread's namespace."""
     delete_stale_flows(backends)
     flush_pending(backends.keys())
 
 
 def namespace_at(path: Path) -> tuple[int, int]:
-    """Device and inode of the namespace at ``path``; zeros: there is none.  Raises: OSError: that is not known now."""
+    """Return the device and inode of the namespace at ``path``, or zeros if it does not exist.
+
+    Raises: OSError: that cannot be determined at present."""
     try:
         found = path.stat()
     except OSError as error:

@@ -28,15 +28,15 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _REFRESH_S = 8.0
-"""How long a caller waits until all namespaces are updated; what takes longer goes on in the background."""
+"""Time that a caller waits until all namespaces are updated.  Slower updates continue in the background."""
 _REPAIR_PAUSE_S = 1.0
-"""Between two repairs of one namespace, so that a program that changes our tables all the time costs little."""
+"""Pause after a repair of one namespace, so that a program that changes our tables all the time costs little."""
 _PENDING_MAX = 512
-"""Pending queries that are handed over; clients repeat the others."""
+"""Pending queries that are handed over.  Clients repeat the others."""
 
 
 class _Work(IntEnum):
-    """What has to be done in a namespace; the larger includes the smaller."""
+    """Scheduled work in a namespace.  A larger value includes the smaller ones."""
 
     APPLY = 1
     REPAIR = 2
@@ -44,7 +44,9 @@ class _Work(IntEnum):
 
 
 class ServedContainers:
-    """``new_id``: 16 random bits; ``start_task``: starts a supervised task, whose failure ends no other."""
+    """All served containers.
+
+    ``new_id`` returns 16 random bits.  ``start_task`` starts a supervised task whose failure does not end others."""
 
     def __init__(
         self,
@@ -67,18 +69,18 @@ class ServedContainers:
         )
         self._served: dict[str, ServedContainer] = {}
         self._handed_over: dict[str, Sockets] = {}
-        """Of containers whose records could not be read yet."""
+        """Sockets of containers whose records could not be read yet."""
         self._applying: dict[ServedContainer, asyncio.Future[bool]] = {}
         self._work: dict[str, _Work] = {}
         self._workers: dict[str, asyncio.Task[None]] = {}
         self.repairs = Repairs()
 
     def list(self) -> Sequence[Named]:
-        """The containers that are served."""
+        """Return the containers that are served."""
         return tuple(one.named for one in self._served.values())
 
     def counts(self) -> NameCounts:
-        """What the name servers of all containers have done."""
+        """Return the counters of all containers' name servers."""
         counts = self._forwarder.counts
         return NameCounts(
             questions=tuple(counts.questions.items()),
@@ -89,9 +91,9 @@ class ServedContainers:
         )
 
     def take_over(self, sockets: Mapping[Label, socket.socket], pending: Iterable[Waiting]) -> None:
-        """Serve the containers that an earlier process has saved, at its sockets where they were handed over.
+        """Serve the containers that an earlier process has saved, at its sockets where it handed them over.
 
-        A record that cannot be read now is read again until it can; the other containers are served meanwhile.
+        A record that cannot be read at present is retried.  The other containers are served meanwhile.
         """
         self._handed_over = {
             id: Sockets(udp, sockets[Label(id, "tcp")])
@@ -109,7 +111,7 @@ class ServedContainers:
         self._take_all()
 
     def _take_all(self) -> None:
-        """Serve the containers whose records can be read.  Raises: OSError: another one's cannot."""
+        """Serve the containers whose records can be read.  Raises: OSError: some record cannot be read."""
         self._directory.mkdir(parents=True, exist_ok=True)
         failure: OSError | None = None
         for path in sorted(self._directory.iterdir()):
@@ -140,7 +142,7 @@ class ServedContainers:
         self._handed_over.clear()
 
     async def serve(self, named: Named) -> None:
-        """Serve the container ``named``, anew if it has changed.  Raises: FailedPrecondition."""
+        """Serve the container ``named``, or update it if it has changed.  Raises: FailedPrecondition."""
         record, earlier = ContainerRecord(named), self._handed_over.pop(named.id, None)
         pending: tuple[Waiting, ...] = ()
         old = self._served.get(named.id)
@@ -159,11 +161,11 @@ class ServedContainers:
         except (SkepError, OSError) as error:
             if self._served.get(named.id) is served:
                 self.forget(named.id)
-            raise FailedPrecondition(f"no names in the container's namespace: {error}") from error
+            raise FailedPrecondition(f"cannot serve names in the container's namespace: {error}") from error
         self._respond(pending)
 
     def forget(self, id: str) -> None:
-        """Stop serving the container; ignored when it is not served."""
+        """Stop serving the container.  Does nothing if it is not served."""
         for held in (self._served.pop(id, None), self._handed_over.pop(id, None)):
             if held is not None:
                 held.close()
@@ -173,10 +175,12 @@ class ServedContainers:
         )
 
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
-        """The tables of ``networks`` (empty: all) have changed; return when every namespace that has virtual addresses
-        of them is updated.  A namespace that has none of them, and is behind for another reason, is not waited for.
+        """Reload the tables of ``networks``, or of all networks if empty.
 
-        Raises: Unavailable: some are not yet; they are updated in the background.
+        Returns when every namespace with virtual addresses of these networks is updated.  It does not wait for other
+        namespaces that are outdated for another reason.
+
+        Raises: Unavailable: some namespaces are not updated yet.  They are updated in the background.
         """
         ids = frozenset(networks) or frozenset(self._networks.known())
         changed = self._networks.refresh(ids)
@@ -189,23 +193,25 @@ class ServedContainers:
         for id in outdated.keys() - done:
             self._schedule(id, _Work.APPLY)
         if failed := touched.keys() - done:
-            raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
+            raise Unavailable(
+                f"{len(failed)} of {len(touched)} containers do not have the new virtual addresses yet"
+            )
         if unread := self._networks.unread.intersection(ids):
             raise Unavailable(f"tables of {len(unread)} networks cannot be read at present")
 
     def pause(self) -> tuple[Waiting, ...]:
-        """Stop serving; returns the pending queries for the next process."""
+        """Stop serving and return the pending queries for the next process."""
         pending = tuple(one for served in self._served.values() for one in self._paused(served))
         return pending[:_PENDING_MAX]
 
     def resume(self, pending: Iterable[Waiting]) -> None:
-        """Serve again: no process has taken over."""
+        """Serve again, because no process has taken over."""
         for served in self._served.values():
             served.resume()
         self._respond(pending)
 
     def sockets(self) -> Mapping[Label, socket.socket]:
-        """The sockets of all containers, those whose records are still to be read among them."""
+        """Return the sockets of all containers, including containers whose records could not be read yet."""
         held = {id: one.sockets for id, one in self._served.items() if one.sockets is not None}
         return {
             Label(id, kind): opened
@@ -234,9 +240,11 @@ class ServedContainers:
                 served.respond(one.message, (one.address, one.port))
 
     async def _apply_all(self, served: Mapping[str, ServedContainer]) -> frozenset[str]:
-        """Apply the virtual addresses of ``served``; the ids of those that are updated, or have ended, in time.
+        """Apply the virtual addresses of ``served``.  Return the ids of containers that are updated, or have ended, in
+        time.
 
-        The others go on: a thread that writes into a namespace cannot be interrupted, and two would write at once.
+        The others continue: a thread that writes into a namespace cannot be interrupted, and two must not write at
+        once.
         """
         results = {id: self._application(one) for id, one in served.items()}
         if results:
@@ -244,7 +252,9 @@ class ServedContainers:
         return frozenset(id for id, result in results.items() if result.done() and result.result())
 
     def _application(self, served: ServedContainer) -> asyncio.Future[bool]:
-        """Whether its virtual addresses are up to date: one task for all who wait, or they would pile up."""
+        """Return a future of whether its virtual addresses are up to date.
+
+        All callers share one task, otherwise tasks would pile up."""
         if (known := self._applying.get(served)) is not None:
             return known
         result = self._applying[served] = asyncio.get_running_loop().create_future()
@@ -255,7 +265,8 @@ class ServedContainers:
                 await served.virtual.apply()
                 is_done = True
             except (SkepError, OSError) as error:
-                is_done = not Path(served.named.netns).exists()  # it has ended, and will be forgotten
+                # the container has ended and will be forgotten
+                is_done = not Path(served.named.netns).exists()
                 if not is_done:
                     reason = describe_error(error)
                     log.warning("virtual addresses not updated", container=served.named.id, reason=reason)
@@ -272,7 +283,7 @@ class ServedContainers:
             self._workers[id] = self._start_task(self._run(id))
 
     async def _run(self, id: str) -> None:
-        """Do the container's scheduled work until there is none, or the container is gone."""
+        """Do the container's scheduled work until none is left or the container ends."""
         backoff, failure = Backoff(rng=self._rng), ""
         try:
             while (work := self._work.pop(id, None)) is not None and (
@@ -282,7 +293,7 @@ class ServedContainers:
                     await self._do(served, work)
                 except (SkepError, OSError) as error:
                     if not Path(served.named.netns).exists():
-                        return  # it will be forgotten
+                        return  # the container will be forgotten
                     if (reason := describe_error(error)) != failure:
                         log.warning("network not repaired yet", container=id, reason=reason)
                         failure = reason
@@ -304,7 +315,7 @@ class ServedContainers:
 
 
 def _read(path: Path) -> ContainerRecord | None:
-    """None: no record, or a damaged one: the node has the container served anew.
+    """Read a record.  Return None if it does not exist or is damaged: the node then registers the container again.
 
     Raises: OSError: it cannot be read at present.
     """
@@ -313,7 +324,7 @@ def _read(path: Path) -> ContainerRecord | None:
         if record.named.id != path.name:
             raise msgspec.ValidationError(f"it is that of container {record.named.id}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.warning("record of a container's names removed", path=str(path), reason=str(error))
+        log.warning("invalid record of container names removed", path=str(path), reason=str(error))
         return None
     except OSError as error:
         if is_no_file(error):

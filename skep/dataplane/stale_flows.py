@@ -1,4 +1,4 @@
-"""Deletes stale UDP flows of published ports, so that their clients' next packet follows the present rules."""
+"""Deletes stale UDP flows of published ports, so that their clients' next packet follows the current rules."""
 
 import socket
 from collections.abc import Collection
@@ -13,9 +13,9 @@ log = structlog.get_logger()
 
 
 def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
-    """Delete stale UDP flows of the calling thread's namespace.  ``version``: of IP.  Blocks.
+    """Delete stale UDP flows of IP ``version`` in the calling thread's namespace.  Blocks.
 
-    A refusal (the kernel does not list flows, or offloads one) is only logged: another try would change nothing.
+    A refusal (the kernel does not list flows, or offloads one) is only logged, because a retry would fail too.
     Raises: OSError: the kernel did not answer.
     """
     ports = {one.port.to_bytes(2, "big") for one in stale}
@@ -24,7 +24,7 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
         conntrack.delete_stale(
             socket.AF_INET if version == 4 else socket.AF_INET6,
             lambda flow: is_stale(flow, stale, is_local),
-            # Most entries do not have a port's bytes, which is known without decoding them.
+            # Most entries do not contain a port's bytes, which is known without decoding them.
             concerns=lambda entry: any(port in entry for port in ports),
         )
     except conntrack.Refused as error:
@@ -32,7 +32,7 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
 
 
 def is_local_address(address: str) -> bool:
-    """Whether a socket of the calling thread's namespace may have ``address``."""
+    """Return whether a socket in the calling thread's namespace can have ``address``."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as one:
         try:

@@ -1,4 +1,4 @@
-"""Which device has an address of the underlay, and what it carries, alone and on the way to other nodes."""
+"""Finds the device that has a node's underlay address, and the MTU to other nodes."""
 
 import struct
 import sys
@@ -17,33 +17,35 @@ _MTU, _ADDRESS, _LOCAL = 4, 1, 2
 
 
 class Measurements(Protocol):
-    """What the underlay carries between nodes (``probe.data_path.DataPath``)."""
+    """Measurements of the underlay between nodes (``probe.data_path.DataPath``)."""
 
     def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
-        """``underlay``, found at this ``node``'s device, as it is between ``nodes``."""
+        """Return ``underlay``, this ``node``'s device, adjusted to the measured paths between ``nodes``."""
 
 
 class Underlays:
-    """What a node's VXLANs leave from.  ``found``: its own addresses, as ``find`` gives them."""
+    """The underlays that a node's VXLANs send from.  ``found`` is the result of ``find`` for the node's addresses."""
 
     def __init__(self, measurements: Measurements) -> None:
         self.found: Mapping[str, Underlay] = {}
         self._measurements = measurements
 
     def addresses(self, own: NodeId, tables: Iterable[Table]) -> frozenset[str]:
-        """Those that node ``own`` has in its ``tables``."""
+        """Return the addresses that the tables list for node ``own``."""
         nodes = (table.nodes.get(own) for table in tables)
         return frozenset(node.underlay for node in nodes if node is not None and node.underlay)
 
     def of(self, own: NodeId, table: Table | None) -> Underlay | None:
-        """Of one network: what arrives at all of its nodes; None: node ``own`` has no address there."""
+        """Return the underlay of one network, limited to what reaches all of its nodes.
+
+        None if node ``own`` has no address in the network."""
         node = table.nodes.get(own) if table is not None else None
         if table is None or node is None or not node.underlay:
             return None
         return self._between(own, table.nodes, node.underlay)
 
     def of_tunnels(self, own: NodeId, tables: Iterable[Table]) -> Underlay:
-        """Of the node itself, under all of its encrypted networks: what its device carries."""
+        """Return the underlay of all encrypted networks, which is the node's device itself."""
         nodes = (table.nodes.get(own) for table in tables if table.head.is_encrypted)
         address = next((node.underlay for node in nodes if node is not None), "")
         return self.found.get(address, Underlay(address))
@@ -53,7 +55,8 @@ class Underlays:
 
 
 def find(addresses: Collection[str]) -> dict[str, Underlay]:
-    """Those of ``addresses`` that the calling thread's namespace has.  Blocks.  Raises: OSError."""
+    """Return an underlay for each of ``addresses`` that the calling thread's namespace has.  Blocks.  Raises:
+    OSError."""
     if not addresses:
         return {}
     wanted = {plain_address(one): one for one in addresses}

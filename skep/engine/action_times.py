@@ -1,6 +1,6 @@
-"""How long actions on containers take, as the metric ``engine_daemon_container_actions_seconds`` has them.
+"""Durations of container actions, as the metric ``engine_daemon_container_actions_seconds`` reports them.
 
-Source: moby, daemon/metrics.go: an action counts where it succeeds; the bounds are those of Prometheus' Go library.
+Source: moby, daemon/metrics.go: only successful actions count.  The bounds are the defaults of Prometheus' Go library.
 """
 
 from collections.abc import Callable, Coroutine, Iterator
@@ -19,7 +19,7 @@ _BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class ActionTimes:
-    """The actions of one engine since its process began."""
+    """Action durations of one engine since its process began."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -33,7 +33,7 @@ class ActionTimes:
         self._histograms[action].observe(self._clock.monotonic() - began)
 
     def family(self) -> Family:
-        """One histogram for each action."""
+        """Return the metric family, with one histogram per action."""
         samples = [
             sample for action, each in self._histograms.items() for sample in each.samples({"action": action})
         ]
@@ -46,7 +46,7 @@ class ActionTimes:
 
 
 class HasActionTimes(Protocol):
-    """An engine."""
+    """An engine with ``action_times``."""
 
     action_times: ActionTimes
 

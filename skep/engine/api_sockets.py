@@ -1,11 +1,11 @@
-"""Containers that mount the Engine API's socket, or a directory that has it: what they are given in its place.
+"""Per-container Engine API sockets, for containers that mount the API's socket or a directory that contains it.
 
-A mount of the socket becomes a mount of a socket of the container's own.  In a mount of a directory, the node's run
-directory is covered by one that has nothing but that socket; an API socket elsewhere stays where it is, and the node
-recognizes a container behind a connection by its process.
+A mount of the API's socket is replaced by a mount of a socket of the container's own.  If a mounted directory contains
+the node's run directory, that is covered by a directory with only the container's socket.  An API socket elsewhere
+stays visible, and the node recognizes a container behind a connection by its process.
 
-A mount of a socket is one of its inode, so the listening socket must outlive the node process: the container's conmon
-inherits the descriptor, keeps it until the container ends, and the next node process borrows it from there.
+A mounted socket refers to its inode, so the listening socket must outlive the node process.  The container's conmon
+inherits the descriptor and keeps it until the container ends.  The next node process borrows it from conmon.
 """
 
 import errno
@@ -31,14 +31,15 @@ from skep.model.rights import API_LABEL, ApiAccess, api_access
 log = structlog.get_logger()
 
 NAME: Final = "skep.sock"
-"""Of a container's own socket, in a directory of its own."""
+"""File name of a container's own socket."""
 _USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
-"""Where Docker's clients look: these mean this node's API, whether it listens there or not."""
+"""Docker's default paths.  They mean this node's API even if it listens elsewhere."""
 _VOLUMES: Final = "/var/lib/docker/volumes"
-"""Where Docker's agents look for the files of volumes: this node's, unless an engine has its own there."""
+"""Docker's directory of volumes.  It means this node's volumes unless the path exists."""
 _BACKLOG = 64
+"""Connections that wait for the node process, which may be restarting."""
 _DRIVERS: Final = "csi"
-"""In the run directory: sockets of drivers of cluster volumes (``Paths.csi_sockets``), which may run in containers."""
+"""Subdirectory of the run directory for sockets of CSI drivers (``Paths.csi_sockets``), which may run in containers."""
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.EBADF)
 _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
@@ -47,26 +48,26 @@ class ApiServer(Protocol):
     """Serves the sockets of containers."""
 
     def serve(self, container: Container, listener: socket.socket) -> None:
-        """Serve ``listener``, which is the callee's from now on, in place of any before.  Called by any thread."""
+        """Take over ``listener`` and serve it instead of any earlier one.  Any thread may call it."""
 
     def forget(self, id: ContainerId) -> None:
-        """Serve the container's socket no more, if it has one.  Called by any thread."""
+        """Stop serving the container's socket, if it has one.  Any thread may call it."""
 
 
 class Given(NamedTuple):
-    """What a container mounts.  ``has_socket``: one of its own is among it."""
+    """A container's mounts after replacement.  ``has_socket`` tells whether its own socket is among them."""
 
     mounts: tuple[MountPoint, ...]
     has_socket: bool
 
 
 class ApiSockets:
-    """The sockets of the API on this node.
+    """The per-container API sockets of this node.
 
     Args:
-        hosts: where the API is served.
-        run: the node's run directory, whose other sockets are not for containers.
-        volumes: the directory of the node's volumes.
+        hosts: Sockets at which the API is served.
+        run: The node's run directory.  Its other sockets are hidden from containers.
+        volumes: The directory of the node's volumes.
     """
 
     def __init__(
@@ -77,18 +78,18 @@ class ApiSockets:
         self._server = server
         self._volumes = volumes
         self._opened: dict[ContainerId, socket.socket] = {}
-        """For the conmons of containers that are not started yet."""
+        """Duplicates for the conmons of containers that have not started yet."""
 
     def is_api(self, source: str) -> bool:
-        """Whether a bind mount of ``source`` is one of the API's socket."""
+        """Return whether a bind mount of ``source`` mounts the API's socket."""
         return os.path.normpath(source) in self._names or _real(source) in set(map(_real, self._names))
 
     def access(self, labels: Mapping[str, str], points: Iterable[MountPoint], *, is_plain: bool) -> ApiAccess:
         """Return what a new container may call on its own socket.
 
-        A plain container that mounts the socket itself may call everything unless its label says less: only an
-        administrator creates it, and names the socket.  A mount of a directory that contains the socket (``/``,
-        ``/run``) gives no more than reading, and so does any mount of a task, whose spec others may write.
+        A plain container that mounts the socket itself has full access unless its label says less, because only an
+        administrator creates it and names the socket.  A mount of a directory that contains the socket (``/``,
+        ``/run``) grants only reading, and so does any mount of a task, whose spec others may write.
 
         Raises: InvalidArgument: the label cannot be read.
         """
@@ -98,7 +99,7 @@ class ApiSockets:
         return api_access(labels)
 
     def others(self, mounts: Iterable[Mount]) -> list[Mount]:
-        """Those of ``mounts`` whose source must be where they say."""
+        """Return the ``mounts`` whose source is not replaced, so that it must exist."""
         return [
             mount
             for mount in mounts
@@ -113,10 +114,10 @@ class ApiSockets:
         )
 
     def give(self, points: Sequence[MountPoint], own: Path) -> Given:
-        """What a container with these mounts is to be given; ``own``: the directory of its own socket.
+        """Return a container's mounts with the API's socket replaced.  ``own`` is the directory of its own socket.
 
-        Raises: InvalidArgument: the node's own files are mounted; FailedPrecondition: a cover would be passed on to
-        the machine.
+        Raises: InvalidArgument: the node's own files are mounted; FailedPrecondition: a cover would propagate to the
+        machine.
         """
         run = PurePosixPath(_real(str(self._run)))
         given: list[MountPoint] = []
@@ -144,7 +145,7 @@ class ApiSockets:
         return Given(tuple(given), has_socket)
 
     def open(self, container: Container, own: Path) -> None:
-        """A new socket for a container that is about to start.  Raises: OSError."""
+        """Create the socket of a container that is about to start.  Raises: OSError."""
         own.mkdir(mode=0o755, exist_ok=True)
         listener = _bound(own)
         listener.listen(_BACKLOG)
@@ -152,24 +153,24 @@ class ApiSockets:
         self._server.serve(container, set_aside(listener))
 
     def take(self, id: ContainerId) -> socket.socket | None:
-        """The socket that the container's conmon is to inherit; the caller closes it."""
+        """Return the socket that the container's conmon inherits.  The caller closes it."""
         return self._opened.pop(id, None)
 
     def adopt(self, container: Container, own: Path) -> None:
-        """Serve the socket of a container that an earlier process started, borrowed from its conmon.
+        """Serve the socket of a container that an earlier process started.  Borrow it from the container's conmon.
 
-        Raises: OSError: not now, for want of descriptors or memory.
+        Raises: OSError: descriptors or memory are short at the moment.
         """
         if container.monitor is None or not self.give(container.config.mounts, own).has_socket:
             return
         listener = _inherited(container.monitor)
         if listener is None:
-            log.warning("API socket is lost until the container starts again", container=container.name)
+            log.warning("API socket lost until the container's next start", container=container.name)
         else:
             self._server.serve(container, set_aside(listener))
 
     def close(self, id: ContainerId) -> None:
-        """The container has ended."""
+        """Release the socket of an ended container."""
         self._keep(id, None)
         self._server.forget(id)
 
@@ -191,7 +192,7 @@ def _cover(point: MountPoint, inside: PurePosixPath, own: Path) -> MountPoint:
 
 
 def _bound(own: Path) -> socket.socket:
-    """Of the owner and the mode that the API's socket has.  The path may be longer than a socket's can be."""
+    """Create a socket with the API socket's owner and mode.  The path may be longer than a socket address allows."""
     directory = os.open(own, os.O_PATH | os.O_DIRECTORY)
     try:
         bound = private_socket(Path(f"/proc/self/fd/{directory}") / NAME)
@@ -206,9 +207,9 @@ def _bound(own: Path) -> socket.socket:
 
 
 def _inherited(monitor: ProcessName) -> socket.socket | None:
-    """The listening socket of that name among the descriptors of a conmon; None: it has none, or has ended.
+    """Return the listening API socket among a conmon's descriptors, or None if it has none or has ended.
 
-    Raises: OSError: that cannot be found out now.
+    Raises: OSError: that cannot be determined now.
     """
     process = open_pidfd(monitor)
     if process is None:
@@ -224,7 +225,7 @@ def _inherited(monitor: ProcessName) -> socket.socket | None:
     except OSError as error:
         if error.errno not in _ENDED and error.errno not in _REFUSED:
             raise
-        log.warning("API socket not taken over", conmon=monitor.pid, error=str(error))
+        log.warning("API socket not adopted", conmon=monitor.pid, error=str(error))
     finally:
         os.close(process)
     return None
@@ -246,12 +247,12 @@ class _NotServed:
     """Serves no sockets."""
 
     def serve(self, container: Container, listener: socket.socket) -> None:
-        """Containers are used without a node."""
+        """Close the listener."""
         listener.close()
 
     def forget(self, id: ContainerId) -> None:
-        """There is none."""
+        """Do nothing."""
 
 
 NONE: Final = ApiSockets((), Path("/nonexistent"), _NotServed())
-"""Of an engine without a node around it: a container's socket is not served."""
+"""Stand-in for an engine without a node.  It does not serve sockets."""

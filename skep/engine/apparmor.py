@@ -1,8 +1,8 @@
-"""AppArmor: Docker's ``docker-default``, where the machine has AppArmor.
+"""AppArmor: Docker's profile ``docker-default``, on machines with AppArmor.
 
-The profile confines what a container's processes may write below /proc and /sys, and which processes they may signal
-or trace, and keeps them from mounting, also where a capability would let them.  It is loaded once and stays in the
-kernel; a profile of that name that is loaded already (a Docker Engine's) is the same and stays.
+The profile restricts the files below /proc and /sys that a container's processes may write, and the processes that they
+may signal or trace.  It forbids mounts even if a capability would allow them.  It is loaded once and stays in the
+kernel.  An already loaded profile with that name (a Docker Engine's) is the same and stays.
 
 Source: moby/profiles, apparmor (template.go, apparmor.go); containerd, pkg/apparmor (HostSupports).
 """
@@ -25,6 +25,7 @@ _KERNEL = Path("/sys/kernel/security/apparmor")
 _OWN = Path("/proc/self/attr/current")
 _INCLUDED = Path("/etc/apparmor.d")
 _TIMEOUT_S = 30.0
+"""Deadline of apparmor_parser."""
 
 _RULES = """\
   network,
@@ -62,7 +63,7 @@ _RULES = """\
 
 @cache
 def is_supported() -> bool:
-    """Whether the machine confines by AppArmor, as Docker finds out: also, whether a profile can be loaded."""
+    """Return whether the machine has AppArmor and can load a profile, by Docker's criteria."""
     inside = os.environ.get("container")  # noqa: SIM112  # as systemd spells it
     if inside or shutil.which("apparmor_parser") is None or not _KERNEL.is_dir():
         return False
@@ -75,9 +76,9 @@ def is_supported() -> bool:
 def profile_text(
     name: str, daemon: str = UNCONFINED, *, is_included: Callable[[str], bool] = lambda _: False
 ) -> str:
-    """The profile ``name``.
+    """Return the text of the profile ``name``.
 
-    ``daemon``: the profile that this process runs under; ``is_included``: whether /etc/apparmor.d has a file.
+    ``daemon`` is the profile of this process.  ``is_included`` returns whether /etc/apparmor.d has a file.
     """
     # "network" of a later ABI does not include unix sockets.
     head = ["abi <abi/3.0>,"] if is_included("abi/3.0") else []
@@ -95,7 +96,7 @@ def load_default() -> None:
         return
     text = profile_text(DEFAULT_PROFILE, own_profile(), is_included=lambda one: (_INCLUDED / one).exists())
     try:
-        # -K: it writes no cache, which may be on a file system that is read-only.
+        # -K: write no cache, which may be on a read-only file system.
         subprocess.run(
             ("apparmor_parser", "-Kr"),
             input=text,
@@ -112,7 +113,7 @@ def load_default() -> None:
 
 
 def problem() -> str:
-    """Why containers cannot be given the default profile now; empty: they can, or there is no AppArmor.  Blocks."""
+    """Return why the default profile cannot be loaded now, or "" if it can or AppArmor is missing.  Blocks."""
     if not is_supported():
         return ""
     try:
@@ -123,12 +124,12 @@ def problem() -> str:
 
 
 def is_loaded(profiles: str, name: str) -> bool:
-    """Whether the kernel's list of ``profiles`` has ``name``: a line is ``docker-default (enforce)``."""
+    """Return whether the kernel's list of ``profiles`` has ``name``.  A line is ``docker-default (enforce)``."""
     return any(label_of(line) == name for line in profiles.splitlines())
 
 
 def own_profile() -> str:
-    """The profile of this process."""
+    """Return the profile of this process."""
     try:
         return label_of(_OWN.read_text()) or UNCONFINED
     except OSError:
@@ -136,7 +137,7 @@ def own_profile() -> str:
 
 
 def label_of(context: str) -> str:
-    """``a b (enforce)`` -> ``a b``; ``unconfined`` has no mode.  Without AppArmor it may be empty."""
+    """Convert ``a b (enforce)`` to ``a b``.  ``unconfined`` has no mode.  Without AppArmor the context may be empty."""
     text = context.strip("\n\0")
     name, mode, _ = text.rpartition(" (")
     return name if mode and text.endswith(")") else text

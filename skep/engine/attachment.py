@@ -1,7 +1,7 @@
-"""The standard streams of a process that conmon watches.
+"""Standard streams of a process that conmon monitors.
 
-conmon listens at ``<bundle>/attach`` (SOCK_SEQPACKET): a received packet is output, its first byte saying which
-stream (2 stdout, 3 stderr); what is sent is input.  Half-closing the socket is end of file for the process.
+conmon listens at ``<bundle>/attach`` (SOCK_SEQPACKET).  A received packet is output, and its first byte names the
+stream (2 stdout, 3 stderr).  Sent data is input.  Half-closing the socket is end of file for the process.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from skep.model.ids import ContainerId
 _STREAMS = {2: Stream.STDOUT, 3: Stream.STDERR}
 _PACKET_BYTES_MAX = 8192 + 1  # conmon's STDIO_BUF_SIZE and the leading byte
 _INPUT_BYTES_MAX = 8192
+"""Bytes of input in one packet."""
 WAITING_MAX = 64
-"""Clients that wait for the start of one container."""
+"""Clients that may wait for the start of one container."""
 
 
 class Attachment:
-    """An open connection to the standard streams of one process.  Close it; leaving it open costs a
-    descriptor."""
+    """An open connection to the standard streams of one process.  It holds a descriptor until it is closed."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._was_reset = False
 
     async def read(self) -> tuple[Stream, bytes] | None:
-        """The next piece of output, None when the process has closed its streams or ended."""
+        """Return the next piece of output, or None once the process has closed its streams or ended."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -37,8 +37,7 @@ class Attachment:
             except ConnectionError:
                 if self._was_reset:
                     return None
-                # conmon ended before it had read all input.  The kernel reports that once, before it gives what is
-                # still to be read.
+                # conmon ended before it had read all input.  The kernel reports that once, before the remaining output.
                 self._was_reset = True
                 continue
             if not packet:
@@ -48,30 +47,29 @@ class Attachment:
                 return stream, packet[1:]
 
     async def write(self, data: bytes) -> None:
-        """Give ``data`` to the process as input.  Raises ConnectionError when it is gone."""
+        """Send ``data`` to the process as input.  Raises: ConnectionError: the process has ended."""
         loop = asyncio.get_running_loop()
         for start in range(0, len(data), _INPUT_BYTES_MAX):
             await loop.sock_sendall(self._connection, data[start : start + _INPUT_BYTES_MAX])
 
     def close_input(self) -> None:
-        """End of input: the process reads end of file, if it was created to end its input with the client."""
+        """End the input.  The process reads end of file if it was created to end its input with the client."""
         try:
             self._connection.shutdown(socket.SHUT_WR)
         except OSError:
             return  # it ended first
 
     def close(self) -> None:
-        """Let go of the streams; the process runs on."""
+        """Close the streams.  The process keeps running."""
         self._connection.close()
 
 
 async def attach(bundle: Path) -> Attachment:
-    """Connect to the process whose conmon has its directory at ``bundle``.  Raises: NotFound: nothing
-    listens."""
+    """Connect to the process whose conmon has its directory at ``bundle``.  Raises: NotFound: nothing listens."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setblocking(False)
     try:
-        # A socket's path has at most 107 bytes; through the directory's descriptor it is always short.
+        # A socket's path has at most 107 bytes.  Through the directory's descriptor it is always short.
         directory = os.open(bundle, os.O_PATH | os.O_CLOEXEC)
         try:
             await asyncio.get_running_loop().sock_connect(connection, f"/proc/self/fd/{directory}/attach")
@@ -87,16 +85,16 @@ async def attach(bundle: Path) -> Attachment:
 
 
 class WaitingClients:
-    """Clients that attach to containers which do not run yet: ``docker run`` attaches before it starts one."""
+    """Clients attached to containers that do not run yet: ``docker run`` attaches before it starts the container."""
 
     def __init__(self) -> None:
         self._waiting: dict[ContainerId, list[asyncio.Future[Attachment]]] = {}
 
     async def wait(self, id: ContainerId) -> Attachment:
-        """The streams, from the container's first byte on.  Raises: ResourceExhausted; the error given to ``fail``."""
+        """Return the streams from the first byte on.  Raises: ResourceExhausted; the error passed to ``fail``."""
         waiting = self._waiting.setdefault(id, [])
         if len(waiting) >= WAITING_MAX:
-            raise ResourceExhausted(f"{WAITING_MAX} clients wait for the start of the container already")
+            raise ResourceExhausted(f"{WAITING_MAX} clients already wait for the start of the container")
         future: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
         waiting.append(future)
         try:
@@ -109,16 +107,16 @@ class WaitingClients:
             self._forget(id, future)
 
     async def serve(self, id: ContainerId, bundle: Path) -> None:
-        """The container is created and about to run: give its streams to all that wait.  Raises: NotFound."""
+        """Give all waiting clients the streams of a created container that is about to run.  Raises: NotFound."""
         for future in tuple(self._waiting.get(id, ())):
             attachment = await attach(bundle)
-            if future.done():  # gone meanwhile
+            if future.done():  # the client was cancelled meanwhile
                 attachment.close()
             else:
                 future.set_result(attachment)
 
     def fail(self, id: ContainerId, error: SkepError) -> None:
-        """The start has failed: all that wait get ``error``."""
+        """Raise ``error`` in all waiting clients, because the start has failed."""
         for future in self._waiting.get(id, ()):
             if not future.done():
                 future.set_exception(error)

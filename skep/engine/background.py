@@ -1,4 +1,4 @@
-"""Work of the engine in the background: each piece is about one container, and ends with the engine at the latest."""
+"""Background work of the engine.  Each piece is about one container, and ends with the engine at the latest."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Background:
-    """Tasks, as long as ``running``; an error of one ends that alone."""
+    """Tasks that run while ``running`` does.  An error in one ends only that one."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -20,37 +20,37 @@ class Background:
 
     @property
     def is_running(self) -> bool:
-        """Whether anything can begin; if not, this process ends or has not begun."""
+        """Whether work can start.  Otherwise this process is ending or has not begun."""
         return self._group is not None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Take work until the block ends, which cancels what is under way."""
+        """Accept work until the block ends, then cancel unfinished work."""
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             self._group = group
             try:
                 yield
             finally:
-                self._group = None  # or what still starts would add its watch, which nothing ends
+                self._group = None  # otherwise a start could still add its watch, which nothing would end
                 for task in tuple(self._tasks):
                     task.cancel()
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Begin ``work``; its error is logged."""
+        """Start ``work``.  Its error is logged."""
         if self._group is None:
             work.close()
             raise RuntimeError("containers are used outside of running()")
-        task = self._group.create_task(isolate(work, "container's work ended", work=name), name=name)
+        task = self._group.create_task(isolate(work, "container task failed", work=name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: work.close())  # of one that was cancelled before it began
+        task.add_done_callback(lambda _: work.close())  # never started if cancelled before
         return task
 
     async def carry_out(self, work: Coroutine[Any, Any, T], *, name: str) -> T:
-        """The result of ``work``, which goes on without its caller if that is cancelled.
+        """Return the result of ``work``, which continues if the caller is cancelled.
 
-        Its error is its caller's, and logged if that has gone.  What is cut off by the end of ``running`` is cancelled
-        for its caller, too: unlike after ``run_to_end``, that end waits for nothing.
+        An error is raised in the caller, or logged if that was cancelled.  The end of ``running`` cancels the work and
+        the caller: unlike with ``run_to_end``, that end waits for nothing.
         """
         if self._group is None:
             return await work
@@ -60,7 +60,7 @@ class Background:
             try:
                 result = await work
             except Exception as error:
-                if outcome.cancelled():  # with its caller, who awaits it
+                if outcome.cancelled():  # its caller, which awaited it, was cancelled
                     raise
                 outcome.set_exception(error)
             else:

@@ -1,7 +1,7 @@
-"""Sources of bind mounts: paths of the machine, which may be on a file system whose server is silent.
+"""Sources of bind mounts: host paths that may be on a file system whose server does not respond.
 
-They are looked at when a container is created, and again before its start takes one of the places for starts: runc
-would wait for them with it.
+They are checked when a container is created, and again before its start takes a start slot, in which runc would wait
+for them.
 """
 
 import os
@@ -15,14 +15,15 @@ from skep.errors import InvalidArgument, SkepError
 from skep.model.container import Mount
 
 _DEADLINE_S = 10.0
+"""Deadline of one access to a source, whose server may not respond."""
 
 
 class SourceSilent(SkepError):
-    """It does not say in time whether it is there."""
+    """The source did not respond in time."""
 
 
 class BindSources:
-    """Looks at them, each in a thread that is left behind at the deadline."""
+    """Checks the sources, each in a thread that is abandoned at the deadline."""
 
     def __init__(self, deadline_s: float = _DEADLINE_S) -> None:
         self.deadline_s = deadline_s
@@ -31,22 +32,25 @@ class BindSources:
     async def check(
         self, mounts: Iterable[Mount], others: Callable[[Iterable[Mount]], list[Mount]] = list
     ) -> None:
-        """Look whether those of ``mounts`` are there; those that may be made are.
+        """Check that the sources of ``mounts`` exist.  Create missing sources where the mount allows it.
 
-        ``others``: leaves out those that mean something else; it may look at the sources, too.
-        Raises: InvalidArgument, in Docker's words: one is not; SourceSilent; Unavailable.
+        ``others`` drops mounts whose source has another meaning.  It may access the sources.
+        Raises: InvalidArgument, in Docker's words: a source does not exist; SourceSilent; Unavailable.
         """
         for mount in mounts:
             if mount.type == "bind":
-                await self._looked_at(mount.source, partial(_check, mount, others))
+                await self._look_at(mount.source, partial(_check, mount, others))
 
     async def wait(self, points: Iterable[MountPoint]) -> None:
-        """Return when those of ``points`` respond, be they there or not.  Raises: SourceSilent; Unavailable."""
+        """Return once the sources of ``points`` respond, even if they do not exist.
+
+        Raises: SourceSilent; Unavailable.
+        """
         for point in points:
             if point.type == "bind" and not point.internal:
-                await self._looked_at(point.source, partial(os.path.lexists, point.source))
+                await self._look_at(point.source, partial(os.path.lexists, point.source))
 
-    async def _looked_at(self, source: str, look: Callable[[], object]) -> None:
+    async def _look_at(self, source: str, look: Callable[[], object]) -> None:
         try:
             await self._calls.call(look, self.deadline_s)
         except TimeoutError as error:
@@ -56,11 +60,11 @@ class BindSources:
 
 
 def _check(mount: Mount, others: Callable[[Iterable[Mount]], list[Mount]]) -> None:
-    """Raises: InvalidArgument: the source is not there, or cannot be looked at."""
+    """Raise InvalidArgument if the source does not exist or cannot be accessed."""
     try:
         if not others([mount]) or os.path.exists(mount.source):
             return
-    except (OSError, ValueError) as error:  # ValueError: it has a zero byte
+    except (OSError, ValueError) as error:  # ValueError: it contains a zero byte
         reason = error.strerror if isinstance(error, OSError) else "invalid argument"
         raise InvalidArgument(
             f'invalid mount config for type "bind": stat {mount.source}: {reason}'

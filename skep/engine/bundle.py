@@ -1,25 +1,25 @@
-"""What a container has on disk: a directory below ``<data>/containers``, and one below ``<run>/bundles``.
+"""A container's directories: one below ``<data>/containers``, and one below ``<run>/bundles``.
 
 ```
 <data>/containers/<id>/record               its configuration and state
-                       upper/ work/         its changes
+                                             upper/ work/         its changes
                        hosts hostname resolv.conf
                        log/                 its output (k8s-file), rotated
                        <id>                 exit code, by conmon
                        oom                  by conmon when the kernel killed for memory
 
-<run>/bundles/<id>/config.json              what runc reads
-                   rootfs/                  where its file system is mounted
+<run>/bundles/<id>/config.json              runc's input
+                   rootfs/                  mount point of its root file system
                    attach ctl pidfile ...   conmon's socket, pipe and files
-                   exec/<exec id>/          the same for an exec
-                   parts/<n>                where parts of volumes are mounted while runc starts
-                   shm/                     its /dev/shm, if other containers may share it
-                   api/                     its own socket of the Engine API, if it mounts that
+                                      exec/<exec id>/          the same for an exec
+                                      parts/<n>                mount points of volume subpaths while runc starts
+                                      shm/                     its /dev/shm, if other containers may share it
+                                      api/                     its own socket of the Engine API, if it mounts the API's
 ```
 
-What only a running container needs lies in the run directory, which a reboot empties and which is memory: of the 33
-inodes of a start on the data's file system, 10 are less, and none is synced there.  What a container can let grow
-stays on the data's file system.
+Files that only a running container needs are in the run directory, which is in memory and empty after a reboot.  That
+saves 10 of the 33 inodes that a start creates on the data's file system, and none of these is synced.  Files that a
+container can let grow stay on the data's file system.
 """
 
 import asyncio
@@ -72,26 +72,24 @@ _FILES_OF_THE_NODE = frozenset(f"/etc/{name}" for name in _NAMES)
 OUTSIDE_OF_IMAGES = tuple(
     path.removeprefix("/") for path in (*sorted(_FILES_OF_THE_NODE), "/dev", "/proc", "/sys")
 )
-"""Mount points of every container, below its changes: they are no changes of its user."""
+"""Mount points of every container below its changes.  They are not changes by its user."""
 _ID = re.compile("[0-9a-f]{64}")
 
 
 class Found(msgspec.Struct):
-    """Containers of earlier processes.
-
-    ``unknown``: there is no record, or none that can be decoded: they may still run;
-    ``unreadable``: reading the record fails at the moment.
-    """
+    """Containers of earlier processes."""
 
     known: list[Container] = []
     unknown: list[ContainerId] = []
+    """Containers without a decodable record.  They may still run."""
     unreadable: list[ContainerId] = []
+    """Containers whose record cannot be read at the moment."""
 
 
 class RootFiles(NamedTuple):
-    """A container's root file system: where it is mounted, and what is mounted in it while the container runs.
+    """A container's mounted root file system, and the mounts inside it while the container runs.
 
-    Without what is in memory only; targets in their order, outer ones first.
+    Excludes file systems in memory.  Targets are in order, outer ones first.
     """
 
     path: Path
@@ -110,9 +108,12 @@ class Bundles:
         resolver: Path,
         apis: ApiSockets = api_sockets.NONE,
     ) -> None:
-        """``directory`` and ``run``: where containers have their directories, on disk and until a reboot.
+        """Take the directories and settings of one node.
 
-        ``resolver``: the node's /etc/resolv.conf, copied to containers that name no name servers.
+        Args:
+            directory: Parent of the containers' directories on disk.
+            run: Parent of their directories until a reboot.
+            resolver: The node's /etc/resolv.conf, copied to containers without name servers of their own.
         """
         self.apis = apis
         self._directory = directory
@@ -123,22 +124,22 @@ class Bundles:
         self._mounts = threading.Lock()
         self._borrowers: Counter[ContainerId] = Counter()
         self._to_release: set[ContainerId] = set()
-        """Root file systems that are mounted for their borrowers alone."""
+        """Containers whose root file system is mounted only for borrowers."""
 
     def path(self, id: ContainerId) -> Path:
-        """The directory of a container on disk; it is there from ``make`` to ``discard``."""
+        """Return the container's directory on disk, which exists from ``make`` to ``discard``."""
         return self._directory / id
 
     def bundle(self, id: ContainerId) -> Path:
-        """runc's and conmon's bundle, in the run directory; it is there from ``make``, after a reboot ``prepare``."""
+        """Return runc's and conmon's bundle, which exists from ``make``, or after a reboot from ``prepare``."""
         return self._run / id
 
     def rootfs(self, id: ContainerId) -> Path:
-        """Where the container's root file system is mounted."""
+        """Return the mount point of the container's root file system."""
         return self.bundle(id) / "rootfs"
 
     def parts(self, container: Container) -> tuple[Part, ...]:
-        """The parts of volumes that it mounts: runc finds each at a path that is no link and leads nowhere else."""
+        """Return the mounted volume subpaths.  Each has a path for runc that is not a link and leads nowhere else."""
         directory = self.bundle(container.id) / "parts"
         return tuple(
             Part(point.name, point.subpath, directory / str(number))
@@ -147,45 +148,48 @@ class Bundles:
         )
 
     def shm(self, id: ContainerId) -> Path:
-        """The /dev/shm of a container whose IPC namespace is shareable; mounted while it may run."""
+        """Return the /dev/shm of a container with a shareable IPC namespace.
+
+        It is mounted while the container may run.
+        """
         return self.bundle(id) / "shm"
 
     def api(self, id: ContainerId) -> Path:
-        """The directory of its own socket of the Engine API."""
+        """Return the directory of the container's own Engine API socket."""
         return self.bundle(id) / "api"
 
     def _images(self, id: ContainerId) -> Path:
-        """Where images that the container mounts are mounted, while it may run."""
+        """Return the directory where the container's images are mounted while it may run."""
         return self.bundle(id) / "images"
 
     def _tmpfs(self, id: ContainerId) -> Path:
-        """Where its memory file systems are mounted, while it may run."""
+        """Return the directory where its memory file systems are mounted while it may run."""
         return self.bundle(id) / "tmpfs"
 
     def log(self, id: ContainerId) -> Path:
-        """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
+        """Return the file that conmon writes now.  Older files have the suffixes ``.1``, ``.2``, ..."""
         return self.path(id) / "log" / "current"
 
     def exec_path(self, id: ContainerId, exec_id: str) -> Path:
-        """Directory of an exec; it is there while the exec runs."""
+        """Return the directory of an exec, which exists while the exec runs."""
         return self.bundle(id) / "exec" / exec_id
 
     # --- records ----------------------------------------------------------------------------------------------
 
     def load(self) -> "Found":
-        """What earlier processes left."""
+        """Return the containers that earlier processes left."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = Found()
         for directory in sorted(self._directory.iterdir()):
             id = ContainerId(directory.name)
             if not _ID.fullmatch(id):
-                log.warning("no container's directory: left alone", path=str(directory))
+                log.warning("unknown directory ignored", path=str(directory))
                 continue
             try:
                 container = self.read(id)
             except Unavailable as error:
-                log_error(error, "container left alone", container=id)
+                log_error(error, "container record not readable", container=id)
                 found.unreadable.append(id)
                 continue
             if container is None:
@@ -195,7 +199,7 @@ class Bundles:
         return found
 
     def read(self, id: ContainerId) -> Container | None:
-        """Its record; None: there is none that can be decoded.  Raises: Unavailable: it cannot be read now."""
+        """Return the record, or None without a decodable one.  Raises: Unavailable: it cannot be read now."""
         container = records.read(self.path(id) / records.NAME)
         return container if container is not None and container.id == id else None
 
@@ -206,7 +210,7 @@ class Bundles:
     # --- making and unmaking ----------------------------------------------------------------------------------
 
     def make(self, container: Container) -> None:
-        """The directories; the record follows once the container has a network."""
+        """Create the directories.  The record follows once the container has a network."""
         path = self.path(container.id)
         path.mkdir(mode=0o710, parents=True)
         for name in ("upper", "work", "log"):
@@ -215,12 +219,15 @@ class Bundles:
     def prepare(
         self, container: Container, shared: runtime_spec.Shared = runtime_spec.NOTHING_SHARED
     ) -> tuple[str, ...]:
-        """Mount the root file system and write what runc reads; may be called again after a restart.
+        """Mount the root file system and write runc's input.  Call it again after a restart.
 
-        ``shared``: what it shares of other containers.  Gives warnings: limits of the configuration that this node
-        could not set.
+        Returns warnings about limits of the configuration that this node could not set.
+
+        Args:
+            shared: Namespaces that it shares with other containers.
+
         Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
-        confine it, a device is missing, or a mount is not passed on.
+        confine it, a device is missing, or a mount cannot be propagated.
         """
         config = container.config
         self._confine(config)
@@ -250,11 +257,11 @@ class Bundles:
         )
         self._specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
-            log.warning("limit of this node", container=container.name, warning=warning)
+            log.warning("container limit not applied", container=container.name, warning=warning)
         return built.warnings
 
     def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
-        """Take variables out of what runc has read: a tmpfs can be swapped out, and a bundle outlives its process."""
+        """Remove variables from runc's input: a tmpfs can be swapped out, and a bundle outlives its process."""
         path = self._specification(id)
         with suppress(FileNotFoundError):
             specification = msgspec.json.decode(path.read_bytes())
@@ -266,7 +273,7 @@ class Bundles:
         return self.bundle(id) / "config.json"
 
     def _with_parts(self, container: Container) -> Container:
-        """Parts of volumes, images and memory file systems, by the paths at which this node has them."""
+        """Replace volume subpaths, images and memory file systems by their paths on this node."""
         targets, images = iter(self.parts(container)), self._images(container.id)
         mounts = tuple(
             image_mounts.placed(point, number, images)
@@ -283,7 +290,7 @@ class Bundles:
         )
 
     def _with_api(self, container: Container) -> Container:
-        """A socket of its own in place of the API's."""
+        """Replace the API's socket by a socket of the container's own."""
         own = self.api(container.id)
         given = self.apis.give(container.config.mounts, own)
         if given.has_socket:
@@ -292,7 +299,7 @@ class Bundles:
         return msgspec.structs.replace(container, config=config)
 
     def prepare_exec(self, container: Container, exec_id: str, exec: ExecConfig) -> Path:
-        """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
+        """Create directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
         self._confine(container.config)
         path = self.exec_path(container.id, exec_id)
         path.mkdir(parents=True)
@@ -304,10 +311,9 @@ class Bundles:
         return path
 
     def release(self, id: ContainerId) -> None:
-        """Unmount the root file system of a container that has ended; its changes and its output stay.
+        """Unmount the root file system of an ended container.  Its changes and output stay.
 
-        One that is borrowed is unmounted when its last borrower gives it back: two mounts with the same changes must
-        not be.
+        If borrowed, it is unmounted when its last borrower gives it back: the same changes must not be mounted twice.
         """
         with self._mounts:
             if self._borrowers[id]:
@@ -321,7 +327,7 @@ class Bundles:
             syscalls.unmount_if_mounted(self.shm(id))
 
     def borrow(self, container: Container) -> RootFiles:
-        """Its root file system, mounted until ``give_back`` at the earliest.  Raises: OSError."""
+        """Return the root file system, mounted at least until ``give_back``.  Raises: OSError."""
         id = container.id
         with self._mounts:
             if not os.path.ismount(self.rootfs(id)):
@@ -351,7 +357,7 @@ class Bundles:
         taken = {point.destination for point in points}
         for target in _FILES_OF_THE_NODE - taken:
             file = self.path(container.id) / os.path.basename(target)
-            if file.exists():  # once it was started
+            if file.exists():  # it exists once the container was started
                 found[target] = Bind(str(file), target)
         return sorted(found.values(), key=lambda bind: bind.target)
 
@@ -359,7 +365,7 @@ class Bundles:
         """Remove the directories with everything in them.
 
         The record is removed last, so that an interrupted removal is continued.
-        Raises: OSError: something of them is left, the record too.
+        Raises: OSError: a part of them is left, including the record.
         """
         self.apis.close(id)
         await asyncio.to_thread(syscalls.unmount_if_mounted, self.rootfs(id))
@@ -369,9 +375,9 @@ class Bundles:
         await remove_tree(self.path(id), keep=records.NAME)
 
     def changes(self, container: Container) -> Sequence[tuple[int, str]]:
-        """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted.
+        """Return the differences from the image, sorted by path: 0 modified, 1 added, 2 deleted.
 
-        The mount points of the files that the node writes are not counted as changes.
+        Mount points of files that the node writes do not count.
         """
         upper = self.path(container.id) / "upper"
         lower = [Path(layer) for layer in container.layers]
@@ -389,11 +395,11 @@ class Bundles:
             if one[1] not in _FILES_OF_THE_NODE and one not in ((1, "/dev"), (1, "/proc"), (1, "/sys"))
         ]
         if len(own) < len(found) and not any(inside.startswith("/etc/") for _, inside in own):
-            own = [one for one in own if one[1] != "/etc"]  # it holds nothing but them
+            own = [one for one in own if one[1] != "/etc"]  # it holds only the node's files
         return sorted(own, key=lambda one: one[1])
 
     def _confine(self, config: ContainerConfig) -> None:
-        """Load the default AppArmor profile if it is not loaded: an upgrade of AppArmor may have unloaded it.
+        """Load the default AppArmor profile if necessary: an upgrade of AppArmor may have unloaded it.
 
         Raises: FailedPrecondition: it cannot be loaded.
         """
@@ -409,9 +415,9 @@ class Bundles:
             overlay.mount_layers(layers, path / "upper", path / "work", target)
 
     def _mode_in_image(self, container: Container, path: str) -> int:
-        """The mode of the image's directory at ``path``, which a tmpfs there has, as in Docker; else that of a tmpfs.
+        """Return the mode for a tmpfs at ``path``: the mode of the image's directory, as in Docker, or the default.
 
-        What an earlier start made in the container itself does not count.
+        Directories that an earlier start created in the container do not count.
         """
         inside = os.path.normpath(path).lstrip("/")
         if any(_has(Path(layer), inside) for layer in container.layers):
@@ -433,19 +439,19 @@ class Bundles:
         return str(target)
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
-        """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user has mounts there."""
+        """Write /etc/hosts, /etc/hostname and /etc/resolv.conf.  Return their mounts, unless the user mounts there."""
         path = self.path(container.id)
         taken = {point.destination for point in container.config.mounts}
-        if container.mode is NetworkMode.CONTAINER:  # those of the container whose network it has
+        if container.mode is NetworkMode.CONTAINER:  # use the files of the container whose network it shares
             other = self.path(ContainerId(other_container(container.network_mode)))
-            for name in _NAMES:  # links, as a third container may share this one's
+            for name in _NAMES:  # as links, since a third container may share this container's network
                 (path / name).unlink(missing_ok=True)
                 (path / name).symlink_to(other / name)
             return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
         points = []
         for name, content in self._name_files(container).items():
             file = path / name
-            # A task's container may have changed it; a plain one may be on other networks than before.
+            # A task's container may have changed it.  A plain container may be on other networks than before.
             if container.plain is not None or not file.exists():
                 file.write_text(content)
                 file.chmod(0o644)
@@ -454,16 +460,16 @@ class Bundles:
         return points
 
     def refresh_name_files(self, before: Container, after: Container) -> None:
-        """Rewrite the files of ``_name_files`` of a running container whose networks have changed.
+        """Rewrite the files of ``_name_files`` of a running container after a change of its networks.
 
-        One that the container has written itself stays as it is.  Raises: OSError.
+        Leaves a file alone that the container has modified.  Raises: OSError.
         """
         old = self._name_files(before)
         for name, text in self._name_files(after).items():
             expected = old[name].encode()
             if text.encode() == expected:
                 continue
-            # It is mounted: a new file would not be seen.
+            # Written in place: the file is mounted, so the container would not see a new file.
             with (self.path(after.id) / name).open("r+b") as file:
                 if file.read(len(expected) + 1) == expected:
                     file.seek(0)
@@ -471,7 +477,7 @@ class Bundles:
                     file.truncate()
 
     def _name_files(self, container: Container) -> Mapping[str, str]:
-        """The text of /etc/hosts, /etc/hostname and /etc/resolv.conf."""
+        """Return the content of /etc/hosts, /etc/hostname and /etc/resolv.conf."""
         config, sandbox = container.config, container.sandbox
         addresses = sandbox.own_addresses if sandbox is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
@@ -493,7 +499,7 @@ def _file(path: Path, name: str) -> MountPoint:
 
 
 def _has(layer: Path, inside: str) -> bool:
-    """Whether a layer has a path of its own: a link in it is no directory of it, and may lead out of it."""
+    """Return whether a layer itself has a path.  A link in it does not count, because it may lead outside."""
     *parents, name = inside.split("/")
     directory = layer
     try:

@@ -19,7 +19,7 @@ ALL = tuple(
         *("WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE"),
     )
 )
-"""Every capability, at the place of its number."""
+"""All capabilities in the order of their numbers."""
 
 DEFAULT = tuple(
     f"CAP_{name}"
@@ -32,9 +32,9 @@ DEFAULT = tuple(
 
 
 def granted(add: Iterable[str], drop: Iterable[str]) -> tuple[str, ...]:
-    """The capabilities of a container, in order of their numbers.
+    """Return the capabilities of a container in the order of their numbers.
 
-    ``ALL`` in ``add`` starts from everything, in ``drop`` from nothing; otherwise from Docker's default.
+    ``ALL`` in ``add`` starts from all, in ``drop`` from none, otherwise from Docker's default.
     Raises: InvalidArgument: an unknown name.
     """
     added, dropped = _normalized(add), _normalized(drop)
@@ -48,7 +48,7 @@ def granted(add: Iterable[str], drop: Iterable[str]) -> tuple[str, ...]:
 
 
 def bounding_set(status: str | None = None) -> frozenset[str]:
-    """What this process may hand on at most (``CapBnd`` of /proc/self/status)."""
+    """Return the most that this process may pass on (``CapBnd`` of /proc/self/status)."""
     text = Path("/proc/self/status").read_text() if status is None else status
     for line in text.splitlines():
         if line.startswith("CapBnd:"):

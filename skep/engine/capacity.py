@@ -1,4 +1,4 @@
-"""What this machine and this process can give to containers: programs, capabilities, limits."""
+"""Capabilities of this machine and process for containers: programs, kernel features, limits."""
 
 import os
 import platform
@@ -18,42 +18,42 @@ _MOUNT_SETATTR = (5, 12)
 """The first kernel with mount_setattr(2), which runc (1.1) uses for ``rro``."""
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
 _INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
-"""Static ones only: a dynamic init finds no loader in most images."""
+"""Static programs only: a dynamic init finds no loader in most images."""
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What this node can give its containers at most."""
+    """The most that this node can provide to its containers."""
 
     capabilities: frozenset[str]
     hard_limits: Mapping[str, int] = {}
-    """Hard limits of this process by name (``RLIMIT_NOFILE``), where it may not raise them."""
+    """Hard limits of this process by name (``RLIMIT_NOFILE``).  Empty if it may raise them."""
     controllers: frozenset[str]
     has_swap_accounting: bool
     may_lower_oom_score: bool = True
     is_cgroup_v2: bool = False
     has_apparmor: bool = False
     masked_paths: tuple[str, ...] = ()
-    """Of this machine, beside those that are masked everywhere."""
+    """Paths to mask on this machine, in addition to those masked everywhere."""
     has_keyrings: bool = True
-    """Whether each container gets a session keyring of its own."""
+    """Whether each container gets its own session keyring."""
     init_binary: str = ""
-    """A static init on the node, empty when there is none."""
+    """Path of a static init on the node.  Empty without one."""
     has_x32: bool = True
-    """Whether the kernel may run x32 calls."""
+    """Whether the kernel may run x32 system calls."""
     has_recursive_read_only: bool = False
     """Whether a mount can be made read-only with all mounts below it."""
     has_io_weight: bool = False
-    """Whether a container's share of block devices can be weighed."""
+    """Whether a container's share of block device time can be weighted."""
     cpus: str = ""
-    """Processors that a container can be bound to (``0-3``); empty: unknown."""
+    """Processors that a container can be bound to (``0-3``).  Empty if unknown."""
     memory_nodes: str = ""
-    """Memory nodes, likewise."""
+    """Memory nodes that a container can be bound to.  Empty if unknown."""
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
-    """Where descriptions of devices are; the later ones prevail."""
+    """Directories of CDI device descriptions.  Later ones take precedence."""
 
 
 class Programs(msgspec.Struct, frozen=True, kw_only=True):
-    """The programs of the machine that containers need."""
+    """The machine's programs that containers need."""
 
     runc: Path = Path("/usr/sbin/runc")
     conmon: Path = Path("/usr/bin/conmon")
@@ -61,7 +61,7 @@ class Programs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_programs(runc: str = "runc", conmon: str = "conmon") -> Programs:
-    """The programs of this machine.  ``runc``, ``conmon``: names or paths; one that is not found has its usual path."""
+    """Find the machine's programs by name or path.  A program that is not found gets its usual path."""
     usual = Programs()
     return Programs(
         runc=Path(shutil.which(runc) or usual.runc),
@@ -73,7 +73,7 @@ def find_programs(runc: str = "runc", conmon: str = "conmon") -> Programs:
 def capacity_of(
     cgroups: Cgroups, programs: Programs, cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
 ) -> Capacity:
-    """What this process can give to containers; it does not change while the process lives."""
+    """Return the capacity of this process, which does not change while it lives."""
     bounding = capabilities.bounding_set()
     may_raise = _CAP_SYS_RESOURCE in bounding
     limits = {
@@ -102,7 +102,7 @@ def capacity_of(
 
 
 def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
-    """Each processor's directory of heat events, which show the machine's activity.
+    """Return each processor's directory of heat events, which reveal the machine's activity.
 
     Source: moby, daemon/pkg/oci/defaults.go (GHSA-6fw5-f8r9-fgfm).
     """
@@ -115,9 +115,9 @@ def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
 
 
 def is_in_user_namespace(uid_map: Path = _UID_MAP) -> bool:
-    """Whether this process's root is not the machine's.  There, 200 keys are all that root and its containers have.
+    """Return whether this process runs in a user namespace, where root and its containers have only 200 keys together.
 
-    Such a node's containers share a session keyring: with one each, the two hundredth would not start.
+    Containers of such a node share a session keyring: with one each, the two hundredth would not start.
     """
     try:
         return uid_map.read_text().split() != ["0", "0", str(2**32 - 1)]
@@ -126,7 +126,7 @@ def is_in_user_namespace(uid_map: Path = _UID_MAP) -> bool:
 
 
 def _numbers(ranges: str) -> Iterator[int]:
-    """``0-3,8`` -> 0, 1, 2, 3, 8; anything else is skipped."""
+    """Yield the numbers of ``0-3,8``: 0, 1, 2, 3, 8.  Skips anything else."""
     for part in ranges.strip().split(","):
         first, _, last = part.partition("-")
         if first.isdecimal() and (last or first).isdecimal():
@@ -134,5 +134,5 @@ def _numbers(ranges: str) -> Iterator[int]:
 
 
 def processors() -> int:
-    """Those that this process may run on, as Docker counts them."""
+    """Return the number of processors that this process may use, as Docker counts them."""
     return len(os.sched_getaffinity(0))

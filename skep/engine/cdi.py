@@ -1,8 +1,8 @@
-"""Devices by the Container Device Interface: what a vendor's files say a container needs to have a device.
+"""Devices by the Container Device Interface: vendors' files that describe a container's access to a device.
 
-``vendor.com/class=name`` names a device; files in /etc/cdi and /var/run/cdi, written by the machine's administrator or
-the vendor's tools, say which nodes, mounts, variables and hooks it stands for.  They are read at each start: a driver's
-update replaces them.  The files are root's, like the runtime itself: their hooks run on the machine.
+``vendor.com/class=name`` names a device.  Files in /etc/cdi and /var/run/cdi, written by the machine's administrator or
+the vendor's tools, list its nodes, mounts, variables and hooks.  They are read at each start, because a driver update
+replaces them.  They belong to root like the runtime itself: their hooks run on the machine.
 
 Source: cncf-tags/container-device-interface, SPEC.md (0.8), pkg/cdi; moby, daemon/cdi.go.
 """
@@ -22,18 +22,20 @@ from skep.model.encoding import GoInt
 log = structlog.get_logger()
 
 DIRECTORIES: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
-"""Those of the specification, in the order of their priority: later files prevail."""
+"""The specification's directories, in ascending priority: later files override earlier ones."""
 _FILE_BYTES_MAX = 1 << 20
+"""Size of a description file."""
 _FILES_MAX = 256
+"""Description files per directory, and parsed files that are cached."""
 _DEPTH_MAX = 64
-"""Of lists and mappings in each other."""
+"""Nesting depth of lists and mappings."""
 _HOOKS = frozenset(
     {"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
 )
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A device file in the container.  What is left out is the machine's."""
+    """A device file in the container.  Omitted fields come from the machine's device."""
 
     path: str
     host_path: str = ""
@@ -56,7 +58,7 @@ class BindMount(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Hook(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A program that the runtime runs on the machine at a moment of the container's life."""
+    """A program that the runtime runs on the machine at one point of the container's life."""
 
     hook_name: str
     path: str
@@ -66,7 +68,7 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Edits(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """``containerEdits``: what is added to the container."""
+    """``containerEdits``: additions to a container."""
 
     env: tuple[str, ...] = ()
     nodes: tuple[Node, ...] = msgspec.field(name="deviceNodes", default=())
@@ -90,7 +92,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
-    """One device.  ``shared``: edits of its file, needed once however many of its devices a container has."""
+    """One device.  ``shared`` are its file's edits, applied once even if a container has several of its devices."""
 
     edits: Edits
     file: Path
@@ -100,10 +102,10 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
 def described(
     directories: Iterable[Path] = DIRECTORIES, failed: Callable[[OSError], None] = lambda _: None
 ) -> Mapping[str, Described]:
-    """Every device of this machine's descriptions, by name.  A file that cannot be read is logged, and is not there.
+    """Return every device in this machine's descriptions by name.  A file that cannot be read is logged and skipped.
 
     Args:
-        failed: called for each file or directory that may be readable a moment later.
+        failed: Called for each file or directory that may be readable a moment later.
     """
     found: dict[str, Described] = {}
     for directory in directories:
@@ -131,14 +133,14 @@ def described(
 
 @lru_cache(_FILES_MAX)
 def _report_unread(path: str, error: str) -> None:
-    """Once for each reason: nodes look at all descriptions every few seconds."""
-    log.warning("description of devices not read", path=path, error=error)
+    """Log once for each reason, because nodes read all descriptions every few seconds."""
+    log.warning("CDI description not read", path=path, error=error)
 
 
 def edits_for(requests: Sequence[DeviceRequest], directories: Iterable[Path] = DIRECTORIES) -> Edits:
-    """What the devices of ``requests`` add to a container.
+    """Return the container edits for the devices of ``requests``.
 
-    Raises: FailedPrecondition: a device is not there; InvalidArgument: a request that nothing here fulfils.
+    Raises: FailedPrecondition: a device does not exist; InvalidArgument: the request cannot be satisfied here.
     """
     known = described(directories)
     names = [name for request in requests for name in names_of(request, known)]
@@ -156,10 +158,10 @@ def edits_for(requests: Sequence[DeviceRequest], directories: Iterable[Path] = D
 
 
 def names_of(request: DeviceRequest, known: Iterable[str]) -> Sequence[str]:
-    """The devices that a request names.  ``known``: those of the machine.
+    """Return the devices that a request names.  ``known`` are the machine's devices.
 
-    ``--gpus`` asks for GPUs of whatever vendor is described; a driver's name chooses among several.
-    Raises: FailedPrecondition: there are not as many; InvalidArgument: no driver has the capabilities.
+    ``--gpus`` requests GPUs of any described vendor.  A driver name selects one of several.
+    Raises: FailedPrecondition: there are fewer devices; InvalidArgument: the request contradicts itself.
 
     Source: moby, daemon/devices.go (its words) and daemon/nvidia_linux.go (which capabilities are a GPU's).
     """
@@ -184,13 +186,13 @@ def names_of(request: DeviceRequest, known: Iterable[str]) -> Sequence[str]:
         return [f"{kind}=all"] if f"{kind}=all" in known else own
     if request.count > len(own):
         raise FailedPrecondition(
-            f"{request.count} devices {kind} were requested, this machine has {len(own)}"
+            f"{request.count} devices {kind} were requested, but this machine has {len(own)}"
         )
     return sorted(own)[: request.count]
 
 
 def oci_hooks(hooks: Iterable[Hook]) -> dict[str, list[dict[str, Any]]]:
-    """``hooks`` of the runtime specification."""
+    """Return ``hooks`` of the runtime specification."""
     found: dict[str, list[dict[str, Any]]] = {}
     for hook in hooks:
         entry: dict[str, Any] = {"path": hook.path, "args": list(hook.args), "env": list(hook.env)}
@@ -201,28 +203,30 @@ def oci_hooks(hooks: Iterable[Hook]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _parsed(path: Path) -> Any:
-    """JSON, or YAML without aliases: a few lines of these stand for gigabytes.
+    """Parse JSON, or YAML without aliases, of which a few lines could expand to gigabytes.
 
     Raises: OSError; ValueError; msgspec.MsgspecError.
     """
     content = path.read_bytes()
     if path.suffix == ".json":
         return msgspec.json.decode(content)
-    import yaml  # 0.7 MB in every process of the node, and few nodes have such files
+    import yaml  # here: 0.7 MB in every process of the node, and few nodes have such files
 
     try:
         depth = 0
         for event in yaml.parse(content, yaml.CSafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > _DEPTH_MAX:
-                raise ValueError("aliases are not supported" if depth <= _DEPTH_MAX else "it is too deep")
+                raise ValueError(
+                    "aliases are not supported" if depth <= _DEPTH_MAX else "it is nested too deeply"
+                )
         return yaml.load(content, yaml.CSafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def _read(path: Path) -> _File:
-    """Raises: OSError; ValueError; msgspec.MsgspecError."""
+    """Read a description file.  Raises: OSError; ValueError; msgspec.MsgspecError."""
     status = path.stat()
     if status.st_size > _FILE_BYTES_MAX:
         raise ValueError(f"larger than {_FILE_BYTES_MAX} bytes")
@@ -231,7 +235,7 @@ def _read(path: Path) -> _File:
 
 @lru_cache(_FILES_MAX)
 def _read_as_of(path: Path, _inode: int, _mtime_ns: int, _ctime_ns: int) -> _File:
-    """The same, once for each change of the file: nodes look at all descriptions every few seconds."""
+    """Read a file once for each change of it, because nodes read all descriptions every few seconds."""
     content = msgspec.convert(_parsed(path), _File)
     for edits in (content.container_edits, *(one.container_edits for one in content.devices)):
         unknown = {hook.hook_name for hook in edits.hooks} - _HOOKS

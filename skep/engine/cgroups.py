@@ -1,10 +1,10 @@
 """Control groups of this node's containers, on v1 (or hybrid) hierarchies and on v2.
 
-Everything lies below one parent (``skep`` by default): containers at ``<parent>/ctr/<id>``, made by runc; their
-monitors at ``<parent>/monitors``, so that nothing that happens to the node process reaches them.  A container with
-``--cgroup-parent`` has its group there; a group is named by its path, the same in every hierarchy.
+Everything is below one parent (``skep`` by default).  Containers are at ``<parent>/ctr/<id>``, created by runc.  Their
+monitors are at ``<parent>/monitors``, so that they survive whatever happens to the node process.  A container with
+``--cgroup-parent`` has its group there.  A group is named by its path, which is the same in every hierarchy.
 
-The version is found as runc finds it: cgroup2 mounted at /sys/fs/cgroup is v2, all else v1.
+The version is detected as in runc: cgroup2 mounted at /sys/fs/cgroup means v2, anything else v1.
 """
 
 import ctypes
@@ -30,12 +30,12 @@ _CGROUP2_SUPER_MAGIC = 0x63677270
 _WEIGHTS_V1 = ("blkio.weight", "blkio.bfq.weight")
 _WEIGHTS_V2 = ("io.weight", "io.bfq.weight")
 _NO_PROCESSES_OF_ITS_OWN = (errno.ENODEV, errno.EOPNOTSUPP)
-"""It has been removed; it has threads alone, whose processes are listed further up."""
+"""Errors of a group that was removed, or that has only threads, whose processes its ancestors list."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Cgroups:
-    """The groups of one node.  ``parent``: path below each hierarchy, without a slash at its ends."""
+    """The groups of one node.  ``parent`` is the path below each hierarchy.  Slashes at its ends are stripped."""
 
     def __init__(self, parent: str, mount_point: Path = MOUNT_POINT) -> None:
         self.parent = parent.strip("/")
@@ -44,38 +44,40 @@ class Cgroups:
         self._roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
 
     def path_of(self, container: Container) -> str:
-        """``cgroupsPath`` of the runtime specification."""
+        """Return the container's ``cgroupsPath`` in the runtime specification."""
         given = container.config.machine.cgroup_parent
         return f"{self._group(given) if given else self._containers}/{container.id}"
 
     def check_parent(self, given: str) -> None:
-        """Refuse a ``--cgroup-parent`` where containers and monitors of this node are: it would end with one of them.
+        """Refuse a ``--cgroup-parent`` inside this node's containers or monitors: it would end with one of them.
 
         Raises: InvalidArgument.
         """
         group = self._group(given) + "/"
         if given and group.startswith((f"{self._containers}/", f"/{self.parent}/monitors/")):
-            raise InvalidArgument(f"invalid cgroup parent {given}: it is of other containers of this node")
+            raise InvalidArgument(
+                f"invalid cgroup parent {given}: it belongs to containers of this node, choose another one"
+            )
 
     @property
     def _containers(self) -> str:
         return f"/{self.parent}/ctr"
 
     def _group(self, given: str) -> str:
-        # Docker leaves a relative one to runc: on v1 below the group of process 1, on v2 beside the daemon's.
+        # Docker leaves relative paths to runc: below the group of process 1 on v1, next to the daemon's on v2.
         names = [*([] if given.startswith("/") else [self.parent]), *given.split("/")]
         return "".join(f"/{name}" for name in names if name)
 
     @property
     def controllers(self) -> frozenset[str]:
-        """What can be limited here: ``memory``, ``cpu``, ``pids``, ..."""
+        """Available controllers: ``memory``, ``cpu``, ``pids``, ..."""
         if not self.is_v2:
             return frozenset(self._roots)
         return frozenset((self._roots[""] / "cgroup.controllers").read_text().split())
 
     @property
     def has_swap_accounting(self) -> bool:
-        """Whether memory and swap together can be limited."""
+        """Whether memory and swap can be limited together."""
         if self.is_v2:
             return "memory" in self.controllers and Path("/proc/swaps").exists()
         root = self._roots.get("memory")
@@ -85,7 +87,7 @@ class Cgroups:
     def has_io_weight(self) -> bool:
         """Whether block devices can be shared by weight.
 
-        v2: a group shows it, the root has no such file; v1: the root does.
+        On v2 the file is in groups but not in the root, on v1 in the root.
         """
         if not self.is_v2:
             root = self._roots.get("blkio")
@@ -95,12 +97,12 @@ class Cgroups:
 
     @property
     def cpus(self) -> str:
-        """Processors that containers can be bound to: ``0-3``; empty: unknown."""
+        """Processors that containers can be bound to, such as ``0-3``.  Empty if unknown."""
         return self._cpuset("cpus")
 
     @property
     def memory_nodes(self) -> str:
-        """Memory nodes that containers can be bound to: ``0``; empty: unknown."""
+        """Memory nodes that containers can be bound to, such as ``0``.  Empty if unknown."""
         return self._cpuset("mems")
 
     def _cpuset(self, name: str) -> str:
@@ -113,21 +115,21 @@ class Cgroups:
         return ""
 
     def directory(self, container: Container, controller: str) -> Path | None:
-        """Where files of ``controller`` are for this container, None where it is not mounted."""
+        """Return the container's directory with the files of ``controller``, or None if that is not mounted."""
         root = self._roots.get("" if self.is_v2 else controller)
         return None if root is None else root / self.path_of(container).lstrip("/")
 
     def parent_directory(self, controller: str) -> Path:
-        """Where files of ``controller`` are for everything below the parent.  Raises: KeyError: it is not mounted."""
+        """Return the parent's directory with the files of ``controller``.  Raises: KeyError: it is not mounted."""
         return self._roots["" if self.is_v2 else controller] / self.parent
 
     def hold_this_process(self) -> bool:
-        """Whether the calling process lives below the parent itself, as nodes that share a machine do."""
+        """Return whether this process itself is below the parent, as in nodes that share a machine."""
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         return any(f"{line.split(':', 2)[2]}/".startswith(f"/{self.parent}/") for line in lines)
 
     def pids(self, container: Container) -> frozenset[int]:
-        """The processes of a container, nested groups included.  Empty when it has none.
+        """Return the container's processes, including nested groups.
 
         Raises: Unavailable: they cannot be read now.
         """
@@ -147,10 +149,10 @@ class Cgroups:
         return frozenset(found)
 
     def enter_monitors(self) -> None:
-        """Put the calling thread, and so what it starts, into the group of monitors.
+        """Move the calling thread, and thus its children, into the monitors' group.
 
-        On v2 threads cannot be placed apart from their process: there ``join_monitors`` moves each.  A
-        hierarchy that refuses is left alone and logged.
+        On v2 threads cannot leave their process's group.  There ``join_monitors`` moves each process.  A hierarchy that
+        refuses is skipped and logged.
         """
         if self.is_v2:
             return
@@ -162,14 +164,14 @@ class Cgroups:
                     _inherit_cpuset(root, directory)
                 (directory / "tasks").write_text(str(threading.get_native_id()))
             except OSError as error:
-                log.warning("cgroup of monitors refused", controller=controller, error=str(error))
+                log.warning("monitor cgroup not joined", controller=controller, error=str(error))
 
     def expect_move(self) -> None:
-        """Make the next move of a process to another group a quick one; takes some milliseconds, so not in the loop.
+        """Make the next move of a process to another group fast.  Blocks for some milliseconds: call it in a thread.
 
-        After a pause of some 20 ms the first move waits for an RCU grace period (``cgroup_threadgroup_rwsem``), 10 ms
-        and more: runc would wait for it amid an exec.  A move of the calling thread to where it is begins that wait
-        now, and changes nothing.
+        After a pause of some 20 ms the first move waits 10 ms or more for an RCU grace period
+        (``cgroup_threadgroup_rwsem``).  runc would wait for it during an exec.  Moving the calling thread to its
+        current group starts that wait now and changes nothing else.
         """
         for line in Path("/proc/thread-self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -177,15 +179,15 @@ class Cgroups:
             if root is None:
                 continue
             file = root / path.lstrip("/") / ("cgroup.threads" if self.is_v2 else "tasks")
-            # Only time is lost where this fails: a group seen from another namespace, a file that is read-only.
-            # Opened as it is there: outside of a control group nothing is to be created.
+            # A failure only costs time: a group seen from another namespace, or a read-only file.  Opened without
+            # creating:  outside a control group no file should appear.
             with suppress(OSError), file.open("r+b") as threads:
-                # By its number: a move of "0", the writer itself, does not take the lock.
+                # Write its number: a move of "0", the writer itself, does not take the lock.
                 os.write(threads.fileno(), b"%d" % threading.get_native_id())
             return
 
     def join_monitors(self, pid: int) -> None:
-        """On v2: move a process that was just started into the group of monitors."""
+        """On v2, move a process that was just started into the monitors' group."""
         if not self.is_v2:
             return
         directory = self._roots[""] / self.parent / "monitors"
@@ -193,15 +195,15 @@ class Cgroups:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "cgroup.procs").write_text(str(pid))
         except OSError as error:
-            if error.errno != errno.ESRCH:  # it has ended already
-                log.warning("cgroup of monitors refused", controller="v2", error=str(error))
+            if error.errno != errno.ESRCH:  # it has not just ended
+                log.warning("monitor cgroup not joined", controller="v2", error=str(error))
 
     def remove(self, container: Container) -> bool:
-        """Remove a container's groups, as far as they are there; whether none is left.  Parents stay, as in Docker."""
+        """Remove a container's groups, if any.  Return whether none is left.  Parents stay, as in Docker."""
         return self._remove(self.path_of(container))
 
     def remove_unknown(self, container_id: ContainerId) -> None:
-        """The same of a container of which nothing is known but its id: where they are by default."""
+        """Remove the groups at their default path, for a container without a readable record."""
         self._remove(f"{self._containers}/{container_id}")
 
     def _remove(self, path: str) -> bool:
@@ -209,14 +211,17 @@ class Cgroups:
         return not left
 
     def _all_roots(self) -> Iterable[Path]:
-        """Every hierarchy; beside v1 there may be one of v2 without controllers, where runc makes groups, too."""
+        """Return every hierarchy.
+
+        Next to v1, a v2 hierarchy without controllers may exist, where runc also makes groups.
+        """
         unified = self._mount_point / "unified"
         roots = dict.fromkeys(self._roots.values())  # one may be mounted for several controllers
         return (*roots, *([unified] if unified.is_dir() else []))
 
 
 def file_system_type(path: Path) -> int:
-    """``f_type`` of statfs(2) (Python's statvfs leaves it out).  0 when it cannot be found out."""
+    """Return ``f_type`` of statfs(2), which Python's statvfs leaves out, or 0 if it cannot be determined."""
     buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type comes first
     if _libc.statfs(os.fsencode(path), buffer):
         return 0
@@ -224,7 +229,7 @@ def file_system_type(path: Path) -> int:
 
 
 def _v1_hierarchies(mount_point: Path) -> dict[str, Path]:
-    """Mounted v1 hierarchies by controller; one mounted for several controllers appears under each."""
+    """Return the mounted v1 hierarchies by controller.  A hierarchy with several controllers appears under each."""
     roots: dict[str, Path] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
@@ -240,7 +245,7 @@ def _v1_hierarchies(mount_point: Path) -> dict[str, Path]:
 
 
 def _inherit_cpuset(root: Path, directory: Path) -> None:
-    """A new v1 cpuset takes no process before it has processors and memory nodes: its parent's."""
+    """Copy processors and memory nodes from the parent: an empty v1 cpuset accepts no process."""
     chain = [path for path in (directory, *directory.parents) if path != root and path.is_relative_to(root)]
     for path in reversed(chain):
         for name in ("cpuset.cpus", "cpuset.mems"):
@@ -249,7 +254,7 @@ def _inherit_cpuset(root: Path, directory: Path) -> None:
 
 
 def _remove_tree(directory: Path) -> bool:
-    """Remove a group with its nested ones, from below; whether it is gone."""
+    """Remove a group with its nested groups, bottom-up.  Return whether it no longer exists."""
     try:
         directory.rmdir()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""``docker commit``: an image of a container's file system and options.
+"""``docker commit``: creates an image from a container's file system and options.
 
 Source: moby 20.10, daemon/commit.go (CreateImageFromContainer, merge), daemon/images/image_commit.go.
 """
@@ -23,36 +23,35 @@ from skep.model.times import Timestamp
 
 
 class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``docker commit`` asks for.
-
-    ``config``: options of the image's containers; None: those of the container.  ``changes``: instructions of a
-    Dockerfile that change them.  ``pauses``: the container's processes are frozen meanwhile.
-    """
+    """Options of ``docker commit``."""
 
     reference: Reference | None = None
     author: str = ""
     comment: str = ""
     pauses: bool = True
+    """Whether the container's processes are frozen during the commit."""
     config: ContainerDefaults | None = None
+    """Options of the image's containers, or None for the committed container's."""
     changes: tuple[str, ...] = ()
+    """Dockerfile instructions that change ``config``."""
 
 
 async def commit(
     engine: Engine, word: str, request: CommitRequest, own: ContainerDefaults, now: Timestamp
 ) -> Image:
-    """Make an image of the container ``word``, whose options are ``own``.
+    """Create an image from the container ``word``, whose options are ``own``.
 
-    Raises: NotFound: no such container, or its image was removed; InvalidArgument: a change is none, or a file has no
-    form in an image; BeingRemoved: it is being removed; ResourceExhausted; UnpackFailed.
+    Raises: NotFound: no such container, or its image was removed; InvalidArgument: a change is not an instruction, or
+    a file cannot be stored in an image; BeingRemoved; ResourceExhausted; UnpackFailed.
     """
     container = engine.get(word)
     _require_present(container)
     config = merged(apply_changes(request.config or own, request.changes), own)
     parent = engine.images.get(container.image_id)
     upper = engine.bundles.path(container.id) / "upper"
-    async with _paused(engine, container, pauses=request.pauses):
+    async with _keep_paused(engine, container, pauses=request.pauses):
         async with engine.images.layer_of_changes(upper, parent, without=OUTSIDE_OF_IMAGES) as layer:
-            _require_present(engine.get(container.id))  # what was removed meanwhile is not in the layer
+            _require_present(engine.get(container.id))  # files removed meanwhile are missing in the layer
             step = Step(
                 created=now,
                 diff_id=layer.diff_id,
@@ -88,12 +87,12 @@ def _require_present(container: Container) -> None:
 
 
 @asynccontextmanager
-async def _paused(engine: Engine, container: Container, *, pauses: bool) -> AsyncIterator[None]:
-    """The container does not change meanwhile, if it runs and is not paused already."""
+async def _keep_paused(engine: Engine, container: Container, *, pauses: bool) -> AsyncIterator[None]:
+    """Pause a running container for the block, unless it is paused already."""
     if not pauses or container.state is not ContainerState.RUNNING:
         yield
         return
-    # To its end: a client that leaves at this moment does not leave a container behind that is frozen for good.
+    # Run to the end: otherwise a client that disconnects at this moment would leave the container frozen forever.
     try:
         with suppress(SkepError):  # it has ended meanwhile
             await run_to_end(engine.pause(container.id))
@@ -105,7 +104,7 @@ async def _paused(engine: Engine, container: Container, *, pauses: bool) -> Asyn
 
 
 def merged(config: ContainerDefaults, other: ContainerDefaults) -> ContainerDefaults:
-    """``config`` with what it leaves out from ``other``.
+    """Return ``config`` with its unset fields from ``other``.
 
     Source: moby 20.10, daemon/commit.go (merge).
     """

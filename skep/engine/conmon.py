@@ -1,10 +1,10 @@
-"""Starting a conmon and talking to it.
+"""Starts conmon processes and communicates with them.
 
-conmon daemonizes, so that its parent is pid 1.  Until then communication with it is by
-pipes whose descriptors it finds in its environment: ``_OCI_STARTPIPE`` (it waits for a byte there, until it
-sits in its own cgroup), ``_OCI_SYNCPIPE`` (it responds with a line of JSON: the pid, or a negative number
-and the runtime's words) and, for an exec, ``_OCI_ATTACHPIPE`` (a line when one can connect to its socket).
-Later it takes commands from the pipe ``ctl``; of several that wait there, conmon before 2.2 obeys the first only.
+conmon daemonizes, so that its parent is pid 1.  Until then communication uses pipes, whose descriptors are in its
+environment.  On ``_OCI_STARTPIPE`` it waits for a byte, which we send once it is in its own cgroup.  On
+``_OCI_SYNCPIPE`` it responds with a line of JSON: the pid, or a negative number and the runtime's words.  For an exec,
+``_OCI_ATTACHPIPE`` gets a line once its socket accepts connections.  Later it reads commands from the pipe ``ctl``.  If
+several wait there, conmon before 2.2 executes only the first.
 
 Source: conmon 2.1, src/conmon.c; podman, libpod/oci_conmon_linux.go.
 """
@@ -35,22 +35,25 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 RUNTIME_ENVIRONMENT = {"GOGC": "off", "GOMAXPROCS": "2"}
-"""For runc, a Go program that lives for some milliseconds: collecting garbage and a thread for every processor only
-cost it time.  With less than two it needs more threads than a container with a small pids limit may have.
-Containers never see these variables."""
+"""Environment of runc, a Go program that lives for some milliseconds.
+
+Garbage collection and a thread per processor would only cost it time.  With less than two processors it needs more
+threads than a container with a small pids limit may have.  Containers never see these variables.
+"""
 DEADLINE_S = 60.0
-"""For conmon's response on an overloaded machine; a healthy one needs 0.05 s."""
+"""Deadline of conmon's response on an overloaded machine.  A healthy one needs 0.05 s."""
 _CONMON_ENDS_S = 10.0
+"""Deadline for the end of the process that has forked the conmon daemon."""
 _LINE_BYTES_MAX = 64 << 10
+"""Size of one response of conmon."""
 
 
 class RuntimeFailed(SkepError):
-    """runc or conmon has failed; the message is theirs."""
+    """runc or conmon has failed.  The message is theirs."""
 
 
 class StartError(RuntimeFailed):
-    """A process could not be started.  ``exit_code`` is what Docker reports: 127 not found, 126 not
-    executable."""
+    """A process could not be started.  ``exit_code`` is Docker's: 127 not found, 126 not executable."""
 
     def __init__(self, message: str, verb: str = "create") -> None:
         super().__init__(f"OCI runtime {verb} failed: {message}: unknown")
@@ -58,26 +61,26 @@ class StartError(RuntimeFailed):
 
 
 class Pipes(msgspec.Struct, frozen=True):
-    """Our ends of the pipes to one conmon."""
+    """This process's ends of the pipes to one conmon."""
 
     responses: asyncio.StreamReader
     attach_ready: asyncio.StreamReader
     start: int
 
     def proceed(self) -> None:
-        """Send the byte it waits for.  If it has ended already, its response is missing."""
+        """Send the byte that conmon waits for.  If conmon has ended already, its response is missing."""
         with suppress(BrokenPipeError):
             os.write(self.start, b"\0")
 
 
 class Conmons:
-    """Starts conmons, in the cgroup of monitors.
+    """Starts conmons in the monitors' cgroup.
 
-    On cgroup v1 a child starts in the cgroup of the *thread* that forks it, so one thread stays there and starts
-    them all: moving each conmon afterwards would cost several milliseconds per hierarchy, in which no
-    process of the machine can fork.
+    On cgroup v1 a child starts in the cgroup of the *thread* that forks it, so one thread stays there and starts them
+    all.  Moving each conmon afterwards would cost several milliseconds per hierarchy, in which no process of the
+    machine can fork.
 
-    While a conmon starts, another thread makes the runtime's move into the container's groups a quick one.
+    While a conmon starts, another thread makes the runtime's move into the container's groups fast.
     """
 
     def __init__(self, cgroups: Cgroups) -> None:
@@ -86,19 +89,21 @@ class Conmons:
         self._expecting: asyncio.Future[None] | None = None
 
     def close(self) -> None:
-        """End the thread; the next start makes another."""
+        """End the thread.  The next start creates another."""
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
 
     @asynccontextmanager
-    async def started(
+    async def start(
         self, arguments: Sequence[str], directory: Path, *, attach: bool, inherited: Sequence[int] = ()
     ) -> AsyncIterator[Pipes]:
-        """A conmon waiting for its start byte.  Not to be cancelled before it has responded.
+        """Start a conmon that waits for its start byte.  Do not cancel the block before conmon has responded.
 
-        ``directory``: where it works, and leaves a file ``oom`` when the kernel killed for memory; ``inherited``:
-        descriptors that it keeps until the container ends.
+        Args:
+            directory: Its working directory, where it leaves a file ``oom`` if the kernel killed for memory.
+            inherited: Descriptors that it keeps until the container ends.
+
         Raises: Unavailable: it did not respond in time.
         """
         self.expect_move()
@@ -129,19 +134,19 @@ class Conmons:
             async with asyncio.timeout(DEADLINE_S):
                 yield Pipes(reader, attach_ready, start)
         except TimeoutError as error:
-            raise Unavailable(f"conmon did not respond in {DEADLINE_S:g} s") from error
+            raise Unavailable(f"conmon did not respond within {DEADLINE_S:g} s") from error
         finally:
             os.close(start)
             for transport in transports:
                 transport.close()
             if process is not None:
-                # What we started ended as soon as it had forked the conmon that stays.
+                # The process that we started ended as soon as it had forked the daemon.
                 await self._on_thread(process.wait, _CONMON_ENDS_S)
 
     def expect_move(self) -> None:
-        """A runtime will move a process into a container's groups in a moment: make that quick, in a thread.
+        """Make the runtime's imminent move of a process into a container's groups fast, in a thread.
 
-        Does not wait.  One at a time: another move gains nothing while one waits.
+        Returns immediately.  One at a time: a second move gains nothing while one waits.
         """
         if self._expecting is None or self._expecting.done():
             loop = asyncio.get_running_loop()
@@ -169,7 +174,7 @@ def _spawn(
 
 
 class _Response(msgspec.Struct, frozen=True):
-    """One line from conmon; a negative number comes with the runtime's message."""
+    """One line from conmon.  A negative number comes with the runtime's message."""
 
     data: int = 0
     pid: int = 0
@@ -181,10 +186,9 @@ _decode = msgspec.json.Decoder(_Response).decode
 
 
 async def read_pid(responses: asyncio.StreamReader, verb: str = "create") -> int:
-    """The pid in conmon's next response.
+    """Return the pid in conmon's next response.
 
     Raises: StartError: the runtime refused, or conmon ended.
-
     """
     line = await responses.readline()
     if not line:
@@ -209,7 +213,7 @@ async def _stream(descriptor: int, transports: list[asyncio.BaseTransport]) -> a
 
 
 def control(path: Path, command: bytes) -> None:
-    """Write a command to the pipe of the conmon at ``path``; one that has ended needs none."""
+    """Write a command to the pipe of the conmon at ``path``.  Does nothing if it has ended."""
     try:
         descriptor = os.open(path / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -223,9 +227,10 @@ def control(path: Path, command: bytes) -> None:
 
 
 def resize_terminal(monitor: ProcessName | None, height: int, width: int) -> None:
-    """Set the size of the terminal that a conmon holds, in characters; one that has none or has ended needs none.
+    """Set the size of a conmon's terminal, in characters.  Does nothing if it has no terminal or has ended.
 
-    By the terminal itself: conmon before 2.2 drops sizes that come while another waits in ``ctl``, and so the last one.
+    Sets it on the terminal itself: conmon before 2.2 drops sizes that arrive while another waits in ``ctl``, and so
+    the last one.
     """
     process = open_pidfd(monitor) if monitor is not None else None
     if monitor is None or process is None:
@@ -241,14 +246,14 @@ def resize_terminal(monitor: ProcessName | None, height: int, width: int) -> Non
                     os.close(terminal)
                 return
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EBADF):  # it ends meanwhile
+        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EBADF):  # conmon has ended meanwhile
             raise
     finally:
         os.close(process)
 
 
 def plain(errors: bytes) -> str:
-    """runc's message without the format of its log (``time="..." level=error msg="..."``)."""
+    """Strip the log format from runc's message (``time="..." level=error msg="..."``)."""
     text = errors.decode(errors="replace").strip()
     match = _LOGGED.search(text)
     if match is not None:
@@ -260,7 +265,7 @@ _LOGGED = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
 
 
 def exit_code_of(message: str) -> int:
-    """The exit code Docker gives a container that could not be started.
+    """Return the exit code that Docker reports for a container that could not be started.
 
     Source: moby, daemon/start.go (setExitCodeFromError).
     """

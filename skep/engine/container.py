@@ -1,8 +1,8 @@
-"""A container: its configuration, its state, its sandbox, and the values that its operations take and give.
+"""Records of containers (configuration, state, sandbox), and arguments and results of container operations.
 
-A ``Container`` is one immutable record, appended to ``<data>/containers/<id>/record`` at every change; the Engine
-API's ``docker ps`` and ``docker inspect`` are renderings of it.  Nothing secret is in it but what the user put into the
-environment.  Records are read by other versions: the names of serialized fields stay.
+A ``Container`` is one immutable record, appended to ``<data>/containers/<id>/record`` at every change.  The Engine
+API's ``docker ps`` and ``docker inspect`` render it.  It holds no secrets except the user's variables in the
+environment.  Other versions read the records, so serialized field names never change.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 
 class ContainerState(Enum):
-    """What is recorded of ``Container.status``."""
+    """The recorded part of ``Container.status``."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -31,25 +31,24 @@ class ContainerState(Enum):
 
 
 class ProcessName(msgspec.Struct, frozen=True):
-    """A process, identified so that a later one with the same pid differs.
-
-    ``start_ticks``: field 22 of /proc/PID/stat; ``boot_id``: the kernel's, since ticks count from the boot.
-    """
+    """A process identity that tells a later process with the same pid apart."""
 
     pid: int
     start_ticks: int
+    """Start time: field 22 of /proc/PID/stat."""
     boot_id: str
+    """The kernel's boot id, because ticks count from the boot."""
 
 
 class Interruption(Enum):
-    """An end from outside the container, which says nothing about its program."""
+    """A cause outside the container that ended it.  It says nothing about the container's program."""
 
     MACHINE_RESTARTED = "machine-restarted"
     MONITOR_LOST = "monitor-lost"
 
 
 class HealthStatus(Enum):
-    """``State.Health.Status``, in Docker's words."""
+    """``State.Health.Status``, in Docker's values."""
 
     STARTING = "starting"
     HEALTHY = "healthy"
@@ -57,7 +56,7 @@ class HealthStatus(Enum):
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """One run of a health check, as ``docker inspect`` shows it.  ``exit_code`` -1: it could not be run."""
+    """One run of a health check, as ``docker inspect`` shows it.  ``exit_code`` is -1 if it could not run."""
 
     start: Timestamp
     end: Timestamp
@@ -66,7 +65,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """State of a container's health check, as ``docker inspect`` shows it.  ``log``: the last probes, oldest first."""
+    """State of a health check, as ``docker inspect`` shows it.  ``log`` has the last probes, oldest first."""
 
     status: HealthStatus = HealthStatus.STARTING
     failing_streak: int = 0
@@ -74,57 +73,58 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A file system placed into the container.
-
-    ``source``: absolute path on the node (empty for tmpfs); ``name``: of a volume.  ``options``: of the
-    mount, as runc takes them.  ``internal``: made by the node itself (secrets), not shown by ``docker
-    inspect``.
-    """
+    """A mount in the container."""
 
     type: str
     destination: str
     source: str = ""
+    """Absolute path on the node.  Empty for tmpfs."""
     name: str = ""
+    """Name of the volume, or id of the mounted image."""
     driver: str = ""
     read_only: bool = False
     propagation: str = ""
     options: tuple[str, ...] = ()
+    """Mount options as runc takes them."""
     read_only_below: bool | None = None
-    """Whether mounts below a read-only one are read-only, too; None: where the node can have them so."""
+    """Whether mounts below a read-only mount are read-only, or None for read-only where the node supports it."""
     internal: bool = False
+    """Whether the node made the mount itself (secrets).  ``docker inspect`` does not show it."""
     anonymous: bool = False
-    """A volume made for this container alone, and removed with it."""
+    """Whether the volume was made for this container only, and is removed with it."""
     subpath: str = ""
-    """What is mounted of the volume, relative to it; empty: all of it."""
+    """Path inside the volume that is mounted, relative to its root.  Empty for the whole volume."""
     layers: tuple[str, ...] = ()
-    """Of an image that is mounted, whose id is ``name``: directories of its files, top first."""
+    """Directories of a mounted image's files, top first."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How output is logged.  ``max_size_bytes`` 0: one file without a bound; ``type`` none: not at all."""
+    """How output is logged."""
 
     type: str = "json-file"
+    """Log driver.  ``none`` discards the output."""
     options: Mapping[str, str] = {}
     max_size_bytes: int = 0
+    """Size at which the file is rotated.  0 for a single unbounded file."""
     max_files: int = 1
     compress: bool = False
-    """Files that are not written to any more."""
+    """Whether to compress rotated files."""
     is_readable: bool = True
-    """Whether ``docker logs`` shows it; False: its user has disabled the cache, or it is not kept at all."""
+    """Whether ``docker logs`` can read the output.  False if the user disabled the cache or nothing is kept."""
     attributes: Mapping[str, str] | None = None
-    """What the options add to each line; None: a version before these wrote the record."""
+    """Attributes that the options add to each line, or None in records of versions without attributes."""
     is_restricted: bool = False
-    """Whether a user below the administrator chose it: then it reaches no address of the cluster's machines."""
+    """Whether a user below administrator chose the driver, which then cannot reach the cluster's machines."""
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a container was asked to be, with the image's defaults merged in.  Limits: 0 means none."""
+    """The requested configuration with the image's defaults merged in.  A limit of 0 means unlimited."""
 
     path: str
-    """What is executed; with ``args`` it is entrypoint and command together."""
+    """The executable.  ``path`` and ``args`` together are entrypoint and command."""
     args: tuple[str, ...] = ()
     entrypoint: tuple[str, ...] = ()
-    """``entrypoint`` and ``command`` are kept apart only to be shown."""
+    """``entrypoint`` and ``command`` are kept separately only for display."""
     command: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     working_dir: str = ""
@@ -136,14 +136,14 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     stdin_once: bool = False
     stop_signal: str = ""
     stop_grace_ns: Nanoseconds = 10 * SECOND_NS
-    """From the stop signal to the kill; negative: it is not killed."""
+    """Nanoseconds between the stop signal and SIGKILL.  Negative to never kill."""
     stop_timeout: int | None = None
-    """The same in seconds as its user or its image gave it, to be shown; None: they did not, or it is a task's."""
+    """The grace period in seconds as the user or the image gave it, for display.  None if unset or for a task."""
     init: bool = False
     read_only: bool = False
     mounts: tuple[MountPoint, ...] = ()
     nano_cpus: int = 0
-    """Where ``machine`` has a quota: what that is."""
+    """CPU limit.  If ``machine`` has a quota, the equivalent of that quota."""
     memory_bytes: int = 0
     memory_reservation_bytes: int = 0
     pids: int = 0
@@ -155,29 +155,29 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seccomp: str = "default"
     """``default``, ``unconfined``, or a profile in Docker's JSON."""
     apparmor: str = "default"
-    """``default``, ``unconfined``, or a profile that is loaded in the kernel; ignored where there is no AppArmor."""
+    """``default``, ``unconfined``, or a profile loaded in the kernel.  Ignored on nodes without AppArmor."""
     no_new_privileges: bool = False
     oom_score_adj: int = 0
     hosts: tuple[str, ...] = ()
-    """Extra lines of /etc/hosts, as in a service: ``address name...``."""
+    """Extra lines of /etc/hosts, in a service's format: ``address name...``."""
     nameservers: tuple[str, ...] = ()
     search_domains: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
     ports: tuple[PublishedPort, ...] = ()
     """Host-mode ports to publish on the node."""
     endpoints: tuple[EndpointConfig, ...] = msgspec.field(name="places", default=())
-    """Networks it is on, in the order of its interfaces; none: the node's gateway bridge alone."""
+    """Networks in the order of the container's interfaces.  Empty for the node's gateway bridge only."""
     is_on_host: bool = False
-    """It has no network namespace of its own, but the node's."""
+    """Whether it shares the node's network namespace instead of having its own."""
     exposed_ports: tuple[str, ...] = ()
     machine: MachineOptions = MachineOptions()
-    """What it is given of the machine, as its user asked for it."""
+    """Host resources and namespaces that the user requested."""
     api: ApiAccess = ApiAccess.READ
-    """What it may call on the Engine API, if it mounts the socket."""
+    """Engine API access if the container mounts the API socket."""
     binds: tuple[str, ...] = ()
-    """``HostConfig.Binds`` of the request; it and the next two are kept to be shown."""
+    """``HostConfig.Binds`` of the request.  This field and the next two are kept for display."""
     requested_mounts: tuple[Mount, ...] | None = None
-    """``HostConfig.Mounts`` of the request; None: made by a version that did not keep them."""
+    """``HostConfig.Mounts`` of the request, or None if a version that did not keep them created the container."""
     tmpfs: Mapping[str, str] = {}
     """``HostConfig.Tmpfs`` of the request."""
     healthcheck: HealthConfig | None = None
@@ -185,39 +185,41 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """``--restart``.  ``name``: no, always, unless-stopped, on-failure; ``attempts_max`` 0: as often as needed."""
+    """The ``--restart`` policy."""
 
     name: str = "no"
+    """``no``, ``always``, ``unless-stopped`` or ``on-failure``."""
     attempts_max: int = 0
+    """Retries of ``on-failure``.  0 for unlimited."""
 
 
 class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Options that only a plain container has: its user decides when it runs, and on which networks."""
+    """Options of a plain container, whose user decides when it runs and on which networks."""
 
     mode: NetworkMode = NetworkMode.BRIDGE
     networks: tuple[EndpointRequest, ...] = ()
-    """With ``NETWORKS``, in the order of its interfaces."""
+    """Networks in the order of the interfaces, for the mode ``NETWORKS``."""
     network_mode: str = "default"
-    """As the user gave it."""
+    """The network mode as the user gave it."""
     mac_address: str = ""
-    """On the node's bridge; empty: any."""
+    """MAC address on the node's bridge.  Empty for any."""
     restart: RestartPolicy = RestartPolicy()
     auto_remove: bool = False
     restarts: int = 0
-    """Starts by its policy since the user started it."""
+    """Restarts by the policy since the user last started the container."""
     is_stopped: bool = False
-    """By its user: its policy does not start it again."""
+    """Whether the user stopped it.  The policy then does not restart it."""
     security_options: tuple[str, ...] = ()
-    """As the user gave them."""
+    """Security options as the user gave them."""
     volumes_from: tuple[str, ...] = ()
-    """As the user gave them."""
+    """``--volumes-from`` values as the user gave them."""
     attached: tuple[str, ...] = ()
-    """Streams that the client attached when it was created: stdin, stdout, stderr."""
+    """Streams that the client attached at creation: stdin, stdout, stderr."""
     is_step: bool = False
-    """Of a build: it is removed by its build, or by the next process if that of the build has ended."""
+    """Whether a build made it.  The build removes it, or the next process if the build's process has ended."""
 
     def wants_restart(self, exit_code: int) -> bool:
-        """Whether its policy starts it again after a run, or a start that failed, with ``exit_code``.
+        """Return whether the policy restarts the container after a run or failed start with ``exit_code``.
 
         Source: moby 20.10, restartmanager/restartmanager.go (ShouldRestart).
         """
@@ -234,14 +236,14 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):
-    """One container.  Times are Docker's; ``ZERO_TIME`` where it has not happened yet."""
+    """One container.  Times are Docker's.  ``ZERO_TIME`` if the event has not happened yet."""
 
     id: ContainerId
     name: str
     image: str
-    """The reference as the user gave it."""
+    """The image reference as the user gave it."""
     image_id: str
-    """``sha256:...`` of the image's configuration."""
+    """``sha256:...`` digest of the image's configuration."""
     config: ContainerConfig
     labels: Mapping[str, str] = {}
     layers: tuple[str, ...] = ()
@@ -251,32 +253,34 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     state: ContainerState = ContainerState.CREATED
     process: ProcessName | None = None
     monitor: ProcessName | None = None
-    """Its conmon."""
+    """The container's conmon process."""
     exit_code: int = 0
     error: str = ""
-    """Why it could not start, or that its monitor was lost; the runtime's words."""
+    """Reason why the container could not start, in the runtime's words, or that its monitor was lost."""
     interruption: Interruption | None = None
-    """What ended the container from outside, or None if it ended by itself or was stopped."""
+    """The outside cause of the end, or None if the container ended by itself or was stopped."""
     oom_killed: bool = False
     health: Health | None = None
-    """None: it has no health check, or never ran."""
+    """Health, or None if the container has no health check or never ran."""
     started_at: Timestamp = ZERO_TIME
     finished_at: Timestamp = ZERO_TIME
     plain: PlainOptions | None = None
-    """None: it is a task's."""
+    """Options of a plain container, or None for a task's container."""
     is_retired: bool = False
-    """It never ran and never will: its sandbox is freed."""
+    """Whether the container never ran and never will.  Its sandbox is freed."""
     is_at_rest: bool = False
-    """Its policy follows its next end only, or the next node process: since the last one its user has begun a start, or
-    changed the policy."""
+    """Whether the restart policy is inactive until the container's next end or the next start of the node process.
+
+    Set when the user begins a start or changes the policy.
+    """
     warnings: tuple[str, ...] = ()
-    """What of its configuration this node could not give it when it was last prepared."""
+    """Parts of the configuration that this node could not provide at the last preparation."""
     stack: str = ""
-    """That of its task's service.  Not what its label says: that may be its image's."""
+    """Stack of the task's service.  Unlike the label, which an image may set, it can be trusted."""
 
     @property
     def mode(self) -> NetworkMode:
-        """What it has for a network; a task without networks is on the gateway bridge alone."""
+        """Network mode.  A task without networks is only on the gateway bridge."""
         if self.plain is not None:
             return self.plain.mode
         if self.config.is_on_host:
@@ -285,31 +289,31 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def network_mode(self) -> str:
-        """The same, as Docker's API shows it."""
+        """Network mode as Docker's API shows it."""
         if self.plain is not None:
             return self.plain.network_mode
         return "host" if self.config.is_on_host else "default"
 
     @property
     def pid(self) -> int:
-        """Pid of its first process on the node; 0 when none runs."""
+        """Pid of the first process on the node, or 0 if it does not run."""
         return self.process.pid if self.process is not None and self.is_running else 0
 
     @property
     def is_running(self) -> bool:
-        """Whether it has a process (a paused one does)."""
+        """Whether the container has a process.  A paused container has one."""
         return self.state in (ContainerState.RUNNING, ContainerState.PAUSED)
 
     @property
     def is_restarting(self) -> bool:
-        """Whether it has ended and its policy starts it again: known before the restart monitor has begun, too."""
+        """Whether the container has ended and its policy will restart it, even before the restart monitor begins to."""
         if self.plain is None or self.is_at_rest or self.state is not ContainerState.EXITED:
             return False
         return self.plain.wants_restart(self.exit_code)
 
     @property
     def is_active(self) -> bool:
-        """``State.Running``: Docker counts one that is restarting as running, so that it is kept.
+        """``State.Running``.  As in Docker, a restarting container counts as running, so that it is kept.
 
         Source: moby, container/state.go (SetRestarting).
         """
@@ -317,7 +321,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def status(self) -> str:
-        """``State.Status``, in Docker's words."""
+        """``State.Status``, in Docker's values."""
         return "restarting" if self.is_restarting else self.state.value
 
     @property
@@ -326,7 +330,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
         return self.started_at != ZERO_TIME
 
     def require_running(self) -> None:
-        """Raises: NotRunning."""
+        """Raise NotRunning unless the container runs."""
         if self.is_restarting:
             raise NotRunning(f"Container {self.id} is restarting, wait until the container is running")
         if not self.is_running:
@@ -334,28 +338,29 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NewContainer(msgspec.Struct, frozen=True, kw_only=True):
-    """A container to create.  ``layers``: lower directories of its file system, top first."""
+    """A container to create."""
 
     name: str
     image: str
     image_id: str
     layers: tuple[str, ...]
+    """Lower directories of the root file system, top first."""
     config: ContainerConfig
     labels: Mapping[str, str] = {}
     plain: PlainOptions | None = None
-    """A plain container has no sandbox before its start; None: a task's, which has."""
+    """Options of a plain container, which gets its sandbox at its start.  A task (None) gets it at its creation."""
     stack: str = ""
 
 
 class Stream(Enum):
-    """An output stream; the values are those of Docker's framing."""
+    """An output stream.  The values are the ids in Docker's stream framing."""
 
     STDOUT = 1
     STDERR = 2
 
 
 class LogEntry(NamedTuple):
-    """A piece of a container's output: one line with its newline, or up to 16 KiB of a longer one without."""
+    """A piece of output: one line with its newline, or up to 16 KiB of a longer line, without a newline."""
 
     timestamp_ns: int
     stream: Stream
@@ -363,17 +368,20 @@ class LogEntry(NamedTuple):
 
 
 class LogFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a log.  ``tail`` None: all; ``since_ns``/``until_ns`` 0: no bound (Unix time)."""
+    """Selects a part of a log."""
 
     streams: frozenset[Stream] = frozenset(Stream)
     follow: bool = False
     tail: int | None = None
+    """Number of last lines, or None for all."""
     since_ns: int = 0
+    """Unix time of the first entry.  0 for no bound."""
     until_ns: int = 0
+    """Unix time of the last entry.  0 for no bound."""
 
 
 class ExecConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A further process in a running container (``POST /containers/{id}/exec``)."""
+    """An additional process in a running container (``POST /containers/{id}/exec``)."""
 
     command: tuple[str, ...]
     env: tuple[str, ...] = ()
@@ -388,7 +396,7 @@ class ExecConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exec(msgspec.Struct, frozen=True, kw_only=True):
-    """State of an exec.  ``exit_code`` None: it has not ended."""
+    """State of an exec."""
 
     id: str
     container_id: ContainerId
@@ -397,35 +405,36 @@ class Exec(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     monitor: ProcessName | None = None
     console_size: tuple[int, int] | None = None
-    """Rows and columns of its terminal, as they were last set."""
+    """Rows and columns of the terminal, as last set."""
     exit_code: int | None = None
+    """Exit code, or None while it has not ended."""
 
 
 class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something happened to a container, or to another object of the engine (``docker events``).
+    """An event of a container or of another object of the engine (``docker events``).
 
-    ``action``: create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
-    ``exec_start: <command>``, exec_die, ``health_status: <status>``, update, destroy.  ``attributes``: Docker's
+    ``action`` is create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
+    ``exec_start: <command>``, exec_die, ``health_status: <status>``, update or destroy.  ``attributes`` are Docker's
     (image, name, labels, exitCode, ...).
     """
 
     action: str
     container_id: ContainerId
-    """Of a volume: its name.  Of a network: its id."""
+    """For a volume event the volume's name, for a network event the network's id."""
     time_ns: int
     attributes: Mapping[str, str] = {}
     type: str = "container"
 
 
 class Top(NamedTuple):
-    """The processes of a container as ``ps`` prints them."""
+    """A container's processes as ``ps`` prints them."""
 
     titles: tuple[str, ...]
     processes: tuple[tuple[str, ...], ...]
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """Containers by state, and images, as ``/info`` shows them; probes of health checks since the process began."""
+    """Counts of containers by state and of images, as ``/info`` shows them, and of probes since the process started."""
 
     running: int = 0
     paused: int = 0
@@ -439,7 +448,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WaitCondition(Enum):
-    """What ``docker wait`` waits for."""
+    """The condition that ``docker wait`` waits for."""
 
     NOT_RUNNING = "not-running"
     NEXT_EXIT = "next-exit"
@@ -447,16 +456,16 @@ class WaitCondition(Enum):
 
 
 class NotRunning(AlreadyExists):
-    """The operation needs a running container.  The Engine API responds with 409, as where a name is taken."""
+    """The operation needs a running container.  The Engine API responds with 409, as for a taken name."""
 
 
 class StillRunning(AlreadyExists):
-    """The operation needs a container that does not run.  The Engine API responds with 409 here, too."""
+    """The operation needs a container that is not running.  The Engine API responds with 409."""
 
 
 class Conflicting(AlreadyExists):
-    """The operation contradicts what the container was given before.  The Engine API responds with 409 here, too."""
+    """The operation contradicts the container's earlier configuration.  The Engine API responds with 409."""
 
 
 class BeingRemoved(AlreadyExists):
-    """The operation needs a container that stays: what a removal that failed has left may be a part.  409 here, too."""
+    """The container is being removed, or a failed removal left parts of it.  The Engine API responds with 409."""

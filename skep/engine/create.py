@@ -1,7 +1,7 @@
-"""From a create request and an image to a container's configuration, for tasks and ``docker run`` alike.  Pure.
+"""Translates a create request and an image into a container's configuration, for tasks and ``docker run``.  Pure.
 
-Source: moby 20.10, daemon/create.go, daemon/commit.go (merge), volume/mounts/linux_parser.go (binds), opts of the
-docker command for what it sends.
+Sources: moby 20.10, daemon/create.go, daemon/commit.go (merge), volume/mounts/linux_parser.go (binds); the docker
+command's opts for the values that it sends.
 """
 
 import re
@@ -41,7 +41,7 @@ from skep.model.times import SECOND_NS
 RESERVED_LABELS = "com.docker.swarm."
 """Labels with this prefix identify the containers of tasks."""
 MEMORY_BYTES_MIN = 6 << 20
-"""What a process needs to start at all: moby's linuxMinMemory."""
+"""The smallest memory limit.  A process needs that much to start at all: moby's linuxMinMemory."""
 NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
 
 NO_ALIASES = "network-scoped alias is supported only for containers in user defined networks"
@@ -58,32 +58,32 @@ _HOST_GATEWAY = "host-gateway"
 
 
 class NodeDefaults(NamedTuple):
-    """What containers take from their node."""
+    """A node's defaults for its containers."""
 
     hostname: str
     host_gateway: str
-    """The node's address for its containers; empty: there is none."""
+    """Address at which containers reach the node.  Empty if unknown."""
     log: Driver
-    """Log driver of containers that name none."""
+    """Log driver of containers that do not name one."""
     log_drivers: Mapping[str, Check] = {}
-    """Drivers that send elsewhere, each with what refuses its options."""
+    """Drivers that send logs elsewhere, each with the check of its options."""
 
 
 def checked_name(name: str) -> str:
-    """``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
+    """Return ``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
     return name.removeprefix("/")
 
 
 def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOptions:
-    """When a plain container runs, and on which networks; ``is_step``: of a build.
+    """Return the options that say when a plain container runs and on which networks.
 
-    Raises: InvalidArgument, Unimplemented.
+    ``is_step`` marks a build's container.  Raises: InvalidArgument, Unimplemented.
     """
     host = request.host_config
-    check_limits(host)  # of tasks the managers do, which allow less
-    _check_health(request.healthcheck)  # likewise
+    check_limits(host)  # managers check the limits of tasks, and allow less
+    _check_health(request.healthcheck)  # the same
     _check_shared(request)
     restart = restart_policy(host)
     if host.auto_remove and restart.name != "no":
@@ -110,7 +110,7 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
 
 
 def _check_health(given: HealthConfig | None) -> None:
-    """Raises: InvalidArgument.  Source: moby, daemon/container.go (validateHealthCheck)."""
+    """Raise InvalidArgument for an invalid health check.  Source: moby, daemon/container.go (validateHealthCheck)."""
     if given is not None and (refusal := given.refusal("Healthcheck")):
         raise InvalidArgument(refusal)
 
@@ -153,7 +153,7 @@ def _has_address(settings: EndpointSettings) -> bool:
 
 
 def _mac_address(request: CreateRequest) -> str:
-    """Of a container on the node's bridge.  Raises: InvalidArgument: none, or two."""
+    """Return the MAC address on the node's bridge.  Raises: InvalidArgument: it is invalid, or two differ."""
     mode, endpoints = request.host_config.network_mode, request.networking_config.endpoints_config
     names = ("default", "bridge", "") if mode in ("", "default", "bridge") else (mode,)
     own = next((one for name in names if (one := endpoints.get(name)) is not None), EndpointSettings())
@@ -166,21 +166,21 @@ def _mac_address(request: CreateRequest) -> str:
 
 
 def _checked_mac(text: str) -> str:
-    """Raises: InvalidArgument: an interface cannot have it."""
+    """Return a MAC address in Docker's form.  Raises: InvalidArgument: no interface can have it."""
     if not text:
         return ""
     if not _MAC.fullmatch(text):
         raise InvalidArgument(f"address {text[:64]}: invalid MAC address")
     found = text.lower().replace("-", ":")
     if int(found[:2], 16) & 1 or not found.strip("0:"):
-        raise InvalidArgument(f"address {text}: a container's is the address of one interface")
+        raise InvalidArgument(f"address {text}: a container needs a unicast address")
     return found
 
 
 def _check_shared(request: CreateRequest) -> None:
-    """Options that a container cannot have beside namespaces that it shares.  Raises: InvalidArgument.
+    """Raise InvalidArgument for options that conflict with shared namespaces.
 
-    Source: moby, runconfig/hostconfig.go (validateNetContainerMode), hostconfig_unix.go; in its order.
+    Source, with its order: moby, runconfig/hostconfig.go (validateNetContainerMode), hostconfig_unix.go.
     """
     host = request.host_config
     if host.network_mode == "container:":
@@ -211,9 +211,9 @@ def _check_shared(request: CreateRequest) -> None:
 
 
 def volumes_from(text: str) -> tuple[str, bool]:
-    """A container of ``--volumes-from``, and whether its mounts are read-only.  Raises: InvalidArgument.
+    """Return the container of a ``--volumes-from`` value, and whether its mounts are read-only.
 
-    Source: moby, volume/mounts/volume_unix.go (ParseVolumesFrom).
+    Raises: InvalidArgument.  Source: moby, volume/mounts/volume_unix.go (ParseVolumesFrom).
     """
     name, _, mode = text.partition(":")
     if not name:
@@ -224,7 +224,7 @@ def volumes_from(text: str) -> tuple[str, bool]:
 
 
 def endpoint_request(network: str, settings: EndpointSettings) -> EndpointRequest:
-    """One network of a plain container.  Raises: InvalidArgument."""
+    """Return one network of a plain container.  Raises: InvalidArgument."""
     ipam = settings.ipam_config
     for link in settings.links:
         if not _LINK.fullmatch(link):
@@ -240,7 +240,7 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
 
 
 def _checked_address(text: str, version: int) -> str:
-    """Raises: InvalidArgument: it is no address of that IP version, in the engine's words.
+    """Return a normalized address.  Raises: InvalidArgument, in Docker's words: not an address of that IP version.
 
     Source: moby 20.10, daemon/create.go (verifyNetworkingConfig).
     """
@@ -257,12 +257,12 @@ def _checked_address(text: str, version: int) -> str:
 
 
 def labels(request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None) -> Mapping[str, str]:
-    """The image's, the user's, and those of the task.  Raises: InvalidArgument: one that is reserved for tasks."""
+    """Return the labels of image, request and task.  Raises: InvalidArgument: a label is reserved for tasks."""
     if task is not None:
         return {**(image.labels or {}), **request.labels, **task.labels}
     for name in request.labels:
         if name.startswith(RESERVED_LABELS):
-            raise InvalidArgument(f"the label {name} is for the containers of tasks")
+            raise InvalidArgument(f"the label {name} is reserved for containers of tasks")
     own = {
         name: value for name, value in (image.labels or {}).items() if not name.startswith(RESERVED_LABELS)
     }
@@ -270,7 +270,7 @@ def labels(request: CreateRequest, image: ContainerDefaults, task: TaskOptions |
 
 
 def mounts(request: CreateRequest) -> list[Mount]:
-    """Everything that the user mounts.  Raises: InvalidArgument."""
+    """Return all mounts of the request.  Raises: InvalidArgument."""
     host = request.host_config
     found = [_bind(text) for text in host.binds]
     found += host.mounts
@@ -298,9 +298,9 @@ def mounts(request: CreateRequest) -> list[Mount]:
 def container_config(
     request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None, node: NodeDefaults
 ) -> ContainerConfig:
-    """The container's configuration; its mounts are the task's files alone.
+    """Return the container's configuration.  Its mounts are only the task's files.
 
-    ``task``: None for a plain container.  Raises: InvalidArgument, Unimplemented, FailedPrecondition.
+    ``task`` is None for a plain container.  Raises: InvalidArgument, Unimplemented, FailedPrecondition.
     """
     host = request.host_config
     entrypoint, command = invocation(request, image)
@@ -346,7 +346,7 @@ def container_config(
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
         machine=machine_options(host),
-        api=api_access(request.labels),  # an image's labels count for nothing
+        api=api_access(request.labels),  # labels of the image have no effect
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         binds=host.binds,
@@ -365,13 +365,13 @@ def _hosts(task: TaskOptions, host: HostConfig, node: NodeDefaults) -> tuple[str
 def _healthcheck(
     request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None
 ) -> HealthConfig | None:
-    """Of a service, users choose the image, and the node runs the probes."""
+    """Return the health check.  In a service, users choose the image, so the node limits how often it is probed."""
     least = HEALTH_INTERVAL_NS_MIN if task is not None else 0
     return health.merged(request.healthcheck, image.healthcheck, image_interval_ns_min=least)
 
 
 def _log(given: LogOptions, task: TaskOptions, node: NodeDefaults) -> LogConfig:
-    """How the container is logged; restricted unless an administrator, or the node's default, says where that goes."""
+    """Return the log configuration, restricted unless an administrator or the node chose the destination."""
     driver = with_defaults(Driver(name=given.type, options=given.config), node.log)
     is_default = not given.type and not any(name.endswith(("-address", "-url")) for name in given.config)
     config = log_config(driver, node.log_drivers)
@@ -379,13 +379,13 @@ def _log(given: LogOptions, task: TaskOptions, node: NodeDefaults) -> LogConfig:
 
 
 def machine_options(host: HostConfig) -> MachineOptions:
-    """Those of ``host`` that are kept with the container as they are.  Raises: InvalidArgument."""
+    """Return the options of ``host`` that are kept unchanged with the container.  Raises: InvalidArgument."""
     machine.check(host, host.memory)
     return MachineOptions(**{name: getattr(host, name) for name in MachineOptions.__struct_fields__})
 
 
 def _exposed(request: CreateRequest, image: ContainerDefaults, task: TaskOptions) -> set[str]:
-    """Ports of the image, of the request, and those that the task publishes on its node."""
+    """Return the ports of the image and the request, and the ports that the task publishes on its node."""
     published = {f"{port.target_port}/{port.protocol}" for port in task.ports}
     return {
         *(image.exposed_ports or {}),
@@ -396,7 +396,7 @@ def _exposed(request: CreateRequest, image: ContainerDefaults, task: TaskOptions
 
 
 def _environment(request: CreateRequest, image: ContainerDefaults) -> tuple[str, ...]:
-    """The user's variables as they were given, then those of the image that the user does not name.
+    """Return the user's variables unchanged, then the image's variables that the user does not set.
 
     Source: moby 20.10, daemon/commit.go (merge).
     """
@@ -413,19 +413,19 @@ def _stop_grace_ns(stop_timeout: int | None) -> int:
 
 
 def _stop_signal(name: str) -> str:
-    """Raises: InvalidArgument: there is no such signal."""
+    """Return a stop signal's name unchanged.  Raises: InvalidArgument: no such signal."""
     signal_number(name or "SIGTERM")
     return name
 
 
 def invocation(request: CreateRequest, image: ContainerDefaults) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Entrypoint and command.
+    """Return entrypoint and command.
 
-    An entrypoint in the request replaces both of the image's; a command alone replaces only the image's command.
+    An entrypoint in the request replaces both of the image's.  A command alone replaces only the image's command.
     Raises: InvalidArgument: there is nothing to run.
     """
     entrypoint, command = image.entrypoint or (), request.cmd or image.cmd or ()
-    if request.entrypoint == ("",):  # ``--entrypoint ""``: the image's does not count either
+    if request.entrypoint == ("",):  # ``--entrypoint ""`` also drops the image's entrypoint
         entrypoint, command = (), request.cmd
     elif request.entrypoint:
         return request.entrypoint, request.cmd
@@ -435,7 +435,7 @@ def invocation(request: CreateRequest, image: ContainerDefaults) -> tuple[tuple[
 
 
 def restart_policy(host: HostConfig) -> RestartPolicy:
-    """``--restart``.  Raises: InvalidArgument."""
+    """Return the ``--restart`` policy.  Raises: InvalidArgument."""
     name, most = host.restart_policy.name or "no", host.restart_policy.maximum_retry_count
     if name not in ("no", "always", "unless-stopped", "on-failure"):
         raise InvalidArgument(f"invalid restart policy '{name}'")
@@ -451,11 +451,11 @@ _SECURITY_FLAGS: Final = {
     "writable-cgroups": "writable-cgroups=true",
     "disable": "label=disable",
 }
-"""Options without a value, and what they stand for."""
+"""Options without a value, and their full form."""
 
 
 class _Security(NamedTuple):
-    """The options of ``--security-opt``."""
+    """Parsed ``--security-opt`` options."""
 
     seccomp: str = "default"
     apparmor: str = "default"
@@ -463,7 +463,7 @@ class _Security(NamedTuple):
 
 
 def _security(options: Sequence[str]) -> _Security:
-    """Raises: InvalidArgument; Unimplemented: an option that has no effect here.
+    """Parse security options.  Raises: InvalidArgument; Unimplemented: an option is not supported.
 
     Source: moby, daemon/daemon_unix.go (parseSecurityOpt).
     """
@@ -483,7 +483,7 @@ def _security(options: Sequence[str]) -> _Security:
                     apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
                 )
             case ("label", _) | ("writable-cgroups", True):
-                if value != "disable":  # labels are off here in any case
+                if value != "disable":  # SELinux labels are always off here
                     raise refused(f"--security-opt {name}")
             case "writable-cgroups", False:
                 pass
@@ -499,7 +499,7 @@ def _nano_cpus(host: HostConfig) -> int:
 
 
 def check_limits(host: HostConfig) -> None:
-    """Raises: InvalidArgument, for limits of a client's that exclude each other, or that no process could start with.
+    """Raise InvalidArgument for limits that exclude each other, or that no process could start with.
 
     Source: moby, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
@@ -513,14 +513,14 @@ def check_limits(host: HostConfig) -> None:
 
 
 def not_negative(value: int, what: str) -> int:
-    """``value``, a limit.  Raises: InvalidArgument, naming it ``what``."""
+    """Return ``value``, a limit.  Raises: InvalidArgument, which calls the limit ``what``."""
     if value < 0:
         raise InvalidArgument(f"invalid {what}: it must not be negative")
     return value
 
 
 def _host_line(text: str) -> str:
-    """``name:address`` as a line of /etc/hosts.  Raises: InvalidArgument."""
+    """Convert ``name:address`` to a line of /etc/hosts.  Raises: InvalidArgument."""
     name, separator, address = text.partition(":")
     if not separator or not name or not address:
         raise InvalidArgument(f'bad format for add-host: "{text}"')
@@ -528,7 +528,7 @@ def _host_line(text: str) -> str:
 
 
 def _with_gateway(line: str, gateway: str) -> str:
-    """``line`` of /etc/hosts with the node's address in place of ``host-gateway``.  Raises: FailedPrecondition."""
+    """Replace ``host-gateway`` in a line of /etc/hosts with the node's address.  Raises: FailedPrecondition."""
     address, separator, names = line.partition(" ")
     if address != _HOST_GATEWAY:
         return line
@@ -552,7 +552,7 @@ def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
 
 
 def _host_ip(text: str) -> str:
-    """Empty: every address of the node."""
+    """Return a normalized address.  Empty means every address of the node.  Raises: InvalidArgument."""
     try:
         return str(parsed(text)) if text else ""
     except ValueError:
@@ -575,7 +575,7 @@ def _port(text: str, published: int, address: str) -> PublishedPort:
 
 
 def _bind(text: str) -> Mount:
-    """``source:target[:options]``; a source that is no path is a volume."""
+    """Parse ``source:target[:options]``.  A source that is not a path names a volume.  Raises: InvalidArgument."""
     words = text.split(":")
     if len(words) == 1:
         return Mount(type="volume", target=words[0])

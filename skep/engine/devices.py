@@ -1,6 +1,6 @@
-"""What the machine has of a container's options: nodes of devices, numbers of block devices, CDI's descriptions.
+"""The machine's devices for a container's options: device nodes, block device numbers, CDI descriptions.
 
-Looked up at each start, since devices come and go; ``spec`` takes the result and is pure.
+Looked up at each start, because devices come and go.  ``spec`` uses the result and is pure.
 
 Source: moby 20.10, oci/devices_linux.go (DevicesFromPath), daemon/oci_linux.go (WithDevices);
 opencontainers/runc, libcontainer/devices/device_unix.go (HostDevices).
@@ -19,17 +19,17 @@ from skep.engine.machine import DeviceMapping, MachineOptions
 from skep.errors import FailedPrecondition
 
 Failed: TypeAlias = Callable[[OSError], None]
-"""Called for what cannot be read at the moment, which says nothing about what it has."""
+"""Called for each path that cannot be read at the moment.  Its contents are then unknown."""
 
 DEV = Path("/dev")
 _NOT_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"})
-"""Directories of /dev that each container has of its own."""
+"""Directories of /dev that each container has separately."""
 _ENTRIES_MAX = 10_000
-"""Files in a directory that stands for the devices in it."""
+"""Files in a directory that a user maps for the devices in it."""
 
 
 class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A device file.  ``type``: ``c`` or ``b``; ``access``: of the container, letters of ``rwm``."""
+    """A device file.  ``type`` is ``c`` or ``b``.  ``access`` has the container's rights, letters of ``rwm``."""
 
     path: str
     type: str
@@ -42,7 +42,7 @@ class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found."""
+    """Devices found for a container."""
 
     nodes: tuple[DeviceNode, ...] = ()
     limited: dict[str, tuple[int, int]] = {}
@@ -54,7 +54,7 @@ NO_DEVICES = Devices()
 
 
 def look_up(options: MachineOptions, directories: tuple[Path, ...]) -> Devices:
-    """What this machine has of ``options``.  ``directories``: of CDI's descriptions, the later ones prevail.
+    """Return this machine's devices for ``options``.  Later CDI ``directories`` take precedence.
 
     Raises: FailedPrecondition: a device is missing, in Docker's words.
     """
@@ -70,7 +70,7 @@ def look_up(options: MachineOptions, directories: tuple[Path, ...]) -> Devices:
 
 
 def machine_devices(dev: Path = DEV) -> Iterator[DeviceNode]:
-    """Every device of the machine but terminals and the console, which are each container's own."""
+    """Yield every device of the machine except terminals and the console, which each container has separately."""
     for directory, names, files in os.walk(dev):
         names[:] = sorted(name for name in names if name not in _NOT_DEVICES)
         for name in sorted(files):
@@ -80,19 +80,22 @@ def machine_devices(dev: Path = DEV) -> Iterator[DeviceNode]:
 
 
 def device_directories(dev: Path, failed: Failed) -> Iterator[str]:
-    """The directories that ``device_paths`` looks into: a device that comes or goes changes the time of one."""
+    """Yield the directories of ``device_paths``.
+
+    A device that appears or disappears changes its directory's modification time.
+    """
     for directory, _ in _walk(dev, failed):
         yield directory
 
 
 def device_paths(dev: Path, failed: Failed) -> Iterator[str]:
-    """The paths of the machine's devices, names by which links show them included (``/dev/serial/by-id/...``)."""
+    """Yield the paths of the machine's devices, including links to them (``/dev/serial/by-id/...``)."""
     for directory, files in _walk(dev, failed):
         for name in sorted(files):
             path = os.path.join(directory, name)
             try:
                 mode = os.stat(path).st_mode
-            except FileNotFoundError:  # it went away, or is a link that leads nowhere
+            except FileNotFoundError:  # it disappeared, or is a dangling link
                 continue
             except OSError as error:
                 failed(error)
@@ -103,7 +106,7 @@ def device_paths(dev: Path, failed: Failed) -> Iterator[str]:
 
 def _walk(dev: Path, failed: Failed) -> Iterator[tuple[str, list[str]]]:
     def note(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it went away
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it disappeared
             failed(error)
 
     for directory, names, files in os.walk(dev, onerror=note):
@@ -112,7 +115,10 @@ def _walk(dev: Path, failed: Failed) -> Iterator[tuple[str, list[str]]]:
 
 
 def device_at(path: Path, shown: str = "", access: str = "rwm") -> DeviceNode | None:
-    """The device file ``path``; None: it is something else, or went away.  ``shown``: path in the container."""
+    """Return the device file ``path``, or None if it is not a device or disappeared.
+
+    ``shown``: path in the container.
+    """
     try:
         status = os.lstat(path)
     except OSError:
@@ -133,7 +139,7 @@ def device_at(path: Path, shown: str = "", access: str = "rwm") -> DeviceNode | 
 
 
 def _mapped(mapping: DeviceMapping) -> Iterator[DeviceNode]:
-    """Raises: FailedPrecondition."""
+    """Yield the devices of a ``--device`` option.  Raises: FailedPrecondition."""
     real = Path(os.path.realpath(mapping.path_on_host))
     shown = mapping.path_in_container or mapping.path_on_host
     access = mapping.cgroup_permissions or "rwm"
@@ -151,7 +157,7 @@ def _mapped(mapping: DeviceMapping) -> Iterator[DeviceNode]:
     for directory, names, files in os.walk(real):
         names.sort()
         seen += len(names) + len(files)
-        if seen > _ENTRIES_MAX:  # a whole file system, perhaps
+        if seen > _ENTRIES_MAX:  # perhaps a whole file system
             raise FailedPrecondition(
                 f'custom device "{mapping.path_on_host}": more than {_ENTRIES_MAX} files are in this directory'
             )
@@ -163,7 +169,7 @@ def _mapped(mapping: DeviceMapping) -> Iterator[DeviceNode]:
 
 
 def _numbers_of(path: str) -> tuple[int, int]:
-    """Raises: FailedPrecondition: no device that could have a limit."""
+    """Return a block device's numbers.  Raises: FailedPrecondition: the path is not a device."""
     node = device_at(Path(os.path.realpath(path)))
     if node is None:
         reason = "not a device node" if os.path.exists(path) else "no such file or directory"
@@ -172,7 +178,10 @@ def _numbers_of(path: str) -> tuple[int, int]:
 
 
 def _of_edit(edit: cdi.Node) -> DeviceNode:
-    """A device node that a description names; what it leaves out is the machine's.  Raises: FailedPrecondition."""
+    """Return the device node of a CDI description, with omitted fields from the machine.
+
+    Raises: FailedPrecondition.
+    """
     found = device_at(
         Path(os.path.realpath(edit.host_path or edit.path)), edit.path, edit.permissions or "rwm"
     )

@@ -1,13 +1,13 @@
 """The container engine of a node: create, start, stop, remove, exec, logs, events, stats.
 
-One ``Engine`` owns everything below ``<data>/containers``.  A container is named by its id, its name or a unique prefix
-of the id, as in Docker.  What a caller gets is an immutable ``Container``; call ``get`` again to see changes.
+One ``Engine`` owns everything below ``<data>/containers``.  Callers name a container by its id, its name or a unique
+prefix of the id, as in Docker.  They get an immutable ``Container`` and call ``get`` again to see changes.
 
-Containers outlive this process: ``running()`` reads the records of an earlier process, adopts what still runs and
-settles what ended meanwhile.
+Containers outlive this process: ``running()`` reads an earlier process's records, adopts running containers and records
+the ends of the others.
 
-A task's container has its networks from its creation to its end; a plain container has them while it runs, as in
-Docker.  What happens to one container between two operations (its end, its adoption) is ``lifecycle.py``.
+A task's container has its networks from creation to removal, a plain container while it runs, as in Docker.
+``lifecycle.py`` handles a container's life between two operations (its end, its adoption).
 """
 
 import asyncio
@@ -84,12 +84,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one engine."""
 
     starts_max: int
-    """Containers that are started at the same moment, at most.  Twice the number of cores keeps a single start short
-    under load at no loss of rate."""
+    """Containers that may start at the same time.  Twice the number of cores keeps a single start short under load and
+    does not lower the rate."""
     hostname: str = ""
-    """The node's."""
+    """Hostname of the node."""
     log_default: Driver = Driver(name="json-file")
-    """Log driver and options of containers that name none."""
+    """Log driver and options of containers that do not name a driver."""
     new_id: Callable[[], ContainerId] = new_container_id
     new_name: NameSource = names_from(random.Random())
     report_restore: Callable[[str], None] = lambda _: None
@@ -130,9 +130,9 @@ class Engine:
         )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.networks = NetworkChanges(
-            self._store, self.bundles, network, self._network_locks, lifecycle.network_turns, self.events
+            self._store, self.bundles, network, self._network_locks, lifecycle.sandbox_locks, self.events
         )
-        self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)
+        self.files = Files(self._store.get, self._lifecycle.mount_root, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self.log_forwarding = LogForwarding(self.bundles, config.hostname, self.events, self.list)
@@ -141,14 +141,14 @@ class Engine:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Adopt what earlier processes left, then watch all containers until the block ends.
+        """Adopt the containers of earlier processes, then watch all containers until the block ends.
 
-        The containers run on when the block ends.
+        The containers keep running when the block ends.
         """
         async with self._lifecycle.running():
             rotating = retry(self.log_rotation.run, "log rotation ended", clock=self._clock)
             self._lifecycle.spawn(rotating, name="log-rotation")
-            forwarding = retry(self.log_forwarding.run, "logs not sent", clock=self._clock)
+            forwarding = retry(self.log_forwarding.run, "log sender failed", clock=self._clock)
             self._lifecycle.spawn(forwarding, name="log-forwarding")
             self._lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
             for container in self.plain_containers():
@@ -160,32 +160,32 @@ class Engine:
             yield
 
     async def run_restart_policies(self) -> None:
-        """Restart plain containers by their policies, and remove those with ``--rm``, until cancelled."""
+        """Restart plain containers by their policies, and remove containers with ``--rm``, until cancelled."""
         await self._restarts.run()
 
     # --- reading ------------------------------------------------------------------------------------------------
 
     @property
     def network_ids(self) -> Mapping[str, str]:
-        """Of the networks that every node has, by name."""
+        """Ids of the predefined networks by name."""
         return self._network.predefined_ids
 
     def list(self) -> Sequence[Container]:
-        """All containers, running or not, the newest first (docker's order)."""
+        """Return all containers, running or not, newest first (Docker's order)."""
         return self._store.list()
 
     def running_sandboxes(self) -> Iterator[Sandbox]:
-        """Those of the containers that run, without paused ones."""
+        """Yield the sandboxes of running containers, except paused ones."""
         for container in self._store.list():
             if container.state is ContainerState.RUNNING and container.sandbox is not None:
                 yield container.sandbox
 
     def get(self, word: str) -> Container:
-        """Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix fits several."""
+        """Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix is ambiguous."""
         return self._store.get(word)
 
     def has(self, word: str) -> bool:
-        """Whether ``word`` means a container, or could mean several."""
+        """Return whether ``word`` matches at least one container."""
         try:
             return bool(self._store.get(word))
         except NotFound:
@@ -194,7 +194,7 @@ class Engine:
             return True
 
     def counts(self) -> Counts:
-        """Containers by state, images, and probes."""
+        """Return the number of containers by state, of images, and of health probes."""
         probes = self._lifecycle.health
         states = [one.state for one in self.list()]
         running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
@@ -208,44 +208,44 @@ class Engine:
         )
 
     def find_by_label(self, label: str, value: str) -> Container | None:
-        """The newest container with this label, or None."""
+        """Return the newest container with this label, or None."""
         return next((one for one in self.list() if one.labels.get(label) == value), None)
 
     def plain_containers(self) -> Sequence[Container]:
-        """Those that no orchestrator has made."""
+        """Return the containers that no orchestrator created."""
         return [one for one in self.list() if one.plain is not None]
 
     async def top(self, word: str, ps_args: str = "") -> Top:
-        """The processes of a running container as ``ps`` on the node shows them (``ps_args`` empty: ``-ef``).
+        """Return a running container's processes as ``ps`` on the node shows them.  Empty ``ps_args`` mean ``-ef``.
 
-        Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments; Unavailable.
+        Raises: NotFound; NotRunning; InvalidArgument: ps rejects the arguments; Unavailable.
         """
         container = self._require_running(word)
         return await top.processes(self._cgroups.pids(container), ps_args or "-ef")
 
     async def stats(self, word: str) -> Stats:
-        """One sample of what the container uses; zeros when it does not run.  Raises: NotFound; Unavailable."""
+        """Return a sample of its resource usage, zeros if it does not run.  Raises: NotFound; Unavailable."""
         container = self.get(word)
         return await asyncio.to_thread(sample, container, self._cgroups, self._clock.now_ns())
 
     def logs(self, word: str, filter: LogFilter) -> AsyncGenerator[LogEntry, None]:
-        """Its output, oldest first; with ``follow`` until it has ended.  Raises at once: NotFound, Unimplemented."""
+        """Return the output, oldest first; ``follow`` it until the end.  Raises at once: NotFound, Unimplemented."""
         return logs.singly(self.log_batches(word, filter))
 
     def log_batches(self, word: str, filter: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
-        """The same, some entries at a time."""
+        """Return the output like ``logs``, in batches."""
         return logs.of_container(self.get(word), filter, self.bundles, self._store)
 
     def changes(self, word: str) -> Sequence[tuple[int, str]]:
-        """Paths that differ from the image, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
+        """Return the changed paths, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
         return self.bundles.changes(self.get(word))
 
     async def wait(self, word: str, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
-        """Return the container once ``condition`` holds; exit code and error are in it.  Raises: NotFound."""
+        """Return the container, with exit code and error, once ``condition`` holds.  Raises: NotFound."""
         return await self._store.wait(self.get(word).id, condition)
 
     def _require_running(self, word: str) -> Container:
-        """Raises: NotFound; NotRunning."""
+        """Return a running container.  Raises: NotFound; NotRunning."""
         container = self.get(word)
         container.require_running()
         return container
@@ -262,20 +262,20 @@ class Engine:
         image: Image | None = None,
         is_step: bool = False,
     ) -> Container:
-        """Create a container that is not started.
+        """Create a container without starting it.
 
         Args:
-            name: empty: one is made up.
-            task: what a task has beside the request; None: a plain container.
-            image: the image of the request; None: it is looked up.
-            is_step: of a build; see ``PlainOptions``.
+            name: Name of the container.  Empty to generate one.
+            task: A task's additions to the request, or None for a plain container.
+            image: The image of the request, or None to look it up.
+            is_step: Whether a build creates it.  See ``PlainOptions``.
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
         chosen = create.checked_name(name) if name else self._store.free_name(self._config.new_name)
         request = sharing.with_ids(request, chosen, self._store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
-        self._store.check_free(chosen)  # before any volume is made
+        self._store.check_free(chosen)  # before any volume is created
         image = image or self.images.get(request.image)
         defaults = image.config.defaults
         mounts = create.mounts(request)
@@ -290,8 +290,8 @@ class Engine:
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         stack = task.stack if task is not None else ""
         await self.volumes.create_of_plugins(mounts, stack)
-        # Nothing is awaited from here to ``_store.add``: a removal finds the container, or this what is removed.
-        if not is_step:  # whose layers its build has pinned, whatever becomes of the image
+        # No await from here to ``_store.add``: a concurrent image removal sees this container, or we see that removal.
+        if not is_step:  # a build has pinned the layers of its steps, even if the image is removed
             self.images.get(image.id)
         layers = tuple(map(str, self.images.layers(image)))
         points, inherited = self._mount_points(request, mounts, defaults.volumes or (), stack)
@@ -313,7 +313,7 @@ class Engine:
     def _mount_points(
         self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str], stack: str
     ) -> tuple[Sequence[MountPoint], Sequence[MountPoint]]:
-        """What a new container mounts itself, and what it has of others.  Raises: InvalidArgument; NotFound."""
+        """Return its own mounts, and the mounts of ``--volumes-from``.  Raises: InvalidArgument; NotFound."""
         inherited = sharing.inherited_mounts(request.host_config.volumes_from, mounts, self._store.get)
         pictures = image_mounts.image_points(self.images, mounts)
         anonymous = set(image_volumes) - {point.destination for point in (*inherited, *pictures)}
@@ -322,9 +322,9 @@ class Engine:
     async def _add_filled(
         self, new: NewContainer, own: Sequence[MountPoint], mounts: Sequence[Mount], chain: Sequence[Digest]
     ) -> Container:
-        """``add``, with new volumes filled; of what fails or is cut off nothing stays.
+        """Add a container and fill its new volumes.  Cleans up on failure or cancellation.
 
-        ``own``: its mounts but those of other containers; ``chain``: the layers that it needs.
+        ``own`` are its mounts without the inherited ones.  ``chain`` are the layers that it needs.
         """
         container: Container | None = None
         try:
@@ -344,11 +344,11 @@ class Engine:
     async def add(self, new: NewContainer) -> Container:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
 
-        A plain container has the last two from its start to its end only.  Nothing is left if the caller is cancelled.
-        Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
+        A plain container has a network and ports only while it runs.  Cleans up if the caller is cancelled.
+        Raises: AlreadyExists: the name or a port is taken; SkepError: a part of it is unavailable.
         """
         id, config = self._config.new_id(), new.config
-        if not config.hostname:  # Docker's: the short id
+        if not config.hostname:  # the short id, as in Docker
             config = msgspec.structs.replace(config, hostname=id[:12])
         container = Container(
             id=id,
@@ -366,7 +366,7 @@ class Engine:
         self._store.add(container)
         try:
             container = await self._lifecycle.prepare(container)
-        except asyncio.CancelledError:  # it may be complete
+        except asyncio.CancelledError:  # the container may be complete
             if self.has(id):
                 await run_to_end(isolate(self.remove(id), "container not removed"))
             raise
@@ -377,14 +377,14 @@ class Engine:
 
     @timed("start")
     async def start(self, word: str, *, secret_env: tuple[str, ...] = ()) -> Container:
-        """Start it for its user; return when runc has let its command begin.  Nothing happens when it runs already.
+        """Start a container for its user.  Return when runc has started the command, or at once if it runs already.
 
-        Resets the count of restarts.  A container with ``--rm`` that cannot be started is removed.
+        Resets the restart count.  A container with ``--rm`` that cannot be started is removed.
 
         Args:
-            secret_env: further variables (``NAME=value``) for this run; they are in no record.
+            secret_env: Additional variables (``NAME=value``) for this run.  No record contains them.
 
-        Raises: NotFound; BeingRemoved; StartError: the runtime refused, with its words; the record has the exit code.
+        Raises: NotFound; BeingRemoved; StartError: the runtime refused, in its words; the record has the exit code.
         """
         container = self._store.require_startable(self.get(word).id)
         if container.plain is None:
@@ -401,9 +401,9 @@ class Engine:
             raise
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start a plain container because of its restart policy; False: it runs, or has another policy by now.
+        """Start a plain container because of its restart policy.
 
-        ``ignore_stop``: it was stopped by its user before the restart was due, and starts nevertheless.
+        Return False if it runs or its policy has changed.  ``ignore_stop`` starts it even if its user has stopped it.
         Raises: NotFound; SkepError, OSError: it cannot be started.
         """
         async with self._network_locks[id]:
@@ -411,19 +411,19 @@ class Engine:
             if container.is_running or not (container.is_restarting or ignore_stop):
                 return False
             if plain.is_stopped:
-                # Known on a full disk, too: this is retried then, and its user may stop it again meanwhile.
+                # In memory even if the disk is full: the restart is retried, and the user may stop it meanwhile.
                 plain = msgspec.structs.replace(plain, is_stopped=False)
                 self._store.observe(id, plain=plain)
             try:
                 await self._lifecycle.start(id)
-            finally:  # and not before: until it runs it is restarting, in its last attempt too
+            finally:  # not earlier: the container is restarting until it runs, even in its last attempt
                 self._store.count_restart(id)
             return True
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
-        """Send a signal to its first process (``SIGTERM``, ``TERM`` or ``15``).
+        """Send a signal (``SIGTERM``, ``TERM`` or ``15``) to the first process.
 
-        One that is restarting has none; a signal that ends a container ends its restarting.
+        A restarting container has no process, but a signal that ends a container ends its restarting.
         Raises: NotFound; NotRunning; InvalidArgument: no such signal.
         Source: moby, daemon/kill.go (killWithSignal).
         """
@@ -437,11 +437,11 @@ class Engine:
             await self._lifecycle.signal(container, number)
 
     async def stop(self, word: str, grace_s: float | None = None, signal_name: str = "") -> Container:
-        """Send ``signal_name`` (empty: its stop signal), then SIGKILL after ``grace_s`` seconds; return when it ended.
+        """Send ``signal_name``, then SIGKILL after ``grace_s`` seconds.  Return when the container has ended.
 
-        ``grace_s``: None: its own; negative: it is not killed.  This goes on if the caller is cancelled.
-        Raises: NotFound; InvalidArgument: no such signal; Unavailable: it has not ended, although it was killed; its
-        end is recorded when it comes.
+        ``signal_name`` "" and ``grace_s`` None mean the container's own.  A negative grace period never kills.
+        Continues if the caller is cancelled.  Raises: NotFound; InvalidArgument: no such signal; Unavailable: it did
+        not end although it was killed (its end is recorded when it comes).
         """
         id = self.get(word).id
         stopping = self._stop(id, grace_s, signal_name)
@@ -450,7 +450,7 @@ class Engine:
     async def stop_and_start(
         self, word: str, grace_s: float | None = None, signal_name: str = ""
     ) -> Container:
-        """Both, also of one that does not run, and also if the caller is cancelled.  Raises: as they do."""
+        """Stop, if it runs, and start.  Continues if the caller is cancelled.  Raises: as ``stop`` and ``start``."""
         id = self.get(word).id
 
         async def both() -> Container:
@@ -481,22 +481,19 @@ class Engine:
         return ended
 
     def note_stopped(self, word: str) -> Container:
-        """Note that a plain container's user has stopped it, so that its policy does not restart it.
-
-        Raises: NotFound.
-        """
+        """Record that its user has stopped a plain container: no policy restarts it.  Raises: NotFound."""
         return self._store.note_stopped(self.get(word).id)
 
     async def _end_restarting(self, container: Container) -> Container:
-        """``note_stopped``; a start by its policy that is under way is over when this returns."""
+        """Note a stop, and wait until a start by the restart policy has finished."""
         noted = self._store.note_stopped(container.id)
         if container.is_restarting:
-            async with self._network_locks[container.id]:  # held by ``restart``
+            async with self._network_locks[container.id]:  # ``restart`` holds it
                 noted = self._store.require(container.id)
         return noted
 
     async def pause(self, word: str) -> None:
-        """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        """Freeze the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
 
         async def pause(container: Container) -> None:
             await self._runtime.pause(container.id)
@@ -506,24 +503,24 @@ class Engine:
         await self._in_run(self._require_running(word), pause)
 
     async def unpause(self, word: str) -> None:
-        """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        """Resume the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
         await self._in_run(self._require_running(word), self._lifecycle.resume)
 
     async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
-        """Do ``work`` in its turn, so that no other run begins meanwhile: runc would freeze that."""
+        """Do ``work`` under the container's lock: runc would freeze a run that starts meanwhile."""
 
-        async def in_turn() -> None:
+        async def locked() -> None:
             self._store.require_run(container)
             await work(container)
 
-        await run_to_end(self._lifecycle.turns.exclusively(container.id, in_turn()))
+        await run_to_end(self._lifecycle.locks.run(container.id, locked()))
 
     # --- other operations ---------------------------------------------------------------------------------------
 
     async def attach(self, word: str) -> Attachment:
-        """Its standard streams.  A plain container that does not run is waited for, so that no output is missed.
+        """Return the standard streams.  Waits for a plain container to start, so that no output is missed.
 
-        Raises: NotFound; NotRunning: a task's, or the start that was waited for has failed.
+        Raises: NotFound; NotRunning: a task's container does not run, or the start that was waited for has failed.
         """
         container = self.get(word)
         if container.plain is not None and not container.is_running:
@@ -534,23 +531,23 @@ class Engine:
         return attachment
 
     async def resize(self, word: str, height: int, width: int) -> None:
-        """Set the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
+        """Set the terminal's size, in characters.  Raises: NotFound; NotRunning."""
         container = self._require_running(word)
         resize_terminal(container.monitor, height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
     async def update(self, word: str, change: updates.Change) -> Container:
-        """Change its limits and its restart policy without a restart.
+        """Change limits and the restart policy without a restart.
 
-        This goes on if the caller is cancelled.  Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
+        Continues if the caller is cancelled.  Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
         """
         id = self.get(word).id
         work = updates.update(self._store, self._runtime, self.events, id, change)
-        updating = self._lifecycle.turns.exclusively(id, work)
+        updating = self._lifecycle.locks.run(id, work)
         return await self._lifecycle.carry_out(updating, name=f"update-{id[:12]}")
 
     async def rename(self, word: str, name: str) -> None:
-        """This goes on if the caller is cancelled.  Raises: InvalidArgument; as ``networks.rename``."""
+        """Continues if the caller is cancelled.  Raises: InvalidArgument; as ``networks.rename``."""
         container, _ = self._store.require_plain(word)
         chosen = create.checked_name(name)
         if chosen == container.name:
@@ -561,17 +558,17 @@ class Engine:
     # --- remove -------------------------------------------------------------------------------------------------
 
     async def retire(self, word: str) -> None:
-        """A task's container that never ran is not going to: free what only a running one needs.
+        """Free what only a running container needs, of a task's container that never ran and never will.
 
-        Its record stays, as that of one that ended.  Raises: NotFound.
+        Its record stays, as for a container that ended.  Raises: NotFound.
         """
         await self._lifecycle.retire(self.get(word).id)
 
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
-        """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
+        """Remove a container, ``with_volumes`` also its anonymous volumes.  ``force`` kills it first.
 
-        Layers of removed images that were kept for it alone go, too.  This goes on if the caller is cancelled.
-        Raises: NotFound; StillRunning: it runs or is restarting, without ``force``; Unavailable: something is left.
+        Also deletes layers of removed images that were kept only for it.  Continues if the caller is cancelled.
+        Raises: NotFound; StillRunning: it runs or is restarting, without ``force``; Unavailable: a part of it is left.
         """
         container = self.get(word)
         removal = self._remove(container, force=force, with_volumes=with_volumes)
@@ -585,7 +582,7 @@ class Engine:
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)
         sweeping = self.images.sweep(self._images_in_use)
-        await isolate(sweeping, "layers kept for containers not deleted", container=container.id)
+        await isolate(sweeping, "unused layers not deleted", container=container.id)
         if with_volumes:
             await self.volumes.remove_anonymous(container.config.mounts, self.list)
 
@@ -593,8 +590,8 @@ class Engine:
         return {id for one in self.list() for id in image_mounts.images_of(one)}
 
     async def sweep(self) -> Collection[ContainerId]:
-        """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
+        """Free network resources of containers that do not exist, have ended or never ran.  Return the containers' ids.
 
-        What cannot be freed of one is logged, and the next sweep finds it.  Raises: OSError: namespaces of networks.
+        A failure for one container is logged, and the next sweep retries it.  Raises: OSError: network namespaces.
         """
         return await self._lifecycle.sweep()

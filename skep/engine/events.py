@@ -15,8 +15,11 @@ from skep.errors import ResourceExhausted
 from skep.model.ids import ContainerId
 
 RECENT_MAX = 256
+"""Events that are kept for ``--since``, as many as in Docker."""
 PENDING_MAX = 4096
+"""Events that one subscriber may be behind."""
 SUBSCRIBERS_MAX = 256
+"""Clients that follow events at one time."""
 
 
 class NamedNetwork(NamedTuple):
@@ -28,7 +31,7 @@ class NamedNetwork(NamedTuple):
 
 
 class Subscription:
-    """Events from the moment of subscribing on.  One reader."""
+    """Events since the subscription.  It supports one reader."""
 
     def __init__(self) -> None:
         self._pending: deque[ContainerEvent] = deque()
@@ -36,8 +39,7 @@ class Subscription:
         self._lagged = False
 
     def offer(self, event: ContainerEvent) -> None:
-        """Hand over an event; a reader more than ``PENDING_MAX`` behind is cut off instead of being waited
-        for."""
+        """Queue an event.  A reader more than ``PENDING_MAX`` behind is cut off, because nothing waits for it."""
         if len(self._pending) >= PENDING_MAX:
             self._lagged = True
         else:
@@ -45,7 +47,7 @@ class Subscription:
         self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[ContainerEvent]:
-        """Raises: ResourceExhausted: the reader fell behind."""
+        """Yield the events.  Raises: ResourceExhausted: the reader fell behind."""
         while True:
             while self._pending:
                 yield self._pending.popleft()
@@ -64,7 +66,7 @@ class Events:
         self._subscriptions: set[Subscription] = set()
 
     def publish(self, action: str, container: Container, **attributes: str) -> None:
-        """Give an event of ``container`` to all subscribers; Docker's attributes are filled in."""
+        """Send an event of ``container``, with Docker's attributes, to all subscribers."""
         self._publish(
             ContainerEvent(
                 action=action,
@@ -75,14 +77,14 @@ class Events:
         )
 
     def publish_volume(self, action: str, name: str, attributes: Mapping[str, str]) -> None:
-        """Give an event of a volume to all subscribers."""
+        """Send an event of a volume to all subscribers."""
         self._publish_object("volume", action, name, attributes)
 
     def publish_network(self, action: str, network: NamedNetwork, container_id: str = "") -> None:
-        """Give an event of a network to all subscribers.
+        """Send an event of a network to all subscribers.
 
         Args:
-            action: create, destroy, connect or disconnect; the last two name the container.
+                action: create, destroy, connect or disconnect.  The last two name the container.
         """
         attributes = {"container": container_id} if container_id else {}
         attributes |= {"name": network.name, "type": network.driver}
@@ -100,7 +102,7 @@ class Events:
         )
 
     def publish_mounts(self, action: str, container: Container) -> None:
-        """Give an event of each volume that ``container`` has: ``mount`` or ``unmount``.
+        """Send an event ``mount`` or ``unmount`` for each volume of ``container``.
 
         Source: moby 20.10, daemon/volumes_unix.go (setupMounts), container/container_unix.go (UnmountVolumes).
         """
@@ -122,14 +124,14 @@ class Events:
             subscription.offer(event)
 
     def recent(self, since_ns: int) -> list[ContainerEvent]:
-        """The events still remembered that happened at or after ``since_ns`` (Unix time), oldest first."""
+        """Return the kept events at or after ``since_ns`` (Unix time), oldest first."""
         return [event for event in self._recent if event.time_ns >= since_ns]
 
     @contextmanager
     def subscribed(self) -> Iterator[Subscription]:
-        """A subscription for as long as the block runs.  Raises: ResourceExhausted: too many listen."""
+        """Subscribe for the block.  Raises: ResourceExhausted: too many subscribers."""
         if len(self._subscriptions) >= SUBSCRIBERS_MAX:
-            raise ResourceExhausted(f"{SUBSCRIBERS_MAX} clients follow the events of this node already")
+            raise ResourceExhausted(f"{SUBSCRIBERS_MAX} clients already follow the events of this node")
         subscription = Subscription()
         self._subscriptions.add(subscription)
         try:
@@ -139,5 +141,5 @@ class Events:
 
 
 def attributes_of(container: Container) -> Mapping[str, str]:
-    """What Docker attaches to every event of a container: its labels, image and name."""
+    """Return the attributes of every container event in Docker: its labels, image and name."""
     return {**container.labels, "image": container.image, "name": container.name}

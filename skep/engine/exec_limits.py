@@ -1,9 +1,9 @@
-"""The soft limit of open files of an exec, which some versions of runc lose.
+"""Works around versions of runc that lose the soft limit of open files of an exec.
 
-The Go runtime raises the soft limit to the hard one when a program begins.  runc sets the limits of an exec from
-outside, perhaps before its child's runtime has begun: then the command has the hard limit as its soft one.  Go restores
-the limit since 1.19.9, and runc sets it later since 1.1.13.  Until the child becomes the command, its limit is set
-again and again.
+The Go runtime raises the soft limit to the hard limit when a program starts.  runc sets the limits of an exec from
+outside, possibly before its child's runtime has started: then the command has the hard limit as its soft limit.  Go
+restores the limit since 1.19.9, and runc sets it later since 1.1.13.  So the limit is set repeatedly until the child
+becomes the command.
 
 Source: opencontainers/runc#4195; golang/go#46279.
 """
@@ -20,13 +20,13 @@ import msgspec
 from skep.errors import SkepError
 
 _PERIOD_S: Final = 0.0005
-"""runc's child needs several milliseconds from the begin of its Go runtime to the command."""
+"""runc's child needs several milliseconds from the start of its Go runtime to the command."""
 _INIT: Final = b"runc:["
-"""What the name of runc's child begins with, until it becomes the command."""
+"""Prefix of the name of runc's child until it becomes the command."""
 
 
 def open_files_of(process: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the soft and hard limit of open files of a process specification.  None: they are equal or not given."""
+    """Return soft and hard limit of open files of a process specification, or None if equal or not given."""
     for limit in process.get("rlimits") or ():
         if limit["type"] == "RLIMIT_NOFILE" and limit["soft"] != limit["hard"]:
             return limit["soft"], limit["hard"]
@@ -35,7 +35,7 @@ def open_files_of(process: dict[str, Any]) -> tuple[int, int] | None:
 
 @contextmanager
 def held(process: Path, pids: Callable[[], Collection[int]]) -> Iterator[None]:
-    """In the block, an exec with the specification ``process`` is started in the container with these ``pids``."""
+    """Hold the limit while the block starts an exec with the specification ``process``.  ``pids``: the container's."""
     limits = open_files_of(msgspec.json.decode(process.read_bytes()))
     if limits is None:
         yield
@@ -55,11 +55,11 @@ def hold(
     limits: tuple[int, int],
     done: threading.Event,
 ) -> None:
-    """Give runc's children their ``limits`` of open files until ``done``.  For a thread.
+    """Set runc's children's ``limits`` of open files repeatedly until ``done``.  Runs in a thread.
 
     Args:
-        pids: the processes of the container.
-        before: those that were there before the exec.
+        pids: Returns the processes of the container.
+        before: Processes that existed before the exec.
     """
     while not done.wait(_PERIOD_S):
         with suppress(OSError, SkepError):

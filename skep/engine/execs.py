@@ -1,7 +1,7 @@
-"""Execs: further processes in running containers (``docker exec``).
+"""Execs: additional processes in running containers (``docker exec``).
 
-Each has a conmon, so its exit code and its terminal do not depend on this process; what is known of an exec
-is kept in memory only, as in Docker, until its container is removed or this process ends.
+Each exec has a conmon, so its exit code and terminal do not depend on this process.  As in Docker, the state of execs
+is only in memory, until their container is removed or this process ends.
 """
 
 import asyncio
@@ -29,22 +29,23 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 STARTS_MAX = 8
-"""Execs of all containers that are started at the same moment: each takes a conmon, a runc and a runc init."""
+"""Concurrent exec starts on the node.  Each needs a conmon, a runc and a runc init."""
 STARTS_MAX_PER_CONTAINER = 2
-"""Of them: in a container whose processor time is used up a start takes seconds."""
+"""Concurrent exec starts in one container, where a start takes seconds if the processor time is used up."""
 SLOW_S = 5.0
-"""A start that takes longer waits for its container's processor time, most of the time, and uses none of the node's."""
+"""A start that takes longer usually waits for its container's processor time and does not use the node's."""
 SLOW_MAX = 16
-"""Starts that take longer and leave their places to others; further ones keep theirs, as the whole node may be slow."""
+"""Slow starts that release their slot to others.  Further ones keep it, because the whole node may be slow."""
 KILLED_S = 10.0
-"""How long a killed process may take to end: its conmon has to see it."""
+"""Wait for the end of a killed process, which its conmon has to notice."""
 _NOT_STARTED = 126
+"""Exit code of an exec that could not be started."""
 EXECS_MAX = 1000
-"""Per container, ended ones included; the oldest ended ones are forgotten first."""
+"""Execs per container, including ended ones.  The oldest ended exec is forgotten first."""
 
 
 class AlreadyStarted(AlreadyExists):
-    """An exec is started once.  The Engine API responds with 409, as where a name is taken."""
+    """The exec was started before.  The Engine API responds with 409, as for a taken name."""
 
 
 class Execs:
@@ -60,7 +61,7 @@ class Execs:
         container: Callable[[str], Container],
         spawn: Callable[..., asyncio.Task[None]],
     ) -> None:
-        """``container`` finds a container by id or name; ``spawn`` starts a supervised task."""
+        """``container`` finds a container by id or name.  ``spawn`` starts a supervised task."""
         self._bundles = bundles
         self._runtime = runtime
         self._events = events
@@ -71,14 +72,14 @@ class Execs:
         self._ended: dict[str, asyncio.Event] = {}
         self._starting = asyncio.Semaphore(STARTS_MAX)
         self._slow = 0
-        """Starts that have left their places to others."""
+        """Starts that have released their slot to others."""
         self._own: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
-        """Of each container, as long as an exec of it starts or waits for that."""
+        """Start slots by container, kept while one of its execs starts or waits to start."""
 
     def create(self, word: str, config: ExecConfig, console_size: tuple[int, int] | None = None) -> str:
-        """A new exec, not started yet; gives its id (64 hexadecimal characters).
+        """Create an exec without starting it.  Return its id (64 hexadecimal characters).
 
-        ``console_size``: rows and columns of its terminal from its start on.
+        ``console_size`` has the terminal's initial rows and columns.
 
         Raises: NotFound: no such container; NotRunning; ResourceExhausted.
         """
@@ -94,28 +95,27 @@ class Execs:
         return exec_id
 
     def get(self, exec_id: str) -> Exec:
-        """Raises: NotFound: ``No such exec instance: <id>``."""
+        """Return an exec.  Raises: NotFound: ``No such exec instance: <id>``."""
         try:
             return self._execs[exec_id]
         except KeyError:
             raise NotFound(f"No such exec instance: {exec_id}") from None
 
     def has(self, exec_id: str) -> bool:
-        """Whether there is such an exec."""
+        """Return whether the exec exists."""
         return exec_id in self._execs
 
     def of(self, container_id: ContainerId) -> tuple[Exec, ...]:
-        """The execs of a container that run (``ExecIDs`` of inspect)."""
+        """Return a container's running execs (``ExecIDs`` of inspect)."""
         return tuple(one for one in self._execs.values() if one.container_id == container_id and one.running)
 
-    async def start(self, exec_id: str, on_turn: Callable[[], None] = lambda: None) -> Attachment:
-        """Start it; gives its standard streams, which the caller closes (at once, to detach).
+    async def start(self, exec_id: str, on_begin: Callable[[], None] = lambda: None) -> Attachment:
+        """Start an exec.  Return its standard streams, which the caller closes (at once, to detach).
 
-        ``on_turn`` is called when it has waited for others and begins.  If the caller is cancelled then, the process
-        is killed as soon as there is one; until it is gone, the exec is one that runs.
-        Raises: NotFound, also when its container is removed meanwhile; NotRunning: its container has ended;
-        AlreadyStarted: it was started before;
-        StartError: the runtime refused (the exit code stays in the exec).
+        ``on_begin`` is called after the wait for other starts.  If the caller is cancelled after that, the process is
+        killed as soon as it exists, and the exec counts as running until then.  Raises: NotFound, also if its container
+        is removed meanwhile; NotRunning: its container has ended; AlreadyStarted; StartError: the runtime refused, and
+        the exec has the exit code.
         """
         exec = self.get(exec_id)
         if exec.exit_code is not None:
@@ -127,13 +127,13 @@ class Execs:
         self._publish("exec_start", container, exec)
         async with AsyncExitStack() as held:
             try:
-                await held.enter_async_context(self._turn(container.id))
+                await held.enter_async_context(self._hold_start_slot(container.id))
             except BaseException:  # cancelled while it waited
                 self._finish(exec_id, _NOT_STARTED)
                 raise
-            on_turn()
+            on_begin()
             outcome: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
-            # A task of its own: a conmon that is cut off while it starts a process leaves that behind.
+            # A separate task: cancelling conmon while it starts a process would leave that process behind.
             work = self._run(exec_id, outcome, held.pop_all())
             self._spawn(work, name=f"exec-{exec_id[:12]}")
         try:
@@ -145,13 +145,13 @@ class Execs:
             raise
 
     def publish_detach(self, exec_id: str) -> None:
-        """Publish that a client has detached from an exec by its keys; nothing if the exec is gone."""
+        """Publish that a client has detached from an exec by its keys.  Does nothing if the exec no longer exists."""
         with suppress(NotFound):
             exec = self.get(exec_id)
             self._events.publish("exec_detach", self._container(exec.container_id), execID=exec_id)
 
     def kill(self, exec_id: str) -> None:
-        """Kill its process, if it has one.  A failure is logged."""
+        """Kill the exec's process, if any.  A failure is logged."""
         exec = self._execs.get(exec_id)
         if exec is None or not exec.pid:
             return
@@ -161,7 +161,7 @@ class Execs:
             log_error(error, "exec not killed", exec=exec_id)
 
     def resize(self, exec_id: str, height: int, width: int) -> None:
-        """Size of its terminal, in characters; kept for one that is about to start.
+        """Set the terminal's size, in characters.  A starting exec gets it once it has started.
 
         Raises: NotFound; NotRunning.
         """
@@ -172,12 +172,12 @@ class Execs:
         resize_terminal(exec.monitor, height, width)
 
     async def wait(self, exec_id: str) -> Exec:
-        """Return the exec once it has ended; its exit code is set then.  Raises: NotFound."""
+        """Return the exec once it has ended and has an exit code.  Raises: NotFound."""
         await self._ended[self.get(exec_id).id].wait()
         return self.get(exec_id)
 
     def drop(self, exec_id: str) -> None:
-        """Forget one exec, if it has ended or was never started; a running one is forgotten with its container."""
+        """Forget an exec that has ended or was never started.  A running one is forgotten with its container."""
         exec = self._execs.get(exec_id)
         if exec is not None and not exec.running:
             del self._execs[exec_id], self._ended[exec_id]
@@ -189,8 +189,8 @@ class Execs:
             del self._execs[exec_id], self._ended[exec_id]
 
     @asynccontextmanager
-    async def _turn(self, id: ContainerId) -> AsyncIterator[None]:
-        """One of the few starts of a container, then of the node: slow containers leave places for the others."""
+    async def _hold_start_slot(self, id: ContainerId) -> AsyncIterator[None]:
+        """Hold a start slot of the container and of the node.  A slow start releases the node's slot to others."""
         own = self._own.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
         is_slow = False
 
@@ -213,17 +213,17 @@ class Execs:
                 else:
                     self._starting.release()
 
-    async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], turn: AsyncExitStack) -> None:
-        """Start an exec whose turn it is, and give its streams to its caller; without a caller, end it."""
+    async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], slot: AsyncExitStack) -> None:
+        """Start an exec and pass its streams to its caller, or end it if the caller was cancelled."""
         try:
-            async with turn:
+            async with slot:
                 started = await self._begin(exec_id)
                 if not outcome.done():
                     outcome.set_result(started.attachment)
                     return
                 started.attachment.close()
                 self.kill(exec_id)
-                # Its place is free when it is gone.  What the kernel does not let die keeps no other from starting.
+                # Keep the slot until the process has ended, but not forever: the kernel may not let it end.
                 with suppress(TimeoutError, NotFound):
                     async with asyncio.timeout(KILLED_S):
                         await self.wait(exec_id)
@@ -233,7 +233,7 @@ class Execs:
             elif not isinstance(error, SkepError | OSError):
                 raise
         finally:
-            outcome.cancel()  # this process ends
+            outcome.cancel()  # otherwise this process is ending
 
     async def _begin(self, exec_id: str) -> StartedExec:
         exec = self.get(exec_id)
@@ -244,23 +244,23 @@ class Execs:
                 container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
             )
         except BaseException as error:
-            # Health checks fail again and again; the container's other files stay for as long as it does.
+            # Health checks fail repeatedly, so remove the exec's files now instead of with the container.
             failed = self._bundles.exec_path(exec.container_id, exec_id)
             if isinstance(error, Unavailable):
-                # A conmon that does not respond is there, and uses the directory.
+                # The unresponsive conmon still runs and uses the directory.
                 await self._runtime.end_exec(container, failed)
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else _NOT_STARTED)
-            with suppress(RuntimeError):  # this process ends: it goes with the container
+            with suppress(RuntimeError):  # this process ends, so it is removed with the container
                 self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
             raise
         try:
             exec = msgspec.structs.replace(self.get(exec_id), pid=started.pid, monitor=started.monitor)
             self._execs[exec_id] = exec
-        except NotFound:  # forgotten with its container, whose end was the process's too
+        except NotFound:  # forgotten with its container, whose end also ended the process
             started.attachment.close()
             raise
         self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
-        if exec.console_size is not None:  # asked for while it started
+        if exec.console_size is not None:  # requested while it started
             resize_terminal(exec.monitor, *exec.console_size)
         return started
 
@@ -269,7 +269,7 @@ class Execs:
     ) -> None:
         code = await retry(
             lambda: self._runtime.wait_exec(container, path, monitor),
-            "end of exec not seen",
+            "exec exit not observed",
             clock=self._clock,
             longest_s=5.0,
             exec=exec_id,
@@ -302,7 +302,7 @@ class Execs:
             return
         ended = next((one for one in execs if not one.running), None)
         if ended is None:
-            raise ResourceExhausted(f"container {container_id} has {EXECS_MAX} execs already")
+            raise ResourceExhausted(f"container {container_id} already has {EXECS_MAX} running execs")
         del self._execs[ended.id], self._ended[ended.id]
 
     def _publish(self, action: str, container: Container, exec: Exec) -> None:

@@ -1,8 +1,7 @@
-"""Files of containers: looked at, read and written as archives (``docker cp``, ``docker export``).
+"""Access to containers' files: status, and reading and writing as archives (``docker cp``, ``docker export``).
 
-A container's file system is seen as the container sees it, with its volumes and bind mounts, whether it runs or not;
-not what it has in memory (tmpfs, ``/proc``, secrets), as in Docker.  The work is done by processes of their own
-(``files_worker``).
+The view is the container's, with its volumes and bind mounts, whether it runs or not.  As in Docker it excludes files
+in memory (tmpfs, ``/proc``, secrets).  Separate processes (``files_worker``) do the work.
 """
 
 import asyncio
@@ -30,21 +29,25 @@ from skep.model.times import Timestamp, timestamp
 log = structlog.get_logger()
 
 _PIECE_BYTES = 1 << 18
+"""Bytes of an archive that are read at a time."""
 _LINE_BYTES_MAX = 1 << 20
+"""Size of one result of the worker."""
 _COPIES_MAX = 16
-"""At one time; each is a process."""
+"""Concurrent copies.  Each is a process."""
 _LOOK_DEADLINE_S = 60.0
+"""Deadline for the worker's next result."""
 _IDLE_DEADLINE_S = 300.0
-"""For one piece of an archive: a client that takes or gives nothing for longer is given up."""
+"""Deadline for one piece of an archive, after which an idle client is given up."""
 _END_DEADLINE_S = 10.0
+"""Wait for a killed worker, which a file system that does not respond may hold."""
 
 
-Mounted = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]
-"""Gives a container's root file system, mounted as long as the block runs.  Raises: NotFound."""
+MountRoot = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]
+"""Returns a context with a container's root file system, mounted for the block.  Raises: NotFound."""
 
 
 class PathStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What is at a path of a container.  ``mode``: as Go's ``os.FileMode``."""
+    """Status of a path in a container.  ``mode`` has the bits of Go's ``os.FileMode``."""
 
     name: str
     size: int
@@ -54,40 +57,41 @@ class PathStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArchiveTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an archive is unpacked.
-
-    ``keeps_kinds``: a directory is not replaced by a file, nor a file by a directory.
-    ``as_user``: what is written belongs to the container's user, not to the owners that the archive names.
-    """
+    """Target and options of an unpacked archive."""
 
     path: str
     keeps_kinds: bool = False
+    """Whether to refuse replacing a directory by a file, or a file by a directory."""
     as_user: bool = False
+    """Whether the files belong to the container's user instead of the owners that the archive names."""
 
 
 class Files:
     """Files of all containers of a node."""
 
     def __init__(
-        self, find: Callable[[str], Container], mounted: Mounted, events: Events, images: ImageStore
+        self, find: Callable[[str], Container], mount_root: MountRoot, events: Events, images: ImageStore
     ) -> None:
-        """``find``: the container that a word names, or raises NotFound; ``images``: copies have their limits."""
+        """``find`` returns the container that a word names, or raises NotFound.
+
+        ``images`` has the limits of copies.
+        """
         self._find = find
         self._events = events
-        self._mounted = mounted
+        self._mount_root = mount_root
         self._images = images
         self._places = asyncio.Semaphore(_COPIES_MAX)
 
     async def status(self, word: str, path: str) -> PathStatus:
-        """What is at ``path``.  Raises: NotFound: nothing; Untranslated: it cannot be reached, in Docker's words."""
+        """Return the status of ``path``.  Raises: NotFound; Untranslated: it is unreachable, in Docker's words."""
         async with self._worker(word, "stat", path) as worker, _deadline(_LOOK_DEADLINE_S):
             return _status(await worker.line())
 
     @asynccontextmanager
     async def read(self, word: str, path: str) -> AsyncIterator[tuple[PathStatus, AsyncIterator[bytes]]]:
-        """What is at ``path``, as an archive in pieces, whose end raises if it is not whole.
+        """Yield the status of ``path``, and its archive in pieces.
 
-        Raises: as ``status``.
+        Raises: as ``status``; at the end of the pieces, if the archive is incomplete.
         """
         container = self._find(word)
         async with self._worker(word, "read", path) as worker:
@@ -98,7 +102,7 @@ class Files:
 
     @asynccontextmanager
     async def export(self, word: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The whole root file system as an archive in pieces, without volumes."""
+        """Yield the whole root file system as an archive in pieces, without volumes."""
         container = self._find(word)
         async with self._worker(word, "export", "/") as worker:
             self._events.publish("export", container)
@@ -106,18 +110,18 @@ class Files:
 
     @asynccontextmanager
     async def archive(self, root: Path) -> AsyncIterator[AsyncIterator[bytes]]:
-        """A tree that is no container's, as a mounted image, as an archive in pieces."""
+        """Yield a tree outside containers, such as a mounted image, as an archive in pieces."""
         async with (
             self._places,
-            self._started(self._settings(root, "export", "/"), "/", "the tree") as worker,
+            self._start_worker(self._settings(root, "export", "/"), "/", "the tree") as worker,
         ):
             yield worker.pieces()
 
     async def write(self, word: str, target: ArchiveTarget, archive: AsyncIterable[bytes]) -> None:
         """Unpack ``archive`` (compressed or not) in a directory of the container.
 
-        Raises: NotFound: there is no such directory; ResourceExhausted; Untranslated: it cannot be done, in Docker's
-        words (read-only, no directory, no archive).
+        Raises: NotFound: no such directory; ResourceExhausted; Untranslated: it fails, in Docker's words
+        (read-only, not a directory, not an archive).
         """
         container = self._find(word)
         async with self._worker(word, "write", target.path, target) as worker:
@@ -131,7 +135,7 @@ class Files:
         self, word: str, action: str, path: str, target: ArchiveTarget | None = None
     ) -> AsyncIterator["_Worker"]:
         container = self._find(word)
-        async with self._places, self._mounted(container.id) as (root, binds):
+        async with self._places, self._mount_root(container.id) as (root, binds):
             settings = self._settings(root, action, path)
             if action != "export":
                 settings.binds = list(binds)
@@ -142,7 +146,7 @@ class Files:
                 if target.as_user and container.config.user:
                     user = await asyncio.to_thread(identity, root, container.config.user)
                     settings.owner = (user.uid, user.gid)
-            async with self._started(settings, path, f"container {word}") as worker:
+            async with self._start_worker(settings, path, f"container {word}") as worker:
                 yield worker
 
     def _settings(self, root: Path, action: str, path: str) -> files_worker.Settings:
@@ -156,10 +160,10 @@ class Files:
         )
 
     @asynccontextmanager
-    async def _started(
+    async def _start_worker(
         self, settings: files_worker.Settings, path: str, whose: str
     ) -> AsyncIterator["_Worker"]:
-        """A worker, which is ended with the block.  ``whose``: of what the files are, for messages."""
+        """Start a worker and end it with the block.  ``whose`` names the files' owner in messages."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-m", files_worker.__name__, json.dumps(vars(settings))),
             stdin=asyncio.subprocess.PIPE if settings.action == "write" else asyncio.subprocess.DEVNULL,
@@ -175,7 +179,7 @@ class Files:
             if process.returncode is None:
                 with suppress(ProcessLookupError):
                     process.kill()
-                with suppress(TimeoutError):  # a file system that does not respond keeps it
+                with suppress(TimeoutError):  # it may hang in a file system that does not respond
                     async with asyncio.timeout(_END_DEADLINE_S):
                         await asyncio.shield(process.wait())
 
@@ -189,16 +193,14 @@ class _Worker:
         self._whose = whose
 
     async def line(self) -> dict[str, Any]:
-        """Its next result.  Raises: NotFound; ResourceExhausted; Untranslated: it has failed."""
+        """Return the worker's next result.  Raises: NotFound; ResourceExhausted; Untranslated: it has failed."""
         assert self._process.stderr is not None, "its results come in a pipe"
         text = await self._process.stderr.readline()
         try:
             result = msgspec.json.decode(text, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             rest = text + await self._process.stderr.read(_LINE_BYTES_MAX)
-            log.warning(
-                "unexpected output of a worker for files", output=rest[-2000:].decode(errors="replace")
-            )
+            log.warning("unexpected output of the file worker", output=rest[-2000:].decode(errors="replace"))
             raise Unavailable("the process that copies files ended without a response") from error
         message = str(result.get("error", ""))
         match result.get("kind"):
@@ -212,7 +214,7 @@ class _Worker:
                 return result
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """What it writes.  Raises: at the end, if it was not all."""
+        """Yield the worker's output.  Raises at the end if it is incomplete."""
         assert self._process.stdout is not None, "the archive comes in a pipe"
         while True:
             async with _deadline(_IDLE_DEADLINE_S):
@@ -224,7 +226,7 @@ class _Worker:
             await self.line()
 
     async def feed(self, archive: AsyncIterable[bytes]) -> None:
-        """Give it an archive.  That it takes no more is no error: its result has the reason."""
+        """Send an archive to the worker.  If it stops reading, its result has the reason."""
         assert self._process.stdin is not None, "the archive goes through a pipe"
         pieces = aiter(archive)
         with suppress(ConnectionError, StopAsyncIteration):

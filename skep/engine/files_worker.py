@@ -1,11 +1,11 @@
-"""The worker that looks at, reads and writes files of a container: a process of its own, with its file system as root.
+"""Worker that reads and writes a container's files: a separate process with the container's file system as its root.
 
-The container may be running, and change its files meanwhile: a directory that is swapped for a link leads to its own
-files.  Archives that are written are hostile, too.  What the process gives up is in ``confinement``; volumes and bind
-mounts are mounted as in the container, those that are read-only so.
+The container may run and change its files meanwhile, for example swap a directory for a link.  That only leads to the
+container's own files.  Written archives are hostile, too.  ``confinement`` lists the rights that the process drops.
+Volumes and bind mounts are mounted as in the container, read-only ones read-only.
 
-The module is run by itself: one JSON object of settings as argument, an archive on stdin or stdout, results as lines of
-JSON on stderr.
+The module is run directly.  Its argument is a JSON object of settings.  An archive is on stdin or stdout, and results
+are lines of JSON on stderr.
 
 Source: moby 20.10, daemon/archive.go, container/archive.go, pkg/archive/archive.go (Unpack).
 """
@@ -45,34 +45,36 @@ _GO_BITS = ((stat.S_ISUID, 1 << 23), (stat.S_ISGID, 1 << 22), (stat.S_ISVTX, 1 <
 
 
 class Refused(Exception):
-    """The request cannot be done; the text is Docker's."""
+    """The request is impossible.  The text is Docker's."""
 
 
 @dataclass
 class Settings:
-    """``root``: the container's file system; ``binds``: what is mounted in it, the fields of ``roots.Bind``.
-
-    ``action``: stat, read, write or export; ``path``: within the container, as it was requested.
-    Of writing: ``keeps_kinds``: a directory is not replaced by a file, nor a file by a directory; ``owner``: of all
-    that is written (None: as the archive says); ``volumes``: mount points, and whether they are read-only;
-    ``read_only``: the root file system is.
-    """
+    """Settings of one worker process."""
 
     root: str
+    """The container's file system."""
     action: str
+    """``stat``, ``read``, ``write`` or ``export``."""
     bytes_max: int
     entries_max: int
     spare_bytes: int
     path: str = "/"
+    """Path in the container, as requested."""
     binds: list[roots.Bind] = field(default_factory=list)
+    """Mounts inside the root."""
     keeps_kinds: bool = False
+    """Whether ``write`` refuses to replace a directory by a file, or a file by a directory."""
     owner: tuple[int, int] | None = None
+    """Owner of all written files, or None for the archive's."""
     volumes: list[tuple[str, bool]] = field(default_factory=list)
+    """Mount points, and whether they are read-only."""
     read_only: bool = False
+    """Whether the root file system is read-only."""
 
 
 def absolute(path: str) -> str:
-    """``path`` from the root, without ``..``; a slash or dot at its end stays, since it means what a link leads to.
+    """Make ``path`` absolute and drop ``..``.  A final slash or dot stays, because it selects a link's target.
 
     Source: moby, pkg/archive/copy.go (PreserveTrailingDotOrSeparator).
     """
@@ -83,13 +85,13 @@ def absolute(path: str) -> str:
 
 
 def base_of(path: str) -> str:
-    """The last element of an absolute path, as Go's ``filepath.Base``: of the root, ``/``."""
+    """Return the last element of an absolute path, like Go's ``filepath.Base``: ``/`` for the root."""
     stripped = path.rstrip("/")
     return posixpath.basename(stripped) or "/"
 
 
 def go_mode(mode: int) -> int:
-    """A file's mode as Go's ``os.FileMode``."""
+    """Convert a file's mode to Go's ``os.FileMode``."""
     return (
         (mode & 0o777)
         | next((bits for is_kind, bits in _GO_MODES if is_kind(mode)), 0)
@@ -98,7 +100,7 @@ def go_mode(mode: int) -> int:
 
 
 def status_of(path: str) -> dict[str, Any]:
-    """What ``docker cp`` gets about a path beforehand.  Raises: OSError."""
+    """Return the status of a path, which ``docker cp`` needs first.  Raises: OSError."""
     status = os.lstat(path)
     target = os.path.realpath(path) if stat.S_ISLNK(status.st_mode) else ""
     return {
@@ -128,7 +130,7 @@ def read(settings: Settings, path: str) -> None:
 
 
 def export(settings: Settings) -> None:
-    """Write everything to stdout."""
+    """Write the whole file system to stdout."""
     Packer(Output(_write_all, settings.bytes_max), entries_max=settings.entries_max).pack()
 
 
@@ -165,7 +167,7 @@ def _is_below(path: str, directory: str) -> bool:
 
 
 class Extractor(Unpacker):
-    """Writes the members of an archive into a directory in which there may be files already."""
+    """Extracts an archive's members into a directory that may already contain files."""
 
     def __init__(
         self,
@@ -200,7 +202,7 @@ class Extractor(Unpacker):
             self._create(archive, member, path)
 
     def _make_way(self, member: tarfile.TarInfo, path: str, name: str) -> bool:
-        """Remove what the member replaces; False: it is the target itself, which stays as it is."""
+        """Remove the file that a member replaces.  Return False for the target directory itself, which stays."""
         try:
             is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
         except FileNotFoundError:
@@ -220,7 +222,10 @@ class Extractor(Unpacker):
         return True
 
     def _check_link(self, member: tarfile.TarInfo, path: str) -> None:
-        """Docker takes no link that leads out of the directory; here it would only lead to the container's files."""
+        """Refuse links out of the directory, as Docker does.
+
+        Here they would only lead to the container's own files.
+        """
         if member.issym():
             leads_to = posixpath.normpath(f"{os.path.dirname(path)}/{member.linkname}")
             if not leads_to.startswith(self._target):
@@ -235,7 +240,7 @@ class Extractor(Unpacker):
 
 
 def _quoted(text: str) -> str:
-    """Like Go's ``%q``."""
+    """Quote a text like Go's ``%q``."""
     return json.dumps(_shown(text), ensure_ascii=False)
 
 
@@ -265,8 +270,8 @@ def _act(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Do what the settings in the first argument say; the last line on stderr is the end of it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no writer outlives the node process
+    """Run the action of the settings in the first argument.  The last line on stderr is its result."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the worker must not outlive the node process
     try:
         _act(Settings(**json.loads(sys.argv[1])))
     except Refused as error:

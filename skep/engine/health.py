@@ -1,8 +1,8 @@
-"""Health checks of containers: the rules, then the loop that probes.
+"""Health checks of containers: pure rules, and the loop that probes.
 
-A container begins *starting*.  The first probe that succeeds makes it healthy; as many failures in a row as
-``retries`` make it unhealthy.  While it has never been healthy, failures within its start period do not count, and it
-is probed more often (``start_interval``).
+A container starts as *starting*.  The first successful probe makes it healthy, and ``retries`` consecutive failures
+make it unhealthy.  Until it is first healthy, failures within its start period do not count, and it is probed more
+often (``start_interval``).
 
 Source: moby, daemon/health.go.
 """
@@ -32,24 +32,25 @@ _INTERVAL_NS = 30 * SECOND_NS
 _START_INTERVAL_NS = 5 * SECOND_NS
 _TIMEOUT_NS = 30 * SECOND_NS
 _RETRIES = 3
+"""Docker's default, as are the three durations above."""
 LOG_MAX = 5
-"""Probes kept in the state."""
+"""Probes that are kept in the state."""
 OUTPUT_BYTES_MAX = 4096
-"""Kept of a probe's output."""
+"""Bytes that are kept of a probe's output."""
 ENDED_S = 5.0
-"""For the end of a container to be recorded whose first process is gone."""
+"""Seconds to wait for the recorded end of a container whose first process has ended."""
 SUCCESS = 0
 BROKEN = -1
-"""Exit code of a probe that could not be run, or took too long."""
+"""Exit code of a probe that could not run or took too long."""
 
 
 def merged(
     own: HealthConfig | None, image: HealthConfig | None, *, image_interval_ns_min: int = 0
 ) -> HealthConfig | None:
-    """The health check of a service or plain container over the image's: what ``own`` leaves open is the image's.
+    """Merge the health check of a service or plain container with the image's, which fills the unset fields.
 
     Args:
-        image_interval_ns_min: Shortest interval that an image may choose. Shorter ones are raised to it.
+            image_interval_ns_min: Shortest interval that an image may choose.  Shorter intervals are raised to it.
 
     Source: moby, daemon/commit.go (merge).
     """
@@ -72,7 +73,7 @@ def merged(
 
 
 def command(config: HealthConfig | None, shell: Sequence[str] = ("/bin/sh", "-c")) -> tuple[str, ...]:
-    """The command of a health check; empty: there is none, or its form is not known."""
+    """Return the command of a health check.  Empty without a check, or if its form is unknown."""
     match config.test if config is not None else ():
         case ("CMD", *words):
             return tuple(words)
@@ -83,12 +84,12 @@ def command(config: HealthConfig | None, shell: Sequence[str] = ("/bin/sh", "-c"
 
 
 def initial(config: HealthConfig | None) -> Health | None:
-    """The state of a container that starts; None: it has no health check."""
+    """Return the initial state of a starting container, or None without a health check."""
     return Health() if command(config) else None
 
 
 def interval_s(config: HealthConfig, health: Health, running_s: float) -> float:
-    """Seconds until the next probe of a container that has been running for ``running_s``."""
+    """Return the seconds until the next probe of a container that has been running for ``running_s``."""
     is_early = running_s < config.start_period / SECOND_NS
     if is_early and health.status is HealthStatus.STARTING:
         return (config.start_interval or _START_INTERVAL_NS) / SECOND_NS
@@ -96,12 +97,12 @@ def interval_s(config: HealthConfig, health: Health, running_s: float) -> float:
 
 
 def timeout_s(config: HealthConfig) -> float:
-    """Seconds that a probe may take."""
+    """Return the timeout of a probe in seconds."""
     return (config.timeout or _TIMEOUT_NS) / SECOND_NS
 
 
 def after_probe(config: HealthConfig, health: Health, probe: Probe, began_s: float) -> Health:
-    """The state after ``probe``, which began when the container had been running for ``began_s`` seconds."""
+    """Return the state after ``probe``, which began when the container had been running for ``began_s`` seconds."""
     log = (*health.log, probe)[-LOG_MAX:]
     if probe.exit_code == SUCCESS:
         return Health(status=HealthStatus.HEALTHY, log=log)
@@ -113,24 +114,27 @@ def after_probe(config: HealthConfig, health: Health, probe: Probe, began_s: flo
 
 
 def is_failing(config: HealthConfig | None, health: Health) -> bool:
-    """Whether its probes have made a container unhealthy; one that does not run is called so in any case."""
+    """Return whether probes made a container unhealthy.
+
+    Its status does not tell: a stopped one is always unhealthy.
+    """
     return config is not None and health.failing_streak >= retries(config)
 
 
 def retries(config: HealthConfig) -> int:
-    """Failures in a row that make a container unhealthy."""
+    """Return the number of consecutive failures that make a container unhealthy."""
     return config.retries if config.retries > 0 else _RETRIES
 
 
 def stopped(health: Health) -> Health:
-    """The state of a container that does not run any more: unhealthy, as in Docker."""
+    """Return the state of a container that no longer runs: unhealthy, as in Docker."""
     return msgspec.structs.replace(health, status=HealthStatus.UNHEALTHY)
 
 
 class HealthMonitor:
     """Probes running containers and keeps their health in their records.
 
-    A probe is an exec with a deadline.  One that is too slow is killed before the next begins, so probes never pile up.
+    A probe is an exec with a deadline.  A slow probe is killed before the next begins, so probes never pile up.
     """
 
     def __init__(self, store: ContainerStore, execs: Execs, events: Events, clock: Clock) -> None:
@@ -139,23 +143,23 @@ class HealthMonitor:
         self._events = events
         self._clock = clock
         self._left: dict[ContainerId, str] = {}
-        """Probes that were killed and are not gone yet: the next one waits."""
+        """Probes that were killed but have not ended yet.  The container's next probe waits for them."""
         self.count = self.failures = 0
-        """Of probes."""
+        """Numbers of probes and of failed probes."""
 
     async def run(self, id: ContainerId) -> None:
         """Probe a running container until it ends."""
         with suppress(Preempted, NotFound):
             await run_unless(self._probe_on(id), self._wait_ended(id))
-        self._left.pop(id, None)  # it ends with the container
+        self._left.pop(id, None)  # a leftover probe ends with the container
         container = self._store.lookup(id)
         if container is not None and container.health is not None:
             self._store.observe(id, health=stopped(container.health))
 
     async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
-        """Return when its health is one of ``wanted``, when it does not run, or at once if it has no probe.
+        """Return once the health is in ``wanted``, the container does not run, or at once without a health check.
 
-        Raises: NotFound: it is gone.
+        Raises: NotFound: the container was removed.
         """
         while True:
             container = self._store.get(id)
@@ -172,7 +176,7 @@ class HealthMonitor:
         container = self._store.get(id)
         config = container.config.healthcheck
         assert config is not None, "only containers with a health check are probed"
-        # Measured by one clock from here on: an earlier process may have started it.
+        # Measured by one clock from here on, because an earlier process may have started it.
         before_s = max(0.0, (self._clock.now_ns() - unix_ns(container.started_at)) / SECOND_NS)
         since = self._clock.monotonic() - before_s
         while (before := self._store.get(id).health) is not None:
@@ -185,11 +189,11 @@ class HealthMonitor:
             self.count += 1
             self.failures += probe.exit_code != SUCCESS
             if probe.exit_code != SUCCESS and _has_ended(self._store.get(id)):
-                with suppress(TimeoutError):  # a thread of it, or its monitor, may hang: then it is a failure
+                with suppress(TimeoutError):  # if a thread or the monitor hangs, this counts as a failure
                     async with asyncio.timeout(ENDED_S):
                         await self._wait_ended(id)
             if not self._store.get(id).is_running:
-                return  # it ended meanwhile: the result means nothing
+                return  # it ended meanwhile, so the result means nothing
             health = after_probe(config, before, probe, began_s)
             container = self._store.observe(id, health=health)
             if health.status is not before.status:
@@ -204,7 +208,7 @@ class HealthMonitor:
             exit_code = BROKEN
             shown = f": {_text(output)}" if output else ""
             output = bytearray(f"Health check exceeded timeout ({timeout_s(config):g}s){shown}".encode())
-        except Exception as error:  # whatever the container had it meet
+        except Exception as error:  # any error that the container causes
             if not isinstance(error, SkepError | OSError):
                 log_error(error, "probe failed", container=container.id)
             exit_code, output = BROKEN, bytearray(describe_error(error).encode(errors="replace"))
@@ -213,15 +217,15 @@ class HealthMonitor:
         )
 
     async def _execute(self, container: Container, config: HealthConfig, output: bytearray) -> int:
-        """Run the probe; its exit code.  Raises: TimeoutError; SkepError, OSError: it could not be run."""
+        """Run the probe and return its exit code.  Raises: TimeoutError; SkepError, OSError: it could not run."""
         await self._wait_left(container.id, timeout_s(config))
         exec_id = self._execs.create(container.id, ExecConfig(command=command(config)))
         now = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(None) as deadline:
-                # It does not run while other execs are started: that says nothing about this container.
+                # The deadline starts when the exec does.  Waiting for other execs says nothing about this container.
                 attachment = await self._execs.start(
-                    exec_id, on_turn=lambda: deadline.reschedule(now() + timeout_s(config))
+                    exec_id, on_begin=lambda: deadline.reschedule(now() + timeout_s(config))
                 )
                 try:
                     await _collect(attachment, output)
@@ -232,22 +236,22 @@ class HealthMonitor:
             await self._end(container.id, exec_id)
 
     async def _end(self, id: ContainerId, exec_id: str) -> None:
-        """Kill a probe that still runs or starts and return when it is gone, or is not to be waited for here."""
+        """Kill a probe that still runs or starts.  Return when it has ended or takes too long to wait for."""
         try:
             if self._execs.get(exec_id).running:
                 self._left[id] = exec_id
-                self._execs.kill(exec_id)  # one that starts is killed when it has
+                self._execs.kill(exec_id)  # a starting probe is killed once it has started
                 async with asyncio.timeout(KILLED_S):
                     await self._execs.wait(exec_id)
         except TimeoutError:
-            return  # the result of the probe holds all the same
-        except NotFound:  # it went with its container; raised here it would hide that the probe is cancelled
+            return  # the probe's result still counts
+        except NotFound:  # removed with its container; raising would hide the probe's cancellation
             pass
         self._left.pop(id, None)
         self._execs.drop(exec_id)
 
     async def _wait_left(self, id: ContainerId, seconds: float) -> None:
-        """Wait for the probe before, if that was not gone.  Raises: Unavailable: it still is not."""
+        """Wait for an unfinished earlier probe.  Raises: Unavailable: it has not ended."""
         left = self._left.get(id)
         if left is None:
             return
@@ -256,21 +260,21 @@ class HealthMonitor:
                 async with asyncio.timeout(seconds):
                     await self._execs.wait(left)
             except TimeoutError as error:
-                raise Unavailable("the health check before, which was killed, has not ended") from error
+                raise Unavailable("the previous health check was killed but has not ended") from error
         self._left.pop(id, None)
         self._execs.drop(left)
 
 
 def _has_ended(container: Container) -> bool:
-    """Whether its first process is gone, though that is not recorded yet: no probe can enter it."""
+    """Return whether the first process has ended although that is not recorded yet.  No probe can enter it."""
     try:
         return container.process is not None and not is_alive(container.process)
-    except OSError:  # no descriptor is left
+    except OSError:  # out of descriptors
         return False
 
 
 async def _collect(attachment: Attachment, output: bytearray) -> None:
-    """Read to the end; ``output`` gets as much of it as is kept, then three dots if there was more.
+    """Read to the end.  Append the kept part to ``output``, and three dots if there was more.
 
     Source: moby, daemon/health.go (limitedBuffer).
     """

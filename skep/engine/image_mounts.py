@@ -1,8 +1,7 @@
-"""Images that containers mount (``--mount type=image``): an image's files under changes of the container's own.
+"""Image mounts of containers (``--mount type=image``): an image's files below changes of the container's own.
 
-The layers are shared with every container of the image; what the container writes is kept with it, and goes with it.
-Of an image a file or directory can be mounted alone; no link of the image leads out of it.
-
+All containers of the image share the layers.  The container's changes are stored with it and removed with it.  A single
+file or directory of the image can be mounted.  Links in the image cannot lead outside.
 Source: moby 28, daemon/volumes.go, volume/mounts/linux_parser.go.
 """
 
@@ -23,9 +22,9 @@ _TYPE = "image"
 
 
 def image_points(images: ImageStore, mounts: Sequence[Mount]) -> list[MountPoint]:
-    """The mounts of images among ``mounts``.
+    """Return the image mounts among ``mounts``.
 
-    Raises: InvalidArgument; NotFound: the image is not here.
+    Raises: InvalidArgument; NotFound: the image is not on this node.
     """
     for mount in mounts:
         if mount.type != _TYPE and mount.image_options is not None:
@@ -36,7 +35,7 @@ def image_points(images: ImageStore, mounts: Sequence[Mount]) -> list[MountPoint
 
 
 def others(mounts: Iterable[Mount]) -> list[Mount]:
-    """Those of ``mounts`` that are of no image."""
+    """Return the ``mounts`` that are not image mounts."""
     return [mount for mount in mounts if mount.type != _TYPE]
 
 
@@ -62,17 +61,17 @@ def _point(images: ImageStore, mount: Mount) -> MountPoint:
 
 
 def chains(images: ImageStore, points: Iterable[MountPoint]) -> list[Digest]:
-    """The layers of images that ``points`` mount.  Raises: NotFound."""
+    """Return the layers of the images that ``points`` mount.  Raises: NotFound."""
     return [id for point in points if point.type == _TYPE for id in images.get(point.name).chain]
 
 
 def images_of(container: Container) -> Sequence[str]:
-    """Ids of the images that a container needs: its own, and those that it mounts."""
+    """Return the ids of a container's images: its own and mounted ones."""
     return [container.image_id, *(point.name for point in container.config.mounts if point.type == _TYPE)]
 
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
-    """``point`` as runc gets it, with the path at which ``mount_all`` mounts it, which is the node's own."""
+    """Return ``point`` for runc, with the node's path at which ``mount_all`` mounts it."""
     source = _part(place, number) if point.subpath else place / str(number)
     return MountPoint(
         type="bind",
@@ -88,11 +87,11 @@ def _part(place: Path, number: int) -> Path:
 
 
 def mount_all(points: Sequence[MountPoint], place: Path, changes: Path) -> None:
-    """Mount the images among ``points``, each by its number below ``place``; harmless when they are mounted.
+    """Mount the images among ``points``, each by its number below ``place``.  Idempotent.
 
-    ``changes``: a directory that the container keeps.
+    ``changes`` is a directory that the container keeps.
 
-    Raises: OSError; FailedPrecondition: too many layers, or an image has no such part.
+    Raises: OSError; FailedPrecondition: too many layers, or an image does not have the subpath.
     """
     for number, point in enumerate(points):
         target, own = place / str(number), changes / str(number)

@@ -1,7 +1,7 @@
-"""The life of one container: prepared, started, watched until its end, freed, removed; adopted after a restart.
+"""The life of one container: prepare, start, watch until its end, free, remove, and adopt after a restart.
 
-Each background task is about one container: its error is retried, logged and shown as that container's error, and
-reaches no other container.
+Each background task handles one container.  Its error is retried, logged and shown as that container's error, and does
+not affect other containers.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
+from skep.engine.container_locks import ContainerLocks, ForcedRemovals
 from skep.engine.execs import Execs
 from skep.engine.health import HealthMonitor
 from skep.engine.networking import Networking, has_sandbox, publish_networks, sandbox_config
@@ -32,7 +33,6 @@ from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
 from skep.engine.signals import ends_pause
 from skep.engine.state import ContainerStore
-from skep.engine.turns import ForcedRemovals, Turns
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -45,12 +45,13 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 SWEEP_SECONDS = 20.0
-"""Between two searches for network resources of containers that are gone."""
+"""Interval between searches for network resources of removed containers."""
 _READ_TRIES_MAX = 5
-"""Of records that cannot be read: the machine may be short of memory or descriptors for a moment."""
+"""Attempts to read a container's record: the machine may be short of memory or descriptors for a moment."""
 _RETRY_SECONDS_MAX = 30.0
+"""Longest pause between two attempts."""
 KILLED_S_MAX = 60.0
-"""From SIGKILL to the record of the end.  Docker's is 12 s; here the networks are freed before the end is recorded,
+"""Deadline from SIGKILL to the record of the end.  Docker's is 12 s.  Here the networks are freed before the record,
 which may take long on an overloaded machine."""
 
 
@@ -58,8 +59,8 @@ class Lifecycle:
     """Moves containers from state to state.
 
     Args:
-        starts_max: containers that are started at the same moment, at most.
-        report_restore: called with the reason while containers of an earlier process cannot be adopted, and with ""
+        starts_max: Maximum number of containers that start at the same time.
+        report_restore: Called with the reason while containers of an earlier process cannot be adopted, and with ""
             once they are.
     """
 
@@ -80,8 +81,8 @@ class Lifecycle:
         self._volumes = volumes
         self._store = store
         self.events = volumes.events
-        self.turns, self.network_turns = Turns(), Turns()
-        """The second: changes of a running container's networks, and its end; a removal has the first meanwhile."""
+        self.locks, self.sandbox_locks = ContainerLocks(), ContainerLocks()
+        """The second guards a running container's networks and its end.  A removal holds the first meanwhile."""
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
@@ -96,7 +97,7 @@ class Lifecycle:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Adopt what earlier processes left, then watch all containers until the block ends."""
+        """Adopt the containers of earlier processes, then watch all containers until the block ends."""
         async with self._background.running():
             await self._restore()
             self.spawn(self._store.run(self._clock), name="records")
@@ -110,23 +111,23 @@ class Lifecycle:
     # --- operations ---------------------------------------------------------------------------------------------
 
     async def prepare(self, container: Container) -> Container:
-        """Make everything that a new container needs; it is gone again if that fails.  Raises: SkepError."""
-        return await run_to_end(self.turns.exclusively(container.id, self._prepare_new(container)))
+        """Create everything that a new container needs.  Cleans up on failure.  Raises: SkepError."""
+        return await run_to_end(self.locks.run(container.id, self._prepare_new(container)))
 
     async def start(self, id: ContainerId, secret_env: Sequence[str] = ()) -> Container:
-        """Start its process; nothing happens when it runs.
+        """Start the process.  Does nothing if it runs.
 
-        ``secret_env``: further variables, for this run alone and in no record.
-        Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: its removal by force has cut it off.
+        ``secret_env`` are additional variables for this run, which no record contains.
+        Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: a forced removal interrupted the start.
         """
         async with AsyncExitStack() as held:
-            await held.enter_async_context(self.turns.turn(id))
+            await held.enter_async_context(self.locks.acquire(id))
             container = self._store.require_startable(id)
             if container.is_running:
                 return container
             await self._wait_settled(id)
             try:
-                # Before it takes a place: one that waits for a server or a plug-in keeps no other container from it.
+                # Before it takes a start slot: waiting for a server or plug-in must not block other containers.
                 await self._mount_unless_removed(container)
                 await held.enter_async_context(self._starting)
             except BaseException as error:
@@ -135,17 +136,17 @@ class Lifecycle:
             return await run_to_end(self._start(id, secret_env, held.pop_all()))
 
     async def retire(self, id: ContainerId) -> None:
-        """Free what only a running container needs, of one that never ran.  Raises: NotFound."""
-        await run_to_end(self.turns.exclusively(id, self._retire(id)))
+        """Free the resources that only a running container needs, of a container that never ran.  Raises: NotFound."""
+        await run_to_end(self.locks.run(id, self._retire(id)))
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
-        """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
+        """Remove a container.  Raises: NotFound; StillRunning; Unavailable: a part of it is left."""
         with self._forced.removing(id) if force else nullcontext():
-            await self.turns.exclusively(id, self._remove(id, force=force))
+            await self.locks.run(id, self._remove(id, force=force))
 
     @asynccontextmanager
-    async def mounted(self, id: ContainerId) -> AsyncIterator[RootFiles]:
-        """Its root file system and its volumes, mounted as long as the block runs, whether the container runs or not.
+    async def mount_root(self, id: ContainerId) -> AsyncIterator[RootFiles]:
+        """Mount the root file system and the volumes for the block, whether the container runs or not.
 
         Raises: NotFound; MountFailed; Unavailable: it cannot be mounted.
         """
@@ -160,7 +161,7 @@ class Lifecycle:
 
         try:
             await self._volumes.mount(user, container.config.mounts)
-            await run_to_end(self.turns.exclusively(id, borrow()))
+            await run_to_end(self.locks.run(id, borrow()))
             yield borrowed[0]
         finally:
             if borrowed:
@@ -168,16 +169,16 @@ class Lifecycle:
             await asyncio.shield(self._free(self._volumes.unmount(user), id))
 
     async def sweep(self) -> Collection[ContainerId]:
-        """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
+        """Free network resources of containers that do not exist, have ended or never ran.  Return the containers' ids.
 
-        What cannot be freed of one is logged, and the next sweep finds it.  Raises: OSError: namespaces of networks.
+        A failure for one container is logged, and the next sweep retries it.  Raises: OSError: network namespaces.
         """
         freed = []
         for id in await self._network.holders():
-            if self.turns.is_taken(id) or self.network_turns.is_taken(id):
-                continue  # it is getting or losing a sandbox now
-            # A start waits in its turn: what is freed here would be what it has just been given.
-            async with self.turns.turn(id), self.network_turns.turn(id):
+            if self.locks.is_held(id) or self.sandbox_locks.is_held(id):
+                continue  # its sandbox is being attached or freed now
+            # A start waits for the lock.  Otherwise this could free the resources that it has just received.
+            async with self.locks.acquire(id), self.sandbox_locks.acquire(id):
                 if not self._needs_network(id):
                     await self._free(self._network.free(id), id)
                     freed.append(id)
@@ -185,30 +186,30 @@ class Lifecycle:
         return freed
 
     async def signal(self, container: Container, number: int) -> None:
-        """Send a signal to its first process; where there is none, the end is recorded that was missed.
+        """Send a signal to the first process.  If it no longer exists, record the end that was missed.
 
-        A paused container goes on if the signal is to end it: frozen, it would not notice until it is killed.
+        A signal that ends a container also resumes a paused one: a frozen process would not notice before SIGKILL.
         """
         if container.process is not None:
             send_signal(container.process, number)
         elif container.is_running and container.id not in self._watches:
-            self._watch(container)  # or whoever waits for its end would wait for ever
+            self._watch(container)  # otherwise waiters would block forever
         self.events.publish("kill", container, signal=str(int(number)))
         if container.state is ContainerState.PAUSED and ends_pause(number, container.config.stop_signal):
             with suppress(SkepError):
                 await run_to_end(self.resume(container))
 
     async def resume(self, container: Container) -> None:
-        """Let its processes go on, and record that.  Raises: NotFound; NotRunning: it has ended; RuntimeFailed."""
+        """Resume the processes, and record that.  Raises: NotFound; NotRunning: it has ended; RuntimeFailed."""
         await self._runtime.resume(container.id)
         running = self._store.observe_running(container, state=ContainerState.RUNNING)
         self.events.publish("unpause", running)
 
     async def kill(self, container: Container) -> Container:
-        """Kill it; gives it once it has ended.
+        """Kill a container and return it once it has ended.
 
-        Bounded, since its caller and, at a removal, its other operations wait meanwhile.
-        Raises: NotFound; Unavailable: it does not end (a process may wait for a device for ever).
+        Bounded, because its caller waits meanwhile and, at a removal, the container's other operations do too.
+        Raises: NotFound; Unavailable: it does not end (a process may wait for a device forever).
         Source: moby 24.0, daemon/kill.go, daemon/delete.go.
         """
         await self.signal(container, signal.SIGKILL)
@@ -225,7 +226,7 @@ class Lifecycle:
             self._bundles.make(container)
             if container.plain is None:
                 container = await self._connect_all(container)
-            else:  # it may not be started for a long time
+            else:  # it may not be started for a long time, so it gets no network
                 container = self._store.change(container.id)
             return await self._write(container, runtime_spec.NOTHING_SHARED)
         except BaseException as error:
@@ -235,7 +236,7 @@ class Lifecycle:
             raise
 
     async def _connect_all(self, container: Container) -> Container:
-        """Create its sandbox and record it; a sandbox that is in no record would never be freed."""
+        """Create the sandbox and record it.  A sandbox without a record would never be freed."""
         sandbox = await self._network.attach(sandbox_config(container))
         try:
             return self._store.change(container.id, sandbox=sandbox)
@@ -244,14 +245,14 @@ class Lifecycle:
             raise
 
     async def _start(self, id: ContainerId, secret_env: Sequence[str], held: AsyncExitStack) -> Container:
-        """Start a container that is mounted; its lock and its place are held to the end of that, not of the caller."""
+        """Start a mounted container.  ``held`` has its lock and start slot, which outlast a cancelled caller."""
         async with held:
-            container = self._store.require(id)  # as it is now: it may have waited for minutes
+            container = self._store.require(id)  # read again: it may have waited for minutes
             await self._begin(container, secret_env)
             return self._began(id)
 
     async def _give_up(self, container: Container, error: BaseException, held: AsyncExitStack) -> None:
-        """After a mount that failed, or a start that was cancelled before it had a place."""
+        """Clean up after a failed mount, or after a start that was cancelled before it had a start slot."""
         async with held:
             if isinstance(error, Exception):
                 await self._abandon_start(container.id, error)
@@ -261,7 +262,7 @@ class Lifecycle:
     async def _begin(self, container: Container, secret_env: Sequence[str]) -> None:
         id = container.id
         try:
-            # Its sandbox was freed when it ended; a plain container never had one.
+            # The sandbox was freed at its end, and a plain container never had one.
             if container.was_started or container.plain is not None:
                 container = await self._prepare_again(container, secret_env)
             elif secret_env:
@@ -293,7 +294,7 @@ class Lifecycle:
             oom_killed=False,
             health=health.initial(self._store.require(id).config.healthcheck),
         )
-        if self._background.is_running:  # else this process ends: the next one watches it
+        if self._background.is_running:  # otherwise this process is ending, and the next one watches it
             self._watch(container)
         publish_networks(self.events, "connect", container, container.sandbox, self._network.predefined_ids)
         self.events.publish_mounts("mount", container)
@@ -308,7 +309,7 @@ class Lifecycle:
     async def _write(
         self, container: Container, shared: runtime_spec.Shared, secret_env: Sequence[str] = ()
     ) -> Container:
-        """Write what the runtime reads, and record what this node could not give the container."""
+        """Write the runtime's input, and record the parts of the configuration that this node could not provide."""
         config = container.config
         written = msgspec.structs.replace(config, env=runtime_spec.merged_environment(config.env, secret_env))
         run = msgspec.structs.replace(container, config=written)
@@ -318,11 +319,11 @@ class Lifecycle:
         return self._store.observe(container.id, warnings=warnings)
 
     async def _mount(self, container: Container) -> None:
-        """Raises: MountFailed; Unavailable."""
+        """Mount the container's volumes.  Raises: MountFailed; Unavailable."""
         await self._volumes.mount(container.id, container.config.mounts, self._bundles.parts(container))
 
     async def _mount_unless_removed(self, container: Container) -> None:
-        """Raises: as ``_mount``; NotRunning: its removal, by force, waits: a silent server is not waited for."""
+        """Mount, but give up for a forced removal: a server may be silent.  Raises: as ``_mount``; NotRunning."""
         try:
             await self._forced.mount(container.id, self._mount(container))
         except Preempted as error:
@@ -332,7 +333,7 @@ class Lifecycle:
         await self._free(self._volumes.unmount(container.id, self._bundles.parts(container)), container.id)
 
     async def _abandon_start(self, id: ContainerId, error: BaseException) -> None:
-        """A start failed: free everything of it and record why."""
+        """Free all resources of a failed start and record the reason."""
         await self._free_resources(self._store.require(id))
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         await self._unmount(self._store.require(id))
@@ -356,16 +357,16 @@ class Lifecycle:
             del self._watches[id]
 
     async def _wait_settled(self, id: ContainerId) -> None:
-        """Return when everything is freed that an ended container does not need."""
+        """Return when all resources of an ended container are freed."""
         if (watch := self._watches.get(id)) is not None:
             await asyncio.wait([watch])
 
     async def _wait_and_settle(self, container: Container) -> None:
-        """Wait for its end, free what only a running container needs, then record the end."""
+        """Wait for the end, free the resources that only a running container needs, then record the end."""
         id = container.id
         ended = await self._persist(lambda: self._runtime.wait(container), id)
-        async with self.network_turns.turn(id):
-            sandbox = self._store.require(id).sandbox  # as it is now: its networks change while it runs
+        async with self.sandbox_locks.acquire(id):
+            sandbox = self._store.require(id).sandbox  # read again: networks change while it runs
             if sandbox is not None:
                 await self._free(self._network.detach(id, sandbox), id)
             container = self._store.observe(
@@ -416,7 +417,7 @@ class Lifecycle:
         self.events.publish("destroy", container)
 
     async def _discard(self, id: ContainerId) -> None:
-        """Free everything, unless that is done.  Raises: Unavailable: something is left; its record stays."""
+        """Free everything, unless that is done.  Raises: Unavailable: a part is left.  The record then stays."""
         if (container := self._store.lookup(id)) is None:
             return
         self.execs.forget(id)
@@ -431,7 +432,7 @@ class Lifecycle:
         self._store.forget(id)
 
     async def _discard_unknown(self, id: ContainerId) -> None:
-        """End and remove a container whose record cannot be decoded: a task's is replaced, as if it had failed."""
+        """End and remove a container whose record cannot be decoded.  A task's is replaced, as if it had failed."""
         await self._runtime.delete_unknown(id)
         await self._bundles.discard(id)
 
@@ -442,16 +443,16 @@ class Lifecycle:
             await self._free(self._network.detach(container.id, container.sandbox), container.id)
 
     async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
-        """Free one resource; a failure is logged, and what is left is found by a sweep, or at the next start."""
-        await isolate(work, "not freed", container=id)
+        """Free one resource.  A failure is logged, and a sweep or the next start finds the leftovers."""
+        await isolate(work, "resource not freed", container=id)
 
     async def _keep_sweeping(self) -> None:
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
-            await isolate(self.sweep(), "leftovers of networks not removed yet")
+            await isolate(self.sweep(), "leftover network resources not removed yet")
 
     async def _keep_unmounting(self) -> None:
-        """Apart from the other sweeps: a device or a plug-in that does not respond holds up nothing else."""
+        """Retry unmounts, apart from the other sweeps, so that a silent device or plug-in holds up nothing else."""
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
             await retry(
@@ -459,11 +460,11 @@ class Lifecycle:
             )
 
     def may_have(self, id: ContainerId) -> bool:
-        """Whether it is a container's id, or could be: not all that run are known until the records are read."""
+        """Return whether the container exists or, until all records are read, may exist."""
         return not self._has_found or self._store.lookup(id) is not None
 
     def _needs_network(self, id: ContainerId) -> bool:
-        """Whether it has a sandbox that it needs."""
+        """Return whether the container has a sandbox and needs it."""
         container = self._store.lookup(id)
         if container is None or container.sandbox is None:
             return False
@@ -483,12 +484,12 @@ class Lifecycle:
             found = await self._persist_restoring(load, "records of containers not read")
         for container in found.known:
             self._store.restore(container)
-        for id in found.unreadable:  # its addresses are not known, and may be given to others now
-            log.error("container is ended: its record cannot be read", container=id)
+        for id in found.unreadable:  # its addresses are unknown, and may be assigned to others now
+            log.error("container ended: record not readable", container=id)
             await self._free(self._runtime.delete_unknown(id), id)
             self.spawn(self._persist(partial(self._read_again, id), id), name=f"record-{id[:12]}")
         for id in found.unknown:
-            log.warning("container without a record removed", container=id)
+            log.warning("container without record removed", container=id)
             self.spawn(self._persist(partial(self._discard_unknown, id), id), name=f"remove-{id[:12]}")
         self._has_found = True
         live = [
@@ -512,17 +513,17 @@ class Lifecycle:
         self.spawn(unmounting, name="unused-volumes")
 
     async def _persist_restoring(self, work: Callable[[], Awaitable[T]], event: str) -> T:
-        """The result of ``work``, which is retried; meanwhile the reason is reported."""
+        """Return the result of ``work``.  Retries errors and reports the reason meanwhile."""
 
         def show(error: Exception) -> None:
-            self._report_restore(f"containers of before are not taken over: {describe_error(error)}")
+            self._report_restore(f"earlier containers are not adopted yet: {describe_error(error)}")
 
         result = await retry(work, event, clock=self._clock, longest_s=10.0, on_error=show)
         self._report_restore("")
         return result
 
     async def _read_again(self, id: ContainerId) -> None:
-        """Adopt a container whose record could not be read.  Raises: Unavailable: it still cannot."""
+        """Adopt a container whose record could not be read.  Raises: Unavailable: it still cannot be read."""
         container = await asyncio.to_thread(self._bundles.read, id)
         if container is None:
             await self._discard_unknown(id)
@@ -531,20 +532,20 @@ class Lifecycle:
             await self._adopt(container, has_network=False)
 
     async def _adopt(self, container: Container, *, has_network: bool) -> None:
-        """Continue where the process before this one stopped."""
+        """Continue where the previous process stopped."""
         if container.state is ContainerState.REMOVING:
             id = container.id
             self.spawn(
-                self._persist(lambda: self.turns.exclusively(id, self._discard(id)), id),
+                self._persist(lambda: self.locks.run(id, self._discard(id)), id),
                 name=f"remove-{id[:12]}",
             )
         elif container.is_running:
             self._volumes.adopt(container.id, container.config.mounts)
             await self._adopt_api(container)
-            self._watch(container)  # settles at once what ended meanwhile
+            self._watch(container)  # records the end at once if it has ended meanwhile
         elif not container.was_started and not container.is_retired:
             await self._adopt_created(container, has_network=has_network)
-        elif container.is_at_rest:  # its policy holds from now on, as after the start of a machine
+        elif container.is_at_rest:  # its policy takes effect from now on, as after a machine's boot
             self._store.observe(container.id, is_at_rest=False)
 
     async def _adopt_api(self, container: Container) -> None:
@@ -552,12 +553,12 @@ class Lifecycle:
         adopt = partial(asyncio.to_thread, apis.adopt, container, self._bundles.api(id))
         try:
             await adopt()
-        except Exception:  # the container runs on meanwhile
-            event = "API socket not taken over yet"
+        except Exception:  # the container keeps running meanwhile
+            event = "API socket not adopted yet"
             self.spawn(retry(adopt, event, clock=self._clock, container=id), name=f"api-{id[:12]}")
 
     async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
-        """It may have been started just before the process ended: runc has its state.  Otherwise prepare it anew."""
+        """Adopt it if the previous process started it just before its end.  Otherwise prepare it again."""
         id = container.id
         if container.process is not None and await self._runtime.status(id) in ("running", "stopped"):
             started_at = timestamp(self._clock.now_ns())
@@ -569,25 +570,25 @@ class Lifecycle:
         await self._runtime.delete(container)
         container = self._store.observe(id, process=None, monitor=None)
         if container.plain is not None:
-            if container.sandbox is not None:  # the process before this one ended in the middle of its start
+            if container.sandbox is not None:  # the previous process ended in the middle of its start
                 await self._free(self._network.detach(id, container.sandbox), id)
             return
         try:
             if has_network:
                 await self._write(container, runtime_spec.NOTHING_SHARED)
-            elif not container.error:  # with an error its start has failed, and its sandbox was freed
+            elif not container.error:  # else its start has failed, and its sandbox was freed
                 await self._prepare_again(container)
         except Exception as error:
-            log_error(error, "container not ready again", container=id)
+            log_error(error, "container not prepared again", container=id)
             self._store.observe(id, error=describe_error(error), exit_code=128)
 
     # --- background work ----------------------------------------------------------------------------------------
 
     async def _persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
-        """The result of ``work`` on a container, which is retried; until then its error is shown as the container's."""
+        """Return the result of ``work`` on a container.  Retries errors and shows them as the container's error."""
         return await retry(
             work,
-            "container's work failed",
+            "container operation failed",
             clock=self._clock,
             longest_s=_RETRY_SECONDS_MAX,
             on_error=lambda error: self._show(id, error),

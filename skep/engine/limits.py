@@ -12,6 +12,7 @@ from skep.engine.machine import MachineOptions, numbers
 from skep.errors import InvalidArgument
 
 CPU_PERIOD_US: Final = 100_000
+"""Docker's default period of a CPU quota, in microseconds."""
 _THROTTLES: Final = {
     "throttleReadBpsDevice": "BPS Block I/O read",
     "throttleWriteBpsDevice": "BPS Block I/O write",
@@ -21,9 +22,9 @@ _THROTTLES: Final = {
 
 
 def check_cpus(nano_cpus: int, available: int) -> None:
-    """Refuse a limit of more processors than there are, or below 0.  Raises: InvalidArgument, in Docker's words.
+    """Refuse a limit below 0 or above the number of processors.  Raises: InvalidArgument, in Docker's words.
 
-    Limits of tasks are not refused: a service may run on larger nodes and on this one, where it has no limit then.
+    Tasks' limits are not refused: a service may run on larger nodes and on this node, where it then has no limit.
 
     Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
@@ -34,17 +35,17 @@ def check_cpus(nano_cpus: int, available: int) -> None:
 
 
 def nano_cpus_of(quota_us: int, period_us: int) -> int:
-    """Billionths of a processor that a quota in a period is.  ``period_us``: 0 is the kernel's."""
+    """Convert a quota per period to billionths of a processor.  ``period_us`` 0 means the kernel's default."""
     return quota_us * 1_000_000_000 // (period_us or CPU_PERIOD_US)
 
 
 def swap_bytes(config: ContainerConfig) -> int:
-    """Memory and swap together that the container may use; -1: as much as there is; 0: no limit was given."""
+    """Return the limit of memory and swap together, -1 for unlimited, or 0 without a limit."""
     return config.machine.memory_swap or 2 * config.memory_bytes
 
 
 def resources(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> dict[str, Any]:
-    """``linux.resources`` for the limits of ``config`` but those of block devices.
+    """Return ``linux.resources`` for the limits of ``config``, except block device limits.
 
     Raises: InvalidArgument: this machine does not have the processors or memory nodes.
     """
@@ -104,7 +105,7 @@ def _cpu(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> di
             quota_us, period_us = options.cpu_quota, options.cpu_period or CPU_PERIOD_US
             if quota_us <= 0:
                 period_us = CPU_PERIOD_US
-                quota_us = max(config.nano_cpus * period_us // 1_000_000_000, 1000)  # the kernel's least
+                quota_us = max(config.nano_cpus * period_us // 1_000_000_000, 1000)  # the kernel's minimum
             cpu |= {"quota": quota_us, "period": period_us}
         else:
             warnings.append("Your kernel does not support CPU cfs quota. Quota discarded.")
@@ -149,7 +150,7 @@ def block_io(
     capacity: Capacity,
     warnings: list[str],
 ) -> dict[str, Any]:
-    """``linux.resources.blockIO``.  ``numbers_of``: major and minor number of each limited device by its path."""
+    """Return ``linux.resources.blockIO``.  ``numbers_of`` has the major and minor number of each limited device."""
     found: dict[str, Any] = {}
     if options.blkio_weight or options.blkio_weight_device:
         if capacity.has_io_weight:

@@ -1,15 +1,14 @@
-"""The files of one container's output, as conmon writes them (``k8s-file``): reading, rotating, compressing.
+"""Log files of one container, as conmon writes them (``k8s-file``): reading, rotation and compression.
 
-conmon writes lines of ``TIME STREAM P|F TEXT``: F ends a line of output, P is a piece of a line that continues.
+conmon writes lines of ``TIME STREAM P|F TEXT``.  F ends a line of output, P is a piece of a line that continues.
 Pieces are joined and cut at 16 KiB, as Docker does, so an endless line costs no memory.
 
-Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then has conmon open
-``current`` anew; until it does it writes to the renamed file, so nothing is lost.  A reader therefore stays
-with the file it has open until there is a newer one, reads it to its end, and continues with the next newer
-one.  Files that are complete may be compressed (``current.1.gz``).
+Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then makes conmon reopen ``current``.
+Until conmon does, it writes to the renamed file, so no output is lost.  A reader therefore keeps its open file until
+a newer one exists, reads it to its end, and continues with the next newer one.  Complete files may be compressed
+(``current.1.gz``).
 
-What may take long, since files have any size, is ``SlicedWork``: no more than ``SLICE_BYTES`` are read between two
-pauses.
+Files have any size, so long operations are ``SlicedWork``: they read at most ``SLICE_BYTES`` between two pauses.
 """
 
 import gzip
@@ -32,15 +31,17 @@ from skep.linux.files import sync_file
 from skep.model.times import unix_ns
 
 PIECE_BYTES_MAX = 16 << 10
+"""Size of a piece of a long line, Docker's."""
 SLICE_BYTES = 256 << 10
-"""Read at a time."""
+"""Bytes read at a time."""
 _STREAMS = {b"stdout": Stream.STDOUT, b"stderr": Stream.STDERR}
 _NUMBERED = re.compile(r"(.*?)(?:\.(\d+)(\.gz)?)?")
 _SUFFIX = ".gz"
 _FIRST_BYTES = 64
+"""Bytes at the start of a file that identify it.  They include the first line's time in nanoseconds."""
 _UTC = b"+00:00"
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
-"""What reading a compressed file raises when it was cut off or changed."""
+"""Errors of reading a compressed file that was cut off or changed."""
 
 
 class Assembler:
@@ -53,13 +54,13 @@ class Assembler:
 
     @property
     def is_between_lines(self) -> bool:
-        """Whether no line is begun."""
+        """Whether no partial line is pending."""
         return not self._open
 
     def feed(self, lines: Iterable[bytes]) -> list[LogEntry]:
-        """The entries that end with ``lines``, which are those of conmon's file without their newlines.
+        """Return the entries that end with ``lines``, which are lines of conmon's file without their newlines.
 
-        What is no line of conmon's (a torn end after a crash) is left out.
+        Skips lines that are not in conmon's format, such as a torn end after a crash.
         """
         found: list[LogEntry] = []
         for line in lines:
@@ -82,7 +83,7 @@ class Assembler:
         return found
 
     def finish(self) -> Iterator[LogEntry]:
-        """What was begun and never ended, as lines: the process ended first."""
+        """Return pending partial lines as whole lines, for a process that ended before it finished them."""
         for entry in sorted(self._open.values()):
             yield entry._replace(data=entry.data + b"\n")
         self._open.clear()
@@ -90,7 +91,7 @@ class Assembler:
     def _moment(self, stamp: bytes) -> int | None:
         if (
             len(stamp) == 35 and stamp[19] == 0x2E and stamp.endswith(_UTC)
-        ):  # what conmon writes, most of the time
+        ):  # the format that conmon writes, most of the time
             second, fraction = stamp[:19], stamp[20:29]
             if second != self._second:
                 try:
@@ -106,14 +107,16 @@ class Assembler:
 
 
 class Position(NamedTuple):
-    """A place in a log.  ``first``: how the file begins, which no other file of the log does; ``offset``: in bytes."""
+    """A place in a log."""
 
     first: bytes
+    """The start of the file, which identifies it: no other file of the log starts like it."""
     offset: int
+    """Bytes from the start of the file."""
 
 
 class Files:
-    """The files of one log, in the order in which they were written; one of them is open."""
+    """Reader of the files of one log, in the order in which they were written.  At most one file is open."""
 
     def __init__(self, current: Path) -> None:
         self._current = current
@@ -123,12 +126,12 @@ class Files:
         self._position = Position(b"", 0)
         self._held: list[IO[bytes]] | None = None
         self._packed = 0
-        """The inode of the path that was opened; of a compressed file it is not that of the one that is read."""
+        """Inode of the opened path.  For a compressed file it differs from the inode of the unpacked file."""
         self._is_closed = False
         self.has_gap = False
         """Whether files were rotated away before they were read."""
         self.damage = ""
-        """What is wrong with a compressed file of which only a part could be read; its reader clears it."""
+        """Error of a compressed file that could only be read in part.  The caller clears it."""
 
     @property
     def is_open(self) -> bool:
@@ -137,30 +140,33 @@ class Files:
 
     @property
     def position(self) -> Position:
-        """Behind the last line that was read."""
+        """Position after the last line that was read."""
         return self._position
 
     def copy(self) -> "Files":
-        """Another reader at the same place, of the same file even if that was renamed or removed.
+        """Return another reader at the same place in the same file, even if the file was renamed or removed.
 
-        Only before anything was read.
+        Call it only before anything was read.
         """
         other = Files(self._current)
         if self._file is not None:
-            # Opened anew: a duplicate of the descriptor would share its offset.
+            # Reopen the file: a duplicate of the descriptor would share its offset.
             other._take(open(f"/proc/self/fd/{self._file.fileno()}", "rb", buffering=0))  # noqa: SIM115  # ``close`` does
             other._to(self._position)
             other._packed = self._packed
         return other
 
     def open_oldest(self) -> SlicedWork[None]:
-        """Open the oldest file; nothing happens when there is none."""
+        """Open the oldest file, if any."""
         for path in generations(self._current):
             if (yield from self._open(path)):
                 return
 
     def open_at(self, position: Position) -> bool:
-        """Open behind what was read before; False: that file is gone, and nothing is open.  Without pauses."""
+        """Open at ``position`` and return True.
+
+        Return False, with no file open, if its file was removed.  Runs unsliced.
+        """
         for path in generations(self._current):
             if identity(path) == position.first and run_at_once(self._open(path)):
                 assert self._file is not None, "it was opened"
@@ -172,7 +178,7 @@ class Files:
         return False
 
     def open_for_tail(self, lines: int) -> SlicedWork[bool]:
-        """Open where about ``lines`` lines are left (never fewer, unless there are none); False: the log has fewer."""
+        """Open where about ``lines`` lines are left, never fewer unless the log is shorter.  Return False if it is."""
         missing = lines
         for path in reversed(generations(self._current)):
             if not (yield from self._open(path)):
@@ -186,7 +192,7 @@ class Files:
         return False
 
     def read_lines(self) -> SlicedWork[list[bytes]]:
-        """The next complete lines; empty at the end of what is written so far, and when this was closed."""
+        """Return the next complete lines, or none at the end of the written output and after ``close``."""
         while True:
             if self._is_closed:
                 return []
@@ -209,7 +215,7 @@ class Files:
                 return []
 
     def close(self) -> None:
-        """Close the file that is open; no further one is opened."""
+        """Close the open file and open no other."""
         self._is_closed = True
         self._let_go()
 
@@ -220,7 +226,7 @@ class Files:
         self._file, self._held = None, None
 
     def hold(self) -> None:
-        """Open everything that is there now, so that it can be read when the files are removed.  No other comes."""
+        """Open all existing files, so that they can be read after their removal.  Later files are not read."""
         found: list[IO[bytes]] = []
         for path in self.newer() if self._file is not None else generations(self._current):
             with suppress(FileNotFoundError):
@@ -228,7 +234,7 @@ class Files:
         self._held = found
 
     def newer(self) -> list[Path]:
-        """The files after the one that is open, the oldest first; all, where that one was rotated away."""
+        """Return the files after the open one, oldest first, or all files if the open one was rotated away."""
         paths = generations(self._current)
         return paths[self._index(paths) + 1 :]
 
@@ -239,13 +245,13 @@ class Files:
         self._position = Position(beginning, self._position.offset + read)
 
     def _index(self, paths: list[Path]) -> int:
-        """The open file's in ``paths``; -1: it was rotated away."""
+        """Return the index of the open file in ``paths``, or -1 if it was rotated away."""
         assert self._file is not None, "one is open"
         status = os.fstat(self._file.fileno())
         inodes = [_inode(path) for path in paths]
         if status.st_ino in inodes:
             return inodes.index(status.st_ino)
-        if not status.st_size and self._packed in inodes:  # an empty file has no beginning to be known by
+        if not status.st_size and self._packed in inodes:  # an empty file has no start that identifies it
             return inodes.index(self._packed)
         if status.st_size:
             own = _beginning(os.pread(self._file.fileno(), _FIRST_BYTES, 0))
@@ -255,13 +261,13 @@ class Files:
         return -1
 
     def _advance(self) -> SlicedWork[bool]:
-        """Go on to the next newer file, once nothing more can come to this one."""
+        """Continue with the next newer file, once the open file is complete."""
         assert self._file is not None, "one is open"
         held = self._held
         newer = [] if held is not None else self.newer()
         if not newer and not held:
             return False
-        # The newer file exists only after conmon has left this one; what it wrote until then is read first.
+        # The newer file exists only after conmon has left this one.  Read what conmon wrote until then first.
         chunk = self._file.read(SLICE_BYTES)
         if chunk:
             self._file.seek(-len(chunk), os.SEEK_CUR)
@@ -271,12 +277,12 @@ class Files:
             return True
         has_gap = self._index(generations(self._current)) < 0
         if not (yield from self._open(newer[0])):
-            return False  # it was renamed since: the next attempt finds it
+            return False  # it was renamed meanwhile; the next attempt finds it
         self.has_gap = self.has_gap or has_gap
         return True
 
     def _open(self, path: Path) -> SlicedWork[bool]:
-        """Go on with ``path``; False: it is not there, and what is open stays open."""
+        """Continue with ``path``.  Return False and keep the open file if ``path`` does not exist."""
         try:
             file = yield from self._opened(path)
         except FileNotFoundError:
@@ -286,7 +292,7 @@ class Files:
         return True
 
     def _take_held(self, held: list[IO[bytes]]) -> SlicedWork[None]:
-        """Go on with the first of ``held``, which stays there if it cannot be unpacked.  Raises: OSError."""
+        """Continue with the first of ``held``, which stays there if it cannot be unpacked.  Raises: OSError."""
         file = held[0]
         if str(file.name).endswith(_SUFFIX):
             file.seek(0)
@@ -297,15 +303,15 @@ class Files:
         del held[0]
 
     def _opened(self, path: Path) -> SlicedWork[IO[bytes]]:
-        """Raises: as ``_unpacked``."""
+        """Open a file, unpacked.  Raises: as ``_unpacked``."""
         if path.suffix == _SUFFIX:
             return (yield from self._unpacked(path, path))
         return open(path, "rb", buffering=0)
 
     def _unpacked(self, packed: "Path | IO[bytes]", path: Path) -> SlicedWork[IO[bytes]]:
-        """What can be unpacked, in a file without a name.
+        """Unpack as much as possible into an unnamed temporary file.
 
-        Raises: FileNotFoundError; OSError: there is no room.
+        Raises: FileNotFoundError; OSError: the disk is full.
         """
         with gzip.open(packed) as source:
             target = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # ``_take`` closes it
@@ -320,7 +326,7 @@ class Files:
             return target
 
     def _whole(self, source: gzip.GzipFile, path: Path) -> bytes:
-        """The next piece; nothing at the end, and where the rest is damaged."""
+        """Return the next piece, or b"" at the end and before damaged data."""
         try:
             return source.read1(SLICE_BYTES)
         except _DAMAGE as error:
@@ -333,27 +339,27 @@ class Files:
         self._file, self._rest, self._position = file, b"", Position(b"", 0)
 
     def _to(self, position: Position) -> None:
-        """Go on at ``position`` of the file that is open."""
+        """Seek to ``position`` in the open file."""
         assert self._file is not None, "one is open"
         self._file.seek(position.offset)
         self._position = position
 
 
 def generations(current: Path) -> list[Path]:
-    """The existing files of a log, the oldest first."""
+    """Return the existing files of a log, oldest first."""
     numbered: dict[int, Path] = {}
     with suppress(FileNotFoundError):
         for entry in os.scandir(current.parent):
             match = _NUMBERED.fullmatch(entry.name)
             if match is not None and match[1] == current.name:
                 number = int(match[2] or 0)
-                if number not in numbered or not match[3]:  # while one is compressed there are both
+                if number not in numbered or not match[3]:  # both exist while a file is being compressed
                     numbered[number] = current.parent / entry.name
     return [path for _, path in sorted(numbered.items(), reverse=True)]
 
 
 def identity(path: Path) -> bytes:
-    """How a file begins, its first line's time with it; empty: nothing is written, or it is not there."""
+    """Return the start of a file, including the first line's time.  Empty if the file is empty or missing."""
     try:
         with gzip.open(path) if path.suffix == _SUFFIX else open(path, "rb") as file:
             return _beginning(file.read(_FIRST_BYTES))
@@ -362,18 +368,18 @@ def identity(path: Path) -> bytes:
 
 
 def rotate(current: Path, config: LogConfig, reopen: Callable[[], None]) -> bool:
-    """Begin a new file when the present one has reached its size; whether one was begun.
+    """Start a new file if the current one has reached its maximum size.  Return whether one was started.
 
-    ``reopen`` makes conmon open ``current``; it is called after the renames.  A rotation that failed on its way is
-    completed by the next one, which removes no file for a number that the failed one has left free.
+    ``reopen`` makes conmon open ``current``.  It is called after the renames.  The next rotation completes a
+    rotation that failed halfway, and removes no file for a number that the failed rotation left free.
     """
     if not config.max_size_bytes:
         return False
     numbered = {_number(path): path for path in generations(current)}
     if not numbered or (0 in numbered and current.stat().st_size < config.max_size_bytes):
         return False
-    # conmon writes to this file first and renames it; where it cannot make it, it ends, and its container's output is
-    # lost.  Made here, that is an error of this rotation.
+    # conmon writes to this file first and renames it.  If conmon cannot create it, conmon ends and its container's
+    # output is lost.  Creating it here makes that an error of this rotation.
     current.with_name(f"{current.name}.tmp").touch(mode=0o600)
     if 0 not in numbered:
         reopen()  # the last rotation failed after its renames
@@ -381,7 +387,7 @@ def rotate(current: Path, config: LogConfig, reopen: Callable[[], None]) -> bool
     free = next(number for number in count(1) if number not in numbered)
     for number, path in sorted(numbered.items(), reverse=True):  # the oldest first
         if number and path.suffix != _SUFFIX:
-            _packed(path).unlink(missing_ok=True)  # of an attempt that was cut off
+            _packed(path).unlink(missing_ok=True)  # left by an interrupted attempt
         if number and (number >= config.max_files or (number + 1 == config.max_files and free > number)):
             path.unlink(missing_ok=True)
         elif number < free and config.max_files > 1:
@@ -394,23 +400,23 @@ def rotate(current: Path, config: LogConfig, reopen: Callable[[], None]) -> bool
 
 
 def compress(current: Path) -> None:
-    """Compress the files that conmon has left.  Not beside a rotation."""
+    """Compress the files that conmon has left.  Must not run at the same time as a rotation."""
     paths = generations(current)
     if current not in paths:
-        return  # conmon may still write to the newest of the others
+        return  # conmon may still write to the newest of the other files
     for path in paths:
         if path == current or path.suffix == _SUFFIX:
             continue
-        beside = current.with_name("compressing")
-        with open(path, "rb") as source, gzip.open(beside, "wb", compresslevel=1) as target:
+        temporary = current.with_name("compressing")
+        with open(path, "rb") as source, gzip.open(temporary, "wb", compresslevel=1) as target:
             shutil.copyfileobj(source, target, SLICE_BYTES)
-        sync_file(beside)  # else a power loss could leave an empty file in its place
-        beside.replace(_packed(path))
+        sync_file(temporary)  # otherwise a power loss could leave an empty file in its place
+        temporary.replace(_packed(path))
         path.unlink()
 
 
 def lines_in(path: Path) -> int:
-    """Lines of a complete file; 0: it is not there."""
+    """Return the number of lines of a complete file, or 0 if it does not exist."""
     try:
         with gzip.open(path) if path.suffix == _SUFFIX else open(path, "rb") as file:
             return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, SLICE_BYTES), b""))
@@ -441,7 +447,7 @@ def _inode(path: Path) -> int:
 
 
 def _start_of_tail(file: IO[bytes], lines: int) -> SlicedWork[tuple[int, int]]:
-    """Offset at which the last ``lines`` lines begin, and how many there are from it on."""
+    """Return the offset at which the last ``lines`` lines start, and the number of lines from there on."""
     position = file.seek(0, os.SEEK_END)
     found = 0
     while position > 0:

@@ -1,7 +1,7 @@
-"""Runs a process that sends the output of containers whose log driver sends it elsewhere.
+"""Runs the process that sends container output to the destinations of log drivers.
 
-Level-triggered: what was sent to the process is compared with the containers there are.  A process that ends is started
-again with pauses that grow; nothing is lost by that, as it goes on where the last one stopped.
+Level-triggered: the orders sent to the process are compared with the existing containers.  A process that ends is
+restarted with growing pauses.  No output is lost, because it continues where the last one stopped.
 """
 
 import asyncio
@@ -26,24 +26,25 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 HOLD_DEADLINE_S = 10.0
-"""For the process to open the files of a container that is going to be removed."""
+"""Wait for the process to open the files of a container before its removal."""
 _END_S = 7.0
+"""Wait for the process to end, longer than its own deadline (``sender._END_S``)."""
 _ACTIONS = frozenset({"start", "die", "destroy"})
 
 
 def is_sent(container: Container) -> bool:
-    """Whether its log driver sends its output elsewhere, and there can be some."""
+    """Return whether the log driver sends the output elsewhere and output may exist."""
     return container.config.log.type not in (*FILE_DRIVERS, "none") and container.was_started
 
 
 def encoded(order: Order) -> bytes | None:
-    """A line for the process; None: it is longer than the process reads."""
+    """Encode an order as a line for the process, or return None if it exceeds the process's line limit."""
     line = msgspec.json.encode(order) + b"\n"
     return line if len(line) <= sender.LINE_BYTES_MAX else None
 
 
 class LogForwarding:
-    """Runs the process.  ``hostname``: the node's; ``containers``: all of them at present."""
+    """Runs the sender process.  ``hostname`` is the node's.  ``containers`` returns all current containers."""
 
     def __init__(
         self, bundles: Bundles, hostname: str, events: Events, containers: Callable[[], Iterable[Container]]
@@ -53,17 +54,17 @@ class LogForwarding:
         self._events = events
         self._containers = containers
         self._sent: dict[ContainerId, bool] = {}
-        """Containers sent to the present process, and whether the end of the container was sent, too."""
+        """Containers sent to the current process, and whether the container's end was also sent."""
         self._sending: set[str] = set()
-        """What it has not sent whole, containers that were removed among it."""
+        """Containers whose output is not completely sent, including removed ones."""
         self.pid = 0
-        """Of the process; 0: none is needed."""
+        """Pid of the process, or 0 if none is needed."""
         self._changed = asyncio.Event()
         self._holding: dict[str, asyncio.Future[None]] = {}
         self._peers = Peers(())
 
     def set_peers(self, addresses: Iterable[str]) -> None:
-        """Take over the addresses of the other nodes, where restricted logs are not sent."""
+        """Set the addresses of the other nodes.  Restricted logs are not sent there."""
         self._peers = Peers(tuple(sorted(set(addresses))))
         self._changed.set()
 
@@ -81,7 +82,7 @@ class LogForwarding:
                     watching.cancel()
 
     async def hold(self, container: Container) -> None:
-        """Return when the files of a container may be removed; what is in them is sent all the same."""
+        """Return when the container's files may be removed.  Their content is still sent."""
         if not is_sent(container):
             return
         held = self._holding.get(container.id)
@@ -106,7 +107,7 @@ class LogForwarding:
         self._changed.clear()
 
     async def _run_process(self) -> None:
-        async with _started() as process:
+        async with _run_sender() as process:
             self._sent, self._sending, self.pid = {}, set(), process.pid
             peers = Peers(())
             assert process.stdin is not None, "orders go through a pipe"
@@ -121,7 +122,7 @@ class LogForwarding:
                             self._send(process.stdin, order)
                         if not self._sent and not self._sending:
                             break
-                        with suppress(ConnectionError):  # its end is seen by the listener
+                        with suppress(ConnectionError):  # the listener notices its end
                             await process.stdin.drain()
                         await self._wait_changed()
                 finally:
@@ -131,7 +132,7 @@ class LogForwarding:
     def _send(self, stdin: asyncio.StreamWriter, order: Forward | End | Hold) -> None:
         line = encoded(order)
         if line is None:
-            log.warning("log is not sent: its labels and variables are too large", container=order.id)
+            log.warning("log not sent: labels and variables too large", container=order.id)
             return
         stdin.write(line)
         if isinstance(order, Forward):
@@ -141,7 +142,7 @@ class LogForwarding:
         return {one.id: one for one in self._containers() if is_sent(one)}
 
     def _orders(self, wanted: dict[ContainerId, Container]) -> list[Forward | End | Hold]:
-        """What to send to the process, so that it has all of ``wanted``."""
+        """Return the orders that bring the process up to date with ``wanted``."""
         orders: list[Forward | End | Hold] = []
         for id, container in wanted.items():
             has_ended, known = not container.is_running, self._sent.get(id)
@@ -186,7 +187,7 @@ class LogForwarding:
 
 
 @asynccontextmanager
-async def _started() -> AsyncIterator[asyncio.subprocess.Process]:
+async def _run_sender() -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-m", sender.__name__),
         stdin=asyncio.subprocess.PIPE,

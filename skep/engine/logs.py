@@ -1,4 +1,4 @@
-"""A container's output as docker reads it, and the rotation of its files."""
+"""Reads a container's output as Docker does, and rotates its log files."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
@@ -26,23 +26,24 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 CHECK_S = 1.0
-"""Between two checks of sizes; a log may grow past its bound for so long."""
+"""Interval between size checks, and thus how long a log may grow past its limit."""
 _ROTATION_RETRY_S_MAX = 10.0
-"""Of a log that could not be rotated, which grows meanwhile."""
+"""Longest pause before a failed rotation is retried.  The log grows meanwhile."""
 _ENTRIES_AT_ONCE = 512
+"""Entries that are returned together."""
 _SLICES_AT_ONCE = (4 << 20) // SLICE_BYTES
-"""In one call of a thread, however few of their entries are wanted."""
+"""Slices read in one call of a thread, even if few of their entries are selected."""
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="read-log")
-"""Of their own, since starts and probes need asyncio's.  A reader has one call at a time here, so they take turns."""
+"""Separate threads, because starts and probes need asyncio's.  Readers take turns: each has one call at a time."""
 
 
 def of_container(
     container: Container, filter: LogFilter, bundles: Bundles, store: ContainerStore
 ) -> AsyncGenerator[Sequence[LogEntry], None]:
-    """The output of ``container`` in batches, oldest first; with ``follow`` until it has ended, an empty one at its
-    present end.
+    """Return the output of ``container`` in batches, oldest first, with ``follow`` until it has ended.
 
-    Raises, at once: Unimplemented: its log driver or its options let it not be read.
+    An empty batch marks the current end.
+    Raises, at once: Unimplemented: its log driver or options do not support reading.
     """
     id, config = container.id, container.config.log
     if not config.is_readable or config.type == "none":
@@ -60,7 +61,7 @@ def of_container(
 
 
 async def singly(batches: AsyncGenerator[Sequence[LogEntry], None]) -> AsyncGenerator[LogEntry, None]:
-    """The entries of ``batches``, one at a time."""
+    """Yield the entries of ``batches`` one at a time."""
     async with aclosing(batches):
         async for entries in batches:
             for entry in entries:
@@ -74,17 +75,17 @@ async def read(
     has_ended: Callable[[], bool],
     wait_ended: Callable[[], Coroutine[Any, Any, object]],
 ) -> AsyncGenerator[Sequence[LogEntry], None]:
-    """Entries of the log whose newest file is ``current``, some at a time; none: it was read to its present end.
+    """Yield the entries of the log with the newest file ``current`` in batches.  An empty batch marks the current end.
 
     Args:
-        has_ended: whether its writer has ended; what was not ended by a newline is given out then.
-        wait_ended: returns when it has; used only to follow.
+        has_ended: Returns whether the writer has ended.  An unfinished last line is then returned.
+        wait_ended: Returns when the writer has ended.  Only used to follow.
     """
     source = _Source(current, filter)
     watch = FileWatch(current.parent) if filter.follow else None
     try:
         while not source.is_over:
-            ended = has_ended()  # evaluated first: what was written before the end is read below
+            ended = has_ended()  # before reading, so that everything written before the end is read below
             entries = await source.next()
             if entries:
                 yield entries
@@ -103,7 +104,7 @@ async def read(
 
 
 class _Source:
-    """Reads and filters in ``_threads``, a piece at a time, so that readers of large logs take turns."""
+    """Reads and filters in ``_threads``, one piece at a time, so that readers of large logs take turns."""
 
     def __init__(self, current: Path, filter: LogFilter) -> None:
         self._files = Files(current)
@@ -116,7 +117,7 @@ class _Source:
         self.is_over = False
 
     async def next(self) -> list[LogEntry]:
-        """What is wanted of the next piece, perhaps nothing; ``has_more`` False: that was all up to the present end."""
+        """Return the selected entries of the next piece, perhaps none.  ``has_more`` is False at the current end."""
         self._piece = _threads.submit(self._read_piece)
         return await asyncio.wrap_future(self._piece)
 
@@ -124,19 +125,19 @@ class _Source:
         return [entry for entry in self._assembler.finish() if self._is_wanted(entry)]
 
     def close(self) -> None:
-        """Read nothing more.  A thread that reads a piece, because its reader was cancelled, closes the files then."""
+        """Stop reading.  If a thread still reads for a cancelled reader, it closes the files afterwards."""
         self._is_closed = True
         if self._piece is None:
             self._release()
         else:
-            self._piece.cancel()  # if it is not its turn yet
+            self._piece.cancel()  # if it has not started
             self._piece.add_done_callback(lambda _: self._release())
 
     def _release(self) -> None:
         self._slices.close()
         self._files.close()
         if self._files.damage:
-            log.warning("part of a log is damaged and not shown", reason=self._files.damage)
+            log.warning("damaged part of a log not shown", reason=self._files.damage)
 
     def _read_piece(self) -> list[LogEntry]:
         self.has_more = True
@@ -148,7 +149,7 @@ class _Source:
         return entries
 
     def _read(self) -> Generator[Sequence[LogEntry] | None, None, None]:
-        """What is wanted, slice by slice; goes on behind the present end when it is asked again."""
+        """Yield the selected entries, slice by slice.  Continues past the current end when iterated again."""
         skipped = 0
         if self._filter.tail is None:
             yield from self._files.open_oldest()
@@ -162,11 +163,12 @@ class _Source:
             skipped = max(skipped - len(entries), 0)
 
     def _open_tail(self, tail: int) -> SlicedWork[int]:
-        """Open where the last ``tail`` entries begin, or before; how many others come first.
+        """Open at or before the last ``tail`` entries.  Return the number of entries to skip.
 
-        They are counted first and read again, since a tail that is kept while its end is looked for may have any size.
+        Entries are counted first and read again, because a tail kept in memory while searching its end may have any
+        size.
         """
-        # Lines of the unwanted stream and pieces count as well in the file, so a first guess may be too short.
+        # Lines of the other stream and pieces of lines also count in the file, so a first guess may be too short.
         lines = max(tail, 1)
         while True:
             has_so_many = yield from self._files.open_for_tail(lines)
@@ -177,7 +179,7 @@ class _Source:
             lines *= 4
 
     def _count(self, files: Files) -> SlicedWork[int]:
-        """The wanted entries from where ``files`` are."""
+        """Count the selected entries from the position of ``files`` on."""
         found, is_over = 0, False
         while not is_over and (lines := (yield from files.read_lines())):
             entries, is_over = self._wanted(lines)
@@ -187,7 +189,7 @@ class _Source:
         return found
 
     def _wanted(self, lines: Sequence[bytes]) -> tuple[list[LogEntry], bool]:
-        """The wanted entries that end with ``lines``; whether no later one is wanted."""
+        """Return the selected entries that end with ``lines``, and whether all later ones are past the filter."""
         wanted: list[LogEntry] = []
         for entry in self._assembler.feed(lines):
             if self._filter.until_ns and entry.timestamp_ns > self._filter.until_ns:
@@ -201,7 +203,7 @@ class _Source:
 
 
 class LogRotation:
-    """Rotates the logs of running containers that have a bound.  ``reopen``: has conmon open its log file anew."""
+    """Rotates the logs of running containers that have a size limit.  ``reopen`` makes conmon reopen its log file."""
 
     def __init__(
         self,
@@ -225,7 +227,7 @@ class LogRotation:
             await asyncio.to_thread(self._check, bounded)
 
     def rotate(self, container: Container) -> None:
-        """Begin a new file, if the present one has reached its size; compress those before it.  One call at a time."""
+        """Start a new file if the current one has reached its size, and compress older ones.  One call at a time."""
         id, config, current = container.id, container.config.log, self._bundles.log(container.id)
         begin = partial(rotate, current, config, partial(self._reopen, id))
         self._rotations.attempt(id, partial(_unless_removed, begin), container=id)

@@ -1,6 +1,7 @@
-"""Options by which a container shares the machine: devices, namespaces, and limits beside memory and processors.
+"""Options by which a container shares the machine: devices, namespaces, and limits other than memory and processors.
 
-They are fields of ``HostConfig`` with Docker's names, kept with the container as the user gave them and shown so.
+They are fields of ``HostConfig`` with Docker's names.  They are kept with the container and shown as the user gave
+them.
 
 Source: moby 20.10, api/types/container/host_config.go; the checks daemon/daemon_unix.go
 (verifyPlatformContainerSettings, verifyPlatformContainerResources) and runconfig/hostconfig_unix.go.
@@ -16,18 +17,18 @@ from skep.errors import InvalidArgument
 from skep.model.encoding import ApiObject, GoInt
 
 CONTAINER: Final = "container:"
-"""Begins a mode that names another container, whose namespace is shared."""
+"""Prefix of a mode that shares another container's namespace."""
 SWAPPINESS_MAX: Final = 100
 _NAME_MAX: Final = 255
 _PATH_MAX: Final = 2048
-"""In characters.  The kernel's is 4096, with the mount point before and the container's id and files behind."""
+"""Characters.  The kernel's limit is 4096 including the mount point before, and the container's id and files after."""
 
 _RULE = re.compile(r"([acb]) ([0-9]{1,10}|\*):([0-9]{1,10}|\*) ([rwm]{1,3})")
 _ACCESS = re.compile(r"[rwm]{1,3}")
 
 
 class DeviceMapping(ApiObject):
-    """``--device``: a device, or every device in a directory.  ``cgroup_permissions`` empty: ``rwm``."""
+    """``--device``: a device, or every device in a directory.  Empty ``cgroup_permissions`` mean ``rwm``."""
 
     __go_name__: ClassVar[str | None] = "container.DeviceMapping"
 
@@ -37,7 +38,10 @@ class DeviceMapping(ApiObject):
 
 
 class DeviceRequest(ApiObject):
-    """``--gpus``, or devices of CDI (``driver`` cdi).  ``count`` -1: all; ``capabilities``: any of these sets."""
+    """``--gpus``, or CDI devices (``driver`` cdi).
+
+    ``count`` -1 means all.  ``capabilities`` lists alternative sets.
+    """
 
     __go_name__: ClassVar[str | None] = "container.DeviceRequest"
 
@@ -58,7 +62,7 @@ class WeightDevice(ApiObject):
 
 
 class ThrottleDevice(ApiObject):
-    """``--device-read-bps`` and its like.  ``rate``: bytes or operations in a second."""
+    """``--device-read-bps`` and similar options.  ``rate`` is bytes or operations per second."""
 
     __go_name__: ClassVar[str | None] = "blkiodev.ThrottleDevice"
 
@@ -67,7 +71,7 @@ class ThrottleDevice(ApiObject):
 
 
 class MachineOptions(ApiObject):
-    """What a container is given of its machine.  The defaults are what Docker gives every container."""
+    """A container's options about its machine.  The defaults are Docker's."""
 
     __go_name__: ClassVar[str | None] = "container.HostConfig"
 
@@ -81,12 +85,12 @@ class MachineOptions(ApiObject):
     userns_mode: str = ""
     cgroupns_mode: str = ""
     cgroup_parent: str = ""
-    """Where its group is made; empty: with the others of its node."""
+    """Parent of its control group.  Empty for the node's default."""
     cpu_shares: int = msgspec.field(name="CpuShares", default=0)
     cpu_period: int = msgspec.field(name="CpuPeriod", default=0)
-    """Microseconds in which ``cpu_quota`` may be used; 0: the kernel's."""
+    """Period of ``cpu_quota`` in microseconds.  0 for the kernel's default."""
     cpu_quota: int = msgspec.field(name="CpuQuota", default=0)
-    """Microseconds of processor time; 0 and below: no limit of this kind."""
+    """Processor time per period in microseconds.  0 or negative for no quota."""
     cpuset_cpus: str = msgspec.field(name="CpusetCpus", default="")
     cpuset_mems: str = msgspec.field(name="CpusetMems", default="")
     blkio_weight: GoInt = 0
@@ -102,12 +106,12 @@ class MachineOptions(ApiObject):
     oom_kill_disable: bool | None = None
     annotations: Mapping[str, str] = {}
     masked_paths: tuple[str, ...] | None = None
-    """None: Docker's."""
+    """Paths to mask, or None for Docker's default."""
     readonly_paths: tuple[str, ...] | None = None
 
     @property
     def throttles(self) -> Mapping[str, tuple[ThrottleDevice, ...]]:
-        """Limits of block devices by their name in the runtime specification."""
+        """Block device limits by their name in the runtime specification."""
         return {
             "throttleReadBpsDevice": self.blkio_device_read_bps,
             "throttleWriteBpsDevice": self.blkio_device_write_bps,
@@ -117,12 +121,12 @@ class MachineOptions(ApiObject):
 
 
 def other_container(mode: str) -> str:
-    """The container that a mode ``container:NAME`` names; empty: it names none."""
+    """Return the container that a mode ``container:NAME`` names, or ""."""
     return mode.removeprefix(CONTAINER) if mode.startswith(CONTAINER) else ""
 
 
 def check(options: MachineOptions, memory_bytes: int) -> None:
-    """Refuse what can work on no node, in Docker's words.  ``memory_bytes``: the limit; 0: none.
+    """Refuse options that cannot work on any node, in Docker's words.  ``memory_bytes`` is the limit, 0 for none.
 
     Raises: InvalidArgument.
     """
@@ -155,7 +159,7 @@ def check(options: MachineOptions, memory_bytes: int) -> None:
 
 
 def device_rule(text: str) -> dict[str, object]:
-    """``c 1:3 rwm`` as the runtime specification has it.  Raises: InvalidArgument.
+    """Convert ``c 1:3 rwm`` to a rule of the runtime specification.  Raises: InvalidArgument.
 
     Source: moby, oci/oci.go (AppendDevicePermissionsFromCgroupRules).
     """
@@ -171,11 +175,11 @@ def device_rule(text: str) -> dict[str, object]:
 
 
 def numbers(ranges: str) -> frozenset[int] | None:
-    """The numbers of ``0-3,8``; None: it cannot be read.
+    """Return the numbers of ``0-3,8``, or None if the text is invalid.
 
     Source: moby, pkg/parsers/parsers.go (ParseUintList; at most 8192 processors).
     """
-    bits = 0  # as they may name every number many times
+    bits = 0  # a bit mask, because ranges may name every number many times
     for part in ranges.split(","):
         first, separator, last = part.partition("-")
         ends = (first, last if separator else first)
@@ -204,10 +208,10 @@ def _check_modes(options: MachineOptions) -> None:
 
 
 def _check_cgroup_parent(path: str) -> None:
-    """Docker takes any; runc would resolve ``..`` and make a group elsewhere than the name says."""
+    """Stricter than Docker: runc would resolve ``..`` and create a group outside the named parent."""
     names = path.split("/")
     if {".", ".."} & set(names):
-        raise InvalidArgument(f"invalid cgroup parent {path}: it has . or .. in it")
+        raise InvalidArgument(f"invalid cgroup parent {path}: it contains . or ..")
     is_long = len(path) > _PATH_MAX or any(len(name.encode()) > _NAME_MAX for name in names)
     if is_long or not all(char.isprintable() for char in path):
         raise InvalidArgument(f"invalid cgroup parent {path[:_NAME_MAX]!r}: not the path of a cgroup")
@@ -240,4 +244,4 @@ def _check_block_io(options: MachineOptions) -> None:
 
 def _check_zero(path: str) -> None:
     if "\0" in path:
-        raise InvalidArgument(f"invalid path {path!r}: it has a zero byte")
+        raise InvalidArgument(f"invalid path {path!r}: it contains a zero byte")

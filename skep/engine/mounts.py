@@ -1,4 +1,4 @@
-"""Mounts of containers: what a request says of them, checked, and what an image copies into new volumes."""
+"""Mounts of containers: validates requests, and copies an image's files into new volumes."""
 
 import asyncio
 import os
@@ -20,13 +20,14 @@ from skep.linux.without_links import open_without_links, path_of
 from skep.model.container import BindOptions, Mount, TmpfsOptions
 
 _COPY_DEADLINE_S = 600.0
+"""Deadline of the copy into one volume."""
 
 _NEEDED: Final = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
-"""Options of a volume, and the others that each needs."""
+"""Required companions of each volume option."""
 
 
 def check_local_options(name: str, options: Mapping[str, str]) -> None:
-    """Options of a volume of the driver ``local``.  Raises: InvalidArgument, in Docker's words.
+    """Check options of a ``local`` volume.  Raises: InvalidArgument, in Docker's words.
 
     Source: moby 28, volume/local/local_unix.go (validateOpts).
     """
@@ -58,10 +59,9 @@ def _size(name: str, text: str) -> int:
 
 
 def check_paths(mount: Mount) -> None:
-    """Where a container mounts something, and the path that it binds.  Raises: InvalidArgument, in Docker's words.
+    """Check a mount's target, and the source of a bind mount.  Raises: InvalidArgument, in Docker's words.
 
-    A relative one would mean a path below this process's working directory, or below that of runc.
-
+    A relative path would be relative to this process's working directory, or to runc's.
     Source: moby 28, volume/mounts/linux_parser.go.
     """
     invalid = f'invalid mount config for type "{mount.type}"'
@@ -77,7 +77,7 @@ def check_paths(mount: Mount) -> None:
 
 
 def check_subpath(type: str, subpath: str) -> None:
-    """A part of a volume or an image; ``type``: of the mount.  Raises: InvalidArgument, in Docker's words.
+    """Check a subpath in a mount of a ``type``.  Raises: InvalidArgument, in Docker's words.
 
     Source: moby 28, volume/mounts/linux_parser.go.
     """
@@ -102,11 +102,12 @@ def has_directory(root: Path, path: str) -> bool:
 
 
 async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: bool = False) -> None:
-    """Fill an empty volume with what the image has at its mount point, owner and mode of the directory
-    included.  No link in the volume is followed, whoever makes it and whenever.
+    """Fill an empty volume with the image's files at its mount point, including the directory's owner and mode.
+
+    Follows no link in the volume, even if another process creates it meanwhile.
 
     Args:
-        is_mounted: the volume is no directory of this node, and a process looks whether it is empty.
+        is_mounted: Whether the volume is a mount, for which a separate process checks whether it is empty.
 
     Raises: Unavailable: the copy failed.
     """
@@ -115,9 +116,9 @@ async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: boo
     try:
         opened = [open_in_root(root, destination, os.O_RDONLY | os.O_DIRECTORY)]
     except OSError:
-        return  # the image has nothing there
+        return  # the image has no directory there
     try:
-        # Other containers may have the volume, and make links in it meanwhile.
+        # Other containers may use the volume, and create links in it meanwhile.
         command = ["sh", "-c", _COPY_INTO_EMPTY, path_of(opened[0])]
         if is_mounted:
             command = [sys.executable, "-I", "-m", without_links.__name__, str(volume), *command]
@@ -146,7 +147,7 @@ async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: boo
 
 
 def mount_point(mount: Mount, source: str, name: str) -> MountPoint:
-    """One mount.  ``source``: the path on this node; ``name``: the volume's.  Raises: InvalidArgument."""
+    """Convert a mount.  ``source`` is its path on this node, ``name`` the volume's.  Raises: InvalidArgument."""
     if not mount.target.startswith("/"):
         raise InvalidArgument(f"invalid mount target, must be an absolute path: {mount.target}")
     match mount.type:
@@ -197,11 +198,11 @@ _PASSING_ON: Final = {
     "slave": ("shared or slave", _SLAVE),
     "rslave": ("shared or slave", _SLAVE),
 }
-"""What the mount that has a bind mount's source must be, by the propagation that is asked for."""
+"""Required kind of the mount that contains a bind mount's source, by requested propagation."""
 
 
 def check_propagation(points: Iterable[MountPoint]) -> None:
-    """Raises: FailedPrecondition, in Docker's words: mounts that are made later would not be passed on as asked for.
+    """Raise FailedPrecondition, in Docker's words, if later mounts could not propagate as requested.
 
     Source: moby 28, daemon/oci_linux.go (ensureShared, ensureSharedOrSlave).
     """
@@ -223,7 +224,7 @@ def _read_only_below(options: BindOptions | None) -> bool | None:
 
 
 def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:
-    """Raises: InvalidArgument."""
+    """Return the options of a tmpfs.  Raises: InvalidArgument."""
     chosen = ["noexec", "nosuid", "nodev", "rprivate"]
     if options.mode:
         chosen.append(f"mode={options.mode:o}")

@@ -1,4 +1,4 @@
-"""Changes of the networks of plain containers: ``docker network connect`` and ``disconnect``, ``docker rename``.
+"""Network changes of plain containers: ``docker network connect`` and ``disconnect``, ``docker rename``.
 
 Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNetwork, updateNetworkSettings),
 daemon/rename.go.
@@ -16,11 +16,11 @@ from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
 from skep.engine.container import BeingRemoved, Container, PlainOptions
+from skep.engine.container_locks import ContainerLocks
 from skep.engine.create import NO_ADDRESS, NO_ALIASES
 from skep.engine.events import Events, NamedNetwork
 from skep.engine.networking import Networking, endpoint_network, sandbox_config
 from skep.engine.state import ContainerStore
-from skep.engine.turns import Turns
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.model.ids import ContainerId
 from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
@@ -39,10 +39,10 @@ _HAS_THE_HOSTS = "container cannot be disconnected from host network or connecte
 
 
 class NetworkChanges:
-    """Puts plain containers on networks and takes them off, while they run or before their start.
+    """Connects plain containers to networks and disconnects them, while they run or before their start.
 
     The networks of every node are named ``bridge``, ``host`` and ``none``.  A container on ``bridge`` has the mode
-    BRIDGE, whatever it was created with; one that has left it has NETWORKS.
+    BRIDGE, regardless of its creation.  A container that has left it has the mode NETWORKS.
     """
 
     def __init__(
@@ -51,28 +51,30 @@ class NetworkChanges:
         bundles: Bundles,
         network: Networking,
         locks: defaultdict[ContainerId, asyncio.Lock],
-        turns: Turns,
+        sandbox_locks: ContainerLocks,
         events: Events,
     ) -> None:
-        """``locks``: held while the networks of a container change, or follow from its start.
+        """Take the parts of one engine.
 
-        ``turns``: taken after those; the end of a run frees what is recorded by then.
+        Args:
+            locks: Held while a container's networks change, also as a part of its start.
+            sandbox_locks: Taken after ``locks``.  The end of a run frees the networks that are recorded by then.
         """
         self._store = store
         self._bundles = bundles
         self._network = network
         self._locks = locks
-        self._turns = turns
+        self._sandbox_locks = sandbox_locks
         self._events = events
 
     async def connect(self, word: str, request: EndpointRequest) -> None:
-        """Put a container on one more network, now or with its start.
+        """Connect a container to another network, now or at its start.
 
-        Raises: NotFound; BeingRemoved; FailedPrecondition: it is there; Forbidden: it has the networks of another;
-        SkepError, in Docker's words.
+        Raises: NotFound; BeingRemoved; FailedPrecondition: it is connected; Forbidden: it shares another container's
+        networks; SkepError, in Docker's words.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id], self._turns.turn(container.id):
+        async with self._locks[container.id], self._sandbox_locks.acquire(container.id):
             container, plain = self._require_kept(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_HAS_ANOTHERS)
@@ -98,14 +100,13 @@ class NetworkChanges:
                 self._events.publish_network("connect", endpoint_network(sandbox.endpoints[-1]), container.id)
 
     async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
-        """Take a container off a network.
+        """Disconnect a container from a network.
 
-        ``network``: as its user has given it; ``network_id``: where that is known.
-        Raises: NotFound; BeingRemoved; FailedPrecondition: it is not there; Forbidden: it has the networks of another;
-        SkepError.
+        ``network`` is the user's word for it, ``network_id`` its id if known.  Raises: NotFound; BeingRemoved;
+        FailedPrecondition: it is not connected; Forbidden: it shares another container's networks; SkepError.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id], self._turns.turn(container.id):
+        async with self._locks[container.id], self._sandbox_locks.acquire(container.id):
             container, plain = self._require_kept(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_not_there(container, network))
@@ -122,12 +123,12 @@ class NetworkChanges:
             log.info("container has left the network already", container=container_id, reason=str(error))
 
     async def rename(self, id: ContainerId, name: str) -> Container:
-        """Give a plain container another name, on its networks too; it keeps its own if that fails.
+        """Rename a plain container, also on its networks.  It keeps its name if that fails.
 
-        Raises: NotFound; BeingRemoved; AlreadyExists: it is taken; FailedPrecondition: the cluster uses its name;
+        Raises: NotFound; BeingRemoved; AlreadyExists: the name is taken; FailedPrecondition: the cluster uses its name;
         SkepError; OSError.
         """
-        async with self._locks[id], self._turns.turn(id):
+        async with self._locks[id], self._sandbox_locks.acquire(id):
             before = self._store.require_kept(id, "container is marked for removal and cannot be renamed")
             sandbox = before.sandbox if before.is_running else None
             with self._store.renamed(id, name) as renamed:
@@ -137,7 +138,7 @@ class NetworkChanges:
                     raise
                 except BaseException:
                     back = self._network.rename(sandbox_config(before), sandbox)
-                    await run_to_end(isolate(back, "names of a container not changed back", container=id))
+                    await run_to_end(isolate(back, "container rename not rolled back", container=id))
                     raise
             self._events.publish("rename", renamed, oldName=f"/{before.name}")
             return renamed
@@ -196,7 +197,7 @@ class NetworkChanges:
             self._events.publish_network("connect" if has_joined else "disconnect", bridge, container.id)
 
     async def _record(self, container: Container, sandbox: Sandbox | None, **changed: Any) -> None:
-        """``sandbox``: of its run, if that has changed; ``changed``: what the next one has."""
+        """Record the ``sandbox`` of the current run, if it changed, and ``changed`` options for the next run."""
         if sandbox is not None:
             await self._observe(container, sandbox)
         _, plain = self._store.require_plain(container.id)  # its user may have stopped it meanwhile
@@ -207,9 +208,7 @@ class NetworkChanges:
         try:
             await asyncio.to_thread(self._bundles.refresh_name_files, container, changed)
         except OSError as error:
-            log.warning(
-                "names of a container's networks not written", container=container.id, reason=str(error)
-            )
+            log.warning("container name files not written", container=container.id, reason=str(error))
         return changed
 
 

@@ -1,4 +1,4 @@
-"""The network of containers, as the engine uses it: a dependency that the data plane implements."""
+"""The engine's interface for container networks, which the data plane implements."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -13,52 +13,55 @@ from skep.model.sandbox import Endpoint, EndpointRequest, NetworkMode, Sandbox, 
 
 
 class Networking(Protocol):
-    """Creates and frees sandboxes of containers; implemented by the data plane."""
+    """Creates and frees the sandboxes of containers.  The data plane implements it."""
 
     @property
     def host_gateway(self) -> str:
-        """The node's address for its containers (``host-gateway``); empty: there is none."""
+        """The node's address for its containers (``host-gateway``).  Empty without one."""
 
     @property
     def predefined_ids(self) -> Mapping[str, str]:
-        """Of ``bridge``, ``host`` and ``none``."""
+        """Ids of the networks ``bridge``, ``host`` and ``none``, by name."""
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
-        """Make the node ready, keep the ``live`` sandboxes, free all others.  Raises: SkepError."""
+        """Prepare the node, keep the ``live`` sandboxes and free all others.  Raises: SkepError."""
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
         """Create a network namespace with its endpoints and host-mode ports.  Raises: SkepError."""
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Free all of it.  Harmless when nothing is left."""
+        """Free the sandbox.  Idempotent."""
 
     async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
-        """One more endpoint for a running container.  Raises: FailedPrecondition: it has it; NotFound; SkepError."""
+        """Add an endpoint to a running container.  Raises: FailedPrecondition: it exists; NotFound; SkepError."""
 
     async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
         """Remove an endpoint of a running container.  Raises: SkepError."""
 
     async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
-        """Put a running container on the node's bridge, or take it off, as ``config.mode`` says.  Raises: SkepError."""
+        """Add a running container to the node's bridge or remove it, according to ``config.mode``.
+
+        Raises: SkepError.
+        """
 
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
-        """Use ``config.name`` on its networks from now on; ``sandbox``: None: it does not run.
+        """Use ``config.name`` on its networks from now on.  ``sandbox`` is None if it does not run.
 
         Raises: FailedPrecondition; SkepError.
         """
 
     async def holders(self) -> Collection[ContainerId]:
-        """Containers for which something is held, needed or not."""
+        """Return the containers that hold network resources, whether they need them or not."""
 
     async def free(self, id: ContainerId) -> None:
-        """Free and log all that is held for a container that does not need it.  Raises: SkepError, OSError."""
+        """Free and log all resources held for a container that does not need them.  Raises: SkepError, OSError."""
 
     async def sweep(self) -> None:
-        """Free what is held for no container.  Raises: SkepError, OSError."""
+        """Free resources that no container holds.  Raises: SkepError, OSError."""
 
 
 def sandbox_config(container: Container) -> SandboxConfig:
-    """``container`` as its networks see it."""
+    """Return the container's configuration for its networks."""
     config = container.config
     return SandboxConfig(
         id=container.id,
@@ -79,7 +82,7 @@ def sandbox_config(container: Container) -> SandboxConfig:
 def publish_networks(
     events: Events, action: str, container: Container, sandbox: Sandbox | None, ids: Mapping[str, str]
 ) -> None:
-    """Publish that a container's run puts it on its networks, or takes it off.  ``ids``: ``predefined_ids``."""
+    """Publish that a container's run joins or leaves its networks.  ``ids`` are ``predefined_ids``."""
     if sandbox is None:
         return
     networks = [endpoint_network(one) for one in sandbox.endpoints]
@@ -98,7 +101,7 @@ def endpoint_network(endpoint: Endpoint) -> NamedNetwork:
 
 
 def has_sandbox(container: Container) -> bool:
-    """Whether a container of an earlier process runs, or may still be started, and so keeps its sandbox."""
+    """Return whether a container of an earlier process keeps its sandbox, because it runs or may still be started."""
     return (
         container.sandbox is not None
         and container.state is not ContainerState.REMOVING

@@ -1,8 +1,8 @@
-"""The root file system of a container: the image's layers, read-only, under a directory of its own.
+"""The root file system of a container: the image's layers, read-only, below a writable directory.
 
-overlayfs takes the lower directories in one option string of at most a page (4 KiB) by mount(2); the newer
-calls take one directory at a time (Linux 6.8).  The newer way is tried first for many layers, the older one
-otherwise, since it works everywhere.
+mount(2) takes overlayfs's lower directories in one option string of at most a page (4 KiB).  The newer system calls
+take one directory at a time (Linux 6.8).  They are tried first if the string is too long, otherwise the older call is
+used, because it works everywhere.
 """
 
 import errno
@@ -38,7 +38,7 @@ def mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) 
 
 
 def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
-    """The way of older kernels: short names by symbolic links in ``work``'s parent, one digit set per layer."""
+    """Mount on older kernels: use symbolic links with short names, a number per layer, in ``work``'s parent."""
     links = work.parent / "l"
     links.mkdir(exist_ok=True)
     for number, layer in enumerate(layers):
@@ -47,7 +47,7 @@ def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Pat
         link.symlink_to(layer)
     directory = os.open(links, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # /proc/self/fd/N is a way to a short absolute path without changing the working directory.
+        # /proc/self/fd/N shortens the absolute path without a change of the working directory.
         names = ":".join(f"/proc/self/fd/{directory}/{number}" for number in range(len(layers)))
         options = f"lowerdir={names},upperdir={_escaped(upper)},workdir={_escaped(work)}"
         if len(options) > _OPTIONS_BYTES_MAX:
@@ -58,5 +58,5 @@ def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Pat
 
 
 def _escaped(path: Path) -> str:
-    """A path in an option string, where colons and commas separate."""
+    """Escape a path for an option string, where colons and commas are separators."""
     return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")

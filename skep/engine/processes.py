@@ -1,7 +1,7 @@
-"""Processes that are not our children: found again after a restart, signalled and waited for without a race.
+"""Processes that are not our children: found again after a restart, signalled and awaited without races.
 
-A pid alone may by now belong to another process, so a process is named by pid, start time and boot, and is
-handled through a pidfd, which stays with the process it was opened for.
+A pid alone may belong to another process by now.  So a process is identified by pid, start time and boot, and is
+handled through a pidfd, which stays with the process that it was opened for.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ from skep.linux.processes import Stat, boot_id, parsed_stat, start_ticks_of, sta
 
 
 def find(pid: int) -> ProcessName | None:
-    """The process that has ``pid`` now, None when there is none."""
+    """Return the process that has ``pid`` now, or None."""
     stat = stat_of(pid)
     return None if stat is None else _name(stat)
 
 
 def named(stat: bytes) -> ProcessName:
-    """The process whose /proc/PID/stat reads ``stat``."""
+    """Return the process whose /proc/PID/stat contains ``stat``."""
     return _name(parsed_stat(stat))
 
 
 def open_pidfd(process: ProcessName) -> int | None:
-    """A descriptor of exactly this process, None when it is gone."""
+    """Return a descriptor of exactly this process, or None if it has ended."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -41,7 +41,7 @@ def open_pidfd(process: ProcessName) -> int | None:
 
 
 def is_alive(process: ProcessName) -> bool:
-    """Whether it still runs (a zombie does not)."""
+    """Return whether the process still runs.  A zombie does not."""
     descriptor = open_pidfd(process)
     if descriptor is None:
         return False
@@ -55,7 +55,7 @@ def is_alive(process: ProcessName) -> bool:
 
 
 def send_signal(process: ProcessName, number: int) -> bool:
-    """Send a signal to exactly this process.  False when it is gone."""
+    """Send a signal to exactly this process.  Return False if it has ended."""
     descriptor = open_pidfd(process)
     if descriptor is None:
         return False
@@ -69,9 +69,9 @@ def send_signal(process: ProcessName, number: int) -> bool:
 
 
 def kill_descendants(process: ProcessName) -> None:
-    """Kill everything that ``process`` has started.  It is stopped, and the parent of those whose own has ended.
+    """Kill all descendants of ``process``, which is stopped and adopts the children of descendants that end.
 
-    What is killed starts nothing more: when no other is found all are, though a frozen one ends when it thaws only.
+    A killed process starts no others, so all are killed once no other is found.  A frozen one ends only when it thaws.
     """
     killed: set[ProcessName] = set()
     while found := [one for one in _descendants(process.pid) if one not in killed]:
@@ -107,7 +107,7 @@ async def wait_gone(process: ProcessName) -> None:
 
 
 def is_of_earlier_boot(process: ProcessName | None) -> bool:
-    """Whether the machine has restarted since ``process`` began."""
+    """Return whether the machine has rebooted since ``process`` began."""
     return process is not None and process.boot_id != _this_boot()
 
 

@@ -1,11 +1,11 @@
-"""The record of a container on disk: one line of JSON for each state it has been in, and the last whole one counts.
+"""A container's record on disk: one line of JSON per state.  The last complete line is valid.
 
-A change is appended.  A new file each time would be an inode made and one deleted, which on some file systems costs
-more with every inode deleted a moment ago (ext4 without a journal reads each of them); to replace a file by rename
-makes ext4 write the data out at once.  Both delay every start by milliseconds.
+Changes are appended.  A new file per change would create and delete an inode, which on some file systems gets slower
+with every recently deleted inode (ext4 without a journal reads each of them).  Replacing a file by rename makes ext4
+write the data immediately.  Both would delay every start by milliseconds.
 
-A line begins with the line feed, so that one torn by the end of the process (or a full disk) spoils no later one.
-Nothing is synced: after a loss of power no container runs.
+A line starts with the line feed, so that a line torn by the end of the process or a full disk does not spoil the next
+one.  Nothing is synced, because no container runs after a power loss.
 """
 
 import os
@@ -19,13 +19,13 @@ from skep.linux.files import is_no_file
 from skep.model.unknown import leniently
 
 NAME = "record"
-"""Of the file in the container's directory."""
+"""File name in the container's directory."""
 _BYTES_MAX = 64 << 10
-"""A longer file is written anew with its last line: health checks change a record for as long as it lives."""
+"""A longer file is rewritten with its last line: health checks change a record for as long as it exists."""
 
 
 def write(path: Path, container: Container) -> None:
-    """Make ``container`` the record at ``path``.  Raises: OSError."""
+    """Write ``container`` as the latest record at ``path``.  Raises: OSError."""
     line = b"\n" + msgspec.json.encode(container)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -34,15 +34,15 @@ def write(path: Path, container: Container) -> None:
             return
     finally:
         os.close(descriptor)
-    beside = path.with_suffix(".new")
-    beside.write_bytes(line)
-    beside.rename(path)
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(line)
+    temporary.rename(path)
 
 
 def read(path: Path) -> Container | None:
-    """The newest record at ``path``, None when there is none, or nothing in it can be decoded.
+    """Return the newest record at ``path``, or None without a decodable one.
 
-    Raises: Unavailable: it exists and cannot be read now; its container may be intact.
+    Raises: Unavailable: it exists but cannot be read now.  Its container may be intact.
     """
     try:
         lines = path.read_bytes().split(b"\n")

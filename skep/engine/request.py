@@ -1,8 +1,8 @@
-"""What a container is created from: Docker's body of ``POST /containers/create`` as far as the engine honours it.
+"""Request to create a container: the supported part of Docker's body of ``POST /containers/create``.
 
-A body of a client is read here, and an option in it that the engine does not honour is refused by name, never dropped.
-A client sends every option with the value that means nothing, so only other values are refused; an option that is not
-in these tables is refused as soon as it has such a value.
+A client's body is decoded here.  Options that the engine does not support are refused by name, never dropped.  Clients
+send every option, unset ones with a neutral value, so an option outside these tables is refused only with another
+value.
 
 Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
 """
@@ -45,7 +45,7 @@ class RestartOptions(ApiObject):
 
 
 class PortBinding(ApiObject):
-    """Where on the node a container's port is published.  ``host_port`` empty or 0: a free one."""
+    """The node's address and port for a published port.  ``host_port`` empty or 0 means a free port."""
 
     __go_name__: ClassVar[str | None] = "nat.PortBinding"
 
@@ -54,7 +54,7 @@ class PortBinding(ApiObject):
 
 
 class HostConfig(MachineOptions):
-    """Options that depend on the machine."""
+    """Options that depend on the host."""
 
     __go_name__: ClassVar[str | None] = "container.HostConfig"
 
@@ -90,13 +90,13 @@ class HostConfig(MachineOptions):
 
 
 class UpdateRequest(HostConfig):
-    """The body of ``POST /containers/{id}/update``: zero, null and an empty text change nothing."""
+    """The body of ``POST /containers/{id}/update``.  Zero, null and an empty text leave a value unchanged."""
 
     __go_name__: ClassVar[str | None] = "container.UpdateConfig"
 
 
 class EndpointIPAM(ApiObject):
-    """Addresses that the user has chosen for an endpoint."""
+    """Addresses that the user chose for an endpoint."""
 
     __go_name__: ClassVar[str | None] = "network.EndpointIPAMConfig"
 
@@ -124,7 +124,7 @@ class NetworkingConfig(ApiObject):
 
 
 class CreateRequest(ApiObject):
-    """Docker's ``Config``, with ``HostConfig`` and ``NetworkingConfig`` in it."""
+    """Docker's ``Config``, including ``HostConfig`` and ``NetworkingConfig``."""
 
     __go_name__: ClassVar[str | None] = "runconfig.ContainerConfigWrapper"
 
@@ -153,10 +153,10 @@ class CreateRequest(ApiObject):
 
 
 class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task has beside the request: values assigned by the cluster, for which Docker's body has no field."""
+    """A task's additions to the request: values assigned by the cluster, for which Docker's body has no field."""
 
     labels: Mapping[str, str] = {}
-    """Those that identify the task."""
+    """Labels that identify the task."""
     endpoints: tuple[EndpointConfig, ...] = ()
     ports: tuple[PublishedPort, ...] = ()
     mounts: tuple[MountPoint, ...] = ()
@@ -165,9 +165,9 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Lines of /etc/hosts: ``address name...``."""
     stop_grace_ns: Nanoseconds
     stack: str = ""
-    """That of its service."""
+    """Stack of the task's service."""
     may_log_anywhere: bool = False
-    """Whether an administrator chose its log driver (``LogConfig.is_restricted``)."""
+    """Whether an administrator chose its log driver (see ``LogConfig.is_restricted``)."""
 
 
 class ConnectRequest(ApiObject):
@@ -180,9 +180,9 @@ class ConnectRequest(ApiObject):
 
 
 def read_create(body: bytes) -> CreateRequest:
-    """The request of a client.
+    """Decode a client's request.
 
-    Raises: InvalidArgument: it cannot be decoded, with Go's words; Unimplemented: an option that is not honoured.
+    Raises: InvalidArgument: it cannot be decoded, in Go's words; Unimplemented: an option is not supported.
     """
     value = parse(body)
     if not isinstance(value, dict):
@@ -198,21 +198,21 @@ def read_create(body: bytes) -> CreateRequest:
 
 
 def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
-    """The update that a client asks for.  Raises: as ``read_create``; an engine drops what it cannot change.
+    """Decode a client's update.  Raises: as ``read_create``.  Docker instead drops options that it cannot change.
 
     Source: moby, api/server/router/container/container_routes.go (postContainerUpdate).
     """
     value = parse(body)
     for name, _ in _given(value):
         if name not in _UPDATE_OPTIONS:
-            raise Unimplemented(f"docker update does not change {_FLAGS.get(name, name)}: leave it out")
+            raise Unimplemented(f"docker update cannot change {_FLAGS.get(name, name)}: omit it")
     request = from_builtins(value, UpdateRequest)
-    # Clients of before always send a number.
+    # Older clients always send a number.
     return request if version >= _WITH_PIDS_LIMIT else msgspec.structs.replace(request, pids_limit=None)
 
 
 def read_connect(body: bytes) -> ConnectRequest:
-    """Raises: as ``read_create``."""
+    """Decode a client's request to connect a network.  Raises: as ``read_create``."""
     value = parse(body)
     if isinstance(value, dict):
         _check_endpoint(value.get("EndpointConfig"))
@@ -247,7 +247,7 @@ _HOST_OPTIONS: Final = frozenset(
         *("blkioweightdevice", "blkiodevicereadbps", "blkiodevicewritebps", "blkiodevicereadiops"),
         *("blkiodevicewriteiops", "memoryswap", "memoryswappiness", "oomkilldisable", "annotations"),
         *("maskedpaths", "readonlypaths", "cgroupparent"),
-        # The client's own business.
+        # Only clients use these.
         *("containeridfile", "consolesize"),
     }
 )
@@ -272,14 +272,14 @@ _CONFIG_OPTIONS: Final = frozenset(
             "workingdir",
         ),
         *("labels", "stopsignal", "stoptimeout", "hostconfig", "networkingconfig", "macaddress"),
-        # Of images: ``docker build`` reads them, running does not.
+        # Options of images: ``docker build`` reads them, running does not.
         *("onbuild", "shell", "argsescaped"),
     }
 )
 _ENDPOINT_OPTIONS: Final = frozenset(
     {
         *("ipamconfig", "aliases", "links", "macaddress"),
-        # Filled in by an engine; clients that copy a response send them back.
+        # Set by an engine.  Clients that copy a response send them back.
         *(
             "networkid",
             "endpointid",
@@ -315,21 +315,21 @@ _FLAGS: Final[Mapping[str, str]] = {
 
 
 def _check_host(host: Any) -> None:
-    """``host``: the JSON of ``HostConfig``.  Raises: Unimplemented."""
+    """Check ``host``, the JSON of ``HostConfig``.  Raises: Unimplemented."""
     for name, _ in _given(host):
         if name not in _HOST_OPTIONS:
             raise refused(name)
 
 
 def _check_config(config: Any) -> None:
-    """``config``: the whole JSON.  Raises: Unimplemented."""
+    """Check ``config``, the whole JSON.  Raises: Unimplemented."""
     for name, _ in _given(config):
         if name not in _CONFIG_OPTIONS:
             raise refused(name)
 
 
 def _check_endpoint(endpoint: Any) -> None:
-    """``endpoint``: the JSON of one network.  Raises: Unimplemented."""
+    """Check ``endpoint``, the JSON of one network.  Raises: Unimplemented."""
     for name, value in _given(endpoint):
         if name not in _ENDPOINT_OPTIONS:
             raise refused(name)
@@ -340,15 +340,15 @@ def _check_endpoint(endpoint: Any) -> None:
 
 
 def refused(name: str) -> Unimplemented:
-    """The error for an option that is not honoured.  ``name``: of its field, in lower case, or the option itself."""
+    """Return the error for an unsupported option, by its field name in lower case or its flag."""
     return Unimplemented(
-        f"containers that Skep runs itself do not have {_FLAGS.get(name, name)}: leave it out, or give skep a Docker "
+        f"Skep's own containers do not support {_FLAGS.get(name, name)}: omit it, or give skep a Docker "
         "Engine (--engine-socket) for plain containers"
     )
 
 
 def _given(value: Any) -> list[tuple[str, Any]]:
-    """The fields with a value that means something, names in lower case."""
+    """Return the fields with a value that is not neutral, names in lower case."""
     if not isinstance(value, dict):
         return []
     found = []

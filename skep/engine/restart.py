@@ -1,4 +1,4 @@
-"""Restart policies of plain containers, and removal of those with ``--rm``: the decisions, and what carries them out.
+"""Restart policies of plain containers, and removal of containers with ``--rm``: decisions, and the loop applying them.
 
 Source: moby 20.10, restartmanager/restartmanager.go (the delays, what counts), daemon/monitor.go, daemon/daemon.go
 (restore).
@@ -26,22 +26,23 @@ log = structlog.get_logger()
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 60.0
+"""The first delay and the longest, between which it doubles, as in Docker."""
 LASTED_S = 10.0
-"""After a run of this length the delay begins anew."""
+"""The delay starts over after a run of at least this length."""
 
 
 class Rest(msgspec.Struct, frozen=True):
-    """It stays ended."""
+    """Leave the container ended."""
 
 
 class Remove(msgspec.Struct, frozen=True):
-    """It is removed (``--rm``)."""
+    """Remove the container (``--rm``)."""
 
 
 class StartAgain(msgspec.Struct, frozen=True):
-    """It is started after ``delay_s``, unless its user stops or starts it before.
+    """Start the container after ``delay_s``, unless its user stops or starts it earlier.
 
-    ``ignore_stop``: its user had stopped it when this was decided.
+    ``ignore_stop`` is set if its user had stopped it when this was decided.
     """
 
     delay_s: float
@@ -52,12 +53,12 @@ Next: TypeAlias = Rest | Remove | StartAgain
 
 
 def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s: float = 0.0) -> Next:
-    """What follows the end of a container.
+    """Return the next action after a container's end.
 
     Args:
-        exit_code: of its process, or of the start that failed.
-        ran_s: how long it ran.
-        delay_before_s: the delay of the restart before this one; 0: there was none.
+        exit_code: Exit code of its process or of the failed start.
+        ran_s: Length of the run in seconds.
+        delay_before_s: Delay of the previous restart.  0 for the first restart.
     """
     if plain.auto_remove:
         return Remove()
@@ -69,7 +70,10 @@ def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s:
 
 
 def after_node_restart(plain: PlainOptions, exit_code: int, *, was_started: bool) -> Next:
-    """The same for a container that was found ended at start: ``always`` then starts what its user has stopped, too."""
+    """Decide for a container that had ended when the node started.
+
+    ``always`` then also starts a container that its user has stopped.
+    """
     if not was_started:
         return Rest()
     if plain.restart.name == "always":
@@ -78,24 +82,24 @@ def after_node_restart(plain: PlainOptions, exit_code: int, *, was_started: bool
 
 
 class Containers(Protocol):
-    """What the monitor needs of the engine."""
+    """The engine's interface for the restart monitor."""
 
     events: Events
 
     def plain_containers(self) -> Sequence[Container]:
-        """Those without a task."""
+        """Return the containers that do not belong to a task."""
 
     def get(self, word: str) -> Container:
-        """Raises: NotFound."""
+        """Return a container.  Raises: NotFound."""
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start it by its policy; False: it runs, or its user has stopped it.
+        """Start it by its policy.  Return False if it runs or its user has stopped it.
 
         Raises: NotFound; BeingRemoved; SkepError; OSError.
         """
 
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
-        """Raises: NotFound; StillRunning; SkepError; OSError."""
+        """Remove a container.  Raises: NotFound; StillRunning; SkepError; OSError."""
 
 
 class RestartMonitor:
@@ -109,13 +113,13 @@ class RestartMonitor:
         self._rng = rng
         self._delays_s: dict[ContainerId, float] = {}
         self._pending: set[ContainerId] = set()
-        """Containers that a task of ``run`` restarts or removes."""
+        """Containers that a task of ``run`` is restarting or removing."""
         self._resets: dict[ContainerId, asyncio.Event] = {}
-        """Of those whose restart waits for its delay: set ends that."""
+        """Events that end the delay of a waiting restart, by container."""
 
     async def run(self) -> None:
-        """Work until cancelled.  The containers run on afterwards."""
-        self._pending.clear()  # the tasks of a run before this one have ended
+        """Work until cancelled.  The containers keep running afterwards."""
+        self._pending.clear()  # the tasks of an earlier run have ended
         async with asyncio.TaskGroup() as group:
             for container in self._containers.plain_containers():
                 if not container.is_running and container.plain is not None:
@@ -131,12 +135,12 @@ class RestartMonitor:
                         async for event in subscription:
                             if event.action == "die":
                                 self._check_id(group, event.container_id)
-                except ResourceExhausted as error:  # events were missed: all containers are checked again
-                    log.warning("ends of containers missed", reason=str(error))
+                except ResourceExhausted as error:  # events were missed, so check all containers again
+                    log.warning("container exit events missed", reason=str(error))
                     await self._clock.sleep(FIRST_DELAY_S)
 
     def reset(self, id: ContainerId) -> None:
-        """The next delay is the first one again, and one under way ends: its user starts it, or it is removed."""
+        """Reset the delay and end a waiting restart, because its user starts the container or it is removed."""
         self._delays_s.pop(id, None)
         if (waiting := self._resets.get(id)) is not None:
             waiting.set()
@@ -150,7 +154,7 @@ class RestartMonitor:
         self._schedule(group, container.id, self._next(container))
 
     def _next(self, container: Container) -> Next:
-        """What follows, as the container is now."""
+        """Decide by the container's current state."""
         if container.plain is None or container.is_running or not container.was_started:
             return Rest()
         ran_s = (unix_ns(container.finished_at) - unix_ns(container.started_at)) / 1e9
@@ -165,7 +169,7 @@ class RestartMonitor:
         self._pending.add(id)
 
     async def _carry_out(self, id: ContainerId, next_: Next) -> None:
-        """Restart or remove it until nothing more follows; its ends are not scheduled meanwhile."""
+        """Restart or remove a container until nothing more is due.  Its ends are not scheduled meanwhile."""
         spread = 1.0
         try:
             while True:
@@ -179,18 +183,20 @@ class RestartMonitor:
                         next_ = await self._start_again(id, next_, delay_s * spread)
                     case _:
                         assert_never(next_)
-                # A reason that many containers have, such as a full disk: they are not all tried at one moment.
+                # Many containers may fail for the same reason, such as a full disk.  Do not retry them all at the same
+                # moment.
                 spread = 0.5 + 0.5 * self._rng()
         except (NotFound, BeingRemoved):
-            pass  # by its user, meanwhile
+            pass  # removed by its user meanwhile
         except Exception as error:
-            log_error(error, "plain container left as it is", container=id)
+            log_error(error, "restart policy not applied", container=id)
         finally:
-            # At once, and not by a callback of the task: an end between the last look and that would be missed.
+            # Immediately, not in a callback of the task: an end between the last check and the callback would be
+            # missed.
             self._pending.discard(id)
 
     async def _remove(self, id: ContainerId) -> Next:
-        """Remove it, however long that fails; gives what follows.  Raises: NotFound."""
+        """Remove it, retrying as long as that fails.  Return the next decision.  Raises: NotFound."""
         try:
             await retry(
                 partial(self._containers.remove, id, with_volumes=True),
@@ -207,11 +213,11 @@ class RestartMonitor:
         return Rest()
 
     async def _start_again(self, id: ContainerId, due: StartAgain, wait_s: float) -> Next:
-        """Restart it after ``wait_s``; gives what follows.  Raises: NotFound; BeingRemoved."""
+        """Restart it after ``wait_s``.  Return the next decision.  Raises: NotFound; BeingRemoved."""
         reset = self._resets[id] = asyncio.Event()
         try:
             await run_unless(self._clock.sleep(wait_s), reset.wait())
-        except Preempted:  # its ends count again at once, and the start by its user may fail
+        except Preempted:  # its ends count again immediately, and the start by its user may fail
             return self._next(self._containers.get(id))
         finally:
             del self._resets[id]
@@ -219,9 +225,9 @@ class RestartMonitor:
             await self._containers.restart(id, ignore_stop=due.ignore_stop)
         except BeingRemoved:
             raise
-        except (SkepError, OSError) as error:  # of a full disk, for example
-            container = self._containers.get(id)  # what was not found may be one of its networks
-            log.info("plain container not started again", container=id, reason=describe_error(error))
+        except (SkepError, OSError) as error:  # a full disk, for example
+            container = self._containers.get(id)  # NotFound may be about one of its networks
+            log.info("plain container not restarted", container=id, reason=describe_error(error))
             if container.plain is None:
                 return Rest()
             return after_end(container.plain, container.exit_code or 1, 0.0, due.delay_s)

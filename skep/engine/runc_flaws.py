@@ -1,7 +1,7 @@
-"""Whether this node's runc has a known way out of a container.  A distribution mends its package without a new version.
+"""Detects known container escapes in this node's runc.  Distributions fix their packages without a new version.
 
-Sources: the advisories of opencontainers/runc; what the package has mended is named in its Debian changelog, or follows
-from its own version, which Debian's runc prints (``commit: 1.1.5+ds1-1+deb12u1``).
+Sources: the advisories of opencontainers/runc.  A package's fixes are in its Debian changelog, or follow from its own
+version, which Debian's runc prints (``commit: 1.1.5+ds1-1+deb12u1``).
 """
 
 import gzip
@@ -15,15 +15,16 @@ Version = tuple[int, int, int]
 
 _CHANGELOGS = ("runc/changelog*", "runc-*/changelog*")
 _CHANGELOG_BYTES_MAX = 4 << 20
+"""Part of a changelog that is read."""
 
 
 class Flaw(NamedTuple):
-    """``mended``: the first version of each series without it, the oldest series first."""
+    """A flaw.  ``fixed_in`` has the first fixed version of each series, oldest series first."""
 
     name: str
-    mended: tuple[Version, ...]
+    fixed_in: tuple[Version, ...]
     packages: str = "(?!)"
-    """Pattern of package versions that are known to be mended."""
+    """Pattern of package versions that are known to be fixed."""
 
 
 _SERIES_OF_2025 = ((1, 2, 8), (1, 3, 3), (1, 4, 0))
@@ -36,9 +37,9 @@ FLAWS: Final = (
 
 
 def flaws_of(output: str, changelog: str = "") -> list[str]:
-    """Names of the known escapes of the runc with this ``output`` of ``--version``.
+    """Return the known escapes of a runc by its ``--version`` output.
 
-    ``changelog``: of its package; empty: it is none, or unknown.
+    ``changelog`` is its package's, or empty if unknown.
     """
     found = re.search(r"\bversion v?(\d+)\.(\d+)\.(\d+)(-rc\S*)?", output)
     if found is None:
@@ -47,34 +48,34 @@ def flaws_of(output: str, changelog: str = "") -> list[str]:
     return [
         flaw.name
         for flaw in FLAWS
-        if (_precedes(version, flaw.mended) or (found[4] and version in flaw.mended))
+        if (_precedes(version, flaw.fixed_in) or (found[4] and version in flaw.fixed_in))
         and flaw.name not in changelog
         and not re.search(flaw.packages, output)
     ]
 
 
 def warning(output: str, changelog: str) -> str:
-    """A sentence for ``docker info``; empty: nothing is known against this runc."""
+    """Return a sentence for ``docker info``, or "" if no flaw of this runc is known."""
     names = flaws_of(output, changelog)
     if not names:
         return ""
     version = output.splitlines()[0].removeprefix("runc version ")
     return (
-        f"runc {version} has known ways out of a container ({', '.join(names)}): upgrade it, or name another one "
+        f"runc {version} has known container escapes ({', '.join(names)}): upgrade it, or set another runc "
         "with --runc"
     )
 
 
 def changelog_of(runc: Path, documents: Path = Path("/usr/share/doc")) -> str:
-    """The changelog of runc's package; empty: ``runc`` is of no package, or it has none here.  Blocks."""
+    """Return the changelog of runc's package, or "" without a package or changelog.  Blocks."""
     if not runc.resolve().is_relative_to("/usr") or runc.resolve().is_relative_to("/usr/local"):
         return ""
     return "\n".join(_read(path) for pattern in _CHANGELOGS for path in sorted(documents.glob(pattern)))
 
 
-def _precedes(version: Version, mended: Iterable[Version]) -> bool:
-    """Whether ``version`` is older than what mends its series, or than all of them."""
-    fixes = list(mended)
+def _precedes(version: Version, fixed_in: Iterable[Version]) -> bool:
+    """Return whether ``version`` is older than the fix of its series, or than all fixes."""
+    fixes = list(fixed_in)
     of_series = [fix for fix in fixes if fix[:2] == version[:2]]
     return version < (of_series[0] if of_series else fixes[0])
 

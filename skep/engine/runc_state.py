@@ -1,16 +1,16 @@
-"""What runc keeps of a container between its commands, and the two steps done on it without another runc.
+"""runc's state of a container between its commands, and two steps that work on it without starting runc.
 
-Every runc command is a Go process of its own: about 10 ms of processor time.  Two of the steps each container
-goes through are no more than a read and a few removals, so they are done here:
+Every runc command is a separate Go process: about 10 ms of processor time.  Two of the steps that each container
+passes are only a read and a few removals, so they are done here:
 
 * **start**: after ``create`` the container's first process waits in an open(2) for writing of the fifo
-  ``<root>/<id>/exec.fifo``.  Opening it for reading lets the process go on: it writes one byte and becomes
-  the container's command, which closes its end.  A read up to the end of file and the removal of the fifo (for
-  runc, "created" means that it is there) is all that ``runc start`` does.
-* **delete** of a container that has ended: its control groups are empty and are removed, then ``<root>/<id>``.
+  ``<root>/<id>/exec.fifo``.  Opening it for reading lets the process continue: it writes one byte and becomes
+  the container's command, which closes its end.  ``runc start`` only reads up to the end of file and removes the fifo
+  (whose existence means "created" to runc).
+* **delete** of an ended container: remove its empty control groups, then ``<root>/<id>``.
 
-Tested with runc 1.1.5.  Another runtime, or a state that looks otherwise, is left to its own commands
-(``False`` here).
+Tested with runc 1.1.5.  For another runtime or an unexpected state, the methods return False and the runtime's own
+commands are used.
 
 Source: runc, libcontainer/container_linux.go (exec, handleFifoResult, destroy), libcontainer/standard_init_linux.go.
 """
@@ -36,24 +36,24 @@ class ProcessEnded(SkepError):
 
 
 class RuncState:
-    """runc's directory of state, ``--root``."""
+    """runc's state directory, ``--root``."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def has(self, id: ContainerId) -> bool:
-        """Whether runc has a container with this id."""
+        """Return whether runc has a container with this id."""
         return (self._root / id).exists()
 
     def stage(self, id: ContainerId) -> str:
-        """``created`` while the first process waits to begin, ``running`` from then on; empty: there is none."""
+        """Return ``created`` until the first process starts the command, then ``running``, or "" if unknown to runc."""
         home = self._root / id
         if not (home / _STATE).is_file():
             return ""
         return "created" if (home / _FIFO).exists() else "running"
 
     async def start(self, id: ContainerId, process: ProcessName) -> bool:
-        """Let a created container begin; return when it has taken that up.  False: the runtime has to do it.
+        """Start a created container's command.  Return False if the runtime has to do it.
 
         Raises: ProcessEnded.
         """
@@ -72,7 +72,7 @@ class RuncState:
         return True
 
     def forget(self, id: ContainerId) -> None:
-        """Remove runc's state of a container that has ended and whose control groups are gone."""
+        """Remove runc's state of an ended container, whose control groups were removed."""
         remove_tree(self._root / id)
 
 
@@ -96,7 +96,7 @@ async def _wait_executed(fifo: int, process: ProcessName) -> None:
         if not ended.done():
             ended.set_result(None)
 
-    # A fifo without a writer is not reported as readable before its first one has come.
+    # A fifo does not become readable before its first writer has opened it.
     loop.add_reader(fifo, read)
     pidfd = open_pidfd(process)
     try:
@@ -109,7 +109,7 @@ async def _wait_executed(fifo: int, process: ProcessName) -> None:
             loop.remove_reader(pidfd)
             os.close(pidfd)
     if not received:
-        with suppress(BlockingIOError):  # it may have begun and ended in between
+        with suppress(BlockingIOError):  # it may have started and ended in between
             received = os.read(fifo, 16)
     if not received:
         raise ProcessEnded("the container's first process is already dead")

@@ -1,15 +1,14 @@
 """runc under conmon, driven from asyncio.
 
-conmon is started per container, forks itself away from us (its parent becomes pid 1) and runs ``runc
-create``.  It keeps the container's terminal or pipes, writes its output to the log, and when the container
-ends writes the exit code to a file and ends.  So three questions can be answered, also after a restart
-of this process:
+One conmon per container is started.  It daemonizes (its parent becomes pid 1) and runs ``runc create``.  It holds the
+container's terminal or pipes and writes the output to the log.  When the container ends, it writes the exit code to a
+file and ends.  So three questions can be answered, even after a restart of this process:
 
-* has it ended?  conmon's pidfd is readable (it ends last);
-* how?  the exit file, written before conmon ends: first in memory, where a full disk does not matter (conmon writes
-  no other file once one has failed), then on disk, where it outlives a reboot;
-* and if conmon was killed?  there is no exit file: the container runs on unwatched until its own pidfd is
-  readable, and its exit code is unknown: 255.
+* Has the container ended?  Then conmon's pidfd is readable, because conmon ends last.
+* With which exit code?  conmon writes the exit file before it ends: first in memory, where a full disk does not matter
+  (conmon writes no other file once one has failed), then on disk, where it outlives a reboot.
+* What if conmon was killed?  Then the exit file is missing.  The container runs unwatched until its own pidfd is
+  readable, and its unknown exit code is reported as 255.
 """
 
 import asyncio
@@ -52,21 +51,23 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 COMMAND_DEADLINE_S = 60.0
-"""For one runc command on an overloaded machine; a healthy one needs 0.01 s."""
+"""Deadline of one runc command on an overloaded machine.  A healthy one needs 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
 _CLEAR_TRIES_MAX = 8
+"""Attempts to remove cgroups before leftover processes are killed."""
 _CONMON_ENDS_S = 10.0
+"""Deadline for the end of a killed conmon."""
 
 
 class Started(msgspec.Struct, frozen=True):
-    """A created container: its first process waits for ``start``."""
+    """A created container, whose first process waits for ``start``."""
 
     process: ProcessName
     monitor: ProcessName
 
 
 class StartedExec(msgspec.Struct, frozen=True):
-    """A running exec.  ``monitor`` None: it has ended already."""
+    """A running exec.  ``monitor`` is None if it has ended already."""
 
     pid: int
     monitor: ProcessName | None
@@ -74,7 +75,7 @@ class StartedExec(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """How a container ended.  ``error`` is set when it was not observed."""
+    """The end of a container.  ``error`` is set if the end was not observed."""
 
     exit_code: int
     oom_killed: bool = False
@@ -83,7 +84,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Runtime:
-    """runc and conmon of one node.  ``root``: runc's state, on a file system that a reboot empties."""
+    """runc and conmon of one node.  ``root`` has runc's state, on a file system that is empty after a reboot."""
 
     def __init__(
         self, *, runc: Path, conmon: Path, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
@@ -99,17 +100,17 @@ class Runtime:
         self._state = RuncState(root)
 
     def close(self) -> None:
-        """Free what starting containers needs; they run on."""
+        """Free the resources for starting containers.  Running containers continue."""
         self._conmons.close()
         self._sealed_runc.close()
 
     async def create(self, container: Container) -> Started:
-        """``runc create`` under a conmon of its own.
+        """Run ``runc create`` under a new conmon.
 
         Raises: StartError: runc refused; Unavailable: no response in time.
         """
         id, path, bundle = container.id, self.bundles.path(container.id), self.bundles.bundle(container.id)
-        for stale in (*_exit_files(path, bundle, id), *_oom_files(path, bundle)):  # of an earlier start
+        for stale in (*_exit_files(path, bundle, id), *_oom_files(path, bundle)):  # left by an earlier start
             stale.unlink(missing_ok=True)
         for name in ("attach", "ctl", "pidfile"):
             (bundle / name).unlink(missing_ok=True)
@@ -117,13 +118,14 @@ class Runtime:
         arguments += ["--persist-dir", str(bundle), "-P", str(bundle / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
-            # A terminal's input does not end with a client: another one may attach.  Source: moby, container/stream.
+            # A terminal's input does not end with a client, because another may attach.  Source: moby,
+            # container/stream.
             ends_with_client = container.config.stdin_once and not container.config.tty
             arguments += ["-i"] if ends_with_client else ["-i", "--leave-stdin-open"]
         with ExitStack() as given:
             api = self.bundles.apis.take(id)
             inherited = () if api is None else (given.enter_context(api).fileno(),)
-            async with self._conmons.started(arguments, path, attach=False, inherited=inherited) as pipes:
+            async with self._conmons.start(arguments, path, attach=False, inherited=inherited) as pipes:
                 pipes.proceed()
                 pid = await read_pid(pipes.responses)
         process = find(pid)
@@ -133,7 +135,7 @@ class Runtime:
         return Started(process, monitor)
 
     async def start(self, id: ContainerId, process: ProcessName) -> None:
-        """The created ``process`` becomes the container's command.  Raises: StartError; Unavailable."""
+        """Make the created ``process`` execute the container's command.  Raises: StartError; Unavailable."""
         try:
             async with asyncio.timeout(COMMAND_DEADLINE_S):
                 if not await self._state.start(id, process):
@@ -141,13 +143,13 @@ class Runtime:
         except (RuntimeFailed, ProcessEnded) as error:
             raise StartError(str(error), "start") from error
         except TimeoutError as error:
-            raise Unavailable(f"the container did not begin in {COMMAND_DEADLINE_S:g} s") from error
+            raise Unavailable(f"the container did not start within {COMMAND_DEADLINE_S:g} s") from error
 
     async def wait(self, container: Container) -> Ended:
-        """Return when the container has ended; works for containers of an earlier process too."""
+        """Return when the container has ended, even if an earlier process started it."""
         if container.monitor is not None:
             await wait_gone(container.monitor)
-        # The machine's own shutdown ends containers too, and their monitors record the codes of its signals.
+        # The machine's shutdown also ends containers, and their monitors record the exit codes of its signals.
         interruption = Interruption.MACHINE_RESTARTED if is_of_earlier_boot(container.monitor) else None
         ended = self._read_exit(container)
         if ended is not None:
@@ -155,7 +157,7 @@ class Runtime:
         if container.process is not None:
             await wait_gone(container.process)
         log.warning(
-            "container's end was not seen",
+            "container exit not observed",
             container=container.name,
             first_process=msgspec.to_builtins(container.process),
             monitor=msgspec.to_builtins(container.monitor),
@@ -167,12 +169,12 @@ class Runtime:
         )
 
     async def delete(self, container: Container) -> None:
-        """Remove runc's state and the container's cgroups; kills what is left of it.  Harmless on nothing."""
+        """Remove runc's state and the container's cgroups, and kill its remaining processes.  Idempotent."""
         await self._delete(container.id)
         self.cgroups.remove(container)
 
     async def delete_unknown(self, id: ContainerId) -> None:
-        """The same of a container without a record that can be read."""
+        """Do the same for a container without a readable record."""
         await self._delete(id)
         self.cgroups.remove_unknown(id)
 
@@ -182,7 +184,7 @@ class Runtime:
                 await self.run("delete", "--force", id)
 
     async def clear(self, container: Container) -> None:
-        """The same for a container that has ended: it has no process left, so that no runc is needed."""
+        """Do the same for an ended container, without runc: it has no processes left."""
         backoff = Backoff(first_s=0.001, longest_s=0.02)
         for _ in range(_CLEAR_TRIES_MAX):
             if await asyncio.to_thread(self.cgroups.remove, container):
@@ -191,23 +193,23 @@ class Runtime:
             # The kernel counts a process as a group's member until a moment after its end was reported.
             await asyncio.sleep(backoff.next_delay_s())
         pids: list[int] = []
-        with suppress(Unavailable):  # for the log
+        with suppress(Unavailable):  # only for the log
             pids = sorted(self.cgroups.pids(container))
-        log.warning("processes of an ended container are killed", container=container.id, pids=pids)
+        log.warning("leftover processes of an exited container killed", container=container.id, pids=pids)
         await self.delete(container)
 
     async def pause(self, id: ContainerId) -> None:
-        """Raises: RuntimeFailed."""
+        """Freeze the container.  Raises: RuntimeFailed."""
         await self.run("pause", id)
 
     async def resume(self, id: ContainerId) -> None:
-        """Raises: RuntimeFailed."""
+        """Resume the container.  Raises: RuntimeFailed."""
         await self.run("resume", id)
 
     async def status(self, id: ContainerId) -> str:
-        """``created``, ``running``, ``paused``, ``stopped``; empty for a container that runc does not have.
+        """Return ``created``, ``running``, ``paused``, ``stopped``, or "" for a container that runc does not know.
 
-        When the command fails (no memory for a process, for example), it is read from runc's files.
+        If the command fails (for example without memory for a process), reads the status from runc's files.
         """
         try:
             output = await self.run("state", id)
@@ -217,7 +219,7 @@ class Runtime:
         return status
 
     async def update(self, container: Container) -> Sequence[str]:
-        """Set the limits of ``container`` if it runs; gives warnings: those that this node cannot set.
+        """Set the limits of ``container`` if it runs.  Return warnings about limits that this node cannot set.
 
         Raises: InvalidArgument: this machine does not have the processors or memory nodes; RuntimeFailed.
         """
@@ -228,7 +230,7 @@ class Runtime:
             limits["blockIO"] = found
         if not container.is_running:
             return warnings
-        # A limit that is absent would stay as it is: to lift it, it has to be given.
+        # runc leaves an absent limit unchanged, so lift it explicitly.
         if "memory" in self._capacity.controllers and not config.memory_bytes:
             limits.setdefault("memory", {})["limit"] = -1
             if self._capacity.has_swap_accounting:
@@ -241,11 +243,11 @@ class Runtime:
         return warnings
 
     def reopen_log(self, id: ContainerId) -> None:
-        """Make conmon open its log file anew, after a rename; nothing is lost."""
+        """Make conmon reopen its log file after a rename.  No output is lost."""
         control(self.bundles.bundle(id), b"2 0 0\n")
 
     async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
-        """One runc command; gives what it printed.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
+        """Run a runc command and return its output.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
         process = await asyncio.create_subprocess_exec(
             str(self._runc),
             "--root",
@@ -259,19 +261,19 @@ class Runtime:
         try:
             output, errors = await communicate(process, COMMAND_DEADLINE_S, stdin)
         except TimeoutError as error:
-            raise Unavailable(f"runc {arguments[0]} did not end in {COMMAND_DEADLINE_S:g} s") from error
+            raise Unavailable(f"runc {arguments[0]} did not end within {COMMAND_DEADLINE_S:g} s") from error
         if process.returncode:
             raise RuntimeFailed(plain(errors))
         return output
 
     def expect_exec(self) -> None:
-        """An exec was created, and is probably started in a moment."""
+        """Prepare for an exec that was created and will probably start in a moment."""
         self._conmons.expect_move()
 
     async def exec(
         self, container: Container, exec_id: str, path: Path, *, terminal: bool, stdin: bool
     ) -> "StartedExec":
-        """Start a further process in a container, under a conmon of its own with its directory at ``path``.
+        """Start an additional process in a container, under a new conmon with its directory at ``path``.
 
         Raises: StartError: runc refused; Unavailable: no response in time.
         """
@@ -282,7 +284,7 @@ class Runtime:
             arguments.append("-i")
         attachment: Attachment | None = None
         try:
-            async with self._conmons.started(arguments, path, attach=True) as pipes:
+            async with self._conmons.start(arguments, path, attach=True) as pipes:
                 pipes.proceed()
                 if await pipes.attach_ready.readline():
                     attachment = await attach(path)  # before the process starts, so that no output is missed
@@ -300,26 +302,28 @@ class Runtime:
         return StartedExec(pid, monitor, attachment)
 
     def kill_exec(self, container: Container, pid: int) -> None:
-        """Kill a process of an exec, if it is there.  Raises: Unavailable, OSError: it could not be killed."""
+        """Kill an exec's process, if it exists.  Raises: Unavailable, OSError: it could not be killed."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
             try:
-                # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
+                # Check after opening the descriptor: a process that is in the container's cgroup then is the
+                # container's.
                 if pid in self.cgroups.pids(container):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             finally:
                 os.close(descriptor)
 
     async def end_exec(self, container: Container, path: Path) -> None:
-        """End an exec whose conmon did not respond in time: its process, conmon, runc and what that has begun."""
+        """End an exec whose conmon did not respond in time: its process, conmon, runc and their descendants."""
         with suppress(OSError, ValueError, Unavailable):
             self.kill_exec(container, int((path / "pidfile").read_text()))
         with suppress(OSError, ValueError, TimeoutError):
             monitor = find(int((path / "conmon.pid").read_text()))
-            # Its pid may be another process's by now: conmon has the exec's id among its arguments.
+            # The pid may belong to another process by now.  conmon has the exec's id among its arguments.
             if monitor and os.fsencode(path.name) in Path(f"/proc/{monitor.pid}/cmdline").read_bytes():
-                # runc alone would end with its conmon (PR_SET_PDEATHSIG).  What it has begun in the container, and
-                # has no processor time, would go on later and run the command.  Stopped, conmon stays its parent.
+                # runc alone would end with its conmon (PR_SET_PDEATHSIG).  But a process that runc has begun in the
+                # container, and that lacks processor time, would later continue and run the command.  A stopped conmon
+                # stays its parent.
                 send_signal(monitor, signal.SIGSTOP)
                 try:
                     kill_descendants(monitor)

@@ -1,7 +1,7 @@
-"""From a container to the runtime specification that runc reads (``config.json``).
+"""Translates a container into the runtime specification that runc reads (``config.json``).
 
-Pure: what has to be looked up (the user, what this node can do) comes in as arguments.  Defaults are Docker's
-(moby, oci/defaults.go): namespaces, masked paths, capabilities, the seccomp profile, the default mounts.
+Pure: looked-up facts (the user, this node's capacity) are arguments.  Defaults are Docker's (moby, oci/defaults.go):
+namespaces, masked paths, capabilities, the seccomp profile, the default mounts.
 """
 
 import resource
@@ -39,19 +39,22 @@ _DEFAULT_SYSCTLS = {
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
-    """What a container shares of others that run.  Empty: not known yet, as before the container's start."""
+    """Resources that a container shares with other running containers.
+
+    Empty before its start, when they are unknown.
+    """
 
     namespaces: Mapping[str, str] = {}
     """Paths on the node by type: ``network``, ``pid``, ``ipc``."""
     shm: str = ""
-    """Where the node has the tmpfs that is the container's /dev/shm; empty: one of its own."""
+    """The node's path of the shared tmpfs for /dev/shm.  Empty for a /dev/shm of its own."""
 
 
 NOTHING_SHARED = Shared()
 
 
 class Built(msgspec.Struct, frozen=True):
-    """A specification, and warnings of limits that this node could not set."""
+    """A specification, and warnings about limits that this node could not set."""
 
     specification: dict[str, Any]
     warnings: tuple[str, ...]
@@ -68,11 +71,13 @@ def build(
     devices: Devices = NO_DEVICES,
     shared: Shared = NOTHING_SHARED,
 ) -> Built:
-    """The specification of ``container``.
+    """Return the specification of ``container``.
 
-    ``files``: mounts that the node makes itself (/etc/hosts and its like), placed before the user's; ``devices``: what
-    was found of those that it is given.
-    Raises: InvalidArgument: the configuration cannot work on any node; FailedPrecondition: this one cannot confine it.
+    Args:
+        files: Mounts that the node makes itself (/etc/hosts and similar), placed before the user's.
+        devices: The devices that were found for its options.
+
+    Raises: InvalidArgument: the configuration cannot work on any node; FailedPrecondition: this node cannot confine it.
     """
     config = container.config
     warnings: list[str] = []
@@ -110,7 +115,7 @@ def build(
 def exec_process(
     container: Container, exec: ExecConfig, user: Identity, capacity: Capacity
 ) -> dict[str, Any]:
-    """The process specification of an exec: the container's, with the options of the exec."""
+    """Return the process specification of an exec: the container's, with the exec's options."""
     config = msgspec.structs.replace(
         container.config,
         env=merged_environment(container.config.env, exec.env),
@@ -127,7 +132,7 @@ def exec_process(
 
 
 def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, ...]:
-    """``base`` with the values of ``over``; a bare name in ``over`` removes it.  Later ones win, order is kept.
+    """Override ``base`` with ``over``, in which a bare name removes a variable.  Later entries win, order is kept.
 
     Source: moby, container/env.go (ReplaceOrAppendEnvValues).
     """
@@ -148,7 +153,7 @@ def _process(
     given = [name for name in wanted if name in capacity.capabilities]
     if len(given) < len(wanted):
         refused = [name for name in wanted if name not in capacity.capabilities]
-        warnings.append(f"this node may not give {', '.join(refused)}")
+        warnings.append(f"this node cannot grant {', '.join(refused)}")
     process: dict[str, Any] = {
         "terminal": config.tty,
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": [user.gid, *user.groups]},
@@ -161,7 +166,7 @@ def _process(
     }
     if config.oom_score_adj:
         if config.oom_score_adj < 0 and not capacity.may_lower_oom_score:
-            warnings.append("this node may not lower the OOM score")
+            warnings.append("this node cannot lower the OOM score")
         else:
             process["oomScoreAdj"] = config.oom_score_adj
     profile = _apparmor_profile(config)
@@ -179,7 +184,7 @@ def _capabilities(config: ContainerConfig) -> tuple[str, ...]:
 
 
 def _apparmor_profile(config: ContainerConfig) -> str:
-    """A privileged container is confined by a profile only that its user has named."""
+    """Return the profile.  A privileged container is only confined by a profile that its user has named."""
     if config.apparmor != "default":
         return config.apparmor
     return apparmor.UNCONFINED if config.machine.privileged else apparmor.DEFAULT_PROFILE
@@ -205,7 +210,7 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
             )
         most = capacity.hard_limits.get(type)
         if most is not None and (hard < 0 or hard > most):
-            warnings.append(f"ulimit {limit.name}={hard} is more than this node may give: {most}")
+            warnings.append(f"ulimit {limit.name}={hard} exceeds this node's limit: {most}")
             hard, soft = most, min(soft, most) if soft >= 0 else most
         limits.append({"type": type, "soft": soft & _UNLIMITED, "hard": hard & _UNLIMITED})
     return limits
@@ -249,7 +254,7 @@ def _linux(
 
 
 def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> list[dict[str, str]]:
-    """The container's own namespaces, and those of others that it enters; the machine's are left out."""
+    """Return the container's own namespaces and the namespaces that it joins.  The machine's are left out."""
     options = container.config.machine
     modes = {"pid": options.pid_mode, "ipc": options.ipc_mode, "uts": options.uts_mode}
     found = [{"type": "mount"}]
@@ -266,7 +271,7 @@ def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> lis
 
 
 def _device_rules(config: ContainerConfig, nodes: Iterable[DeviceNode]) -> list[dict[str, Any]]:
-    """Which devices may be used; runc adds those of every container."""
+    """Return the device rules.  runc adds the rules of the devices that every container has."""
     if config.machine.privileged:
         return [{"allow": True, "access": "rwm"}]
     rules: list[dict[str, Any]] = [{"allow": False, "access": "rwm"}]
@@ -341,7 +346,7 @@ def _edited_mount(mount: cdi.BindMount) -> dict[str, Any]:
 
 
 def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
-    """Raises: FailedPrecondition: mounts below it cannot be made read-only."""
+    """Return a mount entry.  Raises: FailedPrecondition: mounts below it cannot be made read-only."""
     options = (point.propagation or "rprivate", *point.options)
     mount = _bind(point.source, point.destination, *options, read_only=point.read_only)
     if "bind" in point.options:
@@ -357,13 +362,13 @@ def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
 
 
 def _bind(source: str, destination: str, *options: str, read_only: bool) -> dict[str, Any]:
-    # Without "rw": runc since 1.2 takes it for a change of flags, and drops the source's noexec, nosuid and nodev.
+    # Without "rw": runc since 1.2 treats it as a change of flags, and drops the source's noexec, nosuid and nodev.
     all_options = ["rbind", *(["ro"] if read_only else []), *options]
     return {"destination": destination, "type": "bind", "source": source, "options": all_options}
 
 
 def _without_overridden(mounts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One mount per destination, the later one, at its position."""
+    """Keep only the last mount of each destination, at its position."""
     last: dict[str, dict[str, Any]] = {}
     for mount in mounts:
         last.pop(mount["destination"], None)

@@ -1,9 +1,10 @@
 """runc, executed from sealed memory.
 
-A process of a container must never get hold of a runc that it could write to (CVE-2019-5736).  So ``runc init``
-executes a copy of itself before it enters a container: runc 1.1 mounts its own file read-only for a moment, which costs
-a start and an exec a mount, an unmount and a second loading of the program, and makes systemd read the list of mounts
-twice; later ones copy it to memory.  None does so when it was executed from a memory file that nothing can write to.
+A container's process must never get access to a runc that it could write to (CVE-2019-5736).  So ``runc init`` executes
+a copy of itself before it enters a container.  runc 1.1 mounts its own file read-only for a moment, which costs a start
+and an exec a mount, an unmount and a second loading of the program, and makes systemd read the mount table twice.
+Later versions copy it to memory.  No version copies itself if it was executed from a memory file that nothing can
+write to.
 
 Source: runc, libcontainer/nsenter/cloned_binary.c (is_self_cloned), contrib/cmd/memfd-bind.
 """
@@ -22,15 +23,16 @@ from skep.linux.descriptors import set_aside_descriptor
 log = structlog.get_logger()
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-"""Exactly these: runc 1.1 compares for equality."""
+"""Exactly these, because runc 1.1 compares for equality."""
 _MFD_EXEC = 0x10
-"""Linux 6.3: executable whatever the sysctl vm.memfd_noexec (1) says."""
+"""Linux 6.3: executable regardless of the sysctl vm.memfd_noexec (1)."""
 
 
 class SealedProgram:
-    """A copy of runc in memory, made anew when its file has changed.
+    """A copy of runc in memory, refreshed when runc's file changes.
 
-    Other runtimes, and scripts around one, are executed from their files: they may look at their own path.
+    Other runtimes, and scripts around a runtime, are executed from their files, because they may inspect their own
+    path.
     """
 
     def __init__(self, file: Path) -> None:
@@ -40,25 +42,25 @@ class SealedProgram:
         self._descriptor: int | None = None
 
     def path(self) -> str:
-        """Where to execute it while this process lives; the file itself, where there is no such memory.
+        """Return the path to execute while this process lives, which is the file itself if memory files do not work.
 
-        The first time, and after an upgrade of runc, it blocks for the copy: 10 MB, about as many milliseconds.
+        The first call, and the first after an upgrade of runc, blocks for the copy: 10 MB, about as many milliseconds.
         """
         try:
             version = _version(self._file)
-        except OSError:  # what executes it says why
+        except OSError:  # the caller that executes it reports the reason
             return self._path
         if version != self._version:
             try:
                 self._path = self._take(_sealed_copy(self._file))
             except OSError as error:
-                log.info("runtime is executed from its file", program=str(self._file), reason=str(error))
+                log.info("runtime not executed from memory", program=str(self._file), reason=str(error))
                 self._path = str(self._file)
             self._version = version
         return self._path
 
     def close(self) -> None:
-        """Give the memory back; the next ``path`` makes another copy."""
+        """Free the memory.  The next ``path`` makes another copy."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._path, self._version, self._descriptor = str(self._file), (), None
@@ -67,7 +69,7 @@ class SealedProgram:
         if self._descriptor is None:
             self._descriptor = set_aside_descriptor(copy)
         else:
-            # At the number of the one before: what is about to execute that gets this one, and never another file.
+            # Reuse the number: a caller about to execute the old path gets the new copy, and never another file.
             os.dup2(copy, self._descriptor, inheritable=False)
             os.close(copy)
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
@@ -79,15 +81,15 @@ def _version(file: Path) -> tuple[int, ...]:
 
 
 def _sealed_copy(file: Path) -> int:
-    """Its descriptor.  Raises: OSError: it is another program, or the kernel refuses."""
+    """Copy runc to sealed memory and return its descriptor.  Raises: OSError: not runc, or the kernel refuses."""
     with open(file, "rb") as source, open(_memory(), "wb") as memory:
         if not file.resolve().name.startswith("runc") or source.read(4) != b"\x7fELF":
-            raise OSError(errno.ENOEXEC, "it is no runc")
+            raise OSError(errno.ENOEXEC, "it is not runc")
         source.seek(0)
         shutil.copyfileobj(source, memory)
         memory.flush()
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
-        # Opened again: the kernel executes no file that is open for writing.
+        # Opened again, because the kernel does not execute a file that is open for writing.
         copy = os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     if not os.access(f"/proc/self/fd/{copy}", os.X_OK):
         os.close(copy)

@@ -1,13 +1,13 @@
-"""Seccomp profiles in the form runc takes, for a set of capabilities.
+"""Seccomp profiles in runc's format, for a set of capabilities.
 
-A profile in Docker's JSON has conditions: which capabilities, architectures and kernels a rule is for.
-``for_runtime`` evaluates them; the default one is ``seccomp_default``'s.
+A profile in Docker's JSON has conditions on the capabilities, architectures and kernels of each rule.  ``for_runtime``
+evaluates them.  The default profile is in ``seccomp_default``.
 
-Each architecture of the profile costs every start: runc builds the filter anew each time, 5 to 8 ms of processor
-time per architecture.  So the default profile leaves out x32, a second way to number the calls of x86_64, where the
-kernel has no x32 (``runs_x32``; only Debian's has it, switched off).  No call is allowed that was refused: there, an
-x32 call can only fail.  It ends the process that makes one, as it does under systemd's
-``SystemCallArchitectures=native``, where the whole profile gives ENOSYS or EPERM.
+Each architecture of the profile costs time at every start, because runc builds the filter again: 5 to 8 ms of processor
+time.  So on kernels without x32 (``runs_x32``; only Debian's has it, disabled) the default profile leaves out x32, a
+second numbering of x86_64's system calls.  That allows no additional call: there an x32 call can only fail.  It kills
+the calling process, as under systemd's ``SystemCallArchitectures=native``, where the whole profile would return ENOSYS
+or EPERM.
 """
 
 import platform
@@ -42,13 +42,14 @@ result = libc.syscall(ctypes.c_long(0x40000000 | 39))  # getpid
 sys.exit(0 if result < 0 and ctypes.get_errno() == errno.ENOSYS else 1)
 """
 _PROBE_TIMEOUT_S = 5.0
+"""Deadline of the probe.  A probe that takes longer counts as support."""
 
 
 @cache
 def runs_x32() -> bool:
-    """Whether this kernel may run x32 calls; found out by one, in a process of its own.  Only "no such call" is a no.
+    """Return whether this kernel may run x32 calls, by trying one in a separate process.  Only ENOSYS means no.
 
-    The process may be killed for trying: by a filter around us, which is no evidence about the kernel.
+    A filter around us may kill that process, which says nothing about the kernel.
     """
     if platform.machine() != "x86_64":
         return False
@@ -62,17 +63,17 @@ def runs_x32() -> bool:
 
 @cache
 def default(capabilities: frozenset[str], *, has_x32: bool = True) -> msgspec.Raw:
-    """``linux.seccomp`` with the default profile, encoded.  ``has_x32``: the kernel may run x32 calls.
+    """Return the default profile as an encoded ``linux.seccomp``.  ``has_x32``: the kernel may run x32 calls.
 
-    Encoded because it is by far the largest part of a specification and the same for nearly every container.
+    Encoded and cached, because it is by far the largest part of a specification and almost always the same.
     """
     return _here(seccomp_default.profile(), capabilities, has_x32=has_x32)
 
 
 def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = True) -> msgspec.Raw:
-    """``linux.seccomp`` from a profile in Docker's JSON; without x32's part unless ``has_x32``.
+    """Convert a profile in Docker's JSON to ``linux.seccomp``, without x32 unless ``has_x32``.
 
-    Raises: InvalidArgument: it is none.
+    Raises: InvalidArgument: the profile is invalid.
     """
     try:
         return _here(msgspec.json.decode(profile), frozenset(capabilities), has_x32=has_x32)
@@ -81,7 +82,7 @@ def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = Tru
 
 
 def _here(profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: bool) -> msgspec.Raw:
-    """For this machine and kernel."""
+    """Evaluate a profile for this machine and kernel."""
     rules = for_runtime(
         profile, capabilities, machine=platform.machine(), kernel=kernel_version(platform.release())
     )
@@ -93,7 +94,7 @@ def _here(profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: 
 def for_runtime(
     profile: Mapping[str, Any], capabilities: frozenset[str], *, machine: str, kernel: tuple[int, int]
 ) -> dict[str, Any]:
-    """The profile with its conditions evaluated: all of ``includes`` hold, none of ``excludes``.
+    """Evaluate a rule's conditions: all of ``includes`` hold, none of ``excludes``.
 
     Source: moby, profiles/seccomp/seccomp_linux.go (setupSeccomp).
     """
@@ -138,15 +139,15 @@ def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
     if rule.get("args"):
         known = ("index", "value", "valueTwo", "op")
         converted["args"] = [{key: arg[key] for key in known if key in arg} for arg in rule["args"]]
-    # runc refuses an error number beside an action that returns none.
+    # runc refuses an error number for an action that does not return one.
     if rule.get("errnoRet") is not None and rule["action"] in ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"):
         converted["errnoRet"] = rule["errnoRet"]
     return converted
 
 
 def kernel_version(release: str) -> tuple[int, int]:
-    """Major and minor number of a kernel's release (``uname -r``).  Raises: ValueError."""
+    """Return the major and minor number of a kernel release (``uname -r``).  Raises: ValueError."""
     found = _RELEASE.match(release)  # 6.16+deb14-amd64, for example
     if found is None:
-        raise ValueError(f"no version of a kernel: {release}")
+        raise ValueError(f"not a kernel version: {release}")
     return int(found[1]), int(found[2])

@@ -1,8 +1,8 @@
-"""The default seccomp profile: which system calls a container may make.  Data, and its form in Docker's JSON.
+"""The default seccomp profile: the system calls that a container may make.  Data, and its form in Docker's JSON.
 
-What is not named here fails with EPERM.  The verdicts are those of Docker's own default (moby/profiles, seccomp
-v0.2.3); tests/unit/engine/test_default_profile.py has digests of them all.  Names that libseccomp does not have are
-passed over by runc.
+Calls that are not listed fail with EPERM.  The rules are the same as Docker's own default (moby/profiles, seccomp
+v0.2.3), and tests/unit/engine/test_default_profile.py has digests of all of them.  runc ignores names that libseccomp
+does not know.
 """
 
 import re
@@ -49,17 +49,17 @@ _ALLOWED: Final = """
     {get,set}itimer timer_{create,delete,getoverrun} timer_{get,set}time{,64} timerfd_create timerfd_{get,set}time{,64}
 """
 _IRREGULAR: Final = {
-    "clock_gettime_time64": "clock_gettime64",  # the only one of its family without the word
+    "clock_gettime_time64": "clock_gettime64",  # the only one of its family without the suffix
     "getfsuid": None,
     "getfsgid": None,
     "getfsuid32": None,
     "getfsgid32": None,
 }
-"""Exceptions from the patterns above, with their value."""
+"""Exceptions from the patterns above, with their real name or None."""
 
 
 class Condition(NamedTuple):
-    """Of an argument of a call.  ``operation`` MASKED_EQ: none of the bits of ``value`` is set."""
+    """Condition on an argument of a call.  ``operation`` MASKED_EQ: no bit of ``value`` is set."""
 
     operation: str
     value: int
@@ -67,34 +67,34 @@ class Condition(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Calls under conditions, all of which have to hold."""
+    """Calls that are allowed if all conditions hold."""
 
     names: str
     having: str = ""
-    """A capability of the container."""
+    """Capability that the container must have."""
     lacking: str = ""
-    """One that it does not have."""
+    """Capability that the container must not have."""
     architectures: str = ""
-    """On these only, by the names that Go has for them."""
+    """Only on these architectures, by their names in Go."""
     elsewhere: str = ""
-    """Not on these."""
+    """Not on these architectures."""
     kernel: str = ""
-    """From this one on."""
+    """Since this kernel version."""
     condition: Condition | None = None
     errno: int = 0
-    """The call is not allowed but fails with this number."""
+    """Error number with which the call fails instead of being allowed."""
 
 
 _AF_ALG, _AF_VSOCK = 38, 40
 _NEW_NAMESPACES = 0x7E020000
 """CLONE_NEWNS, -CGROUP, -UTS, -IPC, -USER, -PID and -NET."""
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-"""PER_LINUX and PER_LINUX32, each also with UNAME26, and the question which it is."""
+"""PER_LINUX and PER_LINUX32, each also with UNAME26, and the query for the current value."""
 _ENOSYS = 38
 _TRACING = "ptrace process_vm_{readv,writev}"
 
 _GROUPS: Final = (
-    Group(_TRACING, kernel="4.8"),  # before it, a tracer could get round its own filter
+    Group(_TRACING, kernel="4.8"),  # before 4.8, a tracer could bypass its own filter
     Group("socket", condition=Condition("LT", _AF_ALG)),
     Group("socket", condition=Condition("EQ", _AF_ALG + 1)),
     Group("socket", condition=Condition("GT", _AF_VSOCK)),
@@ -127,7 +127,7 @@ _GROUPS: Final = (
         architectures="s390 s390x",
         condition=Condition("MASKED_EQ", _NEW_NAMESPACES, argument=1),  # there the flags come second
     ),
-    # Its flags lie in memory, where a filter does not look; C libraries then use clone.
+    # Its flags are in memory, which a filter cannot read.  C libraries then use clone.
     Group("clone3", lacking="CAP_SYS_ADMIN", errno=_ENOSYS),
     Group("reboot", having="CAP_SYS_BOOT"),
     Group("chroot", having="CAP_SYS_CHROOT"),
@@ -158,7 +158,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 @cache
 def profile() -> dict[str, Any]:
-    """The profile in Docker's JSON, its conditions not yet evaluated."""
+    """Return the profile in Docker's JSON, with unevaluated conditions."""
     return {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": 1,

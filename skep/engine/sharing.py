@@ -1,7 +1,7 @@
-"""What containers share with each other: namespaces, mounts, a host name.  ``get``: a container by id or name.
+"""Resources that containers share: namespaces, mounts, a host name.  ``get`` returns a container by id or name.
 
-Source: moby 20.10, daemon/container_operations_unix.go (getIpcContainer, getPidContainer), daemon/volumes.go; the words
-are its own.
+Source, including the error texts: moby 20.10, daemon/container_operations_unix.go (getIpcContainer, getPidContainer),
+daemon/volumes.go.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +23,9 @@ Get: TypeAlias = Callable[[str], Container]
 
 
 def with_ids(request: CreateRequest, own_name: str, get: Get) -> CreateRequest:
-    """``request`` with ids in the place of containers' names.
+    """Replace container names in ``request`` by ids.
 
-    Raises: InvalidArgument: there is none of a name.  (The docker command takes a missing container for a missing
-    image, and pulls it.)
+    Raises: InvalidArgument: no such container.  (A NotFound would make the docker command pull the image.)
     """
     host, ids = request.host_config, {}
     for field in ("network_mode", "pid_mode", "ipc_mode"):
@@ -40,7 +39,7 @@ def with_ids(request: CreateRequest, own_name: str, get: Get) -> CreateRequest:
 
 
 def _existing(name: str, get: Get) -> Container:
-    """Raises: InvalidArgument: there is none."""
+    """Return a container.  Raises: InvalidArgument: it does not exist."""
     try:
         return get(name)
     except NotFound as error:
@@ -48,13 +47,13 @@ def _existing(name: str, get: Get) -> Container:
 
 
 def with_hostname(config: ContainerConfig, network_mode: str, get: Get) -> ContainerConfig:
-    """``config`` with the host name of the container whose network it shares."""
+    """Return ``config`` with the host name of the container whose network it shares."""
     name = other_container(network_mode)
     return msgspec.structs.replace(config, hostname=get(name).config.hostname) if name else config
 
 
 def inherited_mounts(specs: Sequence[str], own: Iterable[Mount], get: Get) -> tuple[MountPoint, ...]:
-    """The mounts of ``--volumes-from`` but where the container has one of its ``own``.  Raises: InvalidArgument."""
+    """Return the mounts of ``--volumes-from`` whose targets are not among its ``own``.  Raises: InvalidArgument."""
     found: dict[str, MountPoint] = {}
     taken = {mount.target for mount in own}
     for text in specs:
@@ -67,9 +66,9 @@ def inherited_mounts(specs: Sequence[str], own: Iterable[Mount], get: Get) -> tu
 
 
 def shared_by(container: Container, get: Get, shm: Callable[[ContainerId], Path]) -> Shared:
-    """What a container to be started shares of others.
+    """Return the resources of other containers that a starting container shares.
 
-    ``shm``: where the node has a container's /dev/shm.  Raises: NotFound; NotRunning; InvalidArgument.
+    ``shm`` returns the node's path of a container's /dev/shm.  Raises: NotFound; NotRunning; InvalidArgument.
     """
     machine = container.config.machine
     path, namespaces = "", {}
@@ -92,7 +91,10 @@ def shared_by(container: Container, get: Get, shm: Callable[[ContainerId], Path]
 
 
 def _shm_of(other: Container, get: Get, shm: Callable[[ContainerId], Path]) -> str:
-    """Raises: NotFound; InvalidArgument: the container shares it with no other."""
+    """Return the path of a container's /dev/shm.
+
+    Raises: NotFound; InvalidArgument: the container does not share it.
+    """
     mode = other.config.machine.ipc_mode
     if mode == "host":
         return "/dev/shm"

@@ -1,4 +1,4 @@
-"""Signals by the names users give them."""
+"""Parses users' names of signals."""
 
 import signal
 
@@ -6,9 +6,9 @@ from skep.errors import InvalidArgument
 
 
 def signal_number(name: str) -> int:
-    """The number of ``SIGTERM``, ``TERM``, ``RTMIN+3`` or ``15``.
+    """Return the number of ``SIGTERM``, ``TERM``, ``RTMIN+3`` or ``15``.
 
-    Raises: InvalidArgument, with Docker's words: there is no such signal.
+    Raises: InvalidArgument, in Docker's words: no such signal.
     """
     word = name.strip().upper().removeprefix("SIG")
     base, _, offset = word.partition("+")
@@ -27,7 +27,7 @@ def signal_number(name: str) -> int:
 
 
 def ends_pause(number: int, stop_signal: str) -> bool:
-    """Whether a paused container goes on when it is sent a signal: any one if it has no stop signal of its own.
+    """Return whether a signal resumes a paused container.  Every signal does if the container has no stop signal.
 
     Source: moby 24.0, daemon/kill.go (killWithSignal).
     """

@@ -1,4 +1,4 @@
-"""The records of all containers of a node: in memory for reading, on disk for the next process."""
+"""The records of a node's containers: in memory for reading, on disk for the next process."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from skep.model.times import ZERO_TIME
 
 
 class ContainerStore:
-    """Containers by id, name and prefix.  Every change is written before it is seen."""
+    """Containers by id, name and prefix.  Every change is written to disk before it is visible."""
 
     def __init__(self, bundles: Bundles) -> None:
         self._bundles = bundles
@@ -36,17 +36,17 @@ class ContainerStore:
         self._unsaved = asyncio.Event()
 
     def list(self) -> Sequence[Container]:
-        """All of them, the newest first."""
+        """Return all containers, newest first."""
         return sorted(self._containers.values(), key=lambda one: (one.created_at, one.id), reverse=True)
 
     def lookup(self, id: ContainerId) -> Container | None:
-        """The container with exactly this id."""
+        """Return the container with exactly this id, or None."""
         return self._containers.get(id)
 
     def get(self, word: str) -> Container:
-        """The container with this full id, else name, else unique prefix of an id.
+        """Return the container with this full id, else name, else unique prefix of an id.
 
-        Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix fits several.
+        Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix is ambiguous.
 
         Source: moby 28, daemon/container/view.go (GetByPrefix).
         """
@@ -64,45 +64,45 @@ class ContainerStore:
         return self._containers[matches[0]]
 
     def require(self, id: ContainerId) -> Container:
-        """The container with exactly this id.  Raises: NotFound."""
+        """Return the container with exactly this id.  Raises: NotFound."""
         container = self._containers.get(id)
         if container is None:
             raise NotFound(f"No such container: {id}")
         return container
 
     def require_kept(self, id: ContainerId, refusal: str) -> Container:
-        """``require`` one that is not being removed.  Raises: NotFound; BeingRemoved, with the text ``refusal``."""
+        """Return a container that is not being removed.  Raises: NotFound; BeingRemoved, with the text ``refusal``."""
         container = self.require(id)
         if container.state is ContainerState.REMOVING:
             raise BeingRemoved(refusal)
         return container
 
     def require_startable(self, id: ContainerId) -> Container:
-        """Raises: NotFound; BeingRemoved.  Source: moby, daemon/start.go."""
+        """Return a container that may be started.  Raises: NotFound; BeingRemoved.  Source: moby, daemon/start.go."""
         return self.require_kept(id, "container is marked for removal and cannot be started")
 
     def require_plain(self, word: str) -> tuple[Container, PlainOptions]:
-        """``get`` a plain container.  Raises: NotFound; FailedPrecondition: it is a task's."""
+        """Return a plain container and its options.  Raises: NotFound; FailedPrecondition: it belongs to a task."""
         container = self.get(word)
         if container.plain is None:
             raise FailedPrecondition(f"container {container.name} belongs to a task")
         return container, container.plain
 
     def free_name(self, new_name: NameSource) -> str:
-        """One that no container has.  Raises: ResourceExhausted: none was found."""
+        """Return a name that no container has.  Raises: ResourceExhausted: none was found."""
         name = free_name(new_name, self._ids_by_name.__contains__, attempts=100)
         if name is None:
             raise ResourceExhausted("no free name was found: give the container one (--name)")
         return name
 
     def add(self, container: Container) -> None:
-        """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""
+        """Add a new container or a container of an earlier process.  Raises: AlreadyExists: the name is taken."""
         self.check_free(container.name)
         self._containers[container.id] = container
         self._ids_by_name[container.name] = container.id
 
     def change(self, id: ContainerId, **fields: Any) -> Container:
-        """Replace fields of a record, on disk and here, and wake waiters.  Raises: NotFound; OSError."""
+        """Replace fields of a record on disk and in memory, and wake waiters.  Raises: NotFound; OSError."""
         container = msgspec.structs.replace(self.require(id), **fields)
         self._bundles.save(container)
         self._containers[id] = container
@@ -111,7 +111,7 @@ class ContainerStore:
         return container
 
     def observe(self, id: ContainerId, **fields: Any) -> Container:
-        """Like ``change`` for an observed fact: a write that fails is retried in the background.
+        """Do the same for an observed fact.  A failed write is retried in the background.
 
         Raises: NotFound.
         """
@@ -126,21 +126,21 @@ class ContainerStore:
         return container
 
     def observe_running(self, before: Container, **fields: Any) -> Container:
-        """``observe`` a fact of the run that ``before`` shows; once that has ended, nothing is written.
+        """Observe a fact of the run that ``before`` shows.  Writes nothing if that has ended.
 
-        Raises: NotFound; NotRunning: it has ended, and may have been started again.
+        Raises: NotFound; NotRunning: the run has ended.  Another one may have begun.
         """
         self.require_run(before)
         return self.observe(before.id, **fields)
 
     def require_run(self, before: Container) -> None:
-        """Raises: NotFound; NotRunning: the run that ``before`` shows has ended; another one may have begun."""
+        """Raise NotRunning if the run that ``before`` shows has ended, even if another has begun.  Raises: NotFound."""
         present = self.require(before.id)
         if not present.is_running or present.process != before.process:
             raise NotRunning(f"Container {before.id} is not running")
 
     def note_stopped(self, id: ContainerId) -> Container:
-        """Record that a plain container's user has stopped it; of a task's nothing changes.  Raises: NotFound."""
+        """Record that a plain container's user has stopped it.  Leaves a task's unchanged.  Raises: NotFound."""
         container = self.require(id)
         plain = container.plain
         if plain is None or plain.is_stopped:
@@ -148,7 +148,7 @@ class ContainerStore:
         return self.observe(id, plain=msgspec.structs.replace(plain, is_stopped=True))
 
     def count_restart(self, id: ContainerId) -> None:
-        """Record one more attempt of its policy to start it, if that can be written: a full disk uses up none."""
+        """Record one more restart by the policy, if that can be written: a full disk does not use up attempts."""
         container = self._containers.get(id)
         if container is not None and container.plain is not None:
             plain = msgspec.structs.replace(container.plain, restarts=container.plain.restarts + 1)
@@ -156,14 +156,14 @@ class ContainerStore:
                 self.change(id, plain=plain, is_at_rest=False)
 
     async def run(self, clock: Clock) -> None:
-        """Retry writes that have failed, until cancelled."""
+        """Retry failed writes until cancelled."""
         while True:
             await self._unsaved.wait()
             self._unsaved.clear()
             await retry(self._write, "records not written", clock=clock, longest_s=5.0)
 
     async def _write(self) -> None:
-        """Write all pending records.  Raises: the first error, once all others are written."""
+        """Write all pending records.  Raises the first error after it has tried all."""
         errors = []
         for id in tuple(self._pending):
             container = self._containers.get(id)
@@ -178,17 +178,17 @@ class ContainerStore:
             raise errors[0]
 
     def restore(self, container: Container) -> None:
-        """Add a container of an earlier process; if its name is taken by another one, it gets its id as a suffix."""
+        """Add a container of an earlier process.  If another has its name, append its id to the name."""
         if container.name in self._ids_by_name:
             container = msgspec.structs.replace(container, name=f"{container.name}-{container.id[:12]}")
         self.add(container)
 
     @contextmanager
     def renamed(self, id: ContainerId, name: str) -> Iterator[Container]:
-        """Give a container another name, on disk and here; if the block raises, it has the old one again.
+        """Rename a container on disk and in memory.  If the block raises, restore the old name.
 
-        Until the block ends no other container can have either name.
-        Raises: NotFound; AlreadyExists: it is taken; OSError.
+        No other container can take either name until the block ends.
+        Raises: NotFound; AlreadyExists: the name is taken; OSError.
         """
         before = self.require(id).name
         self.check_free(name)
@@ -204,7 +204,7 @@ class ContainerStore:
             del self._ids_by_name[unused]
 
     def check_free(self, name: str) -> None:
-        """Raises: AlreadyExists, in Docker's words: a container has ``name``."""
+        """Raise AlreadyExists, in Docker's words, if a container has ``name``."""
         taken = self._ids_by_name.get(name)
         if taken is not None:
             raise AlreadyExists(
@@ -213,7 +213,7 @@ class ContainerStore:
             )
 
     def forget(self, id: ContainerId) -> None:
-        """Drop a container whose directory is gone."""
+        """Drop a container whose directory was removed."""
         container = self._containers.pop(id, None)
         if container is not None:
             del self._ids_by_name[container.name]
@@ -221,7 +221,7 @@ class ContainerStore:
         self._notify(id)
 
     async def wait(self, id: ContainerId, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
-        """Return the container once ``condition`` holds; of one that is removed, its last state.  Raises: NotFound."""
+        """Return the container once ``condition`` holds, or the last state of a removed one.  Raises: NotFound."""
         container = first = self.require(id)
         while True:
             match condition:
@@ -237,7 +237,7 @@ class ContainerStore:
             container = present
 
     async def wait_changed(self, id: ContainerId) -> None:
-        """Return when the container next changes or is removed."""
+        """Return at the next change or removal of the container."""
         await self._changed.setdefault(id, asyncio.Event()).wait()
 
     def _notify(self, id: ContainerId) -> None:
@@ -247,7 +247,7 @@ class ContainerStore:
 
 
 def _has_ended(before: Container, present: Container) -> bool:
-    """Whether a run has ended since ``before``, or its policy starts it no more.
+    """Return whether a run has ended since ``before``, or the policy has given up restarting.
 
     Source: moby, container/state.go (SetRestarting, SetStopped).
     """

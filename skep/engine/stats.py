@@ -1,7 +1,7 @@
-"""What a container uses, in the form of ``GET /containers/{id}/stats``.
+"""A container's resource usage, in the form of ``GET /containers/{id}/stats``.
 
-One sample; the previous one that docker subtracts (``precpu_stats``) is kept by the caller.
-Source: moby, daemon/stats_unix.go; fields of cgroup v1 and v2 are brought to the same names there.
+One sample.  The caller keeps the previous one, which the docker command subtracts (``precpu_stats``).
+Source: moby, daemon/stats_unix.go, which also maps the fields of cgroup v1 and v2 to the same names.
 """
 
 import errno
@@ -21,7 +21,7 @@ _NS_PER_US = 1000
 
 
 class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Nanoseconds.  ``percpu_usage`` exists on cgroup v1 only."""
+    """Processor time in nanoseconds.  ``percpu_usage`` exists only on cgroup v1."""
 
     total_usage: int = msgspec.field(default_factory=int)
     percpu_usage: tuple[int, ...] = ()
@@ -30,7 +30,7 @@ class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Throttling(msgspec.Struct, frozen=True, kw_only=True):
-    """Periods of the CPU limit, those in which it was reached, and nanoseconds waited because of it."""
+    """Periods of the CPU limit, periods that reached it, and nanoseconds waited because of it."""
 
     periods: int = 0
     throttled_periods: int = 0
@@ -38,7 +38,7 @@ class Throttling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CPUStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """``system_cpu_usage``: nanoseconds that all processors of the node have worked."""
+    """Processor statistics.  ``system_cpu_usage`` is the working time of all the node's processors in nanoseconds."""
 
     cpu_usage: CPUUsage = msgspec.field(default_factory=CPUUsage)
     system_cpu_usage: int = 0
@@ -47,7 +47,7 @@ class CPUStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class MemoryStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bytes.  ``stats``: the kernel's own list."""
+    """Memory statistics in bytes.  ``stats`` is the kernel's own list."""
 
     usage: int = 0
     max_usage: int = 0
@@ -57,7 +57,7 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class PidsStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Processes and threads now, and at most."""
+    """Current number of processes and threads, and its limit."""
 
     current: int = 0
     limit: int = 0
@@ -77,7 +77,7 @@ class NetworkStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlkioEntry(msgspec.Struct, frozen=True):
-    """One counter of one block device.  ``op``: Read, Write, ..."""
+    """One counter of one block device.  ``op`` is Read, Write, ..."""
 
     major: int
     minor: int
@@ -93,7 +93,7 @@ class BlkioStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One sample, spelled as the API spells it."""
+    """One sample, with the API's field names."""
 
     read: Timestamp
     preread: Timestamp = msgspec.field(default_factory=lambda: ZERO_TIME)
@@ -110,9 +110,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
-    """What ``container`` has used so far; only its names when it does not run.
+    """Return the usage of ``container`` so far, or only its names if it does not run.
 
-    Raises: Unavailable: the machine refuses to say; zeros would be taken for what it uses.
+    Raises: Unavailable: the machine refuses access.  Zeros instead would look like real values.
     """
     if not container.is_running:
         return Stats(read=ZERO_TIME, name=f"/{container.name}", id=container.id)
@@ -140,9 +140,9 @@ def _sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
 
 
 def cpu_and_memory(container: Container, cgroups: Cgroups) -> tuple[int, int] | None:
-    """Nanoseconds of processor time so far, and bytes without caches that can be reclaimed at once.
+    """Return nanoseconds of processor time so far, and bytes without caches that can be reclaimed at once.
 
-    From the three files that are needed for it.  None: it has ended.  Raises: OSError: they cannot be read.
+    Reads only the three files that this needs.  Returns None if the container has ended.  Raises: OSError.
     """
     files = _Files(container, cgroups)
     if cgroups.is_v2:
@@ -157,7 +157,7 @@ def cpu_and_memory(container: Container, cgroups: Cgroups) -> tuple[int, int] | 
 
 
 class _Files:
-    """Files of one container's groups; what is missing reads as nothing."""
+    """Files of one container's groups.  A missing file reads as empty."""
 
     def __init__(self, container: Container, cgroups: Cgroups) -> None:
         self._container = container
@@ -172,18 +172,18 @@ class _Files:
         return int(text) if text.isdigit() else 0
 
     def table(self, controller: str, name: str) -> dict[str, int]:
-        """Lines of ``key value``."""
+        """Return lines of ``key value`` as a mapping."""
         return flat_keyed(self.text(controller, name))
 
 
 def flat_keyed(text: str) -> dict[str, int]:
-    """A "flat keyed" file of the kernel: one ``key number`` per line."""
+    """Parse a "flat keyed" file of the kernel: one ``key number`` per line."""
     pairs = (line.split() for line in text.splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def network_counters(text: str) -> dict[str, NetworkStats]:
-    """/proc/PID/net/dev without the loopback device."""
+    """Parse /proc/PID/net/dev, without the loopback device."""
     found = {}
     for line in text.splitlines()[2:]:
         name, _, counters = line.partition(":")
@@ -292,24 +292,27 @@ def _blkio_v2(files: _Files) -> BlkioStats:
 
 
 def _system_cpu_ns() -> int:
-    """user, nice, system, idle, iowait, irq and softirq time of the whole node."""
+    """Return user, nice, system, idle, iowait, irq and softirq time of the whole node in nanoseconds."""
     first = _read(Path("/proc/stat")).partition("\n")[0].split()
     return sum(map(int, first[1:8])) * (1_000_000_000 // _TICKS_PER_SECOND)
 
 
 def _at_most_the_node(limit: int) -> int:
-    """Without a limit the kernel gives a huge number (v1) or ``max`` (v2); docker shows the node's memory."""
+    """Cap a limit.
+
+    If unlimited the kernel reports a huge number (v1) or ``max`` (v2), and Docker the node's memory.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(limit, total) if limit else total
 
 
 def _read(path: Path) -> str:
-    """A file of the kernel; nothing of one that is not there.  Raises: OSError: it cannot be read at the moment."""
+    """Return a kernel file's text, or "" if it does not exist.  Raises: OSError: it cannot be read at the moment."""
     try:
         return path.read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
     except OSError as error:
-        if error.errno == errno.ENODEV:  # of a group that is being removed
+        if error.errno == errno.ENODEV:  # its group is being removed
             return ""
         raise

@@ -1,7 +1,7 @@
-"""Memory file systems of containers (``--tmpfs``, ``--mount type=tmpfs``): the node mounts them, and runc binds them.
+"""Memory file systems of containers (``--tmpfs``, ``--mount type=tmpfs``), mounted by the node and bound by runc.
 
-runc's own tmpfs has the mode of the directory that it covers: before 1.1.9 whatever mode was asked for, and since then
-where none was.  At a container's second start there is always such a directory, which runc has made at the first one.
+A tmpfs that runc mounts gets the mode of the directory that it covers: before 1.1.9 even if a mode was requested, since
+then without one.  At a container's second start the directory always exists, because runc made it at the first start.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +14,7 @@ from skep.linux import syscalls
 from skep.linux.mounting import parse_options
 
 DEFAULT_MODE: Final = 0o1777
+"""Mode of a tmpfs without a mode option over a path that the image does not have."""
 
 _TYPE = "tmpfs"
 _PROPAGATIONS: Final = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
@@ -41,7 +42,7 @@ _VALUES: Final = frozenset({"size", "mode", "uid", "gid", "nr_inodes", "nr_block
 
 
 def check_options(words: Iterable[str]) -> None:
-    """Raises: InvalidArgument, in Docker's words.  What would make it another kind of mount (``bind``) is refused, too.
+    """Raise InvalidArgument, in Docker's words, also for options that would make it another kind of mount (``bind``).
 
     Source: moby/sys, mount (MergeTmpfsOptions).
     """
@@ -53,9 +54,9 @@ def check_options(words: Iterable[str]) -> None:
 
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
-    """``point`` as runc gets it, with the path at which ``mount_all`` mounts it, which is the node's own.
+    """Return ``point`` for runc, with the node's path at which ``mount_all`` mounts it.
 
-    A bind mount has the flags of its source, read-only included, as long as runc is given none.
+    A bind mount has its source's flags, including read-only, unless runc gets other flags.
     """
     chosen = [word for word in point.options if word in _PROPAGATIONS]
     return MountPoint(
@@ -68,10 +69,10 @@ def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
 
 
 def mount_all(points: Sequence[MountPoint], place: Path, mode_of: Callable[[str], int]) -> None:
-    """Mount the memory file systems among ``points``, each by its number below ``place`` and empty.
+    """Mount the memory file systems among ``points``, each empty and by its number below ``place``.
 
     Args:
-        mode_of: gives the mode of one that has none of its own, by its mount point.
+        mode_of: Returns the mode for a mount point without a mode option.
 
     Raises: OSError; FailedPrecondition: the kernel refuses the options.
     """
@@ -80,7 +81,7 @@ def mount_all(points: Sequence[MountPoint], place: Path, mode_of: Callable[[str]
             continue
         target = place / str(number)
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
-        syscalls.unmount_if_mounted(target)  # of a start that failed
+        syscalls.unmount_if_mounted(target)  # left by a failed start
         words = [word for word in point.options if word not in _PROPAGATIONS]
         if not any(word.startswith("mode=") for word in words):
             words.append(f"mode={mode_of(point.destination):o}")

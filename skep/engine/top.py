@@ -1,4 +1,4 @@
-"""``docker top``: the processes of one container, as ``ps`` on the node lists them.
+"""``docker top``: the processes of one container, as the node's ``ps`` lists them.
 
 Source: moby, daemon/top_unix.go (validatePSArgs, psPidsArg, parsePSOutput).
 """
@@ -15,20 +15,21 @@ from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
 
 _DEADLINE_S = 10.0
+"""Deadline of one ps."""
 _COLUMNS = "100000"
-"""How wide lines may be: some versions of ps cut them at the width of the terminal that the daemon was started from."""
+"""Line width for ps.  Some versions cut lines at the width of the terminal from which the daemon was started."""
 _RENAMED_COLUMN = re.compile(r"\s+(\S*)=\s*(PID\S*)")
 _PIDS_MAX = 10_000
-"""Processes that one ps is asked for: the kernel takes no argument of 128 KiB."""
+"""Processes per call of ps: the kernel does not accept an argument of 128 KiB."""
 
 
 async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
-    """The rows of ``pids`` in the output of ``ps`` with the user's arguments.
+    """Return the rows of ``pids`` in the output of ``ps`` with the user's arguments.
 
-    Raises: InvalidArgument: ps refuses the arguments, or its output has no column PID; Unavailable.
+    Raises: InvalidArgument: ps rejects the arguments, or its output has no column PID; Unavailable.
     """
     for name, title in _RENAMED_COLUMN.findall(ps_args):
-        if name != "pid":  # another column under the title by which rows are chosen
+        if name != "pid":  # it would put another column under the title by which rows are selected
             raise InvalidArgument(f'specifying "{name}={title}" is not allowed')
     try:
         arguments = shlex.split(ps_args)
@@ -36,14 +37,14 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
         raise InvalidArgument(f"Error running ps: {error}") from error
     ordered = sorted(pids)
     begins = range(0, max(len(ordered), 1), _PIDS_MAX)
-    tops = [await _listed(arguments, ordered[begin : begin + _PIDS_MAX]) for begin in begins]
+    tops = [await _list(arguments, ordered[begin : begin + _PIDS_MAX]) for begin in begins]
     return Top(tops[0].titles, tuple(row for top in tops for row in top.processes))
 
 
-async def _listed(arguments: Sequence[str], pids: Sequence[int]) -> Top:
-    # With -q ps reads no other process: whatever a format has at the place of PID, no row is a foreign one's.
+async def _list(arguments: Sequence[str], pids: Sequence[int]) -> Top:
+    # ps -q reads no other process, so every row is the container's, whatever the format shows as PID.
     output, problem = await _run(*arguments, f"-q{','.join(map(str, pids))}")
-    if problem:  # some arguments (f, --sort, -p) cannot be used together with it
+    if problem:  # some arguments (f, --sort, -p) conflict with -q
         output, problem = await _run(*arguments)
     if problem:
         raise InvalidArgument(f"ps: {problem}")
@@ -51,7 +52,10 @@ async def _listed(arguments: Sequence[str], pids: Sequence[int]) -> Top:
 
 
 async def _run(*arguments: str) -> tuple[str, str]:
-    """The output of ps, and why it failed; empty: it did not, or has found no process.  Raises: Unavailable."""
+    """Return ps's output and its error, which is empty on success and without matching processes.
+
+    Raises: Unavailable.
+    """
     process = await asyncio.create_subprocess_exec(
         "ps",
         *arguments,
@@ -63,7 +67,7 @@ async def _run(*arguments: str) -> tuple[str, str]:
     try:
         output, errors = await communicate(process, _DEADLINE_S)
     except TimeoutError as error:
-        raise Unavailable(f"ps did not end in {_DEADLINE_S:g} s") from error
+        raise Unavailable(f"ps did not end within {_DEADLINE_S:g} s") from error
     problem = ""
     if process.returncode and (errors or process.returncode != 1):
         problem, *_ = errors.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]
@@ -71,7 +75,7 @@ async def _run(*arguments: str) -> tuple[str, str]:
 
 
 def parse(output: str, pids: AbstractSet[int]) -> Top:
-    """Rows of ``ps`` output whose PID is in ``pids``.  Raises: InvalidArgument: there is no such column."""
+    """Return the rows of ``ps`` output whose PID is in ``pids``.  Raises: InvalidArgument: PID column missing."""
     lines = output.splitlines()
     titles = tuple(lines[0].split()) if lines else ()
     if "PID" not in titles:
@@ -79,7 +83,7 @@ def parse(output: str, pids: AbstractSet[int]) -> Top:
     column = titles.index("PID")
     rows = []
     for line in lines[1:]:
-        # The last column is the command, which holds blanks.
+        # The last column is the command, which contains blanks.
         words = line.split(None, len(titles) - 1)
         if len(words) > column and words[column].isdigit() and int(words[column]) in pids:
             rows.append(tuple(words))

@@ -1,4 +1,4 @@
-"""``docker update``: what a container is afterwards, and making it so without a restart."""
+"""``docker update``: computes the changed configuration and applies it without a restart."""
 
 from collections.abc import Callable
 from typing import Final, TypeAlias
@@ -16,7 +16,7 @@ from skep.errors import Unimplemented
 from skep.model.ids import ContainerId
 
 Change: TypeAlias = Callable[[Container], Container]
-"""What a container is after an update; only limits and the restart policy are others."""
+"""Returns a container after an update.  Only limits and the restart policy may differ."""
 
 _OF_MACHINE: Final = (
     *("cpu_shares", "cpu_period", "cpu_quota", "cpuset_cpus", "cpuset_mems", "blkio_weight", "memory_swap"),
@@ -24,9 +24,9 @@ _OF_MACHINE: Final = (
 
 
 def updated(request: UpdateRequest, container: Container) -> Container:
-    """``container`` after ``docker update``.
+    """Return ``container`` after ``docker update``.
 
-    Raises: InvalidArgument: as at its creation; Conflicting; Unimplemented: a restart policy for a task's.
+    Raises: InvalidArgument: as at its creation; Conflicting; Unimplemented: a restart policy for a task's container.
     """
     create.check_limits(request)
     _refuse_conflicts(request, container)
@@ -34,7 +34,7 @@ def updated(request: UpdateRequest, container: Container) -> Container:
 
 
 def _refuse_conflicts(request: UpdateRequest, container: Container) -> None:
-    """Raises: Conflicting.  Source: moby, container/container_unix.go (UpdateContainer)."""
+    """Raise Conflicting for contradictions.  Source: moby, container/container_unix.go (UpdateContainer)."""
     config, plain = container.config, container.plain
     before = config.machine
     has_nano_cpus = config.nano_cpus > 0 and before.cpu_quota <= 0
@@ -73,7 +73,8 @@ def _config(request: UpdateRequest, container: Container) -> ContainerConfig:
     config = container.config
     given = {name: value for name in _OF_MACHINE if (value := getattr(request, name))}
     if request.memory and container.plain is not None:
-        # The default, twice the memory, does not follow it; a task's does, when its service is updated.
+        # A plain container's default swap limit, twice the memory, does not follow the memory limit.  A task's does,
+        # when its service is updated.
         given.setdefault("memory_swap", swap_bytes(config))
     options = replace(config.machine, **given)
     memory_bytes = create.not_negative(request.memory, "memory limit") or config.memory_bytes
@@ -108,10 +109,10 @@ def _plain(request: UpdateRequest, container: Container) -> PlainOptions | None:
 async def update(
     store: ContainerStore, runtime: Runtime, events: Events, id: ContainerId, change: Change
 ) -> Container:
-    """Make of a container what ``change`` gives of it; to be called in its turn.
+    """Apply ``change`` to a container.  The caller holds its lock.
 
-    Raises: NotFound; BeingRemoved; what ``change`` does; InvalidArgument: this node does not have the processors or
-    memory nodes; RuntimeFailed.
+    Raises: NotFound; BeingRemoved; as ``change``; InvalidArgument: this node does not have the processors or memory
+    nodes; RuntimeFailed.
     """
     refusal = f'Cannot update container {id}: container is marked for removal and cannot be "update"'
     before = store.require_kept(id, refusal)
@@ -119,12 +120,12 @@ async def update(
     if after == before:
         return before
     found = await runtime.update(after) if after.config != before.config else ()
-    present = store.require(id)  # as it is now: its user may have stopped it meanwhile
+    present = store.require(id)  # read again: its user may have stopped it meanwhile
     plain = present.plain
     if plain is not None and after.plain is not None:
         plain = replace(plain, restart=after.plain.restart)
     warnings = tuple(dict.fromkeys((*present.warnings, *found)))
-    # A policy that it is given after its end holds from the next one on.
+    # A policy that is set after the container's end applies from the next end on.
     is_at_rest = present.is_at_rest or (present.state is ContainerState.EXITED and not present.is_restarting)
     container = store.observe(id, config=after.config, plain=plain, warnings=warnings, is_at_rest=is_at_rest)
     events.publish("update", container)

@@ -1,7 +1,7 @@
-"""What containers use, for Prometheus: sampled beside the event loop while there are requests, not by these.
+"""Container resource usage for Prometheus, sampled in threads while there are requests, but not by the requests.
 
-The names are cAdvisor's, which existing dashboards use.  A thousand containers are some hundred milliseconds of reading
-files of the kernel: a request gets the text of the last round.
+The names are cAdvisor's, which existing dashboards use.  For a thousand containers, reading the kernel's files takes
+some hundred milliseconds, so a request gets the text of the last round.
 """
 
 import asyncio
@@ -17,29 +17,30 @@ from skep.model.labels import LABEL_SERVICE_NAME
 from skep.model.times import SECOND_NS, unix_ns
 
 ROUND_S = 10.0
-"""Between two rounds."""
+"""Interval between rounds."""
 REQUESTED_S = 60.0
-"""Rounds go on for so long after a request."""
+"""Rounds continue for this long after a request."""
 _FIRST_S = 5.0
-"""A request waits so long for the first round."""
+"""Time that a request waits for the first round."""
 _AT_ONCE = 25
-"""Containers that are read before the event loop has its turn."""
+"""Containers read between two pauses for the event loop."""
 _PAUSE_S = 0.01
+"""Pause between batches, for other work of the process."""
 _STACK = "com.docker.stack.namespace"
 _TASK = "com.docker.swarm.task.name"
 _LABEL_MAX = 256
-"""Characters of a label, which a plain container can have of any length, on each of some twenty lines."""
+"""Characters of a label that are kept.  A plain container's may have any length, on each of some twenty lines."""
 
 
 class Used(NamedTuple):
-    """One container and its sample."""
+    """A container and its sample."""
 
     container: Container
     stats: Stats
 
 
 class Usage:
-    """The last round, as text."""
+    """The last round, rendered as text."""
 
     def __init__(self, containers: Callable[[], Sequence[Container]], cgroups: Cgroups, clock: Clock) -> None:
         self._containers = containers
@@ -51,18 +52,18 @@ class Usage:
         self._text = b""
 
     async def text(self) -> bytes:
-        """Of running containers, at most ``ROUND_S`` old while it is requested regularly."""
+        """Return metrics of running containers, at most ``ROUND_S`` old if requested regularly."""
         self._requested_at = self._clock.monotonic()
         self._requested.set()
         try:
             async with asyncio.timeout(_FIRST_S):
                 await self._first.wait()
         except TimeoutError:
-            return b""  # the first round goes on; the next request has it
+            return b""  # the first round continues, and the next request gets it
         return self._text
 
     async def run(self) -> None:
-        """Sample while it is asked for, until cancelled."""
+        """Sample while there are requests, until cancelled."""
         while True:
             await self._requested.wait()
             self._text = await asyncio.to_thread(_page, await self._round())
@@ -70,7 +71,7 @@ class Usage:
             await self._clock.sleep(ROUND_S)
             if self._clock.monotonic() - self._requested_at > REQUESTED_S:
                 self._requested.clear()
-                self._first.clear()  # what is known then is too old to be given
+                self._first.clear()  # the text would be too old by the next request
                 self._text = b""
 
     async def _round(self) -> list[Used]:
@@ -141,7 +142,7 @@ _INTERFACE_NAMES = (
 
 
 def families(used: Sequence[Used]) -> list[Family]:
-    """All values of these containers."""
+    """Return all metric families of these containers."""
     named = [(one, labels_of(one.container)) for one in used]
     texts = [(one.stats, label_text(labels)) for one, labels in named]
     found = [
@@ -176,7 +177,7 @@ def families(used: Sequence[Used]) -> list[Family]:
 
 
 def labels_of(container: Container) -> Mapping[str, str]:
-    """Its name and image, and what it belongs to; those of a plain container are empty."""
+    """Return the container's name, image, service, task and stack.  The last three are empty for a plain container."""
     labels = container.labels
     return {
         "name": container.name,

@@ -1,7 +1,7 @@
-"""User and groups of a process in a container: ``user[:group]`` looked up in the image's own passwd and group files.
+"""User and groups of a container's process: ``user[:group]`` resolved with the image's passwd and group files.
 
-Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser): numbers need no entry, names do; a user
-without a group takes the group of its entry, or 0.  Entries with numbers that are none or too large are passed over.
+Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser).  Numbers need no entry, names do.  A user
+without a group takes the group of its entry, or 0.  Entries with invalid or too large numbers are skipped.
 """
 
 import os
@@ -16,11 +16,13 @@ from skep.errors import InvalidArgument
 from skep.linux.syscalls import open_in_root
 
 _FILE_BYTES_MAX = 4 << 20
+"""Part of a passwd or group file that is read.  The container can make it any size."""
 _ID_MAX = (1 << 31) - 1
+"""Docker's limit."""
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """User and groups of a process.  ``home``: of its entry, ``/`` without one."""
+    """User and groups of a process.  ``home`` comes from its entry, or is ``/`` without one."""
 
     uid: int = 0
     gid: int = 0
@@ -37,13 +39,13 @@ def identity(root: Path, user: str, extra_groups: Iterable[str] = ()) -> Identit
 
 
 def resolve(user: str, extra_groups: Iterable[str], passwd: str, group: str) -> Identity:
-    """The same, on the contents of the two files."""
+    """Look up the user in the contents of the two files.  Raises: as ``identity``."""
     wanted_user, has_group, wanted_group = user.partition(":")
     wanted_user = wanted_user or "0"
     uid = _number(wanted_user)
     gid, home, name = 0, "/", None
     for entry in _entries(passwd, 7):
-        # A number is always an id, or an image could have 1000 mean root.
+        # A number is always an id.  Otherwise an image could make 1000 mean root.
         if entry[0] == wanted_user if uid is None else _id_of(entry[2]) == uid:
             name, uid, gid, home = entry[0], _number(entry[2]) or 0, _number(entry[3]) or 0, entry[5] or "/"
             break
@@ -74,7 +76,7 @@ def _group_id(wanted: str, groups: list[list[str]]) -> int:
 
 
 def _id_of(word: str) -> int | None:
-    """The id of an entry; None: it has none that can be one."""
+    """Return the id of an entry, or None if it is invalid."""
     try:
         return _number(word)
     except InvalidArgument:
@@ -82,7 +84,7 @@ def _id_of(word: str) -> int | None:
 
 
 def _number(word: str) -> int | None:
-    """A user or group id; None for a name.  Raises: InvalidArgument: a number out of range."""
+    """Return a user or group id, or None for a name.  Raises: InvalidArgument: the number is out of range."""
     if not (word.isascii() and word.isdigit()):
         return None
     # Python converts thousands of digits slowly, and more than 4,300 not at all.
@@ -93,7 +95,7 @@ def _number(word: str) -> int | None:
 
 
 def _entries(text: str, fields: int) -> list[list[str]]:
-    """Lines of a passwd-like file with (at least) so many fields; others are skipped."""
+    """Return the lines of a passwd-like file with at least ``fields`` fields.  Others are skipped."""
     entries = []
     for line in text.splitlines():
         parts = line.strip().split(":")
@@ -103,11 +105,11 @@ def _entries(text: str, fields: int) -> list[list[str]]:
 
 
 def _read(root: Path, path: str) -> str:
-    """A file of the image, without ever leaving it; empty when there is none."""
+    """Return a file of the image, or "" if it does not exist.  Links never lead outside the image."""
     with suppress(OSError):
         place = open_in_root(root, path, os.O_PATH)
         try:
-            # A container may have put a FIFO or a device in its place: to open that may wait, or do something.
+            # A container may have put a FIFO or device there, whose opening may block or have effects.
             if stat.S_ISREG(os.fstat(place).st_mode):
                 with open(f"/proc/self/fd/{place}", "rb") as file:
                     return file.read(_FILE_BYTES_MAX).decode(errors="replace")

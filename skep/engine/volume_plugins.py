@@ -1,7 +1,7 @@
-"""Docker's volume plug-ins: programs that give a node volumes, by HTTP on a socket of theirs.
+"""Docker volume plug-ins: programs that provide volumes over HTTP on a Unix or TCP socket.
 
-A plug-in is trusted with the volumes that it was asked for and with nothing else: each call has a deadline and a bound,
-one that does not respond is left alone for a while, and what it says is checked.
+A plug-in is trusted with its own volumes and nothing else.  Each call has a deadline and a size limit, a plug-in that
+does not respond is skipped for a while, and its responses are validated.
 
 Source: moby 20.10, pkg/plugins/{discovery,client,plugins}.go, volume/drivers/{proxy,adapter,extpoint}.go.
 """
@@ -30,18 +30,23 @@ SOCKETS: Final = Path("/run/docker/plugins")
 SPECS: Final = (Path("/etc/docker/plugins"), Path("/usr/lib/docker/plugins"))
 LOCAL: Final = "local"
 SCAN_S = 10.0
+"""Interval between scans for new plug-ins."""
 LONG_S, SHORT_S = 120.0, 60.0
-"""Deadlines of calls that change or mount volumes, and of those that look; Docker's."""
+"""Docker's deadlines, for calls that change or mount volumes and for calls that only read."""
 LIST_S = 5.0
-"""For a list of all volumes, which one plug-in must not hold up."""
+"""Deadline of one plug-in when all volumes are listed, so that a slow plug-in does not hold up the list."""
 RESPONSE_BYTES_MAX = 1 << 20
+"""Size of a response, and of a certificate file."""
 CALLS_MAX = 16
-"""Calls to one plug-in at a time; others wait, each as long as its deadline, before it is sent."""
+"""Concurrent calls to one plug-in.  Further calls wait up to their deadline before they are sent."""
 PLUGINS_MAX = 64
+"""Plug-ins of one node.  Further ones are ignored."""
 VOLUMES_MAX = 10_000
-"""Of a plug-in's list, the first ones are shown."""
+"""Volumes of one plug-in that are listed.  The rest is left out."""
 _SPEC_BYTES_MAX = 64 * 1024
+"""Part of a spec file that is read."""
 _PATH_CHARACTERS_MAX = 4096
+"""Length of a path (the kernel's limit), and of a plug-in's error text."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
 
 log = structlog.get_logger()
@@ -50,11 +55,11 @@ T = TypeVar("T")
 
 
 class PluginRefused(SkepError):
-    """The plug-in answered with an error; the text is its own."""
+    """The plug-in answered with an error.  The message is the plug-in's."""
 
 
 class _Response(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """What a plug-in says; fields that are not known here are passed over."""
+    """A plug-in's response.  Unknown fields are ignored."""
 
 
 class _Activated(_Response, frozen=True):
@@ -106,29 +111,29 @@ class _Tls(_Response, frozen=True):
 
 
 class Endpoint(_Response, frozen=True):
-    """Where a plug-in listens, as its file says: ``unix:///path``, ``tcp://host:port``, ``http://...``."""
+    """Address of a plug-in from its spec file: ``unix:///path``, ``tcp://host:port``, ``http://...``."""
 
     addr: str = ""
     tls_config: _Tls | None = msgspec.field(default=None, name="TLSConfig")
 
 
 class VolumePlugin:
-    """One plug-in that gives volumes.  Every call raises PluginRefused, in its words, or Unavailable."""
+    """A volume plug-in.  Every call raises PluginRefused, with the plug-in's message, or Unavailable."""
 
     def __init__(self, name: str, endpoint: Endpoint, clock: Clock) -> None:
         self.name = name
         self.endpoint = endpoint
         self.gives_volumes = False
-        """Whether it has said so."""
+        """Whether the plug-in has declared itself a volume driver."""
         self.scope = LOCAL
-        """``global``: every node with this plug-in has the same volumes."""
+        """``global`` if every node with this plug-in sees the same volumes."""
         self._clock = clock
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self._backoff = Backoff(1.0, 30.0)
         self._silent_until = 0.0
 
     async def activate(self) -> None:
-        """Shake hands.  Raises: NotFound: it gives no volumes."""
+        """Perform the handshake.  Raises: NotFound: the plug-in is not a volume driver."""
         response = await self._call("Plugin.Activate", None, _Activated, SHORT_S)
         if "VolumeDriver" not in (response.implements or ()):
             raise NotFound(f'plugin "{self.name}" does not implement VolumeDriver')
@@ -139,7 +144,7 @@ class VolumePlugin:
         self.gives_volumes = True
 
     async def create(self, name: str, options: Mapping[str, str]) -> None:
-        """Make a volume."""
+        """Create a volume."""
         _checked(
             await self._call("VolumeDriver.Create", {"Name": name, "Opts": dict(options)}, _Done, LONG_S)
         )
@@ -149,26 +154,26 @@ class VolumePlugin:
         _checked(await self._call("VolumeDriver.Remove", {"Name": name}, _Done, LONG_S))
 
     async def mount(self, name: str, id: str) -> str:
-        """Make a volume available for the user ``id``; gives its directory on this node.  Harmless when it is."""
+        """Mount a volume for the user ``id`` and return its directory on this node.  Idempotent."""
         response = await self._call("VolumeDriver.Mount", {"Name": name, "ID": id}, _Mounted, LONG_S)
         _checked(response)
         return checked_path(self.name, response.mountpoint)
 
     async def unmount(self, name: str, id: str) -> None:
-        """The user ``id`` does not need the volume any more."""
+        """Tell the plug-in that the user ``id`` no longer needs the volume."""
         _checked(await self._call("VolumeDriver.Unmount", {"Name": name, "ID": id}, _Done, LONG_S))
 
     async def get(self, name: str) -> PluginVolume | None:
-        """A volume; None: there is none of that name, or the plug-in refuses to say."""
+        """Return a volume, or None if it does not exist or the plug-in refuses the call."""
         try:
             response = await self._call("VolumeDriver.Get", {"Name": name}, _Got, SHORT_S)
             _checked(response)
         except PluginRefused:
-            return None  # "no such volume" has no words of its own
+            return None  # the protocol has no distinct error for "no such volume"
         return response.volume if response.volume is not None and response.volume.name == name else None
 
     async def list(self) -> Sequence[PluginVolume]:
-        """All its volumes, at most ``VOLUMES_MAX``."""
+        """Return all its volumes, at most ``VOLUMES_MAX``."""
         response = await self._call("VolumeDriver.List", {}, _Listed, LIST_S)
         _checked(response)
         return (response.volumes or ())[:VOLUMES_MAX]
@@ -176,7 +181,7 @@ class VolumePlugin:
     async def _call(self, method: str, body: Any, type: type[T], deadline_s: float) -> T:
         left_s = self._silent_until - self._clock.monotonic()
         if left_s > 0:
-            raise Unavailable(f"plugin {self.name} does not respond; it is asked again in {left_s:.0f} s")
+            raise Unavailable(f"plugin {self.name} does not respond; next attempt in {left_s:.0f} s")
         await self._take_place(method, deadline_s)
         try:
             async with asyncio.timeout(deadline_s):
@@ -206,7 +211,10 @@ class VolumePlugin:
             ) from error
 
     async def _take_place(self, method: str, deadline_s: float) -> None:
-        """Raises: Unavailable: other calls hold all places, which says nothing about whether the plug-in responds."""
+        """Wait for a free call slot.
+
+        Raises: Unavailable: other calls hold them all; the plug-in itself may respond.
+        """
         try:
             async with asyncio.timeout(deadline_s):
                 await self._calls.acquire()
@@ -241,7 +249,7 @@ def _checked(response: _Done | _Mounted | _Got | _Listed) -> None:
 
 
 def _refusal(response: bytes) -> str:
-    """The text of an error: the field ``Err``, else all of it."""
+    """Return the text of an error response: the field ``Err``, else the whole body."""
     try:
         text = msgspec.json.decode(response, type=_Done).err
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -250,19 +258,19 @@ def _refusal(response: bytes) -> str:
 
 
 def checked_path(plugin: str, path: str) -> str:
-    """A directory that a plug-in names.  Raises: Unavailable: it is no absolute path without ``..``."""
+    """Return the directory that a plug-in named.  Raises: Unavailable: it is not a normalized absolute path."""
     if not path:
-        raise Unavailable(f"plugin {plugin} gave no path of the volume")
+        raise Unavailable(f"plugin {plugin} returned no path for the volume")
     is_plain = path.startswith("/") and os.path.normpath(path) == path and "\0" not in path
     if not is_plain or len(path) > _PATH_CHARACTERS_MAX:
-        raise Unavailable(f"plugin {plugin} gave a path that is no volume's: {path[:200]!r}")
+        raise Unavailable(f"plugin {plugin} returned an invalid volume path: {path[:200]!r}")
     return path
 
 
 def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
-    """The URL of its calls, and how they are encrypted.  Blocks; for a thread.
+    """Return the base URL and the TLS context of a plug-in.  Blocks, so call it in a thread.
 
-    Raises: OSError: a file of its certificates cannot be read.
+    Raises: OSError: a certificate file cannot be read.
     """
     url, tls = urlsplit(endpoint.addr), endpoint.tls_config
     if url.scheme == "unix":
@@ -272,7 +280,7 @@ def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
     for path in filter(None, (tls.ca_file, tls.cert_file, tls.key_file)):
         _check_certificate(Path(path))
     context = ssl.create_default_context(cafile=tls.ca_file or None)
-    if tls.insecure_skip_verify or not tls.ca_file:  # as an engine: without a CA nothing is verified
+    if tls.insecure_skip_verify or not tls.ca_file:  # as Docker does: without a CA nothing is verified
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if tls.cert_file:
@@ -281,10 +289,10 @@ def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
 
 
 def _check_certificate(path: Path) -> None:
-    """Raises: OSError: a pipe or a device, at which a reader would wait, or more than a certificate can be."""
+    """Raise OSError for a pipe or device, whose read would block, and for a file too large for a certificate."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > RESPONSE_BYTES_MAX:
-        raise OSError(f"{path} is no regular file of at most {RESPONSE_BYTES_MAX} bytes")
+        raise OSError(f"{path} is not a regular file of at most {RESPONSE_BYTES_MAX} bytes")
 
 
 def _connector(endpoint: Endpoint, context: ssl.SSLContext | None) -> aiohttp.BaseConnector:
@@ -295,7 +303,7 @@ def _connector(endpoint: Endpoint, context: ssl.SSLContext | None) -> aiohttp.Ba
 
 
 class VolumePlugins:
-    """The volume plug-ins of this node, found by their sockets and files."""
+    """The node's volume plug-ins, discovered by their sockets and spec files."""
 
     def __init__(
         self,
@@ -304,7 +312,7 @@ class VolumePlugins:
         clock: Clock | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_change``: called when there are other drivers."""
+        """``on_change`` is called when the set of drivers changes."""
         self._sockets = sockets
         self._specs = specs
         self._clock = clock or SystemClock()
@@ -315,21 +323,21 @@ class VolumePlugins:
 
     @property
     def drivers(self) -> Sequence[str]:
-        """Names of those that have said that they give volumes, sorted."""
+        """Sorted names of the plug-ins that are volume drivers."""
         return sorted(name for name, plugin in self._plugins.items() if plugin.gives_volumes)
 
     async def run(self) -> None:
-        """Look for plug-ins until cancelled."""
+        """Discover plug-ins until cancelled."""
         while True:
             await self.scan()
             await self._clock.sleep(SCAN_S)
 
     async def scan(self) -> None:
-        """Shake hands with those that are new, and forget those whose socket or file is gone."""
+        """Activate new plug-ins, and forget plug-ins whose socket or file is gone."""
         before = self.drivers
         unread: list[OSError] = []
         found = await asyncio.to_thread(self._names, unread.append)
-        if unread:  # which says nothing about those that are known
+        if unread:  # known plug-ins may still exist
             self._report(unread[0])
         else:
             for name in set(self._plugins) - set(found):
@@ -343,7 +351,7 @@ class VolumePlugins:
 
     def _report(self, error: OSError) -> None:
         if not self._is_unread:
-            log.warning("plugins not looked for everywhere", reason=describe_error(error))
+            log.warning("plugin discovery incomplete", reason=describe_error(error))
 
     async def _try(self, name: str) -> None:
         plugin = self._plugins.get(name)
@@ -353,14 +361,14 @@ class VolumePlugins:
             async with asyncio.timeout(LIST_S):
                 await self.get(name)
         except NotFound:
-            return  # of networks, or of logs
+            return  # a network or log plug-in
         except (SkepError, TimeoutError):
-            return  # asked again with the next scan, or when its back-off is over
-        except Exception as error:  # one plug-in's error does not reach others
+            return  # retried at the next scan, or after its back-off
+        except Exception as error:  # one plug-in's error must not affect others
             log_error(error, "plugin not activated", plugin=name)
 
     async def get(self, name: str) -> VolumePlugin:
-        """A plug-in by name, activated.  Raises: NotFound, in Docker's words; PluginRefused; Unavailable."""
+        """Return a plug-in by name, activated.  Raises: NotFound, in Docker's words; PluginRefused; Unavailable."""
         try:
             endpoint = await asyncio.to_thread(self._endpoint, name)
         except OSError as error:
@@ -378,15 +386,15 @@ class VolumePlugins:
         return plugin
 
     def known(self, name: str) -> VolumePlugin | None:
-        """One that has been activated."""
+        """Return a plug-in that has been activated, or None."""
         plugin = self._plugins.get(name)
         return plugin if plugin is not None and plugin.gives_volumes else None
 
     def _names(self, failed: Callable[[OSError], None]) -> list[str]:
-        """Names of plug-ins of every kind, as their sockets and files have them.
+        """Return the names of all kinds of plug-ins, from their sockets and spec files.
 
         Args:
-            failed: called for each file or directory that cannot be read at the moment.
+            failed: Called for each file or directory that cannot be read at the moment.
         """
         found = set()
         for path in _entries(self._sockets, failed):
@@ -400,7 +408,10 @@ class VolumePlugins:
         return sorted(found)[:PLUGINS_MAX]
 
     def _endpoint(self, name: str) -> Endpoint | None:
-        """Raises: InvalidArgument: its file is none; OSError."""
+        """Return the address of a plug-in, or None if no such plug-in exists.
+
+        Raises: InvalidArgument: its spec file is invalid; OSError.
+        """
         if not name or "/" in name or name.startswith("."):
             return None
         for path in (self._sockets / f"{name}.sock", self._sockets / name / f"{name}.sock"):
@@ -415,7 +426,7 @@ class VolumePlugins:
 
 
 def _read_endpoint(name: str, path: Path) -> Endpoint:
-    """Raises: InvalidArgument; OSError."""
+    """Read a plug-in's spec file.  Raises: InvalidArgument; OSError."""
     try:
         with path.open("rb") as file:
             content = file.read(_SPEC_BYTES_MAX)
@@ -432,7 +443,7 @@ def _read_endpoint(name: str, path: Path) -> Endpoint:
 
 
 def _entries(directory: Path, failed: Callable[[OSError], None]) -> Iterator[Path]:
-    """Files of a directory, and those in directories of it."""
+    """Return the files of a directory and of its direct subdirectories."""
 
     def listed(one: Path) -> list[Path]:
         try:
@@ -453,7 +464,7 @@ def _entries(directory: Path, failed: Callable[[OSError], None]) -> Iterator[Pat
 
 
 def _is_socket(path: Path) -> bool:
-    """Raises: OSError."""
+    """Return whether a path is a socket.  Raises: OSError."""
     try:
         return stat.S_ISSOCK(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What this node has of its volumes on disk: a directory for each, with its labels and options beside the files."""
+"""The node's volumes on disk: one directory each, with its labels and options in files next to the data."""
 
 import asyncio
 import os
@@ -21,36 +21,39 @@ from skep.linux.files import replace_file
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _LABELS, _OPTIONS, _USES = "labels.json", "options.json", "uses.json"
 _DRIVER = "driver.json"
-"""Of a volume of a plug-in: the plug-in's name."""
+"""Names the plug-in of a plug-in volume."""
 _ASIDE = ".removed-"
-"""Begins the name of a directory that was a volume: no volume has such a name."""
+"""Name prefix of the directories of removed volumes.  No volume name can start with it."""
 _USES_MAX = 64
-"""Names that a volume keeps of those that used it, the latest ones."""
+"""Latest users that are recorded per volume."""
 _NAMELESS = re.compile(r"[0-9a-f]{64}")
 ANONYMOUS = "com.docker.volume.anonymous"
-"""Docker's label of a volume without a name."""
+"""Docker's label for volumes without a user-given name."""
 
 
 class VolumeStore:
-    """The volumes of one node, each at ``<data>/volumes/<name>/_data``; labels and options beside, as JSON.
+    """Volumes of one node, each at ``<data>/volumes/<name>/_data``, with labels and options as JSON files next to it.
 
-    A volume goes in one step: its directory gets another name, and is emptied after that.
+    Removal is atomic: the volume's directory is renamed, then emptied.
     """
 
     def __init__(self, directory: Path, events: Events | None = None) -> None:
-        """``events``: the engine's; None: its own."""
+        """``events`` is the engine's event bus, or None to create one."""
         self.events = events or Events(SystemClock())
         self._directory = directory
         self._locks = WeakValueDictionary[str, asyncio.Lock]()
-        """Each as long as something has it or waits for it."""
+        """Locks by volume name.  Each exists while it is held or waited for."""
         self._uses: dict[str, Mapping[str, int]] = {}
 
     def _lock(self, name: str) -> asyncio.Lock:
-        """Held by what changes a volume in more than one step."""
+        """Return the volume's lock.  Hold it while you change the volume in more than one step."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     def path(self, name: str) -> Path:
-        """Where a volume's files are.  Raises: InvalidArgument, with Docker's words: no name for a volume."""
+        """Return the directory of a volume's files.
+
+        Raises: InvalidArgument, in Docker's words: the name is invalid.
+        """
         if len(name) == 1:
             raise InvalidArgument(
                 f"create {name}: volume name is too short, names should be at least two alphanumeric characters"
@@ -64,21 +67,21 @@ class VolumeStore:
         return self._directory / name / "_data"
 
     def names(self) -> list[str]:
-        """All volumes of the node, sorted."""
+        """Return the names of all volumes on the node, sorted."""
         try:
             return sorted(entry.name for entry in self._directory.iterdir() if self.has(entry.name))
         except FileNotFoundError:
-            return []  # none was made yet
+            return []  # no volume was created yet
 
     def has(self, name: str) -> bool:
-        """Whether there is such a volume.  What may be mounted on it is not asked."""
+        """Return whether the volume exists.  Does not touch the volume's mount, whose server may not respond."""
         try:
             return _NAME.fullmatch(name) is not None and "_data" in os.listdir(self._directory / name)
         except OSError:
             return False
 
     def created_ns(self, name: str) -> int:
-        """When the volume was made, Unix time.  Raises: NotFound."""
+        """Return when the volume was created, as Unix time.  Raises: NotFound."""
         try:
             return self.path(name).parent.stat().st_mtime_ns
         except FileNotFoundError as error:
@@ -91,19 +94,21 @@ class VolumeStore:
         options: Mapping[str, str] | None = None,
         driver: str = LOCAL,
     ) -> Path:
-        """The volume's directory, made if there is none, with ``labels`` and ``options`` then; one that is there
-        keeps its own.  ``driver``: a plug-in, which has made it.  Raises: SkepError: the file system refuses it.
+        """Return the volume's directory.  Create it with ``labels`` and ``options`` if it does not exist.
+
+        An existing volume keeps its own.  ``driver`` names the plug-in that has created the volume.
+        Raises: SkepError: the file system refuses it.
         """
         path, plug_in = self.path(name), None if driver == LOCAL else driver
         if self.has(name):
             return path
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # of one that was half made
+            for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # left by an interrupted creation
                 (path.parent / left).unlink(missing_ok=True)
-            # Before the directory, with which the volume is there.
+            # Written before the directory, whose existence makes the volume visible.
             for file, kept in ((_LABELS, labels), (_OPTIONS, options), (_DRIVER, plug_in)):
-                if kept is not None:  # a password may be among the options
+                if kept is not None:  # the options may contain a password
                     replace_file(path.parent / file, msgspec.json.encode(kept), mode=0o600)
             path.mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
@@ -112,11 +117,11 @@ class VolumeStore:
         return path
 
     def options(self, name: str) -> Mapping[str, str]:
-        """The driver options it was made with.  Raises: Unavailable: they cannot be read."""
+        """Return the driver options of the volume's creation.  Raises: Unavailable: they cannot be read."""
         return self.given_options(name) or {}
 
     def given_options(self, name: str) -> Mapping[str, str] | None:
-        """The same; None where it was made without any."""
+        """Return the driver options, or None if the volume was created without any.  Raises: Unavailable."""
         try:
             content = (self.path(name).parent / _OPTIONS).read_bytes()
             return msgspec.json.decode(content, type=dict[str, str])
@@ -126,7 +131,7 @@ class VolumeStore:
             raise Unavailable(f"options of volume {name} cannot be read: {describe_error(error)}") from error
 
     def driver(self, name: str) -> str:
-        """``local``, or the plug-in that has it.  Raises: Unavailable: that cannot be read."""
+        """Return ``local`` or the name of the volume's plug-in.  Raises: Unavailable: it cannot be read."""
         try:
             return msgspec.json.decode((self.path(name).parent / _DRIVER).read_bytes(), type=str)
         except FileNotFoundError:
@@ -135,51 +140,51 @@ class VolumeStore:
             raise Unavailable(f"driver of volume {name} cannot be read: {describe_error(error)}") from error
 
     def _is_mounted(self, name: str) -> bool:
-        """Whether its files are elsewhere, and mounted while it is used.  Raises: Unavailable."""
+        """Return whether the files are stored elsewhere and mounted while in use.  Raises: Unavailable."""
         if self.driver(name) != LOCAL:
             return True
         options = self.options(name)
         return bool(options.get("device") or options.get("type"))
 
     def has_options(self, name: str) -> bool:
-        """Whether it was made with driver options: what it mounts may not be on this node."""
+        """Return whether the volume was created with driver options.  Its data may then be outside this node."""
         try:
             return bool(self.options(name))
         except SkepError:
             return True
 
     def labels(self, name: str) -> Mapping[str, str] | None:
-        """The labels it was made with; None: it was made by a container without labels, or they cannot be read."""
+        """Return the volume's labels, or None if a container without labels created it or they cannot be read."""
         try:
             return msgspec.json.decode((self.path(name).parent / _LABELS).read_bytes(), type=dict[str, str])
         except FileNotFoundError:
             return {ANONYMOUS: ""} if _NAMELESS.fullmatch(name) else None
-        except Exception as error:  # one volume's error does not reach others
+        except Exception as error:  # one volume's error must not affect others
             log_error(error, "labels of a volume not read", volume=name)
             return None
 
-    # --- what has used them ---------------------------------------------------------------------------------------
+    # --- users of volumes -------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Read what has used the volumes; to be called once, in a thread."""
+        """Read the recorded uses of all volumes.  Call it once, in a thread."""
         for name in self.names():
             try:
                 content = (self.path(name).parent / _USES).read_bytes()
                 self._uses[name] = msgspec.json.decode(content, type=dict[str, int])
             except FileNotFoundError:
-                continue  # nothing that said so
-            except Exception as error:  # one volume's error does not reach others
+                continue  # no use was recorded
+            except Exception as error:  # one volume's error must not affect others
                 log_error(error, "uses of a volume not read", volume=name)
 
     @property
     def uses(self) -> Mapping[str, Mapping[str, int]]:
-        """Volumes -> names of what has used them -> the latest time of each, as it was given."""
+        """Recorded users by volume name, each with the latest time that was passed to ``note_use``."""
         return self._uses
 
     async def note_use(self, name: str, user: str, at: int) -> None:
-        """Keep that ``user`` has data in the volume, beyond the life of its containers; not if it mounts something.
+        """Record that ``user`` has data in the volume, beyond the life of its containers.  Skips mounted volumes.
 
-        Raises: Unavailable: it cannot be written.
+        Raises: Unavailable: the record cannot be written.
         """
         async with self._lock(name):
             known = self._uses.get(name, {})
@@ -196,7 +201,7 @@ class VolumeStore:
     # --- removal --------------------------------------------------------------------------------------------------
 
     def _set_aside(self, name: str) -> Path | None:
-        """Take a volume away in one step; gives the directory that is to be emptied, None: there is no such volume.
+        """Rename a volume away in one step.  Return the directory to empty, or None if the volume does not exist.
 
         Raises: OSError.
         """
@@ -209,6 +214,6 @@ class VolumeStore:
         return aside
 
     async def sweep(self) -> None:
-        """Delete what earlier processes have not deleted of volumes that were removed."""
+        """Delete the directories of removed volumes that earlier processes left."""
         for left in sorted(self._directory.glob(f"{_ASIDE}*")):
             await discard_tree(left)

@@ -1,4 +1,4 @@
-"""Volumes: directories of the node that outlive the containers which use them, and what plug-ins give."""
+"""Volumes: directories of the node, or mounts of plug-ins, that outlive the containers which use them."""
 
 import asyncio
 import hashlib
@@ -37,26 +37,26 @@ from skep.model.history import STACK_LABEL
 from skep.model.meta import Driver
 
 _MOUNT_DEADLINE_S = 120.0
-"""For all mounts of one container.  The kernel's own limits for NFS are longer, and some waits have none."""
+"""Deadline of all mounts of one container.  The kernel's limits for NFS are longer, and some waits have no limit."""
 _KILL_DEADLINE_S = 1.0
-"""For the end of a process that was killed: in the kernel it may wait for longer, and is left alone."""
+"""Wait for a killed process.  It may hang in the kernel for longer and is then left alone."""
 _MOUNTS = "mounts.json"
-"""Beside a volume of a plug-in: the users for which it mounted the volume."""
+"""File of a plug-in volume that lists the users for which the plug-in mounted it."""
 
 Listing = Callable[[], Collection[Container]]
-"""Gives every container of this node, as what uses volumes."""
+"""Returns all containers of this node, which are the possible users of volumes."""
 
 
 class MountFailed(SkepError):
-    """A volume or a part of it could not be mounted; the text has the kernel's reason."""
+    """A volume or a subpath of it could not be mounted.  The text has the kernel's reason."""
 
 
 class VolumeInUse(AlreadyExists):
-    """A container has the volume.  The Engine API responds with 409, as where a name is taken."""
+    """A container uses the volume.  The Engine API responds with 409, as for a taken name."""
 
 
 class Part(NamedTuple):
-    """A part of a volume that a container mounts, and the path at which the node has it while runc starts."""
+    """A subpath of a volume that a container mounts, and the node's path for it while runc starts."""
 
     volume: str
     subpath: str
@@ -64,7 +64,7 @@ class Part(NamedTuple):
 
 
 def users_by_volume(containers: Iterable[Container]) -> Mapping[str, Sequence[str]]:
-    """Volume name -> ids of the containers that mount it, running or not."""
+    """Return by volume name the ids of the containers that mount it, running or not."""
     users: dict[str, list[str]] = {}
     for container in containers:
         for name in sorted({mount.name for mount in container.config.mounts if mount.name}):
@@ -73,11 +73,11 @@ def users_by_volume(containers: Iterable[Container]) -> Mapping[str, Sequence[st
 
 
 class Volumes(VolumeStore):
-    """The volumes of one node: made, mounted, filled and removed.
+    """Creates, mounts, fills and removes the volumes of one node.
 
-    A volume with options (NFS, for example) is mounted there from its first user's start to its last one's end, and so
-    is the directory of a plug-in's volume.
-    Users are containers, by id.  Nothing here looks into a volume that is mounted: its server may be silent.
+    A volume with options (NFS, for example) is mounted from its first user's start to its last user's end, and so is a
+    plug-in volume's directory.  Users are container ids.  Nothing here looks into a mounted volume, because its server
+    may not respond.
     """
 
     def __init__(
@@ -90,19 +90,24 @@ class Volumes(VolumeStore):
         events: Events | None = None,
         run: Path | None = None,
     ) -> None:
-        """``command``: mounts and unmounts, by a request on its input.  ``events``: the engine's; None: its own.
-        ``run``: the node's run directory, whose sockets no volume has."""
+        """Take the settings of one node.
+
+        Args:
+            command: Command that mounts and unmounts.  It reads a request from its input.
+            events: The engine's event bus, or None to create one.
+            run: The node's run directory.  Its sockets must not appear in a volume.
+        """
         super().__init__(directory, events)
         self._refused = [str(run)] if run is not None else []
         self.plugins = plugins or VolumePlugins()
         self._deadline_s = mount_deadline_s
         self._command = command
         self.background = Background()
-        """The engine's, and running with it: what a caller has begun goes on without it."""
+        """The engine's background work, running while the engine runs.  A caller's cancellation does not stop it."""
         self.bind_sources = BindSources()
         self._users: defaultdict[str, set[str]] = defaultdict(set)
         self._unfinished: set[str] = set()
-        """Volumes whose last unmount failed, perhaps because their plug-in was not reached."""
+        """Volumes whose last unmount failed, perhaps because their plug-in was unreachable."""
 
     async def create(
         self,
@@ -111,10 +116,10 @@ class Volumes(VolumeStore):
         labels: Mapping[str, str] | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        """Make a volume if there is none, by a plug-in if ``driver`` names one.
+        """Create a volume if it does not exist, through a plug-in if ``driver`` names one.
 
-        Raises: InvalidArgument; NotFound: no such plug-in; AlreadyExists: another driver has it; PluginRefused: the
-        plug-in refuses; Unavailable: it does not respond.
+        Raises: InvalidArgument; NotFound: no such plug-in; AlreadyExists: the volume has another driver; PluginRefused:
+        the plug-in refuses; Unavailable: it does not respond.
         """
         self.path(name)
         known = self.driver(name) if self.has(name) else ""
@@ -134,12 +139,12 @@ class Volumes(VolumeStore):
         self.ensure(name, labels, options, driver)
 
     async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
-        """Make the volumes that mounts have of plug-ins.
+        """Create the plug-in volumes of ``mounts``.
 
         Args:
             stack: See ``mount_points``.
 
-        Raises: InvalidArgument: one can never be made; PermissionDenied; PluginRefused; Unavailable.
+        Raises: InvalidArgument: a volume can never be created; PermissionDenied; PluginRefused; Unavailable.
         """
         for mount in mounts:
             given = mount.volume_options or VolumeOptions()
@@ -156,15 +161,15 @@ class Volumes(VolumeStore):
                 raise InvalidArgument(str(error)) from error
 
     async def remove(self, name: str, containers: Listing, *, force: bool = False) -> None:
-        """Remove a volume with everything in it, but not what is on the device that it mounts.
+        """Remove a volume with all its files, except the contents of a device that it mounts.
 
-        This goes on if the caller is cancelled.  A new volume may have the name before this returns.
+        Continues if the caller is cancelled.  A new volume may have the name before this returns.
 
         Args:
-            containers: asked for those that keep it.
-            force: also if its plug-in does not remove it, or is gone.
+            containers: Returns the containers, whose mounts protect the volume.
+            force: Remove it even if its plug-in refuses or is gone.
 
-        Raises: VolumeInUse; Unavailable: it is mounted, or cannot be taken away; PluginRefused; NotFound: its plug-in
+        Raises: VolumeInUse; Unavailable: it is mounted, or cannot be renamed away; PluginRefused; NotFound: its plug-in
         is gone.
         """
         removal = self._remove(name, containers, force=force)
@@ -180,11 +185,11 @@ class Volumes(VolumeStore):
                 require_unused()
                 if self._is_mounted(name):
                     await self._unmount_locked(name)
-                    if mounting.is_target(self.path(name)):  # what is mounted is not ours to remove
+                    if mounting.is_target(self.path(name)):  # its contents are not ours to remove
                         raise Unavailable(f"cannot remove volume {name}: it is mounted")
                 if (driver := self.driver(name)) != LOCAL:
                     await self._remove_of_plugin(name, driver, force=force)
-                require_unused()  # a container may have been created meanwhile, but none is in the next step
+                require_unused()  # a container may have been created meanwhile; nothing is awaited before the next step
                 is_there, aside = self.has(name), self._set_aside(name)
         except OSError as error:
             raise Unavailable(f"cannot remove volume {name}: {describe_error(error)}") from error
@@ -192,7 +197,7 @@ class Volumes(VolumeStore):
             self.events.publish_volume("destroy", name, {"driver": driver})
         if aside is None:
             return
-        # Or it would be there again after a power loss, without some of its files.
+        # Without the sync, a power loss could bring the volume back without some of its files.
         await isolate(asyncio.to_thread(sync_directory, aside.parent), "removal not synced", volume=name)
         await discard_tree(aside)
 
@@ -205,13 +210,13 @@ class Volumes(VolumeStore):
                 raise type(error)(f"remove {name}: {error}") from error
             log_error(error, "plugin did not remove a volume", volume=name, driver=driver)
 
-    # --- volumes with options, and parts of volumes ---------------------------------------------------------------
+    # --- volumes with options, and subpaths of volumes --------------------------------------------------------------
 
     async def mount(self, user: str, points: Iterable[MountPoint], parts: Sequence[Part] = ()) -> None:
-        """Mount what ``user`` needs to start: its volumes with options, and ``parts``.  Harmless when it is mounted.
+        """Mount ``user``'s volumes with options, and ``parts``.  Idempotent.
 
-        Raises: MountFailed, in Docker's words, with the kernel's reason: nothing is mounted for the user; SourceSilent;
-        Unavailable.
+        Raises: MountFailed, in Docker's words with the kernel's reason; SourceSilent; Unavailable.  After an error
+        nothing stays mounted for the user.
         """
         points = tuple(points)
         await self.bind_sources.wait(points)
@@ -248,10 +253,10 @@ class Volumes(VolumeStore):
             is_mounted = mounting.is_target(Path(point.source))
             if is_mounted and user in users:
                 return
-            if is_mounted and not users:  # by a process that was killed, perhaps half
+            if is_mounted and not users:  # mounted by a killed process, perhaps incompletely
                 await self._run({"unmount": point.source})
                 is_mounted = False
-            users.add(user)  # whatever becomes of it is undone by its end
+            users.add(user)  # recorded first, so that its end undoes a partial mount
             try:
                 request = await self._source(point, user)
                 if not is_mounted:
@@ -260,7 +265,7 @@ class Volumes(VolumeStore):
                 raise MountFailed(f"error while mounting volume '{point.source}': {error}") from error
 
     async def _source(self, point: MountPoint, user: str) -> Mapping[str, Any]:
-        """The request that mounts a volume; a plug-in makes it available first.
+        """Return the request that mounts a volume.  A plug-in makes the volume available first.
 
         Raises: PluginRefused; NotFound; Unavailable.
         """
@@ -274,7 +279,7 @@ class Volumes(VolumeStore):
         return {"directory": directory, "target": point.source, "refused": own}
 
     def _mounts(self, name: str) -> set[str]:
-        """The users for which a plug-in mounted a volume; those of an earlier process, too."""
+        """Return the users for which a plug-in mounted a volume, including users of an earlier process."""
         try:
             return set(msgspec.json.decode((self.path(name).parent / _MOUNTS).read_bytes(), type=list[str]))
         except FileNotFoundError:
@@ -288,7 +293,7 @@ class Volumes(VolumeStore):
         replace_file(path, msgspec.json.encode(sorted(ids)), is_durable=False)
 
     async def _give_back(self, name: str) -> None:
-        """Have the plug-in of a volume unmount it for users that have ended.  Raises: Unavailable; the id is kept."""
+        """Make a volume's plug-in unmount it for ended users.  Raises: Unavailable; the id is kept."""
         driver = self.driver(name)
         ended = self._mounts(name) - set(map(_mount_id, self._users[name])) if driver != LOCAL else ()
         for id in sorted(ended):
@@ -307,15 +312,15 @@ class Volumes(VolumeStore):
             await self._run({"bind": str(part.target), "root": root, "part": part.subpath})
 
     def adopt(self, user: str, points: Iterable[MountPoint]) -> None:
-        """Note a user that an earlier process has started."""
+        """Record a user that an earlier process started."""
         for point in points:
             if point.type == "volume" and point.name:
                 self._users[point.name].add(user)
 
     async def unmount(self, user: str, parts: Iterable[Part] = ()) -> None:
-        """The user has ended: unmount ``parts``, and volumes that it was the last one of.
+        """Unmount ``parts`` for an ended user, and the volumes that it was the last user of.
 
-        Raises: Unavailable: something is mounted still, until ``unmount_unfinished`` or the volume's next user.
+        Raises: Unavailable: something stays mounted until ``unmount_unfinished`` or the volume's next user.
         """
         self.release_parts(parts)
         left = [name for name, users in self._users.items() if user in users]
@@ -324,17 +329,17 @@ class Volumes(VolumeStore):
         await self._unmount_each(left)
 
     async def unmount_unfinished(self) -> None:
-        """Try again what failed.  Raises: Unavailable."""
+        """Retry failed unmounts.  Raises: Unavailable."""
         await self._unmount_each(sorted(self._unfinished))
 
     async def unmount_unused(self) -> None:
-        """Unmount volumes whose users have ended while no node process ran.  Raises: Unavailable."""
+        """Unmount volumes whose users ended while no node process ran.  Raises: Unavailable."""
         await self._unmount_each(
             [name for name in self.names() if mounting.is_target(self.path(name)) or self._mounts(name)]
         )
 
     async def _unmount_each(self, names: Iterable[str]) -> None:
-        """Raises: Unavailable: one is mounted still; the others are not."""
+        """Unmount the unused volumes among ``names``.  Raises: Unavailable after all were tried, if one failed."""
         failed: SkepError | None = None
         for name in names:
             try:
@@ -347,12 +352,12 @@ class Volumes(VolumeStore):
             raise failed
 
     async def _unmount_unused(self, name: str) -> None:
-        """Raises: Unavailable."""
+        """Unmount a volume unless it is used.  Raises: Unavailable."""
         async with self._lock(name):
             await self._unmount_locked(name)
 
     async def _unmount_locked(self, name: str) -> None:
-        """Unless it is used.  Under its lock.  Raises: Unavailable."""
+        """Unmount a volume unless it is used.  The caller holds its lock.  Raises: Unavailable."""
         try:
             async with asyncio.timeout(self._deadline_s):
                 if not self._users[name] and mounting.is_target(self.path(name)):
@@ -365,14 +370,14 @@ class Volumes(VolumeStore):
 
     @staticmethod
     def release_parts(parts: Iterable[Part]) -> None:
-        """Unmount parts that a container has mounted itself meanwhile, or does not any more."""
+        """Unmount parts that the container has mounted itself by now, or no longer needs."""
         for part in parts:
             if mounting.is_target(part.target):
-                with suppress(OSError):  # taken off meanwhile, or with the container's directory later
+                with suppress(OSError):  # unmounted meanwhile, or later with the container's directory
                     unmount(part.target)
 
     async def _run(self, request: Mapping[str, Any]) -> None:
-        """Mount or unmount in a process of its own; one that does not end in time is killed, and not waited for.
+        """Mount or unmount in a separate process.  One that does not end in time is killed and not waited for.
 
         Raises: MountFailed: the reason.
         """
@@ -401,15 +406,16 @@ class Volumes(VolumeStore):
     def mount_points(
         self, mounts: Iterable[Mount], image_volumes: Iterable[str], stack: str = ""
     ) -> list[MountPoint]:
-        """What a container mounts; volumes that do not exist are made.
+        """Return a container's mount points.  Creates missing volumes.
 
-        Until the container is among those that keep volumes, nothing may be awaited: one could be removed.
+        Do not await until the container is recorded as a user of volumes.  Otherwise a volume could be removed.
 
         Args:
-            image_volumes: targets of the image's volumes; one without a name, where ``mounts`` has nothing.
-            stack: Stack of the container's service. New volumes with a name get it as a label.
+            image_volumes: Targets of the image's volumes.  Those without an entry in ``mounts`` get an anonymous
+                volume.
+            stack: Stack of the container's service.  New volumes with a name get it as a label.
 
-        Raises: InvalidArgument, in Docker's words; PermissionDenied: a volume is another stack's.
+        Raises: InvalidArgument, in Docker's words; PermissionDenied: a volume belongs to another stack.
         """
         points = [self._mount_point(mount, stack) for mount in mounts]
         taken = {point.destination for point in points}
@@ -426,10 +432,10 @@ class Volumes(VolumeStore):
                 return mount_point(mount, mount.source, "")
 
     def _require_of_stack(self, name: str, stack: str) -> None:
-        """Raises: PermissionDenied: an operator of the stack could name the volume, but another stack has made it.
+        """Raise PermissionDenied if an operator of the stack could name the volume but another stack created it.
 
-        An operator names volumes that begin with the stack's name (``api.permissions``), and one stack's name may begin
-        with another's. Only an administrator gives a service a volume of any other name.
+        An operator names volumes that start with the stack's name (``api.permissions``), and one stack's name may start
+        with another's.  Only an administrator can use volumes with other names in a service.
         """
         owner = (self.labels(name) or {}).get(STACK_LABEL, "") if stack and self.has(name) else ""
         if owner not in ("", stack) and name.startswith(f"{stack}_"):
@@ -438,10 +444,13 @@ class Volumes(VolumeStore):
             )
 
     def _volume_point(self, mount: Mount, stack: str) -> MountPoint:
-        """Raises: InvalidArgument; PermissionDenied."""
+        """Return the mount point of a volume, which is created if missing.
+
+        Raises: InvalidArgument; PermissionDenied.
+        """
         given = mount.volume_options or VolumeOptions()
         driver = given.driver_config or Driver()
-        # As an engine: with a driver they are stored, be there any or not.
+        # Like Docker: labels are stored if a driver is given, even when empty.
         labels = given.labels if given.labels or given.driver_config is not None else None
         if not mount.source and labels is not None:
             labels = {**labels, ANONYMOUS: ""}
@@ -462,7 +471,9 @@ class Volumes(VolumeStore):
                 f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
             )
         if driver.options and self.has(name) and self.options(name) != driver.options:
-            raise InvalidArgument(f"volume {name} exists with other options than those of the mount")
+            raise InvalidArgument(
+                f"volume {name} exists with other options than the mount: use the same options, or another volume"
+            )
         path = self.ensure(name, labels, driver.options if given.driver_config is not None else None)
         point = mount_point(mount, str(path), name)
         return msgspec.structs.replace(
@@ -472,9 +483,9 @@ class Volumes(VolumeStore):
     async def fill(
         self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
     ) -> None:
-        """Copy what the image has at their targets into new volumes, unless the mount has ``nocopy``.
+        """Copy the image's files at the mount targets into new volumes, unless the mount has ``nocopy``.
 
-        ``root``: the root file system of the container, ``user``.  Raises: Unavailable; MountFailed.
+        ``root`` is the root file system of the container ``user``.  Raises: Unavailable; MountFailed.
         """
         unfilled = {mount.target for mount in mounts if mount.volume_options and mount.volume_options.no_copy}
         for point in points:
@@ -496,7 +507,7 @@ class Volumes(VolumeStore):
             await asyncio.shield(isolate(self.unmount(user), "volume not unmounted", volume=point.name))
 
     async def remove_anonymous(self, points: Iterable[MountPoint], containers: Listing) -> None:
-        """Remove the volumes that were made for one container alone, unless another one has them.
+        """Remove the volumes that were made for one container only, unless another container uses them.
 
         Raises: Unavailable.
         """
@@ -507,10 +518,10 @@ class Volumes(VolumeStore):
 
     @staticmethod
     def new_name() -> str:
-        """A name for a volume without one: 64 hexadecimal characters, as Docker's."""
+        """Return a name for an anonymous volume: 64 hexadecimal characters, as in Docker."""
         return secrets.token_hex(32)
 
 
 def _mount_id(user: str) -> str:
-    """The id of a user for a plug-in: 64 hexadecimal digits, as an engine gives it."""
+    """Return the id of a user for a plug-in: 64 hexadecimal digits, as Docker's."""
     return hashlib.sha256(user.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Go's text/template: the language of Docker's placeholders (``{{.Node.Hostname}}``, ``{{secret "x"}}``).
 
-``expand`` parses and executes a text. All of the language is here but what needs Go's reflection: methods,
-channels and complex numbers. Error texts are Go's. A budget bounds what executions cost (``text.py``).
+``expand`` parses and executes a text.  Supports the whole language except the parts that need Go's reflection: methods,
+channels and complex numbers.  Error texts are Go's.  A budget limits the cost of executions (``text.py``).
 
 Source: Go 1.24, text/template and text/template/parse.
 """
@@ -32,15 +32,15 @@ __all__ = [
 def expand(
     text: str, data: Struct, functions: Mapping[str, Function] | None = None, *, budget: Budget | None = None
 ) -> str:
-    """``text`` with its actions replaced by what they print.
+    """Return ``text`` with its actions replaced by their output.
 
     Args:
-        text: bytes that are no UTF-8 are surrogates (``errors="surrogateescape"``) and stay as they are.
-        data: what ``.`` and ``$`` are.
-        functions: besides Go's own.
-        budget: may be shared by several texts; it is reduced.
+        text: The template.  Bytes that are not UTF-8 are surrogates (``errors="surrogateescape"``) and stay unchanged.
+        data: The value of ``.`` and ``$``.
+        functions: Functions in addition to Go's own.
+        budget: Reduced by the execution.  Several texts may share one.
 
-    Raises: TemplateError: it cannot be parsed, an action failed, or it exceeds its budget.
+    Raises: TemplateError: the text cannot be parsed, an action failed, or the budget is exceeded.
     """
     if "{{" not in text:
         return text

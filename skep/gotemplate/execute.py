@@ -15,13 +15,13 @@ from skep.gotemplate.tree import NAME
 from skep.gotemplate.values import Struct, Value, is_true, printed, to_bytes, type_name
 
 DEPTH_MAX = 100
-"""How deep templates, branches and parentheses may lie in each other when they are executed."""
+"""Nesting depth of templates, branches and parentheses during execution."""
 _SHOWN_MAX = 200
-"""Characters of a node that an error shows."""
+"""Characters of a node that are shown in an error."""
 
 
 class _Nothing:
-    """No value: what a command gets that is the first of its pipeline."""
+    """The missing result before the first command of a pipeline."""
 
 
 _NOTHING = _Nothing()
@@ -43,7 +43,7 @@ def execute(template: tree.Template, data: Struct, functions: Mapping[str, Funct
 
 
 class _Execution:
-    """One execution.  The methods that take a tree's parts and ``dot`` follow the names of the parts."""
+    """One execution.  Methods that take a node and ``dot`` are named after the kind of node."""
 
     def __init__(self, template: tree.Template, functions: Mapping[str, Function], budget: Budget) -> None:
         self._template = template
@@ -63,7 +63,7 @@ class _Execution:
     # -- errors and limits -----------------------------------------------------------------------------------
 
     def _at(self, node: tree.Operand | tree.Command | tree.Statement) -> None:
-        """Errors from here on are ``node``'s."""
+        """Attribute errors to ``node`` from here on."""
         self._node, self._position = node, node.position
 
     def _fail(self, message: str) -> NoReturn:
@@ -115,7 +115,7 @@ class _Execution:
     # -- statements ------------------------------------------------------------------------------------------
 
     def template(self, name: str, dot: Value) -> None:
-        """Execute the template ``name``; its variables are its own."""
+        """Execute the template ``name``, which has its own variables."""
         outside = self._variables, self._name
         self._variables, self._name = [("$", dot)], name
         with self._deeper():
@@ -194,13 +194,13 @@ class _Execution:
                 del self._variables[scope:]
 
     def _keys(self, value: Mapping[str, str]) -> Sequence[str]:
-        """Return the sorted keys of a map, made once for each map: ranges over the labels may lie in each other."""
+        """Return the sorted keys of a map, computed once for each map, because loops over labels may be nested."""
         if id(value) not in self._keys_by_map:
             self._keys_by_map[id(value)] = value, sorted(value)
         return self._keys_by_map[id(value)][1]
 
     def _set(self, name: str, value: Value) -> None:
-        """Give the innermost variable ``name`` a value."""
+        """Set the innermost variable ``name``."""
         for number in range(len(self._variables) - 1, -1, -1):
             if self._variables[number][0] == name:
                 self._variables[number] = name, value
@@ -238,7 +238,7 @@ class _Execution:
         return self._operand(first, dot)
 
     def _operand(self, operand: tree.Operand, dot: Value, *, has_arguments: bool = False) -> Value:
-        """The value of an operand; a function is called without arguments."""
+        """Return the value of an operand.  A function is called without arguments."""
         self._at(operand)
         match operand:
             case tree.Constant():
@@ -297,7 +297,7 @@ class _Execution:
         final: _Final,
         whole: tree.Command | tree.Call,
     ) -> Value:
-        """``whole``: what an error of the function itself shows."""
+        """Call a function.  Its own errors show ``whole``."""
         self._at(call)
         function = self._functions[call.name]
         given = len(operands) + (not isinstance(final, _Nothing))
@@ -337,7 +337,10 @@ class _Execution:
     def _check_text(
         self, function: Function, number: int, operand: tree.Operand | None, value: Value
     ) -> None:
-        """Refuse an argument that has to be a string and is none.  ``operand``: None: of the command before."""
+        """Refuse a non-string argument that must be a string.
+
+        ``operand`` is None for the previous command's result.
+        """
         if isinstance(value, str) or number >= function.texts:
             return
         if isinstance(operand, tree.Nil):

@@ -1,4 +1,4 @@
-"""``fmt.Sprintf`` for the values of templates.
+"""``fmt.Sprintf`` for values of templates.
 
 Source: Go 1.24, fmt/{doc,print,format}.go.
 """
@@ -21,7 +21,7 @@ from skep.gotemplate.values import (
 )
 
 WIDTH_MAX = 1_000
-"""The widest field and the most digits.  Go's limit is 1,000,000; nothing needs it, and memory is bounded by it."""
+"""Maximum width and number of digits, to limit memory.  Go's limit is 1,000,000, which nothing needs."""
 
 _VERB = re.compile(r"%(?P<flags>[-+# 0]*)(?P<width>\*|\d+)?(?:\.(?P<digits>\*|\d*))?(?P<verb>.)?", re.DOTALL)
 
@@ -50,7 +50,7 @@ class _Arguments:
 
 
 def sprintf(out: Text, format: str, values: Sequence[Value]) -> None:
-    """Write ``values`` as ``format`` says; what does not fit is shown as Go shows it (``%!d(string=x)``)."""
+    """Write ``values`` according to ``format``.  Mismatches are shown like in Go (``%!d(string=x)``)."""
     arguments = _Arguments(values)
     position = 0
     for match in _VERB.finditer(format):
@@ -89,7 +89,7 @@ def _one(match: "re.Match[str]", arguments: _Arguments, budget: Budget) -> str:
 
 
 def _number(text: str | None, arguments: _Arguments, word: str) -> tuple[int | None, str]:
-    """A width or a precision, and what is wrong with it."""
+    """Return a width or precision, and its error text."""
     if not text:
         return None, ""
     if text != "*":
@@ -104,7 +104,7 @@ def _number(text: str | None, arguments: _Arguments, word: str) -> tuple[int | N
 
 
 def _formatted(format: _Format, value: Value, budget: Budget) -> str:
-    """Return one value by one verb."""
+    """Format one value with one verb."""
     match format.verb:
         case "T":
             return _padded(format, type_name(value))
@@ -210,7 +210,7 @@ def _float(format: _Format, value: float) -> str | None:
 
 
 def _signed(format: _Format, text: str) -> str:
-    """A number's text with its sign, filled with zeros between both where asked for."""
+    """Pad a number's text.  Zeros, if requested, are inserted after its sign."""
     sign = "-" if text.startswith("-") else "+" if "+" in format.flags else " " if " " in format.flags else ""
     digits = text.lstrip("+-")
     if "0" in format.flags and "-" not in format.flags and format.width is not None:

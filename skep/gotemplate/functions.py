@@ -1,4 +1,4 @@
-"""The functions that every template has.
+"""The built-in functions of templates.
 
 Source: Go 1.24, text/template/funcs.go.
 """
@@ -14,7 +14,7 @@ from skep.gotemplate.text import Budget, Text, TooMuchText
 from skep.gotemplate.values import Struct, Value, printed, to_bytes, to_text, type_name, write_value
 
 _SHOWN_MAX = 1_000
-"""Characters of a value that an error shows: errors become a task's status."""
+"""Characters of a value that are shown in an error, because errors become a task's status."""
 
 
 class CallError(Exception):
@@ -22,23 +22,24 @@ class CallError(Exception):
 
 
 class Function(NamedTuple):
-    """A function of a template.
+    """A function of a template.  ``call`` raises CallError.
 
-    ``parameters``: how many arguments it takes at least; ``is_variadic``: more are taken as well;
-    ``texts``: how many of the first have to be strings; ``writes``: it writes its result to a ``Text``, its first
-    argument, and returns nothing. A function whose result may be much longer than the strings that it is given has to.
-    ``call`` raises CallError.
+    A function whose result may be much longer than its string arguments must set ``writes``.
     """
 
     call: Callable[..., Value]
     parameters: int
+    """Minimum number of arguments."""
     is_variadic: bool = False
+    """Whether it accepts more arguments."""
     texts: int = 0
+    """Number of leading arguments that have to be strings."""
     writes: bool = False
+    """Whether it writes its result to a ``Text``, its first argument, and returns nothing."""
 
 
 def _kind(value: Value) -> str:
-    """The kinds that can be compared with one another; "": none."""
+    """Return the kind of a comparable value, or ""."""
     name = type_name(value)
     return name if name in ("bool", "int", "float64", "string") else ""
 
@@ -143,7 +144,7 @@ def shown(value: Value) -> str:
 
 
 def print_all(out: Text, *values: Value) -> None:
-    """``fmt.Sprint``: spaces between neighbours that are both no strings."""
+    """Write values like ``fmt.Sprint``: with spaces between neighbors that are both not strings."""
     for number, value in enumerate(values):
         if number and not isinstance(value, str) and not isinstance(values[number - 1], str):
             out.write(" ")
@@ -174,7 +175,7 @@ _JS = {
 
 
 def _escaping(escape: Callable[[str], str]) -> Callable[..., None]:
-    """``print`` whose text is escaped."""
+    """Return a ``print`` function whose text is escaped."""
 
     def write(out: Text, *values: Value) -> None:
         plain = Text(out.budget)
@@ -193,14 +194,14 @@ def _js_escaped(char: str) -> str:
 
 
 def _join(out: Text, separator: str, *values: str) -> None:
-    """SwarmKit's only function of its own (template/template.go)."""
+    """Join strings, as SwarmKit's only own function does (template/template.go)."""
     for number, value in enumerate(values):
         out.write(separator if number else "")
         out.write(value)
 
 
 LOGICAL = frozenset({"and", "or"})
-"""They stop at the first argument that decides, and are executed where arguments are (``execute.py``)."""
+"""Functions that stop at the first decisive argument, and are therefore executed in ``execute.py``."""
 
 BUILTINS: dict[str, Function] = {
     "and": Function(lambda *values: values[-1], 1, is_variadic=True),

@@ -1,4 +1,4 @@
-"""A template's tokens.  An error is the last token, so that errors of the parser before it come first.
+"""Tokens of a template.  An error is the last token, so that parser errors before it are reported first.
 
 Source: Go 1.24, text/template/parse/lex.go.
 """
@@ -20,7 +20,7 @@ KEYWORDS = frozenset(
 
 
 class Token(NamedTuple):
-    """``position``: in characters; ``line``: from 1; ``text`` of an error: its message."""
+    """A token.  ``position`` is in characters, ``line`` counts from 1, an error's ``text`` is its message."""
 
     kind: Kind
     text: str
@@ -28,7 +28,7 @@ class Token(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        """The token as error messages name it."""
+        """Return the token's name in error messages."""
         match self.kind:
             case "eof":
                 return "EOF"
@@ -59,11 +59,11 @@ _LITERALS: dict[str, tuple[re.Pattern[str], Kind, str]] = {
 
 
 class _Error(Exception):
-    """A text that is no token; the message is Go's."""
+    """A text that is not a token.  The message is Go's."""
 
 
 def lex(text: str, most: int) -> list[Token]:
-    """All tokens, if they are not more than ``most``; the last one is ``eof`` or ``error``."""
+    """Return all tokens, at most ``most``.  The last one is ``eof`` or ``error``."""
     tokens: list[Token] = []
     line, counted = 1, 0
 
@@ -87,7 +87,7 @@ def lex(text: str, most: int) -> list[Token]:
 
 
 def _tokens(text: str) -> Iterator[tuple[Kind, str, int]]:
-    """Kind, text and position of each.  Raises: _Error."""
+    """Yield kind, text and position of each token.  Raises: _Error."""
     position = 0
     trims = False
     while True:
@@ -124,7 +124,7 @@ def _tokens(text: str) -> Iterator[tuple[Kind, str, int]]:
 
 
 def _inside(text: str, position: int) -> Generator[tuple[Kind, str, int], None, int]:
-    """The tokens of an action.  Returns: where its closing delimiter is.  Raises: _Error."""
+    """Yield the tokens of an action, and return the position of its closing delimiter.  Raises: _Error."""
     depth = 0
     while True:
         if _RIGHT.match(text, position):
@@ -185,7 +185,7 @@ def _named(word: str) -> tuple[Kind, str]:
 
 
 def _word(text: str, position: int) -> str:
-    """Letters, digits and underscores.  Raises: _Error: they run into something that ends no word."""
+    """Return a word of letters, digits and underscores.  Raises: _Error: the next character does not end a word."""
     found = _WORD.match(text, position)
     assert found is not None, "it matches the empty text"
     end = found.end()
@@ -195,5 +195,5 @@ def _word(text: str, position: int) -> str:
 
 
 def _code_point(char: str) -> str:
-    """``%#U``."""
+    """Format a character like ``%#U``."""
     return f"U+{ord(char):04X}" + (f" '{char}'" if char.isprintable() else "")

@@ -1,4 +1,4 @@
-"""A template's tree, from its tokens.
+"""Parses a template's tokens into its tree.
 
 Source: Go 1.24, text/template/parse/parse.go.
 """
@@ -15,21 +15,21 @@ from skep.gotemplate.tree import NAME
 from skep.gotemplate.values import quoted, to_bytes, to_text
 
 NESTING_MAX = 100
-"""How deep parentheses, and how deep actions within actions."""
+"""Nesting depth of parentheses, and of actions within actions."""
 
 _OPERANDS = frozenset(
     {"bool", "char", "dot", "field", "identifier", "number", "nil", "raw", "string", "variable", "("}
 )
 VARIABLES_MAX = 1_000
-"""How many variables a scope has: each use is a search among them."""
+"""Variables in a scope, because each use is a search among them."""
 
 
 class TemplateError(InvalidArgument):
-    """A text that is no template, or an execution that failed.  The message is Go's."""
+    """A text is not a valid template, or its execution failed.  The message is Go's."""
 
 
 def parse(text: str, functions: Collection[str], budget: Budget) -> tree.Template:
-    """The tree of ``text``.  ``functions``: names besides Go's own.  ``budget`` is reduced.  Raises: TemplateError."""
+    """Parse ``text`` and reduce ``budget``.  ``functions`` are names in addition to Go's.  Raises: TemplateError."""
     tokens = lex(text, budget.tokens)
     budget.tokens -= len(tokens)
     return _Parser(text, tokens, functions).template()
@@ -62,7 +62,7 @@ class _Parser:
         return self._tokens[self._next]
 
     def _skip_space(self) -> Token:
-        """The next token that is no space, which stays the next."""
+        """Skip spaces and return the next token without consuming it."""
         while self._peek().kind == "space":
             self._next += 1
         return self._peek()
@@ -91,7 +91,7 @@ class _Parser:
     # -- statements ------------------------------------------------------------------------------------------
 
     def _list(self, *, at_top: bool = False) -> tree.Body:
-        """Statements up to the end of the text, or to ``{{else`` or ``{{end``, which stays the next."""
+        """Parse statements up to the end of the text, ``{{else`` or ``{{end``, which is not consumed."""
         found: list[tree.Statement] = []
         while True:
             token = self._peek()
@@ -118,14 +118,14 @@ class _Parser:
                     self._unexpected(token, "input")
 
     def _word_after(self, left: Token) -> str:
-        """The keyword that follows the delimiter; "": none does."""
+        """Return the keyword after the delimiter, or ""."""
         for token in self._tokens[self._next + 1 : self._next + 3]:
             if token.kind != "space":
                 return token.text if token.kind == "keyword" else ""
         return ""
 
     def _action(self) -> tree.Statement:
-        """The statement after an opening delimiter."""
+        """Parse the statement after an opening delimiter."""
         token = self._skip_space()
         if token.kind == "keyword":
             match token.text:
@@ -208,7 +208,7 @@ class _Parser:
         self._body_of(self._unquoted(token), "define clause")
 
     def _body_of(self, name: str, context: str) -> None:
-        """Parse a template of its own up to its ``{{end}}``."""
+        """Parse a nested template definition up to its ``{{end}}``."""
         self._nested()
         outside, self._variables = self._variables, ["$"]
         ranges, self._ranges = self._ranges, 0
@@ -221,7 +221,7 @@ class _Parser:
         self._expect("right", context)
         self._variables, self._ranges = outside, ranges
         self._depth -= 1
-        # An empty one does not replace one with content, as in Go.
+        # An empty definition does not replace a non-empty one, as in Go.
         if name not in self._bodies or any(
             not isinstance(one, tree.Text) or one.text.strip() for one in body
         ):
@@ -262,7 +262,7 @@ class _Parser:
         return tree.Pipeline(position, variables, assigns, tuple(commands))
 
     def _declarations(self, context: str) -> tuple[tuple[str, ...], bool]:
-        """The variables that a pipeline sets, and whether they exist already."""
+        """Parse the variables that a pipeline sets.  Return them, and whether they exist already."""
         names: list[str] = []
         while True:
             first = self._skip_space()
@@ -287,7 +287,7 @@ class _Parser:
                 raise self._fail("range can only initialize variables")
 
     def _command(self) -> tree.Command:
-        """One command; the ``|`` behind it is taken."""
+        """Parse one command and consume the ``|`` after it."""
         position = self._skip_space().position
         operands: list[tree.Operand] = []
         while True:
@@ -311,7 +311,7 @@ class _Parser:
         return tree.Command(position, tuple(operands))
 
     def _operand(self) -> tree.Operand | None:
-        """Parse a term and its fields.  Return None if there is no term."""
+        """Parse a term and its fields.  Return None without a term."""
         term = self._term()
         if term is None or self._peek().kind != "field":
             return term
@@ -401,7 +401,7 @@ class _Parser:
         return self._unescaped(token.text[1:-1], '"')
 
     def _unescaped(self, text: str, quote: str) -> str:
-        """``strconv.Unquote``."""
+        """Unquote a string like ``strconv.Unquote``."""
         parts: list[bytes] = []
         position = 0
         for match in _ESCAPE.finditer(text):

@@ -1,4 +1,4 @@
-"""Text that templates produce, counted against their budget while it is written.
+"""Text produced by templates, counted against their budget while it is written.
 
 Users write templates, and the process that expands them is shared. A template of a few kilobytes may name the
 same large label thousands of times, so text is counted before it is kept, not when a function returns.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _CHUNK = 4_096
-"""Characters that are escaped at a time: an escape makes up to twelve characters of one, and an object for each."""
+"""Characters that are escaped at a time.  An escape may turn one into twelve, and creates an object for each."""
 
 
 class TooMuchText(Exception):
@@ -21,16 +21,16 @@ class Budget:
     """Resources that templates may still use."""
 
     tokens: int = 50_000
-    """Words and signs of the texts."""
+    """Tokens in the texts."""
     steps: int = 100_000
-    """Statements and commands executed."""
+    """Executed statements and commands."""
     produced: int = 8 << 20
-    """Characters given to and produced by functions, and printed."""
+    """Characters passed to and produced by functions, and printed."""
     output: int = 1 << 20
     """Bytes written."""
 
     def produce(self, characters: int) -> None:
-        """Count text that is given to a function, or about to be kept.  Raises: TooMuchText."""
+        """Count text that is passed to a function, or about to be kept.  Raises: TooMuchText."""
         self.produced -= characters
         if self.produced < 0:
             raise TooMuchText
@@ -49,7 +49,7 @@ class Text:
         self._buffer.write(piece)
 
     def write_escaped(self, text: str, escape: Callable[[str], str]) -> None:
-        """Append ``text`` as ``escape`` spells it, which looks at each character alone.  Raises: TooMuchText."""
+        """Append ``text`` escaped by ``escape``, which treats each character separately.  Raises: TooMuchText."""
         for start in range(0, len(text), _CHUNK):
             self.write(escape(text[start : start + _CHUNK]))
 

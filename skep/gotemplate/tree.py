@@ -1,7 +1,6 @@
-"""The tree of a template.
+"""The syntax tree of a template.
 
-Every node has its position (in characters) and, as ``str``, its text as Go's errors show it.
-
+Every node has its position (in characters), and its text in Go's errors as ``str``.
 Source: Go 1.24, text/template/parse/node.go.
 """
 
@@ -11,12 +10,12 @@ from typing import TypeAlias
 from skep.gotemplate.values import quoted
 
 NAME = "expansion"
-"""Name of templates in errors."""
+"""Name of the template in errors."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A literal.  ``text``: as it is written."""
+    """A literal.  ``text`` is its source text."""
 
     position: int
     value: str | int | float | bool
@@ -38,7 +37,7 @@ class Nil:
 
 @dataclass(frozen=True)
 class Dot:
-    """``.``: the present value."""
+    """``.``: the current value."""
 
     position: int
 
@@ -48,7 +47,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Field:
-    """``.Task.Slot``: fields of the present value."""
+    """``.Task.Slot``: fields of the current value."""
 
     position: int
     names: tuple[str, ...]
@@ -59,7 +58,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Variable:
-    """``$name``, and fields of it.  ``$`` is what the template was executed with."""
+    """``$name``, and fields of it.  ``$`` is the value that the template was executed with."""
 
     position: int
     name: str
@@ -71,7 +70,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Call:
-    """A function by its name; its arguments are the rest of its command."""
+    """A function by its name.  The rest of its command are its arguments."""
 
     position: int
     name: str
@@ -82,7 +81,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Chain:
-    """Fields of what a pipeline in parentheses, or a function without arguments, gives."""
+    """Fields of the result of a parenthesized pipeline, or of a function without arguments."""
 
     position: int
     first: "Pipeline | Call"
@@ -107,9 +106,9 @@ class Command:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Commands, each getting what the one before gave; variables take the last value.
+    """Commands, each with the previous result as its last argument.  Variables get the last result.
 
-    ``assigns``: the variables exist already (``=``).
+    ``assigns`` is set if the variables exist already (``=``).
     """
 
     position: int
@@ -128,7 +127,7 @@ Operand: TypeAlias = Constant | Nil | Dot | Field | Variable | Call | Chain | Pi
 
 @dataclass(frozen=True)
 class Text:
-    """Copied as it is."""
+    """Text that is copied unchanged."""
 
     position: int
     text: str
@@ -136,7 +135,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Action:
-    """Prints what its pipeline gives, unless it sets variables."""
+    """Prints its pipeline's result, unless the pipeline sets variables."""
 
     position: int
     pipeline: Pipeline
@@ -182,7 +181,7 @@ Body: TypeAlias = tuple[Statement, ...]
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed text.  ``bodies``: of all templates by their names; its own is ``NAME``."""
+    """A parsed text.  ``bodies`` has all templates by name.  The text's own is called ``NAME``."""
 
     text: str
     bodies: dict[str, Body]

@@ -1,4 +1,4 @@
-"""The values of templates, and how Go prints them."""
+"""Values of templates, and their text in Go."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from skep.gotemplate.text import Budget, Text
 
 @dataclass(frozen=True)
 class Struct:
-    """A Go struct: its fields in order, and its type as errors name it."""
+    """A Go struct: its fields in order, and its type's name in errors."""
 
     type_name: str
     fields: Mapping[str, "Value"]
 
 
 Value: TypeAlias = str | int | float | bool | Mapping[str, str] | Struct | None
-"""None is nil, a mapping is Go's ``map[string]string``."""
+"""None is nil.  A mapping is Go's ``map[string]string``."""
 
 
 def type_name(value: Value) -> str:
-    """Go's name of the value's type."""
+    """Return Go's name of the value's type."""
     match value:
         case Struct():
             return value.type_name
@@ -39,12 +39,12 @@ def type_name(value: Value) -> str:
 
 
 def is_true(value: Value) -> bool:
-    """Whether ``if`` takes it for true: structs always, others when they are not empty or zero."""
+    """Return whether ``if`` treats it as true: structs always, others if not empty or zero."""
     return isinstance(value, Struct) or bool(value)
 
 
 def printed(value: Value, budget: Budget) -> str:
-    """Return what ``fmt.Print`` writes (``%v``).  Raises: TooMuchText."""
+    """Return the output of ``fmt.Print`` (``%v``).  Raises: TooMuchText."""
     if isinstance(value, str):
         return value
     out = Text(budget)
@@ -53,7 +53,7 @@ def printed(value: Value, budget: Budget) -> str:
 
 
 def write_value(out: Text, value: Value) -> None:
-    """Write what ``fmt.Print`` does (``%v``).  Raises: TooMuchText."""
+    """Write the output of ``fmt.Print`` (``%v``).  Raises: TooMuchText."""
     match value:
         case None:
             out.write("<nil>")
@@ -82,11 +82,11 @@ def write_value(out: Text, value: Value) -> None:
 
 
 _EXPONENT = 6
-"""The first exponent that is written as one; so are those below -4."""
+"""The first exponent in scientific notation, as are exponents below -4."""
 
 
 def printed_float(value: float) -> str:
-    """``%v`` of a float: the fewest digits that read back the same."""
+    """Return ``%v`` of a float: the fewest digits that read back the same."""
     if value != value:
         return "NaN"
     if value in (float("inf"), float("-inf")):
@@ -114,12 +114,12 @@ def printed_float(value: float) -> str:
 
 
 def quoted(text: str) -> str:
-    """``strconv.Quote``: in double quotes, with what cannot be printed as escapes."""
+    """Quote like ``strconv.Quote``: in double quotes, with escapes for unprintable characters."""
     return f'"{escaped(text)}"'
 
 
 def escaped(text: str) -> str:
-    """``quoted`` without its quotes."""
+    """Return ``quoted(text)`` without its quotes."""
     return "".join(map(_escaped, text))
 
 
@@ -149,7 +149,7 @@ def _escaped(char: str) -> str:
     if char.isprintable():
         return char
     code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     if code < 0x80:
         return f"\\x{code:02x}"
@@ -157,10 +157,10 @@ def _escaped(char: str) -> str:
 
 
 def to_bytes(text: str) -> bytes:
-    """The text as Go has it."""
+    """Return the text's bytes in Go."""
     return text.encode(errors="surrogateescape")
 
 
 def to_text(data: bytes) -> str:
-    """The inverse of ``to_bytes``."""
+    """Convert bytes back, as the inverse of ``to_bytes``."""
     return data.decode(errors="surrogateescape")

@@ -1,1 +1,1 @@
-"""Wrappers of the operating system for all parts; nothing of clusters."""
+"""Wrappers of operating system features, independent of clusters."""

@@ -1,8 +1,8 @@
-"""Long-lived descriptors are moved to high numbers.
+"""Moves long-lived descriptors to high numbers.
 
-libnftables waits for the kernel by select(2), which supports the first 1,024 descriptors only: with a higher one the C
-library aborts the process.  A process with hundreds of containers has more open, so long-lived descriptors get high
-numbers, and the low ones are left to short-lived ones.
+libnftables waits for the kernel with select(2), which only supports the first 1,024 descriptors: with a higher one the
+C library aborts the process.  A process with hundreds of containers has more open, so long-lived descriptors get high
+numbers and leave the low ones to short-lived descriptors.
 """
 
 import fcntl
@@ -15,9 +15,9 @@ SELECT_MAX = 1024
 
 
 def set_aside(opened: socket.socket) -> socket.socket:
-    """The same socket at a high number, with its timeout; ``opened`` is closed.
+    """Move a socket, with its timeout, to a high number and return it.  ``opened`` is closed.
 
-    It stays where it is if this process may have no descriptor there.
+    The socket keeps its number if this process may not have descriptors that high.
     """
     timeout_s = opened.gettimeout()
     moved = socket.socket(fileno=set_aside_descriptor(opened.detach()))
@@ -26,7 +26,7 @@ def set_aside(opened: socket.socket) -> socket.socket:
 
 
 def set_aside_descriptor(descriptor: int) -> int:
-    """The same for a bare descriptor."""
+    """Do the same for a bare descriptor."""
     try:
         moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, SELECT_MAX)
     except OSError:
@@ -40,7 +40,7 @@ class Listener(socket.socket):
 
     @classmethod
     def of(cls, opened: socket.socket) -> "Listener":
-        """``opened``, which is closed, set aside itself."""
+        """Return ``opened`` as a listener at a high number.  ``opened`` is closed."""
         timeout_s = opened.gettimeout()
         listener = cls(fileno=set_aside_descriptor(opened.detach()))
         listener.settimeout(timeout_s)
@@ -53,7 +53,7 @@ class Listener(socket.socket):
 
 
 def lowest_free() -> int:
-    """The number that the next descriptor gets, without a race."""
+    """Return the number that the next descriptor would get."""
     descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.close(descriptor)
     return descriptor

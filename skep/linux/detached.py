@@ -1,6 +1,6 @@
-"""Processes that outlive the node process: their name, their lock, and the pid file by which they are found again.
+"""Processes that outlive the node process: their name, their lock, and the pid file to find them again.
 
-A pid alone may have been reused; a pid with its start time has not.
+A pid alone may have been reused, a pid with its start time cannot.
 """
 
 import ctypes
@@ -20,10 +20,11 @@ from skep.linux.files import replace_file
 
 _PR_SET_NAME = 15
 _LOCK_POLL_S = 0.02
+"""Interval between attempts to take a lock."""
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
-    """A process, and the version of skep it runs."""
+    """A process, and its version of skep."""
 
     pid: int
     start_time: int
@@ -38,7 +39,7 @@ def identify(pid: int, version: str = "") -> ProcessIdentity | None:
 
 
 def is_alive(process: ProcessIdentity) -> bool:
-    """Whether it runs; one that waits to be reaped does not."""
+    """Return whether the process runs.  A zombie does not."""
     return processes.start_ticks_of(process.pid) == process.start_time
 
 
@@ -48,14 +49,14 @@ def open_pidfd(process: ProcessIdentity) -> int | None:
 
 
 def write_pid_file(path: Path, process: ProcessIdentity) -> None:
-    """Replace ``path``; its writer holds the lock of that name."""
+    """Replace the pid file ``path``.  Its writer holds the lock of that name."""
     replace_file(path, msgspec.json.encode(process), is_durable=False)
 
 
 def read_pid_file(path: Path) -> ProcessIdentity | None:
-    """The process named in ``path``, if it is alive.
+    """Return the process named in ``path`` if it is alive, or None.
 
-    Raises: OSError: that cannot be found out now (no descriptor is free, for example).
+    Raises: OSError: that cannot be determined now (for example without a free descriptor).
     """
     try:
         process = msgspec.json.decode(path.read_bytes(), type=ProcessIdentity)
@@ -69,7 +70,7 @@ def detached(name: str, *, lock: Path, pid_file: Path, lock_wait_s: float = 0.0)
     """Be the only process called ``name`` of this node while the context is open.
 
     Args:
-        lock_wait_s: how long to wait for a predecessor that is about to end.
+        lock_wait_s: Time to wait for a predecessor that is about to end.
 
     Raises:
         FailedPrecondition: another process holds the lock.
@@ -87,7 +88,7 @@ def detached(name: str, *, lock: Path, pid_file: Path, lock_wait_s: float = 0.0)
 
 @contextmanager
 def held_lock(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold ``path`` exclusively; the kernel frees it however this process ends.  Blocks for about ``wait_s``.
+    """Hold ``path`` exclusively.  The kernel releases it however this process ends.  Blocks for about ``wait_s``.
 
     Raises: FailedPrecondition: another process holds it.
     """
@@ -102,10 +103,10 @@ def held_lock(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
                 if not attempts_left:
                     raise FailedPrecondition(f"{path} is held by another process") from error
                 attempts_left -= 1
-                time.sleep(_LOCK_POLL_S)  # flock has no deadline of its own
+                time.sleep(_LOCK_POLL_S)  # flock has no deadline
         yield
 
 
 def set_title(title: str) -> None:
-    """Set the name that ``ps`` and ``top`` show for this process (the first 15 bytes of it)."""
+    """Set this process's name in ``ps`` and ``top`` (its first 15 bytes)."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, title.encode()[:15], 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: a reader, or the next start, finds the old content or the new."""
+"""Atomic replacement of files: a reader, or the next start, finds either the old or the new content."""
 
 import ctypes
 import errno
@@ -7,23 +7,23 @@ from contextlib import suppress
 from pathlib import Path
 
 BESIDE = ".new"
-"""Ends the name of a file that is not finished.  What a crash leaves is overwritten by the next attempt."""
+"""Suffix of unfinished files.  The next attempt overwrites what a crash leaves."""
 
 
 def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: bool = True) -> None:
-    """Write beside, then rename.  One writer at a time.
+    """Write a temporary file, then rename it.  One writer at a time.
 
     Args:
-        mode: holds from the first byte on, so a secret is never readable by others, not even for a moment.
-        is_durable: it outlives a power loss; False saves two syncs for what a reboot forgets anyway.
+        mode: Applies from the first byte on, so a secret is never readable by others.
+        is_durable: Whether it survives a power loss.  False saves two syncs for files that a reboot discards anyway.
     """
-    beside = path.with_name(path.name + BESIDE)
+    temporary = path.with_name(path.name + BESIDE)
     try:
-        write_new(beside, content, mode=mode, is_synced=is_durable)
-        os.replace(beside, path)
+        write_new(temporary, content, mode=mode, is_synced=is_durable)
+        os.replace(temporary, path)
     except OSError:
-        with suppress(OSError):  # on a full disk it would take the room that the next attempt needs
-            beside.unlink()
+        with suppress(OSError):  # on a full disk it would take the space that the next attempt needs
+            temporary.unlink()
         raise
     if is_durable:
         sync_directory(path.parent)
@@ -33,16 +33,16 @@ _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 def is_no_file(error: OSError) -> bool:
-    """Whether there is no file to be read; other failures do not concern its content."""
+    """Return whether the error means that the file does not exist.  Other errors say nothing about its content."""
     return error.errno in _NO_FILE
 
 
 def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) -> None:
-    """Write a new file; an older one is removed first, since it would keep its mode."""
+    """Write a new file.  An older one is removed first, since it would keep its mode."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)  # whatever the umask is
+        os.fchmod(descriptor, mode)  # regardless of the umask
         file.write(content)
         file.flush()
         if is_synced:
@@ -50,12 +50,12 @@ def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) 
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of a finished file last; its name does with its directory."""
+    """Make the content of a finished file durable.  Its name becomes durable with its directory."""
     _sync(path, os.O_RDONLY)
 
 
 def sync_directory(path: Path) -> None:
-    """Make names that were written in ``path`` last."""
+    """Make names that were created in ``path`` durable."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -71,9 +71,9 @@ _FALLOC_FL_KEEP_SIZE = 1
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Have the file system keep room for ``size`` bytes of a file, whose length stays as it is.
+    """Reserve space for ``size`` bytes of a file without changing its length.
 
-    Raises: OSError: ENOSPC; EOPNOTSUPP: it cannot.
+    Raises: OSError: ENOSPC: the disk is full; EOPNOTSUPP: the file system cannot do it.
     """
     if size and ctypes.CDLL(None, use_errno=True).fallocate64(
         descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)

@@ -1,7 +1,7 @@
-"""Waiting for changes in a directory: by inotify, or by looking now and then where there is none to be had.
+"""Waits for changes in a directory, with inotify, or by polling if inotify is unavailable.
 
-A user may have 128 instances of inotify (``fs.inotify.max_user_instances``), and the root of every container is the
-same user as this process: what follows files must do without.
+A user may have 128 inotify instances (``fs.inotify.max_user_instances``).  The root of every container is the same user
+as this process, so it must also work without one.
 """
 
 import asyncio
@@ -17,21 +17,22 @@ _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _IN_MODIFY, _IN_CREATE, _IN_MOVED = 0x2, 0x100, 0xC0
 _LOOK_S = 0.25
+"""Interval of polling without inotify."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FileWatch:
-    """Reports that a file in a directory was written to, created or renamed.  Close it."""
+    """Reports when a file in a directory is written, created or renamed.  Close it after use."""
 
     def __init__(self, directory: Path) -> None:
         self._descriptor: int | None = None
         try:
             self._descriptor = _watching(directory)
         except OSError as error:
-            log.info("directory is looked at now and then", path=str(directory), reason=str(error))
+            log.info("inotify unavailable, directory polled", path=str(directory), reason=str(error))
 
     async def wait_changed(self) -> None:
-        """Return when something changed since the last return (or since the watch was made), or may have."""
+        """Return when something has or may have changed since the last return, or since the watch was created."""
         if self._descriptor is None:
             await asyncio.sleep(_LOOK_S)
             return
@@ -42,7 +43,7 @@ class FileWatch:
             await readable.wait()
         finally:
             loop.remove_reader(self._descriptor)
-        while True:  # many changes are one
+        while True:  # drain: many changes are reported once
             try:
                 os.read(self._descriptor, 4096)
             except BlockingIOError:
@@ -55,7 +56,7 @@ class FileWatch:
 
 
 def _watching(directory: Path) -> int:
-    """An inotify descriptor.  Raises: OSError: no such directory, or the limit is reached."""
+    """Return an inotify descriptor.  Raises: OSError: no such directory, or the limit is reached."""
     descriptor: int = _libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
     if descriptor < 0:
         _raise("inotify_init1")

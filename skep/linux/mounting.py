@@ -1,7 +1,7 @@
-"""One mount or unmount by a process of its own: ``python -m skep.linux.mounting``, with a request as JSON on its input.
+"""One mount or unmount in a separate process: ``python -m skep.linux.mounting``, with a JSON request on its input.
 
-A file system may wait for its server for ever, in mount(2) as in every look at a path of it.  A thread that waits in
-the kernel cannot be ended, a process can.  It ends with 0, or with 1 and the reason on its standard error.
+A file system may wait forever for its server, in mount(2) and in every access to its paths.  A thread that waits in the
+kernel cannot be ended, but a process can.  It ends with 0, or with 1 and the reason on its standard error.
 
 Source: moby/sys, mount/mount_unix.go, mount/flags_linux.go; moby 28, volume/local/local_unix.go (getMountOptions),
 internal/safepath/join_linux.go.
@@ -65,9 +65,9 @@ _DEATH_SIGNAL, _SIGKILL = 1, 9
 
 
 def main() -> int:
-    """Do what the request says."""
+    """Execute the request."""
     request = json.load(sys.stdin)
-    # The node process may be killed meanwhile: what is mounted after that would not be counted.
+    # End with the node process: a mount that it makes after the node process was killed would not be counted.
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, _SIGKILL, 0, 0, 0)
     try:
         match request:
@@ -93,13 +93,13 @@ class MountFailed(Exception):
 
 
 def _words(number: int) -> str:
-    """The words of an error number as Go has them."""
+    """Return the text of an error number as in Go."""
     text = os.strerror(number)
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
 def parse_options(text: str) -> tuple[int, str]:
-    """Flags of mount(2), and the data for the file system, of a comma-separated list of options."""
+    """Split comma-separated options into flags of mount(2) and data for the file system."""
     flags, data = 0, []
     for word in text.split(","):
         if word in _SET:
@@ -116,7 +116,7 @@ _LAYERS = ("lowerdir", "lowerdir+", "datadir+", "upperdir", "workdir")
 
 
 def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] = ()) -> None:
-    """Mount ``options["device"]`` on ``target``, but no directory that has one of ``refused``, or is in one.
+    """Mount ``options["device"]`` on ``target``, unless it contains one of ``refused`` or is inside one.
 
     Raises: MountFailed, without passwords; OSError.
     """
@@ -159,9 +159,9 @@ def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
 
 
 def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
-    """Options of an overlay with what its directories are, whatever their paths lead to a moment later.
+    """Replace an overlay's directories in its options by opened ones, so that later changes of paths have no effect.
 
-    A layer is a view of its directory as a bind mount is, without what is mounted below.
+    Like a bind mount, a layer shows its directory, but without mounts below it.
     Raises: MountFailed; OSError.
     """
     words = _split(data, ",")
@@ -175,13 +175,13 @@ def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split as the kernel splits options: a backslash escapes a separator or another backslash."""
+    """Split options like the kernel: a backslash escapes a separator or another backslash."""
     words = re.findall(rf"{separator}(?:\\.?|[^\\{separator}])*", f"{separator}{text}", re.DOTALL)
     return [word[1:] for word in words]
 
 
 def _mount(device: str, target: Path, type: str, flags: int, data: str) -> None:
-    """mount(2), then what it takes calls of their own for: propagation, and a read-only bind mount."""
+    """Call mount(2), then make the separate calls for propagation and for a read-only bind mount."""
     recursive = flags & syscalls.MS_REC if flags & _PROPAGATION and not flags & syscalls.MS_BIND else 0
     plain = flags & ~_PROPAGATION & ~recursive
     syscalls.mount(device, target, type, plain, data or None)
@@ -203,7 +203,7 @@ def _without_password(text: str, options: str) -> str:
 
 
 def resolved(type: str, device: str, options: str) -> tuple[str, str]:
-    """Device and options of a network file system, with an address for a host's name: the kernel resolves none.
+    """Return device and options of a network file system with host names resolved, because the kernel cannot do that.
 
     Raises: MountFailed: the name has no address.
     """
@@ -226,7 +226,7 @@ def _is_address(text: str, version: int = 0) -> bool:
 
 
 def _address_of(host: str) -> str:
-    """Its IPv4 address, else its IPv6 address, as Go's ResolveIPAddr."""
+    """Return the host's IPv4 address, else its IPv6 address, like Go's ResolveIPAddr."""
     try:
         found = sorted(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM), key=lambda one: one[0])
     except OSError as error:
@@ -236,9 +236,9 @@ def _address_of(host: str) -> str:
 
 
 def bind_part(root: str, part: str, target: Path) -> None:
-    """Bind the file or directory ``part`` of the tree ``root`` to ``target``; no link leads out of the tree.
+    """Bind the file or directory ``part`` of the tree ``root`` to ``target``.  Links cannot lead outside the tree.
 
-    What was opened is mounted, whatever its path leads to a moment later.  Raises: MountFailed; OSError.
+    Mounts the opened file, regardless of later changes of its path.  Raises: MountFailed; OSError.
     """
     try:
         descriptor = syscalls.open_beneath(Path(root), part)
@@ -288,17 +288,17 @@ _OF_THE_KERNEL = ("/proc", "/sys", "/dev")
 
 
 def bind_directory(source: str, target: Path, refused: list[str]) -> None:
-    """Bind a directory that a program names as a volume's; what is mounted below it later is seen, too.
+    """Bind a volume's directory that a plug-in named.  Later mounts below it become visible, too.
 
-    Neither it nor what its links lead to may be a directory of the system, or in one of ``refused``.  What was opened
-    is mounted.  Raises: MountFailed; OSError.
+    Refuses system directories, and directories inside ``refused``, also behind links.  Mounts the opened directory.
+    Raises: MountFailed; OSError.
     """
     descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused))
         if real in _NO_VOLUMES or is_refused:
-            raise MountFailed(f"{source} is no volume: it is {real}")
+            raise MountFailed(f"{source} cannot be a volume: it is {real}")
         syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
     finally:
         os.close(descriptor)
@@ -309,18 +309,18 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def mount_targets() -> set[str]:
-    """Where this process has mounts, as mountinfo(5) lists them; no file system is asked."""
+    """Return this process's mount points from mountinfo(5), without accessing a file system."""
     lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     return {_unescaped(line.split(" ", 5)[4]) for line in lines}
 
 
 def is_target(path: Path) -> bool:
-    """Whether something is mounted at ``path`` itself, whose parent is a directory of this node."""
+    """Return whether something is mounted at ``path`` itself, whose parent is a directory of this node."""
     return os.path.join(os.path.realpath(path.parent), path.name) in mount_targets()
 
 
 def containing_mount(path: str) -> tuple[str, tuple[str, ...]]:
-    """The mount that has ``path``, which has no links, and how it passes mounts on: ``shared:7``, ``master:3``."""
+    """Return the mount that contains ``path``, which has no links, and its propagation: ``shared:7``, ``master:3``."""
     found: tuple[str, tuple[str, ...]] = ("/", ())
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         words = line.split(" ")

@@ -1,4 +1,4 @@
-"""The text of /etc/hosts and /etc/resolv.conf: a container's files, and what the node's say."""
+"""The text of /etc/hosts and /etc/resolv.conf for a container, and the evaluation of the node's files."""
 
 import ipaddress
 from collections.abc import Iterable, Sequence
@@ -13,17 +13,17 @@ ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
 RESOLVER = Path("/etc/resolv.conf")
-"""The node's own."""
+"""The node's own file."""
 NAME_SERVER = "127.0.0.11"
-"""The name server of a container on networks, in its own namespace."""
+"""Address of the name server inside the namespace of a container on networks."""
 _PUBLIC_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
-"""Docker's choice where the node's own resolver cannot be reached from a container."""
+"""Docker's choice if a container cannot reach the node's own name servers."""
 
 
 def hosts_file(hostname: str, addresses: Iterable[str], extra: Iterable[str]) -> str:
-    """/etc/hosts with the container's own ``addresses``.
+    """Return /etc/hosts with the container's own ``addresses``.
 
-    ``extra``: lines of ``address name...``, as a service carries them.
+    ``extra`` has lines of ``address name...``, in a service's format.
     """
     lines = []
     for line in extra:
@@ -42,10 +42,10 @@ def resolver_file(
     *,
     is_named: bool = False,
 ) -> str:
-    """/etc/resolv.conf: the node's, with the user's options in place of its own.
+    """Return /etc/resolv.conf: the node's, with the user's options instead of its own.
 
-    Name servers on the node's loopback are left out: they do not listen in the container's namespace.  With
-    ``is_named``, the name server is the one at 127.0.0.11, which forwards other names to those of ``forwarded_to``.
+    Name servers on the node's loopback are left out, because they do not listen in the container's namespace.  With
+    ``is_named`` the only name server is 127.0.0.11, which forwards other names to the servers of ``forwarded_to``.
     Source: moby, libnetwork/resolvconf (TransformForLegacyNw, TransformForIntNS).
     """
     words = _words(node)
@@ -70,16 +70,20 @@ def resolver_file(
 
 
 def forwarded_to(node: str, name_servers: Sequence[str]) -> Sequence[str]:
-    """The servers that 127.0.0.11 forwards to, from the node's namespace: the user's, else the node's own, those on
-    its loopback too."""
+    """Return the servers to which 127.0.0.11 forwards from the node's namespace.
+
+    They are the user's, else the node's own, including servers on its loopback.
+    """
     return tuple(name_servers) or tuple(
         line[1] for line in _words(node) if len(line) > 1 and line[0] == "nameserver" and _is_address(line[1])
     )
 
 
 def sets_ndots(node: str, options: Sequence[str]) -> bool:
-    """Whether clients try their search domains for names of few labels, so that these are not looked up
-    for elsewhere.  Source: moby, libnetwork/resolver.go (NdotsSet)."""
+    """Return whether clients try their search domains for names with few labels.
+
+    Such names are then not looked up elsewhere.  Source: moby, libnetwork/resolver.go (NdotsSet).
+    """
     return any((_dots(option) or 0) > 0 for option in _options(_words(node), options))
 
 

@@ -1,25 +1,24 @@
-"""The ports that programs of this machine listen on, as the kernel lists sockets: /proc/net/tcp and its neighbours."""
+"""The ports on which programs of this machine listen, from the kernel's lists in /proc/net/tcp and similar files."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 _BYTES_MAX = 1 << 20
-"""A busy server has tens of thousands of connections; listening sockets come first in /proc/net/tcp."""
+"""A busy server has tens of thousands of connections, but listening sockets come first in /proc/net/tcp."""
 _LISTENING, _UNCONNECTED = 0x0A, 0x07
 _EPHEMERAL = range(32768, 61000)
-"""The kernel's default for ports that it chooses itself."""
+"""The kernel's default range of ephemeral ports."""
 
 
 def read_listening_ports(
     proc: Path = Path("/proc/net"), settings: Path = Path("/proc/sys/net/ipv4")
 ) -> frozenset[tuple[str, int]]:
-    """``(protocol, port)`` of every listening TCP socket and every UDP socket that receives packets of any source.
+    """Return ``(protocol, port)`` of every listening TCP socket, and of every UDP socket that accepts any source.
 
-    Ports that the kernel gives to programs that ask for any are left out: clients have them, for moments, as have
-    servers of tests, file transfers and remote calls.  Of IPv6 sockets those of all addresses count, since they take
-    IPv4 as well.
+    Leaves out ephemeral ports, which clients hold for a moment, as do servers of tests, file transfers and remote
+    calls.  IPv6 sockets count if they listen on all addresses, since they then also accept IPv4.
 
-    Raises: OSError: a list cannot be read, which says nothing about what it has.
+    Raises: OSError: a list cannot be read, so its ports are unknown.
     """
     found, ephemeral = set(), _ephemeral(settings / "ip_local_port_range")
     for protocol, state in (("tcp", _LISTENING), ("udp", _UNCONNECTED)):
@@ -43,12 +42,15 @@ def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return file.read(_BYTES_MAX).decode("ascii", "replace").rpartition("\n")[0]
-    except FileNotFoundError:  # of a kernel without IPv6
+    except FileNotFoundError:  # the kernel does not support IPv6
         return ""
 
 
 def _sockets(text: str, state: int) -> Iterator[tuple[str, int]]:
-    """Columns: number, local address and port, remote ones, state, ...; in hexadecimal digits."""
+    """Yield local address and port.
+
+    Columns, in hexadecimal: number, local address and port, remote ones, state, ...
+    """
     for line in text.splitlines()[1:]:
         words = line.split()
         try:

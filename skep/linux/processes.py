@@ -1,4 +1,4 @@
-"""Which process a pid means: pids are reused, a pid with its start time is not until the next boot."""
+"""Identifies processes: a pid is reused, a pid with its start time is unique until the next boot."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """Fields of ``/proc/<pid>/stat``.  ``start_ticks``: clock ticks from boot to its start (field 22)."""
+    """Fields of ``/proc/<pid>/stat``.  ``start_ticks`` counts clock ticks from boot to the start (field 22)."""
 
     pid: int
     state: str
@@ -21,21 +21,21 @@ class Stat(msgspec.Struct, frozen=True):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it only waits to be reaped."""
+        """Whether the process has ended and only waits to be reaped."""
         return self.state in ("Z", "X")
 
 
 def parsed_stat(stat: bytes) -> Stat:
-    """The second field is the command in parentheses, which may hold blanks and parentheses itself."""
+    """Parse a stat file, whose second field is the command in parentheses and may contain blanks and parentheses."""
     pid, _, _ = stat.partition(b" ")
     fields = stat[stat.rindex(b")") + 2 :].split()
     return Stat(pid=int(pid), state=fields[0].decode(), start_ticks=int(fields[19]))
 
 
 def stat_of(pid: int) -> Stat | None:
-    """The process that has ``pid`` now, ended or not; None: there is none.
+    """Return the process that has ``pid`` now, ended or not, or None.
 
-    Raises: OSError: it cannot be read now (no descriptor left, for example); the process may exist.
+    Raises: OSError: it cannot be read now (for example without a free descriptor), but the process may exist.
     """
     try:
         return parsed_stat(Path(f"/proc/{pid}/stat").read_bytes())
@@ -50,7 +50,7 @@ def start_ticks_of(pid: int) -> int | None:
 
 
 def boot_id() -> str:
-    """Which boot of the kernel this is: start times are ticks of one boot."""
+    """Return the kernel's boot id.  Start times are only comparable within one boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -68,9 +68,9 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
 
 
 def borrowed(pidfd: int, descriptor: int) -> int:
-    """A duplicate of a descriptor of another process; the caller closes it.  pidfd_getfd(2), Linux 5.6.
+    """Duplicate a descriptor of another process with pidfd_getfd(2), Linux 5.6.  The caller closes it.
 
-    Raises: OSError: EBADF: it has none of that number; EPERM: this one may not trace it; ESRCH: it has ended; ENOSYS.
+    Raises: OSError: EBADF: no such descriptor; EPERM: this process may not trace it; ESRCH: it has ended; ENOSYS.
     """
     duplicate: int = _libc.syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
     if duplicate < 0:

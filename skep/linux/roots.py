@@ -1,7 +1,7 @@
-"""A process enters a directory tree as its root, and sees nothing else of the machine.
+"""Confines a process to a directory tree as its root, without access to the rest of the machine.
 
-For workers on trees that a container has filled: no link leads out of the tree, no device in it can be opened, and what
-the process mounts ends with it.  Needs Linux 5.12 (``mount_setattr``).
+For workers on trees that a container has filled: links cannot lead outside, devices cannot be opened, and the process's
+mounts end with it.  Needs Linux 5.12 (``mount_setattr``).
 """
 
 import os
@@ -14,9 +14,9 @@ from skep.linux import syscalls
 
 
 class Bind(NamedTuple):
-    """A file or directory of the machine that is seen at ``target``, an absolute path in the tree.
+    """A file or directory of the machine that is visible at ``target``, an absolute path in the tree.
 
-    ``below``: what is seen is this part of ``source``, in which no link leads out.
+    ``below`` selects a path inside ``source``.  Links in it cannot lead outside.
     """
 
     source: str
@@ -26,20 +26,20 @@ class Bind(NamedTuple):
 
 
 def enter(root: str, binds: Sequence[Bind] = (), *, read_only: bool = False) -> str:
-    """Make ``root`` this process's root directory, in a mount namespace of its own, with ``binds`` mounted in it.
+    """Make ``root`` this process's root directory, in a new mount namespace, with ``binds`` mounted in it.
 
-    Targets are resolved in the tree as a process in it would; those that are missing are made.  The process has one
-    thread.
+    Targets are resolved inside the tree, and missing ones are created.  The process must have only one thread.
 
     Args:
-        read_only: nothing can be written below ``root``.
+        read_only: Make everything below ``root`` read-only.
 
-    Returns: the path of the tree from now on: ``/``, or ``root`` where the kernel lets no process change its root.
+    Returns: The path of the tree from now on: ``/``, or ``root`` if the kernel does not let processes change their
+    root.
 
-    Raises: OSError: a source is missing, a target cannot be made, or this process may not.
+    Raises: OSError: a source is missing, a target cannot be created, or permission is missing.
     """
     syscalls.unshare(syscalls.CLONE_NEWNS)
-    # With slave propagation, mounts that the machine unmounts meanwhile are unmounted here as well.
+    # Slave propagation: mounts that the machine unmounts meanwhile are also unmounted here.
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
     sources = [_cloned(bind) for bind in binds]
     tree = syscalls.clone_mount(root)
@@ -93,7 +93,7 @@ def _is_directory(descriptor: int) -> bool:
 
 
 def _make(tree: int, path: str, *, is_directory: bool) -> None:
-    """Make a file or directory with those above it, by a process that has ``tree`` as its root."""
+    """Create a file or directory with its parents, in a child process that has ``tree`` as its root."""
     child = os.fork()
     if child == 0:
         status = 1

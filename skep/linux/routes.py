@@ -1,20 +1,20 @@
-"""The networks that this machine reaches, as the kernel lists its routes: /proc/net/route and /proc/net/ipv6_route."""
+"""The networks that this machine reaches, from the kernel's routes in /proc/net/route and /proc/net/ipv6_route."""
 
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 _BYTES_MAX = 1 << 17
-"""A router may have a million routes; the first thousand have to do."""
+"""A router may have a million routes.  Only about the first thousand are read."""
 _UP = 0x1
 _REJECT = 0x200
 _LOOPBACK = "lo"
 
 
 def read_routes(proc: Path = Path("/proc/net")) -> list[tuple[IPv4Network | IPv6Network, str]]:
-    """Every network with the interface it is reached by, without default routes and the machine's own addresses.
+    """Return every network and its interface, without default routes and the machine's own addresses.
 
-    Raises: OSError: a list cannot be read, which says nothing about what it has.
+    Raises: OSError: a list cannot be read, so its routes are unknown.
     """
     return [*_routes_4(_text(proc / "route")), *_routes_6(_text(proc / "ipv6_route"))]
 
@@ -23,12 +23,15 @@ def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return file.read(_BYTES_MAX).decode("ascii", "replace").rpartition("\n")[0]
-    except FileNotFoundError:  # of a kernel without IPv6
+    except FileNotFoundError:  # the kernel does not support IPv6
         return ""
 
 
 def _routes_4(text: str) -> Iterator[tuple[IPv4Network, str]]:
-    """Columns: interface, destination, gateway, flags, three counters, mask; addresses as the kernel's integers."""
+    """Yield IPv4 networks.
+
+    Columns: interface, destination, gateway, flags, three counters, mask; in host byte order.
+    """
     for line in text.splitlines()[1:]:
         words = line.split()
         try:
@@ -42,7 +45,10 @@ def _routes_4(text: str) -> Iterator[tuple[IPv4Network, str]]:
 
 
 def _routes_6(text: str) -> Iterator[tuple[IPv6Network, str]]:
-    """Columns: destination, its length, source, its length, next hop, four numbers (the last: flags), interface."""
+    """Yield IPv6 networks.
+
+    Columns: destination, its length, source, its length, next hop, four numbers (the last one: flags), interface.
+    """
     for line in text.splitlines():
         words = line.split()
         try:

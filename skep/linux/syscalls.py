@@ -1,4 +1,4 @@
-"""The few Linux calls that Python 3.11 does not offer: mounts, namespaces, opening below a root.
+"""Linux system calls that Python 3.11 does not have: mounts, namespaces, opening below a root.
 
 Every function raises OSError with the kernel's error number.
 """
@@ -71,7 +71,7 @@ def _checked(result: int, what: str) -> int:
 def mount(
     source: str, target: str | Path, type: str | None = None, flags: int = 0, data: str | None = None
 ) -> None:
-    """mount(2)."""
+    """Call mount(2)."""
     result = _libc.mount(
         os.fsencode(source),
         os.fsencode(target),
@@ -83,12 +83,12 @@ def mount(
 
 
 def unmount(target: str | Path, flags: int = MNT_DETACH) -> None:
-    """umount2(2); by default the mount vanishes at once and is freed when its last user is gone."""
+    """Call umount2(2).  By default the mount disappears immediately and is freed when its last user has ended."""
     _checked(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
 
 
 def mount_new(type: str, target: Path, options: list[tuple[str, str]]) -> None:
-    """Mount by fsopen(2) and its relatives: each option is handed over by itself, so their sum has no limit."""
+    """Mount with fsopen(2) and related calls, which take each option separately, so their total size has no limit."""
     context = _syscall(_FSOPEN, type.encode(), _FSOPEN_CLOEXEC)
     try:
         for key, value in options:
@@ -104,7 +104,7 @@ def mount_new(type: str, target: Path, options: list[tuple[str, str]]) -> None:
 
 
 def clone_mount(path: str, *, recursive: bool = False) -> int:
-    """A descriptor of a bind mount of ``path``, attached nowhere yet; ``recursive``: with the mounts below it."""
+    """Return a descriptor of a detached bind mount of ``path``, with the mounts below it if ``recursive``."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
     return _syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
 
@@ -112,9 +112,9 @@ def clone_mount(path: str, *, recursive: bool = False) -> int:
 def restrict_mount(
     mounted: int, *, recursive: bool = False, read_only: bool = False, follows_links: bool = True
 ) -> None:
-    """Take devices and set-user-id from an open mount; with ``read_only``, writing too.
+    """Disable devices and set-user-id on an open mount, and writing if ``read_only``.
 
-    ``follows_links``: else no path goes through a symbolic link that is in the mount (ELOOP); Linux 5.14.
+    Without ``follows_links`` no path can pass a symbolic link inside the mount (ELOOP).  That needs Linux 5.14.
     """
     flags = _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOSUID
     flags |= (_MOUNT_ATTR_RDONLY if read_only else 0) | (0 if follows_links else _MOUNT_ATTR_NOSYMFOLLOW)
@@ -134,24 +134,24 @@ def move_mount(mounted: int, target: str | int) -> None:
 
 
 def pivot_root(new: str, old: str) -> None:
-    """pivot_root(2)."""
+    """Call pivot_root(2)."""
     _checked(_libc.pivot_root(os.fsencode(new), os.fsencode(old)), f"pivot_root {new}")
 
 
 def unshare(flags: int) -> None:
-    """unshare(2), for the calling thread."""
+    """Call unshare(2) for the calling thread."""
     _checked(_libc.unshare(flags), "unshare")
 
 
 def setns(descriptor: int, kind: int) -> None:
-    """setns(2), for the calling thread."""
+    """Call setns(2) for the calling thread."""
     _checked(_libc.setns(descriptor, kind), "setns")
 
 
 def open_in_root(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
     """Open ``path`` as a process with ``root`` as its root directory would.
 
-    Symbolic links, absolute ones too, are followed inside ``root`` and never lead out of it.
+    Symbolic links, even absolute ones, are followed inside ``root`` and never lead outside.
     """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -161,14 +161,14 @@ def open_in_root(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def open_in_directory(directory: int, path: str, flags: int = os.O_RDONLY) -> int:
-    """The same, with an open directory as the root."""
+    """Do the same with an open directory as the root."""
     return _opened(directory, path, flags, _RESOLVE_IN_ROOT)
 
 
 def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
-    """Open ``path`` below ``root``; symbolic links are followed as long as none leads out.
+    """Open ``path`` below ``root``.  Symbolic links are followed if they do not lead outside.
 
-    Raises: OSError: EXDEV: one does (an absolute one always), or the path itself.
+    Raises: OSError: EXDEV: a link (always if absolute) or the path itself leads outside.
     """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -178,7 +178,7 @@ def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
 
 
 def open_without_links(directory: int, path: str, flags: int) -> int:
-    """Open ``path`` below an open directory.  Raises: OSError: ELOOP: a symbolic link is in it; EXDEV: it leads out."""
+    """Open ``path`` below a directory.  Raises: OSError: ELOOP: it has a symbolic link; EXDEV: it leads outside."""
     return _opened(directory, path, flags, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
 
 
@@ -187,7 +187,7 @@ def _opened(directory: int, path: str, flags: int, resolve: int) -> int:
     for left in reversed(range(_TRIES_MAX)):
         try:
             return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-        except BlockingIOError:  # something was renamed meanwhile, so the kernel cannot say
+        except BlockingIOError:  # a concurrent rename prevented the check
             if not left:
                 raise
     raise AssertionError("the last try returns or raises")
@@ -201,11 +201,16 @@ def _syscall(number: int, *arguments: object) -> int:
 
 
 def unmount_if_mounted(target: Path) -> None:
-    """Unmount ``target``; nothing happens when nothing is mounted there."""
-    while os.path.ismount(target):
+    """Unmount everything at ``target``.  Does nothing if nothing is mounted there.
+
+    ``os.path.ismount`` compares devices and misses a bind mount within one file system, so the kernel decides.
+    """
+    while True:
         try:
             unmount(target)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 return
+            if error.errno == errno.EPERM and not os.path.ismount(target):
+                return  # without privileges umount2(2) fails before it looks at the path
             raise

@@ -1,9 +1,9 @@
-"""Directory trees that a container has made: removed and walked whatever their depth, size, names and mounts.
+"""Removes and walks directory trees that a container has made, whatever their depth, size, names and mounts.
 
-``shutil.rmtree`` and ``os.walk`` recurse (before Python 3.12 and 3.13), so a few hundred nested directories are the
-end of the caller.  Here a tree is taken apart with a stack of at most ``_LEVELS_MAX`` open directories: what
-lies deeper is moved up to the top first and removed from there.  Nothing is listed as a whole, no path is longer than a
-name, no symbolic link is followed and no mount is entered.
+``shutil.rmtree`` and ``os.walk`` recurse (before Python 3.12 and 3.13), so a few hundred nested directories would end
+the caller.  Here a removal has at most ``_LEVELS_MAX`` open directories, and deeper ones are moved to the top first and
+removed from there.  Directories are never listed as a whole, no path is longer than a name, symbolic links are not
+followed and mounts are not entered.
 """
 
 import array
@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LEVELS_MAX = 48
-"""Open at one time, two descriptors each."""
+"""Directories open at one time, with two descriptors each."""
 _GRAVE = ".skep-removed-"
-"""Begins the name of a directory that was moved up."""
+"""Name prefix of directories that were moved to the top."""
 
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 _IMMUTABLE_OR_APPEND = 0x10 | 0x20
@@ -36,26 +36,26 @@ class _OpenHow(ctypes.Structure):
 
 
 class NotRemoved(OSError):
-    """Something of a tree is left; ``errno`` and the words are those of the first refusal."""
+    """A part of a tree is left.  ``errno`` and the text are from the first refusal."""
 
     def __init__(self, path: Path, name: str, error: OSError) -> None:
         super().__init__(error.errno, f"{name!r} cannot be removed: {error.strerror}", str(path))
 
 
 class Stopped(Exception):
-    """The caller does not want the tree to be removed any further now."""
+    """The caller has stopped the removal."""
 
 
 def remove_tree(path: Path, stop: threading.Event | None = None, keep: str = "") -> None:
-    """Remove ``path`` with all that is in it; nothing happens when there is nothing.
+    """Remove ``path`` with everything in it.  Does nothing if it does not exist.
 
-    Files that are immutable are made removable first, mounts are taken off, as far as that is permitted.
+    Immutable files are made removable and mounts are unmounted first, as far as permitted.
 
     Args:
-        stop: set by another thread to have this one end soon.
-        keep: name of an entry of ``path`` that stays until everything else has gone: an interrupted removal leaves it.
+        stop: Set by another thread to stop this one soon.
+        keep: Name of an entry of ``path`` that is removed last, so that an interrupted removal leaves it.
 
-    Raises: NotRemoved: something is left, after all else was removed; Stopped; OSError: ``path`` cannot be opened.
+    Raises: NotRemoved: a part is left after everything else was removed; Stopped; OSError: ``path`` cannot be opened.
     """
     try:
         parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -80,7 +80,7 @@ class _Level:
         self.removed = 0
 
     def again(self) -> None:
-        """Read it from its beginning: entries may be skipped while others are removed."""
+        """Read it from the start again: entries may be skipped while others are removed."""
         self.entries.close()
         self.entries = os.scandir(self.descriptor)
         self.removed = 0
@@ -101,7 +101,7 @@ class _Removal:
         self._moved = 0
 
     def remove(self, parent: int) -> None:
-        """``parent``: the directory that the tree is in."""
+        """Remove the tree.  ``parent`` is the directory that contains it."""
         name = self._path.name
         try:
             if self._remove_entry(parent, name):
@@ -131,7 +131,7 @@ class _Removal:
             return any(entry.name != self._keep for entry in entries)
 
     def _empty(self, top: int) -> None:
-        """Remove what is in the directory ``top``, which is closed."""
+        """Remove the contents of the directory ``top``, whose descriptor is closed."""
         levels = [_Level(top, "", -1)]
         try:
             while levels:
@@ -148,7 +148,7 @@ class _Removal:
                 level.close()
 
     def _visit(self, levels: list[_Level], entry: "os.DirEntry[str]") -> None:
-        """Remove an entry of the innermost directory, or begin with what is in it."""
+        """Remove an entry of the innermost directory, or start with its contents."""
         level = levels[-1]
         try:
             if self._remove_entry(level.descriptor, entry.name):
@@ -158,7 +158,7 @@ class _Removal:
                 levels.append(_Level(inner, entry.name, level.descriptor))
             else:
                 self._move_up(level.descriptor, entry.name, levels[0].descriptor)
-                levels[0].removed += 1  # there is something to be found at the top
+                levels[0].removed += 1  # so that the top is read again
                 level.removed += 1
         except FileNotFoundError:
             level.removed += 1
@@ -166,7 +166,7 @@ class _Removal:
             self._note(entry.name, error)
 
     def _leave(self, levels: list[_Level]) -> None:
-        """The innermost directory has been read to its end: remove it, or read it again."""
+        """Remove the innermost directory, which was read to its end, or read it again."""
         level = levels[-1]
         if level.removed:
             level.again()
@@ -196,7 +196,7 @@ class _Removal:
         return _unprotected(remove, parent, name)
 
     def _move_up(self, parent: int, name: str, top: int) -> None:
-        """Take a deep directory to the top, where it is found again."""
+        """Move a deep directory to the top, where it is found later."""
 
         def move() -> bool:
             self._moved += 1
@@ -229,7 +229,7 @@ def _unprotected(act: Callable[[], bool], parent: int, name: str) -> bool:
 
 
 def _open_directory(parent: int, name: str) -> int:
-    """Open a directory that is no mount; a mount is taken off first.  Raises: OSError: EXDEV: it cannot be."""
+    """Open a directory.  A mount on it is removed first.  Raises: OSError: EXDEV: it cannot be removed."""
     try:
         return _open_here(parent, name)
     except OSError as error:
@@ -255,19 +255,19 @@ def _open_here(parent: int, name: str) -> int:
 
 
 def _take_off_mount(parent: int, name: str) -> None:
-    """Unmount what is mounted on an entry, all of it; harmless when nothing is."""
+    """Remove all mounts on an entry, if any."""
     path = os.fsencode(f"/proc/self/fd/{parent}/{name}")
     while _libc.umount2(path, _MNT_DETACH | _UMOUNT_NOFOLLOW) == 0:
         pass
 
 
 def _make_mutable(parent: int, name: str) -> None:
-    """Take the flags ``immutable`` and ``append only`` from an entry and its directory, where that is permitted."""
+    """Clear the flags ``immutable`` and ``append only`` of an entry and its directory, where permitted."""
     _clear_flags(parent)
     with suppress(OSError):
         status = os.stat(name, dir_fd=parent, follow_symlinks=False)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            return  # no others can be opened without effect, or have flags
+            return  # other kinds cannot be opened without effect, or have no flags
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
         try:
             _clear_flags(descriptor)
@@ -285,18 +285,17 @@ def _clear_flags(descriptor: int) -> None:
 
 
 def directories(top: Path) -> list[Path]:
-    """``top`` and all directories below it, each before those in it; empty when there is none."""
+    """Return ``top`` and all directories below it, parents first, or nothing if ``top`` does not exist."""
     if not top.is_dir():
         return []
     return [top, *(top / path for path, status in walk(top) if stat.S_ISDIR(status.st_mode))]
 
 
 def walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Path below ``top`` and status of each entry, in no order.
+    """Yield path below ``top`` and status of each entry, in no order.
 
-    Symbolic links are not followed, not even one that takes a directory's place meanwhile, and mounts are not entered.
-    Iterative, with two open directories.  What goes away meanwhile, and what lies deeper than a path can name
-    (4,096 bytes), is left out.
+    Symbolic links are not followed, even if one replaces a directory meanwhile, and mounts are not entered.  Iterative,
+    with two open directories.  Entries that disappear meanwhile, or whose path is too long (4,096 bytes), are left out.
     """
     try:
         root = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -12,15 +12,15 @@ _GROUP = "docker"
 def private_socket(
     path: Path, kind: socket.SocketKind = socket.SOCK_STREAM, *, is_listening: bool = False
 ) -> socket.socket:
-    """A socket bound at ``path``, in place of the one there, for processes of this user alone.
+    """Return a socket bound at ``path``, instead of any earlier one, that only this user's processes can use.
 
     Raises: OSError.
     """
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, kind)
     try:
-        # The file gets the mode that the socket has before it is bound (Linux, net/unix/af_unix.c, unix_bind_bsd). The
-        # umask would be the whole process's: a directory that another thread makes meanwhile would lack its x bits.
+        # The file gets the socket's mode before the bind (Linux, net/unix/af_unix.c, unix_bind_bsd).  The umask is
+        # shared by the whole process: a directory that another thread makes meanwhile would lack its x bits.
         os.fchmod(bound.fileno(), 0o600)
         bound.bind(str(path))
         if is_listening:
@@ -32,7 +32,10 @@ def private_socket(
 
 
 def let_group_in(path: Path) -> None:
-    """Let the group ``docker`` use the socket at ``path`` too, if there is one, as Docker's API.  Raises: OSError."""
-    with suppress(KeyError):  # no such group: root only
+    """Let the group ``docker``, if it exists, also use the socket at ``path``, as for Docker's API.
+
+    Raises: OSError.
+    """
+    with suppress(KeyError):  # no such group, so only root has access
         os.chown(path, 0, grp.getgrnam(_GROUP).gr_gid)
         path.chmod(0o660)

@@ -1,9 +1,10 @@
-"""A command with a directory in which it follows no symbolic link (``python -m skep.linux.without_links``).
+"""Runs a command with a directory in which it cannot follow symbolic links.
 
-Arguments: the directory, then the command, which gets the directory as its last argument.
+Usage: ``python -m skep.linux.without_links DIRECTORY COMMAND...``.  The command gets the directory as its last
+argument.
 
-Whoever else writes to the directory can make links at any time: a command that looks whether a path is one, and uses
-the path then, is led out of it.  Here the kernel refuses such a path.
+Other writers of the directory can create links at any time.  A command that first checks whether a path is a link, and
+then uses the path, can be led outside.  Here the kernel refuses such a path.
 """
 
 import os
@@ -13,7 +14,7 @@ from skep.linux.syscalls import clone_mount, restrict_mount
 
 
 def open_without_links(directory: str) -> int:
-    """A mount of ``directory`` alone, attached nowhere, that follows no symbolic link.  Raises: OSError."""
+    """Return a detached mount of ``directory`` alone that does not follow symbolic links.  Raises: OSError."""
     mounted = clone_mount(directory)
     try:
         restrict_mount(mounted, follows_links=False)
@@ -24,12 +25,12 @@ def open_without_links(directory: str) -> int:
 
 
 def path_of(mounted: int) -> str:
-    """The path of an open mount for a process that has its descriptor."""
+    """Return the path of an open mount for a process that has its descriptor."""
     return f"/proc/self/fd/{mounted}/."
 
 
 def main() -> None:
-    """Become the command."""
+    """Execute the command in place of this process."""
     directory, *command = sys.argv[1:]
     try:
         mounted = open_without_links(directory)

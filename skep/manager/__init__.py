@@ -1,1 +1,1 @@
-"""One manager: the API's swarm half, the dispatcher and the CA always; the control loops while it leads."""
+"""One manager.  The swarm half of the API, the dispatcher and the CA always run, the control loops while it leads."""

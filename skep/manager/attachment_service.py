@@ -33,13 +33,14 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 ATTACHMENTS_MAX = 1000
-"""Plain containers of one node on cluster networks."""
+"""Maximum number of one node's plain containers on cluster networks."""
 CONTAINER_ID_CHARACTERS_MAX = 128
 ALIASES_MAX = 32
+"""Names of one container on a network."""
 ALIAS_CHARACTERS_MAX = 253
-"""The maximum of a DNS name."""
+"""The maximum length of a DNS name."""
 _VERSIONS = 2
-"""Of IP: a container has one address of each on a network."""
+"""IP versions.  A container has at most one address of each version on a network."""
 
 
 class AttachmentRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +50,9 @@ class AttachmentRequest(msgspec.Struct, frozen=True, kw_only=True):
     node_id: NodeId
     container_id: str
     network: str
-    """Id or name."""
+    """Id or name of the network."""
     addresses: tuple[str, ...] = ()
-    """``--ip`` and ``--ip6``; none of a version: any."""
+    """Addresses from ``--ip`` and ``--ip6``.  Without an address of a version, the allocator chooses one."""
     aliases: tuple[str, ...] = ()
     """The container's name, then its aliases."""
 
@@ -65,7 +66,7 @@ class AttachmentService:
         self._new_id = new_id
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (unary(methods.ATTACH_NETWORK, self._attach), unary(methods.DETACH_NETWORK, self._detach))
 
     async def _attach(self, request: pb.AttachNetworkRequest, caller: Caller) -> pb.AttachNetworkResponse:
@@ -90,20 +91,22 @@ class AttachmentService:
 
 
 def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Task:
-    """Create the task that stands for the container's attachment; the allocator gives it an address.
+    """Create the task that stands for the container's attachment; the allocator assigns its address.
 
     Raises:
-        NotFound: no such network.  PermissionDenied: it is not attachable, or the node was removed.
-        FailedPrecondition: its data plane is not the node's.
-        InvalidArgument, ResourceExhausted: an id, addresses, aliases or a number of attachments that cannot be.
+        NotFound: The network does not exist.
+        PermissionDenied: The network is not attachable, or the node was removed.
+        FailedPrecondition: The network's data plane differs from the node's.
+        InvalidArgument: An id, an alias or an address is invalid.
+        ResourceExhausted: The node or the network has too many attachments.
     """
     if not 0 < len(attachment.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
-        raise InvalidArgument("the request names no container")
+        raise InvalidArgument("the container id is missing or too long")
     if len(attachment.aliases) > ALIASES_MAX or any(
         len(one) > ALIAS_CHARACTERS_MAX for one in attachment.aliases
     ):
         raise InvalidArgument(
-            f"a container has {ALIASES_MAX} names of {ALIAS_CHARACTERS_MAX} characters on a network, at most"
+            f"a container can have at most {ALIASES_MAX} names of {ALIAS_CHARACTERS_MAX} characters on a network"
         )
     node = tx.rely_on(Node, attachment.node_id, "session")
     if node is None:
@@ -120,7 +123,7 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
         )
     present = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
     if len(present) >= ATTACHMENTS_MAX:
-        raise ResourceExhausted(f"the node has {ATTACHMENTS_MAX} containers on cluster networks already")
+        raise ResourceExhausted(f"the node already has {ATTACHMENTS_MAX} containers on cluster networks")
     here = sum(network.id in {config.target for config in one.spec.networks} for one in present)
     require_share(network, here, len(tx.find(Node)))
     require_subnets(network, attachment.addresses)
@@ -142,9 +145,12 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
 
 
 def detach(tx: Transaction, node_id: NodeId, task_id: TaskId) -> None:
-    """Remove the attachment of a container that is gone.
+    """Remove the attachment of a container that was removed.
 
-    Raises: InvalidArgument, NotFound; PermissionDenied: another node's, or a task of a service.
+    Raises:
+        InvalidArgument: The id is empty.
+        NotFound: The attachment does not exist.
+        PermissionDenied: The attachment belongs to another node.
     """
     if not task_id:
         raise InvalidArgument("invalid argument")

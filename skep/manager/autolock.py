@@ -1,7 +1,7 @@
-"""Encrypts (locks) the keys on this manager's disk as the cluster's unlock key requires.
+"""Encrypts (locks) the keys on this manager's disk with the cluster's unlock key.
 
-Each manager does this for itself, whenever the unlock key differs from the one its disk is locked with: one that was
-away during a rotation does so when it is back.
+Each manager does this for itself whenever the unlock key differs from the key that its disk is locked with.  A manager
+that was offline during a rotation catches up when it returns.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 
 class Autolock:
-    """Keeps one node's lock in the state that the cluster requires."""
+    """Keeps one node's keys locked or unlocked as the cluster requires."""
 
     def __init__(self, store: Store, lock: KeyLock, clock: Clock, random: Random) -> None:
         self._store = store
@@ -54,7 +54,7 @@ class Autolock:
             self._changed.clear()
             view = self._store.view()
             if UNLOCK_KEY_ID in view.unreadable(Payload):
-                continue  # without it the keys on disk would be in clear
+                continue  # without the unlock key, the keys on disk would be written in clear text
             key = unlock_key_of(view)
             try:
                 if await asyncio.to_thread(self._lock.turn, key):

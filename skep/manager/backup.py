@@ -1,4 +1,4 @@
-"""A backup while the manager serves: a manifest of the cluster, and a snapshot of the store, in one stream."""
+"""Online backup of a manager: one stream with a manifest of the cluster and a snapshot of the store."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -32,7 +32,7 @@ _COUNTED: Mapping[str, type[Any]] = {
 
 
 class Backups:
-    """Makes backups of one manager's store; with or without a quorum."""
+    """Creates backups of one manager's store, with or without a quorum."""
 
     def __init__(
         self, config: ManagerConfig, store: Store, wrapping_key: Callable[[], bytes], clock: Clock
@@ -43,20 +43,22 @@ class Backups:
         self._clock = clock
 
     def begin(self, request: BackupRequest) -> Sealer:
-        """The writer of the file.
+        """Return the sealer that encrypts the backup.
 
-        Raises: InvalidArgument; FailedPrecondition: without the root's key no certificate could be made for a restored
-        manager.
+        Raises:
+            InvalidArgument: The request is invalid.
+            FailedPrecondition: An external CA holds the root key.  No certificate could be issued for a restored
+                manager.
         """
         if self._store.view().lookup(Payload, ROOT_KEY_ID) is None:
             raise FailedPrecondition(
-                "an external CA has the key of the cluster's root, so that a backup could not be restored: rotate to "
-                "a root of the cluster's own first (docker swarm ca --rotate)"
+                "an external CA holds the key of the cluster's root, so a backup could not be restored: rotate to "
+                "a root CA of the cluster's own first (docker swarm ca --rotate)"
             )
         return Sealer(request.header, request.key)
 
     async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
-        """The file.  Raises: Unavailable, FailedPrecondition: it is incomplete, and its end is missing."""
+        """Yield the backup file.  Raises: Unavailable, FailedPrecondition: the file is incomplete and lacks its end."""
         manifest = self._manifest()
         yield sealer.manifest(manifest)
         verified = Verified()
@@ -67,7 +69,7 @@ class Backups:
         verified.check()
         if not set(split_keys(self._wrapping_key())) <= set(split_keys(manifest.wrapping_key)):
             # Some values may be encrypted with a key newer than the manifest, so the backup could not be read.
-            raise Unavailable("the key of the cluster's store is being replaced: repeat the backup")
+            raise Unavailable("the key of the cluster's store is being replaced: run the backup again")
         yield sealer.end()
 
     def _manifest(self) -> Manifest:

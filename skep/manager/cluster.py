@@ -1,4 +1,4 @@
-"""The cluster object of a store, and what managers have not followed of it yet."""
+"""The cluster object of a store, and the managers that have not applied its root CA yet."""
 
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.node import Node, NodeState
@@ -10,7 +10,12 @@ from skep.store.interface import View
 
 
 def cluster_of(view: View) -> Swarm:
-    """The cluster object.  Raises: FailedPrecondition: there is none yet; Unavailable: it cannot be read."""
+    """Return the cluster object.
+
+    Raises:
+        FailedPrecondition: The cluster object does not exist yet.
+        Unavailable: The cluster object cannot be read.
+    """
     for swarm in view.find(Swarm):
         return swarm
     for why in view.unreadable(Swarm).values():
@@ -19,14 +24,15 @@ def cluster_of(view: View) -> Swarm:
 
 
 def reserved_ports_of(view: View) -> ReservedPorts:
-    """The ports that the cluster uses itself."""
+    """Return the ports that the cluster itself uses."""
     return of_cluster(data_path_port(view.find(Swarm)), view.find(Node))
 
 
 def etcds_behind(view: View) -> list[Node]:
-    """Managers that are there, and whose etcd trusts the root before the present one until its restart (``ca.peers``).
+    """Return the ready managers whose etcd trusts the previous root CA until its restart (``ca.peers``).
 
-    During another rotation it would accept no other's certificate, and the cluster would have no leader.
+    During another rotation their etcd would reject every other member's certificate, and the cluster would lose its
+    leader.
     """
     swarm = cluster_of(view)
     return [
@@ -37,8 +43,8 @@ def etcds_behind(view: View) -> list[Node]:
 
 
 def has_etcd_behind(node: Node, swarm: Swarm) -> bool:
-    """Whether the node is a manager whose etcd trusts other roots than the present one alone."""
-    # Of workers, of which there may be thousands, no digest is made.
+    """Return whether the node is a manager whose etcd trusts other roots than only the current one."""
+    # Compute no digest for workers: there may be thousands.
     return node.has_joined_as_manager and node.peer_roots not in (
         "",
         root_digest(swarm.tls_info.trust_root.encode()),

@@ -1,4 +1,4 @@
-"""What a change of one service means for those that depend on it."""
+"""Effects of a service's change on the services that depend on it."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -17,14 +17,13 @@ from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 from skep.store.schema import UNREAD_UPDATE
 
 RESTARTED_MAX = 100
-"""Services that are restarted with the updates of one: they are written in one transaction with it."""
+"""Services that one service's update restarts.  They are written in the update's transaction."""
 RESTARTED_BYTES_MAX = 320 << 10
-"""Of their specs together, each of which that transaction has three times."""
+"""Total size of the restarted services' specs.  The transaction holds each spec three times."""
 
 
 def check_dependencies(view: View, spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: services would wait for each other, ``spec`` among them, or too many would be restarted
-    with one."""
+    """Refuse a spec whose dependencies form a cycle or restart too many services.  Raises: InvalidArgument."""
     dependencies = dependencies_of(spec.labels)
     restarted = _restarted_with(view, {one.service for one in dependencies if one.restarts})
     sizes = {spec.name: _size_of(spec)}
@@ -33,12 +32,12 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
         _refuse_many(name, [*others, spec], sizes)
     if path := circle(view, spec.name, dependencies):
         raise InvalidArgument(
-            f"services cannot wait for each other: {' -> '.join(path)} (label {DEPENDS_ON})"
+            f"services cannot depend on each other in a cycle: {' -> '.join(path)} (label {DEPENDS_ON})"
         )
 
 
 def requiring(view: View, name: str) -> list[str]:
-    """The names of services that require the service ``name``: they would wait for ever if it was gone."""
+    """Return the names of the services that require service ``name``, which would wait forever without it."""
     return [
         service.spec.name
         for service in view.find(Service)
@@ -48,7 +47,7 @@ def requiring(view: View, name: str) -> list[str]:
 
 
 def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[str]:
-    """The names on a way from the service ``name`` over what it depends on back to it; empty: there is none."""
+    """Return the service names on a dependency cycle through service ``name``, or an empty list without a cycle."""
     reached_by: dict[str, str] = {}
     pending = [(name, one.service) for one in dependencies]
     while pending:
@@ -70,7 +69,7 @@ def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[st
 
 
 def reached(view: View, dependencies: Iterable[Dependency]) -> set[str]:
-    """Names of the services that these dependencies lead to, directly or not, existing or not."""
+    """Return the names of all direct and indirect dependencies, whether or not those services exist."""
     names: set[str] = set()
     pending = [one.service for one in dependencies]
     while pending:
@@ -84,18 +83,21 @@ def reached(view: View, dependencies: Iterable[Dependency]) -> set[str]:
 
 
 def is_same_task(one: TaskSpec, other: TaskSpec) -> bool:
-    """Whether an update from one to the other replaces no task for what it is; another placement may move some."""
+    """Return whether an update from ``one`` to ``other`` replaces no task because of its content.
+
+    A changed placement may still move tasks.
+    """
     return one == other or (
         (one.force_update, one.container_spec)
-        == (other.force_update, other.container_spec)  # usually the difference
+        == (other.force_update, other.container_spec)  # checked first: these fields usually differ
         and replace(one, placement=None) == replace(other, placement=None)
     )
 
 
 def _restarted_with(view: View, names: Collection[str]) -> dict[str, list[Service]]:
-    """By name, the services that are to be restarted with updates of the one with that name.
+    """Return for each name the services that restart when the service of that name is updated.
 
-    In one pass, which parses each label once: one label has up to a hundred names, and many services may have it.
+    Takes one pass, which parses each label once.  One label may have a hundred names, and many services may have one.
     """
     found: dict[str, list[Service]] = {name: [] for name in sorted(names)}
     for service in view.find(Service) if found else ():
@@ -107,20 +109,22 @@ def _restarted_with(view: View, names: Collection[str]) -> dict[str, list[Servic
 
 
 def _refuse_many(name: str, specs: Sequence[ServiceSpec], sizes: dict[str, int]) -> None:
-    """Args:
-        sizes: of specs that were looked at before, by service name; it gets those of the others.
+    """Raise InvalidArgument if the update of service ``name`` would restart too many services.
 
-    Raises: InvalidArgument.
+    Args:
+        sizes: Spec sizes by service name.  Missing sizes are computed and added.
     """
-    what = f"service {name} restarts {len(specs)} services with its updates (label {DEPENDS_ON})"
+    what = f"updates of service {name} would restart {len(specs)} services (label {DEPENDS_ON})"
     if len(specs) > RESTARTED_MAX:
-        raise InvalidArgument(f"{what}: {RESTARTED_MAX} are possible")
+        raise InvalidArgument(f"{what}: at most {RESTARTED_MAX} are allowed")
     for spec in specs:
         if spec.name not in sizes:
             sizes[spec.name] = _size_of(spec)
     size = sum(sizes[spec.name] for spec in specs)
     if size > RESTARTED_BYTES_MAX:
-        raise InvalidArgument(f"{what}: their specs have {size} bytes, {RESTARTED_BYTES_MAX} are possible")
+        raise InvalidArgument(
+            f"{what}: their specs have {size} bytes, at most {RESTARTED_BYTES_MAX} are allowed"
+        )
 
 
 def _size_of(spec: ServiceSpec) -> int:
@@ -128,14 +132,14 @@ def _size_of(spec: ServiceSpec) -> int:
 
 
 def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, now: Timestamp) -> None:
-    """Update the services that are to be restarted with updates of ``changed``, as ``--force`` does.
+    """Restart the services that restart with updates of ``changed``, as ``docker service update --force`` does.
 
-    Their new tasks wait for those of ``changed``, whose tasks become ``template``; if they stay the same, nothing is
-    restarted.
+    Their new tasks wait for the new tasks of ``changed``, which are created from ``template``.  If ``template`` does
+    not change the tasks, nothing is restarted.
 
     Raises:
-        InvalidArgument: there are too many, as a cluster of an earlier version may have them.
-        Unavailable: the present run of one that is a job cannot be read.
+        InvalidArgument: Too many services would be restarted.  A cluster of an earlier version may have so many.
+        Unavailable: The current run of a dependent job cannot be read.
     """
     if is_same_task(changed.spec.task_template, template):
         return
@@ -144,13 +148,14 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     _refuse_many(name, [service.spec for service in services], {})
     for service in services:
         if service.update_status == UNREAD_UPDATE:
-            continue  # which cannot be gone on with, nor hold up this one
-        if CRON not in service.spec.labels or is_going(tx, service):  # else there is nothing to restart
+            continue  # its unreadable update cannot be resumed, and must not block this update
+        # otherwise no run is active that could be restarted
+        if CRON not in service.spec.labels or is_going(tx, service):
             _restart(tx, service, now)
 
 
 def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
-    """Replace its tasks.  An update of its own that is not over stays what it is: paused, and with its way back."""
+    """Replace the service's tasks.  An unfinished update of its own keeps its paused state and its rollback target."""
     template = service.spec.task_template
     spec = replace(service.spec, task_template=replace(template, force_update=template.force_update + 1))
     status, previous = service.update_status, service.previous_spec
@@ -158,8 +163,8 @@ def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
         is_over = status.state in ENDED
         status = replace(
             status, started_at=now
-        )  # the status of a spec goes with it unless it is written with the next
-    else:  # none that changed the tasks, or the leader has not come to it yet
+        )  # a changed spec drops the update status unless both are written together
+    else:  # no update changed the tasks, or the leader has not started it yet
         is_over = previous is None or is_same_task(previous.task_template, template)
     if is_over:
         status, previous = None, service.spec

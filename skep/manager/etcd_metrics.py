@@ -1,4 +1,4 @@
-"""What of etcd's own metrics is worth a page: how fast its disk is, how large it is, how often the leader changed.
+"""Selected metrics of etcd: disk latency, database size and leader changes.
 
 The names are etcd's, which existing dashboards use.  Source: https://etcd.io/docs/v3.5/metrics/
 """
@@ -21,24 +21,24 @@ ETCD = {
     "etcd_disk_wal_fsync_duration_seconds": "Duration of fsync of the log.",
     "etcd_disk_backend_commit_duration_seconds": "Duration of commits of the database.",
     "etcd_mvcc_db_total_size_in_bytes": "Size of the database.",
-    "etcd_mvcc_db_total_size_in_use_in_bytes": "What of it is in use.",
+    "etcd_mvcc_db_total_size_in_use_in_bytes": "Size of the database that is in use.",
     "etcd_network_peer_round_trip_time_seconds": "Round trips to other members.",
 }
-"""Names, and what they are.  Of some hundred."""
+"""Names and help texts of the exported metrics.  etcd has some hundred metrics."""
 _TYPE = re.compile(r"# TYPE (\S+) (\S+)")
 _SAMPLE = re.compile(r"([a-z_]+)(\{.*\})? (\S+)")
 _SUFFIXES = ("", "_bucket", "_sum", "_count")
 
 
 async def etcd_families(socket: Path) -> list[Family]:
-    """Of the member at ``socket``.  Raises: Unavailable: it does not answer."""
+    """Return the metric families of the etcd member at ``socket``.  Raises: Unavailable: no response."""
     async with Client.local(socket, "etcd") as client:
         response = await client.send("GET", "/metrics", headers={"Accept-Encoding": "identity"})
     return chosen(response.body.decode(errors="replace")) if response.status == 200 else []
 
 
 def chosen(page: str) -> list[Family]:
-    """The families of ``ETCD`` in a page of metrics; lines that cannot be read are left out."""
+    """Return the metric families of ``ETCD`` found in a metrics page.  Malformed lines are skipped."""
     kinds: dict[str, str] = {}
     samples: dict[str, list[Sample]] = {name: [] for name in ETCD}
     suffixes = {f"{name}{suffix}": (name, suffix) for name in ETCD for suffix in _SUFFIXES}

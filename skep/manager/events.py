@@ -1,11 +1,11 @@
-"""Events of the cluster's objects in the Engine API, derived from commits.
+"""Events of cluster objects in the Engine API, derived from commits.
 
-Every manager derives them for itself from the same commits.  The last ones are kept for clients that request the past
-(``since``), or that go on where another stream ended, at this manager or another (``after``).  The stream of a client
-that does not read ends: an incomplete stream would be worse.
+Every manager derives the same events from the same commits.  The latest events are kept for clients that ask for past
+ones (``since``), or that resume an earlier stream at this manager or another (``after``).  If a client does not read,
+its stream ends, because an incomplete stream would be worse.
 
-A *cursor* is ``INCARNATION-REVISION``: after it come the events of later revisions.  All events of one revision but the
-last have the cursor of the revision before, so that a stream that ended between them repeats some, and misses none.
+A *cursor* is ``INCARNATION-REVISION``.  The events of later revisions follow it.  All events of a revision but the last
+have the cursor of the revision before.  A stream that ended between them repeats some events and misses none.
 
 Source: moby 20.10, daemon/events.go (generateClusterEvent), daemon/events/{events,filter}.go.
 """
@@ -40,14 +40,14 @@ from skep.store.interface import Created, Deleted, Event, Store, Updated, View, 
 from skep.store.kinds import Payload
 
 KEPT = 4096
-"""Past events that are kept (the engine keeps 256)."""
+"""Number of past events that are kept.  Docker Engine keeps 256."""
 BEHIND_MAX = 1024
-"""Events a client may be behind before its stream ends."""
+"""Events that a client may be behind before its stream ends."""
 
 PROGRESS_S = 10.0
-"""Between two messages that give the cursor of a stream in which nothing happens."""
+"""Seconds between two cursor messages of an idle stream."""
 
-Action = Literal["create", "update", "remove", "freeze", "resume", "drain"]
+Action = Literal["create", "update", "remove", "suspend", "resume", "drain"]
 
 TASK_ACTIONS: Mapping[TaskState, str] = {
     TaskState.RUNNING: "start",
@@ -60,7 +60,7 @@ TASK_ACTIONS: Mapping[TaskState, str] = {
 
 
 class EventsLost(FailedPrecondition):
-    """The events that the client needs are not there (any more)."""
+    """The events after the client's cursor are not available, or no longer."""
 
 
 class Actor(ApiObject):
@@ -80,11 +80,11 @@ class Message(ApiObject):
     time_nano: int = msgspec.field(name="timeNano")
     scope: str = msgspec.field(name="scope", default_factory=lambda: "swarm")
     cursor: str = msgspec.field(name="Cursor", default="")
-    """Of ``GET /skep/events``: where a later stream goes on after this event."""
+    """Set in ``GET /skep/events`` only.  A later stream that starts at the cursor continues after this event."""
 
 
 class _Kept(msgspec.Struct, frozen=True, gc=False):
-    """``after``: the revision after which a stream goes on that ended with this message."""
+    """A past event.  ``after`` is the revision at which a stream resumes that ended with this message."""
 
     message: Message
     revision: int
@@ -92,7 +92,7 @@ class _Kept(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClusterEvents:
-    """The events of the cluster, past and future.  ``run`` must be running for new ones."""
+    """The cluster's past and future events.  New events need a running ``run``."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -100,9 +100,9 @@ class ClusterEvents:
         self._past: deque[_Kept] = deque()
         self._readers: set[asyncio.Queue[_Kept | None]] = set()
         self._floor: int | None = None
-        """All events of later revisions are in ``_past``; None: commits are not followed yet."""
+        """All events of later revisions are in ``_past``.  None while commits are not followed."""
         self._revision = 0
-        """The last one whose events were derived."""
+        """The last revision whose events were derived."""
 
     async def run(self) -> None:
         """Derive events from commits until cancelled."""
@@ -131,7 +131,7 @@ class ClusterEvents:
                 self._revision = commit.revision
 
     def expires(self, expiry: Expiry) -> None:
-        """Publish that a certificate expires soon, which no commit shows."""
+        """Publish that a certificate expires soon.  No commit shows this."""
         now_ns = self._clock.now_ns()
         attributes = {"name": expiry.name, "notafter": stamp(expiry.not_after)}
         message = Message(
@@ -154,35 +154,43 @@ class ClusterEvents:
                 _end(reader)
 
     def cursor(self, revision: int | None = None) -> str:
-        """Of the last events that were derived, or of ``revision``."""
+        """Return the cursor of ``revision``, or of the last events that were derived."""
         return f"{self._store.incarnation}-{self._revision if revision is None else revision}"
 
     def revision_after(self, cursor: str) -> int:
-        """The revision in ``cursor``.
+        """Return the revision in ``cursor``.
 
-        Raises: InvalidArgument: it is no cursor; EventsLost: this manager has not all events after it.
+        Raises:
+            InvalidArgument: ``cursor`` has no valid format.
+            EventsLost: This manager does not have all events after the cursor.
         """
         incarnation, _, revision = cursor.partition("-")
         if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
-            raise InvalidArgument(f"invalid cursor {cursor!r}: want one of an event, like {self.cursor()}")
+            raise InvalidArgument(
+                f"invalid cursor {cursor!r}: want the cursor of an event, like {self.cursor()}"
+            )
         if int(incarnation) != self._store.incarnation:
-            raise EventsLost(f"cursor {cursor} is of another life of the cluster: read its objects anew")
+            raise EventsLost(
+                f"cursor {cursor} belongs to an earlier incarnation of the cluster: list its objects again"
+            )
         if self._floor is None or int(revision) < self._floor:
             raise EventsLost(
-                f"not all events after cursor {cursor} are kept by this manager: ask another one, or read the "
-                f"cluster's objects anew and go on after {self.cursor()}"
+                f"this manager no longer has all events after cursor {cursor}: ask another manager, or list the "
+                f"cluster's objects again and continue after {self.cursor()}"
             )
         return int(revision)
 
     def revision_before(self, since_ns: int) -> int:
-        """Return the revision before the first kept event since ``since_ns``, or the present one if there is none."""
+        """Return the revision before the first kept event since ``since_ns``, or the current one if there is no such
+        event.
+        """
         since = (kept.revision - 1 for kept in self._past if kept.message.time_nano >= since_ns)
         return next(since, self._revision)
 
     async def subscribe(
         self, since_ns: int | None, until_ns: int | None, fits: Callable[[Message], bool]
     ) -> AsyncGenerator[Message, None]:
-        """Events accepted by ``fits``: past ones after ``since_ns`` (None: none), then new ones until ``until_ns``.
+        """Yield events that ``fits`` accepts: past events since ``since_ns``, if set, then new ones until ``until_ns``.
 
         Ends at that time, or when the reader falls behind.
         """
@@ -191,7 +199,7 @@ class ClusterEvents:
             return since_ns is not None and _is_between(kept.message, since_ns, until_ns)
 
         with suppress(EventsLost):
-            async with aclosing(self._read(is_past, until_ns)) as reading:
+            async with aclosing(self._read_kept(is_past, until_ns)) as reading:
                 async for kept in reading:
                     if kept is not None and fits(kept.message):
                         yield kept.message
@@ -199,26 +207,30 @@ class ClusterEvents:
     async def subscribe_after(
         self, after: int | None, until_ns: int | None, fits: Callable[[Message], bool]
     ) -> AsyncGenerator[Message, None]:
-        """Events of revisions later than ``after`` (None: new ones) with their cursors, until ``until_ns``.
+        """Yield events of revisions after ``after`` with their cursors, until ``until_ns``.
 
-        Begins with a message that has the cursor only, and has one again whenever nothing happens.
-        Raises: EventsLost: the reader has fallen behind.
+        Starts with the new events if ``after`` is None.  The first message has only a cursor, and so has a message
+        after each idle period.
+
+        Raises:
+            EventsLost: The reader has fallen behind.
         """
         first = self._revision if after is None else after
         yield _progress(self.cursor(first), self._clock.now_ns())
-        async with aclosing(self._read(lambda kept: kept.revision > first, until_ns)) as reading:
+        async with aclosing(self._read_kept(lambda kept: kept.revision > first, until_ns)) as reading:
             async for kept in reading:
                 if kept is None:
                     yield _progress(self.cursor(), self._clock.now_ns())
                 elif kept.revision > first and fits(kept.message):
                     yield replace(kept.message, cursor=self.cursor(max(kept.after, first)))
 
-    async def _read(
+    async def _read_kept(
         self, is_past: Callable[[_Kept], bool], until_ns: int | None
     ) -> AsyncGenerator[_Kept | None, None]:
-        """Past events that ``is_past`` accepts, then new ones until ``until_ns``; None when none came for a while.
+        """Yield past events that ``is_past`` accepts, then new ones until ``until_ns``, and None after an idle period.
 
-        Raises: EventsLost: the reader has fallen behind.
+        Raises:
+            EventsLost: The reader has fallen behind.
         """
         reader: asyncio.Queue[_Kept | None] = asyncio.Queue(BEHIND_MAX)
         self._readers.add(reader)
@@ -237,7 +249,7 @@ class ClusterEvents:
                     continue
                 if found is None:
                     raise EventsLost(
-                        "the client was too slow and has lost events: go on after its last cursor"
+                        "the client was too slow and has lost events: reconnect with its last cursor"
                     )
                 yield found
         finally:
@@ -245,7 +257,7 @@ class ClusterEvents:
 
 
 def _end(reader: asyncio.Queue[_Kept | None]) -> None:
-    """Drop a slow reader's queue, so that it gets the end next."""
+    """Drop a slow reader's queued events and queue the end of its stream."""
     while not reader.empty():
         reader.get_nowait()
     reader.put_nowait(None)
@@ -258,17 +270,18 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
 
 
 def is_dockers(message: Message) -> bool:
-    """Whether a client that asks for no type gets it.
+    """Return whether a client that filters for no type receives the message.
 
-    Tasks and cluster volumes have no events in Docker, and tasks many in a cluster.
+    In Docker, tasks and cluster volumes have no events, and a cluster has many tasks.
     """
     return message.type not in ("task", "volume") or message.action == "drain"
 
 
 def messages_of(event: Event, now_ns: int, view: View | None = None) -> Iterator[Message]:
-    """The messages about one object's change, none for internal objects.
+    """Yield the messages about one object's change.  Internal objects have none.
 
-    ``view``: where names are; None: only what is in the Engine API, and the draining of tasks.
+    Args:
+        view: Source of names.  Without it, the result has only events of the Engine API and the draining of tasks.
     """
     if view is not None:
         yield from _messages_of_tasks(event, now_ns, view)
@@ -300,12 +313,14 @@ def _dockers(event: Event, now_ns: int) -> Iterator[Message]:
         case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
             return
         case Updated(Task() as old, Task() as new):
-            if begins_to_drain(old, new):  # not in Docker: for proxies, which remove the task before it stops
+            if begins_to_drain(
+                old, new
+            ):  # a Skep extension for proxies, which remove the task before it stops
                 yield _drain(new, now_ns)
         case Created(object):
             yield _message("create", object, {}, unix_ns(object.created_at))  # type: ignore[attr-defined]
         case Deleted(Service()):
-            return  # the event came when the user removed it
+            return  # the event was sent when the user removed the service
         case Deleted(object):
             yield _message("remove", object, {}, now_ns)
         case Updated(Service() as old, Service() as new):
@@ -323,7 +338,7 @@ def _dockers(event: Event, now_ns: int) -> Iterator[Message]:
         case Updated(Swarm() as old, Swarm() as new):
             if new.freeze is not None and old.freeze is None:
                 nodes = {"nodes": ",".join(new.freeze.nodes)}
-                yield _message("freeze", new, nodes, unix_ns(new.freeze.since))
+                yield _message("suspend", new, nodes, unix_ns(new.freeze.since))
             elif new.freeze is None and old.freeze is not None:
                 yield _message("resume", new, {}, now_ns)
         case Updated(_, new):
@@ -331,14 +346,14 @@ def _dockers(event: Event, now_ns: int) -> Iterator[Message]:
 
 
 def _eviction(eviction: Eviction, at_ns: int) -> Message:
-    """Not in Docker: a node is being evicted; with the requesting user and the progress."""
+    """Return the message about a node's eviction, with the requesting user and the progress.  A Skep extension."""
     step = eviction.next_step
     attributes = {
         "name": eviction.hostname,
-        "by": eviction.asked_by,
-        "through": eviction.asked_through,
+        "requestedBy": eviction.asked_by,
+        "requestedVia": eviction.asked_through,
         "done": f"{len(eviction.done)}/{len(eviction.steps)}",
-        "waits": eviction.waits_for if step is not None else "",
+        "waitingFor": eviction.waits_for if step is not None else "",
     }
     actor = Actor(id=eviction.node_id, attributes=attributes)
     return Message(type="node", action="evict", actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
@@ -349,7 +364,10 @@ def _went_down(old: Node, new: Node) -> bool:
 
 
 def _task(action: str, task: Task, view: View, at_ns: int) -> Message:
-    """Not in Docker.  The name and labels are those of the task's container; an end has its cause."""
+    """Return a message about a task, a Skep extension.
+
+    It has the name and labels of the task's container.  The end of a task has its cause.
+    """
     status, service = task.status, view.lookup(Service, task.service_id)
     attributes = {
         "name": f"{service.spec.name if service is not None else ''}.{task.shown_slot or task.node_id}.{task.id}",
@@ -375,7 +393,7 @@ def _task(action: str, task: Task, view: View, at_ns: int) -> Message:
 
 
 def _progress(cursor: str, at_ns: int) -> Message:
-    """Nothing happened up to here; for readers that go on later."""
+    """Return a message without an event, with the cursor from which a reader can resume."""
     return Message(
         type="stream",
         action="progress",
@@ -387,7 +405,7 @@ def _progress(cursor: str, at_ns: int) -> Message:
 
 
 def _drain(task: Task, at_ns: int) -> Message:
-    """With the names of the corresponding container labels."""
+    """Return the message about a draining task.  Attributes are named after the corresponding container labels."""
     attributes = {
         "com.docker.swarm.task.id": task.id,
         "com.docker.swarm.service.id": task.service_id,
@@ -448,7 +466,7 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
     changes |= _changed("role", old.spec.role.value, new.spec.role.value)
     changes |= _changed("state", old.status.state.value, new.status.state.value)
     changes |= _changed("paths.failing", _words(old.failing_paths), _words(new.failing_paths))
-    changes |= _changed("overlay.refused", _words(old.cut_off), _words(new.cut_off))
+    changes |= _changed("overlay.unavailable", _words(old.cut_off), _words(new.cut_off))
     changes |= _changed("conditions", *("; ".join(condition_messages(one.description)) for one in (old, new)))
     before, after = old.manager_status, new.manager_status
     if before is not None and after is not None:
@@ -465,12 +483,12 @@ def _volume_changes(old: Volume, new: Volume) -> dict[str, str]:
 
 
 def _published(volume: Volume) -> str:
-    """The nodes that have it."""
+    """Return the nodes on which the volume is published."""
     return ",".join(one.node_id for one in volume.publish_status if one.state is PublishState.PUBLISHED)
 
 
 def _words(failures: Iterable[FailingPath | CutOff]) -> str:
-    """Not in Docker, which does not probe the paths between nodes."""
+    """Return a summary of failing network paths.  A Skep extension: Docker does not probe paths between nodes."""
     return "; ".join(one.summary for one in failures)
 
 

@@ -1,6 +1,6 @@
-"""Why a task or a service is not in its desired state, in one sentence and in figures.
+"""Why a task or a service is not in its desired state, as a sentence and as figures.
 
-Everything is read from the objects; nothing is stored for it.  The sentences are those of ``reasons``.
+Everything is derived from the stored objects.  The sentences come from ``reasons``.
 """
 
 from collections import Counter
@@ -37,13 +37,13 @@ from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 
 REASONS_MAX = 10
-"""Different reasons that the explanation of a service lists, the most frequent first."""
+"""Different reasons in the explanation of a service, the most frequent first."""
 
 
 class TaskExplanation(ApiObject):
     """Response of ``GET /skep/tasks/{id}/explain``.
 
-    ``nodes`` is set for a task that waits for a node; ``exit_code`` and ``signal`` for one whose process ended.
+    ``nodes`` is set for a task that waits for a node, ``exit_code`` and ``signal`` for a task whose process ended.
     """
 
     task_id: TaskId
@@ -58,50 +58,50 @@ class TaskExplanation(ApiObject):
     exit_code: int | None = None
     signal: str = ""
     end: TaskEnd | None = None
-    """Why it ended, with its last lines.  Of a task that does not run yet: why the one before it failed."""
+    """Why the task ended, with its last log lines.  For a task that does not run yet, why the one before it failed."""
     nodes: tuple[NodeVerdict, ...] = ()
 
 
 class Reason(ApiObject):
-    """Why some tasks of a service are not running."""
+    """A reason why some of a service's tasks are not running."""
 
     example: TaskId
     name: str = ""
-    """Of the example: ``web.2``, or ``web.w1`` of a global service."""
+    """The example's name: ``web.2``, or ``web.w1`` for a global service."""
     summary: str = always("")
     tasks: int = always(0)
 
 
 class UpdateExplanation(ApiObject):
-    """Of an update, or a rollback, that is under way."""
+    """Progress of an update or a rollback."""
 
     deadline: Timestamp | None = None
-    """When the update fails without progress; None: it waits for time to pass."""
+    """When the update fails without progress.  None if it waits for a period to pass."""
     step: str = always("")
     waiting_for: str = always("")
 
 
-class MeasureExplanation(ApiObject):
-    """What autoscaling goes by: ``cpu`` or ``memory``; percent, on average over the measured tasks."""
+class MetricExplanation(ApiObject):
+    """One metric that autoscaling uses, ``cpu`` or ``memory``, in percent, as the average of the measured tasks."""
 
     name: str = ""
     target: int = 0
     average: float | None = None
-    """None: no task is measured."""
+    """None if no task is measured."""
 
 
 class AutoscalingExplanation(ApiObject):
-    """Of an autoscaled service."""
+    """State of a service's autoscaling."""
 
-    least: int = 0
-    most: int = 0
-    measures: tuple[MeasureExplanation, ...] = ()
-    unknown: int = always(0)
-    """Tasks that are not measured."""
+    min: int = 0
+    max: int = 0
+    metrics: tuple[MetricExplanation, ...] = ()
+    unmeasured: int = always(0)
+    """Tasks without a measurement."""
     summary: str = always("")
-    """Why the number of tasks is as it is."""
-    last: Autoscaled | None = None
-    """Its last change by autoscaling."""
+    """The reason for the current number of tasks."""
+    last_change: Autoscaled | None = None
+    """The last change by autoscaling."""
 
 
 class ServiceExplanation(ApiObject):
@@ -111,31 +111,31 @@ class ServiceExplanation(ApiObject):
     summary: str = always("")
     """The reason, how often tasks failed, and how many run."""
     reason: str = always("")
-    """Why it is not in its desired state, the same from one attempt to the next.
+    """Why the service is not in its desired state.  It stays the same between two attempts.
 
-    Empty if it is, and no update is paused.
+    Empty if the service is in its desired state and no update is paused.
     """
     problem: Problem | None = None
-    """Of the task that the reason is about."""
-    course: str = ""
-    """How often that task failed, and when the next attempt is."""
-    is_as_wanted: bool = always(False)
-    """All wanted tasks run, or the job has completed."""
+    """The task problem that ``reason`` describes."""
+    restart_summary: str = ""
+    """How often the task failed, and when the next attempt starts."""
+    is_healthy: bool = always(False)
+    """Whether all desired tasks run, or the job has completed."""
     running: int = always(0)
-    wanted: int = always(0)
-    done: int = 0
-    """Slots of a one-shot service whose task has ended with exit code 0."""
+    desired: int = always(0)
+    completed: int = 0
+    """Slots of a one-shot service whose task ended with exit code 0."""
     ended_at: Timestamp = Timestamp("")
-    """Of a job that has completed."""
+    """When the job completed."""
     reasons: tuple[Reason, ...] = always(())
-    """Of wanted tasks that do not run, the weightiest first."""
+    """Why wanted tasks do not run, the most important reason first."""
     failures: tuple[Reason, ...] = always(())
-    """Of tasks that ended by themselves and are kept as history."""
+    """Failures of tasks that ended by themselves and are kept as history."""
     schedule: str = ""
-    """Of a job with a schedule: its next run, in a sentence."""
+    """The next run of a scheduled job, as a sentence."""
     update_status: UpdateStatus | None = None
     update: UpdateExplanation | None = None
-    """Of an update that is under way."""
+    """Progress of the current update."""
     autoscaling: AutoscalingExplanation | None = None
 
 
@@ -146,12 +146,12 @@ def explain_task(
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
 ) -> TaskExplanation:
-    """The explanation of ``task``.
+    """Return the explanation of ``task``.
 
     Args:
-        verdicts: of all nodes, for a task that waits for one.
-        slot: the tasks of its slot.
-        nodes: those of the cluster.
+        verdicts: Verdicts of all nodes, for a task that waits for a node.
+        slot: Tasks of the same slot.
+        nodes: Nodes of the cluster.
     """
     code = exit_code(task)
     return TaskExplanation(
@@ -172,7 +172,7 @@ def explain_task(
 
 
 def _last_end_of(task: Task, slot: Iterable[Task]) -> TaskEnd | None:
-    """The end of the task that an active one follows, if that failed."""
+    """Return the end of the failed task that ``task`` replaces, if ``task`` is active but not running yet."""
     failed = (
         last_failure(task, slot) if task.is_active and task.status.state is not TaskState.RUNNING else None
     )
@@ -180,7 +180,7 @@ def _last_end_of(task: Task, slot: Iterable[Task]) -> TaskEnd | None:
 
 
 def _is_killed_by_skep(task: Task) -> bool:
-    """Whether Skep sent the signal that ended it: then the signal says nothing."""
+    """Return whether Skep itself sent the signal that ended the task.  The signal then explains nothing."""
     ends = (EndCause.UNHEALTHY.value, EndCause.STOP_TIMEOUT.value)
     return task.status.end is not None and task.status.end.cause in ends
 
@@ -194,11 +194,11 @@ def explain_service(
     is_new: Callable[[Task], bool] = lambda _: True,
     done: int = 0,
 ) -> ServiceExplanation:
-    """Why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
+    """Return why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
 
     Args:
-        done: slots of a one-shot service that are done, which need no running task.
-        is_new: whether a task matches the present spec.
+        done: Slots of a one-shot service that are done, which need no running task.
+        is_new: Returns whether a task matches the current spec.
     """
     is_job = service.job_status is not None
     if is_job:
@@ -211,22 +211,22 @@ def explain_service(
         if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
     ]
     if is_job:
-        text, reason, is_as_wanted = _of_job(service, tasks, running, problems, nodes)
+        text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_as_wanted = _of_service(running, wanted, done, problems)
-    worst = problems[0] if problems and not is_as_wanted else None
+        text, reason, is_healthy = _of_service(running, wanted, done, problems)
+    worst = problems[0] if problems and not is_healthy else None
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
         reason=_with_update(service, reason, worst),
         problem=worst,
-        course=worst.course if worst is not None else "",
-        is_as_wanted=is_as_wanted,
-        ended_at=_last_end(tasks) if is_job and is_as_wanted else Timestamp(""),
+        restart_summary=worst.restart_summary if worst is not None else "",
+        is_healthy=is_healthy,
+        ended_at=_last_end(tasks) if is_job and is_healthy else Timestamp(""),
         running=running,
-        wanted=wanted,
-        done=done,
-        reasons=_counted_problems(one for one in problems if one.waiting),
+        desired=wanted,
+        completed=done,
+        reasons=_counted_problems(one for one in problems if one.pending_task_id),
         failures=_counted(failed),
         schedule=schedule_words(service),
         update_status=service.update_status,
@@ -245,7 +245,7 @@ def _slot_of(task: Task, tasks: Iterable[Task]) -> list[Task]:
 
 
 def _with_update(service: Service, reason: str, worst: Problem | None) -> str:
-    """``reason``, and that the update is paused; the failure of a task comes first."""
+    """Add to ``reason`` that the update is paused.  A task's failure comes first."""
     update = service.update_status
     if update is None or update.state not in PAUSED:
         return reason
@@ -260,7 +260,7 @@ def summary(
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
 ) -> str:
-    """One sentence about ``task``: the reason why it does not run, and how often it has failed."""
+    """Return a sentence about ``task``: why it does not run, and how often it failed."""
     status = task.status
     match status.state:
         case TaskState.RUNNING if task.preemption is not None:
@@ -273,11 +273,13 @@ def summary(
             return status.err or status.message or status.state.value
     known = nodes if nodes is not None else {node.id: node} if node is not None else {}
     problem = problem_of(task, slot, known)
-    return "; ".join(filter(None, (problem.reason, problem.course)))
+    return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
 
 
 def next_attempt(task: Task, now_ns: int) -> str:
-    """When the next task after failed ones starts: ``next attempt in 6 s (crash loop, 5th)``; else empty."""
+    """Return when the next task of a failing slot starts, like ``next attempt in 6 s (crash loop, 5th)``, or an empty
+    text.
+    """
     restart = task.restart
     is_held = task.desired_state is TaskState.READY and not task.status.state.is_terminal
     if restart is None or not restart.delay or not is_held:
@@ -287,7 +289,7 @@ def next_attempt(task: Task, now_ns: int) -> str:
 
 
 def loop_words(restart: Restart) -> str:
-    """The crash loop's part of the sentence, if tasks of the slot fail repeatedly."""
+    """Return the crash loop's part of the sentence, or an empty text without a crash loop."""
     return f" (crash loop, {_ordinal(restart.failures)})" if restart.failures >= LOOP_FROM else ""
 
 
@@ -300,16 +302,16 @@ def _ordinal(number: int) -> str:
 def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
     if task.status.err.startswith(WAITS_FOR):
         return f"it {task.status.err}"
-    willing = sum(not one.refusals for one in verdicts)
+    willing = sum(not one.reasons for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
     return task.status.err or f"none of {len(verdicts)} nodes can take it"
 
 
 def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem]) -> tuple[str, str, bool]:
-    """The summary, the reason, and whether the service is in its desired state.
+    """Return the summary, the reason, and whether the service is in its desired state.
 
-    ``done``: tasks that ended as their restart policy has it.
+    ``done`` counts the tasks that ended and that their restart policy does not restart.
     """
     if running + done >= wanted and not problems:
         if done:
@@ -320,7 +322,7 @@ def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem
         reason = "its tasks are not created yet" if running < wanted else "its tasks are not replaced yet"
         return f"{reason}; {count}", reason, False
     worst = problems[0]
-    return "; ".join(filter(None, (worst.reason, worst.course, count))), worst.reason, False
+    return "; ".join(filter(None, (worst.reason, worst.restart_summary, count))), worst.reason, False
 
 
 def _of_job(
@@ -330,9 +332,9 @@ def _of_job(
     problems: Sequence[Problem],
     nodes: Mapping[NodeId, Node],
 ) -> tuple[str, str, bool]:
-    """The same of a job: completed, failed with the cause, or its progress.
+    """Return the summary, the reason, and whether the job is in its desired state.
 
-    ``tasks``: of its present iteration.
+    A job has completed, has failed with a cause, or makes progress.  ``tasks`` belong to its current iteration.
     """
     if service.job_status is not None and service.job_status.awaits_first_run:
         return "it waits for its first run", "", True
@@ -358,7 +360,7 @@ def _of_job(
     if not problems:
         return progress, f"{running} run" if running else "its tasks are not created yet", False
     worst = problems[0]
-    return "; ".join(filter(None, (worst.reason, worst.course, progress))), worst.reason, False
+    return "; ".join(filter(None, (worst.reason, worst.restart_summary, progress))), worst.reason, False
 
 
 def _last_end(tasks: Iterable[Task]) -> Timestamp:
@@ -379,7 +381,7 @@ def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
 
 
 def _counted_problems(problems: Iterable[Problem]) -> tuple[Reason, ...]:
-    """The weightiest first, as they come."""
+    """Count the reasons of problems, in the given order: the most important first."""
     found = list(problems)
     counts: Counter[str] = Counter(one.reason for one in found)
     examples = {one.reason: one for one in reversed(found)}
@@ -387,7 +389,7 @@ def _counted_problems(problems: Iterable[Problem]) -> tuple[Reason, ...]:
         Reason(
             summary=words,
             tasks=number,
-            example=examples[words].waiting,
+            example=examples[words].pending_task_id,
             name=examples[words].name,
         )
         for words, number in list(counts.items())[:REASONS_MAX]
@@ -405,11 +407,11 @@ def explain_update(
     nodes: Mapping[NodeId, Node],
     summary: Callable[[Task, Node | None], str],
 ) -> UpdateExplanation | None:
-    """The progress of the update of ``service``; None: there is none.
+    """Return the progress of the service's update, or None without a current update.
 
     Args:
-        is_new: whether a task matches the present spec.
-        summary: one sentence about a task.
+        is_new: Returns whether a task matches the current spec.
+        summary: Returns a sentence about a task.
     """
     if service.update_status is None or service.update_status.state not in UNDER_WAY:
         return None
@@ -424,7 +426,7 @@ def explain_update(
         words = "the monitor time of the last step" if is_last else "the delay before the next step"
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
-    # The deadline begins when the tasks before it have stopped.
+    # The deadline starts when the previous tasks of the slot have stopped.
     is_held = first.desired_state is TaskState.READY and all(
         one is first or slot_of(one) != slot_of(first) for one in wanted
     )
@@ -442,9 +444,12 @@ def explain_autoscaling(
     usages: Mapping[TaskId, TaskUsage],
     within_quota: Callable[[int], tuple[int, str]],
 ) -> AutoscalingExplanation | None:
-    """What the leader goes by, without its window, which it alone knows; None: the service is not autoscaled.
+    """Return the inputs of autoscaling, or None if the service is not autoscaled.
 
-    ``within_quota``: the most tasks up to a number that its stack's quota allows, and why not more.
+    The stabilization window is missing: only the leader has it.
+
+    Args:
+        within_quota: Returns how many of N tasks the quota of the service's stack allows, and why not more.
     """
     scaling = autoscaling_of(service.spec.labels)
     if scaling is None:
@@ -455,15 +460,15 @@ def explain_autoscaling(
     if not blocked(service) and asked.replicas > service.spec.replicas:
         reason = within_quota(asked.replicas)[1] or reason
     return AutoscalingExplanation(
-        least=scaling.least,
-        most=scaling.most,
-        measures=tuple(
-            MeasureExplanation(
+        min=scaling.least,
+        max=scaling.most,
+        metrics=tuple(
+            MetricExplanation(
                 name=one.name, target=one.target, average=round(one.average, 1) if one.known else None
             )
             for one in readings.measures
         ),
-        unknown=readings.unknown,
+        unmeasured=readings.unknown,
         summary=reason,
-        last=service.autoscaled,
+        last_change=service.autoscaled,
     )

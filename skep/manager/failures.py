@@ -24,14 +24,16 @@ K = TypeVar("K", bound=str)
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
+"""Longest delay in seconds before a failing decision is repeated."""
 UNAVAILABLE_S_MAX = 5.0
-"""The longest delay after ``Unavailable`` from the store, which is no error of the object."""
+"""Longest delay after ``Unavailable``, which is a failure of the store and not of the object."""
 
 ERROR_CHARACTERS_MAX = 1000
-"""Errors are written to objects, and may quote user input."""
+"""Limit of an error's text.  It is written to objects and may quote user input."""
 LOGGED_MAX = 1000
+"""Errors that are remembered so that each is logged once."""
 WRITE_FAILURES_MAX = 10_000
-"""Above this number, write failures whose retry time has passed are dropped: their keys may never come up again."""
+"""Above this number, expired write failures are dropped: their keys may never come up again."""
 
 
 class BadObject(SkepError):
@@ -43,11 +45,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     error: str
     failures: int
-    """In a row."""
+    """Number of failures in a row."""
     retry_at: float
-    """Monotonic seconds."""
+    """Monotonic time in seconds."""
     is_unavailable: bool = False
-    """The store was not available; the object itself may be fine."""
+    """The store was unavailable, and the object itself may be fine."""
 
 
 class Failures:
@@ -61,8 +63,10 @@ class Failures:
         self._forget_above = WRITE_FAILURES_MAX
 
     def caught(self, key: str) -> "_Caught":
-        """Context for one object's decision: records and swallows every ``Exception`` but ``NotLeader`` and
-        ``WatchLagged``."""
+        """Return a context for one object's decision.
+
+        It records and suppresses every ``Exception`` but ``NotLeader`` and ``WatchLagged``.
+        """
         return _Caught(self, key)
 
     def record(self, key: str, error: Exception) -> None:
@@ -73,28 +77,31 @@ class Failures:
             log.error("decision failed", object=key, error=failure.error, exc_info=error)
 
     def of(self, key: str) -> Failure | None:
-        """The failure of the last decision about ``key``; None: it succeeded."""
+        """Return the failure of the last decision about ``key``, or None if it succeeded."""
         return self._failures.get(key)
 
     def clear(self, key: str) -> None:
-        """The decision about ``key`` succeeded, or the object was deleted."""
+        """Record that the decision about ``key`` succeeded, or that the object was deleted."""
         self._failures.pop(key, None)
 
     def refusal(self, what: str, key: str) -> Failure | None:
-        """Why the store refused ``what`` of ``key`` last time; None: it was written, or the store was not available."""
+        """Return why the store refused to write ``what`` of ``key`` last time.
+
+        None if it was written or the store was unavailable.
+        """
         failure = self._write_failures.get(_write_key(what, key))
         return failure if failure is not None and not failure.is_unavailable else None
 
     def write_failure(self, what: str, key: str) -> Failure | None:
-        """Why ``what`` of ``key`` was not written last time, an unavailable store included."""
+        """Return why ``what`` of ``key`` was not written last time, including an unavailable store."""
         return self._write_failures.get(_write_key(what, key))
 
     def clear_write_failure(self, what: str, key: str) -> None:
-        """``what`` of ``key`` was written, or is not wanted any more."""
+        """Record that ``what`` of ``key`` was written, or is no longer wanted."""
         self._write_failures.pop(_write_key(what, key), None)
 
     def record_write_failure(self, what: str, key: str, error: SkepError) -> Failure:
-        """Record that ``what`` of ``key`` was not written; gives the failure with its retry time."""
+        """Record that ``what`` of ``key`` was not written, and return the failure with its retry time."""
         is_unavailable, key = isinstance(error, Unavailable), _write_key(what, key)
         before = self._write_failures.get(key)
         failure = self._after(
@@ -119,8 +126,8 @@ class Failures:
         """Requeue the keys whose changes the store did not write, with growing delays.
 
         Args:
-            what: kind of change; a key may have failures of several kinds.
-            results: per key a ``SkepError``, or any other value if the change was written.
+            what: Kind of change.  A key may have failures of several kinds.
+            results: For each key a ``SkepError``, or any other value if the change was written.
         """
         results = list(results)
         failed = {key: result for key, result in results if isinstance(result, SkepError)}
@@ -173,12 +180,12 @@ class _Caught:
 
 
 def isolated(what: str, id: str) -> "_Isolated":
-    """Context that logs and swallows errors about one object; for events and snapshots, where nothing is retried."""
+    """Return a context that logs and suppresses errors about one object, for events and snapshots, without retries."""
     return _Isolated(what, id)
 
 
 def for_each_isolated(what: str, objects: Iterable[T], enter: Callable[[T], object]) -> None:
-    """Call ``enter`` for each object, ``isolated``; a new leader has hundreds of thousands of them."""
+    """Call ``enter`` for each object, ``isolated``.  A new leader has hundreds of thousands of them."""
     rest, is_over = iter(objects), False
     while not is_over:
         entering = _Isolated(what, "")
@@ -192,7 +199,7 @@ def for_each_isolated(what: str, objects: Iterable[T], enter: Callable[[T], obje
 class _Isolated:
     __slots__ = ("_what", "id")
     _logged: ClassVar[dict[tuple[str, str, str], None]] = {}
-    """What was logged already, newest last."""
+    """Errors that were already logged, the newest last."""
 
     def __init__(self, what: str, id: str) -> None:
         self._what = what
@@ -216,7 +223,7 @@ class _Isolated:
 
 
 def handle_isolated(what: str, handle: Callable[[Commit], object], commit: Commit) -> None:
-    """Call ``handle`` with a commit; if that raises, with each of its events alone, so that only the bad one is lost.
+    """Call ``handle`` with a commit.  If that raises, call it with each event alone, so that only the bad one is lost.
 
     ``handle`` may see an event twice then, which is harmless: loops are level-triggered.
     """
@@ -231,13 +238,13 @@ def handle_isolated(what: str, handle: Callable[[Commit], object], commit: Commi
 
 
 def object_id(event: Event) -> str:
-    """Id of the object that changed."""
+    """Return the id of the object that changed."""
     id: str = (event.new if isinstance(event, Updated) else event.object).id  # type: ignore[attr-defined]
     return id
 
 
 def isolating_errors(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T], R]:
-    """``body`` for ``update_each``: an unexpected exception fails its own item (``BadObject``), not all of them."""
+    """Return ``body`` for ``update_each``.  An unexpected exception only fails its own item (``BadObject``)."""
 
     def run(tx: Transaction, item: T) -> R:
         try:
@@ -254,9 +261,9 @@ def isolating_errors(body: Callable[[Transaction, T], R]) -> Callable[[Transacti
 async def write_each(
     term: Updates, body: Callable[[Transaction, T], R], items: Sequence[T]
 ) -> Sequence[R | SkepError]:
-    """``isolating_errors(body)`` once per item, each a transaction of its own, in as few raft entries as possible.
+    """Run ``isolating_errors(body)`` per item, each in its own transaction, in as few raft entries as possible.
 
-    One result or error per item, in order.
+    Return one result or error per item, in order.
     Raises: NotLeader: the term is over.
     """
     results = await term.update_each(isolating_errors(body), items)

@@ -38,18 +38,18 @@ def found_cluster(
     new_id: IdSource,
     now: Timestamp,
 ) -> Swarm:
-    """Write the cluster, its first node, its networks and its root's key.
+    """Write the cluster object, the first node, its networks and the root key.
 
     Args:
-        certificate: the first node's own.
+        certificate: Certificate of the first node.
 
     Raises:
-        FailedPrecondition: the manager has no settings for a new cluster.
+        FailedPrecondition: The manager has no settings for a new cluster.
     """
     bootstrap = config.bootstrap
     if bootstrap is None:
         raise FailedPrecondition(
-            "this manager has no cluster and no settings for a new one: init or join again"
+            "this manager has no cluster and no settings for a new one: run docker swarm init or join again"
         )
     tls = tls_info(authority.root_pem)
     first = Node(

@@ -1,4 +1,4 @@
-"""The period of heartbeats, and the grace period of nodes without them."""
+"""Heartbeat period, and the grace period of nodes without heartbeats."""
 
 from skep.model.labels import heartbeat_grace_s
 from skep.model.swarm import Swarm
@@ -6,14 +6,17 @@ from skep.model.times import SECOND_NS
 from skep.store.interface import View
 
 DEFAULT_PERIOD_S = 5.0
-"""Between heartbeats, if the cluster does not set it."""
+"""Seconds between heartbeats if the cluster does not configure them."""
 GRACE_PERIODS = 3
+"""Grace period in heartbeat periods, as in SwarmKit."""
 GRACE_PERIODS_MIN = 2
-"""Minimal grace in periods: one lost heartbeat never marks a node down."""
+"""Smallest grace period in heartbeat periods.  One lost heartbeat never marks a node down."""
 
 
 def configured_heartbeats(view: View) -> tuple[float, float | None]:
-    """Seconds between heartbeats, and of grace, as the cluster sets them; None: the grace is not set."""
+    """Return the configured heartbeat period and grace period in seconds.  The grace is None if it is not
+    configured.
+    """
     for swarm in view.find(Swarm):
         period_ns = swarm.spec.dispatcher.heartbeat_period
         period_s = period_ns / SECOND_NS if period_ns > 0 else DEFAULT_PERIOD_S
@@ -22,18 +25,18 @@ def configured_heartbeats(view: View) -> tuple[float, float | None]:
 
 
 def configured_grace_s(view: View) -> float:
-    """The grace period of the cluster's nodes, in seconds."""
+    """Return the grace period of the cluster's nodes in seconds."""
     period_s, configured_s = configured_heartbeats(view)
     return grace_period(period_s, configured_s=configured_s)
 
 
 def grace_period(period_s: float, *, configured_s: float | None = None) -> float:
-    """Seconds for which a node without heartbeats is considered alive.
+    """Return the seconds for which a node without heartbeats is considered alive.
 
-    Three periods, so that one lost heartbeat never marks a node down; or as configured, but at least two.
+    These are three periods, so one lost heartbeat never marks a node down, or the configured value, but at least two.
 
     Args:
-        period_s: positive; the period last sent to the node, jitter included.
+        period_s: Positive.  The period last sent to the node, including jitter.
 
     Source: swarmkit, manager/dispatcher/nodes.go (gracePeriodMultiplier).
     """

@@ -1,10 +1,10 @@
-"""Where a node may fetch an image from, and which images it may read: those of its own tasks.
+"""Finds nodes that serve an image, and checks which images a node may read: only its own tasks' images.
 
-Nothing is announced or kept for it: which nodes have an image, or will have it soon, follows from their tasks, and an
-image that was built or loaded for the cluster is on a manager.  A node that turns out not to have it says so.
+Nodes announce nothing.  The tasks tell which nodes have an image or will have it soon.  Images that were built or
+loaded for the cluster are on managers.  A node that does not have the image answers so.
 
-A node reads an image of another node only if it has a task of it, or had one within an hour.  Images may hold code and
-keys, or were pulled with credentials of others, so one worker that was taken over must not read all of them.
+A node reads an image of another node only if it has a task of it, or had one within an hour.  Images may contain code
+and keys, or were pulled with other users' credentials, so a compromised worker must not read all of them.
 """
 
 from collections.abc import Collection, Sequence
@@ -34,24 +34,28 @@ from skep.wire.methods import Access
 from skep.wire.service import Handler, unary
 
 SOURCES_MAX = 16
-"""In one response; the managers, up to half of them, come first."""
+"""Nodes in one response.  The managers, up to half of them, come first."""
 SPELLINGS_MAX = 8
+"""Names of one image in a request for its nodes."""
 NAMES_MAX = 1000
-"""Names of images in one request of a node about its own images."""
+"""Image names in one request of a node about its own images."""
 CHARACTERS_MAX = 512
-"""Characters of one spelling."""
+"""Characters of one image name."""
 ANSWERED_S = 0.25
-"""Seconds for which the nodes with an image are remembered.  A service that starts on all nodes makes each of them ask
-for the same image, and each answer takes a look at all its tasks."""
+"""Seconds for which the nodes with an image are cached.
+
+When a service starts on all nodes, each of them asks for the same image, and each answer reads all its tasks.
+"""
 ANSWERS_MAX = 1024
-"""Images whose nodes are remembered."""
+"""Images whose nodes are cached."""
 GRANTED_S = 3600.0
 """Seconds for which a node may read an image after its last task of it was seen: a fetch may outlast the task."""
 GRANTS_MAX = 65_536
+"""Nodes and images whose last task is remembered."""
 
 
 class Candidates(msgspec.Struct, frozen=True):
-    """The nodes that may have an image and serve it: managers, and others with a task of it."""
+    """Nodes that may have an image and serve it: managers, and others with a task of it."""
 
     managers: Sequence[Node] = ()
     others: Sequence[Node] = ()
@@ -68,23 +72,23 @@ class ImageDirectory:
         random: Random,
         answered_s: float = ANSWERED_S,
     ) -> None:
-        """``answered_s``: seconds for which the nodes with an image are remembered."""
+        """``answered_s``: seconds for which the nodes with an image are cached."""
         self._store = store
         self._cluster_id = cluster_id
         self._clock = clock
         self._random = random
         self._answered_s = answered_s
         self._answers: dict[frozenset[str], tuple[float, Candidates]] = {}
-        """Spellings of an image -> its nodes, and when they were found; the oldest first."""
+        """Image names -> lookup time and nodes, the oldest first."""
         self._granted: dict[tuple[NodeId, str], float] = {}
-        """Node and name of a task's image -> when the task was seen last; the oldest first."""
+        """Node and image name of a task -> time at which the task was last seen, the oldest first."""
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.FIND_IMAGE, self._find),
             unary(methods.CHECK_NODE, self._check),
-            unary(methods.NEEDED_IMAGES, self._needed),
+            unary(methods.NEEDED_IMAGES, self._list_needed),
         )
 
     async def _find(self, request: skep.FindImageRequest, caller: Caller) -> skep.FindImageResponse:
@@ -113,7 +117,9 @@ class ImageDirectory:
             raise PermissionDenied(f"Permission denied: node {identity.node_id} has no task of this image")
         return skep.CheckNodeResponse()
 
-    async def _needed(self, request: skep.NeededImagesRequest, caller: Caller) -> skep.NeededImagesResponse:
+    async def _list_needed(
+        self, request: skep.NeededImagesRequest, caller: Caller
+    ) -> skep.NeededImagesResponse:
         view = self._store.view()
         if request.images:
             names, known = _names(request.images, NAMES_MAX), needed_images(view)
@@ -126,13 +132,11 @@ class ImageDirectory:
     async def _may_read(self, node: NodeId, names: Collection[str]) -> bool:
         if self._is_granted(node, names):
             return True
-        await (
-            self._store.barrier()
-        )  # the task may have reached the node from a manager that is ahead of this one
+        await self._store.barrier()  # a manager ahead of this one may have sent the task
         return self._is_granted(node, names)
 
     def _is_granted(self, node: NodeId, names: Collection[str]) -> bool:
-        """Whether the node may read an image with all of ``names``."""
+        """Return whether the node may read an image with one of ``names``."""
         now, view = self._clock.monotonic(), self._store.view()
         images = {image for task in view.find(Task, node_id=node) for image in images_of(task.spec)}
         for name in {form for image in images for form in _forms(image)}:
@@ -157,7 +161,7 @@ class ImageDirectory:
 
 
 def reads_all_images(view: View, id: NodeId) -> bool:
-    """Whether a node may read every image: a manager, and any node if the cluster shares images."""
+    """Return whether a node may read every image: a manager may, and any node if the cluster shares images."""
     node = view.lookup(Node, id)
     if node is not None and is_manager(node):
         return True
@@ -165,31 +169,32 @@ def reads_all_images(view: View, id: NodeId) -> bool:
 
 
 def _names(images: Collection[str], most: int) -> frozenset[str]:
-    """Raises: InvalidArgument."""
+    """Check the number and length of image names.  Raises: InvalidArgument."""
     if len(images) > most or any(len(one) > CHARACTERS_MAX for one in images):
-        raise InvalidArgument("too many or too long names of an image")
+        raise InvalidArgument("the request has too many image names, or one is too long")
     return frozenset(images)
 
 
 def _forms(image: str) -> tuple[str, ...]:
-    """The name in a spec, and its digest if it has one, which stands for every name with it."""
+    """Return the name in a spec, and also its digest if it has one.  The digest matches every name with it."""
     _, at, digest = image.rpartition("@")
     return (image, digest) if at else (image,)
 
 
 def needed_images(view: View) -> frozenset[str]:
-    """The images of the specs from which tasks of services are made, or may be, as they name them.
+    """Return the images of all specs from which tasks of services are or may be created.
 
-    Raises: Unavailable: a service cannot be read, so that its images are not known.
+    Raises:
+        Unavailable: A service cannot be read, so its images are unknown.
     """
     if view.unreadable(Service):
-        raise Unavailable("not all services can be read")
+        raise Unavailable("a service cannot be read, so its images are unknown")
     specs = (spec for service in view.find(Service) for spec in specs_in_use(view, service))
     return frozenset(image for spec in specs for image in images_of(spec.task_template))
 
 
 def image_address(node: Node) -> str:
-    """``ip:port`` where the node serves its images; empty: it does not, or has no usable address."""
+    """Return ``ip:port`` where the node serves its images, or an empty text if it does not or has no usable address."""
     port = node.description.engine.labels.get(IMAGES_LABEL, "")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 1 << 16):
         return ""
@@ -199,7 +204,7 @@ def image_address(node: Node) -> str:
 
 
 def candidates(view: View, spellings: Collection[str]) -> Candidates:
-    """Return the nodes that may have an image.  Costs a look at all services, all nodes and the image's tasks."""
+    """Return the nodes that may have an image.  Reads all services, all nodes and the image's tasks."""
     managers = [node for node in view.find(Node) if is_manager(node)]
     with_tasks = {
         task.node_id
@@ -214,7 +219,7 @@ def candidates(view: View, spellings: Collection[str]) -> Candidates:
 
 
 def chosen(found: Candidates, asking: NodeId, random: Random) -> Sequence[Node]:
-    """Return the nodes to ask, without ``asking``: managers first, and some at random if there are many."""
+    """Return the nodes to ask, without ``asking``: managers first, and a random sample if there are many."""
     managers = _some(found.managers, SOURCES_MAX // 2, asking, random)
     return (*managers, *_some(found.others, SOURCES_MAX - len(managers), asking, random))
 

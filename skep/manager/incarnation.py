@@ -1,8 +1,8 @@
 """Prevents two clusters with one identity: a manager of an earlier incarnation stops when it meets a later one.
 
 Managers send their incarnation in every ping.  A manager without a quorum serves nothing and has no link, so it polls
-the other managers itself.  A later incarnation is stored, so that the manager stays stopped if it cannot reach the
-others at its next start.
+the other managers itself.  It stores a later incarnation and stays stopped, even if it cannot reach the others at its
+next start.
 """
 
 import asyncio
@@ -31,7 +31,9 @@ from skep.wire.client import connected
 log = structlog.get_logger(__name__)
 
 RESPONSE_S = 1.0
+"""Seconds to wait for the incarnation of another manager."""
 POLL_EVERY_S = 5.0
+"""Longest pause in seconds between two polls of the other managers."""
 
 
 class Superseded(FailedPrecondition):
@@ -39,23 +41,25 @@ class Superseded(FailedPrecondition):
 
 
 class Incarnations(msgspec.Struct, frozen=True, kw_only=True):
-    """The incarnation that this manager served last, and the latest one it has seen; 0: not known."""
+    """The incarnation that this manager served last, and the latest that it has seen.  0 if unknown."""
 
     served: int = 0
     later: int = 0
 
 
 def superseded(served: int, later: int) -> Superseded:
-    """The error of a manager that stops."""
+    """Return the error with which a manager stops."""
     return Superseded(
-        f"this manager belongs to incarnation {served} of the cluster, and the others go on with incarnation {later}, "
-        "which was restored or forced without it: docker swarm leave --force here, docker node demote and docker "
+        f"this manager belongs to incarnation {served} of the cluster, and the others now serve incarnation {later}, "
+        "which was restored or forced without it: run docker swarm leave --force here, docker node demote and docker "
         "node rm for this node there, then join again"
     )
 
 
 def read_incarnations(paths: Paths) -> Incarnations:
-    """The stored incarnations; none if the file is missing or damaged.  Raises: OSError: it cannot be read now."""
+    """Return the stored incarnations, or empty ones if the file is missing or damaged.  Raises: OSError: a
+    failed read.
+    """
     try:
         return msgspec.json.decode(paths.incarnation.read_bytes(), type=Incarnations)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -65,7 +69,7 @@ def read_incarnations(paths: Paths) -> Incarnations:
 
 
 def check_incarnations(paths: Paths) -> Incarnations:
-    """The stored incarnations.  Raises: Superseded: there is a later one."""
+    """Return the stored incarnations.  Raises: Superseded: a later one is stored."""
     incarnations = read_incarnations(paths)
     if 0 < incarnations.served < incarnations.later:
         raise superseded(incarnations.served, incarnations.later)
@@ -73,7 +77,7 @@ def check_incarnations(paths: Paths) -> Incarnations:
 
 
 class Incarnation:
-    """The incarnation that this manager serves, compared with that of every other manager."""
+    """The incarnation that this manager serves, compared with every other manager's."""
 
     def __init__(self, served: int) -> None:
         self.served = served
@@ -81,7 +85,7 @@ class Incarnation:
         self._superseded = asyncio.Event()
 
     def observe(self, manager: NodeId, incarnation: int) -> bool:
-        """Another manager serves ``incarnation``; gives whether it is the one served here."""
+        """Record the incarnation that another manager serves, and return whether it is the one served here."""
         if incarnation > max(self.served, self._later):
             log.error(
                 "another manager serves a later incarnation of the cluster",
@@ -94,7 +98,7 @@ class Incarnation:
         return incarnation == self.served
 
     async def run(self, paths: Paths) -> None:
-        """Store the incarnation, and wait until a later one is observed.  Raises: Superseded; OSError."""
+        """Store the incarnation and wait until a later one is observed.  Raises: Superseded; OSError."""
         if not self._later:
             write_incarnations(paths, Incarnations(served=self.served))
         await self._superseded.wait()
@@ -108,20 +112,21 @@ def write_incarnations(paths: Paths, incarnations: Incarnations) -> None:
 
 
 def _stop(paths: Paths, served: int, later: int) -> NoReturn:
-    """Store the later incarnation, if the disk permits: the others will send it again.  Raises: Superseded."""
+    """Store the later incarnation if the disk permits.  The other managers will send it again.  Raises: Superseded."""
     try:
         write_incarnations(paths, Incarnations(served=served, later=later))
     except OSError as error:
-        log_error(error, "a later incarnation of the cluster is not kept")
+        log_error(error, "later incarnation of the cluster not stored")
     raise superseded(served, later)
 
 
 async def poll_other_managers(
     paths: Paths, served: int, peers: Iterable[Peer], context: ssl.SSLContext, own: NodeId, clock: Clock
 ) -> None:
-    """Poll the incarnation of the other managers until cancelled; used while this manager has no quorum.
+    """Poll the incarnation of the other managers until cancelled.  Used while this manager has no quorum.
 
-    Raises: Superseded.
+    Raises:
+        Superseded: Another manager serves a later incarnation.
     """
     others = [addr for peer in peers if peer.name != own and (addr := peer.manager_addr)]
     backoff = Backoff(POLL_EVERY_S / 2, POLL_EVERY_S)
@@ -135,14 +140,16 @@ async def poll_other_managers(
 
 
 async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> int:
-    """The incarnation of the manager at ``addr``; 0: no response."""
+    """Return the incarnation of the manager at ``addr``, or 0 without a response."""
     with suppress(SkepError, TimeoutError, OSError):
         async with (
             asyncio.timeout(RESPONSE_S),
             connected(addr, context, ROLE_NAMES[NodeRole.MANAGER]) as channel,
             channel.stream(methods.PINGS) as call,
         ):
-            await call.send(skep.Ping(incarnation=0, node_id=own))  # 0: a query, not counted as a ping
+            await call.send(
+                skep.Ping(incarnation=0, node_id=own)
+            )  # incarnation 0 marks a query, which does not count as a ping
             response = await call.receive()
             return int(response.incarnation) if response is not None else 0
     return 0

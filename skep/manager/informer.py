@@ -1,7 +1,7 @@
-"""Informer of a control loop: a snapshot of the store, then every commit, while the loop's work runs beside it.
+"""Informer of a control loop: a snapshot of the store, then every commit, while the loop's work runs concurrently.
 
-Commit handlers are synchronous and only queue keys, so the watch never falls behind because of the work.  The work
-takes the queued keys when it gets to them, and handles what has accumulated in one step.
+Commit handlers are synchronous and only queue keys, so the work never makes the watch fall behind.  The work takes the
+queued keys when it is ready, and handles everything that has accumulated in one step.
 """
 
 import asyncio
@@ -21,11 +21,10 @@ log = structlog.get_logger()
 T = TypeVar("T", bound=msgspec.Struct)
 
 BATCH = 250
-"""Objects or events handled between two pauses while all objects of a kind, or commits that wait, are read; a few
-microseconds each."""
+"""Objects or events handled before the loop yields to others; each takes a few microseconds."""
 
 CatchUp: TypeAlias = Callable[[], Awaitable[None]]
-"""Handles every commit that the view shows and that has not been read yet, with pauses.  None is unread at its end."""
+"""Handles every commit that the view shows and that was not read yet, with pauses.  All are read when it returns."""
 
 
 async def run_informer(
@@ -36,10 +35,10 @@ async def run_informer(
     on_commit: Callable[[Commit], None],
     work: Callable[[], Awaitable[object]],
 ) -> None:
-    """Run ``work`` until it fails or is cancelled; start again from a fresh snapshot if the watch lagged.
+    """Run ``work`` until it fails or is cancelled.  Restarts from a fresh snapshot if the watch lagged.
 
-    ``on_snapshot`` is called with each snapshot, before ``on_commit`` is called with the commits after it.  An event
-    that makes ``on_commit`` raise is logged and skipped.
+    ``on_snapshot`` is called with each snapshot, before ``on_commit`` is called with the commits after it.  If
+    ``on_commit`` raises for an event, the error is logged and the event is skipped.
     """
     await run_exact_informer(term, kinds, on_snapshot=on_snapshot, on_commit=on_commit, work=lambda _: work())
 
@@ -51,7 +50,7 @@ async def observe_commits(
     on_snapshot: Callable[[View], None],
     on_commit: Callable[[Commit], None],
 ) -> None:
-    """``run_informer`` for what records commits and has no work beside that, until cancelled."""
+    """Run an informer that only records commits and has no work, until cancelled."""
     work = asyncio.Event().wait
     await run_informer(store, kinds, on_snapshot=on_snapshot, on_commit=on_commit, work=work)
 
@@ -64,37 +63,41 @@ async def run_exact_informer(
     on_commit: Callable[[Commit], None],
     work: Callable[[CatchUp], Awaitable[object]],
 ) -> None:
-    """``run_informer`` for work that decides by what ``on_commit`` records, such as the time of a change.
+    """Run an informer whose work depends on data that ``on_commit`` records, such as the time of a change.
 
-    ``work`` is called with a ``CatchUp``.  Without it work that runs first after a commit finds objects in the view of
-    which nothing was recorded.
+    ``work`` is called with a ``CatchUp``.  Without it, work that runs first after a commit would find objects in the
+    view for which nothing was recorded.
     """
     while True:
         try:
             async with term.watch(*kinds) as watch, asyncio.TaskGroup() as group:
                 on_snapshot(watch.snapshot)
-                group.create_task(_read(watch, on_commit), name="read")
+                group.create_task(_read_commits(watch, on_commit), name="read")
                 await work(partial(_read_waiting, watch, on_commit))
         except* WatchLagged:
             log.warning("watch lagged, resyncing from a snapshot", kinds=[kind.__name__ for kind in kinds])
 
 
 def batches_of(view: Callable[[], View], kind: type[T]) -> Iterator[Sequence[T]]:
-    """Every object of ``kind`` in batches, each read when the iterator is advanced, so the caller may pause between
-    them."""
+    """Yield every object of ``kind`` in batches.  Each batch is read when the iterator advances, so the caller may
+    pause.
+    """
     for ids in batched(view().ids(kind), BATCH):
         now = view()
         yield [found for id in ids if (found := now.lookup(kind, id)) is not None]
 
 
-async def _read(watch: Watch, on_commit: Callable[[Commit], None]) -> None:
+async def _read_commits(watch: Watch, on_commit: Callable[[Commit], None]) -> None:
     async for commit in watch:
         handle_isolated(on_commit.__qualname__, on_commit, commit)
         await _read_waiting(watch, on_commit)
 
 
 async def _read_waiting(watch: Watch, on_commit: Callable[[Commit], None]) -> None:
-    """Both readers take the oldest commit and handle it before the next pause, so commits stay in order."""
+    """Handle the waiting commits.
+
+    Both readers take the oldest commit and handle it before the next pause, so commits stay in order.
+    """
     handled = 0
     for commit in watch.waiting():
         handle_isolated(on_commit.__qualname__, on_commit, commit)

@@ -1,4 +1,4 @@
-"""Jobs as users see them: what their schedule says, when they run next, and how the last run went.  Pure."""
+"""Jobs as users see them: schedule, next run and last outcome.  Pure."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import View
 
 WAITING = "waiting"
-"""State of a job without a run, beside the outcomes of its last one."""
+"""State of a job without a run, in addition to the outcomes of its last run."""
 
 
 class Job(ApiObject):
@@ -22,24 +22,24 @@ class Job(ApiObject):
     name: str = always("")
     mode: str = always("")
     labels: Mapping[str, str] = always({})
-    """Of the service."""
+    """Labels of the service."""
     schedule: str = ""
-    """The label ``skep.cron``; empty: it has none."""
+    """The label ``skep.cron``, or empty without a schedule."""
     time_zone: str = ""
     state: str = always("")
-    """``waiting`` for its first run, ``running``, or how the last run ended: ``completed``, ``failed``."""
+    """``waiting`` for the first run, ``running``, or the outcome of the last run: ``completed`` or ``failed``."""
     iteration: int | None = None
-    """Number of the last run; None: there was none."""
+    """Number of the last run, or None without one."""
     last_run: Timestamp | None = None
     next_run: Timestamp | None = None
     note: str = ""
-    """Why there is no next run, or the last due time had none."""
+    """Why the next run is missing, or why the last due time was skipped."""
     starts: tuple[JobStart, ...] = ()
-    """Of a job with a schedule, the oldest first."""
+    """Starts of a scheduled job, the oldest first."""
 
 
 def shown_job(view: View, service: Service) -> Job:
-    """Job ``service`` for a response."""
+    """Return job ``service`` for a response."""
     status = service.job_status or JobStatus()
     labels = service.spec.labels
     state = RUNNING if is_going(view, service) else outcome(view, service)
@@ -60,7 +60,7 @@ def shown_job(view: View, service: Service) -> Job:
 
 
 def next_run(service: Service) -> Timestamp | None:
-    """The next due time of a job; None: it has no schedule, or that is suspended or cannot be read."""
+    """Return the next due time of a job, or None if its schedule is missing, suspended or unreadable."""
     schedule, status = schedule_of(service.spec.labels), service.job_status
     if schedule is None or schedule.is_suspended or status is None or status.schedule is None:
         return None
@@ -69,7 +69,7 @@ def next_run(service: Service) -> Timestamp | None:
 
 
 def note(service: Service) -> str:
-    """Why a job with a schedule has no next run, or why it was not run last; empty: there is nothing to say."""
+    """Return why a scheduled job has no next run, or why the last one was skipped, or an empty text."""
     if CRON not in service.spec.labels:
         return ""
     try:
@@ -84,7 +84,7 @@ def note(service: Service) -> str:
 
 
 def schedule_words(service: Service) -> str:
-    """The schedule of a job in a sentence; empty: it has none."""
+    """Return the schedule of a job as a sentence, or an empty text without a schedule."""
     labels = service.spec.labels
     if CRON not in labels:
         return ""

@@ -1,16 +1,16 @@
-"""Runs of jobs: when there is a next one, with which spec, and whether the present one is over.  Pure.
+"""Runs of jobs: when the next one starts, with which spec, and whether the current one is over.  Pure.
 
-Docker's jobs run when they are created and with every update.  A job with a schedule (``model.schedules``) runs at
-its due times, and when a user asks for it: by ``docker service update --force``, or ``skep job run``.  Any other update
-of it is for the runs that follow: the present one goes on with the spec that it has begun with.
+Docker's jobs run when they are created and with every update.  A scheduled job (``model.schedules``) runs at its due
+times, and on request: ``docker service update --force`` or ``skep job run``.  Any other update applies to later runs,
+and the current run keeps the spec that it started with.
 
-A run of a global job has a task on each node that existed when it was asked for.  Docker's jobs run late on a node that
-was down or drained then.  A scheduled run is fixed to the nodes that it started on: once each of them has its task no
-other node joins (``JobStatus.nodes_fixed``), and once it is over it stays so (``JobStatus.outcome``).  A node that
-returns or gets a label waits for the next due time.
+A run of a global job has a task on each node that existed when the run was requested.  Docker's jobs start late on a
+node that was down or drained at that time.  A scheduled run is fixed to the nodes on which it started.  Once each of
+them has its task, no other node joins (``JobStatus.nodes_fixed``).  Once the run is over, it stays over
+(``JobStatus.outcome``).  A node that returns or gets a label waits for the next due time.
 
-Nodes and runs are ordered by their timestamps, which come from different machines.  So each is stamped, in its own
-transaction, after everything that it has to follow (``asked_at``, ``joined_at``), whatever the clocks say.
+Nodes and runs are ordered by their timestamps, which come from different machines.  Therefore each is stamped, in its
+own transaction, after everything that it has to follow (``asked_at``, ``joined_at``), whatever the clocks say.
 """
 
 from collections.abc import Iterable
@@ -38,11 +38,11 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import as_run, has_unreadable_run
 
 COMPLETED, FAILED, STOPPED, RUNNING = "completed", "failed", "stopped", "running"
-"""Outcomes of a run.  Stopped is one that was still going when another one began; running is never stored."""
+"""Outcomes of a run.  A run is stopped if it was active when the next one started.  Running is never stored."""
 
 
 def first_job(view: View, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
-    """Of a new service; None: it is no job."""
+    """Return the status of a new job, or None for other services."""
     if spec.mode.name not in JOB_MODES:
         return None
     if CRON in spec.labels:
@@ -53,7 +53,7 @@ def first_job(view: View, spec: ServiceSpec, now: Timestamp) -> JobStatus | None
 def asked_at(view: View, spec: ServiceSpec, now: Timestamp) -> Timestamp:
     """Return ``now``, or for a global job a time after the creation of every node that exists.
 
-    ``is_candidate`` compares the two.  They come from the clocks of two managers.
+    ``is_candidate`` compares this time with a node's creation.  They come from the clocks of two managers.
     """
     if spec.mode.global_job is None:
         return now
@@ -74,14 +74,17 @@ def joined_at(view: View, now_ns: int) -> Timestamp:
 
 
 def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
-    """What the update of ``service`` to ``spec`` makes of it; None: it is no job.
+    """Return the job status after the update of ``service`` to ``spec``, or None for other services.
 
-    A change of its schedule counts from now on: what was due before, while it was suspended, is not run late.
+    A changed schedule counts from now on.  Times that were due before, during a suspension, are not run late.
 
-    Raises: Unavailable: its present run cannot be read; another manager may read it.
+    Raises:
+        Unavailable: This manager cannot read the current run; another may.
     """
     if has_unreadable_run(view, service.id):
-        raise Unavailable(f"the present run of job {service.id} cannot be read by this manager")
+        raise Unavailable(
+            f"this manager cannot read the current run of job {service.id}: try another manager"
+        )
     job = service.job_status
     if job is None:
         return None
@@ -97,7 +100,7 @@ def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) ->
 
 
 def started(view: View, service: Service, schedule: ScheduleStatus, start: JobStart) -> JobStatus:
-    """The status of job ``service`` when its next run begins, with the outcome of the one before."""
+    """Return the status of job ``service`` when its next run starts, with the outcome of the previous run."""
     assert service.job_status is not None, "of jobs only"
     iteration = _next(service.job_status)
     starts = [_with_outcome(one, view, service, going=STOPPED) for one in schedule.starts]
@@ -110,17 +113,17 @@ def started(view: View, service: Service, schedule: ScheduleStatus, start: JobSt
 
 
 def started_plainly(view: View, job: JobStatus, spec: ServiceSpec, now: Timestamp) -> JobStatus:
-    """The status of a job without a schedule when its next run begins, with ``spec``."""
+    """Return the status of an unscheduled job when its next run starts with ``spec``."""
     return JobStatus(job_iteration=_next(job), last_execution=asked_at(view, spec, now))
 
 
 def _next(job: JobStatus) -> Version:
-    """The number of the next run; Docker's first one has 0."""
+    """Return the number of the next run.  Docker's first run has number 0."""
     return Version(index=job.job_iteration.index + (not job.awaits_first_run))
 
 
 def past_starts(view: View, service: Service) -> tuple[JobStart, ...]:
-    """Decisions about a job with a schedule, the oldest first, with what became of their runs until now."""
+    """Return the starts of a scheduled job, the oldest first, with the current outcomes of their runs."""
     job = service.job_status
     if job is None or job.schedule is None:
         return ()
@@ -134,7 +137,7 @@ def _with_outcome(start: JobStart, view: View, service: Service, *, going: str) 
 
 
 def outcome(view: View, service: Service) -> str:
-    """How the present run of a job has ended; empty: it is still going, or there was none."""
+    """Return the outcome of a job's current run, or an empty text if it is active or does not exist."""
     if service.job_status is None or service.job_status.awaits_first_run or is_going(view, service):
         return ""
     run, slots = as_run(view, service), _slots(view, service)
@@ -145,16 +148,18 @@ def outcome(view: View, service: Service) -> str:
 
 
 def result(run: Service, slots: Iterable[Iterable[Task]]) -> str:
-    """How the ``run`` of a job ended, whose tasks have all ended.
+    """Return the outcome of a job's ``run`` whose tasks have all ended.
 
-    ``slots``: all of them.  A scheduled run of a global job without a node has failed.
+    ``slots`` are all its slots.  A scheduled run of a global job without a node has failed.
     """
     done = [_is_done(slot) for slot in slots]
     return COMPLETED if all(done) and (done or not is_fixed(run)) else FAILED
 
 
 def has_last_failed(service: Service) -> bool:
-    """Whether the last run of a job that has ended failed; not one that is going again since a user retried it."""
+    """Return whether the last ended run of a job failed.  A run that a user retried is active again and
+    does not count.
+    """
     job = service.job_status
     if job is None:
         return False
@@ -165,21 +170,23 @@ def has_last_failed(service: Service) -> bool:
 
 
 def is_fixed(run: Service) -> bool:
-    """Whether the ``run`` of a job is fixed to the nodes that it started on: one of a global job with a schedule."""
+    """Return whether a job's ``run`` is fixed to the nodes on which it started, as for scheduled global jobs."""
     job = run.job_status
     return job is not None and job.schedule is not None and run.spec.mode.global_job is not None
 
 
 def is_over(run: Service) -> bool:
-    """Whether a scheduled ``run`` of a global job has ended: no node starts it again."""
+    """Return whether a scheduled ``run`` of a global job has ended.  No node starts it again."""
     return is_fixed(run) and run.job_status is not None and bool(run.job_status.present_outcome)
 
 
 def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> JobStatus | None:
-    """Return the status of a job whose run is over or, of a global one, has its nodes; the present one if neither is.
+    """Return the status of a job after a run ended or, for a global job, after its nodes are fixed.
+
+    Returns the current status if neither applies.
 
     Args:
-        is_late: whether no further node may start the run.
+        is_late: Whether no further node may start the run.
     """
     run, tasks = as_run(view, service), view.find(Task, service_id=service.id)
     job, slots = run.job_status, _slots(view, service)
@@ -201,7 +208,7 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
 
 
 def _is_to_go_on(task: Task) -> bool:
-    """Whether the task is to run, or to be replaced by the restart policy."""
+    """Return whether the task will run, or will be replaced by the restart policy."""
     return task.is_wanted and task.status.state is not TaskState.COMPLETE
 
 
@@ -211,9 +218,9 @@ def _is_given_up(slot: Iterable[Task]) -> bool:
 
 
 def starts_until_ns(run: Service) -> int | None:
-    """Until when the tasks of a scheduled ``run`` of a global job may start on their nodes; None: there is no limit.
+    """Return the time until which tasks of a scheduled global ``run`` may start, or None without a limit.
 
-    The label ``skep.cron.deadline`` holds for each node.  A run that a user asked for or retried has no deadline.
+    The label ``skep.cron.deadline`` applies to each node.  A run that a user requested or retried has no deadline.
     """
     job, schedule = run.job_status, schedule_of(run.spec.labels)
     if job is None or job.schedule is None or job.retried_until is not None or not is_fixed(run):
@@ -225,9 +232,10 @@ def starts_until_ns(run: Service) -> int | None:
 
 
 def nodes_going(view: View, service: Service) -> list[str]:
-    """Names of the nodes on which the present run of a global job goes on, in order.
+    """Return the names of the nodes on which the current run of a global job is active, in order.
 
-    Not of those where it waits for room or for another service, or that are down: these hold up no later run.
+    Nodes that are down, or on which the run waits for resources or another service, hold up no later run and are left
+    out.
     """
     tasks = of_present_run(service, view.find(Task, service_id=service.id))
     found = {
@@ -240,10 +248,9 @@ def nodes_going(view: View, service: Service) -> list[str]:
 
 
 def is_going(view: View, service: Service) -> bool:
-    """Whether the present run of a job has something left to do.
+    """Return whether the current run of a job has work left.
 
-    A slot whose task has failed is over unless it is to be tried again, for which the orchestrator makes the next task
-    at once.
+    A slot whose task failed is over unless it is retried.  For a retry, the orchestrator creates the next task at once.
     """
     job = service.job_status
     if job is None or job.awaits_first_run:
@@ -265,7 +272,7 @@ def is_going(view: View, service: Service) -> bool:
 
 
 def nodes_of(run: Service, tasks: Iterable[Task], nodes: Iterable[Node]) -> Iterable[Node]:
-    """Those of ``nodes`` that may belong to the present ``run`` of a global job with these ``tasks``."""
+    """Return the ``nodes`` that may belong to the current ``run`` of a global job with these ``tasks``."""
     job = run.job_status
     if job is None or not job.has_fixed_nodes:
         return nodes
@@ -274,13 +281,13 @@ def nodes_of(run: Service, tasks: Iterable[Task], nodes: Iterable[Node]) -> Iter
 
 
 def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
-    """Return the jobs whose present run needs an object that their specs no longer refer to.
+    """Return the jobs whose current run needs an object that their specs no longer refer to.
 
-    The store keeps what a spec refers to; the run of a scheduled job goes on with the spec that it began with.  The
-    transaction fails if such a run begins or is retried at the same moment.
+    The store protects objects that a spec refers to, but the run of a scheduled job keeps the spec that it started
+    with.  The transaction fails if such a run starts or is retried at the same moment.
 
     Raises:
-        Unavailable: a run cannot be read.
+        Unavailable: A run cannot be read.
     """
     found = []
     for service in tx.find(Service):
@@ -288,7 +295,9 @@ def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
         if job is None or job.spec_version in (None, service.spec_version) or service.removed_at is not None:
             continue
         if has_unreadable_run(tx, service.id):
-            raise Unavailable(f"the present run of job {service.spec.name} cannot be read by this manager")
+            raise Unavailable(
+                f"this manager cannot read the current run of job {service.spec.name}: try another manager"
+            )
         if (kind, id) in references_of(as_run(tx, service).spec):
             tx.rely_on(Service, service.id, "job")
             if is_going(tx, service):
@@ -297,14 +306,14 @@ def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
 
 
 def has_failed(view: View, service: Service) -> bool:
-    """Whether slots of the present run were given up, which ``retried`` starts again."""
+    """Return whether slots of the current run were given up.  ``retried`` starts them again."""
     return any(not _is_done(slot) and not _is_active(slot) for slot in _slots(view, service).values())
 
 
 def retried(view: View, service: Service) -> JobStatus:
-    """The status of job ``service`` when what has failed in its present run is to be tried again.
+    """Return the status of job ``service`` after a user asked to retry the failed slots of its current run.
 
-    By the tasks' own times: the clock of this manager may be another than the leader's.
+    The time comes from the tasks, because this manager's clock may differ from the leader's.
     """
     assert service.job_status is not None, "of jobs only"
     made = [task.created_at for task in view.find(Task, service_id=service.id)]
@@ -312,7 +321,7 @@ def retried(view: View, service: Service) -> JobStatus:
 
 
 def of_present_run(service: Service, tasks: Iterable[Task]) -> list[Task]:
-    """Those of ``tasks`` that count for the present run of a job: not those that had failed when a user retried it."""
+    """Return the ``tasks`` that count for a job's current run.  Tasks that had failed when a user retried it do not."""
     job = service.job_status or JobStatus()
     until_ns = unix_ns(job.retried_until) if job.retried_until is not None else -1
     return [
@@ -329,7 +338,9 @@ def of_present_run(service: Service, tasks: Iterable[Task]) -> list[Task]:
 
 
 def is_candidate(node: Node, service: Service) -> bool:
-    """Whether the present run of a global job has a task on ``node``: it existed when the run was asked for."""
+    """Return whether ``node`` can have a task of a global job's current run, for which it existed when that was
+    requested.
+    """
     asked_at = service.job_status.last_execution if service.job_status is not None else None
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return (
@@ -352,7 +363,9 @@ def _is_done(slot: Iterable[Task]) -> bool:
 
 
 def _waits_for_retry(job: JobStatus, slot: Iterable[Task]) -> bool:
-    """Whether a task of the slot had failed when a user retried the run, and the leader has not retired it yet."""
+    """Return whether a task of the slot had failed when a user retried the run, and the leader has not
+    retired it yet.
+    """
     until_ns = unix_ns(job.retried_until) if job.retried_until is not None else -1
     return any(
         task.is_wanted and not task.is_active and unix_ns(task.created_at) <= until_ns for task in slot

@@ -1,7 +1,7 @@
-"""The wrapping key of the store's data keys, on this manager's disk.
+"""The key that wraps the store's data keys, on this manager's disk.
 
-One file with one key; while the key is replaced (``manager.eviction``), candidates for its replacement follow it.  A
-manager that has confirmed a key has it safely on its disk; which key the store uses is found by trying.
+One file contains the key.  While the key is being replaced (``manager.eviction``), replacement candidates follow it.
+A manager that has confirmed a key has stored it durably.  To find the key that the store uses, try each one.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 
 def load_wrapping_keys(paths: Paths) -> bytes:
-    """The wrapping keys, concatenated.  Raises: FailedPrecondition: missing or damaged; Locked."""
+    """Return the concatenated wrapping keys.  Raises: FailedPrecondition: the file is missing or damaged; Locked."""
     path = paths.wrapping_key
     try:
         keys = KeyLock(paths).read(path)
@@ -35,15 +35,17 @@ def load_wrapping_keys(paths: Paths) -> bytes:
 
 
 def save_wrapping_keys(paths: Paths, keys: bytes) -> None:
-    """Write ``keys``, readable for root only, durably.  Raises: Locked."""
+    """Write ``keys`` durably, readable only for root.  Raises: Locked."""
     paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
     KeyLock(paths).write(paths.wrapping_key, keys)
 
 
 def founding_wrapping_key(paths: Paths) -> bytes:
-    """The wrapping key; created at the first start of the first manager.
+    """Return the wrapping key.  The first manager creates it at its first start.
 
-    Raises: FailedPrecondition: it is lost or damaged; Locked.
+    Raises:
+        FailedPrecondition: The key is lost or damaged.
+        Locked: The keys on disk are locked.
     """
     if paths.root_ca_key.exists() and not paths.wrapping_key.exists():
         save_wrapping_keys(paths, new_wrapping_key())
@@ -51,23 +53,23 @@ def founding_wrapping_key(paths: Paths) -> bytes:
 
 
 class WrappingKeys:
-    """Wrapping keys on one manager's disk.  Writing runs in a thread that continues if the caller is cancelled."""
+    """Wrapping keys on one manager's disk.  A write runs in a thread and continues if the caller is cancelled."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
 
     def load(self) -> bytes:
-        """As ``load_wrapping_keys``."""
+        """Read the keys with ``load_wrapping_keys``."""
         return load_wrapping_keys(self._paths)
 
     async def add(self, key: bytes) -> None:
-        """Add a key; on disk when this returns.  Raises: InvalidArgument; FailedPrecondition; Locked."""
+        """Add a key, which is on disk when this returns.  Raises: InvalidArgument; FailedPrecondition; Locked."""
         if len(key) != KEY_BYTES:
             raise InvalidArgument(f"a wrapping key has {KEY_BYTES} bytes, not {len(key)}")
         await asyncio.to_thread(self._add, key)
 
     async def settle(self, key: bytes) -> None:
-        """The store uses ``key``: remove the earlier ones.  Raises: FailedPrecondition; Locked."""
+        """Remove the keys before ``key``, which the store uses now.  Raises: FailedPrecondition; Locked."""
         await asyncio.to_thread(self._settle, key)
 
     def _add(self, key: bytes) -> None:
@@ -85,22 +87,23 @@ class WrappingKeys:
 
 
 class StoreKeys:
-    """The wrapping keys that a manager's store accepts, each of which is on its disk, too."""
+    """The wrapping keys that a manager's store accepts.  Each is also on the manager's disk."""
 
     def __init__(self, store: EtcdStore, disk: WrappingKeys) -> None:
         self.store = store
         self.disk = disk
 
     async def keep(self, key: bytes) -> None:
-        """Accept a key that the data keys may be wrapped with soon; it is on disk when this returns.
+        """Accept a key that may soon wrap the data keys.  It is on disk when this returns.
 
-        Raises: as ``WrappingKeys.add``.
+        Raises:
+            InvalidArgument, FailedPrecondition, Locked: See ``WrappingKeys.add``.
         """
         await self.disk.add(key)
         self.store.learn_wrapping_key(key)
 
     async def prune(self, clock: Clock) -> None:
-        """Keep only the present wrapping key on disk, until cancelled."""
+        """Keep only the current wrapping key on disk, until cancelled."""
         key, backoff = self.store.wrapping_key, Backoff(longest_s=10.0)
         while True:
             try:

@@ -1,4 +1,4 @@
-"""The control loops of one leader; they communicate through the store only."""
+"""Control loops of one leader, which communicate only through the store."""
 
 from random import Random
 from typing import Protocol
@@ -17,7 +17,7 @@ from skep.manager.quotas import replicas_within_quota
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import Schedules
 from skep.manager.task_usages import no_usages
-from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, unconfirmed
+from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, skip_confirmation
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
 
@@ -36,14 +36,18 @@ def loops(
     incarnation: int = 0,
     *,
     find_driver: FindDriver = no_drivers,
-    confirm: Confirm = unconfirmed,
+    confirm: Confirm = skip_confirmation,
     collect_usages: Collect = no_usages,
     counts: AutoscalingCounts | None = None,
 ) -> list[Loop]:
-    """The loops of one term, each to be run as a task of its own.
+    """Return the loops of one term.  Each runs as a task of its own.
 
-    ``incarnation``: of the cluster; ``find_driver``: of cluster volumes, on this machine; ``confirm``: the term, before
-    what no fence covers; ``collect_usages``: of tasks of autoscaled services; ``counts``: of their changes.
+    Args:
+        incarnation: Incarnation of the cluster.
+        find_driver: Finds drivers of cluster volumes on this machine.
+        confirm: Confirms the term before an action that no fence covers.
+        collect_usages: Collects usages of autoscaled services' tasks.
+        counts: Counters of changes by autoscaling.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, KeyRotation, CertificateAuthority)
     return [

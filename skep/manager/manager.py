@@ -1,7 +1,7 @@
-"""One manager: what always runs, and what runs while it leads.
+"""One manager: the parts that always run, and the parts that run while it leads.
 
-Every manager serves the API and the agents from its own replica of the store; none forwards to the leader.  Only the
-control loops run on the leader alone, and each of their writes is fenced by its term.
+Every manager serves the API and the agents from its own replica of the store and never forwards to the leader.  Only
+the control loops run on the leader alone, and each of their writes is fenced by its term.
 """
 
 import asyncio
@@ -106,9 +106,9 @@ class ConsensusMember(NamedTuple):
     peer_search: PeerSearch
     restart: Callable[[], Awaitable[None]]
     cut_peers: Callable[[], None]
-    """Ends the connections that other members have made to this one."""
+    """Ends the connections that other members have opened to this member."""
     error: Callable[[], str]
-    """What the member lacks, such as disk space, as a sentence; empty: nothing."""
+    """Returns a problem of the member, such as a full disk, as a sentence.  Empty without a problem."""
 
 
 class Manager:
@@ -176,7 +176,7 @@ class Manager:
         )
 
     async def run(self) -> None:
-        """Run until cancelled.  Any part that fails ends the manager; its supervisor restarts it."""
+        """Run until cancelled.  Any part that fails ends the manager, and its supervisor restarts it."""
         events = ClusterEvents(self._store, self._clock)
         view = ClusterView(self._store, self._clock, ClusterRows(self._store, self._clock, self._quorum).row)
         api = self._api(events, view)
@@ -203,7 +203,7 @@ class Manager:
                 await asyncio.Event().wait()
 
     def _traced(self, app: web.Application, group: asyncio.TaskGroup) -> web.Application:
-        """With spans of requests and tasks, where these are exported."""
+        """Add spans of requests and tasks if traces are exported."""
         if self._exporter is not None:
             app.middlewares.append(request_spans(self._exporter))
             group.create_task(self._exporter.run(), name="export of traces")
@@ -245,12 +245,12 @@ class Manager:
         )
 
     def _counted(self) -> list[Family]:
-        """Of autoscaling and, where they are exported, of traces."""
+        """Return the metric families of autoscaling and, if traces are exported, of the export."""
         traces = self._exporter.families() if self._exporter is not None else []
         return [*autoscaling_families(self._autoscaling), *traces]
 
     def _handlers(self) -> Sequence[Handler]:
-        """All gRPC methods of this manager."""
+        """Return all gRPC methods of this manager."""
         return (
             *self._certificates.services(),
             *self._signer.services(),
@@ -271,7 +271,7 @@ class Manager:
         )
 
     def _start(self, group: asyncio.TaskGroup, bound: Bound, events: ClusterEvents, host: str) -> None:
-        """Start the tasks that run whether this manager leads or not."""
+        """Start the tasks that run on every manager, leader or not."""
         store, clock, random = self._store, self._clock, self._random
         lock = KeyLock(self._config.paths)
         incarnation = partial(self._incarnation.run, self._config.paths)
@@ -326,7 +326,7 @@ class Manager:
         return self._link.channel(manager)
 
     def _connected(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
-        """A connection to another manager, with this one's certificate."""
+        """Connect to another manager with this manager's certificate."""
         return connected(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
 
     async def _lead_when_elected(self) -> None:
@@ -343,7 +343,7 @@ class Manager:
             log.info("leadership lost", term=term.number)
 
     async def _lead(self, term: Term) -> None:
-        """Run the control loops for one term; returns early if a write showed that the term is over."""
+        """Run the control loops for one term.  Returns early if a write showed that the term is over."""
         try:
             async with asyncio.TaskGroup() as group:
                 managers = Managers(
@@ -385,7 +385,7 @@ class Manager:
 def _retrying(
     work: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock, random: Random
 ) -> Coroutine[Any, Any, None]:
-    """``work`` that writes files: errors of the disk are retried, while the manager continues."""
+    """Return a coroutine that runs ``work`` and retries disk errors while the manager continues."""
 
     async def run() -> None:
         with first_alone(OSError):
@@ -404,14 +404,15 @@ def _retrying(
 
 @asynccontextmanager
 async def serving(app: web.Application, socket: Path, handover: Path) -> AsyncIterator[None]:
-    """Serve HTTP on a unix socket that only root may open, and on connections passed at ``handover``.
+    """Serve HTTP on a Unix socket that only root may open, and on connections passed at ``handover``.
 
-    Raises: Unavailable: one of them cannot be bound.
+    Raises:
+        Unavailable: One of the sockets cannot be bound.
     """
     app.on_response_prepare.append(begin_response)
     serves = runner(app, **HOOKS)
     await serves.setup()
-    assert serves.server is not None, "set up just now"
+    assert serves.server is not None, "runner.setup creates the server"
     passed = PassedConnections(serves.server)
     try:
         socket.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from skep.store.interface import Commit, Created, Deleted, Updated
 
 
 def affects_managers(commit: Commit) -> bool:
-    """Whether a node in ``commit`` is, was or is to become a manager."""
+    """Return whether a node in ``commit`` is, was or will become a manager."""
     for event in commit.events:
         match event:
             case Created(Node() as node) | Deleted(Node() as node):
@@ -24,7 +24,7 @@ def affects_managers(commit: Commit) -> bool:
 
 
 def on_manager_change(act: Callable[[], None]) -> Callable[[Commit], None]:
-    """An ``on_commit`` for ``run_informer`` that calls ``act`` for each commit that affects managers."""
+    """Return an ``on_commit`` for ``run_informer`` that calls ``act`` for each commit that affects managers."""
 
     def on_commit(commit: Commit) -> None:
         if affects_managers(commit):

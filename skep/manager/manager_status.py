@@ -22,12 +22,13 @@ from skep.store.level import LEVEL
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 5.0
+"""Delays in seconds before the status is written again."""
 
 
 class ManagerStatusWriter:
     """Keeps this manager's own status up to date.
 
-    ``addr``, ``peer_addr``: ``ip:port`` where others reach its gRPC server and its etcd.
+    ``addr`` and ``peer_addr`` are ``ip:port`` where others reach its gRPC server and its etcd.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class ManagerStatusWriter:
         self._changed = asyncio.Event()
 
     def lead(self, term: Term | None) -> None:
-        """This manager leads in ``term``; None: it does not lead."""
+        """Record the term in which this manager leads, or None if it does not lead."""
         self._term = term
         self._changed.set()
 
@@ -68,10 +69,10 @@ class ManagerStatusWriter:
 def write_manager_status(
     tx: Transaction, node_id: NodeId, addr: str, peer_addr: str = "", *, leads: bool
 ) -> None:
-    """Write the status of manager ``node_id``; if it leads, clear ``leader`` of all others.
+    """Write the status of manager ``node_id``.  If it leads, clear ``leader`` of all others.
 
-    A removed node stays removed, a demoted one stays without a status.  Only the leader sets an unreachable manager
-    to reachable again.
+    Does not restore a removed node, or the status of a demoted one.  Only the leader sets an unreachable manager back
+    to reachable.
 
     Args:
         addr: ``ip:port`` of its gRPC server.

@@ -1,6 +1,6 @@
-"""What a manager shows Prometheus: objects of the cluster, how long tasks take to run, its sessions, store and loop.
+"""Prometheus metrics of a manager: cluster objects, task start times, sessions, store and event loop.
 
-Names that SwarmKit has are SwarmKit's.  Source: swarmkit, manager/metrics/collector.go,
+A metric that SwarmKit has keeps SwarmKit's name.  Source: swarmkit, manager/metrics/collector.go,
 manager/dispatcher/dispatcher.go.
 """
 
@@ -28,12 +28,13 @@ from skep.store.interface import Store
 
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _STORE_S = 2.0
+"""Seconds to wait for the store's figures.  A page without them is better than none."""
 _STARTING_MAX = 100_000
-"""Starting tasks that are timed."""
+"""Number of starting tasks that are timed."""
 
 
 class StartTimes(StartingTasks[float]):
-    """From the commit that creates a task to the one that shows it running, by this manager's clock."""
+    """Times tasks from their creation to the commit that shows them running, by this manager's clock."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         super().__init__(store, _STARTING_MAX)
@@ -45,17 +46,20 @@ class StartTimes(StartingTasks[float]):
         return self._clock.monotonic()
 
     def changed(self, task: Task, value: float) -> float | None:
-        """See ``StartingTasks``; counts the task if it runs."""
+        """See ``StartingTasks``.  Observes the duration once the task runs."""
         if task.status.state is TaskState.RUNNING:
             self.histogram.observe(self._clock.monotonic() - value)
         return value if task.status.state < TaskState.RUNNING else None
 
 
 class ClusterMetrics:
-    """The families of one manager.
+    """Metric families of one manager.
 
-    ``leads``: whether it leads, and has a quorum; ``sessions``: how many nodes have theirs with it; ``of_store``: what
-    its store's program counts; ``of_others``: what other parts of the manager count.
+    Args:
+        leads: Returns whether the manager leads and has a quorum.
+        sessions: Returns the number of nodes that have their session with the manager.
+        of_store: Returns the metrics of the store's process.
+        of_others: Returns the metrics of other parts of the manager.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class ClusterMetrics:
         self._of_others = of_others
 
     async def families(self) -> list[Family]:
-        """As the replica has it; other work goes on between pieces of the tasks."""
+        """Return the families from this replica.  Yields to other work between batches of tasks."""
         states: Counter[str] = Counter({state.value: 0 for state in TaskState})
         running: Counter[ServiceId] = Counter()
         wanted: Counter[ServiceId] = Counter()
@@ -133,7 +137,7 @@ class ClusterMetrics:
 
 
 def autoscaling_families(counts: AutoscalingCounts) -> list[Family]:
-    """What the leader does about autoscaled services; another manager has what it did in its own terms."""
+    """Return the metrics of autoscaling.  A manager that does not lead shows the changes of its own earlier terms."""
     return [
         by_label(
             "skep_autoscale_changes_total",
@@ -163,10 +167,10 @@ def service_families(
     wanted: Mapping[ServiceId, int],
     done: Mapping[ServiceId, int],
 ) -> list[Family]:
-    """How many tasks of each service run, and how many should; jobs, whose tasks end, are left out.
+    """Return the running and desired tasks of each service.  Jobs, whose tasks end, are left out.
 
     Args:
-        done: slots of replicated one-shot services that are done.  They should not run.
+        done: Number of done slots of each replicated one-shot service.  They should not run.
     """
     rows = [
         (
@@ -194,7 +198,7 @@ def service_families(
 
 
 def job_family(services: Iterable[Service]) -> Family:
-    """Whether the last run of each job that has ended failed."""
+    """Return for each job whether its last ended run failed."""
     return Family(
         "skep_job_last_run_failed",
         "gauge",
@@ -208,7 +212,10 @@ def job_family(services: Iterable[Service]) -> Family:
 
 
 def _one_shots(services: Iterable[Service]) -> Iterable[ServiceId]:
-    """Ids of the replicated services whose tasks end on success; of a global one only wanted tasks count anyway."""
+    """Return the ids of replicated services whose tasks end on success.
+
+    For a global service, only wanted tasks count anyway.
+    """
     return (
         one.id
         for one in services

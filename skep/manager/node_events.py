@@ -1,10 +1,9 @@
-"""Events of the containers, images and volumes of all nodes beside those of the cluster, in one stream.
+"""Events of the cluster and of all nodes' containers, images and volumes, in one stream.
 
-A node numbers its events and keeps the last ones; for each client that asks for them a manager reads them through a
-tunnel, so that nothing is sent while there is no client.  The stream's cursor is that of the cluster's events, with
-one for each node after it: ``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It holds what the client was sent, so
-another stream goes on after it at any manager.  Where events are missing, or a node cannot be read,
-a message of the stream says so.
+A node numbers its events and keeps the latest ones.  For each client, a manager reads them through a tunnel, so nothing
+is sent without a client.  The stream's cursor has the cursor of the cluster's events, then one for each node:
+``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It covers the events that the client was sent, so another stream can
+resume after it at any manager.  If events are missing or a node cannot be read, a message in the stream says so.
 """
 
 import asyncio
@@ -31,35 +30,42 @@ from skep.store.interface import View
 from skep.wire.tunnel import Tunnel
 
 NODES_MAX = 128
-"""Whose events one client gets: each has a part of every cursor."""
+"""Nodes in one client's stream.  Each takes part of every cursor."""
 STREAMS_MAX = 8
-"""Clients of one manager that read events of nodes: each has a tunnel to every node."""
+"""Clients of one manager that read events of nodes.  Each has a tunnel to every node."""
 LINE_BYTES_MAX = 256 << 10
-"""A node sends a gap in place of a longer event."""
+"""A node replaces a longer event with a gap message."""
 HEAD_BYTES_MAX = 64 << 10
+"""Size of a node's response head."""
 SILENT_S_MAX = 30.0
-"""A node has a line to send every ten seconds."""
+"""A node sends a line at least every ten seconds."""
 LAST_S = 5.0
-"""For the nodes' past events, once the requested end has come."""
+"""Seconds for reading the nodes' past events once the requested end has come."""
 TAKES_WITHIN_S = 60.0
-"""A client that takes no event for so long loses its place to one that reads."""
+"""A client that takes no event for this long loses its place to another client."""
 _WAITING_MAX = 64
+"""Messages of all nodes that wait for one client."""
 _LOOK_S = 1.0
+"""Seconds between two checks for nodes that joined or returned."""
 _KEY_LENGTH = 12
+"""Characters of a node's id in a cursor.  They distinguish nodes and keep cursors short."""
 TYPES = frozenset({"container", "image", "volume"})
 ID, NAME = "com.docker.swarm.node.id", "node.name"
 """Attributes of a node's events."""
 
 
 class Position(NamedTuple):
-    """Where a stream goes on: the cursor of the cluster's events, and that of each node by the beginning of its id."""
+    """Position at which a stream resumes.
+
+    It has the cursor of the cluster's events, and each node's cursor by the first characters of the node's id.
+    """
 
     cluster: str = ""
     nodes: Mapping[str, str] = {}
 
     @classmethod
     def of(cls, text: str) -> "Position":
-        """Raises: InvalidArgument: it is none."""
+        """Parse a cursor.  Raises: InvalidArgument."""
         cluster, *parts = text.split("~")
         nodes: dict[str, str] = {}
         for part in parts:
@@ -67,7 +73,7 @@ class Position(NamedTuple):
             if not (
                 0 < len(key) <= _KEY_LENGTH and key.isalnum() and part.isascii() and 0 < len(cursor) < 40
             ):
-                raise InvalidArgument(f"invalid cursor {text[:80]!r}: {part[:60]!r} is of no node")
+                raise InvalidArgument(f"invalid cursor {text[:80]!r}: {part[:60]!r} is not a node's cursor")
             nodes[key] = cursor
         if len(nodes) > NODES_MAX:
             raise InvalidArgument(f"invalid cursor: it has more than {NODES_MAX} nodes")
@@ -78,13 +84,13 @@ class Position(NamedTuple):
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What a client asks for.
+    """A client's request.
 
     Args:
-        names: of nodes, or their ids; empty: all.
-        filters: as JSON, for the nodes.
-        begins_at: the cluster's cursor, of messages before the first event.
-        after: where an earlier stream has ended.
+        names: Names or ids of nodes.  Empty for all.
+        filters: Filters for the nodes, as JSON.
+        begins_at: Cursor of the cluster's events, for messages before the first event.
+        after: Position where an earlier stream ended.
     """
 
     names: Collection[str] = ()
@@ -96,7 +102,9 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class _Item(NamedTuple):
-    """``cursor``: where the stream of ``node`` goes on behind it; of the cluster when ``node`` is empty."""
+    """A queued message.  ``cursor`` is where the stream of ``node`` resumes after it, or of the cluster if ``node`` is
+    empty.
+    """
 
     node: str
     cursor: str
@@ -109,7 +117,7 @@ class _Actor(msgspec.Struct):
 
 
 class _Line(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What is passed on of a node's event; clients have to be able to read it, and to return its cursor."""
+    """The part of a node's event that is forwarded.  Clients must be able to read it and to return its cursor."""
 
     status: str = ""
     id: str = ""
@@ -125,7 +133,7 @@ class _Line(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class AllEvents:
-    """The streams of this manager that have events of nodes."""
+    """All streams of this manager that include events of nodes."""
 
     def __init__(self, tunnels: Tunnels, view: Callable[[], View], clock: Clock) -> None:
         self._tunnels = tunnels
@@ -139,10 +147,12 @@ class AllEvents:
         cluster: Callable[[], AsyncGenerator[Message, None]],
         send: Callable[[Mapping[str, Any] | Message], Awaitable[None]],
     ) -> None:
-        """Send the events until ``cluster``, those of the cluster, ends, each with its cursor.
+        """Send the events, each with its cursor, until ``cluster`` ends, the stream of the cluster's events.
 
-        Raises: SkepError: it cannot begin, or some events are lost; ConnectionResetError: the client takes none;
-        what ``send`` raises.
+        Raises:
+            SkepError: The stream cannot start, or some events are lost.
+            ConnectionResetError: The client reads nothing.
+            Exception: Any error of ``send``.
         """
         self.check(wanted)
         given = wanted.after or Position()
@@ -166,21 +176,23 @@ class AllEvents:
                                 position[item.node] = item.cursor
                             if item.message is not None:
                                 message = _with_cursor(item.message, str(Position(at, position)))
-                                await _taken(send(message))
+                                await _wait_taken(send(message))
                         nodes.cancel()
 
     def check(self, wanted: Wanted) -> None:
-        """Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: there is no stream of it."""
+        """Check that a stream can start.  Raises: InvalidArgument, FailedPrecondition, ResourceExhausted."""
         nodes = self._nodes(wanted)
         known = {name for node in self._view().find(Node) for name in (node.id, node.description.hostname)}
         if missing := sorted(set(wanted.names) - known):
-            raise InvalidArgument(f"there is no node {missing[0]}")
+            raise InvalidArgument(f"node {missing[0]} not found")
         if len(nodes) > NODES_MAX:
             raise FailedPrecondition(
-                f"the events of {len(nodes)} nodes are too many for one stream: name at most {NODES_MAX} of them"
+                f"one stream can have the events of at most {NODES_MAX} nodes, not {len(nodes)}: name the nodes"
             )
         if self._streams >= STREAMS_MAX:
-            raise ResourceExhausted(f"{STREAMS_MAX} clients of this manager read the events of nodes already")
+            raise ResourceExhausted(
+                f"{STREAMS_MAX} clients of this manager already read events of nodes: try another manager"
+            )
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -207,11 +219,11 @@ class AllEvents:
         async with aclosing(cluster()) as messages:
             async for message in messages:
                 await queue.put(_Item("", message.cursor, message))
-        await asyncio.wait([nodes], timeout=LAST_S)  # what they have sent until then is read
+        await asyncio.wait([nodes], timeout=LAST_S)  # read everything that the nodes have sent so far
         await queue.put(None)
 
     def _forget_gone(self, position: dict[str, str]) -> None:
-        """Nodes that were removed: a cursor would have more and more of them, and be refused in the end."""
+        """Drop removed nodes from a position.  Otherwise cursors would grow until they are refused."""
         if gone := position.keys() - {id[:_KEY_LENGTH] for id in self._view().ids(Node)}:
             for key in gone:
                 del position[key]
@@ -221,7 +233,7 @@ class AllEvents:
     async def _read_nodes(
         self, wanted: Wanted, position: dict[str, str], queue: asyncio.Queue[_Item | None]
     ) -> None:
-        """A reader for each node that is there; ``position`` grows while the stream goes on."""
+        """Run a reader for each available node.  ``position`` grows while the stream runs."""
         begun_at = self._clock.monotonic()
         reading: dict[NodeId, asyncio.Task[None]] = {}
         away: set[NodeId] = set()
@@ -234,11 +246,11 @@ class AllEvents:
                         continue
                     why = _why_unread(node)
                     if not why and len(reading) >= NODES_MAX:
-                        why = f"the stream has those of {NODES_MAX} other nodes"
+                        why = f"the stream already has events of {NODES_MAX} other nodes"
                     if why:
                         if node.id not in away:
                             away.add(node.id)
-                            await queue.put(_notice("away", node, why, position, self._clock.now_ns()))
+                            await queue.put(_notice("disconnect", node, why, position, self._clock.now_ns()))
                         continue
                     away.discard(node.id)
                     age_s = self._clock.monotonic() - begun_at
@@ -248,11 +260,11 @@ class AllEvents:
                     )
                 until_ns = wanted.until_ns
                 if until_ns is not None and until_ns <= self._clock.now_ns():
-                    return  # when its readers have, too
+                    return  # once its readers have returned as well
                 await self._clock.sleep(_LOOK_S)
 
     async def _read_node(self, reader: "_Reader", age_s: float) -> None:
-        """Read until the node is away."""
+        """Read a node's events until it is unavailable."""
         backoff = Backoff(0.2, 10.0)
         is_away, node = False, reader.node
         while True:
@@ -263,7 +275,7 @@ class AllEvents:
                         await reader.take(line)
                         is_away = False
                         backoff.reset()
-                why = "it has ended its events"
+                why = "the node ended its event stream"
             except (SkepError, TimeoutError, msgspec.DecodeError) as error:
                 why = describe_error(error)
             if reader.is_over(self._clock.now_ns()):
@@ -273,14 +285,14 @@ class AllEvents:
                 return
             if not is_away:
                 is_away = True
-                await reader.put_notice("away", why, self._clock.now_ns())
+                await reader.put_notice("disconnect", why, self._clock.now_ns())
             if _why_unread(present):
                 return
             await backoff.sleep(self._clock)
 
 
 class _Reader:
-    """Of one node's events, for one client."""
+    """Reads one node's events for one client."""
 
     def __init__(
         self, node: Node, wanted: Wanted, position: Mapping[str, str], queue: asyncio.Queue[_Item | None]
@@ -294,9 +306,10 @@ class _Reader:
         self._is_known = False
 
     def head(self, age_s: float) -> bytes:
-        """A request for what comes after the last event.
+        """Return the request for the events after the last one.
 
-        A node without a cursor is asked for all since the stream began, and for all it has where another has begun it.
+        Without a cursor, the node sends all events since the stream started.  If an earlier stream is resumed, the node
+        sends all events that it has.
         """
         query = {"filters": self._wanted.filters} if self._wanted.filters else {}
         if self._cursor:
@@ -307,15 +320,15 @@ class _Reader:
             query["age"] = str(int(age_s))
         if self._wanted.until_ns is not None:
             query["until"] = f"{self._wanted.until_ns // SECOND_NS}.{self._wanted.until_ns % SECOND_NS:09d}"
-        # HTTP/1.0: the end of the connection is that of the lines, which need no frames.
+        # HTTP/1.0: the lines end with the connection and need no framing.
         return f"GET /events?{urlencode(query)} HTTP/1.0\r\nHost: node\r\n\r\n".encode()
 
     def is_over(self, now_ns: int) -> bool:
-        """Whether the requested end has come."""
+        """Return whether the requested end time has passed."""
         return self._wanted.until_ns is not None and self._wanted.until_ns <= now_ns
 
     async def take(self, line: bytes) -> None:
-        """Raises: msgspec.DecodeError: it is no event."""
+        """Queue an event line for the client.  Raises: msgspec.DecodeError: an invalid event."""
         known = _decoded(line)
         self._cursor = known.cursor
         if known.type == "stream":
@@ -328,15 +341,15 @@ class _Reader:
 
     async def _take_mark(self, known: _Line) -> None:
         if known.action == "gap":
-            await self.put_notice("gap", "it has not kept all events since", known.time_ns)
+            await self.put_notice("gap", "the node no longer has all events since then", known.time_ns)
         elif not self._is_known:
-            await self.put_notice("follow", "", known.time_ns)
+            await self.put_notice("connect", "", known.time_ns)
         else:
             await self._queue.put(_Item(self._key, self._cursor, None))
         self._is_known = True
 
     async def put_notice(self, action: str, reason: str, at_ns: int) -> None:
-        """Send the client a message about the node's events: whether some are missing, or cannot be read."""
+        """Queue a message that says whether some of the node's events are missing or cannot be read."""
         notice = _notice(action, self.node, reason, self._position, at_ns)
         await self._queue.put(notice._replace(cursor=self._cursor) if self._cursor else notice)
 
@@ -345,17 +358,17 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 
 def _decoded(line: bytes) -> _Line:
-    """Raises: msgspec.DecodeError: it is no event."""
+    """Decode an event line.  Raises: msgspec.DecodeError: an invalid event."""
     try:
         return _decode(line)
     except RecursionError as error:
-        raise msgspec.ValidationError("it is nested too deeply") from error
+        raise msgspec.ValidationError("the event is nested too deeply") from error
 
 
 def _why_unread(node: Node) -> str:
-    """Empty: its events can be read."""
+    """Return why the node's events cannot be read, or an empty text if they can."""
     if is_docker_node(node):
-        return "it is a Docker Engine, whose events are at its own API only"
+        return "it is a Docker Engine, whose events are only available at its own API"
     if node.status.state is not NodeState.READY:
         return f"it is {node.status.state.value}"
     return ""
@@ -369,7 +382,7 @@ def _notice(action: str, node: Node, reason: str, position: Mapping[str, str], a
     return _Item(key, position.get(key, ""), message)
 
 
-async def _taken(sending: Awaitable[None]) -> None:
+async def _wait_taken(sending: Awaitable[None]) -> None:
     try:
         async with asyncio.timeout(TAKES_WITHIN_S):
             await sending
@@ -384,16 +397,21 @@ def _with_cursor(message: Mapping[str, Any] | Message, cursor: str) -> Mapping[s
 
 
 async def _lines(tunnel: Tunnel) -> AsyncGenerator[bytes, None]:
-    """The lines of a node's response.  Raises: Unavailable: it is none; TimeoutError: the node is silent."""
+    """Yield the lines of a node's response.
+
+    Raises:
+        Unavailable: The response is invalid.
+        TimeoutError: The node is silent.
+    """
     rest = b""
     while b"\r\n\r\n" not in rest:
         rest += await _piece(tunnel)
         if len(rest) > HEAD_BYTES_MAX:
-            raise Unavailable("the node's response has no end of its head")
+            raise Unavailable("the node's response head is too long")
     head, _, rest = rest.partition(b"\r\n\r\n")
     status = head.split(b" ", 2)[1:2]
     if status != [b"200"]:
-        raise Unavailable(f"the node refuses: {rest[:500].decode(errors='replace')}")
+        raise Unavailable(f"the node refused the request: {rest[:500].decode(errors='replace')}")
     while True:
         *lines, rest = rest.split(b"\n")
         for line in lines:
@@ -410,5 +428,5 @@ async def _piece(tunnel: Tunnel, *, may_end: bool = False) -> bytes:
     async with asyncio.timeout(SILENT_S_MAX):
         data = await tunnel.read()
     if not data and not may_end:
-        raise Unavailable("the node has sent no response")
+        raise Unavailable("the node sent no response")
     return data

@@ -1,4 +1,4 @@
-"""What a part of the manager with a stream to each node needs of the node's session."""
+"""The node session as seen by a part of the manager that has a stream to each node."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -19,7 +19,7 @@ class NodeSession(Protocol):
     def id(self) -> str: ...
 
     def require_open(self) -> None:
-        """Raises: the error that ended the session."""
+        """Raise the error that ended the session, if it has ended."""
 
     def signal(self) -> AbstractContextManager[StreamSignal]:
-        """A signal that is also set when the session ends."""
+        """Return a signal that is also set when the session ends."""

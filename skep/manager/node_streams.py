@@ -1,4 +1,4 @@
-"""Bidirectional streams with the nodes that have a session here: one per node, ended by either side."""
+"""Bidirectional streams with the nodes that have a session here: one stream per node, ended by either side."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -11,11 +11,11 @@ from skep.model.ids import NodeId
 from skep.rpc.errors import LOST_PEER
 
 FIRST_MESSAGE_SECONDS_MAX = 20.0
-"""Time limit for the first message: the peer is authenticated, but its session is not known before."""
+"""Time limit for the first message.  The peer is authenticated, but its session is unknown before that message."""
 
 
 class NodeMessage(Protocol):
-    """A node's message; the first one names its session."""
+    """A node's message.  The first message names its session."""
 
     session_id: str
 
@@ -30,15 +30,15 @@ class NodeStream:
         self.session = session
         self.signal = signal
         self.error: Exception | None = None
-        """The error that ended it."""
+        """The error that ended the stream."""
 
     def end(self, error: Exception) -> None:
-        """End the stream; only the first error counts."""
+        """End the stream.  Only the first error counts."""
         self.error = self.error or error
         self.signal.wake()
 
     def require_open(self) -> None:
-        """Raises: the error that ended the stream or its session."""
+        """Raise the error that ended the stream or its session, if one did."""
         self.session.require_open()
         if self.error is not None:
             raise self.error
@@ -49,7 +49,7 @@ Q = TypeVar("Q", bound=NodeMessage)
 
 
 class NodeStreams(dict[NodeId, S]):
-    """All streams of one kind.  ``what``: their content, for error messages."""
+    """All streams of one kind.  ``what`` names their content in error messages."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class NodeStreams(dict[NodeId, S]):
 
     @contextmanager
     def open(self, stream: S) -> Iterator[S]:
-        """Register the stream for the block; an earlier stream of the node ends."""
+        """Register the stream for the block.  An earlier stream of the node ends."""
         if (earlier := self.get(stream.node_id)) is not None:
             earlier.end(Unavailable(f"the node has opened another stream of {self._what}"))
         self[stream.node_id] = stream
@@ -72,14 +72,14 @@ class NodeStreams(dict[NodeId, S]):
 async def session_named(
     requests: AsyncIterator[NodeMessage], within_s: float = FIRST_MESSAGE_SECONDS_MAX
 ) -> str:
-    """The session that the first message names.  Raises: InvalidArgument: no message came in time."""
+    """Return the session that the first message names.  Raises: InvalidArgument: no message came in time."""
     try:
         async with asyncio.timeout(within_s):
             first = await anext(requests, None)
     except TimeoutError:
         first = None
     if first is None:
-        raise InvalidArgument("the session is missing")
+        raise InvalidArgument("the stream's first message names no session, or did not come in time")
     return first.session_id
 
 
@@ -90,7 +90,7 @@ async def run_stream(
     send: Coroutine[Any, Any, None],
 ) -> None:
     """Receive and send until either ends.  Raises: the error that ended the stream."""
-    # One additional task per stream only: there are thousands of streams.
+    # Use only one additional task per stream: there are thousands of streams.
     async with asyncio.TaskGroup() as group:
         receiving = group.create_task(_receive_all(stream, requests, receive), name="receive from a node")
         try:
@@ -107,7 +107,7 @@ async def _receive_all(stream: NodeStream, requests: AsyncIterator[Q], receive: 
     try:
         async for request in requests:
             receive(request)
-            del request  # the next one may come much later
+            del request  # the next request may come much later
         stream.end(Unavailable("the node has ended the stream"))
     except (SkepError, *LOST_PEER) as error:
         stream.end(error)

@@ -1,14 +1,14 @@
-"""What managers report to each other with their pings: overload, and missed heartbeats of their nodes.
+"""Reports that managers send each other with their pings: overload, and missed heartbeats of their nodes.
 
-*Overload*: more nodes reconnect to a manager than it can register at once.  Those nodes are alive: they were sent
-``RetryLater``, perhaps by another manager than the one that would mark them down.  So missed heartbeats do not count
-while any manager is overloaded.
+*Overload*: More nodes reconnect to a manager than it can register at once.  Those nodes are alive.  They were sent
+``RetryLater``, perhaps by another manager than the one that would mark them down.  Therefore missed heartbeats do not
+count while any manager is overloaded.
 
-*Missed heartbeats*: nodes that fail at once are spread over the managers, so each manager may miss one only.  A
-manager that marks its one silent node down learns from the others' reports that it is not the only one.
+*Missed heartbeats*: Nodes that fail at once are spread over the managers, so each manager may miss only one.  A manager
+that is about to mark its only silent node down learns from the others' reports that other nodes are silent as well.
 
-*Without quorum*: the process of a manager answers pings while its etcd member is down, as on a full disk.  It has a
-vote and does not cast it, so it does not count where another manager is to be removed.
+*Without quorum*: A manager's process answers pings while its etcd member is down, for example because of a full disk.
+Its member does not vote, so the manager does not count as available when another manager is being removed.
 """
 
 from collections.abc import Set
@@ -18,21 +18,21 @@ import msgspec
 from skep.model.ids import NodeId
 
 REPORT_VALID_S = 2.0
-"""How long another manager's report is valid."""
+"""Seconds for which another manager's report is valid."""
 
 
 class PeerReport(msgspec.Struct, frozen=True):
-    """What one manager reports of itself."""
+    """One manager's report about itself."""
 
     is_overloaded: bool = False
     missed: int = 0
-    """How many of its nodes have missed a heartbeat."""
+    """Number of its nodes that have missed a heartbeat."""
     is_without_quorum: bool = False
-    """Whether its member has no contact with a quorum, or it is about to stop."""
+    """Whether its member has no contact with a quorum, or is about to stop."""
 
 
 class PeerReports:
-    """``own``: set by the dispatcher, sent to the other managers by the link, which records theirs."""
+    """Reports of all managers.  The dispatcher sets ``own``.  The link sends it and records the others' reports."""
 
     def __init__(self) -> None:
         self.own = PeerReport()
@@ -43,15 +43,15 @@ class PeerReports:
         self._others[manager] = (report, now)
 
     def is_overloaded_anywhere(self, now: float) -> bool:
-        """Whether any manager is overloaded at ``now`` (monotonic seconds)."""
+        """Return whether any manager is overloaded at ``now`` (monotonic seconds)."""
         return self.own.is_overloaded or any(report.is_overloaded for report in self._valid(now))
 
     def missed_elsewhere(self, now: float) -> int:
-        """How many nodes of other managers have missed a heartbeat at ``now`` (monotonic seconds)."""
+        """Return how many nodes of other managers have missed a heartbeat at ``now`` (monotonic seconds)."""
         return sum(report.missed for report in self._valid(now))
 
     def without_quorum(self) -> Set[NodeId]:
-        """Other managers that were without a quorum at their last report."""
+        """Return the other managers that were without a quorum at their last report."""
         return {manager for manager, (report, _) in self._others.items() if report.is_without_quorum}
 
     def _valid(self, now: float) -> list[PeerReport]:

@@ -1,7 +1,7 @@
-"""The manager process: its etcd, its store, and the manager on top, until SIGTERM.
+"""The manager process: its etcd, its store, and the manager on top of them, until SIGTERM.
 
-Started by the node process, which it may outlive.  The order of the start: checks of the disk, the etcd member, the
-store (founded first if this node is to found a cluster), then everything that serves it.
+The node process starts it, and it may outlive the node process.  It starts in this order: checks of the disk, the etcd
+member, the store (which it founds first if this node founds a cluster), then everything that serves the store.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ from skep.wire.server import Bound, serve
 log = structlog.get_logger(__name__)
 
 USUAL_START_S = 1.0
-"""A start with a quorum takes less."""
+"""Upper bound in seconds for a start with a quorum."""
 _REFUSALS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -79,7 +79,7 @@ _REFUSALS = {
 def run(paths: Paths) -> None:
     """Run the manager of the node in ``paths`` until SIGTERM.  Raises: SystemExit: it cannot continue.
 
-    The paths in its settings are replaced: the data directory may be a copy, which must not use the original's paths.
+    The paths in its settings are replaced.  The data directory may be a copy, which must not use the original's paths.
     """
     try:
         config = msgspec.structs.replace(
@@ -101,14 +101,14 @@ def run(paths: Paths) -> None:
 
 
 def refusal_in(error: BaseException) -> OSError | None:
-    """The resource that the machine refused, if ``error`` comes from that: it may be available the next time."""
+    """Return the refusal of a resource by the machine that caused ``error``, if any.  The next start may succeed."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(refusal_in, error.exceptions)), None)
     return error if isinstance(error, OSError) and error.errno in _REFUSALS else None
 
 
 def _write_mark(mark: Path, words: str) -> None:
-    """Leave ``words`` for the node process, which shows them; empty: remove the earlier ones."""
+    """Write ``words`` to a mark file that the node process shows, or remove the file if ``words`` is empty."""
     with suppress(OSError):  # a full disk may be the problem to report
         if words:
             replace_file(mark, words.encode(), is_durable=False)
@@ -117,14 +117,14 @@ def _write_mark(mark: Path, words: str) -> None:
 
 
 def _write_last_words(paths: Paths, words: str) -> None:
-    """Leave the reason why this manager ends."""
+    """Write why this manager ends."""
     _write_mark(paths.last_words("manager"), words)
 
 
 def prepare() -> None:
-    """Prepare what is the same for every cluster and takes time, in a standby process before ``run``.
+    """Run the slow initialization that every cluster shares, in a standby process before ``run``.
 
-    The first signature and the first TLS context of a process take far longer than the next ones.
+    The first signature and the first TLS context of a process take far longer than later ones.
     """
     compile_routes()
     revocation_list(())
@@ -161,7 +161,7 @@ async def _serve_until_removed(config: ManagerConfig, clock: Clock) -> None:
         except Damaged as error:
             if not config.paths.joining_mark.exists():
                 raise
-            # It never was a voter: etcd ended while it was still contacting the others.
+            # This member never voted: etcd ended while it was still contacting the others.
             raise JoinRefused(f"the store did not come up among the other managers: {error}") from error
 
 
@@ -209,7 +209,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
         store = await _open(config, paths, pair, clock, random, stack, members, is_empty=is_empty)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
         pair = await self_renewed(store, pair, files, clock)
-        gc_settings.configure_gc()  # excludes the loaded replica from collections, which halves their time
+        gc_settings.configure_gc()  # excludes the loaded replica from garbage collections and so halves their time
         own_member = ConsensusMember(
             consensus=members,
             peer_addresses=peer_addresses,
@@ -226,7 +226,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
 async def _start_member(
     member: Member, stack: AsyncExitStack, *meanwhile: Coroutine[Any, Any, object]
 ) -> None:
-    """Start etcd and wait until it serves; ``meanwhile`` runs until then."""
+    """Start etcd and wait until it serves.  ``meanwhile`` runs until then."""
     async with errors_as_they_are(), asyncio.TaskGroup() as group:
         tasks = [group.create_task(one, name="while etcd starts") for one in meanwhile]
         await stack.enter_async_context(member.running())
@@ -243,11 +243,11 @@ async def _wait_for_others(
 ) -> None:
     """Announce this manager's address while it waits for a quorum, until cancelled.
 
-    The others may have come back under other addresses than this manager has stored.
+    The others may have returned with other addresses than this manager has stored.
 
     Args:
-        mark: file that exists while the manager waits; the node process reads it.
-        error: what the member itself lacks, as a sentence; written into the mark.
+        mark: File that exists while the manager waits.  The node process reads it.
+        error: Returns the member's own problem as a sentence, which is written to the mark.
     """
     mark.unlink(missing_ok=True)
     await clock.sleep(USUAL_START_S)
@@ -263,7 +263,7 @@ async def _wait_for_others(
 def _listening(
     config: ManagerConfig, pair: KeyPair, peer_search: PeerSearch
 ) -> AbstractAsyncContextManager[Bound]:
-    """The manager's port before there is a store: only serves the search for other managers."""
+    """Serve the manager's port before the store exists.  It only serves the search for other managers."""
     host, port = parted(config.listen_addr)
     return serve(
         peer_search.services(),
@@ -278,7 +278,7 @@ def _listening(
 async def _join(
     config: ManagerConfig, settings: MemberSettings, joining: JoiningManager
 ) -> tuple[ManagerConfig, MemberSettings]:
-    """Join the other managers, and store the result.  Raises: SkepError: it was refused for good."""
+    """Join the other managers and store the result.  Raises: SkepError: a final refusal."""
     paths = config.paths
     _, listen_port = parted(config.listen_addr)
     addr = config.advertise_addr or f":{listen_port}"
@@ -288,7 +288,7 @@ async def _join(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Written first: if it reaches no peer, etcd ends before the reason is requested.
+    # Written before etcd starts: if etcd reaches no peer, it ends before the reason is requested.
     delay = await unreachable_peers(admission.peers, config.node_id)
     kept = (
         partial(save_wrapping_keys, paths, admission.wrapping_key),
@@ -296,7 +296,8 @@ async def _join(
         partial(replace_file, paths.manager_config, encode(config), mode=0o600),
         partial(replace_file, paths.joining_mark, delay.encode()),
     )
-    # One wait for all files.  Without a store all of them are written again, so their order does not matter.
+    # All files are written concurrently.  Without a store all of them are written again, so their order does not
+    # matter.
     await asyncio.gather(*(asyncio.to_thread(keep) for keep in kept))
     log.info("admitted by the managers", addr=admission.addr, members=len(admission.peers))
     return config, settings
@@ -325,7 +326,7 @@ def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> M
 
 
 def _write_peer_files(paths: Paths, pair: KeyPair) -> PeerFiles:
-    """The node's key pair where etcd reads it: on tmpfs, so it is gone after a reboot."""
+    """Write the node's key pair where etcd reads it.  The files are on tmpfs and do not survive a reboot."""
     keypair.save(pair, paths.tls)
     return PeerFiles(
         certificate=paths.tls / keypair.CERTIFICATE_FILE,
@@ -346,16 +347,17 @@ async def _open(
     *,
     is_empty: bool,
 ) -> EtcdStore:
-    """The cluster's store; founded first if there is none and this node is to found one.
+    """Open the cluster's store, and found it first if it is empty and this node founds the cluster.
 
     Args:
-        is_empty: nothing was ever written to it.
+        is_empty: Nothing was ever written to the store.
 
-    Raises: FailedPrecondition: there is no cluster, and this manager has no settings for a new one.
+    Raises:
+        FailedPrecondition: The cluster does not exist, and this manager has no settings for a new one.
     """
     wrapping_key = await asyncio.to_thread(founding_wrapping_key, paths)
     if is_empty:
-        await _found(config, paths, pair, clock, wrapping_key)
+        await _initialize_store(config, paths, pair, clock, wrapping_key)
     opening = partial(
         open_store,
         *(paths.etcd_socket, config.node_id, wrapping_key, clock),
@@ -366,17 +368,17 @@ async def _open(
     try:
         store = await stack.enter_async_context(opening())
     except Unfinished:
-        await _found(config, paths, pair, clock, wrapping_key)
+        await _initialize_store(config, paths, pair, clock, wrapping_key)
         store = await stack.enter_async_context(opening())
-    # From here on the root's key is in the store only, encrypted.
+    # The root key is now only in the store, encrypted.
     paths.root_ca_key.unlink(missing_ok=True)
     return store
 
 
-async def _found(
+async def _initialize_store(
     config: ManagerConfig, paths: Paths, pair: KeyPair, clock: Clock, wrapping_key: bytes
 ) -> None:
-    """Write a new cluster into the store.  Raises: as ``initialize``."""
+    """Write a new cluster into the store.  Raises: the errors of ``initialize``."""
     root_key = await asyncio.to_thread(paths.root_ca_key.read_bytes)
     await initialize(
         paths.etcd_socket,

@@ -1,4 +1,4 @@
-"""Whether this manager has a leader, and which other managers respond, from this manager's own state only."""
+"""Quorum state from this manager's view: whether a leader exists, and which other managers respond."""
 
 from collections.abc import Mapping
 
@@ -12,20 +12,20 @@ from skep.store.interface import View
 
 
 class PeerManager(ApiObject):
-    """A manager as seen from this one.  ``silent_seconds``: 0 while it responds."""
+    """A manager as seen by this manager.  ``unreachable_seconds`` is 0 while it responds."""
 
     id: NodeId
     hostname: str = always("")
     addr: str = always("")
-    answers: bool = always(True)
-    silent_seconds: float = 0.0
+    is_reachable: bool = always(True)
+    unreachable_seconds: float = 0.0
 
 
 class Quorum(ApiObject):
-    """Response of ``GET /skep/quorum``; it never waits.
+    """Response of ``GET /skep/quorum``, which never waits.
 
-    ``has_leader``: whether reads and writes succeeded a moment ago; ``since``: when they last did, if not.
-    ``own_error``: what this manager itself lacks, such as disk space, as a sentence ("Error" in the API).
+    ``has_leader`` tells whether reads and writes succeeded a moment ago, and if not, ``since`` tells when they last
+    did.  ``own_error`` is a problem of this manager itself, such as a full disk, as a sentence ("Error" in the API).
     """
 
     has_leader: bool = always(True)
@@ -33,24 +33,26 @@ class Quorum(ApiObject):
     managers: tuple[PeerManager, ...] = always(())
     own_error: str = msgspec.field(default="", name="Error")
     revision: int = 0
-    """Of this manager's replica: of several without a leader, the one with the highest has seen most."""
+    """Revision of this manager's replica.  If several managers have no leader, the one with the highest has the newest
+    data.
+    """
 
 
 def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:
-    """This manager's own view.
+    """Return the quorum state from this manager's own view.
 
     Args:
-        own: this manager, which counts as responding.
-        silent: managers that do not respond, with the seconds since their last ping.
-        lost_at: when contact with a quorum was lost; empty: it was not.
+        own: This manager, which counts as responding.
+        silent: Managers that do not respond, with the seconds since their last ping.
+        lost_at: When contact with a quorum was lost.  Empty if it was not.
     """
     managers = [
         PeerManager(
             id=node.id,
             hostname=node.description.hostname or node.id,
             addr=node.manager_status.addr,
-            answers=node.id == own or node.id not in silent,
-            silent_seconds=round(silent.get(node.id, 0.0), 1) if node.id != own else 0.0,
+            is_reachable=node.id == own or node.id not in silent,
+            unreachable_seconds=round(silent.get(node.id, 0.0), 1) if node.id != own else 0.0,
         )
         for node in view.find(Node)
         if node.manager_status is not None

@@ -1,6 +1,7 @@
-"""Usage of a stack, and why its quota refuses more: checked in the transaction that creates or changes an object.
+"""Resource usage of stacks, and the checks of their quotas.
 
-The leader's rollback is checked as a user's request is.
+A quota is checked in the transaction that creates or changes an object.  The leader's rollback is checked like a user's
+request.
 """
 
 from collections.abc import Iterator
@@ -29,12 +30,15 @@ _OF_USERS = QuotaSpec(
     data_bytes=64 << 20,
     services=1_000,
 )
-"""Bounds of a stack without a quota for users below administrator: all stacks share the address pools, the VXLAN ids
-and the store. A /16 is 256 networks of the default size, and the store has 4 GiB by default."""
+"""Bounds for users below administrator in a stack without a quota.
+
+All stacks share the address pools, the VXLAN ids and the store.  A /16 is 256 networks of the default size, and the
+store has 4 GiB by default.
+"""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What services and other objects take; the fields of ``QuotaSpec``."""
+    """Resources that services and other objects use, in the fields of ``QuotaSpec``."""
 
     tasks: int = 0
     nano_cpus: int = 0
@@ -48,12 +52,12 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     services: int = 0
 
     def plus(self, other: "Usage") -> "Usage":
-        """Both together."""
+        """Return the sum of two usages."""
         return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
 
 
 def usage_of(spec: ServiceSpec, nodes: int) -> Usage:
-    """What a service takes.  ``nodes``: how many there are, each with a task of a global service."""
+    """Return the usage of a service.  On each of the ``nodes``, a global service has one task."""
     job = spec.mode.replicated_job
     if spec.mode.name in ("global", "global-job"):
         tasks = nodes
@@ -71,7 +75,7 @@ def usage_of(spec: ServiceSpec, nodes: int) -> Usage:
 
 
 def usage_of_network(view: View, spec: NetworkSpec, given: Network | None = None) -> Usage:
-    """Return what a network takes: IPv4 addresses of its subnets.
+    """Return the usage of a network, which includes the IPv4 addresses of its subnets.
 
     Args:
         given: The network with the subnets that it has, or None if it is new.
@@ -81,28 +85,28 @@ def usage_of_network(view: View, spec: NetworkSpec, given: Network | None = None
     swarm = next(iter(view.find(Swarm)), None)
     of_pool = 1 << (32 - (swarm.subnet_size if swarm is not None else DEFAULT_SUBNET_SIZE))
     is_overlay = spec.driver_configuration is None or spec.driver_configuration.name == "overlay"
-    # One subnet of a pool unless the spec has one, and one for each that it leaves open.
+    # Without a subnet in the spec, the pool provides one, and also one for each config without a subnet.
     to_come = max(blank, not requested) - len(allocated - requested) if is_overlay else 0
     addresses = sum(subnet.num_addresses for subnet in requested | allocated) + max(to_come, 0) * of_pool
     return Usage(networks=1, addresses=addresses)
 
 
 def _ipv4(options: IPAMOptions | None) -> tuple[set[IPv4Network | IPv6Network], int]:
-    """Return the IPv4 subnets, and how many are left open."""
+    """Return the IPv4 subnets and the number of configs without a subnet."""
     configs = options.configs if options is not None else ()
     named = {network_of(config.subnet) for config in configs if config.subnet and ":" not in config.subnet}
     return named, sum(not config.subnet for config in configs)
 
 
 def usage_of_file(spec: SecretSpec | ConfigSpec, data_bytes: int) -> Usage:
-    """Return what a secret or config takes."""
+    """Return the usage of a secret or config."""
     if isinstance(spec, SecretSpec):
         return Usage(secrets=1, data_bytes=data_bytes)
     return Usage(configs=1, data_bytes=data_bytes)
 
 
 def usage_of_stack(view: View, stack: str, *, without: str = "") -> Usage:
-    """Return what all objects of a stack take.
+    """Return the usage of all objects of a stack.
 
     Args:
         without: Id of an object that does not count.
@@ -115,7 +119,7 @@ def usage_of_stack(view: View, stack: str, *, without: str = "") -> Usage:
 
 
 def _usage_of_others(view: View, stack: str, without: str = "") -> Usage:
-    """Return what all objects but the services take."""
+    """Return the usage of all objects but the services."""
     used = Usage()
     for network in view.find(Network, stack=stack):
         if network.id != without:
@@ -134,11 +138,11 @@ def refusal(quota: QuotaSpec, before: Usage, others: Usage, wanted: Usage) -> st
     """Return why a quota does not allow ``wanted``, or an empty string.  It never refuses less than ``before``.
 
     Args:
-        before: What the object took until now.
-        others: What the other objects of the stack take.
+        before: The object's usage until now.
+        others: The usage of the stack's other objects.
     """
     for name in _needed_fields(quota):
-        # Without a reservation nothing is counted, so to give one up is to take more.
+        # Without a reservation nothing is counted, so dropping a reservation counts as using more.
         is_more = wanted.tasks > before.tasks or getattr(before, name)
         if wanted.tasks and not getattr(wanted, name) and is_more:
             return (
@@ -156,7 +160,7 @@ def refusal(quota: QuotaSpec, before: Usage, others: Usage, wanted: Usage) -> st
 
 
 def claim(tx: Transaction, stack: str, before: Usage, wanted: Usage, *, id: str = "") -> str:
-    """Claim what an object is to take.  Return why the quota of the stack does not allow it, or an empty string.
+    """Claim an object's usage.  Returns why the quota of the stack does not allow it, or an empty string.
 
     Args:
         id: Id of the object, or an empty string if it is new.
@@ -171,7 +175,7 @@ def claim(tx: Transaction, stack: str, before: Usage, wanted: Usage, *, id: str 
 
 
 def claim_service(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> str:
-    """Claim what a service is to take, in place of what ``present`` takes.  See ``claim``."""
+    """Claim a service's usage in place of the usage of ``present``.  See ``claim``."""
     stack = stack_of(spec.labels)
     if quota_of(tx, stack) is None:
         return ""
@@ -182,7 +186,7 @@ def claim_service(tx: Transaction, spec: ServiceSpec, present: Service | None = 
 
 
 class UserBounds:
-    """The bounds for users below administrator.  The usage of a stack is counted once for all objects of a request."""
+    """Bounds for users below administrator.  A stack's usage is counted once for all objects of a request."""
 
     def __init__(self, view: View) -> None:
         self._view = view
@@ -200,7 +204,7 @@ class UserBounds:
 
 
 def _refusal_of_users(view: View, stack: str, wanted: Usage, others: Usage) -> str:
-    """Bounds of the stack's quota hold in place of these."""
+    """Return why a user may not add an object.  If the stack's quota has a bound, it replaces the default bound."""
     quota = quota_of(view, stack)
     own = quota.spec if quota is not None else QuotaSpec()
     left = {name: getattr(_OF_USERS, name) for name, *_ in BOUNDS if not getattr(own, name)}
@@ -217,7 +221,10 @@ def _refusal_of_users(view: View, stack: str, wanted: Usage, others: Usage) -> s
 
 
 def replicas_within_quota(view: View, service: Service, replicas: int) -> tuple[int, str]:
-    """The most tasks up to ``replicas`` to which a service may be scaled, and why not more; never fewer than it has."""
+    """Return the number of tasks up to ``replicas`` that the quota allows a service, and why not more.
+
+    The number is never below the service's current number.
+    """
     quota, most = quota_of(view, stack_of(service.spec.labels)), service.spec.replicas
     if quota is None or replicas <= most:
         return replicas, ""
@@ -240,7 +247,7 @@ def replicas_within_quota(view: View, service: Service, replicas: int) -> tuple[
 
 
 def quota_of(view: View, stack: str) -> StackQuota | None:
-    """The quota of a stack; None: it has none."""
+    """Return the quota of a stack, or None without one."""
     found = view.find(StackQuota, name=stack.lower()) if stack else ()
     return next((one for one in found if one.spec.name == stack), None)
 
@@ -257,7 +264,7 @@ BOUNDS = (
     ("data_bytes", "MiB of secrets and configs", _MEBIBYTE, "secrets and configs"),
     ("services", "services", 1, "services"),
 )
-"""Of each bound: its field, what is counted, how it is shown, and what else counts."""
+"""For each bound: its field, the noun and the unit that show it, and the other objects that count."""
 
 
 def _needed_fields(quota: QuotaSpec) -> list[str]:

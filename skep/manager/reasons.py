@@ -1,10 +1,10 @@
-"""The reason why a task or a service is not in its desired state: one sentence, the same wherever Skep shows one.
+"""The reason why a task or a service is not in its desired state, as one sentence that Skep shows everywhere.
 
-The reason of a task that does not run is what keeps it now, if something does (no node, another service), else the
-last failure in its slot: a new attempt that is prepared or started does not hide it.  A reason has no counts and no
-countdowns, so it stays the same from one attempt to the next; those are fields beside it.
+If something blocks a task now, such as a missing node or another service, that is the reason.  Otherwise it is the last
+failure in the task's slot, which a new attempt does not hide while it is prepared or started.  A reason has no counts
+and no countdowns, so it stays the same between two attempts.  Those are separate fields.
 
-How a container was killed by Skep itself is never a reason: the failed health check or the memory limit is.  Pure.
+A container that Skep itself killed shows why: the failed health check or the memory limit, not the signal.  Pure.
 """
 
 import re
@@ -34,58 +34,61 @@ _UNHEALTHY: Final = "dockerexec: unhealthy container"
 _NON_ZERO: Final = "task: non-zero exit"
 _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
-"""Words of runc around the one that says what is wrong."""
+"""runc's words around the error itself."""
 _COMMAND_CHARACTERS_MAX: Final = 100
+"""Characters of a health check's command in a reason."""
 LOOP_FROM: Final = 2
-"""So many failures in a row are called a crash loop."""
+"""Failures in a row that are called a crash loop."""
 
 
 class Kind(Enum):
-    """What keeps a service from its desired state.  The order is that of weight: the first is named first."""
+    """Cause that keeps a service from its desired state."""
 
     UNHEALTHY = "unhealthy"
     OUT_OF_MEMORY = "out-of-memory"
     EXIT = "exit"
     SIGNAL = "signal"
     COMPLETED = "completed"
-    """Its process ends again and again, with code 0."""
+    """The process ends repeatedly with code 0."""
     START_FAILED = "start-failed"
     REJECTED = "rejected"
-    """Its node cannot prepare it: image, mounts, networks."""
+    """The node cannot prepare the task's image, mounts or networks."""
     NO_NODE = "no-node"
-    LOST = "lost"
-    """Its node is down."""
-    WAITS = "waits"
-    """For another service, or a cluster volume."""
-    PROGRESS = "progress"
-    """On its way; nothing has failed."""
+    NODE_LOST = "node-lost"
+    """The node is down."""
+    WAITING = "waiting"
+    """The task waits for another service or a cluster volume."""
+    PROGRESSING = "progressing"
+    """The task is starting, and nothing has failed."""
 
     @property
     def is_failure(self) -> bool:
         """Whether a task failed, so that waiting alone may not help."""
-        return self not in (Kind.NO_NODE, Kind.LOST, Kind.WAITS, Kind.PROGRESS)
+        return self not in (Kind.NO_NODE, Kind.NODE_LOST, Kind.WAITING, Kind.PROGRESSING)
 
     @property
     def weight(self) -> int:
-        """The lowest is named first."""
-        return {Kind.NO_NODE: 1, Kind.LOST: 2, Kind.WAITS: 3, Kind.PROGRESS: 4}.get(self, 0)
+        """Rank of the cause.  The lowest is shown first."""
+        return {Kind.NO_NODE: 1, Kind.NODE_LOST: 2, Kind.WAITING: 3, Kind.PROGRESSING: 4}.get(self, 0)
 
 
 class Problem(ApiObject):
     """Why one task is not in its desired state.
 
-    ``failures``: in a row in its slot, the last one included; ``since``: of the first of them, or when the task came
-    into its state; ``at``: of the last one; ``next_attempt``: empty if none is waited for; ``end``: of the task that
-    failed, with its last lines.
+    ``failures`` counts the failures in a row in the task's slot.  ``since`` is the first of them, or when the task
+    entered its state, and ``at`` is the last one.  ``next_attempt`` is empty without a scheduled attempt.  ``end``
+    belongs to the failed task and has its last lines.
     """
 
-    kind: str = always(Kind.PROGRESS.value)
+    kind: str = always(Kind.PROGRESSING.value)
     weight: int = always(0)
-    """How much it matters, as ``Kind.weight``: 0 for failures, more for what may come by itself."""
+    """``Kind.weight``: 0 for failures, higher for causes that may resolve by themselves."""
     reason: str = always("")
     task_id: TaskId = TaskId("")
-    waiting: TaskId = TaskId("")
-    """The task that does not run, where ``task_id`` is the one that failed.  Empty: there is no further attempt yet."""
+    pending_task_id: TaskId = TaskId("")
+    """The task that does not run, if ``task_id`` is a failed task before it.  Empty while there is no
+    further attempt.
+    """
     name: str = ""
     node: str = ""
     """Host name of the node of the last failure."""
@@ -99,12 +102,12 @@ class Problem(ApiObject):
 
     @property
     def rank(self) -> tuple[int, int, str]:
-        """The lowest is named first: failures, the oldest of them, before what is only on its way."""
+        """Sort key.  Failures come first, the oldest at the top, then tasks that are only starting."""
         return self.weight, unix_ns(self.since), self.name
 
     @property
-    def course(self) -> str:
-        """How often it failed and when the next attempt is, with times of day in UTC; empty: it did not fail."""
+    def restart_summary(self) -> str:
+        """How often the task failed, and when the next attempt starts, in UTC.  Empty if it did not fail."""
         parts = []
         if self.failures >= LOOP_FROM:
             since = f" since {self.since[11:19]} UTC" if self.since != ZERO_TIME else ""
@@ -121,14 +124,14 @@ class Problem(ApiObject):
 
 
 def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], name: str = "") -> Problem:
-    """Why ``task``, which is active and does not run, does not.
+    """Return why the active ``task`` does not run.
 
     Args:
-        slot: the tasks of its slot, in any order, itself included or not.
-        nodes: that are known; those of the whole cluster where the largest one may be named.
+        slot: Tasks of the same slot in any order, with or without ``task``.
+        nodes: Known nodes.  If these are all nodes of the cluster, the reason may name the largest.
     """
     kind, words = _present(task, nodes)
-    last = last_failure(task, slot) if kind is Kind.PROGRESS else None
+    last = last_failure(task, slot) if kind is Kind.PROGRESSING else None
     restart = task.restart or Restart()
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
     next_attempt = restart.not_before if is_held else Timestamp("")
@@ -138,20 +141,20 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         failures = max(restart.failures, 1)
         return replace(
             found,
-            waiting=task.id,
+            pending_task_id=task.id,
             failures=failures,
             since=since,
             next_attempt=next_attempt,
             is_given_up=False,
         )
-    if kind is Kind.PROGRESS and restart.failures:
+    if kind is Kind.PROGRESSING and restart.failures:
         kind, words = Kind.EXIT, "earlier tasks failed, and none of them is kept"
     return Problem(
         kind=kind.value,
         weight=kind.weight,
         reason=words,
         task_id=task.id,
-        waiting=task.id,
+        pending_task_id=task.id,
         name=name,
         failures=restart.failures if kind is Kind.EXIT else 0,
         since=task.status.timestamp,
@@ -160,9 +163,9 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
 
 
 def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
-    """The failed task that ``task`` is another attempt of; None: it is none, or nothing is left of what failed.
+    """Return the failed task that ``task`` replaces, or None if it replaces none or the failed task was deleted.
 
-    A task that was stopped, moved, or lost with its node did not fail, and does not hide a failure before it.
+    A task that was stopped, moved, or lost with its node did not fail, and does not hide an earlier failure.
     """
     before = [
         one
@@ -184,7 +187,7 @@ def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
 
 
 def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
-    """Of a task that failed, which no other one follows yet."""
+    """Return the problem of a failed task that has no successor yet."""
     kind, words = failure_of(task)
     node = nodes.get(task.node_id)
     restart = task.restart or Restart()
@@ -205,43 +208,43 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
 
 
 def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
-    """What keeps an active task at present: a reason of its own, or how far it is."""
+    """Return what currently blocks an active task, or how far its start has come."""
     status = task.status
     where = hostname(nodes.get(task.node_id), task)
     match status.state:
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
-            return Kind.WAITS, f"it {status.err}"
+            return Kind.WAITING, f"it {status.err}"
         case TaskState.PENDING if status.err:
             return Kind.NO_NODE, _too_large(task, nodes) or status.err
         case TaskState.NEW:
             return (
-                (Kind.WAITS, status.err)
+                (Kind.WAITING, status.err)
                 if status.err
-                else (Kind.PROGRESS, "it waits for its networks and ports")
+                else (Kind.PROGRESSING, "it waits for its networks and ports")
             )
         case TaskState.PENDING:
-            return Kind.PROGRESS, "it waits for a node"
+            return Kind.PROGRESSING, "it waits for a node"
         case TaskState.ASSIGNED:
-            return Kind.PROGRESS, f"{where} has not received it yet"
+            return Kind.PROGRESSING, f"{where} has not received it yet"
         case TaskState.ACCEPTED | TaskState.PREPARING:
             words = f"{where} prepares it: image, mounts and networks"
-            return (Kind.WAITS, f"{words}: {status.err}") if status.err else (Kind.PROGRESS, words)
+            return (Kind.WAITING, f"{words}: {status.err}") if status.err else (Kind.PROGRESSING, words)
         case TaskState.READY:
             if task.desired_state is not TaskState.READY:
-                return Kind.PROGRESS, f"{where} starts it"
-            return Kind.PROGRESS, "it is prepared and waits for its turn to start"
+                return Kind.PROGRESSING, f"{where} starts it"
+            return Kind.PROGRESSING, "it is prepared and waits for its turn to start"
         case TaskState.STARTING:
-            return Kind.PROGRESS, f"{where} waits for it to become healthy{because(status.err)}"
+            return Kind.PROGRESSING, f"{where} waits for it to become healthy{because(status.err)}"
         case TaskState.UNKNOWN:
-            return Kind.LOST, status.err or f"{where} is down"
+            return Kind.NODE_LOST, status.err or f"{where} is down"
         case TaskState.RUNNING:
-            return Kind.PROGRESS, f"it runs on {where}"
+            return Kind.PROGRESSING, f"it runs on {where}"
         case _:
             return failure_of(task)
 
 
 def failure_of(task: Task) -> tuple[Kind, str]:
-    """Why a task that ended by itself did, in words."""
+    """Return why a task ended by itself, as a sentence."""
     status, end = task.status, task.status.end
     cause, code = end.cause if end is not None else "", exit_code(task)
     if status.state is TaskState.REJECTED:
@@ -274,7 +277,10 @@ def failure_of(task: Task) -> tuple[Kind, str]:
 
 
 def exit_code(task: Task) -> int | None:
-    """Exit code of a process that ended, from the task's error where it has no container; None without one."""
+    """Return the exit code of an ended process, or None without one.
+
+    It comes from the task's error if the task has no container.
+    """
     container = task.status.container_status
     if task.status.state not in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN):
         return None
@@ -284,19 +290,19 @@ def exit_code(task: Task) -> int | None:
 
 
 def hostname(node: Node | None, task: Task) -> str:
-    """Of the node of ``task``."""
+    """Return the host name of the node of ``task``."""
     if node is None:
         return f"node {task.node_id}" if task.node_id else "no node"
     return node.description.hostname or f"node {node.id}"
 
 
 def because(error: str) -> str:
-    """``error`` after a colon, if there is one."""
+    """Return ``error`` after a colon, or an empty text without an error."""
     return f": {error}" if error else ""
 
 
 def _detail(err: str) -> str:
-    """What an error has beside the exit code."""
+    """Return the part of an error after the exit code."""
     return masked_text(err.partition("): ")[2]) if err.startswith(_NON_ZERO) else masked_text(err)
 
 
@@ -307,7 +313,9 @@ def _last_line(end: TaskEnd | None) -> str:
 
 
 def _unhealthy(task: Task, end: TaskEnd) -> str:
-    """``unhealthy: its health check "curl localhost" failed 3 times in a row, last: exit 7, output "..."``"""
+    """Return a text like ``unhealthy: its health check "curl localhost" failed 3 times in a row, last: exit
+    7, ...``.
+    """
     container = task.spec.container_spec
     check = container.healthcheck if container is not None else None
     command = end.health_command or (" ".join(check.test[1:]) if check is not None else "")
@@ -332,7 +340,7 @@ def _size(size: int) -> str:
 
 
 def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
-    """That no node is as large as a pending task needs; empty: that is not why it waits."""
+    """Return that no node is as large as a pending task needs, or an empty text if it waits for another reason."""
     resources = task.spec.resources
     needs = resources.reservations if resources is not None else None
     if needs is None or _TOO_LITTLE not in task.status.err or not nodes:
@@ -355,11 +363,11 @@ def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
 def problems_of(
     service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node], *, wanted: int
 ) -> list[Problem]:
-    """Why ``service`` is not in its desired state: of each slot that is not, what comes first in weight first.
+    """Return the problem of each slot that is not in its desired state, the most important first.
 
     Args:
-        tasks: all of them, ended ones too; of a job those of its present run.
-        wanted: how many are to run at a time.
+        tasks: All tasks of the service, ended ones included.  For a job, the tasks of its current run.
+        wanted: Desired number of tasks that run at the same time.
     """
     slots: dict[tuple[int, NodeId], list[Task]] = defaultdict(list)
     for task in tasks:
@@ -381,7 +389,10 @@ def problems_of(
 
 
 def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
-    """Whether the last task of ``slot`` failed and has no successor.  ``slot``: oldest first; none is active."""
+    """Return whether the last task of ``slot`` failed and has no successor.
+
+    ``slot`` has the oldest task first, and no active task.
+    """
     last = slot[-1]
     if service.job_status is not None:
         return last.ended_in_failure and not is_done(slot)
@@ -394,12 +405,12 @@ def _is_present(task: Task, service: Service) -> bool:
 
 
 def slot_of(task: Task) -> tuple[int, NodeId]:
-    """A global service's tasks have their node as slot."""
+    """Return the slot of a task.  For a global service's task, the node is the slot."""
     return task.slot, NodeId("") if task.slot else task.node_id
 
 
 def name_of(task: Task, service: Service, nodes: Mapping[NodeId, Node]) -> str:
-    """As ``docker service ps`` shows it; empty: a task of a global service whose node is not known."""
+    """Return the task's name as in ``docker service ps``, or an empty text for a global task on an unknown node."""
     node = nodes.get(task.node_id)
     place: int | str = (
         task.shown_slot if task.slot else (node.description.hostname if node is not None else "")

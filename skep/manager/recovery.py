@@ -1,15 +1,15 @@
-"""Recovery of the cluster with this manager alone: after the loss of the others, or from a backup.
+"""Recovery of the cluster with only this manager, after the loss of the others or from a backup.
 
-The node process leaves a request (``recovery.json``); the manager process carries it out at its next start, before
-anything else, and each step may be interrupted and repeated:
+The node process writes a request (``recovery.json``).  The manager process executes it at its next start, before
+anything else.  Each step may be interrupted and repeated:
 
-1. *wanted*: a snapshot is taken of this manager's store (or is there already, from a backup), and made into a store
-   with new ids and no other members.
-2. *restored*: the store's incarnation is raised before any client is served, the other managers are shown as
+1. *wanted*: A snapshot of this manager's store is taken, or comes from a backup, and becomes a store with new ids and
+   without other members.
+2. *restored*: The store's incarnation is raised before any client is served, the other managers are shown as
    unreachable, cluster volumes count as mounted on every node, and the request is removed.
 
-The incarnation is the time, in seconds, or one more than the last: two restores of one backup have different ones,
-and the later one counts.  A manager of an earlier incarnation stops when it meets a later one
+The incarnation is the time in seconds, but at least one more than the last.  Two restores of one backup therefore have
+different incarnations, and the later one wins.  A manager of an earlier incarnation stops when it meets a later one
 (``manager.incarnation``).
 """
 
@@ -43,9 +43,10 @@ log = structlog.get_logger(__name__)
 
 
 async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Binary, clock: Clock) -> bool:
-    """Create the single-member store, if that is requested and not done yet; gives whether it was created.
+    """Create the single-member store if that is requested and not done yet.  Returns whether it was created.
 
-    Raises: FailedPrecondition: nothing is left to recover, or etcdutl is missing.
+    Raises:
+        FailedPrecondition: Nothing is left to recover, or etcdutl is missing.
     """
     recovery = load_recovery(paths)
     if recovery is None or recovery.stage != "wanted":
@@ -87,14 +88,14 @@ async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str
 
 
 async def doubt_volumes(store: Store) -> None:
-    """The store may be older than what nodes and drivers have done: it does not say where volumes are."""
+    """Mark where volumes are as unknown.  The store may be older than the actions of nodes and drivers."""
     needed = _nodes_with_volumes(store.view())
     for volume in store.view().find(Volume):
         await store.update(_doubt_volume, volume.id, needed.get(volume.id, frozenset()))
 
 
 def _nodes_with_volumes(view: View) -> Mapping[VolumeId, Set[NodeId]]:
-    """The nodes whose tasks have a cluster volume."""
+    """Return the nodes whose tasks use each cluster volume."""
     found: dict[VolumeId, set[NodeId]] = {}
     for task in view.find(Task):
         if task.node_id and not task.status.state.is_terminal:
@@ -112,9 +113,9 @@ def _doubt_volume(tx: Transaction, id: VolumeId, needed: Set[NodeId]) -> None:
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
-    """Show ``node_id`` as the only reachable manager; the others can be demoted and removed.
+    """Show ``node_id`` as the only reachable manager, so that the others can be demoted and removed.
 
-    Nothing is known of their nodes until they connect: they get their grace like all others, and are shown as
+    Their nodes' state is unknown until they connect.  They get their grace period like all others, and are shown as
     SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).
     """
     for node in tx.find(Node):

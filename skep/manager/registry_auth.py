@@ -1,7 +1,7 @@
-"""Registry credentials of services: kept apart from their specs, used for the tasks that are placed from now on.
+"""Registry credentials of services, stored separately from their specs and used for newly placed tasks.
 
-They are kept with the registry that they were given for, and sent to no other: an update may change the image, and
-the user who updates a service need not be the one whose credentials it has.
+They are stored with their registry and sent to no other.  An update may change the image, and the user who updates a
+service may be a different one than the user who provided the credentials.
 """
 
 from skep.errors import InvalidArgument
@@ -12,35 +12,35 @@ from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_i
 
 
 def auth_of(tx: Transaction, payload_id: str) -> str:
-    """The ``X-Registry-Auth`` kept under this id; empty for none."""
+    """Return the ``X-Registry-Auth`` stored under this id, or an empty text."""
     payload = tx.rely_on(Payload, payload_id)
     return payload.data.decode() if payload is not None else ""
 
 
 def shown_auth(view: View, service_id: str) -> str:
-    """The credentials that a service has; empty for none."""
+    """Return the credentials of a service, or an empty text."""
     payload = view.lookup(Payload, registry_auth_id(service_id))
     return payload.data.decode(errors="replace") if payload is not None else ""
 
 
 def keep_auth(tx: Transaction, payload_id: str, auth: str) -> None:
-    """Keep it under this id, in place of what is there.  Raises: InvalidArgument: it is not UTF-8."""
+    """Store credentials under this id, or delete it if they are empty.  Raises: InvalidArgument: they are not UTF-8."""
     if auth:
         try:
             tx.put(Payload(id=payload_id, data=auth.encode()))
         except UnicodeEncodeError:
-            raise InvalidArgument("X-Registry-Auth is no base64") from None
+            raise InvalidArgument("the header X-Registry-Auth is not base64") from None
     elif tx.lookup(Payload, payload_id) is not None:
         tx.delete(Payload, payload_id)
 
 
 def auth_for(spec: ServiceSpec, *auths: str) -> str:
-    """The first of ``auths`` that is for the registry of the service's image; empty for none."""
+    """Return the first of ``auths`` for the registry of the service's image, or an empty text."""
     return next((auth for auth in auths if auth and is_for(address_of(auth), _image_of(spec))), "")
 
 
 def with_registry(spec: ServiceSpec, auth: str) -> str:
-    """``auth`` with the registry that it is for, so that no later image of the service is pulled with it.
+    """Return ``auth`` bound to its registry, so that no later image of the service from another one is pulled with it.
 
     That is the registry of the image in ``spec``, unless the client names another.
     """
@@ -48,25 +48,27 @@ def with_registry(spec: ServiceSpec, auth: str) -> str:
 
 
 def dropped_warnings(view: View, service: Service, given: str, kept: str) -> list[str]:
-    """A sentence if ``service`` has just lost its registry credentials.
+    """Return a warning if ``service`` has just lost its registry credentials.
 
     Args:
-        given: the credentials of the request, which count before those kept.
-        kept: what the service had.
+        given: Credentials of the request, which override the stored ones.
+        kept: Credentials that the service had.
     """
     if not has_credentials(given or kept) or view.lookup(Payload, registry_auth_id(service.id)) is not None:
         return []
     image = _image_of(service.spec)
-    return [f"image {image} is pulled without credentials: those of the service are for another registry"]
+    return [
+        f"image {image} is pulled without credentials: the service's credentials are for another registry"
+    ]
 
 
 def follow_rollback(tx: Transaction, service: Service) -> None:
-    """The credentials of ``service`` as it is before it returns to its previous spec, for afterwards.
+    """Select the credentials of ``service`` for its rollback, before it returns to its previous spec.
 
-    The newest stay, since those of the previous spec may have expired (Docker returns to them); those of the previous
-    spec come back with an image of another registry, which the newest are not for.
+    The newest ones stay, because those of the previous spec may have expired (Docker returns to them).  If the previous
+    image has another registry, which the newest ones do not match, the credentials of the previous spec return with it.
     """
-    assert service.previous_spec is not None, "it is what the service returns to"
+    assert service.previous_spec is not None, "a rollback needs a previous spec"
     current, previous = registry_auth_id(service.id), previous_registry_auth_id(service.id)
     newest = with_registry(service.spec, auth_of(tx, current))
     older = with_registry(service.previous_spec, auth_of(tx, previous))

@@ -1,4 +1,4 @@
-"""The end of a service: removal by a user, or at the end of a job's time to live."""
+"""Removal of a service by a user, or at the end of a job's time to live."""
 
 from msgspec.structs import replace
 
@@ -9,9 +9,9 @@ from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_i
 
 
 def hide_service(tx: Transaction, service: Service, now: Timestamp) -> None:
-    """Free the service's name, ports, references and credentials; the record stays, hidden, as owner of its tasks.
+    """Hide a service and free its name, ports, references and credentials.  The hidden record owns its tasks.
 
-    The leader deletes it after the last of them.
+    The leader deletes the record after the last task.
     """
     for payload_id in (registry_auth_id(service.id), previous_registry_auth_id(service.id)):
         if tx.lookup(Payload, payload_id) is not None:

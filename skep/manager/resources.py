@@ -1,7 +1,7 @@
-"""Reservations of tasks on a node: processor, memory, and generic resources.
+"""Reservations of tasks on a node: CPU, memory, and generic resources.
 
-A generic resource is counted (``gpu=2``) or named (``gpu=uuid1,uuid2``).  A task always requests a number; it gets
-that many names if the node has named ones.
+A generic resource is counted (``gpu=2``) or named (``gpu=uuid1,uuid2``).  A task always requests a number.  If the node
+has named resources, the task gets that many names.
 
 Source: swarmkit, api/genericresource/resource_management.go.
 """
@@ -21,19 +21,21 @@ class GenericStock:
         self.give_back(resources)
 
     def has(self, wanted: GenericResource) -> bool:
-        """Whether as much as ``wanted`` is free."""
+        """Return whether the amount of ``wanted`` is free."""
         kind, amount = kind_and_amount(wanted)
         return max(self._counts.get(kind, 0), len(self._names.get(kind, ()))) >= amount
 
     def holds(self, given: GenericResource) -> bool:
-        """Whether the resource that was assigned to a task exists and is free."""
+        """Return whether the resource that was assigned to a task exists and is free."""
         if (named := given.named_resource_spec) is not None:
             return named.value in self._names.get(named.kind, {})
         kind, amount = kind_and_amount(given)
         return self._counts.get(kind, 0) >= amount
 
     def chosen(self, wanted: Iterable[GenericResource]) -> tuple[GenericResource, ...]:
-        """The resources a task would get; names in the node's order.  They stay free until ``take``."""
+        """Return the resources that a task would get, with names in the node's order.  They stay free until
+        ``take``.
+        """
         chosen: list[GenericResource] = []
         for resource in wanted:
             kind, amount = kind_and_amount(resource)
@@ -54,7 +56,7 @@ class GenericStock:
             if (named := resource.named_resource_spec) is not None:
                 self._names.get(named.kind, {}).pop(named.value, None)
             else:
-                # May become negative when the node shrank under its tasks: then nothing is free.
+                # May become negative when the node lost resources that its tasks use.  Then none is free.
                 kind, amount = kind_and_amount(resource)
                 self._counts[kind] = self._counts.get(kind, 0) - amount
 

@@ -1,8 +1,7 @@
-"""Certificates that are revoked, wholly or for managers' rights, before they expire: of removed nodes and demoted
-managers.
+"""Certificates that are revoked before they expire: of removed nodes completely, of demoted managers as managers.
 
 The record is written in the transaction that removes or demotes, and every manager follows these records
-(``manager.ca.caller_check``).  A record is kept as long as the certificates it is about could be valid.
+(``manager.ca.caller_check``).  A record is kept as long as its certificates could be valid.
 
 Source: swarmkit, manager/controlapi/node.go (RemoveNode: BlacklistedCertificates).
 """
@@ -19,15 +18,15 @@ from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
 
 UNKNOWN_LIFETIME_NS = 20 * 365 * 24 * 3600 * 10**9
-"""How long a record is kept if the lifetime of the certificates is not known: as long as a root."""
+"""Lifetime of a record if the lifetime of the certificates is unknown: 20 years, the lifetime of a root."""
 
 
 def revoke(
     tx: Transaction, node: Node, now_ns: int, *, is_removed: bool, keeps_containers: bool = False
 ) -> None:
-    """Revoke the certificates of ``node``: all of them, or (``is_removed`` False) its certificates as a manager.
+    """Revoke all certificates of ``node``, or only its manager certificates if ``is_removed`` is False.
 
-    ``keeps_containers``: have a removed node leave its containers running.
+    ``keeps_containers`` makes a removed node leave its containers running.
     """
     before = tx.rely_on(Revocation, node.id)
     certificate = node.certificate
@@ -53,7 +52,7 @@ def revoke(
 
 
 def removal_of(revocation: Revocation | None) -> NodeRemoval | None:
-    """Return the removal that a record stands for, or None if its node was not removed."""
+    """Return the removal in a record, or None if its node was not removed."""
     if revocation is None or not revocation.is_removed:
         return None
     return NodeRemoval(at=revocation.before, keeps_containers=revocation.keeps_containers)
@@ -62,11 +61,11 @@ def removal_of(revocation: Revocation | None) -> NodeRemoval | None:
 def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: int) -> None:
     """Revoke every certificate in a manager's name but its own.
 
-    While two roots are trusted, the owner of the old one's key can act as the manager, and have a certificate of the
-    new root issued in its name.  All of those are recorded, and no others can be made.
+    While two roots are trusted, the owner of the old root's key can act as the manager, and can have a certificate of
+    the new root issued in its name.  All such certificates are recorded, and no others can be issued.
 
     Args:
-        window_ns: how long after its expiry a certificate may still be renewed.
+        window_ns: Time after its expiry during which a certificate may still be renewed.
     """
     node = tx.rely_on(Node, node_id, "certificate")
     if node is None or node.certificate is None:
@@ -74,7 +73,7 @@ def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: 
     before = tx.rely_on(Revocation, node_id) or Revocation(id=node_id, until=Timestamp(""))
     known = {one.serial: one for one in (*before.foreign, *node.certificate.serials)}
     if own_serial not in known:
-        return  # its own one cannot be determined
+        return  # its own certificate cannot be determined
     foreign = tuple(known[serial] for serial in sorted(known) if serial != own_serial)
     if foreign == before.foreign:
         return
@@ -83,17 +82,17 @@ def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: 
 
 
 def is_foreign(revocation: Revocation | None, serial: str) -> bool:
-    """Whether this certificate in a node's name is not the node's."""
+    """Return whether this certificate in a node's name does not belong to the node."""
     return revocation is not None and any(one.serial == serial for one in revocation.foreign)
 
 
 def is_revoked(revocation: Revocation | None, issued_s: int, serial: str = "") -> bool:
-    """Whether a manager's certificate is revoked: by its serial number, or by its age.
+    """Return whether a manager's certificate is revoked, by its serial number or by its age.
 
-    External authorities backdate by another time than ours, so that the age alone would say nothing.
+    External authorities backdate certificates differently, so the age alone is not sufficient.
 
     Args:
-        issued_s: unix seconds; 0: not known.
+        issued_s: Time of issue in Unix seconds, or 0 if unknown.
     """
     if revocation is None:
         return False
@@ -105,18 +104,18 @@ def is_revoked(revocation: Revocation | None, issued_s: int, serial: str = "") -
 
 
 def issue_not_before_s(revocation: Revocation | None) -> int:
-    """The earliest time of issue that is not revoked, even if the issuer's clock is behind; unix seconds."""
+    """Return the earliest time of issue, in Unix seconds, that is not revoked even if the issuer's clock is behind."""
     if revocation is None or not revocation.before:
         return 0
     return unix_ns(revocation.before) // SECOND_NS + 1
 
 
 def expired(revocations: Iterable[Revocation], now_ns: int) -> list[Revocation]:
-    """Records that are not needed any more."""
+    """Return the records that are no longer needed."""
     return [revocation for revocation in revocations if unix_ns(revocation.until) < now_ns]
 
 
 def forget(tx: Transaction, revocation: Revocation) -> None:
-    """Delete a record, unless it was renewed meanwhile."""
+    """Delete a record, unless it was renewed in the meantime."""
     if tx.lookup(Revocation, revocation.id) == revocation:
         tx.delete(Revocation, revocation.id)

@@ -1,4 +1,4 @@
-"""Warnings in the responses to requests that create or update a service: what can never work as it is."""
+"""Warnings in responses to requests that create or update a service with settings that cannot work."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,7 +9,7 @@ from skep.model.service import ServiceSpec, UpdateOrder
 
 
 def placement_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
-    """Give a sentence if no node meets the constraints, and one if start-first cannot be kept on a single node."""
+    """Yield a warning if no node meets the constraints, and one if start-first cannot work on a single node."""
     placement = spec.task_template.placement
     constraints = placement.constraints if placement is not None else ()
     if constraints and not any(is_satisfied(constraints, node) for node in nodes):

@@ -1,4 +1,4 @@
-"""Follows tasks from the commit that creates them to the one that shows them running or ended."""
+"""Follows tasks from their creation to the commit that shows them running or ended."""
 
 from typing import Generic, TypeVar
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class StartingTasks(Generic[T]):
-    """Keeps a value of each task that is starting.  A subclass makes and reads the values.
+    """Keeps a value for each starting task.  A subclass creates and uses the values.
 
     Args:
-        tasks_max: further tasks are not followed while there are so many.
+        tasks_max: Maximum number of followed tasks.  Further tasks are not followed.
     """
 
     def __init__(self, store: Store, tasks_max: int) -> None:
@@ -41,9 +41,9 @@ class StartingTasks(Generic[T]):
                     self._begun.pop(task.id, None)
 
     def created(self) -> T:
-        """The value of a task that was created just now."""
+        """Return the value of a task that was just created."""
         raise NotImplementedError
 
     def changed(self, task: Task, value: T) -> T | None:
-        """The value of ``task`` after a change; None: it is not starting any more."""
+        """Return the value of ``task`` after a change, or None if it is no longer starting."""
         raise NotImplementedError

@@ -1,7 +1,6 @@
-"""The leader keeps room in every manager's store (``store.space``), one step at a time.
+"""Keeps free space in every manager's store (``store.space``), as the leader, one step at a time.
 
-The space of another manager's store is read, and defragmented, by a call; a manager of a version without the call is
-skipped.
+The leader reads and defragments another manager's store by a call.  It skips managers whose version lacks the call.
 """
 
 import asyncio
@@ -28,19 +27,25 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 CHECK_S, CHECK_S_MAX = 5.0, 60.0
-"""Time between two checks; grows while something fails: a defragmentation that fails for lack of disk space has stopped
-its store for a while all the same."""
+"""Seconds between two checks.  They grow while a step fails, because even a failed defragmentation stops its store for
+a while.
+"""
 RESPONSE_S = 5.0
+"""Seconds to wait for another manager's figures."""
 DEFRAGMENT_S = 150.0
+"""Seconds to wait for another manager's defragmentation."""
 SETTLE_S = 1.0
-"""After a compaction, until etcd has freed its pages."""
+"""Seconds after a compaction until etcd has freed its pages."""
 COMPACT_AGAIN_S = 30.0
-"""Before history is compacted again if that was not enough: a replica that is loaded again reads one revision of the
-store for so long, and other steps come in between however much is written."""
+"""Seconds before an insufficient compaction is repeated.
+
+A replica that is being reloaded reads one revision of the store for that long, and other steps get their turn however
+much is written.
+"""
 
 
 class StoreSpace:
-    """Serves the leader's calls; ``keep`` runs on the leader."""
+    """Serves the leader's calls.  ``keep`` runs on the leader."""
 
     def __init__(
         self,
@@ -50,18 +55,18 @@ class StoreSpace:
         channel: Callable[[NodeId], Channel],
         clock: Clock,
     ) -> None:
-        """``channel``: the link's connection to another manager; raises Unavailable."""
+        """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
         self._own = own
         self._consensus = consensus
         self._channel = channel
         self._clock = clock
         self._cut: tuple[float, int] = (-inf, 0)
-        """Time and kept revisions of the last compaction, if that was not enough."""
+        """Time and kept revisions of the last compaction, if it was insufficient."""
         self._defragmenting = asyncio.Lock()
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (unary(methods.STORE_SPACE, self._answer),)
 
     async def keep(self) -> None:
@@ -77,7 +82,7 @@ class StoreSpace:
                 await backoff.sleep(self._clock)
 
     async def _check(self) -> None:
-        """All steps that are due, each once and after another check.  Raises: SkepError: not now."""
+        """Take all steps that are due.  Each runs once and after a fresh check.  Raises: SkepError: to retry later."""
         can_compact = True
         taken: list[Step] = []
         while (space := await self._store.space()) is not None:
@@ -96,7 +101,9 @@ class StoreSpace:
             await self._take(step, members, spaces)
 
     def _may_compact(self, kept_revisions: int) -> bool:
-        """Whether history may be compacted again now; immediately if fewer revisions are kept than last time."""
+        """Return whether history may be compacted again.  It may, at once, if fewer revisions are kept than
+        last time.
+        """
         cut_at, kept = self._cut
         return kept_revisions < kept or self._clock.monotonic() - cut_at >= COMPACT_AGAIN_S
 
@@ -111,7 +118,7 @@ class StoreSpace:
                     await self._clock.sleep(SETTLE_S)
             case Defragment(node_id):
                 log.warning(
-                    "defragmenting a store: it does not serve meanwhile",
+                    "defragmenting a store, which pauses its service",
                     node=node_id,
                     file_bytes=spaces[node_id].size,
                 )
@@ -122,17 +129,17 @@ class StoreSpace:
                 await self._consensus.move_leader(members[to])
                 await self._clock.sleep(
                     CHECK_S
-                )  # this term is about to end, unless leadership came straight back
+                )  # this term is about to end, unless leadership returned at once
             case Disarm():
                 await self._store.disarm()
-                log.info("store has room again", space=spaces[self._own].summary)
+                log.info("store has free space again", space=spaces[self._own].summary)
 
     async def _others(self, names: Sequence[str]) -> Mapping[NodeId, Space]:
-        """The space of the other managers that respond."""
+        """Return the space of the other managers that respond."""
         found: dict[NodeId, Space] = {}
         for name in names:
             if name != self._own:
-                with suppress(SkepError):  # it is away, or of an older version
+                with suppress(SkepError):  # the manager is unreachable or has an older version
                     found[NodeId(name)] = await self._call(NodeId(name), defragment=False)
         return found
 
@@ -153,10 +160,10 @@ class StoreSpace:
     async def _answer(self, request: skep.StoreSpaceRequest, caller: Caller) -> skep.StoreSpaceResponse:
         if request.defragment:
             if self._defragmenting.locked():
-                raise Unavailable("this manager's store is being defragmented already")
+                raise Unavailable("this manager's store is already being defragmented")
             async with self._defragmenting:
                 log.warning(
-                    "defragmenting this manager's store: it does not serve meanwhile", asked_by=caller.node_id
+                    "defragmenting this manager's store, which pauses its service", asked_by=caller.node_id
                 )
                 await self._store.defragment()
         space = await self._store.space()

@@ -1,6 +1,7 @@
-"""What tasks of autoscaled services use, from all managers: each has the reports of the nodes with a session there.
+"""Usage of autoscaled services' tasks, collected from all managers.
 
-Nothing is stored: whoever decides or explains collects it, so a change of leader loses nothing.
+Each manager has the reports of the nodes with a session there.  Nothing is stored.  The reader collects the usage when
+it decides or explains, so a change of leader loses nothing.
 """
 
 import asyncio
@@ -21,11 +22,11 @@ from skep.wire.convert.usages import usages_from_pb
 log = structlog.get_logger(__name__)
 
 RESPONSE_S = 2.0
-"""A manager that takes longer is left out: its nodes' tasks count as not measured."""
+"""Seconds to wait for a manager.  A slower manager is left out, and its nodes' tasks count as not measured."""
 
 
 class TaskUsages:
-    """Reads the reports of all managers."""
+    """Reads the usage reports of all managers."""
 
     def __init__(
         self,
@@ -34,14 +35,16 @@ class TaskUsages:
         reported_here: Callable[[], Mapping[TaskId, TaskUsage]],
         channel: Callable[[NodeId], Channel],
     ) -> None:
-        """``channel``: the link's connection to another manager; raises Unavailable."""
+        """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
         self._own = own
         self._reported_here = reported_here
         self._channel = channel
 
     async def collect(self) -> Mapping[TaskId, TaskUsage]:
-        """What is known now; without the managers that do not respond, or are of a version without such reports."""
+        """Return the current usages.  Managers that do not respond, or whose version lacks such reports,
+        are left out.
+        """
         managers = [
             node.id
             for node in self._store.view().find(Node)
@@ -72,5 +75,5 @@ class TaskUsages:
 
 
 async def no_usages() -> Mapping[TaskId, TaskUsage]:
-    """Where nothing is measured."""
+    """Return no usages, where nothing is measured."""
     return {}

@@ -1,6 +1,6 @@
-"""Spans of a manager: requests that change services, with their writes; and tasks, from their creation until they run.
+"""Spans of a manager: requests that change services, with their writes, and starting tasks until they run.
 
-Each manager has the requests that it answers; the tasks are those of the leader, which sees their commits as all do.
+Each manager exports the requests that it answers.  The leader exports the tasks, whose commits every manager sees.
 """
 
 import re
@@ -22,15 +22,15 @@ from skep.tracing import Part, Span, recording, span_id, trace_id
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 """Source: https://www.w3.org/TR/trace-context/#traceparent-header"""
 _FOLLOWED_MAX = 10_000
-"""Starting tasks that are followed; others have no spans of a manager."""
+"""Number of starting tasks that are followed.  Other tasks have no spans of a manager."""
 _TRACED = re.compile(r"(/v[0-9.]+)?(/skep)?/services(/.*)?")
 
 
 def request_spans(exporter: TraceExporter) -> Middleware:
-    """A middleware: requests that write services are the first spans of their traces."""
+    """Return a middleware that records requests which write services as the first spans of their traces."""
 
     @web.middleware
-    async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def trace_request(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST" or not _TRACED.fullmatch(request.path):
             return await handler(request)
         with recording(exporter.now_ns) as recorded, recorded.part(f"POST {request.path}") as whole:
@@ -38,11 +38,11 @@ def request_spans(exporter: TraceExporter) -> Middleware:
         exporter.add(spans_of_request(whole, recorded.parts, request.headers.get("traceparent", "")))
         return response
 
-    return traced
+    return trace_request
 
 
 def spans_of_request(whole: Part, parts: list[Part], traceparent: str) -> Iterator[Span]:
-    """A request, and the write of each service in it.  ``traceparent``: of the client."""
+    """Yield the span of a request, and of the write of each service in it.  ``traceparent`` is the client's."""
     found = _TRACEPARENT.fullmatch(traceparent)
     for part in parts:
         services = part.result if isinstance(part.result, list | tuple) else (part.result,)
@@ -72,7 +72,7 @@ def spans_of_request(whole: Part, parts: list[Part], traceparent: str) -> Iterat
 
 
 def _trace(one: Service | Task) -> str:
-    """Of an object whose ``spec_version`` is set."""
+    """Return the trace id of an object whose ``spec_version`` is set."""
     assert one.spec_version is not None
     return trace_id(one.service_id if isinstance(one, Task) else one.id, one.spec_version.index)
 
@@ -87,7 +87,7 @@ class _Begun(msgspec.Struct, frozen=True):
 
 
 class TaskSpans(StartingTasks[_Begun]):
-    """Spans of tasks.  ``own``: this manager's node."""
+    """Exports spans of tasks.  ``own`` is this manager's node."""
 
     def __init__(self, store: Store, own: NodeId, exporter: TraceExporter) -> None:
         super().__init__(store, _FOLLOWED_MAX)
@@ -99,7 +99,7 @@ class TaskSpans(StartingTasks[_Begun]):
         return _Begun(self._exporter.now_ns())
 
     def changed(self, task: Task, value: _Begun) -> _Begun | None:
-        """See ``StartingTasks``; adds the spans that end."""
+        """See ``StartingTasks``.  Adds the spans that end."""
         now, state = self._exporter.now_ns(), task.status.state
         if not value.is_scheduled and state >= TaskState.ASSIGNED:
             value = msgspec.structs.replace(value, is_scheduled=True)

@@ -1,9 +1,9 @@
-"""What nodes do for a service with their own rights: send its logs to machines of the cluster, log in for its image.
+"""Actions that nodes do for a service with their own rights: sending logs to cluster machines, and registry logins.
 
-Users below the administrator write services, and a node sends logs and pulls images from the machine's network. So it
-matters who chose a log driver or an image. A service keeps those that an administrator wrote, by value: they stay
-trusted when an operator changes something else, or rolls back to them, and a value that an operator wrote never is
-because an administrator changes something else.
+Users below administrator write services, and a node sends logs and pulls images from the machine's network.  So it
+matters who chose a log driver or an image.  A service keeps the values that an administrator wrote.  They stay trusted
+when an operator changes something else or rolls back to them.  An operator's value never becomes trusted because an
+administrator changes something else.
 """
 
 import ipaddress
@@ -24,13 +24,16 @@ from skep.store.interface import View
 
 
 def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_admin: bool) -> Trusted:
-    """Return what is trusted once ``service`` (None: a new one) has ``spec``, and its present spec as previous one."""
+    """Return the trusted values of a service after it gets ``spec``, with its current spec as the previous one.
+
+    ``service`` is None for a new service.
+    """
     before = service.spec if service is not None else None
     kept = trusted_of(view, service) if service is not None else Trusted()
     logs = [driver for driver in _logs(spec, before) if driver in kept.log_drivers]
     repositories = [name for name in _repositories(spec, before) if name in kept.repositories]
     if by_admin:
-        # Nobody has marked what an older version wrote: the first administrator who writes the service does.
+        # Values that an older version wrote have no mark.  The first administrator who writes the service marks them.
         unmarked = service is not None and service.trusted is None
         known = None if unmarked else before
         logs += [one for one in _logs(spec) if one not in logs and one not in _logs(known)]
@@ -41,7 +44,7 @@ def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_
 
 
 def trust_of(view: View, service: Service, task: Task) -> Trust:
-    """Return what the node of ``task`` may do for it."""
+    """Return the rights that the node of ``task`` may use for it."""
     known, labels, stack = trusted_of(view, service), _cluster_labels(view), stack_of(service.spec.labels)
     logs, repositories = _logs_of(task.spec), _repositories_of(task.spec)
     return Trust(
@@ -53,7 +56,9 @@ def trust_of(view: View, service: Service, task: Task) -> Trust:
 
 
 def allows_logins(labels: Mapping[str, str], stacks: Iterable[str], repository: str) -> bool:
-    """Whether a cluster's labels let services of one of ``stacks`` use the nodes' credentials for ``repository``."""
+    """Return whether a cluster's labels let services of one of ``stacks`` use the nodes' credentials for
+    ``repository``.
+    """
     try:
         allowed = allowed_repositories(labels)
     except InvalidArgument:
@@ -63,9 +68,9 @@ def allows_logins(labels: Mapping[str, str], stacks: Iterable[str], repository: 
 
 
 def machine_log(view: View, driver: Driver | None) -> str:
-    """Return what of the machine a log driver names that only administrators may give; empty: nothing.
+    """Return the log driver's use of the machine that needs an administrator, or an empty text.
 
-    Names of hosts are resolved by the node, which checks their addresses when it connects.
+    The node resolves host names and checks their addresses when it connects.
     """
     if driver is None or allows_machine_logs(_cluster_labels(view)):
         return ""
@@ -81,7 +86,7 @@ def machine_log(view: View, driver: Driver | None) -> str:
 
 
 def repository_of(image: str) -> str:
-    """Return the name of an image without tag and digest, with its registry; Docker Hub is ``docker.io``."""
+    """Return the name of an image without tag and digest, with its registry, which is ``docker.io`` for Docker Hub."""
     name = image.partition("@")[0]
     head, _, last = name.rpartition("/")
     name = f"{head}/{last.partition(':')[0]}" if head else last.partition(":")[0]
@@ -106,10 +111,10 @@ def _is_of_machine(address: str) -> bool:
 
 
 def trusted_of(view: View, service: Service) -> Trusted:
-    """Return what is trusted of a service as it is.
+    """Return the trusted values of a service in its current state.
 
-    A service that an older version has written last has no mark.  All of it is trusted unless there was an operator by
-    then, who may have written it.
+    A service that an older version wrote last has no mark.  All its values are trusted, unless an operator existed by
+    then and may have written them.
     """
     if service.trusted is not None:
         return service.trusted
@@ -121,7 +126,7 @@ def trusted_of(view: View, service: Service) -> Trusted:
 
 
 def _writes(user: User) -> bool:
-    """Whether a user below the administrator may write services."""
+    """Return whether a user below administrator may write services."""
     roles = {role.partition(":")[0] for role in user.spec.roles}
     return Role.OPERATOR.word in roles and Role.ADMIN.word not in roles
 
@@ -136,7 +141,7 @@ def _logs(*specs: ServiceSpec | None) -> list[Driver]:
 
 
 def _logs_of(template: TaskSpec) -> list[Driver]:
-    """The log driver, if it is not the node's default."""
+    """Return the log driver, if it differs from the node's default."""
     driver = template.log_driver
     return [driver] if driver is not None and (driver.name or driver.options) else []
 

@@ -1,9 +1,9 @@
 """Tunnels from this manager to containers on any node.
 
-A node connects to its manager and may be unreachable from there, so it is the node that opens a tunnel: the manager
-sends an order on the node's stream of orders, and the node answers with a call that names it.  A node whose session is
-another manager's is reached through that one.  Only managers have such streams, so no worker can reach a container of
-another node.
+A node connects to its manager but may be unreachable from there.  Therefore the node opens a tunnel: the manager sends
+an order on the node's stream of orders, and the node answers with a call that names the order.  If another manager has
+the node's session, the tunnel leads through that manager.  Only managers have such streams, so no worker can reach a
+container of another node.
 """
 
 import asyncio
@@ -42,24 +42,28 @@ from skep.wire.tunnel import Tunnel, copy, over_requests
 log = structlog.get_logger(__name__)
 
 OPEN_S_MAX = 10.0
-"""From the order until the node has opened the tunnel; a relay has as long."""
+"""Seconds from the order until the node has opened the tunnel.  A relay has the same limit."""
 OF_NODE_MAX = 64
-"""Tunnels of one node at one time: fewer than the streams of one connection."""
+"""Simultaneous tunnels of one node.  Lower than the streams of one connection."""
 TUNNELS_MAX = 512
-"""Of all nodes of this manager."""
+"""Simultaneous tunnels of all nodes connected to this manager."""
 PIECES_WAITING = 4
-"""Read from a node before its client takes them."""
+"""Pieces that are read from a node before its client takes them."""
 
 
 def container_of(task: Task, node: Node | None) -> str:
-    """The id of the container of ``task``, which a tunnel may lead to.
+    """Return the id of the container of ``task`` for a tunnel.
 
-    Raises: FailedPrecondition: it does not run; NotFound, Unavailable: its node; Unimplemented: none leads there.
+    Raises:
+        FailedPrecondition: The task is not running.
+        NotFound: The task's node was removed.
+        Unavailable: The task's node is not ready.
+        Unimplemented: No tunnel can lead to the task.
     """
     if task.status.state is not TaskState.RUNNING:
         raise FailedPrecondition(f"task {task.id} is not running: it is {task.status.state.value}")
     if node is None:
-        raise NotFound(f"task {task.id} runs on node {task.node_id}, which is no part of this swarm any more")
+        raise NotFound(f"task {task.id} runs on node {task.node_id}, which is no longer part of this swarm")
     name = node.description.hostname or node.id
     if is_docker_node(node):
         raise Unimplemented(
@@ -74,7 +78,7 @@ def container_of(task: Task, node: Node | None) -> str:
 
 
 class Tunnels:
-    """Tunnels to the nodes of this manager, and through other managers to theirs."""
+    """Tunnels to nodes connected to this manager, and through other managers to their nodes."""
 
     def __init__(
         self,
@@ -85,8 +89,8 @@ class Tunnels:
     ) -> None:
         """
         Args:
-            session: a node's session here, by its id; raises SkepError if there is none.
-            channel: the link's connection to another manager; raises Unavailable.
+            session: Returns a node's session here by its id, or raises SkepError.
+            channel: Returns the link's connection to another manager, or raises Unavailable.
         """
         self._store = store
         self._own = own
@@ -97,7 +101,7 @@ class Tunnels:
         self._open: Counter[NodeId] = Counter()
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             duplex(methods.TUNNEL_ORDERS, self._orders),
             duplex(methods.TUNNEL, self._tunnel),
@@ -108,13 +112,15 @@ class Tunnels:
     async def open(
         self, task: Task, *, head: bytes = b"", port: int = 0, is_admin: bool = False
     ) -> AsyncIterator[Tunnel]:
-        """A tunnel to the container of ``task``, for the block: an exchange of HTTP that begins with ``head``, or a
-        connection to ``port``.
+        """Open a tunnel to the container of ``task`` for the block.
+
+        It is an HTTP exchange that starts with ``head``, or a connection to ``port``.
 
         Args:
             is_admin: Whether the client is an administrator, for the node, which checks the request again.
 
-        Raises: SkepError: there is none, with the reason.
+        Raises:
+            SkepError: No tunnel can be opened, with the reason.
         """
         node = self._store.view().lookup(Node, task.node_id)
         container_id = container_of(task, node)
@@ -134,9 +140,10 @@ class Tunnels:
 
     @asynccontextmanager
     async def open_events(self, node: Node, head: bytes) -> AsyncIterator[Tunnel]:
-        """A tunnel to the events of ``node``, for the block: an exchange of HTTP that begins with ``head``.
+        """Open a tunnel to the events of ``node`` for the block: an HTTP exchange that starts with ``head``.
 
-        Raises: SkepError: there is none, with the reason.
+        Raises:
+            SkepError: No tunnel can be opened, with the reason.
         """
         async with self._open_to(node, skep.TunnelRequest(node_id=node.id, head=head)) as tunnel:
             yield tunnel
@@ -160,7 +167,7 @@ class Tunnels:
                 async with asyncio.timeout(OPEN_S_MAX):
                     await call.send(skep.TunnelPiece(request=request))
                     if await call.receive() is None:
-                        raise Unavailable(f"manager {manager} has closed the tunnel")
+                        raise Unavailable(f"manager {manager} closed the tunnel")
             except Unimplemented as error:
                 raise Unimplemented(
                     f"manager {_name(self._store.view(), manager)}, which has the node's session, runs a version "
@@ -176,7 +183,7 @@ class Tunnels:
         send: Callable[[skep.TunnelPiece], Awaitable[None]],
         _caller: Caller,
     ) -> None:
-        """A tunnel for another manager."""
+        """Open a tunnel for another manager."""
         first = await _first(pieces)
         async with self._open_here(first.request) as tunnel:
             await send(skep.TunnelPiece())
@@ -184,7 +191,7 @@ class Tunnels:
             with first_alone(SkepError):
                 async with asyncio.TaskGroup() as group:
                     group.create_task(copy(remote, tunnel), name="to the node")
-                    # Its end is the other manager's decision, which ends the call.
+                    # The other manager decides when this direction ends, and then ends the call.
                     group.create_task(copy(tunnel, remote), name="from the node")
 
     # -- nodes of this manager ------------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ class Tunnels:
             raise self._why_unreachable(node_id)
         if self._open[node_id] >= OF_NODE_MAX or self._open.total() >= TUNNELS_MAX:
             raise ResourceExhausted(
-                f"{OF_NODE_MAX} connections to containers of node {node_id} are open already"
+                f"too many connections to containers of node {node_id} or of this manager are open: close some"
             )
         expected, id = _Expected(node_id), secrets.token_hex(16)
         self._expected[id] = expected
@@ -222,7 +229,7 @@ class Tunnels:
     def _why_unreachable(self, node_id: NodeId) -> SkepError:
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.manager_id != self._own:
-            return Unavailable(f"node {node_id} has no session with a manager at present")
+            return Unavailable(f"node {node_id} has no session with a manager now")
         version = node.description.engine.engine_version if node.description.engine is not None else ""
         return Unavailable(
             f"node {_name(self._store.view(), node_id)} cannot be reached through the managers: its Skep {version} "
@@ -255,20 +262,20 @@ class Tunnels:
         send: Callable[[skep.TunnelPiece], Awaitable[None]],
         caller: Caller,
     ) -> None:
-        """A node opens what it was ordered to."""
+        """Serve a tunnel that a node opens by order."""
         first = await _first(pieces)
         expected = self._expected.get(first.id)
         if expected is None or expected.node_id != caller.node_id or expected.opened.done():
             raise NotFound("no such order")
         waiting = _Pieces()
         expected.opened.set_result(Tunnel(waiting.take, send))
-        # Read here, not by the client's task: a generator can be closed by the task only that reads it.
+        # This task reads, not the client's task: only the task that reads a generator can close it.
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(_read(pieces, waiting), name="read from a node")
+            reading = group.create_task(_read_pieces(pieces, waiting), name="read from a node")
             await expected.done.wait()
             reading.cancel()
         if not expected.is_complete:
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
 
 
 class _Expected:
@@ -278,13 +285,13 @@ class _Expected:
         self.node_id = node_id
         self.opened: asyncio.Future[Tunnel] = asyncio.get_running_loop().create_future()
         self.done = asyncio.Event()
-        """Its user is done with it."""
+        """Set when its user has finished with the tunnel."""
         self.is_complete = False
-        """Whether it was used to its end."""
+        """Whether the tunnel was used to its end."""
 
 
 class _Pieces:
-    """A few pieces between the call's handler and the tunnel's user."""
+    """A bounded queue of pieces between the call's handler and the tunnel's user."""
 
     def __init__(self) -> None:
         self._pieces: deque[skep.TunnelPiece] = deque()
@@ -304,7 +311,7 @@ class _Pieces:
         self._changed.set()
 
     async def take(self) -> skep.TunnelPiece | None:
-        """The next piece; None after the last one."""
+        """Return the next piece, or None after the last one."""
         while not self._pieces:
             if self._has_ended:
                 return None
@@ -314,31 +321,31 @@ class _Pieces:
         return self._pieces.popleft()
 
 
-async def _read(pieces: AsyncIterator[skep.TunnelPiece], waiting: _Pieces) -> None:
+async def _read_pieces(pieces: AsyncIterator[skep.TunnelPiece], waiting: _Pieces) -> None:
     try:
         async for piece in pieces:
             await waiting.put(piece)
     except (SkepError, TimeoutError, *LOST_PEER) as error:
-        log.info("tunnel of a node broke off", reason=str(error))
+        log.info("tunnel to a node was lost", reason=str(error))
     finally:
         waiting.end()
 
 
 class _Orders(NodeStream):
-    """The stream of one node."""
+    """The stream of orders to one node."""
 
     def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamSignal) -> None:
         super().__init__(node_id, session, signal)
         self._unsent: deque[skep.TunnelOrder] = deque()
 
     def order(self, order: skep.TunnelOrder) -> None:
-        """Have the node open a tunnel.  At most ``OF_NODE_MAX`` wait.  Raises: the error that ended the stream."""
+        """Queue an order to open a tunnel.  At most ``OF_NODE_MAX`` wait.  Raises: the error that ended the stream."""
         self.require_open()
         self._unsent.append(order)
         self.signal.wake()
 
     async def send_orders(self, send: Callable[[skep.TunnelOrder], Awaitable[None]]) -> None:
-        """Raises: the error that ended the stream."""
+        """Send orders as they are queued.  Raises: the error that ended the stream."""
         while True:
             self.require_open()
             while self._unsent:
@@ -347,14 +354,14 @@ class _Orders(NodeStream):
 
 
 async def _first(pieces: AsyncIterator[skep.TunnelPiece]) -> skep.TunnelPiece:
-    """Raises: InvalidArgument: none came in time."""
+    """Return the first piece.  Raises: InvalidArgument: it did not come in time."""
     try:
         async with asyncio.timeout(OPEN_S_MAX):
             first = await anext(pieces, None)
     except TimeoutError:
         first = None
     if first is None:
-        raise InvalidArgument("the tunnel is not named")
+        raise InvalidArgument("the tunnel's first message is missing or late")
     return first
 
 

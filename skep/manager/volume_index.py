@@ -1,4 +1,4 @@
-"""Which cluster volumes may concern a node: found without going through all of them for each node."""
+"""Index of the cluster volumes on each node, without a scan of all volumes."""
 
 from collections.abc import Collection, Iterable
 
@@ -7,20 +7,22 @@ from skep.model.volume import Volume
 
 
 class VolumeIndex:
-    """Nodes and the volumes that have a status on them.  It may lag behind a view by the commits that were not read
-    yet; each of these says what it concerns."""
+    """Nodes and the volumes that have a status on them.
+
+    It may lag behind a view by the commits that were not read yet.  Each such commit names its objects.
+    """
 
     def __init__(self) -> None:
         self._by_node: dict[NodeId, set[VolumeId]] = {}
 
     def reset(self, volumes: Iterable[Volume]) -> None:
-        """Start anew, from all volumes."""
+        """Rebuild the index from all volumes."""
         self._by_node = {}
         for volume in volumes:
             self.change(None, volume)
 
     def change(self, old: Volume | None, new: Volume | None) -> Collection[NodeId]:
-        """Take a change over; gives the nodes to which it matters."""
+        """Apply a change, and return the nodes that it affects."""
         before = {one.node_id: one for one in old.publish_status} if old is not None else {}
         now = {one.node_id: one for one in new.publish_status} if new is not None else {}
         changed = sorted(id for id in before.keys() | now.keys() if before.get(id) != now.get(id))
@@ -34,5 +36,5 @@ class VolumeIndex:
         return changed
 
     def on(self, node_id: NodeId) -> Iterable[VolumeId]:
-        """The volumes with a status on a node, in order."""
+        """Return the volumes with a status on a node, in order."""
         return sorted(self._by_node.get(node_id, ()))

@@ -1,4 +1,4 @@
-"""Why a task waits for a cluster volume on its node, in the words of the volume's driver."""
+"""Why a task waits for a cluster volume on its node, as reported by the volume's driver."""
 
 from skep.model.ids import VolumeId
 from skep.model.task import Task
@@ -8,7 +8,9 @@ from skep.store.interface import View
 
 
 def unpublished(view: View, task: Task) -> str:
-    """Why a volume of the task is not published on its node; empty: all are, or it is not known."""
+    """Return why a volume of the task is not published on its node, or an empty text if all are or the reason is
+    unknown.
+    """
     for one in task.volumes:
         volume = view.lookup(Volume, VolumeId(one.id))
         status = volume.status_on(task.node_id) if volume is not None else None

@@ -1,9 +1,9 @@
-"""Watchdog of the manager's event loop: a thread that keeps a hung manager from leading for ever.
+"""Watchdog of the manager's event loop: a thread that keeps a hung manager from leading forever.
 
-Its etcd would continue as raft's leader whatever the manager does.  When the loop runs no callback for some seconds
-(an endless computation, or a blocking disk), the thread transfers leadership to another manager; when it does not for
+The manager's etcd would stay raft's leader whatever the manager does.  When the loop runs no callback for some seconds
+(an endless computation, or a blocking disk), the thread transfers leadership to another manager.  When that lasts
 longer, it dumps the stacks of all threads and ends the process, which is restarted.  A process that is stopped as a
-whole stops this thread, too: the supervisor detects that (``node.supervision.answers``).
+whole stops this thread as well, which the supervisor detects (``node.supervision.answers``).
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from skep.errors import SkepError
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.5
+"""Seconds between two callbacks in the watched loop."""
 EXIT_CODE = 70
 """EX_SOFTWARE."""
 
@@ -32,8 +33,10 @@ HandOver = Callable[[], Coroutine[Any, Any, object]]
 
 @contextmanager
 def watching(hand_over: HandOver, last_words: Callable[[str], None], clock: Clock) -> Iterator[None]:
-    """Watch the running loop.  ``hand_over`` runs on a loop of its own; ``last_words``: called with the reason before
-    the end."""
+    """Watch the running loop.
+
+    ``hand_over`` runs on a loop of its own.  ``last_words`` is called with the reason before the process ends.
+    """
     watch = Watchdog(asyncio.get_running_loop(), hand_over, lambda why: _end(last_words, why), clock)
     watch.start()
     try:
@@ -52,7 +55,7 @@ class Watchdog:
         end: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        """``end``: ends the process; called with the reason."""
+        """``end`` ends the process and is called with the reason."""
         self._loop = loop
         self._hand_over = hand_over
         self._end = end
@@ -67,7 +70,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop; the loop is about to close.  A hand-over in progress is not waited for."""
+        """Stop the thread before the loop closes.  Does not wait for a hand-over in progress."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -85,12 +88,12 @@ class Watchdog:
                     return
 
     def _ask(self) -> bool:
-        """Schedule a callback in the loop; gives whether the loop still exists."""
+        """Schedule a callback in the loop.  Returns whether the loop still exists."""
         self._answered.clear()
         try:
             self._loop.call_soon_threadsafe(self._answered.set)
         except RuntimeError:
-            return False  # closed
+            return False  # the loop is closed
         return True
 
     def _have_another_lead(self) -> None:
@@ -106,4 +109,4 @@ def _end(last_words: Callable[[str], None], why: str) -> None:
     try:
         last_words(why)
     finally:
-        os._exit(EXIT_CODE)  # the loop would never run anything gentler
+        os._exit(EXIT_CODE)  # the blocked loop would never run an orderly shutdown

@@ -1,6 +1,6 @@
-"""A control loop's work queue: keys that are due now, and keys that are due at a later time.
+"""Work queue of a control loop: keys that are due now, and keys that are due later.
 
-A key is queued once, however often it is added, so the queue is bounded by the number of objects.
+A key is queued once, however often it is added, so the number of objects bounds the queue.
 """
 
 import asyncio
@@ -14,19 +14,19 @@ from skep.aio.clock import Clock
 K = TypeVar("K", bound=str)
 
 LEAST_WAIT_S = 1e-6
-"""A shorter wait could vanish in the rounding of the clock's float, and on simulated time would never end."""
+"""A shorter wait could vanish in the rounding of the clock's float, and would never end on simulated time."""
 
 
 class WorkQueue(Generic[K]):
-    """Keys in the order in which they became due; those of a higher priority first."""
+    """Keys in the order in which they became due.  Keys of a higher priority come first."""
 
     def __init__(self, clock: Clock, priority: Callable[[K], int] | None = None) -> None:
-        """``priority``: of a key when it becomes due; None: all have the same."""
+        """``priority`` returns the priority of a key when it becomes due.  Without it all keys are equal."""
         self._clock = clock
         self._priority = priority
         self._due: deque[K] = deque()
         self._others: dict[int, deque[K]] = {}
-        """Due keys whose priority is not 0, by priority; none is empty."""
+        """Due keys whose priority is not 0, by priority.  No queue is empty."""
         self._is_due: set[K] = set()
         self._later: list[tuple[float, K]] = []
         self._times: dict[K, float] = {}
@@ -52,7 +52,7 @@ class WorkQueue(Generic[K]):
             self._changed.set()
 
     async def take(self, limit: int) -> list[K]:
-        """Wait until a key is due; remove and return up to ``limit`` keys, oldest first."""
+        """Wait until a key is due, then remove and return up to ``limit`` keys, oldest first."""
         while not (keys := self._take_due(limit)):
             self._changed.clear()
             try:
@@ -77,7 +77,7 @@ class WorkQueue(Generic[K]):
         return keys
 
     def _in_order(self) -> list[deque[K]]:
-        """The queues of all priorities, the highest first."""
+        """Return the queues of all priorities, the highest first."""
         queues = {0: self._due, **self._others}
         return [queues[priority] for priority in sorted(queues, reverse=True)]
 

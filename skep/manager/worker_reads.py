@@ -1,8 +1,8 @@
-"""Read-only requests of workers' API clients, answered by this manager's own API where the cluster allows it.
+"""Read-only requests of workers' API clients, which this manager's API answers if the cluster allows them.
 
-A proxy on a worker reads services, tasks and networks there.  The environment of services is among what it sees, so
-that it is off unless the cluster's label says otherwise.  Events of other nodes' containers are not: they have the
-command lines of every ``docker exec``.
+A proxy on a worker reads services, tasks and networks this way.  It also sees the environment of services, so these
+reads are off unless a cluster label enables them.  Events of other nodes' containers are never included: they contain
+the command lines of every ``docker exec``.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,15 +23,17 @@ from skep.wire.access import Caller
 from skep.wire.service import Handler, server_stream
 
 READS_MAX = 256
-"""At one time, of all nodes."""
+"""Simultaneous reads of all nodes."""
 READS_OF_NODE_MAX = 32
+"""Simultaneous reads of one node."""
 PIECE_BYTES = 32 << 10
+"""Bytes in one message to a node."""
 TAKEN_S = 60.0
-"""How long a node may take for one piece."""
+"""Seconds that a node may take for one piece."""
 
 
 class WorkerReads:
-    """Serves ``ClusterReads`` on every manager.  ``socket``: of this manager's API."""
+    """Serves ``ClusterReads`` on every manager.  ``socket`` is the socket of this manager's API."""
 
     def __init__(self, view: Callable[[], View], socket: Path) -> None:
         self._view = view
@@ -40,14 +42,16 @@ class WorkerReads:
         """The node of each open read."""
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
-        return (server_stream(methods.READ, self._read, taken_s=TAKEN_S),)
+        """Return the handlers for ``wire.server.serve``."""
+        return (server_stream(methods.READ, self._serve_read, taken_s=TAKEN_S),)
 
-    async def _read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
-        """Raises: PermissionDenied; ResourceExhausted; what this manager's API responds with."""
+    async def _serve_read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
+        """Yield the API's response to a read.  Raises: PermissionDenied; ResourceExhausted; errors of this manager's
+        API.
+        """
         self._check(request.target)
         if len(self._reading) >= READS_MAX or self._reading.count(caller.node_id) >= READS_OF_NODE_MAX:
-            raise ResourceExhausted("too many clients of workers read from this manager")
+            raise ResourceExhausted("too many clients of workers read from this manager: try again later")
         self._reading.append(caller.node_id)
         try:
             async with (
@@ -57,16 +61,20 @@ class WorkerReads:
                 yield skep.ReadPiece()
                 async for data in response.pieces():
                     for start in range(0, len(data), PIECE_BYTES):
-                        self._check(request.target)  # it may have changed since: events go on for ever
+                        # permission may have been withdrawn since: event streams are endless
+                        self._check(request.target)
                         yield skep.ReadPiece(data=data[start : start + PIECE_BYTES])
         finally:
             self._reading.remove(caller.node_id)
 
     def _check(self, target: str) -> None:
-        """Raises: PermissionDenied.  A worker's word about its clients counts for nothing: all are viewers."""
+        """Check that a worker may read ``target``.  Raises: PermissionDenied.
+
+        A worker's claims about its clients are not trusted, so all of them count as viewers.
+        """
         swarm = next(iter(self._view().find(Swarm)), None)
         if swarm is None or not allows_worker_reads(swarm.spec.labels):
-            raise PermissionDenied("this cluster does not show itself to clients of workers")
+            raise PermissionDenied("this cluster does not allow clients of workers to read it")
         if not target.startswith("/") or not is_readable("GET", path_of(target)):
             raise PermissionDenied(f"clients of workers may not read {target[:200]}")
 

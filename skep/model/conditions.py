@@ -5,7 +5,7 @@ from typing import Final
 from skep.model.node import NodeDescription
 
 _PREFIX: Final = "skep.condition."
-NEIGHBOURS: Final = "neighbours"
+NEIGHBOURS: Final = "neighbor-table"
 """The kernel's neighbour table overflows."""
 DISK_SPACE: Final = "disk-space"
 """A disk of the node, or one that its containers write to, is nearly full."""

@@ -23,7 +23,7 @@ from skep.model.used_ports import PORTS_LABEL, shortened_ports
 
 DESCRIPTION_BYTES_MAX: Final = 64 << 10
 """Of a description as JSON."""
-SIZE_CONDITION: Final = "description"
+SIZE_CONDITION: Final = "description-size"
 _RESERVED_BYTES: Final = 1024
 """For the condition, which is added after the cut."""
 _NAME_CHARACTERS_MAX: Final = 255

@@ -53,7 +53,7 @@ from skep.model.labels import (
     STACK_FILES,
     STACK_REVISION,
     STACK_STATE,
-    VOLUMES,
+    VOLUME_AFFINITY,
 )
 from skep.model.meta import Driver
 from skep.model.network import (
@@ -178,7 +178,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
         *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
         *SCHEDULE_LABELS,
         *(DRAIN, JOB_TTL, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
-        *(PUBLISH_NOT_READY, VOLUMES),
+        *(PUBLISH_NOT_READY, VOLUME_AFFINITY),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
     # The other service has to be one of the stack.

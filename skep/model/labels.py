@@ -66,8 +66,11 @@ WORKER_READS = "skep.worker-reads"
 PUBLISH_NOT_READY = "skep.publish-not-ready"
 """On services: ``true``: names of tasks resolve before they are healthy; virtual addresses and ports stay strict."""
 
-VOLUMES = "skep.volumes"
+VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
+_FORMER_VOLUMES = "skep.volumes"
+_FORMER_VALUES = {"return": "preferred", "keep": "required", "spread": "none"}
+"""The label and its values in specs of earlier versions; the present label wins."""
 
 PRIORITY = "skep.priority"
 """On services: whose tasks come first where room is short, the higher ones; 0 without it."""
@@ -79,9 +82,11 @@ PREEMPTION = "skep.preemption"
 """On the cluster: ``true``: tasks are stopped where one of a higher priority finds no room."""
 ALLOW_MACHINE_LOGS = "skep.allow-machine-logs"
 """On the cluster: ``true``: users below the administrator may send logs to the cluster's machines."""
-ALLOW_HELPERS = "skep.allow-helpers"
+ALLOW_CREDENTIAL_HELPERS = "skep.allow-credential-helpers"
 """On the cluster: ``STACK=REPOSITORY,...``: images that the nodes' credential helpers serve for services of users below
 the administrator."""
+_FORMER_ALLOW_HELPERS = "skep.allow-helpers"
+"""The label in clusters of earlier versions; the present one wins."""
 
 EXEC = "skep.exec"
 """On containers: which commands and files users below administrator may bring into them (``ExecPolicy``)."""
@@ -113,14 +118,14 @@ class OnDisconnect(Enum):
     """The node itself stops them after the delay, and only then they are replaced."""
 
 
-class VolumePolicy(Enum):
+class VolumeAffinity(Enum):
     """Where a task goes whose slot has data in local volumes of a node."""
 
-    RETURN = "return"
-    """To that node while it can run the task, else to another one, as in Docker."""
-    KEEP = "keep"
+    PREFERRED = "preferred"
+    """To that node while it can run the task, else to another one."""
+    REQUIRED = "required"
     """To that node only, as long as it is part of the cluster."""
-    SPREAD = "spread"
+    NONE = "none"
     """To any node, as in Docker."""
 
 
@@ -233,12 +238,12 @@ def history_entries(labels: Mapping[str, str]) -> int:
         return HISTORY_DEFAULT
 
 
-def volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
+def volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
     """The policy in the labels of a service."""
     try:
-        return _volume_policy(labels)
+        return _volume_affinity(labels)
     except InvalidArgument:
-        return VolumePolicy.RETURN
+        return VolumeAffinity.PREFERRED
 
 
 def exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
@@ -270,11 +275,13 @@ def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, .
     Raises: InvalidArgument.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for part in filter(None, map(str.strip, labels.get(ALLOW_HELPERS, "").split(","))):
+    text = labels.get(ALLOW_CREDENTIAL_HELPERS, labels.get(_FORMER_ALLOW_HELPERS, ""))
+    for part in filter(None, map(str.strip, text.split(","))):
         stack, sign, repository = part.partition("=")
         if not sign or not stack or not repository.strip("/") or any(char in repository for char in "@*= "):
             raise InvalidArgument(
-                f"invalid label {ALLOW_HELPERS}: {part!r}: want STACK=REGISTRY/REPOSITORY, separated by commas"
+                f"invalid label {ALLOW_CREDENTIAL_HELPERS}: {part!r}: "
+                "want STACK=REGISTRY/REPOSITORY, separated by commas"
             )
         found[stack] = (*found.get(stack, ()), repository.strip("/"))
     return found
@@ -306,7 +313,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _job_ttl_s(labels)
     _drain_s(labels)
     _last_lines(labels)
-    _volume_policy(labels)
+    _volume_affinity(labels)
     _priority(labels)
     parsed_dependencies(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
@@ -339,8 +346,10 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
     return DisconnectPolicy(action=action, delay_s=delay_s)
 
 
-def _volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
-    return _choice(labels, VOLUMES, VolumePolicy.RETURN)
+def _volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
+    if VOLUME_AFFINITY not in labels and (former := labels.get(_FORMER_VOLUMES)) is not None:
+        labels = {VOLUME_AFFINITY: _FORMER_VALUES.get(former, former)}
+    return _choice(labels, VOLUME_AFFINITY, VolumeAffinity.PREFERRED)
 
 
 def _exec_policy(labels: Mapping[str, str]) -> ExecPolicy:

@@ -1,6 +1,6 @@
-"""The objects that requests are about, as a node has them, for authorization.
+"""Finds the objects of a request, as a node knows them, for authorization.
 
-Networks of the cluster are the manager's, which has their stacks and checks the request again.
+Cluster networks belong to the manager, which knows their stacks and checks the request again.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ from skep.node.visible_containers import visible_container
 
 
 class NodeObjects:
-    """The objects of a node (``api.authorization.Objects``).  ``engine`` None: it has no containers."""
+    """The objects of a node (``api.authorization.Objects``).  ``engine`` is None on a node without containers."""
 
     def __init__(self, engine: Engine | None, cluster: ClusterNetworks) -> None:
         self._engine = engine
         self._cluster = cluster
 
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
-        """See ``Objects``."""
+        """Return the object of a request (see ``Objects``)."""
         if rule.scope is Scope.NEW:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
-                raise PermissionDenied("only administrators may make networks of one node")
-            return Facts()  # the manager to which it is passed on checks it
+                raise PermissionDenied("only administrators may create networks of one node")
+            return Facts()  # the manager that receives the request checks it
         key = "id" if "id" in request.match_info else "name"
         word = request.match_info[key]
         match rule.kind:
@@ -46,12 +46,12 @@ class NodeObjects:
             case "network":
                 known = await self._network(request, word)
             case kind:
-                raise PermissionDenied(f"only administrators may reach a {kind} by a node that is no manager")
+                raise PermissionDenied(f"only administrators may access a {kind} through a worker")
         request.match_info[key] = known.id
         return Facts(known=known)
 
     def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
-        """See ``Objects``."""
+        """Return the stack of an object (see ``Objects``)."""
         if kind != "container":
             return stack_label_of(item)
         try:
@@ -66,7 +66,8 @@ class NodeObjects:
         return Known(id=word, stack=labels.get(STACK_LABEL, ""))
 
     async def _network(self, request: web.Request, word: str) -> Known:
-        """Raises: the manager's error; of a network that is the node's own, NotFound."""
+        """Ask the manager for a network.  Raises: the manager's error, which is NotFound for one of the node's own
+        networks."""
         headers = {IDENTITY_HEADER: packed(identity_of(request)).decode()}
         path = f"/networks/{quote(word, safe='')}"
         response = await self._cluster.request_manager("GET", path, b"", headers)

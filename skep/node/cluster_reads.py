@@ -1,4 +1,4 @@
-"""What a worker's API shows of the cluster: read from the manager of its session, where the cluster allows it."""
+"""Reads of the cluster for a worker's API, sent to the manager of its session if the cluster allows that."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -12,14 +12,14 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 
 FIRST_S_MAX = 5.0
-"""Until the manager's response begins."""
+"""Time limit until the manager's response starts."""
 BODY_S_MAX = 30.0
 BODY_BYTES_MAX = 64 << 20
 LINE_BYTES_MAX = 1 << 20
 
 
 class ClusterReads:
-    """Reads by the connection of this node's session.  ``own``: the API of its own manager, where it has one."""
+    """Reads over this node's session.  ``own`` is the API of its own manager, if it has one."""
 
     def __init__(self, session: SessionState, own: Client) -> None:
         self._session = session
@@ -27,10 +27,13 @@ class ClusterReads:
 
     @asynccontextmanager
     async def pieces(self, target: str) -> AsyncGenerator[AsyncIterator[bytes], None]:
-        """The body of a manager's response to ``GET target`` as it arrives.
+        """Yield the body of a manager's response to ``GET target`` as it arrives.
 
-        Raises: PermissionDenied: the cluster does not allow it; Unavailable: there is no session, or no response;
-        Unimplemented: an earlier version, or a Docker manager; SkepError: the manager's own.
+        Raises:
+            PermissionDenied: The cluster does not allow it.
+            Unavailable: There is no session or no response.
+            Unimplemented: The manager is an earlier version, or Docker's.
+            SkepError: The manager's own error.
         """
         async with self._session.channel.stream(methods.READ) as call:
             await call.send(skep.ReadRequest(target=target), end=True)
@@ -44,7 +47,7 @@ class ClusterReads:
             yield (piece.data async for piece in call)
 
     async def body(self, target: str) -> bytes:
-        """The whole body.  Raises: as ``pieces``; ResourceExhausted: it is too long."""
+        """Return the whole body.  Raises: the errors of ``pieces``; ResourceExhausted: it is too long."""
         content = bytearray()
         try:
             async with asyncio.timeout(BODY_S_MAX), self.pieces(target) as pieces:
@@ -53,19 +56,19 @@ class ClusterReads:
                     if len(content) > BODY_BYTES_MAX:
                         raise ResourceExhausted("the manager's response is too long")
         except TimeoutError as error:
-            raise Unavailable("the manager's response is too slow") from error
+            raise Unavailable("the manager's response took too long") from error
         return bytes(content)
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
-        """The lines of an endless response, as ``Client.lines``.  Raises: as ``pieces``."""
+        """Yield the lines of an endless response, as ``Client.lines`` does.  Raises: the errors of ``pieces``."""
         target = f"{path}?{urlencode(query)}" if query else path
         async with self.pieces(target) as pieces:
             yield _lines_of(pieces)
 
 
 async def _lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Raises: ResourceExhausted: one is too long."""
+    """Split ``pieces`` into lines.  Raises: ResourceExhausted: a line is too long."""
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")

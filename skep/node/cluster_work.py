@@ -1,4 +1,4 @@
-"""Removal of what runs on this node for the cluster: tasks, plain containers' network attachments, overlay networks."""
+"""Removes the cluster's objects from this node: tasks, plain containers' network attachments, overlay networks."""
 
 import asyncio
 
@@ -25,8 +25,8 @@ class NodeWork:
     """The cluster's work on this node.
 
     Args:
-        session: of this node with its managers.
-        probes: of other nodes; None: there are none.
+        session: The node's session with its managers.
+        probes: Probes other nodes, or None.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class NodeWork:
         self._probes = probes
 
     async def release_attachments(self) -> None:
-        """Detach plain containers from the cluster's networks; after 5 s the rest is released with the node."""
+        """Detach plain containers from cluster networks.  After 5 s the rest is left to the node's removal."""
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 for task in filter(is_attachment, tuple(self._worker.tasks().values())):
@@ -58,9 +58,9 @@ class NodeWork:
             log.warning("network attachments not released", reason=str(error))
 
     async def remove_all(self) -> None:
-        """Kill and remove every task, as Docker does, for up to a minute; tasks that are left then are logged."""
+        """Kill and remove every task, as Docker does, for up to a minute.  Tasks that are left then are logged."""
         self._session.leave()
-        self._conditions.clear("no-manager")
+        self._conditions.clear("manager-unreachable")
         self._conditions.forget_ended()
         await self._worker.clear()
         backoff = Backoff(0.02, 0.5)

@@ -1,8 +1,8 @@
-"""Conditions of this node: what is wrong at present.  Each has a name, a message, and one part that sets it.
+"""Conditions of this node: its present problems.  Each has a name, a message, and one part that sets it.
 
-Level-triggered: ``set`` gives the present state and may be repeated.  A condition is a warning of ``/info`` (and so
-of ``skep status``) at once, and reaches the managers as an engine label, with the node's description: there it is part
-of the node's status message and of its events, and a placement constraint can avoid the node
+Level-triggered: ``set`` reports the present state and may be repeated.  A condition is immediately a warning in
+``/info`` (and so in ``skep status``).  It reaches the managers as an engine label with the node's description.  There
+it is part of the node's status message and of its events, and a placement constraint can avoid the node
 (``engine.labels.skep.condition.disk``).
 """
 
@@ -19,7 +19,8 @@ from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_labe
 log = structlog.get_logger()
 
 LABEL_SECONDS_MIN = 30.0
-"""The label of a condition stays at least so long, so that one that comes and goes is not a write each time."""
+"""Shortest time that a condition's label stays, so that a condition that comes and ends often is not a write each
+time."""
 
 
 class _Condition(msgspec.Struct):
@@ -36,9 +37,13 @@ class Conditions:
         self._lock = threading.Lock()
 
     def set(self, name: str, message: str) -> None:
-        """``name``: lower-case words with dashes; ``message``: a sentence with what to do, without a full stop.
+        """Set a condition.
 
-        A condition that continues may get another message; the log has the first one and each that differs.
+        A condition that continues may get another message.  Each changed message is logged.
+
+        Args:
+            name: Lower-case words with dashes.
+            message: A sentence that says what to do, without a full stop.
         """
         message = message[:CHARACTERS_MAX]
         with self._lock:
@@ -48,41 +53,41 @@ class Conditions:
             log.warning("condition", name=name, message=message)
 
     def clear(self, name: str) -> None:
-        """End the condition; harmless when there is none."""
+        """Clear the condition.  Does nothing if it is not set."""
         with self._lock:
             condition = self._conditions.get(name)
             if condition is None or condition.cleared_at is not None:
                 return
             condition.cleared_at = self._clock.monotonic()
-        log.info("condition has ended", name=name)
+        log.info("condition cleared", name=name)
 
     def forget_ended(self) -> None:
-        """Drop the labels of conditions that have ended: the managers of another cluster have not seen them."""
+        """Drop the labels of cleared conditions, which the managers of another cluster have not seen."""
         with self._lock:
             self._conditions = {name: one for name, one in self._conditions.items() if one.cleared_at is None}
 
     def reporter(self, name: str) -> Callable[[str], None]:
-        """A function that sets the condition to its argument, and clears it when that is empty."""
+        """Return a function that sets the condition to its argument, and clears it if that is empty."""
         return partial(self.report, name)
 
     def report(self, name: str, message: str) -> None:
-        """Set the condition to ``message``, or clear it when that is empty."""
+        """Set the condition to ``message``, or clear it if that is empty."""
         if message:
             self.set(name, message)
         else:
             self.clear(name)
 
     def present(self) -> Mapping[str, str]:
-        """Name -> message of what is wrong now."""
+        """Return the messages of present conditions by name."""
         with self._lock:
             return {name: one.message for name, one in self._conditions.items() if one.cleared_at is None}
 
     def warnings(self) -> tuple[str, ...]:
-        """Sentences for ``/info``."""
+        """Return the present conditions' messages for ``/info``."""
         return tuple(message for _, message in sorted(self.present().items()))
 
     def labels(self) -> Mapping[str, str]:
-        """Engine labels for the managers: what is wrong, or was a moment ago."""
+        """Return the engine labels of present and recently cleared conditions."""
         oldest = self._clock.monotonic() - LABEL_SECONDS_MIN
         with self._lock:
             for name, one in list(self._conditions.items()):

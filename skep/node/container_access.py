@@ -1,9 +1,9 @@
-"""The containers of this node's tasks, as managers reach them: a few requests of the Engine API, and TCP ports.
+"""Gives managers access to the containers of this node's tasks: some requests of the Engine API, and TCP ports.
 
-And the events of this node's containers, images and volumes.
+Managers also read the events of this node's containers, images and volumes.
 
-A request is answered by an application that has no other routes, and only if it is about the container that the
-manager named, which has to be that of the task.
+A request is answered by an application without other routes, and only if it is about the container that the manager
+named, which must belong to the task.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CONNECT_S_MAX = 5.0
 EVENTS = "/events"
 EVENT_BYTES_MAX = 128 << 10
-"""Managers take no event much longer than that: labels and command lines can be."""
+"""Managers do not accept a much longer event.  Labels and command lines can be long."""
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 REACHABLE: Final = frozenset((one.method, one.path) for one in FORWARDED)
@@ -65,11 +65,11 @@ class TaskContainers:
         self._engine = engine
         self._events = events
         self._servers: dict[bool, web.Server] = {}
-        """By whether the manager has authenticated an administrator."""
+        """The servers by whether the manager has authenticated an administrator."""
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Answer requests while the context is open."""
+        """Answer requests during the block."""
         async with self._serving(is_admin=True), self._serving(is_admin=False):
             yield
 
@@ -98,7 +98,8 @@ class TaskContainers:
         return [*of_containers, web.get(EVENTS, self._stream_events)]
 
     async def _stream_events(self, request: web.Request) -> web.StreamResponse:
-        """See ``NodeEvents.follow``; ``age``: seconds since the first event, by whatever clock."""
+        """Stream events (see ``NodeEvents.follow``).  ``age`` is the seconds since the first event, independent of
+        clocks."""
         since, until = period_of(request)
         if age := request.query.get("age"):
             since = self._events.clock.now_ns() - parse_age(age)
@@ -115,7 +116,7 @@ class TaskContainers:
 
     @web.middleware
     async def _authorize(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Refuse what only administrators may do.  A manager has checked it, perhaps one of an older version."""
+        """Refuse requests for administrators only.  The manager has checked it too, but may be of an older version."""
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
         if (request.method, path) not in REACHABLE:
@@ -135,21 +136,21 @@ class TaskContainers:
         return await handler(request)
 
     async def connect(self, request: skep.TunnelRequest) -> Connection:
-        """A connection to what ``request`` names.
+        """Connect to the container or port that ``request`` names.
 
-        Raises: NotFound: there is no such container; PermissionDenied: it is not the task's; Unavailable: nothing
-        listens on the port.
+        Raises: NotFound: no such container; PermissionDenied: it is not the task's; Unavailable: nothing listens on the
+        port.
         """
         if not (request.task_id or request.container_id):
             self._check_events(bytes(request.head))
         else:
             container = self._container(request)
             if not request.head:
-                return await _connected(container, request.port)
+                return await _connect_to_port(container, request.port)
             self._check(container, bytes(request.head))
         server = self._servers.get(request.admin)
         if server is None:
-            raise Unavailable("the node is about to stop")
+            raise Unavailable("the node is stopping")
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         try:
@@ -163,22 +164,24 @@ class TaskContainers:
         return connection
 
     def _check_events(self, head: bytes) -> None:
-        """Raises: PermissionDenied: the request is about something else; Malformed."""
+        """Check that the request is for events.  Raises: PermissionDenied; Malformed."""
         request = parse_request(head)
         if (request.method, path_of(request.target)) != ("GET", EVENTS):
-            raise PermissionDenied("the request is about no container")
+            raise PermissionDenied("the request does not name a container")
 
     def _container(self, request: skep.TunnelRequest) -> Container:
         container = self._engine.get(request.container_id)
         if container.labels.get(LABEL_TASK_ID) != request.task_id or container.id != request.container_id:
-            raise PermissionDenied(f"container {request.container_id} is not that of task {request.task_id}")
+            raise PermissionDenied(
+                f"container {request.container_id} does not belong to task {request.task_id}"
+            )
         return container
 
     def _check(self, container: Container, head: bytes) -> None:
-        """Raises: PermissionDenied: the request is about something else than the container; Malformed."""
+        """Check that the request is about the container.  Raises: PermissionDenied; Malformed."""
         subject = _SUBJECT.fullmatch(path_of(parse_request(head).target))
         if subject is None:
-            raise PermissionDenied("the request is about no container")
+            raise PermissionDenied("the request does not name a container")
         id = (
             subject["id"]
             if subject["kind"] == "containers"
@@ -189,27 +192,27 @@ class TaskContainers:
 
 
 async def _close_after(_request: web.Request, response: web.StreamResponse) -> None:
-    """Only the first request of a connection was checked, so it is the only one."""
+    """Close the connection after its first request: later ones would be unchecked."""
     response.force_close()
     response.headers["Connection"] = "close"
 
 
 def parse_age(text: str) -> int:
-    """Whole seconds as nanoseconds.  Raises: InvalidArgument."""
+    """Return whole seconds as nanoseconds.  Raises: InvalidArgument."""
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise InvalidArgument(f"invalid age {text!r}")
     return int(text) * SECOND_NS
 
 
 def tunnel_host(engine: Engine | None, events: NodeEvents, connect: Connect) -> TunnelHost | None:
-    """The tunnels of a node; None: it has no containers."""
+    """Return the tunnels of a node, or None for a node without containers."""
     return TunnelHost(TaskContainers(engine, events), connect) if engine is not None else None
 
 
-async def _connected(container: Container, port: int) -> Connection:
-    """A connection to a TCP port, as from within the container: programs may listen on its loopback only.
+async def _connect_to_port(container: Container, port: int) -> Connection:
+    """Connect to a TCP port from within the container, because programs may listen on its loopback only.
 
-    Raises: FailedPrecondition: it does not run; Unavailable: nothing listens there.
+    Raises: FailedPrecondition: it is not running; NotFound: it has just ended; Unavailable: nothing listens there.
     """
     if not container.pid:
         raise FailedPrecondition(f"Container {container.id} is not running")
@@ -223,7 +226,7 @@ async def _connected(container: Container, port: int) -> Connection:
             async with asyncio.timeout(CONNECT_S_MAX):
                 await asyncio.get_running_loop().sock_connect(connected, (address, port))
             return await Connection.over(connected)
-        except OSError as failure:  # a time-out is one
+        except OSError as failure:  # includes a timeout
             connected.close()
             reasons.append(reason_of(failure))
         except BaseException:
@@ -233,7 +236,7 @@ async def _connected(container: Container, port: int) -> Connection:
 
 
 def _socket_in(pid: int, family: int) -> socket.socket:
-    """A TCP socket in the network namespace of a process.  Raises: OSError."""
+    """Open a TCP socket in the network namespace of a process.  Raises: OSError."""
     opened = inside(Path(f"/proc/{pid}/ns/net"), partial(socket.socket, family, socket.SOCK_STREAM))
     opened.setblocking(False)
     return opened

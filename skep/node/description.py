@@ -1,4 +1,4 @@
-"""What a node reports of itself to the managers when it registers."""
+"""A node's description of itself, which it reports to the managers when it registers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -31,7 +31,7 @@ _PLUGINS = (
 )
 _OVERLAY = EnginePlugin(type="Network", name="overlay")
 _LIST_BYTES_MAX = 16_384
-"""Of a label with devices."""
+"""Limit of a label with devices."""
 _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 """Without one of these the overlay plugin is not listed, so that tasks on overlay networks are placed elsewhere."""
 
@@ -39,10 +39,13 @@ _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 def port_labels(
     containers: Iterable[Container], mesh: frozenset[UsedPort], listening: frozenset[UsedPort]
 ) -> Mapping[str, str]:
-    """The label of the ports that no task has: what listens on this machine, and what plain containers publish.
+    """Return the label with ports that are in use without a task.
 
-    ``mesh``: ports of the routing mesh, which serves them on every node: each node would report each.
-    ``listening``: what programs of this machine listen on, containers among them.
+    These are the ports on which this machine listens, and the ports that plain containers publish.
+
+    Args:
+        mesh: Ports of the routing mesh, which every node serves and would report.
+        listening: Ports on which programs of this machine listen, including containers.
     """
     by_tasks: set[UsedPort] = set(mesh)
     by_others: set[UsedPort] = set()
@@ -55,7 +58,8 @@ def port_labels(
 
 
 def volume_labels(uses: Mapping[str, Mapping[str, int]]) -> Mapping[str, str]:
-    """The label of the slots with data in volumes of this node; ``uses``: volume -> ``service.slot`` -> time."""
+    """Return the label of slots with data in this node's volumes.  ``uses`` maps volume and ``service.slot`` to a
+    time."""
     found = (
         SlotVolume(volume, service, int(slot), at_ms)
         for volume, users in uses.items()
@@ -68,14 +72,14 @@ def volume_labels(uses: Mapping[str, Mapping[str, int]]) -> Mapping[str, str]:
 
 
 def volume_drivers(engine: Engine | None) -> Sequence[str]:
-    """Plug-ins of this node that give volumes."""
+    """Return this node's volume plugins."""
     return engine.volumes.plugins.drivers if engine is not None else ()
 
 
 def with_plugins(
     description: NodeDescription, engine: Engine | None, cluster_volumes: ClusterVolumes | None = None
 ) -> NodeDescription:
-    """``description`` with the volume plug-ins of the node, and its drivers of cluster volumes."""
+    """Return ``description`` with the node's volume plugins and its drivers of cluster volumes."""
     if cluster_volumes is not None:
         description = replace(description, csi_info=cluster_volumes.drivers)
     plugins = tuple(EnginePlugin(type="Volume", name=name) for name in volume_drivers(engine))
@@ -84,19 +88,19 @@ def with_plugins(
 
 
 def within_bounds(description: NodeDescription, conditions: Conditions) -> NodeDescription:
-    """``description`` as a manager takes it.  A condition says which parts are cut, if any."""
+    """Return ``description`` in the size that a manager accepts.  A condition names the parts that were cut, if any."""
     bounded = within_size(description)
     conditions.report(SIZE_CONDITION, size_condition(bounded) if bounded is not description else "")
     return bounded
 
 
 def has_overlays(features: Features) -> bool:
-    """Whether this machine can have overlay networks."""
+    """Return whether this machine can have overlay networks."""
     return all(map(features.has, _OVERLAY_NEEDS))
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a label, separated by commas, as many as fit."""
+    """Return names for a label, separated by commas, as many as fit."""
     kept: list[str] = []
     left = _LIST_BYTES_MAX
     for name in names:
@@ -109,13 +113,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 class NodeDescriber:
-    """Makes the description, at any time.
+    """Makes the node's description on request.
 
     Args:
-        offers: what was read of the machine's files last.
-        further_labels: give those of its parts, such as how this node encrypts overlay networks.
-        image_port: gives where it serves its images to other nodes; 0: it does not.
-        has_probes: whether it probes other nodes.
+        offers: Reads the machine's files.
+        further_labels: Returns labels of other parts, such as how this node encrypts overlay networks.
+        image_port: Returns the port on which it serves images to other nodes, or 0.
+        has_probes: Whether it probes other nodes.
     """
 
     def __init__(
@@ -138,7 +142,7 @@ class NodeDescriber:
         self._has_probes = has_probes
 
     def _offer_labels(self, configuration: Configuration) -> Mapping[str, str]:
-        """What of this machine tasks may be given."""
+        """Return the labels of devices and rights that tasks may get on this machine."""
         if configuration.executor != "oci":
             return {}
         return {
@@ -152,7 +156,8 @@ class NodeDescriber:
         return (*_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
 
     def describe(self, data_path_addr: str = "") -> NodeDescription:
-        """``data_path_addr``: where VXLAN packets are to be sent; empty: to the address that the node connects from."""
+        """Return the description.  ``data_path_addr`` is where VXLAN packets are sent, or empty for the node's own
+        address."""
         configuration = self._offers.configuration()
         own = {
             NODE_LABEL: "true",
@@ -189,6 +194,6 @@ class NodeDescriber:
     def describe_all(
         self, data_path_addr: str, engine: Engine | None, cluster_volumes: ClusterVolumes | None
     ) -> NodeDescription:
-        """``describe`` with the node's plug-ins and drivers of cluster volumes, as a manager takes it."""
+        """Return the description with plugins and drivers of cluster volumes, in the size that a manager accepts."""
         description = with_plugins(self.describe(data_path_addr), engine, cluster_volumes)
         return within_bounds(description, self._conditions)

@@ -1,7 +1,7 @@
-"""Whether this node can write to its disk: tried every few seconds, and a condition while it cannot.
+"""Checks that this node can write to its disk, every few seconds, and sets a condition while it cannot.
 
-A full disk, a file system that the kernel has made read-only, no descriptors or memory left, a disk that does not
-respond: operations fail with errors of their own, and this condition gives their common cause.
+The disk may be full, mounted read-only by the kernel, or not responding, or descriptors or memory may be used up.
+Operations then fail with errors of their own, and this condition names their common cause.
 """
 
 import asyncio
@@ -21,20 +21,20 @@ HANG_S = 10.0
 _PROBE = ".writable"
 _BLOCK = bytes(4096)
 _ADVICE = {
-    errno.ENOSPC: "make room: it goes on by itself",
-    errno.EDQUOT: "make room: it goes on by itself",
+    errno.ENOSPC: "free some space, the node then resumes by itself",
+    errno.EDQUOT: "free some space, the node then resumes by itself",
     errno.EROFS: "look for errors of the disk in the kernel's log, and mount it again",
     errno.EIO: "the disk fails: see the kernel's log",
-    errno.EMFILE: "the node process has too many files open: restart skep, containers run on",
+    errno.EMFILE: "the node process has too many files open: restart skep, containers keep running",
     errno.ENFILE: "the machine has too many files open",
     errno.ENOMEM: "the machine has no memory left",
 }
 
 
 class DiskCheck:
-    """Writes a block to each directory, and keeps the condition ``disk`` true.
+    """Writes a block to each directory and keeps the condition ``disk`` current.
 
-    The condition ``disk-full`` is the text that the manager writes into ``store_full`` while its store lacks space.
+    The condition ``store-full`` is the text that the manager writes into ``store_full`` while its store lacks space.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class DiskCheck:
         """Check every ``PERIOD_S`` until cancelled."""
         while True:
             self._conditions.reporter("disk")(await self.look())
-            self._conditions.reporter("disk-full")(self._store_full_text())
+            self._conditions.reporter("store-full")(self._store_full_text())
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:
-        """A sentence about what is wrong now; empty: nothing is."""
+        """Return a sentence about the present problem, or an empty text if writes succeed."""
         if self._writing is None:
             self._writing = asyncio.get_running_loop().run_in_executor(self._thread, self._write)
         done, _ = await asyncio.wait((self._writing,), timeout=within_s)

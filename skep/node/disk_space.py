@@ -1,15 +1,15 @@
-"""Free space of the disks that this node and its containers write to, and the conditions that follow from it.
+"""Free space of the disks that this node and its containers write to, and the conditions derived from it.
 
-A disk counts as full by what processes without privileges have left of it (``f_bavail``): ext4 reserves 5 % of its
-blocks for root, so a write by root succeeds long after containers fail.  Inodes run out on their own, with blocks left.
+A disk's use is measured by the space left for unprivileged processes (``f_bavail``).  ext4 reserves 5 % of its blocks
+for root, so a write by root succeeds long after containers fail.  Inodes can run out while blocks are left.
 
-* From ``WARN_PERCENT`` on, the condition ``disk-space`` names the disk.
-* From the setting ``disk-full`` on, a disk of the node itself is the condition ``disk-pressure``: managers assign no
-  further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere never are: other
-  tasks do not need them.
+* The condition ``disk-space`` names a disk from ``WARN_PERCENT`` on.
+* The condition ``disk-pressure`` names a disk of the node itself from the setting ``disk-pressure`` on, and managers
+  assign no further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere are
+  never named, because other tasks do not need them.
 
-Either ends ``HYSTERESIS`` percent below its mark, so that a disk at the mark does not change the cluster's state with
-each file that comes and goes.
+Each is cleared ``HYSTERESIS`` percent below its mark, so that a disk at the mark does not change the cluster's state
+with each file that is created or removed.
 """
 
 import os
@@ -33,36 +33,38 @@ from skep.node.conditions import Conditions
 log = structlog.get_logger()
 
 WARN_PERCENT = 85
-"""Where the node also begins to remove unused images (``image-disk-high``), and where kubelet does."""
+"""The node also starts to remove unused images here (``image-gc-high``), as kubelet does."""
 HYSTERESIS = 2
 STEP_PERCENT = 2
-"""A condition shows another percentage only when it differs by so much: each is a write of the node's description."""
+"""A condition shows another percentage only if it differs by this much, because each is a write of the node's
+description."""
 PERIOD_S = 15.0
 SILENT_S = 5.0
-"""After which a disk that does not answer is left out: a network file system whose server is silent."""
+"""Time after which an unresponsive disk is left out, such as a network file system without its server."""
 SOURCES_MAX = 200
-"""Mounts of containers that are looked at, each in a thread of its own."""
+"""Mounts of containers that are measured, each in a thread of its own."""
 _NAMED_MAX = 3
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
-    """How full one file system is."""
+    """Use of one file system."""
 
     path: str
     """A directory on it."""
     device: int
     free_bytes: int
-    """For processes without privileges."""
+    """Free bytes for unprivileged processes."""
     used_percent: float
-    """Of the bytes that these may have, as ``df`` shows it."""
+    """Used share of the bytes for unprivileged processes, as ``df`` shows it."""
     inodes_percent: float
-    """0 on file systems that make inodes as they need them."""
+    """Used share of inodes, or 0 on file systems that create inodes on demand."""
     is_own: bool = False
     """Whether the node's own files are on it."""
     purpose: str = ""
     """Purpose of the node's own files on it (``data``, ``images``).  Empty if it has none."""
     mount_point: str = ""
-    """Of a disk with files of containers.  Empty if its paths belong to a stack: every user sees the conditions."""
+    """Mount point of a disk with files of containers.  Empty if its paths belong to a stack, because every user sees
+    conditions."""
 
     @property
     def name(self) -> str:
@@ -71,12 +73,12 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def percent(self) -> float:
-        """Of bytes or inodes, whichever is fuller."""
+        """Used share of bytes or inodes, whichever is larger."""
         return max(self.used_percent, self.inodes_percent)
 
 
 def space_of(path: str, *, is_own: bool = False) -> Space | None:
-    """Measure the file system of ``path``; None: it is read-only, or has no size of its own.  Raises: OSError."""
+    """Measure the file system of ``path``.  None if it is read-only or has no size of its own.  Raises: OSError."""
     found, device = os.statvfs(path), os.stat(path).st_dev
     used = found.f_blocks - found.f_bfree
     if not used + found.f_bavail or found.f_flag & os.ST_RDONLY:
@@ -96,8 +98,7 @@ def space_of(path: str, *, is_own: bool = False) -> Space | None:
 def mount_point_of(device: int, mounts: str, hidden: Iterable[str]) -> str:
     """Return where a file system is mounted, or an empty string if only below one of the paths ``hidden``.
 
-    Args:
-        mounts: As in /proc/self/mountinfo.
+    ``mounts`` is the text of /proc/self/mountinfo.
     """
     number, below = f"{os.major(device)}:{os.minor(device)}", tuple(f"{one.rstrip('/')}/" for one in hidden)
     entries = (line.split(" ", 5) for line in mounts.splitlines())
@@ -110,7 +111,7 @@ def _unescaped(path: str) -> str:
 
 
 def sources_of(containers: Iterable[Container]) -> list[str]:
-    """The directories of the machine that running containers can write to: volumes and bind mounts."""
+    """Return the machine's directories that running containers can write to: volumes and bind mounts."""
     found = {
         point.source: None
         for container in containers
@@ -122,14 +123,14 @@ def sources_of(containers: Iterable[Container]) -> list[str]:
 
 
 class Marks(msgspec.Struct, frozen=True):
-    """``full``: percent from which the node gets no new tasks; 0: it always does."""
+    """Percentages for the conditions.  From ``full`` on, the node gets no new tasks.  0 disables that."""
 
     full: int
     warn: int = WARN_PERCENT
 
 
 class _Shown(msgspec.Struct, frozen=True):
-    """What was said last about a disk."""
+    """The message shown last about a disk."""
 
     percent: int
     words: str
@@ -137,13 +138,13 @@ class _Shown(msgspec.Struct, frozen=True):
 
 
 class Fullness:
-    """The words for the conditions, with what was said before: pure but for that."""
+    """Decides on the conditions' texts, and remembers the last ones.  Pure except for that."""
 
     def __init__(self) -> None:
         self._shown: dict[int, _Shown] = {}
 
     def judge(self, disks: Sequence[Space], marks: Marks) -> tuple[str, str]:
-        """Return the texts of ``disk-space`` and of ``disk-pressure``; empty: the condition does not hold.
+        """Return the texts of ``disk-space`` and ``disk-pressure``.  An empty text clears the condition.
 
         A disk that is full is not also named as nearly full.
         """
@@ -196,9 +197,9 @@ class DiskSpace:
     """Keeps the conditions ``disk-space`` and ``disk-pressure`` current.
 
     Args:
-        directories: of the node's own files, by purpose.
-        containers: lists the node's containers.
-        configuration: gives the present one, which may be reloaded.
+        directories: Folders with the node's own files, by purpose.
+        containers: Returns the node's containers.
+        configuration: Returns the present configuration, which may be reloaded.
     """
 
     def __init__(
@@ -216,7 +217,8 @@ class DiskSpace:
         self._clock = clock
         self._own_calls = BlockingCalls()
         self._calls = BlockingCalls()
-        """Separate: mounts whose servers are silent must not use up the threads for the node's own directories."""
+        """Separate, because mounts whose servers are silent must not use up the threads for the node's own
+        directories."""
         self._waiting: set[str] = set()
         """Paths whose earlier measurement has not ended."""
         self._own: dict[str, Space | None] = {}
@@ -224,10 +226,10 @@ class DiskSpace:
         self._fullness = Fullness()
         self._silent: set[str] = set()
         self.disks: Sequence[Space] = ()
-        """What was measured last, a file system each."""
+        """The last measurements, one for each file system."""
 
-    async def begun(self) -> Callable[[], Coroutine[Any, Any, None]]:
-        """Measure once, so that the node's first description has the conditions; return what measures on."""
+    async def prepare(self) -> Callable[[], Coroutine[Any, Any, None]]:
+        """Measure once, so that the node's first description has the conditions.  Return ``run``."""
         await self.measure()
         return self.run
 
@@ -251,26 +253,26 @@ class DiskSpace:
             for device, disk in found.items():
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
-        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_full))
+        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_pressure))
         self._conditions.report(DISK_SPACE, near)
         self._conditions.report(DISK_PRESSURE, full)
 
     async def _add(self, path: str, found: dict[int, Space], *, purpose: str = "") -> None:
-        """Measure the disk of ``path``, if it is another one.
+        """Measure the disk of ``path`` unless it was measured already.
 
-        One that cannot be measured is left out.  An own directory keeps its last measurement: its disk may still be
-        full.
+        A disk that cannot be measured is left out.  An own directory keeps its last measurement, because its disk may
+        still be full.
         """
         is_own = bool(purpose)
         try:
-            space = await self._measured(path, is_own=is_own)
-        except FileNotFoundError:  # not made yet, or removed with its container
+            space = await self._measure_in_thread(path, is_own=is_own)
+        except FileNotFoundError:  # not created yet, or removed with its container
             self._own.pop(path, None)
             return
         except (OSError, TimeoutError, Unavailable) as error:
             if path not in self._silent:
                 self._silent.add(path)
-                log.info("free space of a disk is not known", path=path, reason=str(error) or "no answer")
+                log.info("free space of disk unknown", path=path, reason=str(error) or "no answer")
             space = self._own.get(path)
         else:
             self._silent.discard(path)
@@ -279,10 +281,10 @@ class DiskSpace:
         if space is not None:
             found.setdefault(space.device, replace(space, purpose=purpose))
 
-    async def _measured(self, path: str, *, is_own: bool) -> Space | None:
-        """``space_of`` in a thread, of which each path has one at most.  Raises: OSError; TimeoutError; Unavailable."""
+    async def _measure_in_thread(self, path: str, *, is_own: bool) -> Space | None:
+        """Call ``space_of`` in a thread, at most one for each path.  Raises: OSError; TimeoutError; Unavailable."""
         if path in self._waiting:
-            raise Unavailable("an earlier look at it has not ended")
+            raise Unavailable("an earlier measurement has not ended")
 
         def measure() -> Space | None:
             try:

@@ -1,7 +1,7 @@
-"""The machine's Docker Engine, as the node itself uses it: its version, its containers, its events.
+"""The node's own use of the machine's Docker Engine: its version, its containers, its events.
 
-Everything else reaches it byte for byte (see ``front.splice``).  An engine that does not respond delays a request
-by a few seconds at most, and its part of the response is missing.
+All other traffic is passed to it byte for byte (see ``front.splice``).  An engine that does not respond delays a
+request by a few seconds at most, and its part of the response is missing.
 """
 
 from collections.abc import AsyncIterable, Callable, Collection, Mapping
@@ -40,10 +40,10 @@ class DockerEngine:
     def __init__(self, api: Client) -> None:
         self.api = api
         self.version: Mapping[str, str] = {}
-        """``Version`` and ``ApiVersion``, as of its last response; empty before the first."""
+        """``Version`` and ``ApiVersion`` of its last response.  Empty before the first."""
 
     async def follow(self, clock: Clock, rng: Callable[[], float]) -> None:
-        """Keep ``version`` current until cancelled: an engine may start after this node, or be replaced."""
+        """Keep ``version`` current until cancelled, because an engine may start after this node or be replaced."""
         backoff = Backoff(0.5, _VERSION_PERIOD_S, rng=rng)
         while True:
             if await self.read_version():
@@ -53,7 +53,7 @@ class DockerEngine:
                 await backoff.sleep(clock)
 
     async def read_version(self) -> bool:
-        """Whether it responded within 3 s."""
+        """Read the version.  Return whether the engine responded within 3 s."""
         try:
             found = await self.api.get("/version", timeout_s=_TIMEOUT_S)
             version = {key: str(found[key]) for key in ("Version", "ApiVersion")}
@@ -68,12 +68,12 @@ class DockerEngine:
 
     @property
     def api_version(self) -> ApiVersion:
-        """The version of the API that both support."""
+        """The newest API version that both support."""
         theirs = self.version.get("ApiVersion", "")
         return min(NEWEST, ApiVersion(theirs)) if theirs else NEWEST
 
     async def counts(self, own_images: Collection[str] = ()) -> Counts:
-        """Its containers, and its images without those whose ids are in ``own_images``."""
+        """Return the number of its containers, and of its images except those in ``own_images``."""
         try:
             found = await self.api.get("/info", timeout_s=_TIMEOUT_S)
             images = {str(one["Id"]) for one in await self.images({"all": "1"})}
@@ -87,7 +87,8 @@ class DockerEngine:
         )
 
     async def image_id(self, word: str) -> str:
-        """Id of the image that ``word`` means; empty: it has none.  Raises: Unavailable: it does not respond."""
+        """Return the id of the image ``word``, or empty if it does not exist.  Raises: Unavailable: it does not
+        respond."""
         try:
             found = await self.api.get(f"/images/{quote(word)}/json")
         except NotFound:
@@ -97,7 +98,8 @@ class DockerEngine:
     async def images(
         self, query: Mapping[str, str] = MappingProxyType({}), path: str = "/images/json"
     ) -> list[Any]:
-        """Its images, as ``docker images`` lists them.  Raises: Unavailable; SkepError: it refuses the ``query``."""
+        """Return its images as ``docker images`` lists them.  Raises: Unavailable; SkepError: it refuses the
+        ``query``."""
         return list(await self.api.request("GET", path, query=query, timeout_s=_TIMEOUT_S))
 
     async def load(self, archive: AsyncIterable[bytes]) -> None:
@@ -109,7 +111,7 @@ class DockerEngine:
             raise response.error()
 
     async def containers(self, request: web.Request) -> list[Any]:
-        """Its part of ``docker ps``, with the client's parameters."""
+        """Return its part of ``docker ps``, with the client's parameters."""
         try:
             return list(
                 await self.api.request("GET", request.path, query=dict(request.query), timeout_s=_TIMEOUT_S)
@@ -122,7 +124,7 @@ class DockerEngine:
 def with_containers_of(
     engine: DockerEngine, routes: tuple[web.AbstractRouteDef, ...]
 ) -> tuple[web.AbstractRouteDef, ...]:
-    """``routes``, with the engine's containers in the list of containers."""
+    """Return ``routes`` with the engine's containers added to the list of containers."""
     return tuple(
         web.get(route.path, _merged(engine, route.handler))
         if isinstance(route, web.RouteDef) and (route.method, route.path) == ("GET", "/containers/json")
@@ -143,7 +145,7 @@ def _merged(engine: DockerEngine, ours: Any) -> Handler:
 
 
 def docker_engine_at(socket: Path | None) -> DockerEngine | None:
-    """The machine's Docker Engine at the socket that the configuration names; None: it names none."""
+    """Return the machine's Docker Engine at the configured socket, or None without such a socket."""
     return (
         DockerEngine(Client.local(socket, f"the Docker Engine at {socket}")) if socket is not None else None
     )

@@ -1,13 +1,12 @@
-"""The images of this node and those of the Docker Engine beside it, as one.
+"""Presents the images of this node and of the machine's Docker Engine as one store.
 
 Both have a store of their own: services run from this node's, plain containers and builds from the engine's.  An image
-that the other one has is copied when it is needed.  Which images a build needs is not known before it runs: it gets all
-that users have loaded, tagged or pulled here, without those that the node has fetched for its tasks.
+of the other store is copied when it is needed.  Which images a build needs is not known before it runs.  It
+gets all images that users have loaded, tagged or pulled here, without those that the node has fetched for its tasks.
 
-What a name means is decided by the store in which it changed last: ``theirs_is_newer`` compares the image that the
-engine has under a name with the one that it had there when it was looked at last.  A name that has moved in the engine
-is taken from this node's image at once (``reconcile``), so that the old one is not found any more; the new one is
-copied when a service needs it.
+A name means the image in the store where it changed last.  ``theirs_is_newer`` compares the engine's image of a name
+with its image at the last check.  A name that has moved in the engine is removed from this node's image at once
+(``reconcile``), so that the old image is no longer found.  The new one is copied when a service needs it.
 """
 
 import asyncio
@@ -33,24 +32,25 @@ from skep.node.docker_engine import DockerEngine
 log = structlog.get_logger()
 
 COPY_S_MAX = 1800.0
-"""For an image from one store to the other."""
+"""Limit for copying an image from one store to the other."""
 LOOK_AGAIN_S = 30.0
-"""Without an event of the engine."""
+"""Period of checks without an event of the engine."""
 GIVEN_MAX = 1000
 """Recorded names of users.  The oldest are dropped first."""
 SETTLE_S = 0.05
-"""After an event: a build or a load makes several."""
+"""Wait after an event, because a build or a load causes several."""
 
 Names = Mapping[str, str]
-"""Familiar name with its tag -> id of the image."""
+"""Image ids by familiar name with tag."""
 
 
 def theirs_is_newer(name: str, ours: str, theirs: str, seen: Names) -> bool:
-    """Whether the engine's image of a name counts, and not this node's.
+    """Return whether the engine's image of a name counts, and not this node's.
 
     Args:
-        ours, theirs: ids; ``ours`` empty: this node has none.
-        seen: what the engine had when it was looked at last.
+        ours: Id of this node's image, or empty.
+        theirs: Id of the engine's image, or empty.
+        seen: The engine's names at the last check.
     """
     return bool(theirs) and theirs != ours and (not ours or seen.get(name) != theirs)
 
@@ -58,10 +58,10 @@ def theirs_is_newer(name: str, ours: str, theirs: str, seen: Names) -> bool:
 def merged(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], untagged: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """One list of both stores' images, newest first.
+    """Return one list of both stores' images, newest first.
 
-    An image that both have is one entry, with all its names.  A name that both have for different images is this
-    node's: where it is not, ``reconcile`` has taken it.  ``untagged``: the fields of an image without names.
+    An image that both have is one entry with all its names.  A name that both have for different images is this node's,
+    because ``reconcile`` has removed it otherwise.  ``untagged`` are the fields of an image without names.
     """
     entries = {one["Id"]: dict(one) for one in ours}
     taken = {name for one in ours for name in one.get("RepoTags") or ()}
@@ -82,8 +82,8 @@ class EngineImages:
     """Exchanges images with the Docker Engine of this machine.
 
     Args:
-        users: every container of this node.
-        file: keeps what the engine had when it was looked at last.
+        users: Returns every container of this node.
+        file: Keeps the engine's names at the last check.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class EngineImages:
         self._given = _read(self._given_file) or {}
         """Names of images that users pulled, loaded, imported or tagged through the API, oldest first."""
         self._handed: dict[str, tuple[str, str]] = {}
-        """Names handed to the engine -> our id, and the id that the engine has given it."""
+        """Our id, and the id in the engine, of each name that was copied to the engine."""
         self._copying = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -122,31 +122,29 @@ class EngineImages:
         while True:
             try:
                 async with self._docker.api.stream("/events", filters={"type": ["image"]}) as events:
-                    self._changed.set()  # what came before is in no event
+                    self._changed.set()  # earlier changes are in no event
                     async for _ in events.objects():
                         backoff.reset()
                         self._changed.set()
             except (SkepError, msgspec.DecodeError) as error:
-                log.debug("events of the docker engine end", reason=str(error))
+                log.debug("event stream of docker engine ended", reason=str(error))
             await backoff.sleep(clock)
 
     async def reconcile(self) -> None:
-        """Take from this node's images the names that have moved in the engine.  Raises: SkepError."""
+        """Remove names that have moved in the engine from this node's images.  Raises: SkepError."""
         names = await self._their_names()
         if self._seen is not None:
             for name, id in names.items():
                 ours = self._images.lookup(name)
                 if ours is not None and theirs_is_newer(name, ours.id, id, self._seen):
-                    log.info(
-                        "name of an image has moved in the docker engine", name=name, before=ours.id, now=id
-                    )
+                    log.info("image name has moved in the docker engine", name=name, before=ours.id, now=id)
                     await self._images.remove(name, force=True, users=self._users)
         await self._see(names)
 
     async def bring(self, word: str) -> None:
-        """Copy the image that ``word`` means here, if the engine has it and this node does not, or an older one.
+        """Copy the image ``word`` from the engine if this node has none or an older one.
 
-        One that cannot be copied is logged: then this node has what it had.
+        A failure is logged, and the node then keeps its own image.
         """
         try:
             name = _name_of(word)
@@ -170,8 +168,7 @@ class EngineImages:
             log.warning("image not copied from the docker engine", image=word, reason=str(error) or "timeout")
 
     async def hand_over(self, word: str) -> None:
-        """Copy the image that ``word`` means to the engine, if this node has it and the engine does not, or an older
-        one.
+        """Copy the image ``word`` to the engine if the engine has none or an older one.
 
         Raises: Unavailable.
         """
@@ -182,16 +179,16 @@ class EngineImages:
         if theirs == ours.id or theirs_is_newer(name, ours.id, theirs, self._seen or {}):
             return
         if theirs and self._handed.get(name) == (ours.id, theirs):
-            return  # an engine that names images by their manifest
-        log.info("image handed to the docker engine", image=word)
+            return  # an engine that identifies images by their manifest
+        log.info("image copied to the docker engine", image=word)
         try:
             async with self._copying, asyncio.timeout(COPY_S_MAX):
                 await self._docker.load(self._images.save([word]))
         except NotFound:
-            log.info("image was removed while it was handed over", image=word)
+            log.info("image was removed while it was copied to the docker engine", image=word)
             return
         except TimeoutError:
-            log.warning("image not handed to the docker engine in time", image=word)
+            log.warning("image not copied to the docker engine in time", image=word)
             return
         given = await self._docker.image_id(word)
         self._handed[name] = (ours.id, given)
@@ -214,7 +211,7 @@ class EngineImages:
         return {name: id for name, id in names.items() if not name.startswith("<none>")}
 
     async def note_given(self, names: Collection[str]) -> None:
-        """Record names that a user set through the API: a build in the engine may use them."""
+        """Record names that a user set through the API, because a build in the engine may use them."""
         given = {**self._given, **dict.fromkeys(sorted(names), "")}
         given = dict(list(given.items())[-GIVEN_MAX:])
         if given != self._given:
@@ -224,7 +221,7 @@ class EngineImages:
     async def hand_over_given(self) -> None:
         """Copy images that users gave this node to the engine, before a build there.
 
-        Logs an image that cannot be copied: the build then fails with the image's name.
+        An image that cannot be copied is logged, and the build then fails with the image's name.
         """
         ours = self.names()
         try:
@@ -237,7 +234,7 @@ class EngineImages:
                 try:
                     await self.hand_over(name)
                 except (SkepError, OSError) as error:
-                    log.warning("image not handed to the docker engine", image=name, reason=str(error))
+                    log.warning("image not copied to the docker engine", image=name, reason=str(error))
 
     async def _see(self, names: Names) -> None:
         if names != self._seen:
@@ -246,13 +243,13 @@ class EngineImages:
 
 
 def _name_of(word: str) -> str:
-    """The familiar name with its tag; an id as it is.  Raises: InvalidArgument."""
+    """Return the familiar name with its tag, or an id as it is.  Raises: InvalidArgument."""
     named = parse_any(word)
     return named.with_default_tag().familiar if isinstance(named, Reference) else named
 
 
 def _read(file: Path) -> Names | None:
-    """None: the engine was never looked at, so that it is not known which names have moved."""
+    """Read the file.  None if the engine was never checked, so that it is unknown which names have moved."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, str])
     except FileNotFoundError:

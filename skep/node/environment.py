@@ -1,4 +1,4 @@
-"""What a node finds when it starts: its machine, and what it shares with the daemon around it."""
+"""A node's environment at its start: its machine, and objects that it shares with the daemon."""
 
 from collections.abc import Mapping
 from random import Random
@@ -13,7 +13,8 @@ from skep.node.supervision.processes import NodeProcesses
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """``versions``: of the programs that the node starts; ``warnings``: sentences about the configuration."""
+    """The environment.  ``versions`` lists the programs that the node starts, ``warnings`` concern the
+    configuration."""
 
     machine: Machine
     features: Features

@@ -1,4 +1,4 @@
-"""``/events``: what happens to this node's containers and images, merged with the streams of manager and engine.
+"""``/events``: events of this node's containers and images, merged with the streams of manager and engine.
 
 Source: moby, daemon/events/{events,filter}.go.
 """
@@ -28,42 +28,42 @@ KEPT = 1024
 BEHIND_MAX = 1024
 READERS_MAX = 256
 READER = "X-Skep-Reader"
-"""A header of requests that are answered for a container that may only read."""
+"""A header of requests that are answered for a container with read-only access."""
 SUBSCRIBE_S = 5.0
-"""For a manager or an engine to begin its stream, before a client's begins without it."""
+"""Time for a manager or an engine to start its stream, before the client's stream starts without it."""
 AGAIN_S_MAX = 15.0
-"""Between attempts at a source that does not answer."""
+"""Longest pause between attempts at a source that does not answer."""
 PROGRESS_S = 10.0
-"""Between two messages that give the cursor of a stream in which nothing happens."""
+"""Period of messages with the cursor of a stream without events."""
 
 KINDS = ("container", "daemon", "volume", "plugin", "network", "service", "node", "secret", "config")
-"""Filters by id or name.  As in Docker they are compared with id and name of any event: ``service=web`` also takes
-those of the containers ``web.1.<task>``."""
+"""Filters by id or name.  As in Docker they are compared with id and name of any event: ``service=web`` also matches
+events of the containers ``web.1.<task>``."""
 
 LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})
 
 FOLLOWED = frozenset({"container", "image", "volume"})
-"""Types of events that managers follow.  A manager ends a node's stream at any other type, which it cannot read."""
+"""Types of events that managers follow.  A manager ends a node's stream at any other type, which it cannot decode."""
 
 Message = Mapping[str, Any]
-"""One event as it is sent."""
+"""One event in the form in which it is sent."""
 
 
 class EventLines(Protocol):
-    """Where others' events come from: the manager, the machine's Docker Engine (``Client``)."""
+    """A source of other events: the manager, or the machine's Docker Engine (``Client``)."""
 
     def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """The lines of a response, each one JSON value.  Raises: SkepError."""
+        """Yield the lines of a response, each one JSON value.  Raises: SkepError."""
 
 
 class EventRequest(msgspec.Struct, frozen=True):
-    """What a client requested.  Unix time in nanoseconds; None: not given."""
+    """A client's request.  Times are Unix times in nanoseconds, or None if not set."""
 
     since_ns: int | None
     until_ns: int | None
     filters: Filters
     query: Mapping[str, str]
-    """The same as it was written, for the manager."""
+    """The query as it was written, for the manager."""
 
 
 class Reader:
@@ -73,7 +73,7 @@ class Reader:
         self._waiting: asyncio.Queue[Message | None] = asyncio.Queue(BEHIND_MAX)
 
     def offer(self, message: Message | None) -> None:
-        """Queue a message; None ends the stream.  So does a full queue: a stream has no gaps."""
+        """Queue a message.  None ends the stream, and so does a full queue, because a stream has no gaps."""
         if self._waiting.full():
             while not self._waiting.empty():
                 self._waiting.get_nowait()
@@ -81,33 +81,33 @@ class Reader:
         self._waiting.put_nowait(message)
 
     async def next(self) -> Message | None:
-        """The next message; None: the stream has ended."""
+        """Return the next message, or None if the stream has ended."""
         return await self._waiting.get()
 
 
 class NodeEvents:
-    """The events of this node: the last ``KEPT``, and the queues of clients that read on."""
+    """The events of this node: the last ``KEPT``, and the queues of connected clients."""
 
     def __init__(self, clock: Clock, life: str = "") -> None:
-        """``life``: names the events of this process, which are numbered; empty: a name that no other has."""
+        """Make the events.  ``life`` identifies this process's numbered events.  By default it is unique."""
         self.clock = clock
         self._life = life or secrets.token_hex(4)
         self._past: deque[Message] = deque(maxlen=KEPT)
         self._readers: set[Reader] = set()
         self.published = 0
-        """Events since the start; the last one has this number."""
+        """Number of events since the start, which is the number of the last event."""
         self._followers = 0
         self._changed = asyncio.Event()
 
     @property
     def readers(self) -> int:
-        """Clients that read on."""
+        """Number of connected clients."""
         return len(self._readers)
 
     def publish(
         self, type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int | None = None
     ) -> None:
-        """Send every client the event ``action``."""
+        """Send the event ``action`` to every client."""
         message = message_of(type, action, id, attributes, self.clock.now_ns() if at_ns is None else at_ns)
         self._past.append(message)
         self.published += 1
@@ -117,7 +117,7 @@ class NodeEvents:
             reader.offer(message)
 
     def publish_image(self, event: ImageEvent) -> None:
-        """Publish an event of an image of the engine."""
+        """Publish an image event of the engine."""
         self.publish("image", event.action, event.id, event.attributes, event.time_ns)
 
     async def forward(self, containers: Events) -> None:
@@ -146,15 +146,15 @@ class NodeEvents:
     ) -> None:
         """Send the requested past events, then new ones, until the requested end.
 
-        A stream without an end also ends with that of a source: events of that one would be missing in it.  A source
-        that does not answer is asked again, for what has happened since the stream began.
+        A stream without an end also ends when a source ends, because its events would be missing.  A source that does
+        not answer is retried, for events since the stream began.
 
         Args:
-            sources: of further events: the manager of this node, the Docker Engine.
-            begin: sends the head of the response.  By then each source is read, or has failed, or took
-                ``SUBSCRIBE_S``: a client that has the head misses nothing of what happens next.
+            sources: Sources of further events: the node's manager, the Docker Engine.
+            begin: Sends the head of the response.  By then each source is being read, has failed, or took
+                ``SUBSCRIBE_S``, so that a client with the head does not miss later events.
 
-        Raises: what ``begin`` and ``send`` raise; ResourceExhausted: too many clients.
+        Raises: The errors of ``begin`` and ``send``; ResourceExhausted: too many clients.
         """
         with self._reading() as reader:
             past = [message for message in self._past if _is_wanted_past(message, request)]
@@ -194,13 +194,13 @@ class NodeEvents:
     async def follow(
         self, cursor: str, since_ns: int | None, until_ns: int | None, filters: Filters
     ) -> AsyncGenerator[Message, None]:
-        """This node's own events, each with the cursor behind which another stream goes on; for managers.
+        """Yield this node's own events for managers, each with a cursor from which another stream can continue.
 
-        Begins with a message that has the cursor only, and has one again whenever nothing happens.  Where events are
-        missing there is a message ``gap`` in their place.
+        The first message has only the cursor, and so has one whenever no event occurs for a while.  A message ``gap``
+        replaces missing events.
 
         Args:
-            cursor: of the event after which to begin; empty: with the first one after ``since_ns``, or that is kept.
+            cursor: Start after this event, or if empty with the first kept event, or the first after ``since_ns``.
 
         Raises: ResourceExhausted: too many clients.
         """
@@ -235,7 +235,7 @@ class NodeEvents:
         return max(0.0, min(left_s, PROGRESS_S))
 
     def _position(self, cursor: str, since_ns: int | None) -> int | None:
-        """The number of the event behind which a stream begins; None: not all that follow are kept."""
+        """Return the number of the event after which a stream starts, or None if later events are no longer kept."""
         first = self.published - len(self._past)
         if not cursor:
             return first + sum(since_ns is not None and int(one["timeNano"]) < since_ns for one in self._past)
@@ -258,7 +258,7 @@ class NodeEvents:
 
 
 def message_of(type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int) -> Message:
-    """An event in Docker's form, with the fields that older clients read (status, id, from)."""
+    """Return an event in Docker's form, with the fields that older clients read (status, id, from)."""
     legacy = {"status": action, "id": id} if type in ("container", "image") else {}
     if type == "container":
         legacy["from"] = attributes.get("image", "")
@@ -274,7 +274,7 @@ def message_of(type: str, action: str, id: str, attributes: Mapping[str, str], a
 
 
 def without_commands(message: Message) -> Message:
-    """The event without the command line of an exec or health check, in which passwords may be."""
+    """Return the event without the command line of an exec or health check, which may contain passwords."""
     name, colon, _ = str(message["Action"]).partition(": ")
     if not colon or name not in ("exec_create", "exec_start"):
         return message
@@ -283,12 +283,12 @@ def without_commands(message: Message) -> Message:
 
 
 def gap_in_place_of(message: Message) -> Message:
-    """For an event of ``follow`` that is not sent."""
+    """Return the message that replaces an event of ``follow`` that is not sent."""
     return {**message_of("stream", "gap", "", {}, message["timeNano"]), "Cursor": message["Cursor"]}
 
 
 def fits(message: Message, filters: Filters) -> bool:
-    """Whether ``filters`` take this local event."""
+    """Return whether ``filters`` accept this local event."""
     type, action, actor = message["Type"], message["Action"], message["Actor"]
     name = actor["Attributes"].get("name", "")
     of_image = (
@@ -306,14 +306,14 @@ def fits(message: Message, filters: Filters) -> bool:
 
 
 def _fits_action(action: str, filters: Filters) -> bool:
-    """``exec_create``, ``exec_start`` and ``health_status`` are matched by prefix (moby issue 25798)."""
+    """Match ``exec_create``, ``exec_start`` and ``health_status`` by prefix (moby issue 25798), others exactly."""
     if {"health_status", "exec_create", "exec_start"} & set(filters["event"]):
         return filters.matches_prefix("event", action)
     return filters.matches("event", action)
 
 
 def without_tag(reference: str) -> str:
-    """``registry:5000/app:1`` -> ``registry:5000/app``."""
+    """Return ``registry:5000/app`` for ``registry:5000/app:1``."""
     bare = reference.partition("@")[0]
     name, colon, tag = bare.rpartition(":")
     return name if colon and "/" not in tag else bare
@@ -339,7 +339,7 @@ async def _past_of(source: EventLines, request: EventRequest) -> list[Message]:
 
 
 class _Source:
-    """A source of a client's stream.  ``was_asked``: it is read, or has failed once."""
+    """A source of a client's stream.  ``was_asked`` is set once it is being read, or has failed."""
 
     def __init__(self, lines: EventLines, request: EventRequest, reader: Reader, clock: Clock) -> None:
         self._lines = lines
@@ -349,7 +349,7 @@ class _Source:
         self.was_asked = asyncio.Event()
 
     async def follow(self) -> None:
-        """Pass its events on until it ends or refuses.  It is asked again for as long as it does not answer."""
+        """Pass its events on until it ends or refuses.  It is retried while it does not answer."""
         backoff = Backoff(0.5, AGAIN_S_MAX)
         query, now_ns = self._request.query, self._clock.now_ns()
         later = {"since": f"{now_ns // SECOND_NS}.{now_ns % SECOND_NS:09}", **query}
@@ -382,7 +382,7 @@ class _Actor(msgspec.Struct):
 
 
 class _Shape(msgspec.Struct):
-    """The fields that are read of other sources' events, which are passed on unchanged."""
+    """The fields of other sources' events that are read.  The events are passed on unchanged."""
 
     Type: str
     Action: str
@@ -395,6 +395,6 @@ _check = msgspec.json.Decoder(_Shape).decode
 
 
 def _decoded(line: bytes) -> Message:
-    """Raises: msgspec.DecodeError: that is no event."""
+    """Decode an event.  Raises: msgspec.DecodeError: it is invalid."""
     _check(line)
     return cast("Message", msgspec.json.decode(line))

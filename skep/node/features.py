@@ -1,8 +1,8 @@
-"""What the kernel of this machine can do, found out by doing it in a network namespace of its own.
+"""Detects kernel features of this machine by using them in a network namespace of their own.
 
-A module that is missing, a container around us without a capability, a kernel without nftables: none of that shows
-in a version number.  What is missing becomes a warning of ``/info`` and an engine label, so that a placement
-constraint can avoid the node (``engine.labels.skep.without.vxlan!=true``).
+A missing module, a surrounding container without a capability, or a kernel without nftables does not show in a version
+number.  A missing feature becomes a warning in ``/info`` and an engine label, so that a placement constraint can avoid
+the node (``engine.labels.skep.missing.vxlan!=true``).
 """
 
 import ctypes
@@ -56,7 +56,7 @@ table ip skep_probe {
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """What works.  ``missing`` explains per feature what was tried and the kernel's error."""
+    """The available features.  ``missing`` explains each missing one with the attempt and the kernel's error."""
 
     missing: Mapping[str, str] = {}
     cgroup_version: int = 2
@@ -65,12 +65,12 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     open_files_max: int = 0
 
     def has(self, feature: str) -> bool:
-        """Whether one of those works that ``detect`` tries."""
+        """Return whether a feature that ``detect`` tries is available."""
         return feature not in self.missing
 
 
 _IN_NAMESPACE = frozenset({"veth", "bridge", "vxlan", "wireguard", "nftables", "route-localnet"})
-"""What is tried out by making it, which must not happen in the machine's own network namespace."""
+"""Features that are tried by creating objects, which must not happen in the machine's own network namespace."""
 
 _CONSEQUENCES = {
     "veth": "containers get no network of their own",
@@ -82,11 +82,11 @@ _CONSEQUENCES = {
     "overlayfs": "images cannot be shared between containers; put the data dir on ext4 or xfs",
     "seccomp": "containers run without a seccomp profile",
 }
-"""Why a missing feature matters.  Other features are used on request only."""
+"""Consequences of a missing feature.  Other features are used on request only."""
 
 
 def warnings(features: Features) -> tuple[str, ...]:
-    """Sentences for ``/info``."""
+    """Return the warnings for ``/info``."""
     sentences = [
         f"WARNING: No {name} support ({features.missing[name]}): {consequence}"
         for name, consequence in _CONSEQUENCES.items()
@@ -111,16 +111,16 @@ def warnings(features: Features) -> tuple[str, ...]:
 
 
 def labels(features: Features) -> Mapping[str, str]:
-    """Engine labels for what is missing."""
-    return {f"skep.without.{name}": "true" for name in sorted(features.missing)}
+    """Return the engine labels for missing features."""
+    return {f"skep.missing.{name}": "true" for name in sorted(features.missing)}
 
 
 def detect(data_dir: Path, nft: str = "nft") -> Features:
-    """Try everything; about 40 ms.  Runs in a thread of its own, whose namespaces end with it."""
+    """Try every feature, which takes about 40 ms.  Runs in a thread of its own, whose namespaces end with it."""
     missing: dict[str, str] = {}
 
     def probe() -> None:
-        if refusal := ipv6_refusal():  # a new namespace has IPv6 even where the machine's is turned off
+        if refusal := ipv6_refusal():  # a new namespace has IPv6 even if the machine's is turned off
             missing["ipv6-egress"] = refusal
         refusal = "" if _libc.unshare(_CLONE_NEWNET) == 0 else os.strerror(ctypes.get_errno())
         for name, attempt in _attempts(data_dir, nft).items():
@@ -179,14 +179,14 @@ def _find(program: str) -> None:
 
 
 def _try_wireguard() -> None:
-    """Make a device, give it a key and turn it on: a kernel may refuse each of these (rights, lockdown, FIPS)."""
+    """Create a device, set a key and bring it up.  A kernel may refuse each of these (rights, lockdown, FIPS)."""
     _run("ip", "link", "add", "w0", "type", "wireguard")
     kernel.change_device("w0", Change(private=new_private_key()))
     _run("ip", "link", "set", "w0", "up")
 
 
 def _try_overlay(data_dir: Path) -> None:
-    """Mount an overlay below the data dir, where containers' file systems will be."""
+    """Mount an overlay below the data directory, where containers' file systems will be."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=data_dir) as scratch:
         for name in ("lower", "upper", "work", "merged"):
@@ -206,7 +206,7 @@ def _reason(error: Exception) -> str:
 
 
 def _cgroups() -> tuple[int, frozenset[str]]:
-    """Version 1 or 2, and the controllers that limits can be set with."""
+    """Return the cgroup version, 1 or 2, and the controllers that can set limits."""
     root = Path("/sys/fs/cgroup")
     if file_system_type(root) == _CGROUP2_MAGIC:
         return 2, frozenset((root / "cgroup.controllers").read_text().split())
@@ -222,7 +222,7 @@ def _missing_capabilities() -> tuple[str, ...]:
 
 
 def file_system_type(path: Path) -> int:
-    """The magic number of the file system ``path`` lies on (statfs(2)).  Raises: OSError."""
+    """Return the magic number of the file system of ``path`` (statfs(2)).  Raises: OSError."""
     buffer = (ctypes.c_long * 32)()
     if _libc.statfs(os.fsencode(path), buffer) != 0:
         number = ctypes.get_errno()

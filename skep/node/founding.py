@@ -1,4 +1,4 @@
-"""The first node of a new cluster: the checks before, and its identity, certificate and keys.
+"""Creates the first node of a new cluster: checks, then its identity, certificate and keys.
 
 Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (errors of a failed start).
 """
@@ -41,14 +41,15 @@ _REASONS = {
 
 
 class NewCluster(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first manager of a new cluster needs.  ``root_key_pem``: of the cluster's new authority."""
+    """Data for the first manager of a new cluster.  ``root_key_pem`` is the key of the cluster's new authority."""
 
     plan: Founding
     root_key_pem: bytes
 
 
 def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
-    """A new cluster's first node, its certificate, and the key (PEM) of the cluster's new authority."""
+    """Make a new cluster's first node.  Return it with its certificate and the key (PEM) of the cluster's new
+    authority."""
     node_id, cluster_id = NodeId(new_id()), ClusterId(new_id())
     authority = Authority.create()
     identity = Identity(node_id=node_id, cluster_id=cluster_id, role=NodeRole.MANAGER)
@@ -57,19 +58,19 @@ def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
 
 
 def sole_manager(identity: Identity, at: Endpoints) -> LocalNode:
-    """The only manager of its cluster."""
+    """Return the node that is the only manager of its cluster."""
     return moved(LocalNode(node_id=identity.node_id, cluster_id=identity.cluster_id, is_manager=True), at)
 
 
 def key_pair(authority: Authority, identity: Identity, root_pem: bytes) -> KeyPair:
-    """A new key and its certificate.  ``root_pem``: the authority's root as the cluster has it, byte by byte."""
+    """Make a key and its certificate.  ``root_pem`` is the authority's root exactly as the cluster has it."""
     key = new_private_key()
     certificate_pem = authority.issue(key.public_key(), identity)
     return KeyPair(certificate_pem=certificate_pem, key_pem=private_pem(key), root_pem=root_pem)
 
 
 def moved(node: LocalNode, to: Endpoints) -> LocalNode:
-    """A manager with other addresses, on its own."""
+    """Return a sole manager with other addresses."""
     return msgspec.structs.replace(
         node,
         listen_addr=to.listen_addr,
@@ -81,7 +82,7 @@ def moved(node: LocalNode, to: Endpoints) -> LocalNode:
 
 
 def check_settings(spec: SwarmSpec) -> None:
-    """Refuse what the new manager would refuse, before there is one: it could not start.  0: the default.
+    """Refuse settings that the new manager would refuse, with which it could not start.  0 is the default.
 
     Raises: InvalidArgument, in Docker's words.
     """
@@ -97,7 +98,7 @@ def check_settings(spec: SwarmSpec) -> None:
 
 
 def check_space(data_dir: Path) -> None:
-    """Raises: Unavailable: a manager's store would soon be full."""
+    """Check for enough disk space.  Raises: Unavailable: a manager's store would soon be full."""
     free = shutil.disk_usage(data_dir).free
     if free < _FREE_BYTES_MIN:
         raise Unavailable(
@@ -107,7 +108,7 @@ def check_space(data_dir: Path) -> None:
 
 
 def bind_error(addr: str) -> OSError | None:
-    """Why nothing can listen on ``ip:port``; None: it can."""
+    """Return why nothing can listen on ``ip:port``, or None if it is free."""
     host, port = parted(addr)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,12 +121,12 @@ def bind_error(addr: str) -> OSError | None:
 
 
 def check_listening(listen_addr: str, peer_addr: str = "") -> None:
-    """Find out before anything is made whether the manager's port is free.
+    """Check that the manager's ports are free, before anything is created.
 
     Args:
-        peer_addr: ``:port`` or ``ip:port`` that its user named for etcd's peers; empty: any will do.
+        peer_addr: ``:port`` or ``ip:port`` that the user chose for etcd's peers, or empty for any port.
 
-    Raises: Untranslated: they are not, in Docker's words.
+    Raises: Untranslated: a port is not free, in Docker's words.
     """
     host, digits = parted(listen_addr)
     if parse_port(digits) is None:
@@ -141,7 +142,7 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
         error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else bind_error(wanted)
         if error is not None:
             raise Untranslated(
-                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind: "
+                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind:  "
                 f"{_reason(error)}: free the port, choose another, or leave the setting out"
             ) from error
 
@@ -149,13 +150,14 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
 def chosen_peer_addr(
     listen_addr: str, wanted: str, refusal: Callable[[str], OSError | None] = bind_error
 ) -> str:
-    """Where the etcd of a new manager listens for the others: ``wanted``, else the default port, else the first that is
-    free of those 10,000 away, where no other manager of this machine listens; if none is, the first of these, at which
-    etcd reports the error.
+    """Choose where a new manager's etcd listens for the other managers.
+
+    It is ``wanted``, else the default port, else the first free one of the ports 10,000 away, where no other manager of
+    this machine listens.  If none is free, it is the first candidate, at which etcd reports the error.
 
     Args:
-        wanted: ``:port`` or ``ip:port``; empty: nothing.
-        refusal: why ``ip:port`` cannot be listened on.
+        wanted: ``:port`` or ``ip:port``, or empty.
+        refusal: Returns why nothing can listen on ``ip:port``, or None.
     """
     host, digits = parted(listen_addr)
     first = distant_peer_port(int(digits))
@@ -168,7 +170,7 @@ def chosen_peer_addr(
 
 
 def peer_warning(listen_addr: str, wanted: str, peer_addr: str) -> str:
-    """A warning about the port of a manager's etcd; empty: it is the default one, or that of earlier versions."""
+    """Return a warning about etcd's peer port, or an empty text for the default port or earlier versions' port."""
     port = parted(peer_addr)[1]
     if wanted and peer_addr != _completed(wanted, parted(listen_addr)[0]):
         return (

@@ -1,4 +1,4 @@
-"""The images of this node in its cluster: served to other nodes, and removed when they fill their disk."""
+"""Serves the images of this node to other nodes of its cluster, and removes unused ones when their disk fills."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +20,9 @@ class ImageSharing:
     """Parts of a node that need its images, a session with a manager, or both.
 
     Args:
-        engine: None: the node has no images.
-        configuration: gives the present one, which may be reloaded.
-        sources: where the node gets images from other nodes.
+        engine: The node's engine, or None on a node without images.
+        configuration: Returns the present configuration, which may be reloaded.
+        sources: Other nodes from which this node gets images.
     """
 
     def __init__(
@@ -45,24 +45,24 @@ class ImageSharing:
         )
 
     def port(self) -> int:
-        """Where other nodes fetch images from this one; 0: nowhere."""
+        """Return the port at which other nodes fetch images from this one, or 0."""
         return self._port.port if self._port is not None else 0
 
     async def exchange(self, credentials: KeyPairCredentials, node: LocalNode) -> None:
-        """Exchange images with the other nodes of the cluster, until cancelled."""
+        """Exchange images with the other nodes of the cluster until cancelled."""
         with self._sources.using(lambda: credentials.pair):
             if self._port is not None:
                 await self._port.run(lambda: credentials.pair, host_of(node.listen_addr))
 
     async def collect(self) -> None:
-        """While this node is in a cluster: remove unused images when their disk fills."""
+        """Remove unused images when their disk fills, while this node is in a cluster."""
         engine = self._engine
         if engine is None:
             return
 
         def marks() -> Marks:
             configuration = self._configuration()
-            return Marks(configuration.image_disk_high, configuration.image_disk_low)
+            return Marks(configuration.image_gc_high, configuration.image_gc_low)
 
         await self._session.wait_session()
         needed = partial(needed_images, self._session)

@@ -1,7 +1,7 @@
-"""``/info`` and ``/version`` of this node, in Docker's full shape.
+"""``/info`` and ``/version`` of this node in Docker's complete form.
 
-Fields for what Docker has and this node does not (plugins, build, live restore as an option) have the values that
-hold here; clients print them without checking that they exist.
+Fields for Docker features that this node lacks (plugins, build, live restore as an option) have fixed values, because
+clients print them without checking that they exist.
 
 Source: moby 20.10, daemon/info.go; recorded responses of a real engine.
 """
@@ -27,20 +27,20 @@ _INDEX = "https://index.docker.io/v1/"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything about this node that does not change while it runs, but the configuration's reloaded parts."""
+    """The node's properties that stay the same while it runs, except for reloadable parts of the configuration."""
 
     id: str
     machine: Machine
     features: Features
     configuration: Configuration
     versions: Mapping[str, str]
-    """Versions of the programs it starts: runc, conmon, nft, etcd."""
+    """Versions of the programs that it starts: runc, conmon, nft, etcd."""
     engine: Mapping[str, str] = {}
-    """``Version`` and ``ApiVersion`` of the machine's Docker Engine; empty without one."""
+    """``Version`` and ``ApiVersion`` of the machine's Docker Engine.  Empty without one."""
 
 
 def version(node: Node, api_version: str) -> dict[str, Any]:
-    """The response to ``GET /version``."""
+    """Return the response to ``GET /version``."""
     machine = node.machine
     ours = {
         "ApiVersion": api_version,
@@ -76,7 +76,7 @@ def version(node: Node, api_version: str) -> dict[str, Any]:
 def info(
     node: Node, *, counts: Counts, swarm: Mapping[str, Any], warnings: Sequence[str], now: Timestamp
 ) -> dict[str, Any]:
-    """The response to ``GET /info``."""
+    """Return the response to ``GET /info``."""
     machine, features, configuration = node.machine, node.features, node.configuration
     return {
         "ID": node.id,
@@ -128,7 +128,7 @@ def info(
 
 
 def _limits(features: Features) -> dict[str, bool]:
-    """Which resources the cgroup controllers of this machine can limit."""
+    """Return which resources this machine's cgroup controllers can limit."""
     controllers = features.controllers
     has_cpu, has_memory = "cpu" in controllers, "memory" in controllers
     return {
@@ -145,7 +145,7 @@ def _limits(features: Features) -> dict[str, bool]:
 
 
 def _runtime(node: Node, swarm: Mapping[str, Any]) -> dict[str, Any]:
-    """The runtime of containers, with the cluster's section where Docker has it."""
+    """Return the runtime of containers, with the cluster's section where Docker has it."""
     features, configuration = node.features, node.configuration
     runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
     nothing = {"ID": "", "Expected": ""}
@@ -169,7 +169,7 @@ def _runtime(node: Node, swarm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def registry_config(configuration: Configuration) -> dict[str, Any]:
-    """``RegistryConfig``.  The loopback network is always insecure, as in Docker."""
+    """Return ``RegistryConfig``.  The loopback network is always insecure, as in Docker."""
     networks = [registry for registry in configuration.insecure_registries if "/" in registry]
     hosts = [registry for registry in configuration.insecure_registries if "/" not in registry]
     mirrors = list(configuration.registry_mirrors)
@@ -186,7 +186,7 @@ def registry_config(configuration: Configuration) -> dict[str, Any]:
 
 
 def _labels(configuration: Configuration, features: Features) -> Mapping[str, str]:
-    """The user's, and how this node encrypts overlay networks."""
+    """Return the user's labels and the label with this node's encryption method."""
     method = choose(features, configuration.encryption)
     own = {ENCRYPTION_LABEL: method.value} if isinstance(method, Method) else {}
     return {**configuration.labels, **own}

@@ -1,6 +1,6 @@
-"""The network interfaces of this machine, as ``docker swarm init`` chooses its address among them.
+"""Reads the machine's network interfaces, among which ``docker swarm init`` chooses the node's address.
 
-Read by netlink: the JSON of ``ip -details`` is invalid on Ubuntu 24.04 once there is a VXLAN device.
+It uses netlink, because the JSON of ``ip -details`` is invalid on Ubuntu 24.04 once a VXLAN device exists.
 """
 
 import asyncio
@@ -18,11 +18,12 @@ from skep.errors import Unavailable
 
 _TIMEOUT_S = 5.0
 _KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
-"""Kinds of link that carry containers; a machine's own address may lie on a veth (it is a container itself)."""
+"""Kinds of links that carry containers.  A veth is not included: a machine that is a container has its own address on
+one."""
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A link as the kernel has it.  ``flags``: if_link.h's ``IFF_``; ``kind``: empty of a real device."""
+    """A link as the kernel reports it.  ``flags`` are if_link.h's ``IFF_``.  ``kind`` is empty for a real device."""
 
     index: int
     name: str
@@ -31,7 +32,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 async def read_interfaces() -> Interfaces:
-    """Every interface with its addresses, by name.  Raises: Unavailable: the kernel does not respond."""
+    """Return every interface with its addresses, by name.  Raises: Unavailable: the kernel does not respond."""
     try:
         async with asyncio.timeout(_TIMEOUT_S), AsyncIPRoute() as route:
             links = [
@@ -39,7 +40,7 @@ async def read_interfaces() -> Interfaces:
                 async for one in await route.link("dump")
             ]
             addresses = [
-                # The far end of a point-to-point link is ``address``, the own one ``local``.
+                # The far end of a point-to-point link is ``address``, the own end is ``local``.
                 (one["index"], one.get("local") or one.get("address"))
                 async for one in await route.addr("dump", family=socket.AF_UNSPEC)
             ]
@@ -49,9 +50,9 @@ async def read_interfaces() -> Interfaces:
 
 
 def interfaces_of(links: Iterable[Link], addresses: Iterable[tuple[int, str]]) -> Interfaces:
-    """Links with their addresses, which come with the index of their link.
+    """Return the links with their addresses.  Each address comes with the index of its link.
 
-    Where a real device has an address, bridges and the like are left out of the choice, as the engine does.
+    If a real device has an address, bridges and similar devices are not eligible, as in Docker Engine.
     """
     of_links: dict[int, list[str]] = {}
     for index, address in addresses:

@@ -1,4 +1,4 @@
-"""Checks of what confines containers beside the engine's own settings: runc's version and the AppArmor profile."""
+"""Checks the confinement of containers outside the engine's own settings: runc's version and the AppArmor profile."""
 
 import asyncio
 import shutil
@@ -10,13 +10,13 @@ from skep.node import requirements
 from skep.node.conditions import Conditions
 
 PROFILE_S = 30.0
-"""Between two checks of the AppArmor profile."""
+"""Period of checking the AppArmor profile."""
 
 
 def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
-    """Sentences for ``docker info`` about ``runc``, a program or its name.  Blocks.
+    """Return warnings for ``docker info`` about ``runc``, a program or its name.  Blocks.
 
-    An AppArmor profile that is missing is a condition: containers do not start without it.
+    A missing AppArmor profile is a condition, because containers do not start without it.
     """
     conditions.reporter("apparmor")(apparmor.problem())
     program = shutil.which(runc) or ""
@@ -26,7 +26,8 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
 
 async def keep_profile(conditions: Conditions, clock: Clock) -> None:
-    """Keep the condition ``apparmor`` current until cancelled: other programs may load or unload the profile."""
+    """Keep the condition ``apparmor`` current until cancelled, because other programs may load or unload the
+    profile."""
     report = conditions.reporter("apparmor")
     while True:
         await clock.sleep(PROFILE_S)

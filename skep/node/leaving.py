@@ -1,4 +1,4 @@
-"""Leaving a cluster: Docker's warnings, the removal from the raft group, and that of the cluster's data on this node.
+"""Leaves a cluster: Docker's warnings, the removal from the raft group, and from this node of the cluster's data.
 
 Source: moby 20.10, daemon/cluster/swarm.go (Leave).
 """
@@ -25,7 +25,7 @@ from skep.wire.client import connected
 log = structlog.get_logger()
 
 RESIGN_TIMEOUT_S = 6.0
-"""Longer than the manager that removes the member waits for that."""
+"""Longer than the time for which the manager that removes the member waits for that."""
 
 _LEAVING = "You are attempting to leave the swarm on a node that is participating as a manager. "
 _LAST_MANAGER = (
@@ -38,7 +38,7 @@ _LEAVING_END = (
 
 
 def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
-    """Docker's warning.  ``nodes``: as ``GET /nodes`` shows them; None: the manager does not respond."""
+    """Return Docker's warning.  ``nodes`` are from ``GET /nodes``, or None if the manager does not respond."""
     if nodes is None:
         return f"{_LEAVING}Doing so may lose the consensus of your cluster. {_LEAVING_END}"
     statuses = [node["ManagerStatus"] for node in nodes if "ManagerStatus" in node]
@@ -54,7 +54,7 @@ def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
 
 
 async def objection(manager_api: Client) -> str:
-    """Docker's warning, from the node list of this node's manager."""
+    """Return Docker's warning, from the node list of this node's manager."""
     try:
         return objection_to_leaving(await manager_api.get("/nodes"))
     except SkepError:
@@ -62,10 +62,10 @@ async def objection(manager_api: Client) -> str:
 
 
 async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
-    """Ask the other managers (``ip:port``) in turn to remove this one's etcd member; whether one has done it.
+    """Ask the other managers (``ip:port``) in turn to remove this manager's etcd member.  Return whether one did.
 
-    They refuse when the remaining members would have no quorum.  A member that leaves without this counts against
-    the quorum of the others.
+    They refuse if the remaining members would have no quorum.  A member that leaves without this still counts towards
+    the others' quorum.
     """
     for manager in managers:
         try:
@@ -81,8 +81,8 @@ async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
 def remove_cluster_data(paths: Paths) -> None:
     """Remove everything that belongs to the cluster.
 
-    ``node.json`` is removed first: without it the rest is an unfinished leave.  That is recognized by the certificates
-    and the manager's directory, so they are removed last.
+    ``node.json`` is removed first, because without it the rest is an unfinished leave.  That is recognized by the
+    certificates and the manager's directory, so they are removed last.
     """
     paths.node_json.unlink(missing_ok=True)
     for directory in (
@@ -93,7 +93,7 @@ def remove_cluster_data(paths: Paths) -> None:
 
 
 async def forget_swarm(paths: Paths) -> None:
-    """End a manager process that is no longer supervised, and remove the cluster's data."""
+    """Stop a manager process that is no longer supervised, and remove the cluster's data."""
     await _end_unsupervised_manager(paths)
     await asyncio.to_thread(remove_cluster_data, paths)
 
@@ -105,9 +105,9 @@ async def _end_unsupervised_manager(paths: Paths) -> None:
 
 
 async def clear_unfinished(paths: Paths, work: ClusterWork) -> None:
-    """Remove what an init, a join or a leave that was interrupted has left on this node."""
+    """Remove leftovers of an interrupted init, join or leave from this node."""
     await _end_unsupervised_manager(paths)
     if paths.manager.exists() or paths.certificates.exists():
-        log.warning("traces of an unfinished init or leave are removed")
+        log.warning("removing leftovers of an unfinished init, join or leave")
         await work.remove_all()
         remove_cluster_data(paths)

@@ -1,12 +1,12 @@
 """Load of this node: measured, smoothed, and sent with every heartbeat, for the scheduler's choice among equal nodes.
 
-The load is the share in use of the tighter of two: of the processors (time that was not idle,
-stolen time included), and of the memory (without caches, which can be reclaimed).  It is averaged with
-weights that fall off exponentially, ``TIME_CONSTANT_S``, so that a burst of work has little weight and half a minute
-of it much.  It is not reported before one time constant has passed, since a node process is busy with its own start.
+The load is the used share of the scarcer of two resources: processors (time that was not idle, including stolen time)
+and memory (without caches, which can be reclaimed).  It is averaged with weights that decrease exponentially
+(``TIME_CONSTANT_S``), so that a short burst of work counts little and half a minute of work counts much.  It is not
+reported before one time constant has passed, because a node process is busy with its own start.
 
-The node is its whole machine, unless this process lives in the cgroup below which it runs containers.  Then the machine
-is shared with other nodes (a playground) and the node is that cgroup: its processes, against all processors and the
+The node is its whole machine, unless this process runs in the cgroup below which it runs containers.  Then the machine
+is shared with other nodes (a playground) and the node is that cgroup: its processes, relative to all processors and the
 memory that the node offers.
 
 Source: proc(5), /proc/stat and /proc/meminfo; the kernel's cgroup-v1/cpuacct and cgroup-v2 documents.
@@ -28,53 +28,54 @@ from skep.node.machine import Machine
 log = structlog.get_logger()
 
 TIME_CONSTANT_S = 30.0
-"""After a lasting change the average has gone 63 % of the way in this time, 95 % in three times it."""
+"""After a lasting change the average has moved by 63 % of it in this time, and by 95 % in three times as long."""
 SAMPLE_S = 5.0
-"""Least time between two measurements."""
+"""Shortest time between two measurements."""
 
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7
-"""Places in the first line of /proc/stat, after its name; what follows ``steal`` is counted in ``user`` already."""
+"""Positions in the first line of /proc/stat after its name.  The fields after ``steal`` are included in ``user``."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """What the counters show at one moment."""
+    """The counters at one moment."""
 
     busy: float
-    """Processor time used since some moment of the past, in any unit."""
+    """Processor time used since some past moment, in any unit."""
     capacity: float
-    """Processor time that there was since then, in the same unit."""
+    """Processor time available since then, in the same unit."""
     memory: float
     """Share of the memory in use now."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """The average so far, and what the next reading is compared with.  Times: of the caller's monotonic clock."""
+    """The average so far, and the base of the next comparison.  Times are of the caller's monotonic clock."""
 
     reading: Reading
     since: float
     at: float
     load: float | None = None
-    """The average, 0 to 1; None after the first reading, which measures nothing yet."""
+    """The average, 0 to 1.  None after the first reading, which measures nothing yet."""
 
     def reported(self, now: float) -> float | None:
-        """The load to report at ``now``; None before one time constant has passed."""
+        """Return the load to report at ``now``, or None before one time constant has passed."""
         return self.load if now - self.since >= TIME_CONSTANT_S else None
 
 
 def share(before: Reading, now: Reading) -> float:
-    """How much of the tighter resource was in use between two readings, 0 to 1."""
+    """Return the used share of the scarcer resource between two readings, 0 to 1."""
     capacity = now.capacity - before.capacity
     processors = (now.busy - before.busy) / capacity if capacity > 0 else 0.0
     return min(max(processors, now.memory, 0.0), 1.0)
 
 
 def smoothed(average: float, share: float, elapsed_s: float) -> float:
-    """``average`` after ``share`` was in use for ``elapsed_s``; the same however that time is cut into pieces."""
+    """Return ``average`` after ``share`` was in use for ``elapsed_s``.  Dividing the time does not change the
+    result."""
     return average + (share - average) * -math.expm1(-elapsed_s / TIME_CONSTANT_S)
 
 
 def measured(before: Measured | None, reading: Reading, now: float) -> Measured:
-    """``before`` with one more reading."""
+    """Return the average with one more reading."""
     if before is None:
         return Measured(reading=reading, since=now, at=now)
     part = share(before.reading, reading)
@@ -83,7 +84,7 @@ def measured(before: Measured | None, reading: Reading, now: float) -> Measured:
 
 
 def reading_of_machine(stat: str, meminfo: str) -> Reading:
-    """From the text of /proc/stat and /proc/meminfo.  Raises: ValueError, LookupError: they look otherwise."""
+    """Parse the texts of /proc/stat and /proc/meminfo.  Raises: ValueError, LookupError: unexpected content."""
     ticks = [int(word) for word in stat.partition("\n")[0].split()[1 : _STEAL + 2]]
     memory = {
         name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in meminfo.splitlines())
@@ -96,25 +97,27 @@ def reading_of_machine(stat: str, meminfo: str) -> Reading:
 
 
 class LoadMeter:
-    """Keeps the average of one node.  It measures when it is called, so it costs nothing without a session."""
+    """Keeps the average of one node.  It measures only when called, so it costs nothing without a session."""
 
     def __init__(self, read: Callable[[float], Reading], clock: Clock) -> None:
-        """``read``: the counters at a time of the clock; ``None`` is reported while it raises OSError, ValueError or
-        LookupError."""
+        """Make the meter.
+
+        ``read`` returns the counters at a time of the clock.  While it raises OSError, ValueError or LookupError,
+        ``None`` is reported."""
         self._read = read
         self._clock = clock
         self._measured: Measured | None = None
         self._is_readable = True
 
     def load(self) -> float | None:
-        """The load to report now, 0 to 1; None: not known yet."""
+        """Return the load to report now, 0 to 1, or None if it is not known yet."""
         now = self._clock.monotonic()
         if self._measured is None or now - self._measured.at >= SAMPLE_S:
             try:
                 self._measured = measured(self._measured, self._read(now), now)
             except (OSError, ValueError, LookupError) as error:
                 if self._is_readable:
-                    log.warning("the load of this node cannot be measured", error=str(error))
+                    log.warning("node load cannot be measured", error=str(error))
                 self._is_readable, self._measured = False, None
                 return None
             self._is_readable = True
@@ -122,7 +125,7 @@ class LoadMeter:
 
 
 def reader_of(machine: Machine, cgroups: Cgroups) -> Callable[[float], Reading]:
-    """Reads what this node is: its cgroup if this process lives there, else the machine."""
+    """Return the reader of this node's counters: its cgroup's if this process runs there, else the machine's."""
     if cgroups.hold_this_process():
         return lambda now: _reading_of_group(machine, cgroups, now)
     return lambda _: reading_of_machine(Path("/proc/stat").read_text(), Path("/proc/meminfo").read_text())

@@ -1,4 +1,5 @@
-"""``node.json``: this node as a member of its cluster.  Written last on entering it, removed first on leaving."""
+"""``node.json``: this node as a member of its cluster.  It is written last when joining and removed first when
+leaving."""
 
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from skep.model.ids import ClusterId, NodeId
 
 
 class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
-    """This node as a member of its cluster.  Addresses as ``host:port``."""
+    """This node as a member of its cluster.  Addresses are ``host:port``."""
 
     node_id: NodeId
     cluster_id: ClusterId
@@ -26,9 +27,9 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
     """The managers to try after a restart, as they were received last."""
 
     def reach(self, peer: Peer) -> str:
-        """Where this node reaches a manager: its own one where it listens.
+        """Return the address of a manager as seen from this node: its own manager at the local listen address.
 
-        Behind address translation a machine need not reach itself where others do.
+        Behind address translation, a machine may not reach itself at the address that others use.
         """
         if peer.node_id != self.node_id or not self.listen_addr:
             return peer.addr
@@ -36,9 +37,9 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_local_node(path: Path) -> LocalNode | None:
-    """The content of ``node.json``; None outside of a cluster.
+    """Return the content of ``node.json``, or None outside of a cluster.
 
-    Raises: FailedPrecondition: it is damaged; Unavailable: it cannot be read now.
+    Raises: FailedPrecondition: it is damaged; Unavailable: it cannot be read at present.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=LocalNode)
@@ -53,5 +54,5 @@ def read_local_node(path: Path) -> LocalNode | None:
 
 
 def write_local_node(path: Path, node: LocalNode) -> None:
-    """Replace ``node.json``, whole or not at all."""
+    """Replace ``node.json`` atomically."""
     replace_file(path, msgspec.json.format(msgspec.json.encode(node), indent=2) + b"\n")

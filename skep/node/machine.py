@@ -1,4 +1,4 @@
-"""What this machine is: read once at start, reported to the managers and shown by ``/info`` and ``/version``."""
+"""Facts about this machine, read once at start, reported to the managers and shown by ``/info`` and ``/version``."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ _SECOND_TO_NANO = 1_000_000_000
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about the machine, as ``/info`` has them."""
+    """Facts about the machine, as in ``/info``."""
 
     hostname: str
     architecture: str
@@ -27,7 +27,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def go_architecture(self) -> str:
-        """The same in Go's words, as ``/version`` and platforms of images have it: amd64, arm64."""
+        """The architecture's name in Go, as in ``/version`` and in images' platforms: amd64, arm64."""
         return _GO_ARCHITECTURES.get(self.architecture, self.architecture)
 
     @property
@@ -40,7 +40,7 @@ _GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i6
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on."""
+    """Read the facts about the machine that this process runs on."""
     release = _os_release()
     return Machine(
         hostname=socket.gethostname(),

@@ -1,4 +1,4 @@
-"""Writes what the manager process of this node reads at its start (``skep.bootstrap``)."""
+"""Writes the files that this node's manager process reads at its start (``skep.bootstrap``)."""
 
 import os
 from collections.abc import Callable
@@ -23,8 +23,7 @@ log = structlog.get_logger()
 class ManagerFiles:
     """Files of one node's manager.  All methods that write block.
 
-    Args:
-        configuration: gives the present one, which may be reloaded.
+    ``configuration`` returns the present configuration, which may be reloaded.
     """
 
     def __init__(self, configuration: Callable[[], Configuration], hostname: str) -> None:
@@ -33,7 +32,8 @@ class ManagerFiles:
         self._hostname = hostname
 
     def write_new(self, node: LocalNode, new: NewCluster | None) -> None:
-        """For the first start of a manager; ``new``: the cluster that it creates, None: it joins ``node.managers``."""
+        """Write the files for a manager's first start.  ``new`` is the cluster to create, or None to join
+        ``node.managers``."""
         configuration, paths = self._configuration(), self._paths
         paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
         if new is not None:
@@ -60,7 +60,7 @@ class ManagerFiles:
         )
 
     def write_restored(self, restored: Restored) -> None:
-        """For a manager that starts from a backup, as the only one of its cluster."""
+        """Write the files for a manager that starts from a backup, as the only one of its cluster."""
         paths = self._paths
         self.write_new(restored.node, None)
         config = bootstrap.load(paths.manager_config)
@@ -70,7 +70,7 @@ class ManagerFiles:
         save_recovery(paths, Recovery())
 
     def write_recovery(self, node: LocalNode) -> None:
-        """For a manager that continues alone with the data that it has.  A recovery that has begun is continued.
+        """Write the files for a manager that continues alone with its data.  An unfinished recovery is continued.
 
         Raises: Unavailable: etcd's port is in use.
         """
@@ -87,7 +87,7 @@ class ManagerFiles:
             save_recovery(paths, Recovery())
 
     def update(self, node: LocalNode) -> None:
-        """Write the present address of the node and the reloadable settings, which a manager reads at its start."""
+        """Write the node's present address and the reloadable settings, which a manager reads at its start."""
         path = self._paths.manager_config
         if not path.exists():
             return  # the manager process reports it
@@ -105,13 +105,13 @@ class ManagerFiles:
             self._write(config)
 
     def check_ports(self, listen_addr: str) -> None:
-        """Raises: Untranslated: a new manager cannot listen at ``listen_addr``, or its etcd at the configured one."""
+        """Check that a new manager and its etcd can listen.  Raises: Untranslated: a port is not free."""
         check_listening(listen_addr, self._configuration().peer_addr)
 
     def peer_section(self, node: LocalNode) -> dict[str, Any]:
-        """``PeerAddr`` of ``/info`` (where other managers reach this one's etcd), with ``Warnings`` about its port.
+        """Return ``PeerAddr`` of ``/info`` (this manager's etcd as others reach it), with ``Warnings`` about its port.
 
-        Empty where the file is missing or damaged: the manager process reports that.
+        Empty if the file is missing or damaged, which the manager process reports.
         """
         try:
             config = bootstrap.load(self._paths.manager_config)
@@ -130,7 +130,7 @@ class ManagerFiles:
 
 
 def _others(node: LocalNode) -> tuple[str, ...]:
-    """Addresses of the other managers, which may accept this node as one."""
+    """Return the addresses of the other managers, which may accept this node as one."""
     return tuple(peer.addr for peer in node.managers if peer.node_id != node.node_id)
 
 

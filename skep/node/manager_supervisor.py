@@ -1,7 +1,7 @@
-"""The manager process of this node, while the node has a manager's certificate.
+"""Runs the manager process of this node while the node has a manager's certificate.
 
-A node that is promoted writes its manager's files and starts it; the manager then requests admission from the others.
-One that is demoted stops it and removes its files.  ``node.json`` follows.
+A promoted node writes its manager's files and starts it.  The manager then requests admission from the others.  A
+demoted node stops it and removes its files.  ``node.json`` follows.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ class ManagerProcess(Protocol):
     """A supervised process (``supervision.supervisor``)."""
 
     error: str
-    """Why it is not going to be started again; empty: it is."""
+    """Why the process will not be restarted, or empty if it will."""
 
     async def run(self) -> None:
-        """Keep it running until cancelled; returns when the other managers have removed it."""
+        """Keep it running until cancelled.  Returns when the other managers have removed it."""
 
     def dismiss(self) -> None:
         """Stop it when ``run`` is cancelled, instead of leaving it to the next node process."""
@@ -38,13 +38,13 @@ class ManagerProcess(Protocol):
 
 
 class ManagerSupervisor:
-    """Starts and ends the manager process as the role of this node changes.
+    """Starts and stops the manager process when the role of this node changes.
 
     Args:
-        new_process: makes a manager process, not yet running.
-        write_files: writes what a new manager reads at its start.
-        save_role: called with whether the node is a manager, before a manager starts and after one has ended.
-        renew_certificate: requests another certificate.
+        new_process: Makes a manager process, not yet running.
+        write_files: Writes the files that a new manager reads at its start.
+        save_role: Called with whether the node is a manager, before a manager starts and after one has ended.
+        renew_certificate: Requests another certificate.
     """
 
     def __init__(
@@ -70,21 +70,22 @@ class ManagerSupervisor:
 
     @property
     def error(self) -> str:
-        """Why the manager process is not going to be started again; empty: it is, or there is none."""
+        """Why the manager process will not be restarted.  Empty if it will, or if there is none."""
         return self.process.error if self.process is not None else ""
 
     def set_role(self, role: NodeRole) -> None:
-        """The node's certificate has this role from now on."""
+        """Note the role in the node's present certificate."""
         self._role = role
         self._role_changed.set()
 
     def dismiss(self) -> None:
-        """The node leaves its cluster, or begins another one: the end of ``run`` stops the manager."""
+        """Have the end of ``run`` stop the manager, because the node leaves its cluster or starts another one."""
         if self.process is not None:
             self.process.dismiss()
 
     async def run(self) -> None:
-        """Follow the role of the certificate until cancelled.  What fails to write files may be called again."""
+        """Follow the role of the certificate until cancelled.  After an error in writing files it may be called
+        again."""
         while True:
             match self.state:
                 case State.PROMOTING:
@@ -102,7 +103,7 @@ class ManagerSupervisor:
         self.state = after(self.state, event)
 
     async def _follow_certificate(self) -> None:
-        """Take over the role of the certificate; without a change, wait for the next certificate."""
+        """Take over the role of the certificate, or wait for the next certificate if the role is unchanged."""
         self._role_changed.clear()
         before = self.state
         self._apply(certified(self._role))
@@ -110,7 +111,7 @@ class ManagerSupervisor:
             await self._role_changed.wait()
 
     async def _promote(self) -> None:
-        log.info("this node becomes a manager")
+        log.info("node promoted to manager")
         await asyncio.to_thread(self._write_files)
         self._save_role(True)
         self._apply(Event.FILES_WRITTEN)
@@ -118,7 +119,7 @@ class ManagerSupervisor:
     async def _run_manager(self) -> None:
         """Run the manager process until the certificate is a worker's, or the other managers have removed it."""
         if not (self._paths.manager_config.exists() or self._paths.etcd.exists()):
-            # The files of a removed manager were discarded, and the node process ended before it wrote the next ones.
+            # A removed manager's files were discarded, and the node process ended before it wrote the next ones.
             await asyncio.to_thread(self._replace_files)
         self.process = self._new_process()
         async with asyncio.TaskGroup() as group:
@@ -133,10 +134,11 @@ class ManagerSupervisor:
         self._apply(Event.EXPELLED if self._role is NodeRole.MANAGER else Event.CERTIFIED_WORKER)
 
     async def _start_over(self) -> None:
-        """Removed by the other managers: discard the manager's data, and be admitted as a new one.
+        """Discard the data of a manager that the others have removed, and request admission as a new one.
 
-        They refuse it while it is to be demoted; a moment later its certificate has the role.  One that is promoted
-        again by then needs another certificate as well: etcd's peers refuse the one that it was removed with.
+        The others refuse it while its demotion is pending, and its certificate then soon has the worker's role.  A
+        manager that was promoted again meanwhile needs another certificate too, because etcd's peers refuse the one it
+        was removed with.
         """
         self._renew_certificate()
         with suppress(TimeoutError):
@@ -149,8 +151,9 @@ class ManagerSupervisor:
         self._apply(Event.RESET)
 
     async def _demote(self) -> None:
-        """``node.json`` comes last: until then a restarted node process finds a manager, and demotes it again."""
-        log.info("this node is no manager any more")
+        """Demote this node.  ``node.json`` comes last: until then a restarted node process finds a manager and demotes
+        it again."""
+        log.info("node demoted to worker")
         self.process = None
         self._backoff.reset()
         await asyncio.to_thread(self._remove_files)
@@ -162,9 +165,9 @@ class ManagerSupervisor:
         self._write_files()
 
     def _remove_files(self) -> None:
-        """Remove everything of the manager.  The node's own key, if it was locked, is stored in clear again.
+        """Remove all files of the manager.  If the node's own key was locked, it is stored unencrypted again.
 
-        The directory is renamed first, so that after an interruption all of its files are there, or none.
+        The directory is renamed first, so that after an interruption either all of its files exist or none.
         """
         KeyLock(self._paths).turn(None)
         discard_tree_now(self._paths.removed_manager)

@@ -1,7 +1,7 @@
-"""This node's membership of a cluster: init, join, restore, unlock, leave, and what ``/info`` shows of it.
+"""This node's membership of a cluster: init, join, restore, unlock, leave, and the cluster's section of ``/info``.
 
-A node is a member when ``node.json`` exists.  The file is written last on entering and removed first on leaving; what
-is found without it belongs to an unfinished init, join or leave, and is removed at the next start.  The states and
+A node is a member when ``node.json`` exists.  The file is written last when joining and removed first when leaving.
+Files found without it belong to an unfinished init, join or leave, and are removed at the next start.  The states and
 their transitions are in ``membership_states``.
 
 Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (order of the checks, error texts).
@@ -43,7 +43,7 @@ from skep.node.interfaces import read_interfaces
 from skep.node.leaving import clear_unfinished, forget_swarm, leave_manager_group, objection
 from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership_states import Event, State, after, docker_state
-from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
+from skep.node.restoring import Restored, endpoints_for, plan_of, receive, restored_node
 from skep.node.runner import Dependencies, NodeRunner
 from skep.node.supervision.zygote import ZygoteGone
 from skep.node.swarm_info import (
@@ -71,15 +71,15 @@ _JOIN_TIMEOUT_S = 20.0
 """Docker's swarmConnectTimeout."""
 _MARK_POLL_S = 0.2
 _LOOK_S = 2.0
-"""Time for reading the machine before the first session; later descriptions have what takes longer."""
+"""Limit for reading the machine before the first session.  Later descriptions include slower parts."""
 
 
 class Membership:
     """Membership of this node in a cluster.  One request at a time changes it.
 
     Args:
-        manager_api: of the manager of this node.
-        show_condition: called with the reason why ``node.json`` cannot be used, and with an empty text when it can.
+        manager_api: API of this node's manager.
+        show_condition: Called with the reason why ``node.json`` cannot be used, and with an empty text when it can.
     """
 
     def __init__(
@@ -102,20 +102,20 @@ class Membership:
         self._state = State.STARTING
         self._runner: NodeRunner | None = None
         self._running: asyncio.Task[None] | None = None
-        """Of the runner, while it is not stopped."""
+        """The runner's task, while it is not stopped."""
         self._locked_node: LocalNode | None = None
         self._read_error = ""
         """Why ``node.json`` cannot be used."""
         self._no_vote_reason = ""
-        """Why the last new manager had no vote in time; empty: unknown."""
+        """Why the last new manager had no vote in time, or empty if unknown."""
 
     def _apply(self, event: Event) -> None:
         self._state = after(self._state, event)
 
     async def run(self) -> None:
-        """Be a member of the cluster that the data directory names, until cancelled.
+        """Take part in the cluster that the data directory names, until cancelled.
 
-        A ``node.json`` that cannot be read is read again with growing pauses; meanwhile the node is in no cluster.
+        An unreadable ``node.json`` is retried with growing pauses.  Meanwhile the node is in no cluster.
         """
         async with asyncio.TaskGroup() as group:
             self._group = group
@@ -135,7 +135,7 @@ class Membership:
                 return  # a request came first
             node = read_local_node(self._paths.node_json)
             if node is not None and node.is_manager and self._lock.is_locked:
-                log.warning("locked: docker swarm unlock")
+                log.warning("manager is locked, run docker swarm unlock")
                 self._locked_node = node
                 self._apply(Event.LOADED_LOCKED)
             elif node is not None:
@@ -158,7 +158,7 @@ class Membership:
         self._show_condition("")
 
     def _require_outside(self) -> None:
-        """Raises: Unavailable: this node is a member of a cluster, or may be."""
+        """Check that this node is outside any cluster.  Raises: Unavailable: it is a member, or may be one."""
         if self.node is not None:
             raise Unavailable(IN_A_SWARM)
         if self._read_error:
@@ -167,10 +167,10 @@ class Membership:
     # --- the swarm routes -------------------------------------------------------------------------------------
 
     async def init(self, request: InitRequest) -> NodeId:
-        """Create a cluster; returns when its manager serves and this node is ready in it.
+        """Create a cluster.  Returns when its manager serves and this node is ready in it.
 
-        With ``force_new_cluster`` a manager continues its present cluster alone (``manager.recovery``).
-        Raises: Unavailable: this node is in a swarm already; what ``founding`` raises; SkepError.
+        With ``force_new_cluster``, a manager continues its present cluster alone (``manager.recovery``).
+        Raises: Unavailable: this node is in a swarm already; the errors of ``founding``; SkepError.
         """
         async with self._control:
             if self.node is not None and request.force_new_cluster:
@@ -188,10 +188,10 @@ class Membership:
             return node.node_id
 
     async def _recover(self, node: LocalNode, request: InitRequest) -> NodeId:
-        """Have this node's manager continue the cluster alone, from its own data.  Tasks run on.
+        """Have this node's manager continue the cluster alone, from its own data.  Tasks keep running.
 
-        Raises: Unavailable: this node is no manager, or locked; what ``founding`` raises; SkepError: the manager does
-        not start; its data are kept.
+        Raises: Unavailable: this node is not a manager, or is locked; the errors of ``founding``; SkepError: the
+        manager does not start, and its data are kept.
         """
         if self.is_locked:
             raise Unavailable(LOCKED)
@@ -220,19 +220,22 @@ class Membership:
     async def restore(
         self, pieces: AsyncIterator[bytes], key: bytes, advertise_addr: str, *, is_dry: bool
     ) -> RestorePlan:
-        """Become the manager that made a backup, as the only one; ``is_dry``: only read the backup.
+        """Become the manager that made a backup, as the only one.  With ``is_dry``, only read the backup.
 
         Args:
-            advertise_addr: empty: the backup's if this machine has it, else this machine's only address.
+            advertise_addr: The address, or empty for the backup's if this machine has it, else for this machine's only
+                address.
 
-        Raises: Unavailable: this node is in a swarm already; InvalidArgument: the backup, the key or the address;
-        SkepError: the manager does not start; nothing of it is kept.
+        Raises:
+            Unavailable: This node is in a swarm already.
+            InvalidArgument: The backup, the key or the address is wrong.
+            SkepError: The manager does not start, and nothing of it is kept.
         """
         async with self._control:
             self._require_outside()
             snapshot = self._paths.data / "restore.snapshot"
             try:
-                manifest = await received(pieces, key, snapshot)
+                manifest = await receive(pieces, key, snapshot)
                 endpoints = endpoints_for(manifest, advertise_addr, await read_interfaces())
                 if not is_dry:
                     await self._enter_restored(manifest, endpoints, snapshot)
@@ -252,7 +255,7 @@ class Membership:
         log.warning("swarm restored", node=node.node_id, cluster=node.cluster_id)
 
     async def join(self, request: JoinRequest) -> None:
-        """Join a cluster in the token's role; returns when a manager has accepted this node's session.
+        """Join a cluster in the token's role.  Returns when a manager has accepted this node's session.
 
         Raises: Unavailable, InvalidArgument, Unimplemented: in Docker's words.
         """
@@ -300,10 +303,12 @@ class Membership:
             log.info("swarm left")
 
     async def unlock(self, request: UnlockRequest) -> None:
-        """Decrypt what autolock has locked; returns when this node has a session again, or after 20 s without one.
+        """Unlock a node locked by autolock.  Returns when it has a session again, or after 20 s without one.
 
-        Raises: Unavailable: this node is no manager, or cannot take part again; AlreadyExists: it is not locked;
-        InvalidArgument, WrongUnlockKey: the key; all with Docker's texts.
+        Raises, with Docker's texts:
+            Unavailable: This node is not a manager, or cannot take part again.
+            AlreadyExists: It is not locked.
+            InvalidArgument, WrongUnlockKey: The key is wrong.
         """
         async with self._control:
             if not self.is_locked:
@@ -328,10 +333,11 @@ class Membership:
         if self._runner is not None:
             self._runner.reload()
 
-    # --- what is shown ----------------------------------------------------------------------------------------
+    # --- API responses ------------------------------------------------------------------------------------------
 
     def manager_refusal(self) -> str | None:
-        """Docker's text for requests that need a manager, where this node has none; None: it has one, or will soon."""
+        """Return Docker's error for requests that need a manager, or None if this node has one or will soon have
+        one."""
         if self.node is None:
             return NOT_IN_A_SWARM
         if self._removal:
@@ -346,12 +352,12 @@ class Membership:
 
     @property
     def node(self) -> LocalNode | None:
-        """This node as a member; None outside of any cluster."""
+        """This node as a member, or None outside of any cluster."""
         return self._runner.node if self._runner is not None else self._locked_node
 
     @property
     def is_in_swarm(self) -> bool:
-        """Whether this node is a member, locked ones included."""
+        """Whether this node is a member, even a locked one."""
         return self.node is not None
 
     @property
@@ -377,7 +383,7 @@ class Membership:
         return f"active/{role}" if self.status == "active" else self.status
 
     async def info(self) -> dict[str, Any]:
-        """The ``Swarm`` section of ``/info``."""
+        """Return the ``Swarm`` section of ``/info``."""
         if self.is_locked:
             return local_section(None, status=self.status, error=LOCKED, managers=())
         managers = self._runner.managers if self._runner is not None else ()
@@ -406,9 +412,9 @@ class Membership:
     async def _enter(
         self, node: LocalNode, pair: KeyPair, write_files: Callable[[], None], timeout_s: float
     ) -> None:
-        """Become ``node`` in its cluster; on failure nothing of it is kept.
+        """Become ``node`` in its cluster.  A failure leaves nothing behind.
 
-        ``write_files``: writes what its manager reads, if it is to have one.
+        ``write_files`` writes the files of its manager if it becomes a manager.
         """
         self._no_vote_reason = ""
         self._apply(Event.ENTER)
@@ -424,7 +430,7 @@ class Membership:
             await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
         except BaseException:
             if node.is_manager and self._runner is not None:
-                # A member of the raft group that does not run would count against the next one's quorum.
+                # A raft member that does not run would count against the next one's quorum.
                 await self._leave_manager_group(self._runner)
             self._apply(Event.ENTER_FAILED)
             await self._end()
@@ -432,20 +438,20 @@ class Membership:
         self._apply(Event.ENTERED)
 
     async def _look(self) -> None:
-        """Read the machine: a moment ago it may not have had the network that the cluster's are to avoid."""
+        """Read the machine again, because the cluster's networks must avoid networks that have just appeared."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_S):
                 await self._dependencies.look()
 
     async def _request_certificate(self, plan: Joining) -> KeyPair:
-        """Use the join token.  Raises: SkepError, with Docker's texts."""
+        """Request a certificate with the join token.  Raises: SkepError, with Docker's texts."""
         try:
             return await join(plan.remote_addrs[0], plan.token, self._clock, plan.availability)
         except InvalidArgument as error:
-            raise Untranslated(str(error)) from error  # the engine responds 500 to a bad token
+            raise Untranslated(str(error)) from error  # Docker Engine responds 500 to a bad token
 
     async def _wait_session(self, timeout_s: float) -> None:
-        """Return with the first session.  Raises: SkepError: there will be none, or none in time."""
+        """Wait for the first session.  Raises: SkepError: there will be none, or it did not come in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._noting_no_vote(self._wait_settled())
@@ -459,7 +465,8 @@ class Membership:
         return f"Timeout was reached before node joined: {reason}" if reason else TIMED_OUT
 
     async def _noting_no_vote(self, waiting: Coroutine[Any, Any, None]) -> None:
-        """``waiting``; meanwhile record why a new manager has no vote yet.  Its file is removed with each attempt."""
+        """Await ``waiting`` and record why a new manager has no vote yet.  The file with the reason is removed with
+        each attempt."""
 
         async def note() -> None:
             while True:
@@ -489,9 +496,9 @@ class Membership:
             raise Unavailable(self._error or self._timeout_text()) from error
 
     async def _with_present_address(self, node: LocalNode) -> LocalNode:
-        """``node`` with the address of the configuration, which may have changed while it was off.
+        """Return ``node`` with the configured address, which may have changed while it was off.
 
-        One that this machine does not have is logged, and the former address is kept.
+        If this machine does not have the address, that is logged and the former address is kept.
         """
         present = node
         configured = self._dependencies.configuration().advertise_addr
@@ -500,16 +507,16 @@ class Membership:
                 addr = advertised(configured, node.listen_addr, await read_interfaces())
                 present = msgspec.structs.replace(node, advertise_addr=addr, local_addr=host_of(addr))
             except SkepError as error:
-                log.warning("the address of this node stays", configured=configured, reason=str(error))
+                log.warning("advertise address unchanged", configured=configured, reason=str(error))
         if present.is_manager:
             await asyncio.to_thread(self._dependencies.manager_files.update, present)
         if present != node:
-            log.info("this node has moved", before=node.advertise_addr, now=present.advertise_addr)
+            log.info("advertise address changed", before=node.advertise_addr, now=present.advertise_addr)
             await asyncio.to_thread(write_local_node, self._paths.node_json, present)
         return present
 
     async def _leave_manager_group(self, runner: NodeRunner) -> None:
-        """Have the other managers remove this one's etcd member, so that it does not count against their quorum."""
+        """Have the other managers remove this one's etcd member, so that it does not count towards their quorum."""
         pair = await asyncio.to_thread(keypair.load, self._paths.certificates, self._lock)
         await leave_manager_group(runner.other_managers, pair)
 
@@ -521,7 +528,7 @@ class Membership:
         self._running = self._group.create_task(self._runner.run(), name="swarm")
 
     async def _stop(self) -> None:
-        """Stop manager and agent; tasks run on."""
+        """Stop manager and agent.  Tasks keep running."""
         if self._running is not None and self._runner is not None:
             self._runner.dismiss()
             self._running.cancel()
@@ -537,5 +544,5 @@ class Membership:
             await forget_swarm(self._paths)
             await self._dependencies.processes.keep_spare_manager(True)
         finally:
-            # What could not be removed is removed at the next start of the node process.
+            # Leftovers are removed at the next start of the node process.
             self._apply(Event.LEFT)

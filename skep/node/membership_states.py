@@ -1,11 +1,11 @@
-"""Membership of a node in a cluster, as a state machine: every state, every event and every transition.  Pure.
+"""Membership of a node in a cluster as a state machine: all states, events and transitions.  Pure.
 
-Three machines are in one table, since their states differ:
+Three machines share one table, since their states differ:
 
-* *membership*, for the life of the node process: outside, entering (init, join, restore), member, leaving;
-* *session*, for each start of agent and manager supervisor: whether there has been a session yet;
-* *role*, likewise: whether a manager process belongs to this node.  The certificate decides it.  ``promoting`` and
-  ``demoting`` write files, and are repeated until that succeeds; every other state waits for an event.
+* *membership*, for the life of the node process: outside, entering (init, join, restore), member, leaving
+* *session*, for each start of agent and manager supervisor: whether there has been a session yet
+* *role*, for the same time: whether a manager process belongs to this node.  The certificate decides it.  ``promoting``
+  and ``demoting`` write files, and are repeated until that succeeds.  Every other state waits for an event.
 
 ``docs/design/node.md`` draws the table.
 """
@@ -23,23 +23,23 @@ class State(Enum):
     STARTING = "starting"
     """``node.json`` has not been read yet."""
     UNREADABLE = "unreadable"
-    """``node.json`` cannot be read: it is not known whether the node is a member.  Reading is retried."""
+    """``node.json`` cannot be read, so it is not known whether the node is a member.  Reading is retried."""
     OUTSIDE = "outside"
     LOCKED = "locked"
     """A manager whose keys are encrypted (autolock): waits for ``docker swarm unlock``."""
     ENTERING = "entering"
-    """Nothing of it is kept when it fails; ``node.json`` is written last."""
+    """Init, join or restore.  A failure leaves nothing behind, and ``node.json`` is written last."""
     MEMBER = "member"
     RECOVERING = "recovering"
-    """``docker swarm init --force-new-cluster``: agent and manager are stopped, tasks run on."""
+    """``docker swarm init --force-new-cluster``: agent and manager are stopped, tasks keep running."""
     FAILED = "failed"
-    """A member whose agent has ended: the cluster refuses this node.  Left by ``docker swarm leave``."""
+    """A member whose agent has ended because the cluster refuses this node.  ``docker swarm leave`` ends this state."""
     LEAVING = "leaving"
 
     PENDING = "pending"
-    """No manager has given a session yet."""
+    """No manager has accepted a session yet."""
     ACTIVE = "active"
-    """There has been a session; it stays so while managers are away."""
+    """There has been a session.  The state stays the same while managers are unreachable."""
 
     WORKER = "worker"
     PROMOTING = "promoting"
@@ -50,7 +50,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What changes a state."""
+    """Causes of state changes."""
 
     NO_FILE = "no node.json"
     LOADED = "node.json read"
@@ -104,7 +104,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
         (State.MEMBER, Event.LEAVE): State.LEAVING,
         (State.FAILED, Event.RECOVER): State.RECOVERING,
         (State.FAILED, Event.LEAVE): State.LEAVING,
-        # An agent may be refused in the moment in which it is stopped.
+        # An agent may be refused at the moment when it is stopped.
         (State.RECOVERING, Event.REFUSED): State.RECOVERING,
         (State.RECOVERING, Event.RESTARTED): State.MEMBER,
         (State.LEAVING, Event.REFUSED): State.LEAVING,
@@ -125,23 +125,23 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
 
 
 def after(state: State, event: Event) -> State:
-    """The state that follows.  An event that ``state`` does not have is an error of this program."""
+    """Return the next state.  An event that ``state`` does not have is an error of this program."""
     following = TRANSITIONS.get((state, event))
     assert following is not None, f"{event.name} in state {state.name}"
     return following
 
 
 def certified(role: NodeRole) -> Event:
-    """The event of a certificate for ``role``."""
+    """Return the event of a certificate for ``role``."""
     return Event.CERTIFIED_MANAGER if role is NodeRole.MANAGER else Event.CERTIFIED_WORKER
 
 
 def docker_state(membership: State, session: State | None, error: str) -> str:
-    """``LocalNodeState`` of ``/info``: ``inactive``, ``locked``, ``pending``, ``active`` or ``error``.
+    """Return ``LocalNodeState`` of ``/info``: ``inactive``, ``locked``, ``pending``, ``active`` or ``error``.
 
     Args:
-        session: ``PENDING`` or ``ACTIVE``; None: neither agent nor manager has been started.
-        error: why the node does not take part in its cluster as it should; empty: it does.
+        session: ``PENDING`` or ``ACTIVE``, or None if neither agent nor manager has been started.
+        error: Why the node does not take part in its cluster as it should, or empty if it does.
     """
     if membership is State.LOCKED:
         return "locked"

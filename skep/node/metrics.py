@@ -1,7 +1,7 @@
-"""What a node shows Prometheus: itself, its engine, networks and containers, and its manager process if it has one.
+"""A node's metrics for Prometheus: of the node, its engine, networks and containers, and its manager process.
 
-Docker's engine names where the engine has them.  Source: moby, daemon/metrics.go, daemon/events/metrics.go; swarmkit,
-node/node.go.
+Metrics that Docker Engine has too carry Docker's names.  Source: moby, daemon/metrics.go, daemon/events/metrics.go;
+swarmkit, node/node.go.
 """
 
 import asyncio
@@ -37,15 +37,15 @@ from skep.node.membership import Membership
 log = structlog.get_logger()
 
 KEPT_S = 1.0
-"""A page is the response to all requests within this time."""
+"""Time for which a page answers all requests."""
 _MANAGER_S = 4.0
-"""Prometheus gives up after ten."""
+"""Shorter than Prometheus' own limit of ten seconds."""
 _NET_S = 2.0
 _LAG_PERIOD_S = 0.25
 
 
 class Sources(NamedTuple):
-    """Where the values of a node come from.  ``engine`` and ``usage`` None: it runs no containers."""
+    """Sources of a node's values.  ``engine`` and ``usage`` are None on a node without containers."""
 
     node: info.Node
     engine: Engine | None
@@ -60,11 +60,11 @@ class Sources(NamedTuple):
     exporter: TraceExporter | None
     disks: Callable[[], Sequence[Space]]
     reports: Callable[[], int]
-    """Statuses of tasks that wait for a session."""
+    """Returns the number of task statuses that wait for a session."""
 
 
 class NodeMetrics:
-    """The page of one node."""
+    """The metrics page of one node."""
 
     def __init__(self, sources: Sources, clock: Clock) -> None:
         self._sources = sources
@@ -75,33 +75,35 @@ class NodeMetrics:
         self._making = asyncio.Lock()
 
     async def run(self) -> None:
-        """Sample the event loop, and what containers use while it is asked for, until cancelled."""
+        """Sample the event loop, and the use of containers while it is requested, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._lag.sample(self._clock, _LAG_PERIOD_S))
             if self._sources.usage is not None:
                 group.create_task(self._sources.usage.run())
 
     async def text(self) -> bytes:
-        """The page, one for all requests within a second: any client that reaches the address can send many.
+        """Return the page.  All requests within a second share one, because any client that reaches the address can
+        send many.
 
-        What does not answer in time is left out: ``skep_manager_up`` says so of the manager.
+        Sources that do not answer in time are left out, which ``skep_manager_up`` shows for the manager.
         """
         async with self._making:
             if self._clock.monotonic() - self._made_at >= KEPT_S:
-                self._page = await self._made()
+                self._page = await self._make_page()
                 self._made_at = self._clock.monotonic()
             return self._page
 
-    async def _made(self) -> bytes:
+    async def _make_page(self) -> bytes:
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(self._of_manager())
             names = group.create_task(self._of_net_process())
             used = await self._sources.usage.text() if self._sources.usage is not None else b""
         families = [*self._own(), *names.result(), *asked.result()]
-        return await asyncio.to_thread(_joined, families, used)  # a manager has two lines for each service
+        # in a thread, because a manager has two lines for each service
+        return await asyncio.to_thread(_joined, families, used)
 
     async def nodes(self) -> Any:
-        """As ``GET /nodes`` has them.  Raises: SkepError: no manager answers, or workers may not read."""
+        """Return the response to ``GET /nodes``.  Raises: SkepError: no manager answers, or workers may not read."""
         if self._sources.membership.is_manager:
             return await self._sources.reads.own.get("/nodes", timeout_s=_MANAGER_S)
         return msgspec.json.decode(await self._sources.reads.body("/nodes"))
@@ -122,13 +124,13 @@ class NodeMetrics:
             ),
             *disk_families(one.disks()),
             *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
-            gauge("skep_node_reports_waiting", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
+            gauge("skep_node_pending_reports", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
             *process_families("node", self._lag),
             *(one.exporter.families() if one.exporter is not None else ()),
         ]  # fmt: skip
 
     async def _of_net_process(self) -> list[Family]:
-        """What the name servers of containers count; empty: their process does not answer."""
+        """Return the counters of containers' name servers, or nothing if their process does not answer."""
         plane = self._sources.data_plane
         if plane is None or plane.naming is None:
             return []
@@ -157,7 +159,7 @@ def _joined(families: Sequence[Family], used: bytes) -> bytes:
 
 
 def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list[Family]:
-    """What Docker's engine shows, under its names."""
+    """Return Docker Engine's metrics, under its names."""
     machine = node.machine
     about = {
         "version": __version__,
@@ -202,7 +204,7 @@ def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list
 
 
 def member_families(member: LocalNode | None) -> list[Family]:
-    """Of which cluster the node is; nothing: of none."""
+    """Return the node's cluster, or nothing outside of a cluster."""
     if member is None:
         return []
     ids = label_text({"node_id": member.node_id, "swarm_id": member.cluster_id})
@@ -210,9 +212,9 @@ def member_families(member: LocalNode | None) -> list[Family]:
 
 
 def disk_families(disks: Sequence[Space]) -> list[Family]:
-    """How full the disks are that the node and its containers write to.
+    """Return the use of the disks that the node and its containers write to.
 
-    No metric has a path of the machine: viewers of the cluster read the page, and paths are an administrator's.
+    No metric has a path of the machine, because viewers of the cluster read the page.
     """
     used = {one.name: round(one.used_percent / 100, 4) for one in disks}
     inodes = {one.name: round(one.inodes_percent / 100, 4) for one in disks}
@@ -231,7 +233,7 @@ def disk_families(disks: Sequence[Space]) -> list[Family]:
 
 
 def dns_families(listing: Listing) -> list[Family]:
-    """What the name servers of this node's containers did."""
+    """Return the counters of the name servers of this node's containers."""
     names = listing.names
     responses = [
         Sample(label_text({"source": source, "code": code}), number)
@@ -240,7 +242,7 @@ def dns_families(listing: Listing) -> list[Family]:
     return [
         gauge("skep_dns_containers", "Containers with a name server of their networks.", len(listing.served)),
         by_label(
-            "skep_dns_questions_total",
+            "skep_dns_requests_total",
             "counter",
             "Questions of containers for names, by record type.",
             "type",
@@ -259,7 +261,7 @@ def dns_families(listing: Listing) -> list[Family]:
             "reason",
             {"timeout": names.upstream_timeouts, "failure": names.upstream_failures},
         ),
-        gauge("skep_dns_forwarded_in_flight", "Questions at other name servers now.", names.in_flight),
+        gauge("skep_dns_forwards_in_flight", "Questions at other name servers now.", names.in_flight),
         by_label(
             "skep_network_repairs_total",
             "counter",
@@ -271,7 +273,7 @@ def dns_families(listing: Listing) -> list[Family]:
 
 
 def network_families(repairs: Mapping[str, int], reports: Mapping[NodeId, PathReport]) -> list[Family]:
-    """Repairs of what other programs had changed, and which nodes the probes reach."""
+    """Return repairs of other programs' changes, and which nodes the probes reach."""
     reachable = {id: int(not (report.failing and report.is_settled)) for id, report in reports.items()}
     mtus = {id: report.mtu for id, report in reports.items() if report.mtu}
     return [

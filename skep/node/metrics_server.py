@@ -1,6 +1,7 @@
-"""``metrics-addr``: the node's page for Prometheus, and the list of nodes to ask, by plain HTTP as in Docker.
+"""``metrics-addr``: serves the node's page for Prometheus and the list of nodes to scrape, by plain HTTP as in Docker.
 
-Every client that reaches the address can read it.  Nothing can be changed there, and no secret or environment is shown.
+Every client that reaches the address can read it.  Nothing can be changed there, and secrets and environments are not
+shown.
 """
 
 import asyncio
@@ -33,15 +34,14 @@ _AT_ONCE = 4
 """Pages that are made at the same time."""
 _IDLE_S = 75.0
 _PRIVATE = (".internal", ".local", ".localhost", ".home.arpa", ".test")
-"""Ends of names that nobody can register."""
+"""Suffixes of names that nobody can register."""
 
 
 @asynccontextmanager
 async def serving_metrics(configuration: Configuration, metrics: NodeMetrics) -> AsyncIterator[None]:
-    """Serve on ``metrics-addr``, if it is set, while the context is open.
+    """Serve on ``metrics-addr`` during the block, if it is set.
 
-    Raises:
-        FailedPrecondition: the address cannot be listened on.
+    Raises: FailedPrecondition: cannot listen on the address.
     """
     addr, hosts = configuration.metrics_addr, configuration.metrics_hosts
     if addr is None:
@@ -79,12 +79,12 @@ async def serving_metrics(configuration: Configuration, metrics: NodeMetrics) ->
 
 @asynccontextmanager
 async def _listening(connection: Callable[[], asyncio.Protocol], host: str, port: int) -> AsyncIterator[None]:
-    """Raises: FailedPrecondition."""
+    """Listen during the block.  Raises: FailedPrecondition."""
     try:
         listening = await asyncio.get_running_loop().create_server(connection, host or None, port)
     except OSError as error:
         raise FailedPrecondition(
-            f"metrics-addr {host}:{port} cannot be listened on: {error.strerror}"
+            f"metrics-addr {host}:{port} cannot be used: {error.strerror}. Choose another address"
         ) from error
     log.info("metrics served", addr=f"{host}:{port}")
     try:
@@ -97,7 +97,7 @@ _table = Table[NodeMetrics]()
 
 
 def metrics_routes(metrics: NodeMetrics) -> list[web.RouteDef]:
-    """``/metrics`` on the API's hosts; an engine has it on ``metrics-addr`` only."""
+    """Return the route ``/metrics`` for the API's hosts.  Docker Engine has it on ``metrics-addr`` only."""
     return _table.bound(metrics)
 
 
@@ -109,14 +109,13 @@ async def _show(metrics: NodeMetrics, request: web.Request) -> web.StreamRespons
 class _Clients:
     """The connections of one listener.
 
-    Args:
-        hosts: names of this machine that requests may have in ``Host`` although anyone could register them.
+    ``hosts`` are names of this machine that requests may have in ``Host`` although anyone could register them.
     """
 
     def __init__(self, hosts: Collection[str]) -> None:
         self._hosts = hosts
         self._busy: set[asyncio.BaseTransport | None] = set()
-        """Connections with a request under way."""
+        """Connections with a request in progress."""
         self._open: Newcomers[asyncio.Transport] = Newcomers(
             "metrics connections",
             _CONNECTIONS_MAX,
@@ -126,7 +125,7 @@ class _Clients:
         )
 
     def accept(self, server: web.Server, client: Connection) -> None:
-        """Let ``server`` serve a new connection, or close it if all that are open have requests under way."""
+        """Let ``server`` serve a new connection, or close it if all open connections have requests in progress."""
         if admit_transport(self._open, client.transport):
             client.give_to(server())
         else:
@@ -134,7 +133,7 @@ class _Clients:
 
     @web.middleware
     async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keep a connection open while its request is under way, and refuse names of others."""
+        """Keep a connection open while its request is in progress, and refuse foreign host names."""
         transport = request.transport
         self._busy.add(transport)
         try:
@@ -146,10 +145,10 @@ class _Clients:
 
 
 def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:
-    """Return why a request is refused for its ``Host``; empty if it is not.
+    """Return why a request is refused for its ``Host``, or an empty text if it is accepted.
 
-    A web page whose name leads to this machine (DNS rebinding) could read the answers: its browser sends that name.
-    Names that nobody can register are no risk, so only the others have to be configured.
+    A web page with a name that resolves to this machine (DNS rebinding) could read the responses, and its browser sends
+    that name.  Names that nobody can register are not a risk, so only other names have to be configured.
 
     Source: RFC 6761, RFC 6762, RFC 8375 (special-use names); ICANN reserved ``.internal`` in 2024.
     """
@@ -168,7 +167,7 @@ def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:
 
 
 def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]]:
-    """For ``http_sd_configs``: each node, whether it is up or not, so that an alert can distinguish the two.
+    """Return the targets for ``http_sd_configs``: each node, up or down, so that an alert can distinguish the two.
 
     Source: https://prometheus.io/docs/prometheus/latest/http_sd/
     """
@@ -176,7 +175,9 @@ def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]
 
 
 def _address(node: Mapping[str, Any]) -> str:
-    """Empty before its first session: a port alone would be one of the machine that Prometheus runs on."""
+    """Return the node's address.
+
+    Empty before its first session, because a bare port would mean the machine that Prometheus runs on."""
     return str((node.get("Status") or {}).get("Addr") or "")
 
 
@@ -199,5 +200,5 @@ def _target(node: Mapping[str, Any], address: str, port: int) -> Mapping[str, An
 
 
 def _plain(key: str) -> str:
-    """As Prometheus writes the names of labels: every other character becomes ``_``."""
+    """Return a label name in Prometheus' form, with ``_`` for every other character."""
     return "".join(char if char.isascii() and char.isalnum() else "_" for char in key)

@@ -1,7 +1,7 @@
-"""The composition root of a node: makes every part of it once, in layers, and runs them.
+"""The composition root of a node: makes each of its parts once, in layers, and runs them.
 
-Containers and their networks first, then the tables of the cluster's networks, the agent, the membership of a cluster,
-and the Engine API.  A layer is given the layers below it when it is made.
+Containers and their networks come first, then the tables of cluster networks, the agent, the membership of a cluster,
+and the Engine API.  Each layer gets the layers below it when it is made.
 """
 
 import asyncio
@@ -114,14 +114,16 @@ from skep.security.locking import KeyLock
 log = structlog.get_logger()
 
 _CONTAINERS_FOUND_S_MAX = 15.0
-"""The API is served then even if the containers of earlier processes are not found: it shows the reason."""
+"""Time after which the API is served even if the containers of earlier processes are not found.  It shows the
+reason."""
 
 _REVISION_FILE = "seen.json"
-"""Newest assignments that this node has received.  In the certificates' directory, with which it is removed."""
+"""File with the newest assignments that this node has received, in the certificates' directory, with which it is
+removed."""
 
 
 class Node:
-    """One node.  Made once; ``run`` runs it."""
+    """One node.  ``run`` runs it."""
 
     def __init__(self, configuration: Configuration, environment: Environment) -> None:
         self._configuration = configuration
@@ -138,7 +140,7 @@ class Node:
         self._own_ports = OwnPorts(lambda: self._configuration, self._session)
         self._image_sources = ClusterSources(self._session)
         self._engine_images: EngineImages | None = None
-        # Containers.  With the executor ``process`` there are none: tasks are plain commands.
+        # Containers.  The executor ``process`` has none: tasks are plain commands.
         self._container_apis = ContainerApis(self._clock, lambda: self._engine)
         self._executor = self._make_executor()
         self._exporter = exporter_to(
@@ -183,16 +185,16 @@ class Node:
         self._metrics = self._node_metrics()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Run until cancelled; calls ``ready`` once the API is served.
+        """Run until cancelled.  Calls ``ready`` once the API is served.
 
-        Raises: SkepError: a host cannot be listened on, the data directory is damaged.
+        Raises: SkepError: cannot listen on a host, or the data directory is damaged.
         """
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
             run = partial(run_part, group, self._clock)
             run(self._environment.processes.net.run, "net process")
             await self._open_apis(stack)
-            run(await self._offers.begun(), "offers of the machine")
-            run(await self._disk_space.begun(), "disk space")
+            run(await self._offers.prepare(), "offers of the machine")
+            run(await self._disk_space.prepare(), "disk space")
             if self._engine is not None:
                 await self._engine.images.open()
                 await asyncio.to_thread(self._engine.volumes.open)
@@ -285,12 +287,12 @@ class Node:
         )
 
     def _image_users(self) -> Collection[ImageUser]:
-        """Every container of this node."""
+        """Return every container of this node."""
         return image_users(self._engine) if self._engine is not None else ()
 
     def _make_data_plane(self, endpoints: ClusterEndpoints) -> DataPlane:
         configuration, environment = self._configuration, self._environment
-        # Connections to the net process: several, so that ports do not wait for the names of a thousand containers.
+        # Several connections to the net process, so that ports do not wait for the names of a thousand containers.
         net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
         return DataPlane(
             Host(
@@ -314,13 +316,13 @@ class Node:
 
     def _network_tables(self) -> NetworkTables:
         plane, tables = self._data_plane, self._shared_tables
-        # Routes come before the names that lead there.
+        # Routes are applied before the names that lead there.
         users = (plane.overlays, plane.mesh, tables) if plane is not None else (tables,)
         stored = StoredTables(self._paths.kept_tables, self._clock)
         return NetworkTables(stored, users, self._session, self._clock, self._random)
 
     def _run_networks(self, run: Callable[..., None]) -> None:
-        """Keep the networks of the cluster as their tables say."""
+        """Keep the networks of the cluster in the state of their tables."""
         plane, tables = self._data_plane, self._tables
         if plane is not None and not tables.tables:
             run(plane.overlays.apply_nothing, "networks of an earlier process")
@@ -349,7 +351,7 @@ class Node:
         )
 
     def _part_labels(self) -> Mapping[str, str]:
-        """Labels of the node from its parts."""
+        """Return the labels of the node's parts."""
         plane = self._data_plane
         own = {**self._own_ports.labels(), **(plane.tunnels.labels() if plane is not None else {})}
         mesh = plane.mesh.published if plane is not None else frozenset()
@@ -359,7 +361,7 @@ class Node:
         return {**own, **ports, **volume_labels(self._engine.volumes.uses)}
 
     def _node_probes(self) -> NodeProbes | None:
-        """Probes of other nodes, where this one can have overlay networks."""
+        """Return the probes of other nodes, or None if this node cannot have overlay networks."""
         if self._engine is None or self._data_plane is None or not has_overlays(self._environment.features):
             return None
         names = NameChecks(self._engine.running_sandboxes, self._clock)
@@ -371,7 +373,7 @@ class Node:
         save_managers: Callable[[tuple[Peer, ...]], None],
         set_role: Callable[[NodeRole], None],
     ) -> Agent:
-        """An agent for ``node``, not yet running (``runner.NewAgent``)."""
+        """Return an agent for ``node``, not yet running (``runner.NewAgent``)."""
         certificates = self._paths.certificates
         credentials = KeyPairCredentials(
             certificates,
@@ -397,7 +399,7 @@ class Node:
             self._known_managers(node),
             save_managers,
             address_of=node.reach,
-            show_unreached=self._environment.conditions.reporter("no-manager"),
+            show_unreached=self._environment.conditions.reporter("manager-unreachable"),
         )
         return Agent(
             credentials=credentials,
@@ -412,7 +414,7 @@ class Node:
         )
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
-        """Those that the managers have sent last, and those of the configuration."""
+        """Return the managers from the last list that they sent, and the configured ones."""
         sent = {peer.addr for peer in node.managers}
         configured = (addr for addr in self._configuration.managers if addr not in sent)
         return (*node.managers, *(Peer(NodeId(""), addr) for addr in configured))
@@ -493,13 +495,13 @@ class Node:
         )
 
     def _network_warnings(self) -> tuple[str, ...]:
-        """Of published ports and of connections to other nodes."""
+        """Return warnings about published ports and connections to other nodes."""
         if self._data_plane is None:
             return ()
         return (*self._data_plane.mesh.warnings(), *self._data_plane.prober.warnings())
 
     async def _open_apis(self, stack: AsyncExitStack) -> None:
-        """Connect to the manager's API, and to that of the machine's Docker Engine, if there is one."""
+        """Connect to the manager's API, and to the API of the machine's Docker Engine if there is one."""
         await stack.enter_async_context(self._manager_api)
         if self._docker is not None:
             await stack.enter_async_context(self._docker.api)
@@ -509,7 +511,7 @@ class Node:
                 )
 
     async def _application(self) -> web.Application:
-        """What this node serves itself."""
+        """Return the application with the routes that this node serves itself."""
         engine, docker = self._engine, self._docker
         local = (
             self._data_plane.local
@@ -562,7 +564,7 @@ class Node:
         )
 
     def _run_checks(self, run: Callable[..., None]) -> None:
-        """Keep the conditions of this machine current, and what lies beside this node."""
+        """Keep this machine's conditions and the background work outside the cluster running."""
         conditions, paths, clock = self._environment.conditions, self._paths, self._clock
         run(partial(reap_orphans, clock), "orphans")
         if self._engine is not None:
@@ -583,7 +585,7 @@ class Node:
 
 
 def _registry_policy(configuration: Configuration) -> Policy:
-    """Which registries are reached without TLS, by which mirrors, and with whose credentials."""
+    """Return the registries reached without TLS, the mirrors, and the credential helpers."""
     return Policy(
         insecure=frozenset(configuration.insecure_registries),
         mirrors=configuration.registry_mirrors,
@@ -592,7 +594,7 @@ def _registry_policy(configuration: Configuration) -> Policy:
 
 
 def _encryption(features: Features, setting: str) -> Method | Refusal:
-    """How this node encrypts networks; logs why it is not by the kernel's WireGuard where that was allowed."""
+    """Choose how this node encrypts networks.  Log why the kernel's WireGuard is not used if it was allowed."""
     if reasons := reasons_for_fallback(features, setting):
         log.info("encrypted networks use wireguard-go, not the kernel's WireGuard", reason=reasons)
     return choose(features, setting)

@@ -1,7 +1,7 @@
-"""What a node reports of its machine that has to be looked up in files: devices, networks, ports in use.
+"""Reads the parts of a node's description that are in files: devices, networks, ports in use.
 
-It is read in a thread, every few seconds, and a description takes what was read last.  Directories of devices are
-walked, and CDI's descriptions are read, only when one of them has another time than before.
+They are read in a thread every few seconds, and a description uses the last result.  Directories of devices and CDI
+descriptions are read only if the modification time of one of them has changed.
 """
 
 import asyncio
@@ -32,21 +32,20 @@ _Times: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 class Offers(msgspec.Struct, frozen=True, kw_only=True):
-    """What was read at one moment."""
+    """The machine's resources at one moment."""
 
     devices: tuple[str, ...] = ()
-    """Paths of the devices that tasks may be given."""
+    """Paths of the devices that tasks may get."""
     cdi_devices: tuple[str, ...] = ()
     routes: tuple[MachineRoute, ...] = ()
     listening: frozenset[UsedPort] = frozenset()
-    """Ports that programs of this machine listen on."""
+    """Ports on which programs of this machine listen."""
 
 
 class OfferReader:
-    """Reads, and keeps what was read last.
+    """Reads the machine's resources and keeps the last result.
 
-    Args:
-        configuration: gives the present one, which may be reloaded.
+    ``configuration`` returns the present configuration, which may be reloaded.
     """
 
     def __init__(
@@ -66,27 +65,27 @@ class OfferReader:
         self._unread: set[str] = set()
 
     async def refresh(self) -> None:
-        """Read now; what cannot be read at the moment stays as it was."""
+        """Read now.  Unreadable parts keep their last values."""
         self.present = await asyncio.to_thread(self.read, self.present)
 
-    async def begun(self) -> Callable[[], Coroutine[Any, Any, None]]:
-        """Read once, so that the first description has it; gives what reads on."""
+    async def prepare(self) -> Callable[[], Coroutine[Any, Any, None]]:
+        """Read once, so that the first description has the result.  Return ``run``."""
         await self.refresh()
         return self.run
 
     async def run(self) -> None:
-        """Read again and again, until cancelled."""
+        """Read every ``READ_EVERY_S`` until cancelled."""
         while True:
             await self._clock.sleep(READ_EVERY_S)
             await self.refresh()
 
     def read(self, before: Offers) -> Offers:
-        """What there is now; ``before``: what was read last.  Blocks; for a thread."""
+        """Return the present resources.  ``before`` is the last result.  Blocks, so call it in a thread."""
         configuration = self.configuration()
         if configuration.executor != "oci":
             devices: tuple[str, ...] = ()
             cdi_devices: tuple[str, ...] = ()
-            self._device_times = self._cdi_times = None  # to be read anew when containers run again
+            self._device_times = self._cdi_times = None  # read again when containers run again
         else:
             devices = self._devices(before.devices)
             cdi_devices = self._described_devices(configuration.cdi_spec_dirs, before.cdi_devices)
@@ -98,9 +97,9 @@ class OfferReader:
         )
 
     def _is_whole(self, what: str, failed: Sequence[OSError]) -> bool:
-        """Whether all could be read.  A node that has no descriptor left has its devices all the same."""
+        """Return whether all of ``what`` was readable.  A node without free descriptors still has its devices."""
         if failed and what not in self._unread:
-            log.warning("offers of the machine not read", what=what, reason=describe_error(failed[0]))
+            log.warning("machine resources not read", what=what, reason=describe_error(failed[0]))
         (self._unread.add if failed else self._unread.discard)(what)
         return not failed
 
@@ -111,7 +110,7 @@ class OfferReader:
             return before
         found = {path for path in device_paths(self._dev, failed.append) if is_listed(path)}
         if not self._is_whole("devices", failed):
-            return tuple(sorted(found.union(before)))  # and read again the next time
+            return tuple(sorted(found.union(before)))  # the next call reads again
         self._device_times = times
         return tuple(sorted(found))
 
@@ -157,7 +156,7 @@ def _entries(directory: Path, failed: Failed) -> Iterable[Path]:
 
 
 def _times(paths: Iterable[str | Path], failed: Failed) -> _Times:
-    """Path, time and size of those that are there."""
+    """Return path, time and size of the paths that exist."""
     found = []
     for path in paths:
         try:

@@ -20,24 +20,25 @@ from skep.node.local import LocalNode, read_local_node
 
 
 class OwnPorts:
-    """The ports of the daemon at present.  ``configuration``: gives the present one, which may be reloaded."""
+    """The present ports of the daemon.  ``configuration`` returns the present configuration, which may be reloaded."""
 
     def __init__(self, configuration: Callable[[], Configuration], session: SessionState) -> None:
         self._configuration = configuration
         self._session = session
 
     def present(self) -> ReservedPorts:
-        """The ports that no container of this machine may have."""
+        """Return the ports that no container of this machine may publish."""
         configuration, node, peer_addr = self._configuration(), None, ""
         with suppress(SkepError):  # the membership shows why the file cannot be read
             node = read_local_node(configuration.paths.node_json)
         if node is not None and node.is_manager:
-            with suppress(SkepError):  # likewise the manager process; or it is a manager in a moment
+            # the manager process reports it, or this node is just becoming a manager
+            with suppress(SkepError):
                 peer_addr = bootstrap.load(configuration.paths.manager_config).peer_listen
         return own_ports(configuration, node, self._session.data_path_port, peer_addr)
 
     def labels(self) -> Mapping[str, str]:
-        """The engine label that reports them."""
+        """Return the engine label that reports the ports."""
         label = ports_label(self.present())
         return {RESERVED_LABEL: label} if label else {}
 
@@ -45,12 +46,12 @@ class OwnPorts:
 def own_ports(
     configuration: Configuration, node: LocalNode | None, data_path_port: int = 0, peer_addr: str = ""
 ) -> ReservedPorts:
-    """The ports that a node's daemon uses, or will use.
+    """Return the ports that a node's daemon uses or will use.
 
     Args:
-        node: None: this machine is in no cluster.
-        data_path_port: the cluster's; 0: not known so far.
-        peer_addr: where etcd of a manager listens; empty: not known so far.
+        node: The node as a member, or None outside of a cluster.
+        data_path_port: The cluster's port, or 0 if not known yet.
+        peer_addr: Address of a manager's etcd for its peers, or empty if not known yet.
     """
     found: dict[UsedPort, str] = {}
     for host in configuration.api_hosts:

@@ -1,4 +1,4 @@
-"""Running the parts of a node."""
+"""Runs the parts of a node."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -19,26 +19,26 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 def run_part(group: asyncio.TaskGroup, clock: Clock, work: Work, name: str) -> None:
-    """Run a part of the node in ``group``, again after every failure, with growing pauses."""
+    """Run a part of the node in ``group``.  It is restarted after every failure, with growing pauses."""
 
     async def run() -> None:
         with first_alone(SkepError):
             await work()
 
-    # Only another node process has another zygote.
+    # only another node process has another zygote
     repeated = retry(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
     group.create_task(repeated, name=name)
 
 
 async def wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
-    """Wait until the containers of earlier processes are known, so that no list lacks one."""
+    """Wait a limited time until the containers of earlier processes are known, so that lists are complete."""
     try:
         await run_unless(ready, clock.sleep(seconds))
     except Preempted:
-        log.warning("not all containers are found again yet", after_s=seconds)
+        log.warning("some containers not found yet", after_s=seconds)
 
 
 async def run_after(ready: Work, work: Work) -> None:
-    """``work``, once ``ready`` has returned."""
+    """Run ``work`` once ``ready`` has returned."""
     await ready()
     await work()

@@ -1,8 +1,8 @@
 """Reaps orphaned processes.
 
 A conmon forks itself away from its parent and is adopted by the nearest subreaper.  Pid 1 of a container or of a
-playground's node often does not reap, so the node process does it.  Its own children are reaped by asyncio at
-once; a zombie that is found twice, seconds apart, is an orphan.
+playground's node often does not reap, so the node process does.  asyncio reaps the node process's own children at once.
+A zombie that is found twice, seconds apart, is therefore an orphan.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ def adopt_orphans() -> None:
 
 
 async def reap_orphans(clock: Clock) -> None:
-    """Reap them, every 5 s, until cancelled."""
+    """Reap orphans every 5 s until cancelled."""
     seen: frozenset[int] = frozenset()
     while True:
         await clock.sleep(_LOOK_EVERY_S)
@@ -40,7 +40,7 @@ def _reap(pids: Iterable[int]) -> None:
 
 
 def _children() -> list[int]:
-    """Pids of this process's children; none where the kernel does not list them."""
+    """Return the pids of this process's children, or none if the kernel does not list them."""
     found: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):
@@ -51,6 +51,6 @@ def _children() -> list[int]:
 def _is_zombie(pid: int) -> bool:
     try:
         stat = stat_of(pid)
-    except OSError:  # looked at again
+    except OSError:  # the next round retries
         return False
     return stat is not None and stat.has_ended

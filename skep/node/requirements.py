@@ -1,4 +1,4 @@
-"""What must be true before a node starts.  Each refusal is a sentence with what to do."""
+"""Checks before a node starts.  Each refusal is a sentence with advice."""
 
 import os
 import re
@@ -22,7 +22,7 @@ Version = tuple[int, ...]
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A program we start, the oldest version that will do, and where to get it."""
+    """A program that Skep starts, the oldest usable version, and where to get it."""
 
     name: str
     oldest: Version
@@ -36,7 +36,7 @@ NFT = Tool(name="nft", oldest=(1, 0, 0), remedy="apt-get install nftables", flag
 
 
 class Unfit(FailedPrecondition):
-    """This machine cannot be a node as it is; ``str`` has one sentence per line."""
+    """This machine cannot be a node as it is.  ``str`` has one sentence per line."""
 
     def __init__(self, problems: tuple[str, ...]) -> None:
         super().__init__("\n".join(problems))
@@ -49,13 +49,13 @@ def check(
     find_etcd: Callable[[], Version],
     find_cgroup_problem: Callable[[], str] = str,
 ) -> Mapping[str, str]:
-    """Versions of ``tools`` (tool -> program) and of etcd, by name.
+    """Check this machine.  Return the versions of ``tools`` (tool -> program) and of etcd, by name.
 
     Args:
-        find_etcd: its version, or FailedPrecondition with what to do.
-        find_cgroup_problem: ``cgroup_problem``, on a node that runs containers.
+        find_etcd: Returns etcd's version, or raises FailedPrecondition with advice.
+        find_cgroup_problem: ``cgroup_problem`` on a node that runs containers.
 
-    Raises: Unfit: with everything that is wrong at once.
+    Raises: Unfit: with all problems at once.
     """
     if os.geteuid() != 0:
         raise Unfit(("skep daemon must run as root: start it with sudo, or by its systemd unit",))
@@ -80,9 +80,9 @@ def check(
 
 
 def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
-    """Why runc cannot put a container into a cgroup of this machine; "" if it can.
+    """Return why runc cannot put a container into a cgroup of this machine, or an empty text if it can.
 
-    Source: runc, libcontainer/cgroups/fs/paths.go (on v1 it is the controller ``devices`` that cannot be missing).
+    Source: runc, libcontainer/cgroups/fs/paths.go (on v1 the controller ``devices`` must exist).
     """
     cgroups = Cgroups("", mount_point)
     if not cgroups.is_v2 and not cgroups.controllers:
@@ -102,7 +102,8 @@ def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
 
 
 def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
-    """Why ``program`` is not usable, given the ``output`` of its version (None: could not be run); "" if it is."""
+    """Return why ``program`` is unusable, or an empty text.  ``output`` is its version's, or None if it cannot be
+    run."""
     if program is None or output is None:
         return (
             f"{program or tool.name} is missing or cannot be run: {tool.remedy}, or name it with {tool.flag}"
@@ -119,7 +120,7 @@ def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
 
 
 def version_in(output: str) -> Version | None:
-    """The first thing that looks like a version: ``runc version 1.1.5+ds1`` -> (1, 1, 5)."""
+    """Return the first part that looks like a version: ``runc version 1.1.5+ds1`` -> (1, 1, 5)."""
     match = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", output)
     return tuple(int(number) for number in match.groups() if number is not None) if match else None
 
@@ -144,7 +145,7 @@ def _data_dir_problems(data_dir: Path) -> Iterator[str]:
 
 
 def version_output(program: str | None) -> str | None:
-    """The output of ``--version``; None: it cannot be run.  Blocks."""
+    """Return the output of ``--version``, or None if the program cannot be run.  Blocks."""
     path = shutil.which(program) if program else None
     if path is None:
         return None

@@ -1,7 +1,7 @@
-"""Reading a backup, and the node that is restored from it.
+"""Reads a backup and makes the node that is restored from it.
 
-The node becomes the manager that made the backup: it has its id and its tasks.  The certificate is new, made with the
-root's key, which is in the backup.
+The node becomes the manager that made the backup, with its id and its tasks.  The certificate is new, made with the
+root's key from the backup.
 """
 
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ from skep.security.keypair import KeyPair
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
-    """What a manager needs to go on from a backup.  ``snapshot``: a file, which is used up."""
+    """Data with which a manager continues from a backup.  The file ``snapshot`` is consumed."""
 
     node: LocalNode
     wrapping_key: bytes
@@ -33,10 +33,10 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
 
 
-async def received(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> Manifest:
-    """Write the snapshot in a backup to the file ``snapshot``, which is there once the backup is known to be whole.
+async def receive(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> Manifest:
+    """Write the snapshot of a backup to the file ``snapshot``, which appears once the backup is known to be complete.
 
-    Raises: InvalidArgument: it is none, is damaged, or is of another key.
+    Raises: InvalidArgument: not a backup, damaged, or encrypted with another key.
     """
     opener = Opener(key)
     beside = snapshot.with_name(snapshot.name + BESIDE)
@@ -54,7 +54,7 @@ async def received(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> 
 
 
 def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interfaces) -> Endpoints:
-    """Where the restored manager is served.  Raises: InvalidArgument, Untranslated: in Docker's words."""
+    """Return the addresses of the restored manager.  Raises: InvalidArgument, Untranslated: in Docker's words."""
     _, port = parted(manifest.listen_addr)
     candidates = [advertise_addr] if advertise_addr else [manifest.advertise_addr, ""]
     for candidate in candidates:
@@ -71,9 +71,9 @@ def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interface
 
 
 def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, KeyPair]:
-    """The manager that made the backup, at other addresses, with a new certificate.
+    """Return the manager that made the backup, at other addresses, with a new certificate.
 
-    Raises: FailedPrecondition: the root in the backup and its key do not belong together.
+    Raises: FailedPrecondition: the root in the backup does not match its key.
     """
     authority = Authority.load(manifest.root_key_pem, manifest.root_pem)
     node_id, cluster_id = NodeId(manifest.node_id), ClusterId(manifest.cluster_id)
@@ -82,7 +82,7 @@ def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, 
 
 
 def plan_of(manifest: Manifest, advertise_addr: str, *, is_done: bool) -> RestorePlan:
-    """The summary of a backup for its user."""
+    """Return the summary of a backup for its user."""
     return RestorePlan(
         cluster_id=manifest.cluster_id,
         node_id=manifest.node_id,

@@ -1,6 +1,6 @@
-"""Runs what makes a node a member of its cluster: the agent, and the manager process while the node is a manager.
+"""Runs a node's part in its cluster: the agent, and the manager process while the node is a manager.
 
-The managers and the role that it learns meanwhile are kept in ``node.json`` for the next start.
+New lists of managers and a new role are kept in ``node.json`` for the next start.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _OWN_MANAGER_POLL_S = 0.02
-"""Between two looks whether the manager of this node serves, until there is a session."""
+"""Period of checking whether this node's manager serves, until there is a session."""
 
 _ERROR_POLL_S = 0.2
-"""Between two looks, during the wait for the first session, whether there will be none."""
+"""Period of checking, during the wait for the first session, whether there will be none."""
 
 
 class AgentConnection(Protocol):
@@ -43,7 +43,7 @@ class AgentConnection(Protocol):
 
     @property
     def managers(self) -> tuple[Peer, ...]:
-        """As the last session listed them."""
+        """The managers as the last session listed them."""
 
     @property
     def removal(self) -> str:
@@ -51,16 +51,16 @@ class AgentConnection(Protocol):
 
     @property
     def role(self) -> NodeRole:
-        """In the node's certificate."""
+        """The role in the node's certificate."""
 
     def renew_certificate(self) -> None:
-        """Request another certificate from the managers, as soon as one is reached."""
+        """Request another certificate as soon as a manager is reached."""
 
     async def run(self) -> None:
         """Keep a session until cancelled.  Raises: SkepError: the cluster refuses this node."""
 
     def try_now(self) -> None:
-        """A manager has just begun to serve: without a session, request one at once."""
+        """Without a session, request one at once, because a manager has just started to serve."""
 
 
 class NewAgent(Protocol):
@@ -81,27 +81,27 @@ class Processes(Protocol):
     """Manager processes of this node (``supervision.processes``)."""
 
     def new_manager(self) -> ManagerProcess:
-        """The supervised manager process, not yet running."""
+        """Return the supervised manager process, not yet running."""
 
     async def keep_spare_manager(self, wanted: bool) -> None:
-        """Have a manager process forked in advance, so that init and join are fast; not ``wanted``: none any more."""
+        """Keep a manager process forked in advance, so that init and join are fast, or end it if not ``wanted``."""
 
 
 class ClusterWork(Protocol):
-    """What runs on this node for the cluster (``node.cluster_work``)."""
+    """The cluster's work on this node (``node.cluster_work``)."""
 
     async def release_attachments(self) -> None:
-        """Detach plain containers from the cluster's networks, while a manager can be reached."""
+        """Detach plain containers from cluster networks while a manager can be reached."""
 
     async def remove_all(self) -> None:
         """Stop and remove every task and every network of the cluster."""
 
 
 class Dependencies(msgspec.Struct, frozen=True, kw_only=True):
-    """What membership of a cluster is built on; the composition root (``node.node``) provides it.
+    """Dependencies of the membership, which the composition root (``node.node``) provides.
 
-    ``configuration`` gives the present one, which may be reloaded.  ``look`` reads what a description says of this
-    machine.
+    ``configuration`` returns the present configuration, which may be reloaded.  ``look`` reads the machine for its
+    description.
     """
 
     paths: Paths
@@ -117,8 +117,7 @@ class Dependencies(msgspec.Struct, frozen=True, kw_only=True):
 class NodeRunner:
     """A node in its cluster, from one start to the next stop.
 
-    Args:
-        refused: called when the cluster refuses this node, so that its agent has ended.
+    ``refused`` is called when the cluster refuses this node, so that its agent has ended.
     """
 
     def __init__(
@@ -141,12 +140,12 @@ class NodeRunner:
             renew_certificate=self._renew_certificate,
         )
         self._agent = dependencies.new_agent(node, self._save_managers, self._manager.set_role)
-        # A change of role that was interrupted after the certificate was written is continued.
+        # Continue a change of role that was interrupted after the certificate was written.
         self._manager.set_role(self._agent.role)
 
     @property
     def error(self) -> str:
-        """Why the node does not take part in its cluster as it should; empty: it does."""
+        """Why the node does not take part in its cluster as it should, or empty if it does."""
         return self.removal or self._manager.error or self._error
 
     @property
@@ -156,7 +155,7 @@ class NodeRunner:
 
     @property
     def manager_error(self) -> str:
-        """Why the manager process is not going to be started again; empty: it is, or there is none."""
+        """Why the manager process will not be restarted.  Empty if it will, or without a manager process."""
         return self._manager.error
 
     @property
@@ -166,7 +165,7 @@ class NodeRunner:
 
     @property
     def other_managers(self) -> tuple[str, ...]:
-        """Addresses of the managers that are not this node's own."""
+        """Addresses of the managers except this node's own."""
         return tuple(peer.addr for peer in self.managers if peer.node_id != self.node.node_id)
 
     @property
@@ -180,13 +179,13 @@ class NodeRunner:
             self._manager.process.reload()
 
     def dismiss(self) -> None:
-        """The end of ``run`` is wanted: the manager of this node is stopped then."""
+        """Have the end of ``run`` stop the manager of this node."""
         self._manager.dismiss()
 
     async def run(self) -> None:
         """Run manager and agent until cancelled, or until the cluster refuses this node.
 
-        Raises: ZygoteGone: nothing can be started any more; the node process has to be started again.
+        Raises: ZygoteGone: processes can no longer be started, and the node process must be restarted.
         """
         try:
             with first_alone(SkepError):
@@ -210,7 +209,7 @@ class NodeRunner:
             raise
 
     async def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], part: str) -> None:
-        """Run ``work`` until cancelled, again after every error but a SkepError, which is raised."""
+        """Run ``work`` until cancelled.  It is restarted after every error except a SkepError, which is raised."""
 
         async def run() -> None:
             with first_alone(SkepError):
@@ -221,14 +220,14 @@ class NodeRunner:
         )
 
     async def wait_registered(self) -> None:
-        """Return with the first session.  From then on the node is active, also while its manager is away."""
+        """Return with the first session.  From then on the node is active, even while its manager is unreachable."""
         await wait_first(self._agent.registered.wait(), self._watch_own_manager())
         self.session = after(self.session, Event.SESSION)
         if not self.node.is_manager:
             await self._processes.keep_spare_manager(False)
 
     async def _watch_own_manager(self) -> None:
-        """Until there is a session: have the agent request one whenever the manager of this node begins to serve."""
+        """Have the agent request a session whenever this node's manager starts to serve, until there is a session."""
         known = None
         while True:
             serves = _identity(self._paths.manager_socket) if self.node.is_manager else None
@@ -238,7 +237,7 @@ class NodeRunner:
             await self._clock.sleep(_OWN_MANAGER_POLL_S)
 
     async def wait_settled(self) -> None:
-        """Return with the first session, or when ``error`` gives the reason why there will be none."""
+        """Return with the first session, or when ``error`` has the reason why there will be none."""
         while not self._agent.registered.is_set() and not self.error:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ERROR_POLL_S):
@@ -254,7 +253,8 @@ class NodeRunner:
         self._save(msgspec.structs.replace(self.node, is_manager=is_manager))
 
     def _save(self, node: LocalNode) -> None:
-        """Keep it for the next start.  While the node enters a cluster there is no file: that is written last."""
+        """Keep ``node`` for the next start.  While the node joins a cluster the file is missing, because it is written
+        last."""
         self.node = node
         try:
             self._write()
@@ -267,7 +267,7 @@ class NodeRunner:
             write_local_node(self._paths.node_json, self.node)
 
     async def _write_later(self) -> None:
-        """Write what a failing disk refused, as soon as that succeeds."""
+        """Retry writes that a failing disk refused, until they succeed."""
 
         async def write() -> None:
             self._write()
@@ -279,7 +279,7 @@ class NodeRunner:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Inode and change time, which differ from those of a file that replaces it; None: there is no file."""
+    """Return inode and change time, which differ for a file that replaces it, or None if the file is missing."""
     try:
         found = path.stat()
     except OSError:

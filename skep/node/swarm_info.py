@@ -44,7 +44,7 @@ TIMED_OUT = (
     "this node kept nothing of the attempt."
 )
 FROZEN = "replacement of tasks is frozen"
-"""Begins the part of a node's status message in which a manager says why it replaces no tasks."""
+"""Start of the part of a node's status message in which a manager says why it replaces no tasks."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
@@ -55,11 +55,12 @@ NO_LEADER = (
     "Make sure more than half of the managers are online."
 )
 _TIMEOUT_S = 7.0
-"""Of requests to the manager of this node, which responds after 5 s where it has no quorum."""
+"""Limit of requests to this node's manager, which responds after 5 s without quorum."""
 
 
 def why_waiting(mark: Path) -> str:
-    """``Error`` while this node's manager starts: what it waits for, from its file ``mark``; empty: nothing."""
+    """Return ``Error`` while this node's manager starts, from its file ``mark``: what it waits for.  Empty if it does
+    not wait."""
     try:
         own_error = mark.read_text()
     except OSError:
@@ -68,7 +69,7 @@ def why_waiting(mark: Path) -> str:
 
 
 def why_no_vote(mark: Path) -> str:
-    """Why a manager that was admitted has no vote yet, from its file ``mark``; empty: unknown."""
+    """Return why an admitted manager has no vote yet, from its file ``mark``, or an empty text if unknown."""
     try:
         return mark.read_text()
     except OSError:
@@ -78,11 +79,11 @@ def why_no_vote(mark: Path) -> str:
 def local_section(
     node: LocalNode | None, *, status: str, error: str, managers: Sequence[Peer]
 ) -> dict[str, Any]:
-    """The fields that need no manager.
+    """Return the fields that need no manager.
 
     Args:
         status: ``LocalNodeState``.
-        managers: as the agent received them last; empty: those of ``node.json``.
+        managers: As the agent received them last, or empty for the list in ``node.json``.
     """
     section: dict[str, Any] = {
         "NodeID": "",
@@ -100,7 +101,9 @@ def local_section(
 
 
 async def cluster_section(manager_api: Client) -> dict[str, Any]:
-    """The fields that a manager adds, with ``Warnings``; without a leader ``Error`` and the number of managers only."""
+    """Return the fields that a manager adds, with ``Warnings``.
+
+    Without a leader, return only ``Error`` and the number of managers."""
     try:
         quorum = await manager_api.get("/skep/quorum", timeout_s=_TIMEOUT_S)
         if not quorum["HasLeader"]:
@@ -123,12 +126,12 @@ async def cluster_section(manager_api: Client) -> dict[str, Any]:
 
 
 def lost_quorum(quorum: Mapping[str, Any]) -> str:
-    """``Error`` without a leader: Docker's text, which managers do not respond, and this manager's own error.
+    """Return ``Error`` without a leader: Docker's text, the unresponsive managers, and this manager's own error.
 
-    ``quorum``: the response to ``GET /skep/quorum``; its keys keep the names that other versions read.
+    ``quorum`` is the response to ``GET /skep/quorum``, with the key names that other versions read.
     """
     managers = quorum["Managers"]
-    silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
+    silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
     sentences = [NO_LEADER]
     if silent:
         verb = "does" if len(silent) == 1 else "do"
@@ -141,7 +144,7 @@ def lost_quorum(quorum: Mapping[str, Any]) -> str:
 
 
 def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why tasks of nodes that are down are not replaced; empty: they are.  ``nodes``: as ``GET /nodes`` shows them."""
+    """Return why tasks of failed nodes are not replaced, or nothing if they are.  ``nodes`` are from ``GET /nodes``."""
     for node in nodes:
         message = node["Status"].get("Message", "")
         if FROZEN in message:

@@ -1,7 +1,7 @@
-"""What tasks of this node use, for the autoscaling of their services: only of the tasks that a manager asks about.
+"""Measures the resource use of this node's tasks for autoscaling, only of the tasks that a manager asks about.
 
-Measured beside the event loop and independent of heartbeats, which must not wait for files of a thousand containers.
-Processor time is averaged over ``WINDOW_S``: a shorter time is noise, a longer one shows a step of the load late.
+It runs independently of heartbeats, which must not wait for the files of a thousand containers.  Processor time is
+averaged over ``WINDOW_S``: a shorter window is noisy, a longer one shows a step of the load late.
 """
 
 import asyncio
@@ -21,19 +21,19 @@ from skep.model.labels import LABEL_TASK_ID
 log = structlog.get_logger()
 
 SAMPLE_S = 5.0
-"""Between two readings."""
+"""Period of reading."""
 WINDOW_S = 10.0
 VALID_S = 3 * SAMPLE_S
-"""A reading that is older is not reported."""
+"""Age from which a reading is not reported."""
 TASKS_MAX = 1000
-"""A manager asks about no more: their report fits into one heartbeat."""
+"""A manager asks about at most this many, because their report must fit into one heartbeat."""
 _AT_ONCE = 25
-"""Containers that are read before the event loop has its turn."""
+"""Containers that are read before other work of the event loop."""
 _PAUSE_S = 0.01
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of one container.  ``at``: the clock's monotonic time."""
+    """Counters of one container.  ``at`` is the clock's monotonic time."""
 
     container: ContainerId
     at: float
@@ -42,9 +42,10 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kept(readings: Sequence[Reading], new: Reading) -> tuple[Reading, ...]:
-    """``readings`` with a further one, the oldest first: those that an average over the window needs.
+    """Return ``readings`` with a new one, the oldest first, without those that the average over the window does not
+    need.
 
-    A container that is new, or whose counter went back, begins anew.
+    A new container, or a counter that decreased, starts again.
     """
     if readings and (readings[-1].container != new.container or readings[-1].cpu_ns > new.cpu_ns):
         return (new,)
@@ -55,7 +56,7 @@ def kept(readings: Sequence[Reading], new: Reading) -> tuple[Reading, ...]:
 
 
 def usage_of(readings: Sequence[Reading], now: float) -> TaskUsage | None:
-    """What a task uses by its readings; None: there are not two yet, or they are too old."""
+    """Return a task's use from its readings, or None if there are fewer than two, or they are too old."""
     if len(readings) < 2 or now - readings[-1].at > VALID_S:
         return None
     first, last = readings[0], readings[-1]
@@ -70,7 +71,7 @@ def usage_of(readings: Sequence[Reading], now: float) -> TaskUsage | None:
 
 
 class TaskUsageMeter:
-    """Reads the counters of the tasks' containers while a manager asks about any."""
+    """Reads the counters of tasks' containers while a manager asks about any."""
 
     def __init__(self, containers: Callable[[], Sequence[Container]], cgroups: Cgroups, clock: Clock) -> None:
         self._containers = containers
@@ -89,7 +90,7 @@ class TaskUsageMeter:
             self._is_wanted.clear()
 
     def present(self) -> Mapping[TaskId, TaskUsage]:
-        """What is known of them."""
+        """Return the known use of these tasks."""
         now = self._clock.monotonic()
         found = ((id, usage_of(readings, now)) for id, readings in self._readings.items())
         return {id: usage for id, usage in found if usage is not None and id in self._wanted}

@@ -1,5 +1,5 @@
 """A cluster on one machine: each node in network, mount and UTS namespaces of its own.
 
-``playground.py`` has the verbs.  Everything that is made carries the playground's name, so ``down`` finds it
-again by name alone, also after a crash half-way.
+``playground.py`` has the verbs.  Everything that is created has the playground's name in its own, so ``down`` finds it
+by name alone, even after a crash halfway.
 """

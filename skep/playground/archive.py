@@ -1,7 +1,7 @@
-"""Image archives for ``docker load``, written without an image tool and without a registry.
+"""Writes image archives for ``docker load``, without an image tool and without a registry.
 
-The same files give the same bytes and so the same image id, on every machine and in every run: entries are
-sorted, owners are root, times are fixed.
+The same files produce the same bytes, and so the same image id, on every machine and in every run: entries are sorted,
+owners are root, times are fixed.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Directory(msgspec.Struct, frozen=True):
-    """A directory of an image; those above files need not be named."""
+    """A directory of an image.  Parents of files need not be listed."""
 
     mode: int = 0o755
 
@@ -47,7 +47,7 @@ Entry = File | Link | Directory
 
 
 class Archive(msgspec.Struct, frozen=True):
-    """A finished archive and the id its image will have."""
+    """A finished archive and the id of its image."""
 
     image_id: str
     data: bytes
@@ -56,11 +56,11 @@ class Archive(msgspec.Struct, frozen=True):
 def image_archive(
     entries: Mapping[str, Entry], *, tags: Sequence[str], created: str, config: Mapping[str, object]
 ) -> Archive:
-    """An image of one layer.
+    """Return an image with one layer.
 
     Args:
-        entries: by path below the root, without a leading slash.
-        created: RFC 3339; part of the image id.
+        entries: Entries by path below the root, without a leading slash.
+        created: RFC 3339 time, which is part of the image id.
         config: Docker's container configuration: Cmd, Env, StopSignal, ...
     """
     layer = _tar(_with_parents(entries))
@@ -87,7 +87,7 @@ def image_archive(
 
 
 def architecture() -> str:
-    """This machine's architecture as images spell it.  Raises: Unimplemented."""
+    """Return this machine's architecture in the spelling of images.  Raises: Unimplemented."""
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise Unimplemented(f"images cannot be built for the architecture {machine}")
@@ -95,7 +95,7 @@ def architecture() -> str:
 
 
 def _with_parents(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """``entries`` and every directory above them."""
+    """Return ``entries`` and every directory above them."""
     complete = dict(entries)
     for name in entries:
         for parent in Path(name).parents:
@@ -105,7 +105,7 @@ def _with_parents(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def _tar(entries: Mapping[str, Entry]) -> bytes:
-    """Entries sorted by path, so that a directory stands before what is in it."""
+    """Return a tar archive, sorted by path, so that a directory precedes its contents."""
     output = io.BytesIO()
     with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(entries):

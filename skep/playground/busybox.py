@@ -16,7 +16,7 @@ GROUP = File(b"root:x:0:\nnogroup:x:65534:\n")
 
 
 async def busybox_archive() -> Archive:
-    """An archive of busybox with all its applets.  Raises: FailedPrecondition: it is missing or not static."""
+    """Return an archive of busybox with all its applets.  Raises: FailedPrecondition: it is missing or not static."""
     busybox = Path(find("busybox"))
     created = datetime.fromtimestamp(int(busybox.stat().st_mtime), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     entries = {
@@ -35,9 +35,9 @@ async def busybox_archive() -> Archive:
 
 
 async def applets(busybox: Path) -> dict[str, Entry]:
-    """``bin/busybox`` and a link for each command that it can be.
+    """Return ``bin/busybox`` and a link for each of its commands.
 
-    Raises: FailedPrecondition: it is linked dynamically, so it would not run in an image of its own.
+    Raises: FailedPrecondition: it is linked dynamically, so it would not run in an image without libraries.
     """
     content = busybox.read_bytes()
     binary = elf.read(content)

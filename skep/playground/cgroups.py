@@ -1,7 +1,7 @@
 """The cgroups of a playground's nodes, in every hierarchy: v1, hybrid and v2.
 
-cgroups are not namespaced here; each node has a parent of its own, made before its daemon starts and removed
-bottom-up after its last process is gone.
+cgroups are not namespaced here.  Each node has its own parent cgroup, created before its daemon starts and removed
+bottom-up after its last process has ended.
 """
 
 import os
@@ -16,10 +16,11 @@ from skep.playground.commands import wait_until
 ROOT = Path("/sys/fs/cgroup")
 
 _GONE_WITHIN_S = 10
+"""Wait for cgroups, which stay busy for a moment after their last process."""
 
 
 def hierarchies() -> list[Path]:
-    """Mounted hierarchies: /sys/fs/cgroup itself on v2, its directories on v1 and hybrid."""
+    """Return the mounted hierarchies: /sys/fs/cgroup itself on v2, its directories on v1 and hybrid."""
     if (ROOT / "cgroup.controllers").exists():
         return [ROOT]
     return sorted(
@@ -28,7 +29,7 @@ def hierarchies() -> list[Path]:
 
 
 def make(playground: str, node: str) -> list[Path]:
-    """Make the node's cgroup and its ``agent`` in each hierarchy; gives the ``agent`` directories."""
+    """Create the node's cgroup and its ``agent`` in each hierarchy.  Return the ``agent`` directories."""
     made = []
     for hierarchy in hierarchies():
         parent = hierarchy / names.cgroup(playground, node)
@@ -42,7 +43,7 @@ def make(playground: str, node: str) -> list[Path]:
 
 
 def members(playground: str, node: str) -> set[int]:
-    """Every process in the node's cgroups, its containers' included."""
+    """Return every process in the node's cgroups, including its containers'."""
     pids: set[int] = set()
     for hierarchy in hierarchies():
         for directory in directories(hierarchy / names.cgroup(playground, node)):
@@ -52,14 +53,14 @@ def members(playground: str, node: str) -> set[int]:
 
 
 def thaw(playground: str, node: str) -> None:
-    """Let the processes of paused containers run: v1 keeps them frozen through SIGKILL, v2 does not."""
+    """Thaw the processes of paused containers, which v1 keeps frozen through SIGKILL, unlike v2."""
     for directory in directories(ROOT / "freezer" / names.cgroup(playground, node)):
-        with suppress(OSError):  # it is gone
+        with suppress(OSError):  # it was removed
             (directory / "freezer.state").write_text("THAWED")
 
 
 def nodes(playground: str) -> list[str]:
-    """Nodes of ``playground`` that have a cgroup somewhere."""
+    """Return the nodes of ``playground`` that have a cgroup somewhere."""
     found = set()
     for hierarchy in hierarchies():
         top = hierarchy / names.CGROUP_TOP
@@ -88,7 +89,7 @@ async def remove(playground: str, node: str) -> None:
         try:
             (hierarchy / names.CGROUP_TOP).rmdir()
         except OSError:
-            continue  # another playground lives in it, or it was never made here
+            continue  # another playground uses it, or it was never created here
 
 
 def _is_cgroup(path: Path) -> bool:
@@ -104,7 +105,7 @@ def _pids(path: Path) -> Iterator[int]:
 
 
 def _delegate(directory: Path) -> None:
-    """v2: let the children of ``directory`` be limited by every controller that it has itself."""
+    """On v2, allow limits on the children of ``directory`` by every controller that it has itself."""
     try:
         controllers = (directory / "cgroup.controllers").read_text().split()
     except FileNotFoundError:
@@ -113,11 +114,11 @@ def _delegate(directory: Path) -> None:
         try:
             (directory / "cgroup.subtree_control").write_text(f"+{controller}")
         except OSError:
-            continue  # the kernel refuses some (realtime scheduling); the executor reports what is missing
+            continue  # the kernel refuses some (realtime scheduling); the executor reports missing ones
 
 
 def _inherit_cpus(hierarchy: Path, leaf: Path) -> None:
-    """v1: a fresh cpuset is empty and takes no process; copy the parent's, level by level."""
+    """On v1, copy the parent's values level by level, because an empty cpuset accepts no process."""
     if not (hierarchy / "cpuset.cpus").exists() or (hierarchy / "cgroup.controllers").exists():
         return
     for directory in reversed([leaf, *leaf.parents][: len(leaf.relative_to(hierarchy).parts)]):

@@ -1,4 +1,4 @@
-"""Running the system's commands (ip, mount, nsenter) with a deadline, and waiting for conditions."""
+"""Runs the system's commands (ip, mount, nsenter) with a deadline, and waits for conditions."""
 
 import asyncio
 import os
@@ -12,19 +12,20 @@ from skep.linux.commands import communicate
 
 _PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 _POLL_S = 0.02
+"""Interval between checks of a condition in other processes."""
 
 
 def find(command: str) -> str:
-    """Path of a command, /usr/sbin included.  Raises: FailedPrecondition: it is not installed."""
+    """Return the path of a command, also in /usr/sbin.  Raises: FailedPrecondition: it is not installed."""
     if path := shutil.which(command, path=_PATH):
         return path
     raise FailedPrecondition(f"the command {command} is missing: run `make setup`, or install its package")
 
 
 async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
-    """Run a command, give its standard output.
+    """Run a command and return its standard output.
 
-    Raises: FailedPrecondition: it failed, with its own words.  Unavailable: not done after ``deadline_s``.
+    Raises: FailedPrecondition: it failed, with its own words; Unavailable: it took longer than ``deadline_s``.
     """
     process = await asyncio.create_subprocess_exec(
         find(argv[0]),
@@ -32,7 +33,7 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C"},  # what they print is read here, whatever language people use
+        env={**os.environ, "LC_ALL": "C"},  # their output is parsed here, whatever the user's language
     )
     try:
         output, errors = await communicate(process, deadline_s, stdin)
@@ -45,7 +46,7 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
 
 
 async def ip(*words: str, batch: Sequence[str] = ()) -> bytes:
-    """``ip`` with words, or with several lines at once (one process, in order, stops at the first failure)."""
+    """Run ``ip`` with words, or with several lines at once (one process, in order, stops at the first failure)."""
     if batch:
         return await run("ip", *words, "-batch", "-", stdin=("\n".join(batch) + "\n").encode())
     return await run("ip", *words)
@@ -62,7 +63,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within
 
 
 async def together(*steps: Coroutine[Any, Any, object]) -> None:
-    """Run steps at the same time; the first expected failure ends the others and is raised alone."""
+    """Run steps concurrently.  The first expected failure cancels the others and is raised alone."""
     with first_alone(SkepError):
         async with asyncio.TaskGroup() as group:
             for step in steps:

@@ -1,6 +1,6 @@
-"""Programs for images, taken out of the distribution's packages with the libraries they need.
+"""Takes programs for images out of the distribution's packages, with the libraries they need.
 
-apt downloads and checks the packages, nothing is installed, and no image registry is used.
+apt downloads and verifies the packages.  Nothing is installed, and no image registry is used.
 """
 
 import os
@@ -14,8 +14,9 @@ from skep.playground.archive import Entry, File
 from skep.playground.commands import run
 
 _DOWNLOAD_WITHIN_S = 300
+"""Deadline of one apt command."""
 _LIBRARY = re.compile(r"^(?: *\|?Depends: |    )((?:lib|zlib)[a-z0-9.+-]+)$", re.MULTILINE)
-"""A dependency, or (further in) a package that provides one: ``libssl3t64`` below ``Depends: <libssl3>``."""
+"""A dependency, or (indented further) a package that provides one: ``libssl3t64`` below ``Depends: <libssl3>``."""
 _LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")
 
 
@@ -36,7 +37,7 @@ async def unpack_with_libraries(directory: Path, *packages: str) -> None:
 
 
 def program(path: str, directory: Path) -> dict[str, Entry]:
-    """The program at ``path`` (no leading slash), its loader and all its libraries, as entries of an image.
+    """Return the program at ``path`` (without a leading slash), its loader and all its libraries as image entries.
 
     Raises: FailedPrecondition: a library is in none of the unpacked packages.
     """
@@ -65,7 +66,7 @@ def program(path: str, directory: Path) -> dict[str, Entry]:
 
 
 async def _with_libraries(packages: Sequence[str]) -> list[str]:
-    """``packages`` and those that they depend on, directly or not, and that are libraries by their name."""
+    """Return ``packages`` and their direct and indirect dependencies that are libraries by their names."""
     found = {*packages}
     waiting = [*packages]
     while waiting:
@@ -77,19 +78,19 @@ async def _with_libraries(packages: Sequence[str]) -> list[str]:
 
 
 def libraries_named(shown: str) -> set[str]:
-    """Library packages in what ``apt-cache depends`` prints, by their names."""
+    """Return the names of library packages in the output of ``apt-cache depends``."""
     return set(_LIBRARY.findall(shown))
 
 
 async def _download(packages: list[str], directory: Path) -> None:
-    """``apt-get download`` writes into the directory it is started in."""
-    # _apt may not write into a directory of root's; signatures are checked all the same.
+    """Download packages into the working directory of ``apt-get download``."""
+    # The user _apt may not write into root's directory.  Signatures are still verified.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages]
     await run("env", "--chdir", str(directory), *command, deadline_s=_DOWNLOAD_WITHIN_S)
 
 
 def _libraries(root: Path) -> Mapping[str, str]:
-    """Shared libraries below ``root``: file name -> path without a leading slash, symbolic links included."""
+    """Return shared libraries below ``root`` by file name, as paths without a leading slash, including links."""
     found: dict[str, str] = {}
     for folder in _LIBRARY_FOLDERS:
         for directory, _, files in os.walk(root / folder):

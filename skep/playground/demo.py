@@ -1,4 +1,4 @@
-"""The demo: a small cluster with a service of real containers, and what to try next."""
+"""The demo: a small cluster with a service of real containers, and suggestions for next steps."""
 
 import asyncio
 import os
@@ -24,15 +24,16 @@ SERVICE = "web"
 REPLICAS = 3
 WORKERS = 2
 FIRST_PORT, PORTS_TRIED = 8080, 100
-"""The service is published at the first of these that is free on the machine."""
+"""The service is published at the first of these ports that is free on the machine."""
 _CREATE_WITHIN_S = 120
+"""Deadline of a docker command, which waits for the service's tasks."""
 _RESPONSE_TIMEOUT_S = 10
 
 
 async def demo(playground: Playground) -> None:
     """Start the demo, or show its state if it runs already.
 
-    Raises: SkepError: what is in the way, as a sentence.
+    Raises: SkepError: the obstacle, as a sentence.
     """
     cluster = playground.described()
     if cluster is None:
@@ -61,7 +62,7 @@ async def _build(playground: Playground) -> Cluster:
 
 
 async def _show(cluster: Cluster, playground: Playground) -> None:
-    """Check that it responds, and print the next commands."""
+    """Check that the service responds, and print the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
     port = await _mesh_port(cluster)
@@ -82,9 +83,9 @@ async def _show(cluster: Cluster, playground: Playground) -> None:
 
 
 async def _docker(endpoint: str, *words: str) -> None:
-    """Run docker in the user's terminal, so that its progress display is theirs.
+    """Run docker in the user's terminal, so that its progress is displayed there.
 
-    Raises: FailedPrecondition: it failed (the reason was printed).  Unavailable: it takes too long.
+    Raises: FailedPrecondition: it failed (the reason was printed); Unavailable: it takes too long.
     """
     environment = {**os.environ, "DOCKER_HOST": endpoint}
     environment.pop("DOCKER_CONTEXT", None)
@@ -98,7 +99,7 @@ async def _docker(endpoint: str, *words: str) -> None:
 
 
 async def _mesh_port(cluster: Cluster) -> int:
-    """The port of the service on every node.  Raises: Unavailable: it has none so far."""
+    """Return the service's port on every node.  Raises: Unavailable: it has none so far."""
     async with Client.at(cluster.nodes[0].endpoint) as manager:
         service: dict[str, Any] = await manager.get(f"/services/{SERVICE}")
     for port in service["Endpoint"].get("Ports") or ():
@@ -108,7 +109,7 @@ async def _mesh_port(cluster: Cluster) -> int:
 
 
 def free_port(is_free: Callable[[int], bool]) -> int:
-    """The first free port for the service.  Raises: FailedPrecondition: all of them are taken."""
+    """Return the first free port for the service.  Raises: FailedPrecondition: all are taken."""
     for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
         if is_free(port):
             return port
@@ -118,7 +119,7 @@ def free_port(is_free: Callable[[int], bool]) -> int:
 
 
 def _is_free(port: int) -> bool:
-    """Whether 127.0.0.1 of this machine has the port to give, where the playground serves it."""
+    """Return whether the port is free at 127.0.0.1, where the playground serves it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -129,7 +130,7 @@ def _is_free(port: int) -> bool:
 
 
 def _get(address: str) -> str:
-    """The service's response to this machine.  Raises: Unavailable."""
+    """Return the service's response to this machine.  Raises: Unavailable."""
     connection = HTTPConnection(address, timeout=_RESPONSE_TIMEOUT_S)
     try:
         connection.request("GET", "/")

@@ -1,6 +1,6 @@
-"""``DIR/cluster.json``: what the playground consists of, for its own verbs and for measuring tools.
+"""``DIR/cluster.json``: the parts of a playground, for its own verbs and for measuring tools.
 
-The verbs run as separate commands, possibly at the same time; a command that changes the file holds ``DIR/lock``.
+The verbs run as separate commands, possibly at the same time.  A command that changes the file holds ``DIR/lock``.
 """
 
 import fcntl
@@ -23,43 +23,43 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     """Engine API of this node, reachable from the machine itself: ``unix:///...``."""
     addr: str
-    """Its address on the underlay."""
+    """Address on the underlay."""
     pids: tuple[int, ...] = ()
-    """The holder, whose descendants are the node's daemons; empty while the node is down."""
+    """The holder process, whose descendants are the node's daemons.  Empty while the node is down."""
     started: int = 0
-    """Start time of the holder in clock ticks since boot (``/proc/PID/stat``), against reused pids."""
+    """Start time of the holder in clock ticks since boot (``/proc/PID/stat``), to detect reused pids."""
     netns: str
     """Path of the pinned network namespace."""
     cgroup: str
     state_dir: str
     link: tuple[str, str]
-    """Namespace and name of the cable's other end: taking that down cuts the node off."""
+    """Namespace and name of the cable's other end.  Taking it down disconnects the node."""
     unplugged: bool = False
-    """Its cable came out with its power; with the power it goes back in."""
+    """Whether the cable was unplugged with the power.  It is plugged in again with the power."""
     start: tuple[str, ...]
-    """Command that starts the node again after a kill; it returns when the API answers."""
+    """Command that starts the node after a kill.  It returns when the API responds."""
     engine: Engine = "skep"
-    """What runs on it: our daemon, or an unmodified Docker Engine."""
+    """The node's software: Skep's daemon, or an unmodified Docker Engine."""
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole file."""
+    """The content of the file."""
 
     system: str = "skep"
     name: str
     image: str = ""
-    """Id of the image that every node has: busybox."""
+    """Id of busybox, the image that every node has."""
     subnets: int = 1
     tls: bool = False
-    """Whether the managers serve their API by TLS as well."""
+    """Whether the managers also serve their API by TLS."""
     directory_made: bool = False
-    """DIR did not exist before ``up``, so ``down`` removes it."""
+    """Whether ``up`` created DIR, so that ``down`` removes it."""
     netns_root_made: bool = False
-    """/run/netns was no mount before ``up``, so ``down`` takes it away again when it is empty."""
+    """Whether /run/netns was not a mount before ``up``, so that ``down`` unmounts it when it is empty."""
     nodes: tuple[Node, ...] = ()
 
     def node(self, name: str) -> Node:
-        """Raises: NotFound."""
+        """Return a node.  Raises: NotFound."""
         for node in self.nodes:
             if node.name == name:
                 return node
@@ -67,7 +67,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         raise NotFound(f"no node {name} in the playground {self.name} (there are: {names})")
 
     def with_node(self, node: Node) -> "Cluster":
-        """With ``node`` instead of the one with its name, or behind the others."""
+        """Return the cluster with ``node`` replacing the one with its name, or appended."""
         if any(other.name == node.name for other in self.nodes):
             nodes = tuple(node if other.name == node.name else other for other in self.nodes)
         else:
@@ -84,7 +84,7 @@ class DescriptionFile:
         self._lock = directory / "lock"
 
     def read(self) -> Cluster | None:
-        """None: no playground is described here.  Raises: FailedPrecondition: the file is damaged."""
+        """Return the description, or None without a playground.  Raises: FailedPrecondition: the file is damaged."""
         try:
             return msgspec.json.decode(self.path.read_bytes(), type=Cluster)
         except FileNotFoundError:
@@ -95,7 +95,7 @@ class DescriptionFile:
             ) from error
 
     def require(self) -> Cluster:
-        """Raises: NotFound."""
+        """Return the description.  Raises: NotFound."""
         if (cluster := self.read()) is None:
             raise NotFound(
                 f"no playground in {self.directory}: start one with `skep playground up --dir {self.directory}`"
@@ -103,13 +103,13 @@ class DescriptionFile:
         return cluster
 
     def write(self, cluster: Cluster) -> None:
-        """Atomic: readers see the old or the new file.  Call it inside ``locked``."""
+        """Replace the file atomically.  Call it inside ``locked``."""
         temporary = self.path.with_suffix(".json.new")
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
         temporary.replace(self.path)
 
     def put(self, node: Node) -> Cluster:
-        """Add or replace one node, under the lock."""
+        """Add or replace one node.  Takes the lock."""
         with self.locked():
             cluster = self.require().with_node(node)
             self.write(cluster)
@@ -122,7 +122,7 @@ class DescriptionFile:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Held only while the file is read and written, never while something is awaited."""
+        """Hold the lock.  Hold it only to read and write the file, never across an await."""
         descriptor = os.open(self._lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

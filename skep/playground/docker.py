@@ -1,4 +1,4 @@
-"""A docker node: an unmodified Docker Engine instead of `skep daemon`; all else of the node is the same."""
+"""A docker node: an unmodified Docker Engine instead of `skep daemon`.  The rest of the node is the same."""
 
 import platform
 from pathlib import Path
@@ -16,9 +16,9 @@ _MODULES = Path("/lib/modules")
 
 
 def command(home: Path, node: Node) -> tuple[str, ...]:
-    """The engine's command line.  Its sockets lie in the node's own /run, its data below ``home``.
+    """Return the engine's command line.  Its sockets are in the node's own /run, its data below ``home``.
 
-    Raises: FailedPrecondition: there is no dockerd.
+    Raises: FailedPrecondition: dockerd is not installed.
     """
     configuration = home / CONFIGURATION
     if not configuration.exists():
@@ -32,7 +32,7 @@ def command(home: Path, node: Node) -> tuple[str, ...]:
 
 
 def has_ipvs() -> bool:
-    """Whether the kernel has IPVS, loaded or as a module that an engine can load."""
+    """Return whether the kernel has IPVS, loaded or as a module that an engine can load."""
     if Path("/proc/net/ip_vs").exists():
         return True
     modules = _MODULES / platform.release()

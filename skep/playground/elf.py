@@ -1,7 +1,7 @@
-"""What a binary needs to be loaded: its interpreter and its shared libraries, read from the file itself.
+"""Reads a binary's interpreter and shared libraries from the file itself.
 
-Source: the ELF specification (System V ABI, chapters 4 and 5); 64-bit little-endian files, as all of the
-architectures in ``archive.py`` but one have them.
+Source: the ELF specification (System V ABI, chapters 4 and 5).  Supports 64-bit little-endian files, the format of all
+architectures in ``archive.py`` but one.
 """
 
 import struct
@@ -23,14 +23,17 @@ class _Segment(msgspec.Struct, frozen=True):
 
 
 class Elf(msgspec.Struct, frozen=True):
-    """``interpreter`` is empty for a static binary, ``needed`` has names like ``libc.so.6``."""
+    """Requirements of a binary.
+
+    ``interpreter`` is empty for a static one.  ``needed`` has names like ``libc.so.6``.
+    """
 
     interpreter: str
     needed: tuple[str, ...]
 
 
 def read(content: bytes) -> Elf | None:
-    """None: it is not a 64-bit little-endian ELF file.  Raises: ValueError: it is a damaged one."""
+    """Return None unless the file is a 64-bit little-endian ELF file.  Raises: ValueError: it is damaged."""
     if not content.startswith(_MAGIC):
         return None
     try:
@@ -70,7 +73,7 @@ def _needed(content: bytes, segments: list[_Segment]) -> tuple[str, ...]:
 
 
 def _offset(segments: list[_Segment], address: int) -> int:
-    """Where in the file the byte lies that is loaded at ``address``."""
+    """Return the file offset of the byte that is loaded at ``address``."""
     for segment in segments:
         if segment.type == _PT_LOAD and segment.address <= address < segment.address + segment.size:
             return segment.offset + address - segment.address

@@ -7,7 +7,7 @@ _RESPONSE_TIMEOUT_S = 2.0
 
 
 async def is_up(endpoint: str) -> bool:
-    """Whether the node at ``endpoint`` responds."""
+    """Return whether the node at ``endpoint`` responds."""
     try:
         async with Client.at(endpoint) as client:
             await client.get("/version", timeout_s=_RESPONSE_TIMEOUT_S)
@@ -19,14 +19,14 @@ async def is_up(endpoint: str) -> bool:
 async def load(endpoint: str, archive: bytes) -> None:
     """Load an image archive into the node.
 
-    Raises: FailedPrecondition: it was refused, with the node's reason.  Other SkepErrors: no response.
+    Raises: FailedPrecondition: it was refused, with the node's reason.  Other SkepErrors: the node does not respond.
     """
     headers = {"Content-Type": "application/x-tar"}
     async with (
         Client.at(endpoint) as client,
         client.stream("/images/load", method="POST", body=archive, headers=headers) as response,
     ):
-        # The status is 200 before the archive was read; what went wrong comes as a line.
+        # The status is 200 before the archive is read.  Errors come as lines.
         async for line in response.objects():
             if message := line.get("error"):
                 raise FailedPrecondition(message)

@@ -1,7 +1,7 @@
-"""How what a playground makes is called, and which addresses its nodes have.  No I/O.
+"""Names and addresses of a playground's nodes and resources.  No I/O.
 
-Names of playgrounds and nodes are single words without ``-``, so ``skep-<playground>-<node>`` can be read back
-without doubt: ``down`` of the playground ``a`` never touches one called ``ab``.
+Names of playgrounds and nodes are single words without ``-``, so ``skep-<playground>-<node>`` is unambiguous: ``down``
+of the playground ``a`` never touches one called ``ab``.
 """
 
 import re
@@ -18,11 +18,11 @@ Engine = Literal["skep", "docker"]
 DEFAULT = "playground"
 
 SWITCH = "net"
-"""The namespace with the bridges; it routes between the subnets.  No node can have its name."""
+"""The namespace with the bridges, which routes between the subnets.  No node can have its name."""
 
 CGROUP_TOP = "skep-playground"
 UNDERLAY = "192.168.0.0/16"
-"""What all subnets of a playground lie in."""
+"""The range of all subnets of a playground."""
 _WORD = re.compile(r"[a-z][a-z0-9]{0,15}")
 _FIRST_HOST = 11
 _LAST_HOST = 250
@@ -30,7 +30,7 @@ SUBNETS_MAX = 50
 
 
 def check_name(name: str) -> str:
-    """``name``, if it can be a playground's or a node's.  Raises: InvalidArgument."""
+    """Return ``name`` if it is valid for a playground or a node.  Raises: InvalidArgument."""
     if not _WORD.fullmatch(name) or name == SWITCH:
         raise InvalidArgument(
             f"{name!r} cannot be a name here: a letter, then at most 15 letters and digits, all lower case"
@@ -39,29 +39,32 @@ def check_name(name: str) -> str:
 
 
 def namespace(playground: str, node: str) -> str:
-    """The network namespace of one node, as ``ip netns`` shows it."""
+    """Return the network namespace of one node, as ``ip netns`` shows it."""
     return f"skep-{playground}-{node}"
 
 
 def node_of_namespace(playground: str, namespace: str) -> str | None:
-    """Which node of ``playground`` the namespace belongs to, if any (``SWITCH`` counts as one)."""
+    """Return the node of ``playground`` that owns the namespace, if any (``SWITCH`` counts as one)."""
     match = re.fullmatch(rf"skep-{re.escape(playground)}-([a-z0-9]+)", namespace)
     return match[1] if match else None
 
 
 def cgroup(playground: str, node: str) -> str:
-    """Below ``/sys/fs/cgroup[/controller]``: the daemon is in ``agent``, containers are in ``ctr`` inside it."""
+    """Return a node's cgroup below ``/sys/fs/cgroup[/controller]``.
+
+    The daemon is in its ``agent``, containers are in its ``ctr``.
+    """
     return f"{CGROUP_TOP}/{playground}-{node}"
 
 
 def node_of_cgroup(playground: str, directory: str) -> str | None:
-    """Which node of ``playground`` a directory below ``CGROUP_TOP`` belongs to, if any."""
+    """Return the node of ``playground`` that owns a directory below ``CGROUP_TOP``, if any."""
     prefix, _, node = directory.partition("-")
     return node if prefix == playground and node else None
 
 
 def port(node: str) -> str:
-    """The node's end of its cable at the switch; 15 characters at most, the kernel's limit."""
+    """Return the node's interface at the switch, with at most 15 characters, the kernel's limit."""
     return f"v{node}"[:15]
 
 
@@ -73,23 +76,23 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ip(self) -> str:
-        """``192.168.<100 + subnet>.<host>``"""
+        """The address as ``192.168.<100 + subnet>.<host>``."""
         return f"192.168.{100 + self.subnet}.{self.host}"
 
     @property
     def gateway(self) -> str:
-        """The switch, which routes between the subnets."""
+        """Address of the switch, which routes between the subnets."""
         return f"192.168.{100 + self.subnet}.1"
 
 
 def address_of(ip: str) -> Address:
-    """The address that ``text`` was made from."""
+    """Parse an address that ``Address.ip`` returned."""
     _, _, subnet, host = ip.split(".")
     return Address(subnet=int(subnet) - 100, host=int(host))
 
 
 def free_address(taken: Iterable[str], subnets: int) -> Address:
-    """The next address: nodes are spread over the subnets in turn, and no address is given twice.
+    """Return the next address.  Nodes are spread over the subnets in turn, and no address is assigned twice.
 
     Raises: FailedPrecondition: every subnet is full.
     """
@@ -102,7 +105,7 @@ def free_address(taken: Iterable[str], subnets: int) -> Address:
 
 
 def free_name(role: Role, taken: Iterable[str], engine: Engine = "skep") -> str:
-    """m1, m2, ... for managers, w1, w2, ... for workers, d1, d2, ... for docker nodes: the lowest number free."""
+    """Return the lowest free name: m1, ... for managers, w1, ... for workers, d1, ... for docker nodes."""
     used = set(taken)
     number = 1
     letter = "d" if engine == "docker" else role[0]

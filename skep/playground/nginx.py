@@ -1,4 +1,4 @@
-"""The demo's image: nginx as the distribution packages it, with busybox for a look around inside."""
+"""The demo's image: the distribution's nginx, with busybox to look around inside."""
 
 import tempfile
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ http {
 
 
 async def nginx_archive() -> Archive:
-    """Fetch the packages and build the image; a few seconds, 12 MB.
+    """Fetch the packages (12 MB) and build the image in a few seconds.
 
     Raises: FailedPrecondition, Unavailable: apt cannot fetch the packages.
     """
@@ -59,7 +59,7 @@ async def nginx_archive() -> Archive:
         "Cmd": ["nginx", "-e", "stderr"],
         "Env": [f"PATH={PATH}"],
         "ExposedPorts": {"80/tcp": {}},
-        # As in the official image: SIGTERM would cut the requests that are under way.
+        # Like the official image: SIGTERM would interrupt running requests.
         "StopSignal": "SIGQUIT",
     }
     return image_archive(

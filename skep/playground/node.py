@@ -1,4 +1,4 @@
-"""One node of a playground: made, started, killed, removed."""
+"""One node of a playground: describe, start, kill and remove it."""
 
 import subprocess
 import sys
@@ -18,14 +18,17 @@ from skep.playground.description import Node
 HOLDER = Path(__file__).with_name("holder.sh")
 SKEP = Path(sys.executable).with_name("skep")
 _API_WITHIN_S = 60
+"""Deadline of a node's start."""
 _ENDS_MAX = 3
-"""A daemon that refuses its configuration or its machine does so every time."""
+"""Ends of the daemon after which it counts as failed.  A daemon that refuses its configuration or its machine ends
+every time."""
 _CONFIGURATION = """\
 # Configuration of this node alone; the machine's own /etc/skep/skep.toml is not read here.
 # After a change: send SIGHUP to the daemon (its PID: skep playground ps), or kill and start the node.
 # Hosts are served beside the playground's own sockets, once the node was killed and started.
 """
 _TAIL_LINES = 15
+"""Lines of each log that are shown in an error."""
 
 
 def described(
@@ -36,7 +39,7 @@ def described(
     ip: str,
     engine: names.Engine = "skep",
 ) -> Node:
-    """The node as it will be; nothing is made yet."""
+    """Return the description of a node that does not exist yet."""
     home = directory / name
     socket = docker.SOCKET if engine == "docker" else "skep.sock"
     return Node(
@@ -60,7 +63,7 @@ class Holder:
         self.node, self._home, self._process = node, home, process
 
     async def wait_for_api(self) -> None:
-        """Raises: Unavailable: the node does not respond, with the end of its log."""
+        """Wait until the API responds.  Raises: Unavailable, with the end of the node's log."""
         try:
             await wait_until(self._answers, f"{self.node.name} serves its API", _API_WITHIN_S)
         except Unavailable as error:
@@ -120,9 +123,9 @@ def _skep_command(home: Path, node: Node) -> tuple[str, ...]:
 
 
 def further_hosts(configuration: Path, own: Sequence[str]) -> Iterator[str]:
-    """The ``hosts`` of a node's file, which are served beside the playground's ``own``.
+    """Yield the ``hosts`` in a node's file, which are served in addition to the playground's ``own``.
 
-    What is wrong with the file is for the daemon to say.
+    Ignores errors in the file, which the daemon reports.
     """
     try:
         hosts = tomllib.loads(configuration.read_text()).get("hosts", ())
@@ -134,7 +137,7 @@ def further_hosts(configuration: Path, own: Sequence[str]) -> Iterator[str]:
 
 
 async def kill(playground: str, node: Node) -> Node:
-    """Power loss: every process of the node is killed at once; none can announce its end."""
+    """Simulate a power loss: kill every process of the node at once, so that none can announce its end."""
     for pid in node.pids:
         processes.kill_exactly(pid, node.started)
     await processes.kill_all(playground, node.name)
@@ -143,11 +146,10 @@ async def kill(playground: str, node: Node) -> Node:
 
 
 async def remove_files(home: Path) -> None:
-    """Remove the node's directory.  Call it when no process of the node is left.
+    """Remove the node's directory.  Call it when all processes of the node have ended.
 
-    A directory that was a mount point in the node's own mount namespace is busy until the kernel has taken that
-    namespace apart, a moment after its last process.
-    Raises: Unavailable: it stays busy.
+    A directory that was a mount point in the node's mount namespace is busy until the kernel has removed that
+    namespace, a moment after its last process.  Raises: Unavailable: it stays busy.
     """
 
     async def removed() -> bool:
@@ -158,12 +160,12 @@ async def remove_files(home: Path) -> None:
 
 
 def is_up(node: Node) -> bool:
-    """Whether the process that holds the node's namespaces runs.  The daemon may still be starting."""
+    """Return whether the process that holds the node's namespaces runs.  The daemon may still be starting."""
     return any(start_ticks_of(pid) == node.started for pid in node.pids)
 
 
 def daemon_pid(node: Node) -> int | None:
-    """The daemon that the holder keeps running: the first process of its shell.  None: there is none at present."""
+    """Return the daemon that the holder keeps running, which is the first process of its shell, or None."""
     pid = node.pids[0] if is_up(node) else None
     for _ in ("shell", "daemon"):
         try:
@@ -175,7 +177,7 @@ def daemon_pid(node: Node) -> int | None:
 
 
 async def state(playground: str, node: Node) -> str:
-    """One word for people: up, cut, half-cut, starting or down; a node that is paused is starting, too."""
+    """Return a word for users: up, cut, half-cut, starting or down.  A paused node also counts as starting."""
     if not is_up(node):
         return "down"
     try:
@@ -189,7 +191,7 @@ async def state(playground: str, node: Node) -> str:
 
 
 def _ends(home: Path) -> int:
-    """How often the daemon has ended since the node was switched on."""
+    """Return how often the daemon has ended since the node was switched on."""
     try:
         return len((home / "ends").read_text().splitlines())
     except FileNotFoundError:
@@ -197,7 +199,7 @@ def _ends(home: Path) -> int:
 
 
 def _tail(home: Path) -> str:
-    """The end of what holder and daemon wrote."""
+    """Return the end of the holder's and the daemon's output."""
     lines: list[str] = []
     for file in ("holder.log", "skep.log"):
         try:

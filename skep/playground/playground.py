@@ -1,4 +1,4 @@
-"""The verbs: a whole cluster comes up, is broken, mended, and goes without a trace."""
+"""The verbs of a playground: start a cluster, break it, repair it, and remove it without a trace."""
 
 import asyncio
 import os
@@ -18,20 +18,22 @@ from skep.playground.commands import find, run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
 
 _READY_WITHIN_S = 60
+"""Deadline until all nodes are ready."""
 _PORT = 2377
 _LISTEN = f"0.0.0.0:{_PORT}"
 _NAME_BYTES_MAX = 16
+"""Length of a node's name (see ``names``)."""
 API = "API"
-"""In place of a published port: the managers' API by TLS."""
+"""Key of the managers' TLS API, where otherwise a published port is."""
 Progress = Callable[[str], None]
-"""Called with one line whenever a step that a person waits for is done."""
+"""Called with one line whenever a step that the user waits for is done."""
 
 
 class Playground:
     """The playground in one directory.  Every verb needs root."""
 
     def __init__(self, directory: Path, name: str | None, progress: Progress) -> None:
-        """``name`` None: the description's, or ``playground``."""
+        """``name`` None means the name in the description, or ``playground``."""
         self._directory = directory.resolve()
         self._file = DescriptionFile(self._directory)
         self._wanted_name = name
@@ -39,7 +41,7 @@ class Playground:
 
     @property
     def images(self) -> Path:
-        """Where image archives lie that were built for this playground; ``down`` removes it."""
+        """Directory of image archives that were built for this playground.  ``down`` removes it."""
         return self._directory / "images"
 
     @property
@@ -47,7 +49,7 @@ class Playground:
         return self.images / "busybox.tar"
 
     def cluster(self) -> Cluster:
-        """What is described.  Raises: NotFound: nothing, or a playground of another name."""
+        """Return the described cluster.  Raises: NotFound: it does not exist, or has another name."""
         cluster = self._file.require()
         if self._wanted_name not in (None, cluster.name):
             raise NotFound(
@@ -56,7 +58,7 @@ class Playground:
         return cluster
 
     def described(self) -> Cluster | None:
-        """What is described; None: nothing.  Raises: NotFound: a playground of another name."""
+        """Return the described cluster, or None.  Raises: NotFound: it has another name."""
         return None if self._file.read() is None else self.cluster()
 
     async def up(
@@ -69,13 +71,15 @@ class Playground:
         relays: bool = True,
         tls: bool = False,
     ) -> Cluster:
-        """Start the nodes, load busybox into each, make a swarm of them.
+        """Start the nodes, load busybox into each, and form a swarm.
 
-        ``docker_workers``: unmodified Docker Engines, joined as they join any swarm.  ``relays``: published ports
-        answer at 127.0.0.1 of this machine, too.  ``tls``: the managers serve their API by TLS as well.
+        Args:
+            docker_workers: Number of unmodified Docker Engines, which join as they join any swarm.
+            relays: Serve published ports at 127.0.0.1 of this machine, too.
+            tls: The managers also serve their API by TLS.
 
-        Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is made.  After a later failure
-        what is there stays for a look, until ``down``.
+        Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is created.  After a later failure,
+        everything created stays for inspection until ``down``.
         """
         if min(workers, docker_workers) < 0:
             raise InvalidArgument("a playground has no negative number of workers")
@@ -97,10 +101,10 @@ class Playground:
     async def plug_in(
         self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1, *, tls: bool = False
     ) -> Cluster:
-        """Fresh machines with busybox that are in no swarm yet: what `up` makes a swarm of.
+        """Start new machines with busybox that are not in a swarm yet.
 
-        The role comes from the description; the machine has it once it joins.
-        Raises: AlreadyExists, InvalidArgument: before anything is made.
+        The role is from the description.  A machine gets it when it joins.
+        Raises: AlreadyExists, InvalidArgument: before anything is created.
         """
         managers = sum(role == "manager" for role, _ in kinds)
         cluster = await self._describe(managers, subnets)
@@ -121,7 +125,7 @@ class Playground:
         return self.cluster()
 
     async def down(self) -> bool:
-        """Remove everything of this playground, however far ``up`` came; True if there was anything."""
+        """Remove everything of this playground, however far ``up`` got.  Return whether there was anything."""
         cluster = self.described()
         if cluster is not None and (state := relay.read_state(self._directory)) is not None:
             processes.kill_exactly(state.pid, state.started)
@@ -144,7 +148,7 @@ class Playground:
         return True
 
     async def add(self, role: names.Role, name: str | None = None, kind: names.Engine = "skep") -> Node:
-        """A fresh machine on the playground's network, with busybox, in no swarm."""
+        """Start a new machine on the playground's network, with busybox, outside any swarm."""
         with self._file.locked():
             cluster = self.cluster()
             name = names.check_name(name) if name else names.free_name(role, _names(cluster), kind)
@@ -155,10 +159,11 @@ class Playground:
         return await self._make(new)
 
     async def kill(self, name: str) -> None:
-        """Power loss: daemons, monitors and containers end at once.
+        """Simulate a power loss: end daemons, monitors and containers at once.
 
-        The link is unplugged first, so that peers cannot observe how the processes ended, and stays so while the node
-        is off: the kernel, which keeps running, would send their last packets and reset every connection.
+        The link is unplugged first, so that peers cannot observe how the processes ended, and stays unplugged while the
+        node is off.  Otherwise the kernel, which keeps running, would send their last packets and reset every
+        connection.
         """
         cluster = self.cluster()
         known = cluster.node(name)
@@ -169,7 +174,7 @@ class Playground:
         self._file.put(await node.kill(cluster.name, known))
 
     async def start(self, name: str) -> Node:
-        """Switch a killed node on again, with its disk as it was.  Nothing happens to one that is up."""
+        """Start a killed node again with its old disk.  Does nothing if it is up."""
         cluster = self.cluster()
         known = cluster.node(name)
         if node.is_up(known):
@@ -181,7 +186,7 @@ class Playground:
         return await self._switch_on(cluster, msgspec.structs.replace(dead, unplugged=False))
 
     async def cut(self, name: str, way: underlay.Way | None = None) -> None:
-        """Take the node's cable out; ``way``: lose the packets of one way only."""
+        """Unplug the node's cable, or drop only the packets in the direction ``way``."""
         cluster = self.cluster()
         known = cluster.node(name)
         if way is None:
@@ -198,12 +203,12 @@ class Playground:
         await underlay.set_cable(cluster.name, known, connected=True)
 
     async def pause(self, name: str) -> None:
-        """Stop every process of the node, as on a machine that hangs: its connections stay open and silent."""
+        """Stop every process of the node, as on a machine that hangs.  Its connections stay open and silent."""
         cluster = self.cluster()
         await processes.pause_all(cluster.name, cluster.node(name).name)
 
     async def resume(self, name: str) -> None:
-        """Let a paused node go on."""
+        """Resume a paused node."""
         cluster = self.cluster()
         await asyncio.to_thread(processes.resume_all, cluster.name, cluster.node(name).name)
 
@@ -213,11 +218,11 @@ class Playground:
         await together(*(engine.load(target.endpoint, content) for target in self.cluster().nodes))
 
     async def relayed(self, port: int) -> int:
-        """The port of 127.0.0.1 that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
+        """Return the port of 127.0.0.1 that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
         return await relay.wait_served(self._directory, port)
 
     def relayed_ports(self) -> Mapping[str, str]:
-        """Published port (``8080``, ``53/udp``, or ``API``) -> the URL that serves it on this machine."""
+        """Return by published port (``8080``, ``53/udp``, or ``API``) the URL that serves it on this machine."""
         cluster, state = self.cluster(), relay.read_state(self._directory)
         if state is None:
             return {}
@@ -227,15 +232,15 @@ class Playground:
         return tcp | {f"{port}/udp": f"udp://127.0.0.1:{local}" for port, local in state.udp.items()}
 
     async def states(self) -> list[tuple[Node, str]]:
-        """Each node with one word about it."""
+        """Return each node with a word about its state."""
         cluster = self.cluster()
         words = await asyncio.gather(*(node.state(cluster.name, known) for known in cluster.nodes))
         return list(zip(cluster.nodes, words, strict=True))
 
     def command_inside(self, name: str, command: Sequence[str]) -> list[str]:
-        """The command line that runs ``command`` in the node's network, mounts and host name.
+        """Return the command line that runs ``command`` in the node's network, mounts and host name.
 
-        Raises: NotFound.  FailedPrecondition: the node is down.
+        Raises: NotFound; FailedPrecondition: the node is down.
         """
         known = self.cluster().node(name)
         if not node.is_up(known):
@@ -245,7 +250,7 @@ class Playground:
     # --- the steps ----------------------------------------------------------------------------------------------
 
     async def _describe(self, managers: int, subnets: int) -> Cluster:
-        """Refuse what cannot work; then record the intent, so that ``down`` finds the name."""
+        """Refuse settings that cannot work, then record the intent, so that ``down`` finds the name."""
         if os.geteuid() != 0:
             raise FailedPrecondition("a playground makes namespaces and cgroups: run it as root")
         if managers < 1:
@@ -277,7 +282,7 @@ class Playground:
         return node.described(self._directory, cluster.name, name, role, address.ip, kind)
 
     async def _make(self, new: Node) -> Node:
-        """Cable, daemon, image."""
+        """Create a node: attach its cable, start its daemon and load its image."""
         cluster = self.cluster()
         await underlay.attach(cluster.name, new.name, names.address_of(new.addr))
         started = await self._switch_on(cluster, new)
@@ -286,14 +291,14 @@ class Playground:
         return started
 
     async def _switch_on(self, cluster: Cluster, off: Node) -> Node:
-        """Start the node, record it, wait for its API."""
+        """Start the node, record it, and wait for its API."""
         holder = node.switch_on(self._directory, cluster.name, off)
         self._file.put(holder.node)
         await holder.wait_for_api()
         return holder.node
 
     async def _form_swarm(self, cluster: Cluster) -> None:
-        """init on the first manager, join on all others at once, wait until all are ready."""
+        """Initialize the swarm on the first manager, join all others at once, and wait until all are ready."""
         first, *others = cluster.nodes
         async with Client.at(first.endpoint) as manager:
             await manager.post("/swarm/init", {"ListenAddr": _LISTEN, "AdvertiseAddr": first.addr})
@@ -310,7 +315,7 @@ class Playground:
         self._progress(f"all {len(cluster.nodes)} nodes are ready" if others else f"{first.name} is ready")
 
     async def _destroy(self, playground: str, name: str, cluster: Cluster | None) -> None:
-        """End the node's processes, then remove what they left."""
+        """End the node's processes, then remove their leftovers."""
         if cluster is not None and name in _names(cluster):
             known = cluster.node(name)
             for pid in known.pids:
@@ -337,9 +342,9 @@ def _names(cluster: Cluster) -> list[str]:
 
 
 async def _check_directory(directory: Path) -> None:
-    """Refuse a directory in which nodes could not keep their state.
+    """Refuse a directory that cannot hold the nodes' state.
 
-    Raises: InvalidArgument: its name.  FailedPrecondition: the file system below it.
+    Raises: InvalidArgument: its name; FailedPrecondition: its file system.
     """
     if any(character in str(directory) for character in ' :,"\\\n'):
         raise InvalidArgument(

@@ -1,4 +1,4 @@
-"""Which processes are a node's, and ending them all at once, as a power loss does."""
+"""Finds a node's processes, and ends them all at once, like a power loss."""
 
 import os
 import signal
@@ -11,10 +11,11 @@ from skep.playground.commands import wait_until
 from skep.playground.underlay import NETNS_ROOT
 
 _GONE_WITHIN_S = 20
+"""Wait for killed or stopped processes, which an uninterruptible wait may delay."""
 
 
 def living_in(namespace: Path) -> set[int]:
-    """Processes whose network namespace is the pinned one."""
+    """Return the processes whose network namespace is the pinned one."""
     try:
         wanted = f"net:[{namespace.stat().st_ino}]"
     except FileNotFoundError:
@@ -32,16 +33,16 @@ def living_in(namespace: Path) -> set[int]:
 
 
 def of_node(playground: str, node: str) -> set[int]:
-    """Daemons, monitors and containers of a node: by its network namespace and by its cgroups."""
+    """Return a node's daemons, monitors and containers, by its network namespace and by its cgroups."""
     here = living_in(NETNS_ROOT / names.namespace(playground, node))
     return (here | cgroups.members(playground, node)) - {os.getpid()}
 
 
 async def kill_all(playground: str, node: str) -> None:
-    """SIGKILL every process of the node; returns when none is left.
+    """Send SIGKILL to every process of the node until none is left.
 
-    What is found is killed again and again, since a process may start another just before it ends.
-    Raises: Unavailable: something does not end (a process in an uninterruptible wait).
+    Repeats it, since a process may start another just before it ends.
+    Raises: Unavailable: a process does not end (in an uninterruptible wait).
     """
 
     async def nobody_left() -> bool:
@@ -54,9 +55,9 @@ async def kill_all(playground: str, node: str) -> None:
 
 
 async def pause_all(playground: str, node: str) -> None:
-    """SIGSTOP every process of the node; returns when all have stopped.
+    """Send SIGSTOP to every process of the node.  Return when all have stopped.
 
-    Raises: Unavailable: something does not stop.
+    Raises: Unavailable: a process does not stop.
     """
 
     async def nobody_moves() -> bool:
@@ -68,7 +69,7 @@ async def pause_all(playground: str, node: str) -> None:
 
 
 def resume_all(playground: str, node: str) -> None:
-    """SIGCONT for every process of the node."""
+    """Send SIGCONT to every process of the node."""
     _signal(of_node(playground, node), signal.SIGCONT)
 
 
@@ -86,7 +87,7 @@ def _signal(pids: Iterable[int], number: signal.Signals) -> None:
 
 
 def kill_exactly(pid: int, started: int) -> None:
-    """SIGKILL the process unless its pid belongs to a later one.  A pidfd closes the gap between the two."""
+    """Send SIGKILL to the process, unless its pid belongs to a later one.  A pidfd prevents races."""
     descriptor = open_pidfd(pid, started)
     if descriptor is None:
         return

@@ -1,8 +1,8 @@
-"""Published ports of a playground at 127.0.0.1 of the machine that it runs on.
+"""Serves a playground's published ports at 127.0.0.1 of its machine.
 
-The nodes' addresses exist in the playground's own namespaces only; the machine would send packets for them to another
-machine on its network that has them.  So one process listens on loopback for each published TCP and UDP port, and
-connects to the nodes from the switch's namespace.  It runs until the playground is removed, and reads the published
+The nodes' addresses exist only in the playground's own namespaces.  The machine would send packets for them to another
+machine on its network with such an address.  So one process listens on loopback for each published TCP and UDP port,
+and connects to the nodes from the switch's namespace.  It runs until the playground is removed, and reads the published
 ports from the managers once a second.
 """
 
@@ -35,22 +35,25 @@ from skep.playground.underlay import NETNS_ROOT
 
 _LOOPBACK = "127.0.0.1"
 _LOOK_S = 1.0
+"""Interval between reads of the published ports."""
 _ASK_S = 2.0
+"""Deadline of one request to a manager."""
 _READY_WITHIN_S = 20
 _PORTS_MAX = 256
+"""Published ports that are relayed."""
 
 PROTOCOLS = ("tcp", "udp")
-"""Those that are relayed; the nodes serve SCTP only."""
+"""Relayed protocols.  SCTP is only served by the nodes."""
 
 Port = tuple[int, str]
 """A published port: number and protocol."""
 
 Targets = Mapping[Port, tuple[tuple[str, int], ...]]
-"""Published port -> the nodes that serve it: address and port."""
+"""Address and port of the nodes that serve it, by published port."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """``DIR/relay.json``: the process, and at which local port it serves each published one, TCP's and UDP's."""
+    """``DIR/relay.json``: the process, and its local port for each published TCP and UDP port."""
 
     pid: int
     started: int
@@ -59,12 +62,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def state_file(directory: Path) -> Path:
-    """The relay's ``State``, as JSON."""
+    """Return the file with the relay's ``State`` as JSON."""
     return directory / "relay.json"
 
 
 def read_state(directory: Path) -> State | None:
-    """None: there is no relay, or none that wrote what it does."""
+    """Return the relay's state, or None without a relay or with an unreadable state."""
     try:
         return msgspec.json.decode(state_file(directory).read_bytes(), type=State)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -72,7 +75,7 @@ def read_state(directory: Path) -> State | None:
 
 
 async def start(directory: Path) -> None:
-    """Have the relay run; returns when it looks after the playground.  Raises: Unavailable: it ended at once."""
+    """Start the relay.  Return once it serves the playground.  Raises: Unavailable: it ended at once."""
     process = _spawn(directory)
 
     async def has_begun() -> bool:
@@ -95,7 +98,7 @@ def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
 
 
 async def wait_served(directory: Path, port: int) -> int:
-    """The local port that serves the published TCP ``port``.  Raises: Unavailable: it is not served."""
+    """Return the local port that serves the published TCP ``port``.  Raises: Unavailable: it is not served."""
 
     async def served() -> bool:
         state = read_state(directory)
@@ -113,7 +116,7 @@ def targets(
     services: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]],
 ) -> Targets:
-    """Which nodes serve which published port: all of them in the mesh, a task's own in host mode."""
+    """Return the nodes that serve each published port: all of them in the mesh, a task's own in host mode."""
     alive = {known.name: known.addr for known in cluster.nodes if node.is_up(known)}
     hostnames = {one["ID"]: one["Description"].get("Hostname", "") for one in nodes}
     found: dict[Port, set[tuple[str, int]]] = {}
@@ -137,7 +140,7 @@ def targets(
 
 
 class PortRelay:
-    """The process of one playground."""
+    """The relay process of one playground."""
 
     def __init__(self, directory: Path, clock: Clock) -> None:
         self._file = DescriptionFile(directory)
@@ -148,13 +151,13 @@ class PortRelay:
         self._ports: dict[Port, int] = {}
 
     async def run(self) -> None:
-        """Serve until the playground is gone."""
+        """Serve until the playground is removed."""
         self._write()
         while (cluster := self._file.read()) is not None:
             try:
                 await self._settle(cluster, await _ask(cluster))
             except SkepError as error:
-                # What is published stays as it was: without a manager nothing of it changes.
+                # Keep serving the known ports: without a manager they do not change.
                 print(f"no manager answers: {error}", file=sys.stderr)
             await self._clock.sleep(_LOOK_S)
 
@@ -196,7 +199,7 @@ class PortRelay:
 
 
 async def _ask(cluster: Cluster) -> Targets:
-    """The published ports.  Raises: Unavailable: no manager responds."""
+    """Return the published ports.  Raises: Unavailable: no manager responds."""
     error_before: SkepError = Unavailable("there is none")
     for known in cluster.nodes:
         if known.role != "manager" or not node.is_up(known):
@@ -214,11 +217,11 @@ async def _ask(cluster: Cluster) -> Targets:
 
 
 def _listener(published: Port) -> socket:
-    """At the same port of loopback, or at any where that is taken, or is not ours to take."""
+    """Listen at the same port of loopback, or at any free port if that is taken or not permitted."""
     number, protocol = published
     for port in (number, 0):
         listener = socket(AF_INET, SOCK_STREAM if protocol == "tcp" else SOCK_DGRAM)
-        if protocol == "tcp":  # two UDP sockets would have one port
+        if protocol == "tcp":  # otherwise two UDP sockets could share one port
             listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         try:
             listener.bind((_LOOPBACK, port))

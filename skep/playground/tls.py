@@ -1,4 +1,4 @@
-"""Certificates for the API of the managers (``up --tls``): an authority, and a server's pair for each manager."""
+"""Certificates for the managers' API (``up --tls``): an authority, and a server certificate for each manager."""
 
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -13,8 +13,9 @@ from skep.playground.description import Cluster, Node
 from skep.security.keys import private_pem
 
 PORT = 2376
-"""Docker's port of an API by TLS."""
+"""Docker's port for an API by TLS."""
 _DAYS = 30
+"""Validity of the certificates in days."""
 _USES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
     *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
@@ -22,12 +23,12 @@ _USES = (
 
 
 def folder(directory: Path) -> Path:
-    """The directory of the authority's certificate, below the playground's."""
+    """Return the directory of the authority's certificate, below the playground's."""
     return directory / "tls"
 
 
 def authority_file(directory: Path) -> Path:
-    """The certificate that clients of the API verify managers by."""
+    """Return the file with the certificate by which API clients verify managers."""
     return folder(directory) / "ca.pem"
 
 
@@ -42,7 +43,7 @@ def configuration(home: Path, authority: Path) -> str:
 
 
 def write(directory: Path, cluster: Cluster) -> None:
-    """Make the authority, and a pair for each manager in its directory.  The authority's key is not kept.  Blocks."""
+    """Create the authority, and a key pair in each manager's directory.  The authority's key is discarded.  Blocks."""
     key, name = ec.generate_private_key(ec.SECP256R1()), _name("API of the playground")
     folder(directory).mkdir(parents=True, exist_ok=True)
     authority_file(directory).write_bytes(_pem(_certificate(name, key.public_key(), name, key)))
@@ -74,7 +75,7 @@ def _certificate(
     issuer_key: ec.EllipticCurvePrivateKey,
     names: x509.SubjectAlternativeName | None = None,
 ) -> x509.Certificate:
-    """A certificate; without ``names`` one of the authority."""
+    """Return a certificate, which is an authority's without ``names``."""
     now, is_root = datetime.now(UTC), names is None
     uses = dict.fromkeys(_USES, False) | {"key_cert_sign": is_root, "digital_signature": True}
     own = x509.SubjectKeyIdentifier.from_public_key(key)
@@ -83,7 +84,7 @@ def _certificate(
         x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + timedelta(days=_DAYS))
-        # Python since 3.13 refuses certificates without these.
+        # Python since 3.13 refuses certificates without these extensions.
         .add_extension(own, critical=False)
         .add_extension(parent, critical=False)
         .add_extension(x509.KeyUsage(**uses), critical=True)

@@ -1,6 +1,6 @@
-"""The playground's own network: one bridge per subnet in a namespace of its own, which routes between them.
+"""The playground's own network: one bridge per subnet, in a namespace that routes between them.
 
-Nothing is set up in the machine's own network namespace: no interface, no address, no rule.
+The machine's own network namespace stays unchanged: no interface, no address, no rule.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from skep.playground import names
 from skep.playground.commands import ip, run
 
 Way: TypeAlias = Literal["in", "out"]
-"""Of packets: to the node, or from it."""
+"""Direction of packets: to the node, or from it."""
 
 NETNS_ROOT = Path("/run/netns")
-"""Where ``ip netns`` pins namespaces: only there does ``ip -n NAME`` find them."""
+"""Directory where ``ip netns`` pins namespaces.  ``ip -n NAME`` only finds them there."""
 
 
 def namespaces(playground: str) -> list[str]:
-    """Pinned namespaces that belong to ``playground``, sorted."""
+    """Return the pinned namespaces that belong to ``playground``, sorted."""
     try:
         found = os.listdir(NETNS_ROOT)
     except FileNotFoundError:
@@ -29,7 +29,7 @@ def namespaces(playground: str) -> list[str]:
 
 
 async def make_switch(playground: str, subnets: int) -> None:
-    """The namespace with one bridge per subnet.  Raises: AlreadyExists: a playground of this name is up."""
+    """Create the namespace with one bridge per subnet.  Raises: AlreadyExists: a playground has this name."""
     if namespaces(playground):
         raise AlreadyExists(
             f"a playground called {playground} is up (or was left half-way): choose another --name, or run its `down`"
@@ -49,7 +49,7 @@ async def make_switch(playground: str, subnets: int) -> None:
 
 
 async def attach(playground: str, node: str, address: names.Address) -> None:
-    """The node's namespace, with a cable (``eth0``) to the bridge of its subnet."""
+    """Create the node's namespace, with a cable (``eth0``) to its subnet's bridge."""
     switch, own = names.namespace(playground, names.SWITCH), names.namespace(playground, node)
     port = names.port(node)
     await ip("netns", "add", own)
@@ -68,20 +68,20 @@ async def attach(playground: str, node: str, address: names.Address) -> None:
             "link set lo up",
             f"addr add {address.ip}/24 dev eth0",
             "link set eth0 up",
-            # No default route: what lies outside is unreachable at once, instead of after a resolver's patience.
+            # No default route: outside addresses are unreachable immediately, instead of after a resolver's timeout.
             f"route add {names.UNDERLAY} via {address.gateway}",
         ],
     )
 
 
 async def set_cable(playground: str, node: str, *, connected: bool) -> None:
-    """Unplug the node's link at the switch, or plug it in again: its peers receive no TCP reset."""
+    """Unplug the node's link at the switch, or plug it in again.  Its peers receive no TCP reset."""
     switch = names.namespace(playground, names.SWITCH)
     await ip("-n", switch, "link", "set", names.port(node), "up" if connected else "down")
 
 
 async def block(playground: str, node: str, way: Way) -> None:
-    """Lose every packet that goes one ``way``; the other stays open.  Again is harmless."""
+    """Drop all packets in the direction ``way``.  The other stays open.  Idempotent."""
     port = names.port(node)
     if way == "out":
         netns, device = names.namespace(playground, names.SWITCH), port
@@ -97,7 +97,7 @@ async def block(playground: str, node: str, way: Way) -> None:
 
 
 async def unblock(playground: str, node: str) -> None:
-    """Let packets of both ways through again."""
+    """Let packets pass in both directions again."""
     table = _table(names.port(node))
     for netns in (names.SWITCH, node):
         namespace = NETNS_ROOT / names.namespace(playground, netns)
@@ -106,7 +106,7 @@ async def unblock(playground: str, node: str) -> None:
 
 
 async def is_blocked(playground: str, node: str) -> bool:
-    """Whether packets of one way are lost."""
+    """Return whether packets are dropped in one direction."""
     table = f"table netdev {_table(names.port(node))}".encode()
     for netns in (names.SWITCH, node):
         namespace = NETNS_ROOT / names.namespace(playground, netns)
@@ -120,33 +120,33 @@ def _table(port: str) -> str:
 
 
 async def is_connected(playground: str, node: str) -> bool:
-    """Whether the cable is in."""
+    """Return whether the cable is plugged in."""
     switch = names.namespace(playground, names.SWITCH)
     return b"state UP" in await ip("-n", switch, "link", "show", names.port(node))
 
 
 async def remove(playground: str) -> None:
-    """Unpin every namespace of the playground; its interfaces are removed once no process is in it."""
+    """Unpin every namespace of the playground.  Its interfaces disappear with the last process in it."""
     async with asyncio.TaskGroup() as group:
         for name in namespaces(playground):
             group.create_task(ip("netns", "del", name))
 
 
 def root_is_mounted() -> bool:
-    """Whether ``ip netns`` has been at work on this machine already (it makes its directory a mount)."""
+    """Return whether ``ip netns`` was used on this machine already, which makes its directory a mount."""
     # Not os.path.ismount: it cannot see a directory that is mounted on itself.
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return any(line.split()[4] == str(NETNS_ROOT) for line in mounts)
 
 
 async def remove_root() -> None:
-    """Remove the mount that ``ip netns`` made, unless it has other namespaces."""
+    """Remove the mount that ``ip netns`` made, unless it contains other namespaces."""
     if root_is_mounted() and not os.listdir(NETNS_ROOT):
         await run("umount", str(NETNS_ROOT))
         NETNS_ROOT.rmdir()
 
 
 async def _forward(namespace: str) -> None:
-    """Let the namespace route.  /proc/sys/net shows the network namespace of the opening process."""
+    """Enable routing in the namespace.  /proc/sys/net shows the network namespace of the opening process."""
     path = NETNS_ROOT / namespace
     await run("nsenter", f"--net={path}", "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")

@@ -1,8 +1,7 @@
 """The cluster's certificate authority: its root, and the certificates it signs.
 
-The profile is SwarmKit's, byte for byte where an engine looks: ECDSA P-256, the node in the subject, and the
-names ``swarm-ca`` and ``swarm-manager`` instead of addresses, so a manager may move to another address.
-
+The profile is SwarmKit's, byte for byte where an engine checks it: ECDSA P-256, the node in the subject, and the
+names ``swarm-ca`` and ``swarm-manager`` instead of addresses, so that a manager can move to another address.
 Source: swarmkit, ca/certificates.go; docker's acceptance of each field was tried with engine 20.10.
 """
 
@@ -26,15 +25,20 @@ from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
 ROOT_LIFETIME = timedelta(days=20 * 365)
+"""Validity of a root, SwarmKit's."""
 NODE_LIFETIME = timedelta(days=90)
+"""Default validity of a node's certificate, SwarmKit's."""
 BACKDATE = timedelta(hours=1)
 """Backdating of a certificate, for nodes whose clock is behind."""
 
 NODE_LIFETIME_MIN = timedelta(hours=1)
-"""An engine renews between 50 and 80 % of a certificate's span, backdating included: a shorter life makes it
-renew in a tight loop (4 minutes: 3,950 times a minute)."""
+"""An engine renews between 50 and 80 % of a certificate's lifetime, including backdating.
+
+A shorter lifetime makes it renew in a tight loop (with 4 minutes: 3,950 times a minute).
+"""
 
 CSR_BYTES_MAX = 16 * 1024
+"""Size of a certificate request, which callers without a certificate send."""
 
 _CLOCK = SystemClock()
 
@@ -42,7 +46,7 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
 def issued_s(certificate: Mapping[str, Any]) -> int:
-    """When one of our certificates was issued, in unix seconds; as ``SSLSocket.getpeercert()`` shows it."""
+    """Return when one of our certificates was issued, in Unix seconds, from ``SSLSocket.getpeercert()``'s form."""
     return ssl.cert_time_to_seconds(certificate["notBefore"]) + int(BACKDATE.total_seconds())
 
 
@@ -53,8 +57,8 @@ USER_UNIT = "skep-user"
 class Authority:
     """A root certificate with its key, which signs nodes' certificates.
 
-    ``intermediate_pem``: this root as the root before it vouches for it, while the cluster rotates from one to the
-    other; it is sent with every certificate, so that nodes which trust the old root accept certificates of the new one.
+    ``intermediate_pem`` is this root signed by the previous one during a root rotation.  It is sent with every
+    certificate, so that nodes that trust the old root accept certificates of the new one.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Authority:
 
     @classmethod
     def create(cls, clock: Clock = _CLOCK, *, name: str = ROOT_NAME) -> "Authority":
-        """A new self-signed root, valid for 20 years."""
+        """Return a new self-signed root, valid for 20 years."""
         now = moment(clock.now_ns())
         key = new_private_key()
         # Go writes names this way: an external authority that signs this root must not change its name.
@@ -96,7 +100,7 @@ class Authority:
     def load(
         cls, key_pem: bytes, root_pem: bytes, clock: Clock = _CLOCK, *, intermediate_pem: bytes = b""
     ) -> "Authority":
-        """The authority of an existing cluster.  Raises: FailedPrecondition: key and root do not belong together."""
+        """Load the authority of a cluster.  Raises: FailedPrecondition: key and root do not belong together."""
         try:
             certificate = x509.load_pem_x509_certificate(root_pem)
         except ValueError as error:
@@ -118,7 +122,7 @@ class Authority:
 
     @property
     def key_pem(self) -> bytes:
-        """The root's private key, in clear."""
+        """The root's private key, unencrypted."""
         return private_pem(self._key)
 
     def sign(
@@ -129,9 +133,9 @@ class Authority:
         *,
         not_before_s: int = 0,
     ) -> bytes:
-        """A certificate (PEM chain) for the public key in a request; everything else of the request is ignored.
+        """Return a certificate (PEM chain) for the public key in a request.  The rest of the request is ignored.
 
-        Raises: InvalidArgument: no usable request, or not signed by its own key.
+        Raises: InvalidArgument: the request is unusable, or not signed by its own key.
         """
         return self.issue(requested_key(csr_pem), identity, lifetime, not_before_s=not_before_s)
 
@@ -143,10 +147,10 @@ class Authority:
         *,
         not_before_s: int = 0,
     ) -> bytes:
-        """A certificate (PEM chain) of ``identity`` for this key.  It does not outlive its root.
+        """Return a certificate (PEM chain) of ``identity`` for this key.  It does not outlive its root.
 
         Args:
-            not_before_s: unix seconds; a clock that is behind that counts as that time.
+            not_before_s: Unix seconds.  If the clock is behind that time, that time is used.
         """
         now = moment(max(self._clock.now_ns(), not_before_s * SECOND_NS))
         not_after = min(now + max(lifetime, NODE_LIFETIME_MIN), self._certificate.not_valid_after_utc)
@@ -180,8 +184,10 @@ class Authority:
         return pem(builder.sign(self._key, hashes.SHA256())) + self._intermediate_pem
 
     def issue_user(self, csr_pem: bytes, name: str, now_ns: int, not_after_ns: int) -> tuple[str, bytes]:
-        """A certificate of a user of the API, which is good for clients only; its serial number in hexadecimal
-        digits, and the PEM.  Raises: InvalidArgument: no usable request."""
+        """Return serial number (hexadecimal) and PEM of a certificate for a user of the API, for clients only.
+
+        Raises: InvalidArgument: the request is unusable.
+        """
         key, serial = requested_key(csr_pem), x509.random_serial_number()
         subject = x509.Name(
             [
@@ -205,10 +211,10 @@ class Authority:
         return f"{serial:x}", pem(builder.sign(self._key, hashes.SHA256()))
 
     def cross_sign(self, other: x509.Certificate) -> bytes:
-        """``other``, a root, as an intermediate (PEM) signed by this root.
+        """Return the root ``other`` as an intermediate (PEM) signed by this root.
 
-        The authority key identifier is what SwarmKit leaves out: names of issuer and subject are mostly equal, and
-        OpenSSL takes a certificate without the identifier for self-signed then.
+        SwarmKit leaves out the authority key identifier.  Then OpenSSL treats the certificate as self-signed, because
+        issuer and subject usually have the same name.
         """
         builder = (
             x509.CertificateBuilder()
@@ -231,13 +237,13 @@ class Authority:
 
 
 def names_of(identity: Identity) -> tuple[str, ...]:
-    """The DNS names in a node's certificate: its role's, its own, and a manager's as a server of the CA."""
+    """Return the DNS names in a node's certificate: its role's, its own, and a manager's as a server of the CA."""
     names = (ROLE_NAMES[identity.role], str(identity.node_id))
     return (*names, ROOT_NAME) if identity.role is NodeRole.MANAGER else names
 
 
 def requested_key(csr_pem: bytes) -> PublicKey:
-    """The public key of a certificate request, which must be signed with it.
+    """Return the public key of a certificate request, which must be signed with it.
 
     Raises: InvalidArgument.
     """
@@ -263,7 +269,7 @@ def requested_key(csr_pem: bytes) -> PublicKey:
 
 
 def _subject_identifier(root: x509.Certificate) -> x509.SubjectKeyIdentifier:
-    """The root's own key identifier; a user's root may have computed it differently, or have none."""
+    """Return the root's own key identifier.  A user's root may compute it differently, or not have one."""
     try:
         return root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     except x509.ExtensionNotFound:
@@ -271,7 +277,7 @@ def _subject_identifier(root: x509.Certificate) -> x509.SubjectKeyIdentifier:
 
 
 def pem(certificate: x509.Certificate) -> bytes:
-    """A certificate as PEM, with a newline at its end."""
+    """Return a certificate as PEM, with a newline at its end."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 

@@ -1,6 +1,6 @@
 """Certificate revocation lists, which etcd reads at each handshake of its peer port.
 
-etcd compares serial numbers and looks neither at the signature nor at the dates, so any key will do to sign it.
+etcd compares serial numbers and ignores signature and dates, so any key can sign the list.
 """
 
 from collections.abc import Iterable
@@ -15,15 +15,16 @@ from skep.security.keys import new_private_key
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LIFETIME = timedelta(days=100 * 365)
+"""Validity of a list, which etcd ignores."""
 
 
 def listed_serials(content: bytes) -> frozenset[str]:
-    """The serial numbers in a CRL.  Raises: ValueError: it is invalid."""
+    """Return the serial numbers in a CRL.  Raises: ValueError: it is invalid."""
     return frozenset(f"{revoked.serial_number:x}" for revoked in x509.load_der_x509_crl(content))
 
 
 def revocation_list(serials: Iterable[str]) -> bytes:
-    """A CRL (DER) of certificates with these serial numbers, in hexadecimal digits."""
+    """Return a CRL (DER) of certificates with these serial numbers in hexadecimal digits."""
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ROOT_NAME)]))

@@ -1,7 +1,7 @@
 """Renewal of expired certificates: when it is allowed, and the proof of possession.
 
-Source: the request of users whose machines were off for longer than a certificate is valid (SwarmKit refuses them, and
-they have to leave and join again).
+Source: requests of users whose machines were off for longer than a certificate is valid.  SwarmKit refuses them, so
+they have to leave and join again.
 """
 
 from datetime import datetime, timedelta
@@ -21,7 +21,7 @@ _CONTEXT = b"skep renew expired\0"
 
 
 def proof_of(pair: KeyPair, csr_pem: bytes) -> bytes:
-    """A signature of ``csr_pem`` with the key of the expired certificate.
+    """Return a signature of ``csr_pem`` with the key of the expired certificate.
 
     It is bound to the new key, which only its owner has, so that replaying it is useless.
     """
@@ -41,14 +41,13 @@ def proven_identity(
     now: datetime,
     window: timedelta,
 ) -> Identity:
-    """The owner of an expired certificate.
+    """Return the identity of the owner of an expired certificate.
 
     Args:
-        root_pem: the roots that the cluster trusts.
-        window: how long after its expiry a certificate may still be renewed.
+        root_pem: The roots that the cluster trusts.
+        window: Time after its expiry in which a certificate may still be renewed.
 
-    Raises:
-        PermissionDenied: not one of this cluster's, not proven, or expired too long ago.
+    Raises: PermissionDenied: it is not from this cluster, the proof is invalid, or it expired too long ago.
     """
     try:
         chain = x509.load_pem_x509_certificates(certificate_pem)
@@ -74,7 +73,7 @@ def _signed(certificate: x509.Certificate, csr_pem: bytes) -> bytes:
 
 
 def _verify(certificate: x509.Certificate, signature: bytes, signed: bytes) -> None:
-    """Raises: InvalidSignature; TypeError: a kind of key that cannot sign."""
+    """Verify a signature.  Raises: InvalidSignature; TypeError: a kind of key that cannot sign."""
     match certificate.public_key():
         case ec.EllipticCurvePublicKey() as key:
             key.verify(signature, signed, ec.ECDSA(hashes.SHA256()))
@@ -85,7 +84,7 @@ def _verify(certificate: x509.Certificate, signature: bytes, signed: bytes) -> N
 
 
 def _is_under(chain: list[x509.Certificate], roots: list[x509.Certificate]) -> bool:
-    """Whether a root signed the first certificate of ``chain``, directly or through an intermediate, the second."""
+    """Return whether a root signed the first certificate of ``chain``, directly or through the second one."""
     leaf, *others = chain
     intermediates = [other for other in others[:1] if _is_authority(other) and _is_signed_by(other, roots)]
     return _is_signed_by(leaf, [*roots, *intermediates])

@@ -1,7 +1,7 @@
-"""Certificates from an external authority by cfssl's protocol: requests, and what of a response is accepted.  Pure.
+"""Certificates from an external authority by cfssl's protocol: requests, and validation of responses.  Pure.
 
-The authority has the root's key, the managers do not.  It signs whatever it is configured to sign, so that a manager
-passes on a certificate only if it is exactly what the cluster's own authority would have signed.
+The authority has the root's key, the managers do not.  It signs whatever it is configured to sign, so a manager only
+passes on a certificate that is exactly what the cluster's own authority would have signed.
 
 Source: swarmkit, ca/external.go, ca/certificates.go (PrepareCSR, ValidateCertChain); cfssl, doc/api/endpoint_sign.txt.
 """
@@ -23,13 +23,15 @@ from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import load_private_key
 
 CROSS_SIGN_PROFILE = "CA"
-"""The authority's profile that signs authorities; nodes' certificates have its default profile."""
+"""The authority's profile for signing authorities.  Nodes' certificates use its default profile."""
 
 RESPONSE_BYTES_MAX = 256 * 1024
-"""SwarmKit's bound (CertificateMaxSize)."""
+"""SwarmKit's limit (CertificateMaxSize)."""
 
 AUTHORITIES_MAX = 16
+"""External authorities in one cluster's config."""
 URL_LENGTH_MAX = 2048
+"""Length of an external authority's URL."""
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Largest accepted lead of the authority's clock."""
@@ -54,7 +56,7 @@ def check_external_authorities(config: CAConfig) -> None:
 
 
 def _has_host(url: str) -> bool:
-    """Whether it names a host, and no port but one that can be."""
+    """Return whether a URL names a host, and a valid port if any."""
     try:
         where = urlsplit(url)
         return bool(where.hostname) and (where.port is None or where.port > 0)
@@ -63,9 +65,9 @@ def _has_host(url: str) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """``url`` for logs and errors: the password in it is left out, as Go's ``URL.Redacted`` does.
+    """Return ``url`` for logs and errors, without its password, like Go's ``URL.Redacted``.
 
-    What it is in one that cannot be read: all between the first colon and the last ``@``.
+    In an invalid URL, the text between the first colon and the last ``@`` counts as the password.
     """
     scheme, separator, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
@@ -74,9 +76,9 @@ def shown_url(url: str) -> str:
 
 
 def normalized(certificates_pem: str) -> bytes:
-    """The certificates as PEM without anything around them; empty: they cannot be read.
+    """Return the certificates as PEM without surrounding text, or b"" if they cannot be read.
 
-    Certificates are compared in this form, as a user's file may have comments or other line ends.
+    Certificates are compared in this form, because a user's file may have comments or other line endings.
     """
     try:
         return b"".join(map(pem, x509.load_pem_x509_certificates(certificates_pem.encode())))
@@ -85,9 +87,9 @@ def normalized(certificates_pem: str) -> bytes:
 
 
 def urls_of(config: CAConfig, root_pem: bytes, present_root_pem: bytes) -> tuple[str, ...]:
-    """URLs of the authorities that sign with the key of ``root_pem``, in the user's order.
+    """Return URLs of the authorities that sign with the key of ``root_pem``, in the user's order.
 
-    An authority that is configured without a certificate signs with the key of the cluster's present root.
+    An authority that is configured without a certificate signs with the key of the cluster's current root.
     """
     wanted = normalized(root_pem.decode("ascii", errors="replace"))
     present = normalized(present_root_pem.decode("ascii", errors="replace"))
@@ -99,14 +101,14 @@ def urls_of(config: CAConfig, root_pem: bytes, present_root_pem: bytes) -> tuple
 
 
 def signing_urls(swarm: Swarm) -> tuple[str, ...]:
-    """URLs of the authorities that sign nodes' certificates now; during a rotation those of the next root."""
+    """Return URLs of the authorities that sign nodes' certificates now.  During a rotation, the next root's."""
     present = swarm.tls_info.trust_root.encode()
     wanted = swarm.rotation.root.encode() if swarm.rotation is not None else present
     return urls_of(swarm.spec.ca_config, wanted, present)
 
 
 def node_request(csr_pem: bytes, identity: Identity) -> bytes:
-    """The body that requests a node's certificate."""
+    """Return the body that requests a node's certificate."""
     name = {"OU": ROLE_NAMES[identity.role], "O": identity.cluster_id}
     return msgspec.json.encode(
         {
@@ -119,7 +121,7 @@ def node_request(csr_pem: bytes, identity: Identity) -> bytes:
 
 
 def cross_sign_request(wanted: Authority) -> bytes:
-    """The body that requests ``wanted``, the next root, as an intermediate signed by the authority's root."""
+    """Return the body that requests ``wanted``, the next root, as an intermediate signed by the authority's root."""
     certificate = wanted.certificate
     key = load_private_key(wanted.key_pem)
     csr = x509.CertificateSigningRequestBuilder().subject_name(certificate.subject).sign(key, hashes.SHA256())
@@ -130,7 +132,7 @@ def cross_sign_request(wanted: Authority) -> bytes:
             "hosts": [],
             "subject": {"CN": _only(certificate, NameOID.COMMON_NAME) or "", "names": [_names(certificate)]},
             "profile": CROSS_SIGN_PROFILE,
-            # cfssl ignores the extensions of a request: this one is named beside it.
+            # cfssl ignores the extensions of a request, so this one is passed separately.
             "extensions": [
                 {
                     "id": constraints.oid.dotted_string,
@@ -158,7 +160,7 @@ class _Response(msgspec.Struct, frozen=True):
 
 
 def certificate_in(body: bytes) -> x509.Certificate:
-    """The certificate in a response.  Raises: Unavailable: there is none, with the authority's reason."""
+    """Return the certificate in a response.  Raises: Unavailable: it is missing, with the authority's reason."""
     try:
         response = msgspec.json.decode(body, type=_Response)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -181,12 +183,12 @@ def checked_node_certificate(
     *,
     not_before_s: int = 0,
 ) -> x509.Certificate:
-    """``certificate`` if it is what was requested: for this key and this identity, and for nothing more.
+    """Return ``certificate`` if it matches the request: for this key, this identity, and nothing more.
 
     Args:
-        not_before_s: unix seconds; an earlier certificate counts as revoked (``manager.revocation``).
+        not_before_s: Unix seconds.  An earlier certificate counts as revoked (``manager.revocation``).
 
-    Raises: Unavailable: it is not, with the reason.
+    Raises: Unavailable, with the reason why it is refused.
     """
     try:
         reason = _refusal(certificate, key, identity, root, now, not_before_s)
@@ -217,7 +219,7 @@ def _refusal(
         return "it is for another key"
     for oid, wanted in subject.items():
         if _only(certificate, oid) != wanted:
-            return f"its subject is another one ({certificate.subject.rfc4514_string()[:200]})"
+            return f"its subject differs ({certificate.subject.rfc4514_string()[:200]})"
     if (reason := _naming_refusal(certificate, identity)) or (reason := _usage_refusal(certificate)):
         return reason
     if certificate.not_valid_before_utc > now + CLOCK_SKEW:
@@ -262,10 +264,10 @@ def _usage_refusal(certificate: x509.Certificate) -> str:
 
 
 def root_with_a_name_of_its_own() -> Authority:
-    """A root that an external authority can sign.
+    """Return a root that an external authority can sign.
 
-    Go, and cfssl with it, leaves the authority key identifier out of a certificate whose names of issuer and subject
-    are equal, and OpenSSL takes a certificate without it for self-signed.
+    If issuer and subject have equal names, Go, and thus cfssl, leaves the authority key identifier out of a
+    certificate, and OpenSSL then treats the certificate as self-signed.
     """
     return Authority.create(name=f"{ROOT_NAME} {token_hex(4)}")
 
@@ -273,7 +275,7 @@ def root_with_a_name_of_its_own() -> Authority:
 def checked_cross_signed(
     certificate: x509.Certificate, wanted: x509.Certificate, root: x509.Certificate, now: datetime
 ) -> x509.Certificate:
-    """``certificate`` if it is ``wanted``, the next root, signed by ``root``.  Raises: Unavailable."""
+    """Return ``certificate`` if it is ``wanted``, the next root, signed by ``root``.  Raises: Unavailable."""
     try:
         is_authority = _has(certificate, x509.BasicConstraints) and (
             certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca

@@ -1,4 +1,4 @@
-"""The identity in a certificate."""
+"""Identities in certificates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def identity_of(certificate: x509.Certificate) -> Identity:
-    """The identity in a certificate's subject.  Raises: Unauthenticated: it is not a node's certificate."""
+    """Return the identity in a certificate's subject.  Raises: Unauthenticated: it is not a node's certificate."""
     subject = {attribute.oid: str(attribute.value) for attribute in certificate.subject}
     return _identity(
         subject.get(NameOID.COMMON_NAME, ""),
@@ -46,7 +46,10 @@ def identity_of(certificate: x509.Certificate) -> Identity:
 
 
 def peer_identity(certificate: Mapping[str, Any]) -> Identity:
-    """The identity in a verified certificate as ``SSLSocket.getpeercert()`` shows it.  Raises: Unauthenticated."""
+    """Return the identity in a verified certificate, in ``SSLSocket.getpeercert()``'s form.
+
+    Raises: Unauthenticated.
+    """
     subject = {key: value for names in certificate.get("subject", ()) for key, value in names}
     return _identity(
         subject.get("commonName", ""),

@@ -1,8 +1,8 @@
-"""A node's key pair with the root it trusts, and its three files.
+"""A node's key pair with its trusted root, and their three files.
 
-``<data>/certificates`` holds ``swarm-root-ca.crt``, ``swarm-node.crt`` and ``swarm-node.key`` (Docker's names).
-Each file is written beside, synced and renamed.  Key and certificate are two renames; a crash between them
-leaves the new key with the old certificate and the new certificate still beside, where ``load`` finds it.
+``<data>/certificates`` contains ``swarm-root-ca.crt``, ``swarm-node.crt`` and ``swarm-node.key`` (Docker's names).
+Each file is replaced atomically.  Key and certificate take two renames.  After a crash between them, the new key is
+with the old certificate, and the new certificate is still in its temporary file, where ``load`` finds it.
 """
 
 import os
@@ -27,7 +27,7 @@ class KeyPair:
     """Immutable: a certificate chain (PEM), its private key (PEM), and the root bundle (PEM) it was issued under."""
 
     def __init__(self, *, certificate_pem: bytes, key_pem: bytes, root_pem: bytes) -> None:
-        """Raises: FailedPrecondition: unreadable, or key and certificate do not belong together."""
+        """Raise FailedPrecondition if a part is unreadable, or key and certificate do not belong together."""
         self.certificate_pem = certificate_pem
         self.key_pem = key_pem
         self.root_pem = root_pem
@@ -63,7 +63,7 @@ class KeyPair:
         return self.certificate.not_valid_after_utc
 
     def with_root(self, root_pem: bytes) -> "KeyPair":
-        """The same key pair with another root bundle (the cluster rotates its root)."""
+        """Return the same key pair with another root bundle, for the rotation of the cluster's root."""
         if root_pem == self.root_pem:
             return self
         return KeyPair(certificate_pem=self.certificate_pem, key_pem=self.key_pem, root_pem=root_pem)
@@ -73,39 +73,39 @@ class KeyPair:
 
 
 def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
-    """Write the three files so that at any time ``load`` gives the old pair or the new one.
+    """Write the three files, so that ``load`` returns either the old or the new pair at any time.
 
     Args:
-        lock: writes the key, locked if it is on; None: this directory is never locked.
+        lock: Writes the key, locked if the lock is on.  None if this directory is never locked.
 
     Raises: Locked.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _complete(directory, lock)
-    beside = directory / (CERTIFICATE_FILE + BESIDE)
+    temporary = directory / (CERTIFICATE_FILE + BESIDE)
     replace_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
-    write_new(beside, pair.certificate_pem, mode=0o644)
+    write_new(temporary, pair.certificate_pem, mode=0o644)
     if lock is None:
         replace_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
     else:
         lock.write(directory / KEY_FILE, pair.key_pem)
-    os.replace(beside, directory / CERTIFICATE_FILE)
+    os.replace(temporary, directory / CERTIFICATE_FILE)
     sync_directory(directory)
 
 
 def load(directory: Path, lock: KeyLock | None = None) -> KeyPair:
-    """The saved key pair; may be called while another process saves one.
+    """Return the saved key pair.  Another process may save one concurrently.
 
-    Raises: NotFound: there is none; FailedPrecondition: the files are damaged; Locked.
+    Raises: NotFound: no pair was saved; FailedPrecondition: the files are damaged; Locked.
     """
     try:
         return _read(directory, lock)
     except FailedPrecondition:
-        return _read(directory, lock)  # the key was read before it was replaced, the certificate after
+        return _read(directory, lock)  # the key was read before its replacement, the certificate after it
 
 
 def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
-    """A matching key and certificate.  The present certificate is tried twice: it may have just been written."""
+    """Return matching key and certificate.  The current certificate is tried twice: it may have just been written."""
     try:
         root_pem = (directory / ROOT_FILE).read_bytes()
         key = directory / KEY_FILE
@@ -124,14 +124,14 @@ def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
 
 
 def _complete(directory: Path, lock: KeyLock | None) -> None:
-    """Finish a save that was interrupted between its two renames.  For writers only: readers change nothing."""
-    beside = directory / (CERTIFICATE_FILE + BESIDE)
-    if not beside.exists():
+    """Finish a save that was interrupted between its two renames.  Only writers call it: readers change nothing."""
+    temporary = directory / (CERTIFICATE_FILE + BESIDE)
+    if not temporary.exists():
         return
     try:
         pair = _read(directory, lock)
     except (NotFound, FailedPrecondition):
-        return  # there is no previous pair
-    if pair.certificate_pem == beside.read_bytes():
-        os.replace(beside, directory / CERTIFICATE_FILE)
+        return  # it was the first save
+    if pair.certificate_pem == temporary.read_bytes():
+        os.replace(temporary, directory / CERTIFICATE_FILE)
         sync_directory(directory)

@@ -8,16 +8,16 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from skep.errors import FailedPrecondition
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
-"""Skep's keys are elliptic curves; a user's root may be RSA."""
+"""Skep's keys are elliptic curves.  A user's root may be RSA."""
 
 
 def new_private_key() -> ec.EllipticCurvePrivateKey:
-    """A new key on P-256, SwarmKit's curve."""
+    """Return a new key on P-256, SwarmKit's curve."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def private_pem(key: PrivateKey) -> bytes:
-    """The key in clear (PKCS #8): keep it in memory, or in a file of mode 0600."""
+    """Return the key unencrypted (PKCS #8).  Keep it in memory, or in a file of mode 0600."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -35,6 +35,6 @@ def load_private_key(key_pem: bytes) -> PrivateKey:
 
 
 def signing_request(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A request (PEM) for a certificate; its subject is empty because the authority sets it."""
+    """Return a certificate request (PEM).  Its subject is empty, because the authority sets it."""
     csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     return csr.public_bytes(serialization.Encoding.PEM)

@@ -8,14 +8,14 @@
        seals
     wrapping key of the store, private key of the node: below <data>
 
-So a new unlock key replaces one small file atomically, even while other processes write keys.  There is a lock key
-exactly while the node is to be locked at its next start.  Files are distinguished by their first bytes: a clear one is
-read as it is, so that turning the lock on or off may stop at any point and go on later.
+So a new unlock key atomically replaces one small file, even while other processes write keys.  The lock key exists only
+if the node will be locked at its next start.  Files are distinguished by their first bytes.  An unencrypted file is
+read as it is, so that turning the lock on or off may stop at any point and resume later.
 
-A crash of a process leaves the copy on tmpfs, and the next one goes on with it; an orderly stop removes it, a reboot
-or a loss of power does anyway.
+A crash of a process leaves the copy on tmpfs, and the next process uses it.  An orderly stop removes it, and a reboot
+or power loss does anyway.
 
-Source: swarmkit, ca/keyreadwriter.go, manager/deks.go (what the unlock key protects there); encryption.go (its form).
+Source: swarmkit, ca/keyreadwriter.go, manager/deks.go (what the unlock key protects); encryption.go (the format).
 """
 
 import base64
@@ -36,8 +36,11 @@ from skep.paths import Paths
 _FORM = "SWMKEY-1-"
 _HEAD = b"SKEP-LOCKED-1\n"
 _NONCE_BYTES = 12
+"""Size of an AES-GCM nonce."""
 _NAME_BYTES = 16
+"""Part of a digest that identifies a lock key."""
 _KEY_BYTES = 32
+"""Size of an AES-256 key."""
 
 
 class Locked(FailedPrecondition):
@@ -52,17 +55,17 @@ class WrongUnlockKey(Unauthenticated):
 
 
 def new_unlock_key() -> bytes:
-    """A new unlock key."""
+    """Return a new unlock key."""
     return secrets.token_bytes(_KEY_BYTES)
 
 
 def shown_unlock_key(key: bytes) -> str:
-    """The key in the form for users: ``SWMKEY-1-...``."""
+    """Return the key in the form for users: ``SWMKEY-1-...``."""
     return _FORM + base64.b64encode(key).decode().rstrip("=")
 
 
 def parsed_unlock_key(shown: str) -> bytes:
-    """The inverse of ``shown_unlock_key``.  Raises: InvalidArgument, with Docker's text."""
+    """Parse a key in the form for users.  Raises: InvalidArgument, with Docker's text."""
     digits = shown.removeprefix(_FORM)
     try:
         if not shown.startswith(_FORM):
@@ -77,9 +80,10 @@ REPLACING = threading.Lock()
 
 
 class KeyLock:
-    """The lock of one node.  Blocking: files are read and written.
+    """The lock of one node.  Reads and writes files, so it blocks.
 
-    Only the manager process turns it, only the node process unlocks; a file's owner reads and writes it here.
+    Only the manager process turns it on or off, and only the node process unlocks it.  Owners of files read and write
+    them through it.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -109,9 +113,9 @@ class KeyLock:
         self._paths.open_lock_key.unlink(missing_ok=True)
 
     def turn(self, unlock_key: bytes | None) -> bool:
-        """Lock the files on disk with ``unlock_key``, None: unlock them; whether anything changed.
+        """Lock the files on disk with ``unlock_key``, or unlock them if it is None.  Return whether anything changed.
 
-        Done again after a crash in the middle it goes on.  Raises: Locked; FailedPrecondition: a file is damaged.
+        A call after a crash in the middle completes the change.  Raises: Locked; FailedPrecondition: a file is damaged.
         """
         with REPLACING:
             return self._turn(unlock_key)
@@ -127,7 +131,7 @@ class KeyLock:
         return has_changed
 
     def read(self, path: Path) -> bytes:
-        """The content of a file in clear.
+        """Return the decrypted content of a file.
 
         Raises: FileNotFoundError; Locked; FailedPrecondition: it is damaged.
         """
@@ -150,11 +154,11 @@ class KeyLock:
     # --- helpers ----------------------------------------------------------------------------------------------
 
     def _keep_sealed(self, unlock_key: bytes) -> bool:
-        """The lock key, made if there is none, under ``unlock_key``."""
+        """Encrypt the lock key, created if missing, with ``unlock_key``.  Return whether the file changed."""
         path = self._paths.lock_key
         if not self.is_on:
             key = secrets.token_bytes(_KEY_BYTES)
-            # First in clear on tmpfs: without that copy the lock would be closed while its node runs unlocked.
+            # First unencrypted on tmpfs: without that copy the lock would be closed while its node runs unlocked.
             replace_file(self._paths.open_lock_key, key, mode=0o600, is_durable=False)
         elif self._opened_if_right(unlock_key) is not None:
             if self._key_in_clear() is None:
@@ -199,7 +203,7 @@ class KeyLock:
         return key
 
     def _key_in_clear(self) -> bytes | None:
-        """The lock key from tmpfs, if it is the one of the lock on the disk."""
+        """Return the lock key from tmpfs, if it belongs to the lock on the disk."""
         try:
             key = self._paths.open_lock_key.read_bytes()
             name = self._paths.lock_key.read_bytes()[:_NAME_BYTES]
@@ -210,12 +214,12 @@ class KeyLock:
     def _required_key(self) -> bytes:
         key = self._key_in_clear()
         if key is None:
-            raise Locked("this node's keys are locked: docker swarm unlock")
+            raise Locked("this node's keys are locked: run docker swarm unlock")
         return key
 
 
 def _name(key: bytes) -> bytes:
-    """An identifier of a lock key, which does not reveal it."""
+    """Return an identifier of a lock key, which does not reveal the key."""
     return hashlib.sha256(b"name of " + key).digest()[:_NAME_BYTES]
 
 
@@ -225,6 +229,6 @@ def _sealed(content: bytes, key: bytes, name: str) -> bytes:
 
 
 def _unsealed(content: bytes, key: bytes, name: str) -> bytes:
-    """Raises: InvalidTag: another key, or damaged; ValueError: no key at all."""
+    """Decrypt a file.  Raises: InvalidTag: another key, or damaged; ValueError: the key is invalid."""
     body = content[len(_HEAD) :]
     return AESGCM(key).decrypt(body[:_NONCE_BYTES], body[_NONCE_BYTES:], name.encode())

@@ -1,4 +1,4 @@
-"""Reloads the node's key pair, which the agent of the same machine renews, in its manager."""
+"""Reloads the node's key pair in its manager after the agent on the same machine has renewed it."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from skep.security.locking import KeyLock
 
 
 class KeyPairFiles:
-    """The key pair in a directory, read again when one of its files was replaced."""
+    """The key pair in a directory, which is read again after one of its files was replaced."""
 
     def __init__(self, directory: Path, lock: KeyLock | None = None) -> None:
-        """``lock``: of that key pair, which is open."""
+        """``lock`` is the lock of that key pair, and must be open."""
         self._directory = directory
         self._lock = lock
         self._seen: tuple[int, ...] = ()
 
     def changed(self) -> KeyPair | None:
-        """The key pair, if it has changed since the last call; the first call always gives it.
+        """Return the key pair if it has changed since the last call.  The first call always returns it.
 
-        Raises: NotFound, FailedPrecondition: it cannot be read; the next call tries again.
+        Raises: NotFound, FailedPrecondition: it cannot be read.  The next call tries again.
         """
         stamp = _stamp(self._directory)
         if stamp == self._seen:
@@ -34,7 +34,7 @@ class KeyPairFiles:
 
 
 def _stamp(directory: Path) -> tuple[int, ...]:
-    """Changes with each of the files; they are replaced, so their inodes change."""
+    """Return a value that changes with each of the files.  They are replaced, so their inodes change."""
     numbers: list[int] = []
     for name in (keypair.ROOT_FILE, keypair.CERTIFICATE_FILE, keypair.KEY_FILE):
         try:

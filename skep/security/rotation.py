@@ -1,10 +1,9 @@
 """Rotation of the cluster's root certificate.
 
-A rotation begins with a new root whose key is signed by the old root too (the *cross-signed* intermediate).  From then
-on the new root signs; the intermediate is sent with every certificate, so that nodes which trust the old root accept
-it, and no node has to change its trusted roots before all have new certificates.  When all have, the new root is
+A rotation starts with a new root whose key is also signed by the old root (the *cross-signed* intermediate).  From then
+on the new root signs.  The intermediate is sent with every certificate, so that nodes that trust the old root accept
+it, and no node has to change its trusted roots before all have new certificates.  Once all have one, the new root is
 announced and the old one dropped.
-
 Source: swarmkit, manager/controlapi/ca_rotation.go (the rules, the texts), ca/reconciler.go.
 """
 
@@ -21,11 +20,11 @@ from skep.security.authority import Authority, pem
 from skep.security.keys import load_private_key
 
 ROOT_LIFETIME_LEFT_MIN = timedelta(days=365)
-"""A user's root must be valid for at least that long."""
+"""A user's root must still be valid for at least this long."""
 
 
 class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
-    """The root to which a cluster rotates (PEM).  ``key_pem`` empty: an external authority has it."""
+    """The root to which a cluster rotates (PEM).  ``key_pem`` is empty if an external authority has the key."""
 
     root_pem: bytes
     key_pem: bytes
@@ -41,16 +40,16 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     reachable: frozenset[bytes] = frozenset()
     """Roots (PEM) with an authority that responds."""
     next: NextRoot | None = None
-    """The next root, signed by the external authority of the present one."""
+    """The next root, signed by the external authority of the current one."""
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """Requests to external authorities that a change of the roots depends on."""
 
     reachable: tuple[bytes, ...] = ()
-    """Roots (PEM) of which an authority has to respond."""
+    """Roots (PEM) with an authority that has to respond."""
     cross_sign: bool = False
-    """Whether the authority of the present root has to sign the next one."""
+    """Whether the authority of the current root has to sign the next one."""
 
 
 class Roots(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,9 +64,9 @@ class Roots(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_about_roots(present: CAConfig, config: CAConfig) -> bool:
-    """Whether a request may change the roots, or what signs with them.
+    """Return whether a request may change the roots or their signers.
 
-    Others need no external authority, which may be away; SwarmKit calls it for each of them.
+    Other requests do not need an external authority, which may be unreachable.  SwarmKit calls it for each request.
     """
     is_forced = config.force_rotate != present.force_rotate
     return bool(
@@ -87,19 +86,19 @@ def requested_roots(
     create: Callable[[], Authority],
     prepared: Prepared = Prepared(),  # noqa: B008 -- immutable
 ) -> Roots:
-    """``roots`` after the user requests ``config``; the same if nothing changes.
+    """Return ``roots`` after the user requests ``config``, unchanged if nothing changes.
 
-    A request for the present root ends a rotation, and takes the key to or from an external authority; one for another
-    root than the present rotation's restarts it.
+    A request for the current root ends a rotation, and moves the key to or from an external authority.  A request for
+    another root than the running rotation's restarts the rotation.
 
     Args:
-        is_forced: the config's ``force_rotate`` is higher than before.
-        create: makes a new root.
-        prepared: what ``needed`` says.
+        is_forced: Whether the config's ``force_rotate`` is higher than before.
+        create: Creates a new root.
+        prepared: Results of the requests that ``needed`` returns.
 
     Raises:
-        InvalidArgument: the config is invalid, with Docker's text.
-        Unavailable: the roots have changed since ``prepared``.
+        InvalidArgument: The config is invalid, with Docker's text.
+        Unavailable: The roots have changed since ``prepared``.
     """
     if config.signing_ca_key and not config.signing_ca_cert:
         raise InvalidArgument("if a signing CA key is provided, the signing CA cert must also be provided")
@@ -151,7 +150,7 @@ def normalized_root(text: str) -> bytes:
 
 
 def prepared_root(config: CAConfig, now: datetime, create: Callable[[], Authority]) -> Authority:
-    """The root that an external authority has to sign for this request.  Raises: InvalidArgument."""
+    """Return the root that an external authority has to sign for this request.  Raises: InvalidArgument."""
     if not config.signing_ca_cert:
         return create()
     wanted = _user_root(config, now)
@@ -159,7 +158,7 @@ def prepared_root(config: CAConfig, now: datetime, create: Callable[[], Authorit
 
 
 class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """A root to rotate to.  ``key_pem`` empty: an external authority has it."""
+    """A root to rotate to.  ``key_pem`` is empty if an external authority has the key."""
 
     certificate: x509.Certificate
     key_pem: bytes
@@ -170,7 +169,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _brings_key(roots: Roots, config: CAConfig) -> bool:
-    """Whether the request brings the key of the present root, so that no external authority is needed any more."""
+    """Return whether the request contains the current root's key, so that no external authority is needed."""
     return bool(config.signing_ca_key) and normalized_root(config.signing_ca_cert) == roots.root_pem
 
 
@@ -190,7 +189,7 @@ def _new_root(roots: Roots, prepared: Prepared, create: Callable[[], Authority])
 
 
 def _towards(roots: Roots, wanted: _Wanted, prepared: Prepared) -> Roots:
-    """Cross-sign the new root with the present one, never with the target of an unfinished rotation."""
+    """Cross-sign the new root with the current one, never with the target of an unfinished rotation."""
     if roots.key_pem:
         cross_signed = Authority.load(roots.key_pem, roots.root_pem).cross_sign(wanted.certificate)
     elif not wanted.key_pem:
@@ -217,7 +216,7 @@ def _cross_signed_before(roots: Roots, wanted: _Wanted, prepared: Prepared) -> b
 
 
 def _user_root(config: CAConfig, now: datetime) -> _Wanted:
-    """The user's root."""
+    """Return the user's root.  Raises: InvalidArgument."""
     certificate = _root_certificate(config.signing_ca_cert)
     if certificate.not_valid_after_utc < now + ROOT_LIFETIME_LEFT_MIN:
         raise InvalidArgument("CA certificate expires too soon")
@@ -233,7 +232,7 @@ def _user_root(config: CAConfig, now: datetime) -> _Wanted:
 
 
 def _root_certificate(text: str) -> x509.Certificate:
-    """The one self-signed certificate in ``text``."""
+    """Return the only certificate in ``text``, which must be self-signed.  Raises: InvalidArgument."""
     try:
         certificates = x509.load_pem_x509_certificates(text.encode())
     except ValueError as error:

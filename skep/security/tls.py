@@ -1,7 +1,7 @@
 """TLS contexts of clients and servers.
 
-One port serves nodes with a certificate and machines that have none yet, so the server requests a certificate
-but does not require it; what a client without one may do is decided per call (``wire/access.py``).
+One port serves nodes with a certificate and machines without one, so the server requests a certificate but does not
+require it.  ``wire/access.py`` decides per call what a client without a certificate may do.
 
 An ``SSLContext`` cannot forget a root or a certificate it has loaded.  The server therefore listens with a *front*
 context that, at each handshake, hands over to the current one: renewal and root rotation need no restart.
@@ -16,16 +16,16 @@ from skep.errors import FailedPrecondition
 from skep.security.keypair import KeyPair
 
 MANAGER_NAME = "swarm-manager"
-"""The name in managers' certificates only: clients verify it instead of addresses."""
+"""Name in managers' certificates only, which clients verify instead of addresses."""
 
 
 class ServerTls:
     """A server's contexts: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
 
     def __init__(self, pair: KeyPair, present: Callable[[], KeyPair] | None = None) -> None:
-        """``present``: gives the pair to use at each handshake; None: ``replace`` is called instead."""
+        """``present`` returns the pair to use at each handshake.  Without it, call ``replace``."""
         self.pair = pair
-        """The one in use; also for calls to other managers."""
+        """The pair in use, also for calls to other managers."""
         self._present = present
         self._current = _server_context(pair)
         self.front = _server_context(pair)
@@ -43,17 +43,17 @@ class ServerTls:
 
 
 def client_context(pair: KeyPair) -> ssl.SSLContext:
-    """For calls of a node to a manager of its cluster: mutual TLS."""
+    """Return the context for a node's calls to a manager of its cluster: mutual TLS."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     _load_pair(context, pair)
     return context
 
 
 def external_context(pair: KeyPair, root_pem: bytes) -> ssl.SSLContext:
-    """For calls of a manager to an external authority: mutual TLS with HTTP/1.1, its host's name is verified.
+    """Return the context for a manager's calls to an external authority: mutual TLS with HTTP/1.1, host name verified.
 
     Args:
-        root_pem: the roots to trust; during a rotation also the next one.
+        root_pem: The roots to trust.  During a rotation, including the next one.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -62,14 +62,14 @@ def external_context(pair: KeyPair, root_pem: bytes) -> ssl.SSLContext:
 
 
 def joining_context(root_pem: bytes) -> ssl.SSLContext:
-    """For the request of a certificate: the manager is verified, the client has no certificate."""
+    """Return the context to request a certificate: the manager is verified, the client has no certificate."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     _load_roots(context, root_pem)
     return context
 
 
 def unverified_context() -> ssl.SSLContext:
-    """For the first call, which fetches the root; the result is verified with the join token's digest."""
+    """Return the context for the first call, which fetches the root.  The join token's digest verifies the result."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -108,7 +108,7 @@ def _load_roots(context: ssl.SSLContext, root_pem: bytes) -> None:
 
 @contextmanager
 def _in_memory(content: bytes) -> Iterator[str]:
-    """A path at which OpenSSL can read ``content``, which is not written to disk."""
+    """Yield a path from which OpenSSL can read ``content`` without a file on disk."""
     descriptor = os.memfd_create("skep-tls")
     try:
         os.write(descriptor, content)

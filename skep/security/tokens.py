@@ -2,8 +2,8 @@
 
     SWMTKN-1-<digest of the root, 50 characters>-<secret, 25 characters>
 
-Both parts are lower-case base 36, padded with zeros on the left.  The digest lets a joining node check that it
-talks to the right cluster before it sends the secret; the secret decides the role.
+Both parts are lower-case base 36, padded with zeros on the left.  With the digest, a joining node checks that it talks
+to the right cluster before it sends the secret.  The secret determines the role.
 
 Source: swarmkit, ca/config.go (GenerateJoinToken, ParseJoinToken).
 """
@@ -24,20 +24,20 @@ _FIPS_PATTERN = re.compile(r"SWMTKN-2-[01]-([0-9a-z]{50})-([0-9a-z]{25})")
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """A parsed join token.  ``root_sha256``: digest of the root bundle's PEM bytes."""
+    """A parsed join token.  ``root_sha256`` is the digest of the root bundle's PEM bytes."""
 
     root_sha256: bytes
     secret: str
 
 
 def join_token(root_pem: bytes, secret: str) -> str:
-    """The token for ``secret`` in the cluster with this root bundle (PEM, exactly as the CA returns it)."""
+    """Return the token for ``secret`` in the cluster with this root bundle (PEM, exactly as the CA returns it)."""
     digest = int.from_bytes(hashlib.sha256(root_pem).digest(), "big")
     return f"SWMTKN-1-{base36(digest, 50)}-{secret}"
 
 
 def new_join_tokens(root_pem: bytes) -> JoinTokens:
-    """New tokens for both roles."""
+    """Return new tokens for both roles."""
     return JoinTokens(worker=join_token(root_pem, new_id()), manager=join_token(root_pem, new_id()))
 
 
@@ -51,9 +51,9 @@ def parse_token(text: str) -> Token:
 
 
 def check_root(token: Token, root_pem: bytes) -> None:
-    """Check that ``root_pem`` is the root of the token.
+    """Raise FailedPrecondition unless ``root_pem`` is the root of the token.
 
-    Raises: FailedPrecondition: another cluster, or a man in the middle.
+    The cause is another cluster, or a man in the middle.
     """
     if not hmac.compare_digest(hashlib.sha256(root_pem).digest(), token.root_sha256):
         raise FailedPrecondition(
@@ -64,7 +64,7 @@ def check_root(token: Token, root_pem: bytes) -> None:
 
 
 def role_of(text: str, tokens: JoinTokens) -> NodeRole | None:
-    """The role of a token, or None.  Compared as a whole, in constant time."""
+    """Return the role of a token, or None.  Compares whole tokens in constant time."""
     given = text.encode()
     is_manager = hmac.compare_digest(given, tokens.manager.encode())
     is_worker = hmac.compare_digest(given, tokens.worker.encode())

@@ -12,13 +12,13 @@ from skep.security.keypair import KeyPair
 
 
 def tls_info(root_pem: bytes, issuer_pem: bytes = b"") -> TLSInfo:
-    """``TLSInfo`` for ``root_pem``, as the API shows it.
+    """Return ``TLSInfo`` for ``root_pem``, as the API shows it.
 
     Args:
-        issuer_pem: what issues certificates now; default the first certificate of the bundle.  Another one while
-            the root is rotated.
+        issuer_pem: The issuer of certificates.  Defaults to the first certificate of the bundle, and differs from it
+            during a root rotation.
 
-    Raises: FailedPrecondition: it cannot be read.
+    Raises: FailedPrecondition: a certificate cannot be read.
     """
     try:
         issuer = x509.load_pem_x509_certificate(issuer_pem or root_pem)
@@ -29,7 +29,7 @@ def tls_info(root_pem: bytes, issuer_pem: bytes = b"") -> TLSInfo:
 
 
 def tls_info_of(pair: KeyPair) -> TLSInfo:
-    """``TLSInfo`` of a node with this key pair: its trusted roots, and the issuer of its certificate."""
+    """Return ``TLSInfo`` of a node with this key pair: its trusted roots, and its certificate's issuer."""
     trust_root = pair.root_pem.decode("ascii", errors="replace")
     for candidate in (*pair.chain[1:], *x509.load_pem_x509_certificates(pair.root_pem)):
         try:
@@ -41,24 +41,24 @@ def tls_info_of(pair: KeyPair) -> TLSInfo:
 
 
 def public_key_der(certificate: x509.Certificate) -> bytes:
-    """The public key of a certificate, DER-encoded as in certificates."""
+    """Return a certificate's public key, DER-encoded as in certificates."""
     return certificate.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 
 def issuer_digest(info: TLSInfo) -> str:
-    """Digest of an issuer's public key: its SHA-256 in hexadecimal digits."""
+    """Return the SHA-256 of an issuer's public key in hexadecimal digits."""
     return hashlib.sha256(info.cert_issuer_public_key).hexdigest()
 
 
 def root_digest(root_pem: bytes) -> str:
-    """Digest of a root bundle: its SHA-256 in hexadecimal digits."""
+    """Return the SHA-256 of a root bundle in hexadecimal digits."""
     return hashlib.sha256(root_pem).hexdigest()
 
 
 def is_issued_by(reported: TLSInfo, wanted: TLSInfo) -> bool:
-    """Whether a node's certificate has the wanted issuer."""
+    """Return whether a node's certificate has the wanted issuer."""
     return (
         reported.cert_issuer_public_key == wanted.cert_issuer_public_key
         and reported.cert_issuer_subject == wanted.cert_issuer_subject

@@ -91,7 +91,7 @@ class NodeRefusal(msgspec.Struct, frozen=True, rename="pascal"):
     """Why a node takes no further task."""
 
     hostname: str
-    refusals: tuple[str, ...]
+    reasons: tuple[str, ...]
 
 
 class Preempted(msgspec.Struct, frozen=True, rename="pascal"):
@@ -102,12 +102,12 @@ class Preempted(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Placement(msgspec.Struct, frozen=True, rename="pascal"):
-    """Where the tasks of a service would be, as the cluster's scheduler says.  ``refusal``: not all fit."""
+    """Where the tasks of a service would be, as the cluster's scheduler says.  ``error``: not all fit."""
 
     name: str
-    wanted: int
+    desired: int
     nodes: tuple[NodeShare, ...] = ()
-    refusal: str = ""
+    error: str = ""
     verdicts: tuple[NodeRefusal, ...] = ()
     preempted: tuple[Preempted, ...] = ()
 

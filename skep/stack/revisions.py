@@ -29,7 +29,7 @@ KEPT_BYTES: Final = 512 * 1024
 stack has 2 to 5 KB compressed, so ten revisions have room; of very large stacks only two are kept."""
 KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
-UNDOING: Final = "being undone"
+UNDOING: Final = "rolling back"
 """The state of a failed deploy while what it created is removed: no other deploy may build on that."""
 _BYTES_MAX: Final = 900_000
 """Of a revision, compressed: a config has less than 1000 KiB."""

@@ -46,7 +46,7 @@ _X_SKEP: Final = {
     "progress-deadline": known_labels.PROGRESS_DEADLINE,
     "job-ttl": known_labels.JOB_TTL,
     "last-lines": known_labels.LAST_LINES,
-    "volumes": known_labels.VOLUMES,
+    "volume-affinity": known_labels.VOLUME_AFFINITY,
     "publish-not-ready": known_labels.PUBLISH_NOT_READY,
 }
 _PUBLISH: Final = ("host-ip", "affinity", "local", "proxy-protocol")

@@ -1,7 +1,7 @@
 """Parts of objects as bytes: JSON with Docker's field names, so that a store can be read with etcdctl.
 
-Each part has a Struct of its own, made from the fields of the kind; missing fields take the kind's defaults, so
-older data can be read after a field was added.
+Each part has its own Struct, made from the fields of the kind.  Missing fields take the kind's defaults, so older data
+can be read after a field was added.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class PartCodec:
-    """Encodes and decodes one part of the objects of a kind.  ``fields``: their names."""
+    """Encodes and decodes one part of the objects of a kind.  ``fields`` has their names."""
 
     def __init__(self, schema: KindSchema, part: str) -> None:
         self.part = part
@@ -59,7 +59,7 @@ class PartCodec:
         self._default_values = tuple(self._defaults.values()) if self._defaults is not None else None
 
     def encode(self, object: Object) -> bytes | None:
-        """This part of ``object``; None if all its fields have their defaults, so that it needs no key."""
+        """Encode this part of ``object``.  Returns None if all fields have their defaults, so that no key is needed."""
         values = self._get(object)
         if self._is_single:
             return self._encoded_single(object, values)
@@ -81,7 +81,7 @@ class PartCodec:
         return encoded
 
     def decode(self, data: bytes) -> "Decoded":
-        """The content of an encoded part, not to be modified.  Raises: msgspec.ValidationError."""
+        """Decode a part.  Do not modify the result.  Raises msgspec.ValidationError."""
         known, decoded = self._last
         if data == known:
             return decoded
@@ -100,7 +100,7 @@ class PartCodec:
         return decoded
 
     def with_unknown(self, encoded: bytes | None, extras: Unknown) -> bytes:
-        """This part as ``encode`` gave it, with the unknown fields of a newer version."""
+        """Add the unknown fields of a newer version to this part as ``encode`` returned it."""
         return joined(encoded, extras, self._struct) if extras is not NOTHING or encoded is None else encoded
 
     @property

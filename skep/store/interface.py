@@ -6,7 +6,7 @@ Reads are synchronous and local.  A transaction is a plain function that runs ag
 proposed; on a conflict it runs again on newer state, so it must be free of side effects.  The proposal compares every
 key that it wrote and every object that it read with ``get``.  The results of ``find`` are not compared: "unused" and
 "free" have their own keys (references and claims, see ``schema``), so concurrent transactions cannot remove a secret
-in use or publish one port twice.  Where there is no such key, a rare transaction compares a whole kind
+in use or publish one port twice.  Without such a key, a rare transaction compares a whole kind
 (``rely_on_all``).
 """
 
@@ -30,50 +30,54 @@ P = ParamSpec("P")
 
 
 class View(Protocol):
-    """One consistent state of the cluster.  Valid until the next ``await``; nothing is copied."""
+    """One consistent state of the cluster.  Valid until the next ``await``.  Nothing is copied."""
 
     @property
     def revision(self) -> int:
-        """Grows with every commit anywhere in the cluster."""
+        """Store revision of this state.  It grows with every commit anywhere in the cluster."""
 
     @property
     def level(self) -> int:
         """The level of the stored data (``store.level``)."""
 
     def get(self, kind: type[T], id: str) -> T:
-        """The object with exactly this id.  Raises: NotFound; Unavailable: it is stored but cannot be read."""
+        """Return the object with exactly this id.  Raises NotFound, or Unavailable if it is unreadable."""
 
     def lookup(self, kind: type[T], id: str) -> T | None:
-        """The object with exactly this id, or None."""
+        """Return the object with exactly this id, or None."""
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
-        """All objects of a kind, in order of id; ``by`` names at most one index of the schema.
+        """Return all objects of a kind, in order of id.
 
-        ``view.find(Task, service_id=...)`` costs what it returns.  An unknown index is a bug (KeyError).
+        ``by`` names at most one index of the schema: the cost of ``view.find(Task, service_id=...)`` is proportional to
+        its result.  An unknown index is a bug (KeyError).
         """
 
     def ids(self, kind: type[Object]) -> Sequence[str]:
-        """The ids of all objects of a kind, in order: a copy, for loops over very many that yield to the event loop."""
+        """Return a copy of all ids of a kind, in order, for long loops that yield to the event loop."""
 
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
-        """Ids of stored objects of a kind that cannot be read -> the error; empty unless something is damaged.
+        """Return the ids of unreadable objects of a kind -> the error.  Empty unless something is damaged.
 
-        Such an object is not found, which does not mean that it was removed; or it is found in its last readable state,
-        or (a node) with its other parts.
+        Such an object is not found, which does not mean that it was removed.  Or it is found in its last readable
+        state, or (a node) with its other parts.
         """
 
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
-        """Id -> stored parts besides the head that cannot be read -> the error; usually none.
+        """Return id -> unreadable parts except the head -> the error.  Usually empty.
 
         Such a part keeps its last readable value, or its defaults.  Writing it repairs it.
         """
 
     def resolve(self, kind: type[T], word: str) -> T:
-        """The object that ``word`` names: by full id, else name, else unique prefix of an id (Docker's order).
+        """Return the object that ``word`` names: by full id, name, or unique prefix of an id (Docker's order).
 
         Removed services, which are still stored as owners of their tasks, are not found.
-        Raises: NotFound: "service web not found"; InvalidArgument: "... is ambiguous (2 matches found)"; Unavailable:
-        it is stored but cannot be read.
+
+        Raises:
+            NotFound: "service web not found".
+            InvalidArgument: "... is ambiguous (2 matches found)".
+            Unavailable: It is unreadable.
         """
 
 
@@ -81,40 +85,49 @@ class Transaction(View, Protocol):
     """A view that can be written to.  Valid during one call of a transaction function."""
 
     def put(self, object: T) -> T:
-        """Create or replace ``object``; returns it as stored (version, updated_at set by the store).
+        """Create or replace ``object``.  Returns it as stored: the store sets version and updated_at.
 
-        Only the parts that changed are written.  A change of the head increases ``version``.
-        A new service spec is also stored as a ``SpecVersion``, which ``spec_version`` names.
-        Raises: AlreadyExists: another object has the name; InvalidArgument: or a published port; both with Docker's
-        texts.  NotFound: a reference names no object.
+        Only the parts that changed are written.  A change of the head increases ``version``.  A new service spec is
+        also stored as a ``SpecVersion``, which ``spec_version`` names.
+
+        Raises:
+            AlreadyExists: Another object has the name.  Docker's text.
+            InvalidArgument: Another object has the published port.  Docker's text.
+            NotFound: A referenced object does not exist.
         """
 
     def delete(self, kind: type[T], id: str) -> None:
         """Remove the object with all its parts.
 
-        Raises: NotFound; Unavailable: it cannot be read; FailedPrecondition: other objects refer to it (the ids are in
-        the error's ``users``).
+        Raises:
+            NotFound: It does not exist.
+            Unavailable: It is unreadable.
+            FailedPrecondition: Other objects refer to it.  Their ids are in the error's ``users``.
         """
 
     def raise_level(self, level: int) -> None:
         """Raise the level of the stored data (``store.level``), unless it is higher already."""
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
-        """Like ``lookup``, but the commit fails if the object changed concurrently (``get`` does the same).
+        """Return the object like ``lookup``, and fail the commit if it changed concurrently, as ``get`` does.
 
-        ``parts``: compare only these (``"session"`` of a node) and that the object still exists; default all.
-        Raises: Unavailable: it is stored but cannot be read, which must not be taken for absence.
+        Args:
+            parts: Parts to compare (``"session"`` of a node), together with the object's existence.  All by default.
+
+        Raises:
+            Unavailable: The object is unreadable, which must not be taken for absence.
         """
 
     def rely_on_all(self, kind: type[Object]) -> None:
-        """The commit fails if an object of the kind was created or changed concurrently, by whatever writer.
+        """Fail the commit if any writer created or changed an object of the kind concurrently.
 
-        For rare transactions only: every write of the kind makes them run again.  One of ``keys.KINDS_COMPARED``.
+        For rare transactions only, because every write of the kind makes them run again.  The kind must be in
+        ``keys.KINDS_COMPARED``.
         """
 
 
 class InUse(SkepError):
-    """An object that other objects refer to cannot be removed.  ``users``: their (kind name, id), sorted."""
+    """An object that other objects refer to cannot be removed.  ``users`` has their (kind name, id), sorted."""
 
     def __init__(self, message: str, users: Sequence[tuple[str, str]]) -> None:
         super().__init__(message)
@@ -122,20 +135,20 @@ class InUse(SkepError):
 
 
 class Created(msgspec.Struct, frozen=True, gc=False):
-    """The object is new in this revision."""
+    """An object that is new in this revision."""
 
     object: Object
 
 
 class Updated(msgspec.Struct, frozen=True, gc=False):
-    """The object before and after the revision."""
+    """An object before and after the revision."""
 
     old: Object
     new: Object
 
 
 class Deleted(msgspec.Struct, frozen=True, gc=False):
-    """The object as it was before the revision."""
+    """A deleted object as it was before the revision."""
 
     object: Object
 
@@ -144,14 +157,14 @@ Event: TypeAlias = Created | Updated | Deleted
 
 
 class Commit(msgspec.Struct, frozen=True, gc=False):
-    """Everything that one revision changed, merged per object."""
+    """All changes of one revision, merged per object."""
 
     revision: int
     events: tuple[Event, ...]
 
 
 class WatchLagged(SkepError):
-    """The reader of a watch is too far behind: it has to start again from a new snapshot."""
+    """The reader of a watch is too far behind and has to restart from a new snapshot."""
 
 
 class Watch(Protocol):
@@ -159,24 +172,24 @@ class Watch(Protocol):
 
     @property
     def snapshot(self) -> View:
-        """The state at the beginning; to be read before the first commit."""
+        """The state at the beginning.  Read it before the first commit."""
 
     def __aiter__(self) -> AsyncIterator[Commit]:
-        """Raises: WatchLagged."""
+        """Iterate over the commits.  Raises WatchLagged."""
 
     def waiting(self) -> Iterator[Commit]:
-        """Take the commits that the replica shows already and that nothing has taken, without waiting for more.
+        """Take the commits that the replica already shows and that were not taken, without waiting for more.
 
-        Raises: WatchLagged.
+        Raises WatchLagged.
         """
 
 
 class HistoryGone(FailedPrecondition):
-    """The store does not keep so old a revision."""
+    """The store has deleted this old revision."""
 
 
 class NotLeader(Unavailable):
-    """A leader's write found another leader: nothing was written, and nothing more will be in this term."""
+    """A leader's write found another leader.  Nothing was written, and nothing more will be in this term."""
 
 
 class Updates(Protocol):
@@ -185,19 +198,22 @@ class Updates(Protocol):
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Run ``body(tx, ...)`` until it commits; return its result once the local replica shows the write.
+        """Run ``body(tx, ...)`` until it commits.  Returns its result once the local replica shows the write.
 
         A body that writes nothing commits nothing.  Errors of the body are raised, and nothing is written.
-        Raises: Unavailable: no quorum, or no response within the store's deadline (5 s) and the outcome is unknown.
+
+        Raises:
+            Unavailable: There is no quorum, or the store did not respond within its deadline (5 s) and the outcome is
+                unknown.
         """
 
     async def update_each(
         self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
     ) -> Sequence[R | SkepError]:
-        """``update`` once per item, each a separate proposal, committed in as few raft entries as possible.
+        """Run ``update`` once per item, each as a separate proposal, in as few raft entries as possible.
 
-        One item's conflict or error does not affect the others; the result has one entry per item, in order.
-        If the store does not respond, or the term is over, every item has that error.
+        One item's conflict or error does not affect the others.  The result has one entry per item, in order.  If the
+        store does not respond, or the term is over, every item has that error.
         """
 
 
@@ -205,29 +221,29 @@ class LoopStore(Updates, Protocol):
     """The store as a control loop uses it: a ``Term`` in production, or a plain ``Store`` without the fence."""
 
     def view(self) -> View:
-        """The present local state."""
+        """Return the current local state."""
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
-        """Commits that change objects of ``kinds``, from a snapshot on.  Bounded (10,000 commits)."""
+        """Watch commits that change objects of ``kinds``, starting from a snapshot.  Bounded (10,000 commits)."""
 
 
 class Store(LoopStore, Protocol):
     """The replica of one manager, and the writes of that manager."""
 
     def rehearsal(self) -> Transaction:
-        """Return a transaction on the present state that is never proposed: it says what would be refused.
+        """Return a transaction on the current state that is never proposed, to find out what would be refused.
 
-        It may be used over several ``await``; then its reads are not of one state.
+        If it is used across several ``await``, its reads are not of one state.
         """
 
     async def barrier(self) -> None:
-        """Return once the replica shows everything acknowledged anywhere before this call.
+        """Wait until the replica shows everything acknowledged anywhere before this call.
 
-        Concurrent callers share one round trip.  Raises: Unavailable after 5 s.
+        Concurrent callers share one round trip.  Raises Unavailable after 5 s.
         """
 
     def terms(self, node_id: NodeId, addr: str) -> AsyncIterator["Term"]:
-        """Terms of leadership of this manager: yields each time this manager has become leader."""
+        """Yield a term each time this manager becomes the leader."""
 
     @property
     def leader(self) -> NodeId | None:
@@ -236,37 +252,39 @@ class Store(LoopStore, Protocol):
     async def rotate_data_key(self) -> None:
         """Encrypt everything with a new data key: new values at once, the others in the background.
 
-        Returns when the new key is in use.  No object changes.  Raises: Unavailable.
+        Returns when the new key is in use.  No object changes.  Raises Unavailable.
         """
 
     async def space(self) -> Space | None:
-        """Size and quota of this manager's own copy, as of a moment ago; None: there is no limit.
+        """Return the recent size and quota of this manager's own copy, or None without a limit.
 
-        Raises: Unavailable.
+        Raises Unavailable.
         """
 
     async def compact(self, kept_revisions: int) -> bool:
-        """Discard all history but the last revisions; whether there was any to discard.  Raises: Unavailable."""
+        """Discard all history but the last revisions.  Returns whether any was discarded.  Raises Unavailable."""
 
     async def state_at(self, revision: int) -> View:
-        """The objects as they were at ``revision``, without secrets and configs.
+        """Return the objects as they were at ``revision``, without secrets and configs.
 
-        Raises: HistoryGone: the store does not keep it any more; FailedPrecondition, ResourceExhausted: it cannot be
-        read; Unavailable.
+        Raises:
+            HistoryGone: The store has deleted the revision.
+            FailedPrecondition, ResourceExhausted: The revision cannot be read.
+            Unavailable: The store did not respond.
         """
 
     async def oldest_revision(self) -> int:
-        """The first revision for which ``state_at`` may have a response.  Raises: Unavailable."""
+        """Return the first revision that ``state_at`` may still have.  Raises Unavailable."""
 
     async def defragment(self) -> None:
-        """Return free pages of this manager's own copy to the disk.  It is blocked meanwhile.  Raises: Unavailable."""
+        """Return free pages of this manager's own copy to the disk, which blocks it meanwhile.  Raises Unavailable."""
 
     async def disarm(self) -> None:
-        """Clear the alarm of a reached quota, so that writes are accepted again.  Raises: Unavailable."""
+        """Clear the alarm of a reached quota, so that writes are accepted again.  Raises Unavailable."""
 
     @property
     def incarnation(self) -> int:
-        """The cluster's incarnation, 1 and up; increased by every restore and forced new cluster.
+        """The cluster's incarnation, 1 or more.  Every restore and forced new cluster increases it.
 
         Revisions of different incarnations are not comparable.
         """
@@ -277,25 +295,25 @@ class Term(LoopStore, Protocol):
 
     @property
     def number(self) -> int:
-        """Counts the terms of the cluster; a later term has a higher number."""
+        """Number of the term.  A later term of the cluster has a higher number."""
 
     async def confirm(self) -> None:
-        """Compare the fence without a write; on return the replica shows everything written before.
+        """Compare the fence without a write.  On return the replica shows everything written before.
 
-        For changes that no fence covers, as of the raft membership itself.  Raises: NotLeader; Unavailable.
+        For changes that no fence covers, such as raft membership changes.  Raises NotLeader or Unavailable.
         """
 
     async def wait_lost(self) -> None:
-        """Return when the term is over (another leader, or no response of the member for too long)."""
+        """Wait until the term is over (another leader, or no response of the member for too long)."""
 
 
 def nothing(object: Any) -> Iterable[Any]:
-    """The claims and references of most kinds: none."""
+    """Return no claims or references, as most kinds have none."""
     return ()
 
 
 class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """How one kind of object is stored (``schema.py`` lists them)."""
+    """How one kind of object is stored.  ``schema.py`` lists the kinds."""
 
     name: str
     type: type[Object]
@@ -304,43 +322,47 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     """Part name -> field names.  All other fields are the head, whose change increases the version."""
 
     spec_statuses: frozenset[str] = frozenset()
-    """Parts that report on one version of the spec (as Kubernetes' ``observedGeneration``): stored with that version,
-    and ignored once the spec has a newer one."""
+    """Parts that report on one version of the spec (as Kubernetes' ``observedGeneration``).
+
+    They are stored with that version, and ignored once the spec has a newer one."""
 
     claims: Callable[[Any], Iterable[str]] = nothing
-    """Keys (``n/service/web``, ``p/tcp/8080``) that at most one object may hold."""
+    """Returns the keys (``n/service/web``, ``p/tcp/8080``) that at most one object may hold."""
 
     shared_claims: Callable[[Any], Iterable[str]] = nothing
-    """Claims that several objects may share while no object holds them exclusively (host-mode ports)."""
+    """Returns claims that several objects may share while no object holds them exclusively (host-mode ports)."""
 
     taken: Callable[[str, Any, Any], SkepError]
     """``(claim, claiming object, holder) -> error``, with Docker's text."""
 
     references: Callable[[Any], Iterable[tuple[str, str]]] = nothing
-    """(kind name, id) of the objects that it uses, which cannot be deleted meanwhile."""
+    """Returns (kind name, id) of the objects that it uses, which cannot be deleted meanwhile."""
 
     max_bytes: int = 1024 * 1024
-    """Limit of one encoded part."""
+    """Maximum bytes of one encoded part."""
 
     is_referable: bool = False
-    """Whether objects of other kinds may refer to this one, so that its removal has to compare that none does."""
+    """Whether objects of other kinds may refer to this one, so that its removal must compare that none does."""
 
     indexes: Mapping[str, Callable[[Any], str | None]] = {}
-    """Index name -> value of an object (None or empty: not in this index).  ``name`` is case-insensitive."""
+    """Index name -> value of an object (None or empty if not in this index).  ``name`` is case-insensitive."""
 
     indexed_part: str = ""
-    """The part that all indexes are computed from; "" is the head.  They are updated only when it changes."""
+    """The part that all indexes are computed from, "" for the head.  They are updated only when it changes."""
 
     is_hidden: Callable[[Any], bool] = lambda _: False
-    """Whether it is not shown to users (a removed service)."""
+    """Whether users do not see it (a removed service)."""
 
     has_placeholder: bool = False
-    """Whether an object whose head was never readable is shown with its other parts, and ``type(id=...)`` as head."""
+    """Whether an object with an unreadable head is shown with its other parts, and ``type(id=...)`` as head."""
 
     irreplaceable: frozenset[str] = frozenset()
-    """Parts that only a process that was once able to read them writes: others may still be able to read what is there,
-    and defaults in its place would be taken for facts.  Removing them is allowed."""
+    """Parts that a process only writes if it was once able to read them.
+
+    Other processes may still be able to read the stored value, and defaults in its place would be taken for facts.
+    Removing such a part is allowed."""
 
     safe_fallback: Callable[[Any, Collection[str]], Any] = lambda one, _: one
-    """``(object, parts that were never readable and have their defaults) -> object`` with safe values in these parts:
-    damage must not look like a loss of the task or node.  Idempotent."""
+    """``(object, parts that were never readable and have their defaults) -> object`` with safe values in these parts.
+
+    Damage must not look like a loss of the task or node.  Idempotent."""

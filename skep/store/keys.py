@@ -31,62 +31,62 @@ HEAD: Final = ""
 
 
 def object_key(kind: str, id: str, part: str = HEAD) -> str:
-    """The key of one part of an object."""
+    """Return the key of one part of an object."""
     return part_key(f"o/{kind}/{id}", part)
 
 
 def part_key(head_key: str, part: str) -> str:
-    """The key of another part of the object with this head."""
+    """Return the key of another part of the object with this head."""
     return f"{head_key}.{part}" if part else head_key
 
 
 def kind_prefix(kind: str) -> str:
-    """The prefix of all objects of a kind."""
+    """Return the prefix of all objects of a kind."""
     return f"o/{kind}/"
 
 
 KINDS_COMPARED: Final = frozenset({"network", "service"})
-"""Kinds all of whose objects a transaction may compare (``Transaction.rely_on_all``)."""
+"""Kinds of which a transaction may compare all objects (``Transaction.rely_on_all``)."""
 
 _COMPARED: Final = tuple(sorted(map(kind_prefix, KINDS_COMPARED)))
 
 
 def parsed_object_key(key: str) -> tuple[str, str, str]:
-    """``(kind, id, part)`` of an ``o/`` key."""
+    """Return ``(kind, id, part)`` of an ``o/`` key."""
     head, _, part = parted(key)
     return *parsed_head_key(head), part
 
 
 parted: Callable[[str], tuple[str, str, str]] = methodcaller("partition", ".")
-"""The key of its object's head, the full stop, and the part of an ``o/`` key.
+"""Split an ``o/`` key into the key of its object's head, the full stop, and the part.
 
-Object ids hold no full stop, so the first one ends the id; without one it is the head's own key.
+Object ids contain no full stop, so the first one ends the id.  Without one it is the head's own key.
 """
 
 
 def parsed_head_key(head: str) -> tuple[str, str]:
-    """``(kind, id)`` of the key of a head."""
+    """Return ``(kind, id)`` of the key of a head."""
     _, kind, id = head.split("/", 2)
     return kind, id
 
 
 def name_claim(kind: str, name: str) -> str:
-    """The claim on a name; names are unique regardless of case, as in SwarmKit's store."""
+    """Return the claim on a name.  Names are unique regardless of case, as in SwarmKit's store."""
     return f"n/{kind}/{quote(name.lower(), safe='')}"
 
 
 def port_claim(protocol: str, port: int) -> str:
-    """The claim on a published port of the whole cluster."""
+    """Return the claim on a published port of the whole cluster."""
     return f"p/{quote(protocol, safe='')}/{port}"
 
 
 def vxlan_claim(vxlan_id: int) -> str:
-    """The claim on a VXLAN id."""
+    """Return the claim on a VXLAN id."""
     return f"v/{vxlan_id}"
 
 
 def subnet_claim(subnet: str) -> str:
-    """The claim on a subnet, as ``ipaddress`` spells it."""
+    """Return the claim on a subnet, as ``ipaddress`` spells it."""
     return f"i/{quote(subnet, safe='')}"
 
 
@@ -95,39 +95,39 @@ CLAIMS: Final = frozenset({"n/", "p/", "v/", "i/"})
 
 
 def shared_key(claim: str, kind: str, id: str) -> str:
-    """The key by which an object shares ``claim`` with others."""
+    """Return the key by which an object shares ``claim`` with others."""
     return f"s/{claim}/{kind}/{id}"
 
 
 def shared_prefix(claim: str) -> str:
-    """The prefix of all shared holds of ``claim``."""
+    """Return the prefix of all shared holds of ``claim``."""
     return f"s/{claim}/"
 
 
 def parsed_shared_key(key: str) -> tuple[str, tuple[str, str]]:
-    """``(claim, (kind, id))`` of an ``s/`` key."""
+    """Return ``(claim, (kind, id))`` of an ``s/`` key."""
     _, first, second, third, kind, id = key.split("/", 5)
     return f"{first}/{second}/{third}", (kind, id)
 
 
 def reference_key(used: tuple[str, str], user: tuple[str, str]) -> str:
-    """The key of the reference of ``user`` to ``used``; both are (kind, id)."""
+    """Return the key of the reference of ``user`` to ``used``.  Both are (kind, id)."""
     return f"r/{used[0]}/{used[1]}/{user[0]}/{user[1]}"
 
 
 def reference_prefix(kind: str, id: str) -> str:
-    """The prefix of all references to one object."""
+    """Return the prefix of all references to one object."""
     return f"r/{kind}/{id}/"
 
 
 def parsed_reference_key(key: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """``(used, user)`` of an ``r/`` key."""
+    """Return ``(used, user)`` of an ``r/`` key."""
     _, used_kind, used_id, kind, id = key.split("/", 4)
     return (used_kind, used_id), (kind, id)
 
 
 def writer_epoch_key(node_id: str) -> str:
-    """The key whose revision every write of this manager compares."""
+    """Return the key whose revision every write of this manager compares."""
     return f"w/{node_id}"
 
 

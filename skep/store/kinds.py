@@ -27,17 +27,17 @@ USERS_ROOT_ID = "users-root-ca"
 """Id of the payload that holds key and root (PEM) of the authority of users' certificates."""
 
 UNKNOWN_SPEC = f"{WAITS_FOR}the spec that it was made from, which cannot be read on the manager that leads"
-"""Why a task waits for which ``has_unknown_spec`` holds."""
+"""Why a task with ``has_unknown_spec`` waits."""
 
 UNLOCK_KEY_ID = "unlock-key"
-"""Id of the payload that holds the unlock key of managers; exists exactly while autolock is on."""
+"""Id of the payload that holds the managers' unlock key.  It exists only while autolock is on."""
 
 
 class SpecVersion(ApiObject):
     """A service's spec at one version, from which its tasks get their spec.
 
-    Written by the store with every new spec; removed with the service, or by the leader when no task refers to it any
-    more.  A task that outlives it has an empty spec.
+    The store writes it with every new spec.  It is removed with the service, or by the leader once no task refers to
+    it.  A task that outlives it has an empty spec.
     """
 
     id: str
@@ -63,7 +63,9 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknow
 class Revocation(ApiObject):
     """The revoked certificates of a node.  Deleted when the last of them has expired.
 
-    ``id``: the node's.  ``is_removed``: all of them are revoked; else only those of ``serials``.
+    Attributes:
+        id: The node's id.
+        is_removed: Whether all its certificates are revoked, not only the ``serials``.
     """
 
     id: str
@@ -76,13 +78,13 @@ class Revocation(ApiObject):
     foreign: tuple[IssuedSerial, ...] = ()
     """Certificates in its name that were issued to another holder: revoked for every purpose."""
     keeps_containers: bool = False
-    """Whether the removed node's containers keep running beside their replacements."""
+    """Whether the removed node's containers keep running in addition to their replacements."""
     hostname: str = ""
     """Hostname of the removed node."""
 
 
 class JournalChunk(ApiObject):
-    """Some entries of the cluster's history (``manager.journal.chunks``); from the level ``JOURNAL`` on."""
+    """Some entries of the cluster's history (``manager.journal.chunks``).  Exists from the level ``JOURNAL`` on."""
 
     id: str
     count: int = 0
@@ -99,17 +101,17 @@ class JournalChunk(ApiObject):
 
 
 def registry_auth_id(service_id: str) -> str:
-    """The id of the payload with the registry credentials for the service's image."""
+    """Return the id of the payload with the registry credentials for the service's image."""
     return f"registry/{service_id}"
 
 
 def previous_registry_auth_id(service_id: str) -> str:
-    """The same for the image that a rollback returns to."""
+    """Return the id of the payload with the registry credentials for the image that a rollback returns to."""
     return f"registry-previous/{service_id}"
 
 
 def spec_version_id(service_id: str, version: Version) -> str:
-    """The id of the spec that ``service_id`` had at ``version``."""
+    """Return the id of the spec that ``service_id`` had at ``version``."""
     return f"{service_id}/{version.index}"
 
 
@@ -121,14 +123,14 @@ def spec_version_of(view: View, task: Task) -> SpecVersion | None:
 
 
 def filled(task: Task, version: SpecVersion | None) -> Task:
-    """``task`` with the spec of its spec ``version``, if that is stored."""
+    """Return ``task`` with the spec of its spec ``version``, if that is stored."""
     if version is None or version.spec.task_template is task.spec:
         return task
     return replace(task, spec=version.spec.task_template)
 
 
 def spec_of(view: View, task: Task) -> ServiceSpec | None:
-    """The service's spec from which ``task`` was made, if it is still stored and can be read."""
+    """Return the service's spec from which ``task`` was made, or None if it was deleted or is unreadable."""
     version = spec_version_of(view, task)
     if version is not None:
         return version.spec
@@ -138,38 +140,40 @@ def spec_of(view: View, task: Task) -> ServiceSpec | None:
 
 
 def present_spec(service: Service | None, task: Task) -> ServiceSpec | None:
-    """The spec of ``service``, if it is the one from which ``task`` was made: what is read when the version that was
-    kept cannot be."""
+    """Return the spec of ``service`` if ``task`` was made from it, otherwise None.
+
+    It replaces a stored version that is unreadable.
+    """
     if service is None or service.spec_version != task.spec_version:
         return None
     return service.spec
 
 
 def has_unknown_spec(view: View, task: Task) -> bool:
-    """Whether what ``task`` was made from is kept and cannot be read, nor is it the present spec of its service.
+    """Whether the spec that ``task`` was made from is unreadable, and is not the current spec of its service.
 
-    The spec that the task shows is then empty, and says nothing of what it needs and holds.
+    The spec that the task shows is then empty, and does not tell what the task needs and holds.
     """
     return has_unreadable_spec(view, task) and spec_of(view, task) is None
 
 
 def has_unknown_service(view: View, task: Task) -> bool:
-    """Whether the service of ``task`` is there and nothing of it could ever be read: neither name nor labels."""
+    """Whether the service of ``task`` exists but was never readable: neither its name nor its labels are known."""
     id = task.service_id
     return bool(id) and id in view.unreadable(Service) and view.lookup(Service, id) is None
 
 
 def has_unreadable_spec(view: View, task: Task) -> bool:
-    """Whether the stored spec of ``task``'s spec version cannot be read.  Cheap where all can be."""
+    """Whether the stored spec of ``task``'s spec version is unreadable.  Cheap if everything is readable."""
     if task.spec_version is None or not view.unreadable(SpecVersion):
         return False
     return spec_version_id(task.service_id, task.spec_version) in view.unreadable(SpecVersion)
 
 
 def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
-    """``tasks`` of ``service``, those whose own spec cannot be read with the present one.
+    """Return ``tasks`` of ``service``, with the current spec in place of unreadable ones.
 
-    Without one they would have no restart policy: they would be restarted at once, and for ever.
+    Without a spec they would have no restart policy: they would be restarted at once, forever.
     """
     if not view.unreadable(SpecVersion):
         return tasks
@@ -178,9 +182,9 @@ def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -
 
 
 def as_run(view: View, service: Service) -> Service:
-    """Job ``service`` with the spec of its present run, where an update is for the next one only.
+    """Return job ``service`` with the spec of its current run, if an update only applies to the next one.
 
-    Its disconnect labels are the present ones, which the nodes of its tasks are sent.
+    Its disconnect labels are the current ones, which the nodes of its tasks receive.
     """
     pinned = service.job_status.spec_version if service.job_status is not None else None
     if pinned is None or pinned == service.spec_version:
@@ -194,20 +198,21 @@ def as_run(view: View, service: Service) -> Service:
 
 
 def specs_in_use(view: View, service: Service) -> tuple[ServiceSpec, ...]:
-    """Return the specs from which tasks of ``service`` are made now, or may be: its present spec, the one of a job's
-    present run, and the one that a rollback returns to."""
+    """Return the specs from which tasks of ``service`` are, or may be, made.
+
+    They are its current spec, the spec of a job's current run, and the spec that a rollback returns to."""
     specs = (service.spec,) if service.previous_spec is None else (service.spec, service.previous_spec)
     run = as_run(view, service)
     return specs if run is service else (*specs, run.spec)
 
 
 def has_unreadable_status(view: View, task: Task) -> bool:
-    """Whether the status of ``task`` cannot be read: it shows the last one known, or that the task is assigned."""
+    """Whether the status of ``task`` is unreadable: it shows the last known one, or that the task is assigned."""
     return "status" in view.damaged(Task).get(task.id, ())
 
 
 def has_unreadable_run(view: View, service_id: str) -> bool:
-    """Whether the present run of a job cannot be read: which of its tasks are of that run is not known then."""
+    """Whether a job's current run is unreadable, so that it is unknown which of its tasks belong to it."""
     if "job" in view.damaged(Service).get(service_id, ()):
         return True
     service = view.lookup(Service, service_id)

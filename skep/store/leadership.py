@@ -1,7 +1,7 @@
 """Terms of leadership, as both stores implement them.
 
-The leader is the manager that wrote the leader key last.  The revision of that write is the fence which every write
-of that term's loops compares.
+The leader is the manager that wrote the leader key last.  The revision of that write is the fence that every write of
+that term's loops compares.
 """
 
 import asyncio
@@ -16,13 +16,15 @@ from skep.model.ids import NodeId
 log = structlog.get_logger()
 
 SETTLE_S = 8.0
-"""How long a leader's cancelled update waits for the outcome of its write: two raft entries on slow disks."""
+"""Seconds that a leader's cancelled update waits for the outcome of its write: two raft entries on slow disks."""
 
 
 class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The value of the leader key.
 
-    ``term``: grows with each election (raft's term beside etcd); ``nonce``: identifies this write of the key.
+    Attributes:
+        term: Grows with each election.  With etcd it is raft's term.
+        nonce: Identifies this write of the key.
     """
 
     node: NodeId
@@ -32,12 +34,12 @@ class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def leader_named(record: bytes | None) -> NodeId | None:
-    """The node id in the value of the leader key."""
+    """Return the node id in the value of the leader key."""
     return msgspec.json.decode(record, type=LeaderRecord).node if record else None
 
 
 class TermState:
-    """Whether a term still lasts.  ``fence``: revision of the leader key that began it."""
+    """The state of a term.  ``fence`` is the revision of the leader key that began it."""
 
     def __init__(self, number: int, fence: int) -> None:
         self.number = number
@@ -46,26 +48,26 @@ class TermState:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it is over."""
+        """Whether the term is over."""
         return self._lost.is_set()
 
     def lose(self) -> None:
-        """End it.  Idempotent."""
+        """End the term.  Idempotent."""
         self._lost.set()
 
     def abandon(self) -> None:
-        """End it because the outcome of one of its writes is unknown; this manager may be elected again."""
+        """End the term because the outcome of one of its writes is unknown.  This manager may be elected again."""
         self.lose()
 
     async def wait_lost(self) -> None:
-        """Return when it is over."""
+        """Wait until the term is over."""
         await self._lost.wait()
 
     async def settle(self, settled: Callable[[], Awaitable[None]]) -> None:
-        """After a cancelled write of this term: wait until its outcome is known and visible in the replica.
+        """Wait until the outcome of a cancelled write of this term is known and visible in the replica.
 
-        A loop that begins again from a snapshot has to see it.  If ``settled`` does not return within ``SETTLE_S``,
-        the term ends: the next one begins with everything that was ever written.
+        A loop that restarts from a snapshot has to see it.  If ``settled`` does not return within ``SETTLE_S``, the
+        term ends: the next one begins with everything that was ever written.
         """
         if self.is_lost:
             return

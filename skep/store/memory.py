@@ -1,10 +1,10 @@
 """The store in memory: the same transactions, revisions, fences and watches without etcd.
 
 ``MemoryStore(clock)`` is a cluster of one manager for unit tests.  For several managers, a ``MemoryCluster`` holds the
-keys as etcd would, and each manager has a ``MemoryStore`` with its own replica on it.  Faults are set per manager:
+keys as etcd would, and each manager has a ``MemoryStore`` with its own replica of it.  Faults are set per manager:
 delays, a lagging watch, lost requests and lost responses, a network partition.
 
-It is deterministic: what happens depends only on the order of calls and on the faults.
+It is deterministic: its behavior depends only on the order of calls and on the faults.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ from skep.store.tables import KeyChange
 from skep.store.updates import NO_LEADER, Updater, within_deadline
 
 HISTORY = 1000
-"""Revisions kept before the first check which ones every store has already applied."""
+"""Revisions kept before the first check for revisions that every store has applied."""
 
 
 class Loss(Enum):
     """The outcome of a proposal without a response."""
 
     REQUEST = "request"
-    """Nothing was written; the store detects that and proposes again."""
+    """Nothing was written.  The store detects that and proposes again."""
     REPLY = "reply"
-    """It was written; the store detects that and returns the outcome."""
+    """It was written.  The store detects that and returns the outcome."""
     BOTH = "both"
     """It was written, and that is not detected in time: Unavailable."""
 
@@ -46,8 +46,11 @@ class Loss(Enum):
 class Faults(msgspec.Struct):
     """The faults of one manager.  May be changed at any time.
 
-    ``delay_s``: seconds that each proposal takes; ``lag_s``: seconds by which its watch is behind; ``loss``: called
-    for each proposal; ``is_partitioned``: it has no quorum and gets no changes.
+    Attributes:
+        delay_s: Returns the seconds that each proposal takes.
+        lag_s: Seconds by which its watch is behind.
+        loss: Called for each proposal.
+        is_partitioned: Whether it has no quorum and receives no changes.
     """
 
     delay_s: Callable[[], float] = lambda: 0.0
@@ -59,8 +62,8 @@ class Faults(msgspec.Struct):
 class MemoryCluster:
     """The keys that all managers share, and the leader.
 
-    The first candidate becomes leader; ``elect`` moves leadership; ``choose`` picks the next one when the leader
-    withdraws.
+    The first candidate becomes leader.  ``elect`` moves leadership, and ``choose`` picks the next leader when the
+    leader withdraws.
     """
 
     def __init__(self, choose: Callable[[Sequence[NodeId]], NodeId] = min) -> None:
@@ -71,7 +74,7 @@ class MemoryCluster:
         self.incarnation = 1
         self._entries: dict[str, KeyChange] = {}
         self._ranged: list[str] = []
-        """References and shared claims, for which ranges are often compared, sorted."""
+        """Sorted references and shared claims, for which ranges are often compared."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
         self._choose = choose
         self._candidates: dict[NodeId, MemoryStore] = {}
@@ -81,7 +84,7 @@ class MemoryCluster:
     # -- keys --------------------------------------------------------------------------------------------------
 
     def commit(self, proposal: Proposal, fence: int | None) -> Outcome:
-        """Execute ``proposal`` as etcd would.  Raises: NotLeader: ``fence`` is not the leader key's revision."""
+        """Execute ``proposal`` as etcd would.  Raises NotLeader if ``fence`` is not the leader key's revision."""
         if fence is not None and self._revision_of(LEADER) != fence:
             raise NotLeader("another manager leads")
         if not all(map(self._holds, proposal.compares)):
@@ -91,7 +94,7 @@ class MemoryCluster:
         return Committed(self.revision)
 
     def load(self) -> tuple[State, bytes | None]:
-        """A new state of everything and the leader record, as a replica loads them."""
+        """Return a new state of everything and the leader record, as a replica loads them."""
         state = State()
         state.apply(
             self.revision,
@@ -101,12 +104,12 @@ class MemoryCluster:
         return state, leader.value if leader else None
 
     def compact(self) -> None:
-        """Discard history: replicas that are behind now have to reload everything."""
+        """Discard history, so that replicas that are behind now have to reload everything."""
         self.compacted = self.revision
         self._history.clear()
 
     def since(self, revision: int) -> list[tuple[int, tuple[KeyChange, ...]]]:
-        """Revisions after ``revision`` with what they changed."""
+        """Return the revisions after ``revision`` with their changes."""
         first = bisect_left(self._history, revision + 1, key=lambda item: item[0])
         return self._history[first:]
 
@@ -162,7 +165,7 @@ class MemoryCluster:
     def _trim_history(self) -> None:
         delivered = min((store.delivered for store in self.stores), default=self.revision)
         if self.revision - delivered > 10 * HISTORY:
-            self.compact()  # a store has been partitioned for long: it will reload
+            self.compact()  # a store has been partitioned for long and will reload
         else:
             self._history = self.since(delivered)
 
@@ -170,7 +173,7 @@ class MemoryCluster:
 
     @property
     def leader(self) -> NodeId | None:
-        """The manager that leads."""
+        """The current leader."""
         return next(iter(self._terms), None)
 
     def stand(self, store: "MemoryStore", node_id: NodeId) -> None:
@@ -180,7 +183,7 @@ class MemoryCluster:
             self.elect(self._choose(sorted(self._candidates)))
 
     def withdraw(self, node_id: NodeId) -> None:
-        """``node_id`` crashed, stopped or was partitioned: another candidate leads."""
+        """Remove a candidate that crashed, stopped or was partitioned.  Another candidate leads."""
         self._candidates.pop(node_id, None)
         if self.leader == node_id:
             self._depose()
@@ -188,7 +191,7 @@ class MemoryCluster:
                 self.elect(self._choose(sorted(self._candidates)))
 
     def elect(self, node_id: NodeId, *, quietly: bool = False) -> None:
-        """Make ``node_id`` the leader.  ``quietly``: the old one notices only when a write fails."""
+        """Make ``node_id`` the leader.  With ``quietly`` the old one notices only when a write fails."""
         self._depose(quietly=quietly)
         store = self._candidates[node_id]
         self._elections += 1
@@ -200,13 +203,13 @@ class MemoryCluster:
         store.elected(term)
 
     def renew_lost(self) -> None:
-        """If the leader's term ended while it was partitioned, begin a new one."""
+        """Start a new term if the leader's term ended while it was partitioned."""
         for term in tuple(self._terms.values()):
             if term.is_lost:
                 self.renew(term)
 
     def renew(self, term: TermState) -> None:
-        """End ``term``, which may have a write in flight; its manager is elected again, unless it is partitioned."""
+        """End ``term``, which may have a write in flight.  Its manager is elected again, unless it is partitioned."""
         term.lose()
         for node_id, current in tuple(self._terms.items()):
             if current is term and not self._candidates[node_id].faults.is_partitioned:
@@ -239,7 +242,7 @@ class MemoryStore(Updater):
     # -- interface.Store ---------------------------------------------------------------------------------------
 
     async def barrier(self) -> None:
-        """The replica at the cluster's revision; waits until the deadline while this manager is partitioned."""
+        """Wait until the replica is at the cluster's revision, or until the deadline while partitioned."""
         async with within_deadline():
             if self.faults.is_partitioned:
                 await asyncio.Event().wait()
@@ -250,7 +253,7 @@ class MemoryStore(Updater):
         return leader_named(self._replica.leader_record)
 
     async def rotate_data_key(self) -> None:
-        """Nothing here is encrypted."""
+        """Do nothing, because nothing is encrypted here."""
 
     async def space(self) -> Space | None:
         return None
@@ -259,7 +262,7 @@ class MemoryStore(Updater):
         return False
 
     async def state_at(self, revision: int) -> View:
-        """The present only: no history is kept that long."""
+        """Return the current state only: no history is kept."""
         if revision < self._replica.revision:
             raise HistoryGone(f"the store does not keep revision {revision} any more")
         return self.view()
@@ -268,10 +271,10 @@ class MemoryStore(Updater):
         return self._replica.revision
 
     async def defragment(self) -> None:
-        """There is no file."""
+        """Do nothing, because this store has no file."""
 
     async def disarm(self) -> None:
-        """There is no quota."""
+        """Do nothing, because this store has no quota."""
 
     @property
     def incarnation(self) -> int:
@@ -294,7 +297,7 @@ class MemoryStore(Updater):
     # -- called by the cluster -----------------------------------------------------------------------------------
 
     def elected(self, term: TermState) -> None:
-        """Begin ``term`` of this manager."""
+        """Start ``term`` of this manager."""
         self._elected.put_nowait(term)
 
     def deliver(self) -> None:
@@ -313,13 +316,13 @@ class MemoryStore(Updater):
         self.faults.is_partitioned = True
 
     def heal(self) -> None:
-        """Undo ``partition``: everything missed is delivered."""
+        """Undo ``partition``, and deliver everything missed."""
         self.faults.is_partitioned = False
         self.deliver()
         self.cluster.renew_lost()
 
     async def shown(self) -> None:
-        """Return when the replica shows the cluster's present revision."""
+        """Wait until the replica shows the cluster's current revision."""
         await self._replica.reached(self.cluster.revision)
 
     def _show(self, until: int) -> None:
@@ -338,7 +341,7 @@ class MemoryStore(Updater):
     async def _proposed(
         self, proposals: Sequence[Proposal], term: TermState | None
     ) -> Sequence[Outcome | SkepError]:
-        """Implements ``updates.Propose``."""
+        """Commit proposals.  Implements ``updates.Propose``."""
         if term is None:
             return [await self._round_trip(proposal, None) for proposal in proposals]
         outcomes: list[Outcome | SkepError] = []
@@ -353,14 +356,14 @@ class MemoryStore(Updater):
         return outcomes
 
     async def _settled(self, proposals: Sequence[Proposal], term: TermState) -> None:
-        """Commit what was sent before its writer was cancelled, and return when it is visible."""
+        """Commit the proposals of a cancelled writer, and return when they are visible."""
         for proposal in proposals:
             await self._round_trip(proposal, term)
         await self.shown()
 
     async def _round_trip(self, proposal: Proposal, term: TermState | None) -> Outcome | SkepError:
         while True:
-            # Other tasks run meanwhile, as in a round trip, so the state that the transaction read may change.
+            # Other coroutines run meanwhile, as in a round trip, so the state that the transaction read may change.
             await asyncio.sleep(self.faults.delay_s())
             if self.faults.is_partitioned:
                 await asyncio.Event().wait()  # until the caller's deadline

@@ -12,13 +12,13 @@ import msgspec
 from skep.store.keys import covering_prefix
 
 MAX_OPERATIONS = 1000
-"""Compares or writes of one proposal: two compares for each published port, one for each secret used."""
+"""Maximum compares or writes of one proposal: two compares per published port, one per secret used."""
 
 MAX_BYTES = 1_500_000
-"""One proposal, as ``Proposal.size_bytes`` counts; with its framing it fits below etcd's 1.5 MiB per request."""
+"""Maximum ``Proposal.size_bytes``: with its framing it fits below etcd's 1.5 MiB per request."""
 
 COMPARE_BYTES, WRITE_BYTES = 56, 80
-"""Overhead of one compare and of one write, besides key and value."""
+"""Overhead in bytes of one compare and of one write, in addition to key and value."""
 
 
 class Unchanged(msgspec.Struct, frozen=True, gc=False):
@@ -29,7 +29,7 @@ class Unchanged(msgspec.Struct, frozen=True, gc=False):
 
 
 class Exists(msgspec.Struct, frozen=True, gc=False):
-    """``key`` is the one that was created at this revision, whatever was written to it since."""
+    """``key`` still is the key created at this revision, whatever was written to it since."""
 
     key: str
     create_revision: int
@@ -57,12 +57,12 @@ class Proposal(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it writes nothing; such a proposal is not sent."""
+        """Whether it writes nothing.  Such a proposal is not sent."""
         return not self.puts and not self.deletes
 
     @property
     def operations(self) -> int:
-        """The larger of compares and writes: what etcd counts against its limit."""
+        """The larger of compares and writes, which etcd counts against its limit."""
         return max(len(self.compares), len(self.puts) + len(self.deletes))
 
     @property
@@ -95,7 +95,7 @@ Outcome: TypeAlias = Committed | Conflict
 class Footprint:
     """The keys that one or more proposals read and write.
 
-    ``invalidates``: every key and prefix whose compare these writes may make fail.
+    ``invalidates`` has every key and prefix whose compare may fail because of these writes.
     """
 
     __slots__ = ("invalidates", "reads", "writes")

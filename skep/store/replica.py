@@ -52,13 +52,13 @@ class Replica:
             self._wake()
 
     def reset(self, state: State, leader_record: bytes | None, events: Iterable[Event] = ()) -> None:
-        """Replace everything by a newly loaded state; watchers get the difference, ``events``."""
+        """Replace everything by a newly loaded state.  Watchers get the difference as ``events``."""
         self.state, self.leader_record = state, leader_record
         self.resets += 1
         self._publish(Commit(state.revision, tuple(events)))
 
     async def reached(self, revision: int) -> None:
-        """Return once the state shows everything up to ``revision``."""
+        """Wait until the state shows everything up to ``revision``."""
         if self.revision >= revision:
             return
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,7 +67,7 @@ class Replica:
 
     @asynccontextmanager
     async def watch(self, *kinds: type[Object]) -> AsyncIterator[Watch]:
-        """The commits that change objects of ``kinds`` (none given: any)."""
+        """Watch the commits that change objects of ``kinds`` (any kind by default)."""
         with self._watches.open(self.state, frozenset(kinds) or _EVERY_KIND) as queue:
             yield queue
 

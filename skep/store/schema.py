@@ -36,12 +36,12 @@ from skep.store.kinds import JournalChunk, Payload, Revocation, SpecVersion
 
 
 def is_removed(service: Service) -> bool:
-    """Whether it was removed: it is hidden and its name and ports are free, but it still owns its tasks."""
+    """Whether the service was removed: it is hidden and its name and ports are free, but it still owns its tasks."""
     return service.removed_at is not None
 
 
 def _published_ports(service: Service) -> Iterator[PortConfig]:
-    """Ports with a number, from the spec and from the allocator."""
+    """Yield the ports with a number, from the spec and from the allocator."""
     wanted = service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
     for port in (*wanted, *service.endpoint.ports):
         if port.published_port:
@@ -83,19 +83,19 @@ def _service_references(service: Service) -> Sequence[tuple[str, str]]:
 
 
 def _task_references(task: Task) -> Sequence[tuple[str, str]]:
-    """The networks of a plain container's attachment; those of a service's tasks are references of the service."""
+    """Return the networks of a plain container's attachment.  For a service's tasks, the service refers to them."""
     if task.spec.network_attachment_spec is None:
         return ()
     return [("network", attachment.target) for attachment in task.spec.networks]
 
 
 def _task_slot(task: Task) -> str:
-    """``<service>/<slot>``; for a task of a global service the node takes the place of the slot."""
+    """Return ``<service>/<slot>``, or ``<service>/<node>`` for a task of a global service."""
     return f"{task.service_id}/{task.slot or task.node_id}"
 
 
 def _volume_references(volume: Volume) -> Iterator[tuple[str, str]]:
-    """Its secrets: the driver needs them until the volume is gone."""
+    """Yield the volume's secrets, which the driver needs until the volume is deleted."""
     yield from (("secret", one.secret) for one in volume.spec.secrets)
 
 
@@ -104,7 +104,7 @@ def _name_claims(kind: str) -> Callable[[Any], Iterable[str]]:
 
 
 def _network_claims(network: Network) -> Iterator[str]:
-    """Its name, and the VXLAN ids and subnets that the leader allocated."""
+    """Yield the network's name, and the VXLAN ids and subnets that the leader allocated."""
     yield name_claim("network", network.spec.name)
     if is_overlay(network):
         yield from map(vxlan_claim, vxlan_ids(network.driver_state.options))
@@ -126,7 +126,7 @@ def _name_taken(kind: str) -> Callable[[str, Any, Any], SkepError]:
 
 
 def _node_fallback(node: Node, unknown: Collection[str]) -> Node:
-    """A node without a readable spec keeps its tasks and gets no new ones; its role is the one of its other parts."""
+    """Let a node without a readable spec keep its tasks and get no new ones, with the role of its other parts."""
     if HEAD not in unknown:
         return node
     certificate = node.certificate
@@ -138,18 +138,18 @@ def _node_fallback(node: Node, unknown: Collection[str]) -> Node:
 
 
 UNREAD_STATUS: Final = TaskStatus(state=TaskState.ASSIGNED, message="status cannot be read")
-"""Shown for a task with a node whose status was never readable.  None that is written is equal to it."""
+"""Shown for a task with a node whose status was never readable.  No written status is equal to it."""
 
 
 def _task_fallback(task: Task, unknown: Collection[str]) -> Task:
-    """A task with a node is at least ASSIGNED: the node reports its state when its next session begins."""
+    """Make a task with a node at least ASSIGNED: the node reports its state when its next session begins."""
     if "status" not in unknown or not task.node_id:
         return task
     return replace(task, status=UNREAD_STATUS)
 
 
 UNREAD_UPDATE: Final = UpdateStatus(state=UpdateState.PAUSED, message="the update's state cannot be read")
-"""Shown for a service's update whose status was never readable: it stands still, as one that a user paused has to."""
+"""Shown for a service's update whose status was never readable: it stands still, like an update that a user paused."""
 
 
 def _service_fallback(service: Service, unknown: Collection[str]) -> Service:
@@ -159,7 +159,7 @@ def _service_fallback(service: Service, unknown: Collection[str]) -> Service:
 
 
 UNREAD_FREEZE: Final = Freeze(since=ZERO_TIME)
-"""Shown for one that was never readable: its part is there only while it lasts.  It ends by its time, or by a user."""
+"""Shown for a freeze that was never readable: its part only exists while it lasts.  Its time or a user ends it."""
 
 
 def _swarm_fallback(swarm: Swarm, unknown: Collection[str]) -> Swarm:
@@ -318,6 +318,9 @@ SCHEMA_BY_TYPE: Final = {schema.type: schema for schema in SCHEMAS}
 
 
 def head_fields(schema: KindSchema) -> tuple[str, ...]:
-    """The fields of a kind that no other part has; ``service_status`` and ``damage`` exist in API responses only."""
+    """Return the fields of a kind that no other part has.
+
+    ``service_status`` and ``damage`` exist in API responses only.
+    """
     elsewhere = {field for fields in schema.parts.values() for field in fields} | {"service_status", "damage"}
     return tuple(field.name for field in msgspec.structs.fields(schema.type) if field.name not in elsewhere)

@@ -1,8 +1,8 @@
 """The store's quota, and the leader's steps to stay below it.  Pure.
 
-etcd's file only grows: a compaction makes free pages, which new writes use; only a defragmentation shrinks it.  The
-quota applies to the file.  So the space left for data is the quota less what is *in use*, and a file near the quota
-with free pages in it has to be defragmented.
+etcd's file only grows: a compaction makes free pages, which new writes use, and only a defragmentation shrinks it.  The
+quota applies to the file.  So the space left for data is the quota less the space *in use*, and a file near the quota
+with free pages has to be defragmented.
 """
 
 from collections.abc import Mapping
@@ -16,20 +16,22 @@ QUOTA_BYTES = 4 * 1024**3
 """Default of ``store-quota``."""
 
 COMPACT_AT, DEFRAGMENT_AT, WARN_AT, REFUSE_AT, REFUSE_ALL_AT = 0.5, 0.7, 0.7, 0.8, 0.95
-"""Shares of the quota: history is compacted; a file with free pages is defragmented; warnings are shown; users' creates
-are refused; users' updates are refused, too."""
+"""Shares of the quota from which on history is compacted, a file with free pages is defragmented, warnings are shown,
+users' creates are refused, and users' updates are refused too."""
 
 GAIN = 0.2
 """Share of the quota that a defragmentation must free to justify its pause."""
 ALARM_GAIN = 0.02
+"""The same while etcd's alarm is set."""
 DISARM_BELOW = 0.9
+"""Share of the quota below which all files must be before the alarm is cleared."""
 
 KEPT_REVISIONS = ((0.7, 0), (0.6, 10), (0.0, 1000))
-"""Share in use -> revisions of history that a compaction leaves.  A replica that is further behind has to reload."""
+"""Share in use -> revisions of history that a compaction keeps.  A replica that is further behind has to reload."""
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
-    """One member's file, in bytes.  ``has_alarm``: etcd's NOSPACE alarm is set: it refuses plain writes."""
+    """One member's file, in bytes.  While etcd's NOSPACE alarm is set (``has_alarm``), it refuses plain writes."""
 
     size: int
     in_use: int
@@ -38,7 +40,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def share(self) -> float:
-        """The part of the quota that is in use."""
+        """The used part of the quota."""
         return self.in_use / self.quota
 
     @property
@@ -51,7 +53,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def summary(self) -> str:
-        """``83 % full (3.3 of 4.0 GiB)``"""
+        """Text such as ``83 % full (3.3 of 4.0 GiB)``."""
         unit, name = (1024**3, "GiB") if self.quota >= 1024**3 else (1024**2, "MiB")
         return f"{self.share:.0%} full ({self.in_use / unit:.1f} of {self.quota / unit:.1f} {name})".replace(
             "%", " %"
@@ -84,12 +86,12 @@ Step: TypeAlias = Compact | Defragment | HandOver | Disarm
 
 
 def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool = True) -> Step | None:
-    """The next step; None: there is none.
+    """Return the next step, or None.
 
     Args:
-        own: the leader.
-        members: of the managers that responded, including the leader.
-        can_compact: whether history may be compacted: false if this round has tried it already.
+        own: The leader.
+        members: The managers that responded, including the leader.
+        can_compact: Whether history may be compacted.  False if this round has tried it already.
     """
     mine = members[own]
     if can_compact and mine.share >= COMPACT_AT:

@@ -36,7 +36,7 @@ Owner = tuple[str, str]
 class Claim(msgspec.Struct, frozen=True, gc=False):
     """The owner of a unique name or port, and the revision of the claim.
 
-    ``is_damaged``: its value cannot be read; ``owner`` is then the last one known, or None.
+    If it ``is_damaged``, its value is unreadable, and ``owner`` is the last known one, or None.
     """
 
     owner: Owner | None
@@ -99,9 +99,11 @@ class State:
     # -- for transactions ----------------------------------------------------------------------------------------
 
     def holder(self, claim: str) -> Claim | None:
-        """The exclusive owner of ``claim``.  For a damaged claim it is the object whose fields imply the claim.
+        """Return the exclusive owner of ``claim``.  For a damaged claim that is the object whose fields imply the
+        claim.
 
-        Raises: Unavailable: that object cannot be determined, as some objects cannot be read either.
+        Raises:
+            Unavailable: That object cannot be determined, because some objects are unreadable too.
         """
         held = self.claims.get(claim)
         if held is None or held.owner is not None:
@@ -160,7 +162,7 @@ class State:
         self.claims[change.key] = Claim(before.owner if before else None, change.revision, is_damaged=True)
 
     def keep_unreadable(self, before: "State") -> None:
-        """Copy what cannot be read here from ``before``, the state that this one replaces, as far as it has that."""
+        """Copy unreadable values from ``before``, the state that this one replaces, as far as it has them."""
         for table, old in zip(self.tables, before.tables, strict=True):
             table.keep_unreadable(old)
         versions = self.table_by_type[SpecVersion]
@@ -169,7 +171,7 @@ class State:
 
     def _merged(self, by_kind: dict[str, dict[str, dict[str, KeyChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
-        for table in self.tables:  # all other kinds are those of newer versions
+        for table in self.tables:  # all other kinds belong to newer versions
             kind = table.schema.type
             for id, changes in by_kind.get(table.schema.name, {}).items():
                 event = table.apply(id, changes)
@@ -185,7 +187,7 @@ class State:
             yield from self._refilled(specs, by_kind.get("task", {}).keys())
 
     def _last_spec(self, service: Service, present: Version | None) -> Iterable[Event]:
-        """``service`` has another version of its spec now: the last one is known by it, if it cannot be read."""
+        """Keep the last spec of a service that has a new one, if its stored version is unreadable."""
         versions, last = self.table_by_type[SpecVersion], service.spec_version
         if not versions.unreadable or last is None or last == present:
             return
@@ -197,7 +199,7 @@ class State:
                 yield event
 
     def _refilled(self, spec_ids: set[str], done: Collection[str]) -> Iterable[Event]:
-        """Events of tasks whose spec version was stored after them, or was removed."""
+        """Yield the events of tasks whose spec version was stored after them, or was removed."""
         tasks = self.table_by_type[Task]
         for service_id in sorted({id.rpartition("/")[0] for id in spec_ids}):
             for task in tasks.find({"service_id": service_id}):
@@ -213,7 +215,7 @@ class State:
 
 
 def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Task:
-    """``task`` with the spec of its spec version, if that is stored."""
+    """Return ``task`` with the spec of its spec version, if that is stored."""
     if task.spec_version is None:
         return task
     id = spec_version_id(task.service_id, task.spec_version)
@@ -226,9 +228,9 @@ def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Tas
 
 
 def differences(old: State, new: State) -> Iterator[Event]:
-    """The events that lead from ``old`` to ``new``: removals first, then the others by kind and id.
+    """Yield the events that lead from ``old`` to ``new``: removals first, then the others by kind and id.
 
-    Lazy, so that the caller can yield to the event loop in between; neither state may change meanwhile.
+    Lazy, so that the caller can yield to the event loop.  Neither state may change meanwhile.
     """
     for before, after in zip(old.tables, new.tables, strict=True):
         for id in before.ids:
@@ -256,10 +258,15 @@ def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, prese
 
 
 def resolved(view: Any, table: Table, word: str) -> Any:
-    """The object that ``word`` names: by id, else name, else unique prefix of an id.
+    """Return the object that ``word`` names: by id, name, or unique prefix of an id.
 
-    ``view`` has ``lookup``, ``find`` and ``ids_with_prefix``: the state, or a transaction over it.
-    Raises: NotFound; InvalidArgument: several objects match; Unavailable: the object cannot be read.
+    Args:
+        view: The state, or a transaction over it, with ``lookup``, ``find`` and ``ids_with_prefix``.
+
+    Raises:
+        NotFound: No object matches.
+        InvalidArgument: Several objects match.
+        Unavailable: The object is unreadable.
 
     Source: moby, daemon/cluster/helpers.go.
     """
@@ -285,7 +292,7 @@ def resolved(view: Any, table: Table, word: str) -> Any:
 
 
 def _tasks_named(view: Any, word: str) -> list[Task]:
-    """The task called ``service.slot.id``.  Source: swarmkit, api/naming/naming.go."""
+    """Return the task called ``service.slot.id``.  Source: swarmkit, api/naming/naming.go."""
     task: Task | None = view.lookup(Task, word.rpartition(".")[2])
     if task is None:
         return []

@@ -29,9 +29,11 @@ META = ("version", "created_at", "updated_at")
 
 
 class KeyChange(msgspec.Struct, frozen=True, gc=False):
-    """The present state of one key, its value in clear.
+    """The current state of one key, with its decrypted value.
 
-    ``value`` None: deleted.  ``damage``: why the stored value cannot be decrypted; ``value`` is then undefined.
+    Attributes:
+        value: None if the key was deleted.
+        damage: Why the stored value cannot be decrypted.  ``value`` is then undefined.
     """
 
     key: str
@@ -42,7 +44,7 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
 
 
 class Table:
-    """All objects of one kind.  ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids.
+    """All objects of one kind: ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids.
 
     A single id in an index is stored without a list: lists for each of 100,000 slots would dominate the time of a
     garbage collection.
@@ -54,22 +56,24 @@ class Table:
         self.is_versioned = "version" in self.codecs[HEAD].fields
         own = {*META, "spec_version"} if schema.type is Service else set(META)
         self.head_values = values_of(name for name in self.codecs[HEAD].fields if name not in own)
-        """The fields of an object's head, without those that the store itself sets."""
+        """The fields of an object's head, except for the ones that the store itself sets."""
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
         self.fill_in: Callable[[Any], Any] | None = None
-        """Adds to a merged object what another object has (a task: its spec)."""
+        """Adds data of another object to a merged object (to a task its spec)."""
         self.created: dict[str, int] = {}
         """Id -> revision at which its head was created."""
         self.revisions: dict[str, dict[str, int]] = {part: {} for part in self.codecs}
-        """Part -> id -> revision at which that key was last written; existing keys only."""
+        """Part -> id -> revision at which that key was last written.  Existing keys only."""
         self.status_versions: dict[str, dict[str, int]] = {part: {} for part in schema.spec_statuses}
         """Part -> id -> spec version that it reports on."""
         self.unreadable: dict[str, str] = {}
-        """Id -> why its head cannot be read.  Such an object is missing, has a placeholder for its head, or keeps its
-        last readable state.  The revisions of its keys are known."""
+        """Id -> why its head is unreadable.
+
+        Such an object is missing, has a placeholder for its head, or keeps its last readable state.  The revisions of
+        its keys are known."""
         self.damaged: dict[str, dict[str, str]] = {}
-        """Id -> part -> why that cannot be read.  Such a part is missing, or keeps its last readable value."""
+        """Id -> part -> why it is unreadable.  Such a part is missing, or keeps its last readable value."""
         self._extras: dict[tuple[str, str], Unknown] = {}
         """Part (or head) and id -> its fields that are unknown to this version."""
         self._never_read: dict[str, set[str]] = {}
@@ -81,11 +85,11 @@ class Table:
         """The fields of the other parts."""
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
-        """Objects in order of id, all or those with one value of one index."""
+        """Return the objects in order of id, all or those with one value of one index."""
         return [self.objects[id] for id in self.found_ids(by)]
 
     def found_ids(self, by: Mapping[str, str]) -> Sequence[str]:
-        """Their ids.  Raises: KeyError: there is no such index."""
+        """Return their ids.  Raises KeyError for an unknown index."""
         if not by:
             return self.ids
         ((index, value),) = by.items()
@@ -93,7 +97,7 @@ class Table:
         return (found,) if isinstance(found, str) else found
 
     def with_prefix(self, prefix: str) -> Sequence[str]:
-        """Ids that begin with ``prefix``, in order."""
+        """Return the ids that begin with ``prefix``, in order."""
         first = bisect_left(self.ids, prefix)
         last = first
         while last < len(self.ids) and self.ids[last].startswith(prefix):
@@ -101,19 +105,19 @@ class Table:
         return self.ids[first:last]
 
     def missing(self, id: str) -> SkepError:
-        """The error for an object that is not in ``objects``: not found, or it cannot be read."""
+        """Return the error for an object that is not in ``objects``: not found, or unreadable."""
         if id in self.unreadable:
             return Unavailable(f"{self.schema.name} {id} cannot be read: {self.unreadable[id]}")
         return NotFound(f"{self.schema.name} {id} not found")
 
     def revision(self, id: str, part: str) -> int:
-        """Revision of the last write of this key, or 0 if it does not exist."""
+        """Return the revision of the last write of this key, or 0 if it does not exist."""
         return self.revisions[part].get(id, 0)
 
     def apply(self, id: str, changes: Mapping[str, KeyChange]) -> Event | None:
-        """Merge the changes of one revision to one object, by part; None if no visible field changed.
+        """Merge the changes of one revision to one object, by part.  Returns None if no visible field changed.
 
-        A value that cannot be read leaves its part unchanged: one damaged key must not stop a manager.
+        An unreadable value leaves its part unchanged: one damaged key must not stop a manager.
         """
         old: Any = self.objects.get(id)
         if old is not None:
@@ -157,7 +161,7 @@ class Table:
     def _complete(self, head: Any, id: str, old: Any, fields: Mapping[str, Any]) -> None:
         """Set the fields of the other parts in ``head``, from ``fields`` or else from ``old``.
 
-        It was just decoded and is not shared yet, so it is changed in place: a copy takes twice as long.
+        The head was just decoded and is not shared yet, so it is changed in place: a copy takes twice as long.
         """
         _set(head, "id", id)
         for name, value in fields.items():
@@ -168,7 +172,7 @@ class Table:
                     _set(head, name, getattr(old, name))
 
     def _part_removed(self, id: str, part: str) -> Mapping[str, Any]:
-        """The values of a part's fields without the part: their defaults."""
+        """Remove a part.  Returns the default values of its fields."""
         self.revisions[part].pop(id, None)
         if self._extras:
             self._extras.pop((part, id), None)
@@ -179,9 +183,9 @@ class Table:
         return self.codecs[part].defaults
 
     def _read_head(self, id: str, old: Any, change: KeyChange) -> Any:
-        """A head as an object whose other parts have their defaults; ``old``, or a placeholder, if it cannot be read.
+        """Read a head as an object whose other parts have their defaults, or return ``old`` or a placeholder.
 
-        Copying the fields of the other parts into it is twice as fast as copying its fields into ``old``: it has more.
+        Copying the fields of the other parts into it is twice as fast as copying its more numerous fields into ``old``.
         """
         try:
             head, extras = self._decode_head(_intact(change))
@@ -199,9 +203,9 @@ class Table:
         return head
 
     def _read(self, id: str, part: str, change: KeyChange, *, is_first: bool) -> Mapping[str, Any]:
-        """The fields of a part that is not the head; none if it cannot be read.
+        """Return the fields of a part other than the head, or nothing if it is unreadable.
 
-        ``is_first``: it had no value before.
+        ``is_first`` says that it had no value before.
         """
         codec = self.codecs[part]
         try:
@@ -227,11 +231,11 @@ class Table:
             self._extras.pop((part, id), None)
 
     def was_never_read(self, id: str, part: str) -> bool:
-        """Whether the part is damaged and had no readable value before: the object shows its default instead."""
+        """Whether the part is damaged and had no readable value before, so that the object shows its default."""
         return part in self._never_read.get(id, ())
 
     def encoded(self, part: str, id: str, object: Any) -> bytes | None:
-        """A part of ``object`` as it is to be stored; None: it needs no key.
+        """Return the stored form of a part of ``object``, or None if it needs no key.
 
         Fields of a newer version of Skep, unknown to this one, are kept.
         """
@@ -240,7 +244,7 @@ class Table:
         return self.codecs[part].with_unknown(value, extras) if extras is not None else value
 
     def unknown_in(self, id: str, field: str) -> Unknown:
-        """The unknown fields inside one field of a head (its name in JSON), for copies of that field."""
+        """Return the unknown fields inside one field of a head (its name in JSON), for copies of that field."""
         extras = self._extras.get((HEAD, id), NOTHING)
         return Unknown(inside={field: extras.inside[field]}) if field in extras.inside else NOTHING
 
@@ -249,7 +253,7 @@ class Table:
         log.error("stored value cannot be read", kind=kind, id=id, part=part, error=str(error))
 
     def _without_stale_statuses(self, id: str, merged: Any) -> Any:
-        """``merged`` without the statuses of another version of its spec."""
+        """Return ``merged`` without the statuses of another version of its spec."""
         if merged.spec_version is None:
             return merged
         current = merged.spec_version.index
@@ -262,7 +266,7 @@ class Table:
     def store(self, id: str, old: Any, new: Any, *, moves: bool = True) -> Event | None:
         """Replace ``old`` by ``new`` and return the event for watchers.
 
-        ``moves``: whether its index values may have changed.
+        ``moves`` says whether its index values may have changed.
         """
         if old is None:
             if self.ids and id < self.ids[-1]:
@@ -280,7 +284,7 @@ class Table:
         return Updated(old, new)
 
     def keep_unreadable(self, before: "Table") -> None:
-        """Copy what cannot be read here from ``before``, an earlier state of the same table, as far as it has that."""
+        """Copy unreadable values from ``before``, an earlier state of the same table, as far as it has them."""
         for id in self.unreadable:
             old = before.objects.get(id)
             if old is not None:
@@ -316,7 +320,7 @@ class Table:
             self._extras.pop((part, id), None)
 
     def _repaired(self, id: str, part: str) -> None:
-        """A damaged part was written again, or removed."""
+        """Note that a damaged part was written again, or removed."""
         parts = self.damaged.get(id, {})
         parts.pop(part, None)
         if not parts:
@@ -324,7 +328,7 @@ class Table:
         self._now_readable(id, part)
 
     def _now_readable(self, id: str, part: str) -> None:
-        """The part (or head) has a readable value; it needs no safe fallback any more."""
+        """Note that the part (or head) has a readable value, so that it needs no safe fallback."""
         parts = self._never_read.get(id)
         if parts is not None:
             parts.discard(part)
@@ -353,7 +357,7 @@ class Table:
 
 
 def _intact(change: KeyChange) -> bytes:
-    """The decrypted value.  Raises: msgspec.DecodeError: it cannot be decrypted."""
+    """Return the decrypted value.  Raises msgspec.DecodeError if it cannot be decrypted."""
     if change.damage:
         raise msgspec.DecodeError(change.damage)
     assert change.value is not None, "a removal has no value to read"

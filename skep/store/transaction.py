@@ -43,7 +43,7 @@ _meta_of = values_of(META)
 class LocalTransaction:
     """One run of a transaction function on the local replica.  Implements ``interface.Transaction``.
 
-    ``now_ns``: the timestamp of objects that it creates and changes.
+    ``now_ns`` is the timestamp of objects that it creates and changes.
     """
 
     def __init__(self, state: State, now_ns: int) -> None:
@@ -51,11 +51,11 @@ class LocalTransaction:
         self.revision = state.revision
         self._now_ns = now_ns
         self._written: dict[Owner, Any] = {}
-        """Objects that this transaction put (None: deleted), by kind name and id, in the order of the first write."""
+        """Objects that this transaction put (None if deleted), by kind name and id, in order of the first write."""
         self._relied: dict[Owner, set[str] | None] = {}
         """Objects whose concurrent change fails the commit, with the parts that count, or None for all parts."""
         self._relied_kinds: set[str] = set()
-        """Kinds of which any concurrent change fails it."""
+        """Kinds of which any concurrent change fails the commit."""
         self._claimed: dict[str, Owner | None] = {}
         self._existing: set[Owner] = set()
         self._level: int | None = None
@@ -73,7 +73,7 @@ class LocalTransaction:
         return found
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
-        """Records what the proposal compares: all parts once a caller relied on all of them."""
+        """Record what the proposal compares: all parts once a caller relied on all of them."""
         table = self._state.table_by_type[kind]
         owner = (table.schema.name, id)
         if not parts:
@@ -93,7 +93,7 @@ class LocalTransaction:
         self._relied_kinds.add(name)
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
-        """The state's objects with those this transaction has put; relies on none of them."""
+        """Return the state's and this transaction's objects.  Relies on none of them."""
         table = self._state.table_by_type[kind]
         ids = table.found_ids(by)
         written = {id: object for (name, id), object in self._written.items() if name == table.schema.name}
@@ -119,7 +119,7 @@ class LocalTransaction:
         return found
 
     def ids_with_prefix(self, kind: type[msgspec.Struct], prefix: str) -> Sequence[str]:
-        """Ids of ``kind`` that begin with ``prefix``, in order; deleted ones may be among them."""
+        """Return the ids of ``kind`` that begin with ``prefix``, in order.  They may include deleted ones."""
         table = self._state.table_by_type[kind]
         added = {id for name, id in self._written if name == table.schema.name and id.startswith(prefix)}
         return sorted(added.union(table.with_prefix(prefix)))
@@ -127,7 +127,7 @@ class LocalTransaction:
     # -- Transaction -------------------------------------------------------------------------------------------
 
     def put(self, object: T) -> T:
-        """Sets version and times, and a task's spec from that of its service's version."""
+        """Put an object, with its version and times, and a task's spec from its service's version."""
         table = self._state.table_by_type[type(object)]
         schema = table.schema
         id: str = object.id  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ class LocalTransaction:
             self._level = level
 
     def delete(self, kind: type[T], id: str) -> None:
-        """Releases its claims, too; with a service its spec versions are deleted."""
+        """Delete an object and release its claims.  A service's spec versions are deleted with it."""
         table = self._state.table_by_type[kind]
         current = self._current(table, id)
         owner = (table.schema.name, id)
@@ -178,7 +178,7 @@ class LocalTransaction:
         return self._written.get((table.schema.name, id), table.objects.get(id))
 
     def _stamped(self, table: Table, base: Any, current: Any, object: Any) -> Any:
-        """``object`` with version and timestamps as the store sets them.
+        """Return ``object`` with version and timestamps as the store sets them.
 
         The version grows once per transaction and only when the head changes, so that a status report never makes a
         user's update "out of sequence".
@@ -223,7 +223,7 @@ class LocalTransaction:
         return timestamp(self._now_ns)
 
     def _without_old_statuses(self, table: Table, base: Any, stamped: Any) -> Any:
-        """Drop statuses of the previous spec that this transaction did not write: the merge will drop them, too."""
+        """Drop statuses of the previous spec that this transaction did not write, as the merge will do."""
         if base is None or base.spec_version == stamped.spec_version:
             return stamped
         stale: dict[str, Any] = {}
@@ -244,7 +244,7 @@ class LocalTransaction:
                 self._written[owner] = filled(object, spec_version_of(self, object))
 
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
-        """Take the claims that ``new`` adds to ``current``, release those it drops.  Raises: as ``taken`` gives."""
+        """Take the claims that ``new`` adds to ``current``, and release dropped ones.  Raises ``taken``'s error."""
         schema = table.schema
         wanted = set(schema.claims(new))
         before = set(schema.claims(current)) if current is not None else set()
@@ -263,7 +263,7 @@ class LocalTransaction:
             holder = self._holder(claim)
             if holder is not None and holder != owner:
                 raise self._taken(schema, claim, new, holder)
-        # In order: a transaction is written the same way in every process.
+        # In order, so that a transaction is written the same way in every process.
         for claim in sorted(before.difference(schema.claims(new))):
             self._release(claim, owner)
         for claim in sorted(wanted):
@@ -274,7 +274,7 @@ class LocalTransaction:
             self._claimed[claim] = None
 
     def _is_stale(self, claim: str, holder: Owner) -> bool:
-        """Whether ``holder`` is gone or no longer claims it, as after a change by a version without such claims."""
+        """Whether ``holder`` was deleted or no longer claims it, as after a change by a version without such claims."""
         table = self._state.table_by_name[holder[0]]
         held_by = self._object(holder)
         if held_by is None:
@@ -285,13 +285,13 @@ class LocalTransaction:
         held_by = self._object(holder)
         if held_by is not None:
             return schema.taken(claim, new, held_by)
-        # Of the same kind as if it could be read: a client acts on the status.
+        # The same error type as if it were readable: a client acts on the status.
         unread = self._state.table_by_name[holder[0]].schema.type(id=holder[1])
         kind = type(schema.taken(claim, new, unread))
         return kind(f"{claim} belongs to {holder[0]} {holder[1]}, which cannot be read")
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
-        """Check that the objects to which ``new`` adds references exist.  Raises: NotFound."""
+        """Check that the objects to which ``new`` adds references exist.  Raises NotFound."""
         used_now = table.schema.references(new)
         if used_now == ():
             return
@@ -323,7 +323,7 @@ class LocalTransaction:
         )
 
     def _members(self, stored: Iterable[Owner], belongs: Callable[[Table, Any], bool]) -> list[Owner]:
-        """``stored`` owners after this transaction: each changed object is a member if ``belongs`` is true of it."""
+        """Return the owners after this transaction.  A changed object is one if ``belongs`` is true."""
         members = {owner for owner in stored if owner not in self._written}
         for owner, object in self._written.items():
             if object is not None and belongs(self._state.table_by_name[owner[0]], object):
@@ -333,9 +333,10 @@ class LocalTransaction:
     # -- the result --------------------------------------------------------------------------------------------
 
     def proposal(self) -> Proposal:
-        """Its compares and writes.
+        """Return the transaction's compares and writes.
 
-        Raises: ResourceExhausted: more operations than one transaction may have, or an object too large.
+        Raises:
+            ResourceExhausted: There are more operations than one transaction may have, or an object is too large.
         """
         builder = ProposalBuilder(self._state)
         for owner, object in self._written.items():
@@ -362,10 +363,10 @@ class LocalTransaction:
         return builder.proposal()
 
     def _rely_on_spec(self, builder: "ProposalBuilder", task: Task) -> None:
-        """A new task needs its spec, which must not be removed concurrently.
+        """Compare that a new task's spec is not removed concurrently.
 
-        The present one never is.  That it exists is not enough, as it may be removed next, by a transaction whose view
-        does not show the task: so it has to be the present one still.
+        The current spec never is.  Its existence is not enough: a transaction whose view does not show the task may
+        remove it next.  So the spec must still be the current one.
         """
         version = spec_version_of(self, task)
         service = self.lookup(Service, task.service_id)
@@ -393,11 +394,11 @@ class ProposalBuilder:
 
     @property
     def writes(self) -> bool:
-        """Whether anything is put or deleted; compares alone are no proposal."""
+        """Whether anything is put or deleted.  Compares alone are not proposed."""
         return bool(self._puts or self._deletes)
 
     def write(self, table: Table, owner: Owner, base: Any, object: Any) -> None:
-        """The parts of ``object`` that differ from ``base``, its references and shared claims."""
+        """Write the parts of ``object`` that differ from ``base``, its references and shared claims."""
         kind, id = owner
         head_key = keys.object_key(kind, id)
         is_head_written = False
@@ -440,7 +441,7 @@ class ProposalBuilder:
             self._expect_unclaimed(claim, owner)
 
     def _unknown_in_spec(self, version: SpecVersion) -> Unknown:
-        """Fields that a newer version of Skep has written into the spec of which this one is a copy."""
+        """Return the fields that a newer version of Skep has written into the spec of which this one is a copy."""
         return self._state.table_by_type[Service].unknown_in(version.service_id, "Spec")
 
     def _is_spec_stored(self, task: Task) -> bool:
@@ -451,7 +452,7 @@ class ProposalBuilder:
         return keys.object_key("spec", id) in self._puts or self._state.lookup(SpecVersion, id) is not None
 
     def remove(self, table: Table, owner: Owner, base: Any) -> None:
-        """Delete all keys of an object; nothing if this transaction created it."""
+        """Delete all keys of an object, or nothing if this transaction created it."""
         if base is None:
             return
         kind, id = owner
@@ -469,7 +470,7 @@ class ProposalBuilder:
         )
 
     def claim(self, claim: str, claimant: Owner | None) -> None:
-        """Give ``claim`` to ``claimant``, or release it (None), if that is a change."""
+        """Assign ``claim`` to ``claimant``, or release it (None), if that is a change."""
         held = self._state.holder(claim)
         if (held.owner if held is not None else None) == claimant and not (held and held.is_damaged):
             return
@@ -502,14 +503,14 @@ class ProposalBuilder:
         self._compares[NothingSince(keys.kind_prefix(kind), self._state.revision)] = None
 
     def expect(self, owner: Owner) -> None:
-        """Compare that the object still exists; not needed for one that this transaction creates."""
+        """Compare that the object still exists, unless this transaction creates it."""
         table = self._state.table_by_name[owner[0]]
         created = table.created.get(owner[1])
         if created is not None:
             self._compares[Exists(keys.object_key(*owner), created)] = None
 
     def proposal(self) -> Proposal:
-        """The collected compares and writes.  Raises: ResourceExhausted."""
+        """Return the collected compares and writes.  Raises ResourceExhausted."""
         proposal = Proposal(
             compares=tuple(self._compares),
             puts=tuple(self._puts.items()),
@@ -531,7 +532,7 @@ class ProposalBuilder:
         object: Any,
         key_of: Callable[[Any, Owner], str],
     ) -> None:
-        """Write the membership keys (references, shared claims) that ``object`` adds, delete those that it drops."""
+        """Write the membership keys (references, shared claims) that ``object`` adds, and delete dropped ones."""
         held, holds = of(base) if base is not None else (), of(object) if object is not None else ()
         if held == holds:
             return

@@ -31,20 +31,21 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 DEADLINE_S = 5.0
-"""For a whole update with all its attempts."""
+"""Seconds for a whole update with all its attempts."""
 
 TERM_DEADLINE_S = 20.0
-"""The same for an update of a term.  It is longer because an expired one with a write in flight ends the term."""
+"""The same for an update of a term.  Longer, because an expired one with a write in flight ends the term."""
 
 SHOWN_S = 2.0
-"""How long the replica may take to show an acknowledged write of a user before the update returns anyway."""
+"""Seconds that the replica may take to show an acknowledged user's write before the update returns anyway."""
 
 CHUNK = 500
 """Proposals of one ``update_each`` that are in flight together."""
 
 CONFLICTS_MAX = 3
-"""Consecutive conflicts without progress after which each further attempt is delayed, longer each time.  Without the
-delay, a replica that has a wrong revision of a key would fill the raft log with attempts."""
+"""Consecutive conflicts without progress after which each attempt is delayed, longer each time.
+
+Without the delay, a replica that has a wrong revision of a key would fill the raft log with attempts."""
 
 YIELD_EVERY = 50
 """Bodies run between two returns to the event loop."""
@@ -58,10 +59,11 @@ NO_LEADER = (
 Propose: TypeAlias = Callable[
     [Sequence[Proposal], TermState | None], Awaitable[Sequence[Outcome | SkepError]]
 ]
-"""Commits proposals independently of each other, fenced by a term if there is one; one result per proposal, in order.
+"""Commits proposals independently of each other, fenced by a term if there is one.  One result per proposal, in order.
 
-An error as result: NotLeader: the fence failed; Unavailable: no quorum, or the outcome is unknown.
-Raises: the same, if it applies to all; ResourceExhausted: too many proposals are queued.
+A result may be an error: NotLeader if the fence failed, Unavailable without a quorum or with an unknown outcome.
+
+Raises the same errors if they apply to all, and ResourceExhausted if too many proposals are queued.
 """
 
 
@@ -79,14 +81,15 @@ class Updater:
         rng: Callable[[], float] = random.random,
         term: TermState | None = None,
     ) -> None:
-        """
+        """Create an updater.
+
         Args:
-            barrier: returns once the replica shows every write acknowledged before the call.
-            reached: returns once the replica shows a revision.
-            rng: numbers from 0 to 1, which spread the delays between attempts.
-            term: its updates return only when the replica shows their write, and the next attempt waits for that: a
-                leader that does not see its own write would decide the same again.  If it is not shown in time, the
-                term is over.
+            barrier: Returns once the replica shows every write acknowledged before the call.
+            reached: Returns once the replica shows a revision.
+            rng: Returns numbers from 0 to 1, which spread the delays between attempts.
+            term: Its updates return only when the replica shows their write, and the next attempt waits for that: a
+                leader that does not see its own write would repeat its decision.  If the write is not shown in time,
+                the term is over.
         """
         self._replica = replica
         self._propose = propose
@@ -173,7 +176,7 @@ class Updater:
         results: list[Any],
         deadline: "within_deadline",
     ) -> list[tuple[int, T]]:
-        """Run and propose each item once; gives back those that met a conflict.
+        """Run and propose each item once.  Returns the items with a conflict.
 
         While some proposals are in flight, the bodies of the next ones run.
         """
@@ -202,7 +205,7 @@ class Updater:
     def _run_each(
         self, body: Callable[[Transaction, T], R], some: Sequence[tuple[int, T]], results: list[Any]
     ) -> tuple[list[tuple[int, T]], list[Proposal]]:
-        """Run the body of each item into ``results``; gives the items that wrote something, and their proposals."""
+        """Run the body of each item into ``results``.  Returns the items that wrote something, and their proposals."""
         items: list[tuple[int, T]] = []
         proposals: list[Proposal] = []
         for index, item in some:
@@ -227,7 +230,7 @@ class Updater:
             return [error] * len(proposals)
 
     def fenced(self, term: TermState) -> "FencedTerm":
-        """The same replica, written to by ``term``."""
+        """Return an updater for the same replica whose writes are fenced by ``term``."""
         return FencedTerm(
             *(self._replica, self._propose, self._barrier, self._reached, self._clock),
             rng=self._rng,
@@ -243,7 +246,7 @@ class Updater:
         return _ConflictDelay(self._clock, Backoff(0.01, 0.5, rng=self._rng))
 
     async def _shown(self, revision: int, deadline: "within_deadline") -> None:
-        """Wait until the replica shows an acknowledged write, which no deadline turns into an error any more."""
+        """Wait until the replica shows an acknowledged write.  No deadline turns that into an error."""
         self._written = max(self._written, revision)
         if self._replica.revision >= revision:
             return None
@@ -261,7 +264,7 @@ class Updater:
             await self._reached(self._written)
 
     async def _cancelled(self) -> None:
-        """The update was cancelled, by its deadline or from outside."""
+        """Settle the writes of an update that was cancelled, by its deadline or from outside."""
         if self._term is not None and self._replica.revision < self._written:
             await self._term.settle(partial(self._reached, self._written))
 
@@ -275,7 +278,7 @@ class FencedTerm(Updater):
 
     @property
     def fence(self) -> int:
-        """Revision of the leader key that began it."""
+        """Revision of the leader key that began the term."""
         return self._state.fence
 
     @property
@@ -284,7 +287,7 @@ class FencedTerm(Updater):
         return self._term
 
     async def confirm(self) -> None:
-        """A proposal without operations: its only compare is the fence."""
+        """Propose no operations: the only compare is the fence."""
         async with within_deadline(self._deadline_s):
             (outcome,) = await self._propose([Proposal()], self._state)
             match outcome:
@@ -306,14 +309,14 @@ class _ConflictDelay:
         self._conflicts = 0
 
     async def after_conflict(self, *, is_progress: bool) -> None:
-        """No delay for the first few, then longer each time; ``is_progress``: the state has changed since."""
+        """Wait, but not for the first few conflicts.  ``is_progress`` says that the state has changed since."""
         self._conflicts = 0 if is_progress else self._conflicts + 1
         if self._conflicts >= CONFLICTS_MAX:
             await self._backoff.sleep(self._clock)
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """``items`` in runs of ``size``."""
+    """Split ``items`` into runs of ``size``."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
@@ -322,10 +325,10 @@ def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R
 
 
 class within_deadline:  # noqa: N801 (it is used like a function)
-    """Raises: Unavailable: the block took longer.
+    """Raise Unavailable if the block takes longer.
 
-    ``cancelled``: awaited before that, and when the block is cancelled from outside.
-    A class, since a generator behind a context manager costs a small request more than the timeout itself.
+    ``cancelled`` is awaited before that, and when the block is cancelled from outside.  This is a class, since a
+    generator behind a context manager costs a small request more than the timeout itself.
     """
 
     def __init__(

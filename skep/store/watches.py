@@ -1,7 +1,7 @@
 """Watches: a bounded queue of commits per reader.
 
-The publisher never waits for a reader; one that falls behind by more than the bound loses its queue and gets
-``WatchLagged``, upon which it has to start again from a snapshot.
+The publisher never waits for a reader.  A reader that falls behind by more than the bound loses its queue and gets
+``WatchLagged``, and has to restart from a snapshot.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from skep.store.interface import Commit, Object, Updated, View, WatchLagged
 
 CAPACITY = 10_000
-"""Commits in one queue."""
+"""Maximum commits in one queue."""
 
 
 class WatchQueue:
@@ -28,7 +28,7 @@ class WatchQueue:
 
     @property
     def snapshot(self) -> View:
-        """To be read before the first commit, which releases it."""
+        """The state at the beginning.  Read it before the first commit, which releases it."""
         assert self._snapshot is not None, "it is read before the first commit"
         return self._snapshot
 
@@ -36,7 +36,7 @@ class WatchQueue:
         return self
 
     async def __anext__(self) -> Commit:
-        # A reloaded replica has another state object; a reference here would keep the old one in memory.
+        # A reloaded replica has another state object, and a reference here would keep the old one in memory.
         self._snapshot = None
         while not self._commits:
             self._check_lag()
@@ -54,7 +54,7 @@ class WatchQueue:
             raise WatchLagged(f"more than {self._capacity} commits behind")
 
     def offer(self, commit: Commit) -> None:
-        """Add a commit of ``kinds``; never waits."""
+        """Add a commit of ``kinds``.  Never waits."""
         if self._is_lagged:
             return
         if len(self._commits) >= self._capacity:
@@ -75,7 +75,7 @@ class Watches:
         ] = {}  # ordered, unlike a set: a simulation must run the same way twice
 
     def publish(self, commit: Commit) -> None:
-        """Queue for every reader the events of its kinds; readers of the same kinds share one commit."""
+        """Queue the events of its kinds for every reader.  Readers of the same kinds share one commit."""
         kinds = [type(event.new if isinstance(event, Updated) else event.object) for event in commit.events]
         present = frozenset(kinds)
         shares: dict[frozenset[type[Object]], Commit | None] = {}
@@ -88,7 +88,7 @@ class Watches:
 
     @contextmanager
     def open(self, snapshot: View, kinds: frozenset[type[Object]]) -> Iterator[WatchQueue]:
-        """A queue of everything published from now on."""
+        """Return a queue of everything published from now on."""
         queue = WatchQueue(snapshot, kinds, self._capacity)
         del snapshot  # only the queue keeps it, until it is read
         self._queues[queue] = None

@@ -1,1 +1,1 @@
-"""``skep top``: the cluster live on a terminal.  Only this folder uses Textual."""
+"""``skep top``: the live cluster on a terminal.  Only this folder uses Textual."""

@@ -1,4 +1,4 @@
-"""What ``skep top`` can change, and what it says before it does: pure, but for ``perform``."""
+"""Changes that ``skep top`` can make, and their descriptions.  Pure, except for ``perform``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,9 +23,9 @@ _REPLICAS_MAX = 1_000_000
 class Action(msgspec.Struct, frozen=True):
     """A change of one object.
 
-    ``title``: what is asked.  ``consequences``: what would happen, sentence by sentence.  ``done``: said afterwards.
-    ``change``: gives the new spec of the object as it is then; None: there is nothing to change.  It raises
-    FailedPrecondition where that is another change than what was asked.
+    ``title`` is the question, ``consequences`` are sentences about the effects, and ``done`` confirms the change.
+    ``change`` returns the new spec for the object's current state, or None if nothing changes.  It raises
+    FailedPrecondition if the change would differ from the confirmed one.
     """
 
     kind: str
@@ -38,16 +38,17 @@ class Action(msgspec.Struct, frozen=True):
 
 
 async def perform(client: Client, action: Action) -> None:
-    """Change the object as it is now.  Raises: SkepError."""
+    """Change the object in its current state.  Raises: SkepError."""
     await update(
         client, f"{action.kind}s", action.id, action.change, timeout_s=_RESPONSE_TIMEOUT_S, query=action.query
     )
 
 
 def replicas_of(service: Mapping[str, Any]) -> int:
-    """How many tasks, or completions of a job, the spec asks for.
+    """Return how many tasks, or completions of a job, the spec requests.
 
-    Raises: InvalidArgument: the mode has no number, in Docker's words.
+    Raises:
+        InvalidArgument: The mode has no number, in Docker's words.
     """
     mode = service["Spec"].get("Mode") or {}
     match mode_of(service):
@@ -59,7 +60,10 @@ def replicas_of(service: Mapping[str, Any]) -> int:
 
 
 def scale(service: Mapping[str, Any], typed: str) -> Action:
-    """``typed``: a number, or a difference with its sign.  Raises: InvalidArgument."""
+    """Return an action that scales a service.
+
+    ``typed`` is a number, or a difference with its sign.  Raises: InvalidArgument.
+    """
     now = replicas_of(service)
     wanted = _number(typed, now)
     name, is_job = str(service["Spec"]["Name"]), mode_of(service) == "job"
@@ -104,13 +108,15 @@ def _scaled(service: Mapping[str, Any], shown: int, number: int) -> Mapping[str,
 
 
 def image_of(service: Mapping[str, Any]) -> str:
-    """Of its containers, without the digest; empty: it has none."""
+    """Return the image of the service's containers without the digest, or an empty text."""
     container = service["Spec"]["TaskTemplate"].get("ContainerSpec") or {}
     return str(container.get("Image") or "").partition("@")[0]
 
 
 def update_image(service: Mapping[str, Any], typed: str) -> Action:
-    """Another image; the same one: its tasks are replaced all the same.  Raises: InvalidArgument."""
+    """Return an action that sets the image.  Tasks are replaced even if the image is the same.  Raises:
+    InvalidArgument.
+    """
     name, image, now = str(service["Spec"]["Name"]), typed.strip(), image_of(service)
     if not now:
         raise InvalidArgument(f"{name} runs no containers")
@@ -141,7 +147,7 @@ def _with_image(service: Mapping[str, Any], shown: str, image: str) -> Mapping[s
 
 
 def _rollout(service: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """How its tasks are replaced, by the update or rollback settings of its spec."""
+    """Describe how tasks are replaced, by the update or rollback settings of the service's spec."""
     settings = service["Spec"].get(key) or {}
     tasks = int((service.get("ServiceStatus") or {}).get("DesiredTasks") or 0)
     parallelism = int(settings.get("Parallelism", 1))
@@ -154,7 +160,11 @@ def _rollout(service: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def roll_back(service: Mapping[str, Any]) -> Action:
-    """To the previous spec, field by field.  Raises: FailedPrecondition: there is none, in Docker's words."""
+    """Return an action that restores the previous spec, listing changed fields.
+
+    Raises:
+        FailedPrecondition: There is no previous spec, in Docker's words.
+    """
     name, previous = str(service["Spec"]["Name"]), service.get("PreviousSpec")
     if previous is None:
         raise FailedPrecondition(f"service {name} does not have a previous spec")
@@ -189,7 +199,9 @@ def _changed(service: Mapping[str, Any], how: str) -> FailedPrecondition:
 
 
 def set_availability(snapshot: Snapshot, node: Mapping[str, Any], availability: str) -> Action:
-    """Drain a node or take it back.  Raises: InvalidArgument: it is so already."""
+    """Return an action that drains or activates a node.  Raises: InvalidArgument: the node already has that
+    availability.
+    """
     name = snapshot.node_name(node["ID"])
     if node["Spec"].get("Availability") == availability:
         raise InvalidArgument(f"{name} is {'drained' if availability == 'drain' else availability} already")

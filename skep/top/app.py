@@ -24,9 +24,12 @@ from skep.top.table import RowTable
 from skep.top.watching import Cluster
 
 LOG_LINES_MAX = 2000
+"""Log lines that the view keeps."""
 _HEADLINES_MAX = 3
 _LOGS_S = 0.2
+"""Seconds between two repaints of the logs."""
 _LOG_BATCH, _LOG_REST_S = 500, 0.02
+"""Lines after which reading pauses, and the pause in seconds."""
 _DARK, _LIGHT = "textual-dark", "textual-light"
 _ONLY_IN: Mapping[str, tuple[View, ...]] = {
     "scale": (View.SERVICES, View.TASKS),
@@ -38,11 +41,11 @@ _ONLY_IN: Mapping[str, tuple[View, ...]] = {
     "ended": (View.TASKS,),
     "order": (View.SERVICES, View.TASKS, View.NODES),
 }
-"""Keys that mean something in some views only."""
+"""Keys that only work in some views."""
 
 
 class TopApp(App[None]):
-    """The cluster live.  ``is_light``: on a terminal with a light background."""
+    """The live cluster.  ``is_light`` selects colors for a light background."""
 
     ENABLE_COMMAND_PALETTE = False
     TITLE = "skep top"
@@ -92,7 +95,7 @@ class TopApp(App[None]):
         self._view = View.SERVICES
         self._is_stale = False
         self._rows: dict[View, list[Row]] = {}
-        """Of the present snapshot, as far as they were needed."""
+        """Rows of the current snapshot, as far as they were needed."""
         self._task_rows: dict[str, KnownRow] = {}
         self._needle = ""
         self._with_ended = False
@@ -118,8 +121,10 @@ class TopApp(App[None]):
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Follow the cluster."""
-        self.screen.set_class(self.no_color, "-no-color")  # grey, what is wrong would stand back
+        """Start to follow the cluster."""
+        self.screen.set_class(
+            self.no_color, "-no-color"
+        )  # on terminals without color, gray would hide problems
         self.table.focus()
         self.paint()
         self.set_interval(1.0, self._age)
@@ -131,11 +136,11 @@ class TopApp(App[None]):
 
     @property
     def table(self) -> RowTable:
-        """Of the present view."""
+        """The table of the current view."""
         return self.screen_stack[0].query_one(f"#{self._view.name}", RowTable)
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Show ``snapshot`` soon; of several that come at once, the last."""
+        """Show ``snapshot`` soon.  If several arrive at once, the last one is shown."""
         self._snapshot = snapshot
         self._rows.clear()
         if not self._is_stale:
@@ -143,7 +148,7 @@ class TopApp(App[None]):
             self.call_next(self.paint)
 
     def paint(self) -> None:
-        """The lines at the top, and the table of the present view."""
+        """Paint the lines at the top, and the table of the current view."""
         self._is_stale = False
         snapshot, screen = self._snapshot, self.screen_stack[0]
         screen.query_one("#link", Static).update(_link(snapshot))
@@ -204,11 +209,11 @@ class TopApp(App[None]):
         return text
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys of other views are neither shown nor obeyed."""
+        """Hide and disable keys of other views."""
         return action not in _ONLY_IN or self._view in _ONLY_IN[action]
 
     def action_view(self, name: str) -> None:
-        """Another table."""
+        """Switch to another table."""
         self._view = View[name]
         self.screen_stack[0].query_one(ContentSwitcher).current = name
         self.table.focus()
@@ -216,7 +221,7 @@ class TopApp(App[None]):
         self.paint()
 
     def action_next_view(self, by: int) -> None:
-        """The table beside this one; in a dialog, the next field."""
+        """Switch to the next table, or in a dialog to the next field."""
         if len(self.screen_stack) > 1:
             self.screen.focus_next() if by > 0 else self.screen.focus_previous()
             return
@@ -224,7 +229,7 @@ class TopApp(App[None]):
         self.action_view(views[(views.index(self._view) + by) % len(views)].name)
 
     def action_filter(self) -> None:
-        """Ask for the words that rows must have."""
+        """Open the filter."""
         field = self.query_one("#filter", Input)
         field.add_class("shown")
         field.focus()
@@ -236,14 +241,14 @@ class TopApp(App[None]):
             self.paint()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Keep the filter, back to the table."""
+        """Keep the filter, and return to the table."""
         if event.input.id == "filter":
             if not self._needle:
                 event.input.remove_class("shown")
             self.table.focus()
 
     def action_clear(self) -> None:
-        """No filter."""
+        """Clear the filter."""
         field = self.query_one("#filter", Input)
         field.remove_class("shown")
         field.value = self._needle = ""
@@ -251,27 +256,27 @@ class TopApp(App[None]):
         self.paint()
 
     def action_ended(self) -> None:
-        """Tasks that have ended are shown, or not."""
+        """Show or hide ended tasks."""
         self._with_ended = not self._with_ended
         self._rows.pop(View.TASKS, None)
         self.paint()
 
     def action_order(self) -> None:
-        """By name, or what is wrong first."""
+        """Switch between the order by name and problems first."""
         self._by_name = not self._by_name
         self.notify("by name" if self._by_name else "what is wrong first", timeout=2)
         self.paint()
 
     def action_light(self) -> None:
-        """The other theme."""
+        """Switch the theme."""
         self.theme = _DARK if self.theme == _LIGHT else _LIGHT
 
     def action_help(self) -> None:
-        """The keys."""
+        """Show the keys."""
         self.push_screen(Show("Keys", _help))
 
     def on_row_table_chosen(self) -> None:
-        """Why the object under the cursor is as it is."""
+        """Explain the state of the object under the cursor."""
         snapshot, key = self._snapshot, self.table.key
         if self._view is View.NODES and (node := snapshot.nodes.get(key)):
             lines = about_node(snapshot, node)
@@ -306,14 +311,14 @@ class TopApp(App[None]):
         return next((row for row in rows if row.key == key), None)
 
     def _service(self) -> Mapping[str, Any] | None:
-        """Under the cursor: the service, or that of the task."""
+        """Return the service under the cursor, or the service of the task there."""
         key = self.table.key
         if self._view is View.TASKS and (task := self._snapshot.tasks.get(key)):
             key = task.service_id
         return self._snapshot.services.get(key)
 
     def action_scale(self) -> None:
-        """Another number of replicas."""
+        """Ask for another number of replicas."""
         if service := self._service():
             name = service["Spec"]["Name"]
             try:
@@ -326,23 +331,23 @@ class TopApp(App[None]):
             )
 
     def action_image(self) -> None:
-        """Another image."""
+        """Ask for another image."""
         if service := self._service():
             title = f"Image of {service['Spec']['Name']}"
             hint = "the same name replaces the tasks, too"
             self._ask(title, image_of(service), hint, lambda typed: update_image(service, typed))
 
     def action_roll_back(self) -> None:
-        """The previous spec."""
+        """Propose the previous spec."""
         if service := self._service():
             self._propose(lambda: roll_back(service))
 
     def action_drain(self) -> None:
-        """No more tasks for the node."""
+        """Propose to drain the node."""
         self._set_availability("drain")
 
     def action_activate(self) -> None:
-        """Tasks for the node again."""
+        """Propose to activate the node."""
         self._set_availability("active")
 
     def _set_availability(self, word: str) -> None:
@@ -364,7 +369,7 @@ class TopApp(App[None]):
             await self._confirm(action)
 
     async def _confirm(self, action: Action) -> None:
-        """Say what it would do, ask, do it."""
+        """Describe an action, ask for confirmation, and perform it."""
         if not await self.push_screen_wait(Confirm(action)):
             return
         try:
@@ -378,7 +383,7 @@ class TopApp(App[None]):
         self.notify(printable(str(error)), severity="error", markup=False, timeout=10)
 
     def action_logs(self) -> None:
-        """Of the service or task under the cursor."""
+        """Follow the logs of the service or task under the cursor."""
         key, snapshot = self.table.key, self._snapshot
         if self._view is View.SERVICES and key in snapshot.services:
             kind, self._log_name = "service", snapshot.service_name(key)
@@ -397,7 +402,9 @@ class TopApp(App[None]):
                 number += 1
                 self._lines.append(log_row(self._snapshot, number, line))
                 if number % _LOG_BATCH == 0:
-                    await asyncio.sleep(_LOG_REST_S)  # a flood of lines waits at its node, not the keys
+                    await asyncio.sleep(
+                        _LOG_REST_S
+                    )  # a flood of lines waits at its node and does not delay the keys
         except (SkepError, OSError) as error:
             self._lines.append(log_row(self._snapshot, number + 1, LogLine(str(error))))
 
@@ -419,7 +426,7 @@ def _summary(snapshot: Snapshot) -> Text:
 
 
 def _problems(snapshot: Snapshot) -> list[str]:
-    """The most serious, each on a line; how many more there are."""
+    """Return the most serious problems, each on a line, and the number of further ones."""
     lines = [printable(f"{kind} {text}") for kind, text in headlines(snapshot)]
     connection = snapshot.connection
     if connection.link is Link.LOST:

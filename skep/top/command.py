@@ -1,4 +1,4 @@
-"""``skep top``: the command.  Textual is imported when it runs, and by no other command."""
+"""The command ``skep top``.  Only this command imports Textual, when it runs."""
 
 import os
 import random
@@ -41,7 +41,7 @@ def top(host: HostOptions, theme: str) -> None:
 
 
 def has_light_background(environment: Mapping[str, str]) -> bool:
-    """As rxvt, Konsole and others say it: ``COLORFGBG`` ends with the number of the background."""
+    """Return whether ``COLORFGBG``, as set by rxvt, Konsole and others, ends with the number of a light background."""
     return environment.get("COLORFGBG", "").rpartition(";")[2] in _LIGHT_BACKGROUNDS
 
 

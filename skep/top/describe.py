@@ -1,4 +1,4 @@
-"""Texts of the dialogs of ``skep top``: pure."""
+"""Texts of the dialogs of ``skep top``.  Pure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,7 +29,7 @@ HELP = (
 
 
 def tasks_listed(snapshot: Snapshot, service: str) -> Iterator[str]:
-    """The tasks of a service, those that have not ended first."""
+    """Yield the tasks of a service, active ones first."""
     tasks = tasks_of(snapshot, service=service)
     if not tasks:
         return
@@ -48,7 +48,7 @@ def _node(snapshot: Snapshot, id: str) -> str:
 
 
 def about_node(snapshot: Snapshot, node: Mapping[str, Any]) -> list[str]:
-    """A node, its labels and its tasks."""
+    """Return the lines about a node, its labels and its tasks."""
     description, status, spec = node["Description"], node["Status"], node["Spec"]
     resources, platform = description.get("Resources") or {}, description.get("Platform") or {}
     cpus, memory = int(resources.get("NanoCPUs") or 0) / 1e9, int(resources.get("MemoryBytes") or 0) >> 20

@@ -1,4 +1,4 @@
-"""What ``skep top`` asks and shows above its tables.  Every text is plain: nothing in it is markup."""
+"""Dialogs of ``skep top``.  All texts are plain, without markup."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from typing import ClassVar
@@ -28,12 +28,12 @@ _CSS = """
 
 
 def plain(lines: Iterable[str]) -> Text:
-    """Lines without what a terminal would obey."""
+    """Return lines without terminal control sequences."""
     return Text("\n".join(map(printable, lines)))
 
 
 class Ask(ModalScreen[Action | None]):
-    """Asks for a value.  ``build``: the action that it means; what it raises is shown, and asked again."""
+    """Asks for a value.  ``build`` returns its action, or raises an error, which is shown before the next try."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss", "Cancel")]
     DEFAULT_CSS = f"Ask {{ {_CSS} }}"
@@ -53,19 +53,19 @@ class Ask(ModalScreen[Action | None]):
             yield Static(Text(f"{self._hint}   enter: go on   esc: cancel"), classes="hint")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Go on if it means something."""
+        """Close the dialog with an action if the value is valid."""
         try:
             self.dismiss(self._build(event.value))
         except SkepError as error:
             self.query_one(".error", Static).update(plain([str(error)]))
 
     async def action_dismiss(self, result: Action | None = None) -> None:
-        """Nothing is done."""
+        """Cancel."""
         self.dismiss(None)
 
 
 class Confirm(ModalScreen[bool]):
-    """Says what an action would do, and asks.  Nothing is done by a stray enter: the answer is no at first."""
+    """Describes an action and asks for confirmation.  "No" is selected first, so a stray Enter does nothing."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Yes"),
@@ -89,20 +89,20 @@ class Confirm(ModalScreen[bool]):
             yield Static("y: yes   n, esc: no", classes="hint")
 
     def on_mount(self) -> None:
-        """No is the first choice."""
+        """Select "No"."""
         self.query_one("#no").focus()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """By mouse or enter."""
+        """Answer by mouse or Enter."""
         self.dismiss(event.button.id == "yes")
 
     def action_answer(self, yes: bool) -> None:
-        """By key."""
+        """Answer by key."""
         self.dismiss(yes)
 
 
 class Show(ModalScreen[None]):
-    """A text that is asked for when it is shown."""
+    """Shows a text that is fetched when the dialog opens."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "close", "Close")]
     DEFAULT_CSS = f"Show {{ {_CSS} }}"
@@ -120,7 +120,7 @@ class Show(ModalScreen[None]):
             yield Static("esc: close", classes="hint")
 
     def on_mount(self) -> None:
-        """Ask beside the screen."""
+        """Start to fetch the text."""
         self.run_worker(self._fill(), exclusive=True)
 
     async def _fill(self) -> None:
@@ -131,5 +131,5 @@ class Show(ModalScreen[None]):
         self.query_one("#text", Static).update(plain(lines))
 
     def action_close(self) -> None:
-        """Back to the table."""
+        """Return to the table."""
         self.dismiss(None)

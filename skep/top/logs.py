@@ -1,4 +1,4 @@
-"""The logs of a service or a task, followed over any number of connections."""
+"""The logs of a service or a task, followed across reconnections."""
 
 from collections.abc import AsyncGenerator, Callable
 
@@ -13,13 +13,16 @@ from skep.model.task_end import SEQUENCE
 from skep.model.times import SECOND_NS, unix_ns
 
 _TAIL = 200
+"""Lines before the start of the follow."""
 _LINE_CHARACTERS_MAX = 2000
+"""Characters of a line that are kept."""
 _RECONNECT_S_MAX = 10.0
+"""Longest delay in seconds before a reconnection."""
 _TASK = "com.docker.swarm.task.id="
 
 
 class LogLine(msgspec.Struct, frozen=True):
-    """``task``: its id; empty: of Skep, about the stream.  Nothing in ``text`` is to be trusted."""
+    """A log line.  ``task`` is the task's id, or empty for a line of Skep about the stream.  ``text`` is untrusted."""
 
     text: str
     task: str = ""
@@ -30,9 +33,10 @@ class LogLine(msgspec.Struct, frozen=True):
 async def follow_logs(
     client: Client, kind: str, id: str, clock: Clock, rng: Callable[[], float]
 ) -> AsyncGenerator[LogLine, None]:
-    """The last lines, and those that come.  A lost connection is said, and made again where it ended.
+    """Yield the last lines, then new lines.  A lost connection is reported and resumed.
 
-    Raises: SkepError: refused, as when the service is gone.
+    Raises:
+        SkepError: The request was refused, for example because the service was removed.
     """
     backoff = Backoff(0.5, _RECONNECT_S_MAX, rng=rng)
     tail, since = str(_TAIL), ""
@@ -59,7 +63,7 @@ async def follow_logs(
 
 
 async def _has_terminal(client: Client, kind: str, id: str) -> bool:
-    """Whether its output is one stream without frames."""
+    """Return whether the output is one stream without frames."""
     found = await client.get(f"/{kind}s/{id}")
     template = found["Spec"]["TaskTemplate"] if kind == "service" else found["Spec"]
     return bool((template.get("ContainerSpec") or {}).get("TTY"))
@@ -79,7 +83,7 @@ async def _outputs(stream: Stream, is_terminal: bool) -> AsyncGenerator[tuple[by
 
 
 def line_of(text: str, output: OutputStream) -> LogLine:
-    """A line with its time and details, as ``docker service logs`` asks for them."""
+    """Parse a line with its time and details, as requested by ``docker service logs``."""
     if output is OutputStream.SYSTEM:
         return LogLine(text[:_LINE_CHARACTERS_MAX], is_error=True)
     text = SEQUENCE.sub("", text)
@@ -92,7 +96,7 @@ def line_of(text: str, output: OutputStream) -> LogLine:
 
 
 def _after(stamp: str) -> str:
-    """The moment after ``stamp`` as the API takes it; empty: it is no time."""
+    """Return the time after ``stamp`` as the API expects it, or an empty text for an invalid one."""
     try:
         seconds, nanoseconds = divmod(unix_ns(stamp) + 1, SECOND_NS)
     except InvalidArgument:

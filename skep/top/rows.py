@@ -1,6 +1,6 @@
-"""The tables of ``skep top``: what each view shows of a snapshot, filtered and ordered.  Pure.
+"""The tables of ``skep top``: the rows of each view, filtered and ordered.  Pure.
 
-Texts are as they come from the cluster: the widget that paints them takes out what a terminal would obey.
+Texts are unchanged from the cluster.  The widget that paints them removes terminal control sequences.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.status import completion, is_as_wanted
+from skep.cli.status import completion, is_service_healthy
 from skep.errors import InvalidArgument
 from skep.model.node import plain_message
 from skep.model.times import SECOND_NS, timestamp, unix_ns
@@ -20,7 +20,7 @@ from skep.top.snapshot import ENDED, Snapshot, Task, mode_of
 
 
 class Tone(Enum):
-    """How a row is: the words of its cells say the same, for terminals without colours."""
+    """Rating of a row.  The words of its cells say the same, for terminals without colors."""
 
     PLAIN = "plain"
     GOOD = "good"
@@ -30,9 +30,10 @@ class Tone(Enum):
 
 
 class Column(msgspec.Struct, frozen=True):
-    """``rank``: those of the highest go first where there is no room.  ``is_flexible``: takes what is left.
+    """A column.
 
-    ``is_toned``: painted in the tone of its row.  ``is_age``: the cells are timestamps, shown as ages.
+    Columns with the highest ``rank`` are hidden first on narrow screens.  ``is_flexible`` uses the remaining width,
+    ``is_toned`` paints cells in the tone of their row, and ``is_age`` shows timestamps as ages.
     """
 
     title: str
@@ -44,7 +45,7 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """``order``: where it stands among the others; its first part is how urgent it is."""
+    """A row.  ``order`` is its sort key, which starts with its urgency."""
 
     key: str
     cells: tuple[str, ...]
@@ -53,7 +54,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class KnownRow(NamedTuple):
-    """The row of a task as it was, with what it was made of."""
+    """The cached row of a task, with its inputs."""
 
     task: Task
     service: str
@@ -62,7 +63,7 @@ class KnownRow(NamedTuple):
 
 
 class View(Enum):
-    """What the screen shows; the value is its title."""
+    """A view of the screen.  The value is its title."""
 
     SERVICES = "Services"
     TASKS = "Tasks"
@@ -115,7 +116,7 @@ COLUMNS: Mapping[View, tuple[Column, ...]] = {
 
 
 def rows_of(view: View, snapshot: Snapshot, *, with_ended: bool = False) -> list[Row]:
-    """All rows of a view but the logs', unordered."""
+    """Return all rows of any view but the logs, unordered."""
     match view:
         case View.SERVICES:
             return [_service(snapshot, service) for service in snapshot.services.values()]
@@ -130,7 +131,7 @@ def rows_of(view: View, snapshot: Snapshot, *, with_ended: bool = False) -> list
 
 
 def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: bool = False) -> list[Row]:
-    """The rows of tasks; those of tasks that have not changed are taken from ``known``, which is kept up."""
+    """Return the rows of tasks.  Rows of unchanged tasks come from ``known``, which is updated."""
     services = {id: snapshot.service_name(id) for id in snapshot.services}
     nodes = {id: snapshot.node_name(id) for id in snapshot.nodes}
     for gone in known.keys() - snapshot.tasks.keys():
@@ -147,7 +148,7 @@ def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: boo
 
 
 def chosen(rows: Iterable[Row], needle: str, *, by_name: bool = False) -> list[Row]:
-    """Those with all words of ``needle`` in a cell, upper or lower case; the most urgent first, or by name."""
+    """Return the rows with all words of ``needle``, ignoring case, the most urgent first or by name."""
     words = needle.casefold().split()
     found = [row for row in rows if _has(row, words)] if words else list(rows)
     by: Callable[[Row], tuple[Any, ...]] = (lambda row: row.order[1:]) if by_name else (lambda row: row.order)
@@ -168,7 +169,7 @@ def _service(snapshot: Snapshot, service: Mapping[str, Any]) -> Row:
         tone, why = Tone.BAD, reason
     elif is_updating:
         tone, why = Tone.WARNING, str(update.get("Message") or update["State"])
-    elif not is_as_wanted(service) and "job" not in mode_of(service):
+    elif not is_service_healthy(service) and "job" not in mode_of(service):
         tone, why = Tone.WARNING, "not as wanted"
     else:
         tone, why = Tone.GOOD, ""
@@ -244,7 +245,7 @@ def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: int) -> Row:
     return Row(node["ID"], cells, tone, (_URGENCY[tone], name, node["ID"]))
 
 
-_BAD_ACTIONS = frozenset({"reject", "lost", "freeze", "expire"})
+_BAD_ACTIONS = frozenset({"reject", "lost", "suspend", "expire"})
 _SHOWN_ELSEWHERE = ("name", "com.docker.swarm.")
 
 
@@ -268,7 +269,7 @@ def _event(snapshot: Snapshot, place: int, event: Mapping[str, Any]) -> Row:
 
 
 def log_row(snapshot: Snapshot, number: int, line: LogLine) -> Row:
-    """A line of a log: when, of which task."""
+    """Return a line of a log with its time and task."""
     task = snapshot.tasks.get(line.task)
     name = snapshot.task_name(task) if task is not None else line.task[:12]
     if not line.task:
@@ -278,11 +279,11 @@ def log_row(snapshot: Snapshot, number: int, line: LogLine) -> Row:
 
 
 def laid_out(columns: Sequence[Column], naturals: Sequence[int], width: int, gap: int = 2) -> list[int]:
-    """The width of each column; 0: not shown, as there is no room.
+    """Return the width of each column, or 0 for a hidden one.
 
     Args:
-        naturals: the widest cell of each, its title included.
-        width: of all, with ``gap`` between two.
+        naturals: Width of the widest cell of each column, including its title.
+        width: Width of all columns, with ``gap`` between two.
     """
     widths = [
         0 if column.is_flexible else min(natural, column.width_max)
@@ -308,11 +309,14 @@ def laid_out(columns: Sequence[Column], naturals: Sequence[int], width: int, gap
 
 
 _FLEXIBLE_MIN = 30
-"""Characters that the flexible column gets before others are shown."""
+"""Characters of the flexible column that take precedence over other columns."""
 
 
 def age_of(stamp: str, now: float) -> str:
-    """``12s``, ``4m``, ``3h``, ``2d`` since an RFC 3339 timestamp; empty: it is none.  ``now``: seconds."""
+    """Return the age of an RFC 3339 timestamp as ``12s``, ``4m``, ``3h`` or ``2d``.
+
+    Empty for an invalid timestamp.  ``now`` is Unix time in seconds.
+    """
     try:
         seconds = int(max(now - unix_ns(stamp) / SECOND_NS, 0))
     except InvalidArgument:

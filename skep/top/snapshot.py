@@ -1,4 +1,4 @@
-"""The state of a cluster that ``skep top`` shows, and how an event changes it: pure."""
+"""The state of a cluster that ``skep top`` shows, and its changes by events.  Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from skep.cli.status import is_as_wanted, node_rows
+from skep.cli.status import is_service_healthy, node_rows
 from skep.model.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
@@ -17,7 +17,7 @@ _NO_NODES: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Link(Enum):
-    """How the connection to the node is."""
+    """State of the connection to the node."""
 
     CONNECTING = "connecting"
     LIVE = "live"
@@ -25,7 +25,7 @@ class Link(Enum):
 
 
 class Connection(msgspec.Struct, frozen=True):
-    """``reason``: why it was lost.  ``retry_s``: seconds until the next attempt."""
+    """The connection.  ``reason`` tells why it was lost, ``retry_s`` the seconds until the next attempt."""
 
     link: Link = Link.CONNECTING
     reason: str = ""
@@ -53,7 +53,7 @@ class _TaskSpec(msgspec.Struct, frozen=True, rename=go_name):
 
 
 class Task(msgspec.Struct, frozen=True, rename=go_name):
-    """A task as far as it is shown: ten thousand whole ones would take a hundred times the memory."""
+    """The shown fields of a task.  Ten thousand complete tasks would use a hundred times the memory."""
 
     id: str
     service_id: str = ""
@@ -65,33 +65,34 @@ class Task(msgspec.Struct, frozen=True, rename=go_name):
 
     @property
     def image(self) -> str:
-        """Without the digest."""
+        """The image without the digest."""
         container = self.spec.container_spec
         return container.image.partition("@")[0] if container is not None else ""
 
     @property
     def is_settled(self) -> bool:
-        """Whether only an event can change it: what happens before it runs has no events."""
+        """Whether only an event can change it.  Changes before a task runs have no events."""
         state = self.status.state
         return state in ENDED or (state == "running" and self.desired_state == "running")
 
     @property
     def is_shown(self) -> bool:
-        """Whether it matters now: it is on its way, runs, or ended and should not have."""
+        """Whether it matters now: it is starting, runs, or ended unexpectedly."""
         has_failed = self.status.state in ("failed", "rejected", "orphaned")
         return not self.is_settled or self.is_active or (has_failed and self.desired_state in _WANTED)
 
     @property
     def is_active(self) -> bool:
-        """Whether it has not ended and is not to end."""
+        """Whether it has not ended and should not end."""
         return self.status.state not in ENDED and self.desired_state in _WANTED
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is shown.
+    """All shown objects.
 
-    Nodes and services are as the API has them.  ``reasons``: of services that are not as wanted, by id, as
-    ``skep explain`` says them.  ``without_leader``: what ``skep status`` says then; empty: there is one.
+    Nodes and services are in the API's form.  ``reasons`` explains services that are not in their desired state, by id,
+    as in ``skep explain``.  ``without_leader`` has the text of ``skep status`` without a leader, and is empty
+    otherwise.
     """
 
     nodes: Mapping[str, Mapping[str, Any]] = _NO_NODES
@@ -104,23 +105,23 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     is_loaded: bool = False
 
     def service_name(self, id: str) -> str:
-        """Its name; its id if it is gone."""
+        """Return a service's name, or its id if it was removed."""
         service = self.services.get(id)
         return str(service["Spec"]["Name"]) if service is not None else id
 
     def node_name(self, id: str) -> str:
-        """Its host name; its id if it is gone."""
+        """Return a node's host name, or its id if it was removed."""
         node = self.nodes.get(id)
         return str(node["Description"].get("Hostname") or id) if node is not None else id
 
     def task_name(self, task: Task) -> str:
-        """``web.3``; ``web.m1`` of a global service, ``web.<id>`` while that has no node."""
+        """Return a name like ``web.3``, ``web.m1`` for a global service, or ``web.<id>`` before that has a node."""
         where = task.slot or (self.node_name(task.node_id) if task.node_id else task.id)
         return f"{self.service_name(task.service_id)}.{where}"
 
 
 class Touched(msgspec.Struct, frozen=True):
-    """Ids of the objects that are to be read again."""
+    """Ids of the objects to read again."""
 
     nodes: frozenset[str] = frozenset()
     services: frozenset[str] = frozenset()
@@ -134,7 +135,7 @@ class Touched(msgspec.Struct, frozen=True):
 
 
 def touched_by(event: Mapping[str, Any]) -> Touched:
-    """What an event says has changed; a task changes the counts of its service, too."""
+    """Return the objects that an event changed.  A task also changes the counts of its service."""
     actor = event.get("Actor") or {}
     id = str(actor.get("ID") or "")
     match event.get("Type"):
@@ -149,14 +150,14 @@ def touched_by(event: Mapping[str, Any]) -> Touched:
 
 
 def mode_of(service: Mapping[str, Any]) -> str:
-    """``replicated``, ``global``, ``job`` or ``global job``."""
+    """Return ``replicated``, ``global``, ``job`` or ``global job``."""
     mode = service["Spec"].get("Mode") or {}
     words = {"Global": "global", "ReplicatedJob": "job", "GlobalJob": "global job"}
     return next((word for key, word in words.items() if mode.get(key) is not None), "replicated")
 
 
 def tasks_of(snapshot: Snapshot, *, service: str = "", node: str = "") -> list[Task]:
-    """Of a service or a node, those that have not ended first, by name."""
+    """Return the tasks of a service or node by name, active ones first."""
     found = (
         task
         for task in snapshot.tasks.values()
@@ -170,9 +171,9 @@ def _order(snapshot: Snapshot, task: Task) -> tuple[str, int, str, str]:
 
 
 def summary(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """What there is, each part with its number, for the line at the top: (noun, text)."""
+    """Return the summary for the top line, as pairs of a noun and its counts."""
     nodes = Counter(str(node["Status"]["State"]) for node in snapshot.nodes.values())
-    wanted = sum(1 for service in snapshot.services.values() if is_as_wanted(service))
+    wanted = sum(1 for service in snapshot.services.values() if is_service_healthy(service))
     tasks = Counter(_kind(task) for task in snapshot.tasks.values())
     shown = [f"{tasks[kind]} {kind}" for kind in ("run", "start", "wait") if tasks[kind]]
     return [
@@ -192,17 +193,17 @@ def _kind(task: Task) -> str:
 
 
 def headlines(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
-    """Each thing that is wrong, as ``skep status`` says it: (kind, sentence).  The most serious first."""
+    """Yield each problem as a kind and a sentence, as in ``skep status``, the most serious first."""
     yield from (("swarm", line) for line in snapshot.without_leader[:1])
     for row in node_rows(snapshot.nodes.values()):
-        if row.why or not row.is_well:
-            yield "node", f"{row.name} is {row.state}" + (f": {row.why}" if row.why else "")
+        if row.reason or not row.is_healthy:
+            yield "node", f"{row.name} is {row.state}" + (f": {row.reason}" if row.reason else "")
     for id, service in sorted(snapshot.services.items(), key=lambda item: str(item[1]["Spec"]["Name"])):
         if reason := snapshot.reasons.get(id):
             yield "service", f"{service['Spec']['Name']}: {reason}"
 
 
 def unexplained(services: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Ids of services whose explanation is asked for, by name."""
-    wanting = (service for service in services if not is_as_wanted(service))
+    """Return the ids of services that need an explanation, by name."""
+    wanting = (service for service in services if not is_service_healthy(service))
     return [service["ID"] for service in sorted(wanting, key=lambda service: str(service["Spec"]["Name"]))]

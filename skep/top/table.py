@@ -1,7 +1,7 @@
-"""A table of any number of rows, of which only those on the screen are painted.
+"""A table of any number of rows, which paints only those on the screen.
 
-Textual's ``DataTable`` measures every cell when it is added and numbers all rows anew when one goes: 1.3 s for ten
-thousand rows, 17 ms for each that is removed (decision 93).  Here the rows are one list, and another takes its place.
+Textual's ``DataTable`` measures every cell when it is added and renumbers all rows when one is removed: 1.3 s for ten
+thousand rows, 17 ms for each removed one (decision 93).  Here the rows are one list, which is replaced as a whole.
 """
 
 import time
@@ -25,7 +25,7 @@ _GAP = 2
 
 
 class RowTable(ScrollView, can_focus=True):
-    """Rows with a cursor, which stays on its row when the others change.  Nothing in them is taken for markup."""
+    """Rows with a cursor, which stays on its row when the others change.  The rows contain no markup."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False),
@@ -68,11 +68,11 @@ class RowTable(ScrollView, can_focus=True):
 
     @property
     def key(self) -> str:
-        """Of the row under the cursor; empty: there are no rows."""
+        """Key of the row under the cursor, or empty without rows."""
         return self._rows[self._cursor].key if self._rows else ""
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Show ``rows`` in place of the present ones."""
+        """Replace the rows by ``rows``."""
         was_at_end = self._cursor >= len(self._rows) - 1
         key, place = self.key, self._cursor
         self._rows = rows
@@ -92,7 +92,7 @@ class RowTable(ScrollView, can_focus=True):
         self.refresh()
 
     def say_when_empty(self, text: str) -> None:
-        """What is shown where there are no rows."""
+        """Set the text that is shown without rows."""
         if text != self._empty:
             self._empty = text
             self.refresh()
@@ -141,30 +141,30 @@ class RowTable(ScrollView, can_focus=True):
             self.scroll_to(y=self._cursor - lines + 1, animate=False, immediate=True)
 
     def action_move(self, by: int) -> None:
-        """Up or down."""
+        """Move the cursor up or down."""
         self._move_to(self._cursor + by)
         self.refresh()
 
     def action_page(self, by: int) -> None:
-        """By as many rows as are on the screen."""
+        """Move the cursor by a screen of rows."""
         self.action_move(by * max(self.size.height - 2, 1))
 
     def action_edge(self, last: int) -> None:
-        """To the first or last row."""
+        """Move the cursor to the first or last row."""
         self.action_move(len(self._rows) if last else -len(self._rows))
 
     def action_choose(self) -> None:
-        """Say that the row is chosen."""
+        """Post that the row is chosen."""
         if self._rows:
             self.post_message(self.Chosen())
 
     def on_resize(self) -> None:
-        """The cursor stays on the screen."""
+        """Keep the cursor on the screen."""
         self.virtual_size = Size(self.size.width, len(self._rows) + 1)
-        self.call_after_refresh(self.action_move, 0)  # how far it can scroll is known only then
+        self.call_after_refresh(self.action_move, 0)  # the scroll range is only known afterwards
 
     def on_click(self, event: events.Click) -> None:
-        """The cursor goes to the row; a second click chooses it."""
+        """Move the cursor to the row.  A second click chooses it."""
         place = int(self.scroll_offset.y) + event.y - 1
         if event.y > 0 and place < len(self._rows):
             self._move_to(place)

@@ -1,8 +1,7 @@
-"""Follows a cluster through the API: lists once, then events, and of what they name the present state.
+"""Follows a cluster through the API: lists everything once, then reads the objects that events name.
 
-One task reads events into a set of ids (beyond ``_ONE_BY_ONE`` of a kind, the kind is listed anew), another reads what
-the set names.  Lists are asked for in proportion to what they cost, so that ten thousand tasks do not keep a manager
-busy.
+One task collects ids from events.  Another reads those objects, or lists the whole kind for more than ``_ONE_BY_ONE``
+ids.  The rate of lists is proportional to their cost, so that ten thousand tasks do not keep a manager busy.
 """
 
 import asyncio
@@ -26,43 +25,49 @@ from skep.top.logs import LogLine, follow_logs
 from skep.top.snapshot import Connection, Link, Snapshot, Task, Touched, touched_by, unexplained
 
 _RESPONSE_TIMEOUT_S = 20.0
+"""Seconds to wait for a response."""
 _TASKS_WITHIN_S = 60.0
+"""Seconds to wait for the list of all tasks."""
 _TASKS_BYTES_MAX = 512 << 20
+"""Size limit of the list of all tasks."""
 EVENTS_KEPT = 1000
+"""Events that the view keeps."""
 _ONE_BY_ONE = 50
-"""Ids of a kind that are read one by one; for more, all are listed."""
+"""Ids of a kind that are read individually.  For more, all objects are listed."""
 _AT_ONCE = 8
+"""Concurrent requests for single objects."""
 _EXPLAINED = 20
-"""Services whose explanation is asked for, as ``skep status`` does; the others are shown by their numbers."""
+"""Services whose explanation is requested, as in ``skep status``.  The others only show their numbers."""
 _GATHER_S = 0.15
-"""Changes are gathered before they are read."""
+"""Seconds for which changes are gathered before they are read."""
 _LOOK_S = 2.0
-"""Between two looks at what has no events: tasks on their way, reasons, load."""
+"""Seconds between two reads of state without events: starting tasks, reasons, load."""
 _LIST_SHARE = 10
-"""A list is asked for again after this many times what it took."""
+"""Pause before a list is repeated, as a multiple of its duration."""
 _RECONNECT_S_MAX = 10.0
+"""Longest delay in seconds before a reconnection."""
 
 Publish = Callable[[Snapshot], None]
 
 
 class Cluster(Protocol):
-    """What the application needs of a cluster."""
+    """The cluster as the application uses it."""
 
     @property
     def name(self) -> str:
-        """Of the endpoint, for the title."""
+        """The endpoint's name, for the title."""
 
     async def run(self, publish: Publish) -> None:
-        """Give every state of the cluster to ``publish`` until cancelled."""
+        """Pass every state of the cluster to ``publish`` until cancelled."""
 
     async def details(self, kind: str, id: str, name: str) -> list[str]:
-        """Why a service or task is as it is.  Raises: SkepError."""
+        """Return why a service or task is in its state.  Raises: SkepError."""
 
     async def perform(self, action: Action) -> None:
-        """Raises: SkepError."""
+        """Perform an action.  Raises: SkepError."""
 
     def logs(self, kind: str, id: str) -> AsyncGenerator[LogLine, None]:
-        """The last lines and those that come.  Raises: SkepError: refused."""
+        """Yield the last lines, then new lines.  Raises: SkepError: refused."""
 
 
 class LiveCluster:
@@ -111,7 +116,7 @@ def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
 
 
 class _State:
-    """The cluster as seen until now; ``publish`` gets each new state."""
+    """The last known state of the cluster.  ``publish`` gets each new state."""
 
     def __init__(self, publish: Publish) -> None:
         self._publish = publish
@@ -146,7 +151,7 @@ class _State:
 
 
 class _Connected:
-    """One connection to the event stream, and the reads beside it."""
+    """One connection to the event stream, and the concurrent reads."""
 
     def __init__(self, client: Client, clock: Clock, state: _State, backoff: Backoff) -> None:
         self._client = client
@@ -159,10 +164,10 @@ class _Connected:
         self._tasks_again_at = 0.0
 
     async def run(self) -> None:
-        """Until the stream ends.  Raises: SkepError, OSError, in a group."""
+        """Run until the stream ends.  Raises: SkepError, OSError, in a group."""
         await self._find_leader()
         query = {"after": self._state.cursor} if self._state.cursor else {}
-        # The stream inside the group: it translates its own errors, and would not those in a group.
+        # The stream is inside the group: it translates its own errors, but not those in a group.
         async with asyncio.TaskGroup() as group, self._client.lines("/skep/events", query) as lines:
             group.create_task(self._load())
             async for line in lines:
@@ -170,7 +175,7 @@ class _Connected:
             raise Unavailable("the event stream ended")
 
     def _take(self, event: dict[str, Any]) -> None:
-        if "message" in event:  # events between were lost: the lists are loaded anew in any case
+        if "message" in event:  # events were lost, so the lists are loaded again in any case
             self._state.cursor = ""
             raise FailedPrecondition(str(event["message"]))
         self._state.cursor = str(event.get("Cursor") or "")
@@ -192,7 +197,7 @@ class _Connected:
             group.create_task(self._look())
 
     async def _read_touched(self) -> None:
-        """Read again what events named."""
+        """Read the objects that events named."""
         while True:
             await self._changed.wait()
             await self._clock.sleep(_GATHER_S)
@@ -206,7 +211,7 @@ class _Connected:
             self._state.publish()
 
     async def _look(self) -> None:
-        """What has no events: tasks before they run, reasons, load, the leader."""
+        """Read state that has no events: tasks before they run, reasons, load, the leader."""
         took_s = 0.0
         while True:
             await self._clock.sleep(max(_LOOK_S, took_s * _LIST_SHARE))
@@ -232,7 +237,7 @@ class _Connected:
         self._state.services = {service["ID"]: service for service in services}
 
     async def _update(self, kind: str, known: dict[str, Mapping[str, Any]], ids: frozenset[str]) -> None:
-        """Read the nodes or services ``ids``; those that are not there are gone."""
+        """Read the nodes or services ``ids``.  Missing ones were removed."""
         if len(ids) > _ONE_BY_ONE:
             await self._list_nodes_and_services()
             return
@@ -269,7 +274,7 @@ class _Connected:
             self._state.tasks.pop(id, None)
 
     async def _list_tasks(self) -> None:
-        """All tasks, decoded as far as they are shown; one that cannot be read is left out."""
+        """List all tasks, decoded as far as they are shown.  Unreadable ones are skipped."""
         begun = self._clock.monotonic()
         body = bytearray()
         async with (
@@ -290,9 +295,9 @@ class _Connected:
         places = asyncio.Semaphore(_AT_ONCE)
 
         async def ask(id: str) -> None:
-            with suppress(NotFound):  # it was removed meanwhile
+            with suppress(NotFound):  # it was removed in the meantime
                 response = await self._get(f"/skep/services/{id}/explain")
-                if not response["IsAsWanted"]:
+                if not response["IsHealthy"]:
                     found[id] = reason_in(response)
 
         async with asyncio.TaskGroup() as group:
@@ -305,7 +310,7 @@ class _Connected:
 
 
 def tasks_in(body: bytes) -> dict[str, Task]:
-    """The tasks of a list; one that cannot be read is left out."""
+    """Return the tasks of a list.  Unreadable ones are skipped."""
     found: dict[str, Task] = {}
     for raw in msgspec.json.decode(body, type=list[msgspec.Raw]):
         with suppress(msgspec.ValidationError):

@@ -20,32 +20,33 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     """IP address it connects from."""
     disconnect: Callable[[], None]
-    """Close the connection; its calls end as lost.  For peers that do not respond any more."""
+    """Closes the connection, and its calls end as lost.  For peers that no longer respond."""
     has_crashed: Callable[[], bool] = lambda: False
-    """Whether the connection was closed from the other end without GOAWAY or reset of its streams: by a kernel, after
-    its process had ended.  A machine without power or without a network closes nothing."""
+    """Whether the other end closed the connection without GOAWAY or reset of its streams.
+
+    Then its kernel closed it after its process had ended.  A machine without power or without a network closes
+    nothing."""
 
     @property
     def node_id(self) -> NodeId:
-        """Raises: PermissionDenied: the caller has no certificate."""
+        """The node in the certificate.  Raises PermissionDenied without a certificate."""
         if self.identity is None:
             raise _denied()
         return self.identity.node_id
 
 
 CertificateCheck: TypeAlias = Callable[[Identity, Access], None]
-"""Called for each call; raises for a caller whose certificate is valid but not accepted any more (revoked, removed
-node)."""
+"""Called for each call.  Raises for a caller whose valid certificate must not be accepted (revoked, removed node)."""
 
 
 def accept_all(_identity: Identity, _access: Access) -> None:
-    """Accepts every valid certificate (tests, tools)."""
+    """Accept every valid certificate (tests, tools)."""
 
 
 def authorize(
     caller: Caller, access: Access, cluster_id: ClusterId, check_certificate: CertificateCheck = accept_all
 ) -> None:
-    """Raises: PermissionDenied: ``caller`` may not make a call of this ``access`` in this cluster; Unavailable."""
+    """Raise PermissionDenied if ``caller`` may not make a call of this ``access`` in this cluster, or Unavailable."""
     identity = caller.identity
     match access:
         case Access.OPEN:
@@ -64,7 +65,7 @@ def authorize(
 
 
 def _denied() -> PermissionDenied:
-    # SwarmKit's words (ca/auth.go); engines look at the code only.
+    # SwarmKit's words (ca/auth.go).  Engines check the code only.
     return PermissionDenied(
         "Permission denied: unauthorized peer role: remote certificate not valid for this call"
     )

@@ -25,15 +25,16 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 CONNECT_SECONDS_MAX = 5.0
+"""Timeout of a connection."""
 CALL_SECONDS_MAX = 5.0
-"""Engines give their calls the same time."""
+"""Timeout of a call, as in engines."""
 
 BOUNDS = Bounds(stream_window=4 * 1024 * 1024, connection_window=64 * 1024 * 1024, message=128 * 1024 * 1024)
 """A manager sends a node all its tasks, secrets and configs at once."""
 
 
 class Call(Generic[Q, A]):
-    """One open streaming call.  It begins with its first message, as gRPC has it."""
+    """An open streaming call.  It begins with its first message, as in gRPC."""
 
     def __init__(self, connection: ClientConnection, block: bytes, reply: type[A], address: str) -> None:
         self._connection = connection
@@ -43,7 +44,7 @@ class Call(Generic[Q, A]):
         self._stream: ClientStream | None = None
 
     async def send(self, message: Q, *, end: bool = False) -> None:
-        """Send one message; waits while the peer reads slowly.  ``end``: it is the last one."""
+        """Send one message, the last one with ``end``.  Waits while the peer reads slowly."""
         data = message.SerializeToString()
         with peer_errors(self._address):
             if self._stream is None:
@@ -54,7 +55,7 @@ class Call(Generic[Q, A]):
             await self._stream.drain()
 
     async def receive(self) -> A | None:
-        """The next message, or None after the last.  Raises: the error of the peer's status, if that is not OK."""
+        """Return the next message, or None after the last.  Raises the error of the peer's status unless that is OK."""
         assert self._stream is not None, "the caller sends first"
         with peer_errors(self._address):
             message = await self._stream.receive()
@@ -65,14 +66,14 @@ class Call(Generic[Q, A]):
             yield message
 
     def close(self) -> None:
-        """Abandon it, unless it has ended."""
+        """Abandon the call, unless it has ended."""
         if self._stream is not None:
             self._connection.release(self._stream)
             self._stream = None
 
 
 class Channel:
-    """One connection to a manager; made by ``connected``.  ``peer``: the node in its certificate, empty if unknown."""
+    """A connection to a manager, made by ``connected``.  ``peer`` is the node in its certificate, empty if unknown."""
 
     def __init__(self, address: str, connection: ClientConnection, name: str, peer: NodeId) -> None:
         self.address = address
@@ -82,11 +83,11 @@ class Channel:
 
     @property
     def is_lost(self) -> bool:
-        """Whether no call can be made on it any more."""
+        """Whether no further call can be made on it."""
         return self._connection.is_lost
 
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = CALL_SECONDS_MAX) -> A:
-        """Raises: Unavailable: no response in time; otherwise the error of the manager's status."""
+        """Make a call.  Raises Unavailable without a response in time, otherwise the error of the manager's status."""
         with peer_errors(self.address):
             async with asyncio.timeout(timeout_s):
                 with self._connection.stream() as stream:
@@ -95,7 +96,7 @@ class Channel:
 
     @asynccontextmanager
     async def stream(self, method: Method[Q, A]) -> AsyncIterator[Call[Q, A]]:
-        """A streaming call; leaving the context abandons it if it has not ended."""
+        """Open a streaming call.  Leaving the context abandons it if it has not ended."""
         call: Call[Q, A] = Call(self._connection, self._block(method), method.reply, self.address)
         with closing(call):
             yield call
@@ -113,11 +114,14 @@ async def connected(
     timeout_s: float = CONNECT_SECONDS_MAX,
     bounds: Bounds = BOUNDS,
 ) -> AsyncIterator[Channel]:
-    """A connection to the manager at ``address`` (``ip:port``), whose certificate must be for ``name``.
+    """Open a connection to the manager at ``address`` (``ip:port``), whose certificate must be for ``name``.
 
-    ``bounds``: of what the other side sends.
+    Args:
+        bounds: Limits of received messages.
 
-    Raises: Unavailable: not reachable, or not trusted; InvalidArgument: no address.
+    Raises:
+        Unavailable: It is not reachable, or not trusted.
+        InvalidArgument: ``address`` is not an address.
     """
     host, port = split_address(address)
     with peer_errors(address):
@@ -137,7 +141,7 @@ def _peer_of(connection: ClientConnection) -> NodeId:
 
 
 async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str, bounds: Bounds) -> ClientConnection:
-    """Raises: Unavailable: the address is not reachable; otherwise the error of the TLS handshake."""
+    """Connect.  Raises Unavailable if the address is not reachable, otherwise the error of the TLS handshake."""
     try:
         return await connect(
             lambda: ClientConnection(bounds, coalesces=True), host, port, tls, server_name=name
@@ -149,7 +153,7 @@ async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str, bounds:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """``"10.0.0.1:2377"`` or ``"[::1]:2377"`` -> host and port.  Raises: InvalidArgument."""
+    """Split ``"10.0.0.1:2377"`` or ``"[::1]:2377"`` into host and port.  Raises InvalidArgument."""
     host, port = parted(address)
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise InvalidArgument(f"invalid address {address!r}: want host:port")

@@ -1,4 +1,4 @@
-"""The pool of all messages on the wire, and the standard ones as they exist in it."""
+"""The pool of all messages on the wire, and the standard messages in it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -16,27 +16,28 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 REQUEST_BYTES_MAX = 64 * 1024
-"""Largest request of most methods: a few ids and words."""
+"""Maximum bytes of most requests: a few ids and words."""
 DESCRIPTION_BYTES_MAX = 1024 * 1024
-"""Largest request that describes a node: its labels, its networks, the findings on its paths."""
+"""Maximum bytes of a request that describes a node: its labels, its networks, the findings on its paths."""
 TUNNEL_PIECE_BYTES_MAX = 160 * 1024
-"""Largest message of a tunnel: 64 KiB of data, or the head of a request."""
+"""Maximum bytes of a tunnel message: 64 KiB of data, or the head of a request."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
-"""Largest message with collected statuses or log lines.  SwarmKit's limit for every message."""
+"""Maximum bytes of a message with collected statuses or log lines.  SwarmKit's limit for every message."""
 
 
 class Access(Enum):
     """Which callers are authorized, by the certificate of the connection."""
 
     OPEN = auto()
-    """Any caller, with or without a certificate: that is how a machine becomes a node."""
+    """Any caller, with or without a certificate, so that a machine can become a node."""
     NODE = auto()
     """Every node of this cluster."""
     MANAGER = auto()
     """Managers of this cluster."""
     MANAGER_OR_UNKNOWN = auto()
-    """Managers, and for a few seconds any caller with a manager's certificate that is not in the store: a manager
-    that a backup does not contain.  It may read; what it sends is not trusted."""
+    """Managers, and for a few seconds any caller with a manager's certificate that is not in the store.
+
+    Such a manager is missing from a restored backup.  It may read, but its messages are not trusted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Method(Generic[Q, A]):
     reply: type[A]
     access: Access = Access.NODE
     request_bytes_max: int = REQUEST_BYTES_MAX
-    """A manager refuses a larger one by the length that it announces."""
+    """Maximum request size.  A manager refuses a larger request by its announced length."""
 
 
 class Unary(_Method[Q, A]):

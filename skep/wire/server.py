@@ -1,14 +1,14 @@
 """The gRPC server of a manager: one port for nodes, managers and machines that want to become nodes.
 
-``rpc`` implements the protocol; admission, limits and the choice of handlers are here:
+``rpc`` implements the protocol.  Admission, limits and the choice of handlers are here:
 
-* Every connection that is ended gets a GOAWAY first: an engine that gets none goes on sending heartbeats for 40 s and
-  longer.
-* An unknown method is refused as gRPC refuses it (UNIMPLEMENTED, with a content type): an engine's fallbacks depend
-  on it.
-* An anonymous connection (without a certificate) has tight limits: few connections, few streams, small windows,
-  small messages, little time.  When there are too many, those of the address that has most make room, not the new
-  one: otherwise connections that say nothing would keep every machine from joining.
+* A GOAWAY is sent on every connection before it is ended: otherwise an engine continues its heartbeats for 40 s or
+  more.
+* An unknown method is refused as in gRPC (UNIMPLEMENTED, with a content type), since an engine's fallbacks depend on
+  it.
+* An anonymous connection (without a certificate) has tight limits: few connections, few streams, small windows, small
+  messages, little time.  If there are too many, one of the address with the most connections is closed for a new one:
+  otherwise silent connections could keep every machine from joining.
 """
 
 import asyncio
@@ -41,23 +41,28 @@ from skep.wire.service import Stream as HandledStream
 log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS_MAX = 5.0
+"""Seconds that handlers may take to end when the server stops."""
 
 CLOSED_PER_S, CLOSING_S_MAX = 200, 10.0
-"""When all connections are closed: fewer in a second than nodes can register, but all within this time."""
+"""Rate and maximum duration of closing all connections: slower than nodes can register, but all within this time."""
 
 NODE_CONNECTIONS_MAX = 32
-"""Simultaneous connections of one node.  It needs two, and the second one only briefly."""
+"""Maximum simultaneous connections of one node.  It needs two, and the second one only briefly."""
 NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
-"""All streams' windows and the largest message are together smaller than the connection's window: log streams that
-are not read never hold up heartbeats."""
+"""Limits of a node's connection.
+
+All streams' windows and the largest message are together smaller than the connection's window, so unread log streams
+never delay heartbeats."""
 NODE_BYTES_MAX = 2 * NODE_LIMITS.connection_window
-"""Buffered request bytes of one node on all its connections.  A connection that exceeds them is closed."""
+"""Maximum buffered request bytes of one node on all its connections.  A connection that exceeds them is closed."""
 
 ANONYMOUS_MAX = 64
 ANONYMOUS_PER_SOURCE_MAX = 4
+"""Maximum anonymous connections, in total and from one address."""
 ANONYMOUS_SECONDS_MAX = 60.0
+"""Maximum seconds of an anonymous connection."""
 ANONYMOUS_SILENT_SECONDS_MAX = 5.0
-"""Time limit for the first call."""
+"""Seconds until its first call."""
 ANONYMOUS_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
@@ -68,7 +73,7 @@ BACKLOG = 1024
 
 
 class Bound:
-    """A server that listens.  ``port``: the port it got."""
+    """A listening server.  ``port`` is its actual port."""
 
     def __init__(self, port: int, server: "_Server", handshakes: Handshakes) -> None:
         self.port = port
@@ -77,12 +82,12 @@ class Bound:
 
     @property
     def handshakes(self) -> int:
-        """TLS handshakes under way."""
+        """Number of TLS handshakes in progress."""
         return self._handshakes.count
 
     @property
     def connections(self) -> int:
-        """Connections past their handshake."""
+        """Number of connections past their handshake."""
         return len(self._server.connections)
 
     @property
@@ -91,10 +96,10 @@ class Bound:
         return sum(connection.held for connection in self._server.connections)
 
     def disconnect_all(self, first: Callable[[Identity], bool]) -> None:
-        """End every connection and every handshake: peers that connect again are checked by the present rules.
+        """End every connection and every handshake, so that peers which reconnect are checked by the current rules.
 
-        Anonymous ones, and those of callers for whose certificate ``first`` is true, at once; the others one after
-        another, so that thousands do not connect again at one moment.
+        Anonymous connections, and connections whose certificate matches ``first``, are ended at once.  The others
+        are ended one after another, so that thousands do not reconnect at one moment.
         """
         self._handshakes.give_up()
         loop, later = asyncio.get_running_loop(), []
@@ -107,14 +112,14 @@ class Bound:
             loop.call_later(after_s, connection.close)
 
     def disconnect(self, matches: Callable[[Identity], bool]) -> None:
-        """End the connections of callers for whose certificate ``matches`` is true."""
+        """End the connections of callers whose certificate matches."""
         for connection in tuple(self._server.connections):
             if connection.identity is not None and matches(connection.identity):
                 connection.close()
 
 
 def closing_times(count: int) -> Sequence[float]:
-    """When each of ``count`` connections is ended, in seconds from now."""
+    """Return when each of ``count`` connections is ended, in seconds from now."""
     apart_s = min(1 / CLOSED_PER_S, CLOSING_S_MAX / max(count, 1))
     return [number * apart_s for number in range(count)]
 
@@ -129,15 +134,15 @@ async def serve(
     cluster_id: ClusterId,
     check_certificate: CertificateCheck = accept_all,
 ) -> AsyncIterator[Bound]:
-    """Serve calls on ``host:port`` until the context is left; then every connection is closed.
+    """Serve calls on ``host:port`` until the context is left.  Then every connection is closed.
 
     Args:
-        tls: a context that asks for client certificates (``security.tls.ServerTls.front``).
-        cluster_id: what callers' certificates must name, except for open methods.
-        check_certificate: whether a caller's certificate is still accepted; called for each call that needs one.
+        tls: A context that requests client certificates (``security.tls.ServerTls.front``).
+        cluster_id: The cluster that callers' certificates must name, except for open methods.
+        check_certificate: Whether a caller's certificate is still accepted.  Called for each call that needs one.
 
     Raises:
-        Unavailable: the address cannot be bound.
+        Unavailable: The address cannot be bound.
     """
     server = _Server(handlers, cluster_id, check_certificate)
     handshakes = Handshakes(server.new_protocol, tls)
@@ -158,7 +163,7 @@ async def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises: Unavailable: the address cannot be bound."""
+    """Open the listening socket.  Raises Unavailable if the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -169,7 +174,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Server:
-    """Makes a protocol per connection, keeps all of them, and finds the handler of a call."""
+    """Creates a protocol per connection, keeps all of them, and finds the handler of a call."""
 
     def __init__(
         self, handlers: Iterable[Handler], cluster_id: ClusterId, check_certificate: CertificateCheck
@@ -200,7 +205,7 @@ class _Server:
         return "too many of one node" if self.of_node[identity.node_id] >= NODE_CONNECTIONS_MAX else ""
 
     def forget(self, connection: "_Connection") -> None:
-        """It has ended."""
+        """Forget a connection that has ended."""
         self.connections.discard(connection)
         self.anonymous.forget(connection)
         if (identity := connection.identity) is not None:
@@ -240,14 +245,14 @@ class _Server:
                 await stream.send_status()
 
     def _call(self, stream: ServerStream, caller: Caller) -> Coroutine[None, None, None]:
-        """Raises: CallFailed: there is no such method."""
+        """Return the handler's coroutine.  Raises CallFailed for an unknown method."""
         handler = self._handlers.get(stream.request.path)
         if handler is None:
             raise to_status(_unknown(stream.request.path))
         return run_handler(handler, stream, caller)
 
     def _authorized(self, handler: Handler) -> Handler:
-        """``handler``, with authorization before it."""
+        """Return ``handler`` with authorization before it."""
 
         def serve(stream: HandledStream, caller: Caller) -> Awaitable[None]:
             authorize(caller, handler.method.access, self._cluster_id, self._check_certificate)
@@ -257,7 +262,7 @@ class _Server:
 
 
 def _timeout_s(timeout: str) -> float | None:
-    """The client's deadline in seconds; None for a value that is not in gRPC's format."""
+    """Return the client's deadline in seconds, or None for a value that is not in gRPC's format."""
     match = _TIMEOUT.fullmatch(timeout)
     return int(match[1]) * _UNIT_S[match[2]] if match else None
 
@@ -272,7 +277,7 @@ def _unknown(path: str) -> SkepError:
 
 
 class _Connection(ServerConnection):
-    """One connection.  Its limits depend on whether the peer has a certificate."""
+    """A connection.  Its limits depend on whether the peer has a certificate."""
 
     __slots__ = ("_server", "_time_limits", "caller", "has_crashed", "since", "source")
 
@@ -337,7 +342,7 @@ class _Connection(ServerConnection):
             self._server.anonymous.renew(self)
 
     def may_leave(self) -> bool:
-        """Whether it may be ended to make room: it is idle, or has been open for long."""
+        """Whether it may be ended for another connection: it is idle, or has been open for long."""
         return self.is_idle or asyncio.get_running_loop().time() - self.since >= ANONYMOUS_SILENT_SECONDS_MAX
 
     def hold(self, size: int) -> None:
@@ -351,9 +356,9 @@ class _Connection(ServerConnection):
             raise Violation("too much at one time of one node", Code.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        # Any other error is the network's (ETIMEDOUT, EHOSTUNREACH) and is no evidence about the machine.
+        # Any other error comes from the network (ETIMEDOUT, EHOSTUNREACH) and says nothing about the machine.
         self.has_crashed = self.is_open and isinstance(exc, ConnectionResetError | None)
-        super().connection_lost(exc)  # gives up what it holds
+        super().connection_lost(exc)  # releases the request bytes it holds
         if self in self._server.connections:
             self._server.forget(self)
         self.caller = None  # it refers to this connection: a cycle
@@ -367,8 +372,7 @@ class _Connection(ServerConnection):
 
 
 def _identity_of(transport: asyncio.Transport) -> Identity | None:
-    """The node at the other end of a connection; None: it has no certificate (OpenSSL has verified one that it
-    has)."""
+    """Return the node at the other end of a connection, or None without a certificate, which OpenSSL has verified."""
     certificate = transport.get_extra_info("peercert")
     if not certificate:
         return None

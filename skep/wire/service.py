@@ -1,8 +1,7 @@
-"""Binding functions to methods: what a component hands to ``server.serve``.
+"""Binds functions to methods, for ``server.serve``.
 
-A handler sees messages and a ``Caller``; streams are async iterators.  It raises our errors, and ends a stream by
-returning: a handler that is cancelled leaves a peer without a status (grpc-go then assumes a dead
-stream for ever).
+A handler sees messages and a ``Caller``.  Streams are async iterators.  It raises Skep's errors, and ends a stream by
+returning: a cancelled handler leaves a peer without a status, and grpc-go then assumes a dead stream forever.
 """
 
 import asyncio
@@ -26,29 +25,31 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 STRANGER_REQUEST_BYTES_MAX = 32 * 1024
-"""Largest request without a certificate, of whatever method; a certificate request has 500 bytes."""
+"""Maximum bytes of a request without a certificate, of whatever method.  A certificate request has 500 bytes."""
 
 UNARY_SECONDS_MAX = 60.0
-"""A unary call ends after this even if the peer set no deadline."""
+"""Seconds after which a unary call ends even if the peer set no deadline."""
 
 MESSAGE_SECONDS_MAX = 60.0
-"""A message of which the length has come has to come as a whole within this."""
+"""Seconds within which a message must arrive completely after its length."""
 
 
 class Stream(Protocol):
     """The call as a handler's function sees it: framed requests, and its responses."""
 
     async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
-        """Exactly ``size`` bytes; none after the last message.
+        """Return exactly ``size`` bytes, or nothing after the last message.
 
-        Raises: AssertionError: it ends between; TimeoutError: they were longer than ``within_s`` on their way.
+        Raises:
+            AssertionError: The stream ends in between.
+            TimeoutError: They took longer than ``within_s`` to arrive.
         """
 
     async def send_initial_metadata(self) -> None:
         """Send the response's headers."""
 
     async def send_message(self, message: Message) -> None:
-        """Waits while the peer reads slowly."""
+        """Send a message.  Waits while the peer reads slowly."""
 
 
 class Handler(msgspec.Struct, frozen=True):
@@ -59,7 +60,7 @@ class Handler(msgspec.Struct, frozen=True):
 
 
 def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
-    """A method with one request and one response; both together have ``UNARY_SECONDS_MAX``."""
+    """Handle a method with one request and one response, which together may take ``UNARY_SECONDS_MAX``."""
 
     async def serve(stream: Stream, caller: Caller) -> None:
         async with asyncio.timeout(UNARY_SECONDS_MAX):
@@ -76,9 +77,9 @@ def server_stream(
     *,
     taken_s: float | None = None,
 ) -> Handler:
-    """A method with one request; ends after the iterator's last item.
+    """Handle a method with one request.  The stream ends after the iterator's last item.
 
-    ``taken_s``: how long the caller may take for one item, after which the call ends; None: any time.
+    ``taken_s`` limits how long the caller may take for one item before the call ends.  None means no limit.
     """
 
     async def serve(stream: Stream, caller: Caller) -> None:
@@ -90,7 +91,7 @@ def server_stream(
 def client_stream(
     method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
-    """A method with one response, which may come before the last request."""
+    """Handle a method with one response, which may come before the last request."""
 
     async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
@@ -103,7 +104,7 @@ def client_stream(
 def both_stream(
     method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
 ) -> Handler:
-    """A method whose responses follow from the requests: ``function`` yields while it reads."""
+    """Handle a method whose responses follow from the requests: ``function`` yields while it reads."""
 
     async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
@@ -116,10 +117,9 @@ def duplex(
     method: BothStream[Q, A],
     function: Callable[[AsyncIterator[Q], Callable[[A], Awaitable[None]], Caller], Awaitable[None]],
 ) -> Handler:
-    """Like ``both_stream`` for a function that receives and sends at the same time: it gets the requests and a
-    sending function.
+    """Handle a method like ``both_stream``, for a function that receives and sends at the same time.
 
-    The stream ends when it returns.
+    It gets the requests and a sending function.  The stream ends when it returns.
     """
 
     async def serve(stream: Stream, caller: Caller) -> None:
@@ -131,7 +131,7 @@ def duplex(
 
 
 async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
-    """Serve one call; every error becomes a status.  Raises: CallFailed."""
+    """Serve one call.  Every error becomes a status.  Raises CallFailed."""
     try:
         await handler.serve(stream, caller)
     except SkepError as error:
@@ -175,7 +175,7 @@ async def _requests(stream: Stream, method: Method[Q, Any], caller: Caller) -> A
 
 
 async def _receive(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q | None:
-    """The next request, or None after the last.
+    """Return the next request, or None after the last.
 
     Its length comes first, so that no peer can make a manager hold more than the limit.
     """

@@ -1,7 +1,7 @@
-"""Connections that streams share: each takes a bounded number of them, and is kept for a while without any.
+"""Connections shared by streams: each carries a limited number of them, and is kept for a while without any.
 
-A peer allows a connection 100 streams, and one that many streams fill delays heartbeats and pings: these connections
-are beside those of sessions and links.
+A peer allows a connection 100 streams, and many streams on a connection delay heartbeats and pings.  So these
+connections are separate from the connections of sessions and links.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from skep.errors import SkepError
 from skep.wire.client import Channel
 
 KEPT_S = 60.0
-"""A connection without streams."""
+"""Seconds for which a connection without streams is kept."""
 
 
 class Connect(Protocol):
     """Connects with this node's certificate."""
 
     def __call__(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+        """Connect to the manager at ``address``.  Raises Unavailable if it is not reachable or not trusted."""
 
 
 class SharedConnections:
-    """Shared connections: for each address as many as its streams need."""
+    """Shared connections, for each address as many as its streams need."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class SharedConnections:
         *,
         streams_max: int,
     ) -> None:
-        """``group``: where the connections live; ``streams_max``: of one connection."""
+        """Keep the connections in ``group``, each with at most ``streams_max`` streams."""
         self._connect = connect
         self._group = group
         self._streams_max = streams_max
@@ -41,7 +41,7 @@ class SharedConnections:
 
     @asynccontextmanager
     async def channel(self, address: str) -> AsyncIterator[Channel]:
-        """A connection to ``address`` for one more stream.  Raises: Unavailable: not reachable, or not trusted."""
+        """Return a connection for one more stream.  Raises Unavailable if not reachable or not trusted."""
         open = self._open.setdefault(address, [])
         shared = next((one for one in open if one.users < self._streams_max and not one.is_lost), None)
         if shared is None:
@@ -55,14 +55,14 @@ class SharedConnections:
             shared.leave()
 
     def drop(self, address: str) -> None:
-        """End the connections to ``address``, and so their streams."""
+        """End the connections to ``address`` and their streams."""
         for shared in self._open.get(address, ()):
             shared.drop()
 
     async def _keep(self, address: str, shared: "_Shared") -> None:
         """Hold one connection until it has had no stream for ``KEPT_S``."""
         try:
-            # A task of its own: a broken connection cancels the task that uses it.
+            # In its own task: a broken connection cancels the task that uses it.
             async with self._connect(address) as channel:
                 shared.channel.set_result(channel)
                 await shared.wait_over()
@@ -80,7 +80,7 @@ class SharedConnections:
 
 
 class _Shared:
-    """One connection, and how many streams are on it."""
+    """A connection, and the number of its streams."""
 
     def __init__(self) -> None:
         self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
@@ -110,7 +110,7 @@ class _Shared:
         self._changed.set()
 
     async def wait_over(self) -> None:
-        """Return when it was dropped, or after ``KEPT_S`` without a user."""
+        """Wait until it was dropped, or has had no user for ``KEPT_S``."""
         while not self._is_over:
             self._changed.clear()
             if self.users:

@@ -1,6 +1,6 @@
-"""One end of a tunnel: bytes in both directions over one streaming call, each direction ended by itself.
+"""One end of a tunnel: bytes in both directions over one streaming call, each direction ended separately.
 
-A slow reader stops its sender by the call's flow control, so a tunnel holds a few pieces and no more.
+A slow reader stops its sender by the call's flow control, so a tunnel holds only a few pieces.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,17 +12,18 @@ from skep.rpc.errors import LOST_PEER
 from skep.wire import skep_pb2 as skep
 
 PIECE_BYTES = 64 * 1024
+"""Maximum bytes of one piece."""
 
 Receive: TypeAlias = Callable[[], Awaitable[skep.TunnelPiece | None]]
-"""Return the peer's next piece, or None at the end of its call."""
+"""Returns the peer's next piece, or None at the end of its call."""
 Send: TypeAlias = Callable[[skep.TunnelPiece], Awaitable[None]]
 
 
 class Tunnel:
-    """One end; for one reader and one writer.
+    """One end of a tunnel, for one reader and one writer.
 
     Args:
-        receive, send: of the call; what they raise for a peer that is gone becomes ``Unavailable`` here.
+        receive, send: Functions of the call.  Their errors for a lost peer become ``Unavailable`` here.
     """
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -31,7 +32,7 @@ class Tunnel:
         self._has_ended = False
 
     async def read(self) -> bytes:
-        """The next bytes; none after the end of the other side's direction.  Raises: Unavailable: it broke off."""
+        """Return the next bytes, or nothing after the end of the stream.  Raises Unavailable if it broke off."""
         while not self._has_ended:
             try:
                 piece = await self._receive()
@@ -45,16 +46,16 @@ class Tunnel:
         return b""
 
     async def send(self, data: bytes) -> None:
-        """Send; waits while the other side reads slowly.  Raises: Unavailable: it is gone."""
+        """Send data.  Waits while the other side reads slowly.  Raises Unavailable if it was lost."""
         for start in range(0, len(data), PIECE_BYTES):
             await self._put(skep.TunnelPiece(data=data[start : start + PIECE_BYTES]))
 
     async def end(self) -> None:
-        """End our direction.  Raises: Unavailable: the other side is gone."""
+        """End our direction.  Raises Unavailable if the other side was lost."""
         await self._put(skep.TunnelPiece(end=True))
 
     async def wait_left(self) -> None:
-        """Return when the other side has ended the call; what it still sends is dropped."""
+        """Wait until the other side has ended the call, and drop the data that it still sends."""
         with suppress(Unavailable, *LOST_PEER):
             while await self._receive() is not None:
                 pass
@@ -67,7 +68,7 @@ class Tunnel:
 
 
 def over_requests(pieces: AsyncIterator[skep.TunnelPiece], send: Send) -> Tunnel:
-    """The end of a call's handler."""
+    """Return the tunnel end of a call's handler."""
 
     async def receive() -> skep.TunnelPiece | None:
         return await anext(pieces, None)
@@ -76,7 +77,7 @@ def over_requests(pieces: AsyncIterator[skep.TunnelPiece], send: Send) -> Tunnel
 
 
 async def copy(source: Tunnel, sink: Tunnel) -> None:
-    """Copy one direction with its end.  Raises: Unavailable: either side is gone."""
+    """Copy one direction with its end.  Raises Unavailable if either side was lost."""
     while data := await source.read():
         await sink.send(data)
     await sink.end()

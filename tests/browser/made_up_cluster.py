@@ -76,14 +76,14 @@ class MadeUpCluster:
         """Writes whole rows and sends them to the streams."""
         self.change({kind: list(rows)}, {})
 
-    def change(self, set: Mapping[str, Any], gone: Mapping[str, list[str]]) -> None:
+    def change(self, set: Mapping[str, Any], removed: Mapping[str, list[str]]) -> None:
         """One change of several kinds."""
         for kind, rows in set.items():
             if kind == "cluster":
                 self.info = rows
             else:
                 self.rows[kind].update({row["id"]: row for row in rows})
-        for kind, ids in gone.items():
+        for kind, ids in removed.items():
             for id in ids:
                 self.rows[kind].pop(id, None)
         self.revision += 1
@@ -91,7 +91,7 @@ class MadeUpCluster:
             "cursor": f"1-{self.revision}",
             "time": time.time(),
             "set": dict(set),
-            "gone": dict(gone),
+            "removed": dict(removed),
         }
         for queue in self.streams:
             queue.put_nowait(message)
@@ -128,7 +128,7 @@ class MadeUpCluster:
             "slot": slot,
             "node": node,
             "state": "running",
-            "wanted": "running",
+            "desired_state": "running",
             "error": "",
             "message": "started",
             "since": time.time(),
@@ -147,7 +147,7 @@ class MadeUpCluster:
         for id in services:
             row = self.rows["services"][id]
             running = sum(task["state"] == "running" for task in self.tasks_of(id))
-            state = "well" if running >= row["wanted"] else "moving"
+            state = "healthy" if running >= row["desired"] else "converging"
             found.append(row | {"running": running, "state": state})
         return found
 
@@ -209,7 +209,7 @@ def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) 
             "cpus": 8.0,
             "memory": 32 << 30,
             "load": round(rng.betavariate(2, 3), 2),
-            "failing": [],
+            "failing_checks": [],
             "volumes": [],
             "reason": "",
             "version": 1,
@@ -225,7 +225,7 @@ def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) 
         "name": "orchard",
         "managers": {"total": managers, "reachable": managers, "leader": leader},
         "warnings": [],
-        "frozen": "",
+        "replacement_suspended": "",
     }
     _journal(cluster, rng)
     return cluster
@@ -269,10 +269,10 @@ def _services(cluster: MadeUpCluster, tasks: int, number: int, rng: random.Rando
             "stack": "" if i % 3 == 0 else "shop",
             "image": f"registry.example/{name}:{rng.randint(1, 4)}.{rng.randint(0, 20)}",
             "mode": "replicated",
-            "wanted": wanted,
+            "desired": wanted,
             "running": wanted,
             "completed": 0,
-            "state": "well",
+            "state": "healthy",
             "reason": "",
             "ports": [{"published": 8080 + i, "target": 80, "protocol": "tcp", "mode": "ingress"}]
             if i % 4 == 0
@@ -320,7 +320,7 @@ def _troubles(cluster: MadeUpCluster) -> None:
         "started_at": cluster.now - 40,
         "completed_at": 0,
     }
-    moving["state"] = "moving"
+    moving["state"] = "converging"
     tasks = cluster.tasks_of(moving["id"])
     for task in tasks[len(tasks) // 2 :]:
         task["current"] = False
@@ -334,14 +334,14 @@ def _troubles(cluster: MadeUpCluster) -> None:
     }
     nodes = list(cluster.rows["nodes"].values())
     for node, other in pairwise(nodes[:3]):
-        node["failing"] = [{"peer": other["name"], "check": "overlay", "port": "4789/udp"}]
+        node["failing_checks"] = [{"peer": other["name"], "check": "overlay", "port": "4789/udp"}]
     for node in nodes[:3]:
         used = {"service": moving["name"], "slot": 1, "used_at": cluster.now - 3000}
         node["volumes"] = [{"name": f"{moving['name']}_data", **used}]
     moving["ports"] = [{"published": 0, "target": 9000, "protocol": "tcp", "mode": "host"}]
     for i, task in enumerate(tasks[:2]):
         task["ports"] = [moving["ports"][0] | {"published": 32768 + i}]
-    failing |= {"running": failing["running"] - 1, "state": "unwell", "reason": "1 task: out of memory"}
+    failing |= {"running": failing["running"] - 1, "state": "degraded", "reason": "1 task: out of memory"}
 
 
 def _kept(cluster: MadeUpCluster) -> None:

@@ -100,7 +100,7 @@ def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
             spec = {
                 "Name": row["name"],
                 "TaskTemplate": {"ContainerSpec": container, "ForceUpdate": 0},
-                "Mode": {"Replicated": {"Replicas": row["wanted"]}},
+                "Mode": {"Replicated": {"Replicas": row["desired"]}},
                 "UpdateConfig": {"Parallelism": 2, "Order": "start-first", "FailureAction": "rollback"},
             }
             return {"ID": id, "Version": {"Index": row["version"]}, "Spec": spec}
@@ -120,7 +120,7 @@ def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
                 for i, row in enumerate(nodes)
             ]
             return [
-                {"Name": body[0]["Name"], "Wanted": wanted, "Nodes": shares, "Refusal": "", "Verdicts": []}
+                {"Name": body[0]["Name"], "Desired": wanted, "Nodes": shares, "Error": "", "Verdicts": []}
             ]
         case ["skep", "tasks", id, "explain"] if cluster.rows["tasks"][id]["error"]:
             lines = [{"Stream": "stderr", "Text": line} for line in cluster.lines]

@@ -78,7 +78,7 @@ async def _sees_a_change(page: Page, cluster: MadeUpCluster) -> None:
     )
     cluster.heal()
     await expect(page.locator(f".legend a[href$='{service['id']}']")).to_have_text(
-        f"{service['wanted']}/{service['wanted']}"
+        f"{service['desired']}/{service['desired']}"
     )
 
 
@@ -108,14 +108,14 @@ async def _scales(page: Page, cluster: MadeUpCluster) -> None:
     dialog = page.get_by_role("dialog", name=f"Scale {service['name']}")
     confirm = dialog.get_by_role("button", name="Scale")
     await expect(confirm).to_be_disabled()
-    await dialog.get_by_label("Replicas").fill(str(service["wanted"] + 8))
+    await dialog.get_by_label("Replicas").fill(str(service["desired"] + 8))
     await expect(dialog.locator(".preview li.more").first).to_contain_text("→")
     assert all(path.startswith("/skep/services/placement") for _, path, _ in cluster.requests)
     await confirm.click()
     await expect(dialog).to_be_hidden()
     method, path, body = cluster.requests[-1]
     assert (method, path) == ("POST", f"/services/{service['id']}/update?version=1")
-    assert body["Mode"] == {"Replicated": {"Replicas": service["wanted"] + 8}}
+    assert body["Mode"] == {"Replicated": {"Replicas": service["desired"] + 8}}
     assert body["TaskTemplate"]["ContainerSpec"]["Image"] == service["image"]
 
 
@@ -228,7 +228,7 @@ async def test_no_text_becomes_markup_or_code_wherever_it_stands() -> None:
         "service",
         "node",
         "state",
-        "wanted",
+        "desired_state",
         "role",
         "availability",
         "mode",

@@ -56,7 +56,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 async def test_nothing_of_a_request_is_unpacked_before_its_build_has_a_slot(rig: Rig) -> None:
-    async with rig.builder.slots.taken():
+    async with rig.builder.slots.hold():
         waiting = asyncio.create_task(rig.post(CONTEXT))
         await until(lambda: rig.builder.slots.waiting)
         status, text = await rig.post(CONTEXT)

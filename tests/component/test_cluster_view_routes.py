@@ -94,7 +94,7 @@ async def test_a_viewer_too_many_is_refused(tmp_path: Path) -> None:
             await event(one)
         async with session.get("/skep/view/stream") as response:
             assert response.status == 503
-            assert "viewers follow" in (await response.json())["message"]
+            assert "viewers already follow" in (await response.json())["message"]
         for one in streams:
             one.close()
 

@@ -134,8 +134,8 @@ async def test_a_block_volume_is_a_device_at_its_target(driver: Process, tmp_pat
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ({"id": ""}, "no usable id"),
-        ({"id": "x" * 257}, "no usable id"),
+        ({"id": ""}, "no usable volume id"),
+        ({"id": "x" * 257}, "no usable volume id"),
         ({"size": -1}, "invalid numbers"),
         ({"zone": "z" * 9000}, "more than 8192 bytes"),
         ({"fail": 1}, "CreateVolume: CreateVolume fails"),

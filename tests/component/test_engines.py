@@ -174,7 +174,7 @@ async def test_a_place_that_cannot_be_is_refused_with_the_reason(cluster: Cluste
         with pytest.raises(FailedPrecondition, match="network ours belongs to skep nodes"):
             await attach(channel, "ours")
         for container in ("", "c" * (CONTAINER_ID_CHARACTERS_MAX + 1)):
-            with pytest.raises(InvalidArgument, match="names no container"):
+            with pytest.raises(InvalidArgument, match="container id is missing"):
                 await attach(channel, "net1", container)
         with pytest.raises(NotFound, match="attachment gone not found"):
             await detach(channel, "gone")

@@ -105,7 +105,7 @@ def publish(events: NodeEvents, *actions: str) -> None:
 async def test_events_of_a_node_have_its_name_and_only_what_happens_from_now_on(cluster, node, events):
     events.publish("container", "past", "c0", {}, 1)
     stream = Stream(cluster)
-    await until(lambda: "follow" in stream.of("stream"))
+    await until(lambda: "connect" in stream.of("stream"))
     publish(events, "start", "die")
     events.publish("volume", "create", "data", {"driver": "local"})
     await stream.reads(1, "volume")
@@ -126,7 +126,7 @@ async def test_events_of_a_node_have_its_name_and_only_what_happens_from_now_on(
 
 async def test_another_stream_goes_on_after_any_event_with_what_came_in_between(cluster, node, events):
     first = Stream(cluster)
-    await until(lambda: "follow" in first.of("stream"))
+    await until(lambda: "connect" in first.of("stream"))
     publish(events, "create", "start", "die")
     await first.reads(3)
     await first.stop()
@@ -142,7 +142,7 @@ async def test_another_stream_goes_on_after_any_event_with_what_came_in_between(
 
 async def test_what_is_not_kept_any_more_is_a_gap_in_the_stream(cluster, node, events, monkeypatch):
     first = Stream(cluster)
-    await until(lambda: "follow" in first.of("stream"))
+    await until(lambda: "connect" in first.of("stream"))
     publish(events, "start")
     await first.reads(1)
     await first.stop()
@@ -160,10 +160,10 @@ async def test_a_node_that_is_away_is_named_and_gone_on_with_where_it_was(cluste
     pair = await a_worker(cluster, tmp_path)
     async with a_node(cluster, tmp_path, pair, events):
         stream = Stream(cluster)
-        await until(lambda: "follow" in stream.of("stream"))
+        await until(lambda: "connect" in stream.of("stream"))
         publish(events, "start")
         await stream.reads(1)
-    await until(lambda: "away" in stream.of("stream"))
+    await until(lambda: "disconnect" in stream.of("stream"))
     publish(events, "die")
     async with a_node(cluster, tmp_path, pair, events):
         await stream.reads(2)
@@ -215,7 +215,7 @@ async def test_what_a_node_sends_and_is_no_event_costs_its_own_part_only(cluster
     pair = await a_worker(cluster, tmp_path)
     async with a_node(cluster, tmp_path, pair, events):
         stream = Stream(cluster)
-        await until(lambda: "away" in stream.of("stream"))
+        await until(lambda: "disconnect" in stream.of("stream"))
         assert not stream.of("container")
         assert not stream.of("service")
         assert not stream.running.done()
@@ -243,7 +243,7 @@ async def test_only_what_dockers_clients_know_is_passed_on_of_an_event(cluster, 
 
 async def test_an_event_too_long_for_a_manager_is_a_gap_and_the_node_goes_on(cluster, node, events):
     stream = Stream(cluster)
-    await until(lambda: "follow" in stream.of("stream"))
+    await until(lambda: "connect" in stream.of("stream"))
     events.publish("container", "create", "c1", {"label": "x" * node_events.LINE_BYTES_MAX})
     publish(events, "start")
     await stream.reads(1)
@@ -263,33 +263,33 @@ async def test_a_cursor_loses_the_nodes_that_were_removed(cluster, node, events)
 
 async def test_nodes_beyond_the_bound_that_join_later_are_named(cluster, node, monkeypatch):
     stream = Stream(cluster)
-    await until(lambda: "follow" in stream.of("stream"))
+    await until(lambda: "connect" in stream.of("stream"))
     monkeypatch.setattr(node_events, "NODES_MAX", 1)
     present = cluster.store.view().get(Node, node)
     await cluster.store.update(lambda tx: tx.put(replace(present, id=NodeId("0"))))
 
     def told() -> list[str]:
-        found = (one for one in stream.got if (one["Action"], one["Actor"]["ID"]) == ("away", "0"))
+        found = (one for one in stream.got if (one["Action"], one["Actor"]["ID"]) == ("disconnect", "0"))
         return [one["Actor"]["Attributes"]["reason"] for one in found]
 
     await until(told)
-    assert told() == ["the stream has those of 1 other nodes"]
+    assert told() == ["the stream already has events of 1 other nodes"]
     await stream.stop()
 
 
 async def test_streams_and_nodes_have_bounds(cluster, node, monkeypatch):
     every = cast("AllEvents", cluster.all_events)
-    with pytest.raises(InvalidArgument, match="there is no node nowhere"):
+    with pytest.raises(InvalidArgument, match="node nowhere not found"):
         every.check(Wanted(names=["nowhere"]))
     streams = [Stream(cluster) for _ in range(node_events.STREAMS_MAX)]
     await until(lambda: all(stream.got for stream in streams))
-    with pytest.raises(ResourceExhausted, match="read the events of nodes already"):
+    with pytest.raises(ResourceExhausted, match="already read events of nodes"):
         every.check(Wanted())
     for stream in streams:
         await stream.stop()
     every.check(Wanted())
     monkeypatch.setattr(node_events, "NODES_MAX", 0)
-    with pytest.raises(FailedPrecondition, match="too many for one stream"):
+    with pytest.raises(FailedPrecondition, match="events of at most"):
         every.check(Wanted())
 
 
@@ -317,8 +317,8 @@ async def test_nodes_that_cannot_be_read_are_named(cluster, node):
     )
     await cluster.store.update(lambda tx: tx.put(other))
     stream = Stream(cluster, names=["d1"])
-    await until(lambda: "away" in stream.of("stream"))
-    assert stream.where("away")["Actor"]["Attributes"]["name"] == "d1"
+    await until(lambda: "disconnect" in stream.of("stream"))
+    assert stream.where("disconnect")["Actor"]["Attributes"]["name"] == "d1"
     await stream.stop()
 
 

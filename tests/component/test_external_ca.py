@@ -311,7 +311,7 @@ async def test_a_silent_authority_has_its_deadline_and_is_left_out_for_a_while(c
         authority.respond = silent
         with pytest.raises(Unavailable, match=r"no response within 0\.3 s"):
             await join_worker(cluster)
-        with pytest.raises(Unavailable, match="not called again yet"):
+        with pytest.raises(Unavailable, match="skipped after a failure"):
             await join_worker(cluster)
         assert len(authority.requests) == 1
         await update(cluster, named(authority, other))
@@ -336,7 +336,7 @@ async def test_the_leader_alone_calls_the_authority(cluster):
             caller = a_caller(cluster)
             called.append(NodeId(request.node_id))
             assert timeout_s > external.ALL_S
-            return await leading._relayed(request, caller)
+            return await leading._sign_for_manager(request, caller)
 
     def signer(own: NodeId, store: Store) -> CertificateSigner:
         authorities = ExternalAuthorities(lambda: cluster.tls.pair, CLOCK, Random(1))
@@ -351,8 +351,8 @@ async def test_the_leader_alone_calls_the_authority(cluster):
         assert len(authority.requests) == 1
         assert b"BEGIN CERTIFICATE" in signed.certificate_pem
         request = skep.SignExternallyRequest(csr=b"", node_id=identity.node_id)
-        with pytest.raises(Unavailable, match="not the leader"):
-            await following._relayed(request, a_caller(cluster))
+        with pytest.raises(Unavailable, match="no longer the leader"):
+            await following._sign_for_manager(request, a_caller(cluster))
 
 
 async def test_a_demoted_managers_certificate_is_revoked_whatever_its_date(cluster):

@@ -26,7 +26,7 @@ from skep.engine.volumes import Volumes
 from skep.errors import NotFound, SkepError
 from skep.node.docker_engine import DockerEngine
 from skep.node.engine_images import EngineImages
-from skep.node.routes.beside_engine import with_objects_of
+from skep.node.routes.docker_objects import with_objects_of
 from tests.support.archives import a_config, a_docker_archive, a_file, a_tar, sha256
 
 CLOCK = SystemClock()

@@ -255,8 +255,8 @@ async def missing(manager: Manager, service_id: str) -> str:
 class TaskOutput(FakeWorker):
     """A node's log source that begins where the question says, as a real one does."""
 
-    async def read(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
-        lines = super().read(query)
+    async def read_lines(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
+        lines = super().read_lines(query)
         try:
             async for entries in lines:
                 yield [entry for entry in entries if entry.timestamp_ns >= query.since_ns]

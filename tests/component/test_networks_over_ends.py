@@ -357,7 +357,7 @@ async def test_a_sweep_leaves_ports_of_containers_that_could_not_be_taken_over_s
 
     after = Lab(lab.gateway._state.parent, monkeypatch, lab.machine, lab.ports)
     with monkeypatch.context() as patch:
-        patch.setattr(lab.ports, "held", unanswered)
+        patch.setattr(lab.ports, "list_held", unanswered)
         with pytest.raises(Unavailable):
             await after.gateway.restore(live)
     await after.gateway.sweep()
@@ -368,7 +368,7 @@ async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moves, goes_on = asyncio.Event(), asyncio.Event()
-    home, held = lab.gateway._home, lab.ports.held
+    home, held = lab.gateway._home, lab.ports.list_held
 
     async def slow_move() -> None:
         monkeypatch.setattr(home, "apply", nothing)
@@ -382,7 +382,7 @@ async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
     is_held, is_answered = slow_reservations(lab, monkeypatch)
     monkeypatch.setattr(home, "remove", nothing, raising=False)
     monkeypatch.setattr(home, "apply", slow_move)
-    monkeypatch.setattr(lab.ports, "held", slow_list)
+    monkeypatch.setattr(lab.ports, "list_held", slow_list)
     moving = asyncio.create_task(lab.gateway.move(None))
     await moves.wait()
     starting = asyncio.create_task(lab.run("a"))
@@ -435,10 +435,10 @@ async def test_a_start_waits_for_the_sweep_of_what_the_last_run_left(
     id, starts = await lab.run("c"), list[asyncio.Task[Container]]()
     lab.ports.fails.append(Unavailable("the net process is not reached"))
     await lab.end(id)
-    release, turns = lab.ports.release, lab.engine._lifecycle.turns
+    release, locks = lab.ports.release, lab.engine._lifecycle.locks
 
     async def start_meanwhile(*key: Any) -> None:
-        assert turns.is_taken(id)
+        assert locks.is_held(id)
         starts.append(asyncio.create_task(lab.engine.start(id)))
         await asyncio.sleep(0)
         await release(*key)

@@ -157,7 +157,7 @@ async def test_logs_are_taken_from_nodes_that_were_asked_for_them_only(cluster, 
             channel.stream(methods.PUBLISH_LOGS) as call,
         ):
             await call.send(pb.PublishLogsMessage(subscription_id=subscription), end=True)
-            with pytest.raises(NotFound, match="no such subscription"):
+            with pytest.raises(NotFound, match="log subscription not found"):
                 await call.receive()
         reading.cancel()
         await asyncio.wait([reading])

@@ -140,12 +140,12 @@ async def test_a_rotation_does_not_begin_before_every_etcd_trusts_the_root_of_th
     assert etcds_behind(cluster.view) == []
     behind = replace(joining, manager_status=status)
     await put(cluster, behind)
-    with pytest.raises(Unavailable, match=f"managers restart their etcds after the last .*: {MANAGER_ID}"):
+    with pytest.raises(Unavailable, match=f"managers are restarting etcd after the last .*: {MANAGER_ID}"):
         await rotate(cluster)
-    with pytest.raises(Unavailable, match="managers restart their etcds"):
+    with pytest.raises(Unavailable, match="managers are restarting etcd"):
         await cluster.store.update(rotate_root, datetime.now(UTC))
     await put(cluster, replace(behind, status=NodeStatus(state=NodeState.DOWN)))
-    with pytest.raises(FailedPrecondition, match=f"nodes that are away .*: {MANAGER_ID}. Start them"):
+    with pytest.raises(FailedPrecondition, match=f"unavailable nodes .*: {MANAGER_ID}. Start them"):
         await rotate(cluster)
     trusted = root_digest(cluster.swarm.tls_info.trust_root.encode())
     await put(cluster, replace(behind, peer_roots=trusted))
@@ -246,7 +246,7 @@ async def test_no_rotation_begins_that_a_node_which_missed_the_end_of_the_last_o
         async with an_agent(cluster, late, tmp_path / "late"):
             await rotated(cluster)
             await cluster.until(lambda view: view.get(Node, id).status.state is NodeState.DOWN)
-            with pytest.raises(FailedPrecondition, match="nodes that are away still trust the root before"):
+            with pytest.raises(FailedPrecondition, match="unavailable nodes still trust the root before"):
                 await rotate(cluster)
             async with an_agent(cluster, renewed, tmp_path / "missing") as (agent, _):
                 await until(lambda: pair_of(agent).root_pem == cluster.swarm.tls_info.trust_root.encode())

@@ -290,7 +290,7 @@ async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: R
     for role, named in (("viewer:shop", others), ("viewer", "blog_db")):
         for path in ("tasks/t2", "services/shop_web"):
             _, text, _ = await rig.exchange(role, f"GET /skep/{path}/explain")
-            assert f"tasks of {named}, priority 0, hold the room on n1" in text
+            assert f"tasks of {named}, priority 0, hold the resources on n1" in text
     for name, labels, refusal in (
         ("shop_new", important, "priority 10: only users with a role in the whole cluster"),
         ("blog_db", {STACK_LABEL: "blog"}, "of the stack blog"),

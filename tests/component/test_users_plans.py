@@ -40,7 +40,7 @@ async def test_a_plan_of_an_operator_stops_no_other_request(rig: Rig) -> None:
         status, text, _ = await rig.exchange(role, "POST /skep/stacks/check", {"Configs": planned[:500]})
         assert (status, text.strip()) == (200, "[]")
         status, text, _ = await rig.exchange(role, "POST /skep/stacks/check", {"Configs": planned})
-        assert (status, "only administrators may have more than 500 checked" in text) == (500, True), text
+        assert (status, "only administrators may check more than 500" in text) == (500, True), text
     assert scans["all"] <= 2, "of the stacks' names, once a request"
     assert scans["by stack"] <= 2, scans
     assert (await rig.exchange("admin", "POST /skep/stacks/check", {"Configs": planned}))[0] == 200
@@ -48,7 +48,7 @@ async def test_a_plan_of_an_operator_stops_no_other_request(rig: Rig) -> None:
 
 async def test_a_plan_waits_for_a_slot_before_its_rights_are_computed(rig: Rig) -> None:
     body = {"Configs": [{"Name": "shop_c", "Labels": SHOP, "DataBytes": 3}]}
-    async with rig.api.checks.taken(), rig.api.checks.taken():
+    async with rig.api.checks.hold(), rig.api.checks.hold():
         with pytest.raises(TimeoutError):
             # It has no right to this: but for the slot, the refusal would come at once.
             await asyncio.wait_for(rig.exchange("operator:blog", "POST /skep/stacks/check", body), 0.2)
@@ -127,9 +127,11 @@ async def test_an_id_of_a_service_of_another_stack_is_as_an_unknown_one(rig: Rig
             {"Services": [{"Spec": a_spec(), "ID": id, "Version": 1}]},
         ):
             status, text, _ = await rig.exchange("operator:shop", "POST /skep/stacks/check", body)
-            assert (status, "blog_web" in text, f"{id} is not of the stack" in text) == (403, False, True), (
-                text
-            )
+            assert (status, "blog_web" in text, f"{id} does not belong to the stack" in text) == (
+                403,
+                False,
+                True,
+            ), text
 
 
 async def test_a_revision_of_another_stack_tells_nothing_to_any_request(rig: Rig) -> None:
@@ -147,7 +149,7 @@ async def test_a_revision_of_another_stack_tells_nothing_to_any_request(rig: Rig
     ]
     for request, body in requests:
         _, text, _ = await rig.exchange("operator:shop", request, body, {"X-Skep-Revision": revision.id})
-        assert "the revision of this deploy was removed: deploy again" in text, request
+        assert "the revision of this deploy was removed: deploy the stack again" in text, request
         assert "interrupted" not in text
 
 

@@ -88,7 +88,7 @@ async def test_nothing_is_shown_unless_the_cluster_allows_it(cluster, reads):
     for value in (None, "false", "yes"):
         if value is not None:
             await cluster.allow(value)
-        with pytest.raises(PermissionDenied, match="does not show itself"):
+        with pytest.raises(PermissionDenied, match="does not allow clients of workers"):
             await reads.body("/services")
     assert cluster.asked == []
 
@@ -143,7 +143,7 @@ async def test_what_happens_after_the_permission_ended_is_not_sent(cluster):
     cluster.may_answer.clear()
     identity = Identity(node_id=NodeId("w1"), cluster_id=cluster.swarm.id, role=NodeRole.WORKER)
     caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
-    pieces = cluster.reads._read(skep.ReadRequest(target="/events"), caller)
+    pieces = cluster.reads._serve_read(skep.ReadRequest(target="/events"), caller)
     async with aclosing(pieces):
         assert await anext(pieces) == skep.ReadPiece()
         waiting = asyncio.ensure_future(anext(pieces))

@@ -140,7 +140,7 @@ async def test_what_is_later_than_its_deadline_does_not_run(store: Store) -> Non
     async with leading("10:20:00", store):
         await wait_for(store, lambda: bool(starts(store, id)))
     (late,) = starts(store, id)
-    assert late.skipped == "it would have begun 1200 s late"
+    assert late.skipped == "it would have started 1200 s late"
     assert status(store, id).awaits_first_run
     async with leading("11:05:00", store):
         await wait_for(store, lambda: not status(store, id).awaits_first_run)
@@ -279,18 +279,18 @@ async def test_a_user_runs_a_job_now_unless_it_is_going_and_retries_what_failed(
     await store.update(run_job, id, now=TEN, replaces=False)
     assert status(store, id).job_iteration.index == 0
     assert [one.scheduled_at for one in starts(store, id)] == [None]
-    with pytest.raises(FailedPrecondition, match="run 0 of job nightly is still going"):
+    with pytest.raises(FailedPrecondition, match="run 0 of job nightly is active"):
         await store.update(run_job, id, now=TEN, replaces=False)
     await store.update(run_job, id, now=TEN, replaces=True)
     assert status(store, id).job_iteration.index == 1
-    with pytest.raises(FailedPrecondition, match="nothing of the present run of job nightly has failed"):
+    with pytest.raises(FailedPrecondition, match="no slot of the current run of job nightly has failed"):
         await store.update(retry_job, id)
     await end(store, id, TaskState.FAILED)
     await store.update(retry_job, id)
     (failed,) = store.view().find(Task, service_id=id)
     assert status(store, id).retried_until == failed.created_at
     assert status(store, id).job_iteration.index == 1
-    with pytest.raises(FailedPrecondition, match="still going"):
+    with pytest.raises(FailedPrecondition, match="is active"):
         await store.update(run_job, id, now=TEN, replaces=False)
 
 
@@ -300,7 +300,7 @@ async def test_what_is_no_job_or_gone_is_neither_run_nor_scheduled(store: Store)
         store.update(run_job, web, now=TEN, replaces=True),
         store.update(retry_job, web),
     ):
-        with pytest.raises(FailedPrecondition, match="service web is no job: it has mode replicated"):
+        with pytest.raises(FailedPrecondition, match="service web is not a job: it has mode replicated"):
             await request
     with pytest.raises(InvalidArgument, match="the service is replicated"):
         await create(store, replace(a_service_spec("other"), labels={CRON: "@daily"}))

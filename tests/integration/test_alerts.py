@@ -11,7 +11,7 @@ from tests.support.prometheus_rig import Prometheus
 pytestmark = [pytest.mark.slow, pytest.mark.needs("prometheus"), pytest.mark.timeout(400)]
 
 _MADE = {
-    "SkepServiceNotAsWanted",
+    "SkepServiceDegraded",
     "SkepPeerUnreachable",
     "SkepNodeDown",
     "SkepNodeUnreachable",
@@ -50,9 +50,9 @@ def test_a_service_a_path_a_node_and_the_quorum(tmp_path: Path) -> None:
                 "node.labels.x==y",
                 "busybox:1",
             )
-            wait_until(lambda: "SkepServiceNotAsWanted" in prometheus.fired(), "a service", within_s=60)
+            wait_until(lambda: "SkepServiceDegraded" in prometheus.fired(), "a service", within_s=60)
             m1.docker("service", "rm", "nowhere")
-            wait_until(lambda: "SkepServiceNotAsWanted" not in prometheus.fired(), "it is over", within_s=60)
+            wait_until(lambda: "SkepServiceDegraded" not in prometheus.fired(), "it is over", within_s=60)
 
             cluster.skep("exec", "w1", "--", "nft", _BLOCK.replace("ADDRESS", w2.description["addr"]))
             wait_until(lambda: "SkepPeerUnreachable" in prometheus.fired(), "a path", within_s=120)

@@ -71,16 +71,16 @@ def test_busy_tasks_become_more_and_idle_ones_fewer(pair: TestCluster, load: Pat
     wait_running(m1, "web", 1)
 
     def measured() -> bool:
-        return explained(m1, "web").get("Unknown") == 0
+        return explained(m1, "web").get("Unmeasured") == 0
 
     wait_until(measured, "its task is measured", WITHIN_S)
-    assert explained(m1, "web")["Measures"][0]["Average"] < 20
+    assert explained(m1, "web")["Metrics"][0]["Average"] < 20
     assert replicas(m1, "web") == 1
 
     (load / "busy").touch()
     wait_until(lambda: len(running(m1, "web")) == 3, "three busy tasks", WITHIN_S)
     wait_until(
-        lambda: "it has the most tasks that it may have" in skep(m1, "explain", "web"),
+        lambda: "it is at its maximum number of tasks" in skep(m1, "explain", "web"),
         "why not more",
         WITHIN_S,
     )

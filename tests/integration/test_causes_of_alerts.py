@@ -92,7 +92,7 @@ def test_a_service_that_starts_slowly(alerts: Alerts) -> None:
     )
     wait_until(lambda: time.monotonic() - begun > 62, "a minute", 70)
     m1.docker("node", "update", "--label-add", "late=yes", "w1")
-    alerts.wait_for("SkepTasksStartSlowly")
+    alerts.wait_for("SkepTaskStartSlow")
     m1.docker("service", "rm", "late")
 
 
@@ -109,7 +109,7 @@ def test_name_servers_that_do_not_answer(alerts: Alerts) -> None:
     w1.docker("network", "create", "questions")
     network = ("--network", "questions", "--dns", UNUSED)
     w1.docker("run", "-d", "--name", "asks", *network, IMAGE, "sh", "-c", QUESTIONS)
-    alerts.wait_for("SkepNameServersSilent", within_s=180)
+    alerts.wait_for("SkepDNSUpstreamTimeouts", within_s=180)
     w1.docker("rm", "-f", "asks")
     w1.docker("network", "rm", "questions")
 
@@ -133,7 +133,7 @@ def test_a_node_process_that_is_late(alerts: Alerts) -> None:
                 time.sleep(HALT_S)
             finally:
                 os.kill(pid, signal.SIGCONT)
-        return alerts.fires("SkepEventLoopLate")
+        return alerts.fires("SkepEventLoopLag")
 
     wait_until(is_late, "the process is late", 90)
 

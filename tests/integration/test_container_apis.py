@@ -137,7 +137,7 @@ def test_the_socket_outlives_the_node_process(two: TestCluster, m1: TestNode) ->
 def test_more_is_given_by_a_label_that_the_cluster_allows(two: TestCluster, m1: TestNode) -> None:
     label = ("--container-label", "skep.api=full")
     refused = m1.docker("service", "create", "--detach", *MOUNT, *label, IMAGE, check=False)
-    assert "the cluster does not allow its services: api" in refused.stderr
+    assert "this cluster does not allow services to use: api" in refused.stderr
     two.skep("exec", "m1", "--", str(skep_command()), "cluster", "allow", "api,api-inspect")
     try:
         full = started(m1, "agent", *label)

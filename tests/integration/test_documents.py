@@ -48,12 +48,18 @@ NETWORKS = "docs/guide/networks.md"
 DOCTOR = "docs/guide/doctor.md"
 INSTALL = "docs/guide/install.md"
 UPGRADE = "docs/guide/upgrade.md"
-OPERATE = "docs/guide/operate.md"
+STATUS = "docs/guide/status.md"
+EXEC = "docs/guide/exec.md"
+NODES = "docs/guide/nodes.md"
+PRIORITIES = "docs/guide/priorities.md"
 MIGRATE = "docs/guide/migrate.md"
 IMAGES = "docs/guide/images.md"
+SECRETS = "docs/guide/secrets.md"
+VOLUMES = "docs/guide/volumes.md"
+DEVICES = "docs/guide/devices.md"
 STACKS = "docs/guide/stacks.md"
 LOGS = "docs/guide/logs.md"
-DASHBOARDS = "docs/guide/dashboards.md"
+API_ACCESS = "docs/guide/api-access.md"
 HISTORY = "docs/guide/history.md"
 
 SYSTEMCTL = """
@@ -122,12 +128,15 @@ def test_no_block_is_forgotten() -> None:
         *((DOCTOR, number) for number in range(3)),
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
-        *((OPERATE, number) for number in range(9)),
-        *((IMAGES, number) for number in range(7)),
+        *((STATUS, number) for number in range(3)),
+        *((NODES, number) for number in range(3)),
+        *((VOLUMES, number) for number in range(3)),
+        *((IMAGES, number) for number in range(2)),
+        *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES)),
         *((STACKS, number) for number in range(5)),
         (LOGS, 0),
         *((HISTORY, number) for number in range(2)),
-        (DASHBOARDS, 0),
+        *((API_ACCESS, number) for number in range(2)),
         *((MIGRATE, number) for number in range(2)),
     }
     assert blocks - set(RUN_ELSEWHERE) == run_here
@@ -200,18 +209,31 @@ def test_the_guides_to_installing_and_upgrading(checkout: Path) -> None:
     assert (root / "usr/local/share/man/man1/skep.1").read_text().startswith('.\\" Written')
 
 
-def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
-    how, why, private, container, reads, short, maintenance, forgotten, grace = shell_blocks(OPERATE)
+def test_the_guide_to_status(m1: TestNode, checkout: Path) -> None:
+    health, why, private = shell_blocks(STATUS)
     where = {"DOCKER_HOST": m1.socket}
-    assert "m1" in run(how, checkout, **where)
+    assert "m1" in run(health, checkout, **where)
     assert "scheduling constraints not satisfied on 1 node" in run(why, checkout, **where)
     wait_running(m1, "report", 1)
     run(private, checkout, **where)
-    assert "select 1\n" in run(container, checkout, **where)
-    run(reads, checkout, **where)
-    run("skep cluster worker-reads off", checkout, **where)
-    assert "checkout: " in run(short, checkout, **where)
-    run(maintenance, checkout, **where)
+
+
+def test_the_guide_to_commands_in_containers(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(EXEC)
+    assert "select 1\n" in run(block, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_guide_to_priorities(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(PRIORITIES)
+    assert "checkout: " in run(block, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_guide_to_nodes(m1: TestNode, checkout: Path) -> None:
+    drain, forgotten, grace = shell_blocks(NODES)
+    where = {"DOCKER_HOST": m1.socket}
+    create(m1, "report", 1)
+    wait_running(m1, "report", 1)
+    run(drain, checkout, **where)
     wait_running(m1, "report", 1)
     assert run(forgotten, checkout, **where) == "24h\n24h\nnever\n"
     assert run(grace, checkout, **where).split("\n")[:2] == ["10s", "10s"]
@@ -219,18 +241,33 @@ def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
 
 def test_the_guide_to_images(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    build, share, secret, volume, slots, device, cluster = shell_blocks(IMAGES)
+    build, share = shell_blocks(IMAGES)
     run(build, checkout, **where)
     run(share, checkout, **where)
     assert in_task(m1, "greeter", "cat", "/greeting") == "hello\n"
-    run(secret, checkout, **where)
+
+
+def test_the_guide_to_secrets(own_cluster: TestCluster, checkout: Path) -> None:
+    m1 = own_cluster.node("m1")
+    (block,) = shell_blocks(SECRETS)
+    run(block, checkout, DOCKER_HOST=m1.socket)
     assert in_task(m1, "reader", "cat", "/run/secrets/password") == "two"
+
+
+def test_the_guide_to_devices(own_cluster: TestCluster, checkout: Path) -> None:
+    m1 = own_cluster.node("m1")
+    (block,) = shell_blocks(DEVICES)
+    run(block, checkout, DOCKER_HOST=m1.socket)
+    assert in_task(m1, "clock", "head", "-c", "1", "/dev/zero") == "\0"
+    assert "16384" in in_task(m1, "clock", "df", "-k", "/dev/shm")
+
+
+def test_the_guide_to_volumes(own_cluster: TestCluster, checkout: Path) -> None:
+    m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
+    volume, slots, cluster = shell_blocks(VOLUMES)
     assert '"type": "tmpfs"' in run(volume, checkout, **where)
     assert "db: " in run(slots, checkout, **where)
     assert "10240" in in_task(m1, "worker", "df", "-k", "/scratch")
-    run(device, checkout, **where)
-    assert in_task(m1, "clock", "head", "-c", "1", "/dev/zero") == "\0"
-    assert "16384" in in_task(m1, "clock", "df", "-k", "/dev/shm")
     if "--type" not in m1.docker("volume", "create", "--help").stdout:
         pytest.skip("this docker command has no volumes of the cluster")
     assert '"State": "to be created by its driver"' in run(cluster, checkout, **where)
@@ -271,9 +308,12 @@ def test_the_guide_to_history(m1: TestNode, checkout: Path) -> None:
     assert "service web updated: replicas 2 → 3" in [one["Message"] for one in entries]
 
 
-def test_the_guide_to_dashboards(m1: TestNode, checkout: Path) -> None:
-    (block,) = shell_blocks(DASHBOARDS)
-    run(block, checkout, DOCKER_HOST=m1.socket)
+def test_the_guide_to_api_access(m1: TestNode, checkout: Path) -> None:
+    mounted, worker_reads = shell_blocks(API_ACCESS)
+    where = {"DOCKER_HOST": m1.socket}
+    run(mounted, checkout, **where)
+    run(worker_reads, checkout, **where)
+    run("skep cluster worker-reads off", checkout, **where)
 
 
 def in_task(node: TestNode, service: str, *command: str) -> str:
@@ -336,7 +376,7 @@ def test_the_guide_to_the_doctor(own_cluster: TestCluster, checkout: Path) -> No
 def test_the_recovery_guide(own_cluster: TestCluster, checkout: Path) -> None:
     """One manager: locked, backed up, lost, restored, forced.  What ran runs on while it is locked."""
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    lock, unlock, backup, restore, force = shell_blocks(RECOVERY)
+    backup, restore, force, lock, unlock = shell_blocks(RECOVERY)
     create(m1, "web", 2)
     wait_running(m1, "web", 2)
     run(lock, checkout, **where)

@@ -108,7 +108,7 @@ def test_an_update_is_paused_resumed_and_aborted_by_commands(cluster: TestCluste
     nothing = skep(m1, "update", "pause", "site", check=False)
     assert (nothing.returncode, nothing.stderr) == (
         1,
-        "Error: no update of service site is under way: there is nothing to pause\n",
+        "Error: service site has no update in progress: there is nothing to pause\n",
     )
     m1.docker("service", "update", "--detach", "--env-add", "A=1", "site")
     paused = skep(m1, "update", "pause", "site").stdout

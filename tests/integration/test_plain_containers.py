@@ -427,7 +427,7 @@ def test_security_options_hold_or_are_refused_in_dockers_words(m1: TestNode, tmp
     assert json.loads(shown) == options
     for option, reason in (
         ("selinux=off", 'invalid --security-opt 2: "selinux=off"'),
-        ("label=level:s0", "do not have --security-opt label"),
+        ("label=level:s0", "do not support --security-opt label"),
         ("apparmor=nosuch", "apparmor" if apparmor.is_supported() else "no profile nosuch"),
     ):
         assert reason in refused(m1, "run", "--rm", *LABEL, "--security-opt", option, IMAGE)

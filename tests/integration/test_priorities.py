@@ -28,7 +28,7 @@ def test_the_important_service_gets_the_room_of_others_where_the_cluster_allows_
     create(m1, "batch", 2, has * 2 // 5)
     wait_running(m1, "batch", 2)
     create(m1, "shop", 1, has // 2, "--label", "skep.priority=10")
-    held = "tasks of batch, priority 0, hold the room on m1; preemption is off (skep cluster preemption)"
+    held = "tasks of batch, priority 0, hold the resources on m1; preemption is off (skep cluster preemption)"
     wait_until(lambda: held in skep(m1, "explain", "shop"), "what holds the room is named")
     assert skep(m1, "cluster", "preemption").strip() == "off"
 
@@ -39,7 +39,7 @@ def test_the_important_service_gets_the_room_of_others_where_the_cluster_allows_
     assert listed(m1, "batch").count(words) == 1, "no more than needed"
     wait_running(m1, "batch", 1)
     wait_until(lambda: "its own priority is 0" in skep(m1, "explain", "batch"), "what waits says for which")
-    assert "tasks of shop, priority 10, hold the room on m1" in skep(m1, "explain", "batch")
+    assert "tasks of shop, priority 10, hold the resources on m1" in skep(m1, "explain", "batch")
     wait_until(lambda: f"is replaced: it was {words}" in skep(m1, "history"), "the history has the reason")
 
     m1.docker("service", "scale", "--detach", "shop=0")

@@ -30,7 +30,7 @@ def test_workers_come_to_a_manager_at_a_new_address_by_the_line_that_restore_pri
         restored = skep(new, "restore", "--yes", "--key-file", str(key), str(tmp_path / "swarm.backup"))
         (line,) = [line.strip() for line in restored.splitlines() if line.strip().startswith("managers = ")]
         wait_until(
-            lambda: "no manager answers: this node asks 192." in skep(w1, "status"),
+            lambda: "no manager answers: this node tries 192." in skep(w1, "status"),
             "the worker names the managers it tries",
         )
         toml = cluster.directory / "w1" / "skep.toml"

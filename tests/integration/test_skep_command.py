@@ -145,7 +145,7 @@ def test_a_service_has_the_rights_that_the_cluster_allows_it(strict: TestNode) -
     script = "grep ' /dev/shm ' /proc/mounts; ls -l /proc/self/ns/pid; head -c 0 /dev/log0 && echo opened; sleep 1000"
     create += ["--cap-add", "SYSLOG", IMAGE, "sh", "-c", script]
     refused = strict.docker(*create, check=False)
-    assert "the cluster does not allow its services: devices,namespaces,resources" in refused.stderr
+    assert "this cluster does not allow services to use: devices,namespaces,resources" in refused.stderr
     assert allowed(strict, "devices", "namespaces", "resources") == "devices,namespaces,resources"
     strict.docker(*create)
 
@@ -159,10 +159,10 @@ def test_a_service_has_the_rights_that_the_cluster_allows_it(strict: TestNode) -
     refused = strict.docker(
         "service", "update", "--detach", "--container-label-add", "skep.privileged=true", "right", check=False
     )
-    assert "the cluster does not allow its services: privileged" in refused.stderr
+    assert "this cluster does not allow services to use: privileged" in refused.stderr
     allowed(strict, "none")
     refused = strict.docker("service", "update", "--detach", "--force", "right", check=False)
-    assert "the cluster does not allow its services: devices,namespaces,resources" in refused.stderr
+    assert "this cluster does not allow services to use: devices,namespaces,resources" in refused.stderr
 
 
 def test_a_service_whose_device_no_node_has_waits_and_says_so(strict: TestNode) -> None:

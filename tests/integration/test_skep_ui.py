@@ -46,7 +46,7 @@ class Page:
         async for kind, data in events:
             services = data["services"] if kind == "snapshot" else data["set"].get("services", [])
             for one in services:
-                if one["name"] == name and one["running"] == running and one["state"] == "well":
+                if one["name"] == name and one["running"] == running and one["state"] == "healthy":
                     return one
         raise AssertionError("the stream has ended")
 
@@ -82,7 +82,7 @@ async def test_a_page_sees_a_service_scales_it_and_has_a_terminal_in_its_task(m1
         spec = {**service["Spec"], "Mode": {"Replicated": {"Replicas": 2}}}
         await page.post(f"/services/{row['id']}/update?version={row['version']}", spec)
         async with asyncio.timeout(60):
-            assert (await page.until_service(events, "seen", 2))["wanted"] == 2
+            assert (await page.until_service(events, "seen", 2))["desired"] == 2
         await events.aclose()  # type: ignore[attr-defined]
 
         tasks = [one for one in (await page.get("/skep/view"))["tasks"] if one["service"] == row["id"]]

@@ -129,7 +129,7 @@ def test_each_slot_has_its_volume_again_when_it_is_scaled_up_or_its_service_made
 def test_a_kept_slot_waits_for_its_node_until_that_is_back_or_its_data_is_given_up(
     trio: TestCluster, m1: TestNode
 ) -> None:
-    create_db(m1, "kept", "--label", "skep.volumes=keep")
+    create_db(m1, "kept", "--label", "skep.volume-affinity=required")
     nodes, first = slots(m1, "kept"), written(trio, m1, "kept")
     away = nodes[2]
     node_id = nodes_by_name(m1)[away]["ID"]
@@ -147,7 +147,7 @@ def test_a_kept_slot_waits_for_its_node_until_that_is_back_or_its_data_is_given_
     assert (slots(m1, "kept"), written(trio, m1, "kept")) == (nodes, first)
     m1.docker("node", "update", "--availability", "drain", node_id)
     wait_until(lambda: words in m1.docker("service", "ps", "--no-trunc", "kept").stdout, "it waits again")
-    m1.docker("service", "update", "--detach", "--label-add", "skep.volumes=spread", "kept")
+    m1.docker("service", "update", "--detach", "--label-add", "skep.volume-affinity=none", "kept")
     assert set(slots(m1, "kept").values()) == {nodes[1]}
     assert written(trio, m1, "kept")[2] != first[2], "with an empty volume"
 
@@ -165,7 +165,9 @@ def test_a_services_volume_has_the_same_options_on_every_node_or_its_task_is_rej
         *("--restart-delay", "1s", "--stop-grace-period", "1s", IMAGE, "sleep", "1000"),
     )
     wait_running(m1, "cache", 2, 60)
-    refused = "volume memory exists with other options than those of the mount"
+    refused = (
+        "volume memory exists with other options than the mount: use the same options, or another volume"
+    )
     wait_until(lambda: "Rejected" in m1.docker("service", "ps", "--no-trunc", "cache").stdout, "w2 refuses")
     assert refused in m1.docker("service", "ps", "--no-trunc", "cache").stdout
     trio.node("w2").docker("volume", "rm", "memory")
@@ -188,7 +190,7 @@ def test_a_services_volume_has_the_same_options_on_every_node_or_its_task_is_rej
 def test_a_kept_slot_waits_for_a_node_that_is_down_and_another_goes_elsewhere_and_says_what_it_left(
     trio: TestCluster, m1: TestNode
 ) -> None:
-    create_db(m1, "held", "--label", "skep.volumes=keep")
+    create_db(m1, "held", "--label", "skep.volume-affinity=required")
     create_db(m1, "free")
     nodes, first = slots(m1, "held"), written(trio, m1, "held")
     free = {hostname: slot for slot, hostname in slots(m1, "free").items()}

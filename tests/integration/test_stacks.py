@@ -349,6 +349,6 @@ def test_a_one_shot_service_that_is_deployed_again_is_done_again(m1: TestNode, f
     assert wait_until(lambda: update() not in ("", "updating") and update(), "its update ends") == "completed"
     found = json.loads(skep(m1, "status", "-o", "json", check=False).stdout)
     rows = {one["Name"]: one for one in found["Cluster"]["Services"]}
-    assert (rows["shop_migrate"]["IsWell"], rows["shop_migrate"]["Why"]) == (True, "")
+    assert (rows["shop_migrate"]["IsHealthy"], rows["shop_migrate"]["Reason"]) == (True, "")
     explained = skep(m1, "explain", "shop_migrate").stdout
     assert "paused" not in explained

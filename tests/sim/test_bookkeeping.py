@@ -106,11 +106,11 @@ def test_indexes_that_differ_are_rejected_at_the_second_check(
     assert cluster.observer.violations == []
 
 
-def a_stop_that_is_withheld(manager: SimulatedManager) -> Callable[[], object]:
+def a_stop_that_is_delayed(manager: SimulatedManager) -> Callable[[], object]:
     assert manager._dispatcher is not None
-    withheld = manager._dispatcher._stops._withheld
-    withheld[TaskId("t1")] = None
-    return withheld.clear
+    delayed = manager._dispatcher._stops._delayed
+    delayed[TaskId("t1")] = None
+    return delayed.clear
 
 
 def an_absence_of_a_node_that_is_gone(manager: SimulatedManager) -> Callable[[], object]:
@@ -130,7 +130,7 @@ def a_waiter_for_a_revision(manager: SimulatedManager) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("leave", "words"),
     [
-        (a_stop_that_is_withheld, "m1 withholds the stop of ['t1']"),
+        (a_stop_that_is_delayed, "m1 delays the stop of ['t1']"),
         (an_absence_of_a_node_that_is_gone, "m1 has a session of w9, which is gone"),
         (a_waiter_for_a_revision, "m1 keeps 1 tasks that wait for a revision"),
     ],

@@ -18,7 +18,7 @@ from skep.manager.dispatcher.assignments import SentState, difference, everythin
 from skep.manager.dispatcher.statuses import record_unpublished
 from skep.manager.recovery import doubt_volumes
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.volumes.loop import ClusterVolumes, unconfirmed
+from skep.manager.volumes.loop import ClusterVolumes, skip_confirmation
 from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, SessionId, TaskId, VolumeId
@@ -303,7 +303,9 @@ class World:
         random = Random(self.random.random())
         async with asyncio.TaskGroup() as group:
             group.create_task(Scheduler(self.store, self.clock, str, random).run())
-            group.create_task(ClusterVolumes(self.store, self.clock, random, self.driver, unconfirmed).run())
+            group.create_task(
+                ClusterVolumes(self.store, self.clock, random, self.driver, skip_confirmation).run()
+            )
 
     def _found(self, tx: Transaction) -> None:
         tx.raise_level(CLUSTER_VOLUMES)

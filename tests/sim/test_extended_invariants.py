@@ -18,7 +18,7 @@ from skep.model.autoscaling import AUTOSCALE
 from skep.model.container import Mount
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import ServiceId, VolumeId
-from skep.model.labels import JOB_TTL, PRIORITY, VOLUMES
+from skep.model.labels import JOB_TTL, PRIORITY, VOLUME_AFFINITY
 from skep.model.meta import Version
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.quota import QuotaSpec
@@ -93,7 +93,8 @@ def test_who_removes_a_node_says_that_nothing_writes_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "is_requested", "violations"), [("keep", False, 1), ("keep", True, 0), ("return", False, 0)]
+    ("policy", "is_requested", "violations"),
+    [("required", False, 1), ("required", True, 0), ("preferred", False, 0)],
 )
 def test_a_node_that_is_removed_with_the_only_data_of_a_slot(
     policy: str, is_requested: bool, violations: int
@@ -101,7 +102,7 @@ def test_a_node_that_is_removed_with_the_only_data_of_a_slot(
     stored = {W1: {("data", "web", 1)}, W2: set[tuple[str, str, int]]()}
     history = History(OnlyCopiesStay(stored.__getitem__, lambda _: is_requested))
     history.put(a_node(W1), a_node(W2))
-    history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels={VOLUMES: policy})))
+    history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels={VOLUME_AFFINITY: policy})))
     history.commit(lambda tx: tx.delete(Node, W1))
     assert len(history.violations) == violations
 
@@ -109,7 +110,7 @@ def test_a_node_that_is_removed_with_the_only_data_of_a_slot(
 def test_a_node_may_go_of_whose_data_another_one_has_a_copy() -> None:
     history = History(OnlyCopiesStay(lambda _: {("data", "web", 1)}, lambda _: False))
     history.put(a_node(W1), a_node(W2))
-    history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels={VOLUMES: "keep"})))
+    history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels={VOLUME_AFFINITY: "required"})))
     history.commit(lambda tx: tx.delete(Node, W1))
     assert history.violations == []
 
@@ -243,7 +244,7 @@ def test_specs_combine_all_labels_and_each_is_often_absent() -> None:
     random, extensions = Random(1), Random(2)
     known = Dependencies(services=("web", "api", "db", "cache"), volumes=("v1",))
     specs = [a_spec("web", random, known, extensions) for _ in range(400)]
-    for label in (PRIORITY, STACK_LABEL, DEPENDS_ON, VOLUMES, AUTOSCALE, CRON, JOB_TTL):
+    for label in (PRIORITY, STACK_LABEL, DEPENDS_ON, VOLUME_AFFINITY, AUTOSCALE, CRON, JOB_TTL):
         assert 0 < sum(label in spec.labels for spec in specs) < 0.6 * len(specs), label
     assert any(len({AUTOSCALE, DEPENDS_ON, PRIORITY} & spec.labels.keys()) == 3 for spec in specs)
     assert (

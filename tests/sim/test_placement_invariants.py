@@ -12,7 +12,7 @@ from sim.invariants.placement import global_jobs_run_once, meets, port_violation
 from sim.invariants.volumes import LocalVolumesStay
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUMES
+from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
@@ -311,7 +311,7 @@ def test_a_prepared_task_does_not_wait_for_its_turn_without_a_slot_that_is_out_o
 def a_slot_with_data(policy: str, **node: object) -> tuple[History, Task]:
     """A task of a slot has had its volume on w1 for a while, and has ended; gives the next one, without a node."""
     history = History(LocalVolumesStay())
-    spec = a_spec(labels={VOLUMES: policy})
+    spec = a_spec(labels={VOLUME_AFFINITY: policy})
     mount = Mount(type="volume", source="data", target="/data")
     template = replace(spec.task_template, container_spec=ContainerSpec(image="app:1", mounts=(mount,)))
     history.put(Service(id=ServiceId("web"), spec=replace(spec, task_template=template)))
@@ -337,12 +337,12 @@ DRAINED = NodeSpec(availability=Availability.DRAIN)
 @pytest.mark.parametrize(
     ("policy", "home", "node", "is_wrong"),
     [
-        ("keep", NodeSpec(), W1, False),
-        ("keep", NodeSpec(), W2, True),
-        ("keep", DRAINED, W2, True),
-        ("return", NodeSpec(), W2, True),
-        ("return", DRAINED, W2, False),
-        ("spread", NodeSpec(), W2, False),
+        ("required", NodeSpec(), W1, False),
+        ("required", NodeSpec(), W2, True),
+        ("required", DRAINED, W2, True),
+        ("preferred", NodeSpec(), W2, True),
+        ("preferred", DRAINED, W2, False),
+        ("none", NodeSpec(), W2, False),
     ],
 )
 def test_a_task_that_starts_away_from_its_volumes_is_rejected(

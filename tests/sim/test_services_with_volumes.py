@@ -21,7 +21,7 @@ from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.volumes.loop import ClusterVolumes, unconfirmed
+from skep.manager.volumes.loop import ClusterVolumes, skip_confirmation
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import ClusterId, NodeId, ServiceId
 from skep.model.labels import FORGET_NODES
@@ -134,7 +134,9 @@ class World:
         async with asyncio.TaskGroup() as group:
             for kind in (Orchestrator, Allocator, Scheduler, Reaper, LostNodes):
                 group.create_task(kind(self.store, self.clock, new_id, random).run())
-            group.create_task(ClusterVolumes(self.store, self.clock, random, self.driver, unconfirmed).run())
+            group.create_task(
+                ClusterVolumes(self.store, self.clock, random, self.driver, skip_confirmation).run()
+            )
 
     def _found(self, tx: Transaction) -> None:
         tx.raise_level(CLUSTER_VOLUMES)
@@ -145,7 +147,7 @@ class World:
             mount = Mount(type="cluster", source=mode, target="/d")
             tx.put(Service(id=ServiceId(mode), spec=_spec(mode, mount)))
         mount = Mount(type="volume", source="data", target="/d")
-        spec = replace(_spec(LOCAL, mount), labels={"skep.volumes": "keep"})
+        spec = replace(_spec(LOCAL, mount), labels={"skep.volume-affinity": "required"})
         tx.put(Service(id=ServiceId(LOCAL), spec=spec))
 
     async def _disturb(self) -> None:

@@ -56,7 +56,7 @@ class NetPorts:
             raise self.fails.pop()
         self.keys.discard((protocol, port, address))
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
         return tuple(self.keys)
 
 

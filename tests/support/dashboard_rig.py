@@ -33,7 +33,7 @@ class People:
         if not self.are_known:
             raise Unavailable("users are not known at present")
         if (token := self.by_credential.get(credential)) is None:
-            raise Unauthenticated("the token is not known, or was revoked")
+            raise Unauthenticated("the token is unknown or was revoked")
         name = token.partition("-")[0]
         return Identity(name=name, origin=Origin.TOKEN, bindings=(parse_binding(ROLES[token]),))
 

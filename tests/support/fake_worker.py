@@ -57,7 +57,7 @@ class FakeWorker:
         self.known[id] = status
         self.reports.report(id, status)
 
-    async def read(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
+    async def read_lines(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
         self.queries.append(query)
         sent, is_past = 0, self.ends_its_past
         try:

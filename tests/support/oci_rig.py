@@ -249,7 +249,7 @@ class ContainerController:
         container = await self._engine.wait(self._require().id)
         return TaskExit(exit_code=container.exit_code)
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         """Nothing more is known than the exit code."""
         return None
 

@@ -28,7 +28,7 @@ class OwnReservations:
         if opened is not None:
             opened.close()
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
         return tuple(self._sockets)
 
     def sockets(self) -> list[tuple[Reservation, socket.socket]]:

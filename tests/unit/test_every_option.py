@@ -301,7 +301,10 @@ REFUSED = {
     "Privileges.CredentialSpec.Config": "credentialspec=config://x",
     "Privileges.CredentialSpec.File": "credentialspec=file://x",
     "Privileges.CredentialSpec.Registry": "credentialspec=registry://x",
-    **{f"Privileges.SELinuxContext.{one}": "no SELinux labels" for one in ("User", "Role", "Type", "Level")},
+    **{
+        f"Privileges.SELinuxContext.{one}": "does not set SELinux labels"
+        for one in ("User", "Role", "Type", "Level")
+    },
     "Mounts.0.VolumeOptions.DriverConfig.Name": 'plugin "nfs" not found',
     "Mounts.0.ImageOptions.Subpath": 'invalid MountType: "image"',
     "Isolation": "invalid isolation 'hyperv' on linux",

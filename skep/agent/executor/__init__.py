@@ -1,1 +1,1 @@
-"""What runs tasks: containers, plain commands, pretence."""
+"""Task executors: OCI containers, plain processes, simulated."""

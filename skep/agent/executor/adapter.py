@@ -1,7 +1,7 @@
-"""From an assigned task to the request from which the engine creates its container.  Pure.
+"""Translates an assigned task into the request from which the engine creates its container.  Pure.
 
-Source: swarmkit, agent/exec (dockerd's copy: moby, daemon/cluster/executor/container/container.go), and there
-container_operations.go (ingress comes first).
+Source: swarmkit, agent/exec (dockerd's copy: moby, daemon/cluster/executor/container/container.go), and
+container_operations.go there (ingress comes first).
 """
 
 import math
@@ -35,17 +35,17 @@ from skep.model.times import SECOND_NS
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The node as placeholders of its tasks show it."""
+    """Facts about the node that the placeholders of its tasks can use."""
 
     hostname: str
     os: str = "linux"
     architecture: str = ""
     allowed: frozenset[Right] = ALL_RIGHTS
-    """Rights over itself that it gives tasks."""
+    """Rights over itself that the node grants to tasks."""
 
 
 def container_spec(task: AssignedTask) -> ContainerSpec:
-    """The task's container.  Raises: Rejected: it is no container task."""
+    """Return the task's container.  Raises: Rejected: it is not a container task."""
     spec = task.task.spec.container_spec
     if spec is None:
         raise Rejected("this node runs containers only: the task has no container spec")
@@ -53,7 +53,7 @@ def container_spec(task: AssignedTask) -> ContainerSpec:
 
 
 def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
-    """What placeholders see of the task: ``{{.Task.Slot}}`` and others."""
+    """Return the values that placeholders like ``{{.Task.Slot}}`` can use."""
     return templates.context(
         service_id=task.task.service_id,
         service_name=task.service_name,
@@ -71,12 +71,14 @@ def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
 def create_request(
     task: AssignedTask, node: NodeFacts, cluster_volumes: Sequence[PublishedVolume] = ()
 ) -> CreateRequest:
-    """The request for the task's container.
+    """Return the request for the task's container.
 
     Args:
-        cluster_volumes: those of its mounts of type ``cluster``, in their order.
+        cluster_volumes: Volumes of its mounts of type ``cluster``, in their order.
 
-    Raises: Rejected; InvalidArgument: a placeholder's.
+    Raises:
+        Rejected: The task cannot run on this node.
+        InvalidArgument: A placeholder is invalid.
     """
     spec = templates.expand_container(container_spec(task), context_of(task, node))
     _refuse_driver_options(task.task)
@@ -129,15 +131,16 @@ def create_request(
 
 
 def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) -> tuple[Mount, ...]:
-    """``mounts`` with those of cluster volumes as bind mounts.
+    """Return ``mounts`` with cluster volumes as bind mounts.
 
-    Raises: Rejected: one cannot be, or the task has no volume for it.
+    Raises:
+        Rejected: A mount is invalid, or the task has no volume for it.
     """
     for mount in mounts:
         _check_mount(mount)
     wanted = sum(mount.type == "cluster" for mount in mounts)
     if wanted != len(cluster_volumes):
-        raise Rejected("the task has not been given its cluster volumes")
+        raise Rejected("the task's cluster volumes were not assigned with it")
     left = iter(cluster_volumes)
     return tuple(
         replace(mount, type="bind", source=str(next(left).path), cluster_options=None)
@@ -148,7 +151,7 @@ def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) 
 
 
 def _check_mount(mount: Mount) -> None:
-    """Raises: Rejected, in Docker's words (moby, daemon/cluster/executor/container/validate.go)."""
+    """Check a mount.  Raises: Rejected, in Docker's words (moby, daemon/cluster/executor/container/validate.go)."""
     if not mount.target.startswith("/"):
         raise Rejected(f"invalid mount target, must be an absolute path: {mount.target}")
     match mount.type:
@@ -163,7 +166,7 @@ def _check_mount(mount: Mount) -> None:
 def volume_device_rules(
     mounts: Iterable[Mount], cluster_volumes: Iterable[PublishedVolume]
 ) -> tuple[str, ...]:
-    """What lets the container use its block volumes: a bind mount of a device alone does not."""
+    """Return the device rules for the container's block volumes.  A bind mount alone does not allow access."""
     ours = [mount for mount in mounts if mount.type == "cluster"]
     return tuple(
         f"b {volume.device} {'r' if mount.read_only else 'rw'}"
@@ -173,9 +176,10 @@ def volume_device_rules(
 
 
 def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple[str, ...]) -> dict[str, Any]:
-    """Options of the request for rights over the machine, and for volumes that are devices.
+    """Return the options of the request for rights over the machine, and for block volumes.
 
-    Raises: Rejected: this node does not give one.
+    Raises:
+        Rejected: This node does not grant a right.
     """
     refused = rights.kinds - node.allowed
     if refused:
@@ -218,13 +222,14 @@ def _throttles(rates: Iterable[tuple[str, int]]) -> tuple[ThrottleDevice, ...]:
 def task_options(
     task: AssignedTask, mounts: Sequence[MountPoint], own_networks: Sequence[EndpointConfig] = ()
 ) -> TaskOptions:
-    """What the request has no field for.
+    """Return the options that have no field in the request.
 
     Args:
-        mounts: of secrets and configs.
-        own_networks: endpoints on networks of the cluster that this node makes itself.
+        mounts: Mounts of secrets and configs.
+        own_networks: Endpoints on cluster networks that this node creates itself.
 
-    Raises: Rejected.
+    Raises:
+        Rejected: The task cannot run on this node.
     """
     spec = container_spec(task)
     return TaskOptions(
@@ -247,7 +252,7 @@ def task_options(
 
 
 def _resource_variables(task: Task) -> Iterator[str]:
-    """``DOCKER_RESOURCE_GPU=a,b``: the generic resources that the scheduler gave the task.
+    """Yield ``DOCKER_RESOURCE_GPU=a,b``: the generic resources that the scheduler assigned to the task.
 
     Source: swarmkit, api/genericresource/helpers.go (EnvFormat).
     """
@@ -262,14 +267,14 @@ def _resource_variables(task: Task) -> Iterator[str]:
 
 
 def _refuse_driver_options(task: Task) -> None:
-    """Raises: Rejected: options of an attachment (``driver-opt``), which this node's networks have none of."""
+    """Refuse options of an attachment (``driver-opt``), which this node's networks do not have.  Raises: Rejected."""
     for network in task.spec.networks:
         for name in network.driver_opts:
             raise Rejected(f"network {network.target}: driver option {name} is not supported by this node")
 
 
 def _network_mode(task: Task) -> str:
-    """``host`` on the node's own network, which has to be the task's only one.
+    """Return ``host`` on the node's own network, which must be the task's only one.
 
     Source: moby, daemon/cluster/executor/container/container.go (hostConfig: the first network, if it is predefined).
     """
@@ -277,26 +282,30 @@ def _network_mode(task: Task) -> str:
     if not any(driver_of(one) == "host" for one in attached):
         return ""
     if len(attached) > 1:
-        raise Rejected("conflicting options: a container on the network host is on no other")
+        raise Rejected("conflicting options: a container on the network host cannot be on another one")
     return "host"
 
 
 def published_ports(task: AssignedTask) -> Iterator[PublishedPort]:
-    """Its ports in host mode, on the addresses that the service's labels name.
+    """Yield the task's ports in host mode, on the addresses that the service's labels name.
 
-    Raises: Rejected: SCTP on an IPv6 address.
+    Raises:
+        Rejected: SCTP on an IPv6 address.
     """
     ports = [port for port in task.ports if port.publish_mode is PublishMode.HOST]
     for port, options in publish_options(task.service_labels, ports):
         if ":" in options.host_ip and port.protocol == "sctp":
-            raise Rejected(f"port {port.target_port}/sctp in host mode has no IPv6: {options.host_ip}")
+            raise Rejected(
+                f"port {port.target_port}/sctp in host mode does not support IPv6: {options.host_ip}"
+            )
         yield PublishedPort(host_ip=options.host_ip, **msgspec.structs.asdict(port))
 
 
 def _security_options(privileges: Privileges) -> tuple[str, ...]:
-    """``--security-opt`` of the task's container.
+    """Return the ``--security-opt`` values of the task's container.
 
-    Raises: Rejected, in an engine's words: options of Windows, and SELinux labels, which this node does not set.
+    Raises:
+        Rejected: Windows options, and SELinux labels, which this node does not set, in an engine's words.
     """
     if (credential := privileges.credential_spec) is not None:
         for source, value in msgspec.structs.asdict(credential).items():
@@ -304,23 +313,24 @@ def _security_options(privileges: Privileges) -> tuple[str, ...]:
                 raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
     labels = privileges.selinux_context
     if labels is not None and (labels.user or labels.role or labels.type or labels.level):
-        raise Rejected("this node gives containers no SELinux labels: leave the SELinuxContext out")
+        raise Rejected("this node does not set SELinux labels: remove SELinuxContext from the spec")
     found = ["no-new-privileges"] if privileges.no_new_privileges else []
     if privileges.app_armor is not None and privileges.app_armor.mode == "disabled":
         found.append("apparmor=unconfined")
     seccomp = privileges.seccomp
     if seccomp is not None and seccomp.mode not in ("", "default"):
         profile = "unconfined" if seccomp.mode == "unconfined" else seccomp.profile.decode(errors="replace")
-        if not profile:  # in the option it would mean the default
+        if not profile:  # an empty profile in the option would mean the default
             raise Rejected("Decoding seccomp profile failed: it is empty")
         found.append(f"seccomp={profile}")
     return tuple(found)
 
 
 def endpoint_configs(task: Task) -> tuple[EndpointConfig, ...]:
-    """The overlay networks of ``task`` in the order of its interfaces: ingress first, the others as attached.
+    """Return the task's overlay networks in the order of its interfaces: ingress first, the others as attached.
 
-    Raises: Rejected: an attachment is invalid.
+    Raises:
+        Rejected: An attachment is invalid.
     """
     found = [
         _endpoint_config(one)
@@ -331,10 +341,10 @@ def endpoint_configs(task: Task) -> tuple[EndpointConfig, ...]:
 
 
 def own_networks(task: Task, head_of_own: Callable[[Network], NetworkHead]) -> tuple[EndpointConfig, ...]:
-    """Endpoints on the networks of ``task`` that are on the machines' own devices; this node gives their addresses.
+    """Return endpoints on networks of ``task`` that use the machines' devices.  This node assigns their addresses.
 
     Args:
-        head_of_own: makes such a network here.  Raises: SkepError.
+        head_of_own: Creates such a network here.  Raises: SkepError.
     """
     return tuple(
         EndpointConfig(head=head_of_own(one.network), addresses=(), aliases=one.aliases)
@@ -344,7 +354,7 @@ def own_networks(task: Task, head_of_own: Callable[[Network], NetworkHead]) -> t
 
 
 def network_head(network: Network) -> NetworkHead:
-    """The network of an attachment, as far as it is described there.  Raises: ValueError: a value is invalid."""
+    """Return the described part of an attachment's network.  Raises: ValueError: a value is invalid."""
     options = options_of(network)
     mtu = int(options.get(MTU_OPTION) or 0)
     if mtu and mtu not in MTUS:

@@ -1,8 +1,8 @@
-"""Endpoints of plain containers on cluster networks: requested from the managers, given by an assignment.
+"""Endpoints of plain containers on cluster networks, requested from the managers and received by assignment.
 
-``docker run --network`` of an attachable network makes a task without a service (``attachment_service``), assigned to
-this node.  Its controller starts nothing: the task runs while its container has the endpoint, and ends with it.  So
-when a ``detach`` did not reach a manager (none responded, the node process died), the end of the task does.
+``docker run --network`` of an attachable network creates a task without a service (``attachment_service``), assigned to
+this node.  Its controller starts nothing: the task runs while its container has the endpoint, and ends with it.  So if
+a ``detach`` did not reach a manager (none responded, the node process died), the end of the task does.
 
 Source: moby, daemon/cluster/executor/container/attachment.go, daemon/cluster/networks.go (AttachNetwork).
 """
@@ -30,28 +30,30 @@ from skep.wire import swarm_pb2 as pb
 log = structlog.get_logger()
 
 ATTACH_SECONDS_MAX = 15.0
-"""A manager responds once it is written, which takes until its store has a leader again."""
+"""Seconds to wait for a manager, which responds once the task is written, after its store has a leader."""
 DETACH_SECONDS_MAX = 3.0
-"""The end of a container waits no longer; the end of its task reports the same to the manager."""
+"""Seconds by which this may delay a container's end.  The end of its task reports the same to the manager."""
 ENDPOINT_SECONDS_MAX = 20.0
-"""From the managers' response to the address; Docker waits as long."""
+"""Seconds from the managers' response to the assigned address, as in Docker."""
 _TIMED_OUT = (
     "attaching to network failed, make sure your network options are correct and check manager logs: "
     "context deadline exceeded"
 )
 
 Evict = Callable[[ContainerId, NetworkId], Awaitable[None]]
-"""Takes a running container from a network."""
+"""Disconnects a running container from a network."""
 
 
 class Managers(Protocol):
-    """Requests of endpoints (``SessionRequests``)."""
+    """Requests endpoints (``SessionRequests``)."""
 
     async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
         """Request an endpoint.
 
-        Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words;
-        Unavailable: there is no session.
+        Raises:
+            NotFound: The node is not in a swarm, so the network does not exist.
+            SkepError: The managers refused, in Docker's words.
+            Unavailable: There is no session.
         """
 
     async def detach_network(self, id: TaskId) -> None:
@@ -67,8 +69,10 @@ class SessionRequests:
     async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
         """Request an endpoint.
 
-        Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words;
-        Unavailable: there is no session.
+        Raises:
+            NotFound: The node is not in a swarm, so the network does not exist.
+            SkepError: The managers refused, in Docker's words.
+            Unavailable: There is no session.
         """
         if not self._session.node_id:
             raise NotFound(f"network {request.network} not found")
@@ -91,12 +95,15 @@ class SessionRequests:
 
 
 class _Held:
-    """An endpoint of this node.  ``is_claimed`` once its container has it; ``released`` when it has it no more."""
+    """An endpoint of this node.
+
+    ``is_claimed`` is set once its container has it, ``released`` when the container no longer has it.
+    """
 
     def __init__(self, container_id: ContainerId, endpoint: EndpointConfig | None) -> None:
         self.container_id = container_id
         self.endpoint = endpoint
-        """None: of an earlier process; its container's record has it."""
+        """None for an endpoint of an earlier process, which is in its container's record."""
         self.is_claimed = endpoint is None
         self.released = asyncio.Event()
 
@@ -111,14 +118,16 @@ class ClusterAttachments:
         self._arrived = asyncio.Event()
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None:
-        """Take over endpoints that containers of an earlier process of this node still have."""
+        """Adopt endpoints of containers that an earlier process of this node started."""
         for id, container_id in held:
             self._held[id] = _Held(container_id, None)
 
     async def take(self, container_id: ContainerId, request: EndpointRequest) -> EndpointConfig:
-        """An endpoint with its address.  ``request.aliases``: the container's name first.
+        """Return an endpoint with its address.  The first of ``request.aliases`` is the container's name.
 
-        Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words.
+        Raises:
+            NotFound: The node is not in a swarm, so the network does not exist.
+            SkepError: The managers refused, in Docker's words.
         """
         self._requesting[container_id] += 1
         id = TaskId("")
@@ -137,14 +146,14 @@ class ClusterAttachments:
                 await asyncio.shield(self._detach(id))
 
     async def give_back(self, id: TaskId) -> None:
-        """The container has left the network.  Harmless when it was released before."""
+        """Release an endpoint after the container has left the network.  Idempotent."""
         held = self._held.pop(id, None)
         if held is not None:
             held.released.set()
             await self._detach(id)
 
     async def _claim(self, id: TaskId) -> EndpointConfig:
-        """Return when the assignment has arrived."""
+        """Wait for the assignment and return its endpoint."""
         while (held := self._held.get(id)) is None:
             self._arrived.clear()
             await self._arrived.wait()
@@ -153,14 +162,14 @@ class ClusterAttachments:
         return held.endpoint
 
     def _drop_unclaimed(self, container_id: ContainerId) -> None:
-        """Release what was assigned to a container after it had stopped waiting."""
+        """Release endpoints that were assigned to a container after it had stopped waiting."""
         for id, held in tuple(self._held.items()):
             if held.container_id == container_id and not held.is_claimed:
                 del self._held[id]
                 held.released.set()
 
     async def _detach(self, id: TaskId) -> None:
-        """Best effort: a manager learns the same from the end of the task."""
+        """Detach, as a best effort: a manager learns the same from the end of the task."""
         try:
             await self._managers.detach_network(id)
         except SkepError as error:
@@ -169,38 +178,38 @@ class ClusterAttachments:
     # --- as tasks -----------------------------------------------------------------------------------------------
 
     def arrive(self, task: AssignedTask) -> None:
-        """The managers have assigned an endpoint.  Raises: Rejected: no container waits for it."""
+        """Record an endpoint that the managers have assigned.  Raises: Rejected: no container waits for it."""
         id, container_id = task.task.id, container_of(task)
         if id in self._held:
             return
         if not self._requesting[container_id]:
-            raise Rejected("the container that requested this endpoint does not wait for it any more")
+            raise Rejected("the container that requested this endpoint no longer waits for it")
         (endpoint, *_) = endpoint_configs(task.task) or (None,)
         if endpoint is None:
-            raise Rejected("this endpoint is on no overlay network")
+            raise Rejected("this endpoint has no overlay network")
         self._held[id] = _Held(container_id, msgspec.structs.replace(endpoint, attachment=id))
         self._arrived.set()
 
     async def wait_released(self, id: TaskId) -> None:
-        """Return when the endpoint is released here."""
+        """Wait until the endpoint is released here."""
         held = self._held.get(id)
         if held is not None:
             await held.released.wait()
 
     def holder_of(self, id: TaskId) -> ContainerId | None:
-        """The container that has the endpoint; None: none has it (yet)."""
+        """Return the container that has the endpoint, or None."""
         held = self._held.get(id)
         return held.container_id if held is not None and held.is_claimed else None
 
     def release(self, id: TaskId) -> None:
-        """The endpoint is the cluster's again.  Harmless when it was released before."""
+        """Record that the endpoint belongs to the cluster again.  Idempotent."""
         held = self._held.pop(id, None)
         if held is not None:
             held.released.set()
 
 
 class AttachmentController:
-    """The seven verbs of an attachment task.  ``evict``: takes a running container from a network."""
+    """The seven verbs of an attachment task.  ``evict`` disconnects a running container from a network."""
 
     def __init__(self, attachments: ClusterAttachments, evict: Evict, task: AssignedTask) -> None:
         self._attachments = attachments
@@ -220,11 +229,11 @@ class AttachmentController:
         await self._attachments.wait_released(self._task.task.id)
         return TaskExit(exit_code=0)
 
-    async def ended(self) -> TaskEnd | None:
+    async def fetch_end(self) -> TaskEnd | None:
         return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """The cluster takes the endpoint back: its container leaves the network and runs on."""
+        """Take the endpoint back: its container leaves the network and keeps running."""
         id = self._task.task.id
         container_id = self._attachments.holder_of(id)
         for attachment in self._task.task.networks_attachments:
@@ -243,11 +252,11 @@ class AttachmentController:
 
 
 def is_attachment(task: AssignedTask) -> bool:
-    """Whether the task is an endpoint of a plain container instead of a container."""
+    """Return whether the task is an endpoint of a plain container instead of a container."""
     return task.task.spec.network_attachment_spec is not None
 
 
 def container_of(task: AssignedTask) -> ContainerId:
-    """The plain container of an attachment task."""
+    """Return the plain container of an attachment task."""
     attachment = task.task.spec.network_attachment_spec
     return ContainerId(attachment.container_id if attachment is not None else "")

@@ -1,4 +1,4 @@
-"""Why a task's container ended, as its node has seen it."""
+"""Why a task's container ended, as observed by its node."""
 
 import asyncio
 import signal
@@ -16,7 +16,7 @@ from skep.model.task_end import SIGNALED, EndCause, KeptLine, TaskEnd, bounded_e
 from skep.model.times import timestamp
 
 LOG_SECONDS_MAX = 2.0
-"""For the last lines of an ended container: its end is reported then, with or without them."""
+"""Seconds to read the last lines of an ended container.  After that, its end is reported without them."""
 
 _INTERRUPTIONS = {
     Interruption.MACHINE_RESTARTED: EndCause.NODE_RESTARTED,
@@ -25,9 +25,9 @@ _INTERRUPTIONS = {
 
 
 def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
-    """Why ``container`` ended, without its last lines; None: it was stopped, and ended in time.
+    """Return why ``container`` ended, without its last lines, or None if it was stopped and ended in time.
 
-    ``was_stopped``: it ran when it was to stop because its task was not wanted any more.
+    ``was_stopped`` tells whether it still ran when it was stopped because its task was no longer wanted.
     """
     code = container.exit_code
     if container.interruption is not None:
@@ -39,9 +39,7 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
     if was_stopped:
         own = signal_number(container.config.stop_signal or "SIGTERM")
         grace = container.config.stop_grace_ns
-        if (
-            code != SIGNALED + signal.SIGKILL or own == signal.SIGKILL or not grace
-        ):  # a kill that was asked for
+        if code != SIGNALED + signal.SIGKILL or own == signal.SIGKILL or not grace:  # a requested kill
             return None
         return TaskEnd(cause=EndCause.STOP_TIMEOUT.value, signal=signal_of(code), grace=grace)
     if container.health is not None and is_failing(container.config.healthcheck, container.health):
@@ -51,16 +49,18 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
 
 
 def unhealthy_end(container: Container, health: Health) -> TaskEnd:
-    """Return the end of a container that its health check ended.  The signal is the node's own, so it is no cause."""
+    """Return the end of a container that its health check ended.  The node itself sent the signal, so it is not the
+    cause.
+    """
     config = container.config.healthcheck
-    # The checks go on while it stops, and cannot be run any more at the end: the one that made it unhealthy counts.
+    # Checks continue during the stop, and can no longer run at the end.  The check that made it unhealthy counts.
     later = max(health.failing_streak - retries(config), 0) if config is not None else 0
     failed = [probe for probe in health.log if probe.exit_code]
     last = failed[max(len(failed) - 1 - later, 0)] if failed else None
     return TaskEnd(
         cause=EndCause.UNHEALTHY.value,
         health_output=last.output if last is not None else "",
-        # As the user wrote it: without the shell that runs it.
+        # as the user wrote it, without the shell that runs it
         health_command=" ".join(config.test[1:]) if config is not None else "",
         health_failures=min(health.failing_streak, retries(config)) if config is not None else 0,
         health_exit_code=last.exit_code if last is not None and last.exit_code > 0 else None,
@@ -68,14 +68,14 @@ def unhealthy_end(container: Container, health: Health) -> TaskEnd:
 
 
 async def with_last_lines(engine: Engine, id: ContainerId, end: TaskEnd, lines_max: int) -> TaskEnd:
-    """``end`` with the last ``lines_max`` lines of the container's log; without what cannot be read in time."""
+    """Return ``end`` with the last ``lines_max`` lines of the container's log that can be read in time."""
     kept: deque[KeptLine] = deque(maxlen=max(lines_max, 0))
     if lines_max > 0:
-        await isolate(_read(engine, id, kept), "last lines not read", container=id)
+        await isolate(_read_last_lines(engine, id, kept), "last lines not read", container=id)
     return bounded_end(replace(end, lines=tuple(kept)), lines_max)
 
 
-async def _read(engine: Engine, id: ContainerId, kept: deque[KeptLine]) -> None:
+async def _read_last_lines(engine: Engine, id: ContainerId, kept: deque[KeptLine]) -> None:
     async with asyncio.timeout(LOG_SECONDS_MAX):
         async for entry in engine.logs(id, LogFilter(tail=kept.maxlen)):
             kept.append(

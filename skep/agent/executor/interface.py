@@ -1,12 +1,12 @@
-"""The executor: what runs one task.  Seven verbs, one controller per task.
+"""The executor interface: an executor runs tasks, with one controller of seven verbs per task.
 
 ``oci`` (containers under runc), ``process`` (plain commands) and ``simulated`` pass one contract suite
-(``tests/contract/test_executor.py``).  A controller is made for a task whose assignment is known to the
-node; ``agent/task.py`` alone decides the order of the verbs.
+(``tests/contract/test_executor.py``).  A controller is created for a task whose assignment the node has.  Only
+``agent/task.py`` decides the order of the verbs.
 
-A controller can be made again for the same task after a restart of the node process: what runs is not interrupted, and
-the verbs find it (*adoption*).  Every verb may therefore be called on work already done, and then returns
-at once.
+After a restart of the node process, controllers are created again for the same tasks.  Running processes are not
+interrupted, and the verbs find them (*adoption*).  Every verb may therefore be called for work that is already done,
+and then returns at once.
 
 Source: swarmkit, agent/exec/controller.go (the verbs and their order).
 """
@@ -31,8 +31,8 @@ class Rejected(SkepError):
 class TaskExit(msgspec.Struct, frozen=True, kw_only=True):
     """How a task's process ended.
 
-    ``message`` is what Docker would write into ``Status.Err``: ``task: non-zero exit (7)``, with the engine's
-    text behind it if there is one; empty for exit code 0.  ``oom_killed`` as the kernel reported it.
+    ``message`` is the text that Docker would write into ``Status.Err``: ``task: non-zero exit (7)``, followed by the
+    engine's text if there is one, and empty for exit code 0.  ``oom_killed`` is the kernel's report.
     """
 
     exit_code: int
@@ -41,81 +41,86 @@ class TaskExit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started task looks like from outside."""
+    """The observed state of a started task."""
 
     container: ContainerStatus
     warnings: tuple[str, ...] = ()
-    """What of the task's options this node could not give it."""
+    """Options of the task that this node could not apply."""
     ports: tuple[PortConfig, ...] = ()
-    """Host-mode ports as opened, with the published port that the node has picked where the spec has 0."""
+    """Host-mode ports as opened, with the port that the node has chosen if the spec has 0."""
 
 
 class Controller(Protocol):
     """Runs one task."""
 
     def observed(self) -> Running | None:
-        """What is known of the task's process at this moment, its exit code included; None before there is
-        one."""
+        """Return the known state of the task's process, including its exit code, or None before there is one."""
 
     async def prepare(self) -> None:
-        """Make everything ready to start: image, file system, network namespace, reserved host ports.
+        """Prepare everything for the start: image, file system, network namespace, reserved host ports.
 
-        Raises: Rejected: it can never work here; any other SkepError: it failed this time.
+        Raises:
+            Rejected: The task can never run here.
+            SkepError: The preparation failed this time.
         """
 
     async def start(self) -> Running:
-        """Start the process; return after it runs (``runc start`` returned), never before.
+        """Start the process, and return after it runs (``runc start`` returned), never before.
 
-        Raises: SkepError with the runtime's words; ``observed`` has the exit code then (127/126 as in Docker).
+        Raises:
+            SkepError: The start failed, in the runtime's words.  ``observed`` then has the exit code (127/126 as in
+                Docker).
         """
 
     async def wait(self) -> TaskExit:
-        """Return when the process has ended, however that came.  May be awaited any number of times."""
+        """Wait until the process has ended for any reason.  May be awaited any number of times."""
 
-    async def ended(self) -> TaskEnd | None:
-        """Why the process ended, with its last lines, asked after its end; None: nothing is known, or it was
-        stopped and ended in time."""
+    async def fetch_end(self) -> TaskEnd | None:
+        """Return why the process ended, with its last lines.
+
+        Called after its end.  None if the reason is unknown, or if the process was stopped and ended in time.
+        """
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Stop signal, then kill after the task's grace period; return when the process is gone.
+        """Send the stop signal, and kill after the task's grace period.  Returns when the process has ended.
 
-        ``drain_s``: for so long at most the stop waits until the task's clients have gone.
+        The stop waits at most ``drain_s`` for the task's clients to disconnect.
         """
 
     async def terminate(self) -> None:
-        """Kill now; return when the process is gone."""
+        """Kill now.  Returns when the process has ended."""
 
     async def update(self, task: AssignedTask) -> None:
-        """Take over what changed in the assignment (limits, last lines to keep) without a restart."""
+        """Apply changes of the assignment (limits, last lines to keep) without a restart."""
 
     async def remove(self) -> None:
-        """Free everything the task holds: file system, namespace, ports, cgroup, logs.  Nothing may be left.
+        """Free everything that the task holds: file system, namespace, ports, cgroup, logs.
 
-        What still runs is killed.
+        A running process is killed.
         """
 
 
 class Executor(Protocol):
-    """Makes controllers of tasks."""
+    """Creates controllers of tasks."""
 
     @property
     def name(self) -> str:
         """``oci``, ``process`` or ``simulated``."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Find again what an earlier process of this node left; the verbs work inside the block.
+        """Adopt what an earlier process of this node left.  The verbs work inside the block.
 
-        What runs is not stopped when the block ends.
+        Running tasks are not stopped when the block ends.
         """
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """A controller for ``task``; adopts what already runs for it.
+        """Return a controller for ``task``, which adopts a process that already runs for it.
 
-        ``registry_auth``: credentials for the image (``X-Registry-Auth``); kept in memory only.
+        ``registry_auth`` are credentials for the image (``X-Registry-Auth``), kept only in memory.
         """
 
     async def leftovers(self) -> Sequence[TaskId]:
-        """Tasks of which this executor still holds something; the worker removes unknown ones."""
+        """Return the tasks of which this executor still holds something.  The worker removes unknown ones."""
 
     async def discard(self, task_id: TaskId) -> None:
-        """Free everything held for a task that is assigned no more, as ``remove`` does."""
+        """Free everything held for a task that is no longer assigned, as ``remove`` does."""

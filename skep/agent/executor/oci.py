@@ -1,7 +1,7 @@
 """Tasks as containers under runc: the default executor of nodes.
 
-A task becomes a create request (``adapter``), and the engine does the rest.  The container of a task is found by its
-label, so nothing about tasks is kept here.
+``adapter`` translates a task into a create request, and the engine does the rest.  The container of a task is found by
+its label, so no state about tasks is kept here.
 """
 
 import asyncio
@@ -59,14 +59,14 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 DRAIN_POLL_S = 0.05
-"""The kernel reports the end of a connection to its owner alone, so connections are polled."""
+"""Seconds between two polls for connections.  The kernel reports the end of a connection only to its owner."""
 
 UNHEALTHY = "dockerexec: unhealthy container"
-"""Docker's text, in ``docker service ps``."""
+"""Docker's text in ``docker service ps``."""
 
 
 class TaskStorage(msgspec.Struct, frozen=True):
-    """What tasks are given of the cluster's storage: secrets and configs, and cluster volumes."""
+    """Cluster storage for tasks: secrets and configs, and cluster volumes."""
 
     payloads: Payloads
     cluster_volumes: ClusterVolumes
@@ -90,8 +90,8 @@ class OciExecutor:
     ) -> None:
         """
         Args:
-            attachments: plain containers' endpoints on the cluster's networks, which are tasks too.
-            bring: see ``ImagePuller``.
+            attachments: Plain containers' endpoints on the cluster's networks, which are tasks as well.
+            bring: See ``ImagePuller``.
         """
         self.cluster_volumes = storage.cluster_volumes
         self.engine = engine
@@ -104,20 +104,20 @@ class OciExecutor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Adopt the containers of earlier processes; they run on when the block ends."""
+        """Adopt the containers of earlier processes.  They keep running when the block ends."""
         opening = partial(asyncio.to_thread, self.payloads.open)
         await retry(opening, "file system for secrets not mounted", clock=self.clock, longest_s=10.0)
         async with self.data_plane.running(), self.engine.running():
             yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """Raises nothing: errors of the task are raised by ``prepare``."""
+        """Return a controller.  Raises nothing: ``prepare`` raises errors of the task."""
         if is_attachment(task):
             return AttachmentController(self.attachments, self.engine.networks.evict, task)
         return OciController(self, task, registry_auth)
 
     async def leftovers(self) -> Sequence[TaskId]:
-        """The tasks that a container's label names."""
+        """Return the tasks that a container's label names."""
         found = {one.labels[LABEL_TASK_ID] for one in self.engine.list() if LABEL_TASK_ID in one.labels}
         return [TaskId(id) for id in sorted(found)]
 
@@ -129,7 +129,7 @@ class OciExecutor:
 
     async def remove_container(self, container: Container) -> None:
         """Remove a task's container with its secrets and its anonymous volumes."""
-        with suppress(NotFound):  # removed by hand meanwhile
+        with suppress(NotFound):  # removed manually in the meantime
             await self.engine.remove(container.id, force=True)
         self.payloads.forget(container.labels.get(LABEL_TASK_ID, ""))
         await self.engine.volumes.remove_anonymous(container.config.mounts, self.engine.list)
@@ -151,16 +151,16 @@ def oci_executor(
     plugins: VolumePlugins | None = None,
     apis: ApiSockets = api_sockets.NONE,
 ) -> OciExecutor:
-    """The executor of one node, with its engine.
+    """Return the executor of one node, with its engine.
 
     Args:
-        cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
-        programs: runc and conmon; None: those on the PATH.
-        cdi_directories: where descriptions of devices are.
-        allowed: rights over the node that tasks may have.
-        bring: see ``ImagePuller``.
-        plugins: of volumes; None: those of the machine.
-        apis: what containers are given that mount the Engine API's socket.
+        cgroup_parent: Parent in each cgroup hierarchy.  Two nodes on one machine need two.
+        programs: runc and conmon, or None to find them on the PATH.
+        cdi_directories: Directories with CDI descriptions of devices.
+        allowed: Rights over the node that tasks may have.
+        bring: See ``ImagePuller``.
+        plugins: Volume plug-ins, or None for the machine's plug-ins.
+        apis: API sockets for containers that mount the Engine API's socket.
     """
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
     capacity = capacity_of(cgroups, programs, cdi_directories)
@@ -205,7 +205,7 @@ def _cluster_volumes(paths: Paths, engine: Engine, payloads: Payloads, clock: Cl
 
 
 def _device_at(path: Path) -> str:
-    """Blocks."""
+    """Return ``major:minor`` of a block device, or an empty text.  Blocks."""
     with suppress(OSError):
         status = path.stat()
         if stat.S_ISBLK(status.st_mode):
@@ -214,7 +214,7 @@ def _device_at(path: Path) -> str:
 
 
 def _users_of(engine: Engine, path: Path) -> Sequence[str]:
-    """Containers with a mount of that directory that run, or may be started."""
+    """Return the containers with a mount of that directory that run, or may be started."""
     return [
         one.id
         for one in engine.list()
@@ -233,12 +233,12 @@ class OciController:
         self._was_stopped = False
 
     def observed(self) -> Running | None:
-        """From the container's record."""
+        """Return the state in the container's record."""
         container = self._container()
         return None if container is None else _running(container)
 
     async def prepare(self) -> None:
-        """Fetch the image and create the container, with its networks and its ports."""
+        """Fetch the image and create the container with its networks and ports."""
         if self._container() is not None:
             return
         task, executor = self._task, self._executor
@@ -263,12 +263,12 @@ class OciController:
 
     @asynccontextmanager
     async def _cluster_volumes(self) -> AsyncIterator[Sequence[PublishedVolume]]:
-        """The task's cluster volumes, mounted.  Raises: SkepError: one is not."""
-        async with self._executor.cluster_volumes.mounted(self._task.task.volumes) as volumes:
+        """Mount the task's cluster volumes.  Raises: SkepError: one cannot be mounted."""
+        async with self._executor.cluster_volumes.keep_mounted(self._task.task.volumes) as volumes:
             yield volumes
 
     async def _note_volumes(self) -> None:
-        """Keep which volumes have data of the task's slot, so that later tasks of it return to this node."""
+        """Record which volumes have data of the task's slot, so that later tasks of the slot return to this node."""
         container, task = self._container(), self._task.task
         if container is None or not task.slot:
             return
@@ -279,7 +279,7 @@ class OciController:
                 await isolate(noting, "use of a volume not kept", volume=point.name)
 
     def _network_here(self, network: Network) -> NetworkHead:
-        """A network of the cluster on a device of this machine.  Raises: Rejected: it cannot be made here."""
+        """Create a cluster network on a device of this machine.  Raises: Rejected: it cannot be created here."""
         source = network.spec.config_from
         try:
             return self._executor.data_plane.network_of_cluster(
@@ -292,30 +292,33 @@ class OciController:
             raise Rejected(str(error)) from error
 
     async def start(self) -> Running:
-        """Start the container; with a health check, return once it is healthy."""
+        """Start the container.  With a health check, return once it is healthy."""
         container = self._require()
         if container.was_started:
             return await self._healthy(container)
         seen = adapter.context_of(self._task, self._executor.node)
         spec = templates.expand_container(adapter.container_spec(self._task), seen)
         try:
-            # In a thread: expanding templates may take a while.
+            # in a thread, because expanding templates may take a while
             await asyncio.to_thread(self._executor.payloads.materialize, self._task.task.id, spec, seen)
             secret_env = await asyncio.to_thread(self._executor.payloads.environment, spec, seen)
-            # Again: the node may have been started anew since ``prepare``, and number its devices otherwise.
+            # Check again: after a restart since ``prepare``, the machine may number its devices differently.
             async with self._cluster_volumes() as volumes:
                 rules = adapter.volume_device_rules(spec.mounts, volumes)
                 if not set(rules).issubset(container.config.machine.device_cgroup_rules):
-                    raise SkepError("a block volume has become another device since the container was made")
+                    raise SkepError(
+                        "a block volume has become another device since the container was created"
+                    )
                 container = await self._engine.start(container.id, secret_env=secret_env)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error
         return await self._healthy(container)
 
     async def _healthy(self, container: Container) -> Running:
-        """Return once its health check has succeeded, if it has one.
+        """Wait until the health check has succeeded, if there is one.
 
-        Raises: SkepError: it is unhealthy, and has been stopped; or it ended with an error.
+        Raises:
+            SkepError: The container is unhealthy and was stopped, or it ended with an error.
         """
         if container.health is None:
             return _running(container)
@@ -328,7 +331,7 @@ class OciController:
         return _running(container)
 
     async def wait(self) -> TaskExit:
-        """Return when the container has ended; one that becomes unhealthy is stopped first."""
+        """Wait until the container has ended.  A container that becomes unhealthy is stopped first."""
         id = self._require().id
         container = await self._engine.health.wait(id, HealthStatus.UNHEALTHY)
         reason = ""
@@ -337,8 +340,8 @@ class OciController:
             await self._stop(id)
         return _exit_of(await self._engine.wait(id), reason)
 
-    async def ended(self) -> TaskEnd | None:
-        """From the container's record and its log."""
+    async def fetch_end(self) -> TaskEnd | None:
+        """Return the end from the container's record and its log."""
         container = self._container()
         end = end_of(container, was_stopped=self._was_stopped) if container is not None else None
         if container is None or end is None:
@@ -355,18 +358,21 @@ class OciController:
             await self._engine.retire(container.id)
 
     async def _stop(self, id: ContainerId) -> None:
-        """Return when it has ended, however long the kernel keeps its process: its slot is not free before.
+        """Stop the container and wait for its end, however long the kernel keeps its process: its slot is not free
+        before.
 
-        Raises: NotFound.
+        Raises:
+            NotFound: The container does not exist.
         """
         stop = partial(self._engine.stop, id)
         event = "container of a task not stopped"
         await retry(stop, event, clock=self._executor.clock, kinds=(Unavailable,), container=id)
 
     async def _drain(self, container: Container, limit_s: float) -> None:
-        """Return when the last connection to a task on a cluster's network has ended, or ``limit_s`` has passed.
+        """Wait until the last connection over a cluster network has ended, or ``limit_s`` has passed.
 
-        No new ones come: all nodes that route to the task had removed it from their tables before it is stopped.
+        There are no new connections: all nodes that route to the task have removed it from their tables before the
+        stop.
         """
         if not container.pid or not _is_routed(self._task) or not limit_s:
             return
@@ -387,7 +393,7 @@ class OciController:
             await self._engine.wait(container.id)
 
     async def update(self, task: AssignedTask) -> None:
-        """Change the limits of the running container, if they are others."""
+        """Change the limits of the running container if they differ."""
         self._task = task
         container = self._container()
         if container is None or not container.is_running:
@@ -426,7 +432,7 @@ class OciController:
 
 
 def _is_routed(task: AssignedTask) -> bool:
-    """Whether other nodes route to the task, by a cluster's network."""
+    """Return whether other nodes route to the task over a cluster network."""
     return any(one.network is not None and is_overlay(one.network) for one in task.task.networks_attachments)
 
 
@@ -436,7 +442,7 @@ def _is_unhealthy(container: Container) -> bool:
 
 
 def _exit_of(container: Container, reason: str = "") -> TaskExit:
-    """Docker's words; where it gives no reason beside the exit code, Skep's."""
+    """Return the exit with Docker's message, or Skep's if Docker's has only an exit code."""
     code = container.exit_code
     message = f"task: non-zero exit ({code})" if code else ""
     if code and (reason := _with_words(reason or container.error, container)):

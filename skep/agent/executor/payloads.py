@@ -1,8 +1,8 @@
 """Secrets and configs on this node: bytes in a ramfs, never on a disk, and their files in containers.
 
-``<run>/secrets`` is a ramfs (a tmpfs may be swapped out): a restart of the node process finds everything
-again, a reboot nothing.  ``known/`` holds what the manager sent, in files named by the id and, for templates, the
-template driver; ``files/<container id>/`` holds what is mounted into that container.
+``<run>/secrets`` is a ramfs, because a tmpfs may be swapped out.  Its data survives a restart of the node process, but
+not a reboot.  ``known/`` has the data that the manager sent, in files named by the id and, for templates, the template
+driver.  ``files/<container id>/`` has the files that are mounted into that container.
 """
 
 import os
@@ -34,7 +34,7 @@ class Payloads:
         self._configs = directory / "known" / "config"
 
     def open(self) -> None:
-        """Mount the ramfs, unless an earlier process did.  Raises: OSError."""
+        """Mount the ramfs, unless an earlier process has mounted it.  Raises: OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.path.ismount(self._directory):
             mount("ramfs", self._directory, "ramfs", MS_NODEV | MS_NOEXEC | MS_NOSUID, "mode=0700")
@@ -44,14 +44,14 @@ class Payloads:
     # --- what the manager assigned ----------------------------------------------------------------------------
 
     def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None:
-        """Keep these; those with the same id are replaced."""
+        """Store these secrets and configs, replacing earlier data with the same ids."""
         for secret in secrets:
             _keep(self._secrets, secret)
         for config in configs:
             _keep(self._configs, config)
 
     def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
-        """Forget these; containers that have them keep what is mounted."""
+        """Forget these secrets and configs.  Containers that use them keep their mounted files."""
         for directory, ids in ((self._secrets, secrets), (self._configs, configs)):
             for id in ids:
                 for driver in _DRIVERS:
@@ -66,7 +66,7 @@ class Payloads:
                         path.unlink(missing_ok=True)
 
     def text_of_secret(self, id: str) -> str:
-        """The data of a secret, for a driver of volumes.  Raises: SkepError."""
+        """Return the data of a secret for a volume driver.  Raises: SkepError."""
         return to_text(_read(self._secrets, "secret", id)[0])
 
     # --- what a container sees --------------------------------------------------------------------------------
@@ -74,8 +74,7 @@ class Payloads:
     def mounts(
         self, key: str, secrets: Iterable[SecretReference], configs: Iterable[ConfigReference]
     ) -> tuple[MountPoint, ...]:
-        """Where the files of ``key``'s container will be, and where it sees them; ``materialize`` writes
-        them."""
+        """Return the mounts of the files of ``key``'s container.  ``materialize`` writes the files."""
         targets = [_secret_path(reference) for reference in secrets if reference.file is not None]
         targets += [_config_path(reference) for reference in configs if reference.file is not None]
         return tuple(
@@ -91,14 +90,15 @@ class Payloads:
         )
 
     def materialize(self, key: str, container: ContainerSpec, seen: Struct) -> None:
-        """Write the files of ``key``'s container with the owners and modes it asked for; templates are expanded.
+        """Write the files of ``key``'s container with the requested owners and modes.  Templates are expanded.
 
         Args:
-            container: its environment is expanded.
-            seen: what templates see of the task.
+            container: Container with its environment expanded.
+            seen: Values of the task for templates.
 
-        Raises: SkepError: the manager sent no such secret or config, or a template failed, with SwarmKit's words;
-            OSError.
+        Raises:
+            SkepError: The manager sent no such secret or config, or a template failed, with SwarmKit's words.
+            OSError: A file could not be written.
         """
         expanded = _Expanded(self._secrets, self._configs, container, seen)
         directory = self._files(key)
@@ -120,9 +120,11 @@ class Payloads:
             path.chmod(target.mode & 0o7777)
 
     def environment(self, container: ContainerSpec, seen: Struct) -> tuple[str, ...]:
-        """The variables that are secrets, as ``NAME=value``, for one start: they are kept nowhere.
+        """Return the variables with secrets as ``NAME=value``, for one start.  They are not stored.
 
-        Raises: SkepError: as ``materialize``; InvalidArgument: a secret cannot be a variable's value.
+        Raises:
+            SkepError: See ``materialize``.
+            InvalidArgument: A secret cannot be a variable's value.
         """
         expanded = _Expanded(self._secrets, self._configs, container, seen)
         return tuple(
@@ -139,7 +141,7 @@ class Payloads:
 
 
 class _Expanded:
-    """Secrets and configs as one task's container sees them.
+    """Expands secrets and configs for one task's container.
 
     Source: swarmkit, template/{context,getter}.go.
     """
@@ -151,11 +153,11 @@ class _Expanded:
         self._seen = seen
 
     def secret(self, id: str) -> bytes:
-        """Raises: SkepError."""
+        """Return the expanded secret.  Raises: SkepError."""
         return self._expanded(self._secrets, "secret", id)
 
     def config(self, id: str) -> bytes:
-        """Raises: SkepError."""
+        """Return the expanded config.  Raises: SkepError."""
         return self._expanded(self._configs, "config", id)
 
     def _expanded(self, directory: Path, kind: str, id: str) -> bytes:
@@ -201,13 +203,13 @@ def _owner(text: str) -> int:
 
 
 _DRIVERS = ("", templates.DRIVER, "other")
-"""Template drivers as names of files; "": no template."""
+"""Template drivers as parts of file names.  Empty for data that is not a template."""
 
 
 def _file_name(id: str, driver: str = "") -> str:
-    """An id as a file name.  Raises: InvalidArgument: it would lead somewhere else."""
+    """Return an id as a file name.  Raises: InvalidArgument: it would lead outside the directory."""
     if not id.isalnum():
-        raise InvalidArgument(f"{id!r} is no id")
+        raise InvalidArgument(f"{id!r} is not a valid id")
     return f"{id}.{driver}" if driver else id
 
 
@@ -222,7 +224,7 @@ def _keep(directory: Path, payload: SecretFile | ConfigFile) -> None:
 
 
 def _read(directory: Path, kind: str, id: str) -> tuple[bytes, str]:
-    """Data and template driver of a secret or config.  Raises: NotFound, with SwarmKit's words; OSError."""
+    """Return data and template driver of a secret or config.  Raises: NotFound, with SwarmKit's words; OSError."""
     for driver in _DRIVERS:
         with suppress(FileNotFoundError):
             return (directory / _file_name(id, driver)).read_bytes(), driver

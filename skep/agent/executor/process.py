@@ -1,8 +1,8 @@
-"""Tasks as plain commands of the node: no image, no runc, no network of their own.
+"""Tasks as plain commands of the node, without image, runc, or a network namespace.
 
-A small shell waits for the command and writes its exit code to a file, so that a task outlives the node
-process and is found again, as a container is.  Each task has a directory: ``pid`` and ``exit`` (written by
-that shell), ``started`` (by us), ``output``.
+A small shell waits for the command and writes its exit code to a file, so that a task outlives the node process and is
+found again, like a container.  Each task has a directory: ``pid`` and ``exit`` (written by that shell), ``started``
+(written by Skep), ``output``.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
 
 _START_DEADLINE_S = 10.0
+"""Seconds for the waiting shell to report the command's process."""
 _WRAPPER = """\
 cd "$1" || exit 126
 directory=$2
@@ -42,7 +43,7 @@ wait $!
 echo $? >"$directory/.exit"
 mv "$directory/.exit" "$directory/exit"
 """
-"""Working directory, task directory, command.  ``setsid`` gives the command a process group of its own."""
+"""Working directory, task directory, command.  ``setsid`` runs the command in a separate process group."""
 
 
 class _Started(msgspec.Struct, frozen=True):
@@ -53,7 +54,7 @@ class _Started(msgspec.Struct, frozen=True):
 
 
 class ProcessExecutor:
-    """Runs tasks as commands.  ``directory``: where their state is kept."""
+    """Runs tasks as commands.  ``directory`` has their state."""
 
     name = "process"
 
@@ -62,16 +63,16 @@ class ProcessExecutor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Make the directory of the tasks; the commands run on when the block ends."""
+        """Create the directory of the tasks.  The commands keep running when the block ends."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """A controller of the command; it needs no credentials."""
+        """Return a controller of the command, which needs no credentials."""
         return ProcessController(self.directory, task)
 
     async def leftovers(self) -> Sequence[TaskId]:
-        """The tasks that have a directory."""
+        """Return the tasks that have a directory."""
         return sorted(TaskId(entry.name) for entry in self.directory.iterdir())
 
     async def discard(self, task_id: TaskId) -> None:
@@ -89,7 +90,7 @@ class ProcessController:
         self._path = directory / task.task.id
 
     def observed(self) -> Running | None:
-        """From the files that the waiting shell has written."""
+        """Return the state in the files that the waiting shell has written."""
         if not self._path.is_dir():
             return None
         started, code = _started(self._path), _exit_code(self._path)
@@ -103,7 +104,7 @@ class ProcessController:
         )
 
     async def prepare(self) -> None:
-        """Check that the task can be a plain command."""
+        """Check that the task can run as a plain command."""
         spec = self._spec()
         arguments = (*spec.command, *spec.args)
         if not arguments:
@@ -113,7 +114,7 @@ class ProcessController:
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
         if spec.mounts or spec.secrets or spec.configs:
-            raise Rejected("this node runs plain commands: they have no mounts, secrets or configs")
+            raise Rejected("this node runs plain commands, which cannot have mounts, secrets or configs")
         self._path.mkdir(mode=0o700, exist_ok=True)
 
     async def start(self) -> Running:
@@ -135,7 +136,7 @@ class ProcessController:
         return observed
 
     async def wait(self) -> TaskExit:
-        """Return when the command has ended; exit code 255 where the waiting shell was killed."""
+        """Wait until the command has ended.  The exit code is 255 if the waiting shell was killed."""
         started = _started(self._path)
         if started is None:
             raise NotFound(f"No such process: {self._task.name}")
@@ -146,12 +147,12 @@ class ProcessController:
             code = 255  # the waiting shell was killed: the exit code is lost
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
-    async def ended(self) -> TaskEnd | None:
-        """Nothing more is known than the exit code."""
+    async def fetch_end(self) -> TaskEnd | None:
+        """Return None: only the exit code is known."""
         return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Stop signal, then kill; nothing is drained."""
+        """Send the stop signal, then kill.  Nothing is drained."""
         started = _started(self._path)
         if started is None or not is_alive(started.command):
             return
@@ -169,7 +170,7 @@ class ProcessController:
         await _kill(self._path)
 
     async def update(self, task: AssignedTask) -> None:
-        """A plain command has no limits."""
+        """Do nothing: a plain command has no limits."""
 
     async def remove(self) -> None:
         """Kill the command and remove its directory."""
@@ -179,7 +180,7 @@ class ProcessController:
     def _spec(self) -> ContainerSpec:
         spec = self._task.task.spec.container_spec
         if spec is None:
-            raise Rejected("this node runs plain commands: the task has none")
+            raise Rejected("this node runs plain commands, but the task has no command")
         return spec
 
     async def _launch(self, spec: ContainerSpec) -> None:
@@ -217,7 +218,7 @@ def _exit_code(path: Path) -> int | None:
 
 
 async def _kill(path: Path) -> None:
-    """Kill the command with its process group; return when it is gone."""
+    """Kill the command with its process group.  Returns when it has ended."""
     started = _started(path)
     if started is None:
         return

@@ -1,9 +1,8 @@
-"""When a task's image is fetched, and what happens when that fails.
+"""When a task's image is fetched, and what happens if that fails.
 
-As in Docker every task contacts its registry, so that a tag that moved is noticed, and runs the local image if
-the registry does not respond.  Tasks that come together share a fetch and its failure, and a registry that
-failed is not contacted again for a while as long as there is a local image: starting must not wait for a
-time-out again and again.
+As in Docker, every task contacts its registry, so that a moved tag is noticed, and uses the local image if the registry
+does not respond.  Concurrent tasks share a fetch and its failure.  A registry that failed is not contacted again for a
+while if there is a local image, so that starts do not wait for a timeout repeatedly.
 """
 
 import asyncio
@@ -22,20 +21,21 @@ from skep.model.images import registry_of
 log = structlog.get_logger()
 
 RETRY_AFTER_S = 30.0
+"""Seconds for which a failed registry is not contacted again if there is a local image."""
 
 
 Bring: TypeAlias = Callable[[str], Awaitable[None]]
 
 
 async def nothing_beside(_word: str) -> None:
-    """There is no other store on this machine."""
+    """Do nothing: this machine has no other image store."""
 
 
 class ImagePuller:
     """Fetches images for tasks.
 
     Args:
-        bring: called with each image first: copies it here from another store of this machine, if it is newer there.
+        bring: Called with each image first.  Copies it from another store of this machine if it is newer there.
     """
 
     def __init__(self, images: ImageStore, clock: Clock, bring: Bring = nothing_beside) -> None:
@@ -46,9 +46,10 @@ class ImagePuller:
         self._failed_at: dict[str, float] = {}
 
     async def image(self, reference: str, auth: str, *, uses_helper: bool = False) -> Image:
-        """The image to run.  ``uses_helper``: the node's own credentials may be used for it.
+        """Return the image to run.  ``uses_helper`` allows the node's own credentials for it.
 
-        Raises: Rejected: ``No such image: x: ...``, neither here nor to be had, and why the registry gave none.
+        Raises:
+            Rejected: ``No such image: x: ...``.  The image is not local, and the error has the registry's refusal.
         """
         try:
             await self._bring(reference)
@@ -62,7 +63,7 @@ class ImagePuller:
         return self._local(reference, None)
 
     def _needs_no_registry(self, reference: str, local: Image) -> bool:
-        """Named by content, or its registry failed a moment ago."""
+        """Return whether the image is named by content, or its registry failed a moment ago."""
         if "@sha256:" in reference or local.id.removeprefix("sha256:").startswith(
             reference.removeprefix("sha256:")
         ):
@@ -71,17 +72,17 @@ class ImagePuller:
         return failed_at is not None and self._clock.monotonic() - failed_at < RETRY_AFTER_S
 
     async def _pull(self, reference: str, auth: str, uses_helper: bool) -> None:
-        """Fetch, or share the fetch that is under way, however it ends."""
+        """Fetch the image, or share the result of a running fetch."""
         key = reference, auth, uses_helper
         while (under_way := self._fetches.get(key)) is not None:
             if (outcome := await asyncio.shield(under_way)) is None:
-                continue  # the fetch was cancelled: this task starts its own
+                continue  # the fetch was cancelled, so this task starts another one
             if isinstance(outcome, SkepError):
                 raise outcome
             return
         fetch = self._fetches[key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._fetched(reference, auth, uses_helper)
+            outcome = await self._fetch(reference, auth, uses_helper)
             fetch.set_result(outcome)
         finally:
             del self._fetches[key]
@@ -90,7 +91,7 @@ class ImagePuller:
         if isinstance(outcome, SkepError):
             raise outcome
 
-    async def _fetched(self, reference: str, auth: str, uses_helper: bool) -> Image | SkepError:
+    async def _fetch(self, reference: str, auth: str, uses_helper: bool) -> Image | SkepError:
         registry = registry_of(reference)
         try:
             image = await self._images.pull(reference, auth, uses_helper=uses_helper)

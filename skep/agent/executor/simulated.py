@@ -1,6 +1,6 @@
-"""Tasks that only pretend: for whole clusters on simulated time, and for load without containers.
+"""Simulated tasks: for whole clusters on simulated time, and for load without containers.
 
-Clock and random numbers are arguments.  What "runs" is kept in a ``Machine`` that outlives executors, as a real
+Clock and random numbers are arguments.  Running processes are in a ``Machine`` that outlives executors, like a real
 machine outlives its node process.
 """
 
@@ -21,21 +21,21 @@ from skep.model.task_end import TaskEnd
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """How long things take (seconds, each spread by up to half) and how often they go wrong (0 to 1)."""
+    """Durations (seconds, each spread by up to half) and failure probabilities (0 to 1)."""
 
     prepare_s: float = 0.05
     start_s: float = 0.05
     shutdown_s: float = 0.05
     run_s: float | None = None
-    """Seconds until a task ends; None: never."""
+    """Seconds until a task ends, or None if it never ends."""
     exit_code: int = 0
     rejected: float = 0.0
     crashed: float = 0.0
-    """How often a run ends with exit code 1 instead."""
+    """Probability that a run ends with exit code 1 instead."""
 
 
 class Process:
-    """A pretended process."""
+    """A simulated process."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -44,21 +44,21 @@ class Process:
         self.ended = asyncio.Event()
 
     def end(self, exit_code: int) -> None:
-        """End with this exit code; the first end counts."""
+        """End with this exit code.  Only the first end counts."""
         if self.exit_code is None:
             self.exit_code = exit_code
             self.ended.set()
 
 
 class Machine:
-    """What exists on one simulated machine."""
+    """The processes on one simulated machine."""
 
     def __init__(self) -> None:
         self.processes: dict[TaskId, Process] = {}
         self._last_pid = 1
 
     def new_process(self, id: TaskId) -> Process:
-        """A task's process, not started yet."""
+        """Create a task's process, which is not started yet."""
         self._last_pid += 1
         self.processes[id] = Process(self._last_pid)
         return self.processes[id]
@@ -69,7 +69,7 @@ class Machine:
 
 
 class SimulatedExecutor:
-    """Runs tasks in pretence."""
+    """Runs simulated tasks."""
 
     name = "simulated"
 
@@ -87,15 +87,15 @@ class SimulatedExecutor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Nothing is to be made ready."""
+        """Do nothing: no preparation is needed."""
         yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """A controller that needs no image."""
+        """Return a controller that needs no image."""
         return SimulatedController(self, task)
 
     async def leftovers(self) -> Sequence[TaskId]:
-        """The tasks that have a process on the machine."""
+        """Return the tasks that have a process on the machine."""
         return sorted(self.machine.processes)
 
     async def discard(self, task_id: TaskId) -> None:
@@ -110,14 +110,14 @@ class SimulatedExecutor:
 
 
 class SimulatedController:
-    """One pretended task."""
+    """One simulated task."""
 
     def __init__(self, executor: SimulatedExecutor, task: AssignedTask) -> None:
         self._executor = executor
         self._id = task.task.id
 
     def observed(self) -> Running | None:
-        """From the machine's process."""
+        """Return the state of the machine's process."""
         process = self._executor.machine.processes.get(self._id)
         if process is None:
             return None
@@ -131,7 +131,7 @@ class SimulatedController:
         )
 
     async def prepare(self) -> None:
-        """Takes as long as the behaviour has it; rejected as often as that."""
+        """Wait for the configured time.  Rejects the task with the configured probability."""
         if self._id in self._executor.machine.processes:
             return
         await self._executor.take(self._executor.behaviour.prepare_s)
@@ -150,7 +150,7 @@ class SimulatedController:
         return observed
 
     async def wait(self) -> TaskExit:
-        """Return when the process has ended; with ``run_s`` it ends by itself after about that time."""
+        """Wait until the process has ended.  With ``run_s`` it ends by itself after about that time."""
         process, behaviour = self._require(), self._executor.behaviour
         if behaviour.run_s is None:
             await process.ended.wait()
@@ -159,12 +159,12 @@ class SimulatedController:
         code = process.exit_code or 0
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
-    async def ended(self) -> TaskEnd | None:
-        """Nothing more is known than the exit code."""
+    async def fetch_end(self) -> TaskEnd | None:
+        """Return None: only the exit code is known."""
         return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """End the process after the time that stopping takes."""
+        """End the process after the time that a stop takes."""
         process = self._executor.machine.processes.get(self._id)
         if process is not None and process.exit_code is None:
             if process.started:
@@ -178,14 +178,14 @@ class SimulatedController:
             process.end(137)
 
     async def update(self, task: AssignedTask) -> None:
-        """Limits mean nothing here."""
+        """Do nothing: limits have no effect."""
 
     async def remove(self) -> None:
         """End the process and forget it."""
         await self._executor.discard(self._id)
 
     async def _run_for(self, process: Process, seconds: float) -> None:
-        """Let it run its time, unless it is ended before."""
+        """Let a process run for about ``seconds``, unless it ends earlier."""
         await wait_first(self._executor.take(seconds), process.ended.wait())
         behaviour = self._executor.behaviour
         process.end(1 if self._executor.rng.random() < behaviour.crashed else behaviour.exit_code)

@@ -1,4 +1,4 @@
-"""An executor whose tasks leave spans: what a node does until a task runs, with the calls of runc in it."""
+"""An executor that records spans: the steps of a node until a task runs, with the calls of runc."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -13,7 +13,7 @@ Export = Callable[[Iterable[Span]], None]
 
 
 class TracedExecutor:
-    """Another executor, with spans.  Not made where nothing is traced, so that it costs nothing there."""
+    """Wraps another executor and exports spans.  Not used without tracing, so that it costs nothing then."""
 
     def __init__(self, inner: Executor, export: Export, now_ns: NowNs) -> None:
         self._inner = inner
@@ -71,8 +71,8 @@ class _TracedController:
     async def wait(self) -> TaskExit:
         return await self._inner.wait()
 
-    async def ended(self) -> TaskEnd | None:
-        return await self._inner.ended()
+    async def fetch_end(self) -> TaskEnd | None:
+        return await self._inner.fetch_end()
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         await self._inner.shutdown(drain_s)
@@ -88,9 +88,9 @@ class _TracedController:
 
 
 def spans_of_node(task: Task, begin_ns: int, recorded: Recording, *, has_ended: bool) -> list[Span]:
-    """A verb and its parts; when the work has ended, or failed, the node's span over all verbs, too.
+    """Return the spans of a verb and its parts, and the node's span over all verbs once the work has ended or failed.
 
-    ``recorded``: the verb, then what was done in it.
+    ``recorded`` has the verb, then its parts.
     """
     if task.spec_version is None:
         return []

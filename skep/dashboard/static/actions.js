@@ -105,7 +105,7 @@ class Preview {
         const service = await get(`services/${id}`);
         const [placement] = await post("skep/services/placement", [change(service.Spec)]);
         if (mine !== this.#asked) return;
-        this.refusal = placement.Refusal ?? "";
+        this.refusal = placement.Error ?? "";
         this.rows = difference(placement, before).filter((row) => row.after !== row.before);
         this.text = "";
       } catch (error) {
@@ -128,7 +128,7 @@ class Preview {
 }
 
 function scaleDialog(app, service) {
-  let replicas = service.wanted;
+  let replicas = service.desired;
   const before = tasksByNode(app, service);
   const preview = new Preview();
   const isValid = () => Number.isInteger(replicas) && replicas >= 0 && replicas <= REPLICAS_MAX;
@@ -137,7 +137,7 @@ function scaleDialog(app, service) {
     title: `Scale ${service.name}`,
     verb: "Scale",
     lines: () => [],
-    canAct: () => isValid() && replicas !== service.wanted,
+    canAct: () => isValid() && replicas !== service.desired,
     act: () => changeService(service.id, (spec) => scaled(spec, replicas)),
     more: (redraw) => {
       const set = (number) => {
@@ -155,7 +155,7 @@ function scaleDialog(app, service) {
           h("button", { type: "button", "aria-label": "One fewer", onclick: () => set(Math.max(0, replicas - 1)) }, "−"),
           h("input", { id: "replicas", type: "number", min: "0", max: String(REPLICAS_MAX), value: String(replicas), autofocus: true, oninput: (event) => set(event.target.valueAsNumber) }),
           h("button", { type: "button", "aria-label": "One more", onclick: () => set(replicas + 1) }, "+"),
-          h("span", { class: "quiet" }, `now ${service.wanted}`)),
+          h("span", { class: "quiet" }, `now ${service.desired}`)),
         h("h3", {}, "What it would do"),
         preview.show(app),
       ];

@@ -16,7 +16,7 @@ export function phase(task) {
   if (isWrong(task)) return "failed";
   if (ENDED.has(task.state)) return "done";
   if (task.state === "running") {
-    if (task.wanted !== "running" && task.wanted !== "complete") return "stopping";
+    if (task.desired_state !== "running" && task.desired_state !== "complete") return "stopping";
     return task.health === "unhealthy" ? "unhealthy" : "running";
   }
   return task.node ? "starting" : "waiting";
@@ -25,7 +25,7 @@ export function phase(task) {
 /** What is known of a cluster, by kind and id, with the indexes that pages ask for. */
 export class Cluster {
   cursor = "";
-  info = { id: "", name: "", managers: { total: 0, reachable: 0, leader: "" }, warnings: [], frozen: "" };
+  info = { id: "", name: "", managers: { total: 0, reachable: 0, leader: "" }, warnings: [], replacement_suspended: "" };
   /** Grows with every change; `versions` does so by kind. */
   version = 0;
   versions = Object.fromEntries(KINDS.map((kind) => [kind, 0]));
@@ -40,10 +40,10 @@ export class Cluster {
     this.#changed(KINDS);
   }
 
-  /** Applies one change, `{cursor, set: {kind: rows}, gone: {kind: ids}}`.  Rows are whole; applying it twice does no harm. */
+  /** Applies one change, `{cursor, set: {kind: rows}, removed: {kind: ids}}`.  Rows are whole; applying it twice does no harm. */
   apply(change) {
     const touched = new Set();
-    for (const [kind, ids] of Object.entries(change.gone ?? {})) {
+    for (const [kind, ids] of Object.entries(change.removed ?? {})) {
       if (!Object.hasOwn(this.#rows, kind)) continue;
       for (const id of ids) this.#rows[kind].delete(id);
       touched.add(kind);
@@ -117,10 +117,10 @@ export class Cluster {
 }
 
 /** How many tasks are as they should be, `{done, of, isJob}`: of a job, or of a service whose tasks end, those that completed. */
-export function progress({ mode, running, wanted, completed = 0, total = 0 }) {
-  if (mode.endsWith("-job")) return { done: completed, of: total || wanted, isJob: true };
-  if (completed > 0 && running === 0) return { done: completed, of: wanted, isJob: true };
-  return { done: running, of: wanted, isJob: false };
+export function progress({ mode, running, desired, completed = 0, total = 0 }) {
+  if (mode.endsWith("-job")) return { done: completed, of: total || desired, isJob: true };
+  if (completed > 0 && running === 0) return { done: completed, of: desired, isJob: true };
+  return { done: running, of: desired, isJob: false };
 }
 
 /** `2/3`, or `6/6 done`. */
@@ -129,16 +129,16 @@ export function replicasText(service) {
   return `${done}/${of}${isJob ? " done" : ""}`;
 }
 
-const URGENCY = { unwell: 0, moving: 1, well: 2 };
+const URGENCY = { degraded: 0, converging: 1, healthy: 2 };
 
 /** Services that need someone first, those that have for longest before others, then by name. */
 export function byUrgency(a, b) {
-  return URGENCY[a.state] - URGENCY[b.state] || (a.state === "well" ? 0 : (a.since || Infinity) - (b.since || Infinity) || 0) || (a.name < b.name ? -1 : 1);
+  return URGENCY[a.state] - URGENCY[b.state] || (a.state === "healthy" ? 0 : (a.since || Infinity) - (b.since || Infinity) || 0) || (a.name < b.name ? -1 : 1);
 }
 
 /** Why a node is not well, and when it was last heard. */
 export function lastHeard(node, now) {
-  return [node.reason, node.silent_since && `last heard ${clockTime(node.silent_since, now)}`].filter(Boolean).join("; ");
+  return [node.reason, node.last_heartbeat_at && `last heard ${clockTime(node.last_heartbeat_at, now)}`].filter(Boolean).join("; ");
 }
 
 /**
@@ -148,7 +148,7 @@ export function lastHeard(node, now) {
 export function problems(cluster) {
   const found = [];
   const add = (level, title, detail, target = null) => found.push({ level, title, detail, target });
-  const { managers, warnings, frozen } = cluster.info;
+  const { managers, warnings, replacement_suspended: suspended } = cluster.info;
   if (managers.reachable < managers.total) {
     const quorum = Math.floor(managers.total / 2) + 1;
     const spare = managers.reachable - quorum;
@@ -158,7 +158,7 @@ export function problems(cluster) {
       spare > 0 ? `the cluster survives the loss of ${spare} more` : "the loss of one more stops every change",
     );
   }
-  if (frozen) add("bad", "Lost nodes' tasks are not replaced", frozen);
+  if (suspended) add("bad", "Lost nodes' tasks are not replaced", suspended);
   for (const warning of warnings) add("warn", warning, "");
   for (const node of cluster.all("nodes")) {
     if (node.state !== "ready") add("bad", `${node.name} is ${node.state}`, lastHeard(node, Date.now()), ["nodes", node.id]);
@@ -167,9 +167,9 @@ export function problems(cluster) {
   for (const service of [...cluster.all("services")].sort(byUrgency)) {
     const target = ["services", service.id];
     const paused = service.update?.state?.endsWith("paused");
-    if (service.state === "unwell" || paused) {
+    if (service.state === "degraded" || paused) {
       add("bad", `${service.name} ${replicasText(service)}`, service.reason || service.update?.message || "", target);
-    } else if (service.state === "moving") {
+    } else if (service.state === "converging") {
       add("warn", `${service.name} ${replicasText(service)}`, service.reason || service.update?.message || "", target);
     }
   }
@@ -182,13 +182,13 @@ export function problems(cluster) {
 /** The figures of the top bar. */
 export function totals(cluster) {
   let running = 0;
-  let wanted = 0;
+  let desired = 0;
   for (const service of cluster.all("services")) {
     if (service.mode.endsWith("-job")) continue;
     const { done, of } = progress(service);
     running += done;
-    wanted += of;
+    desired += of;
   }
   const nodes = cluster.all("nodes");
-  return { running, wanted, ready: nodes.filter((node) => node.state === "ready").length, nodes: nodes.length };
+  return { running, desired, ready: nodes.filter((node) => node.state === "ready").length, nodes: nodes.length };
 }

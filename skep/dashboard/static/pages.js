@@ -57,7 +57,7 @@ function tool(label, title, onclick) {
 
 function attention(app) {
   const found = problems(app.cluster);
-  if (found.length === 0) return h("section", { key: "well", class: "well" }, h("h2", {}, "All is well"), h("p", {}, "Every service runs as it should."));
+  if (found.length === 0) return h("section", { key: "healthy", class: "healthy" }, h("h2", {}, "All is well"), h("p", {}, "Every service runs as it should."));
   return h(
     "section",
     { key: "attention", class: "attention" },
@@ -134,7 +134,7 @@ export function replicas(service) {
   return h("span", { class: "replicas" }, meter(replicasText(service), [{ share: of ? done / of : 1, kind: service.state }]), h("span", {}, replicasText(service)));
 }
 
-const LEVELS = { well: "good", moving: "warn", unwell: "bad" };
+const LEVELS = { healthy: "good", converging: "warn", degraded: "bad" };
 
 export function serviceState(service) {
   const update = service.update?.state;
@@ -155,7 +155,7 @@ export function taskState(task) {
 
 function load(node) {
   if (node.load === null) return h("span", { class: "quiet" }, "–");
-  const kind = node.load > 0.9 ? "unwell" : node.load > 0.75 ? "moving" : "plain";
+  const kind = node.load > 0.9 ? "degraded" : node.load > 0.75 ? "converging" : "plain";
   return h("span", { class: "replicas" }, meter(percent(node.load), [{ share: node.load, kind }]), h("span", {}, percent(node.load)));
 }
 
@@ -299,8 +299,8 @@ export function deployState({ state }) {
 }
 
 export function stackState(services) {
-  const worst = ["unwell", "moving"].find((state) => services.some((service) => service.state === state)) ?? "well";
-  return badge(LEVELS[worst], worst === "well" ? "well" : `${services.filter((service) => service.state === worst).length} ${worst}`);
+  const worst = ["degraded", "converging"].find((state) => services.some((service) => service.state === state)) ?? "healthy";
+  return badge(LEVELS[worst], worst === "healthy" ? "healthy" : `${services.filter((service) => service.state === worst).length} ${worst}`);
 }
 
 function volumesPage(app) {
@@ -361,7 +361,7 @@ export function uptakeText(app, row) {
   if (row.services.length === 0) return h("span", { class: "quiet" }, "not used");
   const { have, wait } = uptake(app.cluster, row);
   const text = `${have} of ${count(have + wait, "task")}`;
-  return h("span", { class: "replicas" }, meter(text, [{ share: have + wait ? have / (have + wait) : 1, kind: wait ? "moving" : "well" }]), h("span", {}, text));
+  return h("span", { class: "replicas" }, meter(text, [{ share: have + wait ? have / (have + wait) : 1, kind: wait ? "converging" : "healthy" }]), h("span", {}, text));
 }
 
 function secretsPage(app) {

@@ -98,7 +98,7 @@ function rollout(app, service) {
 
 /** The answer of `/explain` in sentences, with the last lines of a task that ended and the nodes that refuse one. */
 function explanation(answer) {
-  const { Reason: reason, Course: course, Problem: problem, Update: update, Nodes: nodes } = answer;
+  const { Reason: reason, RestartSummary: restarts, Problem: problem, Update: update, Nodes: nodes } = answer;
   // What the first sentence says already is not said again.
   const others = (found) => (found ?? []).filter(({ Summary: summary }) => summary !== reason);
   const listed = (found) => found.map(({ Name: name, Summary: summary, Tasks: tasks }) =>
@@ -108,11 +108,11 @@ function explanation(answer) {
   const lines = end?.Lines ?? [];
   return [
     h("p", {}, reason || answer.Summary),
-    reason && h("p", { class: "quiet" }, [problem?.Name, course, `${answer.Running} of ${answer.Wanted} tasks run`].filter(Boolean).join("; ")),
+    reason && h("p", { class: "quiet" }, [problem?.Name, restarts, `${answer.Running} of ${answer.Desired} tasks run`].filter(Boolean).join("; ")),
     waiting.length > 0 && h("ul", { class: "plain" }, listed(waiting)),
     failed.length > 0 && h("ul", { class: "plain failures" }, listed(failed)),
     update && h("p", { class: "quiet" }, [update.Step, update.WaitingFor && `waiting for ${update.WaitingFor}`].filter(Boolean).join("; ")),
-    nodes?.length > 0 && h("ul", { class: "plain" }, nodes.slice(0, 50).map(({ Hostname: name, NodeID: id, Refusals: refusals }) =>
+    nodes?.length > 0 && h("ul", { class: "plain" }, nodes.slice(0, 50).map(({ Hostname: name, NodeID: id, Reasons: refusals }) =>
       h("li", { key: id }, h("b", {}, `${name || id}: `), refusals?.length ? refusals.join("; ") : "would take it"))),
     end?.HealthOutput && [h("h4", {}, "Last failed health check"), h("pre", { "aria-label": "Last failed health check", tabindex: "0" }, end.HealthOutput)],
     lines.length > 0 && h("h4", {}, "Last lines of output"),
@@ -234,7 +234,7 @@ function nodePanel(app, node, tab) {
       app.samples.of(node.id).length < 2 && h("p", { class: "quiet" }, "Kept while this page is open: the line begins now."),
     ),
     section("Tasks in the last hour", chart(app, node.id, (sample) => sample.tasks, { size: "large", most: Math.max(4, ...app.samples.of(node.id).map((sample) => sample.tasks)) * 1.1, label: `${count(tasks.length, "task")} now` })),
-    node.failing?.length > 0 && section("Does not reach", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
+    node.failing_checks?.length > 0 && section("Does not reach", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
     node.volumes?.length > 0 && section("Volumes", h("ul", { class: "plain" }, node.volumes.map(({ name, service, slot }) => h("li", { key: `${name} ${service} ${slot}` }, h("code", {}, name), h("span", { class: "quiet" }, ` data of ${service}.${slot}`))))),
     section("Tasks", h("div", { class: "cells" }, tasks.slice(0, 200).map((task) =>
       h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(app, task))))),

@@ -19,7 +19,7 @@ export function restarted(spec) {
 }
 
 /**
- * How a planned placement (`{Wanted, Nodes: [{NodeID, Hostname, Tasks}], Refusal}`) differs from the tasks there are
+ * How a planned placement (`{Desired, Nodes: [{NodeID, Hostname, Tasks}], Error}`) differs from the tasks there are
  * (`{node id: number}`): `[{node, hostname, before, after}]`, nodes with a difference first.
  */
 export function difference(placement, before) {

@@ -2,7 +2,7 @@
 
 /** What fails by itself, `[{from, to, check, port}]`, `from` being a node's row. */
 export function failing(nodes) {
-  return nodes.flatMap((node) => (node.failing ?? []).map(({ peer, check, port }) => ({ from: node, to: peer, check, port })));
+  return nodes.flatMap((node) => (node.failing_checks ?? []).map(({ peer, check, port }) => ({ from: node, to: peer, check, port })));
 }
 
 /**

@@ -73,7 +73,7 @@ function brand(app) {
 }
 
 function figures(app) {
-  const { running, wanted, ready, nodes } = totals(app.cluster);
+  const { running, desired, ready, nodes } = totals(app.cluster);
   const { managers } = app.cluster.info;
   const found = problems(app.cluster);
   const isBad = found.some(({ level }) => level === "bad");
@@ -82,7 +82,7 @@ function figures(app) {
   return h(
     "div",
     { class: "figures", role: "status", "aria-label": "the cluster in figures" },
-    figure(running, wanted, "tasks", running < wanted),
+    figure(running, desired, "tasks", running < desired),
     figure(ready, nodes, "nodes", ready < nodes),
     figure(managers.reachable, managers.total, "managers", managers.reachable < managers.total),
     found.length > 0 && badge(isBad ? "bad" : "warn", `${found.length} to look at`),

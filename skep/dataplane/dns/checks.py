@@ -1,4 +1,4 @@
-"""Checks whether containers resolve names to the addresses in the store: queries as a container's, in its namespace."""
+"""Checks that containers resolve names to the addresses in the store, with queries sent in a container's namespace."""
 
 import asyncio
 import os
@@ -34,21 +34,21 @@ RESPONSE_S = 0.5
 UNANSWERED_MAX = 3
 """Names of one network without a response, after which its other names are skipped."""
 REPEAT_S = 1.0
-"""Before a wrong name is queried again: its addresses may have changed a moment ago."""
+"""Pause before a wrong name is queried again, because its addresses may have just changed."""
 
 Resolved = Mapping[str, tuple[str, ...]]
 """The addresses of each name, sorted."""
 
 
 class NameChecks:
-    """Queries in the namespaces of this node's containers.  ``sandboxes``: those of running containers."""
+    """Sends queries in this node's containers' namespaces.  ``sandboxes`` returns running containers' sandboxes."""
 
     def __init__(self, sandboxes: Callable[[], Iterable[Sandbox]], clock: Clock) -> None:
         self._sandboxes = sandboxes
         self._clock = clock
 
     async def check(self, networks: Sequence[NetworkNames]) -> tuple[PathFinding, ...]:
-        """A finding for each of ``networks`` that a container here is on; wrong names are queried twice."""
+        """Return a finding for each of ``networks`` with a container on this node.  Wrong names are queried twice."""
         findings = []
         for network in networks:
             namespace = self._namespace_on(network.network_id)
@@ -68,18 +68,18 @@ class NameChecks:
         return None
 
     async def _wrong(self, namespace: Path, network: NetworkNames) -> Resolved:
-        """The names with other addresses than in the store, as resolved."""
+        """Return the names that resolve to other addresses than in the store, with the addresses found."""
         names = [name for name in network.names if _is_name(name)]
         try:
             resolved = await asyncio.to_thread(inside, namespace, partial(_query_all, names, network.network))
         except OSError as error:
             log.info("names cannot be queried", network=network.network, reason=str(error))
-            return {}  # the container has gone meanwhile
+            return {}  # the container has ended meanwhile
         return {name: found for name, found in resolved.items() if found != _normalized(network.names[name])}
 
 
 def finding_of(network: NetworkNames, wrong: Resolved) -> PathFinding:
-    """All of a network's names count as lost if one is wrong."""
+    """Return a network's finding.  All of its names count as lost if one is wrong."""
     sent = len(network.names)
     return PathFinding(
         check=PathCheck.NAMES,
@@ -113,7 +113,7 @@ def _is_name(name: str) -> bool:
 
 
 def _query_all(names: Sequence[str], network: str) -> Resolved:
-    """As resolved by the container's name server, while it responds.  Raises: OSError: no query can be sent."""
+    """Resolve names through the container's name server, while it responds.  Raises: OSError: no query can be sent."""
     resolved: dict[str, tuple[str, ...]] = {}
     unanswered = 0
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -129,7 +129,7 @@ def _query_all(names: Sequence[str], network: str) -> Resolved:
 
 
 def _query(client: socket.socket, name: str, kind: int) -> tuple[str, ...] | None:
-    """None: no response."""
+    """Return the addresses in the response, or None without a response."""
     id = int.from_bytes(os.urandom(2), "big")
     question = encode_question(name, kind)
     client.send(encode_query(id, question))
@@ -140,9 +140,9 @@ def _query(client: socket.socket, name: str, kind: int) -> tuple[str, ...] | Non
 
 
 def _received(client: socket.socket) -> Iterator[bytes]:
-    """Datagrams, until the socket's timeout."""
+    """Yield datagrams until the socket's timeout."""
     while True:
         try:
             yield client.recv(UDP_BYTES_MAX)
-        except OSError:  # the timeout, or the port is closed
+        except OSError:  # the timeout, or a closed port
             return

@@ -1,4 +1,4 @@
-"""What the name servers of a node's containers have done since their process began."""
+"""Counters of a node's name servers since their process started."""
 
 from collections import Counter
 
@@ -29,19 +29,22 @@ _CODES = {
 
 
 class DnsCounts:
-    """``questions`` by type; ``responses`` by source (network, forwarded, none: malformed) and code."""
+    """Number of ``questions`` by type, and of ``responses`` by source and code.
+
+    The source is network, forwarded, or none for a malformed query."""
 
     def __init__(self) -> None:
         self.questions: Counter[str] = Counter()
         self.responses: Counter[tuple[str, str]] = Counter()
         self.upstream_timeouts = 0
         self.upstream_failures = 0
-        """Errors of connections, and responses of other servers that are errors themselves."""
+        """Errors of connections, and error responses of other servers."""
 
     def question(self, type: int) -> None:
-        """A query came."""
-        self.questions[_TYPES.get(type, "other")] += 1  # any number may be asked for: labels are bounded
+        """Count a query."""
+        # clients can ask for any number, and the labels must be bounded
+        self.questions[_TYPES.get(type, "other")] += 1
 
     def response(self, source: str, message: bytes) -> None:
-        """``message`` is the response."""
+        """Count the response ``message``."""
         self.responses[source, _CODES.get(response_code(message), "other")] += 1

@@ -1,7 +1,7 @@
 """A network's table, indexed by name.
 
-A table is large and changes often, and few of its names are queried: so for each version only services, containers and
-tasks are indexed by name, and the addresses of a name are computed with its first query.
+A table is large and changes often, and few of its names are queried.  For each version, only services, containers and
+tasks are therefore indexed by name.  The addresses of a name are computed with its first query.
 """
 
 import socket
@@ -22,10 +22,7 @@ _TASKS, _ALL_TASKS = "tasks.", "all.tasks."
 
 
 class Known(msgspec.Struct, frozen=True):
-    """The addresses of a name, packed.
-
-    ``services``: those whose virtual addresses are among them.
-    """
+    """The addresses of a name, packed.  ``services`` are the services whose virtual addresses are included."""
 
     ipv4: tuple[bytes, ...] = ()
     ipv6: tuple[bytes, ...] = ()
@@ -33,7 +30,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Index:
-    """One version of ``table``.  Names are as in queries, without the network's own as a suffix.
+    """One version of ``table``.  Names are as in queries, without the network's own name as a suffix.
 
     The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
     """
@@ -56,11 +53,11 @@ class Index:
                 self._services[name].append(id)
 
     def find(self, name: str) -> Known | None:
-        """The addresses of ``name``; None: the network does not have it.
+        """Return the addresses of ``name``, or None if the network does not have it.
 
-        A name of several services, or of several containers, has the addresses of all, as with Docker. Names of
-        services and tasks come before names and aliases of other containers, which any node chooses that attaches one
-        to the network: with Docker these get a part of the service's connections. A name without serving tasks is
+        A name of several services, or of several containers, has the addresses of all, as with Docker.  Names of
+        services and tasks come before names and aliases of other containers.  Any node that attaches a container
+        chooses these, and with Docker they get a part of the service's connections.  A name without serving tasks is
         known, and has no address.
 
         Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
@@ -75,16 +72,16 @@ class Index:
         return known
 
     def is_service(self, name: str) -> bool:
-        """Whether a service has ``name``, or an alias."""
+        """Return whether ``name`` is the name or an alias of a service."""
         return name in self._services
 
     def serving(self, name: str) -> Sequence[TableEndpoint]:
-        """The tasks of the services called ``name`` that serve, in the order of their ids."""
+        """Return the serving tasks of the services called ``name``, in the order of their ids."""
         return [task for id in self._services.get(name, ()) for task in self._ordered(id) if task.is_serving]
 
     @cached_property
     def reverse(self) -> dict[str, tuple[str, ServiceId]]:
-        """Name by address, and the service if the address is virtual."""
+        """Name by address, with the service if the address is virtual."""
         found: dict[str, tuple[str, ServiceId]] = {}
         for _, endpoint in sorted(self._table.endpoints.items()):
             for address in endpoint.addresses:
@@ -97,10 +94,10 @@ class Index:
 
     @cached_property
     def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        """Of the network; malformed ones are left out."""
+        """Subnets of the network, without malformed ones."""
         found = []
         for segment in self._table.head.segments:
-            with suppress(ValueError):  # what is no subnet has no addresses
+            with suppress(ValueError):  # left out
                 found.append(ip_network(segment.subnet, strict=False))
         return tuple(found)
 
@@ -111,7 +108,7 @@ class Index:
             yield endpoint.addresses if _has_names(endpoint) else ()
 
     def _of_services(self, name: str) -> Iterator[Sequence[str]]:
-        """Virtual addresses; without any, those of the tasks."""
+        """Yield the virtual addresses of each service, or its tasks' addresses if it has none."""
         for id in self._services.get(name, ()):
             service = self._table.services[id]
             yield service.virtual_ips
@@ -119,7 +116,7 @@ class Index:
                 yield from (task.addresses for task in self._ordered(id) if _has_names(task))
 
     def _of_tasks(self, name: str) -> Iterator[Sequence[str]]:
-        """``tasks.<service>``, ``all.tasks.<service>`` and ``<slot>.<service>``."""
+        """Yield the addresses of ``tasks.<service>``, ``all.tasks.<service>`` or ``<slot>.<service>``."""
         slot, _, rest = name.partition(".")
         if name.startswith(_TASKS):
             ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _has_names
@@ -152,7 +149,7 @@ def _runs(task: TableEndpoint) -> bool:
 def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> Known:
     packed: list[bytes] = []
     for one in dict.fromkeys(addresses):
-        with suppress(OSError):  # it is no address
+        with suppress(OSError):  # not an address
             packed.append(socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one))
     return Known(
         tuple(one for one in packed if len(one) == _IPV4_BYTES),

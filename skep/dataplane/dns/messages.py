@@ -1,8 +1,8 @@
 """DNS messages (RFC 1035, EDNS by RFC 6891), as far as a server of few record types needs them.
 
-Queries come from containers and are not trusted: for any bytes ``parse`` returns a query, an error response or nothing,
-and never raises.  The name in a question may not be compressed, so there are no loops.  A response is never longer than
-the query allows, and marked as truncated if records were left out.
+Queries come from containers and are not trusted.  ``parse`` returns a query, an error response or nothing for any
+bytes, and never raises.  The name in a question may not be compressed, which excludes loops.  A response is never
+longer than the query allows, and is marked as truncated if records were left out.
 """
 
 import struct
@@ -15,7 +15,7 @@ IN = 1
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
 
 QUERY_BYTES_MAX = 4096
-"""Longer datagrams are refused without parsing; over TCP a longer message ends the connection."""
+"""Longer datagrams are refused without parsing.  Over TCP a longer message ends the connection."""
 UDP_BYTES_MIN = 512
 UDP_BYTES_MAX = 4096
 TCP_BYTES_MAX = 65535
@@ -29,7 +29,7 @@ _ADDRESS_BYTES = {A: 4, AAAA: 16}
 
 
 class Query(msgspec.Struct, frozen=True):
-    """A query with one question.  ``name``: lower case without the last dot; ``question``: as in the message."""
+    """A query with one question.  ``name`` is in lower case without the last dot, ``question`` as in the message."""
 
     id: int
     flags: int
@@ -38,13 +38,14 @@ class Query(msgspec.Struct, frozen=True):
     class_: int
     question: bytes
     udp_bytes_max: int = UDP_BYTES_MIN
-    """Of a response over UDP."""
+    """Maximum size of a response over UDP."""
     has_options: bool = False
-    """It has an OPT record, so the response has one too."""
+    """Whether the query has an OPT record, so that the response must have one."""
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A resource record.  ``data`` as on the wire; ``owner``: as on the wire, empty: the question's name."""
+    """A resource record.  ``data`` and ``owner`` are as on the wire.  An empty ``owner`` stands for the question's
+    name."""
 
     type: int
     data: bytes
@@ -52,9 +53,9 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def parse(data: bytes) -> Query | bytes | None:
-    """The query; bytes: the error response to a malformed one; None: no response is sent.
+    """Return the query, or the error response to a malformed query as bytes, or None if no response is sent.
 
-    Messages with other than one question are malformed.  Source: miekg/dns, acceptfunc.go, which moby uses.
+    Messages without exactly one question are malformed.  Source: miekg/dns, acceptfunc.go, which moby uses.
     """
     if len(data) < _HEADER.size:
         return None
@@ -83,7 +84,7 @@ def reply(
     ttl_s: int = 0,
     bytes_max: int = UDP_BYTES_MIN,
 ) -> bytes:
-    """The response to ``query`` in at most ``bytes_max``; if records do not fit, it is marked as truncated."""
+    """Return the response to ``query`` in at most ``bytes_max``.  It is marked as truncated if records do not fit."""
     room = bytes_max - _HEADER.size - len(query.question) - (_OPT_BYTES if query.has_options else 0)
     packed, answered, room = _packed(answers, ttl_s, room)
     more, added, _ = _packed(extra, ttl_s, room) if answered == len(answers) else (b"", 0, 0)
@@ -98,17 +99,17 @@ def reply(
 
 
 def encode_question(name: str, type: int) -> bytes:
-    """The question as encoded in a message.  Raises: ValueError: ``name`` cannot be a DNS name."""
+    """Return the question as encoded in a message.  Raises: ValueError: ``name`` cannot be a DNS name."""
     return encoded(name) + struct.pack("!HH", type, IN)
 
 
 def encode_query(id: int, question: bytes) -> bytes:
-    """A query with this question only."""
+    """Return a query with this question only."""
     return _HEADER.pack(id, _RD, 1, 0, 0, 0) + question
 
 
 def addresses_in(data: bytes, question: bytes) -> tuple[str, ...]:
-    """The addresses in a response to ``question`` (``is_response``), sorted; empty if it is malformed."""
+    """Return the addresses in a response to ``question`` (``is_response``), sorted.  Empty if it is malformed."""
     count = int.from_bytes(data[6:8], "big")
     at: int | None = _HEADER.size + len(question)
     found = []
@@ -125,12 +126,12 @@ def addresses_in(data: bytes, question: bytes) -> tuple[str, ...]:
 
 
 def forwardable(data: bytes, id: int) -> bytes:
-    """The same message under another ``id``."""
+    """Return the same message under another ``id``."""
     return id.to_bytes(2, "big") + data[2:]
 
 
 def is_response(data: bytes, id: int, question: bytes) -> bool:
-    """Whether ``data`` is a response to ``question`` with ``id``, by header and question."""
+    """Return whether ``data`` is a response to ``question`` with ``id``, by header and question."""
     if len(data) < _HEADER.size:
         return False
     its_id, flags, questions, _, _, _ = _HEADER.unpack_from(data)
@@ -143,12 +144,12 @@ def is_response(data: bytes, id: int, question: bytes) -> bool:
 
 
 def response_code(data: bytes) -> int:
-    """The response code in the header, without the bits of EDNS."""
+    """Return the response code in the header, without the bits of EDNS."""
     return data[3] & 0xF
 
 
 def fitting(data: bytes, query: Query, bytes_max: int) -> bytes:
-    """Another server's response with the client's id; a truncated one if it is too long."""
+    """Return another server's response with the client's id, or a truncated one if it is too long."""
     if len(data) <= bytes_max:
         return forwardable(data, query.id)
     flags = int.from_bytes(data[2:4], "big") | _TC
@@ -156,25 +157,25 @@ def fitting(data: bytes, query: Query, bytes_max: int) -> bytes:
 
 
 def encoded(name: str) -> bytes:
-    """``name`` as on the wire.  Raises: ValueError: it cannot be a DNS name."""
+    """Return ``name`` as on the wire.  Raises: ValueError: it cannot be a DNS name."""
     parts = []
     for label in name.encode().split(b"."):
         if not 0 < len(label) <= _LABEL_BYTES_MAX:
-            raise ValueError(f"{name!r} is no DNS name")
+            raise ValueError(f"{name!r} is not a DNS name")
         parts.append(bytes((len(label),)) + label)
     wire = b"".join(parts) + b"\0"
     if len(wire) > _NAME_BYTES_MAX:
-        raise ValueError(f"{name!r} is no DNS name")
+        raise ValueError(f"{name!r} is not a DNS name")
     return wire
 
 
 def key(name: str) -> str:
-    """``name`` in the form of ``Query.name``."""
+    """Return ``name`` in the form of ``Query.name``."""
     return name.encode().decode("latin-1").lower()
 
 
 def _question(data: bytes) -> tuple[str, int] | None:
-    """(name, offset of the question's end)."""
+    """Return the name and the offset of the question's end."""
     at = _HEADER.size
     labels: list[bytes] = []
     size = len(data)
@@ -184,19 +185,19 @@ def _question(data: bytes) -> tuple[str, int] | None:
         if length == 0:
             if at + 4 > size or at - _HEADER.size > _NAME_BYTES_MAX:
                 return None
-            # Bytes are kept one by one: names are compared, never shown.
+            # Bytes are kept one by one, because names are compared and never shown.
             return b".".join(labels).decode("latin-1").lower(), at + 4
-        if length > _LABEL_BYTES_MAX:  # a pointer, or something that never was
+        if length > _LABEL_BYTES_MAX:  # a pointer, or an unassigned label type
             return None
         label = data[at : at + length]
-        # A dot inside a label would read like two labels of ours.
+        # A dot inside a label would look like two labels.
         labels.append(label if b"." not in label else label.replace(b".", b"\0"))
         at += length
     return None
 
 
 def _with_options(query: Query, data: bytes, at: int, count: int) -> Query | bytes:
-    """``query`` with the values of its OPT record."""
+    """Return ``query`` with the values of its OPT record."""
     found = False
     for _ in range(count):
         start = at
@@ -217,7 +218,7 @@ def _with_options(query: Query, data: bytes, at: int, count: int) -> Query | byt
 
 
 def _past_name(data: bytes, at: int) -> int | None:
-    """Offset of the end of the name at ``at``.  Pointers are not followed, so there are no loops."""
+    """Return the offset of the end of the name at ``at``.  Pointers are not followed, which excludes loops."""
     while at < len(data):
         length = data[at]
         if length == 0:
@@ -231,7 +232,7 @@ def _past_name(data: bytes, at: int) -> int | None:
 
 
 def _packed(records: tuple[Record, ...], ttl_s: int, room: int) -> tuple[bytes, int, int]:
-    """(as many records as fit, how many, the room left)."""
+    """Return as many records as fit, their number, and the bytes left."""
     parts = []
     for record in records:
         owner = record.owner or b"\xc0\x0c"

@@ -1,6 +1,6 @@
 """The network tables on tmpfs, indexed for names and virtual addresses.
 
-Each version of a table is read once, for all containers.
+Each version of a table is read once for all containers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,26 +34,26 @@ class _Version:
 
 
 class Networks:
-    """``directory``: has a file per network, whose name is the network's id."""
+    """The tables in ``directory``, which has a file per network, named after the network's id."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._read: dict[NetworkId, _Version] = {}
         self.unread: set[NetworkId] = set()
-        """Networks whose file could not be read the last time, though it is there: the version before it counts."""
+        """Networks whose existing file could not be read the last time.  The previous version stays in use."""
 
     def index(self, id: NetworkId) -> Index:
-        """The names of a network."""
+        """Return the names of a network."""
         return self._of(id).index
 
     def backends(self, id: NetworkId) -> Mapping[ServiceId, VipBackends]:
-        """The backends of each service's virtual addresses."""
+        """Return the backends of each service's virtual addresses."""
         return self._of(id).backends
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read these again, and those that could not be read; returns the services whose backends have changed.
+        """Read these tables again, and the unreadable ones.  Return the services whose backends have changed.
 
-        Networks that were not asked for before are not read now either.
+        Networks that were not queried before are not read now either.
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
         for id in {*ids, *self.unread}:
@@ -71,11 +71,11 @@ class Networks:
         return frozenset(changed)
 
     def known(self) -> tuple[NetworkId, ...]:
-        """The networks that were read."""
+        """Return the networks whose tables were read."""
         return tuple(self._read)
 
     def keep(self, ids: Iterable[NetworkId]) -> None:
-        """Drop all but these."""
+        """Drop all tables but these."""
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
         self.unread &= wanted
@@ -95,7 +95,7 @@ class Networks:
             return _Version(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:  # ValueError: not a table, or invalid addresses in it
+        except (OSError, ValueError) as error:  # ValueError: not a table, or one with invalid addresses
             if isinstance(error, OSError) and not is_no_file(error):
                 self.unread.add(id)
             if not was_unread:

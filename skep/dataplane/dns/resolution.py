@@ -1,9 +1,9 @@
-"""Resolves a query by the network tables: pure.
+"""Resolves a query by the network tables.  Pure.
 
-A name is looked up in the container's networks in their order, first as it is, then with its last labels as a
-network's name: ``web.front`` is ``web`` on ``front``.  The first network that has the name is authoritative for all
-types, so such a name is never forwarded.  Addresses are the exception: where the name has addresses of the other IP
-version alone, the next network that has the name is asked.  Source: moby, libnetwork/sandbox.go (ResolveName).
+A name is looked up in the container's networks in their order, first as it is, then with its last labels as a network's
+name: ``web.front`` is ``web`` on ``front``.  The first network that has the name is authoritative for all types, so
+such a name is never forwarded.  There is one exception.  If the name has only addresses of the other IP version, the
+next network that has the name is used.  Source: moby, libnetwork/sandbox.go (ResolveName).
 """
 
 import re
@@ -21,16 +21,16 @@ from skep.model.ids import NetworkId, ServiceId
 T = TypeVar("T")
 
 TTL_S = 1
-"""Docker's is 600, with which programs use stale addresses.  A task that stops is kept for the drain time of its
+"""Docker uses 600, with which programs use stale addresses.  A task that stops is kept for the drain time of its
 service (1 s by default), which covers cached responses."""
 _SERVICE_PORT = re.compile(r"_([0-9]{1,5})\._(?:tcp|udp|sctp)\.(.+)")
 _REVERSE_IPV4, _REVERSE_IPV6 = ".in-addr.arpa", ".ip6.arpa"
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The name is in a network; without ``answers`` it has no record of the type.
+    """The name is in a network.  Without ``answers`` it has no record of the type.
 
-    ``virtual``: services whose virtual addresses are in the response, with their networks.
+    ``virtual`` are the services whose virtual addresses are in the response, with their networks.
     """
 
     answers: tuple[Record, ...] = ()
@@ -43,7 +43,7 @@ class Missing(msgspec.Struct, frozen=True):
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """Not in a network.  ``is_single_label``: nor possible in the public DNS."""
+    """The name is in no network.  ``is_single_label`` names are not possible in the public DNS either."""
 
     is_single_label: bool
 
@@ -52,11 +52,12 @@ Decision: TypeAlias = Found | Missing | Foreign
 
 
 Links: TypeAlias = Mapping[NetworkId, Mapping[str, str]]
-"""Further names that one container has for others: by network, the name that each stands for."""
+"""One container's additional names for others: by network, from alias to name."""
 
 
 def links_of(links: Sequence[str]) -> Mapping[str, str]:
-    """``container:alias`` as a mapping from alias to container; without an alias it is the container's name."""
+    """Parse ``container:alias`` into a mapping from alias to container.  Without an alias, the container's name is
+    used."""
     pairs = (link.removeprefix("/").partition(":") for link in links)
     return {key(alias or name): key(name) for name, _, alias in pairs}
 
@@ -64,9 +65,9 @@ def links_of(links: Sequence[str]) -> Mapping[str, str]:
 def decide(
     query: Query, networks: Sequence[Index], rng: float, links: Links = MappingProxyType({})
 ) -> Decision:
-    """How to respond to ``query`` of a container on ``networks``, in the container's order.
+    """Decide how to respond to ``query`` of a container on ``networks``, in the container's order.
 
-    ``rng``: in [0, 1); which of several addresses comes first.
+    ``rng``, in [0, 1), selects which of several addresses comes first.
     """
     name = query.name
     foreign = Foreign("." not in name and name != "")
@@ -96,14 +97,14 @@ def decide(
 
 
 def _has_other_version_only(type_: int, known: Known) -> bool:
-    """Whether ``known`` has addresses, and none of the IP version that is asked for."""
+    """Return whether ``known`` has addresses, but none of the queried IP version."""
     return (type_ == AAAA and bool(known.ipv4) and not known.ipv6) or (
         type_ == A and bool(known.ipv6) and not known.ipv4
     )
 
 
 def _candidates(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str]]:
-    """The networks that may have ``name``, and its local name there."""
+    """Yield the networks that may have ``name``, with its local name there."""
     for index in networks:
         yield index, name
     end = name.rfind(".")
@@ -145,7 +146,8 @@ def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
 
 
 def _targets(name: str, index: Index, rng: float) -> Found | None:
-    """``_<port>._<protocol>.<service>``: its serving tasks with that port.  None: another kind of name."""
+    """Return the serving tasks of ``_<port>._<protocol>.<service>`` with that port, or None for another kind of
+    name."""
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
         return None
@@ -167,13 +169,13 @@ def _targets(name: str, index: Index, rng: float) -> Found | None:
 
 
 def rotated(values: tuple[T, ...], rng: float) -> tuple[T, ...]:
-    """``values``, rotated by the share ``rng`` of their number."""
+    """Return ``values``, rotated by the share ``rng`` of their number."""
     start = int(rng * len(values))
     return values[start:] + values[:start]
 
 
 def reversed_address(name: str) -> IPv4Address | IPv6Address | None:
-    """The address of a name below in-addr.arpa or ip6.arpa; None: it is not a whole address."""
+    """Return the address of a name below in-addr.arpa or ip6.arpa, or None if it is not a complete address."""
     try:
         if name.endswith(_REVERSE_IPV4):
             return IPv4Address(".".join(reversed(name.removesuffix(_REVERSE_IPV4).split("."))))

@@ -1,7 +1,7 @@
 """The name server of one container: a UDP and a TCP socket in its namespace.
 
-A query is answered at once where possible.  One that has to wait (for rules to be loaded, for another name server)
-becomes a task; the number of a container's tasks is bounded.
+A query is answered at once if possible.  A query that has to wait, for rules or for another name server, becomes a
+task.  The number of a container's tasks is limited.
 """
 
 import asyncio
@@ -37,38 +37,39 @@ from skep.model.ids import NetworkId, ServiceId
 log = structlog.get_logger()
 
 PENDING_MAX = 256
-"""Pending queries of one container; more are refused.  Twice as many may be pending for names in its networks, so
-that a container with too many forwarded queries still resolves services."""
+"""Pending forwarded queries of one container.  More are refused.  Twice as many may be pending for names in its
+networks, so that a container with too many forwarded queries still resolves services."""
 CONNECTIONS_MAX = 64
-"""TCP connections of one container; more are closed at once."""
+"""TCP connections of one container.  More are closed at once."""
 IDLE_S = 10.0
-"""A TCP connection without a query is closed after that."""
+"""Time after which a TCP connection without a query is closed."""
 SINGLE_LABEL_S = 1.0
-"""Deadline for a forwarded name of one label, which the public DNS cannot have."""
+"""Deadline for a forwarded single-label name, which the public DNS cannot have."""
 _BURST = 32
 """Datagrams of one container that are read before other work of the event loop."""
 _BACKLOG = 128
 ACCEPT_PAUSE_S = 0.1
-"""After accept failed for lack of descriptors: the connection stays readable, which would be a busy loop."""
+"""Pause after accept failed for lack of descriptors.  The socket stays readable, so a retry at once would be a busy
+loop."""
 
 PendingQuery = tuple[str, int, bytes]
-"""A pending query: client's address and port, message."""
+"""A pending query: the client's address and port, and the message."""
 Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
 class Sockets(msgspec.Struct, frozen=True):
-    """Of a container's name server."""
+    """The sockets of a container's name server."""
 
     udp: socket.socket
     tcp: socket.socket
 
     @property
     def ports(self) -> tuple[int, int]:
-        """Of UDP and TCP."""
+        """The ports of the UDP and the TCP socket."""
         return self.udp.getsockname()[1], self.tcp.getsockname()[1]
 
     def close(self) -> None:
-        """Close both."""
+        """Close both sockets."""
         self.udp.close()
         self.tcp.close()
 
@@ -77,20 +78,20 @@ class Resolver(Protocol):
     """Resolves names for one container."""
 
     def resolve(self, query: Query) -> Decision:
-        """How to respond to ``query`` at present."""
+        """Decide how to respond to ``query``."""
 
     def is_loaded(self, services: Services) -> bool:
-        """Whether the rules of these services' virtual addresses are in the container's namespace."""
+        """Return whether the rules of these services' virtual addresses are in the container's namespace."""
 
     async def load(self, services: Services) -> None:
-        """Write their rules.  Raises: SkepError."""
+        """Write the rules of these services.  Raises: SkepError."""
 
 
 class Forwarding(msgspec.Struct, frozen=True):
-    """How names of no network are forwarded.
+    """How names outside the container's networks are forwarded.
 
-    ``does_single_labels``: False: those of one label get an empty response, so that the client goes on with its search
-    domains (as ``ndots`` demands).
+    ``does_single_labels`` is False if single-label names get an empty response instead, so that the client tries its
+    search domains (as ``ndots`` demands).
     """
 
     servers: tuple[NameServer, ...]
@@ -99,7 +100,7 @@ class Forwarding(msgspec.Struct, frozen=True):
 
 
 def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
-    """The sockets, in the namespace of the calling thread.  A port in use (0: any) is replaced by another one.
+    """Open the sockets in the calling thread's namespace.  A port in use, or 0, is replaced by a free one.
 
     Raises: OSError.
     """
@@ -116,7 +117,7 @@ def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
 class ContainerServer:
     """Serves one container from ``start`` to ``stop``.
 
-    ``start_task``: starts a supervised task.
+    ``start_task`` starts a supervised task.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class ContainerServer:
         self._resuming: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start to serve."""
         loop = asyncio.get_running_loop()
         for one in (self.sockets.udp, self.sockets.tcp):
             one.setblocking(False)
@@ -149,7 +150,7 @@ class ContainerServer:
         loop.add_reader(self.sockets.tcp, self._accept)
 
     def stop(self) -> tuple[PendingQuery, ...]:
-        """Stop reading; returns the pending queries for another server.  The sockets stay open."""
+        """Stop reading and return the pending queries for another server.  The sockets stay open."""
         if not self._is_running:
             return ()
         self._is_running = False
@@ -190,29 +191,29 @@ class ContainerServer:
             try:
                 data, client = self.sockets.udp.recvfrom(QUERY_BYTES_MAX + 1)
             except OSError:
-                return  # nothing more to read, or an error that reading again does not fix
+                return  # nothing more to read, or an error that another read does not fix
             self.received(data, client)
 
     def _send(self, response: bytes, client: tuple[str, int]) -> None:
         try:
             self.sockets.udp.sendto(response, client)
         except OSError:
-            return  # a full buffer, or a forged address; a client repeats its query
+            return  # a full buffer, or a forged address; clients repeat their queries
 
     async def _respond_later(
         self, query: Query, data: bytes, decision: Decision, client: tuple[str, int]
     ) -> None:
-        response = await self._delayed(query, data, decision, query.udp_bytes_max, is_tcp=False)
+        response = await self._wait_for_response(query, data, decision, query.udp_bytes_max, is_tcp=False)
         self._send(self._counted(decision, response), client)
 
     def _counted(self, decision: Decision | None, response: bytes) -> bytes:
-        """``response``; ``decision`` None: to a malformed query."""
+        """Count and return ``response``.  ``decision`` is None for a malformed query."""
         source = "none" if decision is None else "forwarded" if isinstance(decision, Foreign) else "network"
         self._forwarder.counts.response(source, response)
         return response
 
     def _immediate(self, query: Query, decision: Decision, bytes_max: int) -> bytes | None:
-        """The response to ``query`` if it needs no waiting."""
+        """Return the response to ``query`` if it needs no waiting, else None."""
         match decision:
             case Found(answers, extra, virtual):
                 if not self._resolver.is_loaded(virtual):
@@ -228,10 +229,10 @@ class ContainerServer:
                         return reply(query, NXDOMAIN, bytes_max=bytes_max)
                 return None if self.forwarding.servers else reply(query, SERVFAIL, bytes_max=bytes_max)
 
-    async def _delayed(
+    async def _wait_for_response(
         self, query: Query, data: bytes, decision: Decision, bytes_max: int, *, is_tcp: bool
     ) -> bytes:
-        """The response to ``query``, after waiting for rules or another name server."""
+        """Return the response to ``query`` after waiting for rules or another name server."""
         failure = reply(query, SERVFAIL, bytes_max=bytes_max)
         match decision:
             case Found(answers, extra, virtual):
@@ -261,7 +262,7 @@ class ContainerServer:
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(self.sockets.tcp)
                 self._resuming = loop.call_later(ACCEPT_PAUSE_S, self._accept_again)
-            return  # or the client has closed it
+            return  # or the client has closed the connection
         if len(self._connections) >= CONNECTIONS_MAX:
             connection.close()
             return
@@ -300,7 +301,7 @@ class ContainerServer:
         decision = self._resolver.resolve(query)
         response = self._immediate(query, decision, TCP_BYTES_MAX)
         if response is None:
-            response = await self._delayed(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
+            response = await self._wait_for_response(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
         return self._counted(decision, response)
 
 

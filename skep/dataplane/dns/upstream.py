@@ -1,11 +1,11 @@
-"""Queries for names of no network are forwarded to other name servers, each over a socket of its own.
+"""Forwards queries for other names to other name servers, each query over a socket of its own.
 
-With a socket of its own a query has a random port beside its random id, and receives from the connected server only.
-Servers that did not respond lately are tried last.
+A socket of its own has a random port, in addition to the query's random id, and receives only from the connected
+server.  Servers that did not respond lately are tried last.
 
-The number of queries in flight is limited for the node.  At the limit, a container with fewer queries in flight than
-another displaces the oldest of the container with the most.  A server that does not respond to one container may be
-slow for one zone only; it counts as unresponsive for that container, and for all when several have found it so.
+The number of queries in flight is limited for the node.  At the limit, a container with fewer queries in flight
+displaces the oldest query of the container with the most.  A server that does not respond to one container may be slow
+for one zone only.  It counts as unresponsive for that container, and for all once several have found it unresponsive.
 """
 
 import asyncio
@@ -40,16 +40,16 @@ IN_FLIGHT_MAX = 1024
 IN_FLIGHT_PER_CONTAINER_MAX = 256
 ATTEMPT_S = 1.3
 DEADLINE_S = 4.0
-"""Of all attempts together: C libraries repeat a query after 5 s."""
+"""Deadline of all attempts together, because C libraries repeat a query after 5 s."""
 UNRESPONSIVE_S = 10.0
-"""For which a server that did not respond is tried last."""
+"""Time for which a server that did not respond is tried last."""
 CONTAINERS_MIN = 3
-"""Containers to which a server did not respond before it counts as unresponsive for the others."""
+"""Number of containers to which a server did not respond before it counts as unresponsive for the others."""
 _KNOWN_SERVERS_MAX = 1000
 
 
 class NameServer(msgspec.Struct, frozen=True):
-    """Another name server.  ``is_inside``: it is reached from the container's own namespace."""
+    """Another name server.  If ``is_inside``, it is reached from the container's own namespace."""
 
     address: str
     port: int = 53
@@ -61,7 +61,7 @@ Open = Callable[[socket.SocketKind, socket.AddressFamily], Awaitable[socket.sock
 
 
 class Forwarded(msgspec.Struct, frozen=True):
-    """A query of ``container`` on its way to other name servers.  ``data``: its message."""
+    """A query of ``container`` to be sent to other name servers.  ``data`` is its message."""
 
     container: str
     query: Query
@@ -73,7 +73,7 @@ class Forwarded(msgspec.Struct, frozen=True):
 class Forwarder:
     """Forwards queries of all containers of the node.
 
-    ``new_id``: 16 random bits.
+    ``new_id`` returns 16 random bits.
     """
 
     def __init__(self, clock: Clock, new_id: Callable[[], int]) -> None:
@@ -81,27 +81,27 @@ class Forwarder:
         self._new_id = new_id
         self.counts = DnsCounts()
         self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
-        """By container, the oldest query first."""
+        """The queries in flight by container, the oldest first."""
         self._total = 0
         self._unresponsive_until: dict[NameServer, dict[str, float]] = {}
-        """By the container that found it so."""
+        """The times by server and by the container to which it did not respond."""
 
     @property
     def in_flight(self) -> int:
-        """Queries of all containers."""
+        """Queries of all containers that currently wait for other servers."""
         return self._total
 
     def are_unresponsive(self, servers: Sequence[NameServer], container: str) -> bool:
-        """Whether none of ``servers`` has responded lately, as seen by ``container``."""
+        """Return whether none of ``servers`` has responded to ``container`` lately."""
         return all(self._is_unresponsive(server, container) for server in servers[:SERVERS_MAX])
 
     async def forward(
         self, one: Forwarded, servers: Sequence[NameServer], deadline_s: float = DEADLINE_S
     ) -> bytes | None:
-        """The response of the first of ``servers`` that has one.
+        """Return the first response of ``servers`` that is not an error, in their order.
 
-        Error responses are skipped; None: there was no other, or the query was displaced.  With too many queries of
-        its container in flight, the response is REFUSED.
+        None if there was no such response, or the query was displaced.  With too many queries of its container in
+        flight, the response is REFUSED.
         """
         container = one.container
         if not self._has_room(container):
@@ -118,7 +118,9 @@ class Forwarder:
             return None
 
     def _has_room(self, container: str) -> bool:
-        """Whether ``container`` may send one more, if need be by displacing a query of the container with the most."""
+        """Return whether ``container`` may send one more query.
+
+        If needed, this displaces a query of the container with the most."""
         own = len(self._in_flight.get(container, ()))
         if own >= IN_FLIGHT_PER_CONTAINER_MAX:
             return False
@@ -129,12 +131,12 @@ class Forwarder:
             return False
         oldest = next(iter(self._in_flight[most]))
         self._leave(most, oldest)
-        if not oldest.expired():  # one that has expired cannot be rescheduled
+        if not oldest.expired():  # an expired deadline cannot be rescheduled
             oldest.reschedule(asyncio.get_running_loop().time())
         return True
 
     def _leave(self, container: str, deadline: asyncio.Timeout) -> None:
-        """Idempotent."""
+        """Remove a query in flight.  Idempotent."""
         here = self._in_flight.get(container, {})
         if deadline in here:
             del here[deadline]
@@ -148,7 +150,7 @@ class Forwarder:
         container = one.container
         ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_unresponsive(server, container))
         again = ordered if len(ordered) < SERVERS_MAX else []  # a packet may be lost
-        # Leaves time for every attempt, so that each unresponsive server is known.
+        # Leave time for every attempt, so that each unresponsive server becomes known.
         attempt_s = min(ATTEMPT_S, deadline_s / (1.25 * max(len(ordered), 1)))
         failed: set[NameServer] = set()
         for server in (*ordered, *again):
@@ -198,7 +200,7 @@ class Forwarder:
         found, now = self._unresponsive_until.get(server, {}), self._clock.monotonic()
         if found.get(container, 0.0) > now:
             return True
-        # A server inside a container's network may be another one for other containers.
+        # A server inside a container's network may be a different one for other containers.
         return not server.is_inside and sum(until > now for until in found.values()) >= CONTAINERS_MIN
 
     def _mark_unresponsive(self, server: NameServer, container: str) -> None:
@@ -211,7 +213,7 @@ class Forwarder:
         self._unresponsive_until[server] = found | {container: now + UNRESPONSIVE_S}
 
     def _mark_responsive(self, server: NameServer, container: str) -> None:
-        """It responds: to all containers, or, inside a network, to this one."""
+        """Note that the server responds, to all containers, or to this one if the server is inside a network."""
         if not server.is_inside:
             self._unresponsive_until.pop(server, None)
         elif (found := self._unresponsive_until.get(server)) is not None:
@@ -219,7 +221,7 @@ class Forwarder:
 
 
 async def read_message(connection: socket.socket) -> bytes:
-    """The next message of a TCP connection.  Raises: ConnectionError: it ends."""
+    """Return the next message of a TCP connection.  Raises: ConnectionError: the connection has ended."""
     length = int.from_bytes(await _exactly(connection, 2), "big")
     return await _exactly(connection, length)
 

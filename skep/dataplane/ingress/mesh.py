@@ -1,4 +1,4 @@
-"""The routing mesh of one node: follows the ingress network's table."""
+"""The routing mesh of one node, which follows the ingress network's table."""
 
 import asyncio
 import re
@@ -41,13 +41,13 @@ log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 OBSTACLES_S = 15.0
-"""Between two reads of what other firewalls of the machine forbid."""
+"""Period of reading other firewalls' rules for ones that block forwarding."""
 _ADDRESSES_S = 2.0
-"""Between two looks for addresses that ports are bound to and that this node lacks: less than a virtual address takes
-to move to another node (3 s with keepalived's defaults)."""
+"""Period of checking for missing addresses that ports are bound to.  A virtual address takes longer to move to another
+node (3 s with keepalived's defaults)."""
 _HELD_S = 15.0
-"""Between two comparisons with what the net process holds: one that follows a crash lacks the ports that another
-program took in the meantime."""
+"""Period of comparing with the ports held by the net process.  After a crash, the new process lacks the ports that
+another program took meanwhile."""
 _PART = "published ports"
 OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
 _TABLE = re.compile(r"table (\S+ \S+) {")
@@ -56,7 +56,7 @@ _LAST_WORD = re.compile(r"\s*(?:counter packets \d+ bytes \d+ )?(?:drop|reject\b
 
 
 class _Conflict(Exception):
-    """A port cannot be held; the reason, in Docker's words."""
+    """A port cannot be held.  The reason is in Docker's words."""
 
     def __init__(self, key: PortKey, reason: str) -> None:
         super().__init__(reason)
@@ -67,9 +67,9 @@ class Mesh:
     """The published ports of this node.
 
     Args:
-        home: the node's own namespace.
-        ports: holds the published ports, so that no other program takes one.
-        relays: file with the ports that the net process serves itself (``relays.py``).
+        home: Reconciler of the node's own namespace.
+        ports: Reserves the published ports, so that no other program takes one.
+        relays: File with the ports that the net process relays (``relays.py``).
     """
 
     def __init__(
@@ -95,34 +95,34 @@ class Mesh:
         self._table: Table | None = None
         self._held: set[PortKey] = set()
         self._is_held_known = False
-        """Whether ``_held`` is what the net process holds: not before it was asked, nor after a request that failed,
-        which it may have carried out all the same."""
+        """Whether ``_held`` matches the net process.  False before the first request, and after a failed request, which
+        the net process may have carried out all the same."""
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
         self._nats_ipv6 = False
-        """Whether the kernel has taken chains for that, as the table of IPv6 has them."""
+        """Whether the kernel accepts the nat chains of the IPv6 table."""
         self._turn = asyncio.Lock()
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
         self._absent: frozenset[str] = frozenset()
         """Addresses of published ports that this node does not have at present."""
         self.conflicts: Mapping[PortKey, str] = {}
-        """Ports that are not published here because another program on this node has them, or they cannot be held; the
-        reason, in Docker's words."""
+        """Ports that are not published here, with the reason in Docker's words.  Another program has them, or they
+        cannot be held."""
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
-        """Publish the ports of the ingress network's table; without one none is published.
+        """Publish the ports of the ingress network's table.  Without that table, publish none.
 
-        A port that cannot be held is tried again by itself.  Raises: SkepError: another failure.
+        A port that cannot be held is retried in the background.  Raises: SkepError: another failure.
         """
         self._node_id = node_id
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
         await self._follow()
 
     async def apply_nothing(self) -> None:
-        """This node has no tables: remove what an earlier process has published."""
+        """Remove everything that an earlier process has published: this node has no tables."""
         try:
             await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
@@ -130,7 +130,7 @@ class Mesh:
             self._again.set()
 
     async def run(self) -> None:
-        """Retry what failed, follow addresses that move, and read other firewalls' rules, until cancelled."""
+        """Retry failures, follow addresses that move, and read other firewalls' rules, until cancelled."""
         parts: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh-retries": self._try_again,
             "mesh-obstacles": self._look_for_obstacles,
@@ -144,11 +144,11 @@ class Mesh:
 
     @property
     def published(self) -> frozenset[tuple[str, int]]:
-        """Protocol and number of the ports that it holds here."""
+        """Protocol and number of the ports that are held here."""
         return frozenset(key[:2] for key in self._held)
 
     def warnings(self) -> tuple[str, ...]:
-        """Sentences for ``/info``."""
+        """Return the warnings for ``/info``."""
         conflicts = (
             f"port {port}/{protocol} is not published on this node: {reason}"
             for (protocol, port, _), reason in sorted(self.conflicts.items())
@@ -161,17 +161,17 @@ class Mesh:
             try:
                 await self._publish(wanted)
             except (SkepError, OSError) as error:
-                self._plan = None  # it is not known what is in force
-                raise SkepError(f"published ports are not as they should be: {error}") from error
+                self._plan = None  # it is not known which state is in force
+                raise SkepError(f"published ports cannot be updated: {error}") from error
             if self.conflicts:
                 self._again.set()
             else:
                 self._backoff.reset()
 
     async def _publish(self, wanted: Plan) -> None:
-        """Bring everything to ``wanted``: replies are routed and ports held before packets are led to a task."""
+        """Apply ``wanted``.  Replies are routed and ports held before packets are sent to a task."""
         if not self._is_held_known:
-            self._held = set(await self._ports.held())
+            self._held = set(await self._ports.list_held())
             self._is_held_known = True
         wanted = await self._hold(wanted)
         if wanted != self._plan:
@@ -186,16 +186,16 @@ class Mesh:
     # --- holding --------------------------------------------------------------------------------------------------
 
     async def _hold(self, wanted: Plan) -> Plan:
-        """Hold the ports, and give the plan with those that are held.  Raises: Unavailable: no answer.
+        """Hold the ports.  Return the plan with the held sockets.  Raises: Unavailable: no answer.
 
-        A port that is in use by one address family is published by neither, as in Docker: clients that try both
-        (``localhost``) would reach the program or a task, by chance.
+        A port that is in use for one address family is published for neither, as in Docker.  Clients that try both
+        (``localhost``) would otherwise reach the program or a task at random.
         """
         conflicts: dict[PortKey, str] = {}
         held: set[PortKey] = set()
         self._absent = frozenset()
         for port in wanted.ports:
-            # First what was in use before, so that a retry does not hold the other family meanwhile.
+            # Try the sockets that failed before first, so that a retry does not hold the other family meanwhile.
             keys = sorted(port.keys, key=lambda one: one not in self.conflicts)
             try:
                 held.update([key for key in keys if await self._hold_socket(key)])
@@ -215,18 +215,18 @@ class Mesh:
         return msgspec.structs.replace(wanted, held=frozenset(held))
 
     async def _hold_socket(self, key: PortKey) -> bool:
-        """Hold one socket.  False: this node lacks its address.  Raises: _Conflict; Unavailable: no answer."""
+        """Hold one socket.  False if this node lacks its address.  Raises: _Conflict; Unavailable: no answer."""
         if key in self._held:
             return True
         try:
             await self._ports.reserve(*key)
         except AddressNotHere:
-            if key[2] != "::":  # that is a machine without IPv6
+            if key[2] != "::":  # a missing ``::`` means that the machine has no IPv6
                 self._absent |= {key[2]}
             return False
         except SkepError as error:
-            self._is_held_known = False  # also if it is taken: an answer may have been lost
-            if isinstance(error, Unavailable):  # nor will there be an answer about the others
+            self._is_held_known = False  # even for a conflict: an answer may have been lost
+            if isinstance(error, Unavailable):  # the other requests would not be answered either
                 raise
             raise _Conflict(key, str(error)) from error
         self._held.add(key)
@@ -244,11 +244,11 @@ class Mesh:
     # --- rules ----------------------------------------------------------------------------------------------------
 
     async def _write(self, wanted: Plan) -> None:
-        if not self._nats_ipv6:  # the kernel may have got its module meanwhile
+        if not self._nats_ipv6:  # the kernel may have loaded its module meanwhile
             refusal = await self._namespaces.run(self._namespaces.home, ipv6_nat_refusal)
             self._nats_ipv6 = not refusal
             if refusal:
-                log.info("ports are published by IPv4 alone", reason=refusal)
+                log.info("ports are published for IPv4 only", reason=refusal)
         families = [family for family in FAMILIES if family is IPV4 or self._nats_ipv6]
         if not wanted.held:
             self._home.remove_part(_PART, [family.table for family in families])
@@ -266,7 +266,7 @@ class Mesh:
             if stale := stale_ports(self._plan, wanted, version):
                 await self._namespaces.run(self._namespaces.home, delete_flows, stale, version)
 
-    # --- what goes on ---------------------------------------------------------------------------------------------
+    # --- background work --------------------------------------------------------------------------------------------
 
     async def _try_again(self) -> None:
         while True:
@@ -276,7 +276,7 @@ class Mesh:
             await isolate(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
 
     async def _look_for_addresses(self) -> None:
-        """Publish ports that are bound to an address as soon as this node has it, a virtual one for instance."""
+        """Publish ports that are bound to an address as soon as this node has it, for instance a virtual one."""
         while True:
             await self._clock.sleep(_ADDRESSES_S)
             if self._absent:
@@ -310,32 +310,32 @@ def _find_obstacles() -> tuple[str, ...]:
 
 
 def _sysctls(plan: Plan) -> Mapping[str, str]:
-    """Settings of the node's namespace without which nothing is forwarded; the bridge may be made later."""
+    """Return the settings of the node's namespace that forwarding needs.  The bridge may be created later."""
     return {
         "net/ipv4/ip_forward": "1",
-        # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
+        # A client on the node may use 127.0.0.1.  Packets from outside are dropped (chain ``raw``).
         f"net/ipv4/conf/{BRIDGE}/route_localnet": "1",
         f"net/ipv4/conf/{BRIDGE}/rp_filter": "0",
         **({"net/ipv6/conf/all/forwarding": "1"} if plan.has_ipv6 else {}),
     }
 
 
-# --- firewalls of the machine that stop what is forwarded to containers --------
+# --- firewalls of the machine that block forwarding to containers ---------------
 #
-# A packet passes nftables only if every base chain accepts it: an accept in our table overrides no drop in another's,
-# which is not ours to change.  So a firewall that forbids forwarding needs an exception.  (Docker's iptables rules make
-# one by themselves: they are in the chain that forbids.)
+# A packet passes nftables only if every base chain accepts it.  An accept in our table does not override a drop in
+# another program's table, which we must not change.  A firewall that blocks forwarding therefore needs an exception.
+# Docker's iptables rules are an exception by themselves, because they are in the chain that blocks.
 
 
 def forwarding_tables(chains: str) -> tuple[str, ...]:
-    """Others' tables with a chain at the forward hook, from ``nft list chains``."""
+    """Return other programs' tables with a chain at the forward hook, from ``nft list chains``."""
     return tuple(dict.fromkeys(table for table, body in _tables(chains) if _HOOK.search(body)))
 
 
 def obstacles(tables: Iterable[str], bridges: Iterable[str]) -> tuple[str, ...]:
-    """Sentences on those of others' ``tables`` (``nft list table``, each) that forbid forwarding to ``bridges``.
+    """Return a sentence for each of the ``tables`` (each a ``nft list table``) that blocks forwarding to ``bridges``.
 
-    A table that names a bridge of ours is taken to make an exception for it.
+    A table that names one of our bridges is assumed to make an exception for it.
     """
     names = tuple(bridges)
     found = []
@@ -359,7 +359,8 @@ def _tables(text: str) -> Iterable[tuple[str, str]]:
 
 
 def _forbidding_chain(body: str) -> str:
-    """The chain at the forward hook that drops or rejects what no rule of it accepted; empty: there is none."""
+    """Return the chain at the forward hook that drops or rejects everything not accepted by a rule, or an empty
+    text."""
     for part in re.split(r"(?m)^\tchain ", body)[1:]:
         hook = _HOOK.search(part)
         rules = [line for line in part.splitlines()[1:] if line.startswith("\t\t")]

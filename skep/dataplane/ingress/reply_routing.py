@@ -1,4 +1,5 @@
-"""Keeps the reply routing of this node's containers (``plan/reply_routing.py``) as nodes and containers come and go."""
+"""Keeps the reply routing of this node's containers up to date with nodes and containers
+(``plan/reply_routing.py``)."""
 
 import asyncio
 from contextlib import suppress
@@ -15,7 +16,7 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 _AT_ONCE_MAX = 16
-"""Namespaces that are changed at the same time; there are no more threads for it."""
+"""Namespaces that are changed at the same time, which is the number of threads for it."""
 _PART = "reply routing"
 
 
@@ -31,18 +32,18 @@ class ReplyRouting:
     async def add(
         self, container_id: ContainerId, reconciler: NetnsReconciler, endpoint: IngressEndpoint
     ) -> None:
-        """A container is on the ingress network; returns when its replies are routed.  Raises: SkepError, OSError."""
+        """Add a container on the ingress network.  Returns when its replies are routed.  Raises: SkepError, OSError."""
         async with self._changing:
             self._endpoints[container_id] = (reconciler, endpoint)
             await self._healer.watch_tables(reconciler)
             await self._apply(reconciler, endpoint)
 
     def remove(self, container_id: ContainerId) -> None:
-        """The container's namespace goes, with all that is in it."""
+        """Remove a container, whose namespace is removed with its rules."""
         self._endpoints.pop(container_id, None)
 
     async def apply(self, plan: Plan) -> None:
-        """Bring all containers to ``plan``; one that cannot be is logged, and repaired later."""
+        """Apply ``plan`` to all containers.  A failure is logged and repaired later."""
         async with self._changing:
             self._plan = plan
             limit = asyncio.Semaphore(_AT_ONCE_MAX)

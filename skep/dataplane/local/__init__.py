@@ -1,1 +1,1 @@
-"""The node's own networks: those that every node has, its gateway bridge, and configurations for others."""
+"""The node's own networks: the predefined ones, the gateway bridge, users' networks, and configurations for others."""

@@ -1,6 +1,6 @@
-"""What a user's bridge network is to be: pure.
+"""Builds a user's bridge network from a request.  Pure.
 
-Options that would change reachability and that are not implemented are refused, so that no user relies on them.
+Unimplemented options that would change reachability are refused, so that users do not rely on them.
 
 Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers/bridge/bridge.go (the words).
 """
@@ -34,7 +34,7 @@ _NEUTRAL: Mapping[str, frozenset[str]] = {
     f"{_BRIDGE}host_binding_ipv4": frozenset({"", "0.0.0.0"}),
     f"{_BRIDGE}default_bridge": frozenset({"", "false"}),
 }
-"""Options whose value says what is done anyway."""
+"""Options with values that describe the fixed behavior."""
 
 
 def bridge_of(
@@ -46,15 +46,15 @@ def bridge_of(
     pools: Sequence[Subnets] = DEFAULT_POOLS,
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
-    """The network that ``body`` asks for.
+    """Return the network that ``body`` requests.
 
     Args:
-        id: of which the subnet of a network with IPv6 follows whose user names none.
-        taken: subnets of the machine's routes and of its other networks.
-        pools: where a subnet is from that the user does not name.
-        configuration: where its settings are from; None: the body itself.
+        id: The network's id, from which the IPv6 subnet is derived if the user does not name one.
+        taken: Subnets of the machine's routes and of its other networks.
+        pools: Address pools for a subnet that the user does not name.
+        configuration: The network with its settings, or None to use the body's own.
 
-    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+    Raises: InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled.
     """
     _check_driver(body)
     configs, options, has_ipv6 = settings_of(body, configuration)
@@ -68,9 +68,9 @@ def bridge_of(
 def settings_of(
     body: NetworkBody, configuration: LocalNetwork | None
 ) -> tuple[Sequence[SubnetBody], Mapping[str, str], bool]:
-    """Subnets and options of a network of this node, and whether it has IPv6, as body or ``configuration`` say.
+    """Return subnets and options from the body or ``configuration``, and whether the network has IPv6.
 
-    Raises: InvalidArgument: no driver of this node has them.
+    Raises: InvalidArgument: an unknown IPAM driver.
     """
     ipam = body.ipam or IPAMBody()
     if ipam.driver not in ("", "default"):
@@ -90,7 +90,7 @@ def network_of(
     subnets: tuple[SubnetBody, ...],
     options: Mapping[str, str],
 ) -> LocalNetwork:
-    """The network of ``body`` with the ``subnets`` that were settled of ``configs``."""
+    """Return the network of ``body`` with the ``subnets`` that were chosen for ``configs``."""
     ipam = body.ipam or IPAMBody()
     return LocalNetwork(
         id=id,
@@ -117,7 +117,7 @@ def _check_driver(body: NetworkBody) -> None:
             raise Forbidden(f'only one instance of "{body.driver}" network is allowed')
         case driver:
             raise Unimplemented(
-                f"this node makes bridge networks for its containers, none of driver {driver}: "
+                f"this node supports only bridge networks for its containers, not driver {driver}:  "
                 "give skep a Docker Engine (--engine-socket) for these"
             )
 
@@ -134,11 +134,13 @@ def _check_options(options: Mapping[str, str]) -> None:
 def settled_subnets(
     configs: Iterable[SubnetBody], taken: Sequence[Subnet], id6: str, pools: Sequence[Subnets]
 ) -> tuple[SubnetBody, ...]:
-    """The network's IPv4 subnet, and its IPv6 subnet if it has IPv6, each with its gateway.
+    """Return the network's IPv4 subnet, and its IPv6 subnet if it has IPv6, each with its gateway.
 
-    ``id6``: the network's id if it has IPv6; else empty.  ``pools``: an IPv6 subnet is from there only if one is IPv6.
+    Args:
+        id6: The network's id if it has IPv6, otherwise empty.
+        pools: An IPv6 subnet is taken from these only if one of them is IPv6.
 
-    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so; ResourceExhausted.
+    Raises: InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled; ResourceExhausted.
     """
     named = [one for one in configs if one != SubnetBody()]
     four, six = ([one for one in named if (":" in one.subnet) is is_six] for is_six in (False, True))
@@ -162,21 +164,23 @@ def settled_subnets(
 
 
 def _from_pools(taken: Iterable[Subnet], pools: Sequence[Subnets], version: type[Network]) -> Network:
-    """Raises: ResourceExhausted."""
+    """Return a free subnet of ``pools``.  Raises: ResourceExhausted."""
     return free_subnet([one for one in taken if isinstance(one, version)], pools, version)
 
 
 def _unique_local(id: str) -> IPv6Network:
-    """The digits of an id are random, so they are those of its subnet: the same again after a restart."""
+    """Return a subnet derived from the random digits of an id, which is the same after a restart."""
     return unique_local(int(id[: UNIQUE_LOCAL_BITS // 4], 16))
 
 
 def _checked(text: str, taken: Iterable[Subnet]) -> Subnet:
     subnet = ip_network(text, strict=False)
     if subnet.is_multicast or subnet.is_loopback or (subnet.version == 6 and subnet.is_link_local):
-        raise InvalidArgument(f"invalid subnet {subnet}: a network has addresses of single machines")
+        raise InvalidArgument(
+            f"invalid subnet {subnet}: multicast, loopback and link-local addresses cannot be used"
+        )
     if subnet.num_addresses < 4:
-        raise InvalidArgument(f"subnet {subnet} has no room for a gateway and a container")
+        raise InvalidArgument(f"subnet {subnet} is too small for a gateway and a container")
     if any(overlap(subnet, other) for other in taken if other.prefixlen):
         raise Forbidden("Pool overlaps with other one on this address space")
     return subnet
@@ -184,7 +188,7 @@ def _checked(text: str, taken: Iterable[Subnet]) -> Subnet:
 
 def _settled(config: SubnetBody, subnet: Subnet) -> SubnetBody:
     pool = _range(config.ip_range, subnet) if config.ip_range else subnet
-    # As an engine's, the gateway that is not named is the first address of the range.
+    # Docker Engine uses the first address of the range for an unnamed gateway.
     first = pool[0] if int(pool[0]) > int(subnet[1]) else subnet[1]
     gateway = _inside(config.gateway, subnet, "gateway") if config.gateway else first
     for address in config.auxiliary_addresses.values():
@@ -193,7 +197,7 @@ def _settled(config: SubnetBody, subnet: Subnet) -> SubnetBody:
 
 
 def shown_configs(configs: Iterable[SubnetBody]) -> tuple[SubnetBody, ...]:
-    """What a user sees of the subnets: what was asked for; empty: what was settled.
+    """Return the subnets to show: the ones that the user requested, or empty to show the chosen ones.
 
     Source: moby 20.10, daemon/network.go, buildIPAMResources.
     """

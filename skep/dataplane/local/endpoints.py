@@ -1,7 +1,7 @@
 """Endpoints of plain containers on this node's bridge networks, and the names by which they find each other there.
 
-A bridge network is made like an overlay without other nodes: a namespace with a bridge, from its first container to its
-last.  Its network table is written here, where the net process reads those of the cluster's networks.
+A bridge network is built like an overlay without other nodes: a namespace with a bridge, from its first container to
+its last.  Its network table is written to the folder where the net process reads the tables of cluster networks.
 """
 
 import socket
@@ -36,12 +36,12 @@ _NO_SUBNET = (
 
 
 class LocalEndpoints:
-    """Addresses and names on bridge networks.
+    """Allocates addresses and names on bridge networks.
 
     Args:
-        networks: which there are.
-        tables: where the net process reads tables.
-        naming: None where names are not served.
+        networks: The node's networks.
+        tables: Folder where the net process reads tables.
+        naming: Registers names, or None if names are not served.
     """
 
     def __init__(self, networks: LocalNetworks, tables: Path, naming: NameRegistration | None) -> None:
@@ -49,34 +49,34 @@ class LocalEndpoints:
         self._tables = tables
         self._naming = naming
         self._pools: dict[str, tuple[_Pool, ...]] = {}
-        """Of each network in use, for IPv4, and for IPv6 if it has that."""
+        """Address pools of each network in use, for IPv4, and for IPv6 if it has that."""
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
         self._unwritten: set[str] = set()
-        """Networks whose file has names of containers that are gone: it could not be written."""
+        """Networks whose file could not be written and still has names of removed containers."""
 
     @property
     def predefined_ids(self) -> Mapping[str, str]:
-        """Ids of the networks that every node has, by name; none while the node's networks cannot be read."""
+        """Ids of the networks that every node has, by name.  Empty while the node's networks cannot be read."""
         try:
             return {one.name: one.id for one in self._networks.predefined()}
         except Unavailable:
             return {}
 
     def find(self, word: str) -> LocalNetwork | None:
-        """The network of this node with the id, name or prefix of an id ``word``; None: there is none.
+        """Return this node's network with the id, name or id prefix ``word``, or None.
 
-        One of the cluster that is made here is found by its id alone.
+        A cluster network that is created here is found by its id only.
         """
         if is_local(word):
             return find(self._networks.all(), word)
         return find(self._networks.bridges(), word)
 
     def is_used(self, id: str) -> bool:
-        """Whether containers are on the network."""
+        """Return whether containers are on the network."""
         return id in self._endpoints
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
-        """Keep what ``live`` sandboxes hold, and remove the tables of networks without containers."""
+        """Keep the allocations of ``live`` sandboxes, and remove the tables of networks without containers."""
         for container, sandbox in live:
             for endpoint in sandbox.endpoints:
                 config = endpoint.config
@@ -96,7 +96,7 @@ class LocalEndpoints:
     async def take(
         self, container: SandboxConfig, network: LocalNetwork, request: EndpointRequest
     ) -> EndpointConfig:
-        """An address of each IP version on ``network``, with its names served.
+        """Allocate an address of each IP version on ``network``, and serve its names.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
         """
@@ -118,9 +118,9 @@ class LocalEndpoints:
         return config
 
     async def fill(self, container: SandboxConfig, wanted: EndpointConfig) -> EndpointConfig:
-        """An endpoint of a task on a network of the cluster that this node makes, with its address.
+        """Return a task's endpoint, with its address, on a cluster network that this node creates.
 
-        Raises: NotFound: it cannot be made any more; as ``take``.
+        Raises: NotFound: it can no longer be created; the errors of ``take``.
         """
         devices = [name for _, name in socket.if_nameindex()]
         network = await self._networks.for_start(wanted.head.id, devices, self.is_used)
@@ -129,9 +129,9 @@ class LocalEndpoints:
         )
 
     async def give_back(self, container_id: ContainerId, config: EndpointConfig) -> None:
-        """Release the address and the names of an endpoint.  Harmless when they were released before.
+        """Release the address and the names of an endpoint.  Does nothing if they are released already.
 
-        Raises: OSError: the names are still served; to be called again.
+        Raises: OSError: the names are still served, and the call must be repeated.
         """
         id = config.head.id
         for pool in self._pools.get(id, ()):
@@ -143,14 +143,14 @@ class LocalEndpoints:
             del self._endpoints[id]
             if (network := self.find(id)) is not None and network.cluster_id:
                 self._pools.pop(id, None)
-                await self._networks.remove_bridge(id)  # the next task makes it again
+                await self._networks.remove_bridge(id)  # the next task creates it again
         try:
             await self._publish(id)
         except SkepError as error:
             log.warning("names of a network not removed yet", network=id, reason=str(error))
 
     async def rename(self, container: SandboxConfig, sandbox: Sandbox) -> None:
-        """Have the name of a running container be ``container.name``.  Raises: SkepError."""
+        """Change the name of a running container to ``container.name``.  Raises: SkepError."""
         for endpoint in sandbox.endpoints:
             if container.id in self._endpoints.get(endpoint.network_id, {}):
                 self._enter(container, endpoint.config)
@@ -159,9 +159,9 @@ class LocalEndpoints:
     def _take(
         self, container_id: ContainerId, network: LocalNetwork, request: EndpointRequest
     ) -> tuple[str, ...]:
-        """``ip/length`` of each pool.
+        """Allocate an address of each pool, as ``ip/length``.
 
-        Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: nothing is taken.
+        Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: nothing was allocated.
         """
         requested = {4: request.address, 6: request.address6}
         for version, text in requested.items():
@@ -199,7 +199,7 @@ class LocalEndpoints:
         )
 
     async def _publish(self, id: str) -> None:
-        """Write the table of a network, and have it read.  Raises: SkepError; OSError."""
+        """Write the table of a network and have it reloaded.  Raises: SkepError; OSError."""
         path, network = self._tables / id, self.find(id)
         endpoints: Mapping[ContainerId, TableEndpoint] = self._endpoints.get(id, {})
         self._unwritten.add(id)
@@ -232,5 +232,5 @@ def _pool(config: SubnetBody) -> _Pool:
 
 
 def _addresses(config: EndpointConfig) -> list[Address]:
-    """Those of an endpoint, without the prefix length."""
+    """Return the addresses of an endpoint, without the prefix length."""
     return [ip_interface(one).ip for one in config.addresses]

@@ -1,4 +1,4 @@
-"""Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user specifies."""
+"""Keeps the node's own networks over restarts, and applies the user's subnet to the gateway bridge."""
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -45,58 +45,59 @@ _LEFT_MAX = 32
 
 
 class GatewayBridge(Protocol):
-    """The bridge itself (``dataplane/gateway.py``)."""
+    """The gateway bridge (``dataplane/gateway.py``)."""
 
     @property
     def bridge(self) -> str:
-        """Name of its link."""
+        """Name of the bridge's link."""
 
     @property
     def subnet(self) -> IPv4Network | None:
-        """None: it is not made yet."""
+        """Subnet of the bridge, or None before the bridge is created."""
 
     def users(self) -> Sequence[str]:
-        """Ids of the containers on it."""
+        """Return the ids of the containers on the bridge."""
 
     async def move(self, subnet: IPv4Network | None) -> None:
-        """Give it another subnet; None: one that is free.
+        """Change the bridge's subnet.  None chooses a free one.
 
-        Raises: FailedPrecondition: a container is on it; Forbidden: the machine has that network; SkepError.
+        Raises: FailedPrecondition: a container is connected; Forbidden: the machine routes that subnet; SkepError.
         """
 
 
 class ParentDevices(Protocol):
-    """The machine's devices that the node makes for networks (``dataplane/netns/parents.py``)."""
+    """Devices of the machine that the node creates for networks (``dataplane/netns/parents.py``)."""
 
     async def make(self, parent: ParentLink) -> None:
-        """Have the device be there.  Raises: SkepError."""
+        """Create the device if it is missing.  Raises: SkepError."""
 
     async def remove(self, parent: ParentLink) -> None:
-        """Harmless if it is gone.  Raises: SkepError."""
+        """Remove the device if it exists.  Raises: SkepError."""
 
 
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """What lies on disk."""
+    """The content of the file."""
 
     created_at: Timestamp
     ids: Mapping[str, str]
-    """Of the predefined networks, by name."""
+    """Ids of the predefined networks, by name."""
     gateway: LocalNetwork
     is_gateway_removed: bool = False
     configurations: tuple[LocalNetwork, ...] = ()
     bridges: tuple[LocalNetwork, ...] = ()
     left: tuple[LocalNetwork, ...] = ()
-    """Networks of the cluster that their last containers have left, perhaps while another one was prepared."""
+    """Cluster networks whose last containers have left, perhaps while another container was being prepared."""
 
 
 class LocalNetworks:
     """The node's own networks.
 
     Args:
-        file: where they are kept.
-        gateway, devices: None: this node networks no containers.
-        pools: where networks get the subnets from that no user names.
-        new_id: makes ids of 64 hexadecimal digits.
+        file: File in which they are kept.
+        gateway: The gateway bridge, or None if this node does not network containers.
+        devices: The parent devices, or None if this node does not network containers.
+        pools: Address pools for networks without a subnet named by the user.
+        new_id: Returns a new id of 64 hexadecimal digits.
     """
 
     def __init__(
@@ -117,13 +118,13 @@ class LocalNetworks:
         self._new_id = new_id
         self._kept: _Kept | None = None
         self._leaving: dict[str, str] = {}
-        """Devices that are being removed: a network that is made meanwhile on one has it made again."""
+        """Devices that are being removed.  A network that is created on one meanwhile creates the device again."""
         self._removing = asyncio.Lock()
 
     def open(self) -> None:
-        """Read what an earlier process kept, as the first use does; what cannot be decoded is begun anew.
+        """Read the networks that an earlier process kept.  Undecodable content is replaced by new networks.
 
-        Raises: Unavailable: it cannot be read now, and is not written over.
+        The first use calls this too.  Raises: Unavailable: the file cannot be read at present, and is not overwritten.
         """
         try:
             self._kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
@@ -133,7 +134,12 @@ class LocalNetworks:
             if isinstance(error, OSError) and not is_no_file(error):
                 raise Unavailable(f"the node's networks cannot be read: {describe_error(error)}") from error
             aside = self._file.with_suffix(".damaged")
-            log_error(error, "the node's networks are begun anew", file=str(self._file), kept_as=str(aside))
+            log_error(
+                error,
+                "file of local networks damaged, starting with new ones",
+                file=str(self._file),
+                kept_as=str(aside),
+            )
             discard_tree_now(aside)
             with suppress(OSError):
                 self._file.rename(aside)
@@ -143,12 +149,12 @@ class LocalNetworks:
             kept = _Kept(created_at=now, ids=ids, gateway=self._new_gateway(NetworkBody(name=GATEWAY)))
             try:
                 self._keep(kept)
-            except OSError as error:  # the next change writes it, too
-                log_error(error, "the node's networks are not kept")
+            except OSError as error:  # the next change writes the file too
+                log_error(error, "local networks not saved")
                 self._kept = kept
 
     def predefined(self) -> list[LocalNetwork]:
-        """Those that every node has."""
+        """Return the networks that every node has."""
         kept = self._opened()
         return [
             LocalNetwork(id=kept.ids[name], name=name, driver=driver, created_at=kept.created_at)
@@ -156,13 +162,14 @@ class LocalNetworks:
         ]
 
     def configurations(self) -> list[LocalNetwork]:
-        """Settings kept for other networks."""
+        """Return the settings kept for other networks."""
         return list(self._opened().configurations)
 
     def gateway(self) -> LocalNetwork | None:
-        """The gateway bridge; None: there is none, or the user removed it and no container needed it since.
+        """Return the gateway bridge.
 
-        With a container on a removed one it is noted as back.
+        None if there is none, or if the user removed it and no container has needed it since.  A removed bridge with a
+        container is recorded as present again.
         """
         kept = self._opened()
         if self._gateway is None or self._gateway.subnet is None:
@@ -178,11 +185,11 @@ class LocalNetworks:
         return replace(kept.gateway, configs=(config,), options=options)
 
     def gateway_users(self) -> Sequence[str]:
-        """Ids of the containers on the gateway bridge."""
+        """Return the ids of the containers on the gateway bridge."""
         return self._gateway.users() if self._gateway is not None else ()
 
     def add_configuration(self, body: NetworkBody) -> LocalNetwork:
-        """Keep settings for other networks.  Raises: AlreadyExists."""
+        """Keep settings for other networks.  Raises: AlreadyExists; Forbidden: there are too many."""
         kept = self._opened()
         if any(one.name == body.name for one in kept.configurations):
             raise AlreadyExists(f"network with name {body.name} already exists")
@@ -206,7 +213,7 @@ class LocalNetworks:
         return network
 
     def remove_configuration(self, id: str) -> None:
-        """Forget settings.  Raises: NotFound; Forbidden: a network is made by them."""
+        """Remove settings.  Raises: NotFound; Forbidden: a network uses them."""
         kept = self._opened()
         rest = tuple(one for one in kept.configurations if one.id != id)
         for gone in kept.configurations:
@@ -219,26 +226,26 @@ class LocalNetworks:
         self._keep(replace(kept, configurations=rest))
 
     def bridges(self) -> list[LocalNetwork]:
-        """The users' networks for containers: bridges, and those on the machine's own devices."""
+        """Return the users' networks for containers: bridges, and networks on the machine's own devices."""
         return [one for one in self._opened().bridges if not one.cluster_id]
 
     def all(self) -> list[LocalNetwork]:
-        """``bridges``, and those of the cluster that are made here for its tasks."""
+        """Return ``bridges`` and the cluster networks that are created here for tasks."""
         return list(self._opened().bridges)
 
     def of_cluster(
         self, cluster_id: str, body: NetworkBody, devices: Collection[str], is_used: Callable[[str], bool]
     ) -> LocalNetwork:
-        """The cluster's network on a device of this machine, made where it is not there yet.
+        """Return the cluster's network on a device of this machine, creating it if needed.
 
-        Another one of the cluster on the device goes if it is not used: its task was not created in the end.
+        An unused cluster network on the same device is removed, because its task was never created.
 
         Args:
-            body: with the name of the configuration that it has its settings from.
-            is_used: whether containers are on the network with this id.
+            body: Names the configuration with its settings.
+            is_used: Returns whether containers are on the network with an id.
 
-        Raises: NotFound: there is no such configuration, in Docker's words; InvalidArgument, Forbidden, Unimplemented:
-        it cannot be so.
+        Raises: NotFound: no such configuration, in Docker's words; InvalidArgument, Forbidden, Unimplemented: the
+        settings cannot be applied.
         """
         kept = self._opened()
         if found := next((one for one in kept.bridges if one.cluster_id == cluster_id), None):
@@ -261,19 +268,19 @@ class LocalNetworks:
         device = device_of(network)
         others = [one for one in kept.bridges if one in lasting or device_of(one) != device]
         self._keep(replace(kept, bridges=(*others, network)))
-        log.info("network of the cluster made on a device of this machine", network=network.name)
+        log.info("cluster network created on a device of this machine", network=network.name)
         return network
 
     async def for_start(
         self, id: str, devices: Collection[str], is_used: Callable[[str], bool]
     ) -> LocalNetwork:
-        """The network with this id, for a container that was prepared for it and is attached now.
+        """Return the network with this id for a prepared container that is being attached.
 
-        One of the cluster that its last container has left since is made again, as ``of_cluster`` does.
+        A cluster network whose last container has left since is created again, as by ``of_cluster``.
 
-        Raises: NotFound; as ``of_cluster``.
+        Raises: NotFound; the errors of ``of_cluster``.
         """
-        async with self._removing:  # its device is not removed below the container
+        async with self._removing:  # do not remove its device under the container
             kept = self._opened()
             if found := next((one for one in kept.bridges if one.id == id), None):
                 return found
@@ -287,19 +294,19 @@ class LocalNetworks:
     async def add(
         self, body: NetworkBody, routes: Sequence[Subnet], devices: Collection[str]
     ) -> LocalNetwork:
-        """Make a user's bridge network, or one on a device of the machine (macvlan, ipvlan).
+        """Create a user's bridge network, or a network on a device of the machine (macvlan, ipvlan).
 
         Args:
-            routes: subnets that the machine reaches.
-            devices: names of its network interfaces.
+            routes: Subnets that the machine routes.
+            devices: Names of its network interfaces.
 
-        Raises: AlreadyExists; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+        Raises: AlreadyExists; NotFound; InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled.
         """
         kept = self._opened()
         if any(one.name == body.name for one in (*kept.bridges, *kept.configurations)):
             raise AlreadyExists(f"network with name {body.name} already exists")
         if self._gateway is None:
-            raise Unimplemented("this node networks no containers: it makes no bridge networks")
+            raise Unimplemented("this node does not network containers, so it has no bridge networks")
         if len(kept.bridges) >= _BRIDGES_MAX:
             raise Forbidden(f"this node has {_BRIDGES_MAX} bridge networks already")
         configuration = find(kept.configurations, body.config_source) if body.config_source else None
@@ -337,12 +344,12 @@ class LocalNetworks:
                 self._forget(network.id)
                 raise
         log.info(
-            "network made", network=network.name, driver=network.driver, subnet=network.configs[0].subnet
+            "network created", network=network.name, driver=network.driver, subnet=network.configs[0].subnet
         )
         return network
 
     async def remove_bridge(self, id: str) -> None:
-        """Forget a bridge network without containers, and remove the device that was made for it.  Raises: NotFound."""
+        """Remove a network without containers, and the device that was created for it.  Raises: NotFound."""
         parent = parent_of(self._forget(id))
         if parent is None or not parent.made or self._devices is None:
             return
@@ -366,30 +373,30 @@ class LocalNetworks:
         return gone
 
     def _made_devices(self) -> dict[str, str]:
-        """Of the machine's devices that the node makes for networks, by name, the kind."""
+        """Return the kind of each device that the node creates for networks, by name."""
         parents = map(parent_of, self._opened().bridges)
         return self._leaving | {one.device: one.made for one in parents if one is not None and one.made}
 
     async def make_gateway(self, body: NetworkBody) -> LocalNetwork:
-        """Make the gateway bridge as the user specifies it.
+        """Create the gateway bridge as the user specifies it.
 
-        Raises: AlreadyExists: it is there; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+        Raises: AlreadyExists; InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled.
         """
         if self.gateway() is not None:
             raise AlreadyExists(f"network with name {GATEWAY} already exists")
         if self._gateway is None:
-            raise Unimplemented("this node networks no containers: it has no gateway bridge")
+            raise Unimplemented("this node does not network containers, so it has no gateway bridge")
         if body.driver not in ("", "bridge"):
             raise Forbidden(f"{GATEWAY} is this node's gateway bridge and cannot be of driver {body.driver}")
         subnet = _requested_subnet(body)
         await self._gateway.move(subnet)
         network = self._new_gateway(body)
         self._keep(replace(self._opened(), gateway=network, is_gateway_removed=False))
-        log.info("gateway bridge made", subnet=str(self._gateway.subnet))
+        log.info("gateway bridge created", subnet=str(self._gateway.subnet))
         return network
 
     def remove_gateway(self) -> None:
-        """Take it from the list.  The next container that needs it, or the user, has it made again.
+        """Remove the gateway bridge from the list.  The next container that needs it, or the user, creates it again.
 
         Raises: NotFound; Forbidden: containers are on it.
         """
@@ -432,7 +439,9 @@ class LocalNetworks:
 
 
 def _requested_subnet(body: NetworkBody) -> IPv4Network | None:
-    """Raises: InvalidArgument: not one IPv4 subnet with its first address as the gateway, and room in it."""
+    """Return the requested subnet, or None.
+
+    Raises: InvalidArgument: it is not one large enough IPv4 subnet with its first address as the gateway."""
     configs = [one for one in (body.ipam.config if body.ipam is not None else ()) if one != SubnetBody()]
     if not configs:
         return None

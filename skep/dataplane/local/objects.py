@@ -1,8 +1,8 @@
-"""A node's own networks as objects: what ``docker network ls`` shows of scope local.
+"""A node's own networks as API objects: the networks of scope local in ``docker network ls``.
 
-A node without a Docker Engine has the three that Docker always has, its gateway bridge under Docker's name,
-configurations (``--config-only``) from which other networks may take their settings, and its users' bridge networks for
-plain containers.  Where there is an engine, bridge networks are the engine's.
+A node without a Docker Engine has Docker's three predefined networks, its gateway bridge under Docker's name,
+configurations (``--config-only``) with settings for other networks, and its users' bridge networks for plain
+containers.  With a Docker Engine, bridge networks are the engine's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from skep.model.times import Timestamp
 MTU: Final = 1500
 LOCAL_ID_LENGTH: Final = 64
 GATEWAY: Final = "docker_gwbridge"
-"""Docker's name of the bridge by which containers on overlay networks reach the world."""
+"""Docker's name of the bridge through which containers on overlay networks have egress."""
 
 
 PARENT_OPTION: Final = "parent"
@@ -31,12 +31,12 @@ PARENT_MODES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Drivers of networks on the machine's own devices, with their modes, the default first."""
 DUMMIES: Final = {"macvlan": "dm", "ipvlan": "di"}
-"""How the devices of networks without a parent are named, before the beginning of their ids."""
+"""Prefix of dummy devices' names for networks without a parent.  The start of the network's id follows."""
 VLAN, DUMMY = "vlan", "dummy"
 
 
 class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
-    """One network of the node.  ``id``: 64 hexadecimal digits, the same over restarts."""
+    """One network of the node.  ``id`` has 64 hexadecimal digits and stays the same over restarts."""
 
     id: str
     name: str
@@ -44,25 +44,25 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Timestamp
     configs: tuple[SubnetBody, ...] = ()
     shown: tuple[SubnetBody, ...] = ()
-    """Its subnets as its user has named them, without the gateway that was chosen; empty: ``configs`` are shown."""
+    """Its subnets as the user named them, without a gateway that was chosen.  Empty to show ``configs``."""
     ipam_driver: str = "default"
     ipam_options: Mapping[str, str] | None = None
     is_configuration: bool = False
     config_from: str = ""
-    """Name of the configuration that its settings are from."""
+    """Name of the configuration with its settings."""
     is_internal: bool = False
     is_attachable: bool = False
     has_ipv6: bool = False
     options: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
     made: str = ""
-    """Kind of the device that it is on, if the node makes that; empty: it does not."""
+    """Kind of its parent device if the node creates that, otherwise empty."""
     cluster_id: str = ""
-    """Id of the cluster's network that this is, on this node, for its tasks; empty: the node's own."""
+    """Id of the cluster network that it implements on this node for tasks, or empty for the node's own."""
 
 
 def facts_of(network: LocalNetwork, *, is_used: bool) -> Facts:
-    """What filters ask for."""
+    """Return the properties that filters test."""
     return Facts(
         id=network.id,
         name=network.name,
@@ -74,7 +74,7 @@ def facts_of(network: LocalNetwork, *, is_used: bool) -> Facts:
 
 
 def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str, Any]:
-    """The network in the form of ``/networks``."""
+    """Return the network in the form of ``/networks``."""
     return {
         "Name": network.name,
         "Id": network.id,
@@ -99,7 +99,7 @@ def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str,
 
 
 def _shown(network: LocalNetwork) -> list[SubnetBody]:
-    """Of each version what its user has asked for; where that is nothing, what was settled."""
+    """Return, for each IP version, the subnets that the user requested, or else the chosen one."""
     found: list[SubnetBody] = []
     for settled in network.configs or network.shown:
         named = [one for one in network.shown if (":" in one.subnet) is (":" in settled.subnet)]
@@ -108,17 +108,17 @@ def _shown(network: LocalNetwork) -> list[SubnetBody]:
 
 
 def subnets_of(network: LocalNetwork) -> list[Subnet]:
-    """Of a user's network: its IPv4 subnet, then its IPv6 subnet if it has one."""
+    """Return a user network's IPv4 subnet, then its IPv6 subnet if it has one."""
     return [ip_network(one.subnet) for one in network.configs]
 
 
 def is_chosen(network: LocalNetwork, version: int) -> bool:
-    """Whether its user has named its subnet of an IP version."""
+    """Return whether the user has named its subnet of an IP version."""
     return any((":" in one.subnet) is (version == 6) for one in network.shown)
 
 
 def head_of(network: LocalNetwork) -> NetworkHead:
-    """A network as overlays have one: it has no other node to reach."""
+    """Return the network's head in the form that overlays use.  It has no other nodes."""
     parent = parent_of(network)
     return NetworkHead(
         id=NetworkId(network.id),
@@ -131,7 +131,7 @@ def head_of(network: LocalNetwork) -> NetworkHead:
 
 
 def parent_of(network: LocalNetwork) -> ParentLink | None:
-    """The machine's device that a network is on; None: it is a bridge network."""
+    """Return the parent device of a network, or None for a bridge network."""
     if network.driver not in PARENT_MODES:
         return None
     mode = network.options.get(f"{network.driver}_mode") or PARENT_MODES[network.driver][0]
@@ -139,17 +139,17 @@ def parent_of(network: LocalNetwork) -> ParentLink | None:
 
 
 def device_of(network: LocalNetwork) -> str:
-    """Name of the machine's device that a network is on: as its user has named it, else a dummy of its own."""
+    """Return the name of a network's parent device: as named by the user, else a dummy of its own."""
     return network.options.get(PARENT_OPTION) or f"{DUMMIES[network.driver]}-{network.id[:12]}"
 
 
 def is_local(id: str) -> bool:
-    """Whether a network's id is one of a node's own: 64 digits, where the cluster's has 25, as in Docker."""
+    """Return whether a network id is one of a node's own.  It has 64 digits, a cluster's id has 25, as in Docker."""
     return len(id) == LOCAL_ID_LENGTH
 
 
 def find(networks: Sequence[LocalNetwork], word: str) -> LocalNetwork | None:
-    """What a user means by ``word``: full id, else name, else the only one whose id begins so."""
+    """Find a network by its full id, else by name, else by a unique id prefix."""
     for network in networks:
         if network.id == word:
             return network

@@ -1,4 +1,4 @@
-"""What a node's network on one of the machine's own devices (macvlan, ipvlan) is to be: pure.
+"""Builds a node's network on one of the machine's own devices (macvlan, ipvlan) from a request.  Pure.
 
 Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go, macvlan_network.go, and ipvlan's (the words).
 """
@@ -46,17 +46,17 @@ def parent_network_of(
     pools: Sequence[Subnets] = DEFAULT_POOLS,
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
-    """The network that ``body`` asks for.
+    """Return the network that ``body`` requests.
 
     Args:
-        others: the node's networks.
-        devices: names of the machine's network interfaces.
-        made: of those that the node makes for its networks, by name, their kind.
-        routes: what the machine reaches, which a subnet that is not named is beside.
-        pools: where such a subnet is from.
-        configuration: where its settings are from; None: the body itself.
+        others: The node's networks.
+        devices: Names of the machine's network interfaces.
+        made: Kind of each device that the node creates for its networks, by name.
+        routes: Subnets that the machine routes, which an unnamed subnet must not overlap.
+        pools: Address pools for an unnamed subnet.
+        configuration: The network with its settings, or None to use the body's own.
 
-    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+    Raises: InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled.
     """
     configs, options, has_ipv6 = settings_of(body, configuration)
     subnets = settled_subnets(configs, _taken(configs, others, routes), id if has_ipv6 else "", pools)
@@ -72,11 +72,10 @@ def parent_network_of(
 def _taken(
     configs: Collection[SubnetBody], others: Collection[LocalNetwork], routes: Iterable[Subnet]
 ) -> list[Subnet]:
-    """What its subnets are beside.
+    """Return the subnets that its own subnets must not overlap.
 
-    A named one may be the machine's own network, which it usually is, but no other network's.
-
-    As with an engine, a range of its own makes the same subnet another's.
+    A subnet named by the user may be the machine's own network, which it usually is, but not another network's.  As in
+    Docker Engine, two networks with different ranges may share a subnet.
     """
     shared = {one.subnet for one in configs if one.ip_range}
     taken = [subnet for one in others for subnet in subnets_of(one) if str(subnet) not in shared]
@@ -113,7 +112,7 @@ def _check_options(network: LocalNetwork, others: Collection[LocalNetwork], devi
 
 
 def _check_vlan(parent: str, devices: Collection[str]) -> None:
-    """Whether ``parent`` names a VLAN of a device that is there.  Raises: InvalidArgument, in the engine's words."""
+    """Check that ``parent`` names a VLAN of an existing device.  Raises: InvalidArgument, in Docker Engine's words."""
     device, dot, number = parent.partition(".")
     if not dot:
         raise InvalidArgument(f"invalid subinterface vlan name {parent}, example formatting is eth0.10")

@@ -1,5 +1,5 @@
-"""Network namespaces: their state as data, read, compared and written; one reconciler keeps each as wanted.
+"""Network namespaces as data: read, compared and written.  One reconciler keeps each in its desired state.
 
-``state`` and ``nft_table`` are the data, ``read`` gives what the kernel holds, ``diff`` the operations from that to the
-wanted state, ``write`` carries them out, ``reconciler`` does all of that for one namespace and ``healer`` for all.
+``state`` and ``nft_table`` define the data.  ``read`` returns the kernel's state, ``diff`` the operations from there to
+the desired state, and ``write`` executes them.  ``reconciler`` does this for one namespace and ``healer`` for all.
 """

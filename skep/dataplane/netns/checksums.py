@@ -1,7 +1,7 @@
-"""Whether a device leaves checksums to what lies below it (checksum offload), asked and set.
+"""Reads and sets checksum offload: whether a device leaves checksums to the layer below it.
 
-A device that does not computes them before a packet goes on, and cuts TCP's large segments, too: the kernel leaves
-neither to a card alone.  All work in the network namespace of the calling thread.
+A device without offload computes checksums before it passes a packet on, and also splits large TCP segments, because
+the kernel does not leave segmentation alone to a card.  All calls work in the calling thread's network namespace.
 
 Source: linux, include/uapi/linux/ethtool.h (ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM), net/ethtool/ioctl.c.
 """
@@ -19,7 +19,7 @@ _VALUE = struct.Struct("=II")
 
 
 def offloads(device: str) -> bool:
-    """Whether ``device`` leaves checksums of what it sends to others; one that is gone does."""
+    """Return whether ``device`` offloads checksums of the packets it sends.  True if the device was removed."""
     try:
         return bool(_asked(device, _GET, 0))
     except OSError:
@@ -27,11 +27,11 @@ def offloads(device: str) -> bool:
 
 
 def set_offloads(device: str, wanted: bool) -> None:
-    """Have ``device`` leave them, or compute them itself.  Raises: OSError."""
+    """Enable or disable checksum offload of ``device``.  Raises: OSError."""
     try:
         _asked(device, _SET, int(wanted))
     except OSError as error:
-        if not wanted or error.errno != errno.EOPNOTSUPP:  # it can do nothing else
+        if not wanted or error.errno != errno.EOPNOTSUPP:  # a device that cannot offload
             raise
 
 

@@ -1,4 +1,4 @@
-"""How many clients a container still has: read off the kernel's tables of its namespace.
+"""Counts the clients that a container still has, from the kernel's tables of its namespace.
 
 Source: proc(5), /proc/net/tcp; the kernel's include/net/tcp_states.h.
 """
@@ -9,17 +9,17 @@ from pathlib import Path
 
 _LISTEN = "0A"
 _OPEN = frozenset({"01", "03", "04", "08", "09", "0B"})
-"""ESTABLISHED, SYN_RECV, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING: something may still be said, or has to arrive.  In
-FIN_WAIT2 the client has everything and only has not closed its own side."""
+"""ESTABLISHED, SYN_RECV, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING: data may still be sent or has to arrive.  In
+FIN_WAIT2 the client has received everything and has only not closed its own side."""
 _LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 """127.0.0.1, ::1 and ::ffff:127.0.0.1, as a little-endian kernel writes them."""
 
 
 def inbound(tables: Iterable[str]) -> int:
-    """Open TCP connections from elsewhere to listening ports.
+    """Count open TCP connections from elsewhere to listening ports.
 
     Args:
-        tables: the texts of /proc/net/tcp and /proc/net/tcp6 of one namespace.
+        tables: The texts of /proc/net/tcp and /proc/net/tcp6 of one namespace.
     """
     connections = [
         words for table in tables for line in table.splitlines()[1:] if len(words := line.split()) > 3
@@ -32,7 +32,7 @@ def inbound(tables: Iterable[str]) -> int:
 
 
 def inbound_of(pid: int) -> int:
-    """The same for the namespace of a process; 0 when it is gone."""
+    """Count open TCP connections to the namespace of process ``pid``.  0 if the process has ended."""
     tables = []
     for name in ("tcp", "tcp6"):
         with suppress(OSError):

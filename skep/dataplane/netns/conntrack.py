@@ -1,4 +1,4 @@
-"""Connection tracking over netlink (ctnetlink): the flows of the calling thread's namespace, listed and deleted.
+"""Lists and deletes flows of the calling thread's namespace: connection tracking over netlink (ctnetlink).
 
 Source: linux, include/uapi/linux/netfilter/nfnetlink_conntrack.h.
 """
@@ -23,32 +23,32 @@ _TIMEOUT_S = 5.0
 SYSCTLS = {
     # An idle connection is tracked for as long as its ends keep it.
     "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
-    # One end has closed, the other still works on its response.  The kernel's own are 120 s and 60 s.
+    # One end has closed and the other still sends its response.  The kernel's defaults are 120 s and 60 s.
     "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",
     "net/netfilter/nf_conntrack_tcp_timeout_close_wait": "7200",
-    # A segment that looks out of its window belongs to the connection all the same: let the ends judge.
+    # Accept segments outside the window: the endpoints decide.
     "net/netfilter/nf_conntrack_tcp_be_liberal": "1",
 }
-"""Of a container's namespace: a new one has the kernel's values, whatever the node's are."""
+"""Sysctls of a container's namespace.  A new namespace starts with the kernel's values, whatever the node's are."""
 
 
 class Refused(OSError):
-    """The kernel said no, which is something else than not answering."""
+    """The kernel refused the request, as opposed to not answering."""
 
 
 def opened(timeout_s: float) -> socket.socket:
-    """For the calls below; the caller closes it.  ``timeout_s``: for each response.  Raises: OSError."""
+    """Open a socket for the calls below.  The caller closes it.  ``timeout_s`` applies to each response.  Raises:
+    OSError."""
     return netlink.opened(netlink.NETFILTER, timeout_s)
 
 
 def flows(
     connection: socket.socket, family: int, *, concerns: Callable[[bytes], bool] = lambda entry: True
 ) -> Iterator[Flow]:
-    """All flows of ``family``; the connection is busy until the last.
+    """Yield all flows of ``family``.  The connection cannot be used for another request until the last one.
 
-    ``concerns``: whether a flow may matter, by what the kernel says of it, before it is taken apart.  Blocks for as
-    long as the kernel takes to go through its entries, of all namespaces (9 ms of processor time).  Raises: Refused:
-    this kernel does not list them; OSError.
+    ``concerns`` filters entries by their bytes, before they are decoded.  Blocks while the kernel reads the
+    entries of all namespaces (9 ms of processor time).  Raises: Refused: this kernel does not list flows; OSError.
     """
     connection.send(netlink.request(_GET, netlink.DUMP, _head(family)))
     while True:
@@ -62,9 +62,9 @@ def flows(
 
 
 def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
-    """Delete flows; one that has ended by itself is gone, too.
+    """Delete flows.  A flow that has ended by itself is not an error.
 
-    All are tried.  Raises: Refused: some flow stays (an offloaded one does); OSError.
+    All flows are tried.  Raises: Refused: some flow could not be deleted, for instance an offloaded one; OSError.
     """
     refused = 0
     for number, flow in enumerate(found, start=1):
@@ -80,10 +80,10 @@ def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
 def delete_stale(
     family: int, is_stale: Callable[[Flow], bool], *, concerns: Callable[[bytes], bool] = lambda entry: True
 ) -> int:
-    """Delete the flows of the calling thread's namespace that are stale, so that their next packet is dealt anew.
+    """Delete stale flows of the calling thread's namespace, so that their next packet gets a new backend.
 
-    A UDP flow keeps its backend as long as packets come, even after the backend has gone; a TCP connection ends by
-    itself.  Gives their number.  Blocks.  Raises: Refused: this kernel lists no flows, or keeps one; OSError.
+    Return their number.  A UDP flow keeps its backend as long as packets arrive, even after the backend was removed.  A
+    TCP connection ends by itself.  Blocks.  Raises: Refused: this kernel does not list flows or keeps one; OSError.
     """
     with opened(_TIMEOUT_S) as connection:
         found = [flow for flow in flows(connection, family, concerns=concerns) if is_stale(flow)]
@@ -92,7 +92,7 @@ def delete_stale(
 
 
 def _flow(entry: dict[int, bytes], family: int) -> Flow | None:
-    """None: it does not say from where to where."""
+    """Decode an entry.  Return None if it lacks addresses."""
     original, reply = (_tuple(_parts(entry.get(number, b"")), family) for number in (_ORIGINAL, _REPLY))
     if original is None or reply is None:
         return None

@@ -1,7 +1,7 @@
-"""Changes without a waiting caller, done a moment later and several at once.
+"""Changes that no caller waits for, done a moment later and several at once.
 
-A container's end need not wait for the kernel to take away its ports and rules: a deletion there waits until no
-processor looks at what is deleted any more, which takes tens of milliseconds.
+The end of a container does not wait for the kernel to remove its ports and rules.  A deletion there waits until no
+processor uses the deleted object, which takes tens of milliseconds.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ Settle = Callable[[], Awaitable[None]]
 
 
 class DeferredChanges:
-    """What is to be settled soon, each thing once."""
+    """Pending changes, each key once."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -24,12 +24,12 @@ class DeferredChanges:
         self._wake = asyncio.Event()
 
     def soon(self, key: Hashable, settle: Settle) -> None:
-        """Call ``settle`` in a moment; one with the same ``key`` that waits already is enough."""
+        """Call ``settle`` in a moment, once for all calls with the same ``key`` until then."""
         self._due[key] = settle
         self._wake.set()
 
     async def run(self) -> None:
-        """Settle until cancelled.  What fails is left to the next comparison."""
+        """Make pending changes until cancelled.  A failed change is left to the next comparison of its namespace."""
         while True:
             await self._wake.wait()
             self._wake.clear()

@@ -1,8 +1,7 @@
-"""From what a namespace holds to what is wanted: the operations, in an order that the kernel takes.
+"""Computes the operations from a namespace's present state to its desired state, in an order that the kernel accepts.
 
-What goes is removed before anything is added, because an address that moved from one device to another can be on one
-only.  A device that differs in what cannot be changed is made anew, and takes all that was on it along: its addresses,
-routes and entries are in the list again.
+Removals come first, because an address that moves to another device can be on one device only.  A device whose
+fixed properties differ is recreated.  Its addresses, routes and entries are lost with it and added again.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -13,13 +12,13 @@ from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, R
 
 
 class AddLink(msgspec.Struct, frozen=True):
-    """Make a device."""
+    """Create a device."""
 
     link: Link
 
 
 class ChangeLink(msgspec.Struct, frozen=True):
-    """Change a device that is there."""
+    """Change an existing device."""
 
     link: Link
 
@@ -31,7 +30,7 @@ class DeleteLink(msgspec.Struct, frozen=True):
 
 
 class SetSysctl(msgspec.Struct, frozen=True):
-    """Set ``net/...``."""
+    """Set a sysctl ``net/...``."""
 
     name: str
     value: str
@@ -44,7 +43,7 @@ class Put(msgspec.Struct, frozen=True):
 
 
 class Remove(msgspec.Struct, frozen=True):
-    """Remove one."""
+    """Remove an address, a route, an entry or a rule."""
 
     item: Address | Route | Entry | Rule
 
@@ -52,16 +51,16 @@ class Remove(msgspec.Struct, frozen=True):
 Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
 
 _LINK_ORDER = ("bridge", "vxlan", "veth")
-"""What has ports is made before its ports."""
+"""A bridge is created before its ports."""
 
 
 def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> list[Operation]:
-    """What brings a namespace from ``actual`` to ``wanted``.
+    """Return the operations from ``actual`` to ``wanted``.
 
-    ``is_exclusive``: what ``actual`` shows beside it is removed.  A container's namespace is not: what is missing is
-    added, and what its processes added stays, but for policy rules and their routes, which are Skep's everywhere.  A
-    sysctl that ``actual`` does not show is one this kernel does not have, unless its device is still to be made.
-    Applying the result and comparing again gives ``[]``.
+    With ``is_exclusive``, everything in ``actual`` that is not wanted is removed.  A container's namespace is not
+    exclusive: missing items are added, and items that its processes added stay, except policy rules and their routes,
+    which are always Skep's.  A sysctl that ``actual`` lacks does not exist in this kernel, unless its device is about
+    to be created.  Comparing again after applying the operations returns ``[]``.
     """
     renewed = {
         name
@@ -71,7 +70,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     surplus = set(actual.links) - set(wanted.links) if is_exclusive else set()
     gone = renewed | surplus
     kept = {name: link for name, link in actual.links.items() if name not in gone}
-    # A port that changes its bridge loses its entries there.
+    # A port that is moved to another bridge loses its entries there.
     moved = {
         name
         for name, link in kept.items()
@@ -103,7 +102,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     ]
     operations += [Put(one) for one in sorted(wanted.rules - actual.rules)]
     operations += [Put(one) for one in sorted(wanted.addresses - held_addresses)]
-    # With an address, and with a link that comes up, the kernel makes its own routes itself.
+    # The kernel adds its own routes itself, with an address and when a link is set up.
     made_anew = {one.link for one in wanted.addresses - held_addresses} | {
         name for name in wanted.links if name not in kept or not kept[name].is_up
     }
@@ -127,7 +126,8 @@ def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Rem
 
 
 def _surplus(held: frozenset[Entry], wanted: frozenset[Entry]) -> Iterable[Entry]:
-    """The entries to be removed: not those that an addition replaces, so that no frame is lost between the two."""
+    """Return the entries to remove, except entries replaced by an addition, so that no frame is lost between the
+    two."""
     replaced = {(one.link, one.mac) for one in wanted - held if one.kind is EntryKind.FORWARD}
     return (
         one
@@ -144,13 +144,13 @@ def _changes(
         if found.master in gone:
             found = msgspec.structs.replace(found, master="")
         if _differs(wanted[name], found):
-            # A device whose address is set, to the same one even, forgets its neighbours.
+            # Setting a device's address, even to the same value, makes it forget its neighbors.
             mac = "" if wanted[name].mac == found.mac else wanted[name].mac
             yield ChangeLink(msgspec.structs.replace(wanted[name], mac=mac))
 
 
 def _is_other(wanted: Link, found: Link) -> bool:
-    """Whether it takes a new device."""
+    """Return whether the device must be recreated."""
     return wanted.kind != found.kind or wanted.vxlan != found.vxlan
 
 
@@ -166,7 +166,7 @@ def _differs(wanted: Link, found: Link) -> bool:
 
 
 def _route_order(route: Route) -> tuple[bool, bool, Route]:
-    """What another route needs comes before it: an address that is local, a network that the gateway is in."""
+    """Sort routes so that a route's prerequisites come first: local addresses, networks that contain a gateway."""
     return bool(route.gateway), route.kind is not RouteKind.LOCAL, route
 
 
@@ -175,6 +175,6 @@ def _link_order(link: Link) -> tuple[int, str]:
 
 
 def _is_of(sysctl: str, links: Collection[str]) -> bool:
-    """Whether ``net/ipv4/conf/<link>/...`` is of one of these devices."""
+    """Return whether ``net/ipv4/conf/<link>/...`` belongs to one of these devices."""
     words = sysctl.split("/")
     return len(words) > 3 and words[2] in ("conf", "neigh") and words[3] in links

@@ -1,4 +1,4 @@
-"""Whether the present network namespace leads others' packets by IPv6, and that it does.  Blocks."""
+"""Detects whether this network namespace can route and translate IPv6, and enables forwarding.  Blocks."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +12,11 @@ add chain ip6 skep_probe post { type nat hook postrouting priority 100; }
 add rule ip6 skep_probe post masquerade
 delete table ip6 skep_probe
 """
-"""One transaction: nothing of it is ever in force."""
+"""One transaction, so that none of it ever takes effect."""
 
 
 def ipv6_refusal() -> str:
-    """Why containers cannot be led out by IPv6 here; empty: they can."""
+    """Return why containers cannot have IPv6 egress here, or an empty text if they can."""
     try:
         if (_IPV6 / "all/disable_ipv6").read_text().strip() != "0":
             return "net.ipv6.conf.all.disable_ipv6 is set"
@@ -29,9 +29,9 @@ def ipv6_refusal() -> str:
 
 
 def ipv6_nat_refusal() -> str:
-    """Why the kernel takes no address translation for IPv6; empty: it does.
+    """Return why the kernel does not translate IPv6 addresses, or an empty text if it does.
 
-    Raises: NftUnavailable, OSError: that is not known.
+    Raises: NftUnavailable, OSError: that could not be determined.
     """
     try:
         nft.run(_PROBE)
@@ -47,13 +47,13 @@ def _no_nat(error: Exception) -> str:
 
 
 def forward_ipv6(settings: Path = _IPV6) -> None:
-    """Let packets of others pass.  ``settings``: where the kernel shows them.
+    """Enable forwarding of IPv6 packets.  ``settings`` is the kernel's folder.
 
-    A router takes no default route from other routers, unless ``accept_ra`` is 2.  That is set first: such routes are
-    dropped in the moment in which it becomes a router.
+    A router accepts no default route from other routers, unless ``accept_ra`` is 2.  It is set first, because the
+    kernel drops such routes at the moment when forwarding is enabled.
     """
     for setting in settings.glob("*/accept_ra"):
-        with suppress(OSError):  # a device that goes at this moment: a container's, perhaps
+        with suppress(OSError):  # the device, perhaps a container's, was just removed
             if setting.read_text().strip() == "1":
                 setting.write_text("2")
     with suppress(FileNotFoundError):

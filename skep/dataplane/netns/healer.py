@@ -1,8 +1,8 @@
-"""Decides when namespaces are compared with their wanted state.
+"""Decides when namespaces are compared with their desired state.
 
-The kernel reports changes (links, addresses, routes, neighbours, nftables).  A report makes its namespace due for a
-comparison, at most once a second; of nftables, only transactions of other writers count.  Beside that, a slow round
-compares one namespace after the other, for what is not reported (sysctls) and for reports that were lost.
+The kernel reports changes of links, addresses, routes, neighbors and nftables.  A report makes its namespace due for a
+comparison, at most once a second.  Of nftables, only transactions of other writers count.  In addition, a slow round
+compares one namespace after the other, to find unreported changes (sysctls) and changes whose report was lost.
 """
 
 import asyncio
@@ -26,16 +26,17 @@ from skep.dataplane.netns.repair_counts import Repairs
 log = structlog.get_logger()
 
 PAUSE_SECONDS = 1.0
-"""Between two comparisons of one namespace: many changes are repaired at once."""
+"""Pause between two comparisons of one namespace, so that many changes are repaired at once."""
 GATHERING_SECONDS = 0.05
-"""One change is reported in several messages."""
+"""Wait after a report, because one change is reported in several messages."""
 RETRY_SECONDS_MAX = 60.0
-"""Between two attempts at a namespace that cannot be repaired."""
+"""Longest pause between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
 ROUND_SECONDS_MIN = 2.0
-"""So that a node with few namespaces spends less than its share; what is not reported is repaired within seconds."""
+"""Shortest time of a round.  A node with few namespaces spends less than ``SHARE``, and unreported changes are still
+repaired within seconds."""
 SHARE = 0.02
-"""Of one core, for the slow round: comparisons and repairs."""
+"""Share of one core for the slow round: comparisons and repairs."""
 
 _GROUPS = (
     netlink.GROUP_LINK,
@@ -51,13 +52,13 @@ _BYTES_MAX = 1 << 16
 
 
 def processor_seconds() -> float:
-    """Processor time of this process and of the programs that it has waited for."""
+    """Return the processor time of this process and of its finished child processes."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 class _Failing:
-    """A namespace whose last comparison failed."""
+    """Retry state of a namespace whose last comparison failed."""
 
     def __init__(self, backoff: Backoff) -> None:
         self.backoff = backoff
@@ -78,10 +79,11 @@ class Healer:
         share: float = SHARE,
         processor_s: Callable[[], float] = processor_seconds,
     ) -> None:
-        """
+        """Make a healer.
+
         Args:
-            share: of one core, for the slow round.
-            processor_s: processor time that this process has taken.
+            share: Share of one core for the slow round.
+            processor_s: Returns the processor time that this process has used.
         """
         self.repairs = repairs
         self._namespaces = namespaces
@@ -92,14 +94,14 @@ class Healer:
         self._sockets: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
         self._watched: set[NetnsReconciler] = set()
         self._due: dict[NetnsReconciler, bool] = {}
-        """Whether the comparison is to be thorough."""
+        """The namespaces that are due, and whether their comparison includes the listing of nftables."""
         self._failing: dict[NetnsReconciler, _Failing] = {}
         self._wake = asyncio.Event()
 
     async def watch(self, reconciler: NetnsReconciler) -> None:
-        """Notice changes in ``reconciler`` from now on.
+        """Watch the namespace of ``reconciler`` for changes from now on.
 
-        Raises: OSError: the slow round alone compares it, until another call succeeds.
+        Raises: OSError: only the slow round compares it, until another call succeeds.
         """
         if reconciler in self._watched:
             return
@@ -113,7 +115,7 @@ class Healer:
 
     async def _open(self, reconciler: NetnsReconciler) -> None:
         groups = list(_GROUPS)
-        if not reconciler.scope.is_container:  # whose neighbours are its own
+        if not reconciler.scope.is_container:  # a container's neighbors are its own matter
             groups.append(netlink.GROUP_NEIGHBOUR)
         path = reconciler.path
         opened = await self._namespaces.run(path, netlink.listening, socket.NETLINK_ROUTE, groups)
@@ -123,7 +125,7 @@ class Healer:
             await self.watch_tables(reconciler)
 
     async def watch_tables(self, reconciler: NetnsReconciler) -> None:
-        """Notice changes of its nftables tables by other writers, too.  Raises: OSError."""
+        """Also watch its nftables tables for changes by other writers.  Raises: OSError."""
         opened = await self._namespaces.run(reconciler.path, open_notifications)
         self._keep(reconciler, TableWatch(opened, reconciler.writer, partial(self._note_foreign, reconciler)))
 
@@ -135,11 +137,11 @@ class Healer:
         return True
 
     def take_turns(self, reconciler: NetnsReconciler) -> None:
-        """Compare ``reconciler`` in the slow round, whether its changes are reported or not."""
+        """Include ``reconciler`` in the slow round, whether its changes are reported or not."""
         self._sockets[reconciler] = []
 
     def expect(self, reconciler: NetnsReconciler) -> None:
-        """Compare ``reconciler`` soon and thoroughly."""
+        """Compare ``reconciler`` soon, including its nftables."""
         self._mark_due(reconciler, is_thorough=True)
 
     def _mark_due(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:
@@ -147,7 +149,7 @@ class Healer:
         self._wake.set()
 
     def forget(self, reconciler: NetnsReconciler) -> None:
-        """Look at ``reconciler`` no more."""
+        """Stop comparing ``reconciler``."""
         self._unwatch(reconciler)
         self._sockets.pop(reconciler, None)
         self._due.pop(reconciler, None)
@@ -163,12 +165,12 @@ class Healer:
         self._watched.discard(reconciler)
 
     def close(self) -> None:
-        """Forget all."""
+        """Stop comparing all namespaces."""
         for reconciler in tuple(self._sockets):
             self.forget(reconciler)
 
     async def run(self) -> None:
-        """Heal until cancelled."""
+        """Compare and repair until cancelled."""
         keep = partial(retry, clock=self._clock, rng=self._rng)
         event = "healing of networks failed"
         try:
@@ -210,7 +212,7 @@ class Healer:
             await self._clock.sleep(PAUSE_SECONDS)
 
     async def _wait_due(self) -> None:
-        """Return when a namespace is due, or one that has failed may be tried again."""
+        """Return when a namespace is due, or when a failed one may be retried."""
         waiting = [
             self._failing[reconciler].again_at for reconciler in self._due if reconciler in self._failing
         ]
@@ -230,14 +232,14 @@ class Healer:
             for reconciler in tuple(one for one in self._sockets if not self._waits(one)):
                 began, taken = self._clock.monotonic(), self._processor_s()
                 await self._heal(reconciler, is_thorough=True)
-                # A wait for the processor, or for a lock of the kernel, costs nothing: on a busy machine it would put
-                # off the next round for minutes.  Other work of this process is counted, too.
+                # A wait for the processor or for a lock of the kernel costs nothing.  On a busy machine, counting it
+                # would delay the next round by minutes.  Other work of this process is counted.
                 spent = min(self._clock.monotonic() - began, self._processor_s() - taken)
                 await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
             await self._clock.sleep(max(round_began + ROUND_SECONDS_MIN - self._clock.monotonic(), 0.0))
 
     async def _heal(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:
-        """Repair one namespace; one that fails is retried with growing pauses, and delays no other."""
+        """Repair one namespace.  A failure is retried with growing pauses and does not delay other namespaces."""
         if reconciler not in self._sockets:
             return
         try:
@@ -267,7 +269,7 @@ class Healer:
 
 
 def _concerns(reconciler: NetnsReconciler, kind: int, body: memoryview) -> bool:
-    """Whether a report can mean a deviation: neighbours of other devices come and go all the time."""
+    """Return whether a report can mean a deviation.  Neighbors of other devices change all the time."""
     if kind in _NEIGHBOUR_MESSAGES and reconciler.indices is not None:
         return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in reconciler.indices
     return True

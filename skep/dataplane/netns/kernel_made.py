@@ -1,10 +1,10 @@
-"""What the kernel makes by itself of addresses, as wanted state, so that it is repaired.  Pure.
+"""Adds to a desired state everything that the kernel derives from addresses, so that it is repaired.  Pure.
 
-With an IPv4 address come a route to its network, one to itself and one to the network's broadcast address; with an IPv6
-one a route to its network and one to itself, on a router one to the address of all routers; with IPv6 on an interface
-a link-local address and a route for multicast.  A new namespace has the rules that look into the local, the main and
-the default table.  A bridge has an entry for its own hardware address, without which it takes nothing that is sent to
-it.  The kernel makes each of them once.
+With an IPv4 address the kernel adds routes to its network, to the address itself and to the network's broadcast
+address.  With an IPv6 address it adds routes to its network and to the address itself, and on a router one to the
+address of all routers.  An interface with IPv6 gets a link-local address and a multicast route.  A new namespace has
+rules for the local, the main and the default table.  A bridge has an entry for its own hardware address, without which
+it does not accept frames sent to it.  The kernel adds each of them once.
 
 Source: linux, net/ipv4/fib_frontend.c (fib_add_ifaddr), net/ipv4/fib_rules.c (fib_default_rules_init),
 net/ipv6/addrconf.c (addrconf_add_dev, add_addr, addrconf_prefix_route), net/ipv6/fib6_rules.c.
@@ -35,11 +35,12 @@ _MULTICAST = "ff00::/8"
 _BROADCAST_LENGTH_MAX = 30
 """A network of two addresses has no broadcast address (RFC 3021)."""
 _ANYCAST_LENGTH_MAX = 126
-"""Nor has one of IPv6 the address of its routers (RFC 6164)."""
+"""An IPv6 network of two addresses has no router anycast address (RFC 6164)."""
 
 
 def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
-    """``wanted`` with what the kernel makes of it; ``rules``: those of a namespace of Skep's own."""
+    """Return ``wanted`` with the kernel's own additions.  ``rules`` are the first rules of a namespace that Skep
+    owns."""
     addresses = wanted.addresses | frozenset(_link_locals(wanted))
     is_router = wanted.sysctls.get("net/ipv6/conf/all/forwarding") == "1"
     routes = {route for address in addresses for route in _routes(address, is_router=is_router)}
@@ -63,7 +64,7 @@ def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
 
 
 def is_link_local(address: Address) -> bool:
-    """Whether it is one that the kernel gives an interface by itself."""
+    """Return whether the kernel assigns such an address by itself."""
     return address.interface.startswith("fe80:")
 
 

@@ -1,8 +1,8 @@
-"""Network namespaces without forking: a thread enters one, does its work there and comes back.
+"""Network namespaces without forking: a thread enters one, works there and returns.
 
-``setns`` is per thread, so work inside a namespace runs on threads that do nothing else.  A container's
-namespace is pinned by a bind mount at ``<run>/netns/<id>``: it lives as long as the pin or a process in it,
-and survives a restart of the node process.
+``setns`` is per thread, so work inside a namespace runs on threads that do nothing else.  A container's namespace is
+pinned by a bind mount at ``<run>/netns/<id>``.  It lives as long as the pin or a process in it, and survives a restart
+of the node process.
 """
 
 import asyncio
@@ -26,58 +26,59 @@ P = ParamSpec("P")
 _PR_SET_NAME = 15
 
 THREADS = 16
-"""They wait for the kernel, they do not compute: 40 updates take 160 ms on 4 threads, 45 ms on 16."""
+"""Threads wait for the kernel and do not compute: 40 updates take 160 ms on 4 threads, 45 ms on 16."""
 
 
 class Namespaces:
     """The network namespaces of one node, and the threads that work in them.
 
-    ``directory``: where containers' are pinned; ``home``: the node's own (a playground's node has one to itself).
+    ``directory`` is where containers' namespaces are pinned.  ``home`` is the node's own namespace, which a
+    playground's node does not share with the machine.
     """
 
     def __init__(self, directory: Path, home: Path = Path("/proc/self/ns/net")) -> None:
         self._directory = directory
         self.home = home
         self.writer = f"skep-{secrets.token_hex(5)}"
-        """Name of the threads of this object, as the kernel shows it (15 bytes): nftables reports it with a change."""
+        """The kernel's name of this object's threads (15 bytes), which nftables reports with a change."""
         self._threads = ThreadPoolExecutor(
             THREADS, thread_name_prefix="netns", initializer=_name_thread, initargs=(self.writer,)
         )
 
     def path(self, id: str) -> Path:
-        """Where namespace ``id`` is pinned."""
+        """Return the path at which namespace ``id`` is pinned."""
         return self._directory / id
 
     def pinned(self) -> list[str]:
-        """Ids of all pinned namespaces."""
+        """Return the ids of all pinned namespaces."""
         with suppress(FileNotFoundError):
             return sorted(entry.name for entry in self._directory.iterdir())
         return []
 
     async def create(self, id: str, sysctls: Mapping[str, str]) -> Path:
-        """A new namespace pinned at its path, with ``sysctls`` (``net/ipv4/...``) set.  Raises: OSError."""
+        """Create a namespace, pin it at its path, and set ``sysctls`` (``net/ipv4/...``) in it.  Raises: OSError."""
         path = self.path(id)
         await self._on_thread(_create, path, sysctls)
         return path
 
     async def destroy(self, id: str) -> None:
-        """Remove the pin; the kernel frees the namespace and what is in it when no process uses it."""
+        """Remove the pin.  The kernel frees the namespace and its devices when no process uses it."""
         await self._on_thread(_destroy, self.path(id))
 
     async def run(self, namespace: Path, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``call`` on a thread inside ``namespace``; what it opens stays there."""
+        """Run ``call`` on a thread inside ``namespace``.  Sockets that it opens stay in that namespace."""
         return await self._on_thread(inside, namespace, lambda: call(*args, **kwargs))
 
     @asynccontextmanager
     async def netlink(self, namespace: Path) -> AsyncIterator[AsyncIPRoute]:
-        """rtnetlink of ``namespace`` (links, addresses, routes) for the block."""
+        """Open rtnetlink of ``namespace`` (links, addresses, routes) for the block."""
         # pyroute2's own ``netns=`` forks the whole process to open its socket.
         opened = await self.run(namespace, _netlink_socket)
         async with AsyncIPRoute(use_socket=opened, groups=0) as route:
             yield route
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._threads.shutdown(wait=False)
 
     async def _on_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -89,7 +90,7 @@ def _name_thread(name: str) -> None:
 
 
 def set_sysctl(name: str, value: str) -> None:
-    """Set ``net/...`` of the present namespace; what this kernel does not have is left out."""
+    """Set the sysctl ``net/...`` in the present namespace.  A sysctl that this kernel lacks is ignored."""
     with suppress(FileNotFoundError):
         Path("/proc/sys", name).write_text(value)
 
@@ -107,7 +108,7 @@ def _create(path: Path, sysctls: Mapping[str, str]) -> None:
         finally:
             setns(own, CLONE_NEWNET)
     except BaseException:
-        with suppress(OSError):  # what is left is removed when the node sweeps
+        with suppress(OSError):  # a leftover pin is removed by the next sweep
             _destroy(path)
         raise
     finally:
@@ -120,12 +121,12 @@ def _destroy(path: Path) -> None:
 
 
 def unmount_pin(path: Path) -> None:
-    """Remove the bind mount at ``path``; nothing happens when there is none."""
+    """Remove the bind mount at ``path`` if there is one."""
     unmount_if_mounted(path)
 
 
 def inside(namespace: Path, call: Callable[[], T]) -> T:
-    """Run ``call`` in ``namespace``, on the calling thread, which nothing else may use meanwhile.  Raises: OSError."""
+    """Run ``call`` in ``namespace`` on the calling thread, which nothing else may use meanwhile.  Raises: OSError."""
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         target = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)

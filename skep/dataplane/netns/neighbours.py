@@ -1,11 +1,11 @@
-"""The kernel's tables of neighbours, which all network namespaces of a machine share.
+"""The kernel's neighbor tables, which all network namespaces of a machine share.
 
-Each container that talks to another holds an entry.  Linux keeps 1,024 of them: some forty containers that talk to each
-other fill the table, and then connections fail at random.  Entries that Skep makes for overlays are permanent, and do
-not count.  So the limits are raised at start, never lowered, and the counter of overflows is watched.
+Each container that talks to another occupies an entry.  Linux keeps 1,024 of them, which some forty containers that all
+talk to each other exhaust.  Connections then fail at random.  Entries that Skep adds for overlays are permanent and do
+not count.  The limits are therefore raised at start, never lowered, and the counter of overflows is watched.
 
-Limits and counters belong to the first network namespace of the machine.  Where this node is in another (a playground's
-is), they are reached by the namespace of process 1, if that may be entered.
+Limits and counters belong to the first network namespace of the machine.  If this node is in another one, as in a
+playground, they are reached through the namespace of process 1 if that may be entered.
 
 Source: linux, net/core/neighbour.c (neigh_alloc; neigh_sysctl_register: gc_thresh of the first namespace only).
 """
@@ -28,7 +28,7 @@ LIMITS = {"gc_thresh3": 65536, "gc_thresh2": 32768, "gc_thresh1": 8192}
 """The hard limit first, so that the others never exceed it."""
 WATCH_SECONDS = 10.0
 CALM_SECONDS = 300.0
-"""Without an overflow, until the condition ends."""
+"""Time without an overflow after which the condition is cleared."""
 _SPACES = (Path("/proc/thread-self/ns/net"), Path("/proc/1/ns/net"))
 _SETTINGS = Path("/proc/sys/net")
 _COUNTERS = Path("/proc/thread-self/net/stat")
@@ -36,7 +36,7 @@ _TABLES = {"ipv4": "arp_cache", "ipv6": "ndisc_cache"}
 
 
 class NeighbourTables:
-    """Raises the limits, then names overflows as a condition of the node."""
+    """Raises the limits, and reports overflows as a node condition."""
 
     def __init__(
         self,
@@ -46,9 +46,12 @@ class NeighbourTables:
         raise_limits: Callable[[], str] | None = None,
         count: Callable[[], int] | None = None,
     ) -> None:
-        """``say``: sets the node's condition, an empty text clears it.
+        """Make the watcher of this machine's tables.
 
-        ``raise_limits``, ``count``: blocking; those of this machine by default.
+        Args:
+            say: Sets the node's condition.  An empty text clears it.
+            raise_limits: Blocking replacement for ``raised``.
+            count: Blocking replacement for ``overflows``.
         """
         self._say = say
         self._clock = clock
@@ -65,8 +68,8 @@ class NeighbourTables:
             log.warning("limits of the neighbour table not raised", reason=refusal)
         try:
             await self._watch(refusal)
-        except (OSError, ValueError) as error:  # an older kernel counts nothing of the kind
-            log.warning("overflows of the neighbour table are not counted here", reason=str(error))
+        except (OSError, ValueError) as error:  # an older kernel does not count overflows
+            log.warning("kernel does not count neighbour table overflows", reason=str(error))
 
     async def _watch(self, refusal: str) -> None:
         known, overflowed_at = await asyncio.to_thread(self._count), 0.0
@@ -82,7 +85,7 @@ class NeighbourTables:
 
 
 def message_of(refusal: str) -> str:
-    """The condition's text.  ``refusal``: why the limits could not be raised; empty: they were."""
+    """Return the condition's text.  ``refusal`` is why the limits could not be raised, or empty if they were."""
     why = f", which this node could not raise ({refusal})" if refusal else ""
     return (
         "the kernel's table of neighbours overflows, so connections between containers fail at random: "
@@ -91,7 +94,7 @@ def message_of(refusal: str) -> str:
 
 
 def at_machine(work: Callable[[], T]) -> T:
-    """What ``work`` gives in the first of the namespaces in which there is what it looks for.  Raises: OSError."""
+    """Run ``work`` in the first namespace that does not raise FileNotFoundError.  Raises: OSError."""
     for space in _SPACES[:-1]:
         try:
             return inside(space, work)
@@ -101,9 +104,9 @@ def at_machine(work: Callable[[], T]) -> T:
 
 
 def raised(settings: Path = _SETTINGS) -> str:
-    """Raise the limits of the present namespace; why one could not be raised, empty: all are high enough.
+    """Raise the limits.  Return why one could not be raised, or an empty text.
 
-    Raises: FileNotFoundError: this namespace has none.
+    Raises: FileNotFoundError: this namespace has no limits.
     """
     refusal = ""
     for version in _TABLES:
@@ -121,7 +124,7 @@ def raised(settings: Path = _SETTINGS) -> str:
 
 
 def overflows(counters: Path = _COUNTERS) -> int:
-    """How often an entry found no place since boot.  Raises: OSError: this kernel does not count them."""
+    """Return how often the table was full since boot.  Raises: OSError: this kernel does not count that."""
     total = 0
     for table in _TABLES.values():
         path = counters / table

@@ -1,7 +1,7 @@
-"""Netlink by hand: its messages and attributes, and route netlink in bulk, without an object for every attribute.
+"""Encodes and decodes netlink messages and attributes, and runs route netlink requests in bulk.
 
-A network of 500 services has thousands of entries; a general library takes 0.1 ms for each, this takes 10 us.  What
-blocks works in the network namespace of the calling thread.
+A network of 500 services has thousands of entries.  A general library takes 0.1 ms for each because it makes an object
+for every attribute.  This module takes 10 us.  Blocking calls work in the calling thread's network namespace.
 
 Source: linux, include/uapi/linux/{netlink,rtnetlink,neighbour,if_link}.h, linux/netfilter/nfnetlink.h.
 """
@@ -35,16 +35,16 @@ AF_BRIDGE = 7
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
 NESTED = 0x8000
-"""Flag of an attribute's type: its value is attributes."""
+"""Flag of an attribute's type: the value consists of attributes."""
 
 ERROR, DONE = 2, 3
-"""Types of messages: an error number (0: an acknowledgement), the end of a dump."""
+"""Message types: an error number (0 is an acknowledgement), and the end of a dump."""
 _INTERRUPTED = 0x10
 _DUMP_TRIES = 8
 _REPLY_BYTES = 1 << 17
 _RECEIVE_BYTES = 4 << 20
 _BATCH = 64
-"""Messages sent before their answers are read: those must fit into the socket."""
+"""Messages sent before their responses are read.  The responses must fit into the socket."""
 _DEADLINE_S = 10
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -53,11 +53,11 @@ _TYPE_MASK = 0x3FFF
 Data = TypeVar("Data", bytes, memoryview)
 
 Message = tuple[int, memoryview]
-"""Type, and what follows the netlink header."""
+"""The type, and the bytes after the netlink header."""
 
 
 def dumped(kind: int, body: bytes, protocol: int = socket.NETLINK_ROUTE) -> list[Message]:
-    """All answers to a dump request.  ``body``: what follows the header.  Raises: OSError."""
+    """Return all responses to a dump request.  ``body`` follows the header.  Raises: OSError."""
     with _opened(protocol) as connection:
         for _ in range(_DUMP_TRIES):
             found = _dump(connection, kind, body)
@@ -69,7 +69,7 @@ def dumped(kind: int, body: bytes, protocol: int = socket.NETLINK_ROUTE) -> list
 def carried_out(
     requests: Sequence[tuple[int, int, bytes]], protocol: int = socket.NETLINK_ROUTE
 ) -> list[int]:
-    """Send changes (type, flags, body); gives for each 0 or the kernel's error number.  Raises: OSError."""
+    """Send changes (type, flags, body).  Return 0 or the kernel's error number for each.  Raises: OSError."""
     results: list[int] = []
     with _opened(protocol) as connection:
         for start in range(0, len(requests), _BATCH):
@@ -85,7 +85,7 @@ def carried_out(
 
 
 def attributes(data: Data) -> Iterator[tuple[int, Data]]:
-    """Type and value of each attribute; flags of the type (nested, byte order) are left out."""
+    """Yield type and value of each attribute.  Flags of the type (nested, byte order) are removed."""
     position = 0
     while position + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, position)
@@ -96,12 +96,12 @@ def attributes(data: Data) -> Iterator[tuple[int, Data]]:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded."""
+    """Return one attribute, padded."""
     return _ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
 def messages(data: Data) -> Iterator[tuple[int, Data]]:
-    """Type and body of each message of one datagram, ``ERROR`` and ``DONE`` among them."""
+    """Yield type and body of each message of a datagram, including ``ERROR`` and ``DONE``."""
     position = 0
     while position + _HEADER.size <= len(data):
         length, kind, _, _, _ = _HEADER.unpack_from(data, position)
@@ -112,17 +112,17 @@ def messages(data: Data) -> Iterator[tuple[int, Data]]:
 
 
 def request(kind: int, flags: int, body: bytes, *, number: int = 1) -> bytes:
-    """One request.  ``flags``: beside ``REQUEST``."""
+    """Return one request.  ``REQUEST`` is added to ``flags``."""
     return _HEADER.pack(_HEADER.size + len(body), kind, flags | REQUEST, number, 0) + body
 
 
 def error_number(body: bytes | memoryview) -> int:
-    """What an ``ERROR`` says: 0 or the kernel's error number."""
+    """Return the error number of an ``ERROR`` message, which is 0 for an acknowledgement."""
     return -int.from_bytes(body[:4], BYTE_ORDER, signed=True)
 
 
 def opened(protocol: int, timeout_s: float) -> socket.socket:
-    """A socket for requests and their answers; the caller closes it.  Raises: OSError."""
+    """Open a socket for requests and their responses.  The caller closes it.  Raises: OSError."""
     connection = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
         connection.bind((0, 0))
@@ -134,7 +134,7 @@ def opened(protocol: int, timeout_s: float) -> socket.socket:
 
 
 def listening(family: int, groups: Iterable[int]) -> socket.socket:
-    """A socket with the kernel's notifications of the ``groups`` (numbers, not masks); does not block."""
+    """Open a non-blocking socket that receives the kernel's notifications of ``groups`` (numbers, not masks)."""
     heard = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, family
     )
@@ -158,7 +158,7 @@ def _opened(protocol: int) -> socket.socket:
 
 
 def _dump(connection: socket.socket, kind: int, body: bytes) -> list[Message] | None:
-    """None: the table changed under the dump, which may have missed something."""
+    """Return the responses, or None if the table changed during the dump, which may have missed something."""
     connection.send(request(kind, DUMP, body))
     found: list[Message] = []
     is_whole = True

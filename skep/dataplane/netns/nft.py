@@ -1,9 +1,10 @@
-"""nftables through libnftables: text in, one transaction, no subprocess.
+"""Runs nftables commands through libnftables: text in, one transaction, no subprocess.
 
-Threads may call it at once, each in its network namespace: a change waits in the kernel, not on the processor.  One
-thing libnftables keeps for the whole process and without a lock, the names and indexes of interfaces, and it empties
-that list whenever a context is freed.  What may read it (``list``, which prints the rules of all programs, but for
-one set; texts with ``iif`` or ``oif``) therefore runs alone.  Ours say ``iifname`` and ``oifname``, which never do.
+Several threads may call it at once, each in its network namespace, because a change waits in the kernel and not on the
+processor.  libnftables keeps one list for the whole process without a lock: the names and indexes of interfaces.  It
+empties that list whenever a context is freed.  Commands that may read the list therefore run alone.  These are ``list``
+commands, which print the rules of all programs (except ``list set``), and texts with ``iif`` or ``oif``.  Our own rules
+use ``iifname`` and ``oifname``, which do not read it.
 
 Source: nftables 1.0.6, src/iface.c.
 """
@@ -21,21 +22,21 @@ from skep.errors import SkepError
 from skep.linux import descriptors
 
 _DESCRIPTORS_MAX = descriptors.SELECT_MAX - 64
-"""A socket beyond ``SELECT_MAX`` would end the process; other threads may open some at the same time."""
+"""A socket numbered above ``SELECT_MAX`` would crash the process.  Other threads may open some at the same time."""
 
 
 class NftFailed(SkepError):
-    """The kernel or the parser refused; the message is libnftables' own."""
+    """The kernel or the parser refused.  The message is libnftables' own."""
 
 
 class NftUnavailable(NftFailed):
-    """Nothing was asked: this process has no descriptor or no memory left for libnftables."""
+    """The command was not run: this process has no descriptor or memory left for libnftables."""
 
 
 def run(text: str) -> str:
-    """Apply ``text`` in the network namespace of the calling thread, all of it or nothing.
+    """Apply ``text`` in the calling thread's network namespace, all of it or nothing.
 
-    Gives what it printed (``list`` commands).  Blocks.  Raises: NftFailed.
+    Return its output (of ``list`` commands).  Blocks.  Raises: NftFailed.
     """
     with _TURNS.alone() if _LOOKS_UP_INTERFACES.search(text) else _TURNS.shared():
         return _run(text)
@@ -45,7 +46,7 @@ _LOOKS_UP_INTERFACES = re.compile(r"\b[io]if\b|\blist (?!set\b)")
 
 
 class Turns:
-    """Many may share the turn, or one has it alone; a call that waits for that goes before later sharing ones."""
+    """A lock that many threads share, or one has alone.  A waiting ``alone`` has precedence over later ``shared``."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -55,7 +56,7 @@ class Turns:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Have the turn with others.  Blocks."""
+        """Hold the lock together with others.  Blocks."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_alone and not self._waiting)
             self._sharing += 1
@@ -68,7 +69,7 @@ class Turns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Have the turn alone.  Blocks."""
+        """Hold the lock alone.  Blocks."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: not self._is_alone and not self._sharing)
@@ -93,7 +94,7 @@ def _run(text: str) -> str:
         )
     context = library.nft_ctx_new(0)
     if not context:
-        raise NftUnavailable("libnftables gave no context")
+        raise NftUnavailable("libnftables returned no context")
     try:
         library.nft_ctx_buffer_error(context)
         library.nft_ctx_buffer_output(context)
@@ -106,18 +107,19 @@ def _run(text: str) -> str:
 
 
 def create(tables: Sequence[NftTable], stale: Iterable[str] = ()) -> None:
-    """Make tables in the namespace of the calling thread, whatever they were before; none of the ``stale`` ones stay.
+    """Create tables in the calling thread's namespace, replacing earlier ones, and remove the ``stale`` tables.
 
-    Mostly there are none, and the kernel need not wait for their removal.  Blocks.  Raises: NftFailed.
+    Usually earlier ones do not exist, and the kernel does not have to wait for their removal.  Blocks.  Raises:
+    NftFailed.
     """
     try:
         run("".join(map(nft_table.fresh, tables)))
-    except NftFailed:  # there are tables of an earlier process
+    except NftFailed:  # tables of an earlier process exist
         run("".join(map(nft_table.absent, stale)) + "".join(map(nft_table.whole, tables)))
 
 
 def in_any_order(listing: str) -> list[str]:
-    """The words of what ``list`` printed, sorted: elements and chains are not always listed in one order."""
+    """Return the words of a listing, sorted, because elements and chains are not always listed in one order."""
     return sorted(listing.replace(",", " ").split())
 
 

@@ -1,6 +1,6 @@
-"""Which nftables tables another writer has changed, from the kernel's notifications.
+"""Finds the nftables tables that another writer has changed, from the kernel's notifications.
 
-nftables reports what each transaction changed and, last, the name of the thread that made it.  All threads of a
+nftables reports the changes of each transaction and, last, the name of the thread that made it.  All threads of a
 ``Namespaces`` have its name, so Skep's own transactions are recognized.
 
 Source: linux, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
@@ -16,7 +16,7 @@ from skep.dataplane.netns import netlink
 _SUBSYSTEM_NFTABLES = 10
 _NEW_GENERATION = 15
 _TABLE_ATTRIBUTE = 1
-"""All messages on tables name theirs first."""
+"""First attribute of every message about a table: the table's name."""
 _GENERATION_PROCESS_NAME = 3
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _BUFFER_BYTES = 1 << 20
@@ -25,7 +25,7 @@ _READS_MAX = 64
 
 
 def open_notifications() -> socket.socket:
-    """A socket with the nftables notifications of the calling thread's namespace.  Raises: OSError."""
+    """Open a socket with the nftables notifications of the calling thread's namespace.  Raises: OSError."""
     opened = netlink.listening(netlink.NETFILTER, (netlink.GROUP_NFTABLES,))
     try:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
@@ -36,12 +36,13 @@ def open_notifications() -> socket.socket:
 
 
 class TableWatch:
-    """Notices changes of nftables tables by other writers.  Made in the event loop.
+    """Watches nftables tables for changes by other writers.  Make it in the event loop.
 
     Args:
-        opened: by ``open_notifications``; owned by this object from now on.
-        writer: the name of our own threads.
-        on_change: called with the changed tables (``ip skep``); None: notifications were lost, any may have changed.
+        opened: Socket from ``open_notifications``, owned by this object from now on.
+        writer: Name of our own threads.
+        on_change: Called with the changed tables (``ip skep``), or with None if notifications were lost, so that any
+            table may have changed.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TableWatch:
 
     @property
     def is_open(self) -> bool:
-        """Whether changes are still noticed."""
+        """Whether changes are still reported."""
         return self._socket.fileno() >= 0
 
     def close(self) -> None:
@@ -66,7 +67,7 @@ class TableWatch:
     def _read(self) -> None:
         try:
             tables = self._changes.read(self._socket)
-        except OSError:  # nothing more will be reported
+        except OSError:  # no further notifications will arrive
             self.close()
             return
         if tables is None or tables:
@@ -74,14 +75,14 @@ class TableWatch:
 
 
 class ForeignChanges:
-    """Parses the notifications of one namespace.  ``writer``: the name of our own threads."""
+    """Parses the notifications of one namespace.  ``writer`` is the name of our own threads."""
 
     def __init__(self, writer: str) -> None:
         self._writer = writer
         self._touched: set[str] = set()
 
     def parse(self, data: bytes) -> frozenset[str]:
-        """The tables (``ip skep``) that, as of these messages, another writer has changed."""
+        """Return the tables (``ip skep``) that, as of these messages, another writer has changed."""
         changed: set[str] = set()
         for type_, body in netlink.messages(data):
             if type_ >> 8 != _SUBSYSTEM_NFTABLES:
@@ -97,7 +98,7 @@ class ForeignChanges:
         return frozenset(changed)
 
     def read(self, opened: socket.socket) -> frozenset[str] | None:
-        """The same of what ``opened`` holds; None: notifications were lost.  Raises: OSError."""
+        """Return the changed tables from the messages in ``opened``, or None if some were lost.  Raises: OSError."""
         changed: frozenset[str] = frozenset()
         is_lost = False
         for _ in range(_READS_MAX):

@@ -1,18 +1,21 @@
-"""nftables tables of our own: what one has to hold, as data, and the text that brings it about."""
+"""Skep's own nftables tables: their desired content as data, and the commands that create it."""
 
 from collections.abc import Iterable
 
 import msgspec
 
 Element = tuple[str, str]
-"""Name of a set or map, and an element of it."""
+"""Name of a set or map, and one of its elements."""
 
 
 class NftTable(msgspec.Struct, frozen=True, kw_only=True):
-    """One table.  ``name``: with its family (``inet skep_overlay``).
+    """One table.
 
-    ``sets``: name and declaration of sets and maps, ``chains``: name and hook (empty: none), ``rules``: chain and rule;
-    none of them depends on what the sets hold.
+    Args:
+        name: Family and name (``inet skep_overlay``).
+        sets: Name and declaration of each set and map.
+        chains: Name and hook of each chain.  The hook may be empty.
+        rules: Chain and text of each rule.  The rules do not depend on the elements.
     """
 
     name: str
@@ -23,15 +26,15 @@ class NftTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def whole(table: NftTable) -> str:
-    """One transaction that makes the table, whatever it was before.
+    """Return one transaction that creates the table, replacing an earlier one.
 
-    Where there is one, the kernel waits until it is freed: 5 to 20 ms.
+    If there is one, the kernel waits until it is freed: 5 to 20 ms.
     """
     return absent(table.name) + fresh(table)
 
 
 def fresh(table: NftTable) -> str:
-    """The table where there is none; refused where there is one."""
+    """Return commands that create the table, and fail if it exists."""
     lines = [f"create table {table.name}"]
     lines += [f"add set {table.name} {name} {{ {kind}; }}" for name, kind in table.sets if " : " not in kind]
     lines += [f"add map {table.name} {name} {{ {kind}; }}" for name, kind in table.sets if " : " in kind]
@@ -40,21 +43,21 @@ def fresh(table: NftTable) -> str:
 
 
 def absent(name: str) -> str:
-    """No table of this name."""
+    """Return commands that remove the table of this name if it exists."""
     return f"add table {name}\ndelete table {name}\n"
 
 
 def trial(table: NftTable, elements: Iterable[Element]) -> str:
-    """One transaction that is refused if one of ``elements`` is, and changes nothing."""
+    """Return one transaction that fails if one of ``elements`` is refused, and changes nothing."""
     name = f"{table.name}_trial"
     sets = whole(NftTable(name=name, sets=table.sets, elements=frozenset(elements)))
     return f"{sets}delete table {name}\n"
 
 
 def changes(old: NftTable, new: NftTable) -> str:
-    """What makes ``old`` into ``new``; empty: nothing.
+    """Return commands that change ``old`` into ``new``, or an empty text if they are equal.
 
-    Elements and additional chains where nothing else differs: established rules stay, and it takes a tenth of the time.
+    If only elements and additional chains differ, established rules stay, which takes a tenth of the time.
     """
     if not _extends(old, new):
         return whole(new)
@@ -70,7 +73,7 @@ def changes(old: NftTable, new: NftTable) -> str:
 
 
 def with_spare_chains(old: NftTable, new: NftTable) -> NftTable:
-    """``new`` with chains of ``old`` that are no hooks and that it does not have, where that spares writing it whole.
+    """Return ``new`` with unused chains of ``old``, if that avoids writing the whole table.
 
     Removing a chain makes the kernel wait 8 ms.
     """
@@ -83,9 +86,9 @@ def with_spare_chains(old: NftTable, new: NftTable) -> NftTable:
 
 
 def fits(listing: str, table: NftTable) -> bool:
-    """Whether nft's ``listing`` has as many rules and elements as ``table``: what we have just written is whole.
+    """Return whether a ``listing`` has as many rules and elements as ``table``, so that it was completely written.
 
-    The spelling is nft's own, so it is compared with an earlier listing only.
+    The listing is in nft's own spelling, so its text can only be compared with an earlier listing.
     """
     rules, elements, is_chain = 0, 0, False
     for line in (one.strip() for one in listing.splitlines()):
@@ -113,12 +116,12 @@ def _chains(table: str, chains: Iterable[tuple[str, str]], rules: Iterable[tuple
 
 
 def _key(name: str, element: str, table: NftTable) -> str:
-    """An element as it is deleted: of a map, its key."""
+    """Return the part of an element that identifies it for deletion: of a map, the key."""
     return element.rpartition(" : ")[0] if " : " in dict(table.sets)[name] else element
 
 
 def _extends(old: NftTable, new: NftTable) -> bool:
-    """Whether ``new`` has all of ``old`` but elements, and beside it chains alone."""
+    """Return whether ``new`` differs from ``old`` in elements and additional chains only."""
     known = dict(old.chains)
     if old.sets != new.sets or not known.items() <= dict(new.chains).items():
         return False

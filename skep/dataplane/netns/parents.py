@@ -1,7 +1,7 @@
-"""Devices of the node's own namespace that its networks are on, where the node makes them: VLANs and dummies.
+"""VLAN and dummy devices in the node's own namespace that are parents of its networks.
 
-Such a device is made with its network, and again by the first container that finds it gone, after a start of the
-machine for one; it goes with the last network that is on it.
+Such a device is created with its network, and again by the first container that finds it missing, for instance after a
+reboot.  It is removed with the last network that uses it.
 
 Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go (the words).
 """
@@ -24,18 +24,18 @@ _DEADLINE_S = 10.0
 
 
 class ParentDevices:
-    """Makes and removes them."""
+    """Creates and removes parent devices."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
 
     async def make(self, parent: ParentLink) -> None:
-        """Have the device be there, and up.  Raises: Unavailable: the kernel refused it."""
+        """Create the device if it is missing, and set it up.  Raises: Unavailable: the kernel refused."""
         async with self._kernel() as route:
             await index_of(route, parent)
 
     async def remove(self, parent: ParentLink) -> None:
-        """Remove the device, if it is of the kind that was made.  Raises: Unavailable: the kernel refused that."""
+        """Remove the device if it has the kind that Skep creates.  Raises: Unavailable: the kernel refused."""
         async with self._kernel() as route:
             for index in await route.link_lookup(ifname=parent.device):
                 (found,) = await route.link("get", index=index)
@@ -54,16 +54,16 @@ class ParentDevices:
 
 
 async def index_of(route: AsyncIPRoute, parent: ParentLink) -> int:
-    """Index of the device, which is made first if it is not there and is the node's to make.
+    """Return the index of the device.  A missing device that belongs to Skep is created first.
 
-    Raises: Unavailable: it is not there, or the kernel refused to make it.
+    Raises: Unavailable: it is missing, or the kernel refused to create it.
     """
     found = await route.link_lookup(ifname=parent.device)
     if not found and parent.made:
         await _make(route, parent)
         found = await route.link_lookup(ifname=parent.device)
     if not found:
-        raise Unavailable(f"the parent interface {parent.device} of a network is not there")
+        raise Unavailable(f"a network's parent interface {parent.device} does not exist on this node")
     return int(found[0])
 
 
@@ -78,7 +78,7 @@ async def _make(route: AsyncIPRoute, parent: ParentLink) -> None:
     try:
         await route.link("add", **options)
     except NetlinkError as error:
-        if error.code == errno.EEXIST:  # another container has had it made
+        if error.code == errno.EEXIST:  # another container has just had it created
             return
         reason = os.strerror(error.code)
         if error.code == errno.EOPNOTSUPP:

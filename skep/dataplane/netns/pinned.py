@@ -1,4 +1,4 @@
-"""The pinned namespaces of overlays and of probes: made where they are missing, removed with their devices."""
+"""The pinned namespaces of overlays and probes: created if missing, removed with their devices."""
 
 import os
 
@@ -12,7 +12,7 @@ from skep.dataplane.plan.overlay import OVERLAY_SYSCTLS
 async def make_where_missing(
     pins: Namespaces, name: str, reconciler: NetnsReconciler, healer: Healer
 ) -> None:
-    """Have the namespace of ``reconciler`` at ``name``; nothing is known of one made anew.  Raises: OSError."""
+    """Create the reconciler's namespace at ``name`` if it is missing, and reset its known state.  Raises: OSError."""
     if not os.path.ismount(pins.path(name)):
         await pins.destroy(name)
         await pins.create(name, OVERLAY_SYSCTLS)
@@ -21,7 +21,7 @@ async def make_where_missing(
 
 
 async def remove(pins: Namespaces, name: str) -> None:
-    """Remove the devices that send and the pin; harmless when nothing is there.  Raises: OSError."""
+    """Remove the VXLAN devices and the pin.  Idempotent.  Raises: OSError."""
     path = pins.path(name)
     if os.path.ismount(path):
         await remove_vxlans(pins, path)

@@ -1,8 +1,9 @@
-"""What a network namespace holds, read from the kernel.
+"""Reads a network namespace's state from the kernel.
 
-Only what can be Skep's is kept: bridges, VXLAN devices, veths and loopback, their addresses, routes that a program
-made, policy rules of wanted priorities with their routing tables, and permanent entries.  What the kernel makes by
-itself (routes of addresses, link-local addresses, rules) is kept as far as it is wanted; what it learned is left out.
+The result contains only items that can be Skep's: bridges, VXLAN devices, veths and loopback, their addresses, routes
+made by programs, policy rules of wanted priorities with their routing tables, and permanent entries.  Items that the
+kernel derives (routes of addresses, link-local addresses, rules) are included if they are wanted.  Learned entries are
+left out.
 """
 
 import socket
@@ -55,29 +56,29 @@ BY_KERNEL = 2
 _BY_ADVERTISEMENT = 9
 _PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL = 6, 10, 15, 16, 22
 _RULE_ATTRIBUTES = frozenset({_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL, 14, 21})
-"""Of the rules that are compared: these, the suppressed length of prefixes, the rule's origin."""
+"""Attributes of the rules that are compared: these, the suppressed prefix length, and the rule's origin."""
 _ROUTE_TABLE = 15
-"""RTA_TABLE: the whole number, of which the header has eight bits."""
+"""RTA_TABLE: the complete number.  The header has eight bits of it."""
 _VLAN = 5
-"""NDA_VLAN: of an entry of a bridge for one VLAN, of which ours have none."""
+"""NDA_VLAN: set for a bridge entry of one VLAN, which Skep's entries never are."""
 _DF = 29
 """IFLA_VXLAN_DF."""
 
 Selection = Callable[[Link], bool]
-"""Whether a link is looked at."""
+"""Returns whether to read a link."""
 
 
 class ReadState(msgspec.Struct, frozen=True):
-    """``state``: of the selected links; ``indices``: of all links of the namespace by name."""
+    """The ``state`` of the selected links, and the ``indices`` of all links of the namespace by name."""
 
     state: State
     indices: dict[str, int]
 
 
 def read_namespace(selects: Selection, wanted: State) -> ReadState:
-    """The namespace of the calling thread.  Blocks.  Raises: OSError.
+    """Read the calling thread's namespace.  Blocks.  Raises: OSError.
 
-    ``wanted``: which sysctls are read, and what of the kernel's own.
+    ``wanted`` determines which sysctls are read, and which items of the kernel's own.
     """
     indices, links = _links()
     chosen = {index: link for index, link in links.items() if selects(link)}
@@ -132,8 +133,8 @@ def _is_closed(info: dict[int, memoryview]) -> bool:
 
 
 def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
-    """None: of a kind that we never make: it learns, or does not answer for neighbours."""
-    # One that sends from any IPv6 address, as inside tunnels, is shown without any.
+    """Return the parameters, or None if Skep never makes such a device: it learns, or does not answer for neighbors."""
+    # A device that sends from any IPv6 address, as inside tunnels, is shown without an address.
     local = (
         inet_ntop(AF_INET, data[4]) if 4 in data else inet_ntop(AF_INET6, data[17]) if 17 in data else "::"
     )
@@ -157,7 +158,7 @@ def _addresses(names: dict[int, str]) -> Iterable[Address]:
 def _routes(
     names: dict[int, str], wanted: frozenset[Route], policies: set[tuple[int, int]]
 ) -> Iterable[Route]:
-    """``policies``: IP version and number of the tables of policy rules."""
+    """Yield the routes.  ``policies`` are IP version and number of the policy rules' tables."""
     for _, body in dumped(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
         family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
         if family not in (AF_INET, AF_INET6):
@@ -184,7 +185,7 @@ def _routes(
 
 
 def _rules(wanted: frozenset[Rule]) -> Iterable[Rule]:
-    """Those of ``wanted`` that choose all packets, and those with the priority of a wanted policy rule."""
+    """Yield the ``wanted`` rules that match all packets, and all rules with the priority of a wanted policy rule."""
     priorities = {(rule.version, rule.priority) for rule in wanted if rule.is_policy}
     for version, family in ((4, AF_INET), (6, AF_INET6)):
         for _, body in dumped(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):

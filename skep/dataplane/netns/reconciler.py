@@ -1,4 +1,4 @@
-"""Keeps one network namespace in its wanted state."""
+"""Keeps one network namespace in its desired state."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -20,21 +20,23 @@ from skep.dataplane.netns.write import KernelRefused, apply_operations
 log = structlog.get_logger()
 
 _DEPARTING_READS_MAX = 25
-"""Five seconds at the fastest: the kernel clears namespaces one by one, and those with many rules slowly."""
+"""Five seconds at the fastest.  The kernel clears namespaces one by one, and slowly if they have many rules."""
 
 _PASSES = 2
-"""Over the tables of a namespace in one repair."""
+"""Passes over the tables of a namespace in one repair."""
 
 Remake = Callable[[str], Awaitable[None]]
-"""Makes the link of this name, whose other end is in a namespace of another reconciler."""
+"""Recreates the link of this name, whose other end is in a namespace of another reconciler."""
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a namespace is compared with the wanted state.
+    """Determines which items of a namespace are compared with the desired state.
 
-    ``selects``: links that are compared besides the wanted ones; None: no others.  ``is_exclusive``: what is there and
-    not wanted is removed.  ``has_own_routes``: all routes by these links are Skep's, and so are the kernel's first
-    rules.  ``is_container``: a container's namespace, whose processes may add their own.
+    Args:
+        selects: Links that are compared in addition to the wanted ones, or None.
+        is_exclusive: Whether unwanted items are removed.
+        has_own_routes: Whether all routes on these links are Skep's, and the kernel's first rules too.
+        is_container: Whether it is a container's namespace, whose processes may add items of their own.
     """
 
     selects: Selection | None = None
@@ -48,15 +50,15 @@ def _is_not_loopback(link: Link) -> bool:
 
 
 EXCLUSIVE = Scope(selects=_is_not_loopback, is_exclusive=True)
-"""A namespace of Skep's own: all of its links are Skep's."""
+"""A namespace that Skep owns, with all of its links."""
 CONTAINER = Scope(is_container=True)
 
 
 class NetnsReconciler:
-    """A namespace, its wanted state, and the state it is assumed to have.
+    """A namespace, its desired state, and the state that it is assumed to have.
 
-    The wanted state comes in parts (a network, the gateway, published ports).  ``apply`` brings the namespace from the
-    assumed state to the wanted one, without reading it where it is known; ``heal`` reads it.
+    The desired state comes in parts (a network, the gateway, published ports).  ``apply`` changes the namespace from
+    the assumed to the desired state, and reads it only if its state is unknown.  ``heal`` always reads it.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class NetnsReconciler:
         scope: Scope,
         remake: Remake | None = None,
     ) -> None:
-        """``name``: for the log.  ``remake``: for links that cannot be made from here (a container's, whose bridges are
-        in other namespaces)."""
+        """Make a reconciler.  ``name`` is for the log.
+
+        ``remake`` recreates links that cannot be created from here: a container's, whose bridges are in other
+        namespaces."""
         self.name = name
         self.path = path
         self.scope = scope
@@ -87,19 +91,19 @@ class NetnsReconciler:
         self._departing: dict[str, int] = {}
         self._is_new = False
         self._tables: dict[str, NftTable] = {}
-        """As they were written last."""
+        """The tables as they were written last."""
         self._listings: dict[str, list[str]] = {}
         self._foreign: set[str] = set()
         """Tables that another writer has changed since."""
         self._stale_tables: set[str] = set()
-        """Tables of earlier processes that are to be removed."""
+        """Tables of earlier processes that will be removed."""
         self._refused: dict[str, frozenset[Element]] = {}
-        """Elements that the kernel does not take, by their table; they are left out while they are wanted."""
+        """Elements that the kernel refuses, by their table.  They are left out while they are wanted."""
         self._missing: frozenset[object] = frozenset()
         self.needs_recheck = False
-        """Whether the last ``heal`` left something to the next one, which is to come soon."""
+        """Whether the last ``heal`` left something to the next one, which must follow soon."""
         self.indices: frozenset[int] | None = None
-        """Of the links that matter, None: not known at present."""
+        """Indices of the links that matter, or None if unknown at present."""
 
     @property
     def writer(self) -> str:
@@ -107,23 +111,23 @@ class NetnsReconciler:
         return self._namespaces.writer
 
     def set_part(self, part: str, state: State, *tables: NftTable) -> None:
-        """Set the wanted state of ``part``, instead of the one before."""
+        """Set the desired state of ``part``, replacing an earlier one."""
         self._parts[part] = (state, tables)
         self._wanted = None
 
     def remove_part(self, part: str, tables: Collection[str] = ()) -> None:
-        """``part`` has no wanted state any more.  ``tables``: removed even if an earlier process made them."""
+        """Remove the desired state of ``part``.  ``tables`` are removed even if an earlier process made them."""
         self._parts.pop(part, None)
         self._stale_tables.update(tables)
         self._wanted = None
 
     def has_part(self, part: str) -> bool:
-        """Whether ``part`` has a wanted state."""
+        """Return whether ``part`` has a desired state."""
         return part in self._parts
 
     @property
     def wanted(self) -> State:
-        """What all parts want together."""
+        """The desired state of all parts together."""
         if self._wanted is None:
             together = _together([state for state, _ in self._parts.values()])
             self._wanted = completed(together, self._own_rules)
@@ -131,7 +135,7 @@ class NetnsReconciler:
 
     @property
     def wanted_tables(self) -> Mapping[str, NftTable]:
-        """The tables that all parts want, by name.  Parts that share one differ in its elements only."""
+        """The desired tables of all parts, by name.  Parts that share a table differ in its elements only."""
         found: dict[str, NftTable] = {}
         for _, tables in self._parts.values():
             for table in tables:
@@ -142,10 +146,11 @@ class NetnsReconciler:
         return found
 
     async def apply(self) -> None:
-        """Bring about what is wanted now.
+        """Apply the present desired state.
 
-        nftables come first, so that nothing is open for a moment; in a container last, as they mark packets for routes.
-        Raises: KernelRefused, NftFailed: something is missing, and the next ``heal`` goes on.
+        Tables are written before links, so that nothing is unfiltered for a moment.  In a container they are written
+        last, because they mark packets for routes.
+        Raises: KernelRefused, NftFailed: something is missing, and the next ``heal`` retries it.
         """
         async with self._changing:
             wanted = self.wanted
@@ -154,7 +159,7 @@ class NetnsReconciler:
                 await self._apply_tables()
             assumed = self._assumed
             if assumed is None or not wanted.sysctls.keys() <= assumed.sysctls.keys():
-                assumed = self._without_departing(await self._read(wanted))
+                assumed = self._without_departing(await self._read_state(wanted))
             self._assumed = None
             wanted = self._goal  # without the links that departed meanwhile
             await self._carry_out(difference(wanted, assumed, is_exclusive=self.is_exclusive))
@@ -163,18 +168,18 @@ class NetnsReconciler:
             self._assumed = self._goal  # without the links that departed meanwhile
 
     async def heal(self, *, is_thorough: bool = True) -> int:
-        """Compare with the kernel and repair what differs from the state that was applied last.
+        """Compare with the kernel and repair deviations from the state that was applied last.
 
-        Gives the number of repairs; what a failed ``apply`` left undone is none.  ``is_thorough``: nftables are listed
-        and compared, too; else only those that another writer has changed are written.  Raises: KernelRefused,
-        NftFailed, OSError.
+        Return the number of repairs.  Completing a failed ``apply`` does not count as a repair.  With ``is_thorough``,
+        nftables are listed and compared.  Otherwise only tables that another writer has changed are written.
+        Raises: KernelRefused, NftFailed, OSError.
         """
         async with self._changing:
             wanted, was_applied = self._goal, self._assumed is not None
             if wanted is None:
                 return 0
             repaired = await self._heal_tables(is_thorough=is_thorough)
-            found = await self._read(wanted)
+            found = await self._read_state(wanted)
             wanted = self._goal or wanted  # without the links that departed meanwhile
             found = self._without_departing(found)
             operations = self._confirmed(difference(wanted, found, is_exclusive=self.is_exclusive))
@@ -191,37 +196,40 @@ class NetnsReconciler:
         return len(repaired)
 
     async def remake(self, name: str) -> None:
-        """Make the link ``name`` anew, whatever has its name now.  Raises: KernelRefused; OSError."""
+        """Recreate the link ``name``, whatever has this name now.  Raises: KernelRefused; OSError."""
         async with self._changing:
             self._assumed = None
             await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
-            found = self._without_departing(await self._read(self._goal or State()))
+            found = self._without_departing(await self._read_state(self._goal or State()))
             await self._carry_out(difference(self._goal or State(), found, is_exclusive=self.is_exclusive))
             self._assumed = self._goal
 
     async def remove(self, name: str) -> None:
-        """Remove the link ``name``; if it is wanted, the next ``apply`` makes it again.  Raises: KernelRefused."""
+        """Remove the link ``name``.  If it is wanted, the next ``apply`` creates it again.  Raises: KernelRefused."""
         async with self._changing:
             self._assumed = None
             await self._carry_out([DeleteLink(name)])
 
     def adopt(self) -> None:
-        """An earlier process applied the wanted state; ``heal`` compares."""
+        """Assume that an earlier process applied the desired state.  ``heal`` compares."""
         self._goal, self._goal_tables = self.wanted, self._possible_tables()
 
     def assume(self, state: State) -> None:
-        """The namespace was just made and holds ``state``, without tables: there is no need to read it."""
+        """Assume that the namespace was just created and holds ``state`` without tables, so that it need not be
+        read."""
         self._assumed = state
         self._is_new = True
 
     def expect_removal(self, link: str) -> None:
-        """The link disappears with its peer's namespace; do not delete it.
+        """Expect the link to disappear with its peer's namespace, and do not delete it.
 
-        It is taken from the wanted state too, or a change of another part would miss it before its own part's next one.
+        It is also removed from the desired state.  Otherwise a change of another part would miss it before its own part
+        is set again.
         """
         if self._goal is not None and link in self._goal.links:
             self._departing[link] = 0
-        seen: dict[int, State] = {}  # mostly one state, by three names, and a large network's takes a while
+        # usually the three names share one state, and a large network's takes a while
+        seen: dict[int, State] = {}
 
         def left(state: State) -> State:
             if id(state) not in seen:
@@ -234,31 +242,30 @@ class NetnsReconciler:
         self._assumed = left(self._assumed) if self._assumed is not None else None
 
     def invalidate(self) -> None:
-        """Read before the next change: the namespace may hold more than this process has put there."""
+        """Read the namespace before the next change: it may contain more than this process has put there."""
         self._assumed = None
 
     def reset(self) -> None:
-        """The namespace is a new one: nothing of it is known."""
+        """Forget everything known of the namespace: it is a new one."""
         self._assumed = None
         self.indices = None
         self._tables.clear()
         self._listings.clear()
 
     def note_foreign(self, tables: Collection[str]) -> bool:
-        """Another writer has changed ``tables``; whether any of them is kept here."""
+        """Note that another writer has changed ``tables``.  Return whether any of them is kept here."""
         ours = self._goal_tables.keys() & set(tables)
         self._foreign |= ours
         return bool(ours)
 
-    async def _read(self, wanted: State) -> State:
+    async def _read_state(self, wanted: State) -> State:
         found = await self._namespaces.run(self.path, read.read_namespace, self._selects, wanted)
         self.indices = frozenset(found.indices[name] for name in found.state.links)
         state = found.state
         if not self.scope.has_own_routes:
             state = msgspec.structs.replace(state, routes=state.routes & wanted.routes)
-        if (
-            not self.scope.has_own_routes or self.scope.is_container
-        ):  # where others may have IPv6 on links of ours
+        # Others may use IPv6 on our links in these namespaces.
+        if not self.scope.has_own_routes or self.scope.is_container:
             held = frozenset(
                 one for one in state.addresses if one in wanted.addresses or not is_link_local(one)
             )
@@ -266,9 +273,10 @@ class NetnsReconciler:
         return state
 
     def _confirmed(self, operations: Sequence[Operation]) -> list[Operation]:
-        """``operations`` without IPv6 routes of the kernel's that were not missing before.
+        """Return ``operations`` without IPv6 routes of the kernel that were not missing before.
 
-        It makes them a moment after their address (addrconf_dad_work): what is missing twice was taken away.
+        The kernel adds them a moment after their address (addrconf_dad_work).  A route that is missing twice was
+        removed.
         """
         missing = {one: one.item for one in operations if isinstance(one, Put) and _is_made_late(one.item)}
         unconfirmed = set(missing.values()) - self._missing
@@ -277,7 +285,8 @@ class NetnsReconciler:
         return [one for one in operations if one not in missing or missing[one] not in unconfirmed]
 
     def _without_departing(self, found: State) -> State:
-        """``found`` without links that disappear by themselves; one that is still there after many reads stays in."""
+        """Return ``found`` without links that disappear by themselves.  A link that stays after many reads is
+        included."""
         for link in tuple(self._departing):
             if link not in found.links or self._departing[link] >= _DEPARTING_READS_MAX:
                 del self._departing[link]
@@ -298,17 +307,17 @@ class NetnsReconciler:
         if missing and self._remake is not None:
             for name in missing:
                 await self._remake(name)
-            # Now they are there, and bare.
+            # Now the links exist and are unconfigured.
             goal = self._goal or State()
-            operations = difference(goal, await self._read(goal), is_exclusive=self.is_exclusive)
+            operations = difference(goal, await self._read_state(goal), is_exclusive=self.is_exclusive)
             if any(isinstance(one, AddLink) and one.link.parent is None for one in operations):
-                raise KernelRefused(f"an interface of {self.name} cannot be made again")
+                raise KernelRefused(f"cannot recreate an interface of {self.name}")
         await apply_operations(self._namespaces, self.path, operations)
 
     # --- nftables ---------------------------------------------------------------------------------------------
 
     async def _apply_tables(self) -> None:
-        """All changes in one transaction; where that is refused, each table in its own."""
+        """Apply all changes in one transaction.  If that is refused, write each table in its own."""
         gone = sorted((self._tables.keys() | self._stale_tables) - self._goal_tables.keys())
         changed: list[NftTable] = []
         text = "".join(map(nft_table.absent, gone))
@@ -324,7 +333,7 @@ class NetnsReconciler:
         try:
             if text:
                 await self._run(text)
-        except nft.NftFailed:  # another writer was there, or an element is refused
+        except nft.NftFailed:  # another writer interfered, or an element is refused
             for name in gone:
                 await self._run(nft_table.absent(name))
             await self._write_tables(changed)
@@ -342,9 +351,8 @@ class NetnsReconciler:
             for name, table in tuple(self._tables.items()):
                 if name in self._goal_tables and not await self._is_as_written(table):
                     self._foreign.add(name)
-        for _ in range(
-            _PASSES
-        ):  # what is reported meanwhile belongs to the same change: a flush takes all at once
+        # Reports that arrive meanwhile belong to the same change: a flush removes all tables at once.
+        for _ in range(_PASSES):
             lacking = [
                 table
                 for name, table in self._goal_tables.items()
@@ -355,14 +363,14 @@ class NetnsReconciler:
         return repaired
 
     async def _is_as_written(self, table: NftTable) -> bool:
-        """Whether the kernel lists what it listed when the table was written.
+        """Return whether the kernel lists the table as it did when it was written.
 
-        nft spells rules its own way, so that only listings are compared; the first one after a write is taken if it has
-        as many rules and elements as were written.
+        nft spells rules its own way, so only listings are compared.  The first listing after a write is accepted if it
+        has as many rules and elements as were written.
         """
         try:
             text = await self._namespaces.run(self.path, nft.run, f"list table {table.name}")
-        except nft.NftFailed:  # there is none
+        except nft.NftFailed:  # the table does not exist
             return False
         listing = nft.in_any_order(text)
         if table.name not in self._listings and nft_table.fits(text, table):
@@ -370,7 +378,8 @@ class NetnsReconciler:
         return self._listings.get(table.name) == listing
 
     def _possible_tables(self) -> dict[str, NftTable]:
-        """What is wanted without what was refused; that is tried again once it was not wanted for a while."""
+        """Return the wanted tables without refused elements.  An element is retried after it was unwanted for a
+        while."""
         tables = dict(self.wanted_tables)
         self._refused = {
             name: still
@@ -386,7 +395,7 @@ class NetnsReconciler:
         self._tables[table.name] = table
 
     async def _write_tables(self, tables: Iterable[NftTable]) -> None:
-        """Every table is tried.  Raises: NftFailed: that of the first one which is refused."""
+        """Write all tables.  Raises: NftFailed: the error of the first refused table, after all were tried."""
         refused: list[nft.NftFailed] = []
         for table in tables:
             try:
@@ -398,7 +407,7 @@ class NetnsReconciler:
             raise refused[0]
 
     async def _write_table(self, table: NftTable) -> None:
-        """The whole table, without the elements that the kernel refuses.  Raises: NftFailed."""
+        """Write the whole table without the elements that the kernel refuses.  Raises: NftFailed."""
         self._tables.pop(table.name, None)
         try:
             await self._run(nft_table.whole(table))
@@ -408,7 +417,7 @@ class NetnsReconciler:
         self._note_written(table)
 
     async def _without_refused(self, table: NftTable, error: nft.NftFailed) -> NftTable:
-        """``table`` without the elements for which the kernel refuses it.  Raises: ``error``: it is not for them."""
+        """Return ``table`` without the elements that the kernel refuses.  Raises: ``error``: it has another cause."""
         refused = frozenset([one async for one in self._refused_among(table, sorted(table.elements))])
         if not refused:
             raise error
@@ -422,7 +431,7 @@ class NetnsReconciler:
         return table
 
     async def _refused_among(self, table: NftTable, elements: Sequence[Element]) -> AsyncIterator[Element]:
-        """By halves: they are few."""
+        """Find refused elements by bisection, because they are few."""
         try:
             await self._run(nft_table.trial(table, elements))
         except nft.NftFailed:
@@ -440,7 +449,7 @@ class NetnsReconciler:
 
 
 def _first_rules() -> frozenset[Rule]:
-    """The rules that a new namespace has, of the IP versions that this kernel has."""
+    """Return the rules that a new namespace has, for the IP versions of this kernel."""
     return RULES_4 | RULES_6 if Path("/proc/sys/net/ipv6").exists() else RULES_4
 
 
@@ -467,7 +476,7 @@ def _is_made_late(item: object) -> bool:
 
 
 def without(state: State, link: str) -> State:
-    """``state`` as it is when ``link`` has gone."""
+    """Return ``state`` as it is after ``link`` was removed."""
     return msgspec.structs.replace(
         state,
         links={name: one for name, one in state.links.items() if name != link},

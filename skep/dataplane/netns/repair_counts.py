@@ -1,4 +1,4 @@
-"""Counts repairs of what other programs had changed, for metrics."""
+"""Counts repairs of changes by other programs, for metrics."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,22 +19,23 @@ _ENTRIES = {
 
 
 class Repairs:
-    """Repairs since the start of the process, by kind: link, address, route, rule, forwarding, bridge entry, neighbour,
-    sysctl, rules, namespace."""
+    """Repairs since the process started, by kind.
+
+    The kinds are link, address, route, rule, forwarding, bridge entry, neighbour, sysctl, rules and namespace."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self.comparisons = 0
-        """Of a namespace with its wanted state, repaired or not."""
+        """Comparisons of a namespace with its desired state, repaired or not."""
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Number by kind; kinds that never occurred are absent."""
+        """Repairs by kind.  Kinds that never occurred are absent."""
         return dict(self._counts)
 
     @property
     def total(self) -> int:
-        """Number of all kinds."""
+        """Repairs of all kinds."""
         return self._counts.total()
 
     def record(self, namespace: str, kinds: Iterable[str]) -> None:
@@ -49,7 +50,7 @@ class Repairs:
 
 
 def kind_of(operation: Operation) -> str:
-    """The kind of deviation that ``operation`` repairs."""
+    """Return the kind of deviation that ``operation`` repairs."""
     match operation:
         case AddLink() | ChangeLink() | DeleteLink():
             return "link"

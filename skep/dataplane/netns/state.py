@@ -1,4 +1,4 @@
-"""What one network namespace holds, as data: wanted or read.  Its nftables are in ``nft_table``."""
+"""The state of one network namespace as data, desired or read.  Its nftables are in ``nft_table``."""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -10,9 +10,10 @@ from skep.model.tables import ParentLink
 
 
 class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What cannot be changed of a VXLAN device once it is made.  ``local``: address that its packets leave from.
+    """Parameters of a VXLAN device that cannot be changed after its creation.
 
-    ``is_whole``: its packets are never fragmented on the way (IPv4's DF); others are where they do not fit.
+    ``local`` is the source address of its packets.  If ``is_whole``, its packets are never fragmented on the way
+    (IPv4's DF).  Others are fragmented if they do not fit.
     """
 
     vni: int
@@ -30,12 +31,15 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """A network device.  In a wanted state, 0, empty and None mean: whatever it is.
+    """A network device.  In a desired state, 0, empty and None mean any value.
 
-    ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
-    ``offloads``: whether checksums and TCP's segments are left to what lies below; of VXLAN only, None elsewhere.
-    Of wanted states only: ``peer``, where the other end of a veth is to be made; ``sockets``, the namespace that has a
-    VXLAN's UDP socket, empty: the node's own; ``parent``, the device of the node's own namespace that it is on.
+    Args:
+        is_closed_port: Whether, as a bridge port, it neither learns addresses nor receives frames for unknown
+            addresses.
+        offloads: Whether checksums and TCP segmentation are left to the layer below.  For VXLAN only, otherwise None.
+        peer: Desired only: the other end of a veth.
+        sockets: Desired only: the namespace with the VXLAN's UDP socket, or empty for the node's own.
+        parent: Desired only: the device of the node's own namespace that it is attached to.
     """
 
     name: str
@@ -53,20 +57,20 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EntryKind(IntEnum):
-    """Which of the kernel's tables of neighbours an entry is in."""
+    """The kernel's neighbor table that contains an entry."""
 
     FORWARD = 1
-    """VXLAN: frames for ``mac`` go to the node at ``address``."""
+    """VXLAN: frames for ``mac`` are sent to the node at ``address``."""
     PORT = 2
-    """Bridge: frames for ``mac`` leave by this port; ``address`` is empty."""
+    """Bridge: frames for ``mac`` leave by this port.  ``address`` is empty."""
     NEIGHBOUR = 3
-    """``address`` (IPv4 or IPv6) has ``mac``: what the device answers with when a container asks."""
+    """``address`` (IPv4 or IPv6) has ``mac``: the device's response to a container that asks."""
     OWN = 4
-    """Bridge: frames for ``mac`` are for the bridge itself; the kernel makes it with the bridge's address."""
+    """Bridge: frames for ``mac`` are for the bridge itself.  The kernel makes the entry with the bridge's address."""
 
 
 class Entry(NamedTuple):
-    """A permanent entry; tuples, because a large network has thousands."""
+    """A permanent entry.  A tuple, because a large network has thousands."""
 
     kind: EntryKind
     link: str
@@ -75,14 +79,14 @@ class Entry(NamedTuple):
 
 
 class Address(NamedTuple):
-    """An address of a device; ``interface``: ``10.0.1.5/24``."""
+    """An address of a device.  ``interface`` has the prefix length (``10.0.1.5/24``)."""
 
     link: str
     interface: str
 
 
 class RouteKind(IntEnum):
-    """The kernel's numbers (RTN_*)."""
+    """Kinds of routes, with the kernel's numbers (RTN_*)."""
 
     UNICAST = 1
     LOCAL = 2
@@ -95,10 +99,12 @@ MAIN_TABLE, LOCAL_TABLE, DEFAULT_TABLE = 254, 255, 253
 
 
 class Route(NamedTuple):
-    """A route.  ``destination``: ``0.0.0.0/0`` for the default; ``gateway`` empty: on the link.
+    """A route.  ``destination`` is ``0.0.0.0/0`` for the default route.  Without a ``gateway`` it is on-link.
 
-    ``is_kernels``: the kernel makes it with an address (``kernel_made.py``).  ``source``: IPv4's preferred source, of
-    such routes only.  In a table of its own it is found by a policy rule, and its gateway is on the link.
+    Args:
+        is_kernels: Whether the kernel adds it with an address (``kernel_made.py``).
+        source: IPv4's preferred source address, of the kernel's routes only.
+        table: A table of Skep's own is used by a policy rule, and the gateway is on-link.
     """
 
     link: str
@@ -116,9 +122,10 @@ class Route(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A routing rule of one IP version: look into ``table``.
+    """A routing rule of one IP version, which selects ``table``.
 
-    With a ``mark`` or a ``protocol`` (IPPROTO_*) it is a policy rule, for packets that have these; without, for all.
+    With a ``mark`` or a ``protocol`` (IPPROTO_*) it is a policy rule for packets that have these.  Otherwise it matches
+    all packets.
     """
 
     version: int
@@ -129,12 +136,12 @@ class Rule(NamedTuple):
 
     @property
     def is_policy(self) -> bool:
-        """Whether it is one of Skep's own, which is recognized by its priority."""
+        """Whether it is one of Skep's own rules, which are recognized by their priority."""
         return bool(self.mark or self.protocol)
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """All that matters of one namespace.  ``sysctls``: ``net/...`` to value."""
+    """The relevant state of one namespace.  ``sysctls`` maps ``net/...`` to values."""
 
     links: Mapping[str, Link] = {}
     addresses: frozenset[Address] = frozenset()
@@ -145,7 +152,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tuple(msgspec.Struct, frozen=True):
-    """One direction of a flow.  Ports are 0 where the protocol has none."""
+    """One direction of a flow.  Ports are 0 if the protocol has none."""
 
     protocol: int
     source: str
@@ -157,7 +164,7 @@ class Tuple(msgspec.Struct, frozen=True):
 class Flow(msgspec.Struct, frozen=True):
     """An entry of connection tracking.
 
-    ``name``: what it is deleted by, with its id, so that it is not the flow that came after it.
+    ``name`` identifies it for deletion.  It includes the entry's id, so that a later flow is not deleted instead.
     """
 
     original: Tuple

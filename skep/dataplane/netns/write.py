@@ -1,6 +1,6 @@
-"""Carries operations out in one network namespace.
+"""Executes operations in one network namespace.
 
-Adding what is there already and removing what is gone are no errors: two writers of the same do no harm.
+Adding an existing item or removing a missing one is not an error, so that two writers of the same do no harm.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from skep.model.tables import ParentLink
 log = structlog.get_logger()
 
 _DEADLINE_S = 10.0
-"""For all calls of the kernel for one namespace; a quiet machine needs a millisecond."""
+"""Limit for all kernel calls for one namespace.  A quiet machine needs a millisecond."""
 _PRESENT = frozenset({errno.EEXIST})
 _ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ESRCH, errno.ENXIO})
 _NDMSG = struct.Struct("=BxxxiHBB")
@@ -46,19 +46,19 @@ _PERMANENT, _STATIC = 0x80, 0x40
 _DESTINATION, _MAC = 1, 2
 _SCOPE_LINK, _SCOPE_HOST = 253, 254
 _BROADCAST_LENGTH = 31
-"""Networks with a longer prefix have no broadcast address (RFC 3021)."""
+"""Networks with this prefix length or a longer one have no broadcast address (RFC 3021)."""
 _KERNEL_METRIC6 = 256
 """IP6_RT_PRIO_ADDRCONF."""
 
 
 class KernelRefused(Unavailable):
-    """The kernel did not do what the overlay needs; it is tried again."""
+    """The kernel refused a change that an overlay needs.  It is retried."""
 
 
 async def apply_operations(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
-    """Do ``operations`` in the namespace at ``path``, in their order.
+    """Execute ``operations`` in the namespace at ``path``, in their order.
 
-    VXLAN devices are made by the namespace where their UDP socket stays.  Raises: KernelRefused.
+    VXLAN devices are created from the namespace where their UDP socket stays.  Raises: KernelRefused.
     """
     if not operations:
         return
@@ -75,13 +75,13 @@ _MODES: Mapping[str, Mapping[str, int | str]] = {
     "macvlan": {"private": "private", "vepa": "vepa", "bridge": "bridge", "passthru": "passthru"},
     "ipvlan": {"l2": 0, "l3": 1, "l3s": 2},
 }
-"""As pyroute2 has them."""
+"""Modes as pyroute2 expects them."""
 
 
 async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
-    """Remove the VXLAN devices of the namespace at ``path``, which is to go itself.
+    """Remove the VXLAN devices of the namespace at ``path``, which is about to be removed itself.
 
-    The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once.  What fails is
+    The kernel frees a namespace and its devices later, but a VXLAN's id and port must be free at once.  Failures are
     logged.
     """
     try:
@@ -121,7 +121,7 @@ async def _carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Op
 
 
 class _Changes:
-    """What changes one namespace through ``route``."""
+    """Executes changes of one namespace through ``route``."""
 
     def __init__(self, namespaces: Namespaces, path: Path, route: AsyncIPRoute) -> None:
         self._namespaces = namespaces
@@ -156,7 +156,7 @@ class _Changes:
             case Remove(Rule() as rule):
                 await _tolerating(_ABSENT, self._route.rule("del", **_rule_options(rule)))
             case Put(Route() as route):
-                # Another link may have the kernel's route to the same place (multicast, link-local).
+                # Another link may have the kernel's route to the same destination (multicast, link-local).
                 how = "append" if route.is_kernels and not route.source else "add"
                 call = self._route.route(how, **_route_options(route, await self._require(route.link)))
                 await _tolerating(_PRESENT, call)
@@ -174,7 +174,8 @@ class _Changes:
             options["address"] = link.mac
         match link.kind:
             case "bridge":
-                # Only an MTU that is set afterwards is the user's; another follows the ports, and is 1500 without any.
+                # Only an MTU that is set afterwards counts as the user's.  Otherwise it follows the ports, and is 1500
+                # without any.
                 options.pop("mtu", None)
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
@@ -182,25 +183,27 @@ class _Changes:
             case _ if link.parent is not None:
                 await self._add_on_parent(link, link.parent, options)
             case _ if link.peer is not None:
-                if not os.path.ismount(link.peer.netns):  # its container ends at this moment
-                    log.warning("no namespace for the other end", link=link.name, namespace=link.peer.netns)
+                if not os.path.ismount(link.peer.netns):  # its container is just ending
+                    log.warning(
+                        "namespace of the other end does not exist", link=link.name, namespace=link.peer.netns
+                    )
                     return
                 with _opened(link.peer.netns) as namespace:
                     far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
                     far |= {"address": link.peer.mac} if link.peer.mac else {}
                     far |= {"mtu": link.mtu} if link.mtu else {}
-                    # Nothing is tolerated: a name that is taken on either side is another device.
+                    # No error is tolerated: an existing name on either side is another device.
                     await self._route.link("add", peer=far, **options)
             case _:
-                raise KernelRefused(f"the other end of {link.name} is not known")
+                raise KernelRefused(f"cannot create {link.name}: its other end is unknown")
         await self._set(link)
 
     async def _add_on_parent(self, link: Link, parent: ParentLink, options: dict[str, Any]) -> None:
-        """A device on one of the node's own, made where that is, for this namespace."""
+        """Create a device on a parent in the node's own namespace, and move it into this namespace."""
         if parent.kind == "ipvlan":
-            options.pop("address", None)  # it has its parent's
+            options.pop("address", None)  # an ipvlan device has its parent's address
         options[f"{parent.kind}_mode"] = _MODES[parent.kind][parent.mode]
-        # Kernels before 6.14 refuse a name that the node's own namespace has: its eth0 is no reason to have none here.
+        # Kernels before 6.14 refuse a name that exists in the node's own namespace, such as its eth0.
         options["ifname"] = f"new-{link.name}"
         async with self._namespaces.netlink(self._namespaces.home) as route:
             index = await parents.index_of(route, parent)
@@ -215,7 +218,7 @@ class _Changes:
         await self._rename(options["ifname"], link.name)
 
     async def _rename(self, name: str, final: str) -> None:
-        """Rename a new link, which is down; it is removed where the final name is taken."""
+        """Rename a new link, which is down.  Remove it if the final name exists."""
         index = await self._require(name)
         del self._indices[name]
         try:
@@ -260,7 +263,7 @@ class _Changes:
             await self._namespaces.run(self._path, set_offloads, link.name, link.offloads)
 
     async def _index(self, name: str) -> int:
-        """Index of a link, 0 when there is none."""
+        """Return the index of a link, or 0 if it does not exist."""
         if name not in self._indices:
             found = await self._namespaces.run(self._path, _index_of, name)
             if not found:
@@ -277,7 +280,7 @@ class _Changes:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[int]:
-    """Descriptor of a namespace; to open one waits for nothing."""
+    """Open a namespace and yield its descriptor.  Opening one does not block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -349,13 +352,13 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
         index = indices.get(entry.link, 0)
         is_of_bridge = entry.kind in (EntryKind.PORT, EntryKind.OWN)
         if not index and (not is_put or is_of_bridge):
-            continue  # gone, or a port that its container does not need any more
+            continue  # removed meanwhile, or a port that its container no longer needs
         kind = netlink.NEWNEIGH if is_put else netlink.DELNEIGH
-        # One that the kernel made stays the kernel's, and follows the bridge's address.
+        # An entry made by the kernel stays the kernel's, and follows the bridge's address.
         how = netlink.EXCL if entry.kind is EntryKind.OWN else netlink.REPLACE
         requests.append((kind, netlink.CREATE | how if is_put else 0, entry_message(entry, index)))
         if is_of_bridge or not is_put:
-            tolerated.append(_PRESENT | _ABSENT)  # as above, if it goes at this moment
+            tolerated.append(_PRESENT | _ABSENT)  # as above, if it is removed at this moment
         else:
             tolerated.append(_PRESENT)
     for number, fine in zip(netlink.carried_out(requests), tolerated, strict=True):
@@ -364,10 +367,10 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
 
 
 def entry_message(entry: Entry, index: int) -> bytes:
-    """The kernel's form of an entry of the link ``index``.
+    """Return the kernel's form of an entry of the link ``index``.
 
-    A bridge's entry is ``static``: ``permanent`` means the bridge itself, which swallows the frames.  A VXLAN's
-    says ``self``, without which it is silently not made; so does a bridge's own.
+    A bridge's entry is ``static``.  ``permanent`` would mean the bridge itself, which swallows the frames.  A VXLAN's
+    entry has the flag ``self``, without which the kernel silently ignores it.  So does a bridge's own entry.
     """
     mac = netlink.attribute(_MAC, bytes.fromhex(entry.mac.replace(":", "")))
     if entry.kind is EntryKind.PORT:

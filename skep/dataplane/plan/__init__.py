@@ -1,1 +1,1 @@
-"""Pure planners: from network tables and local endpoints to the wanted state of a namespace (``netns.state``)."""
+"""Pure planners: from network tables and local endpoints to the desired state of a namespace (``netns.state``)."""

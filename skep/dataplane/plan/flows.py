@@ -1,7 +1,8 @@
-"""Which flows through a published UDP port lead to what no longer answers: pure.
+"""Finds flows through a published UDP port that lead to a backend that no longer answers.  Pure.
 
-Connection tracking keeps leading a flow where its first packet went for as long as packets come, whatever the rules say
-by then.  A UDP client that goes on sending from one port would never reach the container that replaced its server.
+Connection tracking sends a flow's packets where the first one was sent for as long as packets arrive, whatever the
+rules say by then.  A UDP client that keeps sending from one port would never reach the container that replaced its
+server.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,8 +19,8 @@ from skep.model.service import PublishMode
 class StalePort(msgspec.Struct, frozen=True):
     """A published UDP port whose flows to anything but ``backends`` are stale.
 
-    They lead to a container in one of ``subnets`` that no longer has the port, or to the node itself because they began
-    before the port was published.  ``backends`` is empty if nothing serves the port.
+    A stale flow leads to a container in one of ``subnets`` that no longer has the port, or to the node itself because
+    it began before the port was published.  ``backends`` is empty if nothing serves the port.
     """
 
     port: int
@@ -27,10 +28,10 @@ class StalePort(msgspec.Struct, frozen=True):
     """Address and port of each container that serves the port."""
     subnets: tuple[str, ...]
     address: str = ""
-    """The only address of the node with the port; empty: all."""
+    """The only address of the node with the port, or empty for all addresses."""
 
     def concerns(self, flow: Flow) -> bool:
-        """Whether ``flow`` goes through the port."""
+        """Return whether ``flow`` uses the port."""
         original = flow.original
         return (
             original.protocol == IPPROTO_UDP
@@ -39,9 +40,9 @@ class StalePort(msgspec.Struct, frozen=True):
         )
 
     def is_stale(self, flow: Flow, is_local: Callable[[str], bool]) -> bool:
-        """Whether ``flow``, which has the port's number, goes through the port and leads elsewhere.
+        """Return whether ``flow``, which has the port's number, uses the port and leads elsewhere.
 
-        A flow that keeps its destination goes through the port only if that is an address of the node.  Otherwise it
+        A flow that keeps its destination uses the port only if the destination is an address of the node.  Otherwise it
         passes through the node, as a container's queries of a name server do.
         """
         backend = flow.reply.source
@@ -53,10 +54,10 @@ class StalePort(msgspec.Struct, frozen=True):
 
 
 def is_stale(flow: Flow, ports: Iterable[StalePort], is_local: Callable[[str], bool]) -> bool:
-    """Whether ``flow`` is stale by the first of ``ports`` that it goes through.
+    """Return whether ``flow`` is stale by the first of ``ports`` that it uses.
 
-    ``is_local``: whether an address is one of the node.
-    A port that was published on all addresses and is on one now is twice in ``ports``, the present one first.
+    ``is_local`` tells whether the node has an address.  A port that was published on all addresses and is now published
+    on one is twice in ``ports``, the current one first.
     """
     return next((port.is_stale(flow, is_local) for port in ports if port.concerns(flow)), False)
 
@@ -64,12 +65,14 @@ def is_stale(flow: Flow, ports: Iterable[StalePort], is_local: Callable[[str], b
 def stale_host_ports(
     ports: tuple[PublishedPort, ...], address: str, subnet: str, *, is_published: bool
 ) -> tuple[StalePort, ...]:
-    """The stale flows of host-mode ``ports`` of one container, whose flows by IPv6 end in user space.
+    """Return the ports whose stale flows must be deleted, of one container's host-mode ``ports``.
+
+    IPv6 flows are not included, because the net process relays them.
 
     Args:
-        address: of the container on the gateway bridge.
-        subnet: of the gateway bridge.
-        is_published: whether the container has the ports from now on, and no longer has them otherwise.
+        address: The container's address on the gateway bridge.
+        subnet: The subnet of the gateway bridge.
+        is_published: Whether the container has just got the ports, or has lost them.
     """
     return tuple(
         StalePort(

@@ -1,9 +1,10 @@
-"""The node's nftables rules for containers: data only.
+"""The node's nftables rules for containers.  Pure.
 
-In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
-that answers on one address only; everything else is fixed.  ``ip6 skep`` is the way out alone.  ``bridge skep_gateway``
-says which containers reach each other by the gateway bridge: those that have no other network do, as on Docker's
-``bridge``; for all others it is the way out alone, or two networks would meet there.
+In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container.  ``bound_ports`` does so
+for a port published on one address only.  The other rules are fixed.  ``ip6 skep`` has only the rules for egress.
+``bridge skep_gateway`` decides which containers reach each other through the gateway bridge.  Containers without
+another network do, as on Docker's ``bridge``.  Others use it for egress only, because otherwise two networks would be
+connected there.
 """
 
 from collections.abc import Iterable
@@ -26,17 +27,16 @@ class HostPort(msgspec.Struct, frozen=True, order=True):
     address: str
     target_port: int
     host_ip: str = ""
-    """The only address of the node that it answers on; empty: all."""
+    """The only address of the node that the port is published on, or empty for all addresses."""
 
 
 def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> NftTable:
-    """The whole table with all ``host_ports``.
+    """Return the complete IPv4 table with all ``host_ports``.
 
-    Packets to a published port are led to the container, from outside (``pre``) and from the node itself
-    (``out``).  What containers send elsewhere leaves under the node's address.  A container answers to the
-    bridge's address where its client is the node itself or a container that went round by the node's
-    address, because the response must come back the same way.  Nothing else is forwarded to containers, from outside or
-    from one to another.
+    Packets to a published port are sent to the container, from outside (``pre``) and from the node itself (``out``).
+    Packets from containers leave under the node's address.  A container sees the bridge's address as its client if the
+    client is the node itself, or a container that used the node's address, because the response must come back the same
+    way.  Nothing else is forwarded to containers, from outside or from one to another.
     """
     return NftTable(
         name=TABLE,
@@ -67,7 +67,7 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
 
 
 def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> NftTable:
-    """The way out by IPv6, under the node's address.  From outside nothing but answers is forwarded to containers."""
+    """Return the IPv6 table: egress under the node's address.  Only responses are forwarded to containers."""
     return NftTable(
         name=TABLE_IPV6,
         chains=(
@@ -82,13 +82,15 @@ def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> NftTable:
 
 
 def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
-    """To the bridge is forwarded what is ``welcome``, and not what comes from it."""
+    """Return forward rules that accept ``welcome`` packets to the bridge and drop all others."""
     rules = (f'oifname != "{bridge}" accept', *welcome, "drop")
     return tuple(("forward", rule) for rule in rules)
 
 
 def between_table(ports: Iterable[tuple[str, bool]]) -> NftTable:
-    """``ports``: of the gateway bridge, and whether its container may reach others that may."""
+    """Return the rules between containers.
+
+    ``ports`` are the gateway bridge's ports, each with whether its container may reach other such containers."""
     elements = set()
     for port, is_open in ports:
         elements.add(("ports", f'"{port}"'))
@@ -107,7 +109,7 @@ def between_table(ports: Iterable[tuple[str, bool]]) -> NftTable:
 
 
 def _element(port: HostPort) -> tuple[str, str]:
-    """The name of the map, and the element."""
+    """Return the name of the map and the element of a port."""
     led = f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
     if port.host_ip in ("", "0.0.0.0"):
         return "host_ports", led

@@ -1,17 +1,17 @@
-"""What one node does for the routing mesh, and its nftables tables, from the ingress network's table.  Pure.
+"""One node's part in the routing mesh and its nftables tables, from the ingress network's table.  Pure.
 
-One table per address family, ``ip skep_ingress`` and ``ip6 skep_ingress``.  A packet to a local address of the node
-finds its port in ``ports`` (or ``bound``, by address and port, where a port listens on one address only), which sends
-it to ``pick_<n>`` for a port with n backends, or to ``sticky``; these read the backend from ``backends``.  So a change
-of backends changes elements of maps and no rule, in a tenth of the time.  Only the first packet of a connection comes
-here; the others follow connection tracking, whatever changes.
+There is one table per address family, ``ip skep_ingress`` and ``ip6 skep_ingress``.  A packet to a local address of the
+node is looked up in ``ports``, or in ``bound`` if a port listens on one address only.  They lead to ``pick_<n>`` for a
+port with n backends, or to ``sticky``, which read the backend from ``backends``.  A change of backends therefore
+changes elements of maps and no rules, which takes a tenth of the time.  Only the first packet of a connection is looked
+up.  The others follow connection tracking, whatever changes.
 
-Address and port of a backend are in two maps, ``backends`` and ``targets``: nft 1.0.6 reads a map whose data are
-both back from the kernel wrongly, and adds a test for TCP to rules that use it.
+A backend's address and port are in two maps, ``backends`` and ``targets``.  nft 1.0.6 misreads a map whose data are
+both when it lists it, and adds a test for TCP to rules that use it.
 
-A port without a backend is refused by ``input``, which its packets reach because no rule leads them elsewhere.
+A port without a backend is refused by ``input``, which its packets reach because no rule sends them elsewhere.
 
-A port is in force only where the node holds its socket (``Plan.held``): a port that another program has, or that cannot
+A port is in force only if the node holds its socket (``Plan.held``).  A port that another program has, or that cannot
 be held for another reason, is in no set, so that the program's clients reach the program.
 """
 
@@ -30,16 +30,17 @@ from skep.model.tables import Table, TableEndpoint, TablePort, TableService
 
 PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 STICKY_SLOTS = 256
-"""Clients are assigned to this many slots by their address, and slots to tasks."""
+"""Number of slots.  Clients are assigned to slots by their address, and slots to tasks."""
 BRIDGE = "skep-ingress"
 _TABLE = "skep_ingress"
 _STICKY = "sticky"
 _STICKY_SEED = "0x736b6570"
-"""The same on all nodes, so that a client meets its task through each of them."""
+"""The same on all nodes, so that a client reaches the same task through each of them."""
 
 
 PortKey = tuple[str, int, str]
-"""A socket that holds a port: protocol, number, address.  Empty: every IPv4 address; ``::``: every IPv6 address."""
+"""A socket that holds a port: protocol, number, address.  Empty for every IPv4 address, ``::`` for every IPv6
+address."""
 
 
 class Backend(msgspec.Struct, frozen=True, order=True):
@@ -61,37 +62,37 @@ class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def keys(self) -> tuple[PortKey, ...]:
-        """The sockets that hold it: one for each address family on which it is published."""
+        """The sockets that hold the port: one for each address family on which it is published."""
         host_ip = self.options.host_ip
         addresses = (host_ip if host_ip != "0.0.0.0" else "",) if host_ip else ("", "::")
         return tuple((self.protocol, self.published, address) for address in addresses)
 
     def backends(self, version: int) -> frozenset[tuple[str, int]]:
-        """Address and port of each backend of one IP version."""
+        """Return the address and port of each backend of one IP version."""
         return frozenset(
             (backend.address, backend.port) for backend in (self.ipv4 if version == 4 else self.ipv6)
         )
 
 
 class IngressNode(msgspec.Struct, frozen=True, order=True):
-    """A node that connections come through: its own addresses on the ingress network; empty: it has none."""
+    """A node that forwards connections, by its own addresses on the ingress network.  Empty if it has none."""
 
     ipv4: str
     ipv6: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one node does.  The empty plan: it takes no part."""
+    """One node's part in the routing mesh.  The default plan takes no part."""
 
     ports: tuple[MeshPort, ...] = ()
     subnets: tuple[str, ...] = ()
     nodes: tuple[IngressNode, ...] = ()
     own: IngressNode = IngressNode("")
     held: frozenset[PortKey] = frozenset()
-    """Sockets that the node holds: all else that ``ports`` say is without effect."""
+    """Sockets that the node holds.  Any other port of ``ports`` has no effect."""
 
     def in_force(self, *versions: int) -> Iterator[tuple[MeshPort, PortKey]]:
-        """Its ports with each socket that the node holds for them; ``versions``: of IP."""
+        """Yield each port with each socket of IP ``versions`` that the node holds for it."""
         for port in self.ports:
             for key in port.keys:
                 if key in self.held and version_of(key) in versions:
@@ -104,19 +105,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def version_of(key: PortKey) -> int:
-    """IP version of a socket."""
+    """Return the IP version of a socket."""
     return 6 if ":" in key[2] else 4
 
 
 def is_any(address: str) -> bool:
-    """Whether a socket of this ``address`` (``PortKey``) has every address of its family."""
+    """Return whether a socket with this ``address`` (``PortKey``) is bound to every address of its family."""
     return address in ("", "::")
 
 
 def plan(table: Table, node_id: NodeId) -> Plan:
-    """The plan of the node ``node_id``, which holds no port so far.
+    """Return the plan of the node ``node_id``, which holds no port so far.
 
-    Of two services with the same port, which the managers do not let happen, the one with the lower id has it.
+    If two services have the same port, which managers prevent, the service with the lower id gets it.
     """
     serving: dict[str, list[TableEndpoint]] = {}
     for _, endpoint in sorted(table.endpoints.items()):
@@ -142,15 +143,15 @@ def plan(table: Table, node_id: NodeId) -> Plan:
 
 
 def addresses_of(addresses: Iterable[str]) -> IngressNode:
-    """The first address of each family."""
+    """Return the first address of each family."""
     by_version = {ip_address(address).version: address for address in reversed(tuple(addresses))}
     return IngressNode(by_version.get(4, ""), by_version.get(6, ""))
 
 
 def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
-    """For each of the slots the backend that has it; empty without backends.
+    """Return the backend of each slot, or an empty tuple without backends.
 
-    Each slot goes to the backend that values it most (rendezvous hashing), so that a backend which goes or comes
+    Each slot is given to the backend that values it most (rendezvous hashing).  A backend that is added or removed
     moves its own slots only, and all nodes agree.
     """
     if not backends:
@@ -164,12 +165,12 @@ def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
 
 @lru_cache(maxsize=4096)
 def _values(task_id: TaskId) -> memoryview:
-    """How much a task values each slot."""
+    """Return how much a task values each slot."""
     return memoryview(shake_128(task_id.encode()).digest(4 * STICKY_SLOTS)).cast("I")
 
 
 def _is_possible(port: TablePort) -> bool:
-    """One that is not would keep all others from being published."""
+    """Return whether a port is valid.  One invalid port would prevent all others from being published."""
     numbers = range(1, 65536)
     return port.protocol in PROTOCOLS and port.published in numbers and port.target in numbers
 
@@ -218,10 +219,10 @@ FAMILIES = (IPV4, IPV6)
 
 
 def ingress_table(plan: Plan, family: Family) -> NftTable:
-    """The table of ``family``, with the ports that the node holds.
+    """Return the table of ``family``, with the ports that the node holds.
 
-    A port that user space serves (the PROXY protocol; IPv6 while the tasks have none) is led nowhere, but is refused
-    as any other while no task serves it.
+    A port that user space serves (the PROXY protocol, or IPv6 while the tasks have none) is sent nowhere.  Like any
+    other port it is refused while no task serves it.
     """
     key = "meta l4proto . th dport"
     held = tuple(plan.in_force(family.version))
@@ -257,25 +258,26 @@ def ingress_table(plan: Plan, family: Family) -> NftTable:
 
 
 def _rules(family: Family) -> tuple[tuple[str, str], ...]:
-    """Those that are the same whatever is published."""
+    """Return the rules that do not depend on the published ports."""
     key, bound_key = "meta l4proto . th dport", f"{family.name} daddr . meta l4proto . th dport"
     return (
         (_STICKY, _dnat(family, f"jhash {family.name} saddr mod {STICKY_SLOTS} seed {_STICKY_SEED}")),
         ("refuse", "meta l4proto tcp reject with tcp reset"),
         ("refuse", "reject"),
         *([("raw", 'iifname != "lo" ip daddr 127.0.0.0/8 drop')] if family is IPV4 else []),
-        # The kernel lets no packet of ::1 leave the node: user space serves it.
+        # The kernel lets no packet of ::1 leave the node, so the net process relays it.
         *([("out", "ip6 daddr ::1 accept")] if family is IPV6 else []),
         *(
             (chain, f"fib daddr type local {rule}")
             for chain in ("pre", "out")
             for rule in (f"{bound_key} vmap @bound", f"{key} vmap @ports")
         ),
-        # A client on the node itself has no address that a task could answer to by way of the network.
+        # A task could not answer to the node's own address over the network.
         ("post", f'oifname "{BRIDGE}" fib saddr type local masquerade'),
         ("input", f"ct state new {bound_key} @bound_refused goto refuse"),
         ("input", f"ct state new {key} @refused goto refuse"),
-        # What was led to a task passes, and the responses; there is no other way through here to tasks or from them.
+        # Packets sent to a task by these rules pass, and the responses.  Nothing else reaches tasks this way, or leaves
+        # them.
         ("forward", f'oifname "{BRIDGE}" ct state established,related accept'),
         ("forward", f'iifname "{BRIDGE}" ct state established,related accept'),
         ("forward", f'oifname "{BRIDGE}" ct status dnat accept'),
@@ -285,7 +287,7 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
 
 
 def _led_to(port: MeshPort, family: Family) -> tuple[Backend, ...]:
-    """The backends that the kernel leads a port to; empty: it does not."""
+    """Return the backends to which the kernel sends a port's packets, or none if user space serves it."""
     if port.options.proxy_protocol:
         return ()
     return port.ipv4 if family is IPV4 else port.ipv6
@@ -313,7 +315,7 @@ def _refused(ports: Iterable[tuple[MeshPort, PortKey]]) -> Iterable[Element]:
 
 
 def _dnat(family: Family, number: str) -> str:
-    """Lead to the backend of this number."""
+    """Return the rule that sends a packet to the backend with this number."""
     key = "meta l4proto . th dport"
     return f"dnat {family.name} to {key} . {number} map @backends : {key} map @targets"
 
@@ -322,10 +324,8 @@ def _dnat(family: Family, number: str) -> str:
 
 
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
-    """UDP ports that are new, lost a backend or got their first one, then those that are no longer published.
-
-    ``version``: of IP.
-    """
+    """Return UDP ports of IP ``version`` that are new, lost a backend or got their first one, then unpublished
+    ports."""
     before = before if before is not None else Plan()
     earlier = {
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
@@ -336,7 +336,7 @@ def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePo
             continue
         gone.discard(key)
         backends, were = port.backends(version), earlier.get(key)
-        # A program of the node that sends while there is no backend begins a flow to the node, though it is refused.
+        # A program of the node that sends while no backend serves begins a flow to the node, though it is refused.
         if were is None or not backends >= were or (backends and not were):
             found.append(StalePort(port.published, backends, after.subnets, _destination(key)))
     return (
@@ -346,5 +346,5 @@ def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePo
 
 
 def _destination(key: PortKey) -> str:
-    """The only destination of flows to a socket; empty: every address of the node."""
+    """Return the only destination of flows to a socket, or an empty text for every address of the node."""
     return "" if is_any(key[2]) else key[2]

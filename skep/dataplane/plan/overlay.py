@@ -1,11 +1,11 @@
-"""What the node's namespaces have to hold, from tables and local containers.  Pure.
+"""The desired state of the node's namespaces, from tables and local containers.  Pure.
 
-An overlay network has one bridge on a node, whatever number of subnets it has, and one VXLAN device for each subnet's
-VXLAN id; those of an encrypted network send from the namespace of the WireGuard tunnels (``skep.dataplane.wireguard``).
-Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
-container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; what is in no
-table cannot be reached.  An endpoint is on the device of the subnet that its first address is in.  All subnets of a
-network are on the link of each of its containers, so that frames between them need no router.
+An overlay network has one bridge on a node, however many subnets it has, and one VXLAN device for each subnet's VXLAN
+id.  The devices of an encrypted network send from the namespace of the WireGuard tunnels
+(``skep.dataplane.wireguard``).  Everything is configured in advance: where frames for an address are sent (``FORWARD``,
+``PORT``), and the answer to a container that asks for an address (``NEIGHBOUR``).  Nothing is flooded and nothing is
+learned, and an address in no table is unreachable.  An endpoint is on the device of the subnet that contains its first
+address.  All subnets of a network are on-link for each of its containers, so that frames between them need no router.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,11 +27,11 @@ INGRESS_VXLAN = "skep-vx"
 BRIDGE = "br0"
 VXLAN = "vx"
 OVERHEAD_V4, OVERHEAD_V6 = 50, 70
-"""Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
+"""Bytes that VXLAN adds around a packet: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
 IPV6_MTU_MIN = 1280
 LOOPBACK, LOOPBACK_MTU = "lo", 65536
-"""As the kernel makes it."""
+"""The kernel's own MTU of the loopback device."""
 
 OVERLAY_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
@@ -43,27 +43,30 @@ OVERLAY_SYSCTLS = {
     "net/bridge/bridge-nf-call-ip6tables": "0",
     "net/bridge/bridge-nf-call-arptables": "0",
 }
-"""Of a network's namespace.  Bridged frames are not routed traffic: no chain of the kernel's may see them."""
+"""Sysctls of a network's namespace.  Bridged frames are not routed traffic, so the kernel's IP chains must not see
+them."""
 INGRESS_SYSCTLS = {
-    # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw`` of the mesh).
+    # A client on the node may use 127.0.0.1.  Packets from outside are dropped (chain ``raw`` of the mesh).
     f"net/ipv4/conf/{INGRESS_BRIDGE}/route_localnet": "1",
 }
-"""Of the node's own namespace."""
+"""Sysctls of the node's own namespace."""
 
 
 class LocalEndpoint(msgspec.Struct, frozen=True):
-    """A container of this node on a network: its namespace and its connection."""
+    """A container of this node on a network: its namespace and its endpoint."""
 
     netns: str
     endpoint: Endpoint
 
 
 class Underlay(msgspec.Struct, frozen=True):
-    """The node's address on the network between the nodes, and the MTU of the device that has it.
+    """The node's address on the network between the nodes, and the MTU of its device.
 
-    As overlays see it, the MTU is what arrives at the other nodes.  ``offloads``: whether checksums inside VXLAN may be
-    left to the network card; None: where they are left now.  ``netns``: the namespace that has the address; empty: the
-    node's own.
+    Args:
+        mtu: For overlays, the MTU that reaches the other nodes.
+        offloads: Whether checksums inside VXLAN may be left to the network card, or None to leave the setting
+            unchanged.
+        netns: The namespace that has the address, or empty for the node's own.
     """
 
     address: str
@@ -73,13 +76,13 @@ class Underlay(msgspec.Struct, frozen=True):
 
 
 UNKNOWN_TUNNEL = Underlay("::", tunnel_mtu(USUAL_MTU, is_ipv6=False))
-"""Before an encrypted network's table is there."""
+"""Underlay of an encrypted network whose table has not arrived yet."""
 
 
 def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
-    """MTU of a network's interfaces: as configured, else what the underlay leaves.
+    """Return the MTU of a network's interfaces: as configured, else the underlay's without the overhead.
 
-    One with IPv6 has what IPv6 needs at least (RFC 8200, section 5): with less the kernel takes the addresses away.
+    A network with IPv6 has at least 1280 (RFC 8200, section 5).  With less, the kernel removes IPv6 addresses.
     """
     if head.mtu:
         return head.mtu
@@ -97,10 +100,10 @@ def network_state(
     underlay: Underlay | None,
     remote: frozenset[Entry],
 ) -> State:
-    """One network on this node.  ``remote``: its ``remote_entries``.
+    """Return the desired state of one network on this node.  ``remote`` are its ``remote_entries``.
 
-    Without a table there are only the local containers on their bridge; without an ``underlay`` no other node can be
-    reached.  The table and the underlay of an encrypted network are those inside the tunnels.
+    Without a table it consists of the local containers on their bridge.  Without an ``underlay`` no other node is
+    reachable.  For an encrypted network, pass the table and the underlay inside the tunnels.
     """
     bridge, mtu = bridge_of(head), mtu_of(head, underlay)
     devices = _devices(head, underlay, bridge, mtu) if table is not None else {}
@@ -133,17 +136,17 @@ def network_state(
 
 
 def bridge_of(head: NetworkHead) -> str:
-    """Name of the network's bridge."""
+    """Return the name of the network's bridge."""
     return INGRESS_BRIDGE if head.is_ingress else BRIDGE
 
 
 def device_of(head: NetworkHead, segment: Segment) -> str:
-    """Name of the device that carries a subnet to other nodes."""
+    """Return the name of the device that carries a subnet to other nodes."""
     return f"{INGRESS_VXLAN if head.is_ingress else VXLAN}{segment.vni}"
 
 
 def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> frozenset[Entry]:
-    """How every endpoint, and every other node's own address, is reached over VXLAN."""
+    """Return the entries by which every endpoint, and every other node's own address, is reached over VXLAN."""
     if underlay is None:
         return frozenset()
     family = ":" in underlay.address
@@ -163,7 +166,7 @@ def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> 
 
 
 def check_sandbox(sandbox: Sandbox) -> None:
-    """Whether networks can be made of what a record says.  Raises: ValueError, or any other error: they cannot."""
+    """Check that networks can be built from a record.  Raises: ValueError, or any other error, if not."""
     for one in sandbox.endpoints:
         endpoint = LocalEndpoint(sandbox.netns, one)
         network_state(
@@ -175,9 +178,9 @@ def check_sandbox(sandbox: Sandbox) -> None:
 
 
 def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
-    """A container's namespace: its interfaces with their addresses, and its routes.
+    """Return a container's interfaces with their addresses, and its routes.
 
-    ``networks``: its networks as they are known by now, with their MTU.
+    ``networks`` are the current heads of its networks, with their MTU.
     """
     links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)}
     addresses = {Address(LOOPBACK, "127.0.0.1/8")}
@@ -218,13 +221,13 @@ def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Li
         name=name,
         kind=parent.kind,
         mtu=head.mtu,
-        mac="" if parent.kind == "ipvlan" else mac,  # ipvlan's is its parent's
+        mac="" if parent.kind == "ipvlan" else mac,  # ipvlan has its parent's address
         parent=parent,
     )
 
 
 def _ways_by(name: str, head: NetworkHead) -> set[Route]:
-    """The default routes on a device of the machine: by the gateways, or straight where ipvlan routes itself."""
+    """Return the default routes on a parent device: through the gateways, or direct where ipvlan routes itself."""
     if head.is_internal:
         return set()
     is_router = head.parent is not None and head.parent.mode in ("l3", "l3s")
@@ -236,7 +239,7 @@ def _ways_by(name: str, head: NetworkHead) -> set[Route]:
 
 
 def _ipv6_sysctls(interface: str) -> dict[str, str]:
-    """Of an interface with an IPv6 address that is known to be free, with routes of ours."""
+    """Return the sysctls of an interface whose IPv6 address needs no duplicate detection and whose routes Skep sets."""
     return {
         f"net/ipv6/conf/{interface}/accept_dad": "0",
         f"net/ipv6/conf/{interface}/accept_ra": "0",
@@ -246,17 +249,17 @@ def _ipv6_sysctls(interface: str) -> dict[str, str]:
 
 
 def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
-    """A container's namespace when its interfaces have just been made: they are down, and bare.
+    """Return the state of a container's namespace whose interfaces have just been created: down and unconfigured.
 
-    ``sysctls``: those that it was made with.
+    ``sysctls`` were set when the namespace was created.
     """
     return State(
         links={
             name: msgspec.structs.replace(link, is_up=False)
             for name, link in wanted.links.items()
-            if link.parent is None  # these are made from inside
+            if link.parent is None  # these are created from inside the namespace
         },
-        # The kernel gives them as soon as the interfaces are up.
+        # The kernel adds these as soon as the interfaces are up.
         addresses=frozenset(one for one in wanted.addresses if one.interface.startswith(("127.", "fe80:"))),
         rules=frozenset(one for one in wanted.rules if not one.is_policy),
         sysctls={**dict.fromkeys(wanted.sysctls, ""), **sysctls},
@@ -283,7 +286,7 @@ def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int
 
 
 def _own_addresses(head: NetworkHead, table: Table | None, node_id: NodeId) -> list[str]:
-    """The bridge's: the networks' gateways, the same on every node; on the ingress network the node's own."""
+    """Return the bridge's addresses: the gateways, the same on every node, or the node's own on the ingress network."""
     if not head.is_ingress:
         return [f"{one.gateway}/{subnet_of(one.subnet).prefixlen}" for one in head.segments if one.gateway]
     node = table.nodes.get(node_id) if table is not None else None
@@ -300,7 +303,7 @@ def _sysctls(bridge: str, devices: Iterable[str], *, is_dual: bool) -> dict[str,
     if is_dual:
         for (
             device
-        ) in devices:  # a device answers for neighbours only where IPv6 is on; it needs no address for that
+        ) in devices:  # a device answers for neighbors only if IPv6 is enabled; it needs no address for that
             sysctls[f"net/ipv6/conf/{device}/addr_gen_mode"] = "1"
             sysctls[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"
         sysctls[f"net/ipv6/conf/{bridge}/accept_dad"] = "0"
@@ -322,10 +325,10 @@ def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iter
 def _one_device_each(
     remote: frozenset[Entry], attached: Sequence[LocalEndpoint], table: Table | None, node_id: NodeId
 ) -> frozenset[Entry]:
-    """All entries, with one device for each MAC.
+    """Return all entries, with one device for each MAC address.
 
-    What the table gives to another node is there: a container that is about to end may still hold
-    the address here.  Of two containers here the later one has it.
+    If the table assigns an address to another node, the remote entry wins, because a container that is about to end may
+    still hold the address here.  Of two containers here the later one wins.
     """
     endpoints = table.endpoints.values() if table is not None else ()
     local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
@@ -342,10 +345,10 @@ def _segment_of(head: NetworkHead, address: str) -> Segment | None:
 
 @lru_cache(maxsize=4096)
 def subnet_of(text: str) -> IPv4Network | IPv6Network:
-    """``ip_network``, remembered: a table names few subnets and many addresses."""
+    """Return ``ip_network(text)``, cached: a table names few subnets and many addresses."""
     return ip_network(text)
 
 
 def plain_address(text: str) -> str:
-    """``text`` as the kernel's answers are spelled; IPv4 has one spelling only."""
+    """Return ``text`` in the kernel's spelling.  IPv4 has one spelling only."""
     return str(ip_address(text)) if ":" in text else text

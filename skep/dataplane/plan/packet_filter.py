@@ -1,9 +1,9 @@
-"""Filters against packets with others' addresses, from containers and from other machines.  Data only.
+"""Filters against spoofed source addresses, from containers and from other machines.  Pure.
 
-A container may send from its own MAC address and its own addresses: what its port takes in is compared with what the
-control plane gave it, the responses to ARP and IPv6 neighbour questions included.  What comes over VXLAN was compared
-on its own node, and may come from nodes of the network only.  Containers send no VXLAN of their own to where the
-nodes' arrives: by the gateway it would leave under the node's own address.
+A container may send from its own MAC address and IP addresses only.  The filter on its port enforces that, including
+ARP and IPv6 neighbor responses.  Packets that arrive over VXLAN were filtered on their own node, and are accepted from
+nodes of the network only.  Containers may not send VXLAN to the nodes' ports, because their packets would leave
+through the gateway under the node's own address.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,13 +21,13 @@ SPOOFING = "bridge skep"
 VXLAN_FILTER = "inet skep_overlay"
 
 _VNI = "@th,96,24"
-"""After 8 bytes of UDP and 4 of flags."""
+"""VXLAN id: after 8 bytes of UDP and 4 of flags."""
 _TARGET = "@th,64,128"
-"""Of a neighbour advertisement: after 8 bytes of ICMPv6."""
+"""Target address of a neighbor advertisement: after 8 bytes of ICMPv6."""
 
 
 class Owner(NamedTuple):
-    """What a container has behind its ``port`` of a bridge.  ``addresses``: without a length."""
+    """The container behind a bridge ``port``.  ``addresses`` have no prefix length."""
 
     port: str
     mac: str
@@ -35,13 +35,13 @@ class Owner(NamedTuple):
 
 
 def owner(connected: Endpoint) -> Owner:
-    """Of a place on an overlay."""
+    """Return the owner of an overlay endpoint's port."""
     addresses = (one.partition("/")[0] for one in connected.config.addresses)
     return Owner(connected.port, connected.mac_address, tuple(addresses))
 
 
 def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
-    """Of the namespace that the containers' ports are in.  What comes by any other port passes."""
+    """Return the filter of the namespace that has the containers' ports.  Packets from any other port are accepted."""
     elements: set[Element] = set()
     for port, mac, addresses in owners:
         elements.add(("ports", f'"{port}"'))
@@ -70,15 +70,15 @@ def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
             ("from_containers", rule)
             for rule in (
                 "iifname != @ports accept",
-                # Nearly every frame.  By the rules below it takes 0.8 us of the 3 that an overlay adds to a bare
-                # VXLAN's way of a packet, so 0.2.
+                # Nearly every frame matches here.  The rules below take 0.8 us of the 3 us that an overlay adds to a
+                # packet on bare VXLAN.  This rule takes 0.2 us.
                 "ether type ip iifname . ether saddr . ip saddr @senders4 accept",
                 "iifname . ether saddr != @macs drop",
                 "ether type != { ip, arp, ip6 } drop",
                 "ether type arp iifname . arp saddr ether != @macs drop",
                 "ether type arp iifname . arp saddr ip != @addresses4 drop",
                 "ether type ip drop",
-                # Before it has an address, a host asks whether another one does.
+                # Before it has an address, a host asks whether another host does.
                 "ether type ip6 ip6 saddr :: icmpv6 type nd-neighbor-solicit accept",
                 "ether type ip6 iifname . ip6 saddr != @addresses6 drop",
                 "icmpv6 type { nd-router-advert, nd-redirect } drop",
@@ -90,9 +90,9 @@ def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
 
 
 def vxlan_filter(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> NftTable:
-    """Of the node's own namespace.  ``bridges``: what containers' packets come from.
+    """Return the filter of the node's own namespace.  Packets from containers come from ``bridges``.
 
-    Frames of an encrypted network are taken from no node here: they arrive in the tunnels' namespace.
+    It drops frames of encrypted networks from every node, because they arrive in the tunnels' namespace instead.
     """
     ports: set[int] = set()
     elements: set[Element] = set()
@@ -108,7 +108,7 @@ def vxlan_filter(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: It
 
 
 def probe_filter(targets: ProbeTargets, bridges: Iterable[str]) -> NftTable:
-    """The same of the probes' VXLAN: it is taken from the peers of ``targets`` only."""
+    """Return the filter of the probes' VXLAN, which accepts frames from the peers of ``targets`` only."""
     elements: set[Element] = {("vnis", str(PROBE_VNI))}
     for peer in targets.peers:
         if peer.data_path:
@@ -118,7 +118,7 @@ def probe_filter(targets: ProbeTargets, bridges: Iterable[str]) -> NftTable:
 
 
 def tunnel_sources(sources: Iterable[tuple[str, int]], port: int) -> NftTable:
-    """Of the tunnels' namespace: which address inside may send frames of which VXLAN id, to this UDP port."""
+    """Return the tunnels' filter: the inner address and VXLAN id of each allowed source of frames to this UDP port."""
     elements: set[Element] = set()
     for address, vni in sources:
         elements |= {("vnis", str(vni)), ("peers6", f"{plain_address(address)} . {vni}")}
@@ -147,8 +147,8 @@ def _vxlan_filter(ports: Iterable[int], bridges: Iterable[str], elements: set[El
             ("from_peers", f"{_VNI} != @vnis accept"),
             ("from_peers", f"meta nfproto ipv4 ip saddr . {_VNI} != @peers4 drop"),
             ("from_peers", f"meta nfproto ipv6 ip6 saddr . {_VNI} != @peers6 drop"),
-            # VXLAN has no connections: each direction comes from ports of its own, another for each flow inside, and
-            # tracking them would fill the node's table with halves of flows (and take 0.15 us for each packet).
+            # VXLAN has no connections.  Each direction uses its own source ports, a different one for each inner flow.
+            # Tracking them would fill the node's table with half flows, and take 0.15 us for each packet.
             ("from_peers", "notrack"),
             ("arriving", "udp dport @ports jump from_peers"),
             ("leaving", f"udp dport @ports {_VNI} @vnis notrack"),
@@ -158,7 +158,7 @@ def _vxlan_filter(ports: Iterable[int], bridges: Iterable[str], elements: set[El
 
 
 def link_local(mac: str) -> str:
-    """The IPv6 address that the kernel gives an interface by its MAC address (EUI-64)."""
+    """Return the link-local address that the kernel derives from an interface's MAC address (EUI-64)."""
     first, *rest = bytes.fromhex(mac.replace(":", ""))
     identifier = bytes([first ^ 2, *rest[:2], 0xFF, 0xFE, *rest[2:]])
     return str(IPv6Address(bytes.fromhex("fe80000000000000") + identifier))

@@ -1,7 +1,7 @@
-"""Where the probes of a node are: a namespace of their own with a VXLAN device, as overlays have.  Pure.
+"""The namespace for a node's probes, with a VXLAN device as overlays have.  Pure.
 
-Its address is made of the node's id: 24 bits of its hash, of which two among a node's peers are the same for one node
-in ten thousand.  A peer whose address another one has (the one whose id comes first has it) is not probed by VXLAN.
+A node's probe address is derived from 24 bits of the hash of its id.  For one node in ten thousand, two of its peers
+have the same address.  Of such peers only the first by id is probed over VXLAN.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DEVICE = "probe"
 PORT = 4787
-"""UDP and TCP, inside: nothing else is in the namespace."""
+"""UDP and TCP port inside the namespace, where nothing else uses ports."""
 IP_UDP_BYTES = 28
 _NETWORK = 10 << 24
 _HOSTS = (1 << 24) - 2
@@ -27,22 +27,25 @@ _LENGTH = 8
 
 
 def number_of(node: NodeId) -> int:
-    """A node's probe address as a number, in 10.0.0.0/8."""
+    """Return a node's probe address as a number, in 10.0.0.0/8."""
     return _NETWORK + 1 + int.from_bytes(sha256(node.encode()).digest()[:8]) % _HOSTS
 
 
 def address_of(node: NodeId) -> str:
-    """``10.x.y.z``."""
+    """Return a node's probe address, ``10.x.y.z``."""
     return str(IPv4Address(number_of(node)))
 
 
 def overhead(underlay: str) -> int:
-    """Bytes of an underlay's packet around the IP packet inside."""
+    """Return the bytes that VXLAN on this underlay adds around an inner packet."""
     return OVERHEAD_V6 if ":" in underlay else OVERHEAD_V4
 
 
 def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
-    """Peers that are probed by VXLAN, by probe address: those on an underlay of the same kind, one at each address."""
+    """Return the peers that are probed over VXLAN, by probe address.
+
+    Peers with an underlay address of the other family are left out, and all but one of the peers with the same
+    address."""
     own, is_v6 = address_of(targets.node.node_id), ":" in targets.node.data_path
     found: dict[str, PathPeer] = {}
     for peer in sorted(targets.peers, key=lambda one: one.node_id):
@@ -53,7 +56,8 @@ def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
 
 
 def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
-    """The namespace.  ``offloads``: of its device; None: as it is."""
+    """Return the desired state of the namespace.  ``offloads`` is the device's setting, or None to leave it
+    unchanged."""
     own = address_of(targets.node.node_id)
     entries = set()
     for address, peer in reached(targets).items():
@@ -83,18 +87,19 @@ def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | N
 
 
 PEERS_MAX = 512
-"""A node probes no more peers."""
+"""Maximum number of peers that a node probes."""
 _PORT_MAX = (1 << 16) - 1
 
 
 def sound(targets: ProbeTargets) -> ProbeTargets:
-    """``targets`` without invalid addresses and the node itself, each peer once, no more than ``PEERS_MAX``."""
+    """Return ``targets`` without invalid addresses, without the node itself, and with at most ``PEERS_MAX`` distinct
+    peers."""
     peers = {peer.node_id: _sound(peer) for peer in targets.peers if peer.node_id != targets.node.node_id}
     return ProbeTargets(node=_sound(targets.node), peers=tuple(peers.values())[:PEERS_MAX])
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """Of ``192.0.2.1:2377`` or ``[fd09::1]:2377``.  Raises: ValueError: it is neither."""
+    """Split ``192.0.2.1:2377`` or ``[fd09::1]:2377``.  Raises: ValueError: ``text`` is neither."""
     host, _, port = text.rpartition(":")
     number = int(port)
     if not 0 < number <= _PORT_MAX:
@@ -103,7 +108,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def _sound(peer: PathPeer) -> PathPeer:
-    # The forwarder's port is ten above, and WireGuard's next to it.
+    # The forwarder's port is ten above, WireGuard's next to it.
     has_port = 0 < peer.vxlan_port <= _PORT_MAX - 16
     return msgspec.structs.replace(
         peer,

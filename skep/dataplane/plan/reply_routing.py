@@ -1,23 +1,24 @@
-"""How a task's replies go back through the node that their client came by: routes, routing rules and tables.  Pure.
+"""Routes a task's replies back through the node that their client connected to: routes, rules and tables.  Pure.
 
-Packets of the routing mesh reach a container with the client's own address, so its default route would send the
-replies another way.  The MAC address they came from says which node forwarded them: it becomes the mark of the
-connection, the mark of the replies, and by a rule the number of a routing table with that node as its only gateway.
-Mark and table are the node's IPv4 address on the ingress network, so that no numbers have to be assigned or stored.
+Packets of the routing mesh reach a container with the client's own address, so its default route would send the replies
+another way.  The source MAC address tells which node forwarded them.  It determines the mark of the connection, the
+mark of the replies, and by a rule the number of a routing table with that node as its only gateway.  Mark and table are
+the node's IPv4 address on the ingress network, so that no numbers have to be assigned or stored.
 
-* A client (a load balancer before all nodes) may use one port of its own towards several nodes: the same addresses and
-  ports for a task that both lead to.  Each node's connections are tracked in a zone of their own in the original
-  direction and in one zone of all in that of the reply: a connection whose replies would be the same as another's
-  gets another client port as it arrives, as by any address translation; its address stays.
+* A client, such as a load balancer before all nodes, may use one source port towards several nodes.  Both connections
+  then have the same addresses and ports at a task that both lead to.  Each node's connections are therefore tracked in
+  a zone of their own in the original direction, and in one common zone in the reply direction.  A connection whose
+  replies would look like another's gets another client port on arrival, as with any address translation.  Its address
+  stays.
 * A UDP server that replies from an unbound socket has its source address chosen by the default route, so its reply
-  would belong to no connection.  UDP is therefore led to the address of the default route's interface, and conntrack
-  puts the right source back.
-* Most containers have no IPv6 default route, and without any route no reply begins.  TCP begins its replies by the
-  mark of the first packet (``SYSCTLS``), UDP by a rule that leads UDP alone to the node's own ingress address.  New
-  UDP flows by that route are refused, new TCP connections find no route: both at once.  Those that have the route are
-  treated as with IPv4.
+  would match no connection.  UDP is therefore sent to the address of the default route's interface, and conntrack
+  restores the right source.
+* Most containers have no IPv6 default route, and without any route no reply can start.  TCP selects the route of its
+  replies by the mark of the first packet (``SYSCTLS``), UDP by a rule that sends only UDP to the node's own ingress
+  address.  New UDP flows on that route are refused, and new TCP connections find no route.  Both fail at once.
+  Containers with an IPv6 default route are handled as for IPv4.
 
-Source: the approach is direct server return by policy routing; marks by MAC address as keepalived's users do it.
+Source: the approach is direct server return by policy routing, with marks by MAC address as users of keepalived do.
 """
 
 from collections.abc import Iterable
@@ -33,20 +34,21 @@ from skep.dataplane.plan.ingress import IngressNode, Plan
 
 _TABLE = "skep_return"
 _PRIORITY = 1042
-"""Of the rules by mark; they are recognised by it."""
+"""Priority of the rules by mark, which also identifies them."""
 _UDP_PRIORITY = 32999
-"""Of the rule for IPv6 replies over UDP: after all other routes."""
+"""Priority of the rule for IPv6 replies over UDP, after all other routes."""
 _UDP_TABLE = 1042
 _ZONE = "@ll,80,16"
-"""The last two bytes of the MAC address that a packet came from: those of its node's address."""
+"""The last two bytes of a packet's source MAC address, which are the last two of its node's IPv4 address."""
 SYSCTLS = {"net/ipv4/tcp_fwmark_accept": "1"}
-"""Of the container's namespace, for both versions of IP."""
+"""Sysctls of the container's namespace, for both versions of IP."""
 
 
 class IngressEndpoint(msgspec.Struct, frozen=True):
-    """A container on the ingress network by its ``interface``.
+    """A container's ``interface`` on the ingress network.
 
-    ``egress``, ``egress6``: its addresses on the interface of its IPv4 and IPv6 default routes; empty: it has none.
+    ``egress`` and ``egress6`` are its addresses on the interfaces of its IPv4 and IPv6 default routes, or empty without
+    such a route.
     """
 
     interface: str
@@ -55,7 +57,7 @@ class IngressEndpoint(msgspec.Struct, frozen=True):
 
 
 def reply_routing(plan: Plan, endpoint: IngressEndpoint) -> tuple[State, tuple[NftTable, NftTable]]:
-    """What the namespace of a container has to hold."""
+    """Return the desired state and tables of a container's namespace."""
     nodes = [node for node in plan.nodes if node.ipv4]
     rules, routes = set[Rule](), set[Route]()
     for node in nodes:
@@ -72,7 +74,7 @@ def reply_routing(plan: Plan, endpoint: IngressEndpoint) -> tuple[State, tuple[N
 
 
 def mark_of(node: IngressNode) -> int:
-    """The mark of connections that came by ``node``."""
+    """Return the mark of connections that came through ``node``."""
     return int(IPv4Address(node.ipv4))
 
 

@@ -1,14 +1,14 @@
-"""When the key pairs of this node replace each other, decided from the handshakes that its devices completed.  Pure.
+"""Decides when this node replaces its key pairs, from the handshakes that its devices completed.  Pure.
 
 A rotation has three steps:
 
-1. The newest pair is ``Limits.period_s`` old and the only one: a second pair is made.  It has a device of its own and
-   is published beside the older one.
-2. Traffic with each peer moves to the newer pair when a handshake by it was completed (``plan.wireguard.chosen``).
+1. When the only pair is ``Limits.period_s`` old, a second pair is made.  It has a device of its own and is published
+   together with the older one.
+2. Traffic with each peer moves to the newer pair when a handshake with it was completed (``plan.wireguard.chosen``).
 3. The older pair is removed ``Limits.overlap_s`` after the last peer has moved (``next_pairs``).  The next rotation
    waits for that, so a device that carries traffic never changes its key.
 
-Times: ``now`` is monotonic and stands still while the machine is suspended; ``boot_s`` and ``KeyPair.made_at`` are
+Times: ``now`` is monotonic and stands still while the machine is suspended.  ``boot_s`` and ``KeyPair.made_at`` are
 seconds since boot.  Wall-clock times of handshakes are compared for equality only, so clock steps have no effect.
 """
 
@@ -23,28 +23,28 @@ from skep.model.ids import NodeId
 ALIVE_S = 300.0
 """A peer whose latest handshake is older than this is not reached by that key pair.
 
-With a keepalive every 25 s a session is renewed every two minutes, and is not used after three.
+With a keepalive every 25 s, a session is renewed every two minutes and not used after three.
 Source: wireguard.com/papers/wireguard.pdf, section 6.1.
 """
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long key pairs are used, in seconds."""
+    """Lifetimes of key pairs, in seconds."""
 
     period_s: float = 24 * 3600.0
-    """After this a key pair is replaced.  Session keys are replaced by WireGuard itself, every two minutes."""
+    """Age at which a key pair is replaced.  WireGuard itself replaces session keys every two minutes."""
     overlap_s: float = 300.0
-    """The older pair is kept for this long after the last peer has moved: until the peer has sent its last packet to
-    the older key (it looks at its handshakes every second; a lost confirmation is repeated after 25 s)."""
+    """Time for which the older pair is kept after the last peer has moved, until the peer has sent its last packet to
+    the older key.  A peer checks its handshakes every second, and a lost confirmation is repeated after 25 s."""
     bound_s: float = 7 * 24 * 3600.0
-    """The older pair is removed at this age of the newer one, whatever peers use: one that refuses the newer key must
-    not prevent rotation for good.  Also how long managers may be away without a loss of traffic."""
+    """Age of the newer pair at which the older pair is removed, whatever peers use.  A peer that refuses the newer key
+    must not prevent rotation forever.  This is also how long managers may be unreachable without a loss of traffic."""
 
 
 class Handshake(msgspec.Struct, frozen=True, kw_only=True):
     """The latest handshake of a session.
 
-    ``stamp``: the device's wall-clock time.  ``changed_at``: when this process first saw that stamp.
+    ``stamp`` is the device's wall-clock time.  ``changed_at`` is when this process first saw that stamp.
     """
 
     stamp: float
@@ -52,20 +52,22 @@ class Handshake(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(IntEnum):
-    """What the peers that have not moved to the newest key pair do with the older one."""
+    """How the peers that have not moved to the newest key pair use the older one."""
 
     UNUSED = 0
     """Every peer that was ever reached has moved."""
     SILENT = 1
-    """Some have not moved, and sent nothing for ``ALIVE_S``.  They may come back with the older key only."""
+    """Some peers have not moved and sent nothing for ``ALIVE_S``.  They may come back with the older key only."""
     ALIVE = 2
-    """Some exchange packets by the older pair only."""
+    """Some peers exchange packets with the older pair only."""
 
 
 class Overlap(msgspec.Struct, frozen=True, kw_only=True):
-    """The use of the older key pair as of the last look.  ``unused_since``: None: it is used.
+    """The use of the older key pair at the last check.
 
-    ``newest``: the public key of the newest pair, for which this holds.
+    Args:
+        newest: The public key of the newest pair at that check.
+        unused_since: When the older pair was first seen unused, or None while it is used.
     """
 
     newest: bytes = b""
@@ -76,7 +78,7 @@ class Overlap(msgspec.Struct, frozen=True, kw_only=True):
 def noted(
     before: Mapping[Session, Handshake], found: Mapping[Session, float], now: float
 ) -> Mapping[Session, Handshake]:
-    """The handshakes of ``found`` (``handshakes_of``), with the time when each was first seen."""
+    """Return the handshakes of ``found`` (``handshakes_of``), with the time when each was first seen."""
     return {
         session: known
         if (known := before.get(session)) is not None and known.stamp == stamp
@@ -86,9 +88,10 @@ def noted(
 
 
 def handshakes_of(found: Iterable[FoundDevice], pairs: Iterable[KeyPair]) -> Mapping[Session, float]:
-    """The completed handshakes of all devices, with their stamps.
+    """Return the completed handshakes of all devices, with their stamps.
 
-    A device counts for the key that it has, not for the one that it should have.  One with a foreign key is left out.
+    A handshake counts for the key that the device has, not for the key that it should have.  A device with an unknown
+    key is left out.
     """
     own = {pair.private: pair.public for pair in pairs}
     return {
@@ -106,7 +109,7 @@ def usage_of_older(
     handshakes: Mapping[Session, Handshake],
     now: float,
 ) -> Usage:
-    """``peers``: the keys of each other node, the oldest first (``Plan.peers``).
+    """Return how peers use the older key pair.  ``peers`` are each node's keys, the oldest first (``Plan.peers``).
 
     A peer has moved when the newest pair has a session with the key that this node sends to (``chosen``).  A session
     with any of its keys is not enough: if each side counted on the other's older key, both could be removed at once.
@@ -130,7 +133,8 @@ def observed(
     handshakes: Mapping[Session, Handshake],
     now: float,
 ) -> Overlap:
-    """The state after another look.  The time without use begins anew with a rotation, and when a peer falls back."""
+    """Return the state after another check.  The time without use restarts with a rotation, and when a peer falls
+    back."""
     newest = pairs[-1].public if pairs else b""
     usage = usage_of_older(pairs, peers, handshakes, now)
     if usage is not Usage.UNUSED:
@@ -148,15 +152,16 @@ def next_pairs(
     now: float,
     limits: Limits,
 ) -> tuple[KeyPair, ...]:
-    """The key pairs from now on, the oldest first: one is added, or the older one is removed, or neither.
+    """Return the key pairs from now on, the oldest first: one is added, or the older one is removed, or neither.
 
-    The newer pair takes the slot that the newest does not have.
+    A new pair takes the slot that the newest pair does not have.
     """
     if not pairs:
         return (KeyPair(private=make(), slot=0, made_at=boot_s),)
     newest = pairs[-1]
     age = boot_s - newest.made_at
-    if age < 0 or (len(pairs) == 1 and age >= limits.period_s):  # less than 0: a pair of another boot
+    # a negative age: the pair was made in another boot
+    if age < 0 or (len(pairs) == 1 and age >= limits.period_s):
         return (newest, KeyPair(private=make(), slot=1 - newest.slot, made_at=boot_s))
     if len(pairs) > 1 and overlap.newest == newest.public and _is_over(overlap, age, now, limits):
         return (newest,)
@@ -164,7 +169,7 @@ def next_pairs(
 
 
 def _is_over(overlap: Overlap, age: float, now: float, limits: Limits) -> bool:
-    """Whether the older of two pairs goes.  ``age``: of the newer one."""
+    """Return whether the older of two pairs is removed.  ``age`` is the newer pair's."""
     match overlap.usage:
         case Usage.UNUSED:
             return overlap.unused_since is not None and now - overlap.unused_since >= limits.overlap_s

@@ -1,19 +1,20 @@
-"""Virtual addresses in a container's namespace: where they lead, and the nftables tables for it.  Pure.
+"""Virtual addresses in a container's namespace: their backends, and the nftables tables for them.  Pure.
 
-One table per family, ``ip skep_virtual`` and ``ip6 skep_virtual``.  A packet for a virtual address takes three steps:
+There is one table per family, ``ip skep_virtual`` and ``ip6 skep_virtual``.  A packet for a virtual address passes
+three steps:
 
-* ``guards`` (before NAT) refuses what cannot go anywhere: a new flow to a service without backends, and TCP in the
-  middle of a connection that this namespace does not remember, which is reset (it would reach some backend that
-  does not have it).  It notes in ``datagrams`` which addresses UDP flows go to, since looking for the flows of a
-  backend that went means going through all that the node's connection tracking holds (9 ms).
-* ``services`` leads the first packet of a flow to ``spread_<n>``, the chain for all services that have just ``n``
-  backends: it draws one of ``n`` numbers.  So the spread is exactly even, and a service costs as many elements as it
-  has backends.
+* ``guards`` (before NAT) refuses packets without a destination.  These are new flows to a service without backends, and
+  TCP in the middle of a connection that this namespace does not know.  Such a connection is reset, because it would
+  otherwise reach some backend that does not know it either.  ``guards`` also notes in ``datagrams`` which addresses UDP
+  flows use, because finding the flows of a removed backend means reading all of the node's connection tracking (9 ms).
+* ``services`` sends the first packet of a flow to ``spread_<n>``, the chain for all services that have exactly ``n``
+  backends.  It draws one of ``n`` numbers.  The spread is therefore exactly even, and a service costs as many elements
+  as it has backends.
 * ``backends`` has the address for the virtual address and the number drawn.  All later packets of the flow follow
-  conntrack, whatever happens to the maps: connections stay where they are.
+  conntrack, whatever happens to the maps, so connections stay where they are.
 
-The sender keeps its own address, so a backend sees its client, and may be the client itself.  Every protocol is led:
-TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
+The sender keeps its own address, so a backend sees its client, and may be the client itself.  Every protocol is
+handled: TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
 """
 
 from collections import defaultdict
@@ -32,18 +33,18 @@ FAMILIES = ("ip", "ip6")
 DATAGRAMS = "datagrams"
 _MAPS = ("backends", "services", "guards")
 _DATAGRAMS_MAX = 1024
-"""The kernel makes room for as many from the start: 16 KiB."""
+"""Size of the set, which the kernel allocates from the start: 16 KiB."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
 
 Backends: TypeAlias = tuple[str, ...]
 VipBackends: TypeAlias = Mapping[str, Backends]
-"""From a virtual address to the addresses that serve it, of the same family; empty: connections are refused."""
+"""The backends' addresses by virtual address, of the same family.  Without backends, connections are refused."""
 
 
 def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
-    """The backends of each service's virtual addresses, in the order of their tasks' ids.
+    """Return the backends of each service's virtual addresses, in the order of their tasks' ids.
 
-    None on the ingress network: its ports are published by the nodes.
+    The ingress network has none: nodes publish its ports.
     """
     if table.head.is_ingress:
         return {}
@@ -62,20 +63,22 @@ def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
 
 
 class Written(msgspec.Struct, frozen=True):
-    """One family's table as it was written: its backends, and for which numbers of them there are chains."""
+    """One family's table as it was written: its backends, and the numbers of backends that have chains."""
 
     backends: VipBackends
     counts: frozenset[int]
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """``text``: the changes, as one transaction.
+    """Changes to the tables.
 
-    ``elements``: the same, where nothing changes but elements of maps; None: more does.  Most changes of backends are
-    such, and need not go through nftables' language.
-
-    ``after``: the tables by family.  ``stale``: addresses whose UDP flows may lead elsewhere now, with their backends;
-    ``is_anew``: and which of them have flows is not known.
+    Args:
+        text: The changes as one transaction.
+        elements: The same changes if only elements of maps change, else None.  Most changes of backends are of this
+            kind and need not be parsed by nft.
+        after: The tables by family after the changes.
+        stale: Addresses whose UDP flows may lead to a removed backend, with their present backends.
+        is_anew: Whether the earlier state was unknown, so that it is also unknown which addresses have flows.
     """
 
     text: str
@@ -86,7 +89,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
-    """How a namespace with ``written`` (None: it is not known) comes to ``backends``.
+    """Return the changes of a namespace from ``written`` (None if unknown) to ``backends``.
 
     A namespace without virtual addresses of a family needs no table for it.
     """
@@ -121,7 +124,7 @@ def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
 
 
 def vip_table(family: str, backends: VipBackends) -> NftTable:
-    """The whole table of one family."""
+    """Return the complete table of one family."""
     kind = _ADDRESS_TYPE[family]
     counts = sorted(_counts(backends))
     return NftTable(
@@ -167,9 +170,10 @@ class Elements(NamedTuple):
 
 
 def elements(family: str, old: VipBackends, new: VipBackends) -> tuple[Elements, ...]:
-    """How the elements of ``new`` differ from those of ``old``, in the order in which they are to be changed.
+    """Return the changes from the elements of ``old`` to the elements of ``new``, in the order to apply them.
 
-    Not by the whole table's elements: one service changes, of hundreds in each of a hundred namespaces.
+    It compares addresses and not whole tables, because one service changes among hundreds in each of a hundred
+    namespaces.
     """
     gone: dict[str, list[tuple[str, str]]] = {name: [] for name in _MAPS}
     added: dict[str, list[tuple[str, str]]] = {name: [] for name in _MAPS}
@@ -191,7 +195,7 @@ def elements(family: str, old: VipBackends, new: VipBackends) -> tuple[Elements,
 
 
 def noted(addresses: Iterable[str]) -> str:
-    """Note that UDP flows go to ``addresses``."""
+    """Return the command that notes UDP flows to ``addresses``."""
     return "".join(
         f"add element {family} {NAME} {DATAGRAMS} {{ {one} }}\n"
         for one in sorted(addresses)
@@ -200,10 +204,10 @@ def noted(addresses: Iterable[str]) -> str:
 
 
 def in_place(before: Backends, backends: Backends) -> Backends:
-    """``backends`` in an order that leaves as many as possible at the index that they had ``before``.
+    """Return ``backends`` in an order that keeps as many as possible at the index that they had ``before``.
 
-    A backend that goes leaves a gap, which a new one fills, and else the last; so a change costs as many elements as it
-    has backends, wherever in the order it happens.
+    A removed backend leaves a gap, which a new one fills, or else the last one.  A change therefore costs as many
+    elements as backends change, wherever in the order it happens.
     """
     stays, coming = set(backends), [one for one in backends if one not in before]
     slots: list[str | None] = [one if one in stays else None for one in before]
@@ -217,12 +221,12 @@ def in_place(before: Backends, backends: Backends) -> Backends:
 
 
 def is_ipv6(address: str) -> bool:
-    """Whether the text of an address is IPv6."""
+    """Return whether the text of an address is IPv6."""
     return ":" in address
 
 
 def first_of_family(addresses: Iterable[str], ipv6: bool) -> str:
-    """The first of ``addresses`` that is IPv6, or IPv4; empty: none is."""
+    """Return the first IPv6 address if ``ipv6``, else the first IPv4 address, or an empty text."""
     return next((one for one in addresses if is_ipv6(one) is ipv6), "")
 
 
@@ -250,12 +254,12 @@ def _draw(family: str, count: int) -> str:
 
 
 def _counts(backends: VipBackends) -> frozenset[int]:
-    """The numbers of backends for which there have to be chains."""
+    """Return the numbers of backends that need a chain."""
     return frozenset(len(found) for found in backends.values() if found)
 
 
 def _elements(address: str, backends: Backends | None) -> Iterator[tuple[str, str, str]]:
-    """(map, key, value) of each element for ``address``; None: it is not led anywhere."""
+    """Yield map, key and value of each element for ``address``.  None as ``backends`` yields nothing."""
     if backends is None:
         return
     yield "guards", address, "goto known" if backends else "goto empty"

@@ -1,12 +1,12 @@
-"""What WireGuard has to carry between this node and the others.  Pure.
+"""Plans the WireGuard devices and peers between this node and the others.  Pure.
 
 Every node that shares an encrypted network with this one is a peer by each key that it publishes.  Each key has an
-address of its own inside the tunnel (``inner_address``), the only one that packets of that key may come from.  The
-VXLANs of encrypted networks send to these addresses and to nothing else: ``tunnelled`` gives a network's table with
-tunnel addresses in place of the nodes'.
+address of its own inside the tunnels (``inner_address``), the only allowed source of packets of that key.  The
+VXLANs of encrypted networks send to these addresses and to nothing else.  ``tunnelled`` replaces the nodes' addresses
+in a network's table by tunnel addresses.
 
-The devices live in a network namespace of their own, which has no other way out.  So a packet of an encrypted network
-that no tunnel takes is dropped there; none can leave in clear.
+The devices live in a network namespace of their own without other egress.  A packet of an encrypted network that no
+tunnel takes is therefore dropped there, and none can leave unencrypted.
 """
 
 from collections import Counter
@@ -26,22 +26,23 @@ from skep.model.wireguard import PublicKey
 from skep.paths import DEFAULT_RUN
 
 INNER_PORT_OFFSET = 12
-"""UDP port of VXLAN inside the tunnels, above that of the plain one (4801); nothing outside ever sees it."""
+"""UDP port of VXLAN inside the tunnels, above the port of unencrypted VXLAN (4801).  It is never seen outside."""
 OVERHEAD_V4, OVERHEAD_V6 = 60, 80
 """Bytes that WireGuard adds to a packet: its header and tag (32), UDP, IP.  Source: wireguard.com/protocol."""
 PADDING = 16
-"""WireGuard fills packets up to a multiple of this, at most to the MTU of its device."""
+"""WireGuard pads packets to a multiple of this, at most to the MTU of its device."""
 KEEPALIVE_S = 25
-"""Sessions are begun at once and kept, so that a key is known to work before traffic moves to it."""
+"""Keepalive interval.  Sessions start at once and are kept, so that a key is known to work before traffic moves to
+it."""
 
 _PREFIX = bytes.fromhex("fd736b6570656e63")
 """Unique local (RFC 4193): fd73:6b65:7065:6e63::/64.  It exists inside the tunnels' namespace only."""
 
 
 class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
-    """A private key (X25519, 32 bytes) with the device that uses it.  Never logged, never shown.
+    """A private key (X25519, 32 bytes) and the slot of the device that uses it.  Never logged or shown.
 
-    ``made_at``: seconds since the machine booted.
+    ``made_at`` is in seconds since the machine booted.
     """
 
     private: bytes
@@ -50,7 +51,7 @@ class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def public(self) -> bytes:
-        """32 bytes, which peers have."""
+        """The public key that peers have, 32 bytes."""
         return X25519PrivateKey.from_private_bytes(self.private).public_key().public_bytes_raw()
 
     def __repr__(self) -> str:
@@ -60,7 +61,10 @@ class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """One key of another node.
 
-    ``public``: 32 bytes; ``endpoint``: the node's underlay address; ``inner``: the address of this key in the tunnel.
+    Args:
+        public: The public key, 32 bytes.
+        endpoint: The node's underlay address.
+        inner: The address of this key inside the tunnels.
     """
 
     public: bytes
@@ -70,7 +74,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One WireGuard device, as it should be configured.  ``public``: the key that belongs to ``private``."""
+    """Desired configuration of a WireGuard device.  ``public`` is the public key of ``private``."""
 
     private: bytes
     public: bytes
@@ -82,40 +86,42 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """All of one node.
+    """The desired devices and peers of one node.
 
-    ``devices``: by slot, the oldest key first.  ``peers``: by node, the oldest key first.  ``sources``: the tunnel
-    addresses that frames of each VXLAN id may come from.
+    Args:
+        devices: The devices by slot, the oldest key first.
+        peers: The peers by node, the oldest key first.
+        sources: The tunnel address and VXLAN id of each allowed source of frames.
     """
 
     devices: Mapping[int, Device] = {}
     peers: Mapping[NodeId, tuple[Peer, ...]] = {}
     sources: frozenset[tuple[str, int]] = frozenset()
     contested: tuple[NodeId, ...] = ()
-    """Nodes that publish a key, or one with the address of a key, which another node publishes too: it is used for
-    neither."""
+    """Nodes that publish a key of another node, or a key with the same inner address.  The key is used for neither
+    node."""
     keyless: tuple[NodeId, ...] = ()
-    """Nodes of encrypted networks without a usable key: nothing is sent to them, nothing taken from them."""
+    """Nodes of encrypted networks without a usable key.  No frames are exchanged with them."""
 
 
 Session = tuple[bytes, bytes]
 """A public key of this node and one of a peer, between which a handshake was completed.
 
-Keys, not devices: what was completed with one key says nothing of the next key of the same device.
+Keys and not devices, because a handshake with one key says nothing about the next key of the same device.
 """
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """Which key of each peer this node sends to, and by which device each tunnel address is reached (its slot)."""
+    """The key of each peer that this node sends to, and the slot of the device for each tunnel address."""
 
     addresses: Mapping[NodeId, str] = {}
     slots: Mapping[str, int] = {}
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What brings a device from what it has to what it should have.  ``removed`` comes before ``put``.
+    """Changes to a device that lead to its desired configuration.  ``removed`` is applied before ``put``.
 
-    ``private``: set together with the removal of all peers, so that none keeps the handshake of the key before.
+    ``private`` is set together with the removal of all peers, so that no peer keeps a handshake of the previous key.
     """
 
     private: bytes | None = None
@@ -125,7 +131,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is anything to change."""
+        """Whether anything has to change."""
         return self != Change()
 
     def __repr__(self) -> str:
@@ -133,7 +139,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FoundPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer as a device has it.  ``handshake_at``: of the latest one, wall-clock seconds; 0: none was completed."""
+    """A peer as a device has it.  ``handshake_at`` is the time of the latest handshake in wall-clock seconds, or 0."""
 
     inner: tuple[str, ...] = ()
     keepalive_s: int = 0
@@ -142,7 +148,7 @@ class FoundPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """A device as it is configured."""
+    """The present configuration of a device."""
 
     private: bytes = b""
     port: int = 0
@@ -154,23 +160,24 @@ class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 @lru_cache(maxsize=4096)
 def inner_address(public: bytes) -> str:
-    """The address of a key inside the tunnels: 64 bits of its hash.
+    """Return the address of a key inside the tunnels: 64 bits of its hash.
 
-    Among 10,000 keys two have the same one with a probability of 3e-12.  A key with a given address takes
-    2**64 attempts, one with the address of any of 10,000 keys 2**51, within a day; ``plan_of`` then uses neither.
+    Among 10,000 keys, two have the same address with a probability of 3e-12.  Finding a key with a given address takes
+    2**64 attempts.  Finding one with the address of any of 10,000 keys takes 2**51, which is possible within a day, so
+    ``plan_of`` uses neither of two keys with the same address.
     """
     return str(IPv6Address(_PREFIX + sha256(public).digest()[:8]))
 
 
 def tunnel_mtu(underlay_mtu: int, *, is_ipv6: bool) -> int:
-    """The largest packet that fits into one packet of the underlay when it is encrypted and padded."""
+    """Return the size of the largest packet that fits into one underlay packet after encryption and padding."""
     return (underlay_mtu - (OVERHEAD_V6 if is_ipv6 else OVERHEAD_V4)) // PADDING * PADDING
 
 
 def device_name(run: Path, slot: int) -> str:
-    """``skep-wg0``; with another run directory than the usual one it is unique to that.
+    """Return a device's name: ``skep-wg0``, or a name unique to the run directory unless that is the default.
 
-    wireguard-go's socket is named after its device, in a folder that all of a machine's share.
+    wireguard-go's socket is named after its device, in a folder that is shared by everything on a machine.
     """
     if run == DEFAULT_RUN:
         return f"skep-wg{slot}"
@@ -178,14 +185,15 @@ def device_name(run: Path, slot: int) -> str:
 
 
 def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, port: int = 0) -> Plan:
-    """The plan of node ``own``, for those of ``tables`` that are encrypted.
+    """Return the plan of node ``own``, for all encrypted ``tables``.
 
-    ``pairs``: its key pairs, the oldest first.  ``port``: UDP, of slot 0, slot 1 has the next one; 0: after that of
-    VXLAN.
+    Args:
+        pairs: The node's key pairs, the oldest first.
+        port: UDP port of slot 0, or 0 for the port after VXLAN's.  Slot 1 has the next port.
     """
     encrypted = [table for table in tables if table.head.is_encrypted]
     nodes = {id: node for table in encrypted for id, node in table.nodes.items() if id != own}
-    # By address, not by key: a key may have been made so that its address is that of another one.
+    # Count addresses and not keys: a key may have been made so that it has the address of another one.
     claims = Counter(inner for node in nodes.values() for inner in _inner_addresses(node))
     claims.update(inner_address(pair.public) for pair in pairs)
     peers = {
@@ -226,15 +234,16 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
 
 
 def own_port(slot: int, vxlan_port: int, port: int = 0) -> int:
-    """UDP port of the device in ``slot``.  ``port``: as configured for slot 0; 0: after that of VXLAN."""
+    """Return the UDP port of the device in ``slot``.  ``port`` is the configured port of slot 0, or 0 for the
+    default."""
     return (port or vxlan_port + WIREGUARD_OFFSET) + slot
 
 
 def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
-    """What is sent to, and by which device: always the newest of both that is known to work.
+    """Choose the key of each peer to send to, and the device: the newest of both that are known to work.
 
-    Traffic moves to a new key, of this node or of a peer, when a handshake with it was completed, and not before; so
-    nothing waits for one.  Where no handshake was completed yet, it is the newest key and the newest device.
+    Traffic moves to a new key, of this node or of a peer, only after a handshake with it was completed, so that no
+    packet waits for a handshake.  Before the first handshake, the newest key and the newest device are used.
     """
     newest_first = tuple(plan.devices.items())[::-1]
     if not newest_first:
@@ -256,9 +265,9 @@ def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
 
 
 def tunnelled(table: Table, own: NodeId, addresses: Mapping[NodeId, str]) -> Table:
-    """``table`` of an encrypted network as its VXLANs need it: nodes are at their addresses inside the tunnels.
+    """Return an encrypted network's ``table`` for its VXLANs, with the nodes' addresses inside the tunnels.
 
-    A node without such an address is left out.  This node itself sends from whatever address the tunnel has (``::``).
+    A node without such an address is left out.  This node itself sends from whichever address the tunnel has (``::``).
     """
     inner = {**addresses, own: "::"}
     nodes = {
@@ -271,11 +280,12 @@ def tunnelled(table: Table, own: NodeId, addresses: Mapping[NodeId, str]) -> Tab
 
 
 def changes(found: FoundDevice, wanted: Device, before: Device | None) -> Change:
-    """``before``: what this process wanted last; None: it wanted nothing yet.
+    """Return the changes from the ``found`` to the ``wanted`` configuration of a device.
 
-    Peers that stay are never replaced: their sessions go on.  WireGuard follows a peer whose packets come from
-    another address than its endpoint, so an endpoint is set only when the wanted one has changed.  With another
-    private key all peers are made anew: a device would go on showing the handshakes made with the key before.
+    ``before`` is the configuration that this process wanted last, or None.  Peers that stay are never replaced, so
+    their sessions continue.  WireGuard follows a peer whose packets come from another address than its endpoint, so an
+    endpoint is set only if the wanted one has changed.  With another private key all peers are made again, because a
+    device otherwise keeps showing handshakes made with the previous key.
     """
     if found.private != wanted.private:
         port = wanted.port if found.port != wanted.port else None

@@ -1,1 +1,1 @@
-"""Probes between nodes: what the data path lets through, measured where containers' packets go."""
+"""Probes between nodes: measures which packets the data path delivers, on the path that containers' packets take."""

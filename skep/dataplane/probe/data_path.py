@@ -1,6 +1,6 @@
-"""Probes of the data path to each peer through VXLAN, and what was measured.
+"""Probes the data path to each peer through VXLAN, and keeps the measurements.
 
-The order matters: small packets first; if they arrive, the path MTU; then packets with a checksum, of a size that
+The order matters: small packets first, then the path MTU if they arrive, then packets with a checksum, of a size that
 arrives.
 """
 
@@ -44,12 +44,12 @@ THOROUGH_TRIES = 10
 REQUESTED_S = 25.0
 """A peer sends requests every ten seconds."""
 CHECK_BYTES = 1 << 18
-"""Of a TCP transfer that tests whether large segments arrive: many of them."""
+"""Bytes of a TCP transfer that tests whether large segments arrive, which needs many of them."""
 _TRIAL_TRIES = 5
 
 
 class DataPath:
-    """Probes and measurements of one node's data path.  ``numbers``: random, of 64 bits."""
+    """Probes and measurements of one node's data path.  ``numbers`` returns 64 random bits."""
 
     def __init__(
         self, namespace: ProbeNamespace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
@@ -70,25 +70,25 @@ class DataPath:
         self._has_offloads: bool | None = None
         self._verified_by_tcp: set[NodeId] = set()
         self.failure = ""
-        """Why no peer can be probed at present; empty: nothing."""
+        """Why no peer can be probed at present, or empty if probing works."""
         self.measured = Measurements()
         self.offload = Offload()
 
     def own_measurements(self) -> PeerMeasurements:
-        """The content of responses: the MTU of this node's device, and the smaller path MTUs."""
+        """Return the content of responses: the MTU of this node's device, and the smaller path MTUs."""
         mtu = self._underlay.mtu if self._underlay is not None else 0
         own = self.measured.own
         return PeerMeasurements(mtu, {number_of(id): found for id, found in own.items() if 0 < found < mtu})
 
     def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
-        """``underlay`` with the MTU of the paths between ``nodes``, ``node`` (this one) among them."""
+        """Return ``underlay`` with the MTU of the paths between ``nodes``, which include this ``node``."""
         mtu = path_mtu(self.measured, nodes, node, underlay.mtu)
         return msgspec.structs.replace(underlay, mtu=mtu, offloads=False if self.offload.is_off else None)
 
     # --- namespace ------------------------------------------------------------------------------------------------
 
     async def apply(self, targets: ProbeTargets | None) -> str:
-        """Probe ``targets`` from now on, and respond to them.  Returns why that is impossible; empty: it is not."""
+        """Probe ``targets`` from now on and respond to them.  Return why that is impossible, or an empty text."""
         async with self._applying:
             self._targets = targets
             self._drop_removed_peers()
@@ -108,7 +108,7 @@ class DataPath:
     async def _apply(self, targets: ProbeTargets) -> None:
         self._underlay = await self._namespace.apply(targets, offloads=self._has_offloads)
         if self._has_offloads is None:
-            # The device shows what an earlier process has found; a new device leaves checksums to the card.
+            # The device shows an earlier process's result.  A new device leaves checksums to the card.
             self._has_offloads = await self._namespace.has_offloads()
             self.offload = Offload(is_off=not self._has_offloads)
         address = address_of(targets.node.node_id)
@@ -134,7 +134,7 @@ class DataPath:
         self._addresses = {id: address for id, address in self._addresses.items() if id in peers}
 
     def close(self) -> None:
-        """Stop probing and responding; the device stays."""
+        """Stop probing and responding.  The device stays."""
         self._probe_socket.detach()
         for one in tuple(self._connections):
             one.abort()
@@ -147,7 +147,7 @@ class DataPath:
     # --- probes -----------------------------------------------------------------------------------------------
 
     async def findings(self, peer: PathPeer, *, is_thorough: bool) -> Sequence[PathFinding]:
-        """What arrives at ``peer``; empty: it has no data path, or is no target yet."""
+        """Probe ``peer`` and return the findings.  Empty if it has no data path or is not a target yet."""
         address, underlay = self._addresses.get(peer.node_id), self._underlay
         if self.failure and peer.data_path:
             nothing = Outcome(sent=1, answered=0, error=self.failure)
@@ -173,7 +173,7 @@ class DataPath:
         return found
 
     async def throughput(self, peer: PathPeer) -> int:
-        """Bytes per second to ``peer`` by TCP; 0: they do not arrive."""
+        """Measure the TCP throughput to ``peer`` in bytes per second.  0 if packets do not arrive."""
         address = self._addresses.get(peer.node_id)
         return (await self._transfer(peer, address, BYTES_MAX)).per_s if address is not None else 0
 
@@ -184,23 +184,23 @@ class DataPath:
             self.measured = Measurements(own, peers)
 
     async def _mtu(self, peer: PathPeer, address: str, underlay: Underlay) -> tuple[int, int]:
-        """The path MTU (0: less than ``MTU_MIN``), and how many sizes were tried."""
+        """Return the path MTU (0 if less than ``MTU_MIN``), and the number of sizes tried."""
         known, tried = initial_range(underlay.mtu), 0
         before = min(self.measured.own.get(peer.node_id, 0), underlay.mtu)
         if before:
             tried_sizes = recheck_sizes(before, underlay.mtu)
-            arrived = await self._arrived(address, underlay, tried_sizes)
+            arrived = await self._probe_sizes(address, underlay, tried_sizes)
             tried = len(tried_sizes)
             if arrived and max(arrived) == before:
                 return before, tried
             known = narrowed(known, tried_sizes, arrived) if arrived else known
         while tried_sizes := next_sizes(known):
-            arrived = await self._arrived(address, underlay, tried_sizes)
+            arrived = await self._probe_sizes(address, underlay, tried_sizes)
             tried += len(tried_sizes)
             known = narrowed(known, tried_sizes, arrived)
         return known.arrives, tried
 
-    async def _arrived(self, address: str, underlay: Underlay, tried_sizes: Collection[int]) -> set[int]:
+    async def _probe_sizes(self, address: str, underlay: Underlay, tried_sizes: Collection[int]) -> set[int]:
         header_bytes = overhead(underlay.address) + IP_UDP_BYTES
         async with asyncio.TaskGroup() as group:
             probes = {
@@ -212,7 +212,7 @@ class DataPath:
     # --- checksums --------------------------------------------------------------------------------------------
 
     async def _checksum_outcome(self, peer: PathPeer, address: str, *, is_thorough: bool) -> Outcome:
-        """Whether packets with checksums arrive.  Offload is switched off if the network card is at fault."""
+        """Probe with checksums.  Offload is switched off if the network card is at fault."""
         if is_thorough:
             self._verified_by_tcp.discard(peer.node_id)
         outcome = await self._probe_with_checksums(peer, address, SMALL_TRIES)
@@ -229,7 +229,7 @@ class DataPath:
             transferred = await self._transfer(peer, address, CHECK_BYTES)
             if transferred.is_lost:
                 return Outcome(sent=outcome.sent, answered=0)
-            if transferred.bytes:  # otherwise the receiver was busy, which is no evidence
+            if transferred.bytes:  # otherwise the receiver was busy, which is not evidence
                 self._verified_by_tcp.add(peer.node_id)
         return outcome
 
@@ -250,7 +250,7 @@ class DataPath:
 
     async def _test_card(self, peer: PathPeer, address: str) -> None:
         async with self._testing:
-            if self.offload.is_off:  # another peer's trial
+            if self.offload.is_off:  # another peer's trial has already found the card broken
                 return
             arrived: list[bool] = []
             try:
@@ -258,7 +258,7 @@ class DataPath:
                     await self._set_offloads(by_card)
                     self._verified_by_tcp.discard(peer.node_id)
                     arrived.append((await self._probe_with_checksums(peer, address, _TRIAL_TRIES)).arrived)
-                    if arrived[-1] is by_card:  # a broken card loses exactly what is left to it
+                    if arrived[-1] is by_card:  # a broken card loses exactly the packets left to it
                         break
                 self.offload = after_trials(self.offload, peer.node_id, arrived)
             except (SkepError, OSError) as error:

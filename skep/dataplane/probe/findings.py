@@ -1,4 +1,4 @@
-"""Findings, as they are reported, from the outcomes of probes.  Pure; every text names the port."""
+"""Makes findings from the outcomes of probes.  Pure.  Every text names the port."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,8 @@ from skep.model.paths import (
 
 
 def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> PathFinding:
-    """Small packets through VXLAN.  ``is_received``: the peer's probes arrive here."""
+    """Return the finding for small packets through VXLAN.  ``is_received`` tells whether the peer's probes arrive
+    here."""
     port = _vxlan_port(peer)
     detail = ""
     if not outcome.arrived:
@@ -32,7 +33,9 @@ def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> P
 
 
 def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> PathFinding:
-    """Large packets.  ``mtu``: of the path, 0: not even ``MTU_MIN`` arrives; ``tried``: number of packets sent."""
+    """Return the finding for large packets.
+
+    ``mtu`` is the path's, or 0 if not even ``MTU_MIN`` arrives.  ``tried`` is the number of packets sent."""
     detail = ""
     if not mtu:
         detail = (
@@ -49,7 +52,7 @@ def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> Path
 
 
 def checksum_finding(peer: PathPeer, outcome: Outcome, *, is_off: bool) -> PathFinding:
-    """Packets whose checksum is left to the network card, unless that ``is_off``."""
+    """Return the finding for packets whose checksum is left to the network card, unless offload ``is_off``."""
     detail = ""
     if is_off:
         detail = "the network card computed wrong checksums of packets inside VXLAN: checksum offload is switched off"
@@ -64,7 +67,7 @@ def checksum_finding(peer: PathPeer, outcome: Outcome, *, is_off: bool) -> PathF
 def port_finding(
     check: PathCheck, peer: PathPeer, address: str, port: int, outcome: Outcome, *, protocol: str
 ) -> PathFinding:
-    """A port of the underlay."""
+    """Return the finding for a port of the underlay."""
     detail = ""
     if not outcome.arrived:
         detail = (
@@ -76,7 +79,7 @@ def port_finding(
 def next_report(
     peer: PathPeer, findings: Iterable[PathFinding], mtu: int, before: PathReport | None
 ) -> PathReport:
-    """The report of the round after ``before``; equal verdicts are counted in ``rounds``."""
+    """Return the report of the round after ``before``.  Equal verdicts are counted in ``rounds``."""
     report = PathReport(peer=peer.node_id, findings=tuple(findings), mtu=mtu)
     if before is not None and _verdict(before) == _verdict(report):
         return replace(report, rounds=before.rounds + 1)
@@ -84,7 +87,7 @@ def next_report(
 
 
 def is_changed(before: PathReport | None, report: PathReport) -> bool:
-    """Whether ``report`` has another verdict or MTU than ``before``, or its verdict is settled now."""
+    """Return whether ``report`` has another verdict or MTU than ``before``, or its verdict has just settled."""
     if before is None or _verdict(before) != _verdict(report) or before.mtu != report.mtu:
         return True
     return report.is_settled and not before.is_settled

@@ -1,12 +1,12 @@
-"""What follows from probes that arrive or do not: the path MTU, and whether checksum offload works.  Pure.
+"""Derives the path MTU and the state of checksum offload from probes.  Pure.
 
-A router between two nodes may have a smaller MTU than their devices, and often sends no error: packets of full size
-are dropped, and connections hang after their first small packets.  So sizes are tried.  They are those of the
-underlay's packets, IP header included.
+A router between two nodes may have a smaller MTU than their devices, and often sends no error.  Packets of full size
+are then dropped, and connections hang after their first small packets.  The MTU is therefore found by trying sizes.
+Sizes are those of underlay packets, including the IP header.
 
-A packet without a checksum arrives and one whose checksum is left to the network card does not: then either the card
-computes wrong checksums, or something on the path drops packets that have one.  Computing checksums in the kernel
-helps only against the card, so that is tried twice, with the card's checksums in between.
+If packets without a checksum arrive and packets whose checksum is left to the network card do not, there are two
+explanations: the card computes wrong checksums, or something on the path drops packets with a checksum.  Computing
+checksums in the kernel helps only in the first case, so that is tried twice, with the card's checksums in between.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,22 +22,23 @@ SIZES_AT_ONCE = 8
 
 
 class Range(msgspec.Struct, frozen=True):
-    """Bounds of one path's MTU: ``arrives`` does (0: nothing yet), ``too_large`` does not."""
+    """Bounds of a path's MTU.  Packets of size ``arrives`` arrive (0 if none has), packets of ``too_large`` do not."""
 
     arrives: int
     too_large: int
 
 
 def initial_range(device_mtu: int) -> Range:
-    """Before any probe: only the device's MTU bounds it."""
+    """Return the range before any probe, which only the device's MTU limits."""
     return Range(0, max(device_mtu, MTU_MIN) + 1)
 
 
 def next_sizes(known: Range) -> tuple[int, ...]:
-    """The sizes to try next, all at once, smallest first; empty: the MTU is found, or not even ``MTU_MIN`` arrives.
+    """Return the sizes to try next, all at once, smallest first.
 
-    The two ends come first, because mostly the devices' whole MTU arrives.  Then the rest is divided into equal parts:
-    each step leaves an eighth of the range.
+    Empty if the MTU is found, or if not even ``MTU_MIN`` arrives.  The two ends come first, because usually the
+    devices' whole MTU arrives.  Then the rest is divided into equal parts, so that each step leaves an eighth of the
+    range.
     """
     least = known.arrives or MTU_MIN - 1
     inside = known.too_large - least - 1
@@ -50,10 +51,10 @@ def next_sizes(known: Range) -> tuple[int, ...]:
 
 
 def narrowed(known: Range, tried: Collection[int], arrived: Collection[int]) -> Range:
-    """``known``, after of the ``tried`` sizes those in ``arrived`` did arrive.
+    """Return the range after the ``tried`` sizes, of which ``arrived`` did arrive.
 
-    A size that was lost is too large only if it is larger than all that arrived; otherwise its loss was random.  Where
-    not even ``MTU_MIN`` arrived, no larger one is tried.
+    A lost size is too large only if it is larger than all that arrived.  Otherwise its loss was random.  If not even
+    ``MTU_MIN`` arrived, no larger one is tried.
     """
     arrives = max([known.arrives, *arrived])
     lost = [size for size in tried if size > arrives and size not in arrived]
@@ -63,18 +64,18 @@ def narrowed(known: Range, tried: Collection[int], arrived: Collection[int]) -> 
 
 
 class Measurements(msgspec.Struct, frozen=True):
-    """``own``: the path MTU to each peer; ``peers``: what each peer reports of its own measurements."""
+    """The ``own`` path MTU to each peer, and each of the ``peers``' reports of its own measurements."""
 
     own: Mapping[NodeId, int] = {}
     peers: Mapping[NodeId, PeerMeasurements] = msgspec.field(default={}, name="said")
-    """``said``: as the file of measurements names it."""
+    """``said`` is its name in the file of measurements."""
 
 
 def path_mtu(measured: Measurements, nodes: Collection[NodeId], node: NodeId, device_mtu: int) -> int:
-    """The largest packet that arrives between any two of ``nodes``, by the measurements of ``node``, one of them.
+    """Return the largest packet that arrives between any two of ``nodes``, measured by ``node``, which is among them.
 
-    All nodes of a network compute the same: each has its own measurements, and receives from the others their device's
-    MTU and their smaller path MTUs.  Where nothing was measured, the device's MTU is assumed.
+    All nodes of a network compute the same: each has its own measurements, and receives the others' device MTU and
+    smaller path MTUs.  Without a measurement, the device's MTU is assumed.
     """
     numbers = {number_of(id) for id in nodes}
     found = [device_mtu]
@@ -91,7 +92,8 @@ def path_mtu(measured: Measurements, nodes: Collection[NodeId], node: NodeId, de
 
 
 def recheck_sizes(arrived_before: int, device_mtu: int) -> tuple[int, ...]:
-    """The sizes to try where ``arrived_before`` did: that one, and larger ones in case the path has changed."""
+    """Return the sizes to try after ``arrived_before`` arrived: this one, and larger ones in case the path has
+    changed."""
     return (arrived_before, *next_sizes(Range(arrived_before, device_mtu + 1)))
 
 
@@ -102,8 +104,8 @@ TRIALS = (False, True, False)
 class Offload(msgspec.Struct, frozen=True):
     """State of the card's checksum offload.
 
-    ``is_off``: the card was found broken, which holds until the machine is rebooted.  ``lost_anyway``: peers that
-    packets with checksums do not reach, whether the card computes them or the kernel.
+    ``is_off`` if the card was found broken, which holds until the machine is rebooted.  ``lost_anyway`` are peers that
+    do not receive packets with checksums, whether the card or the kernel computes them.
     """
 
     is_off: bool = False
@@ -111,12 +113,12 @@ class Offload(msgspec.Struct, frozen=True):
 
 
 def is_suspect(offload: Offload, peer: NodeId, *, bare_arrives: bool, checked_arrives: bool) -> bool:
-    """Whether the card is to be tested."""
+    """Return whether to test the card."""
     return bare_arrives and not checked_arrives and not offload.is_off and peer not in offload.lost_anyway
 
 
 def after_trials(offload: Offload, peer: NodeId, arrived: Sequence[bool]) -> Offload:
-    """``offload`` after ``TRIALS``, or the first of them, whose packets ``arrived`` or not.
+    """Return the state after ``TRIALS``, or after the first of them, from whether their packets ``arrived``.
 
     A card that works in its trial was wrongly suspected: the loss was random.
     """
@@ -128,7 +130,7 @@ def after_trials(offload: Offload, peer: NodeId, arrived: Sequence[bool]) -> Off
 
 
 def after_success(offload: Offload, peer: NodeId) -> Offload:
-    """``offload`` after packets with checksums arrived at ``peer``: the next loss is tested again."""
+    """Return the state after packets with checksums arrived at ``peer``, so that the next loss is tested again."""
     if peer not in offload.lost_anyway:
         return offload
     return msgspec.structs.replace(offload, lost_anyway=offload.lost_anyway - {peer})

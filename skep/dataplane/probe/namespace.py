@@ -23,8 +23,10 @@ _PART = "probes"
 class ProbeNamespace:
     """A pinned namespace with a VXLAN device, and the rules in the node's own namespace that accept peers' packets.
 
-    ``pins``: where it is pinned; ``home``: the node's own namespace; ``bridges``: the containers' bridges, from which
-    no probes are accepted.
+    Args:
+        pins: Folder where it is pinned.
+        home: Reconciler of the node's own namespace.
+        bridges: The containers' bridges, from which no probes are accepted.
     """
 
     def __init__(
@@ -44,13 +46,13 @@ class ProbeNamespace:
 
     @property
     def path(self) -> Path:
-        """Where the namespace is pinned."""
+        """Path at which the namespace is pinned."""
         return self._pins.path(_PIN)
 
     async def apply(self, targets: ProbeTargets, *, offloads: bool | None) -> Underlay:
-        """Make or change the namespace for ``targets``; returns the underlay that probes are sent from.
+        """Create or change the namespace for ``targets``.  Return the underlay that probes are sent from.
 
-        ``offloads``: whether checksums of what the device sends are left to the network card; None: unchanged.
+        ``offloads`` sets whether the device leaves checksums to the network card.  None leaves the setting unchanged.
         Raises: KernelRefused, NftFailed, OSError.
         """
         own = targets.node.data_path
@@ -65,7 +67,7 @@ class ProbeNamespace:
         return underlay
 
     async def remove(self) -> None:
-        """Remove namespace and rules, if there are any.  Raises: KernelRefused, NftFailed, OSError."""
+        """Remove the namespace and its rules if they exist.  Raises: KernelRefused, NftFailed, OSError."""
         self._healer.forget(self._reconciler)
         if self._home.has_part(_PART):
             self._home.remove_part(_PART)
@@ -74,13 +76,13 @@ class ProbeNamespace:
         self._reconciler.reset()
 
     async def has_offloads(self) -> bool:
-        """Whether the device leaves checksums to the network card.  Raises: OSError."""
+        """Return whether the device leaves checksums to the network card.  Raises: OSError."""
         return await self._pins.run(self.path, checksums.offloads, DEVICE)
 
     async def sockets(self, address: str) -> Sockets:
-        """New sockets at ``address``; the caller closes them.  Raises: OSError."""
+        """Open sockets at ``address``.  The caller closes them.  Raises: OSError."""
         return await self._pins.run(self.path, Sockets, address)
 
     def identity(self) -> int:
-        """The inode of the namespace: it differs when the namespace was made anew.  Raises: OSError."""
+        """Return the inode of the namespace, which changes when the namespace is created again.  Raises: OSError."""
         return self.path.stat().st_ino

@@ -1,13 +1,13 @@
-"""Probe requests and responses inside the probes' VXLAN, as bytes of UDP datagrams.  Pure.
+"""Encodes probe requests and responses inside the probes' VXLAN as UDP datagrams.  Pure.
 
 A request is as long as the packet size under test.  A response is never longer than the shortest request, so that a
-forged sender address cannot be used to flood a node.  A response carries what its sender has measured itself: the
-MTU of its device, and the nodes that only smaller packets reach.
+forged sender address cannot be used to flood a node.  A response carries its sender's own measurements: the MTU of its
+device, and the nodes that only smaller packets reach.
 
 Layout, big-endian::
 
-    request:  "skpp" | version 1 | kind 1 | 0 0 | nonce 8 | zeros
-    response: "skpp" | version 1 | kind 1 | number of pairs 2 | nonce 8 | mtu 2 | (probe address 4, mtu 2) ...
+  request:  "skpp" | version 1 | kind 1 | 0 0 | nonce 8 | zeros
+  response: "skpp" | version 1 | kind 1 | number of pairs 2 | nonce 8 | mtu 2 | (probe address 4, mtu 2) ...
 """
 
 import struct
@@ -17,7 +17,7 @@ import msgspec
 
 REQUEST, RESPONSE = 1, 2
 REQUEST_BYTES_MIN = 256
-"""Of the smallest request: as long as the longest response."""
+"""Size of the smallest request, which is as long as the longest response."""
 PAIRS_MAX = 32
 
 _MAGIC, _VERSION = b"skpp", 1
@@ -28,10 +28,10 @@ _MTU_MAX = (1 << 16) - 1
 
 
 class PeerMeasurements(msgspec.Struct, frozen=True):
-    """What a node reports of its own measurements.
+    """A node's report of its own measurements.
 
-    ``mtu``: of its device on the underlay; ``lower``: the path MTU where it is smaller, by the peer's probe address as
-    a number.
+    ``mtu`` is its device's on the underlay.  ``lower`` has the path MTU to each peer to which it is smaller, by the
+    peer's probe address as a number.
     """
 
     mtu: int = 0
@@ -39,12 +39,12 @@ class PeerMeasurements(msgspec.Struct, frozen=True):
 
 
 def encode_request(nonce: int, size: int) -> bytes:
-    """A request of ``size`` bytes, at least ``REQUEST_BYTES_MIN``."""
+    """Return a request of ``size`` bytes, at least ``REQUEST_BYTES_MIN``."""
     return _HEADER.pack(_MAGIC, _VERSION, REQUEST, 0, nonce).ljust(max(size, REQUEST_BYTES_MIN), b"\0")
 
 
 def decode_request(datagram: bytes) -> int | None:
-    """The nonce of a request; None: ``datagram`` is not one."""
+    """Return the nonce of a request, or None if ``datagram`` is not one."""
     if len(datagram) < REQUEST_BYTES_MIN:
         return None
     magic, version, kind, rest, nonce = _HEADER.unpack_from(datagram)
@@ -53,10 +53,10 @@ def decode_request(datagram: bytes) -> int | None:
 
 
 def encode_response(nonce: int, measurements: PeerMeasurements) -> bytes:
-    """The response to the request ``nonce``.
+    """Return the response to the request ``nonce``.
 
-    With more than ``PAIRS_MAX`` smaller path MTUs, the smallest of those left out is given as the device's: smaller
-    packets arrive as well.
+    With more than ``PAIRS_MAX`` smaller path MTUs, the smallest of the rest is reported as the device's MTU.  Packets
+    of that size arrive in any case.
     """
     pairs = sorted(measurements.lower.items(), key=lambda pair: (pair[1], pair[0]))
     kept, left_out = pairs[:PAIRS_MAX], pairs[PAIRS_MAX:]
@@ -66,7 +66,7 @@ def encode_response(nonce: int, measurements: PeerMeasurements) -> bytes:
 
 
 def decode_response(datagram: bytes) -> tuple[int, PeerMeasurements] | None:
-    """The nonce of a response and its content; None: ``datagram`` is not one."""
+    """Return the nonce and the content of a response, or None if ``datagram`` is not one."""
     if len(datagram) < _HEADER.size + _MTU.size:
         return None
     magic, version, kind, count, nonce = _HEADER.unpack_from(datagram)
@@ -79,10 +79,12 @@ def decode_response(datagram: bytes) -> tuple[int, PeerMeasurements] | None:
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a series of probes.
+    """The outcome of a series of probes.
 
-    ``round_trip_s``: the shortest; ``error``: the kernel's, of a probe that could not be sent; ``peer``: the content of
-    the last response.
+    Args:
+        round_trip_s: The shortest round trip, or None without a response.
+        error: The kernel's error for a probe that could not be sent.
+        peer: The content of the last response.
     """
 
     sent: int

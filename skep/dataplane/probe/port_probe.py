@@ -1,6 +1,6 @@
-"""Probes of ports on the underlay (a manager's, a docker node's gossip) and of the tunnels of encrypted networks.
+"""Probes ports on the underlay (a manager's, a docker node's gossip) and tunnels of encrypted networks.
 
-Sockets are made in the node's own namespace, or in that of the tunnels; each try has a deadline.
+Sockets are opened in the node's own namespace, or in the tunnels'.  Each try has a deadline.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 
 
 class PortProbe:
-    """Probes sent from one node.  ``numbers``: random, of 64 bits."""
+    """Sends probes from one node.  ``numbers`` returns 64 random bits."""
 
     def __init__(self, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]) -> None:
         self._namespaces = namespaces
@@ -41,19 +41,20 @@ class PortProbe:
         self._numbers = numbers
 
     async def tls_hello(self, address: str, port: int) -> Outcome:
-        """A TLS client hello over TCP, to which a server responds with its own."""
-        return await self._retried(partial(self._tls_hello, address, port))
+        """Send a TLS client hello over TCP, to which a server responds with its own hello."""
+        return await self._retry(partial(self._tls_hello, address, port))
 
     async def connect(self, address: str, port: int) -> Outcome:
-        """A TCP connection, over which nothing is sent."""
-        return await self._retried(partial(self._connect, address, port))
+        """Open a TCP connection, and send nothing over it."""
+        return await self._retry(partial(self._connect, address, port))
 
     async def tunnel(self, namespace: Path, address: str) -> Outcome:
-        """An ICMPv6 echo to the peer's ``address`` in the tunnels, whose namespace on this node is given."""
-        return await self._retried(partial(self._echo, namespace, address))
+        """Send an ICMPv6 echo request to the peer's ``address`` in the tunnels.  ``namespace`` is this node's
+        tunnels."""
+        return await self._retry(partial(self._echo, namespace, address))
 
-    async def _retried(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
-        """Run ``probe`` up to ``TRIES`` times until it succeeds; it returns its error, empty: none."""
+    async def _retry(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
+        """Run ``probe`` up to ``TRIES`` times until it succeeds.  It returns its error, or an empty text."""
         error = ""
         for attempt in range(TRIES):
             began = self._clock.monotonic()
@@ -90,7 +91,7 @@ class PortProbe:
         return "" if record[0] in (_TLS_HANDSHAKE, _TLS_ALERT) else "the response is not TLS"
 
     async def _echo(self, namespace: Path, address: str) -> str:
-        """The kernel writes the checksum.  Source: RFC 4443, section 4."""
+        """Send an echo request.  The kernel writes the checksum.  Source: RFC 4443, section 4."""
         loop = asyncio.get_running_loop()
         content = self._numbers().to_bytes(8, "big")
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -101,7 +102,7 @@ class PortProbe:
             # asyncio would resolve the port as a service name, and raw sockets have no ports.
             connection.connect((address, 0))
             await loop.sock_sendall(connection, _ICMP_ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0) + content)
-            while True:  # replies to other requests are skipped, until the deadline
+            while True:  # skip replies to other requests until the deadline
                 reply = await loop.sock_recv(connection, 1 << 11)
                 if reply[:1] == bytes((_ECHO_REPLY,)) and reply[_ICMP_ECHO.size :] == content:
                     return ""
@@ -113,7 +114,7 @@ class PortProbe:
 
 
 def client_hello() -> bytes:
-    """The first bytes of a TLS client.  It verifies no certificate, as no data follows."""
+    """Return the first bytes of a TLS client.  It verifies no certificate, because no data follows."""
     outgoing = ssl.MemoryBIO()
     connection = _context().wrap_bio(ssl.MemoryBIO(), outgoing)
     try:
@@ -139,13 +140,13 @@ class TunnelAddresses(Protocol):
 
     @property
     def namespace(self) -> Path:
-        """Of the tunnels on this node."""
+        """Namespace of the tunnels on this node."""
 
     def address_of(self, node: NodeId) -> str:
-        """Of ``node`` inside the tunnels; empty: there is no tunnel to it."""
+        """Return the address of ``node`` inside the tunnels, or an empty text without a tunnel to it."""
 
     def port_of(self, node: NodeId) -> int:
-        """The UDP port of its WireGuard device; 0: unknown."""
+        """Return the UDP port of the node's WireGuard device, or 0 if it is unknown."""
 
 
 class PortChecks:
@@ -156,14 +157,15 @@ class PortChecks:
         self._tunnels = tunnels
 
     async def findings(self, targets: ProbeTargets | None, peer: PathPeer) -> Sequence[PathFinding]:
-        """Probed one after the other: most peers have at most one."""
+        """Probe the peer's ports one after the other, because most peers have at most one."""
         found = []
         if peer.control:
             address, port = host_and_port(peer.control)
             outcome = await self._port_probe.tls_hello(address, port)
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
         if peer.etcd:
-            # No hello: etcd would log it; what it logs of a mere connection is filtered out (``store.etcd.output``).
+            # No hello, because etcd would log it.  Its log line for a mere connection is filtered out
+            # (``store.etcd.output``).
             address, port = host_and_port(peer.etcd)
             outcome = await self._port_probe.connect(address, port)
             found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))

@@ -1,8 +1,8 @@
-"""Probe requests and responses inside the probes' VXLAN, by sockets in their namespace.
+"""Sends and receives probes inside the probes' VXLAN, over sockets in their namespace.
 
-Responses have no checksum (UDP over IPv4 may have none), so that the responding node's network card has no influence on
-whether they arrive.  Requests have one only where checksums are tested.  No packet is fragmented, and the kernel's path
-MTU is ignored: only the device's MTU limits the size.
+Responses have no checksum (UDP over IPv4 allows that), so that the responding node's network card cannot influence
+whether they arrive.  Requests have one only if checksums are tested.  No packet is fragmented, and the kernel's path
+MTU is ignored, so only the device's MTU limits the size.
 """
 
 import asyncio
@@ -24,23 +24,24 @@ from skep.dataplane.probe.packets import (
 )
 
 PAUSE_S = 0.1
-"""Between two requests of a series: losses come in bursts."""
+"""Pause between two requests of a series, because losses come in bursts."""
 WAIT_S = 1.0
-"""For the last response: several times the longest round trip on earth."""
+"""Wait for the last response: several times the longest round trip on earth."""
 
 _SO_NO_CHECK = 11
 _IP_MTU_DISCOVER, _PROBE = 10, 3
 _DATAGRAM_BYTES_MAX = 1 << 16
 _DATAGRAMS_PER_TURN = 64
 _RESPONSE_BURST, _RESPONSES_PER_S = 200, 100
-"""For each peer: the search for a path MTU sends 27 requests within a second."""
+"""Limits for each peer.  The search for a path MTU sends 27 requests within a second."""
 
 
 class Sockets:
-    """``requesting`` at an ephemeral UDP port, ``responding`` at UDP ``PORT``, ``listening`` at TCP ``PORT``."""
+    """Three sockets: ``requesting`` at a free UDP port, ``responding`` at UDP ``PORT``, ``listening`` at TCP
+    ``PORT``."""
 
     def __init__(self, address: str) -> None:
-        """In the calling thread's namespace, which has ``address``.  Raises: OSError."""
+        """Open the sockets in the calling thread's namespace, which has ``address``.  Raises: OSError."""
         opened: list[socket.socket] = []
         try:
             for kind, port in ((socket.SOCK_DGRAM, 0), (socket.SOCK_DGRAM, PORT), (socket.SOCK_STREAM, PORT)):
@@ -59,7 +60,7 @@ class Sockets:
         self.requesting, self.responding, self.listening = opened
 
     def close(self) -> None:
-        """Close all three."""
+        """Close all three sockets."""
         for one in (self.requesting, self.responding, self.listening):
             one.close()
 
@@ -90,11 +91,11 @@ class _Series:
 
 
 class ProbeSocket:
-    """Sends probe requests, and responds to those of peers.
+    """Sends probe requests, and responds to peers' requests.
 
     Args:
-        measurements: gives the content of responses.
-        nonces: gives random numbers of 64 bits, one for each request, which the response has to repeat.
+        measurements: Returns the content of responses.
+        nonces: Returns 64 random bits for each request, which the response has to repeat.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class ProbeSocket:
         self._received_at: dict[str, float] = {}
 
     def attach(self, sockets: Sockets) -> None:
-        """Use ``sockets`` from now on.  The caller closes them, after ``detach``."""
+        """Use ``sockets`` from now on.  The caller closes them after ``detach``."""
         self.detach()
         self._sockets = sockets
         loop = asyncio.get_running_loop()
@@ -125,7 +126,7 @@ class ProbeSocket:
             self._sockets = None
 
     def set_peers(self, addresses: Collection[str]) -> None:
-        """Respond to these, and to no others."""
+        """Respond to these addresses and to no others."""
         now = self._clock.monotonic()
         self._peers = {
             one: self._peers.get(one) or TokenBucket(_RESPONSE_BURST, _RESPONSES_PER_S, now)
@@ -134,11 +135,11 @@ class ProbeSocket:
         self._received_at = {one: at for one, at in self._received_at.items() if one in self._peers}
 
     def is_peer(self, address: str) -> bool:
-        """Whether requests from ``address`` get responses."""
+        """Return whether requests from ``address`` get responses."""
         return address in self._peers
 
     def received_within(self, address: str, seconds: float) -> bool:
-        """Whether a request from ``address`` has arrived in the last ``seconds``."""
+        """Return whether a request from ``address`` has arrived in the last ``seconds``."""
         at = self._received_at.get(address)
         return at is not None and self._clock.monotonic() - at <= seconds
 
@@ -148,8 +149,8 @@ class ProbeSocket:
         """Send up to ``tries`` requests to ``target``, until there are ``enough`` responses.
 
         Args:
-            size: of the UDP payload, at least that of the smallest request.
-            has_checksum: with a checksum, left to the network card where it offers that; otherwise without.
+            size: Bytes of the UDP payload, raised to the smallest request's size.
+            has_checksum: Whether requests have a checksum, which is left to the network card if it offers that.
         """
         series, nonces, error = _Series(enough), [], ""
         try:

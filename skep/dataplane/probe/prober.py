@@ -1,8 +1,8 @@
-"""The probes of one node: when each peer is probed, the latest report of each, and the receivers of the measurements.
+"""The probes of one node: schedules them, keeps the latest report of each peer, and passes measurements on.
 
-Each peer has a task, which probes it every ten seconds, at once when it is new.  Measurements go to the managers (in
-reports), to the other nodes (in probe responses), and to this node's overlays (their MTU, and whether they leave
-checksums to the network card).
+Each peer has a task that probes it every ten seconds, and at once if it is new.  Measurements are sent to the managers
+(in reports), to the other nodes (in probe responses), and to this node's overlays, which use the MTU and the setting of
+checksum offload.
 """
 
 import asyncio
@@ -29,16 +29,17 @@ from skep.model.paths import PathPeer, PathReport, ProbeTargets
 
 PERIOD_S = 10.0
 RECHECK_S = 4.0
-"""After a verdict that may be due to random loss."""
+"""Period after a verdict that may be due to random loss."""
 URGENT_S = 2.0
-"""While no manager answers: only probes tell then which peers are gone, and each node chooses its backends by them."""
+"""Period while no manager answers.  Only probes then tell which peers have failed, and each node chooses its backends
+by them."""
 PEERS_AT_FULL_RATE = 64
 
 
 def pause_s(peers: int, random: float, *, is_settled: bool, is_urgent: bool = False) -> float:
-    """Seconds until the next round with one of so many ``peers``, spread by a quarter to each side.
+    """Return the seconds until the next round with one of this many ``peers``, spread by a quarter to each side.
 
-    ``random``: from 0 to 1.
+    ``random`` is from 0 to 1.
     """
     period = URGENT_S if is_urgent else PERIOD_S if is_settled else RECHECK_S
     return period * max(1.0, peers / PEERS_AT_FULL_RATE) * (0.75 + 0.5 * random)
@@ -54,11 +55,11 @@ _RETRY_S_MAX = 5.0
 
 
 class SavedState(msgspec.Struct, frozen=True):
-    """What the next process of this node begins with: the last targets, and what was measured.
+    """State for the next process of this node: the last targets and the measurements.
 
-    It is kept on tmpfs, since a reboot may bring another network card.  Without it a node process that restarts,
-    perhaps while no manager is reachable, would respond to no probes, and overlays would have the MTU of the devices
-    until all was measured again.
+    It is kept on tmpfs, because a reboot may bring another network card.  Without it, a node process that restarts,
+    perhaps while no manager is reachable, would not respond to probes, and overlays would use the devices' MTU until
+    everything was measured again.
     """
 
     targets: ProbeTargets
@@ -66,9 +67,9 @@ class SavedState(msgspec.Struct, frozen=True):
 
 
 def load_state(file: Path) -> SavedState | None:
-    """None: there is none, or it is damaged, which is logged: all is measured again.
+    """Return the saved state, or None if the file is missing or damaged.  Damage is logged, and all is measured again.
 
-    Raises: OSError: it cannot be read now.
+    Raises: OSError: the file cannot be read at present.
     """
     try:
         return msgspec.msgpack.decode(file.read_bytes(), type=SavedState)
@@ -82,7 +83,7 @@ def load_state(file: Path) -> SavedState | None:
 
 
 def save_state(file: Path, state: SavedState | None) -> None:
-    """None: remove the file.  Raises: OSError."""
+    """Save ``state``, or remove the file if None.  Raises: OSError."""
     if state is None:
         file.unlink(missing_ok=True)
     else:
@@ -90,12 +91,13 @@ def save_state(file: Path, state: SavedState | None) -> None:
 
 
 class PathProber:
-    """Probes the targets, and reports what has changed.
+    """Probes the targets and reports changes.
 
     Args:
-        file: where state is saved for the next process of this node, on tmpfs.
-        remeasured: applies the present measurements to all overlays; may raise SkepError, and is called again then.
-        rng: from 0 to 1, spreads rounds.
+        file: File on tmpfs with the state for the next process of this node.
+        apply_measurements: Applies the present measurements to all overlays.  It may raise SkepError and is then
+            retried.
+        rng: Returns numbers from 0 to 1, which spread rounds.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class PathProber:
         data_path: DataPath,
         ports: PortChecks,
         file: Path,
-        remeasured: Callable[[], Awaitable[None]],
+        apply_measurements: Callable[[], Awaitable[None]],
         clock: Clock,
         rng: Callable[[], float],
     ) -> None:
@@ -113,7 +115,7 @@ class PathProber:
         self._saved: SavedState | None = None
         self._is_unread = False
         self._saving = asyncio.Lock()
-        self._remeasured = remeasured
+        self._apply_measurements = apply_measurements
         self._clock = clock
         self._rng = rng
         self._targets: ProbeTargets | None = None
@@ -121,7 +123,7 @@ class PathProber:
         self._changed = asyncio.Event()
         self._is_urgent = False
         self._urgency = asyncio.Event()
-        """Set when probes become urgent, and replaced by another one then."""
+        """Set when probes become urgent, and then replaced by another event."""
         self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
         self._temporary: dict[NodeId, tuple[PathPeer, float]] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -134,19 +136,19 @@ class PathProber:
     # --- used by the agent -----------------------------------------------------------------------------------
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these from now on, new ones at once.  None: no peers, and remove the namespace."""
+        """Probe these targets from now on, new ones at once.  None means no peers, and removes the namespace."""
         self._targets, self._has_targets = sound(targets) if targets is not None else None, True
         self._changed.set()
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
-        """The latest of each peer."""
+        """The latest report of each peer."""
         return dict(self._reports)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
-        """Wait for verdicts that changed or settled, or another MTU; the latest of each peer concerned.
+        """Wait for a verdict that changed or settled, or another MTU.  Return the latest report of each such peer.
 
-        For one caller.  A slow one misses reports that were replaced meanwhile, and nothing else.
+        For one caller.  A slow caller misses only reports that were replaced meanwhile.
         """
         await self._has_changed_reports.wait()
         self._has_changed_reports.clear()
@@ -156,10 +158,10 @@ class PathProber:
     async def diagnose(
         self, peers: Iterable[PathPeer], *, throughput: bool = False
     ) -> tuple[PathReport, ...]:
-        """Probe these now; for that time they get responses, as if they were targets.
+        """Probe these peers now.  Meanwhile they get responses as if they were targets.
 
-        Peers that took longer than ``DIAGNOSTICS_S`` are left out.  ``throughput``: measured, too, one peer after the
-        other, each with at most 32 MiB and 1 s.
+        Peers that took longer than ``DIAGNOSTICS_S`` are left out.  With ``throughput``, that is measured afterwards,
+        one peer after the other, each with at most 32 MiB and 1 s.
         """
         if self._targets is None:
             return ()
@@ -187,7 +189,7 @@ class PathProber:
         return tuple(found[id] for id in chosen if id in found)
 
     def warnings(self) -> tuple[str, ...]:
-        """Workarounds that cost performance, for ``docker info``."""
+        """Return active workarounds that cost performance, for ``docker info``."""
         if not self._data_path.offload.is_off:
             return ()
         return (
@@ -195,7 +197,7 @@ class PathProber:
         )
 
     def set_urgent(self, is_urgent: bool) -> None:
-        """Probe all peers now and every ``URGENT_S``, or as seldom as usual again."""
+        """Probe all peers now and every ``URGENT_S``, or return to the usual rate."""
         if is_urgent and not self._is_urgent:
             self._urgency.set()
             self._urgency = asyncio.Event()
@@ -204,7 +206,7 @@ class PathProber:
     # --- probing ----------------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Begin with the state of an earlier process of this node; ``run`` does, if it cannot be read now."""
+        """Start with the state of an earlier process.  If it cannot be read at present, ``run`` reads it later."""
         try:
             await self._restore()
         except OSError:
@@ -218,7 +220,7 @@ class PathProber:
             self.set_targets(saved.targets)
 
     async def run(self) -> None:
-        """Probe until cancelled; the kernel's state stays for the next process."""
+        """Probe until cancelled.  The kernel's state stays for the next process."""
         try:
             async with asyncio.TaskGroup() as group:
                 keep = partial(retry, clock=self._clock, rng=self._rng)
@@ -241,7 +243,7 @@ class PathProber:
             await self._save()
             if is_applied:
                 backoff.reset()
-                # The device under it may have another MTU by then.
+                # The underlying device may have another MTU by then.
                 await is_set_within(self._changed, PERIOD_S)
             else:
                 await backoff.sleep(self._clock)
@@ -269,7 +271,7 @@ class PathProber:
         before = self._data_path.failure
         failure = await self._data_path.apply(targets)
         if failure and failure != before:
-            log.warning("data path cannot be probed, trying again", reason=failure)
+            log.warning("data path cannot be probed, retrying", reason=failure)
         if failure:
             return False
         self._notify_overlays()
@@ -335,7 +337,7 @@ class PathProber:
             known = self._data_path.measured, self._data_path.offload
             await self._save()
             try:
-                await self._remeasured()
+                await self._apply_measurements()
             except (SkepError, OSError) as error:
                 log.warning("overlays not updated with measurements", reason=str(error))
                 self._is_measured.set()
@@ -346,6 +348,6 @@ class PathProber:
 
 
 def _log_failures(peer: PathPeer, report: PathReport) -> None:
-    """Log failing checks, once the verdict is settled."""
+    """Log failing checks once the verdict is settled."""
     for one in report.failing if report.is_settled else ():
         log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, reason=one.detail)

@@ -1,7 +1,7 @@
-"""TCP transfers inside the probes' VXLAN: whether bulk data arrives at all, and how much of it in a second.
+"""TCP transfers inside the probes' VXLAN, to test whether bulk data arrives, and how much of it in a second.
 
-TCP hands large segments to the device, as containers do: a network card whose segmentation or checksums are wrong is
-found by this.  The receiver sends the number of bytes it received when the sender has ended.
+TCP passes large segments to the device, as containers' connections do, which finds network cards with faulty
+segmentation or checksums.  The receiver sends the number of bytes it received when the sender has ended.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from skep.aio.clock import Clock
 BYTES_MAX = 32 << 20
 CONNECTIONS_MAX = 32
 DEADLINE_S = 3.0
-"""For connecting and for the receiver's count, in addition to the time of sending."""
+"""Limit for connecting and for the receiver's count, in addition to the time of sending."""
 SECONDS_MAX = 1.0
 _CHUNK = bytes(1 << 16)
 _COUNT = struct.Struct("!Q")
@@ -24,10 +24,10 @@ _TCP_IP_BYTES = 40
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """``bytes`` that the receiver has confirmed, in ``seconds``; 0: the data was lost, or the connection refused.
+    """The ``bytes`` that the receiver has confirmed, in ``seconds``.  0 if the data was lost or the connection refused.
 
-    ``is_lost``: no confirmation in time.  A refused connection (the receiver is busy, or restarts) is no evidence
-    of a faulty path.
+    ``is_lost`` if no confirmation arrived in time.  A refused connection is not evidence of a faulty path, because the
+    receiver may be busy or restarting.
     """
 
     bytes: int = 0
@@ -41,7 +41,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class Sink(asyncio.Protocol):
-    """The receiver: one connection of a peer, whose bytes are counted and discarded."""
+    """The receiver's end of a peer's connection, whose bytes are counted and discarded."""
 
     def __init__(self, is_peer: Callable[[str], bool], connections: set["Sink"]) -> None:
         self._is_peer = is_peer
@@ -51,7 +51,7 @@ class Sink(asyncio.Protocol):
         self._count = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Refuse it unless it is from a peer and there is room."""
+        """Refuse the connection unless it is from a peer and fewer than the maximum are open."""
         assert isinstance(transport, asyncio.Transport), "of TCP"
         self._transport = transport
         address = (transport.get_extra_info("peername") or ("",))[0]
@@ -59,24 +59,24 @@ class Sink(asyncio.Protocol):
             transport.abort()
             return
         self._connections.add(self)
-        # The sender gives up first, with the reason.
+        # Longer than the sender's own limit, so that the sender ends first and knows the reason.
         deadline_s = 2 * (SECONDS_MAX + DEADLINE_S)
         self._deadline = asyncio.get_running_loop().call_later(deadline_s, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Count ``data``, up to the bound of a transfer."""
+        """Count ``data``.  Abort above the limit of a transfer."""
         self._count += len(data)
         if self._count > BYTES_MAX and self._transport is not None:
             self._transport.abort()
 
     def eof_received(self) -> bool:
-        """Send the count, and close."""
+        """Send the count and close."""
         if self._transport is not None:
             self._transport.write(_COUNT.pack(self._count))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Make room for another connection."""
+        """Allow another connection."""
         self._connections.discard(self)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -88,7 +88,8 @@ class Sink(asyncio.Protocol):
 
 
 def open_sender(address: str, inner_mtu: int) -> socket.socket:
-    """A socket in the calling thread's namespace, bound to ``address``; no packet exceeds ``inner_mtu``."""
+    """Open a socket in the calling thread's namespace, bound to ``address``.  Its packets do not exceed
+    ``inner_mtu``."""
     sender = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, inner_mtu - _TCP_IP_BYTES)
@@ -102,7 +103,7 @@ def open_sender(address: str, inner_mtu: int) -> socket.socket:
 async def transfer(
     sender: socket.socket, target: tuple[str, int], clock: Clock, *, most: int = BYTES_MAX
 ) -> Transfer:
-    """Send up to ``most`` bytes, for ``SECONDS_MAX`` at most.  ``sender`` is closed."""
+    """Send up to ``most`` bytes, for ``SECONDS_MAX`` at most.  Closes ``sender``."""
     with sender:
         try:
             async with asyncio.timeout(SECONDS_MAX + DEADLINE_S):
@@ -129,7 +130,7 @@ async def _send(sender: socket.socket, target: tuple[str, int], clock: Clock, mo
 
 
 async def _received_count(sender: socket.socket) -> int:
-    """The number of bytes that the receiver confirms; -1: it closed without that."""
+    """Return the number of bytes that the receiver confirms, or -1 if it closed without confirmation."""
     data = b""
     while len(data) < _COUNT.size:
         part = await asyncio.get_running_loop().sock_recv(sender, _COUNT.size - len(data))

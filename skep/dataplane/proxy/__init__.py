@@ -1,1 +1,1 @@
-"""Published ports that are relayed by the net process instead of the kernel."""
+"""Published ports that the net process relays, instead of the kernel."""

@@ -1,7 +1,7 @@
-"""Relays what comes to ports of the node by IPv6 to containers, whose addresses on the gateway bridge are IPv4.
+"""Relays IPv6 traffic of the node's ports to containers, whose addresses on the gateway bridge are IPv4.
 
-As docker-proxy does: the container sees the node's address on the bridge as its client's.  The sockets are those by
-which the ports are held (``ports.Reservations``), so that a port is served or free, and nothing in between.
+As with docker-proxy, the container sees the node's address on the bridge as its client's.  The relays use the sockets
+that hold the ports (``ports.Reservations``), so that a port is either served or free.
 """
 
 import asyncio
@@ -31,36 +31,36 @@ class HostRelays:
         self._clock = clock
         self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
         self._changes = asyncio.Lock()
-        """Held while a relay is opened: one that is opened twice, or after its end, would keep its port for ever."""
+        """Held while a relay is opened.  A relay opened twice, or after its end, would keep its port forever."""
 
     async def serve(self, held: Callable[[], Iterable[tuple[Reservation, socket.socket]]]) -> None:
-        """Relay those that have a target, unless they are relayed already."""
+        """Relay reservations that have a target, unless they are relayed already."""
         async with self._changes:
             for reservation, own in held():
                 key = reservation.protocol, reservation.port, reservation.address
                 if reservation.target is None or key in self._relays:
                     continue
                 try:
-                    self._relays[key] = await self._opened(
+                    self._relays[key] = await self._open(
                         reservation, reservation.target, set_aside(own.dup())
                     )
-                except Exception as error:  # one port's error affects no other
+                except Exception as error:  # one port's error does not affect others
                     log.warning("port is not relayed", port=key, reason=describe_error(error))
 
     async def end(self, protocol: str, port: int, address: str) -> None:
-        """Accept nothing more at a port that is let go; open connections go on until the container ends."""
+        """Stop accepting at a released port.  Open connections continue until the container ends."""
         async with self._changes:
             relay = self._relays.pop((protocol, port, address), None)
             if relay is not None:
                 relay.close()
 
     def close(self) -> None:
-        """End all, with their connections: this process ends."""
+        """End all relays with their connections, because this process ends."""
         for relay in self._relays.values():
             relay.close(ends_connections=True)
         self._relays.clear()
 
-    async def _opened(
+    async def _open(
         self, reservation: Reservation, target: tuple[str, int], listener: socket.socket
     ) -> TcpRelay | UdpRelay:
         listener.setblocking(False)

@@ -1,7 +1,7 @@
 """Relays the published ports that the kernel cannot forward to tasks (``relays.py``), in the net process.
 
-The wanted relays are in a file.  A change of it applies to new connections; open ones go on.  A relay serves on the
-socket by which its port is held (``ports.Reservations``): a port that is not held is not relayed.
+The wanted relays are in a file.  A change of it applies to new connections, and open ones continue.  A relay serves on
+the socket that holds its port (``ports.Reservations``).  A port that is not held is not relayed.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ class Relays:
     """All relays of one node.
 
     Args:
-        plan: the file; missing: there are no relays.  No other file is in its directory.
-        held: the sockets of the mesh's ports, which stay the caller's.
-        in_namespace: calls a function in the node's own network namespace (sockets opened there stay there).
+        plan: The file.  A missing file means no relays.  Its folder contains no other file.
+        held: Returns the sockets of the mesh's ports, which the caller still owns.
+        in_namespace: Calls a function in the node's own network namespace, where sockets that it opens stay.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Relays:
         """Whether the plan could not be read the last time."""
 
     async def run(self) -> None:
-        """Serve until cancelled; open connections end then."""
+        """Serve until cancelled, which ends open connections."""
         self._plan.parent.mkdir(parents=True, exist_ok=True)
         backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:
@@ -78,7 +78,7 @@ class Relays:
                 relay.close(ends_connections=True)
 
     def end(self, protocol: str, port: int, address: str) -> None:
-        """Relay a port no longer whose socket is let go; its open connections continue."""
+        """Stop relaying a port whose socket is released.  Its open connections continue."""
         relay = self._relays.pop((protocol, address or _ANY_IPV4, port), None)
         if relay is not None:
             relay.close()
@@ -90,7 +90,7 @@ class Relays:
                 backoff.reset()
                 await watch.wait_changed()
                 continue
-            with suppress(TimeoutError):  # the port may be free by then, and the plan readable
+            with suppress(TimeoutError):  # retry: by then the port may be free, and the plan readable
                 async with asyncio.timeout(backoff.next_delay_s()):
                     await watch.wait_changed()
 
@@ -105,7 +105,7 @@ class Relays:
                     relay.update(port)
                 else:
                     self._relays[key] = await self._open_relay(port)
-            except Exception as error:  # one port's error affects no other
+            except Exception as error:  # one port's error does not affect others
                 refused.add(key)
                 if key not in self._refused:
                     log.warning("port is not relayed", port=key, reason=describe_error(error))
@@ -120,7 +120,7 @@ class Relays:
         return relay
 
     def _listener(self, port: RelayPort) -> socket.socket:
-        """The socket that holds ``port``.  Raises: Unavailable: none does."""
+        """Return a duplicate of the socket that holds ``port``.  Raises: Unavailable: no socket holds it."""
         wanted = (port.protocol, port.port, "" if port.address == _ANY_IPV4 else port.address)
         for one, own in self._held():
             if (one.protocol, one.port, one.address) == wanted:
@@ -130,7 +130,7 @@ class Relays:
         raise Unavailable("no socket holds it")
 
     def _read(self) -> tuple[RelayPort, ...]:
-        """The wanted relays; the last ones while the file cannot be read."""
+        """Return the wanted relays.  While the file cannot be read, return the previous ones."""
         self._is_unread = False
         try:
             self._planned = msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])

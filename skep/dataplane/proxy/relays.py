@@ -1,8 +1,8 @@
 """Published ports that are served in user space, with their backends.  Pure.
 
-The kernel cannot forward ``[::1]`` to a container, nor IPv6 to tasks that have IPv4 addresses only, nor begin a
-connection with a PROXY header.  The net process serves these (``relay.py``) from a file that the node process writes,
-so that they go on without the node process.
+The kernel cannot forward ``[::1]`` to a container or IPv6 to tasks with only IPv4 addresses, and cannot start a
+connection with a PROXY header.  The net process serves these ports (``relay.py``) from a file that the node process
+writes, so that they continue without the node process.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,10 @@ from skep.dataplane.plan.ingress import STICKY_SLOTS, MeshPort, Plan, sticky_slo
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
     """One port on one address.
 
-    ``backends``: address and port; with ``is_sticky`` one per slot, and a client's address always has the same slot.
-    ``proxy_protocol``: version of the header that each connection begins with, or 0.
+    Args:
+        backends: Addresses and ports.  With ``is_sticky``, one per slot, and a client's address always has the same
+            slot.
+        proxy_protocol: Version of the header that each connection starts with, or 0 for none.
     """
 
     protocol: str
@@ -29,7 +31,7 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def relay_ports(plan: Plan) -> tuple[RelayPort, ...]:
-    """The relays of ``plan``: of ports that the node holds, and that the kernel does not forward."""
+    """Return the relays of ``plan``: ports that the node holds and that the kernel does not forward."""
     return tuple(
         _relay(port, key[2] or "0.0.0.0")
         for port, key in plan.in_force(4, 6)
@@ -51,7 +53,7 @@ def _relay(port: MeshPort, address: str) -> RelayPort:
 
 
 def sticky_slot(client: str) -> int:
-    """The slot of a client's address; the same on all nodes."""
+    """Return the slot of a client's address, which is the same on all nodes."""
     packed = ip_address(client).packed
     number = 2166136261
     for byte in packed:  # FNV-1a
@@ -60,9 +62,9 @@ def sticky_slot(client: str) -> int:
 
 
 def backend_order(port: RelayPort, client: str, rng: Callable[[], float]) -> tuple[tuple[str, int], ...]:
-    """All serving tasks, each once: first the client's, then the others, which are tried if it cannot be reached.
+    """Return all serving tasks once: the client's first, then the others to try if that one cannot be reached.
 
-    ``rng``: numbers from 0 to 1, less than 1.
+    ``rng`` returns numbers from 0 to 1, less than 1.
     """
     if not port.backends:
         return ()

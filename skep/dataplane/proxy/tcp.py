@@ -16,15 +16,15 @@ from skep.linux.descriptors import Listener, set_aside
 log = structlog.get_logger()
 
 CONNECTIONS_MAX = 1024
-"""Of one port; later ones are refused."""
+"""Connections of one port.  Later ones are refused."""
 HALF_CLOSED_S = 3600.0
-"""For which the open direction of a half-closed connection may be idle."""
+"""Time for which the open direction of a half-closed connection may be idle."""
 _CONNECT_S = 3.0
 _ATTEMPTS_MAX = 3
 _BUFFER_BYTES = 64 * 1024
 _BACKLOG = 512
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
-"""Detects peers that have vanished; an idle peer keeps its connection."""
+"""Detects vanished peers.  An idle peer keeps its connection."""
 
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 _VERSION_2_PROXY = 0x21
@@ -32,7 +32,7 @@ _TCP_OVER_IPV4, _TCP_OVER_IPV6 = 0x11, 0x21
 
 
 class TcpRelay:
-    """Serves one port.  ``in_namespace``: where connections to tasks are opened."""
+    """Serves one port.  ``in_namespace`` opens sockets for connections to tasks."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class TcpRelay:
         self._in_namespace = in_namespace
         self._server: asyncio.Server | None = None
         self._open: dict[asyncio.StreamWriter, asyncio.StreamWriter | None] = {}
-        """By client the connection to its task; None: it is being opened."""
+        """The connection to the task by client, or None while it is being opened."""
 
     async def open(self, listener: socket.socket) -> None:
-        """Accept connections from ``listener``, which is bound; another descriptor of it may hold the port."""
-        # For its connections, which outlive it for a minute: the next server gets the port at once.  While the socket
-        # listens, no other gets the port in any case.
+        """Accept connections from ``listener``, which is bound.  Another descriptor of the socket may hold the port."""
+        # Connections outlive the listener for a minute.  With the option, the next server still gets the port at once.
+        # No other socket gets the port anyway while this one listens.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._server = await asyncio.start_server(
             self._relay, sock=Listener.of(listener), limit=_BUFFER_BYTES, backlog=_BACKLOG
@@ -61,10 +61,10 @@ class TcpRelay:
         self._port = port
 
     def close(self, *, ends_connections: bool = False) -> None:
-        """Accept no more connections.
+        """Stop accepting connections.
 
-        ``ends_connections``: this process ends, and open ones with it.  Its socket may be in the next process, which
-        goes on listening; otherwise the socket only holds the port from now on.
+        With ``ends_connections``, open connections end too, because this process ends.  The next process may have the
+        socket and continues to listen on it.  Otherwise the socket only holds the port from now on.
         """
         if self._server is not None:
             if not ends_connections:
@@ -84,7 +84,7 @@ class TcpRelay:
         self._open[writer] = None
         try:
             _set_options(writer)
-            task = await self._connected(writer)
+            task = await self._connect_to_task(writer)
             if task is None:
                 _reset(writer)
                 return
@@ -97,13 +97,13 @@ class TcpRelay:
             del self._open[writer]
             writer.close()
 
-    async def _connected(
+    async def _connect_to_task(
         self, client: asyncio.StreamWriter
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """A connection to a serving task, its header sent; None: no backend can be reached."""
+        """Connect to a serving task and send the header.  Return None if no backend can be reached."""
         peer, own = client.get_extra_info("peername"), client.get_extra_info("sockname")
         if peer is None:
-            return None  # it is closed already
+            return None  # closed already
         for backend in backend_order(self._port, peer[0], self._rng)[:_ATTEMPTS_MAX]:
             try:
                 async with asyncio.timeout(_CONNECT_S):
@@ -129,9 +129,9 @@ class TcpRelay:
 
 
 def proxy_header(version: int, client: tuple[str, int], own: tuple[str, int]) -> bytes:
-    """The header of a TCP connection from ``client`` to ``own`` (address, port; of one family).
+    """Return the header of a TCP connection from ``client`` to ``own`` (address and port, of one family).
 
-    ``version``: 1 or 2; 0: no header.  Source: haproxy, doc/proxy-protocol.txt, sections 2.1 and 2.2.
+    ``version`` is 1 or 2, or 0 for no header.  Source: haproxy, doc/proxy-protocol.txt, sections 2.1 and 2.2.
     """
     if version == 0:
         return b""
@@ -149,13 +149,13 @@ async def _copy_both_ways(
     client: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     task: tuple[asyncio.StreamReader, asyncio.StreamWriter],
 ) -> None:
-    """Copy until both directions have ended.  A half-close is passed on; an error resets both connections."""
+    """Copy until both directions have ended.  Passes a half-close on.  An error resets both connections."""
     idle_limit = _IdleLimit()
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(_copy(client[0], task[1], idle_limit), name="relay-to-task")
             group.create_task(_copy(task[0], client[1], idle_limit), name="relay-to-client")
-    except* OSError:  # a timeout is one
+    except* OSError:  # includes a timeout
         for _, writer in (client, task):
             _reset(writer)
 
@@ -168,13 +168,13 @@ class _IdleLimit:
         self._limits: set[asyncio.Timeout] = set()
 
     def half_close(self) -> None:
-        """One direction has ended."""
+        """Start the limit, because one direction has ended."""
         self._is_half_closed = True
         for limit in self._limits:
             limit.reschedule(asyncio.get_running_loop().time() + HALF_CLOSED_S)
 
-    async def read(self, reader: asyncio.StreamReader) -> bytes:
-        """The next data.  Raises: TimeoutError: the connection is half-closed and was idle for too long."""
+    async def read_from(self, reader: asyncio.StreamReader) -> bytes:
+        """Read the next data.  Raises: TimeoutError: the connection is half-closed and was idle for too long."""
         async with asyncio.timeout(HALF_CLOSED_S if self._is_half_closed else None) as limit:
             self._limits.add(limit)
             try:
@@ -184,7 +184,7 @@ class _IdleLimit:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, idle_limit: _IdleLimit) -> None:
-    while data := await idle_limit.read(reader):
+    while data := await idle_limit.read_from(reader):
         writer.write(data)
         await writer.drain()
     idle_limit.half_close()
@@ -200,7 +200,7 @@ def _set_options(writer: asyncio.StreamWriter) -> None:
 
 
 def _stop_listening(descriptor: int) -> None:
-    """Clients are refused from now on, also while another descriptor of the socket holds the port."""
+    """Refuse clients from now on, even while another descriptor of the socket holds the port."""
     with closing(socket.socket(fileno=os.dup(descriptor))) as listener, suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         listener.shutdown(socket.SHUT_RD)

@@ -13,16 +13,17 @@ from skep.dataplane.proxy.relays import RelayPort, backend_order
 from skep.linux.descriptors import set_aside
 
 SESSIONS_MAX = 1024
-"""Of one port; a further one replaces the one that was idle longest."""
+"""Sessions of one port.  A further one replaces the session that was idle longest."""
 IDLE_S = 90.0
-"""After which a session may end.  Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go (UDPConnTrackTimeout)."""
+"""Idle time after which a session may end.  Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go
+(UDPConnTrackTimeout)."""
 _DATAGRAM_BYTES_MAX = 65535
 _AT_ONCE_MAX = 64
 """Datagrams read before other work of the event loop."""
 _CONTROL_BYTES = socket.CMSG_SPACE(20)
 
 _Client = tuple[Any, bytes]
-"""The client's socket address, and the destination address of its datagrams (as the kernel gives it)."""
+"""The client's socket address, and the destination address of its datagrams (as the kernel reports it)."""
 
 
 class _Session(msgspec.Struct):
@@ -32,10 +33,10 @@ class _Session(msgspec.Struct):
 
 
 class UdpRelay:
-    """Serves one port by ``listener``, which is bound.
+    """Serves one port through ``listener``, which is bound.
 
-    Of the routing mesh only IPv6, since the kernel forwards IPv4.  A listener with an IPv4 address has to be bound to
-    one address: responses have it as their source.
+    The routing mesh uses it for IPv6 only, because the kernel forwards IPv4.  An IPv4 listener must be bound to a
+    specific address, which becomes the source of responses.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class UdpRelay:
         self._sessions: dict[_Client, _Session] = {}
         self._next_check_s = 0.0
         if listener.family == socket.AF_INET6:
-            # A response has to have the request's destination as its source.
+            # A response must have the request's destination as its source.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         asyncio.get_running_loop().add_reader(listener, self._read_clients)
 
     def update(self, port: RelayPort) -> None:
-        """End the sessions with removed backends: the client's next datagram goes to another one."""
+        """End the sessions with removed backends.  The client's next datagram is sent to another backend."""
         self._port = port
         for client, session in tuple(self._sessions.items()):
             if session.backend not in port.backends:
@@ -73,7 +74,7 @@ class UdpRelay:
         self._listener.close()
 
     def _read_clients(self) -> None:
-        """Datagrams from clients."""
+        """Relay datagrams from clients."""
         for _ in range(_AT_ONCE_MAX):
             try:
                 data, control, _, peer = self._listener.recvmsg(_DATAGRAM_BYTES_MAX, _CONTROL_BYTES)
@@ -106,7 +107,7 @@ class UdpRelay:
             kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
             try:
                 backend = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
-            except OSError:  # no descriptor is free
+            except OSError:  # no free descriptor
                 return None
             try:
                 backend.connect(backends[0])
@@ -118,7 +119,7 @@ class UdpRelay:
         return session
 
     def _read_backend(self, client: _Client, session: _Session) -> None:
-        """Datagrams from a task."""
+        """Relay datagrams from a task."""
         peer, destination = client
         control = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, destination)] if destination else []
         for _ in range(_AT_ONCE_MAX):

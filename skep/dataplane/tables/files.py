@@ -1,8 +1,8 @@
-"""Network tables as files: on the disk for the next start, on tmpfs for the net process.
+"""Network tables as files: on disk for the next start, on tmpfs for the net process.
 
-A file is named after its network and replaced atomically.  A file that cannot be decoded is logged and removed: the
-managers send the table again.  A file that cannot be read at present stays, and is read again soon.  On tmpfs the
-tables of the node's own bridge networks are in the same directory (``dataplane/local/endpoints.py``).
+A file is named after its network and replaced atomically.  A file that cannot be decoded is logged and removed, and the
+managers send the table again.  A file that cannot be read at present stays and is read again soon.  The tables of the
+node's own bridge networks are in the same tmpfs directory (``dataplane/local/endpoints.py``).
 """
 
 import asyncio
@@ -29,15 +29,15 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 WRITE_PAUSE_S = 1.0
-"""Between two writes to the disk, so that a busy network does not keep it writing."""
+"""Pause between two writes to disk, so that a busy network does not keep the disk busy."""
 
 
 Refresh = Callable[[Iterable[NetworkId]], Awaitable[None]]
-"""Raises: SkepError."""
+"""Has the net process reload these tables.  Raises: SkepError."""
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A table on the disk.  ``incarnation``: of the cluster's store, which its revision belongs to."""
+    """A table on disk.  Its revision belongs to this ``incarnation`` of the cluster's store."""
 
     incarnation: int
     table: Table
@@ -46,7 +46,7 @@ class Kept(msgspec.Struct, frozen=True):
 class SharedTables:
     """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``.
 
-    ``refresh``: has the net process read the tables of these networks, and apply them; None: there is no such process.
+    ``refresh`` has the net process reload and apply the tables of these networks.  None if there is no net process.
     """
 
     def __init__(self, directory: Path, refresh: Refresh | None = None) -> None:
@@ -57,17 +57,17 @@ class SharedTables:
         """Whether the last ``load`` left out a file that may be readable later."""
 
     def load(self) -> Mapping[NetworkId, Table]:
-        """The tables that an earlier process of this node had applied; empty after a reboot."""
+        """Return the tables that an earlier process of this node had applied.  Empty after a reboot."""
         tables, self.has_unread = _load_all(self._directory, _decode_table, _itself)
         return {table.head.id: restored(table) for table in tables}
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
-        """Write changed tables and remove deleted ones; the first time also those that an earlier process left.
+        """Write changed tables and remove deleted ones.  The first call also removes leftovers of an earlier process.
 
-        Returns when the net process has applied them: a table that it has read before it was written does not count.
-        Raises: OSError: some were not written; the net process has applied the others; SkepError.
+        Returns when the net process has applied the files as written by this call.
+        Raises: OSError: some were not written, and the net process has applied the others; SkepError.
         """
         failure: OSError | None = None
         try:
@@ -92,7 +92,7 @@ class SharedTables:
                     (self._directory / id).unlink(missing_ok=True)
                 else:
                     replace_file(self._directory / id, msgspec.msgpack.encode(table), is_durable=False)
-            except OSError as error:  # there may be room for the others
+            except OSError as error:  # there may be space for the others
                 failure = error
         if failure is not None:
             raise failure
@@ -100,10 +100,10 @@ class SharedTables:
 
 
 class StoredTables:
-    """The tables on the disk."""
+    """The tables on disk."""
 
     def __init__(self, directory: Path | None, clock: Clock) -> None:
-        """``directory``: None: nothing is saved."""
+        """Make the store.  With ``directory`` None, nothing is saved."""
         self._directory = directory
         self._clock = clock
         self._dirty: dict[NetworkId, Kept | None] = {}
@@ -111,12 +111,12 @@ class StoredTables:
         self._flushing = asyncio.Lock()
         self._writing = threading.Lock()
         self._has_ended = False
-        """A thread that is late must not overwrite the last write."""
+        """Set at the end, because a late thread must not overwrite the last write."""
         self.has_unread = False
-        """As in ``SharedTables``."""
+        """Whether the last ``load`` left out a file that may be readable later."""
 
     def load(self) -> tuple[Mapping[NetworkId, Table], Revision]:
-        """The saved tables, and their newest revision."""
+        """Return the saved tables and their newest revision."""
         if self._directory is None:
             return {}, Revision()
         found, self.has_unread = _load_all(self._directory, _decode_kept, lambda kept: kept.table)
@@ -124,12 +124,12 @@ class StoredTables:
         return {one.table.head.id: one.table for one in found}, newest
 
     def schedule(self, id: NetworkId, table: Table | None, incarnation: int) -> None:
-        """Write ``table`` soon; None: remove its file."""
+        """Write ``table`` soon, or remove its file if None."""
         self._dirty[id] = Kept(incarnation, table) if table is not None else None
         self._is_dirty.set()
 
     async def run(self) -> None:
-        """Write until cancelled, and once more then; failed writes are repeated."""
+        """Write until cancelled, and once more on cancellation.  Failed writes are retried."""
         if self._directory is None:
             await asyncio.Event().wait()
         self._has_ended = False
@@ -147,9 +147,9 @@ class StoredTables:
                 self._has_ended = True
 
     async def flush(self) -> None:
-        """Write now what is scheduled; returns when no other write is under way either.
+        """Write all scheduled tables now.  Returns when no other write is in progress either.
 
-        Raises: OSError: some of it was not written, and stays scheduled.
+        Raises: OSError: some tables were not written, and stay scheduled.
         """
         async with self._flushing:
             self._is_dirty.clear()
@@ -159,7 +159,7 @@ class StoredTables:
             try:
                 await asyncio.to_thread(self._write_unless_ended, batch)
             except BaseException:
-                self._dirty = {**batch, **self._dirty}  # the thread may have written it or not
+                self._dirty = {**batch, **self._dirty}  # the thread may or may not have written them
                 raise
 
     def _write_unless_ended(self, batch: Mapping[NetworkId, Kept | None]) -> None:
@@ -180,7 +180,7 @@ class StoredTables:
 def _load_all(
     directory: Path, decode: Callable[[bytes], T], table_of: Callable[[T], Table]
 ) -> tuple[Sequence[T], bool]:
-    """The decoded files, and whether some cannot be read at present; files that are not tables are removed."""
+    """Return the decoded files, and whether some cannot be read at present.  Other files are removed."""
     found, has_unread = [], False
     try:
         paths = sorted(directory.iterdir())

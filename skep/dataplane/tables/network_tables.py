@@ -1,8 +1,8 @@
 """The tables of this node's networks: received from managers, saved, and applied by listeners.
 
-The listeners (``TableListener``) are called one after another, with all tables and the ids of those that changed.  The
-node acknowledges a table to its manager once all listeners have applied it.  A listener that fails is called again with
-increasing delays; the others are not affected, only the acknowledgement waits.
+The listeners (``TableListener``) are called one after another, with all tables and the ids of changed ones.  The node
+acknowledges a table to its manager once all listeners have applied it.  A listener that fails is called again with
+increasing delays.  The other listeners are not affected, and only the acknowledgement waits.
 """
 
 import asyncio
@@ -34,17 +34,19 @@ NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
 
 
 class TableListener(Protocol):
-    """Applies tables: to bridges and neighbours, names, virtual addresses, published ports."""
+    """Applies tables: to bridges and neighbors, names, virtual addresses, published ports."""
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
-        """Apply ``tables``, of which those in ``changed`` differ from the last call.
+        """Apply ``tables``.
 
-        ``node_id``: this node's in the cluster that the tables are of.
+        Returns when all is applied.  After an error it is called again with the same networks and those changed since.
 
-        The node has left a network that is in ``changed`` and not in ``tables``.  Returns when all is applied.  After
-        an error it is called again with the same networks, and those that changed meanwhile.
+        Args:
+            node_id: This node's id in the cluster that the tables belong to.
+            changed: Networks whose tables differ from the last call.  The node has left a network that is not in
+                ``tables``.
         """
 
 
@@ -53,7 +55,7 @@ class ClusterIdentity(Protocol):
 
     @property
     def node_id(self) -> NodeId:
-        """Empty: the node is in no cluster, or the id is not known yet."""
+        """The node's id.  Empty if the node is in no cluster, or the id is not known yet."""
 
     async def wait_joined(self) -> None:
         """Return when ``node_id`` is known."""
@@ -85,7 +87,7 @@ class NetworkTables:
 
     @property
     def tables(self) -> Mapping[NetworkId, Table]:
-        """As the managers sent them last; listeners may not have applied the latest yet."""
+        """The tables as the managers sent them last.  Listeners may not have applied the latest changes yet."""
         return self._tables
 
     @property
@@ -94,9 +96,9 @@ class NetworkTables:
         return self._applied
 
     async def restore(self, shared: SharedTables) -> None:
-        """``load`` what an earlier process had applied; unreadable files are read again for some seconds.
+        """Load the tables that an earlier process had applied.  Unreadable files are retried for some seconds.
 
-        Without its table a network would be removed from the node.
+        Without its table, a network would be removed from the node.
         """
         backoff = Backoff(FIRST_RETRY_S, rng=self._rng)
         until = self._clock.monotonic() + REREAD_S
@@ -107,9 +109,9 @@ class NetworkTables:
             await backoff.sleep(self._clock)
 
     def load(self, in_force: Mapping[NetworkId, Table] = NOTHING) -> None:
-        """Begin with what an earlier process of this node saved.  Before ``run``; it reads the disk.
+        """Load the tables that an earlier process of this node saved.  Call before ``run``.  Reads the disk.
 
-        ``in_force``: the tables that process had applied when it ended, which may be newer than those on the disk.
+        ``in_force`` are the tables that the process had applied when it ended, which may be newer than the saved ones.
         """
         kept, seen = self._stored.load()
         newest = max((table.revision for table in in_force.values()), default=0)
@@ -123,8 +125,9 @@ class NetworkTables:
     def update(self, received: TableSet, incarnation: int) -> None:
         """Apply ``received`` from a manager.
 
-        Raises: FailedPrecondition: it is older than what this node has seen; InvalidArgument: a change of a table that
-        this node does not have.
+        Raises:
+            FailedPrecondition: It is older than a table set that this node has seen.
+            InvalidArgument: It changes a table that this node does not have.
         """
         seen = advanced(self._seen, Revision(incarnation, received.revision))
         tables, changed = merged(self._tables, valid_set(received, _log_left_out))
@@ -134,7 +137,7 @@ class NetworkTables:
         self._mark_changed(changed)
 
     def exclude(self, unreachable: Unreachable) -> None:
-        """Exclude the endpoints of these peers from now on, where others serve the same.  Idempotent."""
+        """Exclude the endpoints of these peers from now on, if others serve the same service.  Idempotent."""
         if unreachable == self._unreachable:
             return
         before, self._unreachable = self._unreachable, unreachable
@@ -148,7 +151,7 @@ class NetworkTables:
         )
 
     async def clear(self) -> None:
-        """The node leaves its swarm: drop all tables.  Returns when all listeners have removed them."""
+        """Drop all tables, because the node leaves its swarm.  Returns when all listeners have removed them."""
         changed = frozenset(self._tables)
         self._tables, self._seen = NOTHING, Revision()
         for id in changed:
@@ -201,7 +204,7 @@ class NetworkTables:
             await self._wait_for_more()
 
     def _effective(self) -> Mapping[NetworkId, Table]:
-        """The tables without excluded endpoints.  An unchanged table is the same object as before."""
+        """Return the tables without excluded endpoints.  An unchanged table is the same object as before."""
         filtered = {}
         for id, table in self._tables.items():
             nodes = self._unreachable.of(table)
@@ -219,7 +222,7 @@ class NetworkTables:
     async def _apply(
         self, subscriber: "_Subscriber", node_id: NodeId, tables: Mapping[NetworkId, Table]
     ) -> None:
-        """Broad ``except``: a bug in one listener must not keep the others from their tables."""
+        """Call a listener.  The ``except`` is broad: a bug in one listener must not keep tables from the others."""
         try:
             await subscriber.listener.apply(node_id, tables, subscriber.pending)
         except Exception as error:
@@ -248,14 +251,14 @@ def _log_left_out(what: str) -> None:
 
 
 class _Subscriber:
-    """One listener and what it has not applied yet."""
+    """One listener, and the networks that it has not applied yet."""
 
     def __init__(self, listener: TableListener, rng: Callable[[], float]) -> None:
         self.listener = listener
         self.changed: frozenset[NetworkId] = frozenset()
-        """Since it was last called."""
+        """Networks changed since the last call."""
         self.pending: frozenset[NetworkId] = frozenset()
-        """Of the present call, or of one that failed."""
+        """Networks of the present call, or of a failed one."""
         self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=rng)
         self.retry_at = 0.0
 
@@ -267,7 +270,7 @@ class _Subscriber:
 def merged(
     tables: Mapping[NetworkId, Table], received: TableSet
 ) -> tuple[Mapping[NetworkId, Table], frozenset[NetworkId]]:
-    """The tables after ``received``, and which of them were changed or removed.
+    """Return the tables after ``received``, and the networks whose tables were changed or removed.
 
     A table that is sent again with the same content has another revision, and does not count as changed.
     Raises: InvalidArgument: a change of a table that this node does not have.
@@ -277,7 +280,7 @@ def merged(
         id = change.head.id
         before = after.get(id)
         if before is None and not change.is_whole:
-            raise InvalidArgument(f"a change of network {id}, whose table this node does not have")
+            raise InvalidArgument(f"cannot apply a change of network {id}: this node does not have its table")
         after[id] = changed(before, change)
     gone = set(received.removed)
     if received.is_complete:

@@ -1,8 +1,8 @@
-"""Unreachable peers are excluded from the tables while the node has no session with a manager.
+"""Excludes unreachable peers from the tables while the node has no session with a manager.
 
-A manager removes a failed node from the tables within seconds.  Without a manager it stays there, and its share of
-connections fails all the time.  The nodes probe each other continuously, so the endpoints of a peer that does not
-respond are excluded from this node's tables meanwhile: from published ports, virtual addresses and names.
+A manager removes a failed node from the tables within seconds.  Without a manager the node stays there, and its share
+of connections fails.  Nodes probe each other continuously.  The endpoints of a peer that does not respond are therefore
+excluded from this node's tables meanwhile: from published ports, virtual addresses and names.
 
 * A service whose endpoints are all unreachable keeps them: some may still respond.
 * If no peer responds at all, this node's own link is down, and nothing is excluded.
@@ -24,11 +24,11 @@ from skep.model.tables import Table, TableEndpoint
 log = structlog.get_logger()
 
 URGENT_SECONDS = 2.0
-"""Without a response from a manager, before peers are probed more often: a settled verdict takes two rounds."""
+"""Time without a manager's response before peers are probed more often.  A settled verdict takes two rounds."""
 LOST_SECONDS = 5.0
-"""Without a response from a manager, before probes are used: a change of managers takes less."""
+"""Time without a manager's response before probes are used.  A change of managers takes less."""
 FRESH_SECONDS = 6.0
-"""Of a session, until probes are no longer used: its manager first has to detect failed nodes itself."""
+"""Age of a session at which probes are no longer used.  Its manager first has to detect failed nodes itself."""
 LOOK_SECONDS = 1.0
 
 
@@ -37,16 +37,16 @@ class Session(Protocol):
 
     @property
     def has_session(self) -> bool:
-        """Whether there is one now."""
+        """Whether the node has a session now."""
 
     def silence_s(self) -> float:
-        """Seconds since a manager's last response."""
+        """Return the seconds since a manager's last response."""
 
     async def wait_session(self) -> None:
-        """Return when there is one."""
+        """Return when the node has a session."""
 
     async def wait_no_session(self) -> None:
-        """Return when there is none."""
+        """Return when the node has no session."""
 
 
 class Peers(Protocol):
@@ -54,20 +54,20 @@ class Peers(Protocol):
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
-        """The latest of each peer."""
+        """The latest report of each peer."""
 
     def set_urgent(self, is_urgent: bool) -> None:
-        """Probe all peers now and more often, or as seldom as usual again."""
+        """Probe all peers now and more often, or return to the usual rate."""
 
 
 class Unreachable(msgspec.Struct, frozen=True):
-    """Peers that do not respond to probes: on plain networks, on encrypted ones."""
+    """Peers that do not respond to probes, on unencrypted and on encrypted networks."""
 
     plain: frozenset[NodeId] = frozenset()
     encrypted: frozenset[NodeId] = frozenset()
 
     def of(self, table: Table) -> frozenset[NodeId]:
-        """The unreachable peers of one network."""
+        """Return the unreachable peers of one network."""
         return self.encrypted if table.head.is_encrypted else self.plain
 
 
@@ -75,7 +75,7 @@ NONE_UNREACHABLE = Unreachable()
 
 
 def unreachable_peers(reports: Mapping[NodeId, PathReport]) -> Unreachable:
-    """The peers that do not respond, by their latest reports with settled verdicts."""
+    """Return the peers that do not respond, by their latest reports with settled verdicts."""
     return Unreachable(_failing(reports, PathCheck.OVERLAY), _failing(reports, PathCheck.ENCRYPTED))
 
 
@@ -91,7 +91,9 @@ def _failing(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozense
 
 
 def without(table: Table, unreachable: frozenset[NodeId]) -> Table:
-    """``table`` without serving endpoints on ``unreachable`` nodes, except of services that no other node serves."""
+    """Return ``table`` without serving endpoints on ``unreachable`` nodes.
+
+    A service that no other node serves keeps its endpoints."""
     reachable = {
         one.service_id
         for one in table.endpoints.values()
@@ -106,7 +108,7 @@ def without(table: Table, unreachable: frozenset[NodeId]) -> Table:
 
 
 def restored(table: Table) -> Table:
-    """``table`` as the managers sent it: undoes ``without``."""
+    """Return ``table`` as the managers sent it.  Undoes ``without``."""
     changed = {
         id: msgspec.structs.replace(one, is_serving=True, is_left_out=False)
         for id, one in table.endpoints.items()

@@ -1,8 +1,8 @@
 """Validates the tables that a manager sends.  Pure.
 
-Rules, neighbours and routes of all networks of a node are written in common transactions, so that one malformed address
+Rules, neighbors and routes of all networks of a node are written in common transactions, so a single malformed address
 would make the whole transaction fail.  The addresses of each node, container, service and subnet are therefore parsed
-and normalised here; an entry with an invalid one is left out alone.
+and normalized here.  Only the entry with an invalid address is left out.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,22 +33,22 @@ from skep.model.wireguard import KEYS_MAX
 T = TypeVar("T")
 
 _PORT_MAX = (1 << 16) - 1 - 16
-"""Of a data path: earlier versions used the port ten above it, and WireGuard's is next to that."""
+"""Highest data path port.  Earlier versions used the port ten above it, and WireGuard's ports follow that."""
 
 _NO_CONTAINERS = frozenset({0, 127, *range(224, 256)})
 """First bytes of IPv4 addresses that no container has: this network, loopback, multicast, reserved."""
 
 OnInvalid = Callable[[str], object]
-"""Called for each entry that is left out, with the reason."""
+"""Called with the reason for each entry that is left out."""
 
 
 def valid_set(tables: TableSet, on_invalid: OnInvalid) -> TableSet:
-    """``tables`` without invalid entries."""
+    """Return ``tables`` without invalid entries."""
     return replace(tables, changes=tuple(_valid_change(one, on_invalid) for one in tables.changes))
 
 
 def valid_table(table: Table, on_invalid: OnInvalid) -> Table:
-    """``table``, which an earlier process has saved, without invalid entries."""
+    """Return ``table``, which an earlier process has saved, without invalid entries."""
     return replace(
         table,
         head=_head(table.head, on_invalid),
@@ -59,7 +59,8 @@ def valid_table(table: Table, on_invalid: OnInvalid) -> Table:
 
 
 def _valid_change(change: TableChange, on_invalid: OnInvalid) -> TableChange:
-    """An invalid entry is removed, since it replaces one that may have been valid."""
+    """Return ``change`` without invalid entries.  Each is removed, because it replaces an entry that may have been
+    valid."""
     nodes = tuple(_valid(change.nodes, _node, on_invalid))
     endpoints = tuple(_valid(change.endpoints, _endpoint, on_invalid))
     services = tuple(_valid(change.services, _service, on_invalid))
@@ -120,7 +121,7 @@ def _node(node: TableNode) -> TableNode:
 
 def _endpoint(endpoint: TableEndpoint) -> TableEndpoint:
     addresses = _addresses(endpoint.addresses)
-    # There are many, and nearly all are normalised already.
+    # There are many, and nearly all are normalized already.
     return endpoint if addresses == endpoint.addresses else replace(endpoint, addresses=addresses)
 
 
@@ -145,7 +146,9 @@ def _addresses(addresses: Iterable[str]) -> tuple[str, ...]:
 
 
 def _container_address(text: str) -> str:
-    """Without ``ipaddress`` for IPv4: a large table has tens of thousands.  Raises: ValueError."""
+    """Return the normalized address.  IPv4 avoids ``ipaddress``, because a large table has tens of thousands.
+
+    Raises: ValueError."""
     if ":" in text:
         address = parsed(text)
         if address.is_multicast or address.is_unspecified or address.is_loopback:

@@ -1,9 +1,9 @@
 """Changes elements of nftables maps without libnftables, over a socket that stays open.
 
-A change of one service's backends is a change of a few elements in each namespace that uses it.  By libnftables that
-takes 0.2 ms of processor time, since it lists the tables first, and then 7 to 15 ms of waiting: closing a netlink
-socket of netfilter blocks until what was deleted before is freed.  So the socket stays open here, and the same bytes
-are sent for all containers: a change in 100 namespaces took 130 ms, of which 100 ms processor time, and takes 35.
+A change of one service's backends changes a few elements in each namespace that uses it.  libnftables takes 0.2 ms of
+processor time for that, since it lists the tables first, and then waits for 7 to 15 ms, because closing a netfilter
+netlink socket blocks until objects deleted before are freed.  Here the socket stays open and the same bytes are sent
+for all containers.  A change in 100 namespaces took 130 ms, of which 100 ms processor time, and now takes 35 ms.
 
 Source: linux, include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h; net/netfilter/nfnetlink.c (batches),
 nf_tables_api.c (``nft_rcv_nl_event`` is what waits).
@@ -30,27 +30,27 @@ _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _GOTO = -4
 _FAMILIES = {"ip": (2, socket.AF_INET), "ip6": (10, socket.AF_INET6)}
 _ELEMENTS_MAX = 256
-"""In one message: the length of an attribute is 16 bits."""
+"""Elements in one message, because the length of an attribute has 16 bits."""
 _EDGE = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_SUBSYSTEM))
 _BEGIN, _END = (netlink.request(kind, 0, _EDGE) for kind in (0x10, 0x11))
-"""Begin and end of a batch: the messages between them are one transaction."""
+"""Start and end of a batch.  The messages between them are one transaction."""
 _TIMEOUT_S = 5.0
 _REPLY_BYTES = 1 << 16
 
 
 class ElementSocket:
-    """Of the namespace in which it was opened.  Used by one thread at a time; to be closed after an error."""
+    """A socket of the namespace in which it was opened.  Use it in one thread at a time and close it after an error."""
 
     def __init__(self) -> None:
-        """In the namespace of the calling thread.  Raises: OSError."""
+        """Open the socket in the calling thread's namespace.  Raises: OSError."""
         self._socket = set_aside(netlink.opened(netlink.NETFILTER, _TIMEOUT_S))
 
     def close(self) -> None:
-        """Close it.  May block for some milliseconds."""
+        """Close the socket.  May block for some milliseconds."""
         self._socket.close()
 
     def change(self, changes: Sequence[Elements]) -> None:
-        """Make all changes in one transaction.  Blocks.  Raises: NftFailed: the kernel refuses; OSError."""
+        """Make all changes in one transaction.  Blocks.  Raises: NftFailed: the kernel refused; OSError."""
         if not changes:
             return
         messages = encoded(tuple(changes))
@@ -64,7 +64,7 @@ class ElementSocket:
                 missing -= kind == netlink.ERROR
 
     def datagrams(self, family: str) -> frozenset[str]:
-        """Virtual addresses with UDP flows, as recorded by the rules.  Blocks.  Raises: OSError."""
+        """Return virtual addresses with UDP flows, as noted by the rules.  Blocks.  Raises: OSError."""
         number, kind = _FAMILIES[family]
         body = _head(number) + _named(_TABLE, NAME) + _named(_SET, DATAGRAMS)
         self._socket.send(netlink.request(_GET_ELEMENTS, netlink.DUMP, body))
@@ -81,7 +81,7 @@ class ElementSocket:
 
 @lru_cache(maxsize=8)
 def encoded(changes: tuple[Elements, ...]) -> tuple[bytes, ...]:
-    """Messages, each of which the kernel acknowledges; the same bytes for all namespaces."""
+    """Return the messages, each of which the kernel acknowledges.  All namespaces get the same bytes."""
     return tuple(
         netlink.request(
             _NEW_ELEMENTS if change.is_added else _DELETE_ELEMENTS,
@@ -103,7 +103,10 @@ def _body(change: Elements, start: int) -> bytes:
 
 
 def _element(key: str, value: str) -> bytes:
-    """``key``: an address, or an address and a random number; ``value``: empty, an address, or ``goto`` a chain."""
+    """Encode an element.
+
+    ``key`` is an address, or an address and a random number.  ``value`` is empty, an address, or ``goto`` and a
+    chain."""
     address, _, drawn = key.partition(" . ")
     # The kernel's random number is in the machine's byte order.
     packed = _packed(address) + (struct.pack("=I", int(drawn)) if drawn else b"")
@@ -122,7 +125,7 @@ def _packed(address: str) -> bytes:
 
 
 def _keys(reply: bytes) -> Iterator[bytes]:
-    """Keys of the elements in a message."""
+    """Yield the keys of the elements in a message."""
     listed = dict(netlink.attributes(reply[4:])).get(_ELEMENTS, b"")
     for _, element in netlink.attributes(listed):
         key = dict(netlink.attributes(element)).get(_KEY, b"")

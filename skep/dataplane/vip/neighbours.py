@@ -1,8 +1,8 @@
-"""Packets to a virtual address that are queued for the resolution of a neighbour that does not exist.
+"""Sends packets to a virtual address that are queued for the resolution of a neighbor that does not exist.
 
-A packet sent before the rules of the address were there waits three seconds for the neighbour's MAC address and then
-fails; TCP retransmits nothing while it waits.  So the entry gets an unused MAC address: the next attempt reaches a
-backend.
+A packet sent before the rules of the address existed waits three seconds for the neighbor's MAC address and then fails.
+TCP does not retransmit while it waits.  The neighbor entry therefore gets an unused MAC address, and the next attempt
+reaches a backend.
 """
 
 import socket
@@ -20,7 +20,7 @@ _TIMEOUT_S = 2.0
 
 
 def flush_pending(addresses: Collection[str]) -> None:
-    """Send the packets queued for ``addresses``, in the namespace of the calling thread.  Blocks.  Raises: OSError."""
+    """Send the packets queued for ``addresses``, in the calling thread's namespace.  Blocks.  Raises: OSError."""
     for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
         packed = {
             socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
@@ -32,11 +32,11 @@ def flush_pending(addresses: Collection[str]) -> None:
                     body += netlink.attribute(_DESTINATION, address)
                     body += netlink.attribute(_LINK_ADDRESS, _UNUSED_MAC)
                     connection.send(netlink.request(netlink.NEWNEIGH, netlink.ACK | netlink.REPLACE, body))
-                    connection.recv(1 << 12)  # the neighbour may be gone: its error is ignored
+                    connection.recv(1 << 12)  # ignore an error: the neighbor may have been removed
 
 
 def _pending(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:
-    """(interface, address) of neighbours that are being resolved."""
+    """Yield interface and address of each neighbor that is being resolved."""
     head = _HEADER.pack(family, 0, 0, 0, 0, 0, 0)
     connection.send(netlink.request(netlink.GETNEIGH, netlink.DUMP, head))
     while True:

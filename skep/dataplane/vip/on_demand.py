@@ -1,9 +1,9 @@
 """Virtual addresses that a container uses without having resolved their names.
 
-Programs get them from the API (a proxy that is configured by it), from a cache, from another container.  So the first
-packet to each address of the container's networks is logged to this process (nfnetlink_log), at most once in half a
-minute.  If it is a virtual address, its service is loaded, and the packet's connection tracking entry deleted, so that
-the next attempt (of TCP: after a second) reaches a backend.
+Programs get them from the API, as a proxy configured through it does, from a cache, or from another container.  The
+first packet to each address of the container's networks is therefore logged to this process (nfnetlink_log), at most
+once in half a minute.  If it is a virtual address, its service is loaded and the packet's connection tracking entry is
+deleted, so that the next attempt (for TCP after a second) reaches a backend.
 """
 
 import socket
@@ -22,7 +22,7 @@ NAME = "skep_asked"
 FAMILIES = ("ip", "ip6")
 _GROUP = 11
 _BYTES = 40
-"""Of a packet, up to its destination address."""
+"""Bytes of a packet up to its destination address."""
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"
 _LOGGED_MAX = 512
 """The kernel allocates their buffer at once: 8 KiB."""
@@ -36,7 +36,7 @@ _READS_MAX = 64
 
 
 def on_demand_tables(subnets: Iterable[IPv4Network | IPv6Network]) -> tuple[NftTable, ...]:
-    """The tables of the families that ``subnets`` has."""
+    """Return the tables for the address families of ``subnets``."""
     found = []
     for family, version in zip(FAMILIES, (4, 6), strict=True):
         if own := sorted({str(one) for one in subnets if one.version == version}):
@@ -56,7 +56,9 @@ def on_demand_tables(subnets: Iterable[IPv4Network | IPv6Network]) -> tuple[NftT
 
 
 def open_on_demand(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.socket | None:
-    """Packets to ``subnets``, in the namespace of the calling thread; None: this kernel does not log them."""
+    """Open a socket with logged packets to ``subnets``, in the calling thread's namespace.
+
+    Return None if this kernel does not log them."""
     try:
         packets = open_packets()
     except OSError as error:
@@ -72,7 +74,7 @@ def open_on_demand(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.soc
 
 
 def open_packets() -> socket.socket:
-    """A socket that gets the logged packets of the calling thread's namespace.  Raises: OSError."""
+    """Open a socket for the logged packets of the calling thread's namespace.  Raises: OSError."""
     opened = netlink.opened(netlink.NETFILTER, _TIMEOUT_S)
     try:
         _configure(opened, _COMMAND, struct.pack("=B", _BIND))
@@ -86,19 +88,19 @@ def open_packets() -> socket.socket:
 
 
 def read(opened: socket.socket) -> frozenset[str]:
-    """The addresses to which there were packets."""
+    """Return the destination addresses of logged packets."""
     found: set[str] = set()
     for _ in range(_READS_MAX):
         try:
             data = opened.recv(1 << 16)
-        except OSError:  # nothing more to read, or some were lost: the next packet is logged again
+        except OSError:  # nothing more to read, or some were lost, and the next packet is logged again
             break
         found |= destinations(data)
     return frozenset(found)
 
 
 def destinations(data: bytes) -> frozenset[str]:
-    """The destinations of the packets in ``data``, messages of nfnetlink_log."""
+    """Return the destinations of the packets in ``data``, messages of nfnetlink_log."""
     found = set()
     for type_, body in netlink.messages(data):
         packet = dict(netlink.attributes(body[4:])).get(_PAYLOAD, b"") if type_ == _PACKET else b""

@@ -1,7 +1,7 @@
 """Keeps the virtual addresses in one container's namespace up to date with the network tables.
 
-A service is loaded when the container first resolves its name, and stays for the life of the container: a program may
-keep the address for as long.  Changes that come while the namespace is being written are written together, next.
+A service is loaded when the container first resolves its name, and stays for the life of the container, because a
+program may keep the address for as long.  Changes that arrive during a write are written together afterwards.
 """
 
 import asyncio
@@ -28,7 +28,8 @@ Write = Callable[[Plan], Awaitable[None]]
 class VirtualAddresses:
     """The virtual addresses of one container.
 
-    ``loaded``: the services that an earlier process had loaded; the namespace has tables for them, of some age.
+    ``loaded`` are the services that an earlier process had loaded.  The namespace has tables for them, perhaps old
+    ones.
     """
 
     def __init__(self, backends_of: BackendsOf, write: Write, loaded: Services = frozenset()) -> None:
@@ -42,33 +43,35 @@ class VirtualAddresses:
 
     @property
     def loaded(self) -> Services:
-        """The services whose rules are in the namespace, or are being written."""
+        """The services whose rules are in the namespace or are being written."""
         return self._loaded
 
     @property
     def networks(self) -> frozenset[NetworkId]:
-        """Those of the loaded services."""
+        """The networks of the loaded services."""
         return frozenset(network for network, _ in self._loaded)
 
     def is_usable(self, services: Services) -> bool:
-        """Whether the rules of ``services`` are in the namespace."""
+        """Return whether the rules of ``services`` are in the namespace."""
         return services <= self._usable
 
     async def load(self, services: Services) -> None:
-        """Write the rules of ``services``, and keep them up to date.  Raises: SkepError, OSError."""
+        """Write the rules of ``services`` and keep them up to date.  Raises: SkepError, OSError."""
         if not services <= self._loaded:
             self._loaded |= services
             self._is_outdated = True
         await self.apply()
 
     def mark_changed(self, services: Services) -> bool:
-        """The backends of ``services`` have changed; returns whether ``apply`` has work, or is at work."""
+        """Note that the backends of ``services`` have changed.  Return whether ``apply`` has work to do or is
+        running."""
         if services & self._loaded:
             self._is_outdated = True
         return self._is_outdated or self._writing.locked()
 
     def mark_unknown(self) -> None:
-        """Another program may have changed the rules: the next ``apply`` writes all of them, if there are any."""
+        """Note that another program may have changed the rules.  The next ``apply`` writes all of them, if there are
+        any."""
         if self._loaded:
             self._is_unknown = self._is_outdated = True
 
@@ -90,15 +93,15 @@ class VirtualAddresses:
                     self._is_outdated = self._is_unknown = True
                     if written is None or not isinstance(error, nft.NftFailed):
                         raise
-                    continue  # the namespace differs from what was assumed: write all of it
+                    continue  # the namespace differs from the assumed state: write all of it
                 self._written = planned.after
                 self._usable = services
 
 
 def write_plan(planned: Plan, elements: ElementSocket) -> None:
-    """Write into the namespace of the calling thread.  Blocks.  Raises: NftFailed, OSError.
+    """Write a plan into the calling thread's namespace.  Blocks.  Raises: NftFailed, OSError.
 
-    ``elements``: of this namespace.
+    ``elements`` is a socket of this namespace.
     """
     if planned.elements is None:
         nft.run(planned.text)
@@ -115,11 +118,11 @@ def write_plan(planned: Plan, elements: ElementSocket) -> None:
 
 
 def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
-    """Delete the UDP flows to these addresses whose backend was removed; returns the addresses that have UDP flows.
+    """Delete UDP flows to these addresses whose backend was removed.  Return the addresses that have UDP flows.
 
-    Also flows of all protocols without a backend, which began before the rules of the address.
+    Flows of all protocols that began before the rules of the address, and so have no backend, are deleted too.
 
-    In the namespace of the calling thread.  Blocks.  Raises: OSError: some flows may be stale.
+    Works in the calling thread's namespace.  Blocks.  Raises: OSError: some flows may be stale.
     """
     seen: set[str] = set()
 
@@ -138,9 +141,9 @@ def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
 
 
 def _delete_flows(backends: VipBackends) -> frozenset[str]:
-    """``delete_stale_flows``; after an error, every address may have flows."""
+    """Call ``delete_stale_flows``.  After an error, assume that every address has flows."""
     try:
         return delete_stale_flows(backends)
-    except OSError as error:  # new connections are not affected
+    except OSError as error:  # not fatal: new connections are not affected
         log.warning("stale flows not deleted", reason=str(error))
         return frozenset(backends)

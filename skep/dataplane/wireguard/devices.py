@@ -1,8 +1,8 @@
-"""WireGuard devices: made, read and written as ``plan/wireguard.py`` has decided.
+"""Creates, reads and configures WireGuard devices as planned by ``plan/wireguard.py``.
 
-Devices are made in the node's own namespace, where their UDP sockets stay, and moved to the tunnels' namespace, where
-packets enter and leave them.  The kernel's are configured over generic netlink (``kernel.py``), wireguard-go's over its
-unix socket.
+Devices are created in the node's own namespace, where their UDP sockets stay, and moved to the tunnels' namespace,
+where packets enter and leave them.  Kernel devices are configured over generic netlink (``kernel.py``), wireguard-go's
+over its Unix socket.
 
 Sources: wireguard.com/xplatform (the protocol of the socket); wireguard.com/netns (the two namespaces).
 """
@@ -23,7 +23,7 @@ from skep.dataplane.wireguard import kernel
 from skep.errors import Unavailable
 
 SOCKETS = Path("/var/run/wireguard")
-"""Where wireguard-go makes its sockets; it is built so."""
+"""Folder of wireguard-go's sockets, compiled into it."""
 _REPLY_S_MAX = 5.0
 _REPLY_BYTES_MAX = 1 << 24
 
@@ -32,23 +32,25 @@ class Devices(Protocol):
     """The WireGuard devices of one node, by name."""
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
-        """Have the device in ``namespace``; its index there, 0: it is not there yet.  Raises: Unavailable."""
+        """Create the device in ``namespace`` or move it there.
 
-    async def read(self, name: str, namespace: Path) -> FoundDevice:
-        """How it is configured.  Raises: Unavailable."""
+        Return its index there, or 0 if it does not exist yet.  Raises: Unavailable."""
+
+    async def read_device(self, name: str, namespace: Path) -> FoundDevice:
+        """Return the device's configuration.  Raises: Unavailable."""
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        """Change that.  Raises: Unavailable."""
+        """Change the device's configuration.  Raises: Unavailable."""
 
 
 class KernelDevices:
-    """The kernel's."""
+    """WireGuard devices of the kernel."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
-        """Make the device in the node's own namespace and ``namespace`` at once."""
+        """Create the device from the node's own namespace directly in ``namespace``."""
 
         async def make(home: AsyncIPRoute, target: int) -> None:
             await home.link("add", ifname=name, kind="wireguard", mtu=mtu, net_ns_fd=target)
@@ -56,17 +58,18 @@ class KernelDevices:
         try:
             return await _index_after(self._namespaces, name, namespace, make)
         except (OSError, NetlinkError) as error:
-            raise Unavailable(f"the kernel makes no WireGuard device: {error}") from error
+            raise Unavailable(f"the kernel cannot create a WireGuard device: {error}") from error
 
-    async def read(self, name: str, namespace: Path) -> FoundDevice:
-        """By generic netlink in ``namespace``."""
+    async def read_device(self, name: str, namespace: Path) -> FoundDevice:
+        """Read the configuration over generic netlink in ``namespace``."""
         try:
             return await self._namespaces.run(namespace, kernel.read_device, name)
         except OSError as error:
             raise Unavailable(f"the device {name} cannot be read: {error}") from error
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        """In as many messages as the peers need; a new private key and the removal of all peers are in one."""
+        """Send as many messages as the peers need.  A new private key and the removal of all peers are in one
+        message."""
         try:
             await self._namespaces.run(namespace, kernel.change_device, name, change)
         except OSError as error:
@@ -74,19 +77,19 @@ class KernelDevices:
 
 
 class UserSpaceDevices:
-    """wireguard-go's, whose processes are started and supervised elsewhere."""
+    """WireGuard devices of wireguard-go, whose processes are supervised elsewhere."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
-        """Move the device to ``namespace`` once its process has made it."""
+        """Move the device to ``namespace`` once its process has created it."""
 
         async def move(home: AsyncIPRoute, target: int) -> None:
-            """If its process has made it already.
+            """Move the device if its process has created it already.
 
-            It is moved while it is down: wireguard-go notices by itself when it is up in another namespace, within a
-            second.
+            It is moved while it is down.  wireguard-go notices by itself, within a second, when it is up in another
+            namespace.
             """
             for index in await home.link_lookup(ifname=name):
                 await home.link("set", index=index, mtu=mtu)
@@ -97,16 +100,17 @@ class UserSpaceDevices:
         except (OSError, NetlinkError) as error:
             raise Unavailable(f"the device {name} cannot be moved: {error}") from error
 
-    async def read(self, name: str, namespace: Path) -> FoundDevice:
-        """By its socket."""
-        return parsed_device(await self._answered(name, "get=1\n\n"))
+    async def read_device(self, name: str, namespace: Path) -> FoundDevice:
+        """Read the configuration over the device's socket."""
+        return parsed_device(await self._request(name, "get=1\n\n"))
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        """In one message, which wireguard-go carries out line by line."""
-        await self._answered(name, socket_message(change))
+        """Send one message, which wireguard-go executes line by line."""
+        await self._request(name, socket_message(change))
 
-    async def _answered(self, name: str, request: str) -> str:
-        """wireguard-go's response.  Raises: Unavailable: no process serves the socket, or it refused the request."""
+    async def _request(self, name: str, request: str) -> str:
+        """Return wireguard-go's response.  Raises: Unavailable: no process serves the socket, or it refused the
+        request."""
         try:
             async with asyncio.timeout(_REPLY_S_MAX):
                 path = str(SOCKETS / f"{name}.sock")
@@ -119,12 +123,12 @@ class UserSpaceDevices:
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise Unavailable(f"wireguard-go does not answer for {name}: {error}") from error
         if (number := reply.rstrip("\n").rpartition("errno=")[2]) != "0":
-            raise Unavailable(f"wireguard-go refuses a change of {name}: errno {number}")
+            raise Unavailable(f"wireguard-go refused a change of {name}: errno {number}")
         return reply
 
 
 def socket_message(change: Change) -> str:
-    """``change`` as wireguard-go's socket takes it: lines, ended by an empty one."""
+    """Return ``change`` as lines for wireguard-go's socket, ended by an empty line."""
     lines = ["set=1"]
     if change.private is not None:
         lines += ["replace_peers=true", f"private_key={change.private.hex()}"]
@@ -144,7 +148,7 @@ def socket_message(change: Change) -> str:
 
 
 def parsed_device(text: str) -> FoundDevice:
-    """What the socket answers to ``get=1``.  Raises: Unavailable: it is malformed."""
+    """Parse the socket's response to ``get=1``.  Raises: Unavailable: it is malformed."""
     private, port = b"", 0
     peers: dict[bytes, dict[str, Any]] = {}
     peer: dict[str, Any] = {}
@@ -169,7 +173,7 @@ def parsed_device(text: str) -> FoundDevice:
                 case "last_handshake_time_nsec":
                     peer["handshake_at"] += int(value) / 1e9
     except ValueError as error:
-        raise Unavailable(f"wireguard-go answers what is not understood: {error}") from error
+        raise Unavailable(f"wireguard-go sent an invalid response: {error}") from error
     return FoundDevice(
         private=private, port=port, peers={public: FoundPeer(**one) for public, one in peers.items()}
     )
@@ -178,10 +182,10 @@ def parsed_device(text: str) -> FoundDevice:
 async def _index_after(
     namespaces: Namespaces, name: str, namespace: Path, bring: Callable[[AsyncIPRoute, int], Awaitable[None]]
 ) -> int:
-    """Index of the device ``name`` in ``namespace``, to where ``bring`` brings it; 0: it is not there yet.
+    """Return the index of the device ``name`` in ``namespace``, or 0 if it does not exist yet.
 
-    ``bring`` is called with netlink of the node's own namespace and an open file of ``namespace``, if the device is not
-    there.  Raises: OSError, NetlinkError.
+    If the device is not there, ``bring`` is called first, with netlink of the node's own namespace and an open file of
+    ``namespace``.  Raises: OSError, NetlinkError.
     """
     if index := await namespaces.run(namespace, _index_of, name):
         return index

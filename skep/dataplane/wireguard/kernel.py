@@ -1,4 +1,4 @@
-"""The kernel's WireGuard over generic netlink: its messages as bytes, and two calls that block.
+"""Configures the kernel's WireGuard over generic netlink.  ``read_device`` and ``change_device`` block.
 
 Source: linux, include/uapi/linux/wireguard.h, include/uapi/linux/genetlink.h.
 """
@@ -14,7 +14,7 @@ from skep.dataplane.netns.netlink import NESTED, attribute, attributes, carried_
 from skep.dataplane.plan.wireguard import KEEPALIVE_S, Change, FoundDevice, FoundPeer, Peer
 
 GENERIC = 16
-"""The netlink protocol of families that have a name."""
+"""The netlink protocol of families that are addressed by name."""
 _CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 3, 1, 2
 _FAMILY = b"wireguard\0"
 _GET_DEVICE, _SET_DEVICE, _VERSION = 0, 1, 1
@@ -25,18 +25,18 @@ _REPLACE_PEERS = 1
 _IP_FAMILY, _IP_ADDRESS, _IP_LENGTH = 1, 2, 3
 _HEADER = struct.Struct("=BBxx")
 _PEERS_AT_ONCE = 100
-"""In one message, of which an attribute has 64 KiB at most."""
+"""Peers in one message.  An attribute has at most 64 KiB."""
 
 
 def read_device(name: str) -> FoundDevice:
-    """The device ``name`` of the calling thread's namespace.  Raises: OSError."""
+    """Read the device ``name`` of the calling thread's namespace.  Raises: OSError."""
     body = _HEADER.pack(_GET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
     replies = dumped(_family_id(), body, GENERIC)
     return decoded(bytes(body[_HEADER.size :]) for _, body in replies)
 
 
 def change_device(name: str, change: Change) -> None:
-    """The same.  Raises: OSError."""
+    """Configure the device ``name`` of the calling thread's namespace.  Raises: OSError."""
     requests = [(_family_id(), 0, message) for message in encoded(name, change)]
     for number in carried_out(requests, GENERIC):
         if number:
@@ -44,7 +44,8 @@ def change_device(name: str, change: Change) -> None:
 
 
 def encoded(name: str, change: Change) -> Iterator[bytes]:
-    """The messages of a change; what is removed comes before what is put, with a new private key all peers are."""
+    """Yield the messages of a change.  Peers are removed before others are put.  A new private key removes all
+    peers."""
     head = _HEADER.pack(_SET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
     own = b""
     if change.private is not None:
@@ -61,7 +62,7 @@ def encoded(name: str, change: Change) -> Iterator[bytes]:
 
 
 def decoded(messages: Iterable[bytes]) -> FoundDevice:
-    """What the kernel answers: a device with many peers in several messages, a peer perhaps in two of them."""
+    """Decode the kernel's response.  Many peers come in several messages, and one peer may be in two of them."""
     private, port = b"", 0
     peers: dict[bytes, FoundPeer] = {}
     for message in messages:
@@ -90,7 +91,7 @@ def _decoded_peer(found: dict[int, bytes], before: FoundPeer) -> FoundPeer:
 
 
 def _decoded_address(allowed: dict[int, bytes]) -> str:
-    """As in a plan where it is a single IPv6 address, else with its length, which no plan has."""
+    """Return a single IPv6 address as plans have it, or any other address with its length, which no plan has."""
     address, length = ip_address(allowed[_IP_ADDRESS]), allowed[_IP_LENGTH][0]
     return str(address) if (address.version, length) == (6, 128) else f"{address}/{length}"
 
@@ -124,7 +125,7 @@ def _number(kind: int, value: int) -> bytes:
 
 @cache
 def _family_id() -> int:
-    """The number that this boot's kernel gave WireGuard.  Raises: OSError: it has none."""
+    """Return the number that the kernel assigned to WireGuard in this boot.  Raises: OSError: it has no WireGuard."""
     body = _HEADER.pack(_GET_FAMILY, 2)
     for _, found in dumped(_CONTROL, body, GENERIC):
         family = dict(attributes(bytes(found[_HEADER.size :])))

@@ -1,7 +1,7 @@
 """The node's own WireGuard key pairs: made here, kept in one file on tmpfs, never sent anywhere.
 
-Two key pairs exist while the key rotates, each with a WireGuard device of its own (``slot`` 0 or 1) and a UDP port of
-its own (``plan/rotation.py``).  Peers that have only the older key go on with it until they have got the newer one.
+Two key pairs exist while the key rotates, each with a WireGuard device (``slot`` 0 or 1) and a UDP port of its own
+(``plan/rotation.py``).  Peers that have only the older key keep using it until they receive the newer one.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from skep.linux.files import is_no_file, replace_file
 
 
 def new_private_key() -> bytes:
-    """32 bytes of the system's randomness, in the form that WireGuard shows (RFC 7748, section 5, clamped)."""
+    """Return 32 random bytes in the form that WireGuard shows (RFC 7748, section 5, clamped)."""
     key = bytearray(X25519PrivateKey.generate().private_bytes_raw())
     key[0] &= 248
     key[31] = key[31] & 127 | 64
@@ -26,10 +26,10 @@ def new_private_key() -> bytes:
 
 
 def load(path: Path) -> tuple[KeyPair, ...]:
-    """What an earlier node process of this boot left; empty: there is none.
+    """Return the key pairs that an earlier node process of this boot saved, or an empty tuple.
 
-    A file that is no list of key pairs is kept beside it (``.damaged``), and counts as none.
-    Raises: OSError: it cannot be read now.
+    An invalid file counts as empty and is renamed to ``<name>.damaged``.
+    Raises: OSError: it cannot be read at present.
     """
     try:
         pairs = msgspec.msgpack.decode(path.read_bytes(), type=tuple[KeyPair, ...])
@@ -41,7 +41,7 @@ def load(path: Path) -> tuple[KeyPair, ...]:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
         aside = path.with_name(path.name + ".damaged")
-        log_error(error, "wireguard keys damaged, new ones are made", file=str(path), kept_as=str(aside))
+        log_error(error, "wireguard keys damaged, making new ones", file=str(path), kept_as=str(aside))
         with suppress(OSError):
             discard_tree_now(aside)
             path.rename(aside)
@@ -54,5 +54,5 @@ def _is_valid(pair: KeyPair) -> bool:
 
 
 def save(path: Path, pairs: Sequence[KeyPair]) -> None:
-    """Keep ``pairs`` for the next node process, readable by root alone.  Raises: OSError."""
+    """Save ``pairs`` for the next node process, readable by root only.  Raises: OSError."""
     replace_file(path, msgspec.msgpack.encode(tuple(pairs)), mode=0o600, is_durable=False)

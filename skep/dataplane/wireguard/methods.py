@@ -1,4 +1,4 @@
-"""Which WireGuard this node uses: as configured, else the first that works here, else none.  Never plain text."""
+"""Chooses the WireGuard of this node: the configured one, else the first that works, else none.  Never plain text."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -16,11 +16,11 @@ _NEEDS = {
     Method.KERNEL: ("wireguard", "vxlan", "ipv6"),
     Method.USER_SPACE: ("wireguard-go", "tun", "vxlan", "ipv6"),
 }
-"""Features of the machine; addresses inside the tunnels are of IPv6."""
+"""Features of the machine that a method needs.  Addresses inside the tunnels are IPv6."""
 
 
 class Features(Protocol):
-    """What the machine can do (``node.features``)."""
+    """Features of the machine (``node.features``)."""
 
     @property
     def missing(self) -> Mapping[str, str]:
@@ -28,13 +28,13 @@ class Features(Protocol):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """This node does not encrypt; ``reason`` is part of the error of a task that needs it to."""
+    """This node does not encrypt.  ``reason`` becomes part of the error of a task that needs encryption."""
 
     reason: str
 
 
 def choose(features: Features, setting: str = "auto") -> Method | Refusal:
-    """``setting``: ``auto``, ``kernel`` or ``wireguard-go``."""
+    """Choose the method.  ``setting`` is ``auto``, ``kernel`` or ``wireguard-go``."""
     for method in _ORDER[setting]:
         if not _lacking(features, method):
             return method
@@ -44,13 +44,13 @@ def choose(features: Features, setting: str = "auto") -> Method | Refusal:
 
 
 def reasons_for_fallback(features: Features, setting: str = "auto") -> str:
-    """Why ``choose`` did not take the first method; empty: it did, or it took none."""
+    """Return why ``choose`` did not take the first method.  Empty if it did, or if it took none."""
     method, order = choose(features, setting), _ORDER[setting]
     return _reasons_against(features, order[: order.index(method)]) if isinstance(method, Method) else ""
 
 
 def _reasons_against(features: Features, methods: Iterable[Method]) -> str:
-    """What each of ``methods`` needs and the machine lacks, with the kernel's errors."""
+    """Return the needs of ``methods`` that the machine lacks, with the kernel's errors."""
     lacking = {name: None for method in methods for name in _lacking(features, method)}
     return "; ".join(f"{name}: {features.missing[name]}" for name in lacking)
 

@@ -1,6 +1,6 @@
 """Starts wireguard-go: one process per WireGuard device, forked by the zygote and supervised like the others.
 
-The process outlives the node process.  Its supervisor configures the device by the socket that it
+The process outlives the node process.  The node process configures the device through the socket that wireguard-go
 serves (``devices.UserSpaceDevices``).
 """
 
@@ -16,18 +16,19 @@ from skep.paths import Paths
 
 PROGRAM = "wireguard-go"
 VERSION = "wireguard-go"
-"""In the pid file in place of a version of skep: another version of skep goes on with the same process."""
+"""Replaces the version of Skep in the pid file, so that another version of Skep keeps the same process."""
 _NICENESS = -10
-"""The kernel forwards packets without waiting for a processor; busy containers must not slow the tunnels down."""
+"""The kernel forwards packets without waiting for a processor.  Busy containers must not slow tunnels in user space
+down."""
 
 
 def process_name(slot: int) -> str:
-    """Of its supervisor, and of its pid file."""
+    """Return the name of the process for its supervisor and its pid file."""
     return f"wireguard-{slot}"
 
 
 def enter(slot: int, arguments: Sequence[str]) -> None:
-    """Become wireguard-go for the device in ``slot``.  ``arguments``: data and run directory.
+    """Become wireguard-go for the device in ``slot``.  ``arguments`` are the data and run directories.
 
     Raises: OSError: the program cannot be started.
     """
@@ -40,6 +41,6 @@ def enter(slot: int, arguments: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    # Without the variable it advises to use the kernel's, which this machine was found not to have.
+    # Without the variable it advises to use the kernel's WireGuard, which this machine was found not to have.
     environment = {**os.environ, "LOG_LEVEL": "error", "WG_PROCESS_FOREGROUND": "1"}
     os.execvpe(PROGRAM, [PROGRAM, "--foreground", device_name(run, slot)], environment)

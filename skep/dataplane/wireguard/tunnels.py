@@ -1,8 +1,8 @@
-"""The WireGuard tunnels of one node: keeps devices, addresses and routes as the tables of encrypted networks need them.
+"""The WireGuard tunnels of one node: keeps devices, addresses and routes as the encrypted networks' tables need them.
 
-The devices are in a network namespace of their own (``<run>/tunnels``), which has no other device and no way out: what
-VXLANs of encrypted networks send there goes through a tunnel or nowhere.  So nothing leaves in clear, whatever is
-missing: the device, its process, a key, a route.
+The devices are in a network namespace of their own (``<run>/tunnels``), which has no other device and no other egress.
+Packets that VXLANs of encrypted networks send there pass a tunnel or are dropped.  Nothing leaves unencrypted, whatever
+is missing: the device, its process, a key, a route.
 """
 
 import asyncio
@@ -72,11 +72,11 @@ log = structlog.get_logger()
 
 NAMESPACE = "wireguard"
 PERIOD_S = 1.0
-"""Between two looks at the devices: a handshake that was completed, a device that is gone."""
+"""Period of checking the devices for completed handshakes and for removed devices."""
 HURRY_S = 0.1
-"""While a device is not there yet."""
+"""Period while a device does not exist yet."""
 HEAL_S = 5.0
-"""Between two looks at what the namespace holds."""
+"""Period of comparing the namespace with its desired state."""
 SYSCTLS = {
     "net/ipv4/ip_forward": "0",
     "net/ipv6/conf/all/disable_ipv6": "0",
@@ -86,7 +86,7 @@ SYSCTLS = {
     "net/ipv6/conf/default/accept_ra": "0",
     "net/ipv6/conf/default/addr_gen_mode": "1",
 }
-"""Of the tunnels' namespace: addresses inside are of IPv6, whatever the node itself has."""
+"""Sysctls of the tunnels' namespace.  Addresses inside are IPv6, whatever the node itself has."""
 _KINDS = {Method.KERNEL: "wireguard", Method.USER_SPACE: "tun"}
 
 
@@ -94,17 +94,20 @@ class Process(Protocol):
     """A supervised wireguard-go (``supervision.supervisor.Supervisor``)."""
 
     async def run(self) -> None:
-        """Keep it running until cancelled."""
+        """Keep the process running until cancelled."""
 
     def dismiss(self) -> None:
-        """Have it stopped when ``run`` is cancelled."""
+        """Stop the process when ``run`` is cancelled."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """How this node encrypts.
 
-    ``port``: UDP, 0: after that of VXLAN.  ``process``: makes the supervisor of wireguard-go for a slot.
-    ``since_boot``: seconds, the same clock for all processes of a boot.
+    Args:
+        method: The WireGuard implementation, or why the node does not encrypt.
+        since_boot: Returns the seconds since boot, the same for all processes of a boot.
+        process: Makes the supervisor of wireguard-go for a slot.
+        port: UDP port of slot 0, or 0 for the port after VXLAN's.
     """
 
     method: Method | Refusal
@@ -118,10 +121,10 @@ NO_ENCRYPTION = Options(method=Refusal("this node cannot encrypt overlay network
 
 
 class Tunnels:
-    """All of one node.  ``say``: takes what is wrong, for a condition of the node; empty: nothing is.
+    """All tunnels of one node.  ``say`` sets a node condition.  An empty text clears it.
 
-    Overlays call ``apply`` with every change of tables, and use ``table`` and ``underlay`` in place of those of an
-    encrypted network.  ``run`` does the rest.
+    Overlays call ``apply`` with every change of tables.  For an encrypted network they use ``table`` and ``inside`` in
+    place of its table and underlay.  ``run`` does the rest.
     """
 
     def __init__(
@@ -145,26 +148,26 @@ class Tunnels:
             KernelDevices(namespaces) if options.method is Method.KERNEL else UserSpaceDevices(namespaces)
         )
         self._opening = asyncio.Lock()
-        """Held while the namespace is made or removed."""
+        """Held while the namespace is created or removed."""
         self._users = 0
-        """Of ``kept_open``."""
+        """Number of ``kept_open`` blocks."""
         self._changed = asyncio.Event()
         self._node = NodeId("")
         self._vxlan_port = DEFAULT_DATA_PATH_PORT
-        """Of the cluster, as far as it is known."""
+        """The cluster's port, as far as it is known."""
         self._tables: tuple[Table, ...] | None = None
         self._underlay = Underlay("")
         self._pairs: tuple[KeyPair, ...] = ()
         self._unread = ""
-        """Why the keys of an earlier process cannot be read now: until they are, no key is used, and none made."""
+        """Why an earlier process's keys cannot be read at present.  Until they can, no key is used and none is made."""
         self._are_saved = True
         self._plan = Plan()
         self._handshakes: Mapping[Session, Handshake] | None = None
-        """None: the devices were not read yet."""
+        """The handshakes, or None until the devices were read."""
         self._overlap = Overlap()
         self._choice = Choice()
         self._followed: Mapping[NodeId, str] = {}
-        """The addresses that overlays have followed."""
+        """The inner addresses that overlays have applied."""
         self._tunnelled: dict[NetworkId, tuple[Table, Mapping[NodeId, str], Table]] = {}
         self._healed_at = -HEAL_S
         self._placed: Mapping[int, int] = {}
@@ -175,15 +178,16 @@ class Tunnels:
 
     @property
     def namespace(self) -> Path:
-        """Where the devices are, and the sockets of encrypted networks' VXLANs."""
+        """Namespace of the devices, and of the sockets of encrypted networks' VXLANs."""
         return self._pins.path(NAMESPACE)
 
     # --- for the node's description ---------------------------------------------------------------------------
 
     def labels(self) -> Mapping[str, str]:
-        """Engine labels: how this node encrypts, and its public keys.  Empty: it does not.
+        """Return the engine labels with the encryption method and this node's public keys.  Empty if it does not
+        encrypt.
 
-        Raises: Unavailable: its keys cannot be read, and it is not known yet which ones its peers have.
+        Raises: Unavailable: its keys cannot be read, and the keys that peers know are not known either.
         """
         method = self._options.method
         if isinstance(method, Refusal):
@@ -196,7 +200,7 @@ class Tunnels:
         except Unavailable:
             if self._tables is None:
                 raise
-            # Its peers go on with those: without any they would end the tunnels, which work.
+            # Keep publishing the keys that peers have.  Without any, peers would end tunnels that work.
             own = (table.nodes[self._node] for table in self._tables if self._node in table.nodes)
             published = next((node.wireguard_keys for node in own), ())
         return {ENCRYPTION_LABEL: method.value, PUBLIC_KEYS_LABEL: public_keys_label(published)}
@@ -204,15 +208,15 @@ class Tunnels:
     # --- for the overlays -------------------------------------------------------------------------------------
 
     def refusal(self, head: NetworkHead) -> str:
-        """Why a container cannot be on this network here; empty: it can."""
+        """Return why a container cannot join this network here, or an empty text if it can."""
         if head.is_encrypted and isinstance(self._options.method, Refusal):
             return f"network {head.name} is encrypted, and {self._options.method.reason}; nothing is sent in clear"
         return ""
 
     async def apply(self, node: NodeId, tables: Iterable[Table], underlay: Underlay) -> None:
-        """Carry the encrypted ones of ``tables`` from now on.
+        """Carry the encrypted networks of ``tables`` from now on.
 
-        ``underlay``: of this node, as its device is.  When this returns, their VXLANs can be made.
+        ``underlay`` is this node's device.  When this returns, VXLANs of encrypted networks can be created.
         Raises: OSError; Unavailable: see ``require_keys``.
         """
         self._node, self._underlay = node, underlay
@@ -229,13 +233,15 @@ class Tunnels:
             self._changed.set()
 
     def require_keys(self) -> None:
-        """Raises: Unavailable: the keys cannot be read, so that no peer is known; what is in force has to stay."""
+        """Check that the keys are readable.
+
+        Raises: Unavailable: they are not, so that the peers are unknown and the present configuration has to stay."""
         if self._unread:
             raise Unavailable(self._unread)
 
     @asynccontextmanager
     async def kept_open(self) -> AsyncIterator[None]:
-        """VXLANs of encrypted networks can be made meanwhile, whether their tables were applied by now or not.
+        """Allow VXLANs of encrypted networks to be created during the block, even before their tables were applied.
 
         Raises: OSError; Unavailable: see ``require_keys``.
         """
@@ -250,7 +256,7 @@ class Tunnels:
                 self._changed.set()
 
     def table(self, table: Table) -> Table:
-        """An encrypted network's, as its VXLANs need it."""
+        """Return an encrypted network's table with addresses inside the tunnels."""
         known, addresses = self._tunnelled.get(table.head.id), self._choice.addresses
         if known is None or known[0] is not table or known[1] != addresses:
             known = (table, addresses, tunnelled(table, self._node, addresses))
@@ -258,27 +264,28 @@ class Tunnels:
         return known[2]
 
     def inside(self, underlay: Underlay | None) -> Underlay | None:
-        """What VXLANs of an encrypted network leave from, which lies on ``underlay``; None: they cannot."""
+        """Return the underlay inside the tunnels on top of ``underlay``, or None if this node cannot encrypt."""
         if underlay is None or isinstance(self._options.method, Refusal):
             return None
         mtu = tunnel_mtu(underlay.mtu, is_ipv6=":" in underlay.address)
         return Underlay("::", mtu, netns=str(self.namespace))
 
     def address_of(self, node: NodeId) -> str:
-        """Where packets for another node go inside the tunnels; empty: nowhere."""
+        """Return the address inside the tunnels for packets to another node, or an empty text if it has none."""
         return self._choice.addresses.get(node, "")
 
     def port_of(self, node: NodeId) -> int:
-        """UDP port at which that node receives what is sent there; 0: it is not known."""
+        """Return the UDP port at which that node receives these packets, or 0 if it is not known."""
         address = self._choice.addresses.get(node)
         return next((one.port for one in self._plan.peers.get(node, ()) if one.inner == address), 0)
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
     async def run(self, moved: Callable[[], Awaitable[None]]) -> None:
-        """Keep everything as it should be, until cancelled.
+        """Keep devices, addresses and routes in their desired state until cancelled.
 
-        ``moved``: called when nodes are reached at other addresses inside; may raise SkepError, and is called again.
+        ``moved`` is called when nodes' addresses inside the tunnels change.  It may raise SkepError, and is then
+        retried.
         """
         if isinstance(self._options.method, Refusal):
             await self._refuse()
@@ -307,7 +314,7 @@ class Tunnels:
             self._note(str(error))
 
     async def _refuse(self) -> None:
-        """Keep the node's condition up to date; nothing is carried."""
+        """Keep the node's condition up to date while this node does not encrypt."""
         assert isinstance(self._options.method, Refusal), "as its caller found"
         while True:
             await self._changed.wait()
@@ -323,7 +330,7 @@ class Tunnels:
             return
         await self._open()
         await self._place()
-        # Sources are known before anything can arrive from them.
+        # Allow the sources before packets can arrive from them.
         await self._settle()
         await self._configure()
         before = self._choice
@@ -334,7 +341,8 @@ class Tunnels:
         self._say(unreachable(self._plan))
 
     def _decide(self) -> None:
-        """Plan and choice from what is known by now.  Raises: Unavailable: see ``require_keys``."""
+        """Update plan and choice from the present tables, keys and handshakes.  Raises: Unavailable: see
+        ``require_keys``."""
         if isinstance(self._options.method, Refusal):
             return
         pairs = self._own_keys()
@@ -342,7 +350,7 @@ class Tunnels:
         self._choice = chosen(self._plan, self._handshakes or ())
 
     def _own_keys(self) -> tuple[KeyPair, ...]:
-        """As they are due now.  Raises: Unavailable: see ``require_keys``."""
+        """Return the key pairs that are due now.  Raises: Unavailable: see ``require_keys``."""
         pairs, now = self._pairs or self._loaded(), self._clock.monotonic()
         if self._handshakes is not None or self._tables == ():
             self._overlap = observed(self._overlap, pairs, self._plan.peers, self._handshakes or {}, now)
@@ -359,7 +367,7 @@ class Tunnels:
         return self._pairs
 
     def _loaded(self) -> tuple[KeyPair, ...]:
-        """Those of an earlier process.  New ones would end the tunnels with every other node."""
+        """Return the key pairs of an earlier process.  New ones would end the tunnels with every other node."""
         try:
             pairs = keys.load(self._keys_path)
         except OSError as error:
@@ -375,9 +383,9 @@ class Tunnels:
         try:
             keys.save(self._keys_path, pairs)
             self._are_saved = True
-        except OSError as error:  # until they are saved the next node process would make others
+        except OSError as error:  # until they are saved, the next node process would make others
             if self._are_saved:
-                log_error(error, "wireguard keys not saved, trying again")
+                log_error(error, "wireguard keys not saved, retrying")
             self._are_saved = False
         if self._pairs and pairs != self._pairs:
             log.info("wireguard key rotated", keys=len(pairs))
@@ -408,19 +416,21 @@ class Tunnels:
             self._say("")
 
     async def _found_handshakes(self) -> Mapping[Session, Handshake]:
-        """Those of devices that an earlier node process left: traffic goes on by them."""
+        """Return handshakes of the devices of an earlier node process, so that traffic continues on them."""
         found, pairs = [], self._own_keys()
         for pair in pairs:
             try:
                 found.append(
-                    await self._devices.read(device_name(self._run_directory, pair.slot), self.namespace)
+                    await self._devices.read_device(
+                        device_name(self._run_directory, pair.slot), self.namespace
+                    )
                 )
             except SkepError:
                 continue
         return noted({}, handshakes_of(found, pairs), self._clock.monotonic())
 
     async def _settle(self) -> None:
-        """Addresses, routes and rules of the devices that are there."""
+        """Apply addresses, routes and rules of the devices that exist."""
         method, run = self._options.method, self._run_directory
         assert isinstance(method, Method), "otherwise there is no plan"
         names = {slot: device_name(run, slot) for slot in self._placed if slot in self._plan.devices}
@@ -450,7 +460,7 @@ class Tunnels:
             self._healed_at = self._clock.monotonic()
 
     async def _reroute(self, before: Choice) -> None:
-        """Move routes from one device to another without a moment between: a removal and an addition have one."""
+        """Move routes from one device to another without a gap, which a removal and an addition would have."""
         moved = {
             address: self._placed[slot]
             for address, slot in self._choice.slots.items()
@@ -465,7 +475,7 @@ class Tunnels:
     # --- devices ----------------------------------------------------------------------------------------------
 
     def _supervise(self, group: asyncio.TaskGroup) -> None:
-        """A process for each device, where devices need one."""
+        """Run a process for each device if devices need one."""
         if self._options.process is None or self._options.method is not Method.USER_SPACE:
             return
         for slot in self._processes.keys() - self._plan.devices.keys():
@@ -493,11 +503,11 @@ class Tunnels:
 
     async def _configure(self) -> None:
         found = []
-        # As planned now: another plan may come, with fewer devices, while one of them is read.
+        # A snapshot: the plan may change to fewer devices while one of them is read.
         planned = [(slot, wanted) for slot, wanted in self._plan.devices.items() if slot in self._placed]
         for slot, wanted in planned:
             name = device_name(self._run_directory, slot)
-            device = await self._devices.read(name, self.namespace)
+            device = await self._devices.read_device(name, self.namespace)
             change = changes(device, wanted, self._configured.get(slot))
             if change.is_needed:
                 await self._devices.write(name, self.namespace, change)
@@ -507,14 +517,14 @@ class Tunnels:
         self._handshakes = noted(self._handshakes or {}, handshakes, self._clock.monotonic())
 
     def _note(self, error: str) -> None:
-        """Log what keeps going wrong once."""
+        """Log a repeated error once."""
         if error and error != self._last_error:
-            log.warning("encrypted networks not carried, trying again", reason=error)
+            log.warning("encrypted networks not carried, retrying", reason=error)
         self._last_error = error
 
 
 def unreachable(plan: Plan) -> str:
-    """A sentence for the node's condition; empty: nothing is wrong."""
+    """Return a sentence for the node's condition, or an empty text if all peers are reachable."""
     sentences = []
     if plan.keyless:
         sentences.append(

@@ -1,6 +1,6 @@
-"""``docker build`` by the classic API: an archive comes in, lines of progress go out.
+"""``docker build`` by the classic API: receives an archive and responds with lines of progress.
 
-Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile (what it prints).
+Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile (its output).
 """
 
 import base64
@@ -30,13 +30,15 @@ from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.container import Ulimit
 
 _REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": "", "cgroupparent": ""}
-"""Options that are not honoured, and the value of each that means nothing."""
+"""Options that are not supported, and the neutral value of each."""
 _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
+"""Registries in one request's credentials."""
 _KEPT_CHARACTERS_MAX = 1 << 20
+"""Output of a quiet build that is kept in memory."""
 _SILENT_S = 300.0
-"""A client that sends nothing of its context for so long gives its slot to another."""
+"""A client that sends nothing of its context for this long loses its build slot."""
 
 T = TypeVar("T")
 
@@ -58,8 +60,8 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
         kept = _KeptMessages()
         shown = _ClassicProgress(kept.add if is_quiet else report)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
-        # Before anything is unpacked: a request that waits has a connection, and neither a process nor files.
-        async with builder.slots.taken(), builder.images.workspace("context") as directory:
+        # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
+        async with builder.slots.hold(), builder.images.workspace("context") as directory:
             name = request.query.get("dockerfile") or context.DEFAULT_NAME
             received = context.Context(directory, builder.images.limits, name)
             try:
@@ -87,8 +89,8 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
 async def prune_build_cache(builder: Builder, request: web.Request) -> web.StreamResponse:
     """``docker builder prune``: the directories of ``RUN --mount=type=cache``.
 
-    Results of steps are images, which ``docker image prune`` takes.  With a filter none is removed: they have no label,
-    and no time of their last use.  ``docker system prune --filter`` sends its filters here, too.
+    Results of steps are images, which ``docker image prune`` removes.  With a filter, no directory is removed, because
+    they have no labels and no time of last use.  ``docker system prune --filter`` also sends its filters here.
     """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
@@ -111,21 +113,21 @@ def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> N
 
 
 class _KeptMessages:
-    """What a quiet build shows only if it fails; of much output the end."""
+    """Messages that a quiet build shows only on failure.  Long output is cut at its start."""
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
         self._characters = 0
 
     def add(self, message: Message) -> None:
-        """Keep one."""
+        """Keep a message."""
         self._messages.append(message)
         self._characters += _characters_of(message)
         while self._characters > _KEPT_CHARACTERS_MAX:
             self._characters -= _characters_of(self._messages.popleft())
 
     def give(self, report: Report) -> None:
-        """Show them."""
+        """Report the kept messages."""
         for message in self._messages:
             report(message)
 
@@ -135,7 +137,7 @@ def _characters_of(message: Message) -> int:
 
 
 class _ClassicProgress:
-    """The lines of the classic builder."""
+    """Reports progress as the classic builder's lines."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -170,11 +172,11 @@ class _ClassicProgress:
             self._say(f" ---> {short(image_id)}\n")
 
     def failed(self, step: Step, error: Exception) -> None:
-        """The last line of the response says it."""
+        """Report nothing, because the last line of the response has the error."""
 
 
 def _template(request: web.Request) -> BuildRequest:
-    """The request without its Dockerfile.  Raises: InvalidArgument, Unimplemented."""
+    """Return the request without its Dockerfile.  Raises: InvalidArgument, Unimplemented."""
     query = request.query
     _refuse(request)
     cpu_quota = integer(request, "cpuquota", 0)
@@ -200,15 +202,15 @@ def _template(request: web.Request) -> BuildRequest:
 
 
 def _refuse(request: web.Request) -> None:
-    """Raises: InvalidArgument, Unimplemented: an option that is not honoured, by its name."""
+    """Refuse unsupported options by name.  Raises: InvalidArgument, Unimplemented."""
     query = request.query
     version = query.get("version", "")
     if version not in ("", "1", "2"):
         raise InvalidArgument(f"invalid version {version}")
     if version == "2":
-        raise Unimplemented("builds by BuildKit are not served here: set DOCKER_BUILDKIT=0")
+        raise Unimplemented("BuildKit builds are not supported here: set DOCKER_BUILDKIT=0")
     if query.get("remote"):
-        raise Unimplemented(f"a build's context comes from the client: {query['remote']} is not fetched")
+        raise Unimplemented(f"remote build contexts are not supported: {query['remote']} is not fetched")
     if flag(request, "squash"):
         raise InvalidArgument("squash is only supported with experimental mode")
     if query.get("securityopt"):
@@ -219,7 +221,7 @@ def _refuse(request: web.Request) -> None:
         raise InvalidArgument(f'Unsupported isolation: "{query["isolation"]}"')
     if _decoded(query.get("outputs") or "[]", list[object], "outputs"):
         raise Unimplemented("docker build --output is not supported")
-    # Steps that were built here are found by themselves; as on an engine, a source that is not here is passed over.
+    # Steps that were built on this node are found anyway.  As in Docker, sources that are not here are ignored.
     _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
     for name, nothing in _REFUSED.items():
         if query.get(name, "") not in ("", nothing):
@@ -227,7 +229,7 @@ def _refuse(request: web.Request) -> None:
 
 
 def _tags(texts: list[str]) -> tuple[Reference, ...]:
-    """Source: moby 20.10, builder/builder-next/tag.go (sanitizeRepoAndTags)."""
+    """Parse the tags.  Source: moby 20.10, builder/builder-next/tag.go (sanitizeRepoAndTags)."""
     found: dict[Reference, None] = {}
     for text in texts:
         if not text:
@@ -240,7 +242,7 @@ def _tags(texts: list[str]) -> tuple[Reference, ...]:
 
 
 def _decoded(text: str, type: type[T], what: str) -> T:
-    """A value in the query.  Raises: InvalidArgument."""
+    """Decode a JSON query parameter.  Raises: InvalidArgument."""
     try:
         return decode_body(text.encode(), type)
     except InvalidArgument as error:
@@ -248,7 +250,7 @@ def _decoded(text: str, type: type[T], what: str) -> T:
 
 
 def _credentials(header: str) -> Mapping[str, str]:
-    """``X-Registry-Auth`` values by registry.  What cannot be read means none, as in Docker."""
+    """Return ``X-Registry-Auth`` values by registry.  An unreadable header means no credentials, as in Docker."""
     try:
         given = msgspec.json.decode(
             base64.urlsafe_b64decode(header + "=="), type=dict[str, dict[str, object]]

@@ -27,6 +27,7 @@ from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.times import timestamp
 
 _TEXT_BYTES_MAX = 1 << 20
+"""Size of all Dockerfile instructions of one request."""
 
 
 def commit_routes(engine: Engine, clock: Clock) -> Routes:
@@ -85,7 +86,7 @@ async def import_image(images: ImageStore, clock: Clock, request: web.Request) -
 
 
 def _reference(repository: str, tag: str) -> Reference | None:
-    """The name that the image gets; None: none.  Raises: InvalidArgument."""
+    """Return the new image's name, or None for no name.  Raises: InvalidArgument."""
     if not repository:
         return None
     reference = parse_reference(repository)

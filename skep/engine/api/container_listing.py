@@ -1,4 +1,4 @@
-"""The containers that ``docker ps`` shows.  Pure.
+"""Selects the containers that ``docker ps`` shows.  Pure.
 
 Source: moby 20.10, daemon/list.go.
 """
@@ -23,34 +23,33 @@ FILTERS = (
 _STATES = frozenset({*(state.value for state in ContainerState), "restarting", "dead"})
 _HEALTH = frozenset({"none", "starting", "healthy", "unhealthy"})
 _REPETITIONS_MAX = 3
-"""More of them in a pattern could keep Python's matcher busy for a long time."""
+"""Repetitions in a pattern.  More could keep Python's matcher busy for a long time."""
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of the request.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any.
-
-    ``network_ids``: of the networks that every node has, by name.
-    """
+    """The options of the request."""
 
     filters: Filters
     all: bool = False
     limit: int = 0
+    """Maximum number of containers, or 0 for no limit."""
     ancestors: frozenset[str] | None = None
+    """Ids of the wanted images, or None for any."""
     network_ids: Mapping[str, str] = {}
+    """Ids of the predefined networks by name."""
 
 
 def ancestors(words: Sequence[str], lookup: Callable[[str], Image | None]) -> frozenset[str] | None:
-    """The ids of the images that an ``ancestor`` filter names; what names none is left out."""
+    """Return the ids of the images in an ``ancestor`` filter.  Names without an image are ignored."""
     if not words:
         return None
     return frozenset(image.id for word in words if (image := lookup(word)) is not None)
 
 
 def select(containers: Sequence[Container], selection: Selection) -> Sequence[Container]:
-    """The containers that ``selection`` describes, in the order given (the newest first).
+    """Return the containers that match ``selection``, in the given order (newest first).
 
-    Raises:
-        InvalidArgument: a filter's value cannot be.
+    Raises: InvalidArgument: a filter's value is invalid.
     """
     filters = selection.filters
     _check(filters)
@@ -107,7 +106,7 @@ def _exit_codes(filters: Filters) -> frozenset[int] | None:
 
 
 def _between(containers: Sequence[Container], filters: Filters) -> Sequence[Container]:
-    """What is older than ``before`` and newer than ``since``.  ``containers``: newest first."""
+    """Return the containers older than ``before`` and newer than ``since``.  ``containers``: newest first."""
     start, end = 0, len(containers)
     if filters["before"]:
         start = _position(containers, filters["before"][-1]) + 1
@@ -124,7 +123,7 @@ def _position(containers: Sequence[Container], word: str) -> int:
 
 
 def _patterns(values: Collection[str]) -> Callable[..., bool]:
-    """Whether one of some names contains one of the patterns, or is it."""
+    """Return a function that tells whether a name contains or equals one of the patterns."""
     if not values:
         return lambda *_: True
     expressions = [_pattern(value) for value in values]
@@ -132,7 +131,7 @@ def _patterns(values: Collection[str]) -> Callable[..., bool]:
 
 
 def _pattern(value: str) -> re.Pattern[str]:
-    """A regular expression, unless it is none or one that could take forever: then the text itself."""
+    """Compile a regular expression.  An invalid or potentially slow one matches its literal text instead."""
     is_simple = (
         not re.search(r"\)[*+?{]|\(\?", value) and len(re.findall(r"[*+{]", value)) <= _REPETITIONS_MAX
     )

@@ -26,9 +26,9 @@ from skep.api.server import (
 from skep.api.tables import Table
 from skep.api.timestamps import parse_unix_time
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import MULTIPLEXED, RAW, hijacked
+from skep.engine.api.hijack import MULTIPLEXED, RAW, hijack
 from skep.engine.api.terminal import ALL_STREAMS, Client, End, join
-from skep.engine.api.websocket import check_handshake, opened
+from skep.engine.api.websocket import check_handshake, open_websocket
 from skep.engine.container import Container, ContainerState, LogEntry, LogFilter, NotRunning, Stream
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import attributes_of
@@ -38,10 +38,11 @@ from skep.model.times import ZERO_TIME, timestamp
 
 _NAMES_ITS_FORM = _WEBSOCKET_CHOOSES = ApiVersion("1.42")
 _STATS_PERIOD_S = 1.0
+"""Interval between samples, Docker's."""
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What these routes serve."""
+    """Dependencies of these routes."""
 
     engine: Engine
     clock: Clock
@@ -75,27 +76,27 @@ async def attach(served: Served, request: web.Request) -> web.StreamResponse:
     """
     container, keys = _attachable(served.engine, request)
     wanted = _Wanted(streams=_streams(request), takes_input=flag(request, "stdin"), keys=keys)
-    async with hijacked(request, tty=container.config.tty) as client:
+    async with hijack(request, tty=container.config.tty) as client:
         await _attach(served.engine, request, container, client, wanted)
     return Hijacked()
 
 
 @_table.get("/containers/{id}/attach/ws")
 async def attach_by_websocket(served: Served, request: web.Request) -> web.StreamResponse:
-    """The same for clients that cannot take a connection over; before API 1.42 always all streams."""
+    """Attach like ``attach``, for clients that cannot hijack a connection.  Before API 1.42 always all streams."""
     check_handshake(request)
     container, keys = _attachable(served.engine, request)
     wanted = _Wanted(streams=ALL_STREAMS, takes_input=True, keys=keys)
     if api_version(request) >= _WEBSOCKET_CHOOSES:
         wanted = _Wanted(streams=_streams(request), takes_input=flag(request, "stdin"), keys=keys)
-    async with opened(request) as (client, response):
+    async with open_websocket(request) as (client, response):
         with suppress(ConnectionError):
             await _attach(served.engine, request, container, client, wanted)
     return response
 
 
 class _Wanted(NamedTuple):
-    """Options of a client that attaches.  ``keys``: those that detach it."""
+    """Options of a client that attaches.  ``keys`` detach it."""
 
     streams: frozenset[Stream]
     takes_input: bool
@@ -103,7 +104,7 @@ class _Wanted(NamedTuple):
 
 
 def _attachable(engine: Engine, request: web.Request) -> tuple[Container, bytes]:
-    """The container, and the client's detach keys.  Raises: NotFound; NotRunning; InvalidArgument."""
+    """Return the container, and the client's detach keys.  Raises: NotFound; NotRunning; InvalidArgument."""
     keys = parse_keys(request.query.get("detachKeys", ""))
     word = request.match_info["id"]
     container = engine.get(word)
@@ -127,7 +128,7 @@ async def _attach(
     try:
         process = await engine.attach(container.id)
     except (NotRunning, NotFound):
-        return  # it ended before
+        return  # it has ended already
     try:
         end = await join(
             client,
@@ -144,7 +145,7 @@ async def _attach(
 
 @_table.get("/containers/{id}/stats")
 async def show_stats(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker stats``: a sample each second, or one."""
+    """``docker stats``: one sample, or one per second."""
     container = served.engine.get(request.match_info["id"])
     streams = flag(request, "stream") if "stream" in request.query else True
     if not streams and (flag(request, "one-shot") or not container.is_running):
@@ -159,9 +160,9 @@ async def show_stats(served: Served, request: web.Request) -> web.StreamResponse
 
 
 async def _samples(engine: Engine, container: Container, clock: Clock) -> AsyncIterator[Stats]:
-    """A sample each second, each with the one before it, until the container is gone.
+    """Yield a sample each second, with the previous one, until the container is removed.
 
-    Raises: Unavailable: the first one cannot be had; later ones are left out.
+    Raises: Unavailable: the first sample fails.  Later failures are skipped.
     """
     try:
         before = await engine.stats(container.id)
@@ -209,12 +210,12 @@ def _line(entry: LogEntry, request: web.Request, container: Container) -> bytes:
 
 
 def _fixed_timestamp(moment_ns: int) -> str:
-    """With all nine decimals, so that lines stand below each other."""
+    """Format a time with all nine decimals, so that lines are aligned."""
     return f"{timestamp(moment_ns - moment_ns % 1_000_000_000)[:-1]}.{moment_ns % 1_000_000_000:09d}Z"
 
 
 def _details(container: Container) -> str:
-    """Labels and variables that the log options name, and the tag: ``a=1,b=two+words``.
+    """Return the tag, and the labels and variables that the log options name: ``a=1,b=two+words``.
 
     Source: moby, api/server/httputils/write_log_stream.go (stringAttrs).
     """

@@ -1,7 +1,6 @@
-"""Containers as the Engine API shows them: ``docker inspect`` and a line of ``docker ps``.
+"""Containers as the Engine API shows them: ``docker inspect`` and the lines of ``docker ps``.
 
-What the node does not have of a container is shown as Docker shows "nothing".
-
+Values that the node does not have are shown with Docker's neutral values.
 Source: moby 20.10, api/types/types.go (ContainerJSON), api/types/container/host_config.go, container/view.go.
 """
 
@@ -95,7 +94,7 @@ _HOST_DEFAULTS: Mapping[str, Any] = {
 def inspected(
     container: Container, bundles: Bundles, exec_ids: Sequence[str], network_ids: Mapping[str, str]
 ) -> dict[str, Any]:
-    """``GET /containers/{id}/json``.  ``network_ids``: of the networks that every node has, by name."""
+    """Return ``GET /containers/{id}/json``.  ``network_ids`` are the ids of the predefined networks by name."""
     config = container.config
     path = bundles.path(container.id)
     return {
@@ -134,7 +133,7 @@ def inspected(
 
 
 def _apparmor_profile(config: ContainerConfig) -> str:
-    """Empty where the machine has no AppArmor, as in Docker."""
+    """Return the AppArmor profile, or "" on machines without AppArmor, as in Docker."""
     if not apparmor.is_supported():
         return ""
     return apparmor.DEFAULT_PROFILE if config.apparmor == "default" else config.apparmor
@@ -143,7 +142,7 @@ def _apparmor_profile(config: ContainerConfig) -> str:
 def summary(
     container: Container, images: ImageStore, now_ns: int, network_ids: Mapping[str, str]
 ) -> dict[str, Any]:
-    """One line of ``docker ps``.  ``network_ids``: of the networks that every node has, by name."""
+    """Return one line of ``docker ps``.  ``network_ids`` are the ids of the predefined networks by name."""
     return {
         "Id": container.id,
         "Names": [f"/{container.name}"],
@@ -162,7 +161,7 @@ def summary(
 
 
 def status(container: Container, now_ns: int) -> str:
-    """``Up 3 minutes``, ``Restarting (1) 5 seconds ago``, ``Exited (1) 2 hours ago``.
+    """Return ``Up 3 minutes``, ``Restarting (1) 5 seconds ago``, ``Exited (1) 2 hours ago``.
 
     Source: moby 20.10, container/state.go (String).
     """
@@ -181,7 +180,7 @@ def status(container: Container, now_ns: int) -> str:
 
 
 def age(duration_ns: int) -> str:
-    """``5 seconds``, ``About an hour``, ``3 weeks``.
+    """Return a duration in words: ``5 seconds``, ``About an hour``, ``3 weeks``.
 
     Source: docker/go-units, duration.go (HumanDuration).
     """
@@ -218,7 +217,7 @@ def _health(container: Container) -> str:
 
 
 def ports(container: Container) -> list[dict[str, Any]]:
-    """Published and exposed ports."""
+    """Return published and exposed ports."""
     published = [
         {
             "IP": port.host_ip or "0.0.0.0",
@@ -262,7 +261,7 @@ def _state(container: Container) -> dict[str, Any]:
 
 
 def config_of(container: Container) -> dict[str, Any]:
-    """``Config``: what does not depend on the machine; an image that is made of the container has it, too."""
+    """Return ``Config``: the options that do not depend on the machine.  Images committed from it have them, too."""
     config = container.config
     attached = container.plain.attached if container.plain is not None else ()
     response: dict[str, Any] = {
@@ -298,7 +297,7 @@ def config_of(container: Container) -> dict[str, Any]:
 
 
 def _chosen_mac(plain: PlainOptions) -> str:
-    """The one of ``--mac-address``: on the first of its networks."""
+    """Return the address of ``--mac-address``, which is on the first of its networks."""
     return plain.networks[0].mac_address if plain.networks else plain.mac_address
 
 
@@ -339,7 +338,7 @@ def _host_config(container: Container) -> dict[str, Any]:
 
 
 def _machine_options(config: ContainerConfig) -> dict[str, Any]:
-    """Those that its user has set.  A privileged container hides nothing."""
+    """Return the options that the user has set.  A privileged container masks no paths."""
     options: dict[str, Any] = msgspec.to_builtins(config.machine)
     if config.memory_bytes:
         options["MemorySwap"] = swap_bytes(config)
@@ -395,13 +394,13 @@ def _mounts(container: Container) -> list[dict[str, Any]]:
 
 
 def _is_of_config(mount: MountPoint, config: ContainerConfig) -> bool:
-    """Whether it is a volume of the image or of ``Config.Volumes``, not of a mount or bind."""
+    """Return whether a mount is a volume of the image or of ``Config.Volumes``, not of a mount or bind."""
     asked = {one.target for one in config.requested_mounts or ()}
     return mount.type == "volume" and mount.anonymous and mount.destination not in asked
 
 
 def _mode(mount: MountPoint, config: ContainerConfig) -> str:
-    """The options of its bind; else ``z`` for a volume that was asked for.
+    """Return the options of a mount's bind, or ``z`` for a requested volume.
 
     Source: moby 20.10, daemon/volumes.go (setBindModeIfNull).
     """
@@ -431,12 +430,12 @@ def _command(container: Container) -> str:
 
 
 def _shown_image(container: Container, images: ImageStore) -> str:
-    """The name it was made from, or the id where that name means something else by now."""
+    """Return the name it was created from, or the image's id if the name refers to another image by now."""
     image = images.lookup(container.image)
     return container.image if image is not None and image.id == container.image_id else container.image_id
 
 
 def extra_hosts(lines: Sequence[str]) -> list[str]:
-    """Lines of /etc/hosts, ``address name...``, as ``HostConfig`` has them: ``name:address`` for each name."""
+    """Convert lines of /etc/hosts, ``address name...``, to ``HostConfig``'s ``name:address`` per name."""
     words = [line.split() for line in lines]
     return [f"{name}:{address}" for address, *names in words for name in names]

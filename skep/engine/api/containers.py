@@ -60,19 +60,20 @@ from skep.model.secret_env import SECRET_ENV_LABEL
 log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
+"""Lines of a list that are rendered before other requests run."""
 _WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
 _WITH_CONDITION = ApiVersion("1.30")
 _EMPTY_OBJECT_BYTES_MAX = 7
-"""Clients send ``{}`` or ``null`` with a start; a JSON object with a field is longer (moby's number)."""
+"""Clients send ``{}`` or ``null`` with a start.  A JSON object with a field is longer (moby's number)."""
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
-    """Every container, as a user of its image and of those that it mounts."""
+    """Return every container as a user of its image and of the images that it mounts."""
     return [ImageUser(one.id, image, one.is_active) for one in engine.list() for image in images_of(one)]
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What these routes serve."""
+    """Dependencies of these routes."""
 
     engine: Engine
     clock: Clock
@@ -114,7 +115,7 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
 
 @_table.get("/containers/json")
 async def list_containers(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker ps``: one line per container; ``limit`` n: the n newest, running or not."""
+    """``docker ps``: one line per container.  ``limit`` n selects the n newest, running or not."""
     filters = Filters.of(request)
     selection = Selection(
         filters=filters,
@@ -164,7 +165,7 @@ async def show_processes(served: Served, request: web.Request) -> web.StreamResp
 
 @_table.get("/containers/{id}/changes")
 async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker diff``; null: the container changed nothing."""
+    """``docker diff``.  Responds with null if the container changed nothing."""
     with served.engine.action_times.timed("changes"):
         changes = await walk_tree(served.engine.changes, request.match_info["id"])
     return json_response([{"Path": path, "Kind": kind} for kind, path in changes] or None)
@@ -175,10 +176,10 @@ async def wait(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker wait``: the exit code, once the condition holds."""
     condition = _condition(request)
     container = served.engine.get(request.match_info["id"])
-    async with JsonLines(request) as lines:  # the header is sent before the container has ended
+    async with JsonLines(request) as lines:  # send the header before the container has ended
         ended = await served.engine.wait(container.id, condition)
         response: dict[str, Any] = {"StatusCode": ended.exit_code}
-        # A removal that succeeds clears the error of a failed start (moby, container/state.go, SetRemovalError).
+        # A successful removal clears the error of a failed start (moby, container/state.go, SetRemovalError).
         if ended.error and condition is not WaitCondition.REMOVED:
             response["Error"] = {"Message": ended.error}
         elif api_version(request) < _WITHOUT_NULL_ERROR:
@@ -200,7 +201,7 @@ async def kill(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/stop")
 async def stop(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker stop``; 304: it does not run."""
+    """``docker stop``.  Responds with 304 if it does not run."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_active:
@@ -215,7 +216,7 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/start")
 async def start(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker start``; 304: it runs already, or its policy starts it."""
+    """``docker start``.  Responds with 304 if it runs already, or its policy will start it."""
     _check_start(request)
     container = served.engine.get(request.match_info["id"])
     if container.is_active:
@@ -227,7 +228,7 @@ async def start(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/restart")
 async def restart(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker restart``: stop and start, also of one that does not run."""
+    """``docker restart``: stop and start.  A container that does not run is only started."""
     word = request.match_info["id"]
     container = served.engine.get(word)
     _require_startable(container)
@@ -241,7 +242,7 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 def _check_start(request: web.Request) -> None:
-    """Refuse what a start cannot take, instead of starting a container without it.
+    """Refuse unsupported options of a start, instead of starting a container without them.
 
     Raises: InvalidArgument.  Source: moby, api/server/router/container/container_routes.go, daemon/start.go.
     """
@@ -255,7 +256,7 @@ def _check_start(request: web.Request) -> None:
 
 
 def _require_startable(container: Container) -> None:
-    """Raises: Unimplemented: only its task has its secrets, and it would run without them."""
+    """Raise Unimplemented for a container whose secrets only its task has: it would run without them."""
     if container.plain is None and SECRET_ENV_LABEL in container.labels:
         raise Unimplemented(
             f"The container of a task with {SECRET_ENV_LABEL} is started by its task only, which has the secrets: "
@@ -293,7 +294,7 @@ async def resize(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/update")
 async def update(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker update``: limits and restart policy; what the body leaves out stays."""
+    """``docker update``: limits and restart policy.  Omitted fields stay unchanged."""
     body = read_update(await read_body(request), api_version(request))
     check_cpus(body.nano_cpus, processors())
     before = served.engine.get(request.match_info["id"])
@@ -303,9 +304,9 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/prune")
 async def prune(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker container prune``: remove containers that do not run; a task's that is about to start stays.
+    """``docker container prune``: remove containers that do not run, except a task's that is about to start.
 
-    One that cannot be removed keeps no other.  Source: moby, daemon/prune.go (ContainersPrune).
+    A failed removal does not prevent others.  Source: moby, daemon/prune.go (ContainersPrune).
     """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
@@ -320,7 +321,7 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
             size = (await _sizes(served, container)).get("SizeRw", 0)
             try:
                 await served.engine.remove(container.id)
-            except SkepError as error:  # what ended or was started meanwhile, too
+            except SkepError as error:  # also if it ended or was started meanwhile
                 log.warning("container not pruned", container=container.id, reason=str(error))
                 continue
             freed_bytes += size
@@ -348,7 +349,7 @@ async def remove(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/rename")
 async def rename(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rename``, of plain containers."""
+    """``docker rename``, only for plain containers."""
     container = served.engine.get(request.match_info["id"])
     if container.plain is None:
         raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
@@ -372,7 +373,7 @@ def _limit(request: web.Request) -> int:
 
 
 def _grace(request: web.Request) -> float | None:
-    """Seconds between the stop signal and the kill; None: the container's own; negative: it is not killed."""
+    """Return the grace period in seconds.  None means the container's own, negative that it is never killed."""
     if not request.query.get("t"):
         return None
     try:
@@ -383,7 +384,10 @@ def _grace(request: web.Request) -> float | None:
 
 
 def _stop_signal(request: web.Request) -> str:
-    """Empty: the container's own.  Source: moby, api/server/router/container/container_routes.go."""
+    """Return the signal, or "" for the container's own.
+
+    Source: moby, api/server/router/container/container_routes.go.
+    """
     return request.query.get("signal", "") if api_version(request) >= _WITH_STOP_SIGNAL else ""
 
 

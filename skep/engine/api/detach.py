@@ -1,4 +1,4 @@
-"""The keys that let go of a terminal without ending what runs in it (``ctrl-p,ctrl-q``).
+"""Key sequences that detach from a terminal without ending the process in it (``ctrl-p,ctrl-q``).
 
 Source: moby/term, ascii.go (ToBytes), proxy.go (EscapeError).
 """
@@ -10,7 +10,7 @@ _CONTROLS = {"@": 0, "[": 27, "\\": 28, "]": 29, "^": 30, "_": 31}
 
 
 def parse_keys(text: str) -> bytes:
-    """``ctrl-a,b`` as the bytes a terminal sends; Docker's default for an empty text.
+    """Convert ``ctrl-a,b`` to the bytes that a terminal sends.  An empty text means Docker's default.
 
     Raises:
         InvalidArgument: a key is unknown.
@@ -34,16 +34,16 @@ def parse_keys(text: str) -> bytes:
 
 
 class DetachKeys:
-    """Watches a terminal's input for the keys."""
+    """Detects the detach keys in a terminal's input."""
 
     def __init__(self, keys: bytes) -> None:
         self._keys = keys
         self._seen = 0
 
     def pass_on(self, data: bytes) -> tuple[bytes, bool]:
-        """What of ``data`` belongs to the process, and whether the keys were pressed.
+        """Return the bytes of ``data`` for the process, and whether the keys were pressed.
 
-        The beginning of the sequence is held back until it is clear that it is not the keys.
+        A possible start of the sequence is held back until a later byte shows that it is not the keys.
         """
         passed = bytearray()
         for byte in data:

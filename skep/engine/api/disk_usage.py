@@ -1,4 +1,4 @@
-"""``docker system df``: what the images, containers and volumes of this node take.
+"""``docker system df``: the disk space of this node's images, containers and volumes.
 
 Source: moby 28, api/server/router/system/system_routes.go (getDiskUsage), daemon/disk_usage.go.
 """
@@ -27,9 +27,10 @@ _TYPES_SINCE = ApiVersion("1.42")
 
 
 def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Routes:
-    """``GET /system/df``.  Counts at each request; nothing is cached.
+    """Return the route ``GET /system/df``.  It counts at each request, without a cache.
 
-    The build cache is what ``docker builder prune`` would remove: results of steps are images, and counted there.
+    The build cache is the data that ``docker builder prune`` would remove.  Results of steps are images, and count
+    there.
     """
     table = Routes()
 
@@ -102,7 +103,7 @@ async def _volume_lines(engine: Engine) -> list[Any]:
     lines = []
     for name in engine.volumes.names():
         if engine.volumes.has_options(name):
-            continue  # as in Docker: what it mounts is not on this node
+            continue  # as in Docker: its data is not on this node
         size = await walk_tree(tree_bytes, str(engine.volumes.path(name)))
         usage = {"RefCount": len(users.get(name, ())), "Size": size}
         with suppress(NotFound):  # removed meanwhile

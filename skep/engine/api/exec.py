@@ -1,4 +1,4 @@
-"""``docker exec``: create, start, inspect and resize further processes in containers.
+"""``docker exec``: create, start, inspect and resize additional processes in containers.
 
 Source: moby 20.10, api/server/router/container/exec.go.
 """
@@ -13,7 +13,7 @@ from skep.api.responses import Hijacked
 from skep.api.server import ApiVersion, OutputStream, api_version, json_response, read_body, read_json
 from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import Duplex, hijacked
+from skep.engine.api.hijack import Duplex, hijack
 from skep.engine.api.queries import integer
 from skep.engine.api.terminal import End, join
 from skep.engine.container import Exec, ExecConfig, Stream
@@ -32,7 +32,7 @@ def exec_routes(execs: Execs) -> list[web.RouteDef]:
 
 @_table.post("/containers/{id}/exec")
 async def create_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
-    """Create an exec; it is started by a request of its own."""
+    """Create an exec.  Another request starts it."""
     body = await read_json(request, ExecRequest)
     if not body.cmd:
         raise InvalidArgument("No exec command specified")
@@ -56,11 +56,11 @@ async def start_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
     if options.detach:
         (await execs.start(id)).close()
         return web.Response()
-    async with hijacked(request, tty=options.tty) as client:
+    async with hijack(request, tty=options.tty) as client:
         try:
             await _run(execs, client, exec, options)
         except SkepError as error:
-            # Too late for a status: Docker, too, sends it as output.
+            # Too late for an HTTP status.  Docker also sends the error as output.
             await client.send(OutputStream.STDOUT, f"{error}\r\n".encode())
     return Hijacked()
 
@@ -84,7 +84,7 @@ async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> 
 
 @_table.get("/exec/{id}/json")
 async def inspect_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
-    """Whether it runs, and its exit code."""
+    """Return whether the exec runs, and its exit code."""
     return json_response(_inspected(execs.get(request.match_info["id"])))
 
 

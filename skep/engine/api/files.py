@@ -26,7 +26,7 @@ def file_routes(engine: Engine) -> Iterable[web.AbstractRouteDef]:
 
 @_table.head("/containers/{id}/archive")
 async def show_path(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """What is at a path, in a header; ``docker cp`` asks before it copies."""
+    """Return the status of a path in a header, which ``docker cp`` requests before it copies."""
     word, path = _place(request)
     status = await engine.files.status(word, path)
     return web.Response(headers=_header(status))
@@ -34,15 +34,15 @@ async def show_path(engine: Engine, request: web.Request) -> web.StreamResponse:
 
 @_table.get("/containers/{id}/archive")
 async def copy_out(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """``docker cp CONTAINER:PATH``: an archive of what is at the path."""
+    """``docker cp CONTAINER:PATH``: respond with an archive of the path."""
     word, path = _place(request)
     async with engine.files.read(word, path) as (status, pieces):
-        return await _sent(request, pieces, _header(status))
+        return await _send_archive(request, pieces, _header(status))
 
 
 @_table.put("/containers/{id}/archive")
 async def copy_in(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """``docker cp ... CONTAINER:PATH``: the body is unpacked at the path."""
+    """``docker cp ... CONTAINER:PATH``: unpack the body at the path."""
     word, path = _place(request)
     target = ArchiveTarget(
         path=path, keeps_kinds=flag(request, "noOverwriteDirNonDir"), as_user=flag(request, "copyUIDGID")
@@ -57,9 +57,9 @@ async def copy_in(engine: Engine, request: web.Request) -> web.StreamResponse:
 
 @_table.get("/containers/{id}/export")
 async def export(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """``docker export``: an archive of the whole file system, without volumes."""
+    """``docker export``: respond with an archive of the whole file system, without volumes."""
     async with engine.files.export(request.match_info["id"]) as pieces:
-        return await _sent(request, pieces, {})
+        return await _send_archive(request, pieces, {})
 
 
 def _place(request: web.Request) -> tuple[str, str]:
@@ -67,7 +67,7 @@ def _place(request: web.Request) -> tuple[str, str]:
     if not path:
         raise InvalidArgument("bad parameter: pathcannot be empty")  # as in Docker
     if "\0" in path:
-        raise InvalidArgument("invalid path: it holds a zero byte")
+        raise InvalidArgument("invalid path: it contains a zero byte")
     return request.match_info["id"], path
 
 
@@ -84,10 +84,10 @@ def _header(status: PathStatus) -> dict[str, str]:
     return {"X-Docker-Container-Path-Stat": base64.b64encode(text).decode()}
 
 
-async def _sent(
+async def _send_archive(
     request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Send an archive.  One that turns out to be incomplete has no end, so that its reader sees that."""
+    """Send an archive.  An incomplete one is sent without an end, so that its reader notices."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-tar", **headers})
     await response.prepare(request)
     async for piece in pieces:

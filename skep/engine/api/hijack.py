@@ -1,13 +1,12 @@
-"""Taking a connection over from HTTP: ``attach`` and ``exec start`` talk raw bytes in both directions.
+"""HTTP connection hijacking: ``attach`` and ``exec start`` send raw bytes in both directions.
 
-The client sends ``Upgrade: tcp`` and gets 101 (old clients do not, and get a 200 that never ends).  From
-then on each direction closes by itself: the end of the client's input is a half-close, after which output continues.
-aiohttp cannot half-close, so the transport gets another protocol.
+The client sends ``Upgrade: tcp`` and gets 101 (old clients do not, and get a 200 that never ends).  From then on each
+direction closes separately: the end of the client's input is a half-close, after which output continues.  aiohttp
+cannot half-close, so the transport gets another protocol.
 
-docker-py reads the head through a buffer and the output from the socket beneath it: output that it receives together
-with the head is lost.  On a unix socket the kernel reports what the client has not read yet (SIOCOUTQ), so the first
-output waits until the client has read the head.  By TCP there is no such report.
-
+docker-py reads the head through a buffer and the output from the socket below it, so it loses output that it receives
+together with the head.  On a Unix socket the kernel reports the bytes that the client has not read yet (SIOCOUTQ), so
+the first output waits until the client has read the head.  TCP has no such report.
 Source: moby 20.10, api/server/httputils/httputils_write_json.go, api/server/router/container/exec.go.
 """
 
@@ -31,14 +30,15 @@ MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 
 _NAMES_ITS_FORM = ApiVersion("1.42")
 _BUFFER_BYTES = 64 << 10
+"""Input of a client that is buffered before it is read."""
 DRAIN_S = 60.0
-"""A client that takes nothing for this long has gone."""
+"""A client that reads nothing for this long is considered disconnected."""
 _HEAD_UNREAD_S = 5.0
-"""For the client to read the head.  After that the output is sent nevertheless: not every client loses it."""
+"""Wait for the client to read the head.  After that the output is sent anyway: not every client loses it."""
 
 
 class Duplex:
-    """The raw connection: input that ends, output in frames or, with a terminal, as it is."""
+    """The raw connection.  Input ends, and output is framed, or unframed with a terminal."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, tty: bool) -> None:
         self._reader = reader
@@ -47,11 +47,11 @@ class Duplex:
         self._is_head_read = False
 
     async def read(self) -> bytes:
-        """The client's next input; empty after its end.  Raises: ConnectionError."""
+        """Return the client's next input, or b"" after its end.  Raises: ConnectionError."""
         return await self._reader.read(_BUFFER_BYTES)
 
     async def send(self, stream: OutputStream, data: bytes) -> None:
-        """Raises: ConnectionError: the client has gone, or takes nothing."""
+        """Send output.  Raises: ConnectionError: the client has disconnected, or reads nothing."""
         if not self._is_head_read:
             await self._wait_head_read()
         self._writer.write(data if self._tty else frame(stream, data))
@@ -59,7 +59,7 @@ class Duplex:
             async with asyncio.timeout(DRAIN_S):
                 await self._writer.drain()
         except TimeoutError as error:
-            raise ConnectionResetError("the client takes no output") from error
+            raise ConnectionResetError("the client does not read the output") from error
 
     async def _wait_head_read(self) -> None:
         connection = self._writer.get_extra_info("socket")
@@ -73,21 +73,21 @@ class Duplex:
 
 
 def _unread_bytes(descriptor: int) -> int:
-    """What the other end of a unix connection has not read yet, in the kernel's count of memory."""
+    """Return the bytes that the other end of a Unix connection has not read, in the kernel's count of memory."""
     (count,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))
     return int(count)
 
 
 @asynccontextmanager
-async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
+async def hijack(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
     """Respond to ``request`` with a raw connection, which is closed with the block.
 
-    The handler then returns ``Hijacked()``.  Read the request's body before.
+    Read the request's body before.  Afterwards the handler returns ``Hijacked()``.
     """
     handler = request.protocol
     transport = request.transport
     if transport is None:
-        raise ConnectionResetError("the client has gone")
+        raise ConnectionResetError("the client has disconnected")
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=_BUFFER_BYTES, loop=loop)
     reader.feed_data(_sent_ahead(handler))
@@ -106,19 +106,19 @@ async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
         writer.close()
 
 
-async def upgraded(
+async def upgrade(
     request: web.Request, protocol: asyncio.Protocol, begin: Callable[[asyncio.Transport], None]
 ) -> None:
-    """Respond to ``request`` by switching to the protocol that it asks for; returns when the connection has ended.
+    """Respond to ``request`` by switching to its requested protocol.  Return when the connection has ended.
 
     The handler then returns ``Hijacked()``.
 
     Args:
-        begin: called with the transport once ``protocol`` gets what arrives.
+        begin: Called with the transport once ``protocol`` receives data.
     """
     handler, transport = request.protocol, request.transport
     if transport is None:
-        raise ConnectionResetError("the client has gone")
+        raise ConnectionResetError("the client has disconnected")
     ahead = _sent_ahead(handler)
     reporting = _Reporting(protocol, handler)
     transport.set_protocol(reporting)
@@ -139,7 +139,7 @@ async def upgraded(
 
 
 class _Reporting(asyncio.Protocol):
-    """Passes everything on to ``protocol``, and the end to aiohttp, too, which counts connections."""
+    """Passes everything on to ``protocol``, and the end also to aiohttp, which counts connections."""
 
     def __init__(self, protocol: asyncio.Protocol, handler: RequestHandler) -> None:
         self._protocol = protocol
@@ -186,7 +186,7 @@ class _Raw(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        return self._stays_open  # a client without input closes its direction at once, and reads the output
+        return self._stays_open  # a client without input half-closes at once, and reads the output
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -194,7 +194,7 @@ class _Raw(asyncio.StreamReaderProtocol):
 
 
 class _Tap:
-    """Takes what the client sent right behind its request."""
+    """Collects the bytes that the client sent directly after its request."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -209,7 +209,7 @@ class _Tap:
 
 def _sent_ahead(handler: RequestHandler) -> bytes:
     tap = _Tap()
-    handler.set_parser(tap)  # type: ignore[arg-type]  # documented, and not for WebSockets alone
+    handler.set_parser(tap)  # type: ignore[arg-type]  # documented, and not only for WebSockets
     return tap.data
 
 

@@ -22,7 +22,7 @@ _WITHOUT_CONTAINER_CONFIG = ApiVersion("1.45")
 def summary(
     listed: Listed, version: ApiVersion, *, shared_bytes: int = -1, containers: int = -1
 ) -> Mapping[str, Any]:
-    """One line of ``docker images``.  -1: not computed."""
+    """Return one line of ``docker images``.  -1 means not computed."""
     image = listed.image
     tags = [reference.familiar for reference in listed.references if reference.tag]
     digests = [reference.familiar for reference in listed.references if reference.digest]
@@ -48,7 +48,7 @@ def summary(
 
 
 def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping[str, Any]:
-    """``docker image inspect``."""
+    """Return ``docker image inspect``."""
     config = image.config
     response: dict[str, Any] = {
         "Id": image.id,
@@ -83,7 +83,7 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
 
 
 def history(image: Image, images: LocalImages) -> Sequence[Mapping[str, Any]]:
-    """``docker history``: the steps, the latest first, with the images of this node that they made."""
+    """Return ``docker history``: the steps, latest first, with the images of this node that they created."""
     sizes = [images.layer_store.all()[chain_id].size_bytes for chain_id in image.chain]
     steps: list[dict[str, Any]] = [
         {

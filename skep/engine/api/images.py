@@ -43,11 +43,11 @@ from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
 _WITHOUT_FILTER = ApiVersion("1.41")
-"""Until then a pattern of names could be a parameter of its own."""
+"""Before this version a parameter of its own could hold a pattern of names."""
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What these routes are about."""
+    """Dependencies of these routes."""
 
     images: ImageStore
     users: Users
@@ -117,18 +117,18 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
 @_table.get("/images/get")
 async def save_images(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker save`` of several images, as one archive."""
-    return await _saved(served, request, request.query.getall("names", []))
+    return await _send_images(served, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
 async def save_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker save`` of one image."""
-    return await _saved(served, request, [request.match_info["name"]])
+    return await _send_images(served, request, [request.match_info["name"]])
 
 
-async def _saved(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
+async def _send_images(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
     async with aclosing(served.images.save(names)) as pieces:
-        first = await anext(pieces, b"")  # an unknown image is still a status
+        first = await anext(pieces, b"")  # an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
         await send_piece(request, response, first)
@@ -186,7 +186,7 @@ async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/images/{name:.+}/push")
 async def push_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker push``, with its progress; without a tag: all tags."""
+    """``docker push``, with its progress.  Without a tag it pushes all tags."""
     reference = parse_reference(request.match_info["name"])
     tag = request.query.get("tag", "")
     reference = reference.repository.with_tag(tag) if tag else reference
@@ -201,7 +201,7 @@ async def push_image(served: Served, request: web.Request) -> web.StreamResponse
 
 
 class _WantedPlatform(msgspec.Struct, frozen=True):
-    """``platform`` of a push: one of the image's, of which this node keeps one."""
+    """``platform`` of a push.  This node has only one of an image's platforms."""
 
     os: str = ""
     architecture: str = ""
@@ -209,7 +209,7 @@ class _WantedPlatform(msgspec.Struct, frozen=True):
 
 
 def _require_platform(images: ImageStore, reference: Reference, text: str) -> None:
-    """Raises: InvalidArgument: ``text`` is no platform; NotFound: the image is here for another one."""
+    """Raise InvalidArgument for an invalid platform, NotFound if the image is here for another platform."""
     wanted = decode_body(text.encode(), _WantedPlatform)
     image = images.get(str(reference.with_default_tag()))
     platform = Platform(wanted.os, wanted.architecture, wanted.variant)
@@ -257,7 +257,7 @@ def _stars(text: str) -> int:
 
 @_table.post("/auth")
 async def check_credentials(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker login``: the credentials are tried at the registry; nothing of them is kept here."""
+    """``docker login``: try the credentials at the registry.  This node does not keep them."""
     body = await read_body(request)
     wanted = decode_body(body, _Login)
     credentials = decode_body(body, Credentials)
@@ -270,7 +270,7 @@ class _Login(msgspec.Struct, frozen=True):
 
 
 def _domain(address: str) -> str:
-    """The registry that a login is for.  Source: moby 20.10, registry/service.go (Auth)."""
+    """Return the registry of a login.  Source: moby 20.10, registry/service.go (Auth)."""
     url = address if "://" in address else f"https://{address or DEFAULT_DOMAIN}"
     try:
         parts = urlsplit(url)
@@ -296,7 +296,7 @@ async def remove_image(served: Served, request: web.Request) -> web.StreamRespon
 
 @_table.get("/distribution/{name:.+}/json")
 async def inspect_distribution(served: Served, request: web.Request) -> web.StreamResponse:
-    """What a registry has under a name, without a pull: digest and platforms."""
+    """Return digest and platforms of a name in a registry, without a pull."""
     name = request.match_info["name"]
     if is_digest(name):
         raise InvalidArgument(f"unknown image reference format: {name}")
@@ -307,7 +307,7 @@ async def inspect_distribution(served: Served, request: web.Request) -> web.Stre
 
 
 def _wanted(name: str, tag: str) -> Reference:
-    """What ``docker pull`` names; ``tag`` may be a digest.  Without either, all tags are meant."""
+    """Return the reference of a ``docker pull``.  ``tag`` may be a digest.  Without either, all tags are meant."""
     reference = parse_reference(name.removesuffix(":"))
     if not tag:
         return reference
@@ -315,7 +315,7 @@ def _wanted(name: str, tag: str) -> Reference:
 
 
 def _filter(images: ImageStore, filters: Filters, clock: Clock) -> ImageFilter:
-    """The filters of the request.  Raises: InvalidArgument, NotFound."""
+    """Return the filters of the request.  Raises: InvalidArgument, NotFound."""
     return ImageFilter(
         dangling=_dangling(filters),
         labels=filters["label"],
@@ -358,7 +358,7 @@ def _replaced(filter: ImageFilter, **fields: Any) -> ImageFilter:
 
 
 def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
-    """Per image: the size of its layers that other images have, too."""
+    """Return by image the size of the layers that it shares with other images."""
     counts: dict[str, int] = {}
     for image in images.images():
         for chain_id in image.chain:

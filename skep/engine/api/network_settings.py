@@ -1,4 +1,4 @@
-"""The networks of a container as the Engine API shows them: ``NetworkSettings``."""
+"""A container's networks as the Engine API shows them: ``NetworkSettings``."""
 
 import hashlib
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ _NO_NETWORK: dict[str, Any] = {
 
 
 def network_settings(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
-    """Where it is reached; empty once it has ended, as in the engine.
+    """Return the container's addresses and ports, empty once it has ended, as in Docker.
 
-    ``ids``: of the networks that every node has, by name.
+    ``ids`` are the ids of the predefined networks by name.
     """
     sandbox = container.sandbox if container.is_running else None
     settings: dict[str, Any] = {
@@ -64,7 +64,7 @@ def network_settings(container: Container, ids: Mapping[str, str]) -> dict[str, 
         ]
     settings |= {"SandboxID": container.id, "SandboxKey": sandbox.netns, "Ports": bound}
     if not sandbox.address or (sandbox.endpoints and not _is_on_bridge(container)):
-        return settings  # Docker fills these in for its own bridge only
+        return settings  # Docker sets these only for its own bridge
     return settings | {
         "Gateway": sandbox.gateway,
         "IPAddress": sandbox.address,
@@ -74,14 +74,14 @@ def network_settings(container: Container, ids: Mapping[str, str]) -> dict[str, 
 
 
 def _is_on_bridge(container: Container) -> bool:
-    """Whether the node's bridge is one of the networks of a plain container, and no mere way out."""
+    """Return whether a plain container has chosen the node's bridge, and does not only use it for outgoing traffic."""
     return container.plain is not None and container.mode is NetworkMode.BRIDGE
 
 
 def networks(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
-    """The container's networks by name; a task's way out shows only where it is all it has.
+    """Return the container's networks by name.  A task's gateway bridge only appears if it has no other network.
 
-    Source: the responses of an engine of version 20.10 for a task on several overlays.
+    Source: the responses of Docker 20.10 for a task on several overlays.
     """
     if container.plain is not None:
         return _of_plain(container, container.plain, ids)
@@ -111,7 +111,7 @@ def _of_plain(container: Container, plain: PlainOptions, ids: Mapping[str, str])
 
 
 def _predefined(container: Container, network_id: str) -> dict[str, Any]:
-    """Of a network that every node has; its id from the container's first start on, as in Docker."""
+    """Return a predefined network's entry.  As in Docker, its id appears after the container's first start."""
     sandbox = container.sandbox if container.is_running else None
     shown = _NO_NETWORK | {"NetworkID": network_id if container.was_started else ""}
     if sandbox is None:
@@ -126,7 +126,7 @@ def _predefined(container: Container, network_id: str) -> dict[str, Any]:
 
 
 def networks_in_lists(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
-    """The same without aliases and links, which lists of containers leave out.
+    """Return the networks without aliases and links, which lists of containers leave out.
 
     Source: moby, container/view.go.
     """
@@ -160,7 +160,7 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
 def _requested(
     container: Container, endpoint: Endpoint, v4: Interface | None, v6: Interface | None
 ) -> dict[str, str] | None:
-    """The addresses that its user chose; on the cluster's networks those that the managers gave, as in Docker."""
+    """Return the addresses that the user chose, or on the cluster's networks those from the managers, as in Docker."""
     if container.plain is not None and endpoint.config.head.is_of_node:
         names = (endpoint.network_id, endpoint.network_name)
         for one in container.plain.networks:
@@ -173,7 +173,7 @@ def _requested(
 
 
 def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
-    """A task's do not have those of its spec, which the cluster resolves.
+    """Return the aliases.  A task's do not include the aliases of its spec, which the cluster resolves.
 
     Source: moby 20.10, daemon/container_operations.go (updateNetworkConfig).
     """
@@ -182,6 +182,6 @@ def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
 
 
 def _endpoint_id(container: Container, network_id: str, port: str) -> str:
-    """An id like Docker's, another one for each start: the port is."""
+    """Return an id like Docker's, which differs for each start because the port does."""
     text = f"{container.id} {network_id} {port}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -13,18 +13,19 @@ from skep.engine.images.progress import Message, Report, failure
 from skep.errors import SkepError, Unavailable
 
 _PENDING_MAX = 1000
+"""Queued messages without text."""
 _TEXT_BYTES_MAX = 16 << 20
+"""Queued text, which a build can write faster than its client reads."""
 _MESSAGE_BYTES = 256
-"""What a message costs beside its text."""
+"""Overhead of a message in addition to its text."""
 _CLIPPED = Message(stream="\n[output clipped: it comes faster than the client takes it]\n")
 
 
 class Pending:
-    """Messages on their way to a client that may be slower than the work.
+    """Messages for a client that may be slower than the work.
 
-    Of a layer's transfer only the latest figure is kept; other messages beyond the bound are dropped (there
-    are a handful per layer).  Text, as the commands of a build write it, has a larger bound, and what is dropped of it
-    leaves a note.
+    Keeps only the latest figure of a layer's transfer, and drops other messages beyond the limit (there are a handful
+    per layer).  Text, such as the output of a build's commands, has a larger limit, and dropped text leaves a note.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Pending:
         self._is_clipped = False
 
     def report(self, message: Message) -> None:
-        """Queue a message; never waits."""
+        """Queue a message without waiting."""
         is_transfer = message.progress_detail is not None and message.progress
         if message.stream:
             self._is_clipped |= self._text_bytes > _TEXT_BYTES_MAX
@@ -48,12 +49,12 @@ class Pending:
         self._changed.set()
 
     def end(self) -> None:
-        """Nothing more will come."""
+        """Mark the end of the messages."""
         self._has_ended = True
         self._changed.set()
 
     async def next(self) -> Message | None:
-        """The oldest message; None after the last."""
+        """Return the oldest message, or None after the last."""
         while not self._messages:
             if self._is_clipped:
                 self._is_clipped = False
@@ -71,11 +72,11 @@ class Pending:
 async def respond_with_progress(
     request: web.Request, work: Callable[[Report], Awaitable[object]], *, early_errors: bool
 ) -> web.StreamResponse:
-    """Run ``work``, sending what it reports.  A client that disconnects stops it.
+    """Run ``work`` and send its reports.  A client that disconnects stops it.
 
     Args:
-        early_errors: a failure before the first message becomes the response's status, as with ``docker pull``;
-            else it is always a message of a 200, as with ``docker load``.
+        early_errors: Whether a failure before the first message becomes the response's status, as with
+            ``docker pull``.  Otherwise it is always a message of a 200, as with ``docker load``.
     """
     pending = Pending()
     lines = JsonLines(request)
@@ -100,14 +101,14 @@ async def respond_with_progress(
 
 
 async def _outcome(work: Callable[[Report], Awaitable[object]], pending: Pending) -> SkepError | None:
-    """The expected failure of ``work``, if it failed."""
+    """Run ``work`` and return its expected failure, or None."""
     try:
         await work(pending.report)
     except SkepError as error:
         return error
-    except ConnectionError:  # the client's
+    except ConnectionError:  # the client's connection
         raise
-    except OSError as error:  # of a file: after the first message no status can say so any more
+    except OSError as error:  # a file's error: after the first message the status cannot change
         log_error(error, "work with images failed")
         return Unavailable(describe_error(error))
     finally:

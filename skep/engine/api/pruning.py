@@ -1,4 +1,4 @@
-"""The filters of the ``prune`` commands."""
+"""Filters of the ``prune`` commands."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from skep.model.times import unix_ns
 
 
 def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, now_ns: int) -> bool:
-    """Whether an unused object matches.
+    """Return whether an unused object matches.
 
-    ``until``: when it was made at the latest.
+    ``until`` is the latest time of its creation.
     """
     return all(unix_ns(created_at) < parse_time(moment, now_ns) for moment in filters["until"]) and (
         has_prunable_labels(labels, filters)
@@ -18,7 +18,7 @@ def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, no
 
 
 def has_prunable_labels(labels: Mapping[str, str], filters: Filters) -> bool:
-    """Whether an object has all labels of ``label``, and not all of ``label!``.
+    """Return whether an object has all labels of ``label``, and not all of ``label!``.
 
     Source: moby, daemon/prune.go (matchLabels), volume/service/by.go (byLabelFilter).
     """

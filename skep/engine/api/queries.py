@@ -1,14 +1,15 @@
-"""Query parameters, with Docker's errors for those that cannot be parsed."""
+"""Query parameters, with Docker's errors for invalid ones."""
 
 from aiohttp import web
 
 from skep.errors import InvalidArgument
 
 _DIGITS_MAX = 18
+"""Digits of a number that always fits 64 bits."""
 
 
 def integer(request: web.Request, name: str, default: int | None = None) -> int:
-    """A whole number.  Raises: InvalidArgument: it is none, or missing without a ``default``."""
+    """Return an integer.  Raises: InvalidArgument: it is invalid, or missing without a ``default``."""
     text = request.query.get(name, "")
     if not text and default is not None:
         return default

@@ -17,9 +17,10 @@ from skep.errors import NotFound
 
 
 def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, ...]:
-    """Routes of containers, execs, images, builds, volumes and disk usage, without ``POST /containers/create``.
+    """Return the routes of containers, execs, images, builds, volumes and disk usage.
 
-    Creation is apart (``containers.create_routes``): beside a Docker Engine it depends on the container's networks.
+    ``POST /containers/create`` is separate (``containers.create_routes``), because next to a Docker Engine it depends
+    on the container's networks.
     """
     builder = Builder(engine, engine.images.builds, clock)
     return (
@@ -34,9 +35,9 @@ def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, .
 
 
 def absent_routes() -> Routes:
-    """Kinds of objects that do not exist here: plugins.
+    """Return the routes of objects that Skep does not have: plugins.
 
-    ``docker inspect NAME`` tries objects of every kind until one is found, so they have to be reported as not found.
+    ``docker inspect NAME`` tries all kinds of objects until one is found, so these must be reported as not found.
     """
     table = Routes()
 

@@ -1,4 +1,4 @@
-"""A client's connection and a process's standard streams, joined in both directions."""
+"""Joins a client's connection and a process's standard streams in both directions."""
 
 import asyncio
 from collections.abc import Collection
@@ -17,14 +17,14 @@ class Client(Protocol):
     """A client's end of the connection."""
 
     async def read(self) -> bytes:
-        """Return the next input; empty after its end.  Raises: ConnectionError."""
+        """Return the next input, or b"" after its end.  Raises: ConnectionError."""
 
     async def send(self, stream: OutputStream, data: bytes) -> None:
-        """Raises: ConnectionError: the client has gone, or takes nothing."""
+        """Send output.  Raises: ConnectionError: the client has disconnected, or reads nothing."""
 
 
 class End(Enum):
-    """Why a session ended."""
+    """Reason why a session ended."""
 
     OUTPUT = "the process's output ended"
     DETACHED = "the client pressed its detach keys"
@@ -62,7 +62,7 @@ async def join(
 
 
 async def _pass_output(process: Attachment, client: Client, streams: Collection[Stream]) -> bool:
-    """True when the process has ended its output, False when the client has gone."""
+    """Return True when the process has ended its output, False when the client has disconnected."""
     while (piece := await process.read()) is not None:
         stream, data = piece
         if stream in streams:
@@ -74,7 +74,7 @@ async def _pass_output(process: Attachment, client: Client, streams: Collection[
 
 
 async def _pass_input(client: Client, process: Attachment, keys: DetachKeys | None) -> bool:
-    """Until the client's input ends; True if it pressed the keys."""
+    """Pass input until it ends.  Return whether the client pressed the detach keys."""
     try:
         while data := await client.read():
             has_detached = False
@@ -85,12 +85,12 @@ async def _pass_input(client: Client, process: Attachment, keys: DetachKeys | No
                 return True
         process.close_input()
     except ConnectionError:
-        pass  # one side has gone; the output notices and ends the session
+        pass  # one side has disconnected; the output notices and ends the session
     return False
 
 
 async def _wait_gone(client: Client) -> bool:
-    """Discard input; a half-close does not end the output."""
+    """Discard input until the client disconnects.  A half-close does not end the output."""
     try:
         while await client.read():
             pass

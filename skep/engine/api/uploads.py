@@ -1,4 +1,4 @@
-"""Bodies that are read and sent piece by piece."""
+"""Request and response bodies that are read and sent piece by piece."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,21 +8,22 @@ from aiohttp import web
 from skep.errors import Unavailable
 
 _PIECE_BYTES = 1 << 18
+"""Bytes that are read at a time."""
 _REST_BYTES_MAX = 64 << 20
-"""How much of a refused upload is still read, so that its sender gets the response and not a broken pipe."""
+"""Rest of a refused upload that is still read, so that its sender gets the response instead of a broken pipe."""
 _REST_DEADLINE_S = 10.0
+"""Deadline for the rest of a refused upload."""
 TAKEN_S = 300.0
-"""A client that takes nothing of an archive for this long is given up."""
+"""A client that reads nothing of an archive for this long is disconnected."""
 
 
 async def pieces_of(request: web.Request, *, silent_s: float | None = None) -> AsyncIterator[bytes]:
-    """The body as it arrives.
+    """Yield the body as it arrives.
 
     Args:
-        silent_s: longest time between two pieces, None: without a bound.
+        silent_s: Longest time between two pieces, or None for no limit.
 
-    Raises:
-        Unavailable: nothing came for so long.
+    Raises: Unavailable: nothing arrived for that long.
     """
     while True:
         try:
@@ -36,7 +37,7 @@ async def pieces_of(request: web.Request, *, silent_s: float | None = None) -> A
 
 
 async def drain(request: web.Request) -> None:
-    """Read what is left of a body, within bounds of size and time."""
+    """Read the rest of a body, within limits of size and time."""
     read = 0
     try:
         async with asyncio.timeout(_REST_DEADLINE_S):
@@ -49,11 +50,11 @@ async def drain(request: web.Request) -> None:
 
 
 async def send_piece(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
-    """Send a piece of an archive.  Raises: ConnectionResetError: the client takes nothing, or is gone."""
+    """Send a piece of an archive.  Raises: ConnectionResetError: the client reads nothing, or has disconnected."""
     try:
         async with asyncio.timeout(TAKEN_S):
             await response.write(piece)
-    except TimeoutError as error:  # what is being sent is kept on the disk, or mounted, for as long
+    except TimeoutError as error:  # its source stays on the disk, or mounted, meanwhile
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError("the client takes no archive") from error
+        raise ConnectionResetError("the client does not read the archive") from error

@@ -1,4 +1,4 @@
-"""Local volumes of this node in the Engine API: those of services, of plain containers, and made for themselves.
+"""Local volumes of this node in the Engine API: volumes of services, of plain containers, and standalone ones.
 
 Source: moby 20.10, api/server/router/volume/volume_routes.go, volume/service/{service,store}.go.
 """
@@ -44,7 +44,7 @@ class VolumeRequest(ApiObject):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What these routes serve."""
+    """Dependencies of these routes."""
 
     volumes: Volumes
     containers: Listing
@@ -60,20 +60,20 @@ def volume_routes(volumes: Volumes, containers: Listing) -> list[web.RouteDef]:
 
 @_table.post("/volumes/create")
 async def create_volume(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume create``; one that exists stays as it is."""
+    """``docker volume create``.  An existing volume stays unchanged."""
     body = await read_json(request, VolumeRequest)
     name = body.name or served.volumes.new_name()
     check_volume(body, name)
     labels = body.labels if body.name else {**(body.labels or {}), ANONYMOUS: ""}
     await served.volumes.create(name, body.driver, labels, body.driver_opts)
-    return json_response(await _inspected(served.volumes, name), status=201)
+    return json_response(await _inspect(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
 async def prune_volumes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume prune``: without ``all``, those without a name only (since API 1.42).
+    """``docker volume prune``: without ``all``, only anonymous volumes (since API 1.42).
 
-    Never those with options, as in Docker: what they mount is not on this node.
+    As in Docker, volumes with options stay, because their data is not on this node.
     """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "all")
@@ -120,7 +120,7 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
 
 
 async def _of_plugins(volumes: Volumes) -> tuple[Sequence[dict[str, Any]], Sequence[str]]:
-    """The volumes that plug-ins list, and what is to be said of plug-ins that do not."""
+    """Return the volumes that plug-ins list, and warnings about plug-ins that fail."""
     found: list[dict[str, Any]] = []
     warnings: list[str] = []
 
@@ -155,7 +155,7 @@ def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
 @_table.get("/volumes/{name}")
 async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume inspect``."""
-    return json_response(await _inspected(served.volumes, request.match_info["name"]))
+    return json_response(await _inspect(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")
@@ -165,19 +165,19 @@ async def remove_volume(served: Served, request: web.Request) -> web.StreamRespo
     if not served.volumes.has(name):
         if is_forced:
             return web.Response(status=204)
-        driver = (await _found_in_plugin(served.volumes, name))["Driver"]
-        await served.volumes.create(name, driver)  # what a plug-in lists is removed like what was made here
+        driver = (await _find_in_plugin(served.volumes, name))["Driver"]
+        await served.volumes.create(name, driver)  # then it is removed like one created here
     await served.volumes.remove(name, served.containers, force=is_forced)
     return web.Response(status=204)
 
 
-async def _inspected(volumes: Volumes, name: str) -> dict[str, Any]:
-    """``docker volume inspect``; of a plug-in's volume with what the plug-in says.
+async def _inspect(volumes: Volumes, name: str) -> dict[str, Any]:
+    """Return ``docker volume inspect``, for a plug-in volume with the plug-in's description.
 
     Raises: NotFound; Unavailable: the plug-in does not respond.
     """
     if not volumes.has(name):
-        return await _found_in_plugin(volumes, name)
+        return await _find_in_plugin(volumes, name)
     shown = shown_volume(volumes, name)
     if (driver := shown["Driver"]) == LOCAL:
         return shown
@@ -193,8 +193,8 @@ async def _inspected(volumes: Volumes, name: str) -> dict[str, Any]:
     return {**described, "Labels": shown["Labels"], "Options": shown["Options"]}
 
 
-async def _found_in_plugin(volumes: Volumes, name: str) -> dict[str, Any]:
-    """A volume that was not made here.  Raises: NotFound."""
+async def _find_in_plugin(volumes: Volumes, name: str) -> dict[str, Any]:
+    """Return a volume that was not created here.  Raises: NotFound."""
     listed, _ = await _of_plugins(volumes)
     found = next((one for one in listed if one["Name"] == name), None)
     if found is None:
@@ -203,7 +203,7 @@ async def _found_in_plugin(volumes: Volumes, name: str) -> dict[str, Any]:
 
 
 def _driver(volumes: Volumes, name: str) -> str:
-    """As it is shown: one volume's error does not reach the others of a list."""
+    """Return the driver for display.  In a list, one volume's error must not affect the others."""
     try:
         return volumes.driver(name)
     except SkepError as error:
@@ -212,7 +212,7 @@ def _driver(volumes: Volumes, name: str) -> str:
 
 
 def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
-    """``docker volume inspect``, without asking a plug-in.  Raises: NotFound."""
+    """Return ``docker volume inspect`` without calling a plug-in.  Raises: NotFound."""
     driver = _driver(volumes, name)
     plugin = volumes.plugins.known(driver)
     return {
@@ -227,7 +227,7 @@ def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
 
 
 def _options(volumes: Volumes, name: str) -> Mapping[str, str] | None:
-    """As it is shown: one volume's error does not reach the others of a list."""
+    """Return the options for display.  In a list, one volume's error must not affect the others."""
     try:
         return volumes.given_options(name)
     except SkepError as error:
@@ -239,7 +239,7 @@ _SECOND_NS = 1_000_000_000
 
 
 def check_volume(body: VolumeRequest, name: str) -> None:
-    """Raises: InvalidArgument: what this node has no volumes of."""
+    """Raise InvalidArgument for volumes that this node does not support."""
     if body.cluster_volume_spec is not None:
         raise InvalidArgument(f"create {name}: cluster volumes (CSI) need API version 1.42 or later")
     if body.driver in ("", LOCAL):
@@ -247,7 +247,7 @@ def check_volume(body: VolumeRequest, name: str) -> None:
 
 
 def _is_true(filters: Filters, name: str) -> bool:
-    """A filter that is either true or false.  Raises: InvalidArgument: it is neither, or both."""
+    """Return a filter's truth value.  Raises: InvalidArgument: it is neither true nor false, or both."""
     given = {_TRUTHS.get(value) for value in filters[name]} or {False}
     if len(given) > 1 or None in given:
         raise InvalidArgument(f"invalid filter '{name}=[{' '.join(filters[name])}]'")

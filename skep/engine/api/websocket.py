@@ -1,4 +1,4 @@
-"""``attach`` by WebSocket, for clients that cannot take a connection over: browsers, web terminals, docker-py.
+"""``attach`` by WebSocket, for clients that cannot hijack a connection: browsers, web terminals, docker-py.
 
 Output is not framed by stream.  It comes in binary messages, and in text messages before API 1.28, whatever its bytes.
 
@@ -18,9 +18,9 @@ from skep.errors import InvalidArgument, PermissionDenied
 
 _BINARY = ApiVersion("1.28")
 _MESSAGE_BYTES_MAX = 1 << 20
-"""One message of a client.  It is kept in memory until its last byte has arrived; a keystroke needs one."""
+"""Size of one message of a client, which is in memory until its last byte has arrived.  A keystroke needs one byte."""
 _CLOSE_S = 1.0
-"""For the closing handshake.  A client that does not read it is cut off."""
+"""Wait for the closing handshake.  A client that does not read it is disconnected."""
 
 
 class WebSocketDuplex:
@@ -31,7 +31,7 @@ class WebSocketDuplex:
         self._kind = kind
 
     async def read(self) -> bytes:
-        """Return the client's next message that has content; empty once it has closed the connection."""
+        """Return the client's next message with content, or b"" once it has closed the connection."""
         while True:
             message = await self._connection.receive()
             if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
@@ -40,12 +40,12 @@ class WebSocketDuplex:
                 return bytes(message.data)
 
     async def send(self, _stream: OutputStream, data: bytes) -> None:
-        """Raises: ConnectionError: the client has gone, or takes nothing."""
+        """Send output.  Raises: ConnectionError: the client has disconnected, or reads nothing."""
         try:
             async with asyncio.timeout(DRAIN_S):
                 await self._connection.send_frame(data, self._kind)
         except TimeoutError as error:
-            raise ConnectionResetError("the client takes no output") from error
+            raise ConnectionResetError("the client does not read the output") from error
 
 
 _CLIENT_OF_A_SOCKET = "localhost"
@@ -56,27 +56,31 @@ def check_handshake(request: web.Request) -> None:
     """Check that ``request`` opens a WebSocket.
 
     Raises:
-        InvalidArgument: it does not.
-        PermissionDenied: a page of another host sends it.  A browser sends its certificate with a page's request, and
-            unlike other requests a WebSocket needs no permission of the server.
+        InvalidArgument: It does not.
+        PermissionDenied: A page of another host sends it.  A browser sends its certificate with a page's request, and
+            unlike other requests a WebSocket does not need the server's permission.
     """
     if not web.WebSocketResponse().can_prepare(request).ok:
-        raise InvalidArgument("not websocket protocol: the request is no WebSocket handshake of version 13")
+        raise InvalidArgument(
+            "not websocket protocol: the request is not a WebSocket handshake of version 13"
+        )
     origin = request.headers.get("Origin")
     if origin is None:
         return
-    # Whatever the socket is: relayed and forwarded connections of browsers end in sockets of the machine.  Clients of
-    # a Unix socket have no host to name: Go's websocket package wants an origin, and they give this one.
+    # For every kind of socket: browsers' relayed and forwarded connections end in sockets of the machine.  Clients of
+    # a Unix socket have no host to name: Go's websocket package requires an origin, and they send this one.
     place = urlsplit(origin).netloc.lower()
     if place not in (request.headers.get("Host", "").lower(), _CLIENT_OF_A_SOCKET):
         raise PermissionDenied(f"a page of {origin} may not open a WebSocket to this API")
 
 
 @asynccontextmanager
-async def opened(request: web.Request) -> AsyncIterator[tuple[WebSocketDuplex, web.WebSocketResponse]]:
-    """Complete the handshake of ``request``; the WebSocket is closed with the block.
+async def open_websocket(
+    request: web.Request,
+) -> AsyncIterator[tuple[WebSocketDuplex, web.WebSocketResponse]]:
+    """Complete the handshake of ``request``.  The WebSocket is closed with the block.
 
-    Yields: the connection, and the response that the handler returns.
+    Yields the connection, and the response that the handler returns.
     """
     connection = web.WebSocketResponse(
         timeout=_CLOSE_S, compress=False, max_msg_size=_MESSAGE_BYTES_MAX, decode_text=False
@@ -90,4 +94,4 @@ async def opened(request: web.Request) -> AsyncIterator[tuple[WebSocketDuplex, w
             async with asyncio.timeout(_CLOSE_S):
                 await connection.close()
         if request.transport is not None:
-            request.transport.abort()  # what a client that does not read has not taken stays in memory until then
+            request.transport.abort()  # otherwise output that the client does not read stays in memory

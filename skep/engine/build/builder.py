@@ -121,7 +121,7 @@ class Builder(Builds):
 
         Raises: SkepError: in Docker's words; nothing was tagged.
         """
-        async with self.slots.taken():
+        async with self.slots.hold():
             return await self.build_in_slot(request, context, progress, provider)
 
     async def build_in_slot(

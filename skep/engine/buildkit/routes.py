@@ -18,7 +18,7 @@ from skep.aio.race import Preempted, run_unless
 from skep.api.responses import Hijacked
 from skep.api.server import JsonLines
 from skep.api.tables import Table
-from skep.engine.api.hijack import upgraded
+from skep.engine.api.hijack import upgrade
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.contexts import Contexts
@@ -82,7 +82,7 @@ async def open_session(buildkit: BuildKit, request: web.Request) -> web.StreamRe
     _require_http2(request)
     async with buildkit.sessions.opened(SessionInfo.of(request.headers.items())) as session:
         connection = session.connection
-        await session.keep_checking_while(upgraded(request, connection, connection.connection_made))
+        await session.keep_checking_while(upgrade(request, connection, connection.connection_made))
     return Hijacked()
 
 
@@ -95,7 +95,7 @@ async def serve_control(buildkit: BuildKit, request: web.Request) -> web.StreamR
     protocol = connection(buildkit.control.methods())
     buildkit.connections += 1
     try:
-        await upgraded(request, protocol, lambda transport: protocol.begin(transport, LIMITS))
+        await upgrade(request, protocol, lambda transport: protocol.begin(transport, LIMITS))
         await protocol.wait_closed()
     finally:
         buildkit.connections -= 1

@@ -1,6 +1,6 @@
-"""Log drivers: their options, what they send for a line, and the process that sends it.
+"""Log drivers: options, message formats, and the process that sends messages.
 
-Whatever the driver, conmon writes a container's output to files on this node (``engine.logs``): they are what
-``docker logs`` reads, and for a driver that sends elsewhere, the buffer as well.  A remote that is away therefore never
-blocks a container.
+Whatever the driver, conmon writes a container's output to files on this node (``engine.logs``).  ``docker logs`` reads
+them, and for a driver that sends elsewhere they are also the buffer.  An unreachable remote therefore never blocks a
+container.
 """

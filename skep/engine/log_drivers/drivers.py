@@ -30,9 +30,9 @@ _CHECKS: Mapping[str, Check] = MappingProxyType(
 
 
 def sending_drivers() -> Mapping[str, Check]:
-    """Those that send elsewhere, each with what refuses its options.
+    """Return the drivers that send elsewhere, each with the check of its options.
 
-    A machine without a journal has no driver journald, so that services with it get other nodes.
+    A machine without a journal does not have journald, so that services with this driver are placed on other nodes.
     """
     if journald.SOCKET.exists():
         return _CHECKS
@@ -40,5 +40,5 @@ def sending_drivers() -> Mapping[str, Check]:
 
 
 def log_drivers() -> tuple[str, ...]:
-    """Those that the node announces; ``none`` is there everywhere."""
+    """Return the drivers that the node announces.  ``none`` is available everywhere."""
     return (*FILE_DRIVERS, *sending_drivers())

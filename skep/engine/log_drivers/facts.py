@@ -1,4 +1,4 @@
-"""What a log driver has of its container, and what a user's options make of it: further attributes, and the tag.
+"""A log driver's data about its container, and the attributes and tag that a user's options derive from it.
 
 Source: moby, daemon/logger/loginfo.go, daemon/logger/loggerutils/log_tag.go, daemon/logger/templates/templates.go.
 """
@@ -19,7 +19,9 @@ from skep.linux.commands import communicate
 
 DEFAULT_TAG = "{{.ID}}"
 _REGEX_DEADLINE_S = 10.0
+"""Deadline of the evaluation of a user's expression."""
 _COUNT_MAX = 1024
+"""Largest number for ``pad`` and ``truncate``, which limits the length of a tag."""
 _MATCH = """
 import json, re, sys
 pattern, names = json.load(sys.stdin)
@@ -33,7 +35,7 @@ else:
 
 
 class LogFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A container as its log driver sees it.  ``name`` has no slash before it."""
+    """A container's data for its log driver.  ``name`` has no leading slash."""
 
     id: str
     name: str
@@ -42,12 +44,12 @@ class LogFacts(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     created: str
     hostname: str
-    """The node's."""
+    """Hostname of the node."""
     attributes: Mapping[str, str] = {}
     """Labels and variables that the log options name."""
 
     def struct(self) -> Struct:
-        """The same for templates."""
+        """Return the data for templates."""
         return Struct(
             "*logger.Info",
             {
@@ -69,7 +71,7 @@ class LogFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def facts_of(container: Container, hostname: str) -> LogFacts:
-    """Those of ``container`` on the node ``hostname``."""
+    """Return the data of ``container`` on the node ``hostname``."""
     config = container.config
     return LogFacts(
         id=container.id,
@@ -84,13 +86,16 @@ def facts_of(container: Container, hostname: str) -> LogFacts:
 
 
 async def with_attributes(config: ContainerConfig, labels: Mapping[str, str]) -> ContainerConfig:
-    """With what the log options add to each line.  Raises: InvalidArgument."""
+    """Return ``config`` with the attributes that its log options add to each line.  Raises: InvalidArgument."""
     found = await all_attributes(config.log.options, labels, config.env)
     return replace(config, log=replace(config.log, attributes=found))
 
 
 def with_tag(container: Container, hostname: str) -> Container:
-    """With the tag, which lines in files have only if the user gives one.  Raises: InvalidArgument."""
+    """Return ``container`` with its tag.
+
+    Lines in files only have a tag if the user sets one.  Raises: InvalidArgument.
+    """
     log = container.config.log
     if not log.options.get("tag"):
         return container
@@ -102,12 +107,12 @@ def with_tag(container: Container, hostname: str) -> Container:
 
 
 def short_id(image_id: str) -> str:
-    """The first twelve digits."""
+    """Return the first twelve digits of an image id."""
     return image_id.removeprefix("sha256:")[:12]
 
 
 def tag_of(options: Mapping[str, str], facts: LogFacts, default: str = DEFAULT_TAG) -> str:
-    """The option ``tag`` with its placeholders replaced.  Raises: InvalidArgument."""
+    """Return the option ``tag`` with its placeholders replaced.  Raises: InvalidArgument."""
     try:
         return expand(options.get("tag") or default, facts.struct(), _FUNCTIONS, budget=_tag_budget())
     except TemplateError as error:
@@ -115,7 +120,7 @@ def tag_of(options: Mapping[str, str], facts: LogFacts, default: str = DEFAULT_T
 
 
 def attributes_of(container: Container) -> Mapping[str, str]:
-    """What the log options ``labels``, ``env`` and their like add to each line."""
+    """Return the attributes that the log options ``labels``, ``env`` and similar ones add to each line."""
     log = container.config.log
     if log.attributes is not None:
         return log.attributes
@@ -125,7 +130,7 @@ def attributes_of(container: Container) -> Mapping[str, str]:
 def named_attributes(
     options: Mapping[str, str], labels: Mapping[str, str], env: Iterable[str]
 ) -> dict[str, str]:
-    """Values of the labels and variables that are named, of those that there are."""
+    """Return the existing labels and variables that the options name."""
     found = {name: labels[name] for name in _names(options, "labels") if name in labels}
     variables = variables_of(env)
     return found | {name: variables[name] for name in _names(options, "env") if name in variables}
@@ -134,10 +139,10 @@ def named_attributes(
 async def all_attributes(
     options: Mapping[str, str], labels: Mapping[str, str], env: Iterable[str]
 ) -> dict[str, str]:
-    """The same, with those that a regular expression names.
+    """Return the named attributes, and attributes that match a regular expression.
 
-    The expression is the user's: it is evaluated in a process of its own, as it may take for ever.
-    Raises: InvalidArgument: it is none, or it takes too long.
+    A separate process evaluates the user's expression, because it may take forever.
+    Raises: InvalidArgument: it is invalid, or takes too long.
     """
     found = named_attributes(options, labels, env)
     for option, values in (("labels-regex", labels), ("env-regex", variables_of(env))):
@@ -147,7 +152,7 @@ async def all_attributes(
 
 
 def variables_of(env: Iterable[str]) -> Mapping[str, str]:
-    """``name=value`` by name."""
+    """Return the values of ``name=value`` by name."""
     return dict(one.partition("=")[::2] for one in env if "=" in one)
 
 
@@ -174,7 +179,7 @@ def _names(options: Mapping[str, str], option: str) -> list[str]:
 
 
 def _tag_budget() -> Budget:
-    """A tag is in every line of the log, and a container's command may have 2 MiB."""
+    """Return the limits of a tag, which is in every log line although a container's command may have 2 MiB."""
     return Budget(tokens=2_000, steps=2_000, produced=256 << 10, output=64 << 10)
 
 

@@ -1,6 +1,6 @@
-"""The log driver fluentd: the forward protocol in MessagePack over TCP, TLS or a unix socket.
+"""The log driver fluentd: the forward protocol in MessagePack over TCP, TLS or a Unix socket.
 
-Strings are written as the bytes they are, like the container's output: that need not be UTF-8.
+Strings are written as raw bytes, like the container's output, which may not be UTF-8.
 
 Source: moby, daemon/logger/fluentd/fluentd.go; fluent/fluent-logger-golang, fluent/proto_gen.go; Fluentd's Forward
 Protocol Specification v1.
@@ -30,12 +30,14 @@ _KNOWN = frozenset(
     )
 )
 _PORT = 24224
+"""Default port of Fluentd's forward protocol."""
 _RETRIES_MAX = (1 << 32) - 1
+"""The largest unsigned 32-bit number."""
 _RECONNECT_NS_MIN, _RECONNECT_NS_MAX = 100_000_000, 10 * SECOND_NS
 
 
 def check(options: Options) -> None:
-    """Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("fluentd", options, _KNOWN)
     _endpoint(options)
     if options.get("fluentd-buffer-limit"):
@@ -81,15 +83,15 @@ class Fluentd:
             await self._wait_acknowledged(self._connection)
 
     async def flush(self) -> None:
-        """Each message was acknowledged, if that was requested."""
+        """Do nothing: each message was acknowledged, if that was requested."""
 
     async def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     def packed(self, message: Message, chunk: bytes = b"") -> bytes:
-        """``[tag, time, record, option]``; ``chunk``: what the server is to acknowledge."""
-        record = {  # a label does not pass for what the node says of the container
+        """Encode ``[tag, time, record, option]``.  The server acknowledges ``chunk``."""
+        record = {  # a label cannot replace the node's own fields
             **self._attributes,
             **self._own,
             b"source": message.source.encode(),

@@ -1,8 +1,8 @@
-"""Sends the output of one container, from its files to the remote of its log driver.
+"""Sends the output of one container from its files to its log driver's remote.
 
-One task reads, the other sends, with a bounded buffer between them.  A remote that is away is tried again with growing
-pauses; meanwhile the files are the buffer, and with ``mode=non-blocking`` the buffer itself, which then drops what
-comes last.  What is lost is counted, and said once when the loss begins and once when the remote is back.
+One task reads and the other sends, with a bounded buffer between them.  An unreachable remote is retried with growing
+pauses.  Meanwhile the files are the buffer, or with ``mode=non-blocking`` the buffer itself, which then drops the
+latest messages.  Losses are counted, and reported once at their start and once when the remote is reachable again.
 """
 
 import asyncio
@@ -25,22 +25,26 @@ Report = Callable[[str, str, int], None]
 """Called with an event, the reason, and a number of lines."""
 
 BUFFER_BYTES = 1 << 20
+"""Messages that are read ahead of the remote.  Further ones stay in the files."""
 SAVE_S = 1.0
+"""Interval between writes of the position.  After a crash, this much output may be sent twice."""
 _LOOK_S = 1.0
+"""Interval between counts of unread files, which rotation may remove."""
 _MESSAGE_BYTES = 100
-"""What a message costs beside its line."""
+"""Overhead of a message in addition to its line."""
 _RETRY_S, _RETRY_S_MAX = 0.1, 30.0
+"""First and longest pause before a remote is tried again."""
 
 
 class _Chunk(NamedTuple):
     messages: Sequence[Message]
     size: int
     position: Position | None
-    """Everything before it was read when these messages were."""
+    """Everything before this position had been read when these messages were."""
 
 
 class _Buffer:
-    """``drops``: what does not fit is dropped, instead of waiting for room."""
+    """Buffer between reading and sending.  With ``drops``, messages that do not fit are dropped instead of waiting."""
 
     def __init__(self, bytes_max: int, *, drops: bool) -> None:
         self._bytes_max = bytes_max
@@ -68,13 +72,13 @@ class _Buffer:
         self._changed.set()
 
     async def first(self) -> _Chunk | None:
-        """The oldest, which stays until ``pop``; None: there is none, and none will come."""
+        """Return the oldest chunk, which stays until ``pop``, or None after the last one."""
         while not self._chunks and not self._is_complete:
             await self._wait_changed()
         return self._chunks[0] if self._chunks else None
 
     def complete(self) -> None:
-        """Nothing more will come."""
+        """Mark the end of the messages."""
         self._is_complete = True
         self._changed.set()
 
@@ -103,7 +107,7 @@ class _Buffer:
 
 
 class Forwarder:
-    """One container's.  ``run`` ends when the container has ended and everything was sent."""
+    """Forwards one container's output.  ``run`` ends when the container has ended and everything was sent."""
 
     def __init__(self, spool: Spool, watch: FileWatch, sink: Sink, clock: Clock, report: Report) -> None:
         self._spool = spool
@@ -121,16 +125,16 @@ class Forwarder:
         self._saved_at = clock.monotonic()
 
     def bound(self, bytes_max: int) -> "Forwarder":
-        """The same with a buffer of ``bytes_max``, which drops what does not fit; before ``run``."""
+        """Use a buffer of ``bytes_max`` that drops messages that do not fit.  Call it before ``run``."""
         self._buffer = _Buffer(bytes_max, drops=True)
         return self
 
     def end(self) -> None:
-        """The container has ended: nothing more is written."""
+        """Mark the container as ended: nothing more is written."""
         self._ended.set()
 
     def hold(self) -> None:
-        """The container is going to be removed: keep its files open, and write none."""
+        """Keep the files open and write none, because the container is about to be removed."""
         self._spool.hold()
         self._is_held = True
 
@@ -140,7 +144,7 @@ class Forwarder:
         return self._spool.lost + self._buffer.dropped + self._refused
 
     async def run(self) -> None:
-        """Send until the container has ended and everything was sent.  Cancelled: how far it came is saved."""
+        """Send until the container has ended and everything was sent.  If cancelled, save the position."""
         last: Position | None = None
         try:
             await self._retry(self._open)
@@ -168,10 +172,10 @@ class Forwarder:
 
     async def _read(self) -> None:
         while True:
-            has_ended = self._ended.is_set()  # evaluated first: what was written before the end is read below
+            has_ended = self._ended.is_set()  # first: everything written before the end is read below
             messages = await self._retry(self._spool.read)
             if damage := self._spool.take_damage():
-                self._report("part of a log is damaged and not sent", damage, 0)
+                self._report("damaged part of a log not sent", damage, 0)
             if messages:
                 await self._buffer.put(messages, self._spool.position)
                 await asyncio.sleep(0)
@@ -188,7 +192,7 @@ class Forwarder:
             self._spool.open()
 
     async def _retry(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns, again after an OSError: a full disk has no room to unpack a file."""
+        """Return the result of ``work``.  Retries after an OSError, since unpacking a file fails on a full disk."""
         backoff = Backoff(_RETRY_S, _RETRY_S_MAX)
         has_failed = False
         while True:
@@ -208,7 +212,7 @@ class Forwarder:
             self._say_first_loss()
 
     async def _deliver(self, messages: Sequence[Message]) -> None:
-        """Return when the remote has taken ``messages``; they are sent again until it has."""
+        """Return when the remote has accepted ``messages``.  Sends them again until then."""
         backoff = Backoff(_RETRY_S, _RETRY_S_MAX)
         left = 0
         while True:
@@ -226,13 +230,13 @@ class Forwarder:
                 await self._sink.close()
                 if not self._is_away:
                     self._is_away = True
-                    self._report("remote of a log driver is away", describe_error(error), 0)
+                    self._report("log driver remote unreachable", describe_error(error), 0)
                 await backoff.sleep(self._clock)
             else:
                 break
         if self._is_away:
             self._is_away = False
-            self._report("remote of a log driver is back", "", self.lost - self._said)
+            self._report("log driver remote reachable again", "", self.lost - self._said)
             self._said = self.lost
 
     async def _send(self, message: Message) -> None:
@@ -240,7 +244,7 @@ class Forwarder:
             await self._sink.send(message)
         except Undeliverable as error:
             if not self._refused:
-                self._report("log line cannot be sent", str(error), 1)
+                self._report("log line not sent", str(error), 1)
                 self._said += 1
             self._refused += 1
 
@@ -250,7 +254,7 @@ class Forwarder:
 
     def _say_lost(self) -> None:
         if self.lost > self._said:
-            self._report("log lines are lost", "the remote takes none, or too few", self.lost - self._said)
+            self._report("log lines lost", "the remote accepts none, or too few", self.lost - self._said)
             self._said = self.lost
 
     def _save(self, position: Position) -> None:

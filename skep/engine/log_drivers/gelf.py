@@ -27,14 +27,17 @@ _KNOWN = frozenset(
 )
 _TYPES = ("gzip", "zlib", "none")
 _CHUNK_BYTES = 1420
+"""Size of a datagram, go-gelf's."""
 _HEAD_BYTES = 12
+"""Size of a chunk's header."""
 _CHUNKS_MAX = 128
+"""Chunks of one message, GELF's limit."""
 _LEVEL_DEFAULT = 1
-"""go-gelf's is flate.BestSpeed."""
+"""go-gelf's default, flate.BestSpeed."""
 
 
 def check(options: Options) -> None:
-    """Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     endpoint = _endpoint(options)
     refuse_unknown("gelf", options, _KNOWN)
     for key, value in options.items():
@@ -72,7 +75,7 @@ class Gelf:
         further = {
             name if name.startswith("_") else f"_{name}": value for name, value in facts.attributes.items()
         }
-        self._extra = further | own  # a label does not pass for what the node says of the container
+        self._extra = further | own  # a label cannot replace the node's own fields
         self.confirms_each = self._endpoint.network == "udp"
         self._connection: Connection | None = None
 
@@ -88,14 +91,14 @@ class Gelf:
             await self._connection.send(part)
 
     async def flush(self) -> None:
-        """A GELF server acknowledges nothing."""
+        """Do nothing: a GELF server does not acknowledge messages."""
 
     async def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     def parts(self, message: Message) -> Iterator[bytes]:
-        """What goes over the connection for ``message``: datagrams, or a part of the stream.  Raises: Undeliverable."""
+        """Encode ``message`` as datagrams, or as a part of the stream.  Raises: Undeliverable."""
         whole = msgspec.json.encode(
             {
                 "version": "1.1",

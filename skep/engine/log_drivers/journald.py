@@ -29,16 +29,16 @@ _OWN = frozenset(
         *("MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "SYSLOG_TIMESTAMP"),
     }
 )
-"""Fields that are never a label's or a variable's."""
+"""Fields that a label or variable can never set."""
 
 
 def check(options: Options) -> None:
-    """Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("journald", options, frozenset())
 
 
 class Journald:
-    """A connection to this machine's journal.  ``socket``: where it listens."""
+    """A connection to this machine's journal, which listens at ``socket``."""
 
     def __init__(
         self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE, socket: Path = SOCKET
@@ -71,14 +71,14 @@ class Journald:
         await self._connection.send(self.datagram(message))
 
     async def flush(self) -> None:
-        """A datagram that the socket took is the journal's."""
+        """Do nothing: the journal owns a datagram once the socket has accepted it."""
 
     async def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     def datagram(self, message: Message) -> bytes:
-        """The fields of one line."""
+        """Encode the fields of one line."""
         self._ordinal += 1
         fields = {
             **self._fields,
@@ -94,7 +94,7 @@ class Journald:
             }
             if not message.partial.last:
                 fields["CONTAINER_PARTIAL_MESSAGE"] = "true"
-        # Fields of a user's labels come second, and none of them is what the journal says of a container.
+        # Fields of a user's labels come second, and never replace the node's own fields.
         further = {name: value for name, value in self._attributes.items() if name not in _OWN}
         every = (fields | further).items()
         parts = [_field(name, value.encode(errors="surrogateescape")) for name, value in every]
@@ -102,7 +102,7 @@ class Journald:
 
 
 def field_name(name: str) -> str:
-    """A label or variable as a field's name: capitals, digits and underscores, none of these in front."""
+    """Convert a label or variable to a field name: capitals, digits and underscores, without a leading underscore."""
     found = "".join(
         char if "0" <= char <= "9" or "A" <= char <= "Z" else "_"
         for char in "".join(char.upper() if "a" <= char <= "z" else char for char in name)

@@ -1,4 +1,4 @@
-"""What log drivers send: lines, and pieces of lines that were longer than 16 KiB."""
+"""Messages of log drivers: lines, and pieces of lines longer than 16 KiB."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from skep.engine.container import LogEntry, Stream
 
 
 class Partial(NamedTuple):
-    """Which piece of a line: ``id`` is the line's, ``ordinal`` counts from 1."""
+    """A piece of a line.  ``id`` is the line's, ``ordinal`` counts from 1."""
 
     id: str
     ordinal: int
@@ -25,18 +25,18 @@ class Message(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The stream's name."""
+        """Name of the stream."""
         return "stderr" if self.stream is Stream.STDERR else "stdout"
 
 
 class Pieces:
-    """Finds the pieces of one line; all of them have the time of the first, as in Docker."""
+    """Assigns ids to the pieces of a line.  As in Docker, all pieces have the time of the first."""
 
     def __init__(self) -> None:
         self._begun: dict[Stream, Message] = {}
 
     def messages(self, entries: Iterable[LogEntry]) -> Iterator[Message]:
-        """One for each entry."""
+        """Yield a message for each entry."""
         for moment, stream, data in entries:
             is_last = data.endswith(b"\n")
             begun = self._begun.pop(stream, None) if self._begun else None
@@ -60,29 +60,29 @@ class Undeliverable(Exception):
 
 
 class Sink(Protocol):
-    """A connection to what takes the messages of one container.
+    """A connection that sends one container's messages to a remote.
 
-    ``open`` and ``send`` raise OSError (TimeoutError is one): the remote is away, hangs or refuses.
+    ``open`` and ``send`` raise OSError (including TimeoutError) if the remote is unreachable, hangs or refuses.
     """
 
     confirms_each: bool
-    """Whether a message that ``send`` has returned for need not be sent again after an error."""
+    """Whether a message does not need to be sent again after an error once ``send`` has returned."""
 
     async def open(self) -> None:
         """Connect."""
 
     async def send(self, message: Message) -> None:
-        """Send, or add to what ``flush`` sends.  Raises: Undeliverable; OSError."""
+        """Send a message, or queue it for ``flush``.  Raises: Undeliverable; OSError."""
 
     async def flush(self) -> None:
-        """Return when the remote has taken everything, as far as its protocol says so.  Raises: OSError."""
+        """Return when the remote has accepted everything, if its protocol reports that.  Raises: OSError."""
 
     async def close(self) -> None:
-        """Disconnect.  Raises nothing."""
+        """Disconnect.  Does not raise."""
 
 
 def text_of(data: bytes) -> str:
-    """As Go shows bytes that are no UTF-8: a replacement character for each."""
+    """Decode bytes like Go: each byte that is not UTF-8 becomes a replacement character."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""Which log drivers there are, and what of their options is refused when a container is created.  Pure.
+"""Validates log drivers and their options when a container is created.  Pure.
 
-Docker refuses unknown options at the creation and wrong values at the start; here both are refused at the creation,
-with its words.
+Docker refuses unknown options at the creation and invalid values at the start.  Here both are refused at the creation,
+with Docker's words.
 
 Source: moby 20.10, daemon/logger/factory.go (ValidateLogOpts), daemon/logger/*/ (ValidateLogOpt), daemon/logs.go
 (mergeAndVerifyLogConfig).
@@ -25,11 +25,11 @@ EVERYWHERE = frozenset(
         *(CACHE_PREFIX + name for name in (*FILES, *COMMON)),
     }
 )
-"""Options that every driver takes."""
+"""Options of every driver."""
 LOCAL_BYTES_MAX, LOCAL_FILES_MAX = 20 << 20, 5
-"""Of the driver local, and of what is kept of the output that another driver sends."""
+"""Limits of the driver local, and of the local cache of other drivers' output."""
 BUFFER_BYTES, BUFFER_BYTES_MAX = 1 << 20, 64 << 20
-"""With ``mode=non-blocking``: without ``max-buffer-size``, and at most, as one process has all containers' buffers."""
+"""Buffer for ``mode=non-blocking``: default, and maximum, because one process has all containers' buffers."""
 
 Options = Mapping[str, str]
 Check = Callable[[Options], None]
@@ -38,12 +38,12 @@ FILE_DRIVERS = ("json-file", "local")
 
 
 def log_config(driver: Driver, checks: Mapping[str, Check]) -> LogConfig:
-    """How a container is logged.
+    """Return how a container is logged.
 
     Args:
-        checks: the drivers that send elsewhere on this node; each refuses options.
+        checks: The drivers that send elsewhere on this node, each with the check of its options.
 
-    Raises: InvalidArgument: no such driver here, or an option that cannot be.
+    Raises: InvalidArgument: the driver does not exist here, or an option is invalid.
     """
     name, options = driver.name or "json-file", driver.options
     if name == "none":
@@ -70,7 +70,7 @@ def log_config(driver: Driver, checks: Mapping[str, Check]) -> LogConfig:
 
 
 def with_defaults(given: Driver, default: Driver) -> Driver:
-    """``given`` with what the node's default adds: its options to the same driver, and those of the cache to any."""
+    """Return ``given`` with the node's default options, if it has the same driver, and the default cache options."""
     if not given.name:
         given = Driver(name=default.name, options=given.options)
     added = {
@@ -82,14 +82,14 @@ def with_defaults(given: Driver, default: Driver) -> Driver:
 
 
 def refuse_unknown(name: str, options: Options, known: frozenset[str]) -> None:
-    """Raises: InvalidArgument: an option that the driver ``name`` does not have."""
+    """Raise InvalidArgument for an option that the driver ``name`` does not have."""
     for key in options:
         if key not in known | COMMON:
             raise InvalidArgument(f"unknown log opt '{key}' for {name} log driver")
 
 
 def boolean(options: Options, key: str, *, default: bool = False) -> bool:
-    """An option that is true or false.  Raises: InvalidArgument, in the words of Go's parser."""
+    """Return a boolean option.  Raises: InvalidArgument, in the words of Go's parser."""
     text = options.get(key, "")
     if not text:
         return default
@@ -100,7 +100,7 @@ def boolean(options: Options, key: str, *, default: bool = False) -> bool:
 
 
 def integer(options: Options, key: str, default: int) -> int:
-    """An option that is a number.  Raises: InvalidArgument, in the words of Go's parser."""
+    """Return an integer option.  Raises: InvalidArgument, in the words of Go's parser."""
     text = options.get(key)
     if text is None:
         return default
@@ -111,7 +111,7 @@ def integer(options: Options, key: str, default: int) -> int:
 
 
 def buffer_bytes(options: Options) -> int:
-    """What is buffered at most with ``mode=non-blocking``; 0: lines are kept as long as the files have them."""
+    """Return the buffer's size for ``mode=non-blocking``, or 0 to buffer lines only in the files."""
     if options.get("mode") != "non-blocking":
         return 0
     if "max-buffer-size" not in options:
@@ -123,7 +123,7 @@ def _check_buffer(options: Options) -> None:
     size = options.get("max-buffer-size")
     if size is not None and parse_size(size) > BUFFER_BYTES_MAX:
         raise InvalidArgument(
-            f"logger: max-buffer-size {size} is larger than {BUFFER_BYTES_MAX >> 20}m, the most that is possible"
+            f"logger: max-buffer-size {size} is larger than {BUFFER_BYTES_MAX >> 20}m, the maximum"
         )
 
 
@@ -164,7 +164,7 @@ def _json_file(options: Options) -> LogConfig:
 
 
 def _local(name: str, options: Options, files: Options, *, is_readable: bool = True) -> LogConfig:
-    """Files as the driver local has them; ``files``: its options, for another driver those of the cache."""
+    """Return the files of the driver local with the options ``files``, which are another driver's cache options."""
     max_files = integer(files, "max-file", LOCAL_FILES_MAX)
     if max_files < 0:
         raise InvalidArgument("max-file must not be negative")

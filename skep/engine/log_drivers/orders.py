@@ -1,4 +1,4 @@
-"""What the node process and the process that sends logs say to each other: lines of JSON."""
+"""Protocol between the node process and the process that sends logs: lines of JSON."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from skep.engine.log_drivers.facts import LogFacts
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Send the output of a container whose newest file is ``current``."""
+    """Send a container's output.  ``current`` is its newest file."""
 
     id: str
     current: str
@@ -17,7 +17,7 @@ class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     facts: LogFacts
     has_ended: bool
     is_restricted: bool = False
-    """Whether a user below the administrator chose the log driver (``transport.Guard``)."""
+    """Whether a user below administrator chose the log driver (see ``transport.Guard``)."""
 
 
 class Peers(msgspec.Struct, frozen=True, tag=True):
@@ -33,25 +33,25 @@ class End(msgspec.Struct, frozen=True, tag=True):
 
 
 class Hold(msgspec.Struct, frozen=True, tag=True):
-    """The container is going to be removed.  The response is ``Held``."""
+    """The container is about to be removed.  The response is ``Held``."""
 
     id: str
 
 
 class Held(msgspec.Struct, frozen=True, tag=True):
-    """The files of the container may be removed."""
+    """The container's files may be removed."""
 
     id: str
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Everything of the container that was ordered was sent, or was given up."""
+    """The container's output was sent, or given up."""
 
     id: str
 
 
 class Report(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Something for the node's log."""
+    """An entry for the node's log."""
 
     id: str
     driver: str

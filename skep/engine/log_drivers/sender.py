@@ -1,7 +1,7 @@
-"""The process that sends the output of containers to the remotes of their log drivers.
+"""The process that sends containers' output to their log drivers' remotes.
 
-It is started by the node process (``engine.log_forwarding``) while there is a container that needs it, takes orders on
-its standard input and ends when that ends.  How far each log was sent is on disk, so the next one goes on there.
+The node process (``engine.log_forwarding``) starts it while a container needs it.  It reads orders from its standard
+input and ends with it.  The position in each log is on disk, so the next process continues there.
 """
 
 import asyncio
@@ -23,28 +23,28 @@ from skep.engine.log_drivers.transport import Guard
 from skep.linux.filewatch import FileWatch
 
 LINE_BYTES_MAX = 4 << 20
-"""Of an order: a container has its labels and variables in it."""
+"""Size of an order, which contains a container's labels and variables."""
 _HELD_S = 60.0
-"""For what a removed container has left to send."""
+"""Time to send the rest of a removed container's output."""
 _END_S = 5.0
-"""The same when this process ends."""
+"""Time to send the rest when this process ends."""
 
 
 class Sender:
-    """All forwarders.  ``respond``: sends a response."""
+    """All forwarders.  ``respond`` sends a response."""
 
     def __init__(self, respond: Callable[[Response], None]) -> None:
         self._respond = respond
         self._forwarders: dict[str, Forwarder] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._later: dict[str, Forward] = {}
-        """Containers that were started again while what they wrote before is still being sent."""
+        """Containers that were started again while the output of their last run is still being sent."""
         self._held: set[asyncio.Task[None]] = set()
         self._peers: frozenset[str] = frozenset()
         self._clock = SystemClock()
 
     def take(self, order: Order) -> None:
-        """Carry out an order."""
+        """Execute an order."""
         match order:
             case Forward():
                 if order.id in self._forwarders:
@@ -65,7 +65,7 @@ class Sender:
                 self._peers = frozenset(addresses)
 
     async def end(self) -> None:
-        """Give what removed containers have left a moment, and stop the rest."""
+        """Send removed containers' output for a moment, and stop the rest."""
         for task in [task for task in self._tasks.values() if task not in self._held]:
             task.cancel()
         if self._held:
@@ -84,7 +84,7 @@ class Sender:
             bytes_max = buffer_bytes(order.options)
             current = Path(order.current)
             forwarder = Forwarder(Spool(current), FileWatch(current.parent), sink, self._clock, report)
-        except Exception as error:  # refused at creation, but what it names has gone; others are not affected
+        except Exception as error:  # e.g. a file that was removed since creation; others are unaffected
             report("log driver cannot be used", describe_error(error), 0)
             self._respond(Done(order.id))
             return
@@ -100,8 +100,8 @@ class Sender:
     async def _run(self, forwarder: Forwarder, report: Callable[[str, str, int], None]) -> None:
         try:
             await forwarder.run()
-        except Exception as error:  # one container's error does not reach others
-            report("log not sent any more", describe_error(error), 0)
+        except Exception as error:  # one container's error must not affect others
+            report("log forwarding stopped", describe_error(error), 0)
 
     def _hold(self, id: str, forwarder: Forwarder) -> None:
         task = self._tasks[id]

@@ -32,10 +32,11 @@ _KNOWN = frozenset(
 _PATH = "/services/collector/event/1.0"
 _FORMATS = ("inline", "json", "raw")
 _LEVEL_DEFAULT = 6
+"""Level for -1, zlib's default."""
 
 
 def check(options: Options) -> None:
-    """Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("splunk", options, _KNOWN)
     _url(options)
     if "splunk-token" not in options:
@@ -83,9 +84,9 @@ class Splunk:
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
-        """The connection is made with the first batch."""
+        """Prepare a session, which connects with the first batch."""
         self._events.clear()
-        import aiohttp  # much memory, which the other drivers do not need
+        import aiohttp  # here: it takes much memory, which the other drivers do not need
 
         context = client_context(self._tls) if self._url.startswith("https:") else None
         timeout = aiohttp.ClientTimeout(total=SEND_S)
@@ -104,7 +105,7 @@ class Splunk:
             self._events.append(msgspec.json.encode(event))
 
     async def flush(self) -> None:
-        """Post the events, once."""
+        """Post the queued events once."""
         import aiohttp
 
         assert self._session is not None, "it is open"
@@ -123,7 +124,7 @@ class Splunk:
                 data=body,
                 headers=headers,
                 server_hostname=self._server_name,
-                allow_redirects=False,  # the token is for this host
+                allow_redirects=False,  # the token is only for this host
             ) as response:
                 text = await response.content.read(1024)
                 if response.status != 200:
@@ -139,7 +140,7 @@ class Splunk:
             await self._session.close()
 
     def event(self, message: Message) -> Mapping[str, Any] | None:
-        """What is posted for ``message``; None: a collector takes no blank ones."""
+        """Return the event for ``message``, or None for a blank line, which a collector does not accept."""
         text = text_of(message.line)
         event: Any
         if self._format == "raw":

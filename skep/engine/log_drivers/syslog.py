@@ -37,12 +37,13 @@ _FACILITIES = (
 _FORMATS = ("", "rfc3164", "rfc5424", "rfc5424micro")
 _DAEMON, _ERROR, _INFORMATION = 3, 3, 6
 _PORT = 514
+"""Default port of syslog."""
 _SCHEMES = ("unix", "unixgram", "udp", "tcp", "tcp+tls")
 _LOCAL_SOCKETS = ("/dev/log", "/var/run/syslog", "/var/run/log")
 
 
 def check(options: Options) -> None:
-    """Raises: InvalidArgument, in Docker's words."""
+    """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     refuse_unknown("syslog", options, _KNOWN)
     _endpoints(options)
     _facility(options.get("syslog-facility", ""))
@@ -68,7 +69,7 @@ class Syslog:
         self._connection: Connection | None = None
 
     async def open(self) -> None:
-        """Connect to the server; without an address to the first of the machine's sockets that there is."""
+        """Connect to the server, or without an address to the first existing socket of the machine."""
         last = OSError(errno.ENOENT, "there is no socket of a syslog server")
         for endpoint in self._endpoints:
             try:
@@ -85,14 +86,14 @@ class Syslog:
         await self._connection.send(self.framed(message))
 
     async def flush(self) -> None:
-        """A syslog server acknowledges nothing."""
+        """Do nothing: a syslog server does not acknowledge messages."""
 
     async def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     def framed(self, message: Message) -> bytes:
-        """What goes over the connection for ``message``."""
+        """Encode ``message`` for the connection."""
         severity = _ERROR if message.stream is Stream.STDERR else _INFORMATION
         head = _head(
             self._format, (self._facility << 3) | severity, message.timestamp_ns, self._hostname, self._tag
@@ -104,7 +105,7 @@ class Syslog:
 
 
 def _head(format: str, priority: int, moment_ns: int, hostname: str, tag: str) -> str:
-    # The protocol has the time of day of the sender's zone, as Docker gives it.
+    # The protocol has the time in the sender's time zone, as Docker sends it.
     moment = datetime.fromtimestamp(moment_ns // SECOND_NS).astimezone()
     pid = os.getpid()
     if format in ("", "rfc3164"):
@@ -127,7 +128,7 @@ def _facility(text: str) -> int:
 
 
 def _endpoints(options: Options) -> Sequence[Endpoint]:
-    """Where the server may be.  Raises: InvalidArgument."""
+    """Return the possible addresses of the server.  Raises: InvalidArgument."""
     address = options.get("syslog-address", "")
     if not address:
         return [

@@ -21,27 +21,31 @@ from skep.engine.log_drivers.message import Undeliverable
 from skep.errors import InvalidArgument
 
 CONNECT_S = 10.0
+"""Deadline of one attempt to connect."""
 SEND_S = 30.0
-"""For a remote that takes nothing: then the connection is given up."""
+"""Deadline of one send.  After it the connection is given up, because the remote reads nothing."""
 FILE_BYTES_MAX = 1 << 20
-"""Of a file with certificates or a key."""
+"""Size of a file with certificates or a key."""
 
 
 class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a connection over TLS.  Empty: the system's authorities, no certificate of our own."""
+    """Files of a TLS connection.  Empty for the system's authorities, and no client certificate."""
 
     ca: str = ""
     is_ca_alone: bool = False
-    """Whether only ``ca`` is trusted, not the system's authorities beside it."""
+    """Whether only ``ca`` is trusted, without the system's authorities."""
     certificate: str = ""
     key: str = ""
     verifies: bool = True
     name: str = ""
-    """Whose certificate is expected; empty: the host's."""
+    """Name expected in the server's certificate.  Empty for the host's."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """``network``: udp, tcp, tls; unix, unixgram, with a path instead of host and port."""
+    """Address of a remote.
+
+    ``network`` is udp, tcp or tls, or unix or unixgram with a path instead of host and port.
+    """
 
     network: str
     host: str = ""
@@ -51,25 +55,28 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Guard:
-    """The addresses that a container's log may be sent to, decided after names are resolved.
+    """Checks the addresses to which a container's log may be sent, after names are resolved.
 
-    A log driver speaks from the machine's network, where loopback, the metadata service of a cloud (link-local) and
-    the other nodes trust whoever can reach them. Users below the administrator write what a log driver sends, so theirs
-    reaches none of these.
+    A log driver sends from the machine's network, where loopback, a cloud's metadata service (link-local) and the other
+    nodes trust everyone who can connect.  Users below administrator control what a log driver sends, so their logs
+    cannot reach any of these.
     """
 
     def __init__(self, peers: Callable[[], Collection[str]] = tuple, *, is_restricted: bool = True) -> None:
-        """``peers``: addresses of the other nodes; ``is_restricted``: False for what an administrator chose."""
+        """``peers`` returns the other nodes' addresses.
+
+        ``is_restricted`` is False if an administrator chose the driver.
+        """
         self._peers = peers
         self._is_restricted = is_restricted
 
     def check_socket(self, path: str) -> None:
-        """Raises: PermissionError: the unix socket ``path`` may not be used."""
+        """Raise PermissionError if the Unix socket ``path`` may not be used."""
         if self._is_restricted:
             raise PermissionError(errno.EACCES, f"{path} is the machine's own, which {_WHO}")
 
     def check(self, address: str) -> None:
-        """Raises: PermissionError: logs may not be sent to ``address``."""
+        """Raise PermissionError if logs may not be sent to ``address``."""
         if not self._is_restricted:
             return
         found = ipaddress.ip_address(address.partition("%")[0])
@@ -88,7 +95,7 @@ class Guard:
 _WHO = "only an administrator may choose for logs"
 
 ANYWHERE = Guard(is_restricted=False)
-"""For containers of administrators."""
+"""Guard for administrators' containers."""
 
 
 _RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
@@ -96,15 +103,16 @@ _HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), st
 _OWN_TYPES = frozenset({2, 3, 4})
 """RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
 _OF_CONTAINERS = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
-"""Devices of containers in the machine's own namespace, Skep's and those of a Docker Engine beside it: ports of
-containers that are not published are open there."""
+"""Container interfaces in the machine's own namespace, of Skep and of a Docker Engine next to it.
+
+Unpublished ports of containers are open there.
+"""
 
 
 def _route_to(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[bool, str]:
-    """Whether the kernel delivers packets to ``address`` on this machine, and the device that it sends them to.
+    """Return whether ``address`` belongs to this machine, and the device to which the kernel routes its packets.
 
-    A test by bind would take every address for its own where ``ip_nonlocal_bind`` is set, as by keepalived.
-
+    A test by bind would accept every address where ``ip_nonlocal_bind`` is set, as by keepalived.
     Source: linux/rtnetlink.h.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
@@ -114,29 +122,29 @@ def _route_to(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[b
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
     ) as kernel:
-        kernel.send(header + body)  # the kernel has responded when this returns
+        kernel.send(header + body)  # the kernel has responded once this returns
         response = kernel.recv(4096)
-    if _HEADER.unpack_from(response)[1] == _NLMSG_ERROR:  # no route: the connection fails by itself
+    if _HEADER.unpack_from(response)[1] == _NLMSG_ERROR:  # no route, so the connection will fail by itself
         return False, ""
     is_own = _ROUTE.unpack_from(response, _HEADER.size)[7] in _OWN_TYPES
     at, device = _HEADER.size + _ROUTE.size, ""
     while at + _ATTRIBUTE.size <= len(response):
         size, kind = _ATTRIBUTE.unpack_from(response, at)
         if kind == _RTA_OIF:
-            with suppress(OSError):  # it has just gone
+            with suppress(OSError):  # the device was just removed
                 device = socket.if_indextoname(int.from_bytes(response[at + 4 : at + 8], sys.byteorder))
         at += max(-(-size // 4) * 4, 4)
     return is_own, device
 
 
 class Connection(Protocol):
-    """Connected."""
+    """An open connection."""
 
     async def send(self, data: bytes) -> None:
-        """One datagram, or a part of a stream.  Raises: Undeliverable: too large; OSError."""
+        """Send one datagram, or a part of a stream.  Raises: Undeliverable: too large; OSError."""
 
     async def receive(self) -> bytes:
-        """What the remote has sent.  Raises: OSError: it has ended, or sends nothing."""
+        """Return data from the remote.  Raises: OSError: it has ended, or sends nothing."""
 
     def close(self) -> None:
         """Disconnect."""
@@ -147,7 +155,7 @@ async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_
     async with asyncio.timeout(deadline_s):
         match endpoint.network:
             case "udp":
-                family, address = (await _allowed(endpoint, socket.SOCK_DGRAM, guard))[0]
+                family, address = (await _resolve_allowed(endpoint, socket.SOCK_DGRAM, guard))[0]
                 return await _datagrams(family, address)
             case "unixgram":
                 guard.check_socket(endpoint.path)
@@ -156,13 +164,13 @@ async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_
                 guard.check_socket(endpoint.path)
                 return _Stream(*await asyncio.open_unix_connection(endpoint.path))
             case _:
-                return await _stream(endpoint, await _allowed(endpoint, socket.SOCK_STREAM, guard))
+                return await _stream(endpoint, await _resolve_allowed(endpoint, socket.SOCK_STREAM, guard))
 
 
-async def _allowed(
+async def _resolve_allowed(
     endpoint: Endpoint, kind: socket.SocketKind, guard: Guard
 ) -> Sequence[tuple[int, tuple[Any, ...]]]:
-    """The families and addresses of an endpoint's host that ``guard`` allows.  Raises: OSError: none."""
+    """Return the families and addresses of an endpoint's host that ``guard`` allows.  Raises: OSError: none."""
     host = endpoint.host or "localhost"
     infos = await asyncio.get_running_loop().getaddrinfo(host, endpoint.port, type=kind)
     found, refusal = [], OSError(errno.EADDRNOTAVAIL, f"{host} has no address")
@@ -179,7 +187,7 @@ async def _allowed(
 
 
 async def _stream(endpoint: Endpoint, addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> "_Stream":
-    """A connection to the first of ``addresses`` that responds: a name is not resolved again."""
+    """Connect to the first of ``addresses`` that responds.  The name is not resolved again."""
     tls = endpoint.tls
     context = client_context(tls) if tls is not None else None
     name = (tls.name or endpoint.host or "localhost") if tls is not None else None
@@ -200,7 +208,7 @@ async def _stream(endpoint: Endpoint, addresses: Sequence[tuple[int, tuple[Any, 
 
 
 def client_context(files: TlsFiles) -> ssl.SSLContext:
-    """Raises: OSError: a file cannot be used."""
+    """Return the TLS context.  Raises: OSError: a file cannot be used."""
     with _content(files.ca) as ca:
         if files.is_ca_alone:
             context = ssl.create_default_context(cafile=ca)
@@ -219,11 +227,11 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
 
 @contextmanager
 def _content(path: str) -> Iterator[str | None]:
-    """A path at which OpenSSL reads what the file at ``path`` has now; None for none.
+    """Yield a path from which OpenSSL reads a copy of the file at ``path``, or None without a path.
 
-    OpenSSL opens files by itself, and would wait for a writer of a pipe, or read a device without an end.
+    OpenSSL opens files itself: it would block on a pipe without a writer, or read a device endlessly.
 
-    Raises: OSError: there is no such file, it is not a regular one or too large.
+    Raises: OSError: the file does not exist, is not regular or is too large.
     """
     if not path:
         yield None
@@ -241,7 +249,7 @@ def _content(path: str) -> Iterator[str | None]:
 
 
 def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
-    """``host:port``, ``[address]:port``.  Raises: InvalidArgument, in the words of Go's net package."""
+    """Parse ``host:port`` or ``[address]:port``.  Raises: InvalidArgument, in the words of Go's net package."""
     host, separator, port = text.rpartition(":")
     if not separator or text.endswith("]"):
         host, port = text, "" if default_port is None else str(default_port)
@@ -257,7 +265,7 @@ def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
 async def _datagrams(family: int, address: "str | Sequence[object]") -> "_Datagrams":
     connection = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        connection.connect(address if isinstance(address, str) else tuple(address))  # no waiting: datagrams
+        connection.connect(address if isinstance(address, str) else tuple(address))  # does not block
     except BaseException:
         connection.close()
         raise
@@ -312,7 +320,7 @@ class _Stream:
 
     def close(self) -> None:
         self._writer.close()
-        # What was written last is sent first, which a remote that hangs would put off for ever.
+        # The last data is sent before the connection closes, which a hanging remote would delay forever.
         asyncio.get_running_loop().call_later(SEND_S, self._writer.transport.abort)
 
     @contextmanager

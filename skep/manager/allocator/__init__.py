@@ -1,1 +1,1 @@
-"""Published ports and network attachments: what a service and its tasks need before they can be placed."""
+"""Allocates published ports and network attachments, which services and tasks need before placement."""

@@ -1,9 +1,9 @@
 """IPAM of overlay networks: which addresses are allocated, and which one is next.
 
 Allocations are derived from the store: virtual IPs of services, attachments of tasks that have not ended, one address
-per network of every docker node.  So a new leader derives the same.  The search for the next address starts after the
-last one allocated, or after the highest allocated one if this leader has not allocated any: an address that was just
-released is not reused at once.
+per network of every docker node.  So a new leader derives the same allocations.  The search for the next address starts
+after the last address that this leader allocated, or after the highest allocated one: an address that was just released
+is not reused at once.
 
 Source: moby, libnetwork/ipams/default (RequestAddress, serial allocation); swarmkit, manager/allocator/cnmallocator.
 """
@@ -22,19 +22,21 @@ from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
 
 _Key: TypeAlias = tuple[NetworkId, int]
-"""A network and an IP version.  Addresses are kept as numbers: a new leader enters those of all tasks, and objects of
-``ipaddress`` take ten times as long."""
+"""A network and an IP version.
+
+Addresses are kept as numbers: a new leader loads the addresses of all tasks, and ``ipaddress`` objects take ten times
+as long."""
 
 NEARLY_FULL = 0.8
-"""Share of a network's addresses in use from which on the user is warned."""
+"""Share of used addresses from which on the user is warned."""
 
 
 class NoAddress(SkepError):
-    """The network has no free address, or the requested one is not free."""
+    """The network has no free address, or the requested address is not free."""
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """How many IPv4 addresses of a network are in use, and how many there are."""
+    """Number of a network's used IPv4 addresses, and their total."""
 
     used: int
     size: int
@@ -53,15 +55,17 @@ class AddressAllocations:
 
     def __init__(self) -> None:
         self._taken: dict[_Key, dict[int, int]] = {}
-        """Number of owners of an address."""
+        """Number of owners of each address."""
         self._held: dict[str, tuple[tuple[_Key, int], ...]] = {}
         self._last: dict[_Key, int] = {}
         self._full: dict[_Key, IPAMOptions | None] = {}
-        """Where no address was found, with the pools that were searched; until one is released."""
+        """Networks in which no address was found, with the pools that were searched, until an address is released."""
 
     def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> frozenset[NetworkId]:
-        """Set the addresses (``ip/length``) of ``owner``, in place of its earlier ones; gives the networks of those
-        that it has no more."""
+        """Set the addresses (``ip/length``) of ``owner``, in place of its earlier ones.
+
+        Returns the networks of the addresses that it no longer has.
+        """
         return self._hold(owner, tuple([_parsed(network_id, text) for network_id, text in addresses]))
 
     def _hold(self, owner: str, held: tuple[tuple[_Key, int], ...]) -> frozenset[NetworkId]:
@@ -82,7 +86,7 @@ class AddressAllocations:
         taken[number] = taken.get(number, 0) + 1
 
     def release(self, owner: str) -> frozenset[NetworkId]:
-        """Release all addresses of ``owner``; gives the networks it had addresses of."""
+        """Release all addresses of ``owner``.  Returns their networks."""
         held = self._held.pop(owner, None)
         if held is None:
             return frozenset()
@@ -101,32 +105,36 @@ class AddressAllocations:
         return (network_id, 4) in self._taken or (network_id, 6) in self._taken
 
     def is_full(self, network: Network) -> bool:
-        """Whether a search has found no address of an IP version since the last one was released."""
+        """Whether a search has found no address of an IP version since the last release."""
         return any(self._is_full((network.id, version), network) for version in (4, 6))
 
     def _is_full(self, key: _Key, network: Network) -> bool:
         return key in self._full and self._full[key] == network.ipam_options
 
     def usage(self, network: Network) -> Usage:
-        """How full an allocated network is.  Cheap: called for every task."""
+        """Return how full an allocated network is.  Cheap, since it is called for every task."""
         return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
-    def leave_room(self, network: Network) -> None:
-        """Go on in the last quarter of the network: addresses in use that are not known are mostly before it."""
+    def skip_to_last_quarter(self, network: Network) -> None:
+        """Continue in the last quarter of the network: unknown addresses in use are mostly before it."""
         for pool in _pools(network):
             key = network.id, pool.version
-            beginning = pool.last - (pool.last - pool.first) // 4
-            self._last[key] = max(self._last.get(key, 0), max(self._taken.get(key, ()), default=0), beginning)
+            start = pool.last - (pool.last - pool.first) // 4
+            self._last[key] = max(self._last.get(key, 0), max(self._taken.get(key, ()), default=0), start)
 
     def allocate(self, owner: str, network: Network, requested: str = "") -> str:
-        """Allocate an IPv4 address of an allocated network, as ``ip/length``.  ``requested``: this one (``--ip``).
+        """Allocate an IPv4 address of an allocated network, as ``ip/length``.
 
-        Raises: NoAddress.
+        Args:
+            requested: The address to allocate (``--ip``).  Empty for any.
+
+        Raises:
+            NoAddress: The network or the requested address is not free.
         """
         return self._allocate(owner, network, requested, 4)
 
     def allocate_all(self, owner: str, network: Network, requested: Sequence[str] = ()) -> tuple[str, ...]:
-        """Allocate an address of each IP version, IPv4 first.  Raises: NoAddress: nothing is allocated."""
+        """Allocate an address of each IP version, IPv4 first.  Raises NoAddress, and then allocates nothing."""
         before = self._held.get(owner, ())
         wanted = {6 if ":" in one else 4: one for one in requested}
         try:
@@ -139,7 +147,7 @@ class AddressAllocations:
         return given
 
     def allocate_6(self, owner: str, network: Network) -> str:
-        """Allocate an IPv6 address of a network that has IPv6.  Raises: NoAddress."""
+        """Allocate an IPv6 address of a network that has IPv6.  Raises NoAddress."""
         return self._allocate(owner, network, "", 6)
 
     def _allocate(self, owner: str, network: Network, requested: str, version: int) -> str:
@@ -155,12 +163,12 @@ class AddressAllocations:
         return f"{(IPv6Address if version == 6 else IPv4Address)(number)}/{length}"
 
     def _next(self, network: Network, taken: Mapping[int, int], version: int) -> tuple[int, int]:
-        """The next free address after the last one allocated, continuing from the start of the pools."""
+        """Return the next free address after the last one allocated, continuing from the start of the pools."""
         key = (network.id, version)
         if self._is_full(key, network):
             raise _no_address(network, version)
         if key not in self._last and taken:
-            self._last[key] = max(taken)  # a new leader: allocations of earlier terms are not known
+            self._last[key] = max(taken)  # a new leader: allocations of earlier terms are unknown
         last = self._last.get(key)
         pools = [pool for pool in _pools(network) if pool.version == version]
         current = [pool for pool in pools if last is not None and pool.first <= last <= pool.last]
@@ -181,7 +189,7 @@ def _no_address(network: Network, version: int) -> NoAddress:
 
 
 def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
-    """The key and number of ``ip/length``."""
+    """Return the key and number of ``ip/length``."""
     try:
         return (network_id, 4), int.from_bytes(inet_pton(AF_INET, text.partition("/")[0]), "big")
     except OSError:
@@ -190,20 +198,19 @@ def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
 
 
 def has_ipv6(network: Network) -> bool:
-    """Whether the network has IPv6 addresses too."""
+    """Whether the network also has IPv6 addresses."""
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
     return any(":" in config.subnet for config in configs)
 
 
 def usage_of(network: Network, used: int) -> Usage:
-    """How full an allocated network is, if ``used`` of its IPv4 addresses are allocated."""
+    """Return how full an allocated network is if ``used`` of its IPv4 addresses are allocated."""
     size = sum(pool.size for pool in _pools(network) if pool.version == 4)
     return Usage(min(used, size), size)
 
 
 class _Pool:
-    """The addresses of one subnet that can be allocated: its range without gateway, auxiliary, first and last
-    addresses."""
+    """The allocatable addresses of a subnet: its range without gateway, auxiliary, first and last addresses."""
 
     def __init__(self, config: IPAMConfig) -> None:
         subnet = subnet_of(config)
@@ -228,7 +235,7 @@ class _Pool:
 
     def first_free(self, taken: Mapping[int, int], after: int | None) -> int | None:
         numbers = range(after + 1 if after is not None else self.first, self.last + 1)
-        # In C: of a network with 65,000 addresses the last one is found in a millisecond or two.
+        # Runs in C: in a network with 65,000 addresses the last one is found in a millisecond or two.
         free = filterfalse(taken.__contains__, numbers)
         return next((number for number in free if number not in self._reserved), None)
 

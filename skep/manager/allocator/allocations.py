@@ -1,4 +1,4 @@
-"""All allocations of the cluster: derived from the store, updated with each commit."""
+"""All allocations of the cluster, derived from the store and updated with each commit."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,7 +16,7 @@ from skep.store.interface import View
 
 
 class Allocations:
-    """Allocated ports, addresses, subnets and VXLAN ids with their owners; docker nodes and publishing services."""
+    """Allocated ports, addresses, subnets and VXLAN ids with their owners, docker nodes, and publishing services."""
 
     def __init__(self) -> None:
         self.ports = PortAllocations()
@@ -26,11 +26,11 @@ class Allocations:
         self.publishing: set[ServiceId] = set()
         """Services with ports published on every node."""
         self._gone: set[NetworkId] = set()
-        """Networks removed while tasks still had addresses on them: their subnets stay allocated."""
+        """Networks removed while tasks still had addresses on them.  Their subnets stay allocated."""
 
     @classmethod
     def of(cls, view: View) -> "Allocations":
-        """The allocations in the store."""
+        """Return the allocations in the store."""
         allocations = cls()
         for network in view.find(Network):
             allocations.enter_network(network)
@@ -43,17 +43,17 @@ class Allocations:
         return allocations
 
     def enter_network(self, network: Network) -> None:
-        """Update a network that exists."""
+        """Add or update a network."""
         self._gone.discard(network.id)
         self.networks.enter(network)
 
     def leave_network(self, network: Network) -> None:
-        """The network was removed; its subnet is free once its last task has ended."""
+        """Remove a network.  Its subnet is free once its last task has ended."""
         self._gone.add(network.id)
         self._forget_gone((network.id,))
 
     def enter_service(self, service: Service) -> frozenset[NetworkId]:
-        """Update a service's ports and virtual addresses; gives the networks of those that it released."""
+        """Update a service's ports and virtual addresses.  Returns the networks of released addresses."""
         self.ports.enter(service)
         if service.removed_at is None and service.spec.publishes_in_ingress:
             self.publishing.add(service.id)
@@ -63,13 +63,13 @@ class Allocations:
         return self._hold(service_owner(service.id), addresses)
 
     def leave_service(self, id: ServiceId) -> frozenset[NetworkId]:
-        """Release the ports and virtual addresses of a service whose last task has ended; gives the networks."""
+        """Release the ports and addresses of a service whose last task has ended.  Returns the addresses' networks."""
         self.ports.leave(id)
         self.publishing.discard(id)
         return self._release(service_owner(id))
 
     def enter_task(self, task: Task) -> frozenset[NetworkId]:
-        """Update a task's addresses; gives the networks of those that it released."""
+        """Update a task's addresses.  Returns the networks of released addresses."""
         if not occupies_networks(task):
             return self.leave_task(task.id)
         addresses = _addresses(task.networks_attachments) if task.networks_attachments else ()
@@ -83,11 +83,11 @@ class Allocations:
         return frozenset()
 
     def leave_task(self, id: TaskId) -> frozenset[NetworkId]:
-        """The task has ended, or its allocation was not written; gives the networks of its addresses."""
+        """Release the addresses of a task that ended or whose allocation was not written.  Returns their networks."""
         return self._release(id)
 
     def enter_node(self, node: Node) -> frozenset[NetworkId]:
-        """Update a node's plane and its addresses on networks; gives the networks of those that it released."""
+        """Update a node's plane and its addresses.  Returns the networks of released addresses."""
         if is_docker_node(node):
             self.docker_nodes.add(node.id)
         else:
@@ -95,20 +95,20 @@ class Allocations:
         return self._hold(node_owner(node.id), _addresses(node.attachments))
 
     def leave_node(self, node: Node) -> frozenset[NetworkId]:
-        """Release the addresses of a removed node; gives their networks."""
+        """Release the addresses of a removed node.  Returns their networks."""
         self.docker_nodes.discard(node.id)
         return self._release(node_owner(node.id))
 
     def allocate(self, owner: str, network: Network, requested: str = "") -> str:
-        """Allocate an address for a service, task or node.  Raises: NoAddress."""
+        """Allocate an address for a service, task or node.  Raises NoAddress."""
         return self.addresses.allocate(owner, network, requested)
 
     def allocate_all(self, owner: str, network: Network, requested: Sequence[str] = ()) -> tuple[str, ...]:
-        """Allocate an address of each IP version of the network, IPv4 first.  Raises: NoAddress."""
+        """Allocate an address of each IP version of the network, IPv4 first.  Raises NoAddress."""
         return self.addresses.allocate_all(owner, network, requested)
 
     def allocate_virtual(self, owner: str, network: Network, version: int) -> str:
-        """Allocate a service's virtual address of one IP version.  Raises: NoAddress."""
+        """Allocate a service's virtual address of one IP version.  Raises NoAddress."""
         return (self.addresses.allocate_6 if version == 6 else self.addresses.allocate)(owner, network)
 
     def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> frozenset[NetworkId]:
@@ -129,12 +129,12 @@ class Allocations:
 
 
 def service_owner(id: str) -> str:
-    """Owner name of a service's virtual addresses; the owner name of a task is its bare id."""
+    """Return the owner name of a service's virtual addresses.  A task's owner name is its bare id."""
     return f"service/{id}"
 
 
 def node_owner(id: str) -> str:
-    """Owner name of a node's own addresses."""
+    """Return the owner name of a node's own addresses."""
     return f"node/{id}"
 
 

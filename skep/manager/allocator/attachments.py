@@ -1,9 +1,9 @@
 """A task's attachments to its networks.
 
-Networks of the node itself (``host``, ``bridge``, ``none``) need no allocation.  On an overlay network a task gets an
-address of its own; until there is one it stays NEW, with the reason in its status: it never runs without a network of
-its spec.  A task that publishes ports in ingress mode is attached to the ingress network too, before all others: the
-only network that both data planes have, each for its own nodes' tasks.
+Networks of the node itself (``host``, ``bridge``, ``none``) need no allocation.  On an overlay network a task gets its
+own address.  Until then it stays NEW, with the reason in its status: it never runs without a network of its spec.  A
+task that publishes ports in ingress mode is also attached to the ingress network, before all others.  That is the only
+network on both data planes, each for its own nodes' tasks.
 
 Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments).
 """
@@ -30,20 +30,20 @@ class Attached(msgspec.Struct, frozen=True):
 
 
 class NotAttached(msgspec.Struct, frozen=True):
-    """The task has to wait for a network, or for an address of it; ``reason`` is shown on it."""
+    """The task has to wait for a network or for an address on it.  The task shows ``reason``."""
 
     reason: str
     network_id: NetworkId
 
 
 class Networks(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster's networks, as the attachment of a task needs them."""
+    """The cluster's networks, as needed to attach a task."""
 
     find: Callable[[NetworkId], Network | None]
     ingress: Network | None = None
-    """The network of published ports, which may not be allocated yet; None: there is none."""
+    """The network of published ports, which may not be allocated yet, or None."""
     failure: Callable[[NetworkId], str] = lambda _: "not yet"
-    """Why a network is not allocated."""
+    """Returns why a network is not allocated."""
 
 
 def attachments_for(
@@ -52,12 +52,12 @@ def attachments_for(
     allocate: Callable[[Network, Sequence[str]], tuple[str, ...]],
     requested: Sequence[NetworkAttachment] = (),
 ) -> Attached | NotAttached:
-    """The attachments of a task made from ``spec``, or why there are none yet.
+    """Return the attachments of a task made from ``spec``, or why it has none yet.
 
     Args:
-        allocate: allocates addresses of a network, one of each IP version; the second argument: those requested.
-            Raises: NoAddress.
-        requested: attachments that name addresses (``docker run --ip``, ``--ip6``).
+        allocate: Allocates addresses of a network, one of each IP version.  The second argument has the requested
+            addresses.  Raises NoAddress.
+        requested: Attachments that name addresses (``docker run --ip``, ``--ip6``).
     """
     attachments = []
     addresses = {one.network.id: one.addresses for one in requested if one.network}
@@ -81,7 +81,7 @@ def attachments_for(
 
 
 def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
-    """The task template's networks; the service's own list is the older form of the same."""
+    """Return the task template's networks, or the service's own list, which is the older form."""
     wanted = spec.task_template.networks or spec.networks
     if ingress is not None and spec.publishes_in_ingress:
         return [NetworkAttachmentConfig(target=ingress.id), *wanted]
@@ -94,12 +94,12 @@ def is_new(task: Task) -> bool:
 
 
 def overlays_of(view: View, task: Task, networks: Networks) -> list[Network]:
-    """Networks on which a new task will get an address."""
+    """Return the networks on which a new task will get an address."""
     wanted = wanted_networks(spec_or_template(view, task), networks.ingress)
     found = (networks.find(NetworkId(one.target)) for one in wanted)
     return [network for network in found if network and is_overlay(network) and is_allocated(network)]
 
 
 def spec_or_template(view: View, task: Task) -> ServiceSpec:
-    """The spec that the task was made from; the task's own template if that is no longer stored."""
+    """Return the spec that the task was made from, or the task's own template if the store has deleted the spec."""
     return spec_of(view, task) or ServiceSpec(task_template=task.spec)

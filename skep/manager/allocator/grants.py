@@ -16,17 +16,17 @@ from skep.model.times import Timestamp
 from skep.store.interface import Transaction
 
 PENDING = "pending task scheduling"
-"""Message of a task between the allocator and the scheduler (swarmkit's text)."""
+"""Message of a task between the allocator and the scheduler, in swarmkit's words."""
 
 
 class AllocateSubnets(msgspec.Struct, frozen=True):
-    """Set a network's driver state and subnets; ``network`` is the result."""
+    """Set a network's driver state and subnets.  ``network`` is the result."""
 
     network: Network
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Write the claim keys of a network that was allocated by a leader of a version without such keys."""
+    """Write the claim keys of a network that a leader without such keys (an earlier version) allocated."""
 
     network: Network
 
@@ -53,7 +53,7 @@ class Release(msgspec.Struct, frozen=True):
 
 
 class Explain(msgspec.Struct, frozen=True):
-    """Write to a waiting task why it waits."""
+    """Write the reason for waiting to a task."""
 
     task: Task
     reason: str
@@ -90,7 +90,7 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
         case Explain(wanted_task, reason):
             task, reason = tx.lookup(Task, wanted_task.id), reason[:ERROR_CHARACTERS_MAX]
             if "status" in tx.damaged(Task).get(wanted_task.id, ()):
-                return  # it counts as NEW and may be PENDING: a state never goes back
+                return  # it counts as NEW and may be PENDING: a state never moves back
             if task is not None and task.status.state is TaskState.NEW and task.status.err != reason:
                 tx.put(replace(task, status=replace(task.status, timestamp=now, err=reason)))
         case _:
@@ -98,7 +98,7 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
 
 
 def key_of(grant: Grant) -> str:
-    """The work queue's key to retry if the grant was not written."""
+    """Return the work queue's key to retry if the grant was not written."""
     match grant:
         case AllocateSubnets(network) | Claim(network):
             return network_key(network.id)
@@ -117,10 +117,10 @@ NODE = "node/"
 
 
 def network_key(id: str) -> str:
-    """The work queue's key of a network; the keys of services are their bare ids."""
+    """Return the work queue's key of a network.  The keys of services are their bare ids."""
     return f"{NETWORK}{id}"
 
 
 def node_key(id: str) -> str:
-    """The work queue's key of a node."""
+    """Return the work queue's key of a node."""
     return f"{NODE}{id}"

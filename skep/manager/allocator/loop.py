@@ -81,7 +81,7 @@ BATCH = 500
 
 
 class Allocator:
-    """Allocates what networks, services, nodes and tasks need before a task can be assigned."""
+    """Allocates what networks, services, nodes and tasks need before tasks can be assigned."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -97,7 +97,7 @@ class Allocator:
         """Networks that cannot be allocated, with the reason."""
         self._fullness = FullnessWarnings()
         self._unread: dict[str, set[str]] = {}
-        """Owner whose addresses cannot be read -> keys that wait for one of its networks until it changes."""
+        """Owner with unreadable addresses -> keys that wait for one of its networks until it changes."""
 
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
@@ -116,7 +116,7 @@ class Allocator:
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
-        """Enter all objects, with pauses; commits in between are entered with their newest state as well."""
+        """Load all objects, with pauses.  Commits in between are loaded with their newest state too."""
         for kind in (Network, Service, Task, Node):
             for batch in batches_of(self._term.view, kind):
                 for_each_isolated("allocator", batch, self._enter)
@@ -124,7 +124,7 @@ class Allocator:
         self._queue_nodes()
 
     def _enter(self, one: Object) -> None:
-        """Enter an object of the snapshot."""
+        """Load an object of the snapshot."""
         if not isinstance(one, Task):
             self._on_event(Created(one))
             return
@@ -137,7 +137,7 @@ class Allocator:
         return priority_of(service.spec.labels) if service is not None else 0
 
     def _on_commit(self, commit: Commit) -> None:
-        """Enter the *present* state of each object: an older state would release what was allocated since."""
+        """Apply the *current* state of each object: an older state would release later allocations."""
         for event in commit.events:
             self._on_event(event)
             if self._unread:
@@ -174,9 +174,9 @@ class Allocator:
                 self._queue.add(self._waiting.woken(network.id))
                 self._queue_unallocated()
                 self._queue_nodes()
-            case Created(Node() as node):  # more routes leave no more room for a network
+            case Created(Node() as node):  # more routes leave less space for networks
                 self._update_node(node)
-                routes_of(node)  # parsed here, one by one, and not all of them for the first network
+                routes_of(node)  # parsed here one by one, instead of all together for the first network
             case Updated(Node() as before, Node() as node):
                 self._update_node(node)
                 if differ_in_routes(before, node):
@@ -222,7 +222,7 @@ class Allocator:
             self._queue.add((node_key(node.id),))
 
     def _needs_ingress_address(self, node: Node) -> bool:
-        """Whether a skep node is to serve published ports and has no ingress address yet."""
+        """Whether a skep node should serve published ports and has no ingress address yet."""
         return bool(self._allocations.publishing) and not node.attachments and is_ready(node)
 
     def _queue_nodes(self) -> None:
@@ -256,18 +256,18 @@ class Allocator:
             self._queue_for_ingress()
 
     def _on_released(self, networks: Iterable[NetworkId]) -> None:
-        """Addresses of ``networks`` were released: queue what waits for them."""
+        """Queue the keys that wait for addresses of ``networks``, which were released."""
         for id in sorted(networks):
             self._queue.add(self._waiting.woken(id))
             if not self._allocations.networks.has(id):  # it was removed before, and this was its last address
                 self._queue_unallocated()
 
     def _queue_unallocated(self) -> None:
-        """There may be room for further networks."""
+        """Queue all unallocated networks, because subnets may be free."""
         self._queue.add([network_key(id) for id in self._unallocated])
 
     def _queue_for_ingress(self) -> None:
-        """The ingress network was allocated: queue services that publish ports, and the nodes."""
+        """Queue services that publish ports, and the nodes, because the ingress network was allocated."""
         services = self._term.view().find(Service)
         self._queue.add(service.id for service in services if service.spec.publishes_in_ingress)
         self._queue_nodes()
@@ -283,7 +283,7 @@ class Allocator:
             networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
             nodes = [key.removeprefix(NODE) for key in keys if key.startswith(NODE)]
             services = [ServiceId(key) for key in keys if "/" not in key]
-            # In this order: each step reads the results of the one before from the store.
+            # In this order, since each step reads the results of the one before from the store.
             await self._commit("subnets", (self._subnets(id) for id in networks))
             await self._commit(CLAIMS, (self._claims(id) for id in networks))
             known = self._networks()
@@ -293,20 +293,20 @@ class Allocator:
             await self._commit("releases", releases)
 
     def _claims(self, id: NetworkId) -> list[Grant]:
-        """The claims of a network that the store has not taken yet."""
+        """Return the claims of a network that the store has not accepted yet."""
         network = self._term.view().lookup(Network, id)
         if network is None or self._failures.write_failure(CLAIMS, network_key(id)) is None:
             return []
         return [Claim(network)]
 
     def _subnets(self, id: NetworkId) -> list[Grant]:
-        """The allocation of a network that has none yet."""
+        """Return the allocation of a network that has none yet."""
         view = self._term.view()
         network, swarms = view.lookup(Network, id), view.find(Swarm)
         if network is None or not swarms or is_allocated(network):
             return []
         if "allocation" in view.damaged(Network).get(id, ()):
-            return []  # it has one, which cannot be read: with another its tasks would be on two networks
+            return []  # its allocation is unreadable: with another one its tasks would be on two networks
         pools, length = swarms[0].default_addr_pool, swarms[0].subnet_size
         grants: list[Grant] = []
         with self._failures.caught(network_key(id)):
@@ -324,7 +324,7 @@ class Allocator:
                     log.warning("network not allocated", network=network.spec.name, reason=str(error))
                 if self._unallocated.get(id) != str(error):
                     self._unallocated[id] = str(error)
-                    self._queue.add(self._waiting.woken(id))  # they say so
+                    self._queue.add(self._waiting.woken(id))  # they show the reason
             else:
                 self._allocations.enter_network(
                     given
@@ -333,7 +333,7 @@ class Allocator:
         return grants
 
     def _endpoint(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
-        """The endpoint of a service, if it has to change."""
+        """Return the endpoint of a service, if it has to change."""
         view = self._term.view()
         service = view.lookup(Service, service_id)
         if service is None or service.removed_at is not None:
@@ -342,8 +342,8 @@ class Allocator:
             owner = service_owner(service_id)
 
             def allocate(network: Network, version: int) -> str:
-                give = partial(self._allocations.allocate_virtual, owner, network, version)
-                return self._given(owner, service_id, network, give)
+                allocate_one = partial(self._allocations.allocate_virtual, owner, network, version)
+                return self._allocate_for(owner, service_id, network, allocate_one)
 
             try:
                 virtual_ips = virtual_ips_for(service, networks, allocate)
@@ -352,19 +352,19 @@ class Allocator:
                 endpoint = endpoint_for(service, is_free, virtual_ips)
             except Unread:
                 self._allocations.enter_service(service)
-                return []  # its tasks say so, which need an address of the same network
+                return []  # its tasks, which need an address of the same network, show the reason
             except Exception:
-                # Or each attempt would keep addresses of other networks.
+                # Otherwise each attempt would keep addresses of other networks.
                 self._allocations.enter_service(service)
                 raise
             if endpoint != service.endpoint:
-                # Entered at once, so that the next service of this batch gets another port.
+                # Applied at once, so that the next service of this batch gets another port.
                 self._on_released(self._allocations.enter_service(replace(service, endpoint=endpoint)))
                 return [AllocateEndpoint(service, endpoint)]
         return []
 
     def _attached_node(self, node_id: str, networks: Networks) -> list[Grant]:
-        """A node's own attachments, if they have to change."""
+        """Return a node's own attachments, if they have to change."""
         view = self._term.view()
         node = view.lookup(Node, node_id)
         if node is None:
@@ -378,8 +378,8 @@ class Allocator:
             owner, is_docker = node_owner(node_id), is_docker_node(node)
 
             def allocate(network: Network) -> tuple[str, ...]:
-                give = partial(self._node_addresses, owner, network, is_docker=is_docker)
-                return self._given(owner, node_key(node_id), network, give)
+                allocate_one = partial(self._node_addresses, owner, network, is_docker=is_docker)
+                return self._allocate_for(owner, node_key(node_id), network, allocate_one)
 
             try:
                 attachments = node_attachments(node, wanted, allocate)
@@ -396,15 +396,17 @@ class Allocator:
             self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
 
-    def _given(self, owner: str, key: str, network: Network, give: Callable[[], T]) -> T:
-        """What ``give`` allocates for ``owner``.
+    def _allocate_for(self, owner: str, key: str, network: Network, allocate_one: Callable[[], T]) -> T:
+        """Allocate for ``owner`` with ``allocate_one``, if no unreadable addresses prevent that.
 
-        Raises: NoAddress: ``key`` is queued again when one is released, or the owner of unread ones changes.
+        Raises:
+            NoAddress: No address is free.  ``key`` is queued again when one is released, or when the owner of
+                unreadable addresses changes.
         """
         try:
             if check_known(self._term.view(), owner, network):
-                self._allocations.addresses.leave_room(network)
-            return give()
+                self._allocations.addresses.skip_to_last_quarter(network)
+            return allocate_one()
         except Unread as error:
             self._unread.setdefault(error.owner, set()).add(key)
             raise
@@ -413,13 +415,16 @@ class Allocator:
             raise
 
     def _node_addresses(self, owner: str, network: Network, *, is_docker: bool) -> tuple[str, ...]:
-        """A node's own: of each IP version, but engines choose IPv6 addresses for themselves.  Raises: NoAddress."""
+        """Allocate a node's own addresses.  Raises NoAddress.
+
+        A skep node gets one of each IP version.  Engines choose IPv6 addresses for themselves.
+        """
         if is_docker:
             return (self._allocations.allocate(owner, network),)
         return self._allocations.allocate_all(owner, network)
 
     def _releases(self, service_id: ServiceId, networks: Networks) -> Iterator[list[Grant]]:
-        """For each of the service's new tasks: released to the scheduler, or a reason to wait."""
+        """Yield a grant for each of the service's new tasks: its release to the scheduler, or its reason to wait."""
         key = f"tasks of {service_id}"
         with self._failures.caught(key):
             for id in self._waiting.due(service_id, self._is_full):
@@ -446,11 +451,11 @@ class Allocator:
         if has_unknown_spec(view, task):
             return Explain(task, UNKNOWN_SPEC)
         spec = spec_or_template(view, task)
-        released = self._allocations.leave_task(task.id)  # of an earlier attempt
+        released = self._allocations.leave_task(task.id)  # addresses of an earlier attempt
 
         def allocate(network: Network, requested: Sequence[str]) -> tuple[str, ...]:
-            give = partial(self._allocations.allocate_all, task.id, network, requested)
-            return self._given(task.id, task.service_id, network, give)
+            allocate_one = partial(self._allocations.allocate_all, task.id, network, requested)
+            return self._allocate_for(task.id, task.service_id, network, allocate_one)
 
         match attachments_for(spec, networks, allocate, task.networks_attachments):
             case Attached(attachments):
@@ -458,7 +463,7 @@ class Allocator:
                 return Release(task, attachments)
             case NotAttached(reason, network_id):
                 self._allocations.leave_task(task.id)
-                self._allocations.enter_task(task)  # it has addresses if its status alone cannot be read
+                self._allocations.enter_task(task)  # it has addresses if only its status is unreadable
                 self._waiting.wait(network_id, task.service_id)
                 if not task.networks_attachments:
                     self._on_released(released)
@@ -467,7 +472,7 @@ class Allocator:
                 return Explain(task, reason)
 
     def _networks(self) -> Networks:
-        """The ingress network is included before it is allocated: tasks have to wait for it."""
+        """Return the networks, with an ingress network that is not allocated yet: tasks have to wait for it."""
         known = self._term.view().find(Network)
         ingress = next((one for one in known if one.spec.ingress), None)
         return Networks(
@@ -479,7 +484,7 @@ class Allocator:
     # -- writing -----------------------------------------------------------------------------------------------
 
     async def _commit(self, what: str, decided: Iterable[list[Grant]]) -> None:
-        """Write the grants, each a transaction of its own, in as few raft entries as possible."""
+        """Write each grant in its own transaction, in as few raft entries as possible."""
         grants: list[Grant] = []
         slices = TimeSlices(self._clock)
         for some in decided:
@@ -495,7 +500,7 @@ class Allocator:
         results = await write_each(self._term, write, grants)
         for grant in grants:
             await slices.yield_if_due()
-            # Whatever the result, resync with the store: what was not written is not allocated.
+            # Whatever the result, resync with the store: a grant that was not written is not allocated.
             self._resync(grant)
         self._failures.requeue_failed(self._queue, what, zip(map(key_of, grants), results, strict=True))
 
@@ -518,12 +523,15 @@ class Allocator:
 
 
 def _may_hold_addresses(task: Task) -> bool:
-    """One that ended before its addresses were written has some here only."""
+    """Whether the task may hold addresses.
+
+    A task that ended before its addresses were written has some here only, and they must be released.
+    """
     return bool(task.networks_attachments) or not occupies_networks(task)
 
 
 def _owner_of(event: Event) -> str:
-    """The name under which a service, node or task has addresses."""
+    """Return the name under which a service, node or task has addresses."""
     object = event.new if isinstance(event, Updated) else event.object
     match object:
         case Service():
@@ -540,13 +548,13 @@ def _pools(swarm: Swarm) -> tuple[tuple[str, ...], int]:
 
 
 class FullnessWarnings:
-    """Logs a warning when a network is nearly full: once, and again if it had room meanwhile."""
+    """Logs a warning when a network is nearly full: once, and again if it had free addresses meanwhile."""
 
     def __init__(self) -> None:
         self._warned: set[NetworkId] = set()
 
     def check(self, networks: Iterable[Network | None], addresses: AddressAllocations) -> None:
-        """Check ``networks`` after addresses of them were allocated."""
+        """Check ``networks`` after addresses in them were allocated."""
         for network in networks:
             if network is None or not is_overlay(network):
                 continue
@@ -558,5 +566,5 @@ class FullnessWarnings:
                 log.warning("network nearly full", network=network.spec.name, usage=str(usage))
 
     def forget(self, id: NetworkId) -> None:
-        """The network was deleted."""
+        """Forget a deleted network."""
         self._warned.discard(id)

@@ -1,9 +1,9 @@
 """A node's own attachments to overlay networks.
 
-An engine needs an address of its own on every network that one of its tasks uses, from which it balances load there,
-and always on the ingress network; it has to have it before the first task is assigned.  A skep node needs one on the
-ingress network only, from the first published port on.  It keeps it then, so that nothing is written for thousands of
-nodes whenever the last port is removed and another is published.
+An engine needs its own address on every network that one of its tasks uses, for its load balancing there, and always on
+the ingress network.  It must have the address before the first task is assigned.  A skep node needs one on the ingress
+network only, from the first published port on.  It then keeps it, so that nothing is written for thousands of nodes
+whenever the last port is removed and another is published.
 
 Source: swarmkit, manager/allocator/network.go (allocateNode); moby, daemon/cluster/executor/container/executor.go.
 """
@@ -25,12 +25,12 @@ def networks_of_node(
     *,
     is_published: bool = False,
 ) -> dict[NetworkId, Network]:
-    """The overlay networks on which the node needs an address, by id.
+    """Return the overlay networks on which the node needs an address, by id.
 
     Args:
-        tasks: all of the node.
-        upcoming: networks of those tasks that have no attachments yet.
-        is_published: whether any port is published on every node.
+        tasks: All tasks of the node.
+        upcoming: Networks of the tasks that have no attachments yet.
+        is_published: Whether any port is published on every node.
     """
     if not is_docker_node(node):
         if ingress is None or not (_is_on(node, ingress) or (is_published and is_ready(node))):
@@ -48,9 +48,9 @@ def networks_of_node(
 def node_attachments(
     node: Node, wanted: dict[NetworkId, Network], allocate: Callable[[Network], tuple[str, ...]]
 ) -> tuple[NetworkAttachment, ...]:
-    """The attachments that ``node`` should have, in order of network id; present ones are kept.
+    """Return the attachments that ``node`` should have, in order of network id.  Present ones are kept.
 
-    Raises: NoAddress.
+    Raises NoAddress.
     """
     present = {one.network.id: one for one in node.attachments if one.network is not None}
     return tuple(
@@ -60,7 +60,7 @@ def node_attachments(
 
 
 def is_ready(node: Node) -> bool:
-    """Whether it has a session and is up."""
+    """Whether the node has a session and is up."""
     return node.status.state is NodeState.READY
 
 
@@ -69,5 +69,5 @@ def _is_on(node: Node, network: Network) -> bool:
 
 
 def occupies_networks(task: Task) -> bool:
-    """Whether the task still needs its addresses: until its end is reported."""
+    """Whether the task still needs its addresses, until its end is reported."""
     return task.status.state <= TaskState.RUNNING

@@ -1,8 +1,8 @@
 """Published ports: the port numbers of a service.
 
-Ingress ports are unique in the cluster, per protocol.  A port without a number gets the lowest free one of the
-dynamic range and keeps it as long as the service has the same target port.  Host ports are checked on the node and
-are only copied here.
+Ingress ports are unique in the cluster, per protocol.  A port without a number gets the lowest free number of the
+dynamic range and keeps it as long as the service has the same target port.  Host ports are checked on the node and only
+copied here.
 
 Source: swarmkit, manager/allocator/portallocator.go.
 """
@@ -25,6 +25,7 @@ from skep.model.service import (
 
 FIRST_DYNAMIC = 30000
 LAST_DYNAMIC = 32767
+"""Range of automatically allocated ports, as in swarmkit (dynamicPortStart, dynamicPortEnd)."""
 
 
 class PortAllocations:
@@ -35,7 +36,7 @@ class PortAllocations:
         self._ports_by_service: dict[ServiceId, frozenset[tuple[str, int]]] = {}
 
     def enter(self, service: Service) -> None:
-        """Update a service; a removed one has no ports."""
+        """Update a service.  A removed service has no ports."""
         self.leave(service.id)
         if service.removed_at is not None:
             return
@@ -56,7 +57,7 @@ class PortAllocations:
     def is_free_for(
         self, service_id: ServiceId, reserved: Callable[[], Container[tuple[str, int]]] = tuple
     ) -> Callable[[str, int], bool]:
-        """Return a predicate over (protocol, port): whether it is not ``reserved``, and no other service has it."""
+        """Return a predicate over (protocol, port): whether it is not ``reserved`` and no other service has it."""
 
         def is_free(protocol: str, port: int) -> bool:
             key = protocol, port
@@ -77,12 +78,16 @@ def endpoint_for(
     is_free: Callable[[str, int], bool],
     virtual_ips: tuple[EndpointVirtualIP, ...] = (),
 ) -> Endpoint:
-    """The endpoint that ``service`` should have; equal to its present one if nothing is to be done.
+    """Return the endpoint that ``service`` should have, equal to its current one if nothing has to change.
 
-    ``is_free``: whether no other service has (protocol, port).  A service without ports and networks keeps its empty
-    endpoint and is not written again.
+    A service without ports and networks keeps its empty endpoint and is not written again.
 
-    Raises: PortsExhausted.
+    Args:
+        is_free: Whether no other service has (protocol, port).
+
+    Raises:
+        PortsExhausted: The dynamic range is full.
+
     Source: swarmkit, manager/allocator/network.go (serviceAllocate), networkallocator (IsServiceAllocated).
     """
     spec = service.spec.endpoint_spec or EndpointSpec()
@@ -98,7 +103,7 @@ def _ports(
     wanted: Sequence[PortConfig], given: Sequence[PortConfig], is_free: Callable[[str, int], bool]
 ) -> tuple[PortConfig, ...]:
     taken = {_key(port) for port in wanted if _is_ingress(port) and port.published_port}
-    kept: dict[PortConfig, deque[int]] = {}  # a port without a number -> those given to ports like it
+    kept: dict[PortConfig, deque[int]] = {}  # a port without a number -> numbers of ports like it
     for port in given:
         is_dynamic = FIRST_DYNAMIC <= port.published_port <= LAST_DYNAMIC
         if is_dynamic and _is_ingress(port) and _key(port) not in taken:
@@ -123,7 +128,7 @@ def _ports(
 def _free_numbers(
     protocol: str, taken: Container[tuple[str, int]], is_free: Callable[[str, int], bool]
 ) -> Iterator[int]:
-    """Dynamic numbers, the lowest first."""
+    """Yield free dynamic port numbers, the lowest first."""
     for number in range(FIRST_DYNAMIC, LAST_DYNAMIC + 1):
         if (protocol, number) not in taken and is_free(protocol, number):
             yield number

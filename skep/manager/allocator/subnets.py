@@ -1,11 +1,11 @@
-"""Allocation of an overlay network: VXLAN ids, subnets and gateways, in the form Docker Engines expect.
+"""Allocation of an overlay network: VXLAN ids, subnets and gateways, in the form that Docker Engines expect.
 
-A network has at least one IPv4 subnet, with a VXLAN id each.  With ``--ipv6`` it has IPv6 subnets too, which share
-the first VXLAN: those of the spec, or one of the cluster's own unique local addresses (RFC 4193).  Such a network
+A network has at least one IPv4 subnet, each with a VXLAN id.  With ``--ipv6`` it also has IPv6 subnets, which share the
+first VXLAN: the subnets of the spec, or one of the cluster's own unique local addresses (RFC 4193).  Such a network
 belongs to skep nodes, unless the user requests otherwise: engines allocate IPv6 addresses locally, each for itself.
 
 Subnets that the user does not name avoid the routes of the machines.  A route as wide as a whole pool does not say
-where in the pool there is room; such a pool is used if no other has room.
+which part of the pool is free.  Such a pool is used if no other has space.
 
 Source: moby, libnetwork/drivers/overlay/ovmanager (VXLAN ids from 4096), swarmkit, manager/allocator/cnmallocator
 (allocatePools, allocateDriverState); moby, daemon/cluster/swarm.go (default address pools).
@@ -27,6 +27,7 @@ from skep.model.planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay,
 from skep.model.routes import Subnet, overlap
 
 FIRST_VXLAN_ID = 4096
+"""Lowest VXLAN id, as in Docker (ovmanager)."""
 
 
 class NotAllocated(SkepError):
@@ -41,7 +42,7 @@ class NetworkAllocations:
         self._subnets: dict[NetworkId, tuple[Subnet, ...]] = {}
 
     def enter(self, network: Network) -> None:
-        """Update a network; one without an allocation has no ids and subnets."""
+        """Add or update a network.  A network without an allocation has no ids and subnets."""
         self._vxlan_ids[network.id] = frozenset(vxlan_ids(network.driver_state.options))
         self._subnets[network.id] = tuple(subnet_of(config) for config in _given(network))
 
@@ -51,15 +52,15 @@ class NetworkAllocations:
         self._subnets.pop(network_id, None)
 
     def has(self, network_id: NetworkId) -> bool:
-        """Whether the network was entered, allocated or not."""
+        """Whether the network is known, allocated or not."""
         return network_id in self._subnets
 
     def vxlan_ids_except(self, network_id: NetworkId) -> frozenset[int]:
-        """VXLAN ids of all other networks."""
+        """Return the VXLAN ids of all other networks."""
         return frozenset().union(*(ids for id, ids in self._vxlan_ids.items() if id != network_id))
 
     def subnets_except(self, network_id: NetworkId) -> list[Subnet]:
-        """Subnets of all other networks."""
+        """Return the subnets of all other networks."""
         return [one for id, subnets in self._subnets.items() if id != network_id for one in subnets]
 
 
@@ -71,7 +72,7 @@ def is_allocated(network: Network) -> bool:
 
 
 def has_addresses(network: Network) -> bool:
-    """Whether the network has a subnet to allocate from; further ones may be missing."""
+    """Whether the network has a subnet to allocate from.  More subnets may be missing."""
     return bool(network.driver_state.name) and (not is_overlay(network) or bool(_given(network)))
 
 
@@ -84,14 +85,15 @@ def allocated(
     routes: Iterable[Subnet] = (),
     cluster: str = "",
 ) -> Network:
-    """``network`` with its driver state and subnets.  Present ones are kept.
+    """Return ``network`` with its driver state and subnets.  Present ones are kept.
 
     Args:
-        pools, prefix_length: source of subnets that the user does not name (``--default-addr-pool``).
-        routes: routes of the nodes; avoided by subnets that the user does not name.
-        cluster: the cluster's id; its IPv6 addresses are derived from it.
+        pools, prefix_length: Source of subnets that the user does not name (``--default-addr-pool``).
+        routes: Routes of the nodes, which subnets that the user does not name avoid.
+        cluster: The cluster's id, from which its IPv6 addresses are derived.
 
-    Raises: NotAllocated: no subnet or id is free, or the one that the user named is not.
+    Raises:
+        NotAllocated: No subnet or id is free, or a subnet or id that the user named is not free.
     """
     requested = network.spec.driver_configuration or Driver()
     if not is_overlay(network):
@@ -108,7 +110,7 @@ def allocated(
             config = replace(config, subnet=str(subnet))
         given.append(_with_gateway(config))
         taken.append(subnet_of(config))
-    given.sort(key=lambda config: ":" in config.subnet)  # engines take the first one for IPv4
+    given.sort(key=lambda config: ":" in config.subnet)  # engines use the first one for IPv4
     count = sum(":" not in config.subnet for config in given)
     ids = _ids_for(network, allocations, count)
     options = {**requested.options, **network.driver_state.options, VXLAN_OPTION: ",".join(map(str, ids))}
@@ -129,10 +131,12 @@ def free_subnet(
     taken: Iterable[IPv4Network],
     routes: Iterable[IPv4Network] = (),
 ) -> IPv4Network:
-    """The lowest subnet of the pools that overlaps neither with ``taken`` nor with a route.
+    """Return the lowest subnet of the pools that overlaps neither with ``taken`` nor with a route.
 
     If every pool is full or lies within a route, routes that contain a whole pool are ignored.
-    Raises: NotAllocated.
+
+    Raises:
+        NotAllocated: No subnet is free.
     """
     held, reached = list(taken), list(routes)
     for passes_over_wide in (False, True):
@@ -147,11 +151,11 @@ def free_subnet(
 
 
 _LOCAL_6 = IPAMConfig()
-"""Placeholder of an IPv6 subnet that the user does not name; compared by identity."""
+"""Placeholder for an IPv6 subnet that the user does not name.  Compared by identity."""
 
 
 def _missing(network: Network) -> list[IPAMConfig]:
-    """The subnets that the network should have and does not: named ones, and placeholders for those to be found."""
+    """Return the subnets that the network lacks: named ones, and placeholders for automatic ones."""
     requested = network.spec.ipam_options.configs if network.spec.ipam_options is not None else ()
     present = {subnet_of(config) for config in _given(network)}
     named = [config for config in requested if config.subnet]
@@ -184,7 +188,7 @@ def _free_in(pool: IPv4Network, prefix_length: int, taken: Iterable[IPv4Network]
     size = 2 ** (32 - prefix_length)
     start, end = int(pool.network_address), int(pool.broadcast_address)
     while start + size - 1 <= end:
-        # Spans do not overlap each other, so only the last one that begins in or before the candidate counts.
+        # Spans do not overlap, so only the last span that begins within or before the candidate counts.
         index = bisect.bisect_right(starts, start + size - 1) - 1
         if index < 0 or spans[index][1] < start:
             return IPv4Network((start, prefix_length))
@@ -193,7 +197,7 @@ def _free_in(pool: IPv4Network, prefix_length: int, taken: Iterable[IPv4Network]
 
 
 def _unique_local(cluster: str, taken: Iterable[Subnet]) -> IPv6Network:
-    """The lowest free /64 of the cluster's own /48: ``fd``, and 40 bits derived from the cluster's id (RFC 4193)."""
+    """Return the lowest free /64 of the cluster's /48: ``fd`` and 40 bits derived from the cluster's id (RFC 4193)."""
     prefix = 0xFD << 120 | int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:5]) << 80
     held = [one for one in taken if one.version == 6]
     for number in range(2**16):
@@ -226,7 +230,7 @@ def _with_gateway(config: IPAMConfig) -> IPAMConfig:
 
 
 def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> list[int]:
-    """One VXLAN id per IPv4 subnet: the present ones, those the user named, else the lowest free ones."""
+    """Return one VXLAN id per IPv4 subnet: the present ids, the ids that the user named, or the lowest free ones."""
     taken = allocations.vxlan_ids_except(network.id)
     requested = network.spec.driver_configuration
     options = requested.options if requested is not None else {}
@@ -234,15 +238,17 @@ def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> l
     if options.get(VXLAN_OPTION) and not ids:
         ids = vxlan_ids(options)
         if len(ids) != count or not taken.isdisjoint(ids):
-            raise NotAllocated(f"VXLAN ids {options[VXLAN_OPTION]} are not {count} free numbers")
-    # 4096 is reserved for the ingress network, as in Docker, even if it does not exist.
+            raise NotAllocated(
+                f"the network needs free VXLAN ids, one per IPv4 subnet ({count}), not {options[VXLAN_OPTION]}"
+            )
+    # 4096 is reserved for the ingress network, as in Docker, even if that does not exist.
     number = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
     while len(ids) < count and number <= VXLAN_ID_MAX:
         if number not in taken and number not in ids:
             ids.append(number)
         number += 1
     if len(ids) < count:
-        raise NotAllocated("no VXLAN id is free")
+        raise NotAllocated("no free VXLAN id")
     return ids
 
 

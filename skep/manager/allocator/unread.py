@@ -1,4 +1,4 @@
-"""Addresses that cannot be read: what their owners hold is not known, so none of those networks is given to another.
+"""Unreadable addresses: their owners' addresses are unknown, so no address of their networks is allocated.
 
 See decision 21.
 """
@@ -21,21 +21,25 @@ from skep.store.kinds import SpecVersion, has_unknown_spec
 
 
 class Unread(NoAddress):
-    """An address cannot be allocated, as ``owner`` may have it."""
+    """An address cannot be allocated because ``owner`` may have it."""
 
     def __init__(self, owner: str, network: Network) -> None:
         super().__init__(
             f"{WAITS_FOR}an address of network {network.spec.name}: "
-            f"those of {owner} cannot be read on the manager that leads"
+            f"the addresses of {owner} are unreadable on the leader"
         )
         self.owner = owner
 
 
 def check_known(view: View, owner: str, network: Network) -> bool:
-    """Refuse ``owner`` an address of a network on which another owner may have any.  Raises: Unread.
+    """Refuse ``owner`` an address of a network on which another owner may have any address.
 
-    Services and nodes get others in place of addresses that cannot be read.  These do not wait for each other: gives
-    whether there are several, of which each may get one that another has (``AddressAllocations.leave_room``).
+    Services and nodes get new addresses in place of unreadable ones, without waiting for each other.  Returns whether
+    there are several such owners, any of which may get an address that another has.  The caller then uses
+    ``AddressAllocations.skip_to_last_quarter``.
+
+    Raises:
+        Unread: Another owner's addresses on the network are unreadable.
     """
     unread = dict(unread_addresses(view))
     are_several = False
@@ -49,9 +53,9 @@ def check_known(view: View, owner: str, network: Network) -> bool:
 
 
 def unread_addresses(view: View) -> Iterator[tuple[str, frozenset[NetworkId] | None]]:
-    """Owners whose addresses cannot be read and never were, with the networks of these; None: it may be any.
+    """Yield the owners whose addresses are unreadable, with their networks, or None if any network is possible.
 
-    Cheap where everything can be read: it is asked for each address.
+    Cheap if everything is readable, since it is called for each address.
     """
     for id, parts in view.damaged(Task).items():
         task = view.lookup(Task, id)
@@ -80,7 +84,7 @@ def _has_unread_addresses(task: Task) -> bool:
 
 
 def _networks_of_versions(view: View, id: ServiceId) -> frozenset[NetworkId] | None:
-    """The networks of all versions of a service whose head cannot be read."""
+    """Return the networks of all versions of a service whose head is unreadable."""
     versions = view.find(SpecVersion, service_id=id)
     if not versions or any(one.startswith(f"{id}/") for one in view.unreadable(SpecVersion)):
         return None
@@ -88,6 +92,6 @@ def _networks_of_versions(view: View, id: ServiceId) -> frozenset[NetworkId] | N
 
 
 def _networks(view: View, specs: Iterable[ServiceSpec]) -> frozenset[NetworkId]:
-    """The networks of any of ``specs``."""
+    """Return the networks of any of ``specs``."""
     ingress = next((one for one in view.find(Network) if one.spec.ingress), None)
     return frozenset(NetworkId(one.target) for spec in specs for one in wanted_networks(spec, ingress))

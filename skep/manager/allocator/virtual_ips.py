@@ -19,13 +19,13 @@ DNS_ROUND_ROBIN = "dnsrr"
 def virtual_ips_for(
     service: Service, networks: Networks, allocate: Callable[[Network, int], str]
 ) -> tuple[EndpointVirtualIP, ...]:
-    """The virtual addresses that ``service`` should have: its present ones, and new ones where they are missing.
+    """Return the virtual addresses that ``service`` should have: its present ones, and new ones for the missing.
 
-    A network without an allocation is skipped until it has one.  The IPv4 address of a network comes first; engines
-    read no other.
+    A network without an allocation is skipped until it has one.  The IPv4 address of a network comes first, because
+    engines read no other.
 
     Args:
-        allocate: allocates an address of a network and an IP version.  Raises: NoAddress.
+        allocate: Allocates an address of a network and an IP version.  Raises NoAddress.
     """
     spec = service.spec.endpoint_spec
     if spec is not None and spec.mode == DNS_ROUND_ROBIN:

@@ -1,7 +1,7 @@
-"""The tasks that are not yet released, and what waits for which network.
+"""Tasks that are not yet released, and the keys that wait for networks.
 
-An address that is released is offered to those that wait for one of that network, and only while it has one: so each
-costs the work of one task, however many wait.
+A released address is only offered to keys that wait for its network, and only while the network has a free one.  So
+each release costs the work of one task, however many wait.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,17 @@ class Waiting:
 
     def __init__(self) -> None:
         self._new: dict[ServiceId, dict[TaskId, None]] = {}
-        """Tasks to look at: the work is in proportion to them, not to all tasks of the service."""
+        """Tasks to check.  The work is proportional to them, not to all tasks of the service."""
         self._parked: dict[NetworkId, dict[ServiceId, dict[TaskId, None]]] = {}
-        """Tasks to look at when a network has an address again, those that wait longest first."""
+        """Tasks to check when a network has a free address again, longest waiting first."""
         self._keys: dict[NetworkId, dict[str, None]] = {}
 
     def add(self, service_id: ServiceId, task_id: TaskId) -> None:
-        """A task is new."""
+        """Add a new task."""
         self._new.setdefault(service_id, {})[task_id] = None
 
     def remove(self, service_id: ServiceId, task_id: TaskId) -> None:
-        """A task is new no more."""
+        """Remove a task that does not wait any longer."""
         if (tasks := self._new.get(service_id)) is not None:
             tasks.pop(task_id, None)
             if not tasks:
@@ -33,21 +33,21 @@ class Waiting:
             self._unpark(network_id, service_id, task_id)
 
     def forget_service(self, service_id: ServiceId) -> None:
-        """The service was deleted."""
+        """Forget a deleted service."""
         self._new.pop(service_id, None)
         for waiting in (*self._parked.values(), *self._keys.values()):
             waiting.pop(service_id, None)  # type: ignore[attr-defined]
 
     def park(self, service_id: ServiceId, task_id: TaskId, network_id: NetworkId) -> None:
-        """A task can do with any address of a network that has none."""
+        """Set a task aside that any address of a full network would help."""
         self.remove(service_id, task_id)
         self._parked.setdefault(network_id, {}).setdefault(service_id, {})[task_id] = None
 
     def due(self, service_id: ServiceId, is_full: Callable[[NetworkId], bool]) -> Iterator[TaskId]:
-        """The service's tasks to look at, first those that were parked.
+        """Iterate over the service's tasks to check, first the parked ones.
 
-        Between two of them tasks may be added, removed and parked.  Each is new until it is removed or parked again:
-        what is decided may not be written.
+        Tasks may be added, removed and parked during the iteration.  Each task stays new until it is removed or parked
+        again, because its decision may not be written.
         """
         new = list(self._new.get(service_id, ()))
         for network_id in self._full_networks_of(service_id):
@@ -59,15 +59,15 @@ class Waiting:
         yield from new
 
     def wait(self, network_id: NetworkId, key: str) -> None:
-        """``key`` waits for the network, or for an address of it."""
+        """Let ``key`` wait for the network, or for an address of it."""
         self._keys.setdefault(network_id, {})[key] = None
 
     def woken(self, network_id: NetworkId) -> Sequence[str]:
-        """What waits for the network: it has changed, or has an address again."""
+        """Return the keys that wait for the network, which has changed or has a free address again."""
         return *self._keys.pop(network_id, ()), *self._parked.get(network_id, ())
 
     def _full_networks_of(self, service_id: ServiceId) -> Sequence[NetworkId]:
-        """The networks for which tasks of the service are parked; few networks are full."""
+        """Return the networks for which tasks of the service are parked.  Few networks are full."""
         return [id for id, services in self._parked.items() if service_id in services]
 
     def _parked_on(self, network_id: NetworkId, service_id: ServiceId) -> dict[TaskId, None]:

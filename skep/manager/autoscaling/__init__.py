@@ -1,1 +1,1 @@
-"""Numbers of tasks that follow what the tasks use."""
+"""Autoscaling: service replicas that follow the CPU and memory usage of their tasks."""

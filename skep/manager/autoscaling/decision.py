@@ -1,13 +1,13 @@
 """How many tasks an autoscaled service should have.  Pure.
 
-As Kubernetes' HorizontalPodAutoscaler: the wanted number is what all tasks use together, divided by the target of one.
-Tasks without a measurement count as idle where more tasks are considered.  Where fewer are, those that do not run yet
-or have just started count as exactly at the target, and one that runs and whose node says nothing holds the number:
-which of the tasks would go is not known here.  A difference of up to ``TOLERANCE`` changes nothing.
+As in Kubernetes' HorizontalPodAutoscaler, the wanted number is the total usage of all tasks, divided by the target
+usage of one task.  Unmeasured tasks count as idle when the number would grow.  When it would shrink, tasks that do not
+run yet or have just started count as exactly at the target, and a running task whose node reports nothing prevents the
+change: this module does not know which tasks would be removed.  A difference of up to ``TOLERANCE`` changes nothing.
 
-More tasks come at once, at most twice as many per step.  Fewer come down to the largest number that was recommended
-within the service's window, so that a short pause of the load removes nothing, and after more tasks there are no fewer
-for a whole window: a number changes its direction at most once per window.
+The number grows at once, at most by a factor of two per step.  It shrinks to the largest number that was recommended
+within the service's window, so that a short pause of the load removes nothing.  After growing, it does not shrink for a
+whole window: a number changes its direction at most once per window.
 
 Source: kubernetes, pkg/controller/podautoscaler/{horizontal,replica_calculator}.go.
 """
@@ -24,17 +24,17 @@ from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 
 PERIOD_S = 15.0
-"""Between two decisions about a service."""
+"""Seconds between two decisions about a service."""
 SETTLE_S = 10.0
-"""A task that runs for less has just started: what it uses is its start, and its share of the load is still to come."""
+"""Seconds for which a running task counts as just started: it uses resources to start, and has little load yet."""
 TOLERANCE = 0.1
-"""Kubernetes' default."""
+"""Relative difference that changes nothing.  Kubernetes has the same default."""
 GROWTH_MAX = 2
-"""Times the present number, in one step."""
+"""Maximum factor by which the number grows in one step."""
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True):
-    """One measure of a service: what its tasks use in percent, summed over those that are measured."""
+    """One metric of a service: the tasks' usage in percent, summed over the measured tasks."""
 
     name: str
     target: int
@@ -43,14 +43,16 @@ class Measure(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def average(self) -> float:
-        """Of the measured tasks, in percent."""
+        """Average of the measured tasks, in percent."""
         return self.sum / self.known if self.known else 0.0
 
 
 class Readings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a service's tasks.
+    """The measurements of a service's tasks.
 
-    ``unknown``: how many of those that it should have are not measured; ``silent``: how many of these run for a while.
+    Attributes:
+        unknown: Number of desired tasks without a measurement.
+        silent: Number of these that have been running for a while.
     """
 
     measures: tuple[Measure, ...]
@@ -59,21 +61,21 @@ class Readings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
-    """The number that the measures ask for, within the range, and in words why."""
+    """The number of replicas that the measurements recommend, within the range, and the reason."""
 
     replicas: int
     reason: str
 
 
 class History:
-    """What one leader has recommended for one service: the maximum within a window, in amortized constant time."""
+    """A leader's recommendations for one service: finds the maximum within a window in amortized constant time."""
 
     def __init__(self, replicas: int, now: float) -> None:
-        """``replicas``: the number that was found; it is not of this leader, so it stays for a window."""
+        """Start with the number that was found.  Another leader or a user set it, so it stays for a window."""
         self.expected = replicas
-        """The number as of this leader's last look or change; another one is a user's."""
+        """The number as of this leader's last check or change.  A different number was set by a user."""
         self._falling: deque[tuple[float, int]] = deque([(now, replicas)])
-        """Later entries are smaller: one that a later and larger one follows can never be the maximum again."""
+        """Recommendations in decreasing order: an entry before a larger one can never be the maximum again."""
 
     def add(self, replicas: int, now: float) -> None:
         """Record a recommendation."""
@@ -82,14 +84,14 @@ class History:
         self._falling.append((now, replicas))
 
     def largest(self, window_s: float, now: float) -> int:
-        """The largest recommendation of the window.  There is one: ``add`` comes first."""
+        """Return the largest recommendation of the window.  Call ``add`` first."""
         while len(self._falling) > 1 and self._falling[0][0] <= now - window_s:
             self._falling.popleft()
         return self._falling[0][1]
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """``replicas``: the number to write; None: the present one stays, for ``reason``."""
+    """The number of ``replicas`` to write, or None to keep the current one, with the ``reason``."""
 
     replicas: int | None
     reason: str
@@ -102,7 +104,7 @@ def readings_of(
     usages: Mapping[TaskId, TaskUsage],
     has_settled: Callable[[TaskId], bool] = lambda _: True,
 ) -> Readings:
-    """``tasks``: of the service; ``has_settled``: whether a running one runs for a while."""
+    """Collect the measurements of the service's ``tasks``.  ``has_settled`` says whether a task has run for a while."""
     running = [
         task.id
         for task in tasks
@@ -125,10 +127,10 @@ def readings_of(
 
 
 def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Recommendation:
-    """Of all measures the one that asks for the most tasks."""
+    """Return the recommendation of the metric that needs the most tasks."""
     asked = [(wanted(present, measure, readings), measure) for measure in readings.measures]
     if not asked:
-        return Recommendation(replicas=scaling.clamped(present), reason="nothing is measured")
+        return Recommendation(replicas=scaling.clamped(present), reason="no measurements")
     number, measure = max(asked, key=lambda one: one[0])
     tasks = measure.known + readings.unknown
     reason = (
@@ -140,11 +142,11 @@ def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Re
 
 
 def wanted(present: int, measure: Measure, readings: Readings) -> int:
-    """The number of tasks by one measure; the present one where nothing speaks clearly for another."""
+    """Return the number of tasks by one metric, or the current one if the metric is not conclusive."""
     if not measure.known or present <= 0:
         return present
     at_least = measure.sum / measure.target
-    """So many tasks at the target do what the measured ones do."""
+    """Number of tasks at the target that have the usage of the measured ones."""
     if at_least > present * (1 + TOLERANCE):
         return ceil(at_least)
     at_most = at_least + readings.unknown
@@ -154,12 +156,12 @@ def wanted(present: int, measure: Measure, readings: Readings) -> int:
 
 
 def blocked(service: Service) -> str:
-    """Why the number is not changed whatever the load; empty: it may be."""
+    """Return why the number must not change whatever the load, or an empty string."""
     if not service.spec.replicas:
         return "it was scaled to 0: autoscaling is off until it has a task again"
     state = service.update_status.state if service.update_status is not None else None
     if state in UNDER_WAY:
-        return "an update or a rollback is under way"
+        return "an update or rollback is in progress"
     if state in PAUSED:
         return "its update is paused"
     return ""
@@ -168,7 +170,7 @@ def blocked(service: Service) -> str:
 def decide(
     service: Service, scaling: Autoscaling, readings: Readings, history: History, now: float
 ) -> Decision:
-    """What to do about one service at ``now`` (monotonic seconds); records the recommendation in ``history``."""
+    """Decide about one service at ``now`` (monotonic seconds), and record the recommendation in ``history``."""
     present = service.spec.replicas
     if why := blocked(service):
         history.add(present, now)
@@ -189,17 +191,19 @@ def decide(
 
 
 def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:
-    """Why the number stays as it is, in words."""
+    """Return why the number stays as it is."""
     if asked.replicas < present:
-        return f"{asked.reason}: {asked.replicas} would do, it waits for {scaling.down_after_s:g} s of that"
+        return (
+            f"{asked.reason}: {asked.replicas} would suffice, scaling down after {scaling.down_after_s:g} s"
+        )
     above = any(measure.sum / measure.target > present * (1 + TOLERANCE) for measure in readings.measures)
     if above and present == scaling.most:
-        return f"{asked.reason}: it has the most tasks that it may have"
+        return f"{asked.reason}: it is at its maximum number of tasks"
     return asked.reason
 
 
 def shown_reason(present: int, scaling: Autoscaling, readings: Readings) -> str:
-    """What a manager that does not lead can say: without the leader's window."""
+    """Return the reason that a manager other than the leader can state, without the leader's window."""
     asked = recommendation(present, scaling, readings)
     if asked.replicas > present:
         return f"{asked.reason}: it needs {asked.replicas}"

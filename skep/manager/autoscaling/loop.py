@@ -1,7 +1,8 @@
-"""Scales the services that ask for it by what their tasks use (``decision``).  Leader only.
+"""Scales services with autoscaling labels by the usage of their tasks (``decision``).  Leader only.
 
-What a leader remembers is its own observation: since when tasks run, and what it has recommended.  A new one begins
-without it, so it changes nothing before it has seen the tasks for a while, and gives no task up for a whole window.
+A leader only remembers its own observations: since when tasks run, and its recommendations.  A new leader starts
+without them, so it changes nothing before it has observed the tasks for a while, and removes no task for a whole
+window.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -34,29 +35,29 @@ from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader,
 log = structlog.get_logger(__name__)
 
 Collect = Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]]
-"""What is known of the tasks' usage, from all managers, within seconds."""
+"""Returns the known usage of tasks, from all managers, within seconds."""
 WithinQuota = Callable[[View, Service, int], tuple[int, str]]
-"""The most tasks up to a number that the quota of a service's stack allows, and why not more."""
+"""Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
 CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
-"""Raises: PermissionDenied: the spec exceeds the quota."""
+"""Raises PermissionDenied if the spec exceeds the quota."""
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """What bounds the services of a stack (``manager.quotas``)."""
+    """Limits for the services of a stack (``manager.quotas``)."""
 
     within: WithinQuota
     check: CheckQuota
 
 
 class AutoscalingCounts:
-    """What Prometheus is shown; of all terms of this manager."""
+    """Counts for Prometheus, over all terms of this manager."""
 
     def __init__(self) -> None:
         self.changes = {"up": 0, "down": 0}
         self.services = 0
-        """Autoscaled services that this manager decides about; 0: it does not lead."""
+        """Autoscaled services that this manager decides about.  0 on managers other than the leader."""
         self.unknown = 0
-        """Tasks of these that were not measured at the last decision."""
+        """Tasks of these services that were not measured at the last decision."""
 
 
 class Scaling(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,9 +65,9 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True):
 
     service_id: ServiceId
     present: int
-    """The number that it was decided by."""
+    """The number of replicas at the decision."""
     scaling: Autoscaling
-    """Likewise."""
+    """The autoscaling settings at the decision."""
     replicas: int
     reason: str
     now_ns: int
@@ -84,9 +85,9 @@ class Autoscaler:
         self._quota = quota
         self._counts = counts
         self._services: dict[ServiceId, History | None] = {}
-        """None: not decided about yet."""
+        """History of each autoscaled service, or None before its first decision."""
         self._running_since: dict[TaskId, float] = {}
-        """Tasks of these, since this leader has seen them running, on its monotonic clock."""
+        """When this leader first saw tasks of these services running, on its monotonic clock."""
 
     async def run(self) -> None:
         """Scale until cancelled."""
@@ -101,10 +102,10 @@ class Autoscaler:
         finally:
             self._counts.services = self._counts.unknown = 0
 
-    # -- what is seen ---------------------------------------------------------------------------------------------
+    # -- observations ---------------------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
-        # A watch that lagged begins anew, as a term does: what was seen before it is not known to have lasted.
+        # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
         self._services.clear()
         self._running_since.clear()
         for service in view.find(Service):
@@ -137,7 +138,7 @@ class Autoscaler:
         else:
             self._running_since.setdefault(task.id, self._clock.monotonic())
 
-    # -- what is done ---------------------------------------------------------------------------------------------
+    # -- decisions ------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         while True:
@@ -145,9 +146,9 @@ class Autoscaler:
             self._counts.services = len(self._services)
             self._counts.unknown = 0
             if self._services:
-                await self._look()
+                await self._scale_due()
 
-    async def _look(self) -> None:
+    async def _scale_due(self) -> None:
         usages, now, slices = await self._collect(), self._clock.monotonic(), TimeSlices(self._clock)
         due: list[Scaling] = []
         for id in sorted(self._services):
@@ -159,7 +160,7 @@ class Autoscaler:
             await self._write(due)
 
     def _scaling(self, id: ServiceId, usages: Mapping[TaskId, TaskUsage], now: float) -> Scaling | None:
-        """Return the change of a service that is due; None: there is none."""
+        """Return the due change of a service, or None."""
         view = self._term.view()
         service = view.lookup(Service, id)
         scaling = autoscaling_of(service.spec.labels) if service is not None else None
@@ -186,7 +187,7 @@ class Autoscaler:
         now: float,
     ) -> Decision:
         present, history = service.spec.replicas, self._services[service.id]
-        if history is None or history.expected != present:  # a user's number, which stays for a window
+        if history is None or history.expected != present:  # set by a user, so it stays for a window
             history = self._services[service.id] = History(present, now)
 
         def has_settled(id: TaskId) -> bool:
@@ -230,11 +231,13 @@ class Autoscaler:
 
 
 def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bool:
-    """Set the number of replicas, as ``docker service scale``; whether it was: not if a user has changed the service.
+    """Set the number of replicas, as ``docker service scale`` does.
 
-    The number is no part of what a rollback returns to, so the previous spec has it, too.
+    Returns False if a user has changed the service meanwhile.  A rollback does not restore the number, so the previous
+    spec gets it too.
 
-    Raises: PermissionDenied: the stack's quota does not allow it any more.
+    Raises:
+        PermissionDenied: The stack's quota does not allow the number at present.
     """
     service = tx.rely_on(Service, one.service_id)
     if (

@@ -1,4 +1,4 @@
-"""Which nodes get a certificate, and what is recorded of it."""
+"""Admission of nodes to the certificate authority, and the records of issued certificates."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -26,18 +26,24 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import Revocation
 
 RENEW_WINDOW = timedelta(days=30)
-"""A machine that was off for long rejoins without help: with the usual 90 days a certificate has at least 18 left, so
-48 days off are always fine.  The key on a discarded disk is useless after at most 120 days."""
+"""Time after its expiry during which a certificate may be renewed.
+
+A machine that was off for long rejoins without help.  With the usual 90 days a certificate has at least 18 left, so 48
+days off are always fine.  The key on a discarded disk is useless after at most 120 days.
+"""
 
 SERIALS_MAX = 256
-"""Unexpired manager certificates of one node; a healthy one has two.  All of them are recorded: a missing one could
-not be revoked at etcd's port."""
+"""Unexpired manager certificates of one node.  A healthy node has two.
+
+All of them are recorded, because a missing one could not be revoked at etcd's port.
+"""
 
 
 def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
-    """The identity for a node's next certificate: its own, in its present role.
+    """Return the identity for a node's next certificate: its own, with its current role.
 
-    Raises: PermissionDenied: the node was removed, or belongs to another cluster, or the certificate is not its own.
+    Raises:
+        PermissionDenied: The node was removed, or belongs to another cluster, or the certificate is not its own.
     """
     node = view.lookup(Node, caller.node_id) if caller.cluster_id == swarm.id else None
     if node is None:
@@ -51,11 +57,11 @@ def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
 
 
 def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) -> Identity:
-    """The identity of a machine that joins with ``token``.
+    """Return the identity of a machine that joins with ``token``.
 
     Raises:
-        InvalidArgument: not one of the cluster's tokens (the docker command prints the text).
-        FailedPrecondition: a Docker Engine with a manager's token.
+        InvalidArgument: The token is not one of the cluster's.  The docker command prints the text.
+        FailedPrecondition: A Docker Engine has a manager's token.
     """
     match role_of(token, swarm.join_tokens):
         case None:
@@ -69,14 +75,14 @@ def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) 
 
 
 def lifetime_of(swarm: Swarm) -> timedelta:
-    """The configured lifetime of certificates, at least an hour."""
+    """Return the configured lifetime of certificates, at least an hour."""
     configured_ns = swarm.spec.ca_config.node_cert_expiry
     lifetime = timedelta(seconds=configured_ns / SECOND_NS) if configured_ns else NODE_LIFETIME
     return max(lifetime, NODE_LIFETIME_MIN)
 
 
 def renew_window_of(spec: SwarmSpec) -> timedelta:
-    """How long after its expiry a node's certificate may be renewed by the owner of its key."""
+    """Return the time after its expiry during which the owner of the key may renew a node's certificate."""
     configured_ns = duration_ns(spec.labels.get(RENEW_WINDOW_LABEL, ""))
     return RENEW_WINDOW if configured_ns is None else timedelta(seconds=max(configured_ns, 0) / SECOND_NS)
 
@@ -88,17 +94,19 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     availability: Availability
     csr_pem: bytes
     certificate_pem: bytes
-    """The chain: during a rotation the second one is the new root, cross-signed by the old one."""
+    """The certificate chain.  During a rotation, the second certificate is the new root, cross-signed by
+    the old one.
+    """
     issuer: str
-    """Digest of the key that signed it."""
+    """Digest of the key that signed the certificate."""
     plane: str = ""
-    """For a joining node: the plane of the kind of node it is."""
+    """Plane of the node's kind, for a joining node."""
     shown: str = ""
-    """Serial number of the certificate that the request was made with."""
+    """Serial number of the certificate that authenticated the request."""
 
     @property
     def certificate(self) -> x509.Certificate:
-        """The node's own."""
+        """The node's own certificate."""
         return x509.load_pem_x509_certificate(self.certificate_pem)
 
 
@@ -111,11 +119,11 @@ def issued_certificate(
     plane: str = "",
     before: NodeCertificate | None = None,
 ) -> NodeCertificate:
-    """The node object's record of the certificate issued at ``now``.
+    """Return the node object's record of the certificate issued at ``now``.
 
     Args:
-        plane: the kind of node that requested it; only the first one counts.
-        before: the present record; unexpired certificates stay in it.
+        plane: Plane of the kind of node that requested it.  Only the first one counts.
+        before: Current record.  Its unexpired certificates are kept.
     """
     not_after = stamp(certificate.not_valid_after_utc)
     before = before or NodeCertificate()
@@ -134,12 +142,12 @@ def issued_certificate(
 
 
 def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: bool) -> None:
-    """Create the node object with its first certificate; later only update the certificate's part.
+    """Create the node object with its first certificate, or update the certificate of an existing one.
 
     Raises:
-        PermissionDenied: the node was removed, or its certificate revoked, meanwhile.
-        Unavailable: the root was rotated meanwhile.
-        ResourceExhausted: it has too many certificates as a manager.
+        PermissionDenied: The node was removed, or its certificate revoked, in the meantime.
+        Unavailable: The root was rotated in the meantime.
+        ResourceExhausted: The node has too many certificates as a manager.
     """
     identity = issued.identity
     swarm = tx.rely_on(Swarm, identity.cluster_id, "ca")
@@ -160,7 +168,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
     )
     if len(certificate.serials) > SERIALS_MAX and identity.role is NodeRole.MANAGER:
         raise ResourceExhausted(
-            f"node {identity.node_id} gets no further certificate: {SERIALS_MAX} as a manager have not expired"
+            f"node {identity.node_id} cannot get another certificate: it has {SERIALS_MAX} unexpired ones as a manager"
         )
     if node is not None:
         tx.put(msgspec.structs.replace(node, certificate=certificate))
@@ -173,5 +181,5 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
 
 
 def stamp(moment: datetime) -> Timestamp:
-    """A timestamp in seconds; later ones are greater as text too."""
+    """Return a timestamp in seconds.  Later timestamps also compare greater as text."""
     return timestamp(int(moment.astimezone(UTC).timestamp()) * SECOND_NS)

@@ -9,14 +9,15 @@ from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 
 def root_bundle_of(swarm: Swarm) -> bytes:
-    """The roots to trust (PEM); join tokens carry the digest of exactly these bytes."""
+    """Return the roots to trust in PEM.  Join tokens carry the digest of exactly these bytes."""
     return swarm.tls_info.trust_root.encode()
 
 
 def authority_of(view: View) -> Authority:
-    """The present authority: that of the new root as soon as a rotation begins.
+    """Return the current authority.  Once a rotation starts, it is the new root's.
 
-    Raises: FailedPrecondition: its key is missing or another root's.
+    Raises:
+        FailedPrecondition: Its key is missing or belongs to another root.
     """
     swarm = cluster_of(view)
     rotation = swarm.rotation

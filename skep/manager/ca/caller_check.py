@@ -1,11 +1,11 @@
 """Checks at every call whether the caller's verified certificate is still accepted.
 
-A certificate is valid until it expires, though its node may have been removed or demoted since; that is in the store.
-A manager without contact to the others has no current store, so it rejects all nodes.
+A certificate is valid until it expires, but its node may have been removed or demoted since, which only the store
+shows.  A manager without contact to the others has no current store, so it rejects all nodes.
 
 A node that is not in the store was admitted by another manager a moment ago, or has a certificate that no manager
-issued: every former manager has had the root's key.  So calls for managers only are refused until the caller is in
-the store, and after a few seconds with a current store, all calls are.
+issued: every former manager has had the root's key.  So the manager refuses the node's calls for managers until the
+node is in the store, and all its calls if it is still missing after a few seconds with a current store.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,9 @@ from skep.wire.methods import Access
 log = structlog.get_logger(__name__)
 
 UNKNOWN_S = 5.0
-"""How long a node may be unknown to a manager with a current store; usually it is there within milliseconds."""
+"""Seconds for which a node may be unknown to a manager with a current store.  It usually appears within
+milliseconds.
+"""
 
 UNKNOWN_MAX = 1024
 """Unknown nodes that are cached."""
@@ -34,9 +36,9 @@ class CallerCheck:
     """The predicate that ``wire.server.serve`` calls for every method that requires a certificate.
 
     Args:
-        view: the present state of this manager's replica.
-        is_current: whether the replica is; a manager that is cut off does not see removals.
-        now: monotonic seconds.
+        view: Returns the current state of this manager's replica.
+        is_current: Returns whether the replica is current.  A disconnected manager does not see removals.
+        now: Returns monotonic seconds.
     """
 
     def __init__(
@@ -46,11 +48,15 @@ class CallerCheck:
         self._is_current = is_current
         self._now = now
         self._unknown: dict[NodeId, float] = {}
-        """Unknown callers in order of their first calls, with the times of these."""
+        """Unknown callers in order of their first calls, with the times of these calls."""
 
     def require(self, identity: Identity, access: Access) -> None:
-        """Raises: PermissionDenied: removed, unknown, or not a manager any more; Unavailable: not known here, or not
-        yet."""
+        """Check a caller.
+
+        Raises:
+            PermissionDenied: The node was removed, is unknown, or is no longer a manager.
+            Unavailable: This manager does not know the node yet, or has lost contact with the others.
+        """
         if not self._is_current():
             self._unknown.clear()
             raise Unavailable("this manager has lost contact with the others")
@@ -71,14 +77,15 @@ class CallerCheck:
             )
             raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
         if access is Access.MANAGER:
-            raise Unavailable(f"node {identity.node_id} is not known here yet: try again")
+            raise Unavailable(f"node {identity.node_id} is not known to this manager yet: try again")
 
 
 def check_caller(view: View, identity: Identity, access: Access) -> bool:
-    """Whether the node is known here.
+    """Return whether this manager knows the node.
 
-    Raises: PermissionDenied: it was removed, or calls as a manager and is none, or uses a certificate from before its
-    demotion.
+    Raises:
+        PermissionDenied: The node was removed, or calls as a manager without being one, or uses a certificate from
+            before its demotion.
     """
     revocation = view.lookup(Revocation, identity.node_id)
     if (removal := removal_of(revocation)) is not None:
@@ -104,6 +111,6 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
 
 
 def is_manager(node: Node) -> bool:
-    """Whether the node has the role of a manager now, whatever role its spec has."""
+    """Return whether the node has the role of a manager now, whatever role its spec has."""
     role = node.certificate.role if node.certificate is not None else node.spec.role
     return role is NodeRole.MANAGER

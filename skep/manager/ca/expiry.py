@@ -1,7 +1,7 @@
 """Certificates that expire soon, for logs, events and ``docker info``.  Pure.
 
-A node renews with at least a fifth of its certificate's life left, so with less it has failed to for a while.  The
-root is never renewed automatically.
+A node renews with at least a fifth of its certificate's life left.  With less left, renewal has failed for a while.
+The root is never renewed automatically.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,10 @@ from skep.store.interface import View
 
 WARN_BEFORE = timedelta(days=30)
 OVERDUE = 0.2
-"""Share of a certificate's life: with less left it should have been renewed.  Less than ``WARN_BEFORE`` for the usual
-90 days; an earlier warning would hit every healthy node."""
+"""Share of a certificate's life.  With less left, it should have been renewed.
+
+Less than ``WARN_BEFORE`` for the usual 90 days, because an earlier warning would affect every healthy node.
+"""
 
 
 class Expiry(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +38,7 @@ class Expiry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def expiring(view: View, now: datetime) -> Iterator[Expiry]:
-    """All certificates that expire within ``WARN_BEFORE``: the root first, then nodes in order of their ids."""
+    """Yield all certificates that expire within ``WARN_BEFORE``: the root first, then nodes in order of their ids."""
     for swarm in view.find(Swarm):
         root = _root_expiry(swarm)
         if root is not None and swarm.rotation is None and root - now < WARN_BEFORE:
@@ -56,12 +58,12 @@ def expiring(view: View, now: datetime) -> Iterator[Expiry]:
                 id=node.id,
                 name=name,
                 not_after=not_after,
-                warning=f"WARNING: {words}: see that it reaches a manager",
+                warning=f"WARNING: {words}: check that the node reaches a manager",
             )
 
 
 def _root_expiry(swarm: Swarm) -> datetime | None:
-    """When the root expires; None: it cannot be read, which is reported elsewhere."""
+    """Return when the root expires, or None if it is unreadable, which is reported elsewhere."""
     try:
         return x509.load_pem_x509_certificate(swarm.tls_info.trust_root.encode()).not_valid_after_utc
     except ValueError:
@@ -69,7 +71,7 @@ def _root_expiry(swarm: Swarm) -> datetime | None:
 
 
 def expiry_of(node: Node) -> datetime | None:
-    """When the node's certificate expires; None: not known."""
+    """Return when the node's certificate expires, or None if unknown."""
     if node.certificate is None or not node.certificate.not_after:
         return None
     return moment(unix_ns(node.certificate.not_after))

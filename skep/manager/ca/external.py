@@ -39,23 +39,23 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 CALL_S = 5.0
-"""Deadline of one authority; SwarmKit's."""
+"""Timeout of one authority in seconds, as in SwarmKit."""
 ALL_S = 15.0
-"""Deadline of a request at all of them; less than what a node waits."""
+"""Timeout of a request to all authorities in seconds.  Shorter than a node waits."""
 CALLS_MAX = 8
-"""Requests at the same time; others wait within their deadline."""
+"""Concurrent requests.  Further requests wait within their timeout."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
-"""Of one authority that cannot be reached: it is not called again before."""
+"""Delays in seconds before an unreachable authority is called again."""
 
 
 class ExternalAuthorities:
-    """Calls authorities one after another until one gives what was requested.
+    """Calls authorities one after another until one returns the requested certificate.
 
-    An authority that cannot be reached is left out for a while, so that requests of many nodes do not wait for it in
-    turn.  A response that is refused concerns its request only.
+    An unreachable authority is skipped for a while, so that requests of many nodes do not wait for it in turn.  A
+    response that ``accept`` refuses affects only its request.
 
     Args:
-        pair: this manager's key pair, at the time of each call.
+        pair: Returns this manager's key pair at the time of each call.
     """
 
     def __init__(self, pair: Callable[[], KeyPair], clock: Clock, random: Random) -> None:
@@ -68,13 +68,14 @@ class ExternalAuthorities:
     async def sign(
         self, urls: Iterable[str], body: bytes, roots_pem: bytes, accept: Callable[[x509.Certificate], T]
     ) -> T:
-        """What ``accept`` makes of the first certificate that it does not refuse.
+        """Return the result of ``accept`` for the first certificate that it does not refuse.
 
         Args:
-            roots_pem: the roots that the authorities' own certificates may have.
-            accept: raises Unavailable: not this certificate.
+            roots_pem: Accepted roots of the authorities' own certificates.
+            accept: Raises Unavailable to refuse a certificate.
 
-        Raises: Unavailable: no authority gave one, with the reason of each.
+        Raises:
+            Unavailable: No authority returned an accepted certificate.  The error has the reason of each.
         """
         reasons = []
         try:
@@ -83,19 +84,21 @@ class ExternalAuthorities:
                     try:
                         return accept(certificate_in(await self._response(url, body, roots_pem)))
                     except Unavailable as error:
-                        log.warning("external CA gave no certificate", url=shown_url(url), reason=str(error))
+                        log.warning(
+                            "external CA returned no certificate", url=shown_url(url), reason=str(error)
+                        )
                         reasons.append(f"{shown_url(url)}: {error}")
         except TimeoutError:
             reasons.append(f"no response within {ALL_S:g} s")
         raise Unavailable(f"no external CA has signed the certificate: {'; '.join(reasons)}")
 
     async def _response(self, url: str, body: bytes, roots_pem: bytes) -> bytes:
-        """The body of a response.  Raises: Unavailable: it failed, or this authority is left out at present."""
+        """Return the body of a response.  Raises: Unavailable: the call failed, or this authority is skipped now."""
         left_out = self._left_out.get(url)
         if left_out is not None and self._clock.monotonic() < left_out.until:
-            raise Unavailable(f"not called again yet: {left_out.reason}")
+            raise Unavailable(f"skipped after a failure: {left_out.reason}")
         try:
-            status, content = await self._posted(url, body, roots_pem)
+            status, content = await self._post(url, body, roots_pem)
         except Unavailable as error:
             self._leave_out(url, str(error))
             raise
@@ -105,7 +108,7 @@ class ExternalAuthorities:
             raise Unavailable(f"unexpected status code in CSR response: {status} - {shown}")
         return content
 
-    async def _posted(self, url: str, body: bytes, roots_pem: bytes) -> tuple[int, bytes]:
+    async def _post(self, url: str, body: bytes, roots_pem: bytes) -> tuple[int, bytes]:
         context = external_context(self._pair(), roots_pem)
         headers = {"Content-Type": "application/json"}
         try:
@@ -137,8 +140,8 @@ class ExternalAuthorities:
             del self._left_out[next(iter(self._left_out))]
 
     async def is_reachable(self, urls: Iterable[str], root_pem: bytes) -> bool:
-        """Whether a TLS connection to one of them can be made, and its certificate is of this root."""
-        async with asyncio.TaskGroup() as group:  # together: a request of the API waits for it
+        """Return whether one of the URLs accepts a TLS connection with a certificate of this root."""
+        async with asyncio.TaskGroup() as group:  # concurrently, because an API request waits for the result
             tries = [group.create_task(self._connects(url, root_pem), name="external CA") for url in urls]
             for ended in asyncio.as_completed(tries):
                 if await ended:
@@ -171,9 +174,11 @@ class ExternalAuthorities:
         config: CAConfig,
         create: Callable[[], Authority] = root_with_a_name_of_its_own,
     ) -> Prepared:
-        """Do what a change of the roots needs of external authorities (``security.rotation``).
+        """Ask external authorities for their part of a change of the roots (``security.rotation``).
 
-        Raises: InvalidArgument: the config is invalid; Unavailable: the next root was not signed.
+        Raises:
+            InvalidArgument: The config is invalid.
+            Unavailable: The next root was not signed.
         """
         check_external_authorities(config)
         if not is_about_roots(swarm.spec.ca_config, config):
@@ -214,7 +219,7 @@ class ExternalAuthorities:
 
 
 class _LeftOut:
-    """An authority that cannot be reached: until when (monotonic seconds), and why."""
+    """An unreachable authority: until when it is skipped (monotonic seconds), and why."""
 
     def __init__(self, random: Random) -> None:
         self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=random.random)

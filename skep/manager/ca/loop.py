@@ -21,10 +21,11 @@ from skep.store.kinds import Revocation
 log = structlog.get_logger()
 
 RECHECK_S = 5.0
-"""Time after which nodes that did not renew are requested again during a rotation."""
+"""Seconds after which nodes that did not renew are requested again during a rotation."""
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
 SWEEP_S = 3600.0
+"""Seconds between two deletions of expired revocations."""
 
 
 class CertificateAuthority:
@@ -103,7 +104,7 @@ class CertificateAuthority:
         self._changed.set()
 
     async def _wait_or_recheck(self) -> None:
-        """A node that does not respond causes no commit: check again after a while."""
+        """Wait for a change, or until the next check: a node that does not respond causes no commit."""
         await wait_first(self._changed.wait(), self._clock.sleep(RECHECK_S))
         self._changed.set()
 

@@ -1,8 +1,8 @@
 """Recovery of a manager whose own certificate expired while it was off.
 
-A single manager has the cluster's key in its store and signs for itself.  One of several cannot reach its store
-without the others, which reject its certificate: its node's agent requests a new one from them, and the manager waits
-for that.
+A single manager has the cluster's key in its store and signs for itself.  If there are several managers, the expired
+one cannot reach its store, because the others reject its certificate.  Its node's agent requests a new certificate from
+them, and the manager waits for it.
 """
 
 import asyncio
@@ -28,13 +28,15 @@ from skep.store.kinds import Revocation
 log = structlog.get_logger(__name__)
 
 CHECK_EVERY_S = 0.5
+"""Seconds between two checks for a renewed certificate."""
 WARN_EVERY_S = 60.0
+"""Seconds between two warnings while the manager waits."""
 AHEAD = timedelta(minutes=5)
-"""A certificate that is about to expire counts as expired."""
+"""A certificate that expires within this time counts as expired."""
 
 
 async def wait_renewed(files: KeyPairFiles, pair: KeyPair, clock: Clock) -> KeyPair:
-    """The key pair once it is valid: at once, or when this node's agent has a new one."""
+    """Wait until the key pair is valid, which takes a new one from this node's agent if it has expired."""
     warned_at = -WARN_EVERY_S
     while is_expired(pair, clock):
         if clock.monotonic() - warned_at >= WARN_EVERY_S:
@@ -55,9 +57,11 @@ async def wait_renewed(files: KeyPairFiles, pair: KeyPair, clock: Clock) -> KeyP
 
 
 async def self_renewed(store: Store, pair: KeyPair, files: KeyPairFiles, clock: Clock) -> KeyPair:
-    """The key pair, replaced by one signed with the cluster's key in ``store`` if it has expired.
+    """Return the key pair, or a new one signed with the cluster's key in ``store`` if it has expired.
 
-    Raises: PermissionDenied: the node was removed; FailedPrecondition: the cluster's key is not in the store.
+    Raises:
+        PermissionDenied: The node was removed.
+        FailedPrecondition: The cluster's key is not in the store.
     """
     if not is_expired(pair, clock):
         return pair
@@ -88,5 +92,5 @@ async def self_renewed(store: Store, pair: KeyPair, files: KeyPairFiles, clock: 
 
 
 def is_expired(pair: KeyPair, clock: Clock) -> bool:
-    """Whether it has expired, or will within ``AHEAD``."""
+    """Return whether the key pair has expired, or will within ``AHEAD``."""
     return moment(clock.now_ns()) >= pair.not_after - AHEAD

@@ -1,7 +1,7 @@
-"""What etcd reads of this manager's certificates: the key pair, the roots, and the revocation list.
+"""Certificate files for etcd: the key pair, the roots, and the revocation list.
 
-The files are on tmpfs and are replaced atomically: etcd reads key pair and list at each handshake, the roots at its
-start.
+The files are on tmpfs and are replaced atomically.  etcd reads the key pair and the list at each handshake, and the
+roots when it starts.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,9 +17,10 @@ class PeerFiles:
     """The files in one directory.
 
     Args:
-        kept: directory that survives a reboot, for the list: the first handshakes after one come before the store.
-        restart: restarts the member, which reads the roots only at its start; returns when it serves again.
-        cut: ends the connections of other members to this one.
+        kept: Directory that survives a reboot, for the list, because the first handshakes after a reboot precede the
+            store.
+        restart: Restarts the member, which reads the roots only when it starts, and returns when it serves again.
+        cut: Ends the connections of other members to this one.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class PeerFiles:
         self._serials: frozenset[str] | None = None
 
     def refuse(self, serials: Iterable[str]) -> None:
-        """Have etcd reject the certificates with these serial numbers, also on open connections."""
+        """Make etcd reject the certificates with these serial numbers, including on open connections."""
         revoked = frozenset(serials)
         if revoked == self._serials:
             return
@@ -53,7 +54,7 @@ class PeerFiles:
 
 
 def _read_serials(path: Path) -> frozenset[str]:
-    """The serial numbers that etcd has rejected since its start."""
+    """Return the serial numbers that etcd has rejected since it started."""
     try:
         return listed_serials(path.read_bytes())
     except (OSError, ValueError):
@@ -61,7 +62,7 @@ def _read_serials(path: Path) -> frozenset[str]:
 
 
 def place_revoked(directory: Path, kept: Path) -> Path:
-    """Write the list before etcd starts, as of this manager's last run; gives its path."""
+    """Write the list from this manager's last run before etcd starts, and return its path."""
     try:
         content = (kept / REVOKED_FILE).read_bytes()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """The order in which managers restart their etcds after the roots have changed.  Pure.
 
-etcd reads its peers' roots at its start.  Until it has restarted, a member trusts the old root, and with it the
-certificates of the new one, which the old one cross-signs.  So there is no hurry: the members restart one after
-another, the leader's last, each only while the others have a quorum without it.
+etcd reads its peers' roots when it starts.  Until it restarts, a member trusts the old root, and with it the
+certificates of the new one, which the old one cross-signs.  So the restarts are not urgent: the members restart one
+after another, the leader's last, each only while the others have a quorum without it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,22 +11,23 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 
 SETTLED_S = 3.0
-"""Between the restarts of two members: time for connections between them, and for an election."""
+"""Seconds between the restarts of two members: time for connections between them, and for an election."""
 
 
 def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
-    """Whether the manager ``own`` may restart its member now.
+    """Return whether the manager ``own`` may restart its member now.
 
-    One that is joining does not count: its certificate is of the new root, and it may wait for these restarts itself.
+    A joining manager does not count: its certificate comes from the new root, and it may wait for these restarts
+    itself.
 
     Args:
-        wanted: digest of the roots that every member is to trust.
+        wanted: Digest of the roots that every member should trust.
     """
     managers = [node for node in nodes if node.has_joined_as_manager or node.id == own]
     order = sorted(managers, key=lambda node: (_leads(node), node.id))
     staying = sum(node.is_reachable_manager for node in order if node.id != own)
     if staying <= len(managers) // 2 and len(managers) > 2:
-        return False  # with two managers a moment without a quorum cannot be avoided
+        return False  # with two managers, a short loss of the quorum cannot be avoided
     for node in order:
         if node.id == own:
             return node.is_reachable_manager or len(managers) == 1
@@ -42,7 +43,7 @@ class RestartTurn:
         self._since: float | None = None
 
     def has_come(self, own: NodeId, nodes: Sequence[Node], wanted: str, now: float) -> bool:
-        """Whether ``own`` has been next for long enough at ``now``; a single manager does not wait."""
+        """Return whether ``own`` has been next for long enough at ``now``.  A single manager does not wait."""
         if not is_my_turn(own, nodes, wanted):
             self._since = None
             return False

@@ -1,8 +1,8 @@
 """The next step of a root rotation.  Pure.
 
-Every node is requested to renew, a bounded number at a time; once every node has reported a certificate of the new
-root, the rotation is over.  A node that is away delays it until it returns or is removed: announcing the new root
-without it would lock it out.
+Every node is requested to renew, a bounded number at a time.  Once every node has reported a certificate of the new
+root, the rotation is over.  An unavailable node delays it until it returns or is removed, because announcing the new
+root without the node would lock it out.
 
 Source: swarmkit, ca/reconciler.go.
 """
@@ -21,10 +21,10 @@ from skep.store.interface import Transaction
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 REQUESTED_MAX = 30
-"""Nodes with a pending renewal request at the same time; SwarmKit's number."""
+"""Nodes with a pending renewal request at the same time, as in SwarmKit."""
 
 RENEWAL_S = 30.0
-"""A node that has not renewed by then no longer counts as pending, and is requested again."""
+"""Seconds after which a node that has not renewed no longer counts as pending, and is requested again."""
 
 ROTATE = "rotate"
 """``NodeCertificate.state`` of a node that is requested to renew."""
@@ -51,10 +51,10 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
 def next_step(
     swarm: Swarm, nodes: Iterable[Node], requested_at: Mapping[NodeId, float], now: float
 ) -> RequestRenewals | Finish | None:
-    """The next step of a rotation; None: there is none, or it has to wait for nodes.
+    """Return the next step of a rotation, or None without a rotation or if it has to wait for nodes.
 
     Args:
-        requested_at: when each node was last requested to renew, in the leader's monotonic seconds, as ``now``.
+        requested_at: When each node was last requested to renew, in the leader's monotonic seconds, like ``now``.
     """
     rotation = swarm.rotation
     if rotation is None:
@@ -75,7 +75,7 @@ def _is_requested(node: Node) -> bool:
 
 
 def request_renewal(tx: Transaction, renewal: Renewal) -> None:
-    """Request a renewal: the manager with the node's session sends it, now or when the node returns."""
+    """Request a renewal.  The manager with the node's session sends it, now or when the node returns."""
     node = tx.lookup(Node, renewal.node_id)
     if node is not None and node.certificate is not None and not _is_requested(node):
         certificate = msgspec.structs.replace(node.certificate, state=ROTATE)
@@ -83,7 +83,10 @@ def request_renewal(tx: Transaction, renewal: Renewal) -> None:
 
 
 def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
-    """Announce the new root: the trusted root, the signing key, and new tokens.  False: another rotation has begun."""
+    """Announce the new root: the trusted root, the signing key, and new tokens.
+
+    Returns False if another rotation has started.
+    """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.rotation is None or swarm.rotation.root != root:
         return False
@@ -92,7 +95,7 @@ def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
         tx.put(Payload(id=ROOT_KEY_ID, data=key.data))
         tx.delete(Payload, NEXT_ROOT_KEY_ID)
     elif tx.lookup(Payload, ROOT_KEY_ID) is not None:
-        tx.delete(Payload, ROOT_KEY_ID)  # an external authority has the new root's
+        tx.delete(Payload, ROOT_KEY_ID)  # an external authority has the key of the new root
     tx.put(
         msgspec.structs.replace(
             swarm,

@@ -41,13 +41,13 @@ log = structlog.get_logger(__name__)
 _CLOCK = SystemClock()
 
 ISSUED_MAX = 1000
-"""Issued certificates kept until they are fetched; a node fetches its own at once."""
+"""Issued certificates kept until they are fetched.  A node fetches its own at once."""
 
 
 class CertificateService:
-    """Certificates are signed at once: there is no queue and no pending state.
+    """Issues certificates immediately, without a queue or a pending state.
 
-    A signed certificate is kept in memory until it is fetched from this manager; at another manager, or after a
+    A signed certificate is kept in memory until it is fetched from this manager.  At another manager, or after a
     restart, a node gets NOT_FOUND and requests a new certificate.
     """
 
@@ -61,7 +61,7 @@ class CertificateService:
         self._issued: OrderedDict[NodeId, Issued] = OrderedDict()
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.GET_ROOT_CA_CERTIFICATE, self._root_certificate),
             unary(methods.ISSUE_NODE_CERTIFICATE, partial(self._issue, is_engine=True)),
@@ -97,7 +97,7 @@ class CertificateService:
     async def _renew_expired(
         self, request: skep.RenewExpiredRequest, caller: Caller
     ) -> skep.RenewExpiredResponse:
-        """Issue a certificate to a node whose certificate has expired, if it has its key."""
+        """Issue a certificate to a node whose certificate has expired, if it has the key."""
         view = self._store.view()
         swarm = cluster_of(view)
         proven = proven_identity(
@@ -158,7 +158,7 @@ class CertificateService:
             status=status,
             certificate=pb.Certificate(
                 role=role_to_pb(issued.identity.role),
-                csr=issued.csr_pem,  # an engine polls on until this is what it sent
+                csr=issued.csr_pem,  # an engine polls until this is the request that it sent
                 status=status,
                 certificate=issued.certificate_pem,
                 cn=issued.identity.node_id,

@@ -1,7 +1,7 @@
-"""What signs a node's certificate: this manager with the root's key, or an external authority that the leader calls.
+"""Signs nodes' certificates: this manager with the root's key, or an external authority that the leader calls.
 
-Any manager takes requests.  An external authority is called by the leader alone, to which the others relay: its limits
-and its back-off then hold for the whole cluster.
+Any manager accepts requests.  Only the leader calls an external authority, and the others relay requests to it, so the
+limits and the backoff apply to the whole cluster.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,14 +44,15 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
 log = structlog.get_logger(__name__)
 
 RELAY_S = ALL_S + 2.0
+"""Seconds to wait for the leader, which itself waits ``ALL_S`` for the external authorities."""
 
 
 class CertificateSigner:
     """Signs nodes' certificates for ``CertificateService``.
 
     Args:
-        own: this manager's node.
-        channel: the link to another manager.
+        own: This manager's node.
+        channel: Returns the link to another manager.
     """
 
     def __init__(
@@ -69,13 +70,15 @@ class CertificateSigner:
         self._clock = clock
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
-        return (unary(methods.SIGN_EXTERNALLY, self._relayed),)
+        """Return the handlers for ``wire.server.serve``."""
+        return (unary(methods.SIGN_EXTERNALLY, self._sign_for_manager),)
 
     async def sign(self, csr_pem: bytes, identity: Identity) -> Signed:
-        """A certificate of ``identity`` for the key in a request.
+        """Return a certificate of ``identity`` for the key in a request.
 
-        Raises: InvalidArgument: the request is invalid; Unavailable: no external authority has signed it.
+        Raises:
+            InvalidArgument: The request is invalid.
+            Unavailable: No external authority has signed it.
         """
         view = self._store.view()
         swarm = cluster_of(view)
@@ -88,7 +91,7 @@ class CertificateSigner:
             return Signed(certificate_pem=certificate_pem, issuer=issuer_digest(tls_info(authority.root_pem)))
         leader = self._store.leader
         if leader is None:
-            raise Unavailable("there is no leader, which would call the external CA")
+            raise Unavailable("the managers have no leader, which would call the external CA: try again")
         if leader == self._own:
             return await self._sign_externally(csr_pem, identity)
         request = skep.SignExternallyRequest(
@@ -97,11 +100,11 @@ class CertificateSigner:
         reply = await self._channel(leader).call(methods.SIGN_EXTERNALLY, request, timeout_s=RELAY_S)
         return Signed(certificate_pem=reply.certificate, issuer=issuer_digest(swarm.tls_info))
 
-    async def _relayed(
+    async def _sign_for_manager(
         self, request: skep.SignExternallyRequest, caller: Caller
     ) -> skep.SignExternallyResponse:
         if self._store.leader != self._own:
-            raise Unavailable("this manager is not the leader, which calls the external CA")
+            raise Unavailable("this manager is no longer the leader, which calls the external CA: try again")
         identity = Identity(
             node_id=NodeId(request.node_id),
             cluster_id=cluster_of(self._store.view()).id,

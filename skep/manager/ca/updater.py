@@ -1,7 +1,7 @@
 """Keeps a manager's certificates up to date: its own key pair, the trusted roots, and revocations.
 
-The key pair comes from the node's agent (files), the roots and the revocations from the store; the updater passes
-them to the server, writes them for etcd, and reports what expires soon.
+The key pair comes from the node's agent (files), the roots and the revocations from the store.  The updater passes them
+to the server, writes them for etcd, and reports certificates that expire soon.
 """
 
 import asyncio
@@ -37,20 +37,21 @@ from skep.store.kinds import Revocation
 log = structlog.get_logger(__name__)
 
 CHECK_EVERY_S = 1.0
-"""How often the node's files are checked; most changes come with a commit, and are handled at once."""
+"""Seconds between two checks of the node's files.  Most changes come with a commit, and are handled at once."""
 
 WARN_EVERY_S = 24 * 3600.0
+"""Seconds between two warnings about the same certificate."""
 
 Disconnect = Callable[[Callable[[Identity], bool]], None]
 """Ends the connections of callers for which the predicate is true."""
 
 
 class CertificateUpdater:
-    """Serves with the node's present key pair and the trusted roots.
+    """Serves with the node's current key pair and the trusted roots.
 
     Args:
-        own: this manager's node.
-        root_gone: called when a root is not trusted any more; existing connections with its certificates stay.
+        own: This manager's node.
+        root_gone: Called when a root is no longer trusted.  Existing connections with its certificates stay open.
         peers: None without etcd (tests).
     """
 
@@ -91,7 +92,7 @@ class CertificateUpdater:
                 case Created(Node() as node) | Updated(_, Node() as node) if (
                     node.id != self._own and node.manager_status is None
                 ):
-                    continue  # most commits: heartbeats or tasks of workers
+                    continue  # most commits are heartbeats or tasks of workers
             self._changed.set()
 
     async def _work(self) -> None:
@@ -111,7 +112,7 @@ class CertificateUpdater:
             self._changed.set()
 
     async def _update(self) -> None:
-        """Apply what has changed.  Raises: SkepError, OSError: not now; the next attempt follows."""
+        """Apply all changes.  Raises: SkepError, OSError: a failure, which the next attempt retries."""
         self._pair = await asyncio.to_thread(self._files.changed) or self._pair
         view = self._store.view()
         swarms = view.find(Swarm)
@@ -119,10 +120,10 @@ class CertificateUpdater:
             return
         trusted = trusted_roots(swarms[0])
         if not trusted:
-            return  # they cannot be read: this manager goes on with those it has
+            return  # the roots are unreadable, so this manager keeps those it has
         serial = _serial_of(self._pair)
         if is_foreign(view.lookup(Revocation, self._own), serial):
-            # It was being renewed at the moment in which the others were revoked.
+            # It was being renewed while the others were revoked.
             await self._store.update(revoke_others, self._own, serial, _window_ns(swarms[0]))
         serving = self._pair.with_root(trusted)
         if not _is_same(serving, self._served):
@@ -138,11 +139,11 @@ class CertificateUpdater:
 
 
 class PeerCertificates:
-    """What this manager's etcd reads of certificates, and its restarts after the roots have changed.
+    """Certificates that this manager's etcd reads, and its restarts after the roots have changed.
 
     Args:
-        own: this manager's node.
-        is_evicting: whether a manager is being evicted.
+        own: This manager's node.
+        is_evicting: Returns whether a manager is being evicted.
     """
 
     def __init__(
@@ -158,15 +159,16 @@ class PeerCertificates:
         self._turn = RestartTurn()
 
     async def update(self, pair: KeyPair, swarm: Swarm) -> None:
-        """Write the files; restart etcd for changed roots, when it is this manager's turn.
+        """Write the files, and restart etcd for changed roots when it is this manager's turn.
 
-        Raises: SkepError, OSError: not now; call it again.
+        Raises:
+            SkepError, OSError: A failure.  Call it again.
         """
         roots = swarm.tls_info.trust_root.encode()
         wanted = pair.with_root(roots)
         if self._written is None:
             self._written = await asyncio.to_thread(keypair.load, self.files.directory)
-            self._peer_roots = self._written.root_pem  # as of the member's start
+            self._peer_roots = self._written.root_pem  # the roots with which the member started
         if not _is_same(wanted, self._written):
             await asyncio.to_thread(keypair.save, wanted, self.files.directory)
             self._written = wanted
@@ -184,7 +186,7 @@ class PeerCertificates:
 
 
 async def warn_of_expiry(store: Store, on_expiry: Callable[[Expiry], None], clock: Clock) -> None:
-    """Log everything that expires soon, and call ``on_expiry`` with it, once a day until cancelled."""
+    """Log every certificate that expires soon, and call ``on_expiry`` with it, once a day until cancelled."""
     while True:
         for expiry in expiring(store.view(), moment(clock.now_ns())):
             log.warning("certificate expires soon", warning=expiry.warning)
@@ -193,7 +195,7 @@ async def warn_of_expiry(store: Store, on_expiry: Callable[[Expiry], None], cloc
 
 
 async def disconnect_revoked(store: Store, disconnect: Disconnect) -> None:
-    """End the connections of callers that would not be accepted any more, until cancelled."""
+    """End the connections of callers that would no longer be accepted, until cancelled."""
 
     def on_snapshot(view: View) -> None:
         for revocation in view.find(Revocation):
@@ -224,7 +226,9 @@ def _disconnect(node: Node | None, revocation: Revocation, disconnect: Disconnec
 
 
 def trusted_roots(swarm: Swarm) -> bytes:
-    """Roots that callers' certificates may have (PEM): the present one, and the next one during a rotation."""
+    """Return the roots that callers' certificates may have, in PEM: the current one, and the next one during a
+    rotation.
+    """
     return (swarm.tls_info.trust_root + (swarm.rotation.root if swarm.rotation else "")).encode()
 
 
@@ -239,7 +243,7 @@ def show_peer_roots(
 ) -> None:
     """Write which roots this manager's etcd trusts.
 
-    After an eviction its certificates except the one with ``serial`` are revoked.
+    After an eviction, its certificates except the one with ``serial`` are revoked.
     """
     node = tx.lookup(Node, own)
     if node is not None and node.manager_status is not None:

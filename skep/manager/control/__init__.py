@@ -1,6 +1,6 @@
 """Validated operations on the cluster, one module per object.
 
-An operation is a transaction function: it checks, writes, and returns what it made.  ``store.update`` runs it,
-again after a conflict, so it has no side effects; ids, names and time come in as arguments.
-What it raises is worded like SwarmKit's control API; the routes put gRPC's prefix before it.
+An operation is a transaction function: it checks, writes, and returns the object that it created or changed.
+``store.update`` runs it, and repeats it after a conflict, so it has no side effects.  Ids, names and time are
+arguments.  Its errors are worded like SwarmKit's control API, and the routes add gRPC's prefix.
 """

@@ -1,8 +1,8 @@
-"""Deploys of one stack beside each other: only the newest changes the stack.
+"""Concurrent deploys of one stack: only the newest changes the stack.
 
-A deploy records its revision, a config, before its first change.  That write marks the deploys of earlier revisions
-as replaced, and requests of a replaced deploy are refused.  Both happen in transactions that compare the revision, so
-of two deploys one sees the other, whatever their commands do.
+A deploy records its revision, a config, before its first change.  That write marks the deploys of earlier revisions as
+replaced, and requests of a replaced deploy are refused.  Both happen in transactions that compare the revision, so one
+of two deploys sees the other, whatever their commands do.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 def replace_deploys(tx: Transaction, spec: ConfigSpec) -> None:
-    """Mark the deploys of the stack that are under way as replaced by the revision ``spec``, if it is one."""
+    """Mark the stack's deploys in progress as replaced by the revision ``spec``, if it is a revision."""
     number, stack = spec.labels.get(STACK_REVISION), spec.labels.get(STACK_LABEL)
     if not number or not stack:
         return
@@ -34,25 +34,26 @@ def replace_deploys(tx: Transaction, spec: ConfigSpec) -> None:
 
 
 def require_current(tx: Transaction, revision: str, stack: str) -> None:
-    """Check that the deploy of ``stack`` with this revision is under way, also at the commit.
+    """Check that the deploy of ``stack`` with this revision is in progress, also at the commit.
 
-    Raises: FailedPrecondition: a newer deploy has replaced it, or it has ended.
+    Raises:
+        FailedPrecondition: A newer deploy has replaced it, or it has ended.
     """
     config = tx.rely_on(Config, ConfigId(revision))
     is_known = config is not None and STACK_REVISION in config.spec.labels
-    # A user of one stack must not learn the state of another one's deploy.
+    # A user of one stack must not learn the state of another stack's deploy.
     if config is None or not is_known or config.spec.labels.get(STACK_LABEL, "") != stack:
-        raise FailedPrecondition("the revision of this deploy was removed: deploy again")
+        raise FailedPrecondition("the revision of this deploy was removed: deploy the stack again")
     labels = config.spec.labels
     if (state := labels.get(STACK_STATE, "")) != DEPLOYING:
         name = f"revision {labels[STACK_REVISION]} of {labels.get(STACK_LABEL, '')}"
-        raise FailedPrecondition(f"the deploy of {name} may not change more: {state}")
+        raise FailedPrecondition(f"the deploy of {name} cannot make further changes: {state}")
 
 
 def fenced(
     operation: Callable[Concatenate[Transaction, P], R], revision: str, stack: str
 ) -> Callable[Concatenate[Transaction, P], R]:
-    """Return ``operation``, refused where the deploy with this revision is not current.
+    """Return ``operation`` with a check that the deploy with this revision is current.
 
     Args:
         revision: Id of the config, or an empty string outside of deploys.

@@ -1,4 +1,4 @@
-"""Operations on secrets and configs, which differ mainly in which clients may read them.
+"""Operations on secrets and configs, which differ mainly in the clients that may read them.
 
 Source: swarmkit, manager/controlapi/{secret,config}.go.
 """
@@ -28,18 +28,22 @@ from skep.store.interface import InUse, Transaction
 from skep.store.kinds import Payload
 
 SECRET_BYTES_MAX = 500 * 1024
+"""Size limit of a secret, as in SwarmKit."""
 CONFIG_BYTES_MAX = 1000 * 1024
+"""Size limit of a config, as in SwarmKit."""
 
 
 def create_secret(
     tx: Transaction, spec: SecretSpec, data: bytes, *, new_id: IdSource, now: Timestamp
 ) -> Secret:
-    """Create a secret; its data become a ``Payload`` that no API shows.
+    """Create a secret.  Its data becomes a ``Payload`` that no API shows.
 
     Raises:
-        InvalidArgument: name or data can never work; AlreadyExists: the name is taken.
-        PermissionDenied: the stack has a quota.
-        Untranslated: a driver is to provide its data.  There are no such plug-ins, so that it would never have any.
+        InvalidArgument: The name or the data cannot work.
+        AlreadyExists: The name is taken.
+        PermissionDenied: The stack's quota does not allow it.
+        Untranslated: A driver should provide the data.  Such plug-ins do not exist, so the secret would never have
+            data.
 
     Source: moby, plugin/errors.go (errNotFound), which SwarmKit's API passes on without a code.
     """
@@ -59,10 +63,12 @@ def create_secret(
 def update_secret(
     tx: Transaction, id: SecretId, spec: SecretSpec, data: bytes | None, version: int
 ) -> Secret:
-    """Change the labels of a secret that is still at ``version``; nothing else of it can change.
+    """Change the labels of a secret that is still at ``version``.  Nothing else of a secret can change.
 
     Raises:
-        NotFound; InvalidArgument: more than labels would change; OutOfSequence.
+        NotFound: The secret does not exist.
+        InvalidArgument: More than labels would change.
+        OutOfSequence: The secret is at another version.
     """
     secret = tx.get(Secret, id)
     if secret.spec.name != spec.name or not _is_same_data(tx, id, data):
@@ -94,9 +100,11 @@ def create_config(
     now: Timestamp,
     writer: Identity | None = None,
 ) -> Config:
-    """Create a config.  A revision of a stack replaces the deploys of earlier ones that are under way.
+    """Create a config.  A revision of a stack replaces the deploys of earlier revisions that are in progress.
 
-    Raises: InvalidArgument: name or data can never work; AlreadyExists.
+    Raises:
+        InvalidArgument: The name or the data cannot work.
+        AlreadyExists: The name is taken.
     """
     check_file_name(spec.name)
     if not 0 < len(spec.data) < CONFIG_BYTES_MAX:
@@ -111,10 +119,10 @@ def create_config(
 def update_config(
     tx: Transaction, id: ConfigId, spec: ConfigSpec, version: int, *, writer: Identity | None = None
 ) -> Config:
-    """Change the labels of a config that is still at ``version``.  Raises: as ``update_secret``.
+    """Change the labels of a config that is still at ``version``.  Raises: the errors of ``update_secret``.
 
-    A revision of a stack has the rights of the weakest role that ever wrote it: its labels say whether a rollback
-    chooses it.
+    A revision of a stack has the rights of the weakest role that ever wrote it, because its labels decide whether a
+    rollback chooses it.
     """
     config = tx.get(Config, id)
     if config.spec.name != spec.name or (spec.data and spec.data != config.spec.data):
@@ -131,7 +139,7 @@ def update_config(
 
 
 def _role_of(spec: ConfigSpec, writer: Identity | None) -> Binding | None:
-    """The role by which ``writer`` may write a config of this stack; None: the writer is not known."""
+    """Return the role with which ``writer`` may write a config of this stack, or None if the writer is unknown."""
     return writer.strongest_in(spec.labels.get(STACK_LABEL, "")) if writer is not None else None
 
 
@@ -159,7 +167,7 @@ def _is_same_data(tx: Transaction, id: SecretId, data: bytes | None) -> bool:
 def _in_use(tx: Transaction, noun: str, name: str, error: InUse) -> InvalidArgument:
     users = [tx.lookup(Service, id) for kind, id in error.users if kind == "service"]
     names = [user.spec.name for user in users if user is not None]
-    if not names:  # Docker lets a volume lose its secrets
+    if not names:  # as in Docker, a secret may be removed while a volume refers to it
         volumes = [tx.lookup(Volume, id) for kind, id in error.users if kind == "volume"]
         words = ", ".join(one.spec.name for one in volumes if one is not None)
         return InvalidArgument(f"{noun} '{name}' is in use by cluster volumes: {words}")
@@ -172,6 +180,11 @@ def _used_by(noun: str, name: str, names: Sequence[str]) -> InvalidArgument:
 
 
 def _check_runs(tx: Transaction, noun: str, id: str, name: str) -> None:
-    """Raises: InvalidArgument: the present run of a job needs it; Unavailable: such a run cannot be read."""
+    """Check that no current run of a job needs a file.
+
+    Raises:
+        InvalidArgument: A current run needs it.
+        Unavailable: A current run cannot be read.
+    """
     if jobs := runs_with(tx, noun, id):
         raise _used_by(noun, name, [job.spec.name for job in jobs])

@@ -1,4 +1,4 @@
-"""Requests on jobs: run one now, try again what has failed of its present run."""
+"""Operations on jobs: start a run now, and retry the failed slots of the current run."""
 
 from msgspec.structs import replace
 
@@ -18,15 +18,19 @@ from skep.store.level import SCHEDULES
 def run_job(tx: Transaction, id: ServiceId, *, now: Timestamp, replaces: bool) -> Service:
     """Start the next run of a job now, whether it has a schedule or not.
 
-    ``replaces``: the present run is stopped if it is still going.
-    Raises: FailedPrecondition: it is no job, or its present run is still going; NotFound; Unavailable.
+    ``replaces`` stops the current run if it is active.
+
+    Raises:
+        FailedPrecondition: The service is not a job, or its current run is active.
+        NotFound: The service does not exist.
+        Unavailable: The current run cannot be read.
     """
     service = _job(tx, id)
     job = service.job_status
     assert job is not None, "it is a job"
     if not replaces and is_going(tx, service):
         raise FailedPrecondition(
-            f"run {job.job_iteration.index} of job {service.spec.name} is still going: wait for its end, or replace it "
+            f"run {job.job_iteration.index} of job {service.spec.name} is active: wait until it ends, or replace it "
             f"(skep job run --replace {service.spec.name})"
         )
     if job.schedule is not None:
@@ -35,17 +39,22 @@ def run_job(tx: Transaction, id: ServiceId, *, now: Timestamp, replaces: bool) -
 
 
 def retry_job(tx: Transaction, id: ServiceId) -> Service:
-    """Start again what was given up in the present run of a job; what has completed stays completed.
+    """Retry the slots of a job's current run that were given up.  Completed slots stay completed.
 
-    Raises: FailedPrecondition: it is no job, or nothing has failed; InvalidArgument: a secret or config of the run is
-    gone; NotFound; Unavailable.
+    Raises:
+        FailedPrecondition: The service is not a job, or nothing has failed.
+        InvalidArgument: A secret, config or network of the run was removed.
+        NotFound: The service does not exist.
+        Unavailable: The current run cannot be read.
     """
     service = _job(tx, id)
     if not has_failed(tx, service):
         raise FailedPrecondition(
-            f"nothing of the present run of job {service.spec.name} has failed: there is nothing to retry"
+            f"no slot of the current run of job {service.spec.name} has failed: there is nothing to retry"
         )
-    spec = as_run(tx, service).spec  # the run was over: what it refers to may have been removed
+    spec = as_run(
+        tx, service
+    ).spec  # the run was over, so the objects that it refers to may have been removed
     check_files(tx, spec)
     for kind, network in references_of(spec):
         if kind == "network" and tx.rely_on(Network, network) is None:
@@ -58,11 +67,11 @@ def _job(tx: Transaction, id: ServiceId) -> Service:
     if service.removed_at is not None:
         raise NotFound(f"service {id} not found")
     if has_unreadable_run(tx, id):
-        raise Unavailable(f"the present run of job {id} cannot be read by this manager")
+        raise Unavailable(f"this manager cannot read the current run of job {id}: try another manager")
     if service.job_status is None:
         raise FailedPrecondition(
-            f"service {service.spec.name} is no job: it has mode {service.spec.mode.name}"
+            f"service {service.spec.name} is not a job: it has mode {service.spec.mode.name}"
         )
-    if tx.level < SCHEDULES:  # an older leader would not retry, nor show how a run began
+    if tx.level < SCHEDULES:  # an older leader would not retry, and would not show why a run started
         raise FailedPrecondition("this needs managers of this version: upgrade the others first")
     return service

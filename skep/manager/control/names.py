@@ -14,10 +14,10 @@ _FILE_NAME_LENGTH_MAX = 64
 
 
 def check_dns_name(name: str) -> None:
-    """Refuse what cannot be the name of a service or network.  Raises: InvalidArgument."""
+    """Refuse an invalid name of a service or network.  Raises: InvalidArgument."""
     if not name:
         raise InvalidArgument("meta: name must be provided")
-    # The length first: the pattern takes time that grows with the square of it.
+    # Check the length first: the pattern's time grows with the square of it.
     if len(name) <= _DNS_NAME_LENGTH_MAX and not _DNS_NAME.fullmatch(name):
         raise InvalidArgument("name must be valid as a DNS name component")
     if len(name) > _DNS_NAME_LENGTH_MAX:
@@ -27,7 +27,7 @@ def check_dns_name(name: str) -> None:
 
 
 def check_file_name(name: str) -> None:
-    """Refuse what cannot be the name of a secret or config.  Raises: InvalidArgument."""
+    """Refuse an invalid name of a secret or config.  Raises: InvalidArgument."""
     if not name:
         raise InvalidArgument("name must be provided")
     if len(name) > _FILE_NAME_LENGTH_MAX or not _FILE_NAME.fullmatch(name):

@@ -1,8 +1,8 @@
 """Validation of a network's spec.
 
-Docker's managers check subnets and options only when they allocate, and a network that cannot be allocated stays
-without addresses and without an error.  Here whatever can be checked is refused at once, with the texts of Docker's
-allocator, its drivers or its command.
+Docker's managers check subnets and options only when they allocate.  A network that cannot be allocated stays without
+addresses and without an error.  Skep refuses whatever can be checked at once, with the texts of Docker's allocator, its
+drivers or its command.
 
 Source: swarmkit, manager/controlapi/network.go; moby, libnetwork/drivers/overlay (mtu), ovmanager (vxlan ids),
 cli/command/network/create.go (auxiliary addresses, overlaps within a network).
@@ -24,13 +24,16 @@ from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
 SUBNETS_MAX = 64
+"""Subnets of one network."""
 _DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
 _MTU_MIN = 576
+"""Smallest MTU of an IPv4 network (RFC 791)."""
 _MTU_MIN_6 = 1280
+"""Smallest MTU of an IPv6 network (RFC 8200)."""
 
 
 def check_network_spec(spec: NetworkSpec) -> None:
-    """Refuse specs that can never work.  Raises: InvalidArgument, PermissionDenied, Unimplemented."""
+    """Refuse specs that cannot work.  Raises: InvalidArgument, PermissionDenied, Unimplemented."""
     driver = spec.driver_configuration
     if spec.ingress and driver is not None and driver.name != "overlay":
         raise Unimplemented("only overlay driver is currently supported for ingress network")
@@ -52,7 +55,7 @@ def check_network_spec(spec: NetworkSpec) -> None:
 
 
 def check_subnets(configs: Sequence[IPAMConfig]) -> None:
-    """Refuse subnets of one network that cannot be, by themselves or together.  Raises: InvalidArgument."""
+    """Refuse invalid or overlapping subnets of one network.  Raises: InvalidArgument."""
     if len(configs) > SUBNETS_MAX:
         raise InvalidArgument(f"ipam configuration: more than {SUBNETS_MAX} subnets")
     for config in configs:

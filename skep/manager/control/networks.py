@@ -43,16 +43,16 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
     """Create a network that services can be attached to.
 
     Raises:
-        InvalidArgument, PermissionDenied, Unimplemented: the spec can never work, or its stack has a quota.
-        AlreadyExists: the name is taken, or there is an ingress network already.
-        FailedPrecondition: its subnet or VXLAN id belongs to another network, or a machine has that subnet.
+        InvalidArgument, PermissionDenied, Unimplemented: The spec cannot work, or its stack's quota does not allow it.
+        AlreadyExists: The name is taken, or an ingress network already exists.
+        FailedPrecondition: Its subnet or VXLAN id belongs to another network, or a machine has that subnet.
     """
     check_network_spec(spec)
     if spec.ingress:
         present = known_ingress_network(tx)
         if present is not None:
             raise AlreadyExists(f"ingress network ({present.id}) is already present")
-        tx.rely_on_all(Network)  # another one of another name
+        tx.rely_on_all(Network)  # the other ingress network may have any name
     check_network_quota(tx, spec)
     network = Network(id=NetworkId(new_id()), created_at=now, spec=spec)
     if is_overlay(network):
@@ -62,18 +62,20 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
 
 
 def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -> Network:
-    """Give a network more room; what it has stays.  A config without a subnet gets one of the default pools.
+    """Add subnets to a network, which keeps its own.  A config without a subnet gets one from the default pools.
 
     Raises:
-        NotFound; InvalidArgument; FailedPrecondition: as of ``create_network``, or the network has no subnets.
+        NotFound: The network does not exist.
+        InvalidArgument: A subnet is invalid or overlaps another.
+        FailedPrecondition: The network has no subnets, or the error is one of ``create_network``.
     """
     network = tx.get(Network, id)
     if not is_overlay(network):
-        raise FailedPrecondition(f"network {network.spec.name} has no subnets of the cluster's")
+        raise FailedPrecondition(f"network {network.spec.name} has no subnets that the cluster manages")
     options = network.spec.ipam_options or IPAMOptions(driver=Driver(name="default"))
     present = options.configs
     if not any(config.subnet and ":" not in config.subnet for config in present):
-        # The allocated subnets become part of the spec, as they are no longer all of them.
+        # Add the allocated subnets to the spec, because they are not the only ones afterwards.
         present = present if any(not config.subnet for config in present) else (IPAMConfig(), *present)
     given = network.ipam_options.configs if network.ipam_options is not None else ()
     new = tuple(config for config in configs if config.subnet)
@@ -100,8 +102,8 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
     """Remove a network that no service uses.
 
     Raises:
-        NotFound: it was removed.
-        FailedPrecondition: a service uses it, or it is the cluster's own.
+        NotFound: The network was removed.
+        FailedPrecondition: A service uses the network, or the cluster itself does.
     """
     network = tx.get(Network, id)
     if network.spec.labels.get(PREDEFINED_LABEL) == "true":
@@ -120,10 +122,11 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
 
 
 def first_networks(*, new_id: IdSource, now: Timestamp, has_ipv6: bool = False) -> tuple[Network, ...]:
-    """The networks of a new cluster: ingress, and the nodes' own bridge and host.
+    """Return the networks of a new cluster: ingress, and the nodes' own bridge and host.
 
     Args:
-        has_ipv6: the nodes reach each other by IPv6: so will clients, and ingress keeps their addresses if it has IPv6.
+        has_ipv6: Whether the nodes reach each other by IPv6.  Then clients do as well, and ingress preserves their
+            addresses if it has IPv6.
     """
     ingress = NetworkSpec(
         name="ingress",
@@ -140,12 +143,14 @@ def first_networks(*, new_id: IdSource, now: Timestamp, has_ipv6: bool = False) 
 
 
 def ingress_network(view: View) -> Network | None:
-    """The cluster's ingress network, if it has one."""
+    """Return the cluster's ingress network, if it has one."""
     return next(filter(is_ingress, view.find(Network)), None)
 
 
 def known_ingress_network(view: View) -> Network | None:
-    """The ingress network, for decisions.  Raises: Unavailable: a network that cannot be read may be it."""
+    """Return the ingress network for decisions.  Raises: Unavailable: an unreadable network may be the
+    ingress network.
+    """
     network = ingress_network(view)
     if network is None and (unreadable := view.unreadable(Network)):
         raise Unavailable(f"network {min(unreadable)} cannot be read: it may be the ingress network")
@@ -160,11 +165,11 @@ def _check_ingress_unused(tx: Transaction) -> None:
             raise FailedPrecondition(
                 f"ingress network cannot be removed because service {service.id} depends on it"
             )
-    tx.rely_on_all(Service)  # no service refers to the ingress network, which users do not name
+    tx.rely_on_all(Service)  # services do not refer to the ingress network, because users do not name it
 
 
 def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
-    """Raises: FailedPrecondition: another network has one of the named ids."""
+    """Check that no other network has one of the named ids.  Raises: FailedPrecondition."""
     driver = spec.driver_configuration
     wanted = set(vxlan_ids(driver.options)) if driver is not None else set()
     for other in tx.find(Network) if wanted else ():
@@ -178,7 +183,7 @@ def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
 
 
 def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]) -> None:
-    """Raises: FailedPrecondition: a subnet is another network's, or a machine has a route to it."""
+    """Check that no other network has one of the subnets, and no machine a route to it.  Raises: FailedPrecondition."""
     wanted = [subnet_of(config) for config in configs if config.subnet]
     for other in tx.find(Network) if wanted else ():
         for theirs in subnets_of(other) if other.id != network.id else ():
@@ -195,12 +200,12 @@ def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]
     for clash in route_overlaps(wanted, tx.find(Node)):
         raise FailedPrecondition(
             f"Pool overlaps with other one on this address space: {clash} "
-            f"(label {OVERLAP_LABEL}=true takes it all the same)"
+            f"(label {OVERLAP_LABEL}=true allows it)"
         )
 
 
 def subnets_of(network: Network) -> list[Subnet]:
-    """The network's present and requested subnets."""
+    """Return the network's current and requested subnets."""
     both = (network.ipam_options, network.spec.ipam_options)
     configs = [config for options in both if options is not None for config in options.configs]
     found = dict.fromkeys(subnet_of(config) for config in configs if config.subnet)
@@ -208,11 +213,11 @@ def subnets_of(network: Network) -> list[Subnet]:
 
 
 _NAMED_MAX = 5
-"""Number of users that are named if a network cannot be removed."""
+"""Number of users that the error names if a network cannot be removed."""
 
 
 def _names(tx: Transaction, error: InUse) -> str:
-    """Names of the users, in parentheses; those without a name are left out."""
+    """Return the names of the users in parentheses, without users that have no name."""
     names = []
     for kind, id in error.users:
         if kind == "service" and (service := tx.lookup(Service, id)) is not None:

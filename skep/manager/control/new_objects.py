@@ -1,4 +1,4 @@
-"""New objects, as far as the permission to make them depends on it: stack, what they use, requested rights."""
+"""Facts about new objects that decide whether a user may create them: stack, used objects, requested rights."""
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -28,14 +28,14 @@ from skep.store.kinds import has_unknown_spec, spec_of, specs_in_use
 
 
 def stack_of(labels: Mapping[str, str]) -> str:
-    """The stack that the labels of an object name; empty: none."""
+    """Return the stack in an object's labels, or an empty text."""
     return labels.get(STACK_LABEL, "")
 
 
 def stacks_of(view: View) -> frozenset[str]:
-    """Return every stack of which there is an object, a quota, or a role of a user.
+    """Return every stack that has an object, a quota, or a role of a user.
 
-    The names of a stack that is down stay its own: its volumes outlive it.
+    A stack that is down keeps its names: its volumes outlive it.
     """
     kinds: tuple[type[Any], ...] = (Service, Network, Secret, Config, Volume)
     found = {stack_of(one.spec.labels) for kind in kinds for one in view.find(kind)}
@@ -47,7 +47,7 @@ def stacks_of(view: View) -> frozenset[str]:
 
 
 def new_service(view: View, spec: ServiceSpec) -> NewObject:
-    """Of a service to be made, or updated."""
+    """Return the facts about a service to create or update."""
     container = spec.task_template.container_spec or ContainerSpec()
     return NewObject(
         name=spec.name,
@@ -60,9 +60,10 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
 
 
 def planned_service(view: View, spec: ServiceSpec) -> NewObject:
-    """Of a service that may come; what it refers to need not exist yet, and a service of its name may.
+    """Return the facts about a planned service.
 
-    Secrets and configs are found by their names, as by the deploy, whatever ids the spec has.
+    The objects that it refers to need not exist yet, and a service with its name may exist.  Secrets and configs are
+    found by their names, as in the deploy, whatever ids the spec has.
     """
     container = spec.task_template.container_spec or ContainerSpec()
     new = new_service(view, spec)
@@ -79,26 +80,32 @@ def planned_service(view: View, spec: ServiceSpec) -> NewObject:
 
 
 def _raised_priority(view: View, spec: ServiceSpec) -> int:
-    """Its priority, if that is above 0 and above the one that the service has; else 0."""
+    """Return the service's priority if it is above 0 and above the service's current priority, else 0."""
     present, priority = _present(view, spec.name), priority_of(spec.labels)
     before = priority_of(present.spec.labels) if present is not None else 0
     return priority if priority > max(before, 0) else 0
 
 
 def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
-    """Of a network, secret or config to be made, or updated."""
+    """Return the facts about a network, secret or config to create or update."""
     return NewObject(name=spec.name, stack=stack_of(spec.labels), machine_rights=next(admin_rights(spec), ""))
 
 
 def known_service(view: View, service: Service) -> Known:
-    """Of a service; with the rights of the spec that a rollback would return to, and of a job's present run."""
+    """Return the facts about a service.
+
+    The rights include the rights of the spec that a rollback would restore, and of a job's current run.
+    """
     specs = specs_in_use(view, service)
     rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")
     return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
 
 
 def known_task(view: View, task: Task) -> Known:
-    """Of a task; with the rights that it was made with, which the specs of its service may not have any more."""
+    """Return the facts about a task.
+
+    It keeps the rights it was created with, even if its service's spec no longer has them.
+    """
     service = view.lookup(Service, task.service_id)
     known = known_service(view, service) if service is not None else Known(id="")
     rights = known.machine_rights
@@ -115,10 +122,11 @@ def _present(view: View, name: str) -> Service | None:
 
 
 def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None) -> str:
-    """Return the first thing that only administrators may give a service, or an empty string.
+    """Return the first value in a spec that only administrators may set, or an empty string.
 
     Args:
-        service: has or gets the spec, and keeps the log driver that an administrator chose for it; None: a new one.
+        service: Service that has or gets the spec, and keeps the log driver that an administrator chose for it.  None
+            for a new service.
     """
     template = spec.task_template
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
@@ -130,7 +138,10 @@ def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None
 
 
 def _network_of_machine(view: View, target: str) -> str:
-    """The name of the machine's network that ``target`` means; empty: it is another.  The docker command sends ids."""
+    """Return the name of the machine's network that ``target`` refers to, or an empty text for any other network.
+
+    The docker command sends ids.
+    """
     try:
         spec = view.resolve(Network, target).spec
     except SkepError:

@@ -24,7 +24,7 @@ E = TypeVar("E", bound=Enum)
 
 
 class NodeUpdateBody(ApiObject):
-    """Body of ``POST /nodes/{id}/update``, whose role and availability are not checked yet."""
+    """Body of ``POST /nodes/{id}/update``, with unchecked role and availability."""
 
     __go_name__ = "swarm.NodeSpec"
 
@@ -35,7 +35,7 @@ class NodeUpdateBody(ApiObject):
 
 
 def node_spec(body: NodeUpdateBody) -> NodeSpec:
-    """The spec in ``body``.  Raises: InvalidArgument: unknown role or availability, with the engine's text."""
+    """Return the spec in ``body``.  Raises: InvalidArgument: unknown role or availability, with the engine's text."""
     return NodeSpec(
         name=body.name,
         labels=body.labels,
@@ -55,15 +55,16 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     """Replace the spec of a node that is still at ``version``.
 
     Raises:
-        NotFound; OutOfSequence.
-        FailedPrecondition: it is a Docker Engine that shall be a manager, or the last manager, or the managers
-            that stay have no quorum.
+        NotFound: The node does not exist.
+        OutOfSequence: The node is at another version.
+        FailedPrecondition: A Docker Engine would become a manager, or the last manager would be demoted, or the
+            remaining managers would have no quorum.
     """
     node = tx.get(Node, id)
     if spec.role is NodeRole.MANAGER and is_docker_node(node):
         raise FailedPrecondition(
             f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "
-            "promote a skep node, or join one with the manager token"
+            "promote a Skep node, or join one with the manager token"
         )
     if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
         check_demotion(tx, node)
@@ -77,16 +78,18 @@ def remove_node(
 ) -> None:
     """Delete a node and revoke its certificates.
 
-    The leader then orphans its tasks, whose status can never be reported again, and replaces them.  The node stops
-    its containers as soon as a manager refuses it, unless ``keeps_containers``.
+    The leader then orphans its tasks, whose status can never be reported again, and replaces them.  The node stops its
+    containers as soon as a manager refuses it, unless ``keeps_containers``.
 
     Raises:
-        NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
+        NotFound: The node does not exist.
+        FailedPrecondition: The node is a manager, or is up and ``force`` is False.
+        Unavailable: This manager cannot read whether the node is a manager.
     """
     node = tx.get(Node, id)
     if "manager" in tx.damaged(Node).get(id, ()):
         raise Unavailable(
-            f"it cannot be read whether node {id} is a manager with a vote: try again on another manager"
+            f"this manager cannot read whether node {id} is a manager with a vote: try another manager"
         )
     if node.spec.role is NodeRole.MANAGER and node.manager_status is not None and _has_vote(node):
         raise FailedPrecondition(
@@ -100,9 +103,12 @@ def remove_node(
 
 
 def check_demotion(tx: Transaction, node: Node) -> None:
-    """Raises: FailedPrecondition: it is the last manager, or those that stay have no quorum.
+    """Check that a manager may be demoted.
 
-    One that a restore or a forced new cluster left behind has no vote that could be missed.
+    A manager that a restore or a forced new cluster left behind has no vote, so it is not missed.
+
+    Raises:
+        FailedPrecondition: It is the last manager, or the remaining managers would have no quorum.
     """
     if not _has_vote(node):
         return
@@ -110,7 +116,9 @@ def check_demotion(tx: Transaction, node: Node) -> None:
     if len(managers) == 1:
         raise FailedPrecondition("attempting to demote the last manager of the swarm")
     for other in managers:
-        tx.rely_on(Node, other.id, HEAD, "manager")  # or two managers demote each other at the same moment
+        tx.rely_on(
+            Node, other.id, HEAD, "manager"
+        )  # otherwise two managers could demote each other at the same moment
     staying = [other for other in managers if other.id != node.id]
     reachable = [other for other in staying if other.is_reachable_manager]
     if len(reachable) <= len(staying) // 2:

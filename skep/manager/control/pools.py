@@ -1,6 +1,6 @@
-"""Address pools of a cluster that exists: Docker sets them once, with ``docker swarm init --default-addr-pool``.
+"""Address pools of an existing cluster.  Docker only sets them with ``docker swarm init --default-addr-pool``.
 
-A pool is where networks get their subnets from; a change concerns networks without one, those that exist keep theirs.
+Networks get their subnets from a pool.  A change affects networks without a subnet.  Existing networks keep theirs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,15 +18,17 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Transaction, View
 
 POOLS_MAX = 64
+"""Address pools of a cluster."""
 SUBNET_SIZE_MAX = 29
-"""Longest prefix of a network's subnet; Docker's."""
+"""Longest prefix of a network's subnet, as in Docker."""
 NAMED_MAX = 5
+"""Names in one error."""
 
 
 class PoolChange(ApiObject):
     """Body of ``POST /skep/cluster/pools``.
 
-    ``subnet_size``: prefix length of the subnets of further networks; 0: as before.
+    ``subnet_size`` is the prefix length of new networks' subnets, or 0 to keep the current one.
     """
 
     add: tuple[str, ...] = ()
@@ -38,18 +40,21 @@ def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
     """Add and remove address pools, and set the size of subnets.
 
     Raises:
-        InvalidArgument: no IPv4 subnet, too small for the subnets, or it overlaps another pool or is a node's network.
-        NotFound: there is no such pool to remove.
-        FailedPrecondition: networks have subnets of a pool that is to be removed, or no pool would be left.
+        InvalidArgument: A pool is not an IPv4 subnet, is too small, overlaps another pool, or is a node's network.
+        NotFound: A pool to remove does not exist.
+        FailedPrecondition: Networks have subnets of a pool to remove, or no pool would remain.
     """
-    if len(change.add) + len(change.remove) > 2 * POOLS_MAX:  # each is compared with the routes of every node
+    # limited because each pool is compared with the routes of every node
+    if len(change.add) + len(change.remove) > 2 * POOLS_MAX:
         raise InvalidArgument(f"a cluster has at most {POOLS_MAX} address pools")
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = [_pool(text) for text in swarm.default_addr_pool]
     removed = [_pool(text) for text in change.remove]
     for pool in removed:
         if pool not in present:
-            raise NotFound(f"{pool} is no address pool of the cluster: it has {_listed(map(str, present))}")
+            raise NotFound(
+                f"{pool} is not an address pool of the cluster: it has {_listed(map(str, present))}"
+            )
         if users := _users(tx, pool):
             raise FailedPrecondition(f"address pool {pool} is in use by networks: {_listed(users)}")
     kept = [pool for pool in present if pool not in removed]
@@ -74,7 +79,9 @@ def _pool(text: str) -> IPv4Network:
 
 
 def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> None:
-    """Refuse a pool that overlaps another one, or in which no subnet would be free: a node reaches all of it itself."""
+    """Refuse a pool that overlaps another pool, or without a usable subnet because a node reaches all of it
+    directly.
+    """
     if clash := next((other for other in others if pool.overlaps(other)), None):
         raise InvalidArgument(f"address pool {pool} overlaps address pool {clash}")
     for node in view.find(Node):
@@ -88,7 +95,7 @@ def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> 
 
 def _check_sizes(pools: Sequence[IPv4Network], size: int) -> None:
     if not pools:
-        raise FailedPrecondition("the cluster needs an address pool: add another one before")
+        raise FailedPrecondition("the cluster needs an address pool: add another one first")
     if len(pools) > POOLS_MAX:
         raise InvalidArgument(f"a cluster has at most {POOLS_MAX} address pools")
     if not 1 <= size <= SUBNET_SIZE_MAX:
@@ -98,7 +105,7 @@ def _check_sizes(pools: Sequence[IPv4Network], size: int) -> None:
 
 
 def _users(view: View, pool: IPv4Network) -> list[str]:
-    """Names of the networks that have a subnet of the pool; those whose user named the subnet do not need it."""
+    """Return the names of the networks with a subnet of the pool, without subnets that the user specified."""
     return sorted(
         network.spec.name
         for network in view.find(Network)

@@ -1,4 +1,4 @@
-"""Quotas of stacks: set, removed, shown, and checked when an object is created or changed."""
+"""Quotas of stacks: set, remove, show, and check when an object is created or changed."""
 
 import msgspec
 from msgspec.structs import replace
@@ -26,12 +26,12 @@ from skep.store.level import USERS
 
 
 def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> None:
-    """Raises: PermissionDenied: the service would take more than its stack may have."""
+    """Check a service against its stack's quota.  Raises: PermissionDenied."""
     _require(claim_service(tx, spec, present))
 
 
 def check_network_quota(tx: Transaction, spec: NetworkSpec, present: Network | None = None) -> None:
-    """Raises: PermissionDenied: the network would take more than its stack may have."""
+    """Check a network against its stack's quota.  Raises: PermissionDenied."""
     before = usage_of_network(tx, present.spec, present) if present is not None else Usage()
     wanted = usage_of_network(tx, spec, present)
     _require(claim(tx, stack_of(spec.labels), before, wanted, id=present.id if present is not None else ""))
@@ -43,7 +43,7 @@ def check_file_quota(
     data_bytes: int,
     present: Secret | Config | None = None,
 ) -> None:
-    """Raises: PermissionDenied: the secret or config would take more than its stack may have."""
+    """Check a secret or config against its stack's quota.  Raises: PermissionDenied."""
     stack = stack_of(spec.labels)
     if present is not None and stack_of(present.spec.labels) == stack:
         return
@@ -56,13 +56,15 @@ def _require(why: str) -> None:
 
 
 def set_quota(tx: Transaction, spec: QuotaSpec, *, new_id: IdSource, now: Timestamp) -> StackQuota:
-    """Set the quota of a stack; what its services take already stays.  Raises: InvalidArgument; FailedPrecondition."""
+    """Set the quota of a stack.  Its services keep their current resources.  Raises: InvalidArgument;
+    FailedPrecondition.
+    """
     if tx.level < USERS:
         raise FailedPrecondition("quotas need managers of this version: upgrade the others first")
     bounds = [getattr(spec, name) for name, *_ in BOUNDS]
     if any(not 0 <= bound < 2**53 for bound in bounds) or not any(bounds):
         raise InvalidArgument(
-            "a quota needs a bound: tasks, cpus, memory, ports, networks, addresses, secrets, configs, data or services"
+            "a quota needs a limit: tasks, cpus, memory, ports, networks, addresses, secrets, configs, data or services"
         )
     present = quota_of(tx, spec.name)
     if present is None:
@@ -71,7 +73,7 @@ def set_quota(tx: Transaction, spec: QuotaSpec, *, new_id: IdSource, now: Timest
 
 
 def remove_quota(tx: Transaction, stack: str) -> None:
-    """Raises: NotFound."""
+    """Remove the quota of a stack.  Raises: NotFound."""
     quota = quota_of(tx, stack)
     if quota is None:
         raise NotFound(f"stack {stack} has no quota")
@@ -79,6 +81,6 @@ def remove_quota(tx: Transaction, stack: str) -> None:
 
 
 def quota_state(view: View, quota: StackQuota) -> QuotaState:
-    """With what is taken of it."""
+    """Return a quota with its usage."""
     used = usage_of_stack(view, quota.spec.name)
     return QuotaState(quota=quota.spec, used=QuotaSpec(name=quota.spec.name, **msgspec.structs.asdict(used)))

@@ -8,7 +8,7 @@ from skep.store.interface import View
 
 
 def reserved_ports(view: View, spec: ServiceSpec) -> Iterator[str]:
-    """The reserved ports that a service would publish, in ingress or host mode, each with what it is for."""
+    """Yield the reserved ports that a service would publish, in ingress or host mode, with their uses."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
     if not any(port.published_port for port in ports):
         return

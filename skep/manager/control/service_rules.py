@@ -1,6 +1,6 @@
 """Validation of a service's spec, with SwarmKit's texts and order.
 
-Source: swarmkit, manager/controlapi/service.go (validateServiceSpec and what it calls).
+Source: swarmkit, manager/controlapi/service.go (validateServiceSpec and its callees).
 """
 
 import re
@@ -39,14 +39,16 @@ from skep.model.service import (
 )
 
 _NANO_CPUS_MIN = 1_000_000
+"""Smallest CPU limit or reservation, as in SwarmKit."""
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
+"""Smallest memory limit or reservation, as in SwarmKit."""
 _PORT_MAX = 65535
 _SIGN_BIT = 2**63 - 1
-"""Decoding limits larger numbers to this; SwarmKit reads them as negative."""
+"""Decoding limits larger numbers to this value.  SwarmKit reads them as negative."""
 
 
 def check_service_spec(spec: ServiceSpec) -> None:
-    """Refuse specs that can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
+    """Refuse specs that cannot work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
     check_autoscaling(spec)
@@ -62,12 +64,12 @@ def check_service_spec(spec: ServiceSpec) -> None:
     else:
         _check_update(spec.update_config)
     _check_endpoint(spec.endpoint_spec)
-    for (
-        network
-    ) in spec.networks:  # the older place of a service's networks; nodes get those of the template alone
+    for network in (
+        spec.networks
+    ):  # Docker's older field for a service's networks.  Nodes only get the networks of the template.
         for option in network.driver_opts:
             raise InvalidArgument(
-                f"network {network.target}: driver option {option} belongs into the networks of TaskTemplate"
+                f"network {network.target}: driver option {option} belongs in the networks of TaskTemplate"
             )
 
 
@@ -94,7 +96,7 @@ def _check_resources(requirements: ResourceRequirements | None) -> None:
     reservations = requirements.reservations
     for one in reservations.generic_resources if reservations is not None else ():
         discrete = one.discrete_resource_spec
-        if discrete is not None and discrete.value < 0:  # as docker's command refuses them
+        if discrete is not None and discrete.value < 0:  # docker's command refuses them as well
             raise InvalidArgument(f"cannot ask for negative resource {discrete.kind}")
 
 
@@ -107,7 +109,7 @@ def _check_amounts(resources: Limits | Resources) -> None:
 
 
 def _go_float(value: float) -> str:
-    """``value`` as Go's ``%g`` prints it: shortest form, exponents of at least two digits."""
+    """Format ``value`` as Go's ``%g`` does: shortest form, exponents of at least two digits."""
     text = repr(value)
     if text.endswith(".0"):
         text = text[:-2]
@@ -128,7 +130,7 @@ def _check_restart(policy: RestartPolicy | None) -> None:
 
 
 def _check_constraints(expressions: Iterable[str]) -> None:
-    """SwarmKit gives these errors no code."""
+    """Check constraints.  SwarmKit's errors for them have no code, so they become Untranslated."""
     try:
         for expression in expressions:
             constraints.parse(expression)
@@ -200,7 +202,7 @@ _SEEN = templates.context(
     task_name="taskname",
     slot="1",
 )
-"""A task that placeholders are tried with, as SwarmKit's control API does."""
+"""Example task with which placeholders are tried, as SwarmKit's control API does."""
 
 
 def _check_container(container: ContainerSpec) -> None:
@@ -290,7 +292,9 @@ _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}
 
 
 def is_image_reference(text: str) -> bool:
-    """Whether ``text`` names an image: ``busybox``, ``host:5000/team/web:1.2@sha256:...``.  An image ID does not."""
+    """Return whether ``text`` names an image: ``busybox``, ``host:5000/team/web:1.2@sha256:...``, but not
+    an image id.
+    """
     if len(text) > 1024 or _IMAGE_ID.fullmatch(text):
         return False
     match = _REFERENCE.fullmatch(_with_domain(text))
@@ -301,7 +305,7 @@ def is_image_reference(text: str) -> bool:
 
 
 def _with_domain(text: str) -> str:
-    """``text`` with the registry that a short form leaves out."""
+    """Return ``text`` with the registry that a short form omits."""
     first, slash, _ = text.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost" or first.lower() != first):
         return text

@@ -1,6 +1,6 @@
 """Operations on services.
 
-Creating, updating and removing a service write its spec; the leader's loops do the rest.  The specs passed in are
+Creating, updating and removing a service write its spec, and the leader's loops do the rest.  The specs passed in are
 ``settled`` (see ``service_form``) and name networks by id.
 
 Source: swarmkit, manager/controlapi/service.go; moby 20.10, daemon/cluster/services.go.
@@ -54,7 +54,7 @@ from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 from skep.store.level import SCHEDULES
 
 AuthSource = Literal["spec", "previous-spec"]
-"""Source of the registry credentials of an update that has none."""
+"""Source of the registry credentials of an update that has no credentials."""
 
 
 def create_service(
@@ -67,18 +67,18 @@ def create_service(
     registry_auth: str = "",
     by_admin: bool = False,
 ) -> Service:
-    """Create a service; one without a name gets a readable one that is free.
+    """Create a service.  A service without a name gets a free readable name.
 
     Args:
-        registry_auth: the ``X-Registry-Auth`` that nodes pull the image with; kept apart, never shown.
-        by_admin: whether an administrator asks for it (``manager.trust``).
+        registry_auth: The ``X-Registry-Auth`` for pulling the image.  It is stored separately and never shown.
+        by_admin: Whether an administrator creates it (``manager.trust``).
 
     Raises:
-        InvalidArgument: the spec can never work, a port is taken, a secret or config is missing.
-        PermissionDenied: the cluster does not allow the rights over nodes that it asks for, or its stack has a quota.
-        AlreadyExists: the name is taken.
-        FailedPrecondition: it publishes ports on the ingress network and there is none.
-        Unavailable: what it needs cannot be read.
+        InvalidArgument: The spec cannot work, a port is taken, or a secret or config is missing.
+        PermissionDenied: The cluster does not allow the requested rights over nodes, or the stack's quota is exceeded.
+        AlreadyExists: The name is taken.
+        FailedPrecondition: It publishes ports on the ingress network, which does not exist.
+        Unavailable: An object that it needs cannot be read.
     """
     if not spec.name:
         spec = replace(spec, name=_free_name(tx, new_name))
@@ -116,14 +116,14 @@ def update_service(
     registry_auth_from: AuthSource = "spec",
     by_admin: bool = False,
 ) -> Service:
-    """Replace the spec of a service that is still at ``version``; the spec before it stays as ``previous_spec``.
+    """Replace the spec of a service that is still at ``version``, and keep the old one as ``previous_spec``.
 
     Raises:
-        InvalidArgument, FailedPrecondition: as for ``create_service``.
-        NotFound: it was removed.
-        Unimplemented: the update changes the mode, the name, or networks in the old place.
-        OutOfSequence: the service is at another version.
-        Unavailable: it is a job, or restarts one, whose present run this manager cannot read.
+        InvalidArgument, FailedPrecondition: See ``create_service``.
+        NotFound: The service was removed.
+        Unimplemented: The update changes the mode, the name, or networks in the old field.
+        OutOfSequence: The service is at another version.
+        Unavailable: This manager cannot read the current run of the job, or of a job that it would restart.
     """
     service = _changeable(tx, id, spec, version)
     spec = with_number_kept(spec, service.spec)
@@ -156,10 +156,10 @@ def update_service(
 def rollback_service(
     tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int, *, now: Timestamp
 ) -> Service:
-    """Swap the present and the previous spec.  ``spec``, sent along by the client, is checked and not used.
+    """Swap the current and the previous spec.  ``spec`` comes from the client, and is checked but not used.
 
     Raises:
-        FailedPrecondition: there is no previous spec; the rest as for ``update_service``.
+        FailedPrecondition: There is no previous spec.  For other errors see ``update_service``.
     """
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
@@ -186,13 +186,13 @@ def rollback_service(
 
 
 def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp, version: int | None = None) -> None:
-    """Remove a service: its name, ports and references are free at once, its tasks stop by and by.
+    """Remove a service.  Its name, ports and references are free at once, and its tasks stop gradually.
 
-    The record stays, hidden, as owner of its tasks; the leader deletes it after the last of them.
+    The record stays, hidden, as the owner of its tasks.  The leader deletes it after the last task.
 
     Raises:
-        NotFound: it was removed.
-        OutOfSequence: it is not at ``version``.
+        NotFound: The service was removed.
+        OutOfSequence: The service is not at ``version``.
     """
     service = _present(tx, id)
     if version is not None and service.version != Version(index=version):
@@ -201,15 +201,16 @@ def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp, version: i
 
 
 def names_networks(spec: ServiceSpec) -> bool:
-    """Whether ``with_network_ids`` has anything to do."""
+    """Return whether ``with_network_ids`` would change anything."""
     return bool(spec.task_template.networks or spec.networks)
 
 
 def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
-    """``spec`` with networks by id, which clients may name by name or by the beginning of an id.
+    """Return ``spec`` with network ids in place of names or id prefixes.
 
     Raises:
-        Untranslated: no such network; InvalidArgument: several.
+        Untranslated: A network does not exist.
+        InvalidArgument: A name or prefix is ambiguous.
     """
     template = spec.task_template
     if template.networks:
@@ -233,12 +234,12 @@ def _resolved(
 def _free_name(tx: Transaction, new_name: NameSource) -> str:
     name = free_name(new_name, lambda name: bool(tx.find(Service, name=name)), attempts=1_000)
     if name is None:
-        raise InvalidArgument("no generated name is free: name the service")
+        raise InvalidArgument("all generated names are taken: give the service a name")
     return name
 
 
 def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
-    """The service ``id``, to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
+    """Return the service ``id`` to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
     check_service_spec(spec)
     _check_level(tx, spec)
     check_dependencies(tx, spec)
@@ -268,15 +269,18 @@ def _present(tx: Transaction, id: ServiceId) -> Service:
 
 
 def _check_level(view: View, spec: ServiceSpec) -> None:
-    """Raises: FailedPrecondition: a manager is too old for schedules: with it as leader the job would run at once."""
+    """Refuse a schedule while a manager is too old: as the leader, it would run the job at once.  Raises:
+    FailedPrecondition.
+    """
     if CRON in spec.labels and view.level < SCHEDULES:
         raise FailedPrecondition("schedules need managers of this version: upgrade the others first")
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Raises: PermissionDenied: the cluster does not allow its services what the spec asks for.
+    """Check that the cluster allows the rights that the spec requests.  Raises: PermissionDenied.
 
-    Tasks as those of ``present`` are not asked about again: scaling goes on when the cluster allows less than before.
+    Tasks like those of ``present`` are not checked again, so a service can be scaled when the cluster allows less than
+    before.
     """
     kinds = rights_of(spec.task_template.container_spec).kinds
     if not kinds or (present is not None and spec.task_template == present.task_template):
@@ -284,17 +288,17 @@ def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = N
     refused = kinds - allowed_by(cluster_of(view).spec.labels)
     if refused:
         raise PermissionDenied(
-            f"the cluster does not allow its services: {rights_text(refused)} (see `skep cluster allow`)"
+            f"this cluster does not allow services to use: {rights_text(refused)} (see `skep cluster allow`)"
         )
 
 
 def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Check that start-first can ever replace a task: the new one needs its cluster volumes beside the old one.
+    """Check that start-first can replace a task: the new one needs its cluster volumes while the old one has them.
 
-    SwarmKit starts such an update and never ends it.  A spec that was accepted before may be scaled.
+    SwarmKit starts such an update and never ends it.  A spec that was accepted earlier may be scaled.
 
     Raises:
-        InvalidArgument: a volume cannot be shared.
+        InvalidArgument: A volume cannot be shared.
     """
     rollouts = ("update", spec.update_config), ("rollback", spec.rollback_config)
     first = [
@@ -307,7 +311,7 @@ def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = 
             if cannot_share(volume, mount):
                 raise InvalidArgument(
                     f"cluster volume {mount.source} has sharing mode {volume.spec.access_mode.sharing.value}, so a new "
-                    f"task cannot start beside the old one: use stop-first as the {first[0]} order"
+                    f"task cannot start while the old one runs: use stop-first as the {first[0]} order"
                 )
 
 
@@ -321,7 +325,11 @@ def _check_attachments(view: View, spec: ServiceSpec) -> None:
 
 
 def _check_ingress(tx: Transaction, spec: ServiceSpec) -> None:
-    """Raises: FailedPrecondition: it publishes ports on the ingress network, and there is none, also at the commit."""
+    """Check that the ingress network exists, also at the commit, if the spec publishes ports on it.
+
+    Raises:
+        FailedPrecondition: It does not exist.
+    """
     if not needs_ingress(spec):
         return
     network = known_ingress_network(tx)
@@ -331,13 +339,13 @@ def _check_ingress(tx: Transaction, spec: ServiceSpec) -> None:
 
 
 def needs_ingress(spec: ServiceSpec) -> bool:
-    """Whether the service publishes a port on every node of the cluster."""
+    """Return whether the service publishes a port on every node of the cluster."""
     endpoint = spec.endpoint_spec
     return endpoint is not None and any(port.publish_mode is PublishMode.INGRESS for port in endpoint.ports)
 
 
 def check_files(tx: Transaction, spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: a secret or config of ``spec`` does not exist under the name that it gives."""
+    """Check that the secrets and configs of ``spec`` exist under its names.  Raises: InvalidArgument."""
     container = spec.task_template.container_spec
     if container is None:
         return
@@ -360,10 +368,10 @@ def _check_known(
 
 
 def auth_source(word: str, service: Service) -> AuthSource:
-    """The value of ``registryAuthFrom`` of an update.
+    """Parse the parameter ``registryAuthFrom`` of an update.
 
     Raises:
-        Untranslated: it is no such word, or there is no previous spec.
+        Untranslated: The value is unknown, or the previous spec is missing.
     """
     match word:
         case "" | "spec":

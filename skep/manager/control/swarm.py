@@ -1,6 +1,6 @@
 """Operations on the cluster as a whole.
 
-Founding it is one transaction; the requests that lead there are checked in ``api.swarm_requests``.
+Founding the cluster is one transaction.  ``api.swarm_requests`` checks the requests that lead to it.
 
 Source: swarmkit, manager/controlapi/cluster.go; moby 20.10, daemon/cluster/swarm.go.
 """
@@ -39,8 +39,9 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
+"""Shortest lifetime of node certificates, as in SwarmKit."""
 FROZEN = "replacement of tasks is frozen"
-"""First words of the reason; ``/info`` of the nodes recognises it by them."""
+"""First words of the reason, by which ``/info`` of the nodes recognizes it."""
 
 NAMED_MAX = 5
 """Nodes named in an error."""
@@ -57,14 +58,14 @@ class Rotations(msgspec.Struct, frozen=True, kw_only=True):
 def found_swarm(
     tx: Transaction, swarm: Swarm, first_node: Node, new_id: IdSource, *, has_ipv6: bool = False
 ) -> Swarm:
-    """Write everything a new cluster begins with: itself, its first node, ingress and the predefined networks.
+    """Write the initial objects of a new cluster: itself, its first node, ingress and the predefined networks.
 
     Args:
-        has_ipv6: its first manager is advertised by an IPv6 address.
+        has_ipv6: Whether its first manager is advertised by an IPv6 address.
 
     Raises:
-        FailedPrecondition: there is a cluster already.
-        InvalidArgument: its spec can never work.
+        FailedPrecondition: The store already has a cluster.
+        InvalidArgument: The spec cannot work.
     """
     if tx.find(Swarm):
         raise FailedPrecondition("the store already has a cluster")
@@ -88,22 +89,23 @@ def update_swarm(
     new_key: Callable[[], bytes] = new_unlock_key,
     prepared: Prepared = Prepared(),  # noqa: B008 -- immutable
 ) -> Swarm:
-    """Replace the cluster's settings, if it is still at ``version``, and the tokens that ``rotations`` names.
+    """Replace the cluster's settings if it is still at ``version``, and the tokens that ``rotations`` names.
 
-    A root that the settings bring, or a rotation counted, begins a rotation of the root (``manager.ca`` ends it).
+    A root in the settings, or a raised rotation counter, starts a rotation of the root, which ``manager.ca`` ends.
 
     Args:
-        prepared: what external authorities have done for it (``manager.ca.external``).
+        prepared: Results of external authorities for it (``manager.ca.external``).
 
     Raises:
-        InvalidArgument: the spec can never work.
-        OutOfSequence: the cluster is at another version.
-        FailedPrecondition: the root would be rotated while a node that is away trusts an older one than the present.
-        Unavailable: so does a manager's etcd, which changes soon (``etcds_behind``).
+        InvalidArgument: The spec cannot work.
+        OutOfSequence: The cluster is at another version.
+        FailedPrecondition: The root would be rotated while an unavailable node trusts an older root than the current
+            one.
+        Unavailable: A manager's etcd still trusts an older root, which changes soon (``etcds_behind``).
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     check_swarm_name(spec)
-    ca_config = spec.ca_config  # with a root's key, which the merged settings do not have
+    ca_config = spec.ca_config  # includes the root's key, which the merged settings do not have
     spec = merged_spec(spec)
     check_swarm_spec(spec)
     rooted = _with_root(tx, swarm, ca_config, now, new_root, prepared)
@@ -119,10 +121,13 @@ def update_swarm(
 
 
 def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
-    """Raises: FailedPrecondition: a node that is away, or its etcd, missed the end of the last rotation.
+    """Check that no unavailable node, nor its etcd, missed the end of the last rotation.
 
-    It accepts the managers by the certificate that signs the present root with the one before; during another rotation
-    theirs is another one.  SwarmKit does not check this, and loses the node.
+    Such a node accepts the managers by the certificate with which the previous root signed the current one.  During
+    another rotation they have a different certificate.  SwarmKit does not check this, and loses the node.
+
+    Raises:
+        FailedPrecondition: Such a node exists.
     """
     known = ("", swarm.tls_info.trust_root)
     behind = [
@@ -133,26 +138,26 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
     ]
     if behind:
         raise FailedPrecondition(
-            f"nodes that are away still trust the root before the present one, and could not return after another "
+            f"unavailable nodes still trust the root before the current one, and could not return after another "
             f"rotation: {_names(behind)}. Start them, or remove them (docker node rm --force)"
         )
 
 
 def _check_etcds(tx: Transaction) -> None:
-    """Raises: Unavailable."""
+    """Check that every etcd trusts the current root.  Raises: Unavailable."""
     if behind := etcds_behind(tx):
         raise Unavailable(
-            f"managers restart their etcds after the last rotation of the root, try again: {_names(behind)}"
+            f"managers are restarting etcd after the last rotation of the root, try again: {_names(behind)}"
         )
 
 
 def _names(nodes: Iterable[Node]) -> str:
-    """Of the first of ``nodes``."""
+    """Return the names of the first of ``nodes``."""
     return ", ".join(sorted(node.description.hostname or node.id for node in nodes)[:NAMED_MAX])
 
 
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:
-    """Begin a rotation to a new root, as ``docker swarm ca --rotate`` does.  Raises: Unavailable (``update_swarm``)."""
+    """Start a rotation to a new root, as ``docker swarm ca --rotate`` does.  Raises: Unavailable (``update_swarm``)."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     _check_etcds(tx)
     present = swarm.spec.ca_config
@@ -175,7 +180,7 @@ def rotate_unlock_key(tx: Transaction, new_key: Callable[[], bytes] = new_unlock
 
 
 def resume_replacement(tx: Transaction) -> None:
-    """End the freeze of replacement.  Raises: FailedPrecondition: nothing is frozen."""
+    """End the freeze of replacement.  Raises: FailedPrecondition: replacement is not frozen."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.freeze is None:
         raise FailedPrecondition("replacement is not frozen")
@@ -183,7 +188,7 @@ def resume_replacement(tx: Transaction) -> None:
 
 
 def frozen_message(freeze: Freeze) -> str:
-    """Why no tasks are replaced, for users."""
+    """Return why no tasks are replaced, for users."""
     return (
         f"{FROZEN} since {freeze.since}: {len(freeze.nodes)} of {freeze.ready_before} nodes went down at once; "
         "it resumes when half of them are back, after 10 minutes, or with: skep cluster resume"
@@ -191,7 +196,7 @@ def frozen_message(freeze: Freeze) -> str:
 
 
 def check_swarm_spec(spec: SwarmSpec) -> None:
-    """Refuse settings that can never work.  Raises: InvalidArgument."""
+    """Refuse settings that cannot work.  Raises: InvalidArgument."""
     if spec.ca_config.node_cert_expiry < CERT_EXPIRY_MIN_NS:
         raise InvalidArgument("minimum certificate expiry time is: 1h0m0s")
     window = spec.labels.get(RENEW_WINDOW_LABEL)
@@ -204,7 +209,7 @@ def check_swarm_spec(spec: SwarmSpec) -> None:
 
 
 def unlock_key_of(view: View) -> bytes | None:
-    """The key that opens locked managers; None: they are not locked."""
+    """Return the key that opens locked managers, or None if they are not locked."""
     payload = view.lookup(Payload, UNLOCK_KEY_ID)
     return payload.data if payload is not None else None
 
@@ -212,7 +217,7 @@ def unlock_key_of(view: View) -> bytes | None:
 def _keep_unlock_key(
     tx: Transaction, *, is_wanted: bool, is_rotated: bool = False, new_key: Callable[[], bytes]
 ) -> None:
-    """Have an unlock key exactly if autolock is on; an old one is never restored, as in SwarmKit."""
+    """Keep an unlock key exactly while autolock is on.  As in SwarmKit, an old key is never restored."""
     is_there = tx.rely_on(Payload, UNLOCK_KEY_ID) is not None
     if is_wanted and (is_rotated or not is_there):
         tx.put(Payload(id=UNLOCK_KEY_ID, data=new_key()))
@@ -228,9 +233,11 @@ def _with_root(
     new_root: Callable[[], Authority],
     prepared: Prepared,
 ) -> Swarm:
-    """``swarm`` with the root that ``ca_config`` requests, or with a rotation to it.
+    """Return ``swarm`` with the root that ``ca_config`` requests, or with a rotation to it.
 
-    Raises: InvalidArgument; Unavailable: the roots have changed since ``prepared``.
+    Raises:
+        InvalidArgument: The requested root is invalid.
+        Unavailable: The roots have changed since ``prepared``.
     """
     if not is_about_roots(swarm.spec.ca_config, ca_config):
         return swarm
@@ -243,7 +250,7 @@ def _with_root(
 
 
 def roots_of(view: View, swarm: Swarm) -> Roots:
-    """The cluster's root, and the one it rotates to, with the keys that are in the store."""
+    """Return the cluster's root and the next root during a rotation, with the keys that are in the store."""
     rotation = swarm.rotation
     return Roots(
         root_pem=swarm.tls_info.trust_root.encode(),
@@ -259,7 +266,7 @@ def roots_of(view: View, swarm: Swarm) -> Roots:
 
 
 def _towards(tx: Transaction, swarm: Swarm, requested: Roots) -> Swarm:
-    """``swarm`` with other roots and, if they have a next one, a rotation to it; writes the keys of both."""
+    """Return ``swarm`` with other roots and, if they have a next one, a rotation to it.  Writes the keys of both."""
     _keep_key(tx, ROOT_KEY_ID, requested.key_pem)
     _keep_key(tx, NEXT_ROOT_KEY_ID, requested.next.key_pem if requested.next is not None else b"")
     if requested.next is None:
@@ -282,7 +289,7 @@ def _key(view: View, id: str) -> bytes:
 
 
 def _keep_key(tx: Transaction, id: str, key_pem: bytes) -> None:
-    """Have this key in the store; empty: an external authority has it."""
+    """Store this key, or delete it if it is empty because an external authority has it."""
     if key_pem:
         tx.put(Payload(id=id, data=key_pem))
     elif tx.lookup(Payload, id) is not None:

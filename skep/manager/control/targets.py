@@ -1,4 +1,4 @@
-"""The task that a user names to reach into a container: by a service, one of its slots, or a task."""
+"""Finds the task that a user names to reach its container: by a service, one of its slots, or a task."""
 
 from collections.abc import Iterable
 
@@ -20,14 +20,14 @@ class Target(ApiObject):
     service_id: ServiceId = msgspec.field(name="ServiceID", default=ServiceId(""))
     node_id: NodeId = msgspec.field(name="NodeID", default=NodeId(""))
     name: str = ""
-    """``web.1``, or ``web.m2`` of a global service."""
+    """``web.1``, or ``web.m2`` for a global service."""
     hostname: str = ""
-    """Of its node."""
+    """Host name of the task's node."""
     state: str = ""
 
     @classmethod
     def of(cls, view: View, task: Task) -> "Target":
-        """What is shown of ``task``."""
+        """Return the representation of ``task``."""
         service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
         hostname = node.description.hostname if node is not None else ""
         return cls(
@@ -42,13 +42,16 @@ class Target(ApiObject):
 
 
 def target_of(view: View, word: str) -> Task:
-    """The task that ``word`` means: a task's id (or a prefix of it), ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE``
-    of a global service, or the name of a task's container (``SERVICE.SLOT.TASK``).
+    """Return the task that ``word`` names.
 
-    Of a service, or of a slot, it is a running task: that of the lowest slot, and of several the newest.
+    ``word`` is a task's id or a prefix of it, ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` for a global service, or
+    the name of a task's container (``SERVICE.SLOT.TASK``).  For a service or slot, the result is the running task with
+    the lowest slot, and the newest of several.
 
-    Raises: NotFound: no such service or task; FailedPrecondition: none of the service runs there; InvalidArgument: the
-    word is ambiguous.
+    Raises:
+        NotFound: The service or task does not exist.
+        FailedPrecondition: None of the service's tasks runs there.
+        InvalidArgument: The word is ambiguous.
     """
     if (task := view.lookup(Task, TaskId(word))) is not None:
         return task
@@ -72,9 +75,13 @@ def target_of(view: View, word: str) -> Task:
 
 
 def task_named(view: View, word: str) -> Task:
-    """The task that ``word`` means, in whatever state: as ``target_of``, but of a slot the wanted or newest one.
+    """Return the task that ``word`` names, in any state.
 
-    Raises: NotFound; InvalidArgument: the word is ambiguous.
+    ``word`` is the same as in ``target_of``, but for a slot the result is the wanted or newest task.
+
+    Raises:
+        NotFound: The service or task does not exist.
+        InvalidArgument: The word is ambiguous.
     """
     if (task := view.lookup(Task, TaskId(word))) is not None:
         return task
@@ -88,7 +95,7 @@ def task_named(view: View, word: str) -> Task:
 
 
 def _service_and_slot(view: View, word: str) -> tuple[Service | None, str]:
-    """The service that ``word`` begins with, and what follows its name; None: it names none."""
+    """Return the service at the start of ``word`` and the text after its name, or None if it names no service."""
     name, _, slot = word.partition(".")
     for candidate, rest in ((word, ""), (name, slot)):
         try:
@@ -99,7 +106,9 @@ def _service_and_slot(view: View, word: str) -> tuple[Service | None, str]:
 
 
 def _is_at(view: View, task: Task, slot: str) -> bool:
-    """Whether ``slot`` means this task: its number, its node's name or id, or either with the task's id behind it."""
+    """Return whether ``slot`` names the task: its number, or its node's name or id, each optionally with
+    the task's id.
+    """
     if task.slot:
         places = {str(task.shown_slot)}
     else:

@@ -1,4 +1,4 @@
-"""Tasks as the API shows them; only the leader's loops and the nodes write them.
+"""Tasks as the API shows them.  Only the leader's loops and the nodes write tasks.
 
 Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTaskDirty).
 """
@@ -16,10 +16,10 @@ from skep.store.kinds import spec_of
 
 
 def known_status(view: View, task: Task) -> TaskStatus:
-    """The last reported status; UNKNOWN for a task that was assigned to a node which is down.
+    """Return the last reported status, or UNKNOWN for a task that was assigned to a node which is down.
 
-    A task that has ended, or that no node had yet, keeps its status.  One that waits for a cluster volume has the
-    driver's words as its error.
+    A task that has ended, or that no node had yet, keeps its status.  A task that waits for a cluster volume has the
+    driver's message as its error.
     """
     status = task.status
     if task.volumes and not status.err and TaskState.ASSIGNED <= status.state < TaskState.STARTING:
@@ -41,7 +41,7 @@ def known_status(view: View, task: Task) -> TaskStatus:
 
 
 def is_up_to_date(view: View, task: Task) -> bool:
-    """Whether ``task`` matches its service's present spec; clients show the progress of an update by it."""
+    """Return whether ``task`` matches its service's current spec.  Clients use it to show the progress of an update."""
     service = view.lookup(Service, task.service_id)
     if service is None:
         return False
@@ -54,7 +54,7 @@ def is_up_to_date(view: View, task: Task) -> bool:
         return False
     if task.spec.placement == service.spec.task_template.placement or not task.node_id:
         return True
-    # Another placement replaces only the tasks whose nodes no longer fit (``orchestrator/dirty.py``).
+    # A changed placement replaces only the tasks whose nodes no longer fit (``orchestrator/dirty.py``).
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return node is not None and is_satisfied(constraints, node)
 

@@ -1,6 +1,6 @@
-"""Requests on an update that is under way: pause it, let it go on, give it up.
+"""Operations on an update in progress: pause, resume, abort.
 
-Docker can only end an update by another one.  Each is done when it is true: asked for twice, it changes nothing.
+Docker can only end an update by another update.  Each operation is idempotent.
 """
 
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from skep.model.times import Timestamp, unix_ns
 from skep.store.interface import Transaction, View
 
 PAUSED_BY_USER = "manually paused"
-"""Message of an update that a user paused; the leader's begin otherwise."""
+"""Message of an update that a user paused.  The leader's own messages start differently."""
 
 _PAUSES = {
     UpdateState.UPDATING: UpdateState.PAUSED,
@@ -25,9 +25,13 @@ _RESUMES = {paused: going for going, paused in _PAUSES.items()}
 
 
 def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
-    """Begin with no further task of the update or rollback.  Slots begun with are completed; nothing is judged.
+    """Pause an update or rollback, so that it starts no further task.
 
-    Raises: FailedPrecondition: none is under way; NotFound: the service was removed.
+    Slots that were started are completed, and their result is not judged.
+
+    Raises:
+        FailedPrecondition: No update is in progress.
+        NotFound: The service was removed.
     """
     service = _present(tx, id)
     state = _state(tx, service)
@@ -40,12 +44,14 @@ def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
 
 
 def resume_update(tx: Transaction, id: ServiceId) -> Service:
-    """Let a paused update or rollback go on.
+    """Resume a paused update or rollback.
 
-    Failures until now do not count any more: else it would be paused again at once.
-    Later ones do, and a task that has not started by the progress deadline after it.
+    Earlier failures no longer count, or the update would be paused again at once.  Later failures count, and so does a
+    task that has not started by the progress deadline.
 
-    Raises: FailedPrecondition: none is under way; NotFound: the service was removed.
+    Raises:
+        FailedPrecondition: No update is in progress.
+        NotFound: The service was removed.
     """
     service = _present(tx, id)
     state = _state(tx, service)
@@ -54,7 +60,7 @@ def resume_update(tx: Transaction, id: ServiceId) -> Service:
     if state not in _RESUMES:
         raise _nothing_to(service, "resume")
     assert service.update_status is not None
-    # By the tasks' own times: the clock of this manager may be another than the leader's.
+    # Use the tasks' own times: this manager's clock may differ from the leader's.
     made = [task.created_at for task in tx.find(Task, service_id=id)]
     status = replace(
         service.update_status,
@@ -66,18 +72,18 @@ def resume_update(tx: Transaction, id: ServiceId) -> Service:
 
 
 def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp) -> Service:
-    """Give up the update at ``version``, paused or not, and return to the previous spec, as a rollback does.
+    """Abort the update at ``version``, paused or not, and return to the previous spec, as a rollback does.
 
     Raises:
-        FailedPrecondition: none is under way, it is a rollback already, or there is no previous spec.
-        NotFound: the service was removed.
-        OutOfSequence: it is at another version.
+        FailedPrecondition: No update is in progress, it is already a rollback, or there is no previous spec.
+        NotFound: The service was removed.
+        OutOfSequence: The service is at another version.
     """
     service = _present(tx, id)
     state = _state(tx, service)
     if state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED):
         more = f": skep update resume {service.spec.name}" if state is UpdateState.ROLLBACK_PAUSED else ""
-        raise FailedPrecondition(f"service {service.spec.name} is rolled back already{more}")
+        raise FailedPrecondition(f"service {service.spec.name} is already being rolled back{more}")
     if state not in (UpdateState.UPDATING, UpdateState.PAUSED):
         raise _nothing_to(service, "abort")
     return rollback_service(tx, id, service.spec, version, now=now)
@@ -91,7 +97,7 @@ def _present(view: View, id: ServiceId) -> Service:
 
 
 def _state(view: View, service: Service) -> UpdateState | None:
-    """The state of the update; of one that the leader has not come to yet, the one that it will write."""
+    """Return the state of the update, or the state that the leader will write if it has not started the update yet."""
     status = service.update_status
     if status is not None and status.state is not None:
         return status.state
@@ -104,7 +110,7 @@ def _state(view: View, service: Service) -> UpdateState | None:
 
 def _nothing_to(service: Service, verb: str) -> FailedPrecondition:
     name = service.spec.name
-    return FailedPrecondition(f"no update of service {name} is under way: there is nothing to {verb}")
+    return FailedPrecondition(f"service {name} has no update in progress: there is nothing to {verb}")
 
 
 def _put(tx: Transaction, service: Service, status: UpdateStatus) -> Service:

@@ -1,7 +1,7 @@
 """Operations on users and their credentials.
 
-The authority of users' certificates is not the cluster's: a certificate of a user is one of an unknown authority
-wherever nodes and managers meet, so no check can be forgotten there.
+Users' certificates have a different authority than the cluster's.  Wherever nodes and managers meet, a user's
+certificate comes from an unknown authority, so no check can be forgotten there.
 """
 
 import hashlib
@@ -25,9 +25,11 @@ from skep.store.level import USERS
 ROOT_NAME: Final = "skep-users"
 TOKEN_PREFIX: Final = "skep_"
 BINDINGS_MAX = 64
+"""Roles of one user."""
 KEPT_MAX = 32
-"""Certificates of a user, and tokens; of certificates the oldest give way."""
+"""Maximum number of a user's certificates, and of tokens.  A new certificate replaces the oldest."""
 LIFETIME_S_MAX = 366 * 86400
+"""Longest lifetime of a token or certificate: a leap year."""
 T = TypeVar("T", UserToken, UserCertificate)
 _PEM = re.compile(rb"-----BEGIN [^-]+-----[^-]+-----END [^-]+-----\s*")
 
@@ -47,7 +49,7 @@ def set_roles(tx: Transaction, id: UserId, roles: tuple[str, ...], *, now: Times
 
 
 def remove_user(tx: Transaction, id: UserId) -> None:
-    """Remove a user, and with it its access.  Raises: NotFound."""
+    """Remove a user and its access.  Raises: NotFound."""
     tx.delete(User, id)
 
 
@@ -61,19 +63,19 @@ def add_token(
     new_id: IdSource,
     now: Timestamp,
 ) -> User:
-    """Let ``token`` prove that a client is this user.
+    """Add a token that authenticates this user.
 
     Args:
-        logs_in_only: the token opens the dashboard, and is refused by the API.
+        logs_in_only: Whether the token opens the dashboard only, and the API refuses it.
 
     Raises:
-        NotFound: There is no such user.
+        NotFound: The user does not exist.
         InvalidArgument: The user has too many tokens, or the lifetime is too long.
     """
     user = tx.get(User, id)
     kept = _living(user.tokens, now)
     if len(kept) >= KEPT_MAX:
-        raise InvalidArgument(f"user {user.spec.name} has {KEPT_MAX} tokens: remove one")
+        raise InvalidArgument(f"user {user.spec.name} already has {KEPT_MAX} tokens: remove one")
     added = UserToken(
         id=new_id()[:10],
         digest=digest_of(token),
@@ -85,7 +87,7 @@ def add_token(
 
 
 def remove_token(tx: Transaction, id: UserId, token_id: str, *, now: Timestamp) -> User:
-    """Raises: NotFound."""
+    """Remove a user's token.  Raises: NotFound."""
     user = tx.get(User, id)
     left = tuple(token for token in user.tokens if token.id != token_id)
     if len(left) == len(user.tokens):
@@ -105,12 +107,13 @@ def renew_certificate(
 ) -> tuple[User, bytes, bytes]:
     """Issue a certificate to a user who has the certificate ``serial``.
 
-    The new certificate lives as long as that one at most, so a user never extends what an administrator chose.  A
-    user with as many certificates as are kept gets it in place of that one: a renewal never ends another certificate.
+    The new certificate lives at most as long as that one, so a user never extends the lifetime that an administrator
+    chose.  If the user has the maximum number of certificates, it replaces that one: a renewal never ends another
+    certificate.
 
     Args:
-        lifetime_s: 0 for the lifetime of the certificate ``serial``.
-        fresh: becomes the authority of users if there is none.
+        lifetime_s: Lifetime in seconds, or 0 for the lifetime of the certificate ``serial``.
+        fresh: Authority that becomes the authority of users if they have none.
 
     Returns:
         The user, the certificate and its root, as PEM.
@@ -126,8 +129,8 @@ def renew_certificate(
     lifetime_s_max = (unix_ns(asking.not_after) - unix_ns(asking.created_at)) // SECOND_NS
     if lifetime_s > lifetime_s_max:
         raise InvalidArgument(
-            f"your certificate is valid for {lifetime_s_max} s in all, and so is the next one at most: "
-            f"an administrator issues longer ones with `skep user renew {user.spec.name} --days N`"
+            f"your certificate has a lifetime of {lifetime_s_max} s, which the next one cannot exceed: "
+            f"an administrator can issue a longer one with `skep user renew {user.spec.name} --days N`"
         )
     if len(_living(user.certificates, now)) >= KEPT_MAX:
         left = tuple(one for one in user.certificates if one is not asking)
@@ -141,9 +144,14 @@ def add_certificate(
     """Issue a certificate for the key of a request.
 
     Args:
-        fresh: becomes the authority of users if there is none.
+        fresh: Authority that becomes the authority of users if they have none.
 
-    Returns: the user, the certificate and its root, as PEM.  Raises: NotFound; InvalidArgument.
+    Returns:
+        The user, the certificate and its root, as PEM.
+
+    Raises:
+        NotFound: The user does not exist.
+        InvalidArgument: The lifetime is too long, or the request is malformed.
     """
     user = tx.get(User, id)
     end = _end(now, lifetime_s)
@@ -159,17 +167,17 @@ def add_certificate(
 
 
 def new_token() -> str:
-    """A token: 256 random bits behind a prefix."""
+    """Return a new token: 256 random bits after a prefix."""
     return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
 def digest_of(token: str) -> str:
-    """What is kept of a token.  It is random, so it needs no salt and no slow hash."""
+    """Return the stored digest of a token.  A token is random, so it needs no salt and no slow hash."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def access_table(view: View, *, is_current: bool) -> AccessTable:
-    """What the node process needs of all users."""
+    """Return the data about all users that the node process needs."""
     payload = view.lookup(Payload, USERS_ROOT_ID)
     root = _PEM.findall(payload.data)[1] if payload is not None else b""
     users = tuple(
@@ -186,9 +194,9 @@ def access_table(view: View, *, is_current: bool) -> AccessTable:
 
 
 def _checked(spec: UserSpec) -> UserSpec:
-    """Raises: InvalidArgument."""
+    """Check and normalize a user's roles.  Raises: InvalidArgument."""
     if len(spec.roles) > BINDINGS_MAX:
-        raise InvalidArgument(f"at most {BINDINGS_MAX} roles")
+        raise InvalidArgument(f"a user can have at most {BINDINGS_MAX} roles")
     if not spec.roles:
         raise InvalidArgument("a user needs a role: viewer, operator, operator:STACK or admin")
     return replace(spec, roles=tuple(sorted({str(parse_binding(role)) for role in spec.roles})))
@@ -196,9 +204,7 @@ def _checked(spec: UserSpec) -> UserSpec:
 
 def _end(now: Timestamp, lifetime_s: int) -> Timestamp:
     if not 0 < lifetime_s <= LIFETIME_S_MAX:
-        raise InvalidArgument(
-            f"a lifetime has to be more than nothing, and at most {LIFETIME_S_MAX // 86400} days"
-        )
+        raise InvalidArgument(f"a lifetime must be more than 0 and at most {LIFETIME_S_MAX // 86400} days")
     return timestamp(unix_ns(now) + lifetime_s * SECOND_NS)
 
 

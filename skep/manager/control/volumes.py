@@ -26,18 +26,18 @@ from skep.store.interface import Transaction, View
 from skep.store.level import CLUSTER_VOLUMES
 
 NAME_BYTES_MAX = 128
-"""CSI's bound of strings, for the name of a volume too."""
+"""CSI's limit for strings, which also applies to the name of a volume."""
 _MAP_BYTES_MAX = 4096
-"""CSI's bound of maps, and of all mount flags together."""
+"""CSI's limit for maps, and for all mount flags together."""
 
 
 def create_volume(tx: Transaction, spec: VolumeSpec, *, new_id: IdSource, now: Timestamp) -> Volume:
-    """Create a volume; its driver makes it afterwards.
+    """Create a volume.  Its driver creates it afterwards.
 
     Raises:
-        InvalidArgument: the spec can never work, or a secret does not exist.
-        AlreadyExists: the name is taken.
-        FailedPrecondition: a manager is too old for cluster volumes.
+        InvalidArgument: The spec cannot work, or a secret does not exist.
+        AlreadyExists: The name is taken.
+        FailedPrecondition: A manager is too old for cluster volumes.
     """
     _check_spec(spec)
     if tx.level < CLUSTER_VOLUMES:
@@ -47,9 +47,12 @@ def create_volume(tx: Transaction, spec: VolumeSpec, *, new_id: IdSource, now: T
 
 
 def update_volume(tx: Transaction, id: VolumeId, asked: ClusterVolumeSpec | None, version: int) -> Volume:
-    """Change the availability, the one part of a volume that Docker's API changes.
+    """Change the availability, the only part of a volume that Docker's API changes.
 
-    Raises: NotFound; OutOfSequence; InvalidArgument: something else is to be changed.
+    Raises:
+        NotFound: The volume does not exist.
+        OutOfSequence: The volume is at another version.
+        InvalidArgument: Another field would change.
     """
     volume = tx.get(Volume, id)
     if volume.version != Version(index=version):
@@ -62,10 +65,10 @@ def update_volume(tx: Transaction, id: VolumeId, asked: ClusterVolumeSpec | None
 
 
 def _check_unchanged(spec: VolumeSpec, asked: ClusterVolumeSpec) -> None:
-    """What is left out is unchanged.  Raises: InvalidArgument, in SwarmKit's words.
+    """Check that no other field changes.  Omitted fields are unchanged.  Raises: InvalidArgument, in SwarmKit's words.
 
-    The docker command sends back all that it was shown; Docker's daemon drops it, so that a larger capacity would seem
-    to be taken.
+    The docker command sends back all fields that it received.  Docker's daemon ignores them, so that a larger capacity
+    would seem to be accepted.
     """
     none_required, no_range = TopologyRequirement(), CapacityRange()
     for name, given, kept in (
@@ -84,10 +87,11 @@ def _check_unchanged(spec: VolumeSpec, asked: ClusterVolumeSpec) -> None:
 
 
 def remove_volume(tx: Transaction, id: VolumeId, *, force: bool) -> None:
-    """Have the driver delete a volume that is in no use; ``force``: forget it, whatever uses it, with no call of its
-    driver.
+    """Let the driver delete an unused volume.  With ``force``, forget the volume without a call of its driver.
 
-    Raises: NotFound; FailedPrecondition: it is in use.
+    Raises:
+        NotFound: The volume does not exist.
+        FailedPrecondition: The volume is in use.
     """
     volume = tx.get(Volume, id)
     if force:
@@ -99,7 +103,7 @@ def remove_volume(tx: Transaction, id: VolumeId, *, force: bool) -> None:
 
 
 def _users(tx: View, id: VolumeId) -> bool:
-    """Whether a task that has not ended has the volume."""
+    """Return whether a task that has not ended has the volume."""
     return any(
         attachment.id == id
         for task in tx.find(Task)
@@ -109,11 +113,11 @@ def _users(tx: View, id: VolumeId) -> bool:
 
 
 def _check_spec(spec: VolumeSpec) -> None:
-    """Raises: InvalidArgument."""
+    """Check a volume's spec.  Raises: InvalidArgument."""
     if not spec.name:
         raise InvalidArgument("meta: name must be provided")
     if len(spec.name.encode()) > NAME_BYTES_MAX or not spec.name.isprintable():
-        raise InvalidArgument(f"the name of a volume has at most {NAME_BYTES_MAX} bytes, all printable")
+        raise InvalidArgument(f"the name of a volume can have at most {NAME_BYTES_MAX} bytes, all printable")
     if not spec.driver.name:
         raise InvalidArgument("driver must be specified")
     if sum(len(key) + len(value) for key, value in spec.driver.options.items()) > _MAP_BYTES_MAX:
@@ -131,7 +135,7 @@ def _check_access(mode: AccessMode) -> None:
     if mode.mount_volume is not None and sum(map(len, mode.mount_volume.mount_flags)) > _MAP_BYTES_MAX:
         raise InvalidArgument(f"the mount flags have more than {_MAP_BYTES_MAX} bytes")
     if mode.scope is VolumeScope.MULTI and mode.sharing is VolumeSharing.NONE:
-        # CSI has no such mode, so every driver would refuse it later.
+        # CSI does not have this mode, so every driver would refuse it later.
         raise InvalidArgument("scope multi needs --sharing readonly, onewriter or all")
 
 
@@ -144,7 +148,7 @@ def _check_capacity(capacity: CapacityRange) -> None:
 
 
 def _with_ids(tx: Transaction, secrets: tuple[VolumeSecret, ...]) -> tuple[VolumeSecret, ...]:
-    """With ids in place of names.  Raises: InvalidArgument, naming all that do not exist."""
+    """Replace the secrets' names by ids.  Raises: InvalidArgument, naming all that do not exist."""
     found, missing = [], []
     for one in secrets:
         try:

@@ -1,1 +1,1 @@
-"""Network tables: derived from the store on every manager, streamed to the skep nodes that take part."""
+"""Network tables: derived from the store on every manager, and streamed to the skep nodes that need them."""

@@ -1,12 +1,11 @@
-"""The revision of each network's table that the nodes of this manager have applied.
+"""The revision of each network's table that this manager's nodes have applied.
 
 A node acknowledges a table once its rules and names are changed.  Until then it may still send connections to a task
-that is about to stop (docs/architecture.md, "Stopping").  It counts as long as its session is this manager's, by the
-store, not as long as it has a stream: when the stream has ended, its data plane goes on with the tables it has.
+that is about to stop (docs/architecture.md, "Stopping").  It counts as long as its session, according to the store, is
+with this manager, not as long as it has a stream: after a stream ends, the node's data plane still uses its tables.
 
-A thousand nodes acknowledge each change, and a thousand tasks may wait for that: the smallest revision is
-recalculated only when the last node that had it has acknowledged a later one, and waiters are only woken when it has
-risen.
+A thousand nodes acknowledge each change, and a thousand tasks may wait for that.  So the smallest revision is only
+recalculated when the last node that had it has acknowledged a later one, and waiters are only woken when it has risen.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,9 +23,9 @@ class Acknowledgements:
         self._sessions: dict[NodeId, str] = {}
 
     def set_networks(self, node_id: NodeId, session_id: str, networks: Iterable[NetworkId]) -> None:
-        """Set the networks of a node: in a new session, and of new ones, it has acknowledged nothing yet."""
+        """Set the networks of a node.  It has acknowledged nothing yet in a new session or for new networks."""
         if self._sessions.get(node_id) != session_id:
-            self.begin_anew(node_id)
+            self.reset_node(node_id)
             self._sessions[node_id] = session_id
         before, now = self._networks_of.get(node_id, frozenset()), frozenset(networks)
         if before == now:
@@ -39,28 +38,29 @@ class Acknowledgements:
             self._forget_unused(network_id)
 
     def applied(self, node_id: NodeId, network_id: NetworkId, revision: int) -> None:
-        """The node has applied this table, or a later one.  Ignored for other networks than its own."""
+        """Record that the node has applied this table or a later one.  Ignored for networks other than its own."""
         network = self._networks.get(network_id)
         if network is not None and revision > network.revisions.get(node_id, revision):
             network.put(node_id, revision)
 
-    def begin_anew(self, node_id: NodeId) -> None:
-        """What the node has acknowledged so far does not count: it may apply tables of an earlier session."""
+    def reset_node(self, node_id: NodeId) -> None:
+        """Discard the node's acknowledgements, because it may still apply tables of an earlier session."""
         for network_id in self._networks_of.get(node_id, ()):
             self._network(network_id).put(node_id, 0)
 
     def remove_node(self, node_id: NodeId) -> None:
-        """The node is down or removed, or has its session elsewhere."""
+        """Remove a node that is down, was removed, or has its session elsewhere."""
         for network_id in self._networks_of.pop(node_id, ()):
             self._network(network_id).remove(node_id)
             self._forget_unused(network_id)
         self._sessions.pop(node_id, None)
 
     def nodes(self) -> Sequence[NodeId]:
+        """Return the nodes whose sessions are with this manager."""
         return tuple(self._sessions)
 
     def smallest(self, network_id: NetworkId) -> int | None:
-        """The smallest revision that every node has applied; None: no node of this manager is on the network."""
+        """Return the smallest revision that all nodes have applied, or None without nodes on the network here."""
         network = self._networks.get(network_id)
         return network.smallest if network is not None else None
 
@@ -70,8 +70,8 @@ class Acknowledgements:
         return smallest is None or smallest >= revision
 
     async def wait_applied(self, network_id: NetworkId, revision: int) -> None:
-        """Return when no node uses an earlier table; time-outs are the caller's."""
-        while not self.has_applied(network_id, revision):  # a node may be back before the waiter goes on
+        """Wait until no node uses an earlier table.  The caller sets a timeout."""
+        while not self.has_applied(network_id, revision):  # a node may return before the waiter resumes
             network, reached = self._network(network_id), Event()
             network.waiting[reached] = revision
             try:
@@ -90,7 +90,7 @@ class Acknowledgements:
 
 
 class _Network:
-    """One network's nodes and waiters."""
+    """The nodes and waiters of one network."""
 
     def __init__(self) -> None:
         self.revisions: dict[NodeId, int] = {}
@@ -113,7 +113,7 @@ class _Network:
         self._leave(self.revisions.pop(node_id))
 
     def _leave(self, revision: int) -> None:
-        """A node is no longer at ``revision``."""
+        """Count a node that has left ``revision``, and wake waiters if it was the last one there."""
         if revision != self.smallest:
             return
         self._at_smallest -= 1

@@ -1,15 +1,15 @@
-"""The entries of one network's table, derived from objects of the store.  Pure; ``network_tables.py`` keeps the tables.
+"""The entries of one network's table, derived from objects of the store.  Pure: ``network_tables.py`` keeps the tables.
 
-* An endpoint is in the table from its task's assignment until the task has ended or its node is down: so it can be
+* An endpoint is in the table from its task's assignment until the task has ended or its node is down.  So it can be
   reached before it starts, and until its last connection is closed.
-* It serves while its task is RUNNING, which it is only once it is healthy, and is wanted.
-* Its names resolve while it serves; with ``skep.publish-not-ready`` from its start on, for software that needs its
-  peers to become healthy.
-* A service is in the table while it has a virtual address or a task on the network.  Between the end of its only task
-  and the start of the next it stays, so that its name and its address are stable.
+* It serves while its task is wanted and RUNNING, which a task is only once it is healthy.
+* Its names resolve while it serves.  With ``skep.publish-not-ready`` they resolve from its start on, for software that
+  needs its peers to become healthy.
+* A service is in the table while it has a virtual address or a task on the network.  It stays between the end of its
+  only task and the start of the next, so that its name and address are stable.
 * Aliases of a service's network are names of the service (and of its virtual address), as in Docker.  A container has
-  two further names: the short form of its id, and its host name if its user has set one.  For a plain container the
-  first alias of the attachment is its name, and the others are further aliases, its host name among them.
+  two more names: the short form of its id, and the host name that its user set, if any.  For a plain container the
+  first alias of the attachment is its name, and the others, which include its host name, are more aliases.
 
 Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), daemon/container_operations.go
 (updateNetworkConfig, the short id).
@@ -40,10 +40,11 @@ from skep.model.wireguard import published_keys
 from skep.store.interface import View
 
 SHORT_ID_CHARACTERS = 12
+"""Length of a short container id, as in Docker."""
 
 
 def unread_services(view: View) -> frozenset[ServiceId]:
-    """Services whose data for the tables cannot be read."""
+    """Return the services whose data for the tables is unreadable."""
     without_endpoint = (
         id
         for id, parts in view.damaged(Service).items()
@@ -56,13 +57,13 @@ def unread_services(view: View) -> frozenset[ServiceId]:
 
 
 def table_session(node: Node) -> NodeSession | None:
-    """The session over which the node gets tables, which it applies; None: it has none."""
+    """Return the session over which the node receives and applies tables, or None."""
     is_applying = node.status.state is NodeState.READY and not is_docker_node(node)
     return node.session if is_applying else None
 
 
 def has_endpoint(service: Service) -> bool:
-    """Whether its addresses or ports are known."""
+    """Whether the service's addresses or ports are known."""
     return bool(service.endpoint.virtual_ips or service.endpoint.ports)
 
 
@@ -72,7 +73,7 @@ def has_endpoint(service: Service) -> bool:
 def endpoint_of(
     task: Task, service: Service | None, node: Node | None, network_id: NetworkId
 ) -> TableEndpoint | None:
-    """The task's container on the network; None: it is not attached, or not on a skep node that is up."""
+    """Return the task's container on the network, or None if it is not attached or not on a skep node that is up."""
     attachment = overlay_attachments(task).get(network_id)
     if attachment is None or node is None or not is_up(node) or is_docker_node(node):
         return None
@@ -95,7 +96,7 @@ def endpoint_of(
         name=name,
         aliases=tuple(filter(None, dict.fromkeys((container_id[:SHORT_ID_CHARACTERS], *aliases)))),
         addresses=_addresses(attachment),
-        # STARTING includes containers that run and are not healthy yet; managers cannot distinguish them.
+        # STARTING includes containers that run and are not healthy yet, which managers cannot distinguish.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
         is_serving=state is TaskState.RUNNING and task.is_wanted,
         is_named_early=(
@@ -108,7 +109,7 @@ def endpoint_of(
 
 
 def _hostname(task: Task, service: Service, node: Node, name: str) -> str:
-    """The host name that the user has set for the task's container, called ``name``; empty: none."""
+    """Return the host name that the user set for the task's container called ``name``, or an empty string."""
     spec = task.spec.container_spec
     if spec is None or "{{" not in spec.hostname:
         return spec.hostname if spec is not None else ""
@@ -132,7 +133,11 @@ def _hostname(task: Task, service: Service, node: Node, name: str) -> str:
 
 
 def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableService | None:
-    """The service on the network; None: it was removed, or is not on it.  ``has_tasks``: there, on any node."""
+    """Return the service's entry on the network, or None if it was removed or is not on the network.
+
+    Args:
+        has_tasks: Whether it has tasks on the network, on any node.
+    """
     addresses = [
         one.addr for one in service.endpoint.virtual_ips if one.network_id == network.id and one.addr
     ]
@@ -163,9 +168,12 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
 
 
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:
-    """A node of the network.  ``claiming``: all nodes that are up with its address, if ``claimed_underlay`` has one.
+    """Return the node's entry on the network.
 
-    None: it is down, or an engine, or its address is unknown or owned by another node.
+    None if the node is down or an engine, or if its address is unknown or another node's.
+
+    Args:
+        claiming: All nodes that are up with its address, if ``claimed_underlay`` returns one.
     """
     underlay = underlay_of(node)
     if not underlay or not is_up(node) or is_docker_node(node):
@@ -182,7 +190,7 @@ def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> Tabl
 
 
 def overlay_attachments(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
-    """The task's attachments to overlay networks, while it is assigned and has not ended."""
+    """Return the task's attachments to overlay networks, while it is assigned and has not ended."""
     if not task.networks_attachments or not task.node_id:
         return {}
     if not TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number:
@@ -205,7 +213,7 @@ def is_up(node: Node) -> bool:
 
 
 def _addresses(attachment: NetworkAttachment) -> tuple[str, ...]:
-    """Addresses without prefix lengths, IPv4 first."""
+    """Return the addresses without prefix lengths, IPv4 first."""
     return tuple(sorted(map(_bare, attachment.addresses), key=lambda address: ":" in address))
 
 

@@ -1,8 +1,8 @@
-"""Whether any node still sends new connections to a task that is to stop.
+"""Whether any node still sends new connections to a task that is about to stop.
 
 A task is unused when every node of its networks has applied tables in which it does not serve.  Each manager has the
-acknowledgements of its own nodes; those of the others are requested over the link, once for all tasks that wait for
-the same revision.  A node that changes its manager meanwhile may count for neither: the next one is asked as well.
+acknowledgements of its own nodes.  Those of other managers' nodes are requested over the link, once for all tasks that
+wait for the same revision.  A node that switches managers meanwhile may be missed by both, so the new one is asked too.
 """
 
 import asyncio
@@ -25,16 +25,18 @@ from skep.wire.client import Channel
 from skep.wire.service import Handler, unary
 
 WAIT_S = 2.0
-"""How long a manager waits for its nodes before it responds that they have not acknowledged yet."""
+"""Seconds that a manager waits for its nodes before it responds that they have not acknowledged yet."""
 CALL_SECONDS_MAX = WAIT_S + 1.0
+"""Timeout of a request to another manager, with a second for the network."""
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
+"""Limits of the backoff between requests to another manager."""
 CACHED_MAX = 10_000
-"""Entries of each cache."""
+"""Maximum entries of the cache of acknowledged revisions, which is cleared when full."""
 
 
 class Draining:
-    """Waits for tasks to be unused, on this manager's nodes and on those of others."""
+    """Waits until tasks are unused, on the nodes of all managers."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class Draining:
         clock: Clock,
         random: Random,
     ) -> None:
-        """``channel``: the link's connection to another manager; raises Unavailable."""
+        """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
         self._own = own
         self._discovery = discovery
@@ -55,13 +57,13 @@ class Draining:
         self._acknowledged: dict[tuple[NodeId, NetworkId], _Acknowledged] = {}
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (unary(methods.AWAIT_TABLES, self._await_tables),)
 
     async def wait_unused(self, task: Task, revision: int) -> None:
-        """Return when no node sends new connections to ``task``, which is to stop since ``revision`` of the store.
+        """Wait until no node sends new connections to ``task``, which was retired at ``revision`` of the store.
 
-        Time-outs are the caller's.  Nodes of a manager that cannot be reached may still use the task.
+        The caller sets a timeout.  Nodes of an unreachable manager may still use the task.
         """
         revisions = await self._discovery.wait_not_serving(task, revision)
         with first_alone(SkepError):
@@ -70,7 +72,7 @@ class Draining:
                     group.create_task(self._wait_applied_by_all(network_id, changed_at))
 
     async def _wait_applied_by_all(self, network_id: NetworkId, revision: int) -> None:
-        """Return when every node on the network has applied this table, whichever manager it is with."""
+        """Wait until every node on the network has applied this table, whichever manager has its session."""
         await self._discovery.wait_handled()
         sessions_at = self._discovery.sessions_changed_at
         managers = frozenset(self._discovery.managers_on(network_id))
@@ -79,7 +81,7 @@ class Draining:
                 for manager in sorted(managers):
                     group.create_task(self._wait_applied(manager, network_id, revision, sessions_at))
             if managers != {self._own}:
-                await self._catch_up()  # another one may have seen a node go before this one has
+                await self._catch_up()  # another manager may have seen a node leave before this one has
             await self._discovery.wait_handled()
             managers = self._discovery.managers_of_moved(network_id, sessions_at)
             sessions_at = self._discovery.sessions_changed_at
@@ -95,7 +97,7 @@ class Draining:
     async def _wait_applied(
         self, manager: NodeId, network_id: NetworkId, revision: int, sessions_at: int
     ) -> None:
-        """Return when the nodes with sessions at ``manager`` have applied this table, or have gone."""
+        """Wait until the nodes with sessions at ``manager`` have applied this table or have left."""
         if manager == self._own:
             await self._discovery.acknowledgements.wait_applied(network_id, revision)
             return
@@ -104,14 +106,15 @@ class Draining:
             await backoff.sleep(self._clock)
             await self._discovery.wait_handled()
             if manager not in self._discovery.managers_on(network_id):
-                return  # where its nodes are now they are waited for next
+                return  # the caller next waits at the managers that have its nodes now
 
     async def _has_applied(
         self, manager: NodeId, network_id: NetworkId, revision: int, sessions_at: int
     ) -> bool:
         """Ask another manager, unless its acknowledgement is known already.
 
-        ``sessions_at``: it has to be of the nodes with the sessions of this revision, or of a later one.
+        Args:
+            sessions_at: The acknowledgement must cover the nodes with sessions as of this revision or a later one.
         """
         key = manager, network_id
         if key not in self._acknowledged and len(self._acknowledged) >= CACHED_MAX:
@@ -139,7 +142,7 @@ class Draining:
 
         async def wait_applied() -> None:
             nonlocal are_counted
-            await self._store.barrier()  # the caller may know nodes that are not here yet in this view
+            await self._store.barrier()  # the caller may know nodes that are not in this view yet
             await self._discovery.wait_handled()
             are_counted = True
             await acknowledgements.wait_applied(network_id, request.revision)
@@ -149,7 +152,7 @@ class Draining:
         except Preempted:
             smallest = acknowledgements.smallest(network_id) if are_counted else 0
             return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
-        # A node that has come since does not count: the caller asks for it if it may have earlier tables.
+        # A node that has arrived since does not count: the caller asks for it if it may have earlier tables.
         return skep.AwaitTablesResponse(
             applied=max(request.revision, acknowledgements.smallest(network_id) or 0)
         )
@@ -161,5 +164,5 @@ class _Acknowledged:
     def __init__(self) -> None:
         self.applied = 0
         self.sessions_at = 0
-        """It is of the nodes with the sessions of this revision of the store, or of a later one."""
+        """The acknowledgement covers the nodes with sessions as of this revision of the store, or of a later one."""
         self.one_at_a_time = asyncio.Lock()

@@ -1,4 +1,4 @@
-"""Encodes changes of tables, once for all streams that need the same."""
+"""Encodes table changes, once for all streams that need the same change."""
 
 import asyncio
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.convert.tables import pieces_of
 
 CACHED_MAX = 4
-"""Per network: the whole table, and the changes since the last few revisions that streams were sent."""
+"""Cached changes per network: the whole table, and the changes since the last few revisions sent to streams."""
 
 
 class Encoder:
@@ -25,7 +25,7 @@ class Encoder:
     async def pieces(
         self, table: VersionedTable, sent: int | None, revision: int
     ) -> Sequence[skep.NetworkChange]:
-        """The change from the table of revision ``sent`` to the present one, which may be later than ``revision``."""
+        """Return the change from revision ``sent`` of the table to the current one, perhaps later than ``revision``."""
         kept = self._encoded.get(table)
         if kept is None or kept.changed_at != table.changed_at:
             kept = self._encoded[table] = _Encoded(table.changed_at)
@@ -43,9 +43,11 @@ class Encoder:
 
 
 class _Encoded:
+    """The encoded changes of one table, as of its last change."""
+
     def __init__(self, changed_at: int) -> None:
         self.changed_at = changed_at
         self.pieces: OrderedDict[int | None, Sequence[skep.NetworkChange]] = OrderedDict()
-        """By the revision sent before."""
+        """Encoded changes by the revision sent before."""
         self.one_at_a_time = asyncio.Lock()
-        """A thousand streams may need the same at once: the first one encodes it."""
+        """A thousand streams may need the same change at once.  The first one encodes it."""

@@ -1,8 +1,8 @@
-"""Discovery: derives the tables of all networks and streams them to the skep nodes that are on them.
+"""Discovery: derives the tables of all networks and streams them to the skep nodes on these networks.
 
 Active on every manager, for the nodes that have a session here.  Tables are derived once for all of them.  A stream
-keeps for each network only the revision it was sent last, and each message is the change from there to the
-present, so a slow reader gets fewer messages and nothing twice.
+keeps only the last revision sent for each network, and each message is the change from there to the current table.  So
+a slow reader gets fewer messages and nothing twice.
 """
 
 import asyncio
@@ -46,18 +46,21 @@ from skep.wire.convert.tables import messages_of
 from skep.wire.service import Handler, duplex
 
 PAUSE_S = 0.01
-"""Changes within this time are sent together."""
+"""Changes within this number of seconds are sent together."""
 COMMITS_MAX = 10_000
-"""Commits waiting to be handled; if there are more, everything is loaded again."""
+"""Maximum commits that wait to be handled.  If there are more, everything is loaded again."""
 
 LARGE_PIECES = 2
+"""A message with more pieces counts as large."""
 LARGE_AT_ONCE = 8
-"""Larger messages sent at the same time: for a thousand nodes that connect at once there would be a thousand copies
-of a table."""
+"""Maximum large messages sent at the same time.
+
+A thousand nodes that connect at once would otherwise need a thousand copies of a table."""
 SET_SECONDS_MAX = 60.0
+"""Seconds within which a node must read a set of messages."""
 
 NAMED_NETWORKS_MAX = 16
-"""Networks of a node whose names are compared by its diagnostics."""
+"""Maximum networks of a node whose names its diagnostics compare."""
 
 T = TypeVar("T")
 
@@ -65,13 +68,16 @@ Send = Callable[[skep.NetworkTables], Awaitable[None]]
 
 
 class Discovery:
-    """The network tables of this manager's nodes."""
+    """Network tables for this manager's nodes."""
 
     def __init__(
         self, store: Store, own: NodeId, session: Callable[[NodeId, str], NodeSession], clock: Clock
     ) -> None:
-        """``own``: this manager; ``session``: a node's session here, by its id; raises SkepError if there is no such
-        one."""
+        """Create a service for manager ``own``.
+
+        Args:
+            session: Returns a node's session here by its id, or raises SkepError.
+        """
         self._store = store
         self._own = own
         self._session = session
@@ -85,13 +91,13 @@ class Discovery:
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._streams: NodeStreams[_Stream] = NodeStreams("tables")
         self._waiting: dict[Event, None] = {}
-        """Set whenever the tables may have changed."""
+        """Events to set whenever the tables may have changed."""
         self.acknowledgements = Acknowledgements()
         self._handled = 0
-        """The revision of the store that the tables and ``acknowledgements`` have reached."""
+        """The store revision that the tables and ``acknowledgements`` have reached."""
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (duplex(methods.NETWORKS, self._networks),)
 
     async def run(self) -> None:
@@ -103,25 +109,25 @@ class Discovery:
     # -- for the probes between nodes ----------------------------------------------------------------------------
 
     def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]:
-        """The networks that carry tasks of the node, or its published ports."""
+        """Return the networks that carry tasks of the node, or its published ports."""
         return self._tables.networks_of(node_id)
 
     def is_encrypted(self, network_id: NetworkId) -> bool:
-        """False for a network that has no table."""
+        """Whether the network is encrypted.  False for a network without a table."""
         table = self._tables.tables.get(network_id)
         return table is not None and table.head is not None and table.head.is_encrypted
 
     def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]:
-        """Expected addresses of names on some of the node's networks, from the store."""
+        """Return the expected addresses of names on some of the node's networks, from the store."""
         tables = (self._tables.tables[id] for id in self._tables.networks_of(node_id))
         return tuple(islice(filter(None, map(names_in, tables)), NAMED_NETWORKS_MAX))
 
     # -- for the draining of tasks ------------------------------------------------------------------------------
 
     async def wait_not_serving(self, task: Task, revision: int) -> Mapping[NetworkId, int]:
-        """Return when the tables have reached ``revision`` and the task serves in none of them.
+        """Wait until the tables have reached ``revision`` and the task serves in none of them.
 
-        Gives the revision of that change, for each of its networks.
+        Returns the revision of that change for each of its networks.
         """
 
         def revisions() -> Mapping[NetworkId, int] | None:
@@ -132,34 +138,34 @@ class Discovery:
             is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
             if is_serving or self._tables.revision < revision:
                 return None
-            # After a new start from a snapshot the revision of the change is not known; it is this one or before.
+            # After a restart from a snapshot the change's revision is unknown: it is this one or an earlier one.
             return {table.id: min(table.endpoint_changed_at(task.id), revision) for table in tables}
 
-        return await self._first(revisions)
+        return await self._wait_for_result(revisions)
 
     @property
     def sessions_changed_at(self) -> int:
-        """The revision of the last change of the sessions over which nodes get tables."""
+        """The revision of the last change of the sessions over which nodes receive tables."""
         return self._tables.table_sessions.changed_at
 
     def managers_on(self, network_id: NetworkId) -> Collection[NodeId]:
-        """The managers that send the network's table to nodes."""
+        """Return the managers that send the network's table to nodes."""
         return self._tables.managers_on(network_id)
 
     def managers_of_moved(self, network_id: NetworkId, revision: int) -> frozenset[NodeId]:
-        """The managers of nodes on the network whose sessions changed after ``revision``."""
+        """Return the managers of nodes on the network whose sessions changed after ``revision``."""
         return self._tables.managers_of_moved(network_id, revision)
 
     async def wait_handled(self) -> None:
-        """Return when the tables and ``acknowledgements`` have reached what the store shows now."""
+        """Wait until the tables and ``acknowledgements`` have reached the store's current revision."""
         revision = self._store.view().revision
         if self._handled >= revision:
             return
-        self._has_commits.set()  # this revision may be of a commit that is not about them
-        await self._first(lambda: self._handled if self._handled >= revision else None)
+        self._has_commits.set()  # this revision may belong to a commit without such objects
+        await self._wait_for_result(lambda: self._handled if self._handled >= revision else None)
 
-    async def _first(self, find: Callable[[], T | None]) -> T:
-        """The first that ``find`` gives: it is called now, and whenever the tables may have changed."""
+    async def _wait_for_result(self, find: Callable[[], T | None]) -> T:
+        """Wait for a result of ``find``, which is called now and whenever the tables may have changed."""
         changed = Event()
         self._waiting[changed] = None
         try:
@@ -203,7 +209,7 @@ class Discovery:
             while self._commits:
                 affected = self._tables.note(self._commits.popleft())
                 self._wake(affected)
-                nodes = sorted(affected.nodes)  # some may be removed
+                nodes = sorted(affected.nodes)  # some may have been removed
                 await self._count((*nodes, *self._tables.nodes()) if affected.all_nodes else nodes, slices)
                 await slices.yield_if_due()
             self._handled = shown
@@ -213,7 +219,7 @@ class Discovery:
             slices = TimeSlices(self._clock)
 
     async def _count(self, nodes: Iterable[NodeId], slices: TimeSlices) -> None:
-        """Bring the networks of ``nodes`` in ``acknowledgements`` up to the tables."""
+        """Update the networks of ``nodes`` in ``acknowledgements`` from the tables."""
         for id in nodes:
             with isolated("acknowledgements", id):
                 self._count_node(id)
@@ -248,16 +254,16 @@ class Discovery:
             session.signal() as signal,
             self._streams.open(_Stream(caller.node_id, session, signal)) as stream,
         ):
-            self.acknowledgements.begin_anew(caller.node_id)
+            self.acknowledgements.reset_node(caller.node_id)
             await run_stream(
                 stream, requests, partial(self._on_applied, stream), self._send_changes(stream, send)
             )
 
     def _on_applied(self, stream: "_Stream", request: skep.AppliedTables) -> None:
-        """Record what the node has applied."""
+        """Record the tables that the node has applied."""
         for network_id, sent in stream.sent.items() if stream.error is None else ():
             if network_id in request.revisions:
-                # Not more than it was sent.
+                # A node cannot acknowledge more than it was sent.
                 applied = min(request.revisions[network_id], sent)
                 self.acknowledgements.applied(stream.node_id, network_id, applied)
 
@@ -274,13 +280,13 @@ class Discovery:
                 for id in wanted
                 if tables.tables[id].has_changed_since(stream.sent.get(id))
             ]
-            self._count_node(stream.node_id)  # before it can acknowledge what is sent
+            self._count_node(stream.node_id)  # before it can acknowledge the message
             if updates or removed or is_complete:
                 revision = tables.revision
                 for id in removed:
                     del stream.sent[id]
                 for id, _ in updates:
-                    # Set before sending: the node may acknowledge it at once; later changes are sent later.
+                    # Set before sending, because the node may acknowledge it at once.  Later changes are sent later.
                     stream.sent[id] = revision
                 pieces: list[skep.NetworkChange] = []
                 for id, sent in updates:
@@ -305,8 +311,10 @@ class Discovery:
             await self._is_loaded.wait()
 
     async def _wait_for_session(self, stream: "_Stream") -> None:
-        """Return when the tables include the write with which the node registered, and so all that earlier managers
-        sent it."""
+        """Wait until the tables include the write with which the node registered.
+
+        They then include everything that earlier managers sent to the node.
+        """
         while True:
             stream.require_open()
             await self._is_loaded.wait()
@@ -316,7 +324,7 @@ class Discovery:
 
 
 async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.NetworkTables]) -> None:
-    """Raises: Unavailable: the node does not read."""
+    """Send the messages in order.  Raises Unavailable if the node does not read them in time."""
     try:
         async with asyncio.timeout(SET_SECONDS_MAX):
             for message in messages:
@@ -328,11 +336,11 @@ async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.Netwo
 
 
 class _Stream(NodeStream):
-    """One node's stream."""
+    """A node's stream."""
 
     __slots__ = ("sent",)
 
     def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamSignal) -> None:
         super().__init__(node_id, session, signal)
         self.sent: dict[NetworkId, int] = {}
-        """The networks it was sent, with the revision."""
+        """The networks sent to the node, with their revisions."""

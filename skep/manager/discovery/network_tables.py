@@ -1,8 +1,8 @@
 """The tables of all networks, updated with each commit.
 
-The cost of a commit is in proportion to what it changes, not to the size of the networks.  The result equals that of
-``derive.table_of`` for the same state (a property test compares them); the revision of an entry is that of the commit
-that changed it, so it is the same on all managers.
+The cost of a commit is proportional to its changes, not to the size of the networks.  The result equals
+``derive.table_of`` for the same state (a property test compares them).  The revision of an entry is the revision of the
+commit that changed it, so it is the same on all managers.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -45,13 +45,13 @@ class AffectedStreams(msgspec.Struct, frozen=True, kw_only=True):
     networks: frozenset[NetworkId] = frozenset()
     """Networks whose tables changed or were removed."""
     nodes: frozenset[NodeId] = frozenset()
-    """Nodes whose set of networks, or session, changed, or that are down, back or removed."""
+    """Nodes that are down, back or removed, or whose session or set of networks changed."""
     all_nodes: bool = False
-    """The set of networks of every node changed."""
+    """Whether the set of networks of every node changed."""
 
 
 class NetworkTables:
-    """The tables of all overlay networks.  Reads only the snapshot and commits it is given."""
+    """The tables of all overlay networks.  Reads only the snapshot and commits passed to it."""
 
     def __init__(self, revision: int = 0) -> None:
         self.revision = revision
@@ -61,38 +61,38 @@ class NetworkTables:
         """The session of each node, as of ``revision``."""
         self.table_sessions = TableSessions(revision)
         self._moved: dict[tuple[NetworkId, int], frozenset[NodeId]] = {}
-        """What ``managers_of_moved`` gave as of ``revision``: thousands of stops may wait for the same."""
+        """Results of ``managers_of_moved`` as of ``revision``: thousands of stops may wait for the same one."""
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
         self._claiming: dict[str, dict[NodeId, None]] = {}
-        """Nodes by the source address of their VXLAN packets; usually one."""
+        """Nodes by the source address of their VXLAN packets.  Usually one per address."""
         self._services: dict[ServiceId, Service] = {}
         self._tasks: dict[TaskId, Task] = {}
         """Tasks with attachments to overlay networks."""
         self._tasks_of_node: dict[NodeId, dict[TaskId, None]] = {}
         self._networks_of_service: dict[ServiceId, frozenset[NetworkId]] = {}
-        """Networks on which it has virtual addresses."""
+        """Networks on which the service has virtual addresses."""
         self._tasks_of_service: dict[ServiceId, dict[NetworkId, int]] = {}
-        """Networks on which it has tasks, and how many."""
+        """Networks on which the service has tasks, and how many."""
         self._networks_of_node: dict[NodeId, dict[NetworkId, int]] = {}
         """Networks of the node, with the number of its tasks on each."""
         self._publishing: set[ServiceId] = set()
         self._unread: set[ServiceId] = set()
-        """Services whose objects cannot be read: nodes keep what they have of them."""
+        """Services whose objects are unreadable: nodes keep their entries of these."""
         self._headless: set[ServiceId] = set()
-        """Services without any readable data: each may publish ports."""
+        """Services without any readable data.  Each may publish ports."""
         self._stale = Stale()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def networks_of(self, node_id: NodeId) -> list[NetworkId]:
-        """The networks whose tables a node gets, in order of their ids."""
+        """Return the networks whose tables a node receives, in order of their ids."""
         by_tasks = self._networks_of_node.get(node_id, {})
         everywhere = self._ingress() if self._publishing else []
         return sorted({*by_tasks, *everywhere} & self.tables.keys())
 
     def nodes_on(self, network_id: NetworkId) -> Collection[NodeId] | None:
-        """The nodes that get the table of a network; None: all nodes."""
+        """Return the nodes that receive a network's table, or None for all nodes."""
         table = self.tables.get(network_id)
         if table is None:
             return ()
@@ -106,22 +106,23 @@ class NetworkTables:
         ]
 
     def nodes(self) -> Sequence[NodeId]:
+        """Return all nodes."""
         return tuple(self._nodes)
 
     def session_with(self, manager: NodeId, id: NodeId) -> str | None:
-        """The session over which ``manager`` sends the node its tables; None: it does not."""
+        """Return the session over which ``manager`` sends the node its tables, or None if it does not."""
         session = self.table_sessions.of(id)
         return session.session_id if session is not None and session.manager_id == manager else None
 
     def managers_on(self, network_id: NetworkId) -> Collection[NodeId]:
-        """The managers that send the network's table to nodes."""
+        """Return the managers that send the network's table to nodes."""
         if self.nodes_on(network_id) is None:
             return self.table_sessions.managers.keys()
         table = self.tables.get(network_id)
         return table.managers.keys() if table is not None else ()
 
     def managers_of_moved(self, network_id: NetworkId, revision: int) -> frozenset[NodeId]:
-        """The managers of nodes on the network whose sessions changed after ``revision``."""
+        """Return the managers of nodes on the network whose sessions changed after ``revision``."""
         moved = self._moved.get((network_id, revision))
         if moved is None:
             nodes = self.nodes_on(network_id)
@@ -135,7 +136,7 @@ class NetworkTables:
     # -- keeping up ---------------------------------------------------------------------------------------------
 
     def begin(self, view: View) -> Iterator[None]:
-        """Load all objects of ``view``; yields after each object, so that the caller can pause.
+        """Load all objects of ``view``.  Yields after each object, so that the caller can pause.
 
         Objects are taken out of the view before the first pause.
         """
@@ -224,7 +225,7 @@ class NetworkTables:
             self._count(task, 1)
 
     def _count(self, task: Task, by: int) -> None:
-        """``by`` 1: add the task to its networks; -1: remove it."""
+        """Add the task to its networks (``by`` is 1) or remove it from them (-1)."""
         here = self._tasks_of_node.setdefault(task.node_id, {})
         if by > 0:
             here[task.id] = None
@@ -280,7 +281,10 @@ class NetworkTables:
             self._mark_endpoints_of(id)
 
     def _mark_endpoints_of(self, id: ServiceId) -> None:
-        """Tasks created before their service, or outliving it: rare, so all tasks of the network are checked."""
+        """Mark the endpoints of tasks created before their service, or outliving it.
+
+        These are rare, so all tasks of the network are checked.
+        """
         for network_id in self._tasks_of_service.get(id, ()):
             for task_id in self.tables[network_id].tasks:
                 if self._tasks[task_id].service_id == id:
@@ -352,7 +356,7 @@ class NetworkTables:
     # -- networks -----------------------------------------------------------------------------------------------
 
     def _table(self, id: NetworkId) -> VersionedTable:
-        """The network's table; created if there is none."""
+        """Return the network's table, and create it if necessary."""
         table = self.tables.get(id)
         if table is None:
             table = self.tables[id] = VersionedTable(id, self.revision, self._unread)
@@ -361,14 +365,14 @@ class NetworkTables:
         return table
 
     def _remove_network(self, id: NetworkId) -> None:
-        """The table is kept until the last task on the network has ended."""
+        """Mark the network as removed.  The table is kept until the last task on the network has ended."""
         table = self.tables.get(id)
         if table is not None:
             table.network = None
             self._stale.networks[id] = None
 
     def _network_of(self, table: VersionedTable) -> Network | None:
-        """The network object, else the copy in its earliest task; None: neither exists."""
+        """Return the network object, or the copy in its earliest task, or None if neither exists."""
         if table.network is not None or not table.tasks:
             return table.network
         attachment = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
@@ -377,7 +381,7 @@ class NetworkTables:
     # -- entries ------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> AffectedStreams:
-        """Derive the stale entries again."""
+        """Derive the stale entries again.  Returns the affected streams."""
         stale, self._stale = self._stale, Stale()
         changed: set[NetworkId] = set()
         for network_id in stale.networks:
@@ -410,7 +414,7 @@ class NetworkTables:
         if network is None:
             del self.tables[id]
             changed.add(id)
-            # Nodes with tasks on it are told since the last of those ended.
+            # Nodes with tasks on it were already notified when their last task there ended.
             stale.all_nodes |= table.head is not None and table.head.is_ingress
             return
         self._refresh_head(id, changed)
@@ -455,7 +459,7 @@ class NetworkTables:
 
 
 def _naming(service: Service) -> tuple[str, bool]:
-    """What a service says about the names of its tasks."""
+    """Return the parts of a service that affect the names of its tasks."""
     return service.spec.name, publishes_not_ready(service.spec.labels)
 
 
@@ -470,7 +474,7 @@ class Stale:
     def __init__(self) -> None:
         # Ordered, so that every run is the same.
         self.networks: dict[NetworkId, None] = {}
-        """Whether they exist, and what depends on that."""
+        """Networks whose existence, and everything that depends on it, must be checked."""
         self.heads: dict[NetworkId, None] = {}
         self.endpoints: dict[tuple[NetworkId, TaskId], None] = {}
         self.services: dict[tuple[NetworkId, ServiceId], None] = {}

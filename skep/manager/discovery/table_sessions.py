@@ -1,4 +1,4 @@
-"""Which manager sends each node its tables, and which of them have changed since a revision of the store."""
+"""The manager that sends each node its tables, and the sessions that changed since a revision of the store."""
 
 from collections.abc import Iterator
 from itertools import takewhile
@@ -9,22 +9,23 @@ from skep.model.node import NodeSession
 
 
 class TableSessions:
-    """The sessions over which nodes get tables; a node without one is down, a Docker node or not there."""
+    """The sessions over which nodes receive tables.  A node without one is down, a Docker node or removed."""
 
     def __init__(self, revision: int) -> None:
         self.changed_at = revision
         """The revision of the last change."""
         self.managers: dict[NodeId, int] = {}
-        """The managers that have such sessions, with their number."""
+        """Managers with such sessions, and the number of these."""
         self._sessions: dict[NodeId, NodeSession] = {}
         self._changes: dict[NodeId, int] = {}
         """The revision of each session's last change, the earliest first."""
 
     def of(self, node_id: NodeId) -> NodeSession | None:
+        """Return the node's session, or None."""
         return self._sessions.get(node_id)
 
     def set(self, node_id: NodeId, session: NodeSession | None, revision: int) -> bool:
-        """Set the node's session; gives whether that is a change."""
+        """Set the node's session.  Returns whether it changed."""
         before = self._sessions.pop(node_id, None)
         if session is not None:
             self._sessions[node_id] = session
@@ -40,6 +41,6 @@ class TableSessions:
         return True
 
     def changed_since(self, revision: int) -> Iterator[tuple[NodeId, NodeSession]]:
-        """The sessions that changed after ``revision``; the cost is that of their number."""
+        """Iterate over the sessions that changed after ``revision``, at a cost proportional to their number."""
         for node_id, _ in takewhile(lambda change: change[1] > revision, reversed(self._changes.items())):
             yield node_id, self._sessions[node_id]

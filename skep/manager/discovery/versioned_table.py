@@ -1,8 +1,8 @@
-"""One network's table, with the revision of the last change of each entry.
+"""A network's table, with the revision of the last change of each entry.
 
-A reader that has the table as of some revision gets the entries that changed since, each once and in its present state.
-Nothing is kept per reader.  The number of changes that are kept is bounded; a reader that is further behind gets the
-whole table.
+A reader that has the table as of some revision gets the entries that changed since, each once and in its current state.
+Nothing is kept per reader.  The number of kept changes is bounded.  A reader that is further behind gets the whole
+table.
 """
 
 from collections.abc import Collection
@@ -23,20 +23,20 @@ HEAD: Entry = ("head", "")
 NODE, ENDPOINT, SERVICE = "node", "endpoint", "service"
 
 NAMES_MAX = 200
-"""Names of services of one network that are checked by diagnostics."""
+"""Maximum service names of one network that diagnostics check."""
 KEPT_MIN = 1000
-"""Changes that are kept at least; more if the table has more entries."""
+"""Minimum number of kept changes.  More are kept if the table has more entries."""
 
 
 class VersionedTable:
-    """The table of one network, updated by ``NetworkTables``; versions are revisions of the store."""
+    """The table of one network, updated by ``NetworkTables``.  Versions are revisions of the store."""
 
     def __init__(self, id: NetworkId, revision: int, unread: Collection[ServiceId] = ()) -> None:
-        """An empty table as of ``revision``.  ``unread``: services that cannot be read now."""
+        """Create an empty table as of ``revision``.  ``unread`` has the services that are unreadable now."""
         self._unread = unread
         self.id = id
         self.network: Network | None = None
-        """The network object; None: it was removed while tasks still use it."""
+        """The network object, or None if it was removed while tasks still use it."""
         self.head: NetworkHead | None = None
         self.nodes: dict[NodeId, TableNode] = {}
         self.endpoints: dict[TaskId, TableEndpoint] = {}
@@ -45,7 +45,7 @@ class VersionedTable:
         """Tasks attached to the network, on any node."""
         self.tasks_of_node: dict[NodeId, int] = {}
         self.managers: dict[NodeId, int] = {}
-        """The managers that send tables to nodes with tasks on the network, with the number of these nodes."""
+        """Managers that send tables to nodes with tasks on the network, with the number of these nodes."""
         self.changed_at = revision
         self._floor = revision
         """All changes after this revision are in ``_changes``."""
@@ -55,26 +55,26 @@ class VersionedTable:
     # -- for NetworkTables ---------------------------------------------------------------------------------------
 
     def set_head(self, head: NetworkHead, revision: int) -> bool:
-        """Gives whether this is a change, as do the other setters."""
+        """Set the head.  Returns whether it changed, as the other setters do."""
         if head == self.head:
             return False
         self.head = head
         return self._record_change(HEAD, revision)
 
     def set_node(self, id: NodeId, node: TableNode | None, revision: int) -> bool:
-        """None: the node is not on the network."""
+        """Set a node's entry, or remove it with None."""
         return _set(self.nodes, id, node) and self._record_change((NODE, id), revision)
 
     def set_endpoint(self, id: TaskId, endpoint: TableEndpoint | None, revision: int) -> bool:
-        """None: the task is not on the network."""
+        """Set a task's entry, or remove it with None."""
         return _set(self.endpoints, id, endpoint) and self._record_change((ENDPOINT, id), revision)
 
     def set_service(self, id: ServiceId, service: TableService | None, revision: int) -> bool:
-        """None: the service is not on the network."""
+        """Set a service's entry, or remove it with None."""
         return _set(self.services, id, service) and self._record_change((SERVICE, id), revision)
 
     def reset_changes(self, revision: int) -> None:
-        """The present table is that of ``revision``; the revisions of its entries are not known."""
+        """Declare the current table to be of ``revision``, and forget the revisions of its entries."""
         self._changes.clear()
         self._floor = self.changed_at = revision
 
@@ -90,7 +90,7 @@ class VersionedTable:
     # -- for readers ---------------------------------------------------------------------------------------------
 
     def table(self, revision: int) -> Table:
-        """The whole table, with ``revision`` as its revision."""
+        """Return the whole table, with ``revision`` as its revision."""
         assert self.head is not None, "the head is set before the table is read"
         return Table(
             head=self.head,
@@ -102,15 +102,15 @@ class VersionedTable:
         )
 
     def has_changed_since(self, sent: int | None) -> bool:
-        """Whether the table differs from that of revision ``sent`` (None: nothing was sent)."""
+        """Whether the table differs from the table of revision ``sent`` (None if nothing was sent)."""
         return sent is None or self.changed_at > sent
 
     def endpoint_changed_at(self, id: TaskId) -> int:
-        """Revision of the endpoint's last change or removal; if that is not kept any more, a revision after it."""
+        """Return the revision of the endpoint's last change or removal, or a later one if that was dropped."""
         return self._changes.get((ENDPOINT, id), self._floor)
 
     def since(self, sent: int | None, revision: int) -> TableChange:
-        """The change from the table of revision ``sent`` to the present one, with ``revision`` as its revision."""
+        """Return the change from revision ``sent`` of the table to the current one, which is called ``revision``."""
         if sent is None or sent < self._floor:
             return whole(self.table(revision))
         assert self.head is not None, "as above"
@@ -143,11 +143,10 @@ class VersionedTable:
 
 
 def names_in(table: VersionedTable) -> NetworkNames | None:
-    """Names of services with virtual addresses, to compare a node's DNS responses with; None: names are not resolved
-    there.
+    """Return the names of services with virtual addresses, for comparison with a node's DNS responses.
 
-    A name of several services, or of a service without a virtual address, is left out: its addresses change with each
-    of the tasks.
+    None if names are not resolved on the network.  A name of several services, or of a service without a virtual
+    address, is left out: its addresses change with each task.
     """
     if table.head is None or table.head.is_ingress:
         return None
@@ -167,7 +166,7 @@ def names_in(table: VersionedTable) -> NetworkNames | None:
 
 
 def counted(counts: dict[K, int], key: K, by: int) -> bool:
-    """Add ``by`` to a count; gives whether the key appeared or disappeared."""
+    """Add ``by`` to a count.  Returns whether the key appeared or disappeared."""
     before = counts.get(key, 0)
     now = before + by
     assert now >= 0, f"{key} is counted below nothing"
@@ -179,7 +178,7 @@ def counted(counts: dict[K, int], key: K, by: int) -> bool:
 
 
 def _set(entries: dict[K, V], key: K, value: V | None) -> bool:
-    """Set or remove; gives whether anything changed."""
+    """Set or remove an entry.  Returns whether anything changed."""
     if value is None:
         return entries.pop(key, None) is not None
     if entries.get(key) == value:

@@ -1,1 +1,1 @@
-"""Tasks to agents: sessions, heartbeats, assignments, status reports."""
+"""Node sessions, heartbeats, assignments, and status reports."""

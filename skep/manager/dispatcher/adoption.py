@@ -1,11 +1,11 @@
 """Adoption: the leader takes over the sessions of a lost manager, so that its nodes are monitored.
 
-Taking over is a write that compares the session and gives it a new id.  If its owner is alive after all (only the
-link to the leader is cut), it sees that it lost the session and ends it, and the node registers again.  If the node
-does so with the silent manager, that one is alive and can write; a node that reaches no other manager would alternate
-between the two.  So a silent manager that takes sessions keeps them for a while, longer each time.
-The leader's dispatcher then waits for the adopted nodes with the grace period of their kind, like for any of its
-nodes that are not connected.
+A takeover is a write that compares the session and sets a new id.  If the owner is alive after all (only its link to
+the leader is cut), it sees that it lost the session and ends it, and the node registers again.  If the node does so
+with the silent manager, that manager is alive and can write, and a node that reaches no other manager would alternate
+between the two.  So a silent manager that takes sessions keeps them for a while, longer each time.  The leader's
+dispatcher then waits for the adopted nodes with the grace period of their kind, as for any of its nodes that are not
+connected.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -26,9 +26,11 @@ from skep.store.interface import LoopStore, Transaction
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.2
+"""Seconds between checks for lost managers."""
 LONGEST_RETRY_S = 2.0
+"""Maximum seconds between attempts after a failed write."""
 KEEP_S, KEEP_S_MAX = 4.0, 60.0
-"""How long a silent manager that was seen to take a session keeps its sessions; doubled each time."""
+"""Seconds for which a silent manager that took a session keeps its sessions.  Doubled each time, up to the maximum."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,16 +38,18 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
 
     node_id: NodeId
     session: NodeSession
-    """The session that is taken over, unless it has changed."""
+    """The session to take over, unless it has changed."""
 
 
 def orphans(
     nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId, unknown: Collection[NodeId] = ()
 ) -> list[Orphan]:
-    """Sessions to adopt, in order of ``nodes``: those of ``silent`` managers, and of nodes that are no managers any
-    more.  ``unknown``: nodes of which it cannot be read whether they are managers.
+    """Return the sessions of ``silent`` managers and of demoted managers, which are adopted, in order of ``nodes``.
 
-    A node that is down is skipped: it registers again when it is back.
+    A node that is down is skipped: it registers again when it returns.
+
+    Args:
+        unknown: Nodes whose manager status is unreadable.
     """
     nodes = tuple(nodes)
     gone = set(silent)
@@ -61,16 +65,16 @@ def orphans(
 
 
 class LivingManagers:
-    """Silent managers that have taken sessions since they became silent: they are alive, and have a quorum."""
+    """Silent managers that took sessions since they became silent: they are alive and have a quorum."""
 
     def __init__(self) -> None:
         self._sessions: dict[NodeId, SessionId] = {}
-        """Session of every node, while a manager is silent, as of the last check."""
+        """Session of every node at the last check, while a manager is silent."""
         self._kept_until: dict[NodeId, float] = {}
         self._keep_s: dict[NodeId, float] = {}
 
     def living(self, nodes: Iterable[Node], silent: Iterable[NodeId], now: float) -> frozenset[NodeId]:
-        """The ``silent`` managers whose sessions must not be adopted ``now`` (monotonic seconds)."""
+        """Return the ``silent`` managers whose sessions must not be adopted ``now`` (monotonic seconds)."""
         silent = frozenset(silent)
         for manager in [one for one in self._keep_s if one not in silent]:
             del self._keep_s[manager]
@@ -92,7 +96,7 @@ class LivingManagers:
 
 
 def adopt(tx: Transaction, orphan: Orphan, own: NodeId, new_id: IdSource) -> bool:
-    """Make ``own`` the owner of the session, unless it changed meanwhile; gives whether it was written."""
+    """Make ``own`` the owner of the session, unless it changed meanwhile.  Returns whether it was written."""
     node = tx.rely_on(Node, orphan.node_id, "session")
     if node is None or node.session != orphan.session:
         return False
@@ -113,7 +117,7 @@ class Adoption:
         new_id: IdSource,
         random: Random,
     ) -> None:
-        """``silent``: managers that are silent at a time, with the seconds since they were last seen."""
+        """Create an adoption loop.  ``silent`` returns the managers silent at a time, with their seconds of silence."""
         self._term = term
         self._own = own
         self._silent = silent
@@ -139,7 +143,7 @@ class Adoption:
                 await backoff.sleep(self._clock)
 
     async def _adopt(self, found: list[Orphan]) -> bool:
-        """Gives whether all of them were written."""
+        """Adopt the sessions.  Returns whether all were written."""
 
         def body(tx: Transaction, orphan: Orphan) -> bool:
             return adopt(tx, orphan, self._own, self._new_id)

@@ -1,15 +1,15 @@
-"""Assignments of a node: its tasks, with the secrets and configs they need.
+"""A node's assignments: its tasks, with the secrets and configs they need.
 
-A node is sent everything once per stream (``everything``), then only differences (``difference``).  Both give the
-message and a ``SentState`` to compare with the next time.
+A node receives everything once per stream (``everything``), then only differences (``difference``).  Both return the
+message and a ``SentState`` for the next comparison.
 
 * A task is sent from ASSIGNED on, until its record is deleted.  An ended task stays, with its stored status: a node
   that lost its state would otherwise run it again.
-* What the node itself reports (the status) is never sent back, except in ``everything``.
-* A task is sent again when labels of its service change that take effect on it while it runs (``sent_labels``).
-* A task of a global service has its node before it is assigned.  While its status cannot be read it may still wait for
-  a port or for its predecessor, so it is not sent; if the node has it, the node keeps it and reports its status.
-* Secrets and configs are sent with the first task that needs them, and removed with the last that still runs.
+* The status, which the node itself reports, is never sent back, except by ``everything``.
+* A task is sent again when service labels change that affect a running task (``sent_labels``).
+* A task of a global service has its node before it is assigned.  While its status is unreadable it may still wait for a
+  port or for its predecessor, so it is not sent.  If the node has the task, the node keeps it and reports its status.
+* Secrets and configs are sent with the first task that needs them, and removed with the last such task that still runs.
 
 Source: swarmkit, manager/dispatcher/assignments.go.
 """
@@ -46,30 +46,30 @@ from skep.store.kinds import (
 from skep.store.schema import UNREAD_STATUS
 
 VolumesOf: TypeAlias = Callable[[NodeId], Iterable[VolumeId]]
-"""The volumes that may concern a node; without it all volumes are looked at."""
+"""Returns the volumes that may concern a node.  Without it all volumes are checked."""
 
 
 class SentState(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node was sent on one stream."""
+    """Assignments that one node received on one stream."""
 
     tasks: Mapping[TaskId, Task] = {}
     labels: Mapping[TaskId, Mapping[str, str]] = {}
-    """The tasks' ``sent_labels``, where there are any."""
+    """The ``sent_labels`` of tasks that have some."""
     secrets: frozenset[SecretId] = frozenset()
     configs: frozenset[ConfigId] = frozenset()
     volumes: Mapping[VolumeId, VolumeAssignment] = {}
-    """Those that are published on the node."""
+    """Volumes published on the node."""
     leaving: Mapping[VolumeId, VolumeAssignment] = {}
-    """Those that it is to give up, whether it has them or not: it says so in a report."""
+    """Volumes that the node should unpublish, whether it has them or not.  It confirms that in a report."""
 
 
 def everything(
     view: View, node_id: NodeId, volumes_of: VolumesOf | None = None
 ) -> tuple[AssignmentSet, SentState]:
-    """All assignments of a node, as the first message of a stream.
+    """Return all assignments of a node, as the first message of a stream.
 
-    If tasks in the store cannot be read, their nodes are not known: then nothing is removed from the node.  Nor if a
-    task is not sent because its status or its spec cannot be read: the node may have it.
+    If tasks in the store are unreadable, their nodes are unknown, so the message removes nothing from the node.  The
+    same holds if a task is not sent because its status or spec is unreadable: the node may have it.
     """
     placed = [_with_spec(view, task, None) for task in view.find(Task, node_id=node_id)]
     tasks = {task.id: task for task in placed if _is_due(view, task)}
@@ -98,7 +98,7 @@ def difference(
     changed: Iterable[TaskId],
     volumes_of: VolumesOf | None = None,
 ) -> tuple[AssignmentSet | None, SentState]:
-    """The message after ``changed`` tasks changed; None: nothing the node needs."""
+    """Return the message after ``changed`` tasks changed, or None if the node needs none."""
     tasks, labels = dict(sent.tasks), dict(sent.labels)
     updated: list[Task] = []
     referring = False
@@ -117,7 +117,7 @@ def difference(
         referring = referring or _refers(task)
         if before is None or sent_fields(before) != sent_fields(task) or labels_before != labels_now:
             updated.append(task)
-    # Going through all tasks of the node is the expensive part, and most tasks need neither secrets nor configs.
+    # Checking all tasks of the node is the expensive part, and most tasks need neither secrets nor configs.
     volumes, leaving = _volumes_on(view, node_id, volumes_of)
     if referring or volumes != sent.volumes:
         secrets = _secrets_of(tasks.values()) | _secrets_for(volumes)
@@ -140,7 +140,7 @@ def difference(
 
 
 def sent_fields(task: Task) -> tuple[Any, ...]:
-    """The fields of a task that are sent to its node: all but what the node reports itself and the write stamps."""
+    """Return the fields of a task that are sent to its node: all except the node's own reports and the write stamps."""
     return (
         task.desired_state,
         task.spec_version,
@@ -156,7 +156,7 @@ def sent_fields(task: Task) -> tuple[Any, ...]:
 
 
 def affects_node(old: Task, new: Task) -> bool:
-    """Whether a change of a task may have to be sent to its node; cheap, called for every commit."""
+    """Whether a change of a task may have to be sent to its node.  Cheap, since it runs for every commit."""
     return (
         sent_fields(old) != sent_fields(new)
         or old.node_id != new.node_id
@@ -171,16 +171,18 @@ def _is_sent(task: Task) -> bool:
 
 
 def _may_wait(view: View, task: Task) -> bool:
-    """Whether the task may not be assigned yet, though its status says so: that cannot be read.
+    """Whether the task may not be assigned yet although its status, which is unreadable, says so.
 
-    A task of another service gets its node with the assignment.
+    A task of a service that is not global gets its node with the assignment.
     """
     return task.status.state is TaskState.ASSIGNED and not task.slot and has_unreadable_status(view, task)
 
 
 def _with_spec(view: View, task: Task, before: Task | None) -> Task:
-    """``task``; where the spec that it was made from cannot be read, with the same spec from its service, or from
-    ``before``, which the node was sent."""
+    """Return ``task`` with a readable spec if possible.
+
+    An unreadable spec is replaced by the same spec of the service, or by the spec of ``before``, as the node has it.
+    """
     if not has_unreadable_spec(view, task):
         return task
     if (present := present_spec(view.lookup(Service, task.service_id), task)) is not None:
@@ -189,19 +191,19 @@ def _with_spec(view: View, task: Task, before: Task | None) -> Task:
 
 
 def _lacks_spec(view: View, task: Task) -> bool:
-    """Whether the task is to run and what it is to run is not known: the spec that it shows is empty."""
+    """Whether the task should run but its spec is unknown, so that it looks empty."""
     return task.is_wanted and has_unknown_spec(view, task)
 
 
 def _lacks_networks(view: View, task: Task) -> bool:
-    """Whether the task is to run and its networks are not known: it would be started without any."""
+    """Whether the task should run but its networks are unknown, so that it would start without any."""
     return (
         task.is_wanted and not task.networks_attachments and "networks" in view.damaged(Task).get(task.id, ())
     )
 
 
 def _lacks_data(view: View, task: Task) -> bool:
-    """Whether the task is to run and something that its node needs for that is not known."""
+    """Whether the task should run but data that its node needs is unknown."""
     return (
         _lacks_spec(view, task)
         or _lacks_networks(view, task)
@@ -210,15 +212,16 @@ def _lacks_data(view: View, task: Task) -> bool:
 
 
 def _is_held_back(view: View, task: Task) -> bool:
-    """Whether the task may be assigned and is not sent, as something of it cannot be read."""
+    """Whether the task may be assigned but is not sent because a part of it is unreadable."""
     return _may_wait(view, task) or _lacks_data(view, task)
 
 
 def _is_due(view: View, task: Task) -> bool:
-    """Whether the task is to be sent to the node now.
+    """Whether to send the task to the node now.
 
-    A docker node must have an address of its own on a network before the first task on it arrives, else the task
-    fails there ("failed to find a load balancer IP"); the allocator writes that a moment after the assignment.
+    A docker node must have an address of its own on a network before the first task on that network arrives, otherwise
+    the task fails there ("failed to find a load balancer IP").  The allocator writes the address a moment after the
+    assignment.
     """
     if _is_held_back(view, task):
         return False
@@ -273,13 +276,13 @@ def _labels_of(service: Service) -> Mapping[str, str]:
 
 
 def _sent_labels(view: View, task: Task, before: Mapping[str, str]) -> Mapping[str, str]:
-    """``before``: what the node was sent, and keeps while the service cannot be read."""
+    """Return the service's sent labels, or ``before``, which the node keeps, while the service is unreadable."""
     service = view.lookup(Service, task.service_id)
     return before if service is None else sent_labels(_labels_of(service))
 
 
 def _ports_of(service: Service) -> tuple[PortConfig, ...]:
-    """Published ports: as allocated, else as in the spec (host-mode ports need no allocation)."""
+    """Return the published ports as allocated, or as in the spec: host-mode ports need no allocation."""
     if service.endpoint.ports:
         return service.endpoint.ports
     return service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
@@ -315,7 +318,7 @@ def _configs_of(tasks: Iterable[Task]) -> frozenset[ConfigId]:
 def _volumes_on(
     view: View, node_id: NodeId, volumes_of: VolumesOf | None
 ) -> tuple[dict[VolumeId, VolumeAssignment], dict[VolumeId, VolumeAssignment]]:
-    """The volumes that the node is to have, and those that it is to give up.
+    """Return the volumes that the node should have, and the volumes that it should unpublish.
 
     Source: swarmkit, manager/dispatcher/assignments.go (addOrUpdateVolume).
     """
@@ -347,20 +350,22 @@ def _volume_assignment(volume: Volume, info: VolumeInfo, status: PublishStatus) 
 
 
 def _removed_volumes(before: SentState, now: SentState) -> tuple[VolumeAssignment, ...]:
-    """To be given up now; also those of which nothing is left in the store (removed with force)."""
+    """Return the volumes to unpublish now, including volumes that were removed from the store with force."""
     gone = {id: one for id, one in before.volumes.items() if id not in now.volumes and id not in now.leaving}
     new = {id: one for id, one in now.leaving.items() if id not in before.leaving}
     return tuple(one for _, one in sorted({**gone, **new}.items()))
 
 
 def _secrets_for(volumes: Mapping[VolumeId, VolumeAssignment]) -> frozenset[SecretId]:
-    """What the drivers need for the volumes."""
+    """Return the secrets that drivers need for the volumes."""
     return frozenset(SecretId(secret.secret) for one in volumes.values() for secret in one.secrets)
 
 
 def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:
-    """A secret that does not exist, cannot be read or has no data (of a driver, as SwarmKit's may have) is left out:
-    its task fails at start with a message that names it.
+    """Yield the files of secrets.
+
+    A secret that does not exist, is unreadable or has no data (SwarmKit's driver secrets may have none) is left out.
+    Its task fails at start with a message that names it.
 
     Source: swarmkit, manager/dispatcher/assignments.go (assignSecret).
     """
@@ -390,9 +395,9 @@ def _registry_auths(view: View, tasks: Iterable[AssignedTask]) -> dict[TaskId, s
 
 
 def _registry_auth(view: View, task: Task) -> str:
-    """The credentials for the registry of the task's image: the present ones, or those of the spec before.
+    """Return the credentials for the registry of the task's image, of the current or the previous spec.
 
-    The run of a scheduled job goes on with its spec while the service has another one already.
+    A run of a scheduled job keeps its spec while the service already has another one.
     """
     ids = registry_auth_id(task.service_id), previous_registry_auth_id(task.service_id)
     found = (view.lookup(Payload, id) for id in ids)

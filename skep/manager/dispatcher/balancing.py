@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 
 class Balancing:
-    """Redirects nodes while this manager has far more than its share, after sending all nodes the managers' weights."""
+    """Redirects nodes if this manager has far more than its share, after sending all nodes the managers' weights."""
 
     def __init__(
         self,
@@ -29,10 +29,11 @@ class Balancing:
         redirect: Callable[[NodeId], None],
         movable: Callable[[], Collection[NodeId]],
     ) -> None:
-        """
+        """Create a balancer.
+
         Args:
-            redirect: ends a node's session here and expects the node for long enough to find another manager.
-            movable: the nodes that can be redirected now.
+            redirect: Ends a node's session here and expects the node for long enough to find another manager.
+            movable: Returns the nodes that can be redirected now.
         """
         self._store = store
         self._own = own
@@ -41,7 +42,7 @@ class Balancing:
         self._redirect = redirect
         self._movable = movable
         self.weights: Mapping[NodeId, int] = {}
-        """Weight of each manager; those that are missing have ``shares.WEIGHT``."""
+        """Weight of each manager.  Missing managers have ``shares.WEIGHT``."""
 
     async def run(self) -> None:
         """Check every ``SPREAD_S`` until cancelled."""
@@ -54,8 +55,8 @@ class Balancing:
                 self.weights = weights
                 for session in self._sessions.all():
                     session.messages.wake()
-            # A node that is redirected while etcds restart one after another may find no manager that takes it, and
-            # sends connections to tasks that have stopped meanwhile.
+            # A node that is redirected during a rolling restart of etcd may find no manager that takes it, and sends
+            # connections to tasks that have stopped meanwhile.
             elif view.find(Swarm) and not etcds_behind(view):
                 for node_id in shares.to_redirect(held, self._own, self._movable()):
                     log.info("node redirected: this manager has more than its share", node=node_id)

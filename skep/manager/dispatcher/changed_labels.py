@@ -1,7 +1,7 @@
-"""Wakes the streams of assignments when labels of a service change that take effect on its running tasks.
+"""Wakes assignment streams when service labels change that affect running tasks.
 
-Such a change replaces no task.  If it reached a task's node with the next task only, the leader would decide by other
-labels than the node: a node that is cut off would run on what the leader takes for stopped.
+Such a change replaces no task.  If it reached a task's node only with the next task, the leader would decide by other
+labels than the node: a disconnected node would keep running tasks that the leader considers stopped.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,14 +27,14 @@ class ChangedLabels:
         self._has_changed = Event()
 
     def on_update(self, old: Service, new: Service) -> None:
-        """A service changed."""
+        """Record a changed service."""
         before, now = old.spec.labels, new.spec.labels
         if before != now and sent_labels(before) != sent_labels(now):
             self._changed[new.id] = None
             self._has_changed.set()
 
     async def run(self) -> None:
-        """Wake nodes, until cancelled; a service may have very many tasks."""
+        """Wake nodes until cancelled, in slices, since a service may have very many tasks."""
         while True:
             await self._has_changed.wait()
             self._has_changed.clear()
@@ -43,7 +43,7 @@ class ChangedLabels:
                 await run_in_slices(self._wake_nodes(id), self._clock)
 
     def _wake_nodes(self, id: ServiceId) -> Iterator[None]:
-        # A task that is assigned from now on is sent with the new labels.
+        # Later assignments are sent with the new labels.
         for number, task in enumerate(self._store.view().find(Task, service_id=id), 1):
             if task.node_id and not task.status.state.is_terminal:
                 self._wake(task.node_id, (task.id,))

@@ -1,8 +1,8 @@
-"""Wakes the streams of assignments; delays a task's stop while nodes may still send it new connections.
+"""Wakes assignment streams, and delays a task's stop while nodes may still send it new connections.
 
-A serving task is removed from its networks' tables as soon as it is to stop.  The stop is sent to its node when no
-node uses a table with it any more, or when its service's ``skep.drain`` has passed (docs/architecture.md,
-"Stopping").  Nothing is delayed if the service itself is removed, or if the task does not serve.
+A serving task is removed from its networks' tables as soon as it is retired.  The stop is sent to its node when no node
+uses a table with the task, or when its service's ``skep.drain`` has passed (docs/architecture.md, "Stopping").
+Nothing is delayed if the service itself is removed, or if the task does not serve.
 """
 
 import asyncio
@@ -31,19 +31,19 @@ from skep.store.interface import Store, View
 
 log = structlog.get_logger(__name__)
 
-WITHHELD_MAX = 2_000
-"""At the same time; further tasks stop at once."""
+DELAYED_MAX = 2_000
+"""Maximum delayed stops.  Beyond it, tasks stop at once."""
 
 WaitUnused = Callable[[Task, int], Awaitable[None]]
-"""Returns when no node sends new connections to the task, which is to stop since that revision of the store."""
+"""Returns when no node sends new connections to the task, which was retired at that revision of the store."""
 RESTART_S_MAX = 10.0
-"""How much longer a stop may be delayed at most because an etcd restarts."""
-LOOK_S = 0.1
-"""Between two looks whether it has."""
+"""Maximum seconds by which a restarting etcd prolongs the delay of a stop."""
+CHECK_S = 0.1
+"""Seconds between checks whether etcd still restarts."""
 
 
 class Stops:
-    """Which tasks the streams of assignments have to send, and when."""
+    """The tasks that assignment streams have to send, and the delays of their stops."""
 
     def __init__(
         self, store: Store, sessions: Sessions, clock: Clock, wait_unused: WaitUnused | None
@@ -52,15 +52,15 @@ class Stops:
         self._sessions = sessions
         self._clock = clock
         self._wait_unused = wait_unused
-        self._withheld: dict[TaskId, None] = {}
+        self._delayed: dict[TaskId, None] = {}
         self._pending: list[_PendingStop] = []
         self._has_pending = Event()
         self._etcds = (0, False)
-        """Whether an etcd is to restart, as of a revision: thousands of stops may ask."""
+        """Whether an etcd restarts, as of a revision.  Cached because thousands of stops may check it."""
 
     def on_update(self, old: Task, new: Task, revision: int) -> None:
-        """A task changed with this revision of the store: wake its node's streams, now or later."""
-        if new.id in self._withheld:
+        """Wake the streams of a changed task's node, now or when the delay of its stop ends."""
+        if new.id in self._delayed:
             if new.status.state.is_terminal:
                 self.release(new)
             return
@@ -68,50 +68,50 @@ class Stops:
             return
         seconds = drain_of(self._store.view(), old, new) if self._wait_unused is not None else 0.0
         is_here = self._sessions.live(new.node_id) is not None
-        if not (seconds and is_here) or len(self._withheld) >= WITHHELD_MAX:
+        if not (seconds and is_here) or len(self._delayed) >= DELAYED_MAX:
             self.wake(new.node_id, (new.id,))
             return
-        self._withheld[new.id] = None
+        self._delayed[new.id] = None
         self._pending.append(_PendingStop(new, revision, seconds))
         self._has_pending.set()
 
     def release(self, task: Task) -> None:
-        """A task was created, deleted or has ended: wake its node's streams at once."""
-        self._withheld.pop(task.id, None)
+        """Wake the node's streams at once for a task that was created, was deleted or has ended."""
+        self._delayed.pop(task.id, None)
         self.wake(task.node_id, (task.id,))
 
     def wake(self, node_id: NodeId, task_ids: Iterable[TaskId]) -> None:
         """Wake the node's streams for tasks, except for those whose stop is delayed."""
         session = self._sessions.live(node_id)
         if session is not None:
-            session.wake_assignments(id for id in task_ids if id not in self._withheld)
+            session.wake_assignments(id for id in task_ids if id not in self._delayed)
 
     async def run(self) -> None:
-        """Delay stops, until cancelled."""
+        """Delay stops until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
                 pending, self._pending = self._pending, []
                 for one in pending:
-                    group.create_task(self._withhold(one), name=f"drain {one.task.id}")
+                    group.create_task(self._delay(one), name=f"drain {one.task.id}")
                 self._has_pending.clear()
                 await self._has_pending.wait()
 
-    async def _withhold(self, pending: "_PendingStop") -> None:
+    async def _delay(self, pending: "_PendingStop") -> None:
         assert self._wait_unused is not None, "nothing is withheld without it"
         task = pending.task
         with isolated("drain of a task", task.id):
             try:
                 unused = self._wait_unused(task, pending.revision)
-                await run_unless(_awaited(unused), self._sleep_at_least(pending.seconds))
+                await run_unless(_await(unused), self._sleep_at_least(pending.seconds))
             except Preempted:
                 log.info(
-                    "drain time is over: task stops though connections may still be sent to it",
+                    "drain time is over: task stops although it may still receive connections",
                     task=task.id,
                     after_s=pending.seconds,
                 )
             except SkepError as error:
                 log.warning(
-                    "drain failed: task stops though connections may still be sent to it",
+                    "drain failed: task stops although it may still receive connections",
                     task=task.id,
                     reason=str(error),
                 )
@@ -119,11 +119,11 @@ class Stops:
                 self.release(task)
 
     async def _sleep_at_least(self, seconds: float) -> None:
-        """Longer while a manager's etcd restarts for a new root: that manager's nodes get no tables meanwhile."""
+        """Sleep, and wait for an etcd that restarts for a new root: its manager's nodes get no tables meanwhile."""
         await self._clock.sleep(seconds)
         until = self._clock.monotonic() + RESTART_S_MAX
         while self._restarts_etcd() and self._clock.monotonic() < until:
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
 
     def _restarts_etcd(self) -> bool:
         view = self._store.view()
@@ -133,7 +133,7 @@ class Stops:
 
 
 class _PendingStop(msgspec.Struct, frozen=True):
-    """A task that is to stop since ``revision``, after ``seconds`` at the latest."""
+    """The stop of a task that was retired at ``revision``, delayed by at most ``seconds``."""
 
     task: Task
     revision: int
@@ -141,7 +141,7 @@ class _PendingStop(msgspec.Struct, frozen=True):
 
 
 def drain_of(view: View, old: Task, new: Task) -> float:
-    """Seconds for which the stop of a task is delayed at most; 0: not at all."""
+    """Return the maximum seconds for which a task's stop is delayed.  0 means not at all."""
     if not begins_to_drain(old, new):
         return 0.0
     service, node = view.lookup(Service, new.service_id), view.lookup(Node, new.node_id)
@@ -150,5 +150,5 @@ def drain_of(view: View, old: Task, new: Task) -> float:
     return drain_s(service.spec.labels)
 
 
-async def _awaited(wait: Awaitable[None]) -> None:
+async def _await(wait: Awaitable[None]) -> None:
     await wait

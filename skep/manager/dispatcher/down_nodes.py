@@ -1,4 +1,4 @@
-"""Marks silent nodes down, unless a heartbeat comes before that is written."""
+"""Marks silent nodes down, unless a heartbeat arrives before that is written."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,10 +15,10 @@ log = structlog.get_logger(__name__)
 async def mark_nodes_down(
     store: Store, sessions: Sessions, silent: Sequence[SilentNode], own_time: Callable[[], float], now_ns: int
 ) -> None:
-    """Write that these nodes are down and end their sessions; those that could not be written stay silent.
+    """Write that these nodes are down and end their sessions.  Nodes whose write fails stay silent.
 
-    The write may take seconds, perhaps for the same reason that kept the heartbeats away.  A node with a heartbeat
-    meanwhile keeps its session: a later attempt writes nothing, and what was written is reverted.
+    The write may take seconds, perhaps for the same reason that delayed the heartbeats.  A node with a heartbeat
+    meanwhile keeps its session: a later attempt writes nothing, and a written mark is reverted.
     """
 
     def down(tx: Transaction, silent_node: SilentNode) -> bool:
@@ -38,10 +38,10 @@ async def mark_nodes_down(
 
 
 async def revert(store: Store, sessions: Sessions, silent_node: SilentNode) -> None:
-    """Write that a node which was marked down is ready; if that fails, end its session."""
+    """Write that a node which was marked down is ready.  If that fails, end its session."""
     try:
         await store.update(revert_down, silent_node.node_id, silent_node.session_id)
     except SkepError as error:
-        # The node registers again, which marks it ready as well.
+        # The node registers again, which also marks it ready.
         log.warning("node not marked ready", node=silent_node.node_id, reason=str(error))
         sessions.forget(silent_node, NotRegistered())

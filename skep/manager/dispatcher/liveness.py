@@ -1,46 +1,48 @@
-"""Grace periods: how long a node without heartbeats is considered alive.
+"""Grace periods: how long a node without heartbeats counts as alive.
 
-The manager that holds a node's session decides, in *its own loop's time* (``aio.own_time``): time in which the loop
-did not run, or in which this manager was cut off, does not count.  So a busy manager never marks its nodes down.
+The manager that holds a node's session decides, in *its own loop's time* (``aio.own_time``): time in which the loop did
+not run, or in which this manager was cut off, does not count.  So a busy manager never marks its nodes down.
 """
 
 from skep.manager.heartbeats import grace_period
 
 AWAY_GRACE_S = 12.0
-"""Minimal grace of a node whose process announced a planned stop: an upgrade moves no tasks."""
+"""Minimum grace in seconds of a node whose process announced a planned stop: an upgrade moves no tasks."""
 RECOVERY_GRACE_S = 12.0
-"""Minimal grace of an engine that lost its manager: it needs 11 s to find another one."""
+"""Minimum grace in seconds of an engine that lost its manager: it needs 11 s to find another one."""
 
 SUSPENDED_S_MAX = 120.0
-"""Missed heartbeats are ignored for at most this long; it takes ten times as long to regain the full allowance."""
+"""Maximum seconds for which missed heartbeats are ignored."""
 _REGAIN_RATE = 0.1
+"""Seconds of that allowance regained per second: it takes ten times as long to regain as to use."""
 
 HEARTBEAT_COST_S = 195e-6
-"""Processor time of one unary heartbeat (a Docker Engine's)."""
+"""Processor time in seconds of one unary heartbeat (of a Docker Engine)."""
 STREAM_HEARTBEAT_COST_S = 2 * 11e-6
-"""Processor time of one heartbeat on an open stream (a Skep node's), with its response."""
+"""Processor time in seconds of one heartbeat on an open stream (of a Skep node), with its response."""
 HEARTBEAT_SHARE_MAX = 0.05
 """Share of one core that heartbeats may take."""
 
 
 def grace_when_away(period_s: float, *, configured_s: float | None = None) -> float:
-    """Seconds for a node that announced a planned stop."""
+    """Return the grace in seconds of a node that announced a planned stop."""
     return max(grace_period(period_s, configured_s=configured_s), AWAY_GRACE_S)
 
 
 def grace_after_loss(period_s: float, *, is_skep: bool, configured_s: float | None = None) -> float:
-    """Seconds for a node whose manager was lost: it has to find another one first.
+    """Return the grace in seconds of a node whose manager was lost, and which has to find another one first.
 
-    A skep node does that within a heartbeat; an engine does not.
+    A skep node does that within a heartbeat.  An engine does not.
     """
     grace_s = grace_period(period_s, configured_s=configured_s)
     return grace_s if is_skep else max(grace_s, RECOVERY_GRACE_S)
 
 
 def grace_after_absence(period_s: float, *, configured_s: float | None = None) -> float:
-    """Seconds for every node of a manager that was itself away (restarted, cut off): longer than any other.
+    """Return the grace in seconds of all nodes of a manager that was itself away (restarted, cut off).
 
-    Nodes that have another manager are there already; those that have none retry with growing delays.
+    It is the longest grace: nodes that have another manager are there already, and nodes without one retry with growing
+    delays.
     """
     return max(2 * grace_period(period_s, configured_s=configured_s), RECOVERY_GRACE_S)
 
@@ -48,10 +50,12 @@ def grace_after_absence(period_s: float, *, configured_s: float | None = None) -
 def grace_after_adoption(
     period_s: float, *, is_skep: bool, recovers: bool, configured_s: float | None = None
 ) -> float:
-    """Seconds for a node whose session was taken over from a lost manager.
+    """Return the grace in seconds of a node whose session was taken over from a lost manager.
 
-    ``recovers``: the adopting manager has itself just come back.  Then there may have been no manager at all, and
-    nodes that have retried for long retry rarely.
+    Args:
+        is_skep: Whether the node is a Skep node.
+        recovers: Whether the adopting manager has itself just returned.  Then there may have been no manager at all,
+            and nodes that have retried for long retry rarely.
     """
     if recovers:
         return grace_after_absence(period_s, configured_s=configured_s)
@@ -59,15 +63,15 @@ def grace_after_adoption(
 
 
 def heartbeat_period(configured_s: float, *, skep_nodes: int, docker_nodes: int) -> float:
-    """Seconds between heartbeats: as configured, or longer if the heartbeats of all nodes would cost too much."""
+    """Return the seconds between heartbeats: as configured, or longer if all nodes' heartbeats would cost too much."""
     cost_s = skep_nodes * STREAM_HEARTBEAT_COST_S + docker_nodes * HEARTBEAT_COST_S
     return max(configured_s, cost_s / HEARTBEAT_SHARE_MAX)
 
 
 def suspension_left(left_s: float, passed_s: float, *, is_overloaded: bool) -> float:
-    """Seconds for which missed heartbeats may still be ignored, after ``passed_s`` with or without overload.
+    """Return the seconds for which missed heartbeats may still be ignored, after ``passed_s`` seconds.
 
-    Bounded, so that permanent overload cannot keep every lost node alive.
+    The allowance is bounded, so that permanent overload cannot keep every lost node alive.
     """
     if is_overloaded:
         return max(left_s - passed_s, 0.0)

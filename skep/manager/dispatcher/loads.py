@@ -1,11 +1,11 @@
-"""The nodes' load, and which changes of it are written for the scheduler.
+"""Load of the nodes, and which changes of it are written for the scheduler.
 
-Each heartbeat reports the load; it stays in the memory of the manager that has the session.  The scheduler is on the
-leader, so significant changes go through the store, as a part of the node object of their own: when the load is first
-known, and then when it has changed by more than ``STEP``, at most once every ``INTERVAL_S`` per node, ``AT_ONCE``
-nodes at a time.  So a quiet cluster writes nothing, and one of 3,000 nodes at most 100 small keys a second.
+Each heartbeat reports the load, which stays in the memory of the manager that has the session.  The scheduler runs on
+the leader, so significant changes are stored, as a separate part of the node object: when the load is first known,
+and when it has changed by more than ``STEP``, at most once every ``INTERVAL_S`` per node, ``AT_ONCE`` nodes at a time.
+So a quiet cluster writes nothing, and a cluster of 3,000 nodes at most 100 small keys per second.
 
-It only affects the choice of nodes for new tasks: tasks are never moved because of it, so nothing oscillates.
+The load only affects the choice of nodes for new tasks: tasks are never moved because of it, so nothing oscillates.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,13 +24,13 @@ from skep.store.interface import Store, Transaction, View
 log = structlog.get_logger(__name__)
 
 CHECK_S = 2.0
-"""Time between two checks."""
+"""Seconds between checks."""
 STEP = 0.1
 """Smaller changes of a load are not written."""
 INTERVAL_S = 30.0
-"""Least time between two writes for one node in one session."""
+"""Minimum seconds between two writes for one node in one session."""
 AT_ONCE = 200
-"""Nodes written per check; the others wait for the next."""
+"""Maximum nodes written per check.  The others wait for the next."""
 _THOUSAND = 1000
 
 
@@ -40,23 +40,23 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     node_id: NodeId
     session_id: SessionId
     load: float
-    """In tenths."""
+    """Share of the node, rounded to tenths."""
 
 
 def load_from_heartbeat(thousandths: int) -> float:
-    """The load in a heartbeat, at most 1."""
+    """Return the load in a heartbeat as a share, at most 1."""
     return min(thousandths, _THOUSAND) / _THOUSAND
 
 
 def is_significant(stored: float | None, reported: float, *, written_s: float | None) -> bool:
-    """Whether to write the load.  ``written_s``: seconds since this session's last write; None: there was none."""
+    """Whether to write the load.  ``written_s`` is the time since this session's last write, or None without one."""
     if written_s is not None and written_s < INTERVAL_S:
         return False
     return stored is None or abs(reported - stored) > STEP
 
 
 def reports(view: View, sessions: Iterable[LiveSession], now: float) -> list[LoadReport]:
-    """The loads to write at ``now``, those of the longest waiting sessions first."""
+    """Return the loads to write at ``now``, the longest waiting sessions first."""
     waiting = []
     for session in sessions:
         if session.load is None:
@@ -73,7 +73,7 @@ def reports(view: View, sessions: Iterable[LiveSession], now: float) -> list[Loa
 
 
 def record_load(tx: Transaction, report: LoadReport) -> None:
-    """Write a load.  Raises: SessionInvalid: the session belongs to another manager, or is not the node's last one."""
+    """Write a load.  Raises SessionInvalid if another manager has the session, or the node a later one."""
     node = require_session(tx, report.node_id, report.session_id)
     tx.put(msgspec.structs.replace(node, load=report.load))
 
@@ -103,7 +103,7 @@ class Loads:
             for report in due:
                 session = self._live(report.node_id)
                 if session is not None and session.id == report.session_id:
-                    session.load_written = now  # also if it was refused, which delays the retry
+                    session.load_written = now  # even if it was refused, which delays the retry
             failed = [
                 one for one in results if isinstance(one, SkepError) and not isinstance(one, SessionInvalid)
             ]

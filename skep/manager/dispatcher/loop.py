@@ -1,7 +1,7 @@
-"""The dispatcher: sessions with nodes, assignments to them, statuses from them.  Active on every manager.
+"""The dispatcher: node sessions, assignments to nodes, and statuses from nodes.  Active on every manager.
 
-Decisions are in the modules beside this one; this one has what waits: streams to nodes, the store's watch, and the
-clock.
+Decisions are in the other modules of this package.  This module has the parts that wait: streams to nodes, the store's
+watch, and the clock.
 """
 
 import asyncio
@@ -77,16 +77,18 @@ from skep.wire.service import Handler, both_stream, server_stream, unary
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.2
-"""Time between two checks for silent nodes."""
+"""Seconds between checks for silent nodes."""
 CURRENT_CHECK_S = 0.5
+"""Seconds between checks for a quorum."""
 CURRENT_WITHIN_S = 2.0
-"""A manager that cannot reach a quorum for this long ends its sessions, so that its nodes move on."""
+"""A manager that cannot reach a quorum for so many seconds ends its sessions, so that its nodes reconnect elsewhere."""
 NO_QUORUM = "this manager has lost contact with the others"
 PERIOD_JITTER = 0.1
+"""Part of the heartbeat period by which it varies, so that the nodes' heartbeats spread."""
 
 
 class Dispatcher:
-    """Sends nodes their tasks and records what they report."""
+    """Sends nodes their tasks and records their reports."""
 
     def __init__(
         self,
@@ -98,10 +100,12 @@ class Dispatcher:
         wait_unused: WaitUnused | None = None,
         reports: PeerReports | None = None,
     ) -> None:
-        """Args:
-        own: this manager, as nodes reach it.
-        wait_unused: see ``Stops``; None: tasks are stopped without draining.
-        reports: of the other managers, and for them; None: this is the only one.
+        """Create a dispatcher.
+
+        Args:
+            own: This manager, as nodes reach it.
+            wait_unused: See ``Stops``.  Without it, tasks are stopped without draining.
+            reports: Reports of and for the other managers, or None for a single manager.
         """
         self._store = store
         self._own = own
@@ -132,19 +136,19 @@ class Dispatcher:
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = RunningTime(seen_at=clock.monotonic())
         self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
-        """In own time: until then nodes may be reconnecting after having had no manager at all.
+        """Own time until which nodes may be reconnecting after a time without any manager.
 
-        A manager that starts may be the one that restores the quorum.
+        This manager's start may restore the quorum.
         """
         self._shown_down: set[NodeId] = set()
-        """Nodes that have a session here and were shown as down."""
+        """Nodes with a session here that were shown as down."""
         self._is_current = True
         self._current_at = clock.monotonic()
         self._period_s = DEFAULT_PERIOD_S
         self._configured_grace_s: float | None = None
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             server_stream(methods.SESSION, self._session),
             unary(methods.HEARTBEAT, self._heartbeat),
@@ -158,15 +162,15 @@ class Dispatcher:
         )
 
     def session(self, node_id: NodeId, session_id: str) -> LiveSession:
-        """A session held here.  Raises: NotRegistered; SessionInvalid: the node has a later one."""
+        """Return a session held here.  Raises NotRegistered, or SessionInvalid if the node has a later session."""
         return self._sessions.require(node_id, session_id)
 
     def session_count(self) -> int:
-        """How many nodes have their session here."""
+        """Return how many nodes have their session here."""
         return sum(self._sessions.count())
 
     def usages(self) -> Mapping[TaskId, TaskUsage]:
-        """What the nodes with a session here report of tasks of autoscaled services."""
+        """Return the reported usage of autoscaled services' tasks on nodes with a session here."""
         return self._usages.present()
 
     def is_current(self) -> bool:
@@ -174,7 +178,7 @@ class Dispatcher:
         return self._is_current and self._clock.monotonic() - self._current_at < CURRENT_WITHIN_S
 
     def without_quorum_s(self) -> float:
-        """Seconds since the last contact with a quorum; 0 while there is contact."""
+        """Return the seconds since the last contact with a quorum.  0 while there is contact."""
         return 0.0 if self.is_current() else max(self._clock.monotonic() - self._current_at, 0.001)
 
     async def run(self) -> None:
@@ -188,7 +192,7 @@ class Dispatcher:
                 work=self._run_tasks,
             )
         finally:
-            # A leader that stops waits for the outcome of its writes, and answers pings meanwhile.
+            # A stopping leader waits for the outcome of its writes, and answers pings meanwhile.
             self._reports.own = PeerReport(is_without_quorum=True)
 
     async def _run_tasks(self) -> None:
@@ -207,7 +211,7 @@ class Dispatcher:
     def _on_snapshot(self, view: View) -> None:
         """Start from a snapshot: expect the nodes of an earlier run, and wake every stream for everything.
 
-        What was deleted since an earlier snapshot leaves no trace in this one.
+        Objects that were deleted since an earlier snapshot leave no trace in this one.
         """
         nodes = view.find(Node)
         known = {*view.ids(Node), *view.unreadable(Node)}
@@ -264,13 +268,18 @@ class Dispatcher:
                 session.messages.wake()
 
     def _wake_for(self, old: Volume | None, new: Volume | None) -> None:
-        """Send the nodes on which the volume is, or was, what has changed."""
+        """Send a volume's change to the nodes on which it is, or was, published."""
         for node_id in self._volumes.change(old, new):
             if (session := self._sessions.live(node_id)) is not None:
                 session.wake_assignments(())
 
     def _on_node(self, node: Node, grace_s: float | None = None) -> None:
-        """Handle a changed node; ``grace_s``: if it is ours and not connected; None: the grace of its kind."""
+        """Handle a changed node.
+
+        Args:
+            node: The node.
+            grace_s: Grace if its session is ours and not connected, or None for the grace of its kind.
+        """
         held = node.session
         if held is not None:
             self._sessions.lose(node.id, held.session_id, SessionInvalid())
@@ -294,7 +303,7 @@ class Dispatcher:
 
     async def _session(self, request: pb.SessionRequest, caller: Caller) -> AsyncIterator[pb.SessionMessage]:
         session = await self._register(request, caller)
-        del request  # thousands of these streams wait for hours: release what is not needed
+        del request  # thousands of these streams wait for hours, so they release unneeded memory
         sent, seen = b"", None
         while True:
             session.require_open()
@@ -306,8 +315,8 @@ class Dispatcher:
             if is_docker_node(node):
                 stored = view.lookup(Payload, GOSSIP_KEYS_ID)
                 if stored is None or swarm.id in view.unreadable(Swarm) or not swarm.tls_info.trust_root:
-                    # The leader is about to create them; an engine without keys gossips in clear.  One that is sent
-                    # no root trusts no manager.
+                    # The leader is about to create them.  An engine without keys gossips in clear, and an engine
+                    # without a root trusts no manager.
                     await session.messages.wait()
                     continue
                 keys = decoded_keys(stored.data).keys
@@ -323,7 +332,7 @@ class Dispatcher:
             await session.messages.wait()
 
     async def _register(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
-        """Write the session once there is a slot, and return when this replica shows it.  Raises: RetryLater."""
+        """Write the session once a slot is free, and return when this replica shows it.  Raises RetryLater."""
         self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
             raise Unavailable(NO_QUORUM)
@@ -350,7 +359,7 @@ class Dispatcher:
         if node is None or node.session is None or node.session.session_id != session_id:
             raise SessionInvalid  # it registered again meanwhile
         if not self._is_current:
-            raise Unavailable(NO_QUORUM)  # meanwhile: the sessions that there were have been ended
+            raise Unavailable(NO_QUORUM)  # the quorum was lost meanwhile, and all sessions have been ended
         now = self._time.seconds
         deadline = now + grace_period(self._period_s, configured_s=self._configured_grace_s)
         session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, last_seen=now)
@@ -383,17 +392,19 @@ class Dispatcher:
                 del request
         finally:
             if session is not None and caller.has_crashed():
-                self._expect_back(session)
+                self._extend_grace(session)
 
-    def _expect_back(self, session: LiveSession) -> None:
-        """The node process ended without a planned stop, as its kernel closed the connection: it gets the grace of a
-        planned stop."""
+    def _extend_grace(self, session: LiveSession) -> None:
+        """Let a node whose process ended have the grace of a planned stop.
+
+        Its kernel closed the connection, so the machine still runs.
+        """
         grace_s = grace_when_away(self._period_s, configured_s=self._configured_grace_s)
         session.deadline = max(session.deadline, self._time.seconds + grace_s)
         log.info("node process ended", node=session.node_id, grace_s=grace_s)
 
     def _record_heartbeat(self, session: LiveSession, *, is_away: bool = False) -> int:
-        """Record a heartbeat, ``is_away``: the last one before a planned stop; gives nanoseconds until the next one."""
+        """Record a heartbeat, the last one if ``is_away``.  Returns the nanoseconds until the next one."""
         period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
         session.last_seen = self._time.seconds
         grace = grace_when_away if is_away else grace_period
@@ -403,8 +414,10 @@ class Dispatcher:
         return int(period_s * SECOND_NS)
 
     def _set_period(self) -> None:
-        """Set the period from the configuration and the number of nodes; not at every heartbeat, because it counts all
-        nodes."""
+        """Set the period from the configuration and the number of nodes.
+
+        Not called for every heartbeat, because it counts all nodes.
+        """
         skep_nodes, docker_nodes = self._sessions.count()
         configured_s, self._configured_grace_s = configured_heartbeats(self._store.view())
         period_s = heartbeat_period(configured_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
@@ -435,7 +448,7 @@ class Dispatcher:
             await self._revert_late_marks()
 
     async def _revert_late_marks(self) -> None:
-        """Nodes that are shown as down, with heartbeats here, are ready.
+        """Mark nodes ready that are shown as down but send heartbeats here.
 
         A mark whose outcome was unknown may be committed after the next heartbeat.
         """
@@ -479,7 +492,7 @@ class Dispatcher:
                 self._current_at = self._clock.monotonic()
 
     def _movable(self) -> Sequence[NodeId]:
-        """The nodes that find another manager, if they are redirected now."""
+        """Return the nodes that can find another manager if they are redirected now."""
         if not self._is_current or self._reports.is_overloaded_anywhere(self._clock.monotonic()):
             return ()
         return self._sessions.movable(self._time.seconds, self._period_s)
@@ -500,7 +513,7 @@ class Dispatcher:
     async def _report_statuses(
         self, reported: skep.ReportedStatuses, caller: Caller
     ) -> pb.UpdateTaskStatusResponse:
-        """Responds when the statuses are written: a node keeps what was not acknowledged and sends it again.
+        """Write statuses, then respond: a node sends unacknowledged reports again.
 
         Too frequent repetitions of a state are written later (``RepeatedReports``).
         """
@@ -523,7 +536,7 @@ class Dispatcher:
     async def _update_volume_status(
         self, request: pb.UpdateVolumeStatusRequest, caller: Caller
     ) -> pb.UpdateVolumeStatusResponse:
-        """Responds when it is written."""
+        """Write the node's report about volumes, then respond."""
         session = self._sessions.require(caller.node_id, request.session_id)
         ids = [VolumeId(update.id) for update in request.updates if update.unpublished]
         reports = [(session.node_id, session.id, id) for id in sorted(set(ids))]
@@ -537,7 +550,7 @@ class Dispatcher:
         return last_lines(swarm.spec.labels) if swarm is not None else LAST_LINES_MAX
 
     async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:
-        """A node's certificate, trusted roots or resources have changed."""
+        """Write the changed certificate, trusted roots or resources of a node."""
         session = self._sessions.require(caller.node_id, request.session_id)
         self._description_rate.note(session.node_id, self._clock.monotonic())
         description = description_from_pb(request.description)
@@ -559,7 +572,7 @@ def _is_down(node: Node) -> bool:
 
 
 def _swarm_of(view: View) -> Swarm | None:
-    """The cluster.  If it cannot be read, an empty one: a node keeps what it was sent."""
+    """Return the cluster object, or an empty one if it is unreadable: a node then keeps its last message."""
     found = view.find(Swarm)
     unreadable = view.unreadable(Swarm)
     return found[0] if found else Swarm(id=ClusterId(min(unreadable))) if unreadable else None

@@ -16,14 +16,14 @@ from skep.wire.convert.node import node_to_pb
 
 
 class ManagerPeer(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A manager that nodes can register with.  ``addr``: ``ip:port``."""
+    """A manager that nodes can register with, at ``addr`` (``ip:port``)."""
 
     node_id: NodeId
     addr: str
 
 
 def managers_of(nodes: Iterable[Node], own: ManagerPeer) -> tuple[ManagerPeer, ...]:
-    """All managers, always including this one: an engine drops every manager that a message leaves out."""
+    """Return all managers, always including this one: an engine drops every manager missing from a message."""
     known = {own.node_id: own}
     for node in nodes:
         if node.manager_status is not None and node.manager_status.addr:
@@ -39,9 +39,11 @@ def session_message(
     keys: Sequence[GossipKey] = (),
     weights: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> pb.SessionMessage:
-    """All that a node needs of its cluster; complete each time.
+    """Return the complete cluster data for a node.
 
-    ``keys``: for docker nodes only; ``weights``: of managers that are to have more or fewer nodes than others.
+    Args:
+        keys: Gossip keys, for docker nodes only.
+        weights: Weights of managers that should have more or fewer nodes than others.
     """
     return pb.SessionMessage(
         session_id=session_id,

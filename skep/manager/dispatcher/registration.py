@@ -1,7 +1,7 @@
-"""What the dispatcher writes of a node: the owner of its session, its description, whether it is up.
+"""The parts of a node that the dispatcher writes: its session's owner, its description, and whether it is up.
 
-Registering is a compare-and-swap: a manager without a quorum cannot take a session, and what the new owner sends is
-at least as new as what any manager sent before.
+Registering is a compare-and-swap: a manager without a quorum cannot take a session, and the new owner's messages are at
+least as new as the messages of any earlier manager.
 """
 
 import msgspec
@@ -19,24 +19,25 @@ from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
 
 RATE_PERIOD_S = 8.0
+"""Seconds of the period in which registrations are counted."""
 RATE_MAX = 5
-"""Registrations of one node within the period."""
+"""Maximum registrations of one node within the period."""
 RATE_NODES_MAX = 10_000
 """Above this number, nodes without a registration in the last period are dropped."""
 
 HEARTBEAT_FAILURE = "heartbeat failure"
-"""Message of a node that is down; SwarmKit's text."""
+"""Message of a node that is down, in SwarmKit's words."""
 
 
 class SessionInvalid(InvalidArgument):
-    """The node has registered again since; an engine registers again when it gets this error."""
+    """The node has registered again since.  An engine registers again on this error."""
 
     def __init__(self) -> None:
         super().__init__("session invalid")
 
 
 class NotRegistered(NotFound):
-    """This manager has no session of the node; an engine registers again when it gets this error."""
+    """This manager has no session of the node.  An engine registers again on this error."""
 
     def __init__(self) -> None:
         super().__init__("node not registered")
@@ -52,7 +53,7 @@ class RegistrationRate:
         self._times: dict[NodeId, list[float]] = {}
 
     def note(self, node_id: NodeId, now: float) -> None:
-        """A node registers at ``now`` (monotonic seconds).  Raises: Unavailable: too often."""
+        """Record a registration at ``now`` (monotonic seconds).  Raises Unavailable if there are too many."""
         recent = [at for at in self._times.get(node_id, ()) if at > now - RATE_PERIOD_S]
         if len(recent) >= RATE_MAX:
             raise Unavailable(f"node {node_id} registers too often")
@@ -73,16 +74,17 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def take_session(tx: Transaction, registration: Registration) -> Node:
-    """Make this manager the owner of the node's session; the node is ready from now on.
+    """Make this manager the owner of the node's session, and mark the node ready.
 
-    Raises: PermissionDenied: the node was removed, or the store has no such node (it is older than the node).
+    Raises:
+        PermissionDenied: The node was removed, or the store has no such node because it is older than the node.
     """
-    # The status counts too: a replica that does not show yet that the node is down would write nothing there.
+    # The status counts too: a replica that does not show the node as down yet would write nothing there.
     node = tx.rely_on(Node, registration.node_id, "session", "status")
     if node is None:
         id = registration.node_id
         removal = removal_of(tx.lookup(Revocation, id))
-        # A node that stops its containers has to know that it was removed: a restored store has no newer nodes either.
+        # A node that stops its containers must know that it was removed: a restored store has no newer nodes either.
         unknown = f"Permission denied: node {id} is not part of the swarm"
         raise PermissionDenied(removal.refusal(id) if removal is not None else unknown)
     status = NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address))
@@ -99,18 +101,18 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
 
 
 class SilentNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node whose grace has passed without a heartbeat."""
+    """A node whose grace period has passed without a heartbeat."""
 
     node_id: NodeId
     session_id: SessionId
     silent_s: float = 0.0
-    """Own time since its last heartbeat."""
+    """Own time in seconds since its last heartbeat."""
     with_others: bool = False
-    """Whether other nodes miss heartbeats as well."""
+    """Whether other nodes miss heartbeats too."""
 
 
 def mark_down(tx: Transaction, silent_node: SilentNode, now_ns: int) -> bool:
-    """Write that the node is down; gives False if another session replaced this one meanwhile."""
+    """Write that the node is down.  Returns False if another session replaced this one meanwhile."""
     node = tx.rely_on(Node, silent_node.node_id, "session")
     if node is None or node.session is None or node.session.session_id != silent_node.session_id:
         return False
@@ -123,7 +125,7 @@ def mark_down(tx: Transaction, silent_node: SilentNode, now_ns: int) -> bool:
 
 
 def revert_down(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
-    """Revert ``mark_down``: a heartbeat came while it was being written."""
+    """Revert ``mark_down`` after a heartbeat that arrived while it was being written."""
     node = tx.rely_on(Node, node_id, "session", "status")
     if node is None or node.session is None or node.session.session_id != session_id:
         return
@@ -133,9 +135,10 @@ def revert_down(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None
 
 
 def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
-    """The node, if ``session_id`` is still its session when the transaction commits.
+    """Return the node, if ``session_id`` is still its session when the transaction commits.
 
-    Raises: SessionInvalid: the session belongs to another manager, or is not the node's last one.
+    Raises:
+        SessionInvalid: Another manager has the session, or the node has a later one.
     """
     node = tx.rely_on(Node, node_id, "session")
     if node is None or node.session is None or node.session.session_id != session_id:
@@ -146,7 +149,7 @@ def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> 
 def describe_node(
     tx: Transaction, node_id: NodeId, session_id: SessionId, description: NodeDescription
 ) -> None:
-    """Write a node's description.  Raises: SessionInvalid."""
+    """Write a node's description.  Raises SessionInvalid."""
     node = require_session(tx, node_id, session_id)
     description = _believed(tx, node, node.status.addr, description)
     tx.put(msgspec.structs.replace(node, description=description))
@@ -155,9 +158,9 @@ def describe_node(
 def _believed(
     tx: Transaction, node: Node, connects_from: str, description: NodeDescription
 ) -> NodeDescription:
-    """``description`` without what the node cannot say of itself, in bounds.
+    """Return ``description`` within its size limit, without claims that a node may not make.
 
-    Nodes cut it to the same size, but not those of earlier versions.
+    Nodes cut it to the same size, except for nodes of earlier versions.
     """
     description = with_seen_volumes(tx, node, within_size(description))
     return _without_others_address(tx, node.id, connects_from, description)
@@ -166,9 +169,9 @@ def _believed(
 def _without_others_address(
     tx: Transaction, id: NodeId, connects_from: str, description: NodeDescription
 ) -> NodeDescription:
-    """``description`` whose data-path label is one that is refused, if another node has that address already.
+    """Return ``description`` with a refused data-path label if another node already has that address.
 
-    Of two nodes that announce it at the same moment, ``planes.holder`` chooses one.
+    If two nodes announce an address at the same moment, ``planes.holder`` chooses one.
     """
     labels = dict(description.engine.labels)
     labels.pop(REFUSED_DATA_PATH_LABEL, None)
@@ -189,7 +192,7 @@ def _normalized(text: str) -> str:
 
 
 def _reachable(node: Node, address: str) -> str:
-    """The address at which others reach the node; a manager's own agent connects over loopback."""
+    """Return the address at which others reach the node.  A manager's own agent connects over loopback."""
     is_loopback = address.startswith("127.") or address == "::1"
     if is_loopback and node.manager_status is not None:
         return host_of(node.manager_status.addr) or address

@@ -1,7 +1,7 @@
 """Reports that repeat a task's state with other details, written at a limited rate per node.
 
-A state only moves forward, so the number of writes that change it is bounded.  Details of a state are not: the latest
-report of each task is kept here, and a few are written at a time.
+A state only moves forward, so the number of writes that change it is bounded.  Its details are not: the latest report
+of each task is kept here, and a few are written at a time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +22,9 @@ log = structlog.get_logger(__name__)
 AT_ONCE = 50
 """Reports of one node that are written without delay."""
 PER_S = 1.0
-"""Rate of further reports, per second."""
+"""Rate of more reports, per second."""
 CHECK_S = 1.0
+"""Seconds between writes of delayed reports."""
 
 
 class _Delayed:
@@ -45,7 +46,7 @@ class RepeatedReports:
         self._delayed: dict[SessionId, _Delayed] = {}
 
     def due(self, reports: Iterable[Report]) -> list[Report]:
-        """The reports of one session to be written now; the others are kept, and acknowledged."""
+        """Return the reports of one session to write now.  The others are kept, and acknowledged."""
         view, now = self._store.view(), self._clock.monotonic()
         due: list[Report] = []
         for report in reports:
@@ -75,7 +76,7 @@ class RepeatedReports:
                 log.debug("repeated reports not written", reports=len(failed), reason=str(failed[0]))
 
     def _allowed(self, now: float) -> Sequence[Report]:
-        """Reports that may be written at ``now``; sessions that have ended are dropped."""
+        """Return the reports that may be written at ``now``, and drop sessions that have ended."""
         due: list[Report] = []
         for session_id, delayed in list(self._delayed.items()):
             session = self._live(delayed.node_id)
@@ -88,7 +89,7 @@ class RepeatedReports:
 
 
 def is_repeated(view: View, report: Report) -> bool:
-    """Whether the task, one of this node, is already in this state."""
+    """Whether the task, which must be the node's, is already in this state."""
     task = view.lookup(Task, report.task_id)
     if task is None or task.node_id != report.node_id or task.status == report.status:
         return False

@@ -1,7 +1,7 @@
-"""The sessions this manager holds, in memory: connected nodes, their deadlines, and the pending work of their streams.
+"""The sessions this manager holds, in memory: connected nodes, their deadlines, and their streams' pending work.
 
-Nothing here waits or writes; ``loop.py`` does.  A stream's pending work is a set of task ids, so it is bounded by the
-node's tasks however slowly the node reads.
+Nothing here waits or writes, which is the job of ``loop.py``.  A stream's pending work is a set of task ids, so it is
+bounded by the node's tasks however slowly the node reads.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from skep.model.autoscaling import TaskUsage
 from skep.model.ids import NodeId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5
-"""A node without a heartbeat for so many periods has missed one: the jitter is a tenth."""
+"""A node without a heartbeat for so many periods has missed one.  The jitter is a tenth of a period."""
 
 
 class StreamSignal:
@@ -30,17 +30,17 @@ class StreamSignal:
         self._event = Event()
 
     def wake(self, task_ids: Iterable[TaskId] = ()) -> None:
-        """Wake the stream; ``task_ids`` have changed."""
+        """Wake the stream because ``task_ids`` have changed."""
         self._changed.update(task_ids)
         self._event.set()
 
     def wake_for_all(self) -> None:
-        """Wake the stream; any task may have changed, or be gone."""
+        """Wake the stream because any task may have changed or been deleted."""
         self._is_all = True
         self._event.set()
 
     async def wait(self) -> set[TaskId] | None:
-        """Wait until woken; gives the changed tasks, which may be none.  None: it may be any."""
+        """Wait until woken.  Returns the changed tasks (perhaps none), or None if any may have changed."""
         await self._event.wait()
         self._event.clear()
         changed = None if self._is_all else self._changed
@@ -49,7 +49,7 @@ class StreamSignal:
 
 
 class LiveSession:
-    """One node's session with this manager."""
+    """A node's session with this manager."""
 
     __slots__ = (
         "_disconnect",
@@ -79,19 +79,19 @@ class LiveSession:
         self.node_id = node_id
         self.id = id
         self.deadline = deadline
-        """In the owner's own time: without a heartbeat until then the node is down."""
+        """Own time of the manager at which the node counts as down unless a heartbeat arrives."""
         self.last_seen = last_seen
-        """In the owner's own time: when the last heartbeat came."""
+        """Own time of the manager at the last heartbeat."""
         self.is_skep = False
-        """Whether it heartbeats on a stream; Docker's engines cannot."""
+        """Whether it heartbeats on a stream, which Docker's engines cannot."""
         self.load: float | None = None
-        """The used share of the node in its last heartbeat, 0 to 1; None: not reported."""
+        """The used share of the node in its last heartbeat, 0 to 1, or None if not reported."""
         self.load_written: float | None = None
-        """On the manager's clock: when a load was last written in this session."""
+        """When a load was last written in this session, on the manager's clock."""
         self.measured: tuple[TaskId, ...] = ()
-        """Tasks of the node whose usage is asked for."""
+        """Tasks of the node whose usage is measured."""
         self.usages: Mapping[TaskId, TaskUsage] = {}
-        """Of these, what the last heartbeat reported."""
+        """Usage of these tasks in the last heartbeat."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect
@@ -102,13 +102,13 @@ class LiveSession:
 
     @contextmanager
     def assignment_signal(self) -> Iterator[StreamSignal]:
-        """A signal for a stream of assignments, valid while the stream is open."""
+        """Return a signal for an assignment stream, valid while the stream is open."""
         with self._opened(with_assignments=True) as assignment_signal:
             yield assignment_signal
 
     @contextmanager
     def signal(self) -> Iterator[StreamSignal]:
-        """A signal for any other stream: set by its owner, and when the session ends."""
+        """Return a signal for any other stream, set by its owner and when the session ends."""
         with self._opened(with_assignments=False) as assignment_signal:
             yield assignment_signal
 
@@ -122,19 +122,19 @@ class LiveSession:
             self._signals.pop(assignment_signal, None)
 
     def wake_assignments(self, task_ids: Iterable[TaskId]) -> None:
-        """Tasks of the node have changed: wake its streams of assignments."""
+        """Wake the node's assignment streams for changed tasks."""
         ids = tuple(task_ids)
         for assignment_signal, with_assignments in self._signals.items():
             if with_assignments:
                 assignment_signal.wake(ids)
 
     def wake_for_all(self) -> None:
-        """Changes were missed: wake every stream for whatever may have changed."""
+        """Wake every stream for all tasks, because changes were missed."""
         for assignment_signal in self._signals:
             assignment_signal.wake_for_all()
 
     def require_open(self) -> None:
-        """Raises: the error that ended the session."""
+        """Raise the error that ended the session, if it has ended."""
         if self._error is not None:
             raise self._error
 
@@ -145,18 +145,18 @@ class LiveSession:
             assignment_signal.wake()
 
     def cut(self, error: SkepError) -> None:
-        """End the session and its connection: the peer may not be reading any more."""
+        """End the session and its connection, because the peer may have stopped reading."""
         self.end(error)
         self._disconnect()
 
 
 class Absence(msgspec.Struct, frozen=True, kw_only=True):
-    """A node that is not connected, though this manager owns its session in the store."""
+    """A node that is not connected although this manager owns its session in the store."""
 
     session_id: SessionId
     deadline: float
     last_seen: float
-    """Since when it is expected, or its last heartbeat."""
+    """When this manager began to expect it, or its last heartbeat."""
 
 
 class Sessions:
@@ -167,7 +167,7 @@ class Sessions:
         self._absent: dict[NodeId, Absence] = {}
 
     def add(self, session: LiveSession) -> None:
-        """A node has registered; its earlier session ends."""
+        """Add the session of a node that has registered, and end its earlier one."""
         self._absent.pop(session.node_id, None)
         earlier = self._live.get(session.node_id)
         self._live[session.node_id] = session
@@ -175,7 +175,7 @@ class Sessions:
             earlier.end(SessionInvalid())
 
     def require(self, node_id: NodeId, session_id: str) -> LiveSession:
-        """The node's session.  Raises: NotRegistered; SessionInvalid: it has a later one."""
+        """Return the node's session.  Raises NotRegistered, or SessionInvalid if it has a later one."""
         session = self._live.get(node_id)
         if session is None:
             raise NotRegistered
@@ -184,15 +184,15 @@ class Sessions:
         return session
 
     def live(self, node_id: NodeId) -> LiveSession | None:
-        """The node's session; None: it is not connected here."""
+        """Return the node's session, or None if it is not connected here."""
         return self._live.get(node_id)
 
     def all(self) -> Iterator[LiveSession]:
-        """Every session of this manager."""
+        """Iterate over the sessions of this manager."""
         yield from self._live.values()
 
     def lose(self, node_id: NodeId, session_id: SessionId | None, error: SkepError) -> None:
-        """Another manager has the node's session (``session_id``), or the node was removed (None)."""
+        """End a session, because another manager has the node (with ``session_id``) or the node was removed (None)."""
         absence = self._absent.get(node_id)
         if absence is not None and absence.session_id != session_id:
             del self._absent[node_id]
@@ -204,7 +204,7 @@ class Sessions:
     def expect(self, node_id: NodeId, session_id: SessionId, *, last_seen: float, grace_s: float) -> None:
         """Expect a node that is not connected for ``grace_s`` after it was ``last_seen`` (own time).
 
-        A node that is already expected gets no more time.
+        A node that is already expected gets no extra time.
         """
         known = self._absent.get(node_id)
         if node_id not in self._live and (known is None or known.session_id != session_id):
@@ -213,9 +213,9 @@ class Sessions:
             )
 
     def movable(self, now: float, period_s: float) -> list[NodeId]:
-        """Skep nodes that can be redirected at ``now`` (own time): those that have missed no heartbeat.
+        """Return the skep nodes that can be redirected at ``now`` (own time), because they have missed no heartbeat.
 
-        A redirected node gets time to find another manager, which one that may be gone must not have.
+        A redirected node gets time to find another manager, which a node that may be lost must not get.
         """
         return [
             session.node_id
@@ -231,7 +231,7 @@ class Sessions:
             session.end(error)
 
     def release_all(self, error: SkepError, *, now: float, grace_s: float) -> int:
-        """End all sessions so that the nodes connect to other managers; gives their number."""
+        """End all sessions so that the nodes connect to other managers.  Returns their number."""
         released = list(self._live.values())
         self._live.clear()
         for session in released:
@@ -240,15 +240,16 @@ class Sessions:
         return len(released)
 
     def missed(self, now: float, period_s: float) -> int:
-        """How many nodes have missed a heartbeat at ``now`` (own time), ``period_s`` being between two of them."""
+        """Return how many nodes have missed a heartbeat at ``now`` (own time), with heartbeats every ``period_s``."""
         return sum([_has_missed(session, now, period_s) for session in self._live.values()])
 
     def silent(self, now: float, *, with_others: bool = False) -> list[SilentNode]:
-        """Nodes whose grace has passed at ``now`` (own time), in order of their ids.
+        """Return the nodes whose grace has passed at ``now`` (own time), in order of their ids.
 
-        ``with_others``: whether more than one node, of any manager, has missed a heartbeat.
+        Args:
+            with_others: Whether more than one node, of any manager, has missed a heartbeat.
         """
-        # Thousands are checked five times a second: no tuple is made for those that are in time.
+        # Thousands of nodes are checked five times a second, so no tuple is made for nodes that are in time.
         live = [
             (id, session.id, session.last_seen)
             for id, session in self._live.items()
@@ -269,7 +270,7 @@ class Sessions:
         ]
 
     def is_silent(self, silent_node: SilentNode, now: float) -> bool:
-        """Whether a node that was found silent still is at ``now`` (own time)."""
+        """Whether a node that was found silent is still silent at ``now`` (own time)."""
         session = self._live.get(silent_node.node_id)
         if session is not None and session.id == silent_node.session_id:
             return session.deadline <= now
@@ -279,7 +280,7 @@ class Sessions:
         )
 
     def forget(self, silent_node: SilentNode, error: SkepError) -> None:
-        """The node was marked down: end its session and its connection."""
+        """End the session and connection of a node that was marked down."""
         absence = self._absent.get(silent_node.node_id)
         if absence is not None and absence.session_id == silent_node.session_id:
             del self._absent[silent_node.node_id]
@@ -289,7 +290,7 @@ class Sessions:
             session.cut(error)
 
     def count(self) -> tuple[int, int]:
-        """Number of connected Skep nodes and of others."""
+        """Return the number of connected Skep nodes, and of other nodes."""
         skep_nodes = sum([session.is_skep for session in self._live.values()])
         return skep_nodes, len(self._live) - skep_nodes
 

@@ -10,21 +10,23 @@ from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState, Reachability
 
 SPREAD_S = 10.0
-"""Time between two checks."""
+"""Seconds between checks."""
 
 WEIGHT = 10
-"""Weight of a manager with about its share; SwarmKit's number."""
+"""Weight of a manager with about its share, as in SwarmKit."""
 WEIGHT_LIGHT = 30
+"""Weight of a manager with less than its share."""
 WEIGHT_HEAVY = 3
+"""Weight of a manager with far more than its share."""
 
-_MUCH = 1.25
-"""A manager is overfull with more than this part of its share, if that is at least one session more."""
-_AT_ONCE = 10
-"""Divisor of the surplus: how many nodes are redirected per check."""
+_OVERFULL_RATIO = 1.25
+"""A manager is overfull if it has more than its share times this, and at least one session more."""
+_SURPLUS_DIVISOR = 10
+"""Divisor of the surplus that determines how many nodes are redirected per check."""
 
 
 def held(nodes: Iterable[Node], own: NodeId) -> Mapping[NodeId, int]:
-    """Number of sessions of each manager that can take some: ``own``, and those that are reachable."""
+    """Return the number of sessions of each manager that can take more: ``own`` and the reachable managers."""
     nodes = tuple(nodes)
     counts = {own: 0}
     for node in nodes:
@@ -39,25 +41,25 @@ def held(nodes: Iterable[Node], own: NodeId) -> Mapping[NodeId, int]:
 
 
 def weights(held: Mapping[NodeId, int]) -> Mapping[NodeId, int]:
-    """Weights of the managers; in three steps, so that a single session does not change them for all nodes."""
+    """Return the managers' weights, in three steps, so that one session does not change them for all nodes."""
     return {id: _weight(count, _share(held)) for id, count in held.items()}
 
 
 def to_redirect(held: Mapping[NodeId, int], own: NodeId, movable: Collection[NodeId]) -> tuple[NodeId, ...]:
-    """Nodes whose sessions ``own`` ends now so that they connect to another manager; a few at a time.
+    """Return the nodes whose sessions ``own`` ends now so that they connect to another manager, a few at a time.
+
+    A manager's own node chooses its own manager last, so it is only redirected if another manager has capacity.
 
     Args:
-        movable: nodes with a session here that find another manager within a heartbeat.
-
-    A manager's own node chooses its own manager last, so it is only redirected if another one has room.
+        movable: Nodes with a session here that can find another manager within a heartbeat.
     """
     share = _share(held)
     if not _is_overfull(held[own], share):
         return ()
     least = min(held.values())
-    with_room = {id for id, count in held.items() if count == least}
-    able = [id for id in sorted(movable) if with_room - {id, own}]
-    return tuple(able[: max(1, int(held[own] - share) // _AT_ONCE)])
+    least_loaded = {id for id, count in held.items() if count == least}
+    able = [id for id in sorted(movable) if least_loaded - {id, own}]
+    return tuple(able[: max(1, int(held[own] - share) // _SURPLUS_DIVISOR)])
 
 
 def _share(held: Mapping[NodeId, int]) -> float:
@@ -65,7 +67,7 @@ def _share(held: Mapping[NodeId, int]) -> float:
 
 
 def _is_overfull(count: int, share: float) -> bool:
-    return count >= share + 1 and count > _MUCH * share
+    return count >= share + 1 and count > _OVERFULL_RATIO * share
 
 
 def _weight(count: int, share: float) -> int:

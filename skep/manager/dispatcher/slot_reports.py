@@ -1,4 +1,4 @@
-"""What a node may report of the volumes of slots: those of tasks that a manager has seen on it (decision 81)."""
+"""Slot volumes that a node may report: volumes of tasks that a manager has seen on it (decision 81)."""
 
 from msgspec.structs import replace
 
@@ -17,10 +17,10 @@ from skep.store.interface import Transaction
 
 
 def with_seen_volumes(tx: Transaction, node: Node, description: NodeDescription) -> NodeDescription:
-    """``description`` without reports of slots that have had no task on ``node``.
+    """Return ``description`` without reports of slots that have had no task on ``node``.
 
-    A task of a slot goes where its data is, and with ``skep.volumes=keep`` nowhere else: a node that could report any
-    slot would get its tasks with their secrets, or keep them from running.
+    A slot's task returns to its data, and with ``skep.volume-affinity=required`` runs nowhere else: a node that could
+    report any slot would receive its tasks with their secrets, or keep them from running.
     """
     label = description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
     if not label or label == node.description.engine.labels.get(SLOT_VOLUMES_LABEL):
@@ -28,7 +28,7 @@ def with_seen_volumes(tx: Transaction, node: Node, description: NodeDescription)
     known = {_key(one): one for one in slot_volumes_of(node)}
     seen = _seen(tx, node.id)
     reported = slot_volumes_of(replace(node, description=description))
-    # Of a slot that was reported before the time stays as it was, unless the newer task is known.
+    # For a slot that was reported before, the time stays as it was unless the newer task is known.
     kept = [
         one if (one.service, one.slot, one.at_ms) in seen else known[_key(one)]
         for one in reported
@@ -44,7 +44,7 @@ def _key(one: SlotVolume) -> tuple[str, str, int]:
 
 
 def _seen(tx: Transaction, node_id: NodeId) -> set[tuple[str, int, int]]:
-    """Service, slot and time of the node's tasks."""
+    """Return service, slot and time of the node's tasks."""
     found = set()
     for task in tx.find(Task, node_id=node_id):
         service = tx.lookup(Service, task.service_id)

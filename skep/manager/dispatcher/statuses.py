@@ -1,4 +1,4 @@
-"""Which of two statuses of a task is kept.
+"""Which of two task statuses is kept.
 
 States only move forward: whatever a node reports late, twice or out of order, the furthest state is kept.
 
@@ -19,16 +19,17 @@ from skep.model.volume import NOT_PUBLISHED, PublishState, Volume
 from skep.store.interface import Transaction
 
 STATUS_BYTES_MAX = 16 * 1024
-"""Of a whole encoded status: what the store can keep for every task."""
+"""Maximum bytes of an encoded status, which the store keeps for every task."""
 MESSAGE_BYTES_MAX = 1024
 ERR_BYTES_MAX = 2048
 CONTAINER_ID_BYTES_MAX = 128
 
 
 def bounded(status: TaskStatus, lines_max: int = LAST_LINES_MAX) -> TaskStatus:
-    """``status`` within the limits: long texts are cut, then names of ports are dropped, then the last ports.
+    """Return ``status`` within the limits: long texts are cut, then port names dropped, then the last ports.
 
-    ``lines_max``: lines of output that the cluster keeps with an ended task.
+    Args:
+        lines_max: Lines of output that the cluster keeps with an ended task.
     """
     if status.end is not None:
         status = replace(status, end=bounded_end(status.end, lines_max))
@@ -63,9 +64,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def newer_status(stored: TaskStatus, reported: TaskStatus) -> TaskStatus | None:
-    """The status to store; None: keep the stored one.
+    """Return the status to store, or None to keep the stored one.
 
-    A node can report ACCEPTED to REJECTED; earlier states are the leader's, later ones the cluster's.
+    A node can report ACCEPTED to REJECTED.  Earlier states are the leader's, later ones the cluster's.
     """
     if not TaskState.ACCEPTED <= reported.state <= TaskState.REJECTED:
         return None
@@ -77,13 +78,13 @@ def newer_status(stored: TaskStatus, reported: TaskStatus) -> TaskStatus | None:
 
 
 def record_status(tx: Transaction, report: Report) -> bool:
-    """Write a status if it is newer; gives whether it was.
+    """Write a status if it is newer.  Returns whether it was.
 
-    A deleted task is ignored: the node gets an assignment that removes it.
+    The status of a deleted task is ignored: the node receives an assignment that removes it.
 
     Raises:
-        PermissionDenied: another node's task.
-        SessionInvalid: the session belongs to another manager, or is not the node's last one.
+        PermissionDenied: The task belongs to another node.
+        SessionInvalid: Another manager has the session, or the node has a later one.
     """
     require_session(tx, report.node_id, report.session_id)
     task = tx.lookup(Task, report.task_id)
@@ -102,10 +103,13 @@ def record_status(tx: Transaction, report: Report) -> bool:
 
 
 def record_unpublished(tx: Transaction, report: tuple[NodeId, SessionId, VolumeId]) -> None:
-    """A node has given a volume up, and will not use it again: the one step of its status that is not the leader's.
+    """Record that a node has unpublished a volume and will not use it again.
 
-    A report about a volume that it is not to give up is ignored: it is late.
-    Raises: SessionInvalid: the session belongs to another manager, or is not the node's last one.
+    This is the only step of the publish status that the leader does not write.  A late report about a volume that the
+    node is not unpublishing is ignored.
+
+    Raises:
+        SessionInvalid: Another manager has the session, or the node has a later one.
     """
     node_id, session_id, id = report
     require_session(tx, node_id, session_id)

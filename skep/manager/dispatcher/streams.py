@@ -1,4 +1,4 @@
-"""Streams of assignments: everything once, then differences, each relative to the message before."""
+"""Assignment streams: everything once, then differences, each relative to the message before."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -25,11 +25,11 @@ from skep.wire.service import Handler, server_stream
 log = structlog.get_logger(__name__)
 
 TASKS_AT_ONCE = 50
-"""Tasks encoded before the event loop gets control: about 5 ms."""
+"""Tasks encoded before the event loop gets control.  They take about 5 ms."""
 
 
 class AssignmentStreams:
-    """Assignments for nodes with a session here.  Engines get SwarmKit's messages, skep nodes the revision as well."""
+    """Assignments for nodes with a session here.  Engines get SwarmKit's messages, skep nodes also the revision."""
 
     def __init__(self, store: Store, sessions: Sessions, volumes: VolumeIndex) -> None:
         self._store = store
@@ -37,7 +37,7 @@ class AssignmentStreams:
         self._sessions = sessions
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             server_stream(methods.ASSIGNMENTS, self._assignments),
             server_stream(methods.REVISED_ASSIGNMENTS, self._revised_assignments),
@@ -69,18 +69,18 @@ class AssignmentStreams:
     async def _messages(
         self, request: pb.AssignmentsRequest, caller: Caller
     ) -> AsyncGenerator[tuple[int, Mapping[TaskId, Trust], pb.AssignmentsMessage], None]:
-        """The messages of one stream, with their revisions and the trust in their tasks."""
+        """Yield the messages of one stream, with their revisions and the trust in their tasks."""
         session = self._sessions.require(caller.node_id, request.session_id)
         with session.assignment_signal() as signal:
             change, sent = everything(self._store.view(), session.node_id, self._volumes.on)
             number = 1
-            yield change.revision, _trust_in(change), await encoded(change, "", str(number))
+            yield change.revision, _trust_in(change), await encode_assignments(change, "", str(number))
             del change
             while True:
                 changed = await signal.wait()
                 session.require_open()
                 view = self._store.view()
-                if changed is None:  # those that are gone, too: what was sent is the only trace of them
+                if changed is None:  # includes deleted tasks, whose only trace is the sent state
                     here = (task.id for task in view.find(Task, node_id=session.node_id))
                     changed = {*sent.tasks, *here}
                 update, sent = difference(view, session.node_id, sent, changed, self._volumes.on)
@@ -88,7 +88,11 @@ class AssignmentStreams:
                 if update is None:
                     continue
                 applies_to, number = str(number), number + 1
-                yield update.revision, _trust_in(update), await encoded(update, applies_to, str(number))
+                yield (
+                    update.revision,
+                    _trust_in(update),
+                    await encode_assignments(update, applies_to, str(number)),
+                )
                 del update
 
 
@@ -99,8 +103,10 @@ def _trust_in(change: AssignmentSet) -> Mapping[TaskId, Trust]:
 # -- messages, encoded in batches: a node with a thousand tasks does not block the event loop ------------------------
 
 
-async def encoded(change: AssignmentSet, applies_to: str, results_in: str) -> pb.AssignmentsMessage:
-    """``change`` as a message, from the state named ``applies_to`` to that named ``results_in``."""
+async def encode_assignments(
+    change: AssignmentSet, applies_to: str, results_in: str
+) -> pb.AssignmentsMessage:
+    """Encode ``change`` as a message that leads from state ``applies_to`` to state ``results_in``."""
     kind = pb.AssignmentsMessage.COMPLETE if change.complete else pb.AssignmentsMessage.INCREMENTAL
     message = pb.AssignmentsMessage(type=kind, applies_to=applies_to, results_in=results_in)
     for piece in _pieces(change):
@@ -111,7 +117,7 @@ async def encoded(change: AssignmentSet, applies_to: str, results_in: str) -> pb
 
 
 def _changes(piece: AssignmentSet) -> list[pb.AssignmentChange]:
-    """Encode; a task that cannot be encoded is left out, so that it does not keep the others from their node."""
+    """Encode a piece without tasks that cannot be encoded, so that they do not keep the others from their node."""
     try:
         return changes_to_pb(piece)
     except SkepError:
@@ -127,7 +133,7 @@ def _changes(piece: AssignmentSet) -> list[pb.AssignmentChange]:
 
 
 def _pieces(change: AssignmentSet) -> list[AssignmentSet]:
-    """The change in several, with at most ``TASKS_AT_ONCE`` tasks each."""
+    """Split the change into pieces with at most ``TASKS_AT_ONCE`` tasks each."""
     if len(change.tasks) <= TASKS_AT_ONCE:
         return [change]
     rest = msgspec.structs.replace(change, tasks=())

@@ -1,8 +1,8 @@
-"""What tasks of autoscaled services use, as the nodes with a session here report it.  In memory only.
+"""Usage of autoscaled services' tasks, as nodes with a session here report it.  In memory only.
 
-The response to a heartbeat names the tasks to measure, the next heartbeat has what they use: nothing is measured or
+The response to a heartbeat names the tasks to measure, and the next heartbeat has their usage: nothing is measured or
 sent for other services.  The last report of a session counts until the session ends, which is soon after a node has
-fallen silent.
+become silent.
 """
 
 from collections import defaultdict
@@ -25,14 +25,15 @@ from skep.wire.convert.usages import usages_to_pb
 from skep.wire.service import Handler, server_stream
 
 CHECK_S = 2.0
-"""Between two looks at which tasks are to be measured."""
+"""Seconds between updates of the tasks to measure."""
 MEASURED_MAX = 1000
-"""Tasks of one node that are measured: their report still fits into a heartbeat.  Others count as not measured."""
+"""Maximum measured tasks of one node, so that their report fits into a heartbeat.  Others count as not measured."""
 _PIECE = 1000
+"""Usages in one message to another manager."""
 
 
 class Usages:
-    """Keeps for each session which tasks are measured; what they use is in the session."""
+    """Keeps each session's list of tasks to measure.  Their usage is in the session."""
 
     def __init__(self, store: Store, sessions: Sessions, clock: Clock) -> None:
         self._store = store
@@ -41,11 +42,11 @@ class Usages:
         self._services: set[ServiceId] = set()
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (server_stream(methods.COLLECT_USAGES, self._collect),)
 
     def present(self) -> dict[TaskId, TaskUsage]:
-        """What is reported of the nodes with a session here."""
+        """Return the usage reported by nodes with a session here."""
         return {id: usage for session in self._sessions.all() for id, usage in session.usages.items()}
 
     async def run(self) -> None:

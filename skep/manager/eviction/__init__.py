@@ -1,1 +1,1 @@
-"""Eviction of a node that is no longer trusted: removes it and replaces every key that it had."""
+"""Eviction of an untrusted node: removes it and replaces every key that it had."""

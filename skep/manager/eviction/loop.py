@@ -1,4 +1,4 @@
-"""The leader's loop over an eviction: one step after the other, until nothing that the node had is valid any more."""
+"""The leader's eviction loop: one step after the other, until nothing that the node had is valid."""
 
 import asyncio
 from collections.abc import Callable
@@ -44,20 +44,20 @@ from skep.wire.server import Bound
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
-"""Time between two attempts while a step waits for something that causes no commit."""
+"""Seconds between attempts while a step waits for something that causes no commit."""
 
 KEEP_S = 10.0
-"""Time limit for a manager to store a key on its disk."""
+"""Timeout in seconds for a manager to store a key on its disk."""
 
 DAMAGED_MAX = 100
-"""Damaged values that are listed."""
+"""Maximum damaged values that are listed."""
 
 
 class Evictions:
-    """Completes the present eviction.  Runs on the leader only.
+    """Completes the current eviction.  Runs on the leader only.
 
     Args:
-        channel: the connection to another manager.  Raises: Unavailable.
+        channel: Returns the connection to another manager, or raises Unavailable.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Evictions:
         self._random = random
         self._changed = asyncio.Event()
         self._offered: tuple[NodeId, bytes] | None = None
-        """The wrapping key that managers are given, with the node it is for; the same while a manager is waited for."""
+        """The node whose eviction is in progress, and its new wrapping key, which stays the same during retries."""
         self._early: NodeId | None = None
-        """The node for whose eviction docker nodes' keys were replaced before the root."""
+        """The node whose eviction replaced the docker nodes' keys before the root."""
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Process evictions until cancelled."""
         await run_informer(
             self._term,
             (Payload,),
@@ -123,7 +123,7 @@ class Evictions:
             return None
 
     async def _run_step(self, eviction: Eviction, step: Step) -> None:
-        """Do as much of a step as is possible now.  Raises: SkepError: with the reason."""
+        """Do as much of a step as is possible now.  Raises SkepError with the reason."""
         if waits_for := await self._try(eviction, step):
             await self._write_waiting(eviction, waits_for)
             await self._clock.sleep(CHECK_S)
@@ -140,7 +140,7 @@ class Evictions:
                 log.warning("eviction status not written, will retry", reason=str(error))
 
     async def _try(self, eviction: Eviction, step: Step) -> str:
-        """Run a step; gives what it waits for; empty: it is done."""
+        """Run a step.  Returns the reason why it waits, or an empty string if it is done."""
         match step:
             case "remove":
                 now_ns = self._clock.now_ns()
@@ -170,9 +170,9 @@ class Evictions:
     async def _replace_keys(self, eviction: Eviction) -> str:
         """Have every manager store a new wrapping key, then rewrap the store's keys with it in one fenced write.
 
-        A manager that joins meanwhile gets all keys of the manager it joins through: if it was admitted before the
-        last of the others had the new key, it is among those that get it here.  A key that was offered before the
-        node was to be evicted may be known to it.
+        A manager that joins meanwhile receives all keys of the manager that it joins through.  If it was admitted
+        before the last of the others had the new key, it is among the managers that receive the key here.  A key that
+        was offered before the node's eviction began may be known to the node.
         """
         if self._offered is None or self._offered[0] != eviction.node_id:
             self._offered = eviction.node_id, new_wrapping_key()
@@ -184,7 +184,7 @@ class Evictions:
                 try:
                     await self._send_key(node, key)
                 except Unavailable:
-                    return f"manager {names([node])} is to have the new key and cannot be reached: start or remove it"
+                    return f"manager {names([node])} must store the new key but cannot be reached: start or remove it"
                 stored_on.add(node.id)
             await self._keys.store.barrier()
         await self._keys.store.replace_wrapping_key(self._term, key)
@@ -192,11 +192,13 @@ class Evictions:
         return ""
 
     async def _wait_encrypted(self, eviction: Eviction) -> str:
-        """Values that cannot be decrypted are left as they are and listed: no key that the node had decrypts them
-        either."""
+        """Wait until all values are encrypted with the new key, and list values that cannot be decrypted.
+
+        These values are left as they are: no key that the node had decrypts them either.
+        """
         damaged = self._keys.store.unreadable_values
         if self._keys.store.is_rotating and not damaged:
-            return "values are encrypted anew"
+            return "waiting until all values are re-encrypted"
         await self._term.update(note_damaged, eviction.node_id, damaged[:DAMAGED_MAX])
         return ""
 
@@ -221,28 +223,26 @@ class Evictions:
             return ""
         if not is_rotating_root(eviction, swarm):
             if view.lookup(Payload, ROOT_KEY_ID) is None:
-                return "the external CA of the present root signs the next one: run docker swarm ca --rotate"
+                return (
+                    "the external CA of the current root must sign the next one: run docker swarm ca --rotate"
+                )
             await self._term.update(rotate_root, moment(self._clock.now_ns()))
-            return "nodes renew their certificates"
+            return "waiting for nodes to renew their certificates"
         waiting = _not_renewed(view)
         if not waiting:
-            return "the root changes"
+            return "the root is being replaced"
         if all(node.status.state is not NodeState.READY for node in waiting):
             if self._early != eviction.node_id:
-                # These may be away for days, and the overlay step comes after the root: so replace the keys now, too.
+                # These may be away for days, and the overlay step comes after the root, so replace the keys now.
                 await self._replace_gossip_keys()
                 self._early = eviction.node_id
-            return f"nodes that are away renew their certificates when they are back, or are removed: {names(waiting)}"
-        return f"nodes renew their certificates, still to come: {names(waiting)}"
+            return f"waiting for nodes that are down to return and renew their certificates: {names(waiting)}"
+        return f"waiting for nodes to renew their certificates: {names(waiting)}"
 
     def _not_restarted(self) -> str:
         wanted = root_digest(cluster_of(self._term.view()).tls_info.trust_root.encode())
         waiting = [node for node in self._managers() if node.peer_roots != wanted]
-        return (
-            f"managers restart their etcds one after another, still to come: {names(waiting)}"
-            if waiting
-            else ""
-        )
+        return f"waiting for managers to restart etcd one after another: {names(waiting)}" if waiting else ""
 
     async def _replace_gossip_keys(self) -> None:
         await self._term.update(replace_gossip_keys, timestamp(self._clock.now_ns()), self._random.randbytes)
@@ -256,13 +256,13 @@ def _not_renewed(view: View) -> list[Node]:
 def end_connections(store: Store, bound: Bound) -> None:
     """End every connection if the root has changed because of an eviction.
 
-    Connections survive a rotation, as they do in Docker; but with the old root's key some may have been made in the
-    names of other nodes.
+    Connections survive a rotation, as they do in Docker.  But with the old root's key some of them may have been made
+    in the names of other nodes.
     """
     eviction = eviction_of(store.view())
     if eviction is not None and eviction.next_step is not None:
         log.warning("root replaced by an eviction: all connections are closed", node=eviction.node_id)
-        # Connections of managers have more rights, and there are few of them: they are closed at once.
+        # Connections of managers have more rights, and there are few of them, so they are closed at once.
         bound.disconnect_all(
             lambda caller: caller.role is NodeRole.MANAGER or caller.node_id in eviction.nodes
         )

@@ -1,7 +1,7 @@
-"""An eviction as stored, and its steps.  Pure but for the transaction functions.
+"""An eviction as stored, and its steps.  Pure, except for the transaction functions.
 
-The order matters.  A manager has had the wrapping key, and every data key; whatever is encrypted with one of them can
-be read with a later image of a disk.  So after the node is removed the data keys are replaced first, and only what is
+The order matters.  A manager has had the wrapping key and every data key.  Whatever is encrypted with one of them can
+be read in a later image of a disk.  So after the node is removed the data keys are replaced first, and only data
 written with the new ones (the root's key, tokens, the unlock key, docker nodes' keys) is unknown to it.
 
 Each step may be interrupted and repeated.
@@ -34,9 +34,9 @@ EVICTION_ID = "eviction"
 Step = Literal["remove", "keys", "data", "root", "restarts", "tokens", "unlock", "overlays"]
 
 TEXTS: Mapping[Step, str] = {
-    "remove": "the node is removed, and its certificates are taken back",
+    "remove": "the node is removed, and its certificates are revoked",
     "keys": "every other manager has a new wrapping key, and the store a new data key",
-    "data": "everything in the store is encrypted anew",
+    "data": "everything in the store is re-encrypted",
     "root": "every node has a certificate of a new root, and join tokens are new",
     "restarts": "every manager's etcd has been restarted with the new root",
     "tokens": "join tokens are new",
@@ -45,35 +45,35 @@ TEXTS: Mapping[Step, str] = {
 }
 OF_A_MANAGER: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", "unlock", "overlays")
 OF_A_WORKER: tuple[Step, ...] = ("remove", "tokens", "overlays")
-"""A worker never had a key of the managers."""
+"""Steps of a worker's eviction.  A worker never had a key of the managers."""
 OF_SEVERAL: tuple[Step, ...] = (*OF_A_MANAGER[:5], "tokens", *OF_A_MANAGER[5:])
-"""The root, and with it the tokens, may have been replaced before the last of them was evicted."""
+"""Steps of several nodes' eviction: the root and the tokens may have been replaced before the last was evicted."""
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
-    """One eviction.  ``roots``: digests of the roots whose keys the node may have."""
+    """One eviction.  ``roots`` has the digests of the roots whose keys the node may have."""
 
     node_id: NodeId
     hostname: str
     was_manager: bool
     asked_by: str
-    """The user who requested it, as given by the client."""
+    """The user who requested it, as reported by the client."""
     asked_through: NodeId
     asked_at: Timestamp
     roots: tuple[str, ...] = ()
     done: tuple[Step, ...] = ()
     waits_for: str = ""
-    """What the present step waits for, as a sentence; empty: it is running."""
+    """Sentence about what the current step waits for.  Empty if it is running."""
     others: tuple[NodeId, ...] = ()
     """Nodes whose incomplete evictions became part of this one."""
     damaged: tuple[str, ...] = ()
-    """Keys of values that no data key decrypts: they are left as they are."""
+    """Keys of values that no data key decrypts.  They are left as they are."""
     keeping: tuple[NodeId, ...] = ()
-    """Nodes whose containers keep running beside their replacements."""
+    """Nodes whose containers keep running in addition to their replacements."""
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
-        """All nodes that are evicted."""
+        """All evicted nodes."""
         return (self.node_id, *self.others)
 
     @property
@@ -85,22 +85,22 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def next_step(self) -> Step | None:
-        """The first step that is not done; None: the eviction is complete."""
+        """The first step that is not done, or None if the eviction is complete."""
         return next((step for step in self.steps if step not in self.done), None)
 
     def encode(self) -> bytes:
-        """As JSON, the data of a ``Payload``; ``decoded_eviction`` reads it."""
+        """Return the JSON for a ``Payload``, which ``decoded_eviction`` reads."""
         return msgspec.json.encode(self)
 
 
 def eviction_of(view: View) -> Eviction | None:
-    """The last eviction, complete or not."""
+    """Return the last eviction, complete or not, or None."""
     payload = view.lookup(Payload, EVICTION_ID)
     return decoded_eviction(payload) if payload is not None else None
 
 
 def is_evicting_manager(view: View) -> bool:
-    """Whether a manager is being evicted; False if the eviction cannot be read."""
+    """Whether a manager is being evicted.  False if the eviction is unreadable."""
     try:
         eviction = eviction_of(view)
     except FailedPrecondition:
@@ -109,7 +109,7 @@ def is_evicting_manager(view: View) -> bool:
 
 
 def decoded_eviction(payload: Payload) -> Eviction:
-    """Raises: FailedPrecondition: it is damaged, or has steps of another version."""
+    """Decode a payload.  Raises FailedPrecondition if it is damaged, or has steps of another version."""
     try:
         return msgspec.json.decode(payload.data, type=Eviction)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -119,15 +119,17 @@ def decoded_eviction(payload: Payload) -> Eviction:
 def begin(
     tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp, *, keeps_containers: bool = False
 ) -> Eviction:
-    """Begin to evict the node with this ``name`` (or id), or continue; a removed node is named by its id.
+    """Begin or continue the eviction of the node with this ``name`` or id.  A removed node is named by its id.
 
-    An eviction under way, which may wait for a node that is off, becomes part of this one.
+    An eviction in progress, which may wait for a node that is off, becomes part of this one.
 
-    Raises: NotFound; FailedPrecondition: it is this manager's own node, or ``keeps_containers`` and a volume for a
-    single node is on it.
+    Raises:
+        NotFound: No node has the name or id.
+        FailedPrecondition: It is this manager's own node, or ``keeps_containers`` is set and a volume for a single node
+            is on it.
     """
     present = _stored(tx)
-    swarm = tx.get(Swarm, cluster_of(tx).id)  # the roots that are recorded have to be the present ones
+    swarm = tx.get(Swarm, cluster_of(tx).id)  # the recorded roots must be the current ones
     under_way = present if present is not None and present.next_step is not None else None
     if under_way is not None and name == under_way.hostname and not tx.find(Node, name=name.lower()):
         return under_way
@@ -158,18 +160,18 @@ def begin(
 
 
 def _check_volumes(tx: Transaction, node: Node) -> None:
-    """Raises: FailedPrecondition: a volume for a single node is on this one; its containers would write on."""
+    """Raise FailedPrecondition if a single-node volume is on the node, since its containers would keep writing."""
     for volume in tx.find(Volume):
         is_single = volume.spec.access_mode.scope is VolumeScope.SINGLE
         if is_single and volume.status_on(node.id) is not None:
             raise FailedPrecondition(
-                f"its containers cannot be kept: volume {volume.spec.name}, which one node at a time may use, is on "
-                f"{names([node])}. Evict it without --keep, or drain it before."
+                f"its containers cannot be kept: single-node volume {volume.spec.name} is on "
+                f"{names([node])}. Evict the node without --keep, or drain it first."
             )
 
 
 def _known_roots(tx: Transaction, swarm: Swarm) -> tuple[str, ...]:
-    """Digests of the roots whose keys were in the store: a key that an external authority has was never a node's."""
+    """Return the digests of roots whose keys were in the store: an external CA's key never was on a node."""
     keyed = [(ROOT_KEY_ID, swarm.tls_info.trust_root)]
     if swarm.rotation is not None:
         keyed.append((NEXT_ROOT_KEY_ID, swarm.rotation.root))
@@ -177,10 +179,10 @@ def _known_roots(tx: Transaction, swarm: Swarm) -> tuple[str, ...]:
 
 
 def merged(earlier: Eviction, later: Eviction) -> Eviction:
-    """``later``, including what is left of ``earlier``.
+    """Return ``later``, including the remaining steps of ``earlier``.
 
-    A manager had all keys, including those made meanwhile: everything is repeated.  For a worker only its own steps
-    are.
+    A manager had all keys, including later ones, so everything is repeated.  For a worker only its own steps are
+    repeated.
     """
     if later.was_manager:
         done: tuple[Step, ...] = ()
@@ -198,7 +200,7 @@ def merged(earlier: Eviction, later: Eviction) -> Eviction:
 
 
 def _target(tx: Transaction, name: str) -> Node:
-    """The node; for a removed one only its id."""
+    """Return the node, or for a removed one a node with only its id."""
     nodes = list(tx.find(Node))
     for matches in (
         [node for node in nodes if node.id == name],
@@ -234,7 +236,7 @@ def note_done(tx: Transaction, node_id: NodeId, step: Step) -> None:
     if present is not None and present.node_id == node_id and step not in present.done:
         roots = present.roots
         if step == "keys":
-            # A root that came since the eviction began was written under keys that the node had.
+            # A root that was created since the eviction began was written under keys that the node had.
             known = _known_roots(tx, tx.get(Swarm, cluster_of(tx).id))
             roots = (*roots, *(root for root in known if root not in roots))
         changed = replace(present, done=(*present.done, step), waits_for="", roots=roots)
@@ -249,7 +251,7 @@ def note_damaged(tx: Transaction, node_id: NodeId, keys: tuple[str, ...]) -> Non
 
 
 def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
-    """Record what the present step waits for."""
+    """Record what the current step waits for."""
     present = _stored(tx)
     if present is not None and present.node_id == node_id and present.waits_for != reason:
         tx.put(Payload(id=EVICTION_ID, data=replace(present, waits_for=reason).encode()))
@@ -258,9 +260,10 @@ def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
 def remove_evicted(
     tx: Transaction, node_ids: Iterable[NodeId], now_ns: int, *, keeping: Collection[NodeId] = ()
 ) -> str:
-    """Demote the nodes, then remove them; gives what that waits for; empty: they are removed.
+    """Demote the nodes, then remove them.  Returns what that waits for, or an empty string if they are removed.
 
-    ``keeping``: those of them whose containers keep running.
+    Args:
+        keeping: The nodes whose containers keep running.
     """
     waits = [_remove(tx, id, now_ns, keeps_containers=id in keeping) for id in node_ids]
     return "".join(dict.fromkeys(waits))
@@ -274,7 +277,7 @@ def _remove(tx: Transaction, node_id: NodeId, now_ns: int, *, keeps_containers: 
         check_demotion(tx, node)
         tx.put(replace(node, spec=replace(node.spec, role=NodeRole.WORKER)))
     if node.spec.role is NodeRole.MANAGER or is_manager(node) or node.manager_status is not None:
-        return "the managers remove its vote"
+        return "waiting for the managers to remove its vote"
     remove_node(tx, node_id, force=True, now_ns=now_ns, keeps_containers=keeps_containers)
     return ""
 
@@ -285,19 +288,19 @@ def has_new_root(eviction: Eviction, swarm: Swarm) -> bool:
 
 
 def is_rotating_root(eviction: Eviction, swarm: Swarm) -> bool:
-    """Whether a rotation to such a root is under way."""
+    """Whether a rotation to such a root is in progress."""
     return swarm.rotation is not None and root_digest(swarm.rotation.root.encode()) not in eviction.roots
 
 
 def names(nodes: Iterable[Node], most: int = 5) -> str:
-    """``w1, w2 and 7 more``"""
+    """Return the nodes' names, such as ``w1, w2 and 7 more``."""
     found = sorted(node.description.hostname or str(node.id) for node in nodes)
     more = len(found) - most
     return ", ".join(found[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def replace_gossip_keys(tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes]) -> None:
-    """New keys for the gossip of docker nodes and for their encrypted overlay networks, if there are such nodes."""
+    """Replace the keys for docker nodes' gossip and encrypted overlay networks, if there are such nodes."""
     gossip = tx.rely_on(Payload, GOSSIP_KEYS_ID)
     if gossip is not None:
         fresh = rotated(decoded_keys(gossip.data), random_bytes, now)

@@ -1,1 +1,1 @@
-"""What docker nodes need to gossip among themselves: the keys, and a relay at every manager's port 7946."""
+"""Gossip support for Docker nodes: their keys, and a relay at every manager's port 7946."""

@@ -1,7 +1,7 @@
-"""Keys of docker nodes' gossip and encrypted overlays, and their rotation.
+"""Keys of Docker nodes' gossip and encrypted overlays, and their rotation.
 
-An engine keeps three keys per subsystem, sorts them by their logical time and encrypts with the second (with fewer
-than two it panics): the newest is distributed before it is used, and the oldest still decrypts what is in flight.
+An engine keeps three keys per subsystem, sorts them by their logical time and encrypts with the second (with fewer than
+two it panics).  The newest is distributed before it is used, and the oldest still decrypts data in transit.
 
 Source: swarmkit, manager/keymanager/keymanager.go; moby, libnetwork/agent.go (getPrimaryKeyTag).
 """
@@ -14,11 +14,13 @@ from skep.model.times import SECOND_NS, Timestamp, unix_ns
 SUBSYSTEMS = ("networking:gossip", "networking:ipsec")
 KEYS_PER_SUBSYSTEM = 3
 KEY_BYTES = 16
+"""Length of a key, as in SwarmKit."""
 ROTATION_S = 12 * 3600.0
+"""Seconds between two rotations, as in SwarmKit (12 hours)."""
 
 
 def first_keys(random_bytes: Callable[[int], bytes], now: Timestamp) -> GossipKeys:
-    """The keys of a new cluster."""
+    """Return the keys of a new cluster."""
     subsystems = [subsystem for subsystem in SUBSYSTEMS for _ in range(KEYS_PER_SUBSYSTEM)]
     keys = (
         GossipKey(subsystem=subsystem, key=random_bytes(KEY_BYTES), lamport_time=number)
@@ -28,7 +30,7 @@ def first_keys(random_bytes: Callable[[int], bytes], now: Timestamp) -> GossipKe
 
 
 def rotated(keys: GossipKeys, random_bytes: Callable[[int], bytes], now: Timestamp) -> GossipKeys:
-    """In each subsystem the oldest key is replaced by a new one."""
+    """Return the keys with the oldest key of each subsystem replaced by a new one."""
     time = max(key.lamport_time for key in keys.keys)
     kept: list[GossipKey] = []
     for subsystem in SUBSYSTEMS:
@@ -42,6 +44,6 @@ def rotated(keys: GossipKeys, random_bytes: Callable[[int], bytes], now: Timesta
 
 
 def seconds_to_rotation(keys: GossipKeys, now: Timestamp) -> float:
-    """Seconds until the next rotation: at most a whole period, whatever another leader's clock was."""
+    """Return the seconds until the next rotation, at most a whole period, whatever another leader's clock was."""
     age_s = (unix_ns(now) - unix_ns(keys.rotated_at)) / SECOND_NS
     return min(max(ROTATION_S - age_s, 0.0), ROTATION_S)

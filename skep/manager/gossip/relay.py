@@ -1,12 +1,12 @@
-"""Port 7946 of a manager: relays the first gossip contact of docker nodes.
+"""Port 7946 of a manager: relays the first gossip contact of Docker nodes.
 
-An engine looks for gossip members at the managers' addresses only.  With Docker, a manager is an engine and responds
-there; a skep manager is not one.  So while docker nodes exist, every manager relays connections at this port to a
-docker node other than the caller: opaque bytes, encrypted with keys that the relay does not use.  After the first
-contact engines gossip directly.  They continue to contact the managers' addresses every 60 s, because no member has
-them, and that heals a partitioned gossip.  UDP is not needed for that.
+An engine looks for gossip members only at the managers' addresses.  With Docker, a manager is an engine and responds
+there, but a Skep manager is not.  So while Docker nodes exist, every manager relays connections at this port to a
+Docker node other than the caller: opaque bytes, encrypted with keys that the relay does not use.  After the first
+contact, engines gossip directly.  They continue to contact the managers' addresses every 60 s, because no member has
+those addresses, which heals a partitioned gossip.  UDP is not needed for that.
 
-Only addresses of docker nodes are served, few at a time, each for a bounded time and number of bytes.
+Only addresses of Docker nodes are served, few at a time, each for a bounded time and number of bytes.
 
 Source: moby, libnetwork/networkdb/cluster.go (rejoinClusterBootStrap).
 """
@@ -30,22 +30,27 @@ from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 log = structlog.get_logger(__name__)
 
 CONNECTIONS_MAX = 64
+"""Simultaneous connections."""
 CONNECTIONS_PER_NODE_MAX = 4
+"""Simultaneous connections of one caller."""
 CONNECT_S_MAX = 5.0
+"""Seconds to connect to the other Docker node."""
 RELAY_S_MAX = 30.0
-"""A complete exchange between two engines takes a fraction of a second."""
+"""Limit in seconds for one relayed connection.  A complete exchange between two engines takes a fraction of
+a second.
+"""
 RELAY_BYTES_MAX = 16 * 1024 * 1024
-"""In each direction; a thousand nodes with ten thousand tasks have a tenth of it."""
+"""Limit in each direction.  A thousand nodes with ten thousand tasks need a tenth of it."""
 _PIECE = 16 * 1024
 
 
 class Relay:
-    """Relays gossip between docker nodes.  Runs on every manager."""
+    """Relays gossip between Docker nodes.  Runs on every manager."""
 
     def __init__(
         self, store: Store, host: str, clock: Clock, random: Random, port: int = GOSSIP_PORT
     ) -> None:
-        """``host``: where the manager listens."""
+        """``host`` is the address on which the manager listens."""
         self._store = store
         self._host = host
         self._port = port
@@ -56,7 +61,7 @@ class Relay:
         self._open: Counter[str] = Counter()
 
     async def run(self) -> None:
-        """Listen while there are docker nodes, until cancelled."""
+        """Listen while Docker nodes exist, until cancelled."""
         await run_informer(
             self._store, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
@@ -100,7 +105,7 @@ class Relay:
             await self._changed.wait()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from the docker node that made it to another one."""
+        """Relay one connection from the Docker node that opened it to another Docker node."""
         caller = str(writer.get_extra_info("peername")[0])
         is_refused = self._open.total() >= CONNECTIONS_MAX or self._open[caller] >= CONNECTIONS_PER_NODE_MAX
         targets = peers_of(caller, self._nodes.values())
@@ -135,7 +140,10 @@ class Relay:
 
 
 def peers_of(caller: str, nodes: Iterable[Node]) -> list[str]:
-    """Addresses of ready docker nodes that ``caller`` may be relayed to, sorted; empty if it is no docker node."""
+    """Return the addresses of ready Docker nodes that ``caller`` may be relayed to, sorted.
+
+    Empty if the caller is not a Docker node.
+    """
     nodes = list(nodes)
     if caller not in {node.status.addr for node in nodes}:
         return []
@@ -144,7 +152,7 @@ def peers_of(caller: str, nodes: Iterable[Node]) -> list[str]:
 
 
 async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    """Copy bytes until the end, at most ``RELAY_BYTES_MAX``; a lost peer counts as the end."""
+    """Copy bytes until the end, at most ``RELAY_BYTES_MAX``.  A lost peer counts as the end."""
     passed = 0
     with suppress(OSError):
         while passed < RELAY_BYTES_MAX and (data := await source.read(_PIECE)):

@@ -18,22 +18,23 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
-"""Delay of the next attempt if the store did not take the keys (jittered)."""
+"""Delays in seconds, with jitter, before the next attempt if the store did not accept the keys."""
 
 
 class KeyRotation:
-    """Rotates the cluster's gossip keys in the store; dispatchers send them to the nodes."""
+    """Rotates the cluster's gossip keys in the store.  Dispatchers send them to the nodes."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
-        """``random``: source of the keys, so in production it has to be the system's."""
+        """``random`` is the source of the keys, so in production it must be the system's."""
         self._term = term
         self._clock = clock
         self._random = random
 
     async def run(self) -> None:
-        """Create missing keys, and rotate them, until cancelled.
+        """Create missing keys and rotate them, until cancelled.
 
-        The wait is measured on this leader's monotonic clock; only the first one is derived from another's timestamp.
+        The wait is measured on this leader's monotonic clock.  Only the first wait depends on another leader's
+        timestamp.
         """
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
@@ -50,7 +51,7 @@ class KeyRotation:
 
 
 def step(tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes]) -> float:
-    """Create or rotate the keys if that is due; gives seconds until the next step."""
+    """Create or rotate the keys if due.  Returns the seconds until the next step."""
     stored = tx.rely_on(Payload, GOSSIP_KEYS_ID)
     keys = decoded_keys(stored.data) if stored is not None else None
     if keys is not None and (wait_s := seconds_to_rotation(keys, now)) > 0:

@@ -1,1 +1,1 @@
-"""The journal: what clients asked, and what happened and why, kept in the store within bounds (decision 98)."""
+"""The journal: requests of clients, and changes with their reasons, kept in the store within bounds (decision 98)."""

@@ -1,7 +1,7 @@
-"""What a change of an object in the store means for the cluster's history.  Pure.
+"""The journal entries for a change of an object in the store.  Pure.
 
-Every manager derives the same entries from the same commits; the leader writes them (``loop``).  Only what matters
-later is an entry: a task that starts, ends, or replaces another one, not each of its states.
+Every manager derives the same entries from the same commits, and the leader writes them (``loop``).  Only changes that
+matter later are entries: a task that starts, ends, or replaces another one, not each of its states.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ from skep.store.interface import Created, Deleted, Event, Updated, View
 from skep.store.kinds import Payload
 
 WATCHED = (Service, Task, Node, Secret, Config, Network, Volume, Swarm, Payload)
-"""The kinds whose changes may give entries."""
+"""Kinds of objects whose changes may be entries."""
 _ADMINISTERED = (Secret, Config, Network, Volume)
 
 _ENDS = {
@@ -49,9 +49,10 @@ _UPDATES = {
 
 
 def entries_of(event: Event, view: View) -> Iterator[Entry]:
-    """The entries about one object's change, without id, time and revision.
+    """Yield the entries about one object's change, without id, time and revision.
 
-    ``view``: of this revision or a later one, for names.
+    Args:
+        view: A view of this revision or a later one, for names.
     """
     match event:
         case Created(Task() as task):
@@ -87,8 +88,10 @@ def entries_of(event: Event, view: View) -> Iterator[Entry]:
 
 
 def _created_task(task: Task, view: View) -> Iterator[Entry]:
-    """The entry of a task that replaces an earlier one, with the reason.  The first task of a slot has an entry when it
-    starts."""
+    """Yield the entry of a task that replaces an earlier one, with the reason.
+
+    The first task of a slot has an entry when it starts.
+    """
     if not task.service_id:
         return
     slot = f"{task.service_id}/{task.slot or task.node_id}"
@@ -104,9 +107,9 @@ def _created_task(task: Task, view: View) -> Iterator[Entry]:
 
 
 def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Severity]:
-    """Why ``successor`` takes the place of ``last``: the first of these that holds, by what is in the store."""
+    """Return why ``successor`` replaces ``last``: the first of these reasons that holds in the store."""
     state, node = last.status.state, view.lookup(Node, last.node_id)
-    # After a rollback tasks of an earlier version stay, where they match the service's spec.
+    # After a rollback, tasks of an earlier version stay if they match the service's spec.
     is_other = last.spec_version != successor.spec_version
     if is_other and last.spec != successor.spec:
         before, after = _image(last), _image(successor)
@@ -132,12 +135,12 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
             return f"its node {name} does not have it", Severity.WARNING
         if is_other:
             return "its service was updated", Severity.INFO
-        return f"it does not fit its node {name} any more, or was stopped", Severity.INFO
+        return f"it no longer fits its node {name}, or was stopped", Severity.INFO
     return "it had no node yet", Severity.INFO
 
 
 def end_of(task: Task) -> str:
-    """How a task ended, in the words that ``skep explain`` has for it."""
+    """Return how a task ended, in the words of ``skep explain``."""
     if task.has_failed:
         return failure_of(task)[1]
     end = task.status.end
@@ -199,7 +202,7 @@ def _changed_service(old: Service, new: Service, view: View) -> Iterator[Entry]:
             yield _service(new, "remove", f"service {name} was removed", Severity.WARNING)
         return
     if old.spec != new.spec:
-        changes = "; ".join(spec_changes(old.spec, new.spec)) or "its spec was written again"
+        changes = "; ".join(spec_changes(old.spec, new.spec)) or "its spec was rewritten without changes"
         scaled = new.autoscaled
         if scaled is not None and scaled != old.autoscaled:
             yield _service(new, "autoscale", f"service {name} autoscaled: {changes} ({scaled.reason})")
@@ -218,7 +221,7 @@ def _changed_service(old: Service, new: Service, view: View) -> Iterator[Entry]:
 
 
 def _changed_job(old: Service, new: Service, view: View) -> Iterator[Entry]:
-    """The entry of a run that begins without an update, or fails, or of a due time that is skipped."""
+    """Yield the entry of a run that starts without an update, or fails, or of a due time that is skipped."""
     before, after, name = old.job_status, new.job_status, new.spec.name
     if before is None or after is None or before == after:
         return
@@ -238,12 +241,12 @@ def _changed_job(old: Service, new: Service, view: View) -> Iterator[Entry]:
         message = f"run {after.job_iteration.index} of job {name} failed{_why_failed(new, view)}"
         yield _service(new, "fail", message, Severity.ERROR)
     if after.retried_until is not None and before.retried_until != after.retried_until:
-        message = f"what failed in run {after.job_iteration.index} of job {name} is tried again: on request"
+        message = f"failed tasks of run {after.job_iteration.index} of job {name} are retried on request"
         yield _service(new, "retry", message)
 
 
 def _why_failed(job: Service, view: View) -> str:
-    """The last failure of the present run, and how many of the same task there were."""
+    """Return the last failure of the current run, and the number of the task's attempts."""
     failed = [one for one in of_present_run(job, view.find(Task, service_id=job.id)) if one.ended_in_failure]
     last = max(failed, key=lambda one: (unix_ns(one.created_at), one.id), default=None)
     if last is None:
@@ -284,7 +287,7 @@ def _summary(service: Service) -> str:
 def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     name = _hostname(new)
     if new.description.hostname and not old.description.hostname:
-        yield _joined(new)  # its name comes with its first session
+        yield _joined(new)  # its name arrives with its first session
     elif old.status.state is not new.status.state:
         if new.status.state is NodeState.DOWN:
             because = f": {new.status.message}" if new.status.message else ""
@@ -299,7 +302,7 @@ def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     if old.spec.role is not new.spec.role:
         is_promotion = new.spec.role is NodeRole.MANAGER
         action, rank = ("promote", "manager") if is_promotion else ("demote", "worker")
-        yield _node(new, action, f"node {name} is to be a {rank}")
+        yield _node(new, action, f"role of node {name} set to {rank}")
     if old.spec.labels != new.spec.labels:
         yield _node(new, "update", f"labels of node {name} changed")
     if new.cut_off and old.cut_off != new.cut_off:
@@ -318,7 +321,7 @@ def _changed_manager(old: Node, new: Node, name: str) -> Iterator[Entry]:
     if after is None:
         return
     if after.leader and not (before is not None and before.leader):
-        yield _node(new, "leader", f"manager {name} leads", Severity.WARNING)
+        yield _node(new, "leader", f"manager {name} became the leader", Severity.WARNING)
     if before is None or before.reachability is after.reachability:
         return
     if after.reachability is Reachability.UNREACHABLE:
@@ -356,17 +359,17 @@ def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[Entry]:
         parts = [
             name for name in new.spec.__struct_fields__ if getattr(old.spec, name) != getattr(new.spec, name)
         ]
-        yield _cluster(new, "update", f"settings of the cluster changed: {', '.join(parts)}")
+        yield _cluster(new, "update", f"cluster settings changed: {', '.join(parts)}")
     for role in ("worker", "manager"):
         if getattr(old.join_tokens, role) != getattr(new.join_tokens, role):
-            yield _cluster(new, "rotate", f"the join token of {role}s is new")
+            yield _cluster(new, "rotate", f"join token of {role}s rotated")
     if new.root_rotation_in_progress != old.root_rotation_in_progress:
         words = "began" if new.root_rotation_in_progress else "ended"
         yield _cluster(new, "rotate", f"rotation of the cluster's root certificate {words}")
     if new.freeze is not None and old.freeze is None:
         nodes = len(new.freeze.nodes)
         message = f"tasks of lost nodes are not replaced: {nodes} nodes went down at once"
-        yield _cluster(new, "freeze", message, Severity.ERROR)
+        yield _cluster(new, "suspend", message, Severity.ERROR)
     elif new.freeze is None and old.freeze is not None:
         yield _cluster(new, "resume", "tasks of lost nodes are replaced again")
 
@@ -376,14 +379,14 @@ def _cluster(swarm: Swarm, action: str, message: str, severity: Severity = Sever
 
 
 def _eviction(before: Any, payload: Payload) -> Iterator[Entry]:
-    """When it begins, and when all is done; its steps are shown by ``skep node evict``."""
+    """Yield an entry when the eviction begins and when it is complete.  ``skep node evict`` shows its steps."""
     eviction = decoded_eviction(payload)
     earlier: Eviction | None = decoded_eviction(before) if before is not None else None
     is_new = earlier is None or earlier.nodes != eviction.nodes
     if is_new:
-        message = f"node {eviction.hostname} is evicted, as {eviction.asked_by} asked"
+        message = f"eviction of node {eviction.hostname} requested by {eviction.asked_by}"
     elif eviction.next_step is None and earlier is not None and earlier.next_step is not None:
-        message = f"node {eviction.hostname} was evicted: nothing that it had is valid any more"
+        message = f"node {eviction.hostname} was evicted: all its keys and certificates are replaced"
     else:
         return
     yield Entry(
@@ -420,9 +423,9 @@ def _spec(object: Any) -> Any:
 
 
 def folded(entries: Iterable[Entry], alone_max: int = 20) -> list[Entry]:
-    """``entries`` in their order; of those that say the same about tasks of one service only the first few.
+    """Return ``entries`` in order, with only the first few of equal actions on tasks of one service.
 
-    A service that is scaled to thousands must not push everything else out of the history.  The last one kept of a
+    A service that is scaled to thousands must not displace everything else from the history.  The last kept entry of a
     group stands for the rest, with their ``count``.
     """
     kept: list[Entry] = []
@@ -449,7 +452,7 @@ def folded(entries: Iterable[Entry], alone_max: int = 20) -> list[Entry]:
 
 
 def folded_requests(entries: Iterable[Entry]) -> list[Entry]:
-    """``entries`` in their order; of those in which a client asked for the same with the same outcome only the last."""
+    """Return ``entries`` in order, with only the last of a client's equal requests with equal outcomes."""
     last: dict[tuple[object, ...], Entry] = {}
     for entry in entries:
         key = (entry.method, entry.path, entry.status, entry.message, entry.by, entry.object_id)

@@ -1,9 +1,9 @@
-"""How entries are kept in the store: some dozen per object, compressed, within bounds.  Pure.
+"""How entries are stored: several dozen per object, compressed, within bounds.  Pure.
 
-Two series: ``change-REVISION``, which the leader writes, and ``request-TIME-NODE``, one per manager.  Each may take
-half of the space, so that a client that floods the API does not push out what happened.  The last chunk grows until it
-is full: a chunk per write would be 10,000 objects, and larger ones would be written too often, as etcd keeps every
-version for a while.
+There are two series: ``change-REVISION``, which the leader writes, and ``request-TIME-NODE``, one per manager.  Each
+may take half of the space, so that a client that floods the API does not displace the changes.  The last chunk grows
+until it is full.  A chunk per write would mean 10,000 objects, and larger chunks would be written too often, as etcd
+keeps every version for a while.
 """
 
 import zlib
@@ -20,43 +20,44 @@ from skep.store.interface import View
 from skep.store.kinds import JournalChunk
 
 ENTRIES_MAX = 50
-"""In a chunk; it takes some 3 KiB."""
+"""Maximum entries in a chunk, which then takes some 3 KiB."""
 BYTES_MAX = 8 * 1024 * 1024
-"""Of all chunks."""
+"""Maximum bytes of all chunks."""
 MARKS_MAX = 200
-"""In a chunk."""
+"""Maximum marks in a chunk."""
 _DECODED_BYTES_MAX = 4 * 1024 * 1024
+"""Maximum decompressed bytes of a chunk, so that a damaged one cannot exhaust memory."""
 
 _CHANGES, _REQUESTS = "change-", "request-"
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(tuple[Entry, ...], strict=False)
 
 time_ns = lru_cache(maxsize=1024)(unix_ns)
-"""Entries of one commit have one time."""
+"""Cached, because the entries of a commit share one time."""
 
 Mark = tuple[int, int]
 """A time in nanoseconds since 1970, and the store's revision then."""
 
 
 def changes_id(revision: int) -> str:
-    """Sorts by revision, as the clocks of two leaders may differ."""
+    """Return the id of a chunk of changes.  Sorts by revision, since the clocks of two leaders may differ."""
     return f"{_CHANGES}{revision:020d}"
 
 
 def requests_id(at_ns: int, node_id: str) -> str:
-    """Sorts by time."""
+    """Return the id of a chunk of requests.  Sorts by time."""
     return f"{_REQUESTS}{at_ns:020d}-{node_id}"
 
 
 def last_of_changes(view: View) -> JournalChunk | None:
-    """The leader's last chunk: its ``revision`` is up to where the history is complete."""
+    """Return the leader's last chunk.  The history is complete up to its ``revision``."""
     ids = view.ids(JournalChunk)
     place = bisect_left(ids, _REQUESTS) - 1
     return view.lookup(JournalChunk, ids[place]) if place >= 0 else None
 
 
 def last_of_requests(view: View, node_id: str) -> JournalChunk | None:
-    """The last chunk of one manager."""
+    """Return the last chunk of one manager."""
     ids = view.ids(JournalChunk)
     mine = (id for id in reversed(ids) if id.startswith(_REQUESTS) and id.endswith(f"-{node_id}"))
     id = next(mine, None)
@@ -64,14 +65,14 @@ def last_of_requests(view: View, node_id: str) -> JournalChunk | None:
 
 
 def of_changes(view: View) -> Sequence[JournalChunk]:
-    """The chunks of the leaders, oldest first."""
+    """Return the chunks of the leaders, oldest first."""
     return [one for one in view.find(JournalChunk) if one.id.startswith(_CHANGES)]
 
 
 def with_changes(
     last: JournalChunk | None, entries: Sequence[Entry], done: int, marks: Iterable[Mark]
 ) -> list[JournalChunk]:
-    """The chunks to write for new ``entries`` of the leader: all up to revision ``done``, in order."""
+    """Return the chunks to write for new ``entries`` of the leader, which are all up to revision ``done``, in order."""
     chunks = _chunks(last, entries, lambda first: changes_id(first.revision), repeated)
     newer = [mark for mark in marks if last is None or mark[1] > last.revision]
     chunks[-1] = replace(chunks[-1], revision=done, marks=thinned((*chunks[-1].marks, *newer)))
@@ -79,8 +80,8 @@ def with_changes(
 
 
 def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: str) -> list[JournalChunk]:
-    """The chunks to write for new requests of one manager."""
-    # Later chunks sort after earlier ones, also where the clock was set back.
+    """Return the chunks to write for new requests of one manager."""
+    # Later chunks sort after earlier ones, even if the clock was set back.
     newest = int(last.id.removeprefix(_REQUESTS)[:20]) if last is not None else 0
     return _chunks(last, entries, lambda first: requests_id(max(time_ns(first.time), newest + 1), node_id))
 
@@ -92,7 +93,7 @@ def _chunks(
     fold: Callable[[Sequence[Entry]], Sequence[Entry]] = tuple,
 ) -> list[JournalChunk]:
     chunks: list[JournalChunk] = []
-    # One that cannot be read, as of a newer version, stays as it is.
+    # A chunk that is unreadable, for example from a newer version, stays as it is.
     if last is not None and last.count < ENTRIES_MAX and (known := entries_in(last)):
         together = fold([*known, *entries])
         chunks.append(_chunk(last, together[:ENTRIES_MAX]))
@@ -104,10 +105,10 @@ def _chunks(
 
 
 def repeated(entries: Sequence[Entry], alone_max: int = 3) -> Sequence[Entry]:
-    """``entries`` in their order; of what happens to one slot of a service again and again the first few and the last.
+    """Return ``entries`` in order, with only the first few and the last of repeated actions on one slot.
 
-    The last one stands for those between, with their ``count``: a service that crashes in a loop must not push
-    everything else out of the history within hours.
+    The last one stands for those between, with their ``count``: a service in a crash loop must not displace everything
+    else from the history within hours.
     """
     kept: dict[int, Entry] = {}
     places: dict[tuple[str, ...], list[int]] = {}
@@ -135,7 +136,7 @@ def _chunk(base: JournalChunk, entries: Sequence[Entry]) -> JournalChunk:
 
 
 def entries_in(chunk: JournalChunk) -> tuple[Entry, ...]:
-    """The entries of ``chunk``; none if it cannot be read, as one of a newer version may be."""
+    """Return the entries of ``chunk``, or nothing if it is unreadable, as a newer version's chunk may be."""
     try:
         decompressor = zlib.decompressobj()
         return _decoder.decode(decompressor.decompress(chunk.data, _DECODED_BYTES_MAX))
@@ -144,7 +145,7 @@ def entries_in(chunk: JournalChunk) -> tuple[Entry, ...]:
 
 
 def surplus(chunks: Iterable[JournalChunk], entries_max: int) -> list[str]:
-    """Ids of the chunks to delete, oldest first: each series has half of ``entries_max`` and of ``BYTES_MAX``."""
+    """Return the ids of chunks to delete, oldest first.  Each series has half of ``entries_max`` and ``BYTES_MAX``."""
     series: dict[bool, list[JournalChunk]] = {True: [], False: []}
     for chunk in chunks:
         series[chunk.id.startswith(_CHANGES)].append(chunk)
@@ -160,7 +161,7 @@ def surplus(chunks: Iterable[JournalChunk], entries_max: int) -> list[str]:
 
 
 def thinned(marks: Sequence[Mark], most: int = MARKS_MAX) -> tuple[Mark, ...]:
-    """``marks`` in order, at most one a second and ``most`` in all; the last one is kept."""
+    """Return ``marks`` in order, at most one per second and at most ``most``, always including the last."""
     kept: list[Mark] = []
     for at, revision in sorted(marks):
         if kept and at - kept[-1][0] < SECOND_NS:

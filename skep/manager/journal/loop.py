@@ -1,11 +1,11 @@
-"""Keeps the journal: derives entries from commits, takes those of requests, and writes both in batches.
+"""The journal's loop: derives entries from commits, collects entries of requests, and writes both in batches.
 
-Every manager derives the entries of all commits, and keeps those that are not in the store yet.  The leader writes
-them, fenced by its term, and each write says up to which revision the journal is complete; so a new leader goes on
-exactly there, and neither loses nor repeats one.  Requests are written by the manager that served them.
+Every manager derives the entries of all commits, and keeps them until they are in the store.  The leader writes
+them, fenced by its term, and each write records up to which revision the journal is complete.  So a new leader resumes
+exactly there, and neither loses nor repeats an entry.  Requests are written by the manager that served them.
 
-Nothing waits for the journal.  What could not be written, because the store was away for long or managers were not
-running, is reported by an entry.
+Nothing waits for the journal.  If entries could not be written, because the store was unavailable for long or managers
+were not running, an entry reports it.
 """
 
 import asyncio
@@ -38,21 +38,25 @@ from skep.store.level import JOURNAL
 from skep.store.updates import batched
 
 WRITE_S = 0.5
-"""Between two writes: their cost does not grow with the number of entries."""
+"""Seconds between writes, whose cost does not grow with the number of entries."""
 BATCH = 1000
-"""Entries in one write."""
+"""Maximum entries in one write."""
 DELETED_TOGETHER = 200
-"""Chunks in one transaction."""
+"""Maximum chunks in one transaction."""
 MARK_S = 10.0
+"""Seconds between marks in a quiet cluster."""
 MARKS_KEPT = 4096
+"""Maximum marks in a manager's memory."""
 SETTLED_S = 10.0
-"""A manager that begins to lead so soon after its start may find no other that saw the commits before."""
+"""A manager that begins to lead so soon after its start may find no other manager that saw the earlier commits."""
 RETRY_S_MAX = 30.0
+"""Maximum seconds between attempts to write."""
 LAST_WRITE_S = 1.0
+"""Timeout in seconds of the last write when a manager stops."""
 
 
 class Journal:
-    """The journal of one manager.  ``run`` must be running; ``lead`` while it leads."""
+    """The journal of one manager.  ``run`` must be running, and ``lead`` while the manager leads."""
 
     def __init__(self, store: Store, own: NodeId, clock: Clock, random: Random) -> None:
         self._store = store
@@ -70,7 +74,7 @@ class Journal:
         """Since when, and after which revision, commits are followed."""
 
     def record(self, entry: Entry) -> None:
-        """Keep the entry of a request.  Its id and its time are set here; never waits."""
+        """Add the entry of a request, with an id and a time.  Never waits."""
         if not history_limit(self._store.view()):
             return
         now_ns = self._clock.now_ns()
@@ -116,7 +120,7 @@ class Journal:
             self._change_came.set()
 
     async def _mark(self) -> None:
-        """Note which revision it is; forget what the leader has written."""
+        """Record the current revision regularly, and forget entries that the leader has written."""
         while True:
             await self._clock.sleep(MARK_S)
             view = self._store.view()
@@ -127,10 +131,10 @@ class Journal:
     # -- writes ----------------------------------------------------------------------------------------------------
 
     async def lead(self, term: Term) -> None:
-        """Write the entries of commits, and keep the journal within its bounds, until cancelled.  Raises: NotLeader."""
+        """Write the entries of commits, and keep the journal within its bounds, until cancelled.  Raises NotLeader."""
         self._note_gap()
         while True:
-            # The requests of other managers need their bounds as well when nothing changes.
+            # Other managers' requests need their bounds too, even if nothing changes.
             await wait_first(self._change_came.wait(), self._clock.sleep(MARK_S))
             await self._clock.sleep(WRITE_S)
             self._change_came.clear()
@@ -158,7 +162,7 @@ class Journal:
         )
 
     def _note_gap(self) -> None:
-        """What happened while no manager ran is in no journal."""
+        """Add an entry about changes while no manager ran, which no journal has."""
         view, now = self._store.view(), timestamp(self._clock.now_ns())
         last = chunks.last_of_changes(view)
         began_s, since = self._begun or (self._clock.monotonic(), view.revision)
@@ -192,7 +196,7 @@ class Journal:
 
 
 def history_limit(view: View) -> int:
-    """How many entries the cluster keeps; 0: none, or a manager of the cluster has no journal yet."""
+    """Return how many entries the cluster keeps.  0 if none, or while a manager has no journal yet."""
     if view.level < JOURNAL:
         return 0
     swarm = next(iter(view.find(Swarm)), None)
@@ -200,13 +204,13 @@ def history_limit(view: View) -> int:
 
 
 def journaled(view: View) -> int:
-    """The revision up to which the journal has every change."""
+    """Return the revision up to which the journal has every change."""
     last = chunks.last_of_changes(view)
     return last.revision if last is not None else 0
 
 
 def write_changes(tx: Transaction, taken: Sequence[Entry], marks: Sequence[chunks.Mark]) -> None:
-    """Write what no leader has written yet of ``taken``, which are in order of revision."""
+    """Write the entries of ``taken``, which are in order of revision, that no leader has written yet."""
     last = chunks.last_of_changes(tx)
     fresh = [entry for entry in taken if last is None or entry.revision > last.revision]
     if fresh:
@@ -215,10 +219,10 @@ def write_changes(tx: Transaction, taken: Sequence[Entry], marks: Sequence[chunk
 
 
 def write_requests(tx: Transaction, taken: Sequence[Entry], own: NodeId) -> None:
-    """Write ``taken``; those of an earlier try whose outcome was not known are there already."""
+    """Write ``taken``, except for entries of an earlier attempt with an unknown outcome that are stored already."""
     last = chunks.last_of_requests(tx, own)
     known = {entry.id for entry in chunks.entries_in(last)} if last is not None else set()
-    # Of like entries the last one was written: those before one that is known are in it.
+    # Only the last of equal entries was written, so it stands for the entries before it.
     done = max((place for place, entry in enumerate(taken, 1) if entry.id in known), default=0)
     fresh = taken[done:]
     if fresh:

@@ -1,6 +1,6 @@
-"""The cluster as it was: which revision a time means, and the objects of then, from the store's history.
+"""Past states of the cluster: the revision at a time, and the objects of that revision, from the store's history.
 
-One state is read at a time, and the last few are kept for a moment: a timeline is dragged to and fro.
+One state is read at a time, and the last few are kept for a moment, because users drag a timeline back and forth.
 """
 
 import asyncio
@@ -19,23 +19,26 @@ from skep.model.times import Timestamp, timestamp
 from skep.store.interface import HistoryGone, Store, View
 
 KEPT_MAX = 3
+"""Maximum states in memory."""
 KEPT_S = 30.0
+"""Seconds after the last request for which states are kept."""
 WAITING_MAX = 8
+"""Maximum requests that wait for a state."""
 OLDEST_S = 10.0
-"""For which the oldest revision is cached: every page of the history needs it."""
+"""Seconds for which the oldest revision is cached, since every page of the history needs it."""
 
 _REVISION = re.compile(r"revision:([0-9]{1,18})")
 
 
 class Past(msgspec.Struct, frozen=True):
-    """A state, and the time until which it is known to have been so."""
+    """A state, and the latest time at which it is known to have existed."""
 
     view: View
     at_ns: int
 
 
 class PastStates:
-    """Of one manager.  ``marks``: its own (``journal.loop``)."""
+    """The past states on one manager.  ``marks`` are the manager's own (``journal.loop``)."""
 
     def __init__(self, store: Store, marks: Iterable[Mark], clock: Clock) -> None:
         self._store = store
@@ -44,49 +47,54 @@ class PastStates:
         self._reading = asyncio.Lock()
         self._waiting = 0
         self._kept: OrderedDict[int, View] = OrderedDict()
-        self._forgetting: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._oldest: tuple[float, int] | None = None
 
     async def at(self, when: str) -> Past:
-        """The state at ``when``: a time, or ``revision:N``.
+        """Return the state at ``when``: a time, or ``revision:N``.
 
-        Raises: InvalidArgument: it is neither, or in the future; HistoryGone: with the oldest time that there is;
-        Unavailable.
+        Raises:
+            InvalidArgument: It is neither, or in the future.
+            HistoryGone: The store has deleted it.  The message has the oldest available time.
+            Unavailable: The store cannot be read, or too many requests wait.
         """
-        revision, at_ns = await self._meant(when)
+        revision, at_ns = await self._resolve(when)
         if revision is None:
-            raise HistoryGone(await self._gone(when))
+            raise HistoryGone(await self._gone_message(when))
         try:
             return Past(await self._state_at(revision), at_ns)
         except HistoryGone as error:
-            raise HistoryGone(await self._gone(when)) from error
+            raise HistoryGone(await self._gone_message(when)) from error
 
-    async def _meant(self, when: str) -> tuple[int | None, int]:
-        """The revision, None if it was too long ago, and its time."""
+    async def _resolve(self, when: str) -> tuple[int | None, int]:
+        """Return the revision, or None if it was too long ago, and its time."""
         now_ns, view = self._clock.now_ns(), self._store.view()
         if match := _REVISION.fullmatch(when):
             revision = int(match[1])
             if not 0 < revision <= view.revision:
-                raise InvalidArgument(f"revision {revision} is none yet: the store is at {view.revision}")
+                raise InvalidArgument(
+                    f"revision {revision} does not exist yet: the store is at revision {view.revision}"
+                )
             return revision, await time_of(view, self._marks, revision) or now_ns
         at_ns = parse_time(when, now_ns)
         if at_ns > now_ns:
-            raise InvalidArgument(f"{when} has not come yet: want a time in the past")
+            raise InvalidArgument(f"{when} is in the future: use a time in the past")
         return await revision_at(view, self._marks, at_ns), at_ns
 
     async def oldest(self) -> Timestamp:
-        """From which time on there are states; empty: not known.  Raises: Unavailable."""
+        """Return the time of the oldest available state, or an empty string if it is unknown.  Raises Unavailable."""
         now = self._clock.monotonic()
         if self._oldest is None or now - self._oldest[0] > OLDEST_S:
             self._oldest = now, await self._store.oldest_revision()
         at_ns = await time_of(self._store.view(), self._marks, self._oldest[1])
         return timestamp(at_ns) if at_ns is not None else Timestamp("")
 
-    async def _gone(self, when: str) -> str:
+    async def _gone_message(self, when: str) -> str:
         self._oldest = None
         oldest = await self.oldest()
-        since = f": it begins at {oldest}" if oldest else ""
-        return f"how the cluster was at {when} is not kept any more by its store{since} (skep history reaches further)"
+        since = f", whose oldest state is of {oldest}" if oldest else ""
+        gone = f"the state of the cluster at {when} is no longer in the store{since}"
+        return f"{gone} (skep history reaches further back)"
 
     async def _state_at(self, revision: int) -> View:
         if self._waiting >= WAITING_MAX:
@@ -107,7 +115,7 @@ class PastStates:
             self._waiting -= 1
 
     def _forget_later(self) -> None:
-        """They take as much memory as the present state."""
-        if self._forgetting is not None:
-            self._forgetting.cancel()
-        self._forgetting = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)
+        """Forget the states after a while, since each takes as much memory as the current state."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)

@@ -1,4 +1,4 @@
-"""Entries that are not written yet: bounded, and what did not fit is said by an entry."""
+"""Entries that are not written yet.  Their number is bounded, and an entry reports how many were dropped."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -7,28 +7,29 @@ from skep.model.history import Entry, Kind, Severity
 from skep.model.times import Timestamp
 
 PENDING_MAX = 10_000
+"""Maximum entries in memory, except those being written."""
 BATCH_CHARACTERS = 250_000
-"""In one write: a character takes up to four bytes, and a transaction has 1.5 MB."""
+"""Maximum characters in one write: a character takes up to four bytes, and a transaction is limited to 1.5 MB."""
 
 
 class Pending:
-    """The oldest go when there are too many."""
+    """A queue of entries that drops the oldest when there are too many."""
 
     def __init__(self, kind: Kind, most: int = PENDING_MAX) -> None:
         self._kind = kind
         self._most = most
         self._entries: deque[Entry] = deque()
         self._taken = 0
-        """So many of the oldest are being written: they stay, beyond ``most``."""
+        """Number of the oldest entries that are being written.  They are kept, in addition to ``most``."""
         self._lost = 0
-        self._lost_told = 0
+        self._reported_lost = 0
         self._lost_revision = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(self, entry: Entry) -> None:
-        """Never waits."""
+        """Add an entry.  Never waits."""
         self._entries.append(entry)
         if len(self._entries) - self._taken > self._most:
             gone = self._entries[self._taken]
@@ -37,15 +38,15 @@ class Pending:
             self._lost_revision = gone.revision
 
     def add_first(self, entry: Entry) -> None:
-        """Before all others.  Not while some are being written."""
+        """Add an entry before all others.  Not allowed while entries are being written."""
         self._entries.appendleft(entry)
 
     def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
-        """What one write takes: the oldest, all of a revision; the first one says how many were lost before them."""
+        """Return the entries of one write: the oldest, with whole revisions, after an entry about lost ones if any."""
         entries: list[Entry] = []
-        self._lost_told = self._lost
+        self._reported_lost = self._lost
         if self._lost:
-            words = f"{self._lost} entries are missing here: more came than could be written"
+            words = f"{self._lost} entries are missing here: they arrived faster than they could be written"
             entries.append(missing(words, self._kind, self._lost_revision, now))
         characters = 0
         for entry in self._entries:
@@ -58,31 +59,31 @@ class Pending:
         return entries
 
     def done(self, entries: Iterable[Entry]) -> None:
-        """``entries``, which ``first`` gave, were written."""
+        """Remove ``entries``, which ``first`` returned, because they were written."""
         ids = {entry.id for entry in entries}
         while self._entries and self._entries[0].id in ids:
             self._entries.popleft()
         self._taken = 0
-        self._lost -= self._lost_told
-        self._lost_told = 0
+        self._lost -= self._reported_lost
+        self._reported_lost = 0
 
     def written_until(self, revision: int) -> None:
-        """Another manager has written everything up to ``revision``."""
+        """Remove entries up to ``revision``, because another manager has written them."""
         while self._entries and self._entries[0].revision <= revision:
             self._entries.popleft()
             self._taken = max(self._taken - 1, 0)
         if self._lost_revision <= revision:
-            self._lost = self._lost_told = 0
+            self._lost = self._reported_lost = 0
 
 
 def _characters(entry: Entry) -> int:
-    """Those that users choose, and some for the rest."""
+    """Return the characters of the fields that users choose, plus some for the rest."""
     names = (entry.type, entry.action, entry.object_id, entry.name, entry.service, entry.node, entry.stack)
     return 100 + len(entry.message) + len(entry.path) + sum(map(len, names))
 
 
 def missing(message: str, kind: Kind, revision: int, now: Timestamp) -> Entry:
-    """The entry that says that others are missing."""
+    """Return an entry that reports missing entries."""
     return Entry(
         id=f"lost-{kind.value}-{now}",
         time=now,

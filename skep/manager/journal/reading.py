@@ -1,4 +1,4 @@
-"""Queries of the journal: the entries that match, a page at a time, and the store's revision at a time."""
+"""Queries of the journal: matching entries, one page at a time, and the store's revision at a time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -13,25 +13,29 @@ from skep.store.interface import View
 from skep.store.kinds import JournalChunk
 
 LIMIT_MAX = 1000
+"""Maximum entries of a page."""
 TIME_MAX = 2**63
+"""A time after all entries."""
 CHUNKS_AT_ONCE = 20
-"""Chunks whose marks are read between two pauses: 4,000 marks of a tenth of a microsecond each."""
+"""Chunks whose marks are read between two pauses: 4,000 marks, each in a tenth of a microsecond."""
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
-    """Which entries, and in which order.
+    """Selection and order of entries.
 
-    ``services``, ``nodes``: ids and names, of which an entry has one; empty: any.
-    ``since_ns``, ``until_ns``: both included; ``cursor``: of the page before.
+    Attributes:
+        services, nodes: Ids and names, of which an entry must have one.  Empty for any.
+        since_ns, until_ns: Both are included.
+        cursor: Cursor of the previous page.
     """
 
     services: frozenset[str] = frozenset()
     nodes: frozenset[str] = frozenset()
     stack: str = ""
     about: frozenset[str] = frozenset()
-    """Ids and names of a service, a node or a stack, whichever it is."""
+    """Ids and names of a service, a node or a stack, whichever exists."""
     stacks: frozenset[str] | None = None
-    """The only stacks that the client may see; None: everything."""
+    """The only stacks that the client may see, or None for everything."""
     kinds: frozenset[Kind] = frozenset(Kind)
     since_ns: int = 0
     until_ns: int = TIME_MAX
@@ -40,7 +44,7 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     cursor: str = ""
 
     def matches(self, entry: Entry) -> bool:
-        """Whether the entry matches in all but its time.  Entries about missing entries match every query."""
+        """Whether the entry matches, apart from its time.  Entries about missing entries match every query."""
         if entry.kind not in self.kinds:
             return False
         if entry.type == "journal":
@@ -65,12 +69,12 @@ Position = tuple[int, str]
 
 
 def position_of(entry: Entry) -> Position:
-    """Its place in the order."""
+    """Return the entry's place in the order."""
     return time_ns(entry.time), entry.id
 
 
 def cursor_of(entry: Entry) -> str:
-    """After it comes the next page."""
+    """Return the cursor of the page that begins after ``entry``."""
     at, id = position_of(entry)
     return f"{at}/{id}"
 
@@ -83,7 +87,7 @@ def _parsed(cursor: str) -> Position:
 
 
 async def page(view: View, query: Query) -> HistoryPage:
-    """One page.  Gives the event loop its turn after each chunk.  Raises: InvalidArgument: the cursor is none."""
+    """Return one page, yielding to the event loop after each chunk.  Raises InvalidArgument for an invalid cursor."""
     after = _parsed(query.cursor) if query.cursor else None
     all_chunks = view.find(JournalChunk)
     sign = 1 if query.is_ascending else -1
@@ -96,7 +100,7 @@ async def page(view: View, query: Query) -> HistoryPage:
             del found[query.limit + 1 :]
             edge = chunk.first if query.is_ascending else chunk.last
             if sign * edge > sign * found[-1][0][0]:
-                break  # all that follows comes after this page
+                break  # all other chunks come after this page
         for entry in entries_in(chunk):
             place = position_of(entry)
             if not query.since_ns <= place[0] <= query.until_ns or not query.matches(entry):
@@ -119,7 +123,7 @@ async def page(view: View, query: Query) -> HistoryPage:
 
 
 async def _marks_in(view: View, own: Iterable[Mark]) -> AsyncIterator[Sequence[Mark]]:
-    """Marks of this manager and of the journal, up to 200,000 of them, in parts between which other tasks run."""
+    """Yield the marks of this manager and of the journal, up to 200,000, in parts, so that other coroutines can run."""
     chunks = of_changes(view)
     yield tuple(own)
     for number, chunk in enumerate(chunks):
@@ -129,7 +133,7 @@ async def _marks_in(view: View, own: Iterable[Mark]) -> AsyncIterator[Sequence[M
 
 
 async def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None:
-    """The latest revision with a mark until then; None: there is none."""
+    """Return the latest revision with a mark until ``at_ns``, or None."""
     found = [
         latest
         async for marks in _marks_in(view, own)
@@ -139,7 +143,7 @@ async def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None
 
 
 async def time_of(view: View, own: Iterable[Mark], revision: int) -> int | None:
-    """When the store was at ``revision`` at the latest, in nanoseconds; None: not known."""
+    """Return the latest time at which the store may have reached ``revision``, in nanoseconds, or None if unknown."""
     found = [
         first
         async for marks in _marks_in(view, own)

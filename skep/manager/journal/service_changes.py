@@ -1,4 +1,4 @@
-"""What differs between two specs of a service, in words: images, numbers and names, never values.  Pure."""
+"""The differences between two specs of a service, as phrases: images, numbers and names, never values.  Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from skep.model.container import ContainerSpec
 from skep.model.service import ServiceSpec
 
 _NAMES_MAX = 5
-_SAID = frozenset({"image", "env", "secrets", "configs", "labels"})
+_NAMED = frozenset({"image", "env", "secrets", "configs", "labels"})
 
 
 def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
-    """One phrase per difference."""
+    """Yield one phrase per difference."""
     before, after = (one.task_template.container_spec or ContainerSpec() for one in (old, new))
     if before.image != after.image:
         yield f"image {_short(before.image, after.image)} → {_short(after.image, before.image)}"
@@ -29,9 +29,9 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
     yield from _phrase("labels", old.labels, new.labels)
     template = old.task_template, new.task_template
     if template[0].force_update != template[1].force_update:
-        yield "all tasks are to be replaced"
+        yield "all tasks will be replaced"
     others = [
-        *_differing(before, after, _SAID),
+        *_differing(before, after, _NAMED),
         *_differing(*template, {"container_spec", "force_update"}),
         *_differing(old, new, {"task_template", "mode", "labels"}),
     ]
@@ -40,7 +40,7 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
 
 
 def _short(image: str, other: str) -> str:
-    """Without the digest, unless that is all that differs."""
+    """Return the image without its digest, unless only the digest differs."""
     name = image.partition("@")[0]
     return name if name != other.partition("@")[0] else image
 
@@ -50,7 +50,7 @@ def _variables(env: Iterable[str]) -> Mapping[str, Any]:
 
 
 def _phrase(noun: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """``environment +A -B ~C``: names that came, went and changed."""
+    """Yield a phrase such as ``environment +A -B ~C``, with added, removed and changed names."""
     marks = [f"+{name}" for name in after if name not in before]
     marks += [f"-{name}" for name in before if name not in after]
     marks += [f"~{name}" for name in after if name in before and before[name] != after[name]]

@@ -1,1 +1,1 @@
-"""Manager to manager: signs of life, and streams of data that one relays for another."""
+"""Links between managers: heartbeats, and streams of data that one manager relays for another."""

@@ -1,7 +1,7 @@
-"""Links to all other managers: pings in both directions, calls, and connections beside them for relayed logs.
+"""Links to all other managers: pings in both directions, calls, and further connections for relayed logs.
 
-Each manager connects to each other one, so between two of them there is a connection in either direction.  A ping in
-either counts, since it was sent and received.
+Each manager connects to each other one, so two managers have a connection in either direction.  A ping in either
+direction counts, since it was sent and received.
 """
 
 import asyncio
@@ -41,22 +41,28 @@ from skep.wire.shared import SharedConnections
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.2
+"""Seconds between two ticks that measure this loop's running time."""
 PING_S = 0.5
+"""Seconds between two pings: several fit into ``last_seen.SILENT_S``."""
 RESPONSE_SECONDS_MAX = 1.5
+"""Seconds to wait for the answer to a ping.  Shorter than ``last_seen.SILENT_S``."""
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 1.0
-"""Short: a manager that is back must be seen before it counts as silent."""
+"""Longest retry delay in seconds.  Short, because a manager that returns must be seen before it counts as silent."""
 RELAYS_MAX = 80
-"""Logs that one connection relays."""
+"""Relayed logs on one connection."""
 RELAY_BOUNDS = Bounds(stream_window=256 * 1024, connection_window=24 * 1024 * 1024, message=BOUNDS.message)
-"""All streams' windows together are smaller than the connection's: readers that do not read hold up no other."""
+"""Limits of connections for relayed logs.
+
+All streams' windows together are smaller than the connection's, so readers that do not read block no others.
+"""
 
 
 class Connect(Protocol):
-    """Connects with this manager's certificate."""
+    """Connects to another manager with this manager's certificate."""
 
     def __call__(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``addr``, as a manager.  Raises: Unavailable."""
+        """Connect to the manager at ``addr``, as a manager.  Raises: Unavailable."""
 
 
 class ManagerLink:
@@ -73,8 +79,11 @@ class ManagerLink:
         incarnation: Incarnation | None = None,
         reports: PeerReports | None = None,
     ) -> None:
-        """``incarnation``: the one served here; managers of other ones are ignored.
-        ``reports``: sent and received with the pings.
+        """Create the links.
+
+        Args:
+            incarnation: Incarnation served here.  Managers of other incarnations are ignored.
+            reports: Reports that are sent and received with the pings.
         """
         self._store = store
         self._own = own
@@ -90,23 +99,27 @@ class ManagerLink:
         self._beside: SharedConnections | None = None
         self._changed = asyncio.Event()
         self._wanted_now = asyncio.Event()
-        """Set to have every other manager pinged at once, and replaced then."""
+        """Set to ping every other manager at once, and then replaced."""
         self._answered = asyncio.Event()
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (both_stream(methods.PINGS, self._pings),)
 
     def silent(self, now: float) -> Mapping[NodeId, float]:
-        """Managers that are silent at ``now`` (monotonic seconds), with the seconds since their last ping."""
+        """Return the managers that are silent at ``now`` (monotonic seconds), with the seconds since their
+        last ping.
+        """
         return self._last_seen.silent(self._time.after(now, TICK_S).seconds)
 
     def reachable(self, now: float) -> Set[NodeId]:
-        """Managers that have answered a ping shortly before ``now``, and have contact with a quorum."""
+        """Return the managers that answered a ping shortly before ``now`` and have contact with a quorum."""
         return self._last_seen.reachable(now) - self._reports.without_quorum()
 
     async def ask(self) -> Set[NodeId]:
-        """Managers that answer a ping from now on, within ``RESPONSE_SECONDS_MAX``, and have contact with a quorum."""
+        """Ping all managers.  Return the managers that answer within ``RESPONSE_SECONDS_MAX`` and have contact
+        with a quorum.
+        """
         began = self._clock.monotonic()
         self._wanted_now.set()
         self._wanted_now = asyncio.Event()
@@ -118,17 +131,17 @@ class ManagerLink:
         return self._last_seen.answered(began) - self._reports.without_quorum()
 
     def channel(self, manager: NodeId) -> Channel:
-        """The open connection to a manager.  Raises: Unavailable: there is none."""
+        """Return the open connection to a manager.  Raises: Unavailable."""
         channel = self._channels.get(manager)
         if channel is None:
-            raise Unavailable(f"manager {manager} cannot be reached")
+            raise Unavailable(f"manager {manager} cannot be reached now: try again")
         return channel
 
     @asynccontextmanager
     async def channel_beside(self, manager: NodeId) -> AsyncIterator[Channel]:
-        """A connection beside the link, for one more reader; it ends with the link.  Raises: Unavailable."""
+        """Open a separate connection for one more reader.  It ends with the link.  Raises: Unavailable."""
         address = self.channel(manager).address
-        assert self._beside is not None, "there is a link"
+        assert self._beside is not None, "channel raises without a link"
         async with self._beside.channel(address) as channel:
             yield channel
 
@@ -167,7 +180,7 @@ class ManagerLink:
             self._time = self._time.after(self._clock.monotonic(), TICK_S)
 
     async def _connect_all(self, group: asyncio.TaskGroup) -> None:
-        """One task per manager; it is cancelled if the manager is removed or changes its address."""
+        """Run one task per manager, which is cancelled if the manager is removed or changes its address."""
         kept: dict[tuple[NodeId, str], asyncio.Task[None]] = {}
         while True:
             self._changed.clear()
@@ -184,7 +197,7 @@ class ManagerLink:
     async def _connect_peer(self, manager: NodeId, addr: str) -> None:
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
-            # In a task of its own: a broken connection cancels the task that uses it, which must not be this loop.
+            # A separate task, because a broken connection cancels the task that uses it, which must not be this loop.
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._attempt(manager, addr), name="link attempt")
             if attempt.result():
@@ -192,7 +205,7 @@ class ManagerLink:
             await backoff.sleep(self._clock)
 
     async def _attempt(self, manager: NodeId, addr: str) -> bool:
-        """Hold one connection until it breaks; gives whether there was one."""
+        """Hold one connection until it breaks.  Returns whether the manager is reachable."""
         try:
             async with self._connect(addr) as channel:
                 try:
@@ -249,9 +262,10 @@ class ManagerLink:
         )
 
     def _is_manager(self, caller: Caller) -> bool:
-        """Whether the caller is one of the managers.  Unknown callers only get a ping with the incarnation in return.
+        """Return whether the caller is one of the managers.  Unknown callers only get a ping with the incarnation in
+        return.
 
-        A later incarnation in their pings would stop this manager for good.
+        A later incarnation in their pings would stop this manager permanently.
         """
         if caller.identity is None:
             return False
@@ -274,9 +288,9 @@ class LinkRelays:
     async def relay_logs(
         self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
     ) -> AsyncGenerator[skep.RelayedLogs, None]:
-        """The logs of ``nodes`` as relayed by ``manager``; ends when all of them have ended.
+        """Yield the logs of ``nodes`` as relayed by ``manager``.  Ends when all of them have ended.
 
-        A manager that falls silent loses the link, and with it this stream.  Raises: Unavailable.
+        A manager that falls silent loses the link, which ends this stream.  Raises: Unavailable.
         """
         selector, options = query_to_pb(query)
         async with self._link.channel_beside(manager) as channel, channel.stream(methods.RELAY_LOGS) as call:

@@ -1,1 +1,1 @@
-"""Log subscriptions to agents, log messages to subscribers."""
+"""Sends log subscriptions to agents and log lines to subscribers."""

@@ -1,10 +1,11 @@
 """The log broker: requests logs from the nodes of tasks and passes the lines to readers.
 
 A node gets requests from the manager that owns its session.  Nodes of other managers are requested through those
-(``Relays``): at the start one stream to each for all its nodes, later ones for nodes that are added.
+managers (``Relays``).  One stream to each manager serves all its nodes at the start, later streams the added nodes.
 
-A follower's nodes change: ``Subscription.sources`` records through which manager each one was requested.  When the node
-is no longer there (it listens again, its session moved, a relay broke), the rest is requested where its session is now.
+A follower's nodes change.  ``Subscription.sources`` records the manager through which each node was requested.  When
+that source no longer has the node (the node listens again, its session moved, a relay broke), the rest is requested
+where the node's session is now.
 
 Source: swarmkit, manager/logbroker/broker.go.
 """
@@ -45,7 +46,7 @@ from skep.wire.service import Handler, client_stream, server_stream
 log = structlog.get_logger(__name__)
 
 RESPONSE_SECONDS_MAX = 10.0
-"""A node that sends nothing for so long, while everything it sent was read, is reported as missing."""
+"""Seconds after which a node is reported as missing if it sends nothing while everything it sent was read."""
 NO_MANAGER = NodeId("")
 RELAYED_LINES = 100
 """Lines in one message to another manager."""
@@ -61,11 +62,11 @@ class Relays(Protocol):
     def relay_logs(
         self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
     ) -> AsyncGenerator[skep.RelayedLogs, None]:
-        """The logs of ``nodes`` as relayed by a manager.  Raises: Unavailable: it cannot be reached (any more)."""
+        """Yield the logs of ``nodes`` as relayed by a manager.  Raises: Unavailable: the manager cannot be reached."""
 
 
 class IncompleteLogs(SkepError):
-    """Some logs could not be retrieved; the text names them."""
+    """Some logs could not be retrieved.  The text names them."""
 
 
 class LogBroker:
@@ -79,7 +80,7 @@ class LogBroker:
         own: NodeId = NO_MANAGER,
         relays: Relays | None = None,
     ) -> None:
-        """``own``: this manager; ``relays``: None without other managers."""
+        """``own`` is this manager.  ``relays`` is None without other managers."""
         self._store = store
         self._new_id = new_id
         self._clock = clock
@@ -91,7 +92,7 @@ class LogBroker:
         self._listeners: dict[NodeId, _Listener] = {}
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             server_stream(methods.LISTEN_SUBSCRIPTIONS, self._listen),
             client_stream(methods.PUBLISH_LOGS, self._publish),
@@ -99,22 +100,22 @@ class LogBroker:
         )
 
     async def subscribe(self, query: LogQuery) -> AsyncGenerator[LogLine, None]:
-        """Lines of all tasks that ``query`` matches; see ``batches``."""
+        """Yield lines of all tasks that ``query`` matches.  See ``batches``."""
         async with aclosing(self.batches(query)) as batches:
             async for lines in batches:
                 for line in lines:
                     yield line
 
     async def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
-        """Lines of all tasks that ``query`` matches, some at a time, merged in the order of their times.
+        """Yield lines of all tasks that ``query`` matches, some at a time.
 
-        While following, only those of the past; a node that is silent is not waited for (``subscription.HOLD_S``).
-
-        Ends when every node has sent everything; with ``follow`` only when the iterator is closed.
+        Existing lines are merged in the order of their times.  A follower's new lines are not, and a silent node does
+        not delay the others (``subscription.HOLD_S``).  Ends when every node has sent everything, or with ``follow``
+        only when the iterator is closed.
 
         Raises:
-            IncompleteLogs: at the end, naming nodes that did not respond and tasks without a node.
-            Unavailable: too many concurrent readers.
+            IncompleteLogs: Raised at the end, naming nodes that did not respond and tasks without a node.
+            Unavailable: There are too many concurrent readers.
         """
         subscription = self._open(query)
         try:
@@ -144,7 +145,9 @@ class LogBroker:
             self._close(subscription)
 
     async def run(self) -> None:
-        """Request logs of nodes that get a task of a followed query later, or another manager, until cancelled."""
+        """Request logs of nodes that later get a task of a followed query, or move to another manager,
+        until cancelled.
+        """
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -160,14 +163,18 @@ class LogBroker:
 
     def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> Subscription:
         if len(self._subscriptions) >= SUBSCRIPTIONS_MAX:
-            raise Unavailable("too many log streams are open")
+            raise Unavailable("too many log streams are open: close some and try again")
         subscription = Subscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
         self._subscriptions[subscription.id] = subscription
         return subscription
 
     def _instead(self, subscription: Subscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
-        """In place of the lines of nodes that do not answer: what is kept with their tasks, unless they have sent
-        lines, and a line that names each: for followers, and for removed nodes, whose absence is not an error."""
+        """Return lines in place of the lines of nodes that do not answer.
+
+        These are the lines that are kept with their tasks, unless the nodes have sent lines, and a line that names each
+        node.  Nodes are named to followers, and always if they were removed, because their absence is then not an
+        error.
+        """
         if not silent:
             return ()
         view, query = self._store.view(), subscription.query
@@ -180,7 +187,7 @@ class LogBroker:
     # -- readers --------------------------------------------------------------------------------------------------
 
     async def _wait_update(self, subscription: Subscription) -> None:
-        """Wait for lines or ends; give up on nodes that send nothing, unless the reader follows."""
+        """Wait for lines or ends.  Gives up on nodes that send nothing, unless the reader follows."""
         now = self._clock.monotonic()
         hold_s, named_s = subscription.hold_s(now), subscription.until_named_s(now)
         longest_s = None if subscription.query.follow else RESPONSE_SECONDS_MAX
@@ -217,21 +224,20 @@ class LogBroker:
                         self._check_state(subscription, node.id)
 
     def _forget_moved(self, node_id: NodeId) -> None:
-        """A node whose session moved to another manager does not listen here any more, even if its old connection is
-        open."""
+        """Forget the listener of a node whose session moved to another manager, even if its old connection is open."""
         if self._relays is not None and self._owner(node_id) not in (NO_MANAGER, self._own):
             moved = self._listeners.pop(node_id, None)
             if moved is not None:
                 moved.end()
 
     def _request_again(self, node_id: NodeId) -> None:
-        """Request the logs of this node's followers at its present manager."""
+        """Request the logs of this node's followers at its current manager."""
         for subscription in self._subscriptions.values():
             if subscription.query.follow and node_id in subscription.sources:
                 self._request(subscription, [node_id])
 
     def _check_state(self, subscription: Subscription, node_id: NodeId) -> None:
-        """A follower's node that is down is silent, whether or not its connection is open."""
+        """Mark a follower's node as silent if it is down, whether or not its connection is open."""
         node = self._store.view().lookup(Node, node_id)
         if node is None or not subscription.query.follow or node_id not in subscription.sources:
             return
@@ -269,7 +275,7 @@ class LogBroker:
             self._relay(subscription, manager, nodes)
 
     def _location(self, subscription: Subscription, node_id: NodeId) -> "_Listener | NodeId | None":
-        """Where a node can be reached: its listener here, another manager, or None."""
+        """Return where a node can be reached: its listener here, another manager, or None."""
         if (listener := self._listeners.get(node_id)) is not None:
             return listener
         owner = self._owner(node_id)
@@ -328,7 +334,7 @@ class LogBroker:
                     if not await subscription.put(self._checked(sent), relay):
                         return
                     ended = NodeId(message.ended_node_id)
-                    # A followed node may not be connected yet: that manager requests its logs when it is.
+                    # A followed node may not be connected yet.  Its manager requests its logs once it is.
                     if ended in relay.nodes and not is_followed:
                         relay.nodes.discard(ended)
                         subscription.finish(ended, message.reason)
@@ -341,7 +347,7 @@ class LogBroker:
             await self._replace_relay(subscription, relay)
 
     async def _replace_relay(self, subscription: Subscription, relay: "_Relay") -> None:
-        """A follower's relay broke: request its nodes' logs again, where they are then."""
+        """Request the nodes of a follower's broken relay again, at their current managers."""
         await subscription.backoff.sleep(self._clock)
         relay.task = None  # the request replaces this relay
         left = sorted(relay.nodes)
@@ -352,7 +358,7 @@ class LogBroker:
     async def _relay_to_manager(
         self, request: skep.LogRelay, _caller: Caller
     ) -> AsyncIterator[skep.RelayedLogs]:
-        """Lines of this manager's nodes, for a reader at another manager."""
+        """Yield lines of this manager's nodes for a reader at another manager."""
         query = query_from_pb(pb.SubscriptionMessage(selector=request.selector, options=request.options))
         only = frozenset(NodeId(id) for id in request.node_ids)
         subscription = self._open(query, only)
@@ -399,7 +405,7 @@ class LogBroker:
     async def _publish(
         self, messages: AsyncIterator[pb.PublishLogsMessage], caller: Caller
     ) -> pb.PublishLogsResponse:
-        """One node's lines for one subscription, which the first message names."""
+        """Receive one node's lines for one subscription, which the first message names."""
         node_id = caller.node_id
         subscription: Subscription | None = None
         source: object = None
@@ -410,7 +416,9 @@ class LogBroker:
                     subscription = self._require(message.subscription_id, node_id)
                     source = subscription.sources[node_id]
                 elif subscription.sources[node_id] is not source:
-                    return pb.PublishLogsResponse()  # requested elsewhere since: the rest comes from there
+                    return (
+                        pb.PublishLogsResponse()
+                    )  # requested elsewhere in the meantime: the rest comes from there
                 lines = self._checked(map(line_from_pb, message.messages), node_id)
                 if not await subscription.put(lines, node_id):
                     return pb.PublishLogsResponse()
@@ -432,11 +440,13 @@ class LogBroker:
     def _require(self, subscription_id: str, node_id: NodeId) -> Subscription:
         subscription = self._subscriptions.get(subscription_id)
         if subscription is None or subscription.sources.get(node_id) is None:
-            raise NotFound("no such subscription")
+            raise NotFound("log subscription not found")
         return subscription
 
     def _checked(self, lines: Iterable[LogLine], sender: NodeId = NO_MANAGER) -> list[LogLine]:
-        """Those that are of a task of their node.  ``sender``: the only node whose lines these may be."""
+        """Return the lines that belong to a task of their node.  ``sender`` is the only node whose lines
+        these may be.
+        """
         view = self._store.view()
         found: list[LogLine] = []
         tasks: dict[TaskId, Task | None] = {}
@@ -456,12 +466,12 @@ class LogBroker:
 
 
 async def _nothing() -> None:
-    """The commit handler does all the work."""
+    """Wait forever: the commit handler does all the work."""
     await asyncio.get_running_loop().create_future()
 
 
 class _Listener:
-    """A node that listens for subscriptions.  One that does not read them is disconnected."""
+    """A node that listens for subscriptions.  A node that does not read them is disconnected."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
@@ -476,7 +486,7 @@ class _Listener:
             self._caller.disconnect()
 
     async def next(self) -> pb.SubscriptionMessage | None:
-        """The next message; None: the node listens on another stream now."""
+        """Return the next message, or None if the node now listens on another stream."""
         return await self._messages.get()
 
     def end(self) -> None:
@@ -486,7 +496,7 @@ class _Listener:
 
 
 class _Relay:
-    """A stream from another manager, for those of its nodes that were not requested elsewhere since."""
+    """A stream from another manager, for its nodes that were not requested elsewhere in the meantime."""
 
     def __init__(self, manager: NodeId, nodes: Iterable[NodeId]) -> None:
         self.manager = manager
@@ -505,7 +515,7 @@ def _message(subscription: Subscription, node_id: NodeId) -> pb.SubscriptionMess
 
 
 def _is_requested(subscription: Subscription, node_id: NodeId, location: _Listener | NodeId | None) -> bool:
-    """Whether the node's logs were requested, and for a follower: at its present location."""
+    """Return whether the node's logs were requested, for a follower at the node's current location."""
     if node_id not in subscription.sources:
         return False
     source = subscription.sources[node_id]
@@ -514,7 +524,7 @@ def _is_requested(subscription: Subscription, node_id: NodeId, location: _Listen
 
 
 def _manager_of(node: Node | None) -> NodeId:
-    """The owner of the node's session; empty: none."""
+    """Return the owner of the node's session, or an empty id."""
     return node.session.manager_id if node is not None and node.session is not None else NO_MANAGER
 
 

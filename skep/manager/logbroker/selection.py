@@ -1,4 +1,4 @@
-"""Which nodes and tasks a log query matches.
+"""Nodes and tasks that a log query matches.
 
 Source: swarmkit, manager/logbroker/subscription.go (match).
 """
@@ -17,8 +17,10 @@ from skep.store.interface import View
 from skep.store.kinds import Revocation
 
 KEPT = "skep-kept"
-"""Attribute of lines that are kept with their task: its node did not send them.  With ``KEPT_HEAD`` as its value that
-of the sentence before them, which is no line of the task's."""
+"""Attribute of lines that are stored with their task, because its node did not send them.
+
+``KEPT_HEAD`` is the value for the sentence before them, which is not a line of the task.
+"""
 KEPT_HEAD = "head"
 
 _STREAMS = {"stdout": LogStream.STDOUT, "stderr": LogStream.STDERR}
@@ -32,7 +34,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def selected(view: View, query: LogQuery) -> Selection:
-    """The present nodes and tasks of ``query``."""
+    """Return the current nodes and tasks of ``query``."""
     tasks = _tasks(view, query)
     return Selection(
         nodes=frozenset(task.node_id for task in tasks if task.node_id),
@@ -41,8 +43,9 @@ def selected(view: View, query: LogQuery) -> Selection:
 
 
 def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterator[LogLine]:
-    """The lines that are kept with ended tasks of ``nodes``, which are silent or removed; a sentence before each
-    task's."""
+    """Yield the lines stored with ended tasks of silent or removed ``nodes``, with a sentence before each
+    task's lines.
+    """
     for task in sorted(_tasks(view, query), key=lambda task: (task.status.timestamp, task.id)):
         end = task.status.end
         if end is None or task.node_id not in nodes:
@@ -69,7 +72,10 @@ def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterat
 
 
 def absences(view: View, query: LogQuery, nodes: Set[NodeId], now_ns: int) -> Iterator[LogLine]:
-    """A line for each of ``nodes`` with a task that ``query`` means, as one of its task's: why there are no others."""
+    """Yield for each of ``nodes`` with a matching task one line that tells why the node has no others.
+
+    The line appears as a line of the task.
+    """
     stream = LogStream.STDERR if LogStream.STDERR in query.streams or not query.streams else query.streams[0]
     tasks = {
         task.node_id: task for task in sorted(_tasks(view, query), key=lambda task: (task.slot, task.id))
@@ -91,12 +97,12 @@ def _is_wanted(query: LogQuery, line: LogLine) -> bool:
 
 
 def is_removed(view: View, node_id: NodeId) -> bool:
-    """Whether the node is no longer part of the cluster."""
+    """Return whether the node is no longer part of the cluster."""
     return view.lookup(Node, node_id) is None and node_id not in view.unreadable(Node)
 
 
 def _absence(view: View, node_id: NodeId) -> str:
-    """``node w1 does not answer``, ``node w1 was removed``."""
+    """Return a sentence like ``node w1 does not answer`` or ``node w1 was removed``."""
     if is_removed(view, node_id):
         revocation = view.lookup(Revocation, node_id)
         return f"node {(revocation.hostname if revocation is not None else '') or node_id} was removed"
@@ -118,12 +124,12 @@ def _tasks(view: View, query: LogQuery) -> Collection[Task]:
 
 
 def matches(query: LogQuery, task: Task) -> bool:
-    """Whether ``query`` matches this task."""
+    """Return whether ``query`` matches this task."""
     return task.service_id in query.services or task.id in query.tasks or task.node_id in query.nodes
 
 
 def shortfall(selection: Selection, reasons: list[str]) -> str:
-    """What is missing from a stream of logs, in SwarmKit's words; empty: nothing."""
+    """Return why a stream of logs is incomplete, in SwarmKit's words, or an empty text."""
     missing = [
         *reasons,
         *(f"task {id} has not been scheduled" for id in sorted(selection.unscheduled)),

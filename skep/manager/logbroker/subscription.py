@@ -1,8 +1,8 @@
 """One reader of logs: the nodes it waits for, and a bounded buffer between them and the reader.
 
-What nodes have is merged in the order of its times; while following, what they write from then on comes as it is
-written.  A node that sends faster than the reader reads has to wait (its stream is not read, so HTTP/2's flow control
-stops it): a slow reader costs only a buffer.
+Existing lines of all nodes are merged in the order of their times.  A follower then gets new lines as they are written.
+A node that sends faster than the reader reads has to wait: its stream is not read, so HTTP/2's flow control stops it.
+A slow reader therefore costs only a buffer.
 """
 
 from collections import deque
@@ -18,52 +18,58 @@ from skep.model.logs import LogLine, LogQuery
 from skep.model.times import SECOND_NS
 
 LINES_MAX = 1000
+"""Lines that wait for one reader."""
 HOLD_S = 1.0
-"""How long the lines of other nodes wait for one that sends none."""
+"""Seconds for which the lines of other nodes wait for a node that sends none."""
 SILENT_S = 5.0
-"""A follower's node that does not answer for so long is named."""
+"""Seconds after which a follower's node that does not answer is named."""
 BEHIND_NS_MAX = 600 * SECOND_NS
-"""How far one task's lines may be behind another's of the same node so that both can be resumed."""
+"""Time by which one task's lines may be behind another's on the same node so that both can be resumed."""
 
 
 class Subscription:
-    """A running query.  ``id``: its name at the nodes."""
+    """A running query.  ``id`` identifies it on the nodes."""
 
     def __init__(
         self, id: str, query: LogQuery, only: frozenset[NodeId] | None = None, *, opened_ns: int = 0
     ) -> None:
-        """``only``: the nodes to request, for a reader at another manager that requests the others elsewhere.
+        """Create a subscription.
 
-        ``opened_ns``: when the reader began, Unix time.
+        Args:
+            only: Nodes to request, for a reader at another manager that requests the others elsewhere.
+            opened_ns: Unix time at which the reader started.
         """
         self.id = id
         self.query = query
         self.only = only
         self.sources: dict[NodeId, object | None] = {}
-        """Source of each node's logs; None: there was none, or its stream broke."""
+        """Source of each node's logs, or None without a source or after its stream broke."""
         self.backoff = Backoff(0.5, 30.0)
-        """Before relays are requested again."""
+        """Delay before relays are requested again."""
         self.pending: set[NodeId] = set()
         """Nodes that still have lines to send."""
         self.reasons: list[str] = []
-        """Why lines are missing."""
+        """Reasons why lines are missing."""
         self.silent: set[NodeId] = set()
         """Nodes that do not answer, or have not sent everything, and were not named yet."""
         self._silent_since: dict[NodeId, float] = {}
         self.ended: deque[tuple[NodeId, str]] = deque()
-        """Nodes that have sent everything or will not, with the reason; bounded by the number of nodes."""
+        """Nodes that have sent everything or will not, with the reason.  Bounded by the number of nodes."""
         self._opened_ns = opened_ns
         self._started: set[NodeId] = set()
         self._seen_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._lines: MergeQueue[LogLine] = MergeQueue(attrgetter("timestamp_ns"), LINES_MAX)
         self._streams: dict[NodeId, Hashable] = {}
-        """The stream that brings each node's lines, of those that have not ended: its own, or that of its manager."""
+        """The stream with each unfinished node's lines: the node's own, or its manager's."""
         self._holding_since: float | None = None
         self._is_present_reached = False
 
     async def put(self, lines: Iterable[LogLine], stream: Hashable) -> bool:
-        """Add lines, waiting for room before the first; repeated ones are dropped.  False: the reader has gone."""
+        """Add lines, after waiting for space before the first.  Repeated lines are dropped.
+
+        Returns False if the reader has closed its end.
+        """
         if not await self._lines.wait_room(stream):
             return False
         new = list[LogLine]()
@@ -77,13 +83,13 @@ class Subscription:
         return True
 
     def finish(self, node_id: NodeId, reason: str = "") -> None:
-        """A node has sent everything, or (``reason``) will not.  Followers continue to wait."""
+        """Record that a node has sent everything or, with ``reason``, will not.  Followers continue to wait."""
         self.pending.discard(node_id)
         self._end_stream(node_id)
         if reason:
             self.silent.add(node_id)
         if self.query.follow:
-            return  # the node is requested again when it is back
+            return  # the node is requested again when it returns
         if self.only is not None:
             self.ended.append((node_id, reason))
         if reason:
@@ -91,7 +97,7 @@ class Subscription:
         self._lines.wake()
 
     def start_source(self, node_id: NodeId, stream: Hashable) -> None:
-        """The node is sent the ``remaining`` query: earlier lines that it repeats are dropped."""
+        """Record that the node was sent the ``remaining`` query.  Earlier lines that it repeats are dropped."""
         self._started.add(node_id)
         self.silent.discard(node_id)
         if not self._is_present_reached:
@@ -101,35 +107,41 @@ class Subscription:
         self._floors_ns[node_id] = dict(self._seen_ns.get(node_id, {}))
 
     def is_resumed(self, node_id: NodeId) -> bool:
-        """Whether only the rest is requested of the node."""
+        """Return whether only the rest is requested from the node."""
         return node_id in self._started and (node_id in self._seen_ns or self.query.tail == 0)
 
     def remaining(self, nodes: Iterable[NodeId]) -> LogQuery:
-        """The query without what these nodes have sent already; all of them are resumed, or none is."""
+        """Return the query without the lines that these nodes have already sent.  All of them are resumed,
+        or none is.
+        """
         since = [self._resume_ns(node_id) for node_id in nodes if self.is_resumed(node_id)]
         if not since:
             return self.query
         return msgspec.structs.replace(self.query, since_ns=max(min(since), self.query.since_ns), tail=None)
 
     def close(self) -> None:
-        """The reader has closed its end."""
+        """Record that the reader has closed its end."""
         self._lines.close()
 
     def reach_present(self, stream: Hashable) -> None:
-        """A followed stream has brought what there was: from now on it brings lines as they are written."""
+        """Record that a followed stream has delivered all existing lines and now delivers new ones as they
+        are written.
+        """
         if self.query.follow:
             for node_id in [node_id for node_id, own in self._streams.items() if own == stream]:
                 self._end_stream(node_id)
 
     def take_present(self) -> bool:
-        """Whether all streams of a follower have reached the present; true once."""
+        """Return whether all streams of a follower have reached the present.  True only once."""
         if not self.query.follow or self._is_present_reached or self._lines.is_waiting:
             return False
         self._is_present_reached = True
         return True
 
     def hold_s(self, now: float) -> float | None:
-        """How long lines go on waiting for nodes that send none; None: none waits.  ``now``: monotonic seconds."""
+        """Return how long lines still wait for nodes that send none, or None if none waits.  ``now`` is in monotonic
+        seconds.
+        """
         if not self._lines.is_holding:
             self._holding_since = None
             return None
@@ -138,7 +150,7 @@ class Subscription:
         return max(0.0, self._holding_since + HOLD_S - now)
 
     def pass_over(self) -> None:
-        """Give out lines without waiting for the nodes that send none."""
+        """Release lines without waiting for the nodes that send none."""
         silent = self._lines.pass_over()
         if self.query.follow:
             for stream in silent:
@@ -146,38 +158,40 @@ class Subscription:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the reader has gone."""
+        """Whether the reader has closed its end."""
         return self._lines.is_closed
 
     @property
     def is_complete(self) -> bool:
-        """Whether no more lines will come."""
+        """Whether all lines have arrived."""
         return not self.query.follow and not self.pending
 
     def has_sent(self, node_id: NodeId) -> bool:
-        """Whether lines of the node have come."""
+        """Return whether lines of the node have arrived."""
         return node_id in self._seen_ns
 
     def lose(self, node_id: NodeId) -> None:
-        """A follower's node is down; its stream may go on later."""
+        """Record that a follower's node is down.  Its stream may continue later."""
         self.silent.add(node_id)
         self._lines.wake()
 
     def take_silent(self) -> frozenset[NodeId]:
-        """Nodes that do not answer; each is given once."""
+        """Return nodes that do not answer.  Each is returned once."""
         found = frozenset(self.silent)
         self.silent.clear()
         return found
 
     def take_long_silent(self, now: float) -> frozenset[NodeId]:
-        """Those that have not answered a follower for ``SILENT_S``; each is given once.  ``now``: monotonic seconds."""
+        """Return nodes that have not answered a follower for ``SILENT_S``, each once.  ``now`` is in
+        monotonic seconds.
+        """
         self._silent_since = {node_id: self._silent_since.get(node_id, now) for node_id in self.silent}
         found = {node_id for node_id, since in self._silent_since.items() if now >= since + SILENT_S}
         self.silent -= found
         return frozenset(found)
 
     def until_named_s(self, now: float) -> float | None:
-        """Seconds until ``take_long_silent`` may give a node; None: there is none."""
+        """Return the seconds until ``take_long_silent`` may return a node, or None."""
         since = [since for node_id, since in self._silent_since.items() if node_id in self.silent]
         return max(0.0, min(since) + SILENT_S - now) if since else None
 
@@ -186,11 +200,11 @@ class Subscription:
         await self._lines.wait_update()
 
     def take_many(self, most: int) -> list[LogLine]:
-        """The next lines, at most ``most``."""
+        """Return the next lines, at most ``most``."""
         return self._lines.take(most)
 
     def _end_stream(self, node_id: NodeId) -> None:
-        """A node brings no more lines of its past; its stream may bring those of others."""
+        """End the past lines of a node.  Its stream may still deliver other nodes' lines."""
         stream = self._streams.pop(node_id, None)
         if stream is not None and stream not in self._streams.values():
             self._lines.end(stream)
@@ -205,7 +219,9 @@ class Subscription:
         seen = self._seen_ns.get(line.node_id)
         if seen is None:
             seen = self._seen_ns[line.node_id] = {}
-        if line.task_id not in seen:  # a long-running reader sees many tasks: drop those without recent lines
+        if (
+            line.task_id not in seen
+        ):  # a long-running reader sees many tasks, so drop those without recent lines
             old_ns = line.timestamp_ns - BEHIND_NS_MAX
             for task_id in [id for id, stamp_ns in seen.items() if stamp_ns < old_ns]:
                 del seen[task_id]

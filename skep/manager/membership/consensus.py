@@ -1,4 +1,4 @@
-"""What the managers' membership needs of the consensus; ``store.etcd.membership`` implements it."""
+"""Interface to the consensus members, implemented by ``store.etcd.membership``."""
 
 from typing import Protocol
 
@@ -9,17 +9,20 @@ class Consensus(Protocol):
     """The members of the consensus, as this manager sees and changes them."""
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
-        """All members known to this member, or with ``is_current`` to a quorum.  Raises: Unavailable."""
+        """Return all members known to this member, or with ``is_current`` to a quorum.  Raises Unavailable."""
 
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
-        """Add a member as a learner; gives all members.  Raises: Unavailable: not now, for instance because there is a
-        learner already."""
+        """Add a member as a learner.  Returns all members.
+
+        Raises:
+            Unavailable: Not possible now, for example because there is a learner already.
+        """
 
     async def promote(self, name: str) -> None:
-        """Make a learner a voter.  Raises: Unavailable: it has not caught up; NoMember: it was removed."""
+        """Make a learner a voter.  Raises Unavailable if it has not caught up, or NoMember if it was removed."""
 
     async def remove(self, member: RaftMember) -> None:
-        """Remove this member, if it exists.  Raises: Unavailable."""
+        """Remove this member, if it exists.  Raises Unavailable."""
 
     async def move_leader(self, to: RaftMember) -> None:
-        """Transfer leadership; only for the leader's own manager.  Raises: Unavailable."""
+        """Transfer leadership.  Only for the leader's own manager.  Raises Unavailable."""

@@ -1,7 +1,7 @@
-"""Joining as a further manager: requested at each start of a manager whose store is still empty.
+"""Joining as another manager, at each start of a manager whose store is still empty.
 
-It is added as a learner, starts its etcd, and requests its vote until it is a voter.  The member that an interrupted
-attempt leaves is removed by the next attempt, or by the leader after a minute.
+The manager is added as a learner, starts its etcd, and requests its vote until it is a voter.  The member of an
+interrupted attempt is removed by the next attempt, or by the leader after a minute.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,9 +27,10 @@ from skep.wire.methods import Unary
 log = structlog.get_logger(__name__)
 
 ADD_S = 15.0
-"""Time limit of the call that adds the member."""
+"""Timeout in seconds of the call that adds the member."""
 
 VOTE_S = 5.0
+"""Timeout in seconds of a call that requests the vote."""
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -40,7 +41,7 @@ class JoinRefused(SkepError):
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """The response to a new manager.  ``addr``: ``ip:port`` where the others reach it."""
+    """The response to a new manager.  ``addr`` is the ``ip:port`` at which the others reach it."""
 
     peers: tuple[Peer, ...]
     wrapping_key: bytes
@@ -50,7 +51,7 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JoiningManager:
-    """A manager that joins, with the addresses of managers to call."""
+    """A joining manager, with the addresses of managers to call."""
 
     def __init__(
         self, managers: Sequence[str], pair: KeyPair, clock: Clock, rng: Callable[[], float]
@@ -61,12 +62,14 @@ class JoiningManager:
         self._rng = rng
 
     async def admission(self, addr: str, peer_port: int) -> Admission:
-        """Request admission until one of the managers grants it.
+        """Request admission until a manager grants it.
 
         Args:
-            addr: ``ip:port`` of this manager; ``:port``: the called manager takes the IP address from the connection.
+            addr: ``ip:port`` of this manager.  With ``:port`` the called manager takes the IP address from the
+            connection.
 
-        Raises: JoinRefused: this node is not to be a manager.
+        Raises:
+            JoinRefused: This node must not become a manager.
         """
         request = pb.AddMemberRequest(addr=addr, peer_port=peer_port)
         reply = await self._call(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, rng=self._rng))
@@ -76,21 +79,22 @@ class JoiningManager:
         """Request this manager's vote until it is a voter, which takes as long as it needs to catch up.
 
         Args:
-            peers: all members, from the admission.
-            on_delay: called after each failure with the reason: a connection to or from another's etcd that fails.
+            peers: All members, from the admission.
+            on_delay: Called after each failure with the reason: a failed connection to or from another etcd.
 
-        Raises: JoinRefused: it was removed meanwhile.
+        Raises:
+            JoinRefused: It was removed meanwhile.
         """
-        # A user waits for the join.  The called manager itself waits for as long as catching up usually takes.
+        # A user waits for the join.  The called manager itself waits as long as catching up usually takes.
         backoff = Backoff(0.03, 0.15, rng=self._rng)
         own = self._pair.identity.node_id
 
-        async def delayed(reason: str) -> None:
+        async def report_delay(reason: str) -> None:
             on_delay(
                 await unreachable_peers(peers, own) or reason
             )  # a peer it cannot reach keeps its own etcd from serving
 
-        await self._call(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, delayed)
+        await self._call(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, report_delay)
 
     async def _call(
         self,
@@ -100,7 +104,7 @@ class JoiningManager:
         backoff: Backoff,
         on_delay: Callable[[str], Awaitable[None]] | None = None,
     ) -> A:
-        """The first response of any of the managers."""
+        """Call the managers in turn until one responds, and return its response."""
         while True:
             for manager in self._managers:
                 try:
@@ -122,14 +126,14 @@ class JoiningManager:
 
 
 def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
-    """The admission in ``reply``.  Raises: JoinRefused: it is incomplete."""
+    """Return the admission in ``reply``.  Raises JoinRefused if it is incomplete."""
     peers = tuple(
         Peer(name=member.name, url=member.peer_url, ip=member.ip, manager_port=member.manager_port)
         for member in reply.members
     )
     if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
         raise JoinRefused(
-            "the manager's response does not list this one as a member: are they of the same version?"
+            "the response does not list this manager as a member. Check that all managers run the same version."
         )
     return Admission(
         peers=peers,

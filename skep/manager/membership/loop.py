@@ -1,4 +1,4 @@
-"""The leader's loop over the managers: their reachability, and their roles as in the specs."""
+"""The leader's membership loop: writes the managers' reachability and applies the roles in the specs."""
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -37,24 +37,27 @@ from skep.store.level import LOWEST
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
+"""Seconds between checks: lost managers and learners cause no commits, so they are polled."""
 LONGEST_RETRY_S = 5.0
+"""Maximum seconds between attempts after an error."""
 SOUND_S = 30.0
-"""How long every manager's node has to be ready before the level is raised, which cannot be taken back: two grace
-periods of heartbeats (15 s), so a node that comes up and fails at once still returns to its former version."""
-"""Lost managers and learners cause no commits, so they are polled."""
+"""Seconds for which every manager's node must be ready before the level is raised, which cannot be undone.
+
+They are two heartbeat grace periods (15 s), so a node that starts and fails at once still returns to its former
+version."""
 
 
 class LinkState(Protocol):
-    """The state of the links to the other managers (``ManagerLink``); ``now``: monotonic seconds."""
+    """The state of the links to the other managers (``ManagerLink``).  ``now`` is in monotonic seconds."""
 
     def silent(self, now: float) -> Mapping[NodeId, float]:
-        """Managers that do not respond, with the seconds since their last ping."""
+        """Return the managers that do not respond, with the seconds since their last ping."""
 
     def reachable(self, now: float) -> Set[NodeId]:
-        """Managers that have answered a ping a moment ago, and have contact with a quorum."""
+        """Return the managers that answered a recent ping and have contact with a quorum."""
 
     async def ask(self) -> Set[NodeId]:
-        """Those that answer one that is sent now."""
+        """Ping the managers now.  Returns the managers that answer."""
 
 
 class Managers:
@@ -78,7 +81,7 @@ class Managers:
         self._learners = Learners()
         self._kept = ""
         self._sound_since: float | None = None
-        """When all managers' nodes were first seen ready, in monotonic seconds; None: one is not."""
+        """When all managers' nodes were first seen ready, in monotonic seconds, or None while one is not."""
 
     async def run(self) -> None:
         """Reconcile at every change of a manager, and twice a second, until cancelled."""
@@ -121,10 +124,10 @@ class Managers:
         await self._raise_level(view, now)
         overdue, steps = self._decide(await self._consensus.all(), reachable)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
-            # Removing a member is not fenced, and this manager's state may be old: decide again with the members as a
-            # quorum has them, and after the store has confirmed this term.  In this order: a node is recorded before it
-            # becomes a member, so the state that is shown then has the nodes of all of these members.  By the managers
-            # that answer then: one that has died a moment ago counts for the quorum of the others no more.
+            # Removing a member is not fenced, and this manager's state may be old: decide again with a quorum's
+            # members, after the store has confirmed this term.  The order matters: a node is recorded before it
+            # becomes a member, so the state shown then has the nodes of all these members.  Reachability is checked
+            # again too: a manager that has just failed no longer counts for the quorum of the others.
             members = await self._consensus.all(is_current=True)
             await self._term.confirm()
             overdue, steps = self._decide(members, await self._link.ask())
@@ -136,7 +139,7 @@ class Managers:
             await self._apply(step)
 
     async def _raise_level(self, view: View, now: float) -> None:
-        """Raise the level once every manager supports a higher one and has been well with it for a while."""
+        """Raise the level once every manager supports a higher one and has been ready with it for a while."""
         level = usable_level(view.find(Node))
         if level is None:
             self._sound_since = None
@@ -152,7 +155,7 @@ class Managers:
     def _decide(
         self, members: Sequence[RaftMember], reachable: Set[NodeId]
     ) -> tuple[list[RaftMember], list[Step]]:
-        """Learners that take too long, and the steps that bring members and certificates nearer to the specs."""
+        """Return overdue learners, and the steps that bring members and certificates closer to the specs."""
         view, now = self._term.view(), self._clock.monotonic()
         names = {member.name for member in members if member.name == self._own or member.name in reachable}
         steps = next_steps(view.find(Node), members, names, self._own, view.unreadable(Node))
@@ -205,15 +208,15 @@ def set_certificate_role(tx: Transaction, node_id: NodeId, role: NodeRole, now_n
 
 
 def lowest_level(nodes: Iterable[Node]) -> int:
-    """The newest level that every manager supports."""
+    """Return the newest level that every manager supports."""
     levels = (max(node.manager_status.level, LOWEST) for node in nodes if node.manager_status is not None)
     return min(levels, default=LOWEST)
 
 
 def usable_level(nodes: Iterable[Node]) -> int | None:
-    """Return the newest level that every manager supports, or None while the node of one is not ready.
+    """Return the newest level that every manager supports, or None while a manager's node is not ready.
 
-    A manager process reports its level before its node is known to be well.  A node that does not come up gets its
+    A manager process reports its level before its node is known to be ready.  A node that does not start gets its
     former version again (``skep upgrade``), which does not start on a higher level.
     """
     managers = [node for node in nodes if node.manager_status is not None]
@@ -223,7 +226,7 @@ def usable_level(nodes: Iterable[Node]) -> int | None:
 
 
 def write_level(tx: Transaction) -> None:
-    """Raise the level of the stored data to what every manager supports, if all their nodes are ready."""
+    """Raise the level of the stored data to the newest that every manager supports, if all their nodes are ready."""
     if (level := usable_level(tx.find(Node))) is not None:
         tx.raise_level(level)
 

@@ -20,9 +20,9 @@ class ReachabilityChange(msgspec.Struct, frozen=True):
 def reachability_changes(
     nodes: Iterable[Node], silent: Collection[NodeId], responding: Collection[NodeId], own: NodeId
 ) -> list[ReachabilityChange]:
-    """Managers whose reachability changed since it was written.
+    """Return the managers whose reachability changed since it was written.
 
-    A joining manager writes its own status; one that a new leader has no link to yet is left as it was.
+    A joining manager writes its own status.  A manager to which a new leader has no link yet keeps its status.
     """
     changes = []
     for node in nodes:
@@ -37,7 +37,7 @@ def reachability_changes(
 
 
 def write_reachability(tx: Transaction, change: ReachabilityChange) -> None:
-    """Write the reachability of a manager; not if it has been demoted."""
+    """Write the reachability of a manager, unless it was demoted."""
     node = tx.lookup(Node, change.node_id)
     if node is not None and node.manager_status is not None:
         status = replace(node.manager_status, reachability=change.reachability)

@@ -1,6 +1,6 @@
 """Addresses of the other managers, which every manager keeps up to date for its own etcd member.
 
-The addresses come from the node objects; a member without one there keeps its last address.  One that has announced
+The addresses come from the node objects.  A member without one there keeps its last address.  A manager that announced
 another address (``peer_search``) is expected there, until its node object changes.
 """
 
@@ -28,12 +28,14 @@ from skep.wire.client import split_address
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
+"""Limits of the delay until the members are requested again."""
 
 
 def full_address(written: str, seen: str) -> str:
-    """Where others reach a manager with address ``written`` whose calls come from ``seen``.
+    """Return where others reach a manager with address ``written`` whose calls come from ``seen``.
 
-    Raises: InvalidArgument: it is no address.
+    Raises:
+        InvalidArgument: It is not an address.
     """
     host, port = parted(written)
     addr = joined(host or seen, port)
@@ -44,7 +46,7 @@ def full_address(written: str, seen: str) -> str:
 
 
 def addresses_in(nodes: Iterable[Node]) -> dict[str, tuple[str, int]]:
-    """Name of each manager -> its address and port in the node objects."""
+    """Return the name of each manager -> its address and port in the node objects."""
     return {
         str(node.id): _ip_and_port(node.manager_status.addr)
         for node in nodes
@@ -60,7 +62,7 @@ def _ip_and_port(addr: str) -> tuple[str, int]:
 def peers_of(
     written: Mapping[str, tuple[str, int]], members: Iterable[RaftMember], known: Iterable[Peer]
 ) -> tuple[Peer, ...]:
-    """All managers with their addresses: members, and those about to become one."""
+    """Return all managers with their addresses: members, and nodes that are about to become members."""
     found = {peer.name: (peer.ip, peer.manager_port) for peer in known}
     urls = {member.name: member.url for member in members}
     peers = []
@@ -78,11 +80,13 @@ class _Moved(msgspec.Struct, frozen=True):
 
 
 class PeerAddresses:
-    """All managers with their addresses; ``save`` is called after every update (it is short, and harmless without a
-    change)."""
+    """All managers with their addresses.
+
+    ``save`` is called after every update.  It is short, and harmless without a change.
+    """
 
     def __init__(self, known: Iterable[Peer], save: Callable[[tuple[Peer, ...]], None]) -> None:
-        """``known``: as saved by the last run."""
+        """Start with the addresses saved by the last run."""
         self.peers = tuple(known)
         self._save = save
         self._written: dict[str, str] = {}
@@ -90,11 +94,11 @@ class PeerAddresses:
 
     @property
     def moved(self) -> list[Peer]:
-        """Managers that have announced other addresses than those in the node objects."""
+        """Managers that announced other addresses than in their node objects."""
         return [peer for peer in self.peers if peer.name in self._moved]
 
     def note(self, nodes: Iterable[Node], members: Iterable[RaftMember]) -> None:
-        """Update from the present nodes and members."""
+        """Update from the current nodes and members."""
         written = addresses_in(nodes)
         self._written = {name: ip for name, (ip, _) in written.items()}
         self._moved = {
@@ -108,7 +112,7 @@ class PeerAddresses:
         self._write(peers_of(written | present, members, self.peers))
 
     def record_move(self, name: str, ip: str) -> None:
-        """A manager announced its address.  Ignored unless it is a member or has been admitted."""
+        """Record the address that a manager announced.  Ignored unless it is a member or was admitted."""
         before = next((peer for peer in self.peers if peer.name == name), None)
         if before is None or before.ip == ip:
             return

@@ -11,11 +11,11 @@ from skep.model.addresses import parted
 from skep.store.etcd.peers import Peer
 
 CONNECT_S = 1.5
-"""For a connection; shorter than the deadline of the caller that waits for the result."""
+"""Timeout in seconds of a connection, shorter than the deadline of the caller that waits for the result."""
 
 
 async def connect_error(addr: str) -> str:
-    """Why a connection to ``ip:port`` fails; empty: it does not."""
+    """Try a connection to ``ip:port``.  Returns why it fails, or an empty string."""
     host, port = parted(addr)
     try:
         async with asyncio.timeout(CONNECT_S):
@@ -29,8 +29,10 @@ async def connect_error(addr: str) -> str:
 
 
 async def unreachable_peers(peers: Sequence[Peer], own: str) -> str:
-    """Which ``peers`` cannot be reached from this machine, and why; empty: none.  ``own``: its member's name."""
+    """Return which ``peers`` this machine cannot reach, and why, or an empty string.  ``own`` is its member's name."""
     addrs = [peer.peer_addr for peer in peers if peer.name != own and peer.peer_addr]
     errors = await asyncio.gather(*map(connect_error, addrs))
     closed = [f"{addr} (etcd's peers): {error}" for addr, error in zip(addrs, errors, strict=True) if error]
-    return f"this manager cannot reach {', '.join(closed)}: open the way there" if closed else ""
+    return (
+        f"this manager cannot reach {', '.join(closed)}: open these ports in the firewall" if closed else ""
+    )

@@ -1,8 +1,8 @@
-"""Managers announce a changed address to the others, also while there is no quorum to write it.
+"""Managers announce a changed address to the others, even without a quorum that could write it.
 
-Usually the address is in the node object, which all managers watch.  When several managers come back under new
-addresses, none of their stores has a quorum before they have found each other.  So each one announces its node id and
-address to every address it has, at the manager's port, over mTLS.  A manager can only announce itself.
+Usually the address is in the node object, which all managers watch.  When several managers return with new addresses,
+none of their stores has a quorum before they have found each other.  So each one announces its node id and address to
+every address it has, at the manager's port, over mTLS.  A manager can only announce itself.
 """
 
 import asyncio
@@ -29,16 +29,18 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 ANNOUNCE_S = 2.0
-FIRST_AGAIN_S, LONGEST_AGAIN_S = 1.0, 4.0
+"""Timeout in seconds of one announcement."""
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 4.0
+"""Limits of the delay between announcements."""
 
 
 class PeerSearch:
-    """This manager's announcements, and those it receives.
+    """This manager's announcements, and the announcements it receives.
 
     Args:
         addr: ``ip:port`` of this manager.
-        look_at: further addresses where managers may be, from this node's configuration.
-        tls: the present TLS context for calls to managers.
+        look_at: More addresses where managers may be, from this node's configuration.
+        tls: Returns the current TLS context for calls to managers.
     """
 
     def __init__(
@@ -58,12 +60,12 @@ class PeerSearch:
         self._clock = clock
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (unary(methods.ANNOUNCE, self._on_announce),)
 
     async def search(self) -> None:
         """Announce this manager's address to all known addresses, repeatedly until cancelled."""
-        backoff = Backoff(FIRST_AGAIN_S, LONGEST_AGAIN_S)
+        backoff = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S)
         while True:
             async with asyncio.TaskGroup() as group:
                 for addr in self._candidates():
@@ -71,10 +73,12 @@ class PeerSearch:
             await backoff.sleep(self._clock)
 
     def require_known(self, identity: Identity, _access: Access) -> None:
-        """Accept calls of known managers while there is no store to check them with.
+        """Accept calls of known managers while this manager's store is not available to check them.
 
-        A manager that joined since then has a quorum with others, and finds this one through them.  Raises:
-        PermissionDenied.
+        A manager that joined since then has a quorum with others, and finds this one through them.
+
+        Raises:
+            PermissionDenied: The caller is not a known manager.
         """
         if identity.node_id not in {peer.name for peer in self._peer_addresses.peers}:
             raise PermissionDenied(

@@ -1,4 +1,4 @@
-"""The arithmetic of a quorum: more than half of those that vote.  Pure.
+"""The arithmetic of a quorum: more than half of the voters.  Pure.
 
 ====== ====== =========
 voters quorum tolerated
@@ -12,19 +12,19 @@ voters quorum tolerated
 7      4      3
 ====== ====== =========
 
-An even number tolerates no more than the odd one below it.
+An even number tolerates as many failures as the odd one below it.
 """
 
 from collections.abc import Collection
 
 
 def quorum(voters: int) -> int:
-    """How many of ``voters`` must agree."""
+    """Return how many of ``voters`` must agree."""
     return voters // 2 + 1
 
 
 def keeps_quorum(voters: Collection[str], reachable: Collection[str], leaving: str) -> bool:
-    """Whether those that stay still decide once ``leaving`` has no vote any more.
+    """Whether the remaining voters still have a quorum once ``leaving`` has no vote.
 
     Source: swarmkit, manager/state/raft/raft.go (CanRemoveMember).
     """

@@ -1,6 +1,6 @@
-"""From the roles in the specs to members of the consensus and certificates.  Pure.
+"""The steps from roles in the specs to consensus members and certificates.  Pure.
 
-A promotion starts with the certificate: the node is requested to renew it, gets one of a manager, and starts its
+A promotion starts with the certificate: the node is asked to renew it, receives a manager's certificate, and starts its
 manager process, which requests admission (``joining``).  A demotion starts with the consensus: leadership is
 transferred, the member is removed if the rest keeps a quorum, and only then the node gets a worker's certificate.  One
 member at a time: the next step is decided after the last one has taken effect.
@@ -20,13 +20,13 @@ from skep.store.etcd.membership import RaftMember
 
 
 class Promote(msgspec.Struct, frozen=True):
-    """Have the node renew its certificate, as a manager's."""
+    """Have the node renew its certificate as a manager."""
 
     node_id: NodeId
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """This leader is to be removed: another member takes over first."""
+    """Transfer leadership to another member, because this leader will be removed."""
 
     to: RaftMember
 
@@ -38,13 +38,13 @@ class Withdraw(msgspec.Struct, frozen=True):
 
 
 class Keep(msgspec.Struct, frozen=True):
-    """A member is to be removed, but the rest would have no quorum: it is kept until the rest has."""
+    """Keep a member that should be removed until the rest has a quorum without it."""
 
     member: RaftMember
 
 
 class Demote(msgspec.Struct, frozen=True):
-    """The node is no member any more: have it renew its certificate, as a worker's."""
+    """Have a node that has left the consensus renew its certificate as a worker."""
 
     node_id: NodeId
 
@@ -59,12 +59,12 @@ def next_steps(
     own: NodeId,
     unreadable: Collection[str] = (),
 ) -> list[Step]:
-    """The steps that bring members and certificates nearer to the specs; ``[]``: they match.
+    """Return the steps that bring members and certificates closer to the specs.  Empty if they match.
 
     Args:
-        members: including learners, which are removed like others; that costs no quorum.
-        reachable: names of members with a working link, including this one.
-        unreadable: ids of nodes whose role cannot be read: they are left as they are.
+        members: All members.  Learners are removed like others, which costs no quorum.
+        reachable: Names of members with a working link, including this one.
+        unreadable: Ids of nodes whose role is unreadable.  They are left as they are.
     """
     nodes, members = tuple(node for node in nodes if node.id not in unreadable), tuple(members)
     wanted = {str(node.id) for node in nodes if node.spec.role is NodeRole.MANAGER}
@@ -92,7 +92,7 @@ def _next_withdrawal(
     reachable: Collection[str],
     own: NodeId,
 ) -> list[Step]:
-    """The leader itself is removed last."""
+    """Return the next removal.  The leader itself is removed last."""
     voters = {member.name for member in members if not member.is_learner}
     held: list[Step] = []
     for member in sorted(leaving, key=lambda one: (one.name == own, one)):
@@ -109,7 +109,7 @@ def _next_withdrawal(
 def _successor(
     members: Iterable[RaftMember], wanted: Collection[str], reachable: Collection[str], own: NodeId
 ) -> RaftMember | None:
-    """The next leader: a reachable voter, preferably one that stays."""
+    """Return the next leader: a reachable voter, preferably one whose role stays."""
     able = [
         member
         for member in members
@@ -119,7 +119,7 @@ def _successor(
 
 
 LEARNING_S = 60.0
-"""A learner that has not caught up by then is removed: while there is one, no other manager can be added."""
+"""Seconds after which a learner that has not caught up is removed: while there is one, no manager can be added."""
 
 
 class Learners:
@@ -129,7 +129,7 @@ class Learners:
         self._since: dict[int, float] = {}
 
     def overdue(self, members: Iterable[RaftMember], now: float) -> list[RaftMember]:
-        """Learners observed for ``LEARNING_S`` at ``now`` (monotonic seconds)."""
+        """Return the learners observed for ``LEARNING_S`` at ``now`` (monotonic seconds)."""
         learners = [member for member in members if member.is_learner]
         self._since = {member.id: self._since.get(member.id, now) for member in learners}
         return [member for member in learners if now - self._since[member.id] >= LEARNING_S]

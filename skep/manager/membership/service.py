@@ -1,4 +1,4 @@
-"""``skep.v1.Managers``: adds further managers.  Served by every manager; a caller can only act for itself."""
+"""``skep.v1.Managers``: adds managers.  Served by every manager.  A caller can only act for itself."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,23 +26,24 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 RESIGN_S = 5.0
+"""Timeout in seconds of a demotion that its own manager requests."""
 
 CATCH_UP_S = 2.0
-"""How long a manager's request for its vote waits for it to catch up; then it has to repeat the request.
+"""Seconds that a request for a vote waits for the manager to catch up before the manager has to repeat it.
 
-Plus ``peer_ports.CONNECT_S``, less than its deadline.
+With ``peer_ports.CONNECT_S`` it is shorter than the request's deadline.
 """
 
 CHECK_S = 0.02
-"""Time between two attempts meanwhile."""
+"""Seconds between attempts meanwhile."""
 
 
 class MembersService:
     """Adds managers at their request.
 
     Args:
-        wrapping_key: the present wrapping keys of the data keys.
-        keep_key: stores another one; returns when it is on disk.
+        wrapping_key: Returns the current wrapping keys of the data keys.
+        keep_key: Stores another wrapping key.  Returns when it is on disk.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class MembersService:
         self._clock = clock
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.ADD_MEMBER, self._add),
             unary(methods.PROMOTE_MEMBER, self._promote),
@@ -102,7 +103,7 @@ class MembersService:
         ]
 
     async def _promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:
-        """Make the caller a voter; waits a while for it to catch up."""
+        """Make the caller a voter.  Waits a while for it to catch up."""
         until = self._clock.monotonic() + CATCH_UP_S
         while True:
             try:
@@ -118,7 +119,7 @@ class MembersService:
                 return pb.PromoteMemberResponse()
 
     async def _require_reached(self, name: str) -> None:
-        """Raises: Unavailable: this manager cannot connect to the etcd of the joining one, with what to do."""
+        """Raise Unavailable, with the next step, if this manager cannot connect to the joining one's etcd."""
         addr = next((peer.peer_addr for peer in self._peer_addresses.peers if peer.name == name), "")
         if addr and (error := await connect_error(addr)):
             log.warning("cannot connect to the etcd of a joining manager", node=name, addr=addr, reason=error)
@@ -128,7 +129,7 @@ class MembersService:
             )
 
     async def _resign(self, _request: pb.ResignRequest, caller: Caller) -> pb.ResignResponse:
-        """Demote the caller; returns when it has no vote any more."""
+        """Demote the caller.  Returns when it has no vote."""
         await self._store.update(resign, caller.node_id)
         async with asyncio.timeout(RESIGN_S):
             while caller.node_id in {member.name for member in await self._consensus.all()}:
@@ -145,7 +146,10 @@ class MembersService:
 def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
     """Write the address of a joining manager.
 
-    Raises: PermissionDenied: the node was removed; FailedPrecondition: it is not to be a manager.
+    Raises:
+        PermissionDenied: The node was removed.
+        FailedPrecondition: The node's role is not manager.
+        Unavailable: Another manager has the address.
     """
     node = tx.lookup(Node, node_id)
     if node is None:
@@ -155,7 +159,7 @@ def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
     for other in tx.find(Node):
         if other.id != node_id and _uses_address(other, addr):
             raise Unavailable(
-                f"another manager ({other.id}) is at {addr} already: give this one another --advertise-addr"
+                f"address {addr} is in use by manager {other.id}: choose another --advertise-addr"
             )
     status = node.manager_status or ManagerStatus()
     if status.addr != addr:
@@ -165,11 +169,14 @@ def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
 def resign(tx: Transaction, node_id: NodeId) -> None:
     """Set the node's role to worker.
 
-    Raises: FailedPrecondition: the others would have no quorum; Unavailable: the node's spec cannot be read here, and
-    would be lost.
+    Raises:
+        FailedPrecondition: The others would have no quorum.
+        Unavailable: The node's spec is unreadable here, and would be lost.
     """
     if node_id in tx.unreadable(Node):
-        raise Unavailable(f"node {node_id} cannot be read by this manager: leave by another one")
+        raise Unavailable(
+            f"the record of node {node_id} is unreadable on this manager: run the command on another manager"
+        )
     node = tx.lookup(Node, node_id)
     if node is not None and node.spec.role is NodeRole.MANAGER:
         check_demotion(tx, node)

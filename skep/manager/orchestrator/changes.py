@@ -1,7 +1,7 @@
 """The orchestrator's changes: each is data first, and one small transaction when it is applied.
 
-A change is decided on one state and applied on a possibly newer one, so ``apply`` checks its preconditions again:
-applied twice, or too late, it does nothing.  The watch then shows the newer state, and a new decision follows.
+A change is decided on one state and applied to a possibly newer one, so ``apply`` checks its preconditions again.
+Applied twice, or too late, it does nothing.  The watch then shows the newer state, and a new decision follows.
 """
 
 from collections.abc import Iterable
@@ -34,8 +34,10 @@ from skep.store.kinds import as_run, has_unreadable_status
 class FillSlot(msgspec.Struct, frozen=True):
     """Create a task in a free slot: ``slot`` of a replicated service or job, ``node_id`` of a global one.
 
-    ``desired`` READY: prepare it, and start it only when ``start_steps`` does.  RUNNING means COMPLETE for a job.
-    ``delay_s``: time from its creation until it may start; ``failures``: tasks before it that failed in a row.
+    Attributes:
+        desired: READY prepares the task and leaves its start to ``start_steps``.  RUNNING means COMPLETE for a job.
+        delay_s: Seconds from the task's creation until it may start.
+        failures: Number of tasks before it that failed in a row.
     """
 
     service: Service
@@ -47,7 +49,7 @@ class FillSlot(msgspec.Struct, frozen=True):
 
 
 class Cause(Enum):
-    """Why a task that has not ended is retired, where that can pass before it is written: then nothing is."""
+    """Reason to retire a task that has not ended.  Nothing is written if the reason no longer holds by then."""
 
     NODE_IS_LOST = "its node is down or gone"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
@@ -55,12 +57,13 @@ class Cause(Enum):
 
 
 class RetireTask(msgspec.Struct, frozen=True):
-    """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped.
+    """Stop a task.  SHUTDOWN keeps it in the slot's history, REMOVE deletes it once it has stopped.
 
-    ``successor``: the task that takes over; not if it has ended meanwhile, which the leader may not see yet.
-    ``is_due``: its slot is not given up, and is to be filled again once its node takes tasks.
-    ``service``: as it was when this was decided (``decided_for``); if its spec is another one by now, nothing is
-    written.
+    Attributes:
+        successor: The task that takes over.  If it has ended meanwhile, unseen by the leader, nothing is written.
+        is_due: Whether the slot is filled again once its node takes tasks.
+        service: The service at the time of the decision (``decided_for``).  If its spec has changed since, nothing is
+            written.
     """
 
     task: Task
@@ -74,7 +77,8 @@ class RetireTask(msgspec.Struct, frozen=True):
 class ReplaceTask(msgspec.Struct, frozen=True):
     """Retire ``task`` and fill its slot again, both or neither.
 
-    If ``task`` got a node after the decision, the successor is only prepared: that node has to stop it first.
+    If ``task`` was assigned to a node after the decision, the successor is only prepared: that node has to stop
+    ``task`` first.
     """
 
     task: Task
@@ -83,7 +87,7 @@ class ReplaceTask(msgspec.Struct, frozen=True):
 
 
 class StartTask(msgspec.Struct, frozen=True):
-    """Let a prepared task start: its desired state goes from READY to RUNNING (a job's: to COMPLETE)."""
+    """Start a prepared task: its desired state changes from READY to RUNNING (of a job to COMPLETE)."""
 
     task: Task
 
@@ -104,16 +108,19 @@ class RollBack(msgspec.Struct, frozen=True):
 
 
 class RemoveService(msgspec.Struct, frozen=True):
-    """Remove a job that has ended, as a user would; not while a service requires it (``skep.depends-on``)."""
+    """Remove a job that has ended, as a user would, unless a service requires it (``skep.depends-on``)."""
 
     service: Service
 
 
 class SettleRun(msgspec.Struct, frozen=True):
-    """Write what has become of the present run of job ``service``: it is over, or a global one has its nodes.
+    """Write the outcome of a job's current run: it is over, or a global run has its final set of nodes.
 
-    ``is_over``: the decision found nothing left to do; ``is_late``: no further node may start the run.  The transaction
-    checks all tasks and nodes again, since a run that is over stays over.
+    The transaction checks all tasks and nodes again, since a run that is over stays over.
+
+    Attributes:
+        is_over: The decision found nothing left to do.
+        is_late: No more nodes may start the run.
     """
 
     service: Service
@@ -122,13 +129,13 @@ class SettleRun(msgspec.Struct, frozen=True):
 
 
 class Recheck(msgspec.Struct, frozen=True):
-    """Nothing to do before ``at`` (seconds on the leader's monotonic clock); then decide again."""
+    """Decide again at ``at``, in seconds on the leader's monotonic clock.  Nothing to do before then."""
 
     at: float
 
 
 ROLLED_BACK = "update rolled back"
-"""First words of a rollback's message."""
+"""First words of the message of a rollback."""
 
 Change: TypeAlias = (
     FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack | RemoveService | SettleRun
@@ -137,10 +144,10 @@ Step: TypeAlias = Change | Recheck
 
 
 def fallback_for(change: Change, error: SkepError) -> Change | None:
-    """What to write if ``change`` was refused for good; None: only the same change again.
+    """Return the change to write if ``change`` was permanently refused, or None to retry ``change``.
 
-    A rollback may be refused because something that the previous spec needs (a secret, say) was removed since, when
-    nothing referred to it any more.
+    A rollback may be refused because an object that the previous spec needs, such as a secret, was removed when
+    nothing referred to it.
     """
     if not isinstance(change, RollBack):
         return None
@@ -151,19 +158,19 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
 
 
 def _paused_instead(message: str, why: str) -> str:
-    """Return the message of a pause in place of a rollback with ``message``."""
+    """Return the message of a pause that takes the place of a rollback with ``message``."""
     return f"update paused{message.removeprefix(ROLLED_BACK)}: cannot roll back: {why}"
 
 
 def decided_for(service: Service, step: Step) -> Step:
-    """``step`` of a decision about ``service``, which is not taken once the service is another one."""
+    """Return ``step`` so that it does nothing once the spec of ``service`` has changed."""
     if isinstance(step, RetireTask) and service.removed_at is None:
         return replace(step, service=service)
     return step
 
 
 def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
-    """Why ``task``, which may run on, leaves its ``node``; None: it has ended, or leaves for another reason."""
+    """Return why ``task`` leaves its ``node``, or None if it has ended or leaves for another reason."""
     if task.status.state.is_terminal or node is None:
         return None
     if is_lost(node) and node.spec.availability is not Availability.DRAIN:
@@ -172,7 +179,7 @@ def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
 
 
 def key_of(change: Change) -> str:
-    """Which part of its service a change is about: two changes with one key are never decided together."""
+    """Return which part of its service a change is about.  One decision has at most one change per key."""
     match change:
         case FillSlot(_, slot, node_id):
             return f"{slot or node_id}"
@@ -182,12 +189,12 @@ def key_of(change: Change) -> str:
 
 
 def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> None:
-    """Write ``change``, unless its preconditions no longer hold.  ``now``: timestamp for display."""
+    """Write ``change``, unless its preconditions no longer hold.  ``now`` is a timestamp for display."""
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
         case RetireTask(task, desired, successor, is_due, cause, service):
-            if service is not None and not _is_still(tx, service):
+            if service is not None and not _is_current_at_commit(tx, service):
                 return
             if cause is not None and _has_passed(tx, cause, task):
                 return
@@ -214,7 +221,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             job = tx.rely_on(Service, ended.id, HEAD, "job")
             was_run_or_retried = job is not None and job.job_status != ended.job_status
             if job is not None and job.spec_version == ended.spec_version and not was_run_or_retried:
-                tx.rely_on_all(Service)  # one that requires the job may be created at the same time
+                tx.rely_on_all(Service)  # a service that requires the job may be created at the same time
                 if not tx.unreadable(Service) and not requiring(tx, job.spec.name):
                     hide_service(tx, job, now)
         case SettleRun(service, is_over, is_late):
@@ -270,7 +277,7 @@ def _restart(change: FillSlot, slot: Iterable[Task], now: Timestamp) -> Restart 
 
 
 def _failing_since(slot: Iterable[Task]) -> Timestamp | None:
-    """When the first of the failures in a row that end with the last task of ``slot`` was, by the clock of its node."""
+    """Return when the current series of failures in ``slot`` began, by the clock of that task's node."""
     last = max(slot, key=lambda task: (task.created_at, task.id), default=None)
     if last is None:
         return None
@@ -279,7 +286,7 @@ def _failing_since(slot: Iterable[Task]) -> Timestamp | None:
 
 
 def _is_current(tx: Transaction, decided: Service) -> bool:
-    """Whether the service is still the one the decision was about; if not, a new decision follows."""
+    """Whether the service is unchanged since the decision.  Otherwise a new decision follows."""
     service = tx.lookup(Service, decided.id)
     return (
         service is not None
@@ -290,31 +297,31 @@ def _is_current(tx: Transaction, decided: Service) -> bool:
     )
 
 
-def _is_still(tx: Transaction, decided: Service) -> bool:
-    """``_is_current`` when the transaction is committed.  A new task relies on its service's spec by itself."""
+def _is_current_at_commit(tx: Transaction, decided: Service) -> bool:
+    """Whether ``_is_current`` still holds at the commit.  A new task relies on its service's spec in any case."""
     tx.rely_on(Service, decided.id, HEAD)
     return _is_current(tx, decided)
 
 
 def _run_of(service: Service) -> Version | None:
-    """The present run of a job; None: it is none, or has not run yet."""
+    """Return the current run of a job, or None if it has not run yet or the service is not a job."""
     job = service.job_status
     return job.job_iteration if job is not None and not job.awaits_first_run else None
 
 
 def _is_paused_since(service: Service, decided: Service) -> bool:
-    """Whether the update was paused after the decision: what it would begin with is not wanted any more."""
+    """Whether the update was paused after the decision, so that it must not start with more slots."""
     before = decided.update_status.state if decided.update_status is not None else None
     now = service.update_status.state if service.update_status is not None else None
     return now in PAUSED and before not in PAUSED
 
 
 def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
-    """``now``, or just after everything that a new task of ``slot`` has to follow, if the leader's clock is behind.
+    """Return ``now``, or a time just after everything that a new task must follow if the leader's clock is behind.
 
-    The order of these timestamps counts, not the time.  In a slot a successor finds its predecessor by it.  When a user
-    retries a job or resumes an update, what was created until then has failed before: the youngest task of all slots,
-    which another leader may have stamped, sets that time.
+    The order of these timestamps counts, not the time: a slot's successor finds its predecessor by it.  When a user
+    retries a job or resumes an update, everything created until then counts as failed before.  The youngest task
+    of all slots, which another leader may have stamped, sets that time.
     """
     job, update = service.job_status, service.update_status
     before = [task.created_at for task in slot]
@@ -325,13 +332,13 @@ def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
 
 
 def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
-    """Whether the task, which did not have a node, has been given one since the decision."""
+    """Whether the task, which had no node, was assigned to one after the decision."""
     task = tx.lookup(Task, decided.id)
     return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
 
 
 def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
-    """Whether the cause no longer holds; the other managers write beside the leader, whose view may not show it yet."""
+    """Whether the cause no longer holds.  Other managers write too, and the leader's view may be older."""
     match cause:
         case Cause.NODE_IS_LOST:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
@@ -347,13 +354,13 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
 
 
 def _can_take_over(tx: Transaction, successor: TaskId) -> bool:
-    """Whether the task still has not ended when the transaction is committed."""
+    """Whether the task is still active when the transaction is committed."""
     task = tx.rely_on(Task, successor, "status")
     return task is not None and task.is_active
 
 
 def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_due: bool = False) -> bool:
-    """Retire the task; gives whether it was not retired before."""
+    """Retire the task.  Returns False if it was retired before."""
     task = tx.lookup(Task, id)
     if task is None or task.desired_state >= desired:
         return False
@@ -372,7 +379,7 @@ def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_
             ),
         )
     if task.status.state < TaskState.ASSIGNED:
-        # It was never assigned, so no agent will report its end.
+        # The task was never assigned, so no agent will report its end.
         status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")
         task = replace(task, status=status)
     tx.put(task)
@@ -400,14 +407,17 @@ def _set_update_status(
 
 
 def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -> None:
-    """The only spec that the leader writes.  A newer spec of the user wins, because the version is compared."""
+    """Write the previous spec.  A newer spec of the user wins, because the version is compared.
+
+    This is the only spec that the leader writes.
+    """
     service = tx.get(Service, wanted.id)
     if service.spec_version != wanted.spec_version or service.previous_spec is None:
         return
     if _is_paused_since(service, wanted):
         return
     if why := claim_service(tx, service.previous_spec, service):
-        # Not an error: a pause that says why, and a user decides.
+        # Not an error: the pause says why, and a user decides.
         _set_update_status(tx, wanted, UpdateState.PAUSED, _paused_instead(message, why), now)
         return
     before = service.update_status or UpdateStatus()

@@ -1,7 +1,7 @@
-"""Converged slots: those that need no decision, found without deciding about each.
+"""Converged slots need no decision.  They are found without deciding about each slot.
 
-Nearly every slot of a large service is one, at nearly every decision.  Exactly one task of it is wanted, runs on a
-usable node, and matches the service's spec.  The slot's other tasks are history and do not matter while a task is
+Nearly every slot of a large service is converged at nearly every decision.  Exactly one of its tasks is wanted, runs on
+a usable node, and matches the service's spec.  The slot's other tasks are history and do not matter while a task is
 wanted.  Such a slot is filled, and only two rules concern it: a surplus of slots, and an update, which compares all
 slots.
 """
@@ -18,10 +18,10 @@ _RUNNING = TaskState.RUNNING
 
 
 def converged_slots(situation: Situation) -> SlicedWork[set[int]]:
-    """Numbers of the converged slots of a replicated service; none while an update is under way.
+    """Return the numbers of a replicated service's converged slots.  Empty while an update is in progress.
 
-    A decision without them gives the same result as one with them, unless there are more slots than replicas or one
-    of the others is outdated.
+    A decision without these slots has the same result as a decision with them, unless there are more slots than
+    replicas or another slot is outdated.
     """
     status = situation.service.update_status
     if status is not None and status.state in UNDER_WAY:

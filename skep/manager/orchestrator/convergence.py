@@ -1,9 +1,9 @@
-"""The next steps for one service: scaling, restarts, update and starts, each on the slots that the earlier ones left
-alone.
+"""Next steps for one service: scaling, restarts, update and starts.
 
-The order is the order of precedence.  A removed service is only stopped.  A slot that is created or removed is
-skipped by the later rules.  A slot whose task ended is restarted before it is updated: the successor is made from the
-present spec anyway.  Starts come last, because all other rules decide which task of a slot is to be started.
+Each rule applies to the slots that the earlier rules left alone, in order of precedence.  A removed service is only
+stopped.  A slot that is created or removed is skipped by the later rules.  A slot whose task ended is restarted before
+it is updated: the successor is made from the current spec anyway.  Starts come last, because all other rules decide
+which task of a slot should start.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -45,22 +45,22 @@ from skep.model.task import TaskState
 
 
 def next_steps(situation: Situation) -> list[Step]:
-    """What to do for the service now, and when to decide again.
+    """Return the steps for the service now, and when to decide again.
 
-    Applying the changes and deciding again, with no other event, creates and retires no further task; a start that
-    had to wait for a retirement may follow.
+    After the changes are applied, the next decision creates and retires no further task unless something else happens.
+    It may start a task that had to wait for a retirement.
     """
     return run_at_once(deciding(situation))
 
 
 def deciding(situation: Situation) -> SlicedWork[list[Step]]:
-    """``next_steps`` with pauses: a decision about 20,000 tasks takes a tenth of a second."""
+    """Run ``next_steps`` with pauses: a decision about 20,000 tasks takes a tenth of a second."""
     steps, _ = yield from deciding_all(situation)
     return steps
 
 
 def deciding_all(situation: Situation) -> SlicedWork[tuple[list[Step], Settled | None]]:
-    """``deciding``, and whether the service is settled, so that ``deciding_some`` can follow."""
+    """Run ``deciding``, and also return whether the service is settled, so that ``deciding_some`` can follow."""
     service, tasks = situation.service, situation.tasks
     if service.removed_at is not None:
         return list(replicated.retire_all(tasks)), None
@@ -92,8 +92,10 @@ def deciding_all(situation: Situation) -> SlicedWork[tuple[list[Step], Settled |
 def deciding_some(
     situation: Situation, due: Collection[SlotKey], settled: Settled
 ) -> SlicedWork[list[Step] | None]:
-    """The next steps for the ``due`` slots of a settled service, of which the situation has only these slots' tasks
-    and nodes.  None: the decision depends on other slots as well."""
+    """Return the next steps for the ``due`` slots of a settled service, or None if they depend on other slots too.
+
+    The situation has only the tasks and nodes of these slots.
+    """
     match situation.service.spec.mode.name:
         case "replicated":
             slots: Mapping[Any, Slot] = group_by_slot(situation.tasks)
@@ -110,7 +112,7 @@ def deciding_some(
 def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWork[bool]:
     """Whether the update has something to do in one of the slots.  How much it does at a time depends on all slots.
 
-    A paused update starts with no slot, and only finishes with those that it has started with.
+    A paused update starts with no further slot, and only finishes the slots it has started with.
     """
     status = situation.service.update_status
     if status is not None and status.state in UNDER_WAY:
@@ -127,30 +129,30 @@ def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWor
 
 
 def _is_as_settled(slot: Slot, number: SlotKey, situation: Situation, settled: Settled) -> bool:
-    """Whether a slot is filled if it was, and otherwise has nothing to remove: the number of slots is the same."""
+    """Whether the slot is still filled, or still empty, as when the service settled."""
     if number in settled.filled:
         return replicated.is_filled(slot, situation.service, situation.seen)
     return not history(slot)
 
 
 def _numbers(filled: Collection[int]) -> Collection[int]:
-    """Slot numbers in as little memory as possible: nearly always all up to the number of replicas."""
+    """Return the slot numbers in little memory: nearly always they are 1 to the number of replicas."""
     is_dense = bool(filled) and min(filled) == 1 and max(filled) == len(filled)
     return range(1, len(filled) + 1) if is_dense else frozenset(filled)
 
 
 def _is_job_settled(steps: Sequence[Step], situation: Situation) -> bool:
-    """Whether a job has nothing to do before one of its tasks changes, or its time to live ends."""
+    """Whether a job has nothing to do before one of its tasks changes or its time to live ends."""
     return not _before_end(steps, situation) and not _has_earlier_run(situation)
 
 
 def _deciding_some_of_job(
     situation: Situation, due: Collection[SlotKey], settled: Settled
 ) -> list[Step] | None:
-    """``deciding_some`` for a job.  Each node's run of a global job is independent of the others until it ends: whether
-    the whole run has ended depends on all nodes.
+    """Run ``deciding_some`` for a job.
 
-    A replicated job has a number of runs at a time: one that ends, or moves, has all of them decided.
+    Each node's run of a global job is independent of the others, but whether the whole run has ended depends on all
+    nodes.  A replicated job has a limited number of tasks at a time: if one ends or moves, all of them are decided.
     """
     if _has_earlier_run(situation):
         return None
@@ -175,7 +177,7 @@ def _deciding_some_of_job(
 def _may_settle(
     steps: Sequence[Step], situation: Situation, due: Collection[SlotKey], settled: Settled
 ) -> bool:
-    """Whether the end of a global job's run, or another outcome of it, may follow from the due slots and the others."""
+    """Whether the due slots and the others together may change the outcome of a global job's run."""
     job = situation.service.job_status
     if job is not None and job.present_outcome:
         is_changed = job.present_outcome != COMPLETED and not situation.tasks
@@ -194,13 +196,13 @@ def _running_slot(situation: Situation) -> SlotKey | None:
 
 
 def _has_earlier_run(situation: Situation) -> bool:
-    """Whether a task of an earlier iteration has not ended: every task of the present one waits for it."""
+    """Whether a task of an earlier iteration has not ended: every task of the current one waits for it."""
     iteration = jobs.iteration_of(situation.service)
     return any(task.is_active and task.job_iteration != iteration for task in situation.tasks)
 
 
 def _before_end(steps: Sequence[Step], situation: Situation) -> Sequence[Step]:
-    """The ``steps`` of a job without those for the end of its time to live, which depends on all tasks."""
+    """Return a job's ``steps`` without those for the end of its time to live, which depend on all tasks."""
     spec = situation.service.spec
     if JOB_TTL not in spec.labels or not all(isinstance(step, Recheck | RemoveService) for step in steps):
         return steps
@@ -210,7 +212,7 @@ def _before_end(steps: Sequence[Step], situation: Situation) -> Sequence[Step]:
 
 
 def _deciding_nodes(situation: Situation) -> SlicedWork[tuple[list[Step], Sequence[Slot]]]:
-    """The steps for a global service's slots on the nodes of the situation, and the slots that an update applies to."""
+    """Return the steps for a global service on the situation's nodes, and the slots that an update applies to."""
     service = situation.service
     every = group_by_node(situation.tasks)
     slots = _on_active_nodes(every, situation)
@@ -223,9 +225,10 @@ def _deciding_nodes(situation: Situation) -> SlicedWork[tuple[list[Step], Sequen
 def _deciding_slots(
     changes: Iterable[Step], slots: Mapping[Any, Slot], paused: Mapping[Any, Slot], situation: Situation
 ) -> SlicedWork[tuple[list[Step], Sequence[Slot]]]:
-    """The steps for slots, ``changes`` to their number included, and the slots that an update applies to.
+    """Return the steps for slots, including ``changes`` to their number, and the slots that an update applies to.
 
-    ``paused``: further slots, on nodes that take no new tasks.
+    Args:
+        paused: More slots, on nodes that take no new tasks.
     """
     yield
     steps = [_refilled(step, slots, situation) for step in changes]
@@ -236,7 +239,7 @@ def _deciding_slots(
         steps += restart_steps(slot, situation)
         if number % STEP == 0:
             yield
-    # With paused nodes whose task has just ended, which is retired: it may fail the update.
+    # Includes paused nodes whose task has just ended and is now retired: it may fail the update.
     updatable = _updatable({**kept, **paused}, situation)
     kept |= {key: slot for key, slot in paused.items() if key not in changed}
     changed.update(map(_slot_of, steps))
@@ -259,7 +262,7 @@ def _refilled(step: Step, slots: Mapping[Any, Slot], situation: Situation) -> St
 
 
 def _slots(situation: Situation) -> SlicedWork[tuple[dict[int, Slot], Collection[int]]]:
-    """The slots of a replicated service that need a decision, and the numbers of those that do not."""
+    """Return the slots of a replicated service that need a decision, and the numbers of the other slots."""
     tasks = situation.tasks
     converged = yield from converged_slots(situation)
     if converged:
@@ -271,9 +274,10 @@ def _slots(situation: Situation) -> SlicedWork[tuple[dict[int, Slot], Collection
 
 
 def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
-    """The slots an update applies to.  For a global service, only those of nodes that may run its tasks.
+    """Return the slots that an update applies to.
 
-    Of nodes that take no new tasks only those that have one: it takes the place of the old one, but none is begun.
+    For a global service these are on nodes that may run its tasks.  On a node that takes no new tasks, a new task that
+    exists already replaces the old one, but the update starts with no other slot.
     """
     service = situation.service
     if service.spec.mode.name != "global":
@@ -288,9 +292,9 @@ def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
 
 
 def _is_begun(slot: Slot, situation: Situation) -> bool:
-    """Whether the node has a task of the present spec, or had one that ended by itself, which may fail the update.
+    """Whether the node has a task of the current spec, or its last one ended by itself, which may fail the update.
 
-    One that was not assigned before the pause waits for its end.
+    A task that was not assigned before the pause waits for the end of the pause.
     """
     version = situation.service.spec_version
     last = history(slot)[-1:]
@@ -300,7 +304,7 @@ def _is_begun(slot: Slot, situation: Situation) -> bool:
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:
-    """Slots on nodes that take new tasks.  On a paused node nothing is restarted, and no update begun."""
+    """Return the slots on nodes that take new tasks.  A paused node gets no restarts and no new updates."""
     active = {}
     for node_id, slot in slots.items():
         node = situation.node(node_id)
@@ -310,7 +314,7 @@ def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict
 
 
 def _slot_of(step: Step) -> int | NodeId | None:
-    """The slot that a change is about: its number, or the node of a global service; None: not about one slot."""
+    """Return the slot of a change (its number, or a global service's node), or None if it is not about one slot."""
     match step:
         case FillSlot(_, slot, node_id):
             return slot or node_id

@@ -9,10 +9,10 @@ from skep.model.task import Task
 
 
 def is_dirty(task: Task, situation: Situation) -> bool:
-    """Whether ``task`` must be replaced to follow its service's present spec.
+    """Whether ``task`` must be replaced to match its service's current spec.
 
     Only the task template and the endpoint count: labels, replicas and update settings start no task.  A change of
-    placement alone leaves a task where it is while its node satisfies the new constraints.
+    placement alone leaves a task on its node if the node satisfies the new constraints.
 
     Source: swarmkit, manager/orchestrator/task.go (IsTaskDirty).
     """
@@ -29,9 +29,10 @@ def is_dirty(task: Task, situation: Situation) -> bool:
 
 
 def is_same(task: Task, situation: Situation) -> bool:
-    """Whether the present spec asks for ``task`` as it is, on any node; true of all tasks of its version or none.
+    """Whether the current spec would create the same task, on any node.  The result is equal for all tasks of a
+    version.
 
-    A task of an earlier version that cannot be read is left alone (decision 21).
+    A task of an earlier version that is unreadable is left alone (decision 21).
     """
     service = situation.service
     if task.spec_version == service.spec_version or situation.is_unknown(task):

@@ -1,7 +1,8 @@
-"""When the tasks of a node that is down are replaced.
+"""When the tasks of a down node are replaced.
 
-By default at once.  Labels of the service (``model.labels``) can delay this, forbid it, or have it wait until the
-node has certainly stopped the tasks itself.  Until then a task keeps its slot, and continues if the node returns.
+By default they are replaced at once.  Labels of the service (``model.labels``) can delay this, forbid it, or make it
+wait until the node has certainly stopped the tasks itself.  Until then a task keeps its slot, and continues if the node
+returns.
 """
 
 from math import inf
@@ -16,15 +17,16 @@ from skep.model.task import Task
 from skep.model.times import SECOND_NS, unix_ns
 
 UNCERTAIN_S = 2.0
-"""A node that was last heard within this time after a change of labels may not have received it.  The two stamps may
-be of two managers' clocks."""
+"""A node whose last contact was less than this time after a change of labels may not have received it.
+
+The margin covers the difference between the clocks of two managers, which may have made the two stamps."""
 
 
 def policy_on(node: Node, service: Service) -> DisconnectPolicy:
-    """The policy for the tasks of ``service`` on a node that is down.
+    """Return the policy for the tasks of ``service`` on a down node.
 
-    With STOP it is the node that acts, by the labels that it was sent.  If they may be earlier ones, the longest delay
-    counts; where the node would stop nothing by one of them, the delay has no end: nothing may run twice.
+    With STOP the node acts on the labels that it received.  If these may be earlier ones, the longest delay counts.  If
+    the node would stop nothing under one of them, the delay is infinite: no task may run twice.
     """
     present = disconnect_policy(service.spec.labels)
     if present.action is not OnDisconnect.STOP or not service.past_disconnects or node.silent_since is None:
@@ -38,11 +40,11 @@ def policy_on(node: Node, service: Service) -> DisconnectPolicy:
 
 
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float) -> float:
-    """When ``task``, whose node is down since ``down_at``, is to be replaced; infinity: not while it is down.
+    """Return when ``task``, whose node is down since ``down_at``, is replaced.  Infinity means not while it is down.
 
-    STOP: the node counts the delay from its last contact, which is before ``down_at``, and then gives the container
-    its stop grace period.  Both are added, so nothing runs twice.  A node that still waits for a response of its only
-    manager has not noticed that it is cut off, so shorter delays count as ``RESPONSE_SECONDS_MAX``.
+    With STOP the node counts the delay from its last contact, which is before ``down_at``, and then waits for the
+    container's stop grace period.  Both are added, so that nothing runs twice.  A node that still waits for a response
+    from its only manager has not noticed the disconnection, so shorter delays count as ``RESPONSE_SECONDS_MAX``.
     """
     match policy.action:
         case OnDisconnect.REPLACE:

@@ -1,24 +1,24 @@
-"""Detection of a disruption: so many nodes down at once that a fault of the network or the leader is more likely.
+"""Detection of a disruption: so many nodes down at once that a network or leader fault is more likely.
 
-A restarting switch, or a leader that loses its own network, looks like the failure of most nodes.  Replacing all
-their tasks on the few nodes that are left would turn a small fault into a large one.  So replacement of tasks is
-*frozen* when
+A restarting switch, or a leader that loses its own network, looks like the failure of most nodes.  Replacing all their
+tasks on the few remaining nodes would turn a small fault into a large one.  So replacement of tasks is *frozen* when
+one of these numbers of nodes, and at least three, failed within one grace period:
 
-* within one grace period more than half of the nodes that were ready a minute ago, and at least three, went down,
-  whichever managers marked them down: nodes spread over the managers, so no manager sees all of them; or
+* more than half of the nodes that were ready a minute ago.  It does not matter which managers marked them down: nodes
+  spread over the managers, so no manager sees all of them;
 * more than half of the nodes that were ready at some time in the last minute, which are all nodes of a new cluster.
 
-A new leader also counts the nodes that are down and whose tasks the leader before it has not replaced: that leader may
-have failed together with them.
+A new leader also counts down nodes whose tasks the previous leader has not replaced: that leader may have failed
+together with them.
 
 The freeze ends when half of these nodes are ready again, when a user resumes replacement, or after ten minutes.
 
-Nodes that fail at the same moment are marked down one after the other, over one heartbeat period, because each has
-its own last heartbeat.  So tasks are not replaced before that period has passed if a second node went down within it,
-or if any manager misses heartbeats of another node (managers report that to each other, ``peer_reports``).  The tasks
-of a single node are replaced at once.
+Nodes that fail at the same moment are marked down one after the other, over one heartbeat period, because each has its
+own last heartbeat.  So tasks are not replaced before that period has passed if a second node failed within it, or if
+any manager misses heartbeats of another node (managers report these to each other, ``peer_reports``).  The tasks of a
+single node are replaced at once.
 
-Kubernetes' node lifecycle controller has the same idea (full disruption mode).
+Kubernetes' node lifecycle controller has the same mechanism (full disruption mode).
 """
 
 from collections import deque
@@ -32,29 +32,32 @@ from skep.model.node import Node, NodeState
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 NODES_MIN = 3
+"""The failure of fewer nodes is not a disruption."""
 READY_BEFORE_S = 60.0
+"""Seconds for which a node counts as ready before the disruption."""
 FROZEN_S_MAX = 600.0
+"""Maximum seconds of a freeze."""
 HOLD_PERIODS = 1.5
-"""Nodes that fail at the same moment are marked down within one period, its jitter, and the time to write that."""
+"""Heartbeat periods during which nodes that fail together are marked down: one, its jitter, and the time to write."""
 
 
 class NodeDown(msgspec.Struct, frozen=True):
-    """A node went down."""
+    """A node that was marked down."""
 
     node_id: NodeId
     at: float
-    """When the leader saw it, in its monotonic seconds."""
+    """When the leader saw it, in seconds on its monotonic clock."""
     with_others: bool = False
-    """Whether heartbeats of other nodes, of any manager, were missed at that time."""
+    """Whether any manager missed heartbeats of other nodes at that time."""
 
 
 class Disruption(msgspec.Struct, frozen=True):
-    """A disruption: replacement is to be frozen."""
+    """A disruption that freezes replacement."""
 
     nodes_down: tuple[NodeId, ...]
-    """Sorted."""
+    """Sorted by id."""
     ready_before: int
-    """How many nodes were ready before."""
+    """Number of nodes that were ready before."""
 
 
 def disruption_in(
@@ -64,11 +67,11 @@ def disruption_in(
     now: float,
     grace_s: float,
 ) -> Disruption | None:
-    """The disruption that the nodes marked down within the last ``grace_s`` amount to; None: too few.
+    """Return the disruption formed by the nodes that were marked down within the last ``grace_s``, or None if too few.
 
     Args:
-        downs: of nodes that are still down.
-        ready_before: the nodes that were ready before.
+        downs: The nodes that are still down.
+        ready_before: The nodes that were ready before.
     """
     nodes_down = {down.node_id for down in downs if down.at > now - grace_s} & ready_before
     if len(nodes_down) >= NODES_MIN and 2 * len(nodes_down) > len(ready_before):
@@ -77,11 +80,13 @@ def disruption_in(
 
 
 def held_until(downs: Iterable[NodeDown], *, now: float, period_s: float) -> float:
-    """Until when no tasks of down nodes are replaced, so that a disruption can be recognised; minus infinity: no hold.
+    """Return until when no tasks of down nodes are replaced, so that a disruption can be recognized.
+
+    Minus infinity means no delay.
 
     Args:
-        downs: of nodes that are still down.
-        period_s: between heartbeats.
+        downs: The nodes that are still down.
+        period_s: Seconds between heartbeats.
     """
     recent = [down for down in downs if down.at > now - period_s]
     if len(recent) < 2 and not any(down.with_others for down in recent):
@@ -90,13 +95,13 @@ def held_until(downs: Iterable[NodeDown], *, now: float, period_s: float) -> flo
 
 
 def is_over(nodes_down: Iterable[NodeId], ready: frozenset[NodeId], known: frozenset[NodeId]) -> bool:
-    """Whether half of ``nodes_down`` are ready again.  Nodes that were removed meanwhile do not count."""
+    """Whether half of ``nodes_down`` are ready again.  Removed nodes do not count."""
     present = [id for id in nodes_down if id in known]
     return 2 * sum(id in ready for id in present) >= len(present)
 
 
 class NodeHistory:
-    """Which nodes were ready in the last minute, in seconds on the leader's monotonic clock.
+    """The nodes that were ready in the last minute, in seconds on the leader's monotonic clock.
 
     The state at the start of the term counts as having lasted for long.
     """
@@ -104,10 +109,12 @@ class NodeHistory:
     def __init__(
         self, nodes: Iterable[Node], lost: Iterable[Node] = (), *, counted_from: float = -inf
     ) -> None:
-        """
+        """Start from the nodes of a snapshot.
+
         Args:
-            lost: nodes that went down before the term and whose tasks are not replaced.
-            counted_from: nodes that go down earlier count as having gone down then.
+            nodes: All nodes.
+            lost: Nodes that were marked down before the term and whose tasks are not replaced.
+            counted_from: Nodes that are marked down earlier count as marked down then.
         """
         self._counted_from = counted_from
         self.ready: set[NodeId] = {node.id for node in nodes if _is_ready(node)}
@@ -120,7 +127,7 @@ class NodeHistory:
         """Nodes that were ready before the oldest of these changes."""
 
     def note(self, commit: Commit, now: float) -> bool:
-        """Record ``commit``; gives whether a node went down in it."""
+        """Record ``commit``.  Returns whether it marks a node down."""
         has_down = False
         for event in commit.events:
             match event:
@@ -137,7 +144,7 @@ class NodeHistory:
         return has_down
 
     def detect(self, now: float, grace_s: float) -> Disruption | None:
-        """The present disruption, if there is one."""
+        """Return the current disruption, or None."""
         self._forget(now)
         recent = self.ready.union(id for _, id, _ in self._changes)
         for before in (self._before, recent):
@@ -147,11 +154,11 @@ class NodeHistory:
         return None
 
     def held_until(self, now: float, period_s: float) -> float:
-        """See ``held_until``."""
+        """Return the result of the function ``held_until`` for these nodes."""
         return held_until(self._downs.values(), now=now, period_s=period_s)
 
     def clear(self) -> None:
-        """Forget the nodes that went down so far: they were handled."""
+        """Forget the nodes that were marked down so far, because they were handled."""
         self._downs.clear()
 
     def _change(self, id: NodeId, now: float, *, is_ready: bool) -> None:

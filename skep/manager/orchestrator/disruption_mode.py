@@ -1,7 +1,7 @@
 """Disruption mode: freezes the replacement of tasks while too many nodes are down, and ends the freeze.
 
-Replacement is frozen from the moment a disruption is detected, not from when that is written to the cluster object:
-the commit that completes the disruption is also the one that would have tasks replaced.
+Replacement is frozen as soon as a disruption is detected, before it is written to the cluster object: the commit that
+completes the disruption is also the commit that would cause the replacements.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,28 +24,29 @@ from skep.store.interface import Commit, LoopStore, NotLeader, Transaction, View
 log = structlog.get_logger()
 
 CHECK_S = 0.5
+"""Seconds between checks whether a freeze must be written or ended."""
 HALF_BACK = "half of the nodes are back"
 SETTLING_GRACES = 2
-"""Grace periods for the other half: nodes register within seconds of each other when the network is back."""
+"""Heartbeat grace periods for the other half: nodes register within seconds when the network is back."""
 
 
 class DisruptionMode:
-    """Whether replacement is frozen.  Runs on the leader only."""
+    """Freezes replacement during a disruption.  Runs on the leader only."""
 
     def __init__(self, term: LoopStore, clock: Clock, changed: Callable[[], None]) -> None:
-        """``changed`` is called when a freeze ends."""
+        """Create a mode that calls ``changed`` when a freeze ends."""
         self._term = term
         self._clock = clock
         self._changed = changed
         self._history = NodeHistory(())
         self._detected: Disruption | None = None
-        """Detected, and not yet written to the cluster object."""
+        """A disruption that is not yet written to the cluster object."""
         self._frozen_at: float | None = None
-        """Since when this leader has seen the present freeze."""
+        """When this leader first saw the current freeze."""
         self.replaces_from = float("-inf")
         """Tasks of down nodes are not replaced before this time.
 
-        Set while several nodes went down and more may follow, and when half of the nodes are back and the others are
+        Set when several nodes failed and more may follow, and when half of the nodes are back and the others are
         expected.
         """
         self._delayed_since = float("-inf")
@@ -59,8 +60,8 @@ class DisruptionMode:
     def start(self, view: View) -> None:
         """Start from a snapshot."""
         now, nodes, grace_s = self._clock.monotonic(), view.find(Node), configured_grace_s(view)
-        # The last leader may have failed together with nodes.  Those that had their sessions with it are marked down
-        # a grace period later than the others: what goes down until then counts as one event.
+        # The last leader may have failed together with nodes.  Nodes that had their session with it are marked down a
+        # grace period later than the others, so all nodes that go down until then count as one event.
         self._counted_from = now + grace_s
         lost = [node for node in nodes if _has_tasks_to_replace(node, view)]
         self._history = NodeHistory(nodes, lost, counted_from=self._counted_from)
@@ -71,7 +72,7 @@ class DisruptionMode:
             self._delay_replacement(now)
 
     def note(self, commit: Commit) -> None:
-        """Record what changed."""
+        """Record a commit, and freeze or resume replacement if it requires that."""
         now = self._clock.monotonic()
         if self._history.note(commit, now):
             self._detect(now)
@@ -83,7 +84,7 @@ class DisruptionMode:
             self._end()
 
     async def run(self) -> None:
-        """Write freezes, and end them when it is time, until cancelled."""
+        """Write freezes, and end them when due, until cancelled."""
         while True:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()
@@ -101,7 +102,7 @@ class DisruptionMode:
                 log.warning("freeze not written, will retry", reason=str(error))
 
     def _detect(self, now: float) -> None:
-        """Freeze if the nodes that went down are a disruption.  Further ones during a freeze change nothing."""
+        """Freeze if the nodes that failed are a disruption.  Further nodes during a freeze change nothing."""
         if self.is_frozen:
             return
         self._detected = self._history.detect(now, configured_grace_s(self._term.view()))
@@ -113,9 +114,9 @@ class DisruptionMode:
             )
 
     def _delay_replacement(self, now: float) -> None:
-        """Wait for further nodes to go down if there was more than one, for at most a grace period.
+        """Wait for more nodes to go down, for at most a grace period, if more than one did.
 
-        In the first grace period of a term, until the end of the second.
+        In the first grace period of a term, wait until the end of the second.
         """
         period_s, _ = configured_heartbeats(self._term.view())
         grace_s = configured_grace_s(self._term.view())
@@ -145,7 +146,7 @@ class DisruptionMode:
 
 
 def _has_tasks_to_replace(node: Node, view: View) -> bool:
-    """Whether a node is down and has tasks that are to be replaced at once, which no leader has done yet."""
+    """Whether a node is down and has tasks that should be replaced at once, which no leader has done yet."""
     if node.status.state is not NodeState.DOWN or node.spec.availability is Availability.DRAIN:
         return False
     for task in view.find(Task, node_id=node.id):

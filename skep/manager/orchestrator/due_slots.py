@@ -2,8 +2,8 @@
 
 A task or node event concerns one slot of each service that it touches.  The first decision about a service, and each
 decision after a change of the service itself, is about all slots.  When such a decision finds nothing to do, the
-service is *settled*: until something else changes, every slot that did not change needs no decision.  So the next
-decisions are only about the slots with events since, and about those for which the last decision had steps.
+service is *settled*: until something else changes, every unchanged slot needs no decision.  So the next decisions are
+only about slots with events since, and about slots for which the last decision had steps.
 """
 
 from collections.abc import Collection, Set
@@ -25,7 +25,7 @@ class Settled(msgspec.Struct, frozen=True):
     tasks: int
     """Number of tasks that the decision was about."""
     filled: Collection[int] = ()
-    """Numbers of the filled slots of a replicated service, which are all that it has."""
+    """Numbers of a replicated service's filled slots, which are all its slots."""
     running: SlotKey | None = None
     """Slot of a global job with an active task: the run has not ended before that slot becomes due."""
 
@@ -36,7 +36,7 @@ class DueSlots:
     def __init__(self) -> None:
         self._settled: dict[ServiceId, tuple[Service, Settled]] = {}
         self._due: dict[ServiceId, set[SlotKey]] = {}
-        """Slots with events, of services that are settled or that a decision is being made about."""
+        """Slots with events, for services that are settled or being decided."""
 
     def clear(self) -> None:
         """Make all slots of all services due."""
@@ -54,13 +54,13 @@ class DueSlots:
         self._due.pop(id, None)
 
     def is_partial(self, id: ServiceId) -> bool:
-        """Whether the next decision is about the due slots only: some are due, and few enough to cost less than all."""
+        """Whether the next decision is about the due slots only: there are some, and they cost less than all slots."""
         if id not in self._settled:
             return False
         return 0 < 2 * len(self._due[id]) <= self._settled[id][1].tasks + 1
 
     def begin(self, service: Service) -> tuple[Settled, Set[SlotKey]] | None:
-        """Begin a decision; return the due slots, or None if all are due.
+        """Begin a decision.  Returns the due slots, or None if all are due.
 
         Events from now on make slots due again.
         """
@@ -73,12 +73,12 @@ class DueSlots:
         return self._settled[id][1], slots
 
     def put_back(self, id: ServiceId, slots: Set[SlotKey]) -> None:
-        """Make slots due that were being decided."""
+        """Make slots due again after a decision about them had steps."""
         if id in self._due:
             self._due[id] |= slots
 
     def end(self, service: Service, settled: Settled | None) -> None:
-        """End a decision about all slots.  ``settled``: its result, or None if there is something left to do."""
+        """End a decision about all slots.  ``settled`` is its result, or None if something is left to do."""
         if settled is None:
             self.add_all(service.id)
         elif service.id in self._due:

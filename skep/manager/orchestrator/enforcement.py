@@ -1,11 +1,11 @@
 """Enforcement: tasks that must leave a node because its labels or resources changed.
 
-A task leaves when its node no longer meets its constraints, or when the node has less than its tasks have reserved;
-then the oldest tasks stay.  A paused node keeps its tasks; a drained one loses all of them by another rule.
+A task leaves when its node no longer meets its constraints, or when the node has less than its tasks have reserved.  In
+that case the oldest tasks stay.  A paused node keeps its tasks.  A drained node loses all of them by another rule.
 
-Differences from swarmkit: such a task is replaced like one of a drained node (it ends as SHUTDOWN, without the
-restart delay), where swarmkit sets it to REJECTED while its container still runs; which tasks of an overcommitted
-node stay is deterministic.
+Differences from swarmkit: such a task is replaced like a task of a drained node (it ends as SHUTDOWN, without the
+restart delay), whereas swarmkit sets it to REJECTED while its container still runs.  The choice of the tasks that stay
+on an overcommitted node is deterministic.
 
 Source: swarmkit, manager/orchestrator/constraintenforcer/constraint_enforcer.go.
 """
@@ -36,12 +36,12 @@ def violates_constraints(task: Task, node: Node) -> bool:
 
 
 def is_unfit(node: Node, task: Task) -> bool:
-    """Whether the ``task`` must leave its ``node`` by what a user has set there: the node's availability or labels."""
+    """Whether the ``task`` must leave its ``node`` because of the availability or labels that a user set there."""
     return node.spec.availability is Availability.DRAIN or violates_constraints(task, node)
 
 
 def is_drained(volume: Volume | None) -> bool:
-    """Whether a cluster volume is to have no tasks.
+    """Whether a cluster volume is drained, so that no task may use it.
 
     Source: swarmkit, manager/orchestrator/volumeenforcer/volume_enforcer.go.
     """
@@ -49,7 +49,7 @@ def is_drained(volume: Volume | None) -> bool:
 
 
 def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
-    """Which of the ``tasks`` of an active ``node`` exceed its resources; the oldest tasks are kept."""
+    """Return which ``tasks`` exceed the resources of an active ``node``.  The oldest tasks are kept."""
     if node.spec.availability is not Availability.ACTIVE or is_unknown(node):
         return frozenset()
     resources = node.description.resources
@@ -60,8 +60,8 @@ def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
     surplus = set()
     for task in sorted(filter(_holds, tasks), key=age):
         reserved = reservations_of(task.spec)
-        has_room = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
-        if not (has_room and all(map(stock.holds, task.generic_resources))):
+        fits = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
+        if not (fits and all(map(stock.holds, task.generic_resources))):
             surplus.add(task.id)
             continue
         nano_cpus -= reserved.nano_cpus
@@ -84,5 +84,5 @@ def _fits_all(resources: Resources, tasks: Iterable[Task]) -> bool:
 
 
 def _holds(task: Task) -> bool:
-    """Whether the task is to keep its reservations on the node."""
+    """Whether the task keeps its reservations on the node."""
     return task.is_wanted and _ASSIGNED <= task.status.state.number <= _RUNNING

@@ -1,4 +1,4 @@
-"""Global services: one task on every node that may run one."""
+"""Global services: one task on every eligible node."""
 
 from collections.abc import Iterable
 
@@ -24,10 +24,10 @@ from skep.model.task import Task
 def reconcile(
     service: Service, tasks: Iterable[Task], nodes: Iterable[Node], seen: ObservedTimes | None = None
 ) -> list[Change]:
-    """Changes that give each eligible node one task of ``service``, and remove those of other nodes.
+    """Return the changes that create one task of ``service`` on each eligible node and remove the tasks on other nodes.
 
-    A paused node, and one of which nothing is known, keeps its task and gets no new one.  Applying the result and
-    deciding again gives ``[]``.
+    A paused node, and a node about which nothing is known, keeps its task and receives no new one.  Idempotent: after
+    the changes are applied, the next call returns ``[]``.
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
     """
@@ -57,18 +57,18 @@ def is_eligible(node: Node, service: Service) -> bool:
 
 
 def takes_new_tasks(node: Node) -> bool:
-    """Whether an eligible node is given a task, and a new one when that has ended."""
+    """Whether an eligible node receives a task, and a new one when that has ended."""
     return node.spec.availability is Availability.ACTIVE and not is_unknown(node)
 
 
 def _retired(task: Task, slot: Slot, seen: ObservedTimes, node: Node | None) -> RetireTask:
-    """Retires a task for its node's sake, which a later leader must not take for giving its slot up."""
+    """Retire a task because of its node.  ``is_due`` tells a later leader that the slot may be filled again."""
     is_due = not task.status.state.is_terminal or should_restart(task, slot, seen)
     return RetireTask(task, is_due=is_due, cause=cause_to_leave(task, node))
 
 
 def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Whether the node has its task: a wanted one, or one that ended for good (which a rollback replaces)."""
+    """Whether the node has a wanted task, or a task that ended for good (which a rollback replaces)."""
     if wanted(slot) or has_unread_end(slot):
         return True
     past = history(slot)

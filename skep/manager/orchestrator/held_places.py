@@ -1,4 +1,4 @@
-"""What the old tasks of a service hold that a new one of the same service was refused."""
+"""Places that an old task of a service holds and a new task of the same service was refused."""
 
 from collections import Counter
 
@@ -13,19 +13,19 @@ from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
 
 _IS_FULL = "max replicas per node"
-"""Words of the scheduler's refusal for nodes that have as many tasks of the service as they may have."""
+"""Words of the scheduler's refusal for nodes that have the maximum number of the service's tasks."""
 _TOO_LITTLE = "insufficient resources"
 _PLACES = (_IS_FULL, _TOO_LITTLE, "host-mode port already in use", "disk full")
-"""Refusals that the end of a task may lift.  The first filter that refuses a node hides later ones."""
+"""Refusals that the end of a task may resolve.  The first filter that refuses a node hides later ones."""
 
 
 def holds(old: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``old`` has a node, and ``task`` was refused something of what it holds."""
+    """Whether ``old`` has a node and ``task`` was refused something that ``old`` holds."""
     return old.is_active and old.status.state >= TaskState.ASSIGNED and blocks(old, task, situation)
 
 
 def blocks(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused an address or a node, and ``serving`` holds something of what it needs."""
+    """Whether ``task`` was refused an address or a node, and ``serving`` holds something that it needs."""
     if not task.status.err or task.status.err.startswith(WAITS_FOR):
         return False
     if task.status.state is TaskState.NEW:
@@ -39,9 +39,10 @@ def blocks(serving: Task, task: Task, situation: Situation) -> bool:
 
 
 def excludes(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused every node, and can have that of ``serving``, of its own service, only after it.
+    """Whether ``task`` was refused every node and can use the node of ``serving`` only after ``serving`` has ended.
 
-    Two tasks cannot have one host port, nor a node more tasks of the service than its spec allows.
+    Both are tasks of one service.  Two tasks cannot share a host port, and a node cannot have more tasks of the service
+    than its spec allows.
     """
     if task.status.state is not TaskState.PENDING or not task.status.err:
         return False
@@ -64,7 +65,7 @@ def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
 
 
 def _is_large_enough(node: Node, needs: Needs) -> bool:
-    """Whether ``node`` without any task has the resources of ``needs``."""
+    """Whether ``node`` has the resources of ``needs`` when it runs no tasks."""
     has = node.description.resources
     offered: Counter[str] = Counter()
     for one in has.generic_resources:
@@ -78,7 +79,7 @@ def _is_large_enough(node: Node, needs: Needs) -> bool:
 
 
 def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether the node of ``serving`` meets the constraints of ``task``: otherwise its end frees no place for it."""
+    """Whether the node of ``serving`` meets the constraints of ``task``.  Otherwise its end frees no place for it."""
     node = situation.node_of(serving)
     placement = task.spec.placement
     return node is None or placement is None or is_satisfied(placement.constraints, node)

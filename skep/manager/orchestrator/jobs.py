@@ -1,13 +1,15 @@
-"""Jobs: tasks that run to completion, a number of times in all (replicated) or once on each node (global).
+"""Jobs: tasks that run to completion, a total number of times (replicated) or once on each node (global).
 
-A slot of a job is done with its first completed task.  After a failed task the restart policy decides; when it gives
-up, the slot stays taken, so that a job that cannot succeed comes to an end.  Each update is a new *iteration*, which
-starts from nothing: tasks of earlier ones are stopped, and those that ended stay as history.  Until all of those have
-stopped, tasks of the new one are only prepared: the two would do the same work (a backup, say) at the same time.
+A slot of a job is done with its first completed task.  After a failed task the restart policy decides.  When it allows
+no further attempt, the slot stays taken, so that a job that cannot succeed comes to an end.  Each update is a new
+*iteration*, which starts from nothing: tasks of earlier iterations are stopped, and ended ones stay as history.  Until
+all of them have stopped, tasks of the new iteration are only prepared: the two would do the same work (for example a
+backup) at the same time.
 
-Differences from swarmkit: a slot that was given up is not started again; an iteration does not start beside the last; a
-run of a scheduled global job is fixed to the nodes that it started on (``manager.job_runs``); a task of a scheduled
-job has a limit of attempts if its policy sets none, so that a run that fails ends before it holds up later ones.
+Differences from swarmkit: a slot whose attempts are used up is not started again.  An iteration does not start while
+tasks of the last one run.  A run of a scheduled global job is fixed to the nodes that it started on
+(``manager.job_runs``).  A task of a scheduled job has a limit of attempts if its policy sets none, so that a failing
+run ends before it delays later ones.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """
@@ -59,9 +61,9 @@ from skep.model.times import SECOND_NS, unix_ns
 
 
 def next_steps(situation: Situation) -> list[Step]:
-    """What to do for a job now, and when to decide again.
+    """Return the steps for a job now, and when to decide again.
 
-    Applying the changes and deciding again, with no other event, gives no further change.
+    Idempotent: after the changes are applied, the next call returns no further change unless something else happens.
     """
     service = situation.service
     iteration = iteration_of(service)
@@ -105,7 +107,7 @@ def next_steps(situation: Situation) -> list[Step]:
 
 
 def iteration_of(service: Service) -> Version:
-    """The job's present iteration."""
+    """Return the job's current iteration."""
     return service.job_status.job_iteration if service.job_status is not None else Version()
 
 
@@ -115,10 +117,10 @@ def is_done(slot: Iterable[Task]) -> bool:
 
 
 def _last_stops_at(iteration: Version, situation: Situation) -> float:
-    """When everything of earlier iterations counts as stopped; minus infinity: it has.
+    """Return when all tasks of earlier iterations count as stopped, or minus infinity if they have stopped.
 
-    Infinity: a task without a node is not retired yet.  It may be given one before it is, and its retirement, which is
-    another change than the start of a new task, may be refused.
+    Infinity means that a task without a node is not retired yet.  It may be assigned before it is retired, and its
+    retirement, a separate change from the start of a new task, may be refused.
     """
     earlier = [task for task in situation.tasks if task.job_iteration != iteration]
     if any(task.is_active and not is_assigned(task) for task in earlier):
@@ -127,7 +129,7 @@ def _last_stops_at(iteration: Version, situation: Situation) -> float:
 
 
 def _prepared(step: Step) -> Step:
-    """``step``, which starts no task."""
+    """Return ``step`` changed so that it only prepares its task."""
     match step:
         case FillSlot():
             return replace(step, desired=TaskState.READY)
@@ -137,7 +139,7 @@ def _prepared(step: Step) -> Step:
 
 
 def _end(present: list[Task], situation: Situation) -> list[Step]:
-    """Removes a job that has nothing left to do, once its time to live has passed since its last task ended."""
+    """Remove a finished job once its time to live has passed since its last task ended."""
     job = situation.service.job_status
     if job is not None and job.schedule is not None:
         return []  # it has a next run
@@ -152,7 +154,7 @@ def _end(present: list[Task], situation: Situation) -> list[Step]:
 
 
 def _end_without_tasks(situation: Situation, ttl_s: float) -> list[Step]:
-    """Remove a job whose run is over, and whose tasks were deleted with their nodes: its time counts from its start."""
+    """Remove a job whose run is over and whose tasks were deleted with their nodes: its time counts from its start."""
     job = situation.service.job_status
     if job is None or not job.present_outcome or job.last_execution is None:
         return []
@@ -163,7 +165,7 @@ def _end_without_tasks(situation: Situation, ttl_s: float) -> list[Step]:
 def _missing_runs(
     service: Service, job: ReplicatedJob, slots: Mapping[int, Slot], situation: Situation
 ) -> list[FillSlot]:
-    """Runs to start now: as many as the concurrency limit allows, and no more than are still to be completed."""
+    """Return the runs to start now, within the concurrency limit and the number still to be completed."""
     total = job.total_completions or 0
     check_number(total)
     done = {number for number, slot in slots.items() if is_done(slot)}
@@ -172,18 +174,18 @@ def _missing_runs(
     under_way = active | {number for number, slot in slots.items() if wanted(slot)} - done
     given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way
     taken = done | under_way | given_up
-    room = min((job.max_concurrent or 0) - len(under_way), total - len(taken))
+    free_runs = min((job.max_concurrent or 0) - len(under_way), total - len(taken))
     free = (number for number in range(1, total + 1) if number not in taken)
     return [
         FillSlot(service, number, desired=first_state(slots.get(number, ())))
-        for number in islice(free, max(room, 0))
+        for number in islice(free, max(free_runs, 0))
     ]
 
 
 def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situation) -> list[FillSlot]:
-    """Runs to start on nodes that existed when this iteration was requested and have not had one.
+    """Return the runs to start on nodes that existed when this iteration was requested and have not had a run.
 
-    Past the deadline only nodes that have started the run get another task.
+    After the deadline only nodes that have started the run receive another task.
     """
     is_late = _is_past_deadline(situation)
     return [
@@ -196,7 +198,7 @@ def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situa
 
 
 def _has_started(slot: Iterable[Task]) -> bool:
-    """Whether the node of the slot was given a task of the run.  One without a container may have been refused room."""
+    """Whether the slot's node received a task of the run.  Without a container it may have been refused resources."""
     return any(
         is_assigned(task) or task.ended_by_itself or task.status.container_status is not None for task in slot
     )
@@ -207,7 +209,7 @@ def _is_taken(slot: Slot, situation: Situation) -> bool:
 
 
 def _is_given_up(slot: Slot, situation: Situation) -> bool:
-    """Whether the slot's last task failed and its restart policy allows no further one; true if that is not known."""
+    """Whether the slot's last task failed and its restart policy allows no successor.  True if that is unknown."""
     if has_unread_end(slot):
         return True
     past = history(slot)
@@ -220,13 +222,13 @@ def _is_given_up(slot: Slot, situation: Situation) -> bool:
 
 
 def _is_past_deadline(situation: Situation) -> bool:
-    """Whether it is too late for a scheduled run to start on a further node."""
+    """Whether it is too late for a scheduled run to start on more nodes."""
     until_ns = starts_until_ns(situation.service)
     return until_ns is not None and situation.now_ns > until_ns
 
 
 def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
-    """Give up tasks of a scheduled run that have no room on their nodes until the deadline; look again then."""
+    """Retire tasks of a scheduled run that could not be placed before the deadline, or recheck then."""
     until_ns = starts_until_ns(situation.service)
     # A node that has started the run is in time: the restart policy decides about its further tasks.
     late = (slot for slot in group_by_node(present).values() if not _has_started(slot))
@@ -241,7 +243,7 @@ def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
 def _settled(
     slots: Mapping[Any, Slot], present: Sequence[Task], steps: Sequence[Step], situation: Situation
 ) -> list[Step]:
-    """What is written about the run of a job: how it ended, and of a global one that each of its nodes has a task."""
+    """Return the step that records how a job's run ended, or that each node of a global run has its task."""
     service, job = situation.service, situation.service.job_status
     if job is None or any(isinstance(step, FillSlot) for step in steps):
         return []
@@ -272,5 +274,5 @@ def _is_left_over(task: Task, iteration: Version) -> bool:
 
 
 def _retired(task: Task) -> RetireTask:
-    """An ended task stays as history; one of an earlier iteration that still runs is stopped and deleted."""
+    """Keep an ended task as history.  Stop and delete a task of an earlier iteration that still runs."""
     return RetireTask(task, TaskState.SHUTDOWN if task.status.state.is_terminal else TaskState.REMOVE)

@@ -62,14 +62,15 @@ BATCH = 100
 THROTTLE_S_PER_TASK = 25e-6
 """Three times the cost of one task in a decision."""
 THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
+"""Throttling below the minimum is skipped, and above the maximum it is cut."""
 FAILED = "orchestration failed"
-"""First words of a service's message when its decision raised."""
-BESIDE = "; the update: "
-"""Between such an error and the message of the service's update."""
+"""First words of a service's message when its decision raised an error."""
+UPDATE_SEPARATOR = "; the update: "
+"""Separates such an error from the message of the service's update."""
 
 
 class Orchestrator:
-    """Keeps every service at its desired tasks: replicated, global and jobs, restarts, rolling updates."""
+    """Keeps every service at its desired tasks: replicated and global services, jobs, restarts, rolling updates."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Orchestrator:
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._sound_nodes: dict[NodeId, bool] = {}
         self._throttled_until: dict[ServiceId, float] = {}
-        """Until when large services are throttled."""
+        """When the throttling of each large service ends."""
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
@@ -132,7 +133,7 @@ class Orchestrator:
             self._queue.add((service_id,))
 
     def _affected(self, commit: Commit) -> Iterator[tuple[ServiceId, SlotKey | None]]:
-        """Services and their slots whose decision may change with ``commit``; None means all slots of the service."""
+        """Yield the services and slots whose decision may change with ``commit``.  None means all slots."""
         for event in commit.events:
             match event:
                 case Updated(Service() as old_service, Service() as new_service):
@@ -155,7 +156,7 @@ class Orchestrator:
                     if new.service_id and (
                         _is_relevant(old, new)
                         or self._is_on_unusable_node(old, new)
-                        or self._holds_room_of_update(old, new)
+                        or self._holds_place_of_update(old, new)
                     ):
                         yield new.service_id, self._slot_of_event(new)
                 case Created(Node() as node):
@@ -170,11 +171,11 @@ class Orchestrator:
                     if before.spec != after.spec or has_other_properties(before, after):
                         self._overcommitted.pop(after.id, None)
                         yield from self._slots_of_node(after)
-                    elif _is_another(before, after):
+                    elif _affects_tasks(before, after):
                         yield from self._slots_of_node(after)
 
     def _no_longer_required(self, old: Service, new: Service) -> Iterator[tuple[ServiceId, None]]:
-        """Services that ``old`` depended on and ``new`` does not: a job with a time to live may have stayed for it."""
+        """Yield services that only ``old`` depended on: a job with a time to live may have been kept for it."""
         before = dependencies_of(old.spec.labels) if DEPENDS_ON in old.spec.labels else ()
         after = dependencies_of(new.spec.labels) if new.removed_at is None else ()
         for name in sorted(
@@ -183,9 +184,9 @@ class Orchestrator:
             yield from ((service.id, None) for service in self._term.view().find(Service, name=name))
 
     def _slot_of_event(self, task: Task) -> SlotKey | None:
-        """The slot that an event of the task makes due; None for all of its service.
+        """Return the slot that an event of the task makes due, or None for all slots of its service.
 
-        The runs of a replicated job are counted, and the end of the last task begins a job's time to live.
+        A replicated job counts its runs, and the end of the last task starts a job's time to live.
         """
         service = (
             self._term.view().lookup(Service, task.service_id) if task.job_iteration is not None else None
@@ -195,27 +196,27 @@ class Orchestrator:
         return slot_key(task) or None
 
     def _slots_with(self, id: VolumeId) -> Iterator[tuple[ServiceId, SlotKey]]:
-        """Slots with a task that has a cluster volume."""
+        """Yield the slots with a task that uses a cluster volume."""
         for task in self._term.view().find(Task):
             if task.service_id and any(one.id == id for one in task.volumes):
                 yield task.service_id, slot_key(task)
 
-    def _holds_room_of_update(self, old: Task, new: Task) -> bool:
-        """Whether an outdated task was given a node: its update may retire it for new ones that were refused that."""
+    def _holds_place_of_update(self, old: Task, new: Task) -> bool:
+        """Whether an outdated task was assigned: its update may retire it for new tasks that were refused its node."""
         if old.node_id or not new.node_id:
             return False
         service = self._term.view().lookup(Service, new.service_id)
         return service is not None and new.spec_version != service.spec_version
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
-        """Whether the task was assigned to a node that went away, or was labelled anew, at the same moment."""
+        """Whether the task was just assigned to a node that it must leave: the node changed at the same moment."""
         if old.node_id == new.node_id:
             return False
         node = self._term.view().lookup(Node, new.node_id)
         return node is None or is_unusable(node) or violates_constraints(new, node)
 
     def _slots_of_node(self, node: Node) -> Iterator[tuple[ServiceId, SlotKey]]:
-        """Slots on a node that changed or was deleted: one of each global service, and those of its tasks."""
+        """Yield the slots of a changed or deleted node: its tasks' slots, and a slot of each global service."""
         self._sound_nodes.pop(node.id, None)
         yield from ((id, node.id) for id in sorted(self._global))
         for task in self._term.view().find(Task, node_id=node.id):
@@ -227,7 +228,7 @@ class Orchestrator:
         return priority_of(service.spec.labels) if service is not None else 0
 
     def _requeue_all(self) -> None:
-        """Make all slots due: at the end of a freeze, which began with more than half of the nodes down."""
+        """Make all slots due, at the end of a freeze, which began with more than half of the nodes down."""
         self._due.clear()
         self._queue.add(service.id for service in self._term.view().find(Service))
 
@@ -244,12 +245,12 @@ class Orchestrator:
             slices = TimeSlices(self._clock)
             for service_id in due:
                 if not self._is_throttled(service_id):
-                    changes += await self._decided(service_id, catch_up)
+                    changes += await self._decide(service_id, catch_up)
                     await slices.yield_if_due()
             await self._commit([(id, change) for id, change in changes if not self._is_held(id, change)])
 
     def _is_held(self, service_id: ServiceId, change: Change) -> bool:
-        """Whether a disruption has begun, or may have, since ``change`` was decided: decided again when it is over."""
+        """Whether a disruption may have begun since ``change`` was decided.  It is decided again afterwards."""
         if not isinstance(change, ReplaceTask | RetireTask) or change.cause is not Cause.NODE_IS_LOST:
             return False
         if self._disruption.is_frozen:
@@ -260,7 +261,7 @@ class Orchestrator:
         return True
 
     def _is_throttled(self, service_id: ServiceId) -> bool:
-        """Whether all of a large service was decided a moment ago; it is queued for the end of its throttling."""
+        """Whether a large service was decided completely a moment ago.  If so, it is queued for later."""
         until = self._throttled_until.get(service_id)
         if until is None or self._due.is_partial(service_id):
             return False
@@ -270,9 +271,11 @@ class Orchestrator:
         del self._throttled_until[service_id]
         return False
 
-    async def _decided(self, service_id: ServiceId, catch_up: CatchUp) -> list[tuple[ServiceId, Change]]:
-        """The changes for one service; if the decision raises, the error is written to the service and the decision
-        retried."""
+    async def _decide(self, service_id: ServiceId, catch_up: CatchUp) -> list[tuple[ServiceId, Change]]:
+        """Return the changes for one service.
+
+        If the decision raises an error, the error is written to the service and the decision is retried.
+        """
         changes: list[Change] = []
         with self._failures.caught(service_id):
             for step in await self._steps(service_id, catch_up):
@@ -294,7 +297,7 @@ class Orchestrator:
         return [(service_id, change) for change in changes]
 
     async def _write_error(self, service_id: ServiceId, error: str | None) -> None:
-        """Write to the service why its decision or write failed, or clear that."""
+        """Write to the service why its decision or write failed, or clear that message."""
         service = self._term.view().lookup(Service, service_id)
         if error is not None and service is not None and not _has_error(service, error):
             await self._term.update(_set_error, service_id, error)
@@ -302,8 +305,8 @@ class Orchestrator:
             await self._term.update(_clear_error, service_id)
 
     async def _steps(self, service_id: ServiceId, catch_up: CatchUp) -> Sequence[Change | Recheck]:
-        """The decision about one service; empty if its inputs changed while it was made."""
-        # What the view shows and is not recorded would count as observed at the start of the term, long ago.
+        """Decide about one service.  Returns nothing if the inputs changed meanwhile."""
+        # An event in the view that is not recorded yet would count as observed at the start of the term, long ago.
         await catch_up()
         view = self._term.view()
         service = view.lookup(Service, service_id)
@@ -311,7 +314,7 @@ class Orchestrator:
             is_unreadable = service_id in view.unreadable(Service)
             return () if is_unreadable else retire_all(view.find(Task, service_id=service_id))
         if has_unreadable_run(view, service_id):
-            return ()  # all its tasks would be stopped as those of another run
+            return ()  # all its tasks would be stopped as tasks of another run
         some = self._due.begin(service)
         run = as_run(view, service)
         situation = self._situation(view, run, some[1] if some is not None else None)
@@ -323,7 +326,7 @@ class Orchestrator:
             self._throttle(service_id, len(situation.tasks))
             all_slots = deciding_all(situation)
             steps, settled = await result_in_slices(all_slots, self._clock, resumed=catch_up)
-        # Each change checks for tasks that changed meanwhile; a freeze or a new spec would affect all of them.
+        # Each change checks for tasks that changed meanwhile.  A freeze or a new spec would affect all of them.
         is_same = (
             self._term.view().lookup(Service, service_id) is service
             and situation.is_frozen == self._disruption.is_frozen
@@ -342,12 +345,12 @@ class Orchestrator:
         return [decided_for(run, step) for step in steps]
 
     def _throttle(self, service_id: ServiceId, tasks: int) -> None:
-        """Note when all of a service is decided again, at the earliest."""
+        """Set the earliest time at which the whole service is decided again."""
         if (rest := throttle_s(tasks)) > 0:
             self._throttled_until[service_id] = self._clock.monotonic() + rest
 
     def _situation(self, view: View, run: Service, due: Set[SlotKey] | None) -> Situation:
-        """The situation of a service, or, unless ``due`` is None, of these slots of it."""
+        """Return the situation of a service, limited to the ``due`` slots unless that is None."""
         if due is None:
             tasks = view.find(Task, service_id=run.id)
         else:
@@ -375,14 +378,17 @@ class Orchestrator:
         )
 
     def _nodes(self, ids: Sequence[str] | None) -> tuple[Node, ...]:
-        """The nodes with these ids that exist; all nodes if it is None."""
+        """Return the existing nodes with these ids, or all nodes if ``ids`` is None."""
         view = self._term.view()
         if ids is None:
             return tuple(view.find(Node))
         return tuple(node for id in ids if (node := view.lookup(Node, id)) is not None)
 
     def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
-        """Cached per node until it changes: the scheduler never assigns more than the node has."""
+        """Return the tasks that exceed the node's resources, cached until the node changes.
+
+        The scheduler never assigns more than the node has, so new tasks cannot change the result.
+        """
         if node_id not in self._overcommitted:
             view = self._term.view()
             node = view.lookup(Node, node_id)
@@ -391,7 +397,7 @@ class Orchestrator:
         return self._overcommitted[node_id]
 
     async def _commit(self, changes: list[tuple[ServiceId, Change]]) -> None:
-        """Write the changes, each a transaction of its own, in as few raft entries as possible."""
+        """Write each change in its own transaction, in as few raft entries as possible."""
         if not changes:
             return
         now = timestamp(self._clock.now_ns())
@@ -415,16 +421,16 @@ class Orchestrator:
 
 
 def throttle_s(tasks: int) -> float:
-    """Seconds until a service with so many tasks is decided again, at the earliest.
+    """Return the minimum seconds until a service with so many tasks is decided again.
 
-    A decision about thousands of tasks takes tens of milliseconds; what their nodes report meanwhile is handled in
-    one.
+    A decision about thousands of tasks takes tens of milliseconds.  One decision handles everything that their nodes
+    report meanwhile.
     """
     delay_s = tasks * THROTTLE_S_PER_TASK
     return min(delay_s, THROTTLE_S_MAX) if delay_s >= THROTTLE_S_MIN else 0.0
 
 
-def _is_another(before: Node, after: Node) -> bool:
+def _affects_tasks(before: Node, after: Node) -> bool:
     """Whether a change of a node's status can change a decision about its tasks."""
     is_same = before.status.addr == after.status.addr and is_unknown(before) == is_unknown(after)
     return not is_same or is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after)
@@ -435,11 +441,11 @@ def _is_global(service: Service) -> bool:
 
 
 def _is_relevant(old: Task, new: Task) -> bool:
-    """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot.
+    """Whether a change of a task can change a decision.  The agent's steps between ASSIGNED and RUNNING cannot.
 
-    The exceptions: a task that is refused an address or a node (its update may retire those that hold it), one that no
-    longer waits for another service (its progress deadline begins), one that is preempted, and one that is prepared
-    while its predecessor runs (the decision waits for it to be ready).
+    Exceptions are a task that is refused an address or a node (its update may retire the tasks that hold it), a task
+    that no longer waits for another service (its progress deadline starts), a preempted task, and a task that is
+    prepared while its predecessor runs (the decision waits until it is ready).
     """
     if old.desired_state != new.desired_state or (_is_refused(new) and not _is_refused(old)):
         return True
@@ -455,30 +461,30 @@ def _is_refused(task: Task) -> bool:
 
 
 def _has_error(service: Service | None, error: str = "") -> bool:
-    """Whether the service shows ``error``; without an argument, any error of an earlier decision."""
+    """Whether the service shows ``error``, or by default any error of an earlier decision."""
     status = service.update_status if service is not None else None
     return status is not None and status.message.startswith(f"{FAILED}: {error}")
 
 
 def _own_message(status: UpdateStatus) -> str:
-    """What the update itself says, as of a pause, whose cause is nowhere else."""
+    """Return the message of the update itself, such as a pause, whose cause is stored nowhere else."""
     if not status.message.startswith(FAILED):
         return status.message
-    return status.message.rpartition(BESIDE)[2] if BESIDE in status.message else ""
+    return status.message.rpartition(UPDATE_SEPARATOR)[2] if UPDATE_SEPARATOR in status.message else ""
 
 
 def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
-    """Write the error of a decision to the service, before what its update says."""
+    """Write the error of a decision to the service, before the update's own message."""
     service = tx.lookup(Service, service_id)
     if service is not None:
         status = service.update_status or UpdateStatus()
         own = _own_message(status)
-        message = f"{FAILED}: {error}" + (f"{BESIDE}{own}" if own else "")
+        message = f"{FAILED}: {error}" + (f"{UPDATE_SEPARATOR}{own}" if own else "")
         tx.put(replace(service, update_status=replace(status, message=message)))
 
 
 def _clear_error(tx: Transaction, service_id: ServiceId) -> None:
-    """Clear the error; what the update says stays."""
+    """Clear the error and keep the update's own message."""
     service = tx.lookup(Service, service_id)
     if service is not None and service.update_status is not None and _has_error(service):
         status = service.update_status

@@ -1,9 +1,9 @@
-"""When this leader first observed what; restart delays, windows and monitor times are measured with these only.
+"""Times at which this leader first observed events.  Restart delays, windows and monitor times use only these.
 
-Timestamps in the objects come from other machines' clocks and are for people.  What happened before the term began
-counts as observed at its start, so a new leader starts every delay again, for at most its full length.  That is right
-for delays only.  Where a number of events or a duration is judged, ``saw_created``, ``saw_end`` and ``saw_start``
-must be checked first, or every old restart would count as one of this moment.
+Timestamps in the objects come from other machines' clocks and are for people.  Events before the term count as observed
+at its start, so a new leader starts every delay again, for at most its full length.  That is right for delays only.
+Code that judges a number of events or a duration must first check ``saw_created``, ``saw_end`` and ``saw_start``, or
+every old restart would count as a restart of this moment.
 """
 
 from math import inf
@@ -17,23 +17,23 @@ from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 STABLE_S = 10.0
-"""A task that ran for so long before it ended is not part of a crash loop."""
+"""A task that ran for so many seconds before it ended is not part of a crash loop."""
 NEVER_RAN = "starting"
-"""The message of a task that failed before it ran, as one that never became healthy: its node keeps the last one.
+"""Message of a task that failed before it ran, such as a task that never became healthy: its node keeps the last one.
 
 Source: swarmkit, agent/exec/controller.go (Do).
 """
 
 
 class ObservedTimes:
-    """First observations of tasks' stages and of nodes going down, in seconds on the leader's monotonic clock."""
+    """First observations of task stages and of nodes going down, in seconds on the leader's monotonic clock."""
 
     def __init__(self, began: float) -> None:
-        """``began``: when the watch's snapshot was taken."""
+        """Start without observations.  ``began`` is the time of the watch's snapshot."""
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._waited: dict[TaskId, float] = {}
-        """When tasks ended to wait: for other services, or, prepared, for their start."""
+        """When tasks stopped waiting for other services or, once prepared, for their start."""
         self._running: dict[TaskId, float] = {}
         self._ran_at_start: set[TaskId] = set()
         """Tasks that were running when the term began."""
@@ -44,17 +44,17 @@ class ObservedTimes:
         self._resumed: dict[ServiceId, float] = {}
 
     def created(self, task: Task) -> float:
-        """When the task appeared."""
+        """Return when the task appeared."""
         return self._created.get(task.id, self._began)
 
     def could_start(self, task: Task) -> float | None:
-        """Since when nothing but the task itself keeps it from starting; None: it waits for another service."""
+        """Return since when the task can start, or None while it waits for another service."""
         if is_waiting(task):
             return None
         return self._waited.get(task.id, self.created(task))
 
     def running(self, task: Task) -> float | None:
-        """When the task was first observed running; None if this leader never observed it running."""
+        """Return when the task was first observed running, or None if this leader never saw it running."""
         if task.id in self._running:
             return self._running[task.id]
         return self._began if task.status.state is TaskState.RUNNING else None
@@ -64,27 +64,28 @@ class ObservedTimes:
         return task.id in self._created
 
     def saw_start(self, task: Task) -> bool:
-        """Whether ``running`` is the time it began to run, and not just the start of the term."""
+        """Whether ``running`` is the actual start of the task, not just the start of the term."""
         return task.id in self._running and task.id not in self._ran_at_start
 
     def saw_end(self, task: Task) -> bool:
-        """Whether it ended in this term."""
+        """Whether the task ended in this term."""
         return task.id in self._ended
 
     def retired(self, task: Task) -> float:
-        """When the task was first observed to be no longer wanted; only valid for such a task."""
+        """Return when the task was first observed to be retired.  Only valid for retired tasks."""
         return self._retired.get(task.id, self._began)
 
     def ended(self, task: Task) -> float | None:
-        """When the task was first observed to have ended; None while it has not."""
+        """Return when the task was first observed to have ended, or None while it has not."""
         if not task.status.state.is_terminal:
             return None
         return self._ended.get(task.id, self._began)
 
     def was_stable(self, task: Task, now: float) -> bool:
-        """Whether the task ran for ``STABLE_S``; by its own timestamps where only an earlier leader saw it start.
+        """Whether the task ran for ``STABLE_S``, by its own timestamps if only an earlier leader saw it start.
 
-        Those come from two machines' clocks; they only decide about a delay of seconds, once per change of leader.
+        Those timestamps come from two machines' clocks.  They only decide about a delay of seconds, once per change of
+        leader.
         """
         ran_at, until = self.running(task), self._ended.get(task.id, now)
         if ran_at is not None and until - ran_at >= STABLE_S:
@@ -97,19 +98,19 @@ class ObservedTimes:
         return unix_ns(task.status.timestamp) - unix_ns(task.created_at) - waited >= STABLE_S * SECOND_NS
 
     def down(self, node: Node) -> float:
-        """When the node was first observed down, since it was last up."""
+        """Return when the node was first observed down since it was last up."""
         return self._down.get(node.id, self._began)
 
     def back(self, node: Node) -> float:
-        """When the node was last no longer down; minus infinity: not in this term."""
+        """Return when the node last stopped being down, or minus infinity if not in this term."""
         return self._back.get(node.id, -inf)
 
     def resumed(self, id: ServiceId) -> float:
-        """When a user last resumed the service's update; minus infinity: not in this term."""
+        """Return when a user last resumed the service's update, or minus infinity if not in this term."""
         return self._resumed.get(id, -inf)
 
     def record(self, commit: Commit, now: float) -> None:
-        """Record what ``commit`` shows for the first time."""
+        """Record first observations in ``commit``."""
         for event in commit.events:
             match event:
                 case Created(Task() as task):
@@ -157,6 +158,6 @@ def _is_resumed(before: Service, after: Service) -> bool:
 
 
 def is_waiting(task: Task) -> bool:
-    """Whether the task waits for another service (``skep.depends-on``) that may still come."""
+    """Whether the task waits for another service (``skep.depends-on``) that may still become ready."""
     status = task.status
     return status.state <= TaskState.PENDING and is_wait(status.err)

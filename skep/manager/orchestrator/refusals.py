@@ -1,5 +1,4 @@
-"""Changes that the store did not write: each is retried with growing delays; the service's other changes are not
-delayed."""
+"""Changes that the store refused.  Each is retried with growing delays, apart from the service's other changes."""
 
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from skep.model.ids import ServiceId
 
 
 class Refusals:
-    """Changes in backoff, by service.  A change that is no longer decided is dropped."""
+    """Changes in backoff, by service.  A change that decisions no longer contain is dropped."""
 
     def __init__(self, failures: Failures, clock: Clock) -> None:
         self._failures = failures
@@ -19,7 +18,7 @@ class Refusals:
         self._refused: dict[ServiceId, set[str]] = {}
 
     def admitted(self, service_id: ServiceId, changes: Sequence[Change]) -> tuple[list[Change], float | None]:
-        """The service's ``changes`` that may be written now, and when the next of the others is due."""
+        """Return the ``changes`` that may be written now, and when the next of the others is due."""
         refused = self._refused.get(service_id)
         if refused is None:
             return list(changes), None
@@ -32,7 +31,7 @@ class Refusals:
         )
 
     def note(self, service_id: ServiceId, change: Change, result: object) -> float | None:
-        """Record the result of a change; gives when to decide again if it was not written."""
+        """Record the result of a change.  Returns when to decide again if it was not written."""
         key = key_of(change)
         if isinstance(result, SkepError):
             self._refused.setdefault(service_id, set()).add(key)
@@ -42,7 +41,7 @@ class Refusals:
         return None
 
     def error(self, service_id: ServiceId) -> str | None:
-        """The error to show on the service: why one of its changes was refused."""
+        """Return the error to show on the service: why one of its changes was refused."""
         for key in sorted(self._refused.get(service_id, ())):
             failure = self._failures.refusal(key, service_id)
             if failure is not None:
@@ -50,7 +49,7 @@ class Refusals:
         return None
 
     def forget(self, service_id: ServiceId) -> None:
-        """The service was deleted."""
+        """Forget a deleted service."""
         for key in self._refused.pop(service_id, ()):
             self._failures.clear_write_failure(key, service_id)
 

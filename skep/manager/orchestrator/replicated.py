@@ -16,13 +16,15 @@ from skep.model.task import Task, TaskState
 
 
 def reconcile(service: Service, tasks: Iterable[Task], seen: ObservedTimes | None = None) -> list[Change]:
-    """Changes that bring ``service`` to its desired number of slots.
+    """Return the changes that bring ``service`` to its desired number of slots.
 
-    Free slots are filled from the lowest number up.  Surplus slots are taken from the nodes that run most tasks of
-    the service, so the rest is spread evenly.  A slot whose last task ended and is not to be restarted stays taken.
-    Applying the result and deciding again gives ``[]``.
+    Fills free slots from the lowest number up.  Removes surplus slots from the nodes that run most tasks of the
+    service, so the remaining ones stay evenly spread.  A slot stays filled if its last task ended and the restart
+    policy allows no successor.  Idempotent: after the changes are applied, the next call returns ``[]``.
 
-    Raises: InvalidArgument: more replicas than allowed; the API rejects such a spec, so it was not written by it.
+    Raises:
+        InvalidArgument: The spec has more replicas than allowed.  The API rejects such a spec, so something else
+            wrote it.
 
     Source: swarmkit, manager/orchestrator/replicated/services.go.
     """
@@ -32,10 +34,10 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: ObservedTimes | Non
 def reconciling(
     service: Service, slots: Mapping[int, Slot], seen: ObservedTimes, converged: Collection[int] = ()
 ) -> SlicedWork[list[Change]]:
-    """``reconcile`` for tasks by slot, with pauses.
+    """Run ``reconcile`` on tasks grouped by slot, with pauses.
 
-    ``converged``: further slots, all of them filled.  Together with ``slots`` they are at most the number of
-    replicas.
+    Args:
+        converged: More slots, all of them filled.  Together with ``slots`` they are at most the number of replicas.
     """
     check_number(service.spec.replicas)
     filled: dict[int, Slot] = {}
@@ -55,7 +57,7 @@ def reconciling(
     else:
         kept -= set(in_eviction_order(filled)[missing:])
     yield
-    # The history of a slot is removed with it.
+    # A removed slot's history is removed too.
     changes += [
         RetireTask(task, TaskState.REMOVE)
         for number, slot in slots.items()
@@ -66,23 +68,23 @@ def reconciling(
 
 
 def check_number(tasks: int) -> None:
-    """Refuse to decide about more tasks than a service may have.  Raises: InvalidArgument."""
+    """Raise InvalidArgument if a service has more tasks than Skep can decide about."""
     if tasks > REPLICAS_MAX:
         raise InvalidArgument(f"a service can have at most {REPLICAS_MAX} tasks, not {tasks}")
 
 
 def retire_all(tasks: Iterable[Task]) -> list[Change]:
-    """Changes that end every task of a service that was removed."""
+    """Return the changes that end every task of a removed service."""
     return [RetireTask(task, TaskState.REMOVE) for task in tasks if task.desired_state < TaskState.REMOVE]
 
 
 def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
-    """Slot numbers, those to keep longest first.
+    """Return the slot numbers in the order of importance: the last ones are removed first.
 
-    Each slot counts as the n-th copy of the service on its node; higher copies are removed first, so that no node
-    keeps more than its share.  Among equals, slots that do not run are removed before those that do, then high
-    numbers before low ones (the first replica of a stateful service often is its master).  Slots without a node, or
-    in the middle of an update, are removed before all others.
+    Each slot counts as the n-th copy of the service on its node.  Higher copies are removed first, so that no node
+    keeps more than its share.  Among equals, slots that do not run are removed before running ones, then high
+    numbers before low ones, because the first replica of a stateful service often is its master.  Slots that have no
+    node, or are in the middle of an update, are removed before all others.
 
     Source: swarmkit, manager/orchestrator/replicated/slot.go.
     """
@@ -102,9 +104,9 @@ def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
 
 
 def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Whether the slot counts as filled: a task in it is wanted, or its last one ended for good.
+    """Whether the slot counts as filled: it has a wanted task, or its last task ended for good.
 
-    A rollback refills slots that ended for good, so that it always arrives at the state it returns to.
+    A rollback refills slots that ended for good, so that it always reaches the state before the update.
     """
     if wanted(slot) or has_unread_end(slot):
         return True

@@ -1,22 +1,22 @@
 """Restarts: whether an ended task gets a successor, and when the successor may start.
 
-A task that ended, or whose node is gone, down or drained, is *replaced*: it is retired, and a successor takes its
+A task that ended, or whose node is removed, down or drained, is *replaced*: it is retired, and a successor takes its
 slot with desired state READY.  The successor is assigned and prepared at once, so that preparing overlaps with the
-restart delay; it is started when the delay is over and nothing in the slot is still stopping.
+restart delay.  It starts when the delay is over and no task in the slot is still stopping.
 
-A task that could not even be prepared (REJECTED, for a missing image, say) is retried with growing delays, also
-without a delay in the policy: an attempt that can fail in a millisecond must not keep the leader busy.  The same
-holds for a task that ends soon after it started, again and again: without a delay, a crash loop would create tasks as
+A task that could not even be prepared (REJECTED, for example because its image is missing) is retried with growing
+delays, even if the policy sets none: an attempt that can fail in a millisecond must not keep the leader busy.  The
+same holds for a task that repeatedly ends soon after its start: without a delay, a crash loop would create tasks as
 fast as it can.
 
-A successor waits for its predecessor for as long as that may take to stop, and some more (``stop_seconds_max``);
-swarmkit waits a minute, whatever the stop grace period.
+A successor waits for its predecessor as long as that may take to stop, plus a margin (``stop_seconds_max``).  swarmkit
+waits a minute, whatever the stop grace period.
 
-Each successor carries the input of the next decision: its delay, and how many tasks before it failed in a row.  So
-neither the history limit nor a change of leader changes a delay.  The number of attempts of a slot is not stored: it
-is the number of tasks with the same version of the spec that replaced one that had ended by itself (the task history
-keeps as many as the policy needs).  A task that replaced a moved one is not an attempt: drains, preemptions, evictions
-and lost nodes are not failures of the task, and a service whose containers never fail is never given up.
+Each successor carries the input of the next decision: its delay, and how many tasks before it failed in a row.
+Therefore neither the history limit nor a change of leader changes a delay.  The number of attempts in a slot is not
+stored.  It is the number of tasks with the same spec version whose predecessor had ended by itself (the task history
+keeps as many as the policy needs).  The successor of a moved task is not an attempt: drains, preemptions, evictions
+and lost nodes are not failures of the task, and restarts of a service whose containers never fail never stop.
 
 Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
 """
@@ -48,22 +48,27 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_DELAY_S = 5.0
+"""Restart delay of a policy without one.  Docker documents the same default."""
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
-"""Minimal delay after the first, second, ... rejection in a row; the last value holds for all further ones."""
+"""Minimum delay after the first, second, ... rejection in a row.  The last value holds for all later rejections."""
 CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""The same for a task that ended soon after its start (``ObservedTimes.was_stable``).  A single crash costs nothing."""
+"""Minimum delays after tasks that ended soon after their start (``ObservedTimes.was_stable``).
+
+A single crash costs nothing."""
 DAMPED_BELOW_S = 1.0
-"""A delay set by the user is used as it is from this value on; a shorter one would be a tight loop, and is raised."""
+"""A user's restart delay is raised to the minimum delays if it is shorter, because it would be a tight loop."""
 STOP_MARGIN_S = 30.0
-"""Beyond the time that a task may take to stop: for the order to reach its node, which an etcd that restarts may delay
-by ten seconds, and for the report."""
+"""Seconds added to the time that a task may take to stop.
+
+They cover the stop order's way to the node, which a restarting etcd may delay by ten seconds, and the report."""
 SILENCES = 2
-"""But at least so many grace periods of heartbeats: a node that the order does not reach is down by then, also if the
-leader changes."""
+"""Minimum margin in heartbeat grace periods.
+
+A node that the stop order does not reach is down by then, even if the leader changes."""
 
 
 def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
-    """What to do about tasks of one slot that ended or lost their node."""
+    """Return the steps for the slot's tasks that ended or lost their node."""
     steps: list[Step] = []
     current = wanted(slot)
     for task in current:
@@ -80,8 +85,8 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
         ):
             steps.append(RetireTask(task, cause=cause))
         elif (starts_at := start_time(task, slot, situation)) > situation.now:
-            # It could not even be prepared: its own delay applies to the next attempt too, or a missing image would
-            # be requested in a tight loop.
+            # The task could not even be prepared.  Its own delay applies to the next attempt too: otherwise a
+            # missing image would be requested in a tight loop.
             steps.append(Recheck(starts_at))
         else:
             steps.append(ReplaceTask(task, _successor(task, slot, situation), cause))
@@ -89,10 +94,9 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
 
 
 def _is_superseded(task: Task, current: Slot, situation: Situation) -> bool:
-    """Whether another task of the slot, on a usable node, matches the service's present spec.
+    """Whether another task of the slot, on a usable node, matches the service's current spec.
 
-    An update can leave such a task: it is overtaken by another update, which is rolled back before the task could
-    run.
+    An update can leave such a task if another update replaces it and is rolled back before the task could run.
     """
     return any(
         other is not task
@@ -104,12 +108,12 @@ def _is_superseded(task: Task, current: Slot, situation: Situation) -> bool:
 
 
 def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
-    """Starts of prepared tasks that are due; when to decide again for the others."""
+    """Start the prepared tasks that are due, and recheck when the others are."""
     for task in wanted(slot):
         if task.desired_state is not TaskState.READY or task.status.state.is_terminal:
             continue
         if _waits_for_update(task, slot, situation):
-            continue  # the update retires its predecessor first
+            continue  # the update retires the task's predecessor first
         starts_at = start_time(task, slot, situation)
         if starts_at <= situation.now:
             yield StartTask(task)
@@ -120,11 +124,13 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
 def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: int = 0) -> bool:
     """Whether the restart policy allows a successor of ``task``, which ended or lost its node.
 
-    ``max_attempts``: the limit if the policy has none (``Situation.max_attempts``), whatever its window; 0: no limit.
+    With a window only restarts of this leader's term count, because the times of earlier ones are unknown.  Slots that
+    an earlier leader stopped restarting stay so.  A task that it retired because of its node has ``is_due`` set if its
+    slot is still to be filled.
 
-    With a window only restarts of this term count, because the times of earlier ones are not known; and what an
-    earlier leader has given up stays so.  A task that it retired for its node's sake says itself whether it was
-    (``is_due``).
+    Args:
+        max_attempts: The limit if the policy has none (``Situation.max_attempts``), whatever its window.  0 means
+            no limit.
     """
     policy = task.spec.restart_policy or RestartPolicy()
     match policy.condition or RestartCondition.ANY:
@@ -155,13 +161,13 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: in
 
 
 def attempts_of(slot: Slot, task: Task) -> list[Task]:
-    """Return what ``max_attempts`` counts: tasks of ``task``'s version that replaced one that had ended by itself."""
+    """Return the tasks that ``max_attempts`` counts: same version as ``task``, and the predecessor ended by itself."""
     made = [other for other in history(slot) if other.spec_version == task.spec_version]
     return [successor for predecessor, successor in pairwise(made) if predecessor.ended_by_itself]
 
 
 def delay_s(task: Task) -> float:
-    """The restart delay of ``task``'s policy."""
+    """Return the restart delay of the task's policy, in seconds."""
     policy = task.spec.restart_policy
     if policy is None or policy.delay is None:
         return DEFAULT_DELAY_S
@@ -169,9 +175,9 @@ def delay_s(task: Task) -> float:
 
 
 def start_time(task: Task, slot: Slot, situation: Situation) -> float:
-    """When a task with desired state READY may start, on the clock of ``situation.seen``.
+    """Return when a task with desired state READY may start, on the clock of ``situation.seen``.
 
-    Any time up to now means: at once.  A later time can move forward when something changes meanwhile.
+    A time that has passed means at once.  A later time can become earlier when something changes.
     """
     if task.desired_state is not TaskState.READY:
         return situation.now
@@ -181,9 +187,9 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
 
 
 def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
-    """``fill``, which a rollback makes where a slot was given up: what is left of the restart delay holds.
+    """Return ``fill`` with the rest of the restart delay, for a rollback that fills a slot whose restarts had ended.
 
-    SwarmKit creates such a task without a delay, again and again if it fails at once.
+    SwarmKit creates such a task without a delay, repeatedly if it fails at once.
     """
     past = history(slot)
     if not past or not past[-1].ended_by_itself or should_restart(past[-1], slot, situation.seen):
@@ -197,14 +203,14 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
-    """The task that takes over the slot; started at once if there is nothing to wait for."""
+    """Return the task that takes over the slot.  It starts at once unless it has to wait."""
     is_same = task.spec == situation.service.spec.task_template
     failures = failures_in_a_row(task, situation) if is_same else 0
     delay = _successor_delay_s(task, failures) if is_same and _is_delayed(task, situation) else 0.0
     starts_now = (
         delay == 0 and not _still_stopping(slot, situation) and not _waits_for_update(task, slot, situation)
     )
-    starts_now = starts_now and (task.status.state.is_terminal or _is_gone(task, situation))
+    starts_now = starts_now and (task.status.state.is_terminal or _counts_as_stopped(task, situation))
     return FillSlot(
         situation.service,
         task.slot,
@@ -215,13 +221,13 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     )
 
 
-def _is_gone(task: Task, situation: Situation) -> bool:
-    """Whether ``task`` counts as stopped, as its node is lost."""
+def _counts_as_stopped(task: Task, situation: Situation) -> bool:
+    """Whether ``task`` counts as stopped because its node is lost."""
     return is_lost(situation.node_of(task)) and situation.node_stops_at(task) <= situation.now
 
 
 def _successor_delay_s(last: Task, failures: int) -> float:
-    """Seconds between the end of ``last`` and the start of its successor: the user's setting, or the minimal delay."""
+    """Return the seconds from the end of ``last`` to its successor's start: the user's delay or the minimum delay."""
     wanted_s = delay_s(last)
     if _is_set(last) and wanted_s >= DAMPED_BELOW_S:
         return wanted_s
@@ -234,9 +240,9 @@ def _is_set(task: Task) -> bool:
 
 
 def failures_in_a_row(last: Task, situation: Situation) -> int:
-    """How many tasks of the slot up to ``last`` were rejected, or ended by themselves soon after they started.
+    """Count the tasks of the slot up to ``last`` that were rejected or ended by themselves soon after their start.
 
-    A task that was stopped, or lost its node, does not count and does not end the row.
+    A task that was stopped or lost its node does not count, and does not end the series.
     """
     before = last.restart.failures if last.restart is not None else 0
     if last.ended_by_itself and last.status.state is TaskState.REJECTED:
@@ -247,14 +253,14 @@ def failures_in_a_row(last: Task, situation: Situation) -> int:
 
 
 def _nth(delays_s: tuple[float, ...], index: int) -> float:
-    """The delay at ``index``; the last one for larger indexes."""
+    """Return the delay at ``index``, or the last one for larger indexes."""
     return delays_s[min(max(index, 0), len(delays_s) - 1)]
 
 
 def _is_delayed(predecessor: Task, situation: Situation) -> bool:
-    """Whether the restart delay applies to the successor of ``predecessor``, if the spec is the same.
+    """Whether the restart delay applies to the successor of ``predecessor`` if the spec is the same.
 
-    Not if it was stopped on purpose or its node is drained, even if it failed there.
+    It does not if the predecessor was stopped on purpose or its node is drained, even if it failed there.
     """
     node = situation.node_of(predecessor)
     if node is not None and node.spec.availability is Availability.DRAIN:
@@ -265,25 +271,25 @@ def _is_delayed(predecessor: Task, situation: Situation) -> bool:
 
 
 def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Whether ``start_steps`` starts the task, once its delay is over and what it replaces has stopped."""
+    """Whether ``start_steps`` will start the task once its delay is over and its predecessor has stopped."""
     return task.desired_state is TaskState.READY and not _waits_for_update(task, slot, situation)
 
 
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Whether ``task`` is only prepared while an older one is to run on: a stop-first update."""
+    """Whether ``task`` is only prepared while an older one still serves, as in a stop-first update."""
     is_first = wanted(slot)[:1] in ((), (task,))
     return not is_first and situation.rollout_config.order is not UpdateOrder.START_FIRST
 
 
 def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
-    """Tasks of the slot that are still stopping, on nodes that will report it, or stop them by themselves."""
-    return [task for task in slot if is_stopping(task) and not _is_gone(task, situation)]
+    """Return the slot's stopping tasks on nodes that will report the stop or stop the tasks by themselves."""
+    return [task for task in slot if is_stopping(task) and not _counts_as_stopped(task, situation)]
 
 
 def stopped_at(task: Task, situation: Situation) -> float:
-    """When a task that is stopping, or is to be retired now, counts as stopped, whatever its node reports.
+    """Return when a task that is stopping, or that is retired now, counts as stopped, whatever its node reports.
 
-    A node that was down hears that the task is to stop when it is back.
+    A node that was down learns of the stop when it reconnects.
     """
     node = situation.node_of(task)
     if node is None or is_lost(node):
@@ -294,11 +300,12 @@ def stopped_at(task: Task, situation: Situation) -> float:
 
 
 def stop_seconds_max(task: Task, labels: Mapping[str, str], silence_s: float = 0.0) -> float:
-    """How long a task of a service with ``labels`` may take to stop, with a margin.
+    """Return how long a task of a service with ``labels`` may take to stop, with a margin.
 
-    It drains twice, until no new connections arrive and until its last ones have ended; then its grace period begins.
+    The task drains twice: until no new connections arrive, and until its last connections have ended.  Then its stop
+    grace period begins.
 
     Args:
-        silence_s: after which a node is down.
+        silence_s: Seconds without a heartbeat after which a node is down.
     """
     return 2 * drain_s(labels) + task.spec.stop_grace_s + max(STOP_MARGIN_S, SILENCES * silence_s)

@@ -1,4 +1,4 @@
-"""The inputs of a decision about one service."""
+"""Inputs of a decision about one service."""
 
 from collections.abc import Callable
 from math import inf
@@ -23,52 +23,52 @@ _DEFAULTS = UpdateConfig(parallelism=1)
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
-    """A service, its tasks, the nodes, and when this leader observed what."""
+    """A service, its tasks and nodes, and the times at which this leader observed events."""
 
     service: Service
     tasks: tuple[Task, ...]
     nodes: Callable[[], tuple[Node, ...]]
-    """Every node of the cluster, in order of id (only global services ask for it)."""
+    """All nodes of the cluster, in order of id.  Only global services need them."""
     node: Callable[[NodeId], Node | None]
     spec_of: Callable[[Task], ServiceSpec | None]
-    """The service's spec that a task was made from; None when it is no longer kept."""
+    """Returns the service spec that a task was made from, or None if the store has deleted it."""
     is_unknown: Callable[[Task], bool]
-    """Whether the spec that a task was made from is kept and cannot be read."""
+    """Whether the spec that a task was made from is kept but unreadable."""
     has_unknown_status: Callable[[Task], bool]
-    """Whether the status of a task cannot be read: the task may have come further than it shows."""
+    """Whether a task's status is unreadable: the task may have come further than it shows."""
     overcommitted: Callable[[NodeId], frozenset[TaskId]]
-    """Tasks of a node that exceed its resources."""
+    """Tasks that exceed a node's resources."""
     seen: ObservedTimes
     now: float
     """Seconds on the clock of ``seen``."""
     now_ns: int = 0
-    """Nanoseconds since 1970 by the leader's clock, for due times and their deadlines only."""
+    """Nanoseconds since 1970 by the leader's clock.  Only for due times and their deadlines."""
     is_drained: Callable[[str], bool] = lambda _: False
-    """Whether the cluster volume with this id is to have no tasks."""
+    """Whether the cluster volume with this id is drained."""
     volume: Callable[[VolumeId], Volume | None] = lambda _: None
     is_frozen: bool = False
     """Whether tasks of down nodes keep their slots (``disruption_mode``)."""
     replaces_from: float = -inf
-    """Tasks of down nodes keep their slots until then: a disruption may be beginning, or has just ended."""
+    """Tasks of down nodes keep their slots until then, because a disruption may be beginning or has just ended."""
     silence_s: float = 0.0
-    """How long a node may send no heartbeats until it is down."""
+    """Seconds without a heartbeat after which a node is down."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
-    """Cache of ``is_sound``; its owner removes nodes that change."""
+    """Cache of ``is_sound``.  The owner removes nodes that change."""
 
     @property
     def rollout_config(self) -> UpdateConfig:
-        """Settings of the present or next update; those of a rollback during one."""
+        """Settings of the current or next update, or of the rollback during one."""
         status, spec = self.service.update_status, self.service.spec
         is_rollback = status is not None and status.state in ROLLBACKS
         return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
 
     @property
     def max_attempts(self) -> int:
-        """The limit of restarts of a scheduled job whose restart policy has none; 0: there is none."""
+        """Restart limit of a scheduled job whose restart policy has none.  0 means no limit."""
         return max_attempts_of(self.service.spec.labels)
 
     def is_tolerated(self, task: Task) -> bool:
-        """Whether the task had ended when a user resumed the update: it fails no update any more."""
+        """Whether the task had ended when a user resumed the update, so that it no longer fails the update."""
         status = self.service.update_status
         until = status.tolerated_until if status is not None else None
         ended_at = self.seen.ended(task)
@@ -77,11 +77,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return not self.seen.saw_end(task) or ended_at <= self.seen.resumed(self.service.id)
 
     def node_of(self, task: Task) -> Node | None:
-        """The task's node; None: it has none, or the node was removed."""
+        """Return the task's node, or None if the task has none or the node was removed."""
         return self.node(task.node_id) if task.node_id else None
 
     def is_misplaced(self, task: Task) -> bool:
-        """Whether the task is on a node that it must leave: for the node's sake, or for a task of higher priority."""
+        """Whether the task must leave its node: because of the node, or for a task of higher priority."""
         if not task.node_id:
             return False
         node = self.node(task.node_id)
@@ -96,7 +96,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
 
     def is_sound(self, node_id: NodeId) -> bool:
-        """Whether no task has to leave the node, except by its own constraints."""
+        """Whether no task has to leave the node, except because of its own constraints."""
         sound = self.sound_nodes.get(node_id)
         if sound is None:
             node = self.node(node_id)
@@ -105,7 +105,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return sound
 
     def leaves_at(self, task: Task) -> float:
-        """When a task whose node is down is to be replaced; infinity: not for now, or its node is not down."""
+        """Return when a task whose node is down will be replaced.
+
+        Infinity means that it is not replaced for now, or that its node is not down.
+        """
         node = self.node_of(task)
         if node is None or not _is_down_only(node) or self.is_frozen:
             return inf
@@ -113,10 +116,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return max(replaced_at(policy, task, self.seen.down(node)), self.replaces_from)
 
     def node_stops_at(self, task: Task) -> float:
-        """When a node that is down has certainly stopped the task by itself; -infinity: it is not asked to.
+        """Return when a down node has certainly stopped the task by itself, or -infinity if its policy is another.
 
-        It knows of no drain, no disruption and no update that began since, nor of new labels: infinity, if it may not
-        know that it is asked to.
+        The node does not know of a drain, a disruption, an update or new labels since it lost its connection.  The
+        time is infinity if the node may not know that it should stop the task.
         """
         node = self.node_of(task)
         if node is None or node.status.state is not NodeState.DOWN:
@@ -125,11 +128,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return replaced_at(policy, task, self.seen.down(node)) if policy.action is OnDisconnect.STOP else -inf
 
     def keeps_slot(self, task: Task) -> bool:
-        """Whether the task keeps its slot though its node is down."""
+        """Whether the task keeps its slot although its node is down."""
         node = self.node_of(task)
         return node is not None and _is_down_only(node) and not self.is_misplaced(task)
 
 
 def _is_down_only(node: Node) -> bool:
-    """Whether a node is down, and not drained."""
+    """Whether a node is down and not drained."""
     return node.status.state is NodeState.DOWN and node.spec.availability is not Availability.DRAIN

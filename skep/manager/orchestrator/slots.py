@@ -1,8 +1,7 @@
 """Slots of a service: each is filled by one task after another.
 
-A replicated service has numbered slots, a global one has a slot per node.  A slot's tasks are its history: the
-retired and ended ones, and at most one that is wanted (two for a short time while an update starts the new one
-first).
+A replicated service has numbered slots, a global one has a slot per node.  A slot holds its retired and ended tasks
+(its history) and at most one wanted task.  A start-first update has two wanted tasks for a short time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,19 +14,19 @@ from skep.model.task import Task, TaskState
 from skep.store.schema import UNREAD_STATUS
 
 PAUSE = 1000
-"""Tasks sorted between two pauses; a few tenths of a microsecond each."""
+"""Tasks sorted between two pauses.  Sorting takes a few tenths of a microsecond for each."""
 
 Slot: TypeAlias = tuple[Task, ...]
 """The tasks of one slot, oldest first."""
 
 
 def group_by_slot(tasks: Iterable[Task]) -> dict[int, Slot]:
-    """Tasks by slot number, in order of number."""
+    """Group tasks by slot number, in ascending order."""
     return run_at_once(grouping_by_slot(tasks))
 
 
 def grouping_by_slot(tasks: Iterable[Task]) -> SlicedWork[dict[int, Slot]]:
-    """``group_by_slot`` with pauses."""
+    """Run ``group_by_slot`` with pauses."""
     slots: dict[int, list[Task]] = {}
     for number, task in enumerate(tasks):
         slots.setdefault(task.slot, []).append(task)
@@ -42,7 +41,7 @@ def grouping_by_slot(tasks: Iterable[Task]) -> SlicedWork[dict[int, Slot]]:
 
 
 def group_by_node(tasks: Iterable[Task]) -> dict[NodeId, Slot]:
-    """Tasks of a global service by node, in order of node id."""
+    """Group the tasks of a global service by node, in order of node id."""
     slots: dict[NodeId, list[Task]] = {}
     for task in tasks:
         slots.setdefault(task.node_id, []).append(task)
@@ -54,26 +53,29 @@ def _by_age(tasks: list[Task]) -> Slot:
 
 
 def age(task: Task) -> tuple[str, str]:
-    """Sorts tasks by creation, oldest first.  RFC 3339 compares as text once the trailing Z is gone."""
+    """Return a sort key that orders tasks by creation, oldest first.
+
+    RFC 3339 timestamps compare as text without the trailing Z.
+    """
     return task.created_at.rstrip("Z"), task.id
 
 
 def wanted(slot: Slot) -> Slot:
-    """The tasks of a slot that are meant to run."""
+    """Return the slot's tasks that are meant to run."""
     if len(slot) == 1:  # most slots; called in every decision
         return slot if slot[0].is_wanted else ()
     return tuple([task for task in slot if task.is_wanted])  # a list costs less than a generator
 
 
 def history(slot: Slot) -> Slot:
-    """The tasks of a slot without those that are being removed, which count for nothing."""
+    """Return the slot's tasks, except for the ones being removed."""
     if len(slot) == 1 and slot[0].is_wanted:
         return slot
     return tuple([task for task in slot if task.desired_state < TaskState.REMOVE])
 
 
 def is_assigned(task: Task) -> bool:
-    """Whether the task is assigned to a node, and its agent has not reported its end."""
+    """Whether the task is assigned to a node and its agent has not reported its end."""
     return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
@@ -83,13 +85,13 @@ def is_stopping(task: Task) -> bool:
 
 
 class DoneSlots:
-    """Slots of one-shot services whose youngest task is done (``Task.is_done``), from the tasks one by one."""
+    """Finds the slots of one-shot services whose youngest task is done (``Task.is_done``)."""
 
     def __init__(self) -> None:
         self._youngest: dict[tuple[ServiceId, int | NodeId], Task] = {}
 
     def add(self, task: Task) -> None:
-        """Count ``task`` of a service whose tasks end on success; not one of a slot that is being removed."""
+        """Add a task of a service whose tasks end on success.  Tasks that are being removed are ignored."""
         if task.desired_state < TaskState.REMOVE:
             key = task.service_id, task.slot or task.node_id
             before = self._youngest.get(key)
@@ -97,30 +99,30 @@ class DoneSlots:
                 self._youngest[key] = task
 
     def done(self) -> Iterator[tuple[ServiceId, int | NodeId]]:
-        """Service and slot number (of a global service: node) of each slot that is done."""
+        """Iterate over the slots that are done: service, and slot number (or node of a global service)."""
         return (key for key, task in self._youngest.items() if task.is_done)
 
 
 def has_reported_end(task: Task) -> bool:
-    """Whether its node reported that the task ended.
+    """Whether the node reported that the task ended.
 
-    A manager writes that a task is orphaned, once its node was removed; what became of it is not known.
+    A manager marks a task as orphaned when its node is removed.  Nobody knows whether such a task has ended.
     """
     return task.status.state.is_terminal and task.status.state is not TaskState.ORPHANED
 
 
 def has_unread_end(slot: Slot) -> bool:
-    """Whether the status of a past task of the slot cannot be read, so that it may have ended for good."""
+    """Whether a past task of the slot has an unreadable status, so that it may have ended for good."""
     return any(task.status == UNREAD_STATUS for task in slot if task.desired_state < TaskState.REMOVE)
 
 
 def first_state(slot: Slot) -> TaskState:
-    """Desired state of a new task: in a slot where a task is still stopping, the new one waits (READY)."""
+    """Return the desired state of a new task: READY (it waits) while a task of the slot is stopping."""
     return TaskState.READY if any(map(is_stopping, slot)) else TaskState.RUNNING
 
 
 def is_unusable(node: Node | None) -> bool:
-    """Whether tasks must leave this node: it is gone, down or drained.
+    """Whether tasks must leave this node because it is removed, down or drained.
 
     Source: swarmkit, manager/orchestrator/task.go (InvalidNode).
     """
@@ -128,9 +130,9 @@ def is_unusable(node: Node | None) -> bool:
 
 
 def is_unknown(node: Node) -> bool:
-    """Whether what the node is like is not known: it has not registered yet, or that cannot be read.
+    """Whether the node's description is unknown: it has not registered yet, or the store's value is unreadable.
 
-    Whether it meets constraints, or has room, cannot be judged: it gets no tasks for now, and keeps those it has.
+    Constraints and resources cannot be checked.  The node keeps its tasks and receives no new ones for now.
     """
     return node.status.state is NodeState.UNKNOWN
 

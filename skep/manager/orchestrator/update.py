@@ -1,39 +1,42 @@
-"""Rolling updates: tasks of an old spec are replaced by tasks of the present one, a few slots at a time.
+"""Rolling updates: replace tasks of an old spec by tasks of the current one, a few slots at a time.
 
 An update has no state of its own: its progress is read from the slots.
 
 * A slot is *outdated* if a wanted task in it (or its last task, which ended for good) was made from a spec that
-  differs in what a task is (``dirty``).
-* An updated slot has a *lead*: the first task of the present version, unless it was stopped before it ran, as its
+  requires another task (``dirty``).
+* An updated slot has a *lead*: the first task of the current version, unless it was stopped before it ran because its
   node was lost or drained.  The lead is *settled* once it was observed running or ended.  Until then, and for the
-  update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that the
-  update has not started with: an update that this one overtook may have left it so.
-* A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
-  the progress deadline (a label of the service).  A lead that is done is not: it ended with exit code 0, and its
-  restart policy does not start it again (decision 155).  The deadline does not run while the lead is only held until
-  the tasks before it have stopped, which is bounded by itself; it begins again when the lead is started.  More failures
-  than the ratio allows pause the update, roll it back, or are ignored; the update's message names the last one and its
-  cause.
-* A user may pause an update, and resume one (``manager/control/updates.py``).  Tasks that had ended before a resume
-  fail no update.  One without progress holds up no other slot any more, and has the deadline once again: until then
-  the update is not complete.
-* The update is complete when every slot was started with and the monitor time has passed since the last lead settled.
-  An old task may then still run beside the attempts at a new one.
+  update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that this
+  update has not started with: an earlier update, which this one replaced, may have left it so.
+* A lead fails if it ends within the monitor time, or does not settle within the progress deadline (a label of the
+  service).  A lead that is done does not fail: it ended with exit code 0, and its restart policy does not start it
+  again (decision 155).  The deadline does not run while the lead waits for earlier tasks to stop, which takes a bounded
+  time, and restarts when the lead is started.  More failures than the ratio allows pause the update, roll it back, or
+  are ignored.  The update's message names the last failure and its cause.
+* A user may pause and resume an update (``manager/control/updates.py``).  Tasks that had ended before a resume do not
+  fail the update.  A lead without progress no longer holds up other slots, and its deadline starts once more: the
+  update is not complete until then.
+* The update is complete when it has started with every slot and the monitor time has passed since the last lead
+  settled.  An old task may then still run next to the attempts at a new one.
 
 A running task is only retired once its successor is ready.  With stop-first the new task is assigned and prepared
-first (desired READY), then the old one is retired, and the new one is started when that has stopped; with start-first
-the old task is retired when the new one runs, or before it if no node can have both (a host port, a replica per node).
-In both cases a new task that does not get so far is retried by the
-restart policy while the old one runs on.  The old task is retired for one that cannot be assigned only if it holds
-what the new one needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume;
-and not if its node does not meet the constraints of the new one, so that a wrong constraint stops nothing.
-An old task that does not run is retired at once.
+first (desired READY).  Then the old one is retired, and the new one starts when the old one has stopped.  With
+start-first the old task is retired when the new one runs, or before it if no node can run both (a host port, a replica
+per node).  In both cases the restart policy retries a new task that does not get so far, while the old one keeps
+running.  If the new task cannot be assigned, the old one is retired only if it holds something that the new one needs
+(``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume.  The old task also stays
+if its node does not meet the new task's constraints, so that a wrong constraint stops nothing.  An old task that does
+not run is retired at once.
 
-Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
-pulled leaves nothing running; a one-shot task that ends with exit code 0 pauses its updates; nothing waits for the
-update delay after the last slot; a lead that we stop ourselves (a drained node, a scale down) is no failure; failures
-of tasks that a scale-up adds to the update count; a task without progress ends an update after the progress deadline,
-where swarmkit waits for ever.
+Differences from swarmkit:
+
+* swarmkit retires the old task of a stop-first update at once, so that an image that cannot be pulled leaves nothing
+  running.
+* In swarmkit a one-shot task that ends with exit code 0 pauses its service's updates.
+* Skep does not wait for the update delay after the last slot.
+* A lead that Skep itself stops (a drained node, a scale down) does not count as a failure.
+* Failures of tasks that a scale up adds to the update count.
+* A task without progress ends an update after the progress deadline.  swarmkit waits forever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
@@ -85,31 +88,32 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
+"""Monitor time of an update config without one.  Docker documents the same default."""
 
 
 class _SlotView(msgspec.Struct, frozen=True):
-    """One slot as the update sees it."""
+    """A slot from the update's point of view."""
 
     slot: Slot
     current: Slot
-    """Wanted tasks made from the present spec."""
+    """Wanted tasks made from the current spec."""
     outdated: Slot
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     serving: Slot
-    """Those of them that run, or may run, as their status cannot be read."""
+    """Outdated tasks that run, or that may run because their status is unreadable."""
     lead: Task | None
-    """The attempt of the present version that counts as success or failure (``_leads``)."""
+    """The attempt of the current version that counts as success or failure (``_leads``)."""
     first: Task | None
-    """The lead, or an earlier attempt whose run a new leader has not observed: only ``_Rollout._settled_at`` asks."""
+    """The lead, or an earlier attempt whose run a new leader has not observed.  For ``_Rollout._settled_at`` only."""
     started: Task | None
-    """The task the slot was started with: its lead, or one of an earlier version with the same task spec
+    """The task that the update started the slot with: the lead, or a task of an earlier version with the same task spec
     (``_started``)."""
     held: Slot
-    """Wanted tasks that wait for their time to start (``is_held``)."""
+    """Wanted tasks that wait for their start time (``is_held``)."""
 
     @property
     def serves(self) -> bool:
-        """Whether a task of the slot runs, or may run, and is wanted."""
+        """Whether a wanted task of the slot runs or may run."""
         return bool(self.serving) or any(map(_serves, self.current))
 
     @property
@@ -119,22 +123,22 @@ class _SlotView(msgspec.Struct, frozen=True):
 
 
 def step_seconds_max(spec: ServiceSpec) -> float:
-    """How long a step may make no progress before the update fails.
+    """Return how many seconds a step may make no progress before the update fails.
 
-    The stop grace period is added, because the new task may have to wait for tasks of other slots to stop.
+    The stop grace period is added because the new task may have to wait for tasks of other slots to stop.
     """
     return progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
 
 
 def monitor_s(config: UpdateConfig) -> float:
-    """How long a lead is monitored."""
+    """Return how many seconds a lead is monitored."""
     return config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
 
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list[Step]]:
-    """The next steps of the update of a service's ``slots`` (those that stay), if there is anything to update.
+    """Return the next steps of the service's update, given the ``slots`` that stay.
 
-    Deciding again after the steps were applied gives ``[]`` or a ``Recheck`` until something else happens.
+    After the steps are applied, the next call returns ``[]`` or a ``Recheck`` until something else happens.
     """
     service = situation.service
     views: list[_SlotView] = []
@@ -166,20 +170,20 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
 
 
 class _Rollout:
-    """The progress of the update to one version, and its settings."""
+    """Progress and settings of the update to one version."""
 
     def __init__(self, service: Service, views: list[_SlotView], situation: Situation) -> None:
         self._service = service
         self._views = views
         self._started = [view.started for view in views if view.started is not None]
         self._settled: dict[TaskId, float | None] = {}
-        """When the slot of each of these settled; see ``observe``."""
+        """When each started task's slot settled.  Filled by ``observe``."""
         self._failed: list[Task] = []
         """Failed leads."""
         self._due: list[float] = []
-        """Deadlines that have not passed of tasks that have neither run nor ended."""
+        """Future deadlines of tasks that have neither run nor ended."""
         self._stopped = 0
-        """Slots without a running task whose new one is not settled."""
+        """Slots without a running task whose new task is not settled."""
         self._held = {task.id for view in views for task in view.held}
         self._seen = situation.seen
         self._now = situation.now
@@ -196,7 +200,7 @@ class _Rollout:
         self._deadline_s = step_seconds_max(spec)
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
-        """Retire what a current task of the same slot replaces."""
+        """Retire the outdated tasks that a current task of the same slot replaces."""
         if not view.current:
             if view.lead is not None and view.lead.is_done:
                 yield from _retired(view.outdated)
@@ -212,12 +216,15 @@ class _Rollout:
             yield from (RetireTask(task) for task in view.current if task is not best)
 
     def _progress(self, task: Task) -> tuple[bool, bool, int]:
-        """For comparison.  A task whose status cannot be read may run: only one that runs is certain to be further."""
+        """Return a sort key for how far a task has come.
+
+        A task with an unreadable status may run.  Only a task that is known to run ranks above it.
+        """
         is_begun = task.status.state >= TaskState.ASSIGNED and self._has_unknown_status(task)
         return task.status.state is TaskState.RUNNING, is_begun, task.status.state.number
 
     def count_stopped(self) -> SlicedWork[None]:
-        """Count the slots that are out of service because of the update; ``finish`` stops no more than may be."""
+        """Count the slots that the update took out of service, so that ``finish`` can limit them."""
         for number, view in enumerate(self._views):
             if view.started is not None and not view.serves and self._settled_at(view) is None:
                 self._stopped += 1
@@ -225,23 +232,23 @@ class _Rollout:
                 yield
 
     def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
-        """Start with as many further slots as ``parallelism`` allows; recheck when a delay ends.
+        """Start with as many more slots as ``parallelism`` allows, and recheck when a delay ends.
 
-        Slots without a running task come first, and one with a running task is only started with if ``parallelism``
-        leaves room for all of the idle ones as well: an earlier update may have stopped those, and with as many more
-        stopped the service could be left without any.  Beyond ``parallelism``, an idle slot is started with where its
-        task holds what a new one was refused: the new one would wait for that for ever.  For the same reason a slot
-        that waits gives up attempts of versions that this update overtook, beside its task that runs.
+        Slots without a running task come first.  A slot with a running task is only started with if ``parallelism``
+        has capacity for all idle slots too: an earlier update may have stopped those, and with as many more stopped
+        the service could have no running task left.  An idle slot is started with beyond ``parallelism`` if its task
+        holds something that a new task was refused, since the new task would otherwise wait forever.  For the same
+        reason a waiting slot keeps its running task, and retires attempts at the versions that this update replaced.
         """
-        busy, room_at = 0, []
+        busy, allowed_at = 0, []
         for task in self._started:
             settled_at = self._settled[task.id]
             if settled_at is None:
                 busy += 1
             elif settled_at + self._delay_s > self._now:
                 busy += 1
-                room_at.append(settled_at + self._delay_s)
-        room = (self._config.parallelism or len(waiting)) - busy
+                allowed_at.append(settled_at + self._delay_s)
+        allowed = (self._config.parallelism or len(waiting)) - busy
         yield
         idle: list[_SlotView] = []
         serving: list[_SlotView] = []
@@ -250,21 +257,21 @@ class _Rollout:
             if number % STEP == 0:
                 yield
         steps: list[Step] = []
-        room = max(room, 0)
-        for number, view in enumerate([*idle, *serving][:room] + self._holders(idle[room:])):
+        allowed = max(allowed, 0)
+        for number, view in enumerate([*idle, *serving][:allowed] + self._holders(idle[allowed:])):
             steps += self._replace(view)
             if number % STEP == 0:
                 yield
-        for number, view in enumerate(serving[max(room - len(idle), 0) :]):
+        for number, view in enumerate(serving[max(allowed - len(idle), 0) :]):
             steps += _retired(task for task in view.outdated if task not in view.serving)
             if number % STEP == 0:
                 yield
-        if len(waiting) > room and room_at:
-            steps.append(Recheck(min(room_at)))
+        if len(waiting) > allowed and allowed_at:
+            steps.append(Recheck(min(allowed_at)))
         return [*steps, *self._recheck_progress()]
 
     def _holders(self, idle: list[_SlotView]) -> list[_SlotView]:
-        """Of slots without a running task as many as new tasks were refused something that those hold."""
+        """Return at most as many idle slots as new tasks were refused something that those slots hold."""
         refused = [task for task in self._started if self._settled[task.id] is None and task.status.err]
         kinds = {task.status.state: task for task in refused}.values()
         holders = (
@@ -275,7 +282,7 @@ class _Rollout:
         return list(islice(holders, len(refused)))
 
     def observe(self) -> SlicedWork[None]:
-        """Find out which leads are settled and which have failed; the other methods rely on it."""
+        """Find out which leads have settled and which have failed.  The other methods rely on it."""
         for number, view in enumerate(self._views):
             if view.started is not None:
                 self._settled[view.started.id] = self._settled_at(view)
@@ -287,7 +294,7 @@ class _Rollout:
                 yield
 
     def failure_step(self) -> Step | None:
-        """The step that too many failures lead to; None: not too many."""
+        """Return the step that too many failures lead to, or None if the update may continue."""
         action = self._config.failure_action or UpdateFailureAction.PAUSE
         if action is UpdateFailureAction.CONTINUE:
             return None
@@ -299,7 +306,7 @@ class _Rollout:
         newest = max(self._failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
         reason = self._reason(newest)
         if self._is_rollback:
-            # Never roll back a rollback.
+            # A rollback is never rolled back.
             return SetUpdateStatus(self._service, UpdateState.ROLLBACK_PAUSED, f"rollback paused {reason}")
         if action is UpdateFailureAction.PAUSE:
             return SetUpdateStatus(self._service, UpdateState.PAUSED, f"update paused {reason}")
@@ -309,7 +316,7 @@ class _Rollout:
         return RollBack(self._service, f"{ROLLED_BACK} {reason}")
 
     def complete(self) -> Iterator[Step]:
-        """No slot is left to start with: the update is over once every lead was monitored for the monitor time."""
+        """End the update, once no slot is left to start with and every lead was monitored for the monitor time."""
         if self.state not in UNDER_WAY:
             return
         leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
@@ -328,13 +335,13 @@ class _Rollout:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
 
     def _rolled_back(self) -> str:
-        """Docker's message, with the cause of the rollback, which Docker omits."""
+        """Return Docker's message, with the cause of the rollback, which Docker omits."""
         status = self._service.update_status
         cause = status.message if status is not None and status.message.startswith(ROLLED_BACK) else ""
         return "rollback completed" + (f": {cause}" if cause else "")
 
     def _replace(self, view: _SlotView) -> Iterator[Step]:
-        """Start with one slot.  Of several outdated tasks (this update overtook another) the best counts."""
+        """Start with one slot.  If it has several outdated tasks, after overlapping updates, the best one counts."""
         *others, best = sorted(
             view.outdated,
             key=lambda task: (task.status.state is TaskState.RUNNING, task in view.serving, age(task)),
@@ -345,9 +352,9 @@ class _Rollout:
         if best.desired_state > TaskState.RUNNING:
             yield prepared if view.stops else fill
         elif best not in view.serving:
-            # Each of several may be given a node before it is retired.
+            # Each of several outdated tasks may be assigned to a node before it is retired.
             successor = prepared if view.stops or others else fill
-            # Once it runs, its slot is one of those that serve: of these only so many may be stopped at a time.
+            # Once the task runs, its slot serves, and only so many serving slots may be stopped at a time.
             is_idle = not view.serves and best.is_active
             yield ReplaceTask(best, successor, Cause.DOES_NOT_RUN if is_idle else None)
         else:
@@ -356,11 +363,11 @@ class _Rollout:
         yield from map(RetireTask, others)
 
     def _may_take_over(self, view: _SlotView) -> bool:
-        """Whether the serving tasks of a slot may be retired for a current one.
+        """Whether the slot's serving tasks may be retired for a current one.
 
-        It runs, or (stop-first) could start at once, and ``parallelism`` leaves room for one more slot that is stopped.
-        More slots than that have a current task where a restart made it: the one before was of a version that this
-        update overtook.
+        The current task runs, or (stop-first) could start at once, and ``parallelism`` allows one more stopped slot.
+        More slots than that have a current task if restarts created them, because the predecessors were of a version
+        that this update replaced.
         """
         if any(task.status.state is TaskState.RUNNING for task in view.current):
             return True
@@ -371,7 +378,7 @@ class _Rollout:
             and not self._is_open(view.started)
             and self._settled_at(view) is not None
         ):
-            return True  # its first task has failed, which is tolerated: the update does not wait for it any more
+            return True  # its first task failed, which is tolerated: the update no longer waits for it
         parallelism = self._config.parallelism
         if parallelism and self._stopped >= parallelism:
             return False
@@ -381,8 +388,8 @@ class _Rollout:
     def _can_take_over(self, task: Task, serving: Slot) -> bool:
         """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired.
 
-        Start-first waits for other reservations: those of another service may be free soon.  It stops a task first
-        where its own service holds the place: no time changes that.
+        Start-first waits for reservations that other services may soon release.  It stops an old task first only if
+        the service's own tasks exclude the new one, which would never change.
         """
         if self._starts_first:
             return any(excludes(old, task, self._situation) for old in serving)
@@ -390,10 +397,11 @@ class _Rollout:
         return is_prepared or any(blocks(old, task, self._situation) for old in serving)
 
     def _settled_at(self, view: _SlotView) -> float | None:
-        """When the slot's lead began to run, ended or was overdue: parallelism, delay and monitor time go by this.
+        """Return when the slot's lead began to run, ended or was overdue.
 
-        Where the lead failed, and that is tolerated, they go by the first attempt: an earlier leader has counted it,
-        and a new one's lead may be another attempt after each restart, as the history is bounded.
+        Parallelism, delay and monitor time count from here.  If the lead failed and the failure is tolerated, they
+        count from the first attempt: an earlier leader has counted it, and a new leader may find another lead after
+        each restart because the history is bounded.
         """
         if view.lead is not None and view.first is not None and self._has_failed(view.lead):
             return self._ended_waiting_at(view.first)
@@ -408,21 +416,21 @@ class _Rollout:
         return settled_at
 
     def _recheck_progress(self) -> Iterator[Step]:
-        """Decide again when the first deadline of the leads that have neither run nor ended has passed."""
+        """Recheck when the first deadline of the leads that have neither run nor ended passes."""
         if self._due and (first := min(self._due)) < inf:
             yield Recheck(first)
 
     def _due_at(self, lead: Task) -> float:
-        """Infinity: it waits for what has a deadline of its own; the time begins when that ends.
+        """Return the lead's deadline, or infinity while it waits for something with its own deadline.
 
-        And once again when a user resumes the update.
+        The time starts when that wait ends, and once more when a user resumes the update.
         """
         since = self._could_start(lead)
         resumed_at = self._seen.resumed(self._service.id)
         return inf if since is None else max(since, resumed_at) + self._deadline_s
 
     def _could_start(self, lead: Task) -> float | None:
-        """None: it waits for another service, or for the tasks before it to stop."""
+        """Return when the lead could start, or None while it waits for another service or for earlier tasks to stop."""
         return None if lead.id in self._held else self._seen.could_start(lead)
 
     def _is_open(self, lead: Task) -> bool:
@@ -432,7 +440,7 @@ class _Rollout:
         return self._is_open(lead) and self._due_at(lead) <= self._now
 
     def _reason(self, lead: Task) -> str:
-        """Docker's message, with the cause, which Docker omits."""
+        """Return Docker's message, with the cause, which Docker omits."""
         status = lead.status
         if self._is_overdue(lead):
             words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
@@ -444,7 +452,7 @@ class _Rollout:
         return words + (f": {cause}" if cause else "")
 
     def _has_failed(self, lead: Task) -> bool:
-        """Whether the task ended before the monitor time, not being stopped, or made no progress until the deadline."""
+        """Whether the task ended by itself within the monitor time, or made no progress within the deadline."""
         if self._is_tolerated(lead):
             return False
         if self._is_overdue(lead):
@@ -456,20 +464,20 @@ class _Rollout:
 
 
 def is_outdated(slot: Slot, situation: Situation) -> bool:
-    """Whether an update would replace something in the slot."""
+    """Whether an update would replace a task in the slot."""
     past = history(slot)
     return bool(_outdated(wanted(past), past, situation))
 
 
 def _outdated(kept: Slot, past: Slot, situation: Situation) -> Slot:
-    """The outdated ones of a slot's wanted tasks, or of its last task if none is wanted; ``past``: its history."""
+    """Return the outdated tasks among a slot's wanted tasks, or its last task in ``past`` if none is wanted."""
     if len(kept) == 1:
         return kept if is_dirty(kept[0], situation) else ()
     return tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
 
 
 def _view(slot: Slot, situation: Situation) -> _SlotView:
-    # Called for every slot of a service in every decision: no loop for the usual case of one task.
+    # Runs for every slot of a service in every decision, so the usual case of one task has no loop.
     past = history(slot)
     kept = wanted(past)
     outdated = _outdated(kept, past, situation)
@@ -482,7 +490,7 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
 
 
 def _retired(tasks: Iterable[Task]) -> Iterator[RetireTask]:
-    """Retire those of ``tasks`` that are not yet."""
+    """Retire the tasks that are not retired yet."""
     return (RetireTask(task) for task in tasks if task.desired_state <= TaskState.RUNNING)
 
 
@@ -491,14 +499,14 @@ def _serves(task: Task) -> bool:
 
 
 def _may_serve(task: Task, situation: Situation) -> bool:
-    """Whether an old task runs, or its status cannot be read: one unreadable value stops no task (decision 21)."""
+    """Whether an old task runs or has an unreadable status: one unreadable value stops no task (decision 21)."""
     if _serves(task):
         return True
     return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
-    """Whether it ended and its duration is unknown to this leader, because its run began or ended before the term."""
+    """Whether this leader does not know how long an ended task ran, because it ran or ended before the term."""
     if not seen.saw_end(task):
         return task.status.state.is_terminal
     ran_at, ended_at = seen.running(task), seen.ended(task)
@@ -508,15 +516,15 @@ def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
 
 
 def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task | None, Task | None]:
-    """The first task of the present version, and the first one that counts; not one that was stopped before it ran.
+    """Return the first attempt at the current version, and the first attempt that counts.
 
-    Such a one says nothing of the version, and its slot is still out of service.  One whose run a new leader has not
-    observed, or that ended before the update was resumed, counts neither as success nor as failure; the next attempt
-    does.
+    A task that was stopped before it ran is not an attempt, and its slot is still out of service.  A task whose run a
+    new leader has not observed, or that ended before the update was resumed, counts neither as success nor as failure.
+    The next attempt does.
 
     Args:
-        is_given_up: the slot has old tasks alone.  A last attempt that has stopped before it ran is no lead then, as
-            nothing takes its place: the old task was taken for a present one while its spec could not be read.
+        is_given_up: Whether the slot has only old tasks.  Then a last attempt that stopped before it ran is not a lead,
+            since nothing takes its place: the old task was taken for a current one while its spec was unreadable.
     """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
     if not made:
@@ -536,16 +544,17 @@ def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task
 
 
 def _says_something(task: Task, situation: Situation) -> bool:
-    """Whether it may run yet, has run, or has ended by itself: not one that was stopped before it ran."""
+    """Whether the task may still run, has run or ended by itself, and was not stopped before it ran."""
     return task.is_wanted or task.ended_by_itself or situation.seen.running(task) is not None
 
 
 def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
-    """The first matching task in the row that a slot without a lead ends with: its last attempts.
+    """Return the first matching task of the last attempts, in a slot without a lead.
 
-    Labels that change in the middle of an update make a new version with the same task spec: a slot that the earlier
+    Labels that change in the middle of an update make a new version with the same task spec.  A slot that the earlier
     version has started with still counts against ``parallelism``.  The attempts after the first do not count, as
-    after a lead.  One that was stopped is of an earlier update if it matches: its history may lack what replaced it.
+    after a lead.  A matching task that was stopped belongs to an earlier update: its replacement may be missing from
+    the history.
     """
     if not current:
         return None

@@ -1,11 +1,11 @@
-"""Which nodes tasks on overlay networks avoid, so that the remaining nodes all reach each other.
+"""Chooses the nodes that tasks on overlay networks avoid, so that the remaining nodes all reach each other.
 
-A pair fails only if both nodes report it: a node process that hangs or restarts responds to no probes, but its data
-path works.  That does not show which of the two is the cause.  The node with the most failing pairs is removed first,
-greedily, until no pair is left: that is the one whose machine, rack or firewall is broken, if there is such a one,
-and an arbitrary but stable choice otherwise.  At least one node is always left.
+A pair fails only if both nodes report it.  A node process that hangs or restarts responds to no probes, but its data
+path works.  The pair does not show which of the two nodes is the cause.  The node with the most failing pairs is
+removed first, greedily, until no pair is left.  That is the node with the broken machine, rack or firewall, if one node
+is broken, and an arbitrary but stable choice otherwise.  At least one node always remains.
 
-Finding the smallest such set is hard (vertex cover); the greedy one is larger by a logarithm at most.
+Finding the smallest such set is hard (vertex cover).  The greedy set is larger by a logarithm at most.
 """
 
 import heapq
@@ -20,18 +20,18 @@ from skep.model.planes import probes_paths
 N = TypeVar("N", bound=str)
 
 DATA_CHECKS = (PathCheck.ENCRYPTED, PathCheck.OVERLAY)
-"""Checks of containers' traffic: where one fails, tasks that need it are not assigned."""
+"""Checks of containers' traffic.  If one fails, tasks that need it are not assigned."""
 
 NAMED_MAX = 3
-"""Peers named in one reason; the others are counted."""
+"""Peers named in one reason.  The others are counted."""
 
 
 def avoided(pairs: Iterable[tuple[N, N]], nodes: Sequence[N]) -> list[N]:
-    """The nodes to avoid, in the order in which they are removed.
+    """Return the nodes to avoid, in the order in which they are removed.
 
     Args:
-        pairs: that fail, in either order or in both; those with a node that is not among ``nodes`` do not count.
-        nodes: of two with as many failing pairs, the later one is removed.
+        pairs: Failing pairs, in either order or in both.  Pairs with a node that is not in ``nodes`` do not count.
+        nodes: All nodes.  Of two nodes with as many failing pairs, the later one is removed.
     """
     rank = {id: -position for position, id in enumerate(nodes)}
     failing: dict[N, set[N]] = {}
@@ -56,9 +56,9 @@ def avoided(pairs: Iterable[tuple[N, N]], nodes: Sequence[N]) -> list[N]:
 
 
 def avoidances(nodes: Collection[Node]) -> Mapping[NodeId, tuple[CutOff, ...]]:
-    """The reasons to write on each node to avoid; all other nodes have none.
+    """Return the reasons to write on each node to avoid.  All other nodes have no reasons.
 
-    Only nodes that are up and take part in probing count: pairs with a node that is down say nothing about the
+    Only nodes that are up and take part in probing count, because a pair with a node that is down does not describe the
     network.
     """
     present = {
@@ -91,5 +91,5 @@ def avoidances(nodes: Collection[Node]) -> Mapping[NodeId, tuple[CutOff, ...]]:
 
 
 def _order(node: Node) -> tuple[bool, str, NodeId]:
-    """Kept first: nodes that take tasks, then the older ones."""
+    """Return the sort key.  Nodes that take tasks are kept first, then the older ones."""
     return node.spec.availability is not Availability.ACTIVE, node.created_at, node.id

@@ -1,7 +1,7 @@
 """Runs the probes of all nodes on demand, for ``skep doctor network``.
 
 Each manager sends the request to the nodes that have their sessions with it, and to the other managers over the link,
-so any manager can serve it.  Results are passed on as they come; nodes without a result in time are named.
+so any manager can serve it.  Results are passed on as they arrive.  Nodes without a result in time are named.
 """
 
 import asyncio
@@ -30,12 +30,13 @@ from skep.wire.service import Handler, duplex
 log = structlog.get_logger(__name__)
 
 RESPONSE_SECONDS_MAX = 25.0
+"""Seconds to wait for the nodes.  Longer than a node takes (``agent.probe_stream``)."""
 AT_ONCE = 64
-"""Nodes of one manager that run at the same time; each probes some tens of others."""
+"""Nodes of one manager that run their probes at the same time.  Each probes some tens of other nodes."""
 
 
 PAUSE_PER_S = 1.0
-"""Seconds without a throughput test after each second of one: at most half of the time is spent on them."""
+"""Seconds without a throughput test after each second of one.  At most half of the time is spent on tests."""
 
 SendResult = Callable[[DiagnosticsResult], Awaitable[None]]
 Send = Callable[[skep.RelayedDiagnostics], Awaitable[None]]
@@ -52,7 +53,7 @@ class Diagnostics:
         channel: Callable[[NodeId], Channel],
         clock: Clock,
     ) -> None:
-        """``channel``: the link's connection to another manager; raises Unavailable."""
+        """``channel`` returns the link's connection to another manager, or raises Unavailable."""
         self._store = store
         self._own = own
         self._streams = streams
@@ -60,20 +61,20 @@ class Diagnostics:
         self._throughput_tests = _ThroughputTests(clock)
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (duplex(methods.RELAY_DIAGNOSTICS, self._relay),)
 
     def require_throughput(self) -> None:
-        """Raises: RetryLater: a throughput test runs on the nodes of this manager, or ended a moment ago."""
+        """Raise RetryLater while a throughput test runs on the nodes of this manager, and for a short time after it."""
         self._throughput_tests.require_free()
 
     async def run_all(
         self, send: SendResult, *, throughput: bool = False, within_s: float = RESPONSE_SECONDS_MAX
     ) -> None:
-        """Send the result of every skep node once, as it comes; at the end, an error for each without a result in
-        ``within_s``.
+        """Send the result of every Skep node once, as it arrives.
 
-        Exceptions of ``send`` are raised in a group.
+        At the end, send an error for each node without a result after ``within_s``.  Exceptions of ``send`` are raised
+        in a group.
         """
         nodes = {node.id: node for node in self._store.view().find(Node) if not is_docker_node(node)}
         waiting = {node.id: node for node in nodes.values() if _is_probing(node)}
@@ -100,7 +101,7 @@ class Diagnostics:
     async def _run_remote(
         self, manager: NodeId, send: SendResult, errors: dict[NodeId, str], *, throughput: bool
     ) -> None:
-        """``errors``: gets the error of a manager that cannot be reached."""
+        """Run the probes of another manager's nodes.  If it cannot be reached, add its error to ``errors``."""
         try:
             async with self._channel(manager).stream(methods.RELAY_DIAGNOSTICS) as call:
                 await call.send(skep.DiagnosticsRelay(throughput=throughput), end=True)
@@ -134,7 +135,7 @@ class Diagnostics:
             log.info("diagnostics for another manager incomplete")
 
     async def _run_own(self, send: SendResult, *, throughput: bool) -> None:
-        """Send the results of the nodes with a stream to this manager, each as soon as it is there.
+        """Send the results of the nodes with a stream to this manager, each as soon as it arrives.
 
         Each node has its stream with one manager, so no node takes part in two throughput tests at a time, whichever
         managers receive the requests.
@@ -166,7 +167,7 @@ class Diagnostics:
 
 
 class _ThroughputTests:
-    """The throughput tests of one manager's nodes: one at a time, with a pause as long as the test after each.
+    """Throughput tests of one manager's nodes: one at a time, with a pause as long as the test after each.
 
     A test keeps every link full, so a client that repeats it would take the network from the services.
     """
@@ -177,7 +178,7 @@ class _ThroughputTests:
         self._free_at = float("-inf")
 
     def require_free(self) -> None:
-        """Raises: RetryLater: a test runs, or ended a moment ago."""
+        """Raise RetryLater while a test runs, and for a short time after it."""
         wait_s = RESPONSE_SECONDS_MAX if self._is_running else self._free_at - self._clock.monotonic()
         if wait_s > 0:
             raise RetryLater(
@@ -188,7 +189,7 @@ class _ThroughputTests:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """One test.  Raises: RetryLater."""
+        """Mark a test as running for the block.  Raises: RetryLater."""
         self.require_free()
         started_at, self._is_running = self._clock.monotonic(), True
         try:

@@ -14,12 +14,14 @@ from skep.model.planes import is_docker_node, probes_paths, underlay_of
 from skep.model.reserved_ports import GOSSIP_PORT
 
 GOSSIP_PEERS_MAX = 24
-"""Docker nodes that one manager probes; of more, each manager probes its share."""
+"""Docker nodes that one manager probes.  If there are more, each manager probes its share."""
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):
-    """All nodes that are up.  ``gossiping``: docker nodes, in order of their ids; ``managers``: skep nodes that are
-    managers."""
+    """All nodes that are up.
+
+    ``gossiping`` are Docker nodes in order of their ids.  ``managers`` are Skep nodes that are managers.
+    """
 
     peers: Mapping[NodeId, PathPeer]
     """Nodes that take part in probing."""
@@ -28,7 +30,7 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
-    """The directory of the present nodes."""
+    """Return the directory of the current nodes."""
     up = [node for node in nodes if node.status.state is NodeState.READY]
     ours = [node for node in up if probes_paths(node) and underlay_of(node)]
     return Directory(
@@ -47,7 +49,7 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
 
 
 def changes_directory(old: Node, new: Node) -> bool:
-    """Whether a changed node changes the directory.  Called for each commit of each node."""
+    """Return whether a changed node changes the directory.  Called for each commit of each node."""
     if old.status is new.status and old.description is new.description:
         return _manager_ports(old) != _manager_ports(new)
     return _relevant_fields(old) != _relevant_fields(new)
@@ -70,9 +72,9 @@ def targets_for(
     plan: Plan,
     encrypted: Callable[[NodeId], Sequence[NetworkId]],
 ) -> ProbeTargets | None:
-    """The probe targets of a node; None: it does not probe.
+    """Return the probe targets of a node, or None if it does not probe.
 
-    ``encrypted``: the encrypted networks of a node.
+    ``encrypted`` returns the encrypted networks of a node.
     """
     own = directory.peers.get(id)
     if own is None:
@@ -92,12 +94,12 @@ def targets_for(
 
 
 def _without_etcd(peer: PathPeer, own: PathPeer) -> PathPeer:
-    """Workers do not probe etcd's port, which may be closed to them."""
+    """Return the peer for a node.  Workers do not probe etcd's port, which may be closed to them."""
     return peer if own.control or not peer.etcd else replace(peer, etcd="")
 
 
 def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
-    """Docker nodes to probe: managers relay gossip to them; for other nodes it does not matter."""
+    """Return the Docker nodes to probe.  Managers relay gossip to them, so other nodes do not probe them."""
     if id not in directory.managers:
         return ()
     if len(directory.gossiping) <= GOSSIP_PEERS_MAX:
@@ -107,7 +109,7 @@ def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
 
 
 def managers_for(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
-    """All other managers, to probe their manager ports only."""
+    """Return all other managers, for probes of only their manager ports."""
     own = directory.peers.get(id)
     managers = (directory.peers[manager] for manager in directory.managers if manager != id)
     return tuple(

@@ -1,6 +1,6 @@
-"""The leader's loop over reachability: decides which nodes to avoid when reported failures change.
+"""The leader's loop over reachability, which decides which nodes to avoid when reported failures change.
 
-Failures are written to the store by the owners of the nodes' sessions, on change only, so a quiet cluster costs this
+The owners of the nodes' sessions write failures to the store, and only when they change, so a quiet cluster costs this
 loop nothing.
 """
 
@@ -22,12 +22,12 @@ from skep.store.updates import batched
 log = structlog.get_logger(__name__)
 
 PAUSE_S = 1.0
-"""Pause after a change: a broken link is reported by both its ends, a broken switch by all nodes behind it."""
+"""Seconds to wait after a change.  Both ends report a broken link, and all nodes behind it report a broken switch."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
 AT_ONCE = 100
-"""Nodes written together."""
+"""Nodes written in one batch."""
 AT_ONCE_PATHS = 2_000
-"""Failing paths that are evaluated in the event loop; more are evaluated in a thread."""
+"""Failing paths that are evaluated in the event loop.  More are evaluated in a thread."""
 
 
 class OverlayAvoidance:
@@ -73,13 +73,13 @@ class OverlayAvoidance:
             await self._clock.sleep(PAUSE_S)
 
     async def _update(self) -> bool:
-        """Write what has changed; gives whether all of it was written."""
+        """Write all changes.  Returns whether all of them were written."""
         nodes = self._term.view().find(Node)
         if not any(node.failing_paths or node.cut_off for node in nodes):
             return True
         if sum(len(node.failing_paths) for node in nodes) <= AT_ONCE_PATHS:
             avoided = avoidances(nodes)
-        else:  # pure computation: 0.2 s for a cluster of 5,000 nodes that is partitioned
+        else:  # pure computation: 0.2 s for a partitioned cluster of 5,000 nodes
             avoided = await asyncio.to_thread(avoidances, nodes)
         updates = [
             Avoidance(node_id=node.id, cut_off=avoided.get(node.id, ()))
@@ -105,5 +105,5 @@ class OverlayAvoidance:
 
 
 def _relevant_fields(node: Node) -> tuple[object, ...]:
-    """The fields of a node that the decision depends on."""
+    """Return the fields of a node that the decision depends on."""
     return node.failing_paths, node.cut_off, node.status.state, node.spec.availability

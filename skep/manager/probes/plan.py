@@ -1,18 +1,18 @@
-"""Which nodes probe each other.
+"""Plan of the pairs of nodes that probe each other.
 
 A node only responds to probes of known peers, so a pair is sent to both ends, and the plan is symmetric: each manager
 derives it for the nodes that it has sessions with.
 
-Up to ``ALL_PAIRS_MAX`` nodes, all are pairs.  In a larger cluster a node has at most ``PEERS_MAX`` peers, whatever
-the size of the cluster:
+Up to ``ALL_PAIRS_MAX`` nodes, all nodes probe each other.  In a larger cluster a node has at most ``PEERS_MAX`` peers,
+whatever the size of the cluster:
 
-* its neighbours on a ring of all nodes.  So each node is probed by some others, and an unreachable one is noticed;
-  and since positions on the ring are unrelated to racks, so is a rack that is cut off.
-* its neighbours on a ring of the nodes on a network, whose containers talk to each other, for each of a few networks
+* Its neighbors on a ring of all nodes.  So some other nodes probe each node and notice if it is unreachable.  Positions
+  on the ring are unrelated to racks, so an isolated rack is noticed as well.
+* Its neighbors on a ring of the nodes on a network, whose containers talk to each other, for each of a few networks
   that are among the first few of both.
 
-The position on a ring is a digest of the node's id: managers agree on it without communication, and a node that joins
-or leaves only changes the peers of its neighbours.
+The position on a ring is a digest of the node's id.  Managers agree on it without communication, and a node that joins
+or leaves only changes the peers of its neighbors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,24 +21,27 @@ from hashlib import blake2b
 from skep.model.ids import NetworkId, NodeId
 
 ALL_PAIRS_MAX = 24
+"""Nodes up to which all pairs are probed."""
 NEIGHBOURS = 4
-"""To each side of a node, on the ring of all."""
+"""Neighbors on each side of a node, on the ring of all nodes."""
 NETWORKS_MAX = 6
+"""Networks of a node whose rings it joins."""
 NEIGHBOURS_ON_NETWORK = 2
+"""Neighbors on each side of a node, on the ring of a network."""
 PEERS_MAX = 2 * (NEIGHBOURS + NETWORKS_MAX * NEIGHBOURS_ON_NETWORK)
 
 _DIGEST_BYTES = 8
 
 
 class Ring:
-    """Nodes in the order of their positions; the first follows the last."""
+    """Nodes in the order of their positions.  The first follows the last."""
 
     def __init__(self, nodes: Iterable[NodeId]) -> None:
         self._order = sorted(nodes, key=_digest)
         self._position = {id: position for position, id in enumerate(self._order)}
 
     def beside(self, node: NodeId, distance: int) -> Iterable[NodeId]:
-        """The nodes up to ``distance`` before and after a node; including itself where the ring is short."""
+        """Return the nodes up to ``distance`` before and after a node, which includes itself on a short ring."""
         position = self._position.get(node)
         if position is None:
             return ()
@@ -50,8 +53,8 @@ class Plan:
     """The peers of each node.
 
     Args:
-        nodes: that take part.
-        networks: of each node; used in a large cluster only.
+        nodes: Nodes that take part.
+        networks: Networks of each node, which are only used in a large cluster.
     """
 
     def __init__(self, nodes: Iterable[NodeId], networks: Mapping[NodeId, Iterable[NetworkId]]) -> None:
@@ -69,7 +72,9 @@ class Plan:
         self._rings = {network: Ring(members) for network, members in on.items() if len(members) > 1}
 
     def peers(self, node: NodeId) -> tuple[NodeId, ...]:
-        """The nodes that ``node`` probes and is probed by, in order of their ids; empty if it does not take part."""
+        """Return the nodes that ``node`` probes and is probed by, in order of their ids.  Empty if it does not take
+        part.
+        """
         if node not in self._nodes:
             return ()
         if len(self._nodes) <= ALL_PAIRS_MAX:

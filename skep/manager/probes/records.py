@@ -1,4 +1,4 @@
-"""Writes reachability: failing paths by the owner of a session; nodes to avoid by the leader."""
+"""Writes reachability: the owner of a session writes failing paths, the leader nodes to avoid."""
 
 import msgspec
 from msgspec.structs import replace
@@ -8,7 +8,7 @@ from skep.model.node import CutOff, FailingPath, Node
 from skep.store.interface import Transaction
 
 WRITTEN_MAX = 64
-"""Failing paths written per node, those of containers' traffic first; each takes 100 bytes."""
+"""Failing paths written per node, containers' traffic first.  Each takes 100 bytes."""
 
 
 class PathRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,14 +20,14 @@ class PathRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Avoidance(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a node is to be avoided; empty: it is not."""
+    """Reasons to avoid a node.  Empty to end the avoidance."""
 
     node_id: NodeId
     cut_off: tuple[CutOff, ...]
 
 
 def record_paths(tx: Transaction, record: PathRecord) -> bool:
-    """Write the failing paths; gives False if another session replaced this one meanwhile."""
+    """Write the failing paths.  Returns False if another session has replaced this one in the meantime."""
     node = tx.rely_on(Node, record.node_id, "session")
     if node is None or node.session is None or node.session.session_id != record.session_id:
         return False

@@ -1,6 +1,6 @@
-"""Streams of probes: targets to the nodes, results back.  Active on every manager.
+"""Streams of probes, with targets to the nodes and results back.  Active on every manager.
 
-The results stay in the memory of the manager that has the node's session; only settled failures are written, and only
+The results stay in the memory of the manager that has the node's session.  Only settled failures are written, and only
 when they change.  So a cluster without failures writes nothing, whatever its size.
 """
 
@@ -40,17 +40,19 @@ from skep.wire.service import Handler, duplex
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
-"""Time between two checks for something to plan or write."""
+"""Seconds between two checks for work to plan or write."""
 PLAN_PAUSE_S = 5.0
-"""Minimal time between two plans of a large cluster: thousands of nodes that join cause few plans."""
+"""Minimum seconds between two plans of a large cluster, so that thousands of joining nodes cause few plans."""
 PLAN_AGAIN_S = 30.0
 PLAN_AGAIN_SMALL_S = 5.0
-"""Time between two plans without a change of nodes, in large and small clusters: the networks of nodes change with
-their tasks."""
+"""Seconds between two plans without a change of nodes, in large and small clusters.
+
+The networks of nodes change with their tasks.
+"""
 AT_ONCE = 200
-"""Nodes written per check; the others wait for the next."""
+"""Nodes written per check.  The others wait for the next check."""
 REPORTS_MAX = 256
-"""Reports in one message: more than any node has peers."""
+"""Reports in one message.  More than any node has peers."""
 
 Send = Callable[[skep.ProbeOrder], Awaitable[None]]
 
@@ -59,13 +61,13 @@ class Networks(Protocol):
     """The networks of nodes (``discovery.loop.Discovery``)."""
 
     def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]:
-        """The networks that carry tasks of the node, or its published ports."""
+        """Return the networks that carry the node's tasks or published ports."""
 
     def is_encrypted(self, network_id: NetworkId) -> bool:
-        """False for a network that has no table."""
+        """Return whether the network is encrypted.  False for a network without a table."""
 
     def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]:
-        """Expected addresses of names on some of the node's networks."""
+        """Return the expected addresses of names on some of the node's networks."""
 
 
 class ProbeStreams:
@@ -79,7 +81,7 @@ class ProbeStreams:
         networks: Networks,
         clock: Clock,
     ) -> None:
-        """``session``: a node's session here, by its id; raises SkepError if there is none."""
+        """``session`` returns a node's session here by its id, or raises SkepError."""
         self._store = store
         self._own = own
         self._session = session
@@ -92,19 +94,21 @@ class ProbeStreams:
         self._planned_at = float("-inf")
 
     def services(self) -> Sequence[Handler]:
-        """The handlers for ``wire.server.serve``."""
+        """Return the handlers for ``wire.server.serve``."""
         return (duplex(methods.PATHS, self._paths),)
 
     def nodes(self) -> tuple[NodeId, ...]:
-        """The nodes with an open stream."""
+        """Return the nodes with an open stream."""
         return tuple(sorted(self._streams))
 
     async def run_diagnostics(
         self, node_id: NodeId, *, throughput: bool
     ) -> tuple[tuple[PathReport, ...], str]:
-        """Run a node's probes now; gives the reports, and why they are incomplete, if so.  Time-outs are the caller's.
+        """Run a node's probes now.  Returns the reports, and why they are incomplete, if so.  The caller limits the
+        time.
 
-        Raises: Unavailable: the node has no stream here, or loses it meanwhile.
+        Raises:
+            Unavailable: The node has no stream here, or loses it in the meantime.
         """
         stream = self._streams.get(node_id)
         if stream is None:
@@ -128,7 +132,7 @@ class ProbeStreams:
             work=self._work,
         )
 
-    # -- what is to be probed -----------------------------------------------------------------------------------
+    # -- probe targets --------------------------------------------------------------------------------------------
 
     def _on_snapshot(self, _view: View) -> None:
         self._is_stale = True
@@ -175,7 +179,7 @@ class ProbeStreams:
             await self._clear_failing(node)
 
     def _update_targets(self, stream: "_Stream") -> None:
-        """Send the stream's present targets, if they changed."""
+        """Send the stream's current targets if they changed."""
         targets = targets_for(stream.node_id, self._directory, self._plan, self._encrypted)
         if targets != stream.targets:
             stream.set_targets(targets)
@@ -184,7 +188,7 @@ class ProbeStreams:
         networks = self._networks.networks_of(node_id)
         return [id for id in networks if self._networks.is_encrypted(id)]
 
-    # -- what is to be written ------------------------------------------------------------------------------------
+    # -- stored failures ------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
         view = self._store.view()
@@ -204,14 +208,14 @@ class ProbeStreams:
         for record, result in zip(due, results, strict=True):
             words = ", ".join(path.summary for path in record.failing)
             if isinstance(result, SkepError):
-                log.warning("paths not written yet", node=record.node_id, error=str(result))
+                log.warning("failing paths not written, will retry", node=record.node_id, error=str(result))
             elif result and record.failing:
-                log.warning("node does not reach others", node=record.node_id, paths=words)
+                log.warning("node cannot reach others", node=record.node_id, paths=words)
             elif result:
                 log.info("node reaches all others", node=record.node_id)
 
     async def _clear_failing(self, node: Node) -> None:
-        """An older version runs there now: it will never say that a path is well."""
+        """Clear the failing paths of a node that now runs an older version, which would never report their recovery."""
         if node.session is None or node.session.manager_id != self._own:
             return
         record = PathRecord(node_id=node.id, session_id=node.session.session_id, failing=())
@@ -219,7 +223,7 @@ class ProbeStreams:
             await self._store.update(record_paths, record)
         except SkepError as error:
             self._is_stale = True
-            log.warning("paths not written yet", node=node.id, error=str(error))
+            log.warning("failing paths not written, will retry", node=node.id, error=str(error))
 
     # -- streams --------------------------------------------------------------------------------------------------
 
@@ -248,13 +252,13 @@ _RANK: dict[str, int] = {
     PathCheck.CONTROL: 2,
     PathCheck.ETCD: 3,
 }
-"""Order of writing, if there are too many."""
+"""Priority in which failing paths are written if there are too many."""
 
 
 class ProbeResults:
-    """The results of one node, in one session.
+    """The results of one node in one session.
 
-    ``stored``: the failing paths written before; they count until the node reports something else.
+    ``stored`` are the failing paths that were written before.  They count until the node reports something else.
     """
 
     def __init__(self, stored: Iterable[FailingPath]) -> None:
@@ -263,7 +267,7 @@ class ProbeResults:
             self._failing[path.peer] = (*self._failing.get(path.peer, ()), path)
 
     def record(self, reports: Iterable[PathReport], peers: Mapping[NodeId, PathPeer]) -> None:
-        """Record reports.  Those about others than ``peers``, or of a first round, are ignored."""
+        """Record reports.  Reports of a first round, or about other nodes than ``peers``, are ignored."""
         for report in reports:
             peer = peers.get(report.peer)
             if peer is None or not report.is_settled:
@@ -276,11 +280,11 @@ class ProbeResults:
             )
 
     def retain(self, peers: Collection[NodeId]) -> None:
-        """Forget all nodes but ``peers``, which are no longer probed."""
+        """Forget all nodes but ``peers``.  The others are not probed now."""
         self._failing = {id: paths for id, paths in self._failing.items() if id in peers}
 
     def failing(self) -> tuple[FailingPath, ...]:
-        """The failing paths to write: at most ``WRITTEN_MAX``, those of containers' traffic first."""
+        """Return the failing paths to write: at most ``WRITTEN_MAX``, containers' traffic first."""
         paths = [path for paths in self._failing.values() for path in paths]
         paths.sort(key=lambda path: (_RANK.get(path.check, len(_RANK)), path.peer, path.check))
         return tuple(paths[:WRITTEN_MAX])
@@ -301,12 +305,12 @@ class _Stream(NodeStream):
         self._peers: Mapping[NodeId, PathPeer] = {}
         self._one_at_a_time = asyncio.Lock()
         self._diagnostics: tuple[int, DiagnosticsRequest] | None = None
-        """A request that is not sent yet."""
+        """A request that was not sent yet."""
         self._numbers = 0
         self._result: asyncio.Future[tuple[tuple[PathReport, ...], str]] | None = None
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """The node's probe targets have changed."""
+        """Replace the node's probe targets."""
         self.targets = targets
         self._peers = {peer.node_id: peer for peer in targets.peers} if targets is not None else {}
         self.results.retain(self._peers)
@@ -314,7 +318,7 @@ class _Stream(NodeStream):
         self.signal.wake()
 
     def receive(self, message: skep.ProbeUpdate) -> None:
-        """A node's message.  Raises: InvalidArgument: more reports than any node has."""
+        """Record a node's message.  Raises: InvalidArgument: it has more reports than any node."""
         if len(message.reports) > REPORTS_MAX:
             raise InvalidArgument(f"more than {REPORTS_MAX} reports of paths at once")
         reports = reports_from_pb(message.reports)
@@ -325,7 +329,7 @@ class _Stream(NodeStream):
             self._result.set_result((reports, message.error))
 
     async def run_diagnostics(self, diagnostics: DiagnosticsRequest) -> tuple[tuple[PathReport, ...], str]:
-        """One at a time.  Raises: the error that ended the stream."""
+        """Run diagnostics, one request at a time.  Raises: the error that ended the stream."""
         async with self._one_at_a_time:
             self.require_open()
             self._numbers += 1
@@ -354,7 +358,7 @@ class _Stream(NodeStream):
             await self.signal.wait()
 
     def end(self, error: Exception) -> None:
-        """Also ends pending diagnostics."""
+        """End the stream and pending diagnostics."""
         super().end(error)
         if self._result is not None and not self._result.done():
             self._result.set_exception(Unavailable(str(self.error)))

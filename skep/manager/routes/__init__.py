@@ -1,7 +1,7 @@
-"""The swarm half of the Engine API, one module per resource.
+"""The swarm half of the Engine API, with one module per resource.
 
-``application(api)`` is what a manager serves on its socket.  Handlers decode, call ``manager.control`` in a
-transaction, and encode.
+``application(api)`` is the application that a manager serves on its socket.  Handlers decode the request, call
+``manager.control`` in a transaction, and encode the response.
 """
 
 from aiohttp import web
@@ -38,13 +38,13 @@ from skep.manager.routes import (
     warnings,
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
-from skep.manager.routes.audit import audited
+from skep.manager.routes.audit import record_request
 from skep.manager.routes.authorization import ClusterObjects
 
 __all__ = ["ManagerApi", "application", "compile_routes"]
 
 _TABLES = (
-    # most frequent first: the router tries one after another
+    # most frequent first: the router tries one after the other
     services.routes,
     stack_checks.routes,
     tasks.routes,
@@ -74,8 +74,8 @@ _TABLES = (
 
 
 def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
-    """An application that serves requests from ``api``.   ``newest``: the API version it announces."""
-    # What is not passed came on the manager's own socket, which the processes of this node open.
+    """Return an application that serves requests from ``api``.  ``newest`` is the API version that it announces."""
+    # A connection that was not passed arrived on the manager's own socket, which processes of this node open.
     app = engine_application(
         *_TABLES,
         newest=newest,
@@ -83,11 +83,12 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
         objects=ClusterObjects(api.store),
     )
     app[MANAGER] = api
-    # Refusals are recorded, and errors have not become responses yet: the last one checks the rights.
-    app.middlewares.insert(len(app.middlewares) - 1, audited)
+    # Insert before the last middleware, which checks the rights, so that refusals are recorded before they become
+    # responses.
+    app.middlewares.insert(len(app.middlewares) - 1, record_request)
     return app
 
 
 def compile_routes() -> None:
-    """Have the patterns of all routes compiled before the first application is made."""
+    """Compile the patterns of all routes, before the first application is created."""
     engine_application(*_TABLES)

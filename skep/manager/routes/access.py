@@ -1,4 +1,4 @@
-"""What the request handlers work with: the store, the clock, and the manager's parts."""
+"""Dependencies of the request handlers: the store, the clock, and the manager's parts."""
 
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -45,20 +45,21 @@ class Logs(Protocol):
     """The output of tasks (``manager.logbroker``)."""
 
     def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        """Lines of all tasks that ``query`` selects, as they come.  Ends after the last one unless ``query.follow``.
+        """Yield lines of all tasks that ``query`` selects, as they arrive.  Ends after the last one unless
+        ``query.follow``.
 
         Closing the iterator ends the subscription on all nodes.
 
         Raises:
-            SkepError: at the end, naming the nodes that did not respond.
+            SkepError: Raised at the end, if nodes did not respond.  It names them.
         """
 
     def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
-        """The same, some lines at a time."""
+        """Yield the lines of ``subscribe``, some at a time."""
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """What a viewer of the cluster is sent.  ``event``: snapshot or change."""
+    """A message to a viewer of the cluster.  ``event`` is ``snapshot`` or ``change``."""
 
     event: str
     cursor: str
@@ -66,20 +67,20 @@ class Sent(msgspec.Struct, frozen=True):
 
 
 class Backing(Protocol):
-    """Makes backups (``manager.backup``)."""
+    """Creates backups (``manager.backup``)."""
 
     def begin(self, request: BackupRequest) -> Sealer:
-        """The writer of the file.  Raises: InvalidArgument."""
+        """Return the sealer that encrypts the backup.  Raises: InvalidArgument."""
 
     def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
-        """The file.  Raises: SkepError: it is incomplete."""
+        """Yield the backup file.  Raises: SkepError: the file is incomplete."""
 
 
 class Diagnostics(Protocol):
-    """Has nodes probe the paths between them (``manager.probes.diagnostics``)."""
+    """Makes nodes probe the paths between them (``manager.probes.diagnostics``)."""
 
     def require_throughput(self) -> None:
-        """Raises: RetryLater: a throughput test runs already, or ended a moment ago."""
+        """Raise RetryLater while a throughput test runs, and for a short time after it."""
 
     async def run_all(
         self, on_result: Callable[[DiagnosticsResult], Awaitable[None]], *, throughput: bool = False
@@ -88,10 +89,10 @@ class Diagnostics(Protocol):
 
 
 class ExternalRoots(Protocol):
-    """What external authorities do for a change of the cluster's root (``manager.ca.external``)."""
+    """Requests to external authorities for a change of the cluster's root (``manager.ca.external``)."""
 
     async def prepare(self, swarm: Swarm, roots: Roots, config: CAConfig) -> Prepared:
-        """Do it, within seconds.  Raises: InvalidArgument, Unavailable."""
+        """Prepare the change, within seconds.  Raises: InvalidArgument, Unavailable."""
 
 
 class Tunnelling(Protocol):
@@ -100,33 +101,36 @@ class Tunnelling(Protocol):
     def open(
         self, task: Task, *, head: bytes = b"", port: int = 0, is_admin: bool = False
     ) -> AbstractAsyncContextManager[Tunnel]:
-        """A tunnel to the container of ``task``: an exchange of HTTP that begins with ``head``, or to its ``port``.
+        """Open a tunnel to the container of ``task``: an HTTP exchange that starts with ``head``, or a connection to
+        ``port``.
 
-        Raises: SkepError: there is none, with the reason.
+        Raises:
+            SkepError: No tunnel can be opened, with the reason.
         """
 
 
 class Watching(Protocol):
-    """The cluster as the dashboard shows it (``manager.view``)."""
+    """Rows of the cluster for the dashboard (``manager.view``)."""
 
     def prepare(self) -> None:
-        """A viewer is about to come."""
+        """Prepare for a viewer that is about to connect."""
 
     async def snapshot(self) -> bytes:
-        """All rows as one JSON object.  Raises: Unavailable."""
+        """Return all rows as one JSON object.  Raises: Unavailable."""
 
     async def snapshot_of(self, past: View, at_s: float) -> bytes:
-        """The rows of an earlier state, of ``at_s`` seconds since 1970."""
+        """Return the rows of an earlier state, which existed at Unix time ``at_s``."""
 
     def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
-        """A snapshot, or what changed after ``cursor``; then what changes.  None: nothing has for a while.
+        """Yield a snapshot, or the changes after ``cursor``, then new changes.  Yields None after an idle period.
 
-        Raises: Unavailable: there are too many viewers.
+        Raises:
+            Unavailable: There are too many viewers.
         """
 
 
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
-    """What the request handlers use of a manager."""
+    """The parts of a manager that the request handlers use."""
 
     store: Store
     logs: Logs
@@ -140,9 +144,9 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     external: ExternalRoots
     tunnels: Tunnelling
     collect_usages: Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]] = no_usages
-    """Of tasks of autoscaled services, from all managers."""
+    """Collects usages of autoscaled services' tasks from all managers."""
     quorum: Callable[[], Quorum] = Quorum
-    """Whether there is a leader, as this manager sees it."""
+    """Returns whether a leader exists, as seen by this manager."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     metrics: ClusterMetrics | None = None
     cluster_view: Watching | None = None
@@ -154,20 +158,20 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     checks: Slots = msgspec.field(
         default_factory=lambda: Slots(2, 128, "deploys are checked by this manager")
     )
-    """A check takes milliseconds: a hundred deploys that begin at once wait for each other."""
+    """Slots for checks.  A check takes milliseconds, so a hundred deploys that start at once wait for each other."""
     own: NodeId = NodeId("")
     """This manager's node."""
     own_error: Callable[[], str] = str
-    """What this manager itself lacks, such as disk space, as a sentence; empty: nothing, or not known."""
+    """Returns this manager's own problem, such as a full disk, as a sentence.  Empty without a known problem."""
 
     def now(self) -> Timestamp:
-        """The present, as it is written into objects."""
+        """Return the current time for an object's timestamp."""
         return timestamp(self.clock.now_ns())
 
     async def update(
         self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Run an operation of ``manager.control``; its errors get the wording of SwarmKit's API."""
+        """Run an operation of ``manager.control``, and translate its errors to the wording of SwarmKit's API."""
         try:
             with within("store") as part:
                 result = await self.store.update(operation, *args, **kwargs)
@@ -179,7 +183,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
                 raise
 
     async def require_room(self, *, creates: bool) -> None:
-        """For what makes the store grow.  Raises: ResourceExhausted: it is nearly full; Unavailable."""
+        """Refuse a request that makes the store grow if it is nearly full.  Raises: ResourceExhausted; Unavailable."""
         with rpc_errors(), self.with_own_error():
             space = await self.store.space()
             if space is not None and (why := refusal(space, creates=creates)):
@@ -187,7 +191,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
 
     @contextmanager
     def with_own_error(self) -> Iterator[None]:
-        """Append ``own_error`` to an ``Unavailable``: the cause may be this manager alone."""
+        """Append ``own_error`` to an ``Unavailable``, because the cause may be this manager alone."""
         try:
             yield
         except Unavailable as error:
@@ -198,16 +202,16 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
 
 MANAGER = web.AppKey("manager", ManagerApi)
 OF_WORKER = "X-Skep-Worker"
-"""A header of requests that are answered for a client of a worker: its id."""
+"""Header of requests that a manager answers for a worker's client.  Its value is the worker's id."""
 
 
 def manager_of(request: web.Request) -> ManagerApi:
-    """The manager that serves ``request``."""
+    """Return the manager that serves ``request``."""
     return request.app[MANAGER]
 
 
 def past_of(request: web.Request) -> PastStates:
-    """The earlier states of the cluster.  Raises: Unavailable."""
+    """Return the earlier states of the cluster.  Raises: Unavailable."""
     past = manager_of(request).past
     if past is None:
         raise Unavailable("this manager keeps no history")
@@ -215,10 +219,10 @@ def past_of(request: web.Request) -> PastStates:
 
 
 async def current_view(request: web.Request) -> View:
-    """A state that shows everything acknowledged before ``request``; any state for ``X-Skep-Stale: 1``.
+    """Return a view with everything acknowledged before ``request``, or any view for ``X-Skep-Stale: 1``.
 
     Raises:
-        Unavailable: there is no quorum.
+        Unavailable: There is no quorum.
     """
     manager = manager_of(request)
     if request.headers.get("X-Skep-Stale") != "1":
@@ -231,10 +235,10 @@ _DIGITS = re.compile(r"[0-9]+")
 
 
 def strict_flag(request: web.Request, name: str) -> bool | None:
-    """The query parameter ``name`` by Go's ``strconv.ParseBool``; None if it is not given or empty.
+    """Return the query parameter ``name`` parsed like Go's ``strconv.ParseBool``, or None if it is missing or empty.
 
     Raises:
-        ValueError: it is no boolean; the callers' errors differ in their text.
+        ValueError: The value is not a boolean.  The callers' errors differ in their text.
     """
     word = request.query.get(name, "")
     if not word:
@@ -245,7 +249,7 @@ def strict_flag(request: web.Request, name: str) -> bool | None:
 
 
 def wrapped_flag(request: web.Request, name: str) -> bool:
-    """``strict_flag`` with the words of the service and network routes.  Raises: InvalidArgument."""
+    """Return ``strict_flag``, with the error text of the service and network routes.  Raises: InvalidArgument."""
     try:
         return bool(strict_flag(request, name))
     except ValueError as error:
@@ -256,7 +260,7 @@ def wrapped_flag(request: web.Request, name: str) -> bool:
 
 
 def version_parameter(request: web.Request, noun: str) -> int:
-    """The ``version`` of an update.  Raises: InvalidArgument with Go's words."""
+    """Return the ``version`` parameter of an update.  Raises: InvalidArgument with Go's error text."""
     word = request.query.get("version", "")
     if not _DIGITS.fullmatch(word):
         problem = "invalid syntax"

@@ -1,5 +1,6 @@
-"""The audit log: each request that may change something, with its client and its outcome, becomes an entry of the
-history (``manager.journal``).  Never its body.
+"""Audit log: each request that may change something becomes an entry of the history (``manager.journal``).
+
+An entry has the client and the outcome of the request, never its body.
 """
 
 import asyncio
@@ -39,21 +40,21 @@ _KINDS: dict[str, tuple[str, type[Any]]] = {
     "volumes": ("volume", Volume),
 }
 _NO_RECORD = re.compile(
-    r"/skep/services/placement|/skep/stacks/check"  # questions
-    r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded at their beginning, which may be hours before the end
+    r"/skep/services/placement|/skep/stacks/check"  # dry runs
+    r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded when they start, because they may last for hours
 )
 _READS = re.compile(r"/swarm/unlockkey|/skep/backup")
-"""Requests that change nothing, and give what protects the cluster."""
+"""Requests that change nothing but return secrets that protect the cluster."""
 
 _CLIENT_GONE = 499
-"""nginx's status for it, as HTTP has none."""
+"""nginx's status for a disconnected client.  HTTP has no such status."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @web.middleware
-async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Record what may change something, when its outcome is known."""
+async def record_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Record a request that may change something, once its outcome is known."""
     path = path_of(request.path)
     is_read = request.method in ("GET", "HEAD") and not _READS.fullmatch(path)
     journal = manager_of(request).journal
@@ -67,21 +68,21 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
     except SkepError as error:
         record.failed(status_of(error), str(error))
         raise
-    except web.HTTPException as error:  # aiohttp's own: there is no such route
+    except web.HTTPException as error:  # raised by aiohttp itself: the route does not exist
         record.failed(error.status, "" if error.status < 400 else error.reason)
         raise
     except asyncio.CancelledError:
-        record.failed(_CLIENT_GONE, "the client was gone before the response: the outcome is not known")
+        record.failed(_CLIENT_GONE, "the client disconnected before the response: the outcome is unknown")
         raise
     except Exception:
         record.failed(500, "internal error")
         raise
-    loop.call_soon(record.responded, response)  # runs when a small response has been sent
+    loop.call_soon(record.responded, response)  # runs after a small response was sent
     return response
 
 
 class _Record:
-    """One request on its way into the journal, beside its handler: no request waits for its entry."""
+    """Journal entry of one request, recorded concurrently with its handler.  No request waits for its entry."""
 
     def __init__(self, request: web.Request, path: str, journal: Journal) -> None:
         self._request = request
@@ -90,26 +91,29 @@ class _Record:
         self._entry: Entry | None = None
 
     def begin(self) -> Entry:
-        """The entry without its outcome; made before the request has an effect, as its object may be removed."""
+        """Return the entry without its outcome.
+
+        It is created before the request takes effect, because the request may remove its object.
+        """
         if self._entry is None:
             self._entry = entry_of(self._request, self._path)
         return self._entry
 
     def responded(self, response: web.StreamResponse) -> None:
-        """The handler has a response."""
+        """Record the handler's response."""
         entry = _created(self.begin(), response, manager_of(self._request).store.view())
         self._journal.record(with_outcome(entry, response.status))
 
     def failed(self, status: int, error: str) -> None:
-        """The handler has failed."""
+        """Record the handler's failure."""
         self._journal.record(with_outcome(self.begin(), status, error))
 
 
 def record_reached(request: web.Request, task: Task, what: str, details: str = "") -> None:
-    """Record a request for the container of ``task``, at its beginning.
+    """Record the start of a request for the container of ``task``.
 
     Args:
-        details: its command or the path of its files, or empty.
+        details: Command of the request or path of its files, or empty.
     """
     manager = manager_of(request)
     if manager.journal is None:
@@ -123,7 +127,7 @@ def record_reached(request: web.Request, task: Task, what: str, details: str = "
 
 
 def entry_of(request: web.Request, path: str) -> Entry:
-    """The request as an entry, without its outcome."""
+    """Return an entry for the request, without its outcome."""
     view = manager_of(request).store.view()
     entry = about(path, request.method, view)
     if request.query.get("rollback") == "previous":
@@ -132,7 +136,7 @@ def entry_of(request: web.Request, path: str) -> Entry:
 
 
 def about(path: str, method: str, view: View) -> Entry:
-    """What a request is about: ``/services/web/update`` is an update of the service ``web``."""
+    """Return an entry for the object of a request: ``/services/web/update`` is an update of the service ``web``."""
     words = [word for word in path.split("/") if word and word != "skep"]
     noun, *rest = words or ["?"]
     action = {"DELETE": "remove", "GET": "read"}.get(method) or (rest[-1] if rest else "create")
@@ -178,7 +182,7 @@ def _about_object(entry: Entry, found: Any, view: View) -> Entry:
 
 
 def _created(entry: Entry, response: web.StreamResponse, view: View) -> Entry:
-    """With the object that the request has made, if the response names it."""
+    """Add the object that the request created, if the response names it."""
     if response.status != 201 or not isinstance(response, web.Response) or entry.object_id:
         return entry
     try:
@@ -192,7 +196,7 @@ def _created(entry: Entry, response: web.StreamResponse, view: View) -> Entry:
 
 
 def with_outcome(entry: Entry, status: int, error: str = "") -> Entry:
-    """The entry of a request that was answered with ``status``."""
+    """Return the entry of a request with the outcome ``status``."""
     what = " ".join(filter(None, (entry.action, entry.type, entry.name)))
     failed = f": refused with {status}" if status >= 400 and status != _CLIENT_GONE else ""
     because = f": {masked_text(error)}" if error else ""
@@ -201,7 +205,7 @@ def with_outcome(entry: Entry, status: int, error: str = "") -> Entry:
 
 
 def client_of(request: web.Request) -> By:
-    """The client of ``request``, as far as it is known."""
+    """Return the known facts about the client of ``request``."""
     manager = manager_of(request)
     own = manager.store.view().lookup(Node, manager.own)
     by = By(node=own.description.hostname if own is not None else manager.own)

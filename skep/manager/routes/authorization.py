@@ -1,4 +1,4 @@
-"""The objects that requests are about, as a manager has them, for authorization."""
+"""The objects that requests refer to, as a manager knows them, for authorization."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -39,12 +39,14 @@ from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
 _PLANNED_MAX = 500
-"""Objects of one plan of a user below administrator: half a second of a manager's time.  Deploys of more go unchecked,
-with a warning."""
+"""Objects of one plan by a user below administrator.
+
+They take half a second of a manager's time.  Larger deploys are not checked and get a warning.
+"""
 
 
 class ClusterObjects:
-    """The objects of the cluster (``api.authorization.Objects``)."""
+    """Objects of the cluster (``api.authorization.Objects``)."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -54,11 +56,11 @@ class ClusterObjects:
         bodies = await _READERS[rule.kind](request) if rule.scope in (Scope.NEW, Scope.CHANGE) else ()
         if rule.kind != "stack" or not bodies:
             return await self._facts(request, rule, bodies)
-        async with manager_of(request).checks.taken():  # the handler takes a slot for its own part
+        async with manager_of(request).checks.hold():  # the handler takes another slot for its own part
             return await self._facts(request, rule, bodies)
 
     async def _facts(self, request: web.Request, rule: Rule, bodies: tuple[Any, ...]) -> Facts:
-        # What is stored is checked: a spec may spell a protocol in another way.
+        # Check the settled spec, which is stored: a user may write a protocol differently.
         bodies = tuple(settled(one) if isinstance(one, ServiceSpec) else one for one in bodies)
         view = await current_view(request)
         known = None
@@ -70,7 +72,7 @@ class ClusterObjects:
         is_placement = _path(request).endswith("/placement")
         is_plan = is_placement or _path(request).endswith("/stacks/check")
         added: Counter[str] = Counter()
-        """Services of each stack that the bodies so far create."""
+        """Number of services per stack that the bodies so far create."""
         bounds, slices, new = UserBounds(view), TimeSlices(SystemClock()), []
         for one in bodies:
             new.append(
@@ -90,7 +92,7 @@ class ClusterObjects:
 
 
 def _known(view: View, kind: str, word: str) -> Known:
-    """Raises: NotFound, InvalidArgument, FailedPrecondition."""
+    """Return the object that a path names.  Raises: NotFound, InvalidArgument, FailedPrecondition."""
     match kind:
         case "stack":
             return Known(id=word, stack=word)
@@ -137,7 +139,9 @@ def _new_object(view: View, body: Any, bounds: UserBounds, *, is_new: bool) -> N
 
 
 async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
-    """Of each path with specs in its body, read as its handler reads it.  Raises: PermissionDenied."""
+    """Return the service specs in a request's body, read as the path's handler reads them.  Raises:
+    PermissionDenied.
+    """
     if _path(request).endswith("/placement"):
         return await read_planned(request)
     if not _path(request).endswith("/changes"):
@@ -146,47 +150,51 @@ async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
 
 
 async def _stack(request: web.Request) -> tuple[Any, ...]:
-    """All objects of a plan.  Raises: PermissionDenied."""
+    """Return all objects of a plan.  Raises: PermissionDenied."""
     wanted = await read_check(request)
     if (number := len(wanted.bodies) + len(wanted.removed)) > _PLANNED_MAX:
         raise ResourceExhausted(
-            f"a plan of {number} objects: only administrators may have more than {_PLANNED_MAX} checked"
+            f"a plan has {number} objects: only administrators may check more than {_PLANNED_MAX}"
         )
     view, stacks = await current_view(request), {stack_of(one.labels) for one in wanted.bodies}
     for id in (*wanted.removed, *(one.id for one in wanted.services if one.id)):
         service = view.lookup(Service, id)
-        # The same refusal for both: it must not say which ids exist.
+        # Use the same refusal for both cases, so that it does not reveal which ids exist.
         if service is None or stack_of(service.spec.labels) not in stacks:
-            raise PermissionDenied(f"service {id} is not of the stack")
+            raise PermissionDenied(f"service {id} does not belong to the stack")
     await _checked_changes(request, wanted.services)
     return wanted.bodies
 
 
 async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange]) -> tuple[ServiceSpec, ...]:
-    """Raises: PermissionDenied: a service would go to another stack, or has rights of its machine."""
+    """Return the specs of service changes after a check of the services' stack and rights.
+
+    Raises:
+        PermissionDenied: A service would move to another stack, or has rights on its machine.
+    """
     view, slices = await current_view(request), TimeSlices(SystemClock())
     for change in changes:
         await slices.yield_if_due()
-        # Updates of services by this path are by id; what is not found is refused by the handler.
+        # Updates of services by this path are by id.  The handler refuses an unknown id.
         if change.id and (service := view.lookup(Service, change.id)) is not None:
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
-                raise PermissionDenied(f"service {change.spec.name} cannot go to another stack")
+                raise PermissionDenied(f"service {change.spec.name} cannot be moved to another stack")
             if why := known_service(view, service).machine_rights:
                 raise PermissionDenied(f"service {service.spec.name} has {why}")
     return tuple(change.spec for change in changes)
 
 
 def _path(request: web.Request) -> str:
-    """That of the route: ``/services/{id}``."""
+    """Return the path of the route, such as ``/services/{id}``."""
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else ""
 
 
 def _reader(type_: type[Any]) -> Callable[[web.Request], Awaitable[tuple[Any, ...]]]:
-    async def read(request: web.Request) -> tuple[Any, ...]:
+    async def read_body(request: web.Request) -> tuple[Any, ...]:
         return (await read_json(request, type_),)
 
-    return read
+    return read_body
 
 
 _READERS: Final[Mapping[str, Callable[[web.Request], Awaitable[tuple[Any, ...]]]]] = {

@@ -1,4 +1,4 @@
-"""``/skep/backup``, ``/skep/cluster/rotate-keys``: maintenance of the store.  Ours, not Docker's."""
+"""``/skep/backup`` and ``/skep/cluster/rotate-keys``: maintenance of the store.  A Skep extension."""
 
 from aiohttp import web
 
@@ -11,7 +11,7 @@ routes = Routes()
 
 @routes.post("/skep/backup")
 async def backup(request: web.Request) -> web.StreamResponse:
-    """The file of a backup.  If it breaks off, its last piece is missing, which marks it as incomplete."""
+    """Send a backup file.  If it is interrupted, its last piece is missing, which marks the file as incomplete."""
     backups = manager_of(request).backups
     sealer = backups.begin(await read_json(request, BackupRequest))
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
@@ -24,6 +24,6 @@ async def backup(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/cluster/rotate-keys")
 async def rotate_keys(request: web.Request) -> web.StreamResponse:
-    """Begin a rotation of the data keys."""
+    """Start a rotation of the data keys."""
     await manager_of(request).store.rotate_data_key()
     return web.Response()

@@ -1,4 +1,4 @@
-"""``/skep/doctor/network``: runs every node's probes now, and returns the results."""
+"""``/skep/doctor/network``: runs every node's probes now and returns the results."""
 
 import msgspec
 from aiohttp import web
@@ -18,7 +18,7 @@ routes = Routes()
 
 
 class ProbedNode(ApiObject):
-    """A skep node.  One line with its result, or the reason why there is none, follows."""
+    """A Skep node.  A line with its result, or the reason of its absence, follows."""
 
     id: NodeId
     hostname: str = always("")
@@ -43,7 +43,9 @@ class Finding(ApiObject):
 
 
 class Path(ApiObject):
-    """A node's findings about one peer.  ``mtu``: of the underlay; ``throughput``: bytes per second; 0: unknown."""
+    """A node's findings about one peer.  ``mtu`` is the underlay's, ``throughput`` is in bytes per second.  0 if
+    unknown.
+    """
 
     peer_id: NodeId
     peer: str = always("")
@@ -53,9 +55,9 @@ class Path(ApiObject):
 
 
 class NodeResult(ApiObject):
-    """Every further line: one node's result.  ``error``: why it is missing or incomplete.
+    """Any further line: one node's result.
 
-    ``conditions``: what the node reports to be wrong with its network.
+    ``error`` tells why it is missing or incomplete.  ``conditions`` are network problems that the node reports.
     """
 
     id: NodeId
@@ -67,17 +69,15 @@ class NodeResult(ApiObject):
 
 @routes.get("/skep/doctor/network")
 async def diagnose_network(request: web.Request) -> web.StreamResponse:
-    """One JSON object per line: the nodes, then each node's result as it arrives, within 25 s."""
+    """Send one JSON object per line: the nodes, then each node's result as it arrives, within 25 s."""
     if flag(request, "throughput"):
-        raise InvalidArgument(
-            "throughput is measured by POST: it loads every link, which a viewer may not do"
-        )
+        raise InvalidArgument("measure throughput with POST: it loads every link, which a viewer may not do")
     return await _run(request, throughput=False)
 
 
 @routes.post("/skep/doctor/network")
 async def measure_throughput(request: web.Request) -> web.StreamResponse:
-    """Run the diagnostics and measure throughput, which moves up to 32 MiB between each two nodes.
+    """Run the diagnostics and measure throughput, which transfers up to 32 MiB between each two nodes.
 
     One test runs at a time, with a pause after it.
     """
@@ -104,7 +104,7 @@ async def _run(request: web.Request, *, throughput: bool) -> web.StreamResponse:
 
 
 def node_result(view: View, result: DiagnosticsResult) -> NodeResult:
-    """A node's result, with host names."""
+    """Return a node's result with host names."""
     return NodeResult(
         id=result.node_id,
         hostname=_hostname(view, result.node_id),

@@ -1,4 +1,4 @@
-"""``/events``: those of the cluster.  The front adds the node's own.
+"""``/events``: events of the cluster.  The front adds the node's own events.
 
 Source: moby 20.10, api/server/router/system/system_routes.go, daemon/events/filter.go.
 """
@@ -23,10 +23,10 @@ routes = Routes()
 
 @routes.get("/events")
 async def stream_events(request: web.Request) -> web.StreamResponse:
-    """Events as they come, one JSON object per line, each sent at once.
+    """Send events as they happen, one JSON object per line.
 
-    Those of nodes are among them if their types are asked for by name in the scope of the swarm, in which they have
-    none in Docker.
+    Events of nodes are included if the filters name their types with the scope ``swarm``.  In Docker, they do not have
+    that scope.
     """
     since, until = period_of(request)
     manager, filters = manager_of(request), Filters.of(request)
@@ -57,12 +57,15 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/events")
 async def stream_all_events(request: web.Request) -> web.StreamResponse:
-    """The same with those of tasks, each with its cursor.
+    """Send all events, including those of tasks, each with its cursor.
 
-    ``after``: go on after the event with that cursor.  ``since``: begin with the kept events of that time.
-    ``nodes``: also those of containers, images and volumes, of ``all`` nodes, or of those with these names.
-    Raises: InvalidArgument: no cursor; EventsLost: some events after it are not kept; PermissionDenied: the events of
-    nodes are not for clients of workers.
+    ``after`` resumes after the event with that cursor.  ``since`` starts with the kept events of that time.  ``nodes``
+    adds the events of containers, images and volumes, of ``all`` nodes or of the nodes with these names.
+
+    Raises:
+        InvalidArgument: The cursor is invalid.
+        EventsLost: Some events after the cursor are no longer kept.
+        PermissionDenied: A client of a worker asked for events of nodes.
     """
     since, until = period_of(request)
     manager, filters = manager_of(request), Filters.of(request)
@@ -92,7 +95,9 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
         )
         manager.all_events.check(wanted)
     elif position is not None and position.nodes:
-        raise InvalidArgument("the cursor is of a stream with events of nodes: name them again")
+        raise InvalidArgument(
+            "the cursor belongs to a stream with events of nodes: name the same nodes again"
+        )
     async with JsonLines(request) as lines:
         try:
             if wanted is not None:
@@ -111,14 +116,17 @@ async def _send_all(events: Callable[[], AsyncGenerator[Message, None]], lines: 
 
 
 def fits(message: Message, filters: Filters) -> bool:
-    """Whether ``filters`` take ``message`` for ``docker events``: if Docker does not have it, by its type only."""
+    """Return whether ``filters`` select ``message`` for ``docker events``.
+
+    Messages that Docker does not have need a filter with their type.
+    """
     return (is_dockers(message) or message.type in filters["type"]) and _matches(message, filters)
 
 
 def _matches(message: Message, filters: Filters) -> bool:
-    """Its type, action, scope, labels, name and id.
+    """Return whether the filters match the message's type, action, scope, labels, name and id.
 
-    As in the engine, a filter like ``node=m1`` looks at the id and name of events of any type.
+    As in the engine, a filter like ``node=m1`` compares the id and name of events of any type.
     """
     name = message.actor.attributes.get("name", "")
     return (

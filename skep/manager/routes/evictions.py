@@ -1,4 +1,4 @@
-"""``/skep/cluster/evict``: removes a node and revokes every secret it has had.  Ours, not Docker's."""
+"""``/skep/cluster/evict``: removes a node and revokes every secret it has had.  A Skep extension."""
 
 import structlog
 from aiohttp import web
@@ -13,6 +13,7 @@ from skep.model.times import Timestamp
 log = structlog.get_logger(__name__)
 
 BY_CHARACTERS_MAX = 200
+"""Characters of the requesting user's name."""
 
 routes = Routes()
 
@@ -21,44 +22,44 @@ class EvictionBody(ApiObject):
     """Body of the request: the node to evict, and the user who requests it."""
 
     node: str = ""
-    """Id or name; of a node that was removed already its whole id."""
-    by: str = ""
-    keep: bool = False
-    """Leave the node's containers running beside their replacements."""
+    """Id or name.  For a node that was already removed, its full id."""
+    requested_by: str = ""
+    keep_containers: bool = False
+    """Keep the node's containers running alongside their replacements."""
 
 
 class ShownStep(ApiObject):
-    """One step: what is true when it is done."""
+    """One step, described by its result."""
 
     text: str = always("")
     done: bool = always(False)
 
 
 class ShownEviction(ApiObject):
-    """An eviction and its progress.  ``asked_*``: by which user, through which manager and when it was requested."""
+    """An eviction and its progress.  ``requested_*`` tell which user requested it, through which manager, and when."""
 
     node_id: str = always("")
     hostname: str = always("")
-    asked_by: str = always("")
-    asked_through: str = always("")
-    asked_at: Timestamp = always(Timestamp(""))
+    requested_by: str = always("")
+    requested_via: str = always("")
+    requested_at: Timestamp = always(Timestamp(""))
     steps: tuple[ShownStep, ...] = always(())
-    waits_for: str = always("")
+    waiting_for: str = always("")
     damaged: tuple[str, ...] = always(())
-    """Keys of values in the store that could not be read, and stay as they are."""
-    keeps_containers: bool = always(False)
+    """Keys of unreadable values in the store, which are not changed."""
+    keep_containers: bool = always(False)
     """Whether the node's containers keep running."""
     complete: bool = always(False)
 
 
 @routes.post("/skep/cluster/evict")
 async def evict(request: web.Request) -> web.StreamResponse:
-    """Begin an eviction, or continue one that was interrupted."""
+    """Start an eviction, or resume an interrupted one."""
     manager = manager_of(request)
     body = await read_json(request, EvictionBody)
-    by = "".join(filter(str.isprintable, body.by))[:BY_CHARACTERS_MAX] or "a client of the API"
+    by = "".join(filter(str.isprintable, body.requested_by))[:BY_CHARACTERS_MAX] or "a client of the API"
     eviction = await manager.update(
-        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.keep
+        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.keep_containers
     )
     log.warning(
         "eviction requested",
@@ -72,7 +73,7 @@ async def evict(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/cluster/evict")
 async def show_eviction(request: web.Request) -> web.StreamResponse:
-    """The last eviction.  Raises: NotFound: there was none."""
+    """Show the last eviction.  Raises: NotFound: no node was evicted yet."""
     eviction = eviction_of(await current_view(request))
     if eviction is None:
         raise NotFound("no node was evicted yet")
@@ -80,16 +81,16 @@ async def show_eviction(request: web.Request) -> web.StreamResponse:
 
 
 def shown(eviction: Eviction) -> ShownEviction:
-    """The response's object for ``eviction``."""
+    """Return ``eviction`` for a response."""
     return ShownEviction(
         node_id=eviction.node_id,
         hostname=eviction.hostname,
-        asked_by=eviction.asked_by,
-        asked_through=eviction.asked_through,
-        asked_at=eviction.asked_at,
+        requested_by=eviction.asked_by,
+        requested_via=eviction.asked_through,
+        requested_at=eviction.asked_at,
         steps=tuple(ShownStep(text=TEXTS[step], done=step in eviction.done) for step in eviction.steps),
-        waits_for=eviction.waits_for,
+        waiting_for=eviction.waits_for,
         damaged=eviction.damaged,
-        keeps_containers=eviction.node_id in eviction.keeping,
+        keep_containers=eviction.node_id in eviction.keeping,
         complete=eviction.next_step is None,
     )

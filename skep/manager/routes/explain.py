@@ -1,4 +1,4 @@
-"""``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why an object is not in its desired state."""
+"""``/skep/tasks/{id}/explain`` and ``/skep/services/{id}/explain``: why an object is not in its desired state."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -35,7 +35,7 @@ routes = Routes()
 
 @routes.get("/skep/tasks/{id}/explain")
 async def explain_one_task(request: web.Request) -> web.StreamResponse:
-    """Why a task is where it is; for one that waits for a node, each node's refusals."""
+    """Explain the state of a task.  For a task that waits for a node, the response has each node's refusals."""
     view = await current_view(request)
     task = task_named(view, request.match_info["id"])
     named = names_for(identity_of(request))
@@ -57,7 +57,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/services/{id}/explain")
 async def explain_one_service(request: web.Request) -> web.StreamResponse:
-    """What keeps a service from its wanted number of tasks, and what its tasks failed of."""
+    """Explain why a service has fewer tasks than desired, and why its tasks failed."""
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
     status = await service_status(view, service)
@@ -89,20 +89,22 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
 
 
 async def _priority(view: View, tasks: Iterable[Task], named: ServiceNames) -> str:
-    """What priorities have to do with the first task that waits for a node; empty: nothing."""
+    """Return how priorities affect the first task that waits for a node, or an empty text."""
     waiting = (one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING)
     task = next(waiting, None)
     return (await _verdicts(view, task, named))[1] if task is not None else ""
 
 
 def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
-    """``one`` for a task that waits for the node ``home``, where its volume is."""
-    return one if one.node_id == home else replace(one, refusals=(*one.refusals, words))
+    """Return ``one`` for a task that waits for the node ``home``, on which its volume is."""
+    return one if one.node_id == home else replace(one, reasons=(*one.reasons, words))
 
 
 async def _verdicts(view: View, task: Task, named: ServiceNames) -> tuple[list[NodeVerdict], str]:
-    """Each node's refusals of ``task``, or those of the one node that it was made for; what priorities have to do with
-    them, if no node would take it."""
+    """Return each node's refusals of ``task``, or only the refusals of the node that it was created for.
+
+    If no node would take the task, the second result tells how priorities affect it.
+    """
     own_spec = spec_of(view, task)
     accounting = await accounting_of(view)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
@@ -113,7 +115,7 @@ async def _verdicts(view: View, task: Task, named: ServiceNames) -> tuple[list[N
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]
-    if task.status.err.startswith(WAITS_FOR) or not all(one.refusals for one in verdicts):
+    if task.status.err.startswith(WAITS_FOR) or not all(one.reasons for one in verdicts):
         return verdicts, ""
     work = explaining_priority(task, requirements, accounting, view, named)
     return verdicts, await result_in_slices(work, SystemClock())

@@ -55,8 +55,8 @@ class Created(ApiObject):
 
 @routes.get("/secrets")
 async def list_secrets(request: web.Request) -> web.StreamResponse:
-    """All secrets that fit the filters; of names and ids one has to fit."""
-    return await _listed(request, Secret, "names", "name", "id", "label")
+    """List the secrets that match the filters.  Of the name and id filters, one must match."""
+    return await _list_files(request, Secret, "names", "name", "id", "label")
 
 
 @routes.post("/secrets/create")
@@ -74,8 +74,8 @@ async def create_secret(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/secrets/{id}")
 async def inspect_secret(request: web.Request) -> web.StreamResponse:
-    """One secret, without its data."""
-    return json_response(await _named(request, Secret))
+    """Show one secret, without its data."""
+    return json_response(await _find_file(request, Secret))
 
 
 @routes.post("/secrets/{id}/update")
@@ -83,7 +83,7 @@ async def update_secret(request: web.Request) -> web.StreamResponse:
     """Change the labels of a secret."""
     body = await read_json(request, SecretBody)
     version = _version(request, "secret")
-    secret = await _named(request, Secret)
+    secret = await _find_file(request, Secret)
     await manager_of(request).update(control.update_secret, secret.id, body.spec, body.data, version)
     return web.Response()
 
@@ -91,7 +91,7 @@ async def update_secret(request: web.Request) -> web.StreamResponse:
 @routes.delete("/secrets/{id}")
 async def remove_secret(request: web.Request) -> web.StreamResponse:
     """Remove a secret that no service uses."""
-    secret = await _named(request, Secret)
+    secret = await _find_file(request, Secret)
     await manager_of(request).update(control.remove_secret, secret.id)
     return web.Response(status=204)
 
@@ -101,8 +101,8 @@ async def remove_secret(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/configs")
 async def list_configs(request: web.Request) -> web.StreamResponse:
-    """All configs that fit the filters; of names and ids one has to fit."""
-    return await _listed(request, Config, "name", "id", "label")
+    """List the configs that match the filters.  Of the name and id filters, one must match."""
+    return await _list_files(request, Config, "name", "id", "label")
 
 
 @routes.post("/configs/create")
@@ -113,7 +113,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     _refuse_templating(request, spec, "config")
     await manager.require_room(creates=True)
     if STACK_REVISION in spec.labels:
-        # Deploys that are under way are marked: they must be shown, whichever manager has served them.
+        # Mark the deploys in progress: they must be visible, whichever manager served them.
         await current_view(request)
     config = await manager.update(
         control.create_config,
@@ -127,8 +127,8 @@ async def create_config(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/configs/{id}")
 async def inspect_config(request: web.Request) -> web.StreamResponse:
-    """One config with its data."""
-    return json_response(await _named(request, Config))
+    """Show one config with its data."""
+    return json_response(await _find_file(request, Config))
 
 
 @routes.post("/configs/{id}/update")
@@ -136,7 +136,7 @@ async def update_config(request: web.Request) -> web.StreamResponse:
     """Change the labels of a config."""
     spec = await read_json(request, ConfigSpec)
     version = _version(request, "config")
-    config = await _named(request, Config)
+    config = await _find_file(request, Config)
     await manager_of(request).update(
         control.update_config, config.id, spec, version, writer=identity_of(request)
     )
@@ -146,7 +146,7 @@ async def update_config(request: web.Request) -> web.StreamResponse:
 @routes.delete("/configs/{id}")
 async def remove_config(request: web.Request) -> web.StreamResponse:
     """Remove a config that no service uses."""
-    config = await _named(request, Config)
+    config = await _find_file(request, Config)
     await manager_of(request).update(control.remove_config, config.id)
     return web.Response(status=204)
 
@@ -154,7 +154,7 @@ async def remove_config(request: web.Request) -> web.StreamResponse:
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-async def _listed(request: web.Request, kind: type[File], *known: str) -> web.StreamResponse:
+async def _list_files(request: web.Request, kind: type[File], *known: str) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown(*known)
     view = await current_view(request)
@@ -162,7 +162,7 @@ async def _listed(request: web.Request, kind: type[File], *known: str) -> web.St
 
 
 def _fits(file: Secret | Config, filters: Filters) -> bool:
-    """Names in any case: SwarmKit's index of names is in lower case.
+    """Return whether a file matches the filters.  Names match in any case: SwarmKit's name index is in lower case.
 
     Source: swarmkit, manager/state/store/memory.go (findIterators).
     """
@@ -175,7 +175,7 @@ def _fits(file: Secret | Config, filters: Filters) -> bool:
     return is_named and has_labels(file.spec.labels, filters["label"])
 
 
-async def _named(request: web.Request, kind: type[File]) -> File:
+async def _find_file(request: web.Request, kind: type[File]) -> File:
     return (await current_view(request)).resolve(kind, request.match_info["id"])
 
 

@@ -1,4 +1,4 @@
-"""``/skep/history``: what happened in the cluster and why, and the requests of users.  Ours, not Docker's."""
+"""``/skep/history``: changes in the cluster with their reasons, and the requests of users.  A Skep extension."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -32,11 +32,11 @@ _PARAMETERS = frozenset(
 )
 
 _PIECE = 500
-"""Tasks between two turns of the event loop."""
+"""Tasks between two pauses for the event loop."""
 
 
 class TaskThen(ApiObject):
-    """A task of an earlier moment, without its spec: there may be thousands."""
+    """A task at an earlier time, without its spec, because there may be thousands."""
 
     id: TaskId
     service_id: ServiceId = ServiceId("")
@@ -50,7 +50,7 @@ class TaskThen(ApiObject):
 
     @classmethod
     def of(cls, view: View, task: Task) -> "TaskThen":
-        """``task`` of ``view``."""
+        """Return ``task`` as it is in ``view``."""
         status, container = known_status(view, task), task.spec.container_spec
         return cls(
             id=task.id,
@@ -67,7 +67,10 @@ class TaskThen(ApiObject):
 
 @routes.get("/skep/history")
 async def show_history(request: web.Request) -> web.Response:
-    """A page of entries.  Only administrators see requests and their clients; users of stacks see entries of these."""
+    """Show a page of entries.
+
+    Only administrators see requests and their clients.  Users of stacks see only the entries of their stacks.
+    """
     view = await current_view(request)
     query = query_of(request.query, view, manager_of(request).clock.now_ns())
     found = await page(view, limited(query, identity_of(request)))
@@ -79,7 +82,7 @@ async def show_history(request: web.Request) -> web.Response:
 
 
 class StateResponse(ApiObject):
-    """The cluster as it was.  ``tasks``: those that were wanted."""
+    """The cluster at an earlier time.  ``tasks`` are the tasks that were wanted."""
 
     time: Timestamp
     revision: int
@@ -90,12 +93,16 @@ class StateResponse(ApiObject):
 
 @routes.get("/skep/state")
 async def show_state(request: web.Request) -> web.Response:
-    """The nodes, services and tasks of an earlier moment.  ``at``: a time, or ``revision:N``.
+    """Show the nodes, services and tasks at an earlier time.  ``at`` is a time or ``revision:N``.
 
-    Raises: HistoryGone: the store does not keep it any more, with the oldest time that there is; PermissionDenied.
+    Raises:
+        HistoryGone: The store no longer has that state.  The error names the oldest available time.
+        PermissionDenied: The user only has roles in single stacks.
     """
     if not _sees_all(identity_of(request)):
-        raise PermissionDenied("the state of the whole cluster is not for users of single stacks")
+        raise PermissionDenied(
+            "users with roles in single stacks only may not see the state of the whole cluster"
+        )
     past = await past_of(request).at(request.query.get("at", ""))
     view = past.view
     nodes, services = problems_of(view, Node), problems_of(view, Service)
@@ -115,7 +122,7 @@ async def show_state(request: web.Request) -> web.Response:
 
 
 async def _tasks(view: View) -> AsyncIterator[TaskThen]:
-    """With the event loop's turn after some."""
+    """Yield the wanted tasks, with pauses for the event loop."""
     for number, task in enumerate(view.find(Task)):
         if number % _PIECE == 0:
             await asyncio.sleep(0)
@@ -128,7 +135,7 @@ def _sees_all(identity: Identity) -> bool:
 
 
 def limited(query: Query, identity: Identity) -> Query:
-    """``query`` for what ``identity`` may see."""
+    """Return ``query`` limited to the entries that ``identity`` may see."""
     if not any(one.role is Role.ADMIN and one.stack == EVERY_STACK for one in identity.bindings):
         query = replace(query, kinds=query.kinds & {Kind.CHANGE})
     if not _sees_all(identity):
@@ -137,7 +144,7 @@ def limited(query: Query, identity: Identity) -> Query:
 
 
 def query_of(given: Mapping[str, str], view: View, now_ns: int) -> Query:
-    """Raises: InvalidArgument: a parameter is unknown, or has a value that it cannot have."""
+    """Parse the query parameters.  Raises: InvalidArgument: an unknown parameter or an invalid value."""
     if unknown := sorted(set(given) - _PARAMETERS):
         raise InvalidArgument(
             f"unknown parameter {unknown[0][:100]!r}: want {', '.join(sorted(_PARAMETERS))}"
@@ -157,7 +164,7 @@ def query_of(given: Mapping[str, str], view: View, now_ns: int) -> Query:
 
 
 def _meant(view: View, kind: type[Service | Node], word: str) -> frozenset[str]:
-    """What entries have of the object that ``word`` names: its id, or the word itself, if it was removed."""
+    """Return the id of the object that ``word`` names, or the word itself if the object was removed."""
     if not word:
         return frozenset()
     try:
@@ -167,7 +174,7 @@ def _meant(view: View, kind: type[Service | Node], word: str) -> frozenset[str]:
 
 
 def _about(view: View, word: str) -> frozenset[str]:
-    """Of a service, a node or a stack."""
+    """Return the words in entries about a service, a node or a stack."""
     if not word:
         return frozenset()
     return frozenset({word, *_meant(view, Service, word), *_meant(view, Node, word)})

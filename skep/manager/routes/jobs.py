@@ -1,4 +1,4 @@
-"""``/skep/jobs``, ``/skep/services/{id}/run`` and ``/retry``: jobs with their schedules.  Ours, not Docker's."""
+"""``/skep/jobs``, ``/skep/services/{id}/run`` and ``/retry``: jobs with their schedules.  A Skep extension."""
 
 import asyncio
 
@@ -15,12 +15,12 @@ from skep.model.service import Service
 routes = Routes()
 
 _PIECE = 50
-"""Jobs before the event loop gets control."""
+"""Jobs between two pauses for the event loop."""
 
 
 @routes.get("/skep/jobs")
 async def list_jobs(request: web.Request) -> web.StreamResponse:
-    """Every job, in order of id, with its last and next run."""
+    """List every job with its last and next run, in order of id."""
     view = await current_view(request)
     ids = [service.id for service in view.find(Service) if service.spec.mode.name in JOB_MODES]
     jobs: list[Job] = []
@@ -36,7 +36,7 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/services/{id}/run")
 async def run_job(request: web.Request) -> web.StreamResponse:
-    """Start the next run of a job now; with ``replace`` even if the present one is still going."""
+    """Start the next run of a job now.  With ``replace``, even while the current run is active."""
     manager = manager_of(request)
     word = request.query.get("replace", "false")
     if word not in ("true", "false"):
@@ -48,7 +48,7 @@ async def run_job(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/services/{id}/retry")
 async def retry_job(request: web.Request) -> web.StreamResponse:
-    """Start again what has failed of the present run of a job."""
+    """Retry the failed slots of a job's current run."""
     manager = manager_of(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     changed = await manager.update(control.retry_job, service.id)

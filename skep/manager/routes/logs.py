@@ -33,7 +33,7 @@ _TYPED_FROM = ApiVersion("1.42")
 
 @routes.get("/services/{id}/logs")
 async def stream_service_logs(request: web.Request) -> web.StreamResponse:
-    """The output of all tasks of a service."""
+    """Send the output of all tasks of a service."""
     query = _query(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     container = _container(service.spec.task_template.container_spec)
@@ -42,7 +42,7 @@ async def stream_service_logs(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/tasks/{id}/logs")
 async def stream_task_logs(request: web.Request) -> web.StreamResponse:
-    """The output of one task."""
+    """Send the output of one task."""
     query = _query(request)
     task = (await current_view(request)).resolve(Task, request.match_info["id"])
     container = _container(task.spec.container_spec)
@@ -50,7 +50,9 @@ async def stream_task_logs(request: web.Request) -> web.StreamResponse:
 
 
 def _query(request: web.Request) -> LogQuery:
-    """The log query in the parameters.  Raises: Untranslated: invalid parameters (the engine responds with 500)."""
+    """Return the log query in the parameters.  Raises: Untranslated: invalid parameters (the engine
+    responds with 500).
+    """
     streams = tuple(stream for name, stream in _STREAMS.items() if flag(request, name))
     if not streams:
         raise Untranslated("Bad parameters: you must choose at least one stream")
@@ -93,14 +95,14 @@ async def _stream(request: web.Request, query: LogQuery, *, tty: bool) -> web.St
                     for line in lines
                 )
         except SkepError as error:
-            # The response has begun, so the error can only be sent here; clients print it and fail.
+            # The response has started, so this is the only way to send the error.  Clients print it and fail.
             await frames.send(OutputStream.SYSTEM, f"Error grabbing logs: {error}\n".encode())
     return frames.response
 
 
 @asynccontextmanager
 async def closing(lines: AsyncIterator[LogLine]) -> AsyncIterator[AsyncIterator[LogLine]]:
-    """``lines``; its generator is closed at the end, which ends the subscription."""
+    """Return ``lines`` as a context that closes the generator, which ends the subscription."""
     try:
         yield lines
     finally:
@@ -124,7 +126,7 @@ def _line(entry: LogLine, *, details: bool, timestamps: bool) -> bytes:
 
 
 def _context(entry: LogLine) -> bytes:
-    """Where a line comes from, in order of the keys; a user's own labels of these names are ignored."""
+    """Return the origin of a line, in order of the keys.  A user's own labels with these names are ignored."""
     attributes = {
         **entry.attrs,
         "com.docker.swarm.node.id": entry.node_id,
@@ -136,6 +138,6 @@ def _context(entry: LogLine) -> bytes:
 
 
 def _fixed_timestamp(unix_ns: int) -> str:
-    """Always nine decimals, so that columns line up (Go's RFC3339NanoFixed)."""
+    """Return a timestamp with nine decimals, so that columns line up (Go's RFC3339NanoFixed)."""
     seconds, nanoseconds = divmod(unix_ns, SECOND_NS)
     return f"{timestamp(seconds * SECOND_NS)[:-1]}.{nanoseconds:09d}Z"

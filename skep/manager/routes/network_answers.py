@@ -1,4 +1,4 @@
-"""A cluster's network in the flat form of ``/networks``, and its users.
+"""A cluster network in the flat form of ``/networks``, and its users.
 
 Source: moby 20.10, daemon/cluster/convert/network.go (BasicNetworkFromGRPC), api/types/types.go (NetworkResource),
 daemon/network.go (buildDetailedNetworkResources).
@@ -26,16 +26,18 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 _PIECE = 1_000
+"""Tasks between two pauses for the event loop."""
 _WARNED_OF_MAX = 10
+"""Clashes with nodes' networks that the warnings name."""
 
 
 def is_predefined(network: Network) -> bool:
-    """Whether it represents a network that every node has, and shows, for itself."""
+    """Return whether the network represents a network of every node, which the nodes show themselves."""
     return network.spec.labels.get(PREDEFINED_LABEL) == "true"
 
 
 def facts_of(network: Network, used: frozenset[str]) -> Facts:
-    """The inputs of filters.  ``used``: ids of networks in use."""
+    """Return the inputs of filters.  ``used`` has the ids of networks in use."""
     return Facts(
         id=network.id,
         name=network.spec.name,
@@ -47,7 +49,7 @@ def facts_of(network: Network, used: frozenset[str]) -> Facts:
 
 
 def used_networks(view: View) -> frozenset[str]:
-    """Ids of the networks that a service names, or whose ports need them."""
+    """Return the ids of the networks that services name, or that their ports need."""
     used: set[str] = set()
     ingress = control.ingress_network(view)
     for service in view.find(Service):
@@ -59,15 +61,15 @@ def used_networks(view: View) -> frozenset[str]:
 
 
 def shown(view: View, network: Network) -> dict[str, Any]:
-    """A cluster's network as the list has it."""
+    """Return a cluster network as in the list of networks."""
     damage = damage_of(view, Network, network.id)
     return {**flat_form(network), **({"Damage": damage} if damage else {})}
 
 
-async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str, Any]:
-    """A cluster's network as ``inspect`` has it: with the nodes that take part, and warnings for the user.
+async def describe_network(view: View, network: Network, *, verbose: bool) -> dict[str, Any]:
+    """Return a cluster network as ``inspect`` shows it: with the nodes that take part, and warnings for the user.
 
-    ``verbose``: with its services and their tasks.
+    With ``verbose``, it also has its services and their tasks.
     """
     response = shown(view, network)
     if not is_overlay(network):
@@ -86,8 +88,7 @@ async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str,
 
 
 class _Users:
-    """The users of addresses on the network.  Reads the tasks of its services in slices, so that the event loop stays
-    responsive."""
+    """The users of addresses on the network.  Reads the tasks in slices, so that the event loop stays responsive."""
 
     def __init__(self, view: View, network: Network) -> None:
         self._view = view
@@ -127,7 +128,7 @@ class _Users:
                 self.nodes.append(node)
 
     def warnings(self) -> Iterable[str]:
-        """The network is nearly or quite full, or has nothing to give yet."""
+        """Yield a warning if the network is full, nearly full, or not allocated."""
         if not has_addresses(self._network):
             yield from _why_without_addresses(self._view, self._network)
             return
@@ -137,7 +138,7 @@ class _Users:
             yield f"{usage}: give the network another subnet (skep network update --subnet-add SUBNET {name})"
 
     async def _by_service(self) -> AsyncIterator[tuple[Service | None, list[Task]]]:
-        """Services on the network with their tasks that hold addresses; None: plain containers."""
+        """Yield the services on the network with their tasks that use addresses, and None for plain containers."""
         looked_at = 0
         for service in self._view.find(Service):
             if not self._concerns(service):
@@ -189,7 +190,7 @@ def _service_entry(
 
 
 def _why_without_addresses(view: View, network: Network) -> list[str]:
-    """The allocator's error for a network without addresses; empty if the allocator has only not run yet."""
+    """Return the allocator's error for a network without addresses, or nothing if the allocator has not run yet."""
     allocations = NetworkAllocations()
     for other in view.find(Network):
         allocations.enter(other)
@@ -229,7 +230,7 @@ def _attachments(service: Service) -> Iterable[Any]:
 
 
 def _ports(service: Service) -> list[tuple[int, int]]:
-    """Target and published port of what the service publishes on every node."""
+    """Return target and published ports that the service publishes on every node."""
     return [
         (port.target_port, port.published_port)
         for port in service.endpoint.ports

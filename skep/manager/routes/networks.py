@@ -1,4 +1,4 @@
-"""``/networks``: those of the cluster.  The node adds its own (``engine/api/networks.py``).
+"""``/networks``: networks of the cluster.  The node adds its own (``engine/api/networks.py``).
 
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/cluster/convert/network.go, daemon/prune.go.
 """
@@ -23,7 +23,13 @@ from skep.api.timestamps import parse_time
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
-from skep.manager.routes.network_answers import facts_of, inspected, is_predefined, shown, used_networks
+from skep.manager.routes.network_answers import (
+    describe_network,
+    facts_of,
+    is_predefined,
+    shown,
+    used_networks,
+)
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.times import unix_ns
@@ -36,7 +42,7 @@ routes = Routes()
 
 @routes.get("/networks")
 async def list_networks(request: web.Request) -> web.StreamResponse:
-    """The cluster's networks that fit the filters."""
+    """List the cluster's networks that match the filters."""
     filters = Filters.of(request)
     check_list_filters(filters)
     view = await current_view(request)
@@ -47,11 +53,11 @@ async def list_networks(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/networks/{id}")
 async def inspect_network(request: web.Request) -> web.StreamResponse:
-    """One network of the cluster."""
+    """Show one network of the cluster."""
     verbose = wrapped_flag(request, "verbose")
     view = await current_view(request)
     network = _resolve(view, request.match_info["id"])
-    return json_response(await inspected(view, network, verbose=verbose))
+    return json_response(await describe_network(view, network, verbose=verbose))
 
 
 @routes.post("/networks/create")
@@ -71,7 +77,7 @@ async def create_network(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/networks/prune")
 async def prune_networks(request: web.Request) -> web.StreamResponse:
-    """Remove every unused network of the cluster that fits the filters; never the ingress network."""
+    """Remove every unused network of the cluster that matches the filters, except the ingress network."""
     filters = Filters.of(request)
     filters.refuse_unknown(*PRUNE_FILTERS)
     manager = manager_of(request)
@@ -84,7 +90,7 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
             continue
         try:
             await manager.update(control.remove_network, network.id)
-        except (FailedPrecondition, NotFound) as error:  # in use, or removed meanwhile
+        except (FailedPrecondition, NotFound) as error:  # in use, or removed in the meantime
             log.debug("network not pruned", network=network.spec.name, reason=str(error))
             continue
         removed.append(network.spec.name)
@@ -93,7 +99,7 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/networks/{id}/update")
 async def update_network(request: web.Request) -> web.StreamResponse:
-    """Add subnets to a network of the cluster, an operation of ours; the same twice changes nothing."""
+    """Add subnets to a network of the cluster, a Skep extension.  Adding the same subnet twice has no effect."""
     body = await read_json(request, SubnetsBody)
     network = _resolve(await current_view(request), request.match_info["id"])
     await manager_of(request).update(
@@ -115,7 +121,12 @@ def _visible(view: View) -> list[Network]:
 
 
 def _resolve(view: View, word: str) -> Network:
-    """Raises: NotFound in the network router's words; InvalidArgument: several ids begin like this."""
+    """Return the network that ``word`` names.
+
+    Raises:
+        NotFound: No network matches, in the network router's words.
+        InvalidArgument: Several ids start with ``word``.
+    """
     try:
         return view.resolve(Network, word)
     except NotFound:
@@ -123,7 +134,7 @@ def _resolve(view: View, word: str) -> Network:
 
 
 def _check_free(view: View, name: str) -> None:
-    """The engine refuses a taken name before it looks at anything else.  Raises: AlreadyExists."""
+    """Refuse a taken name, which the engine does before any other check.  Raises: AlreadyExists."""
     if name and view.find(Network, name=name):
         raise AlreadyExists(f"network with name {name} already exists")
 
@@ -139,7 +150,7 @@ def _is_prunable(network: Network, filters: Filters, moments: list[int]) -> bool
 
 
 def spec_of_body(body: NetworkBody) -> NetworkSpec:
-    """The spec that a request asks for."""
+    """Return the spec in a request's body."""
     ipam = None
     if body.ipam is not None:
         ipam = IPAMOptions(

@@ -31,7 +31,7 @@ routes = Routes()
 
 
 class _Membership(Enum):
-    """All nodes have been accepted; there is no manual approval."""
+    """Membership of a node.  All nodes are accepted, without manual approval."""
 
     ACCEPTED = "accepted"
     PENDING = "pending"
@@ -39,7 +39,7 @@ class _Membership(Enum):
 
 @routes.get("/nodes")
 async def list_nodes(request: web.Request) -> web.StreamResponse:
-    """All nodes that fit the filters, in order of id."""
+    """List the nodes that match the filters, in order of id."""
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "role", "membership", "node.label")
     view = await current_view(request)
@@ -76,7 +76,7 @@ def _members(cls: type[E], filters: Filters, key: str) -> set[E]:
 
 @routes.get("/nodes/{id}")
 async def inspect_node(request: web.Request) -> web.StreamResponse:
-    """One node."""
+    """Show one node."""
     view = await current_view(request)
     return json_response(shown_node(problems_of(view, Node), view.resolve(Node, request.match_info["id"])))
 
@@ -94,7 +94,7 @@ async def update_node(request: web.Request) -> web.StreamResponse:
 
 @routes.delete("/nodes/{id}")
 async def remove_node(request: web.Request) -> web.StreamResponse:
-    """Remove a node that is down (or, with ``force``, any worker)."""
+    """Remove a node that is down, or any worker with ``force``."""
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
     manager, now_ns = manager_of(request), manager_of(request).clock.now_ns()
     await manager.update(control.remove_node, node.id, force=flag(request, "force"), now_ns=now_ns)

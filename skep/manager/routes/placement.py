@@ -32,26 +32,27 @@ from skep.store.updates import batched
 routes = Routes()
 
 _PIECE = 250
-"""Objects counted before the event loop gets control."""
+"""Objects counted between two pauses for the event loop."""
 _SERVICES_MAX = 2_000
+"""Services in one request."""
 _TASKS_MAX = REPLICAS_MAX
-"""Of all services together: some seconds for a manager, beside its other work."""
+"""Tasks of all services together.  Placing them takes a manager some seconds, concurrently with its other work."""
 _WITHIN_S = 30.0
-"""After its turn has come."""
+"""Seconds after the request got its slot."""
 
 
 @routes.post("/skep/services/placement")
 async def plan_placement(request: web.Request) -> web.StreamResponse:
-    """Where the tasks of each of these specs would be, placed one after the other.
+    """Show where the tasks of each of these specs would be placed, one service after the other.
 
-    Networks, secrets and configs may be named that do not exist yet.  A spec that would be refused has the refusal.
+    The networks, secrets and configs need not exist yet.  A spec that would be refused has the refusal.
     """
     specs = await read_planned(request)
     view = await current_view(request)
     number = len(view.ids(Node))
     if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
         raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
-    async with manager_of(request).plans.taken():
+    async with manager_of(request).plans.hold():
         try:
             async with asyncio.timeout(_WITHIN_S):
                 view = await current_view(request)
@@ -60,18 +61,18 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
                 placements = [one async for one in _placements(dry_run, view, specs)]
         except TimeoutError as error:
             raise ResourceExhausted(
-                f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: ask for fewer at once"
+                f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: send fewer services at once"
             ) from error
     return json_list_response(placements)
 
 
 async def read_planned(request: web.Request) -> tuple[ServiceSpec, ...]:
-    """The specs in the body of ``request``.  Raises: InvalidArgument."""
+    """Return the specs in the body of ``request``.  Raises: InvalidArgument."""
     return await read_json(request, tuple[ServiceSpec, ...], unrecognized=UNRECOGNIZED)
 
 
 def names_for(identity: Identity) -> Callable[[Service], str]:
-    """How services are named to ``identity``: not by their names, if they are of stacks that it does not see."""
+    """Return a function that names services to ``identity``, and hides the names in stacks that it cannot see."""
 
     def name_of(service: Service) -> str:
         return (
@@ -92,7 +93,7 @@ async def _placements(
     dry_run: DryRun, view: View, specs: tuple[ServiceSpec, ...]
 ) -> AsyncIterator[PlannedPlacement]:
     slices = TimeSlices(SystemClock())
-    for spec in sorted(specs, key=lambda one: -priority_of(one.labels)):  # as the scheduler would
+    for spec in sorted(specs, key=lambda one: -priority_of(one.labels)):  # in the scheduler's order
         try:
             wanted = settled(_with_ids(view, spec))
             check_service_spec(wanted)
@@ -101,11 +102,13 @@ async def _placements(
                 if step is not None:
                     yield step
         except SkepError as error:
-            yield PlannedPlacement(name=spec.name, refusal=str(error))
+            yield PlannedPlacement(name=spec.name, error=str(error))
 
 
 def _with_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
-    """With the ids of the networks that exist; of secrets and configs, which need not, the names stand for them."""
+    """Replace the names of existing networks by ids.  Secrets and configs need not exist and keep their
+    names as ids.
+    """
 
     def resolved(one: NetworkAttachmentConfig) -> NetworkAttachmentConfig:
         found = view.find(Network, name=one.target)
@@ -124,7 +127,7 @@ def _with_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
 
 
 async def accounting_of(view: View) -> Accounting:
-    """What the nodes have, and what tasks hold of it."""
+    """Return the resources of the nodes, and the reservations of tasks."""
     accounting = Accounting()
     for volume in view.find(Volume):
         accounting.update_volume(volume.id, volume)

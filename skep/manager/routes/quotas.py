@@ -1,4 +1,4 @@
-"""``/skep/stacks/{name}/quota``: what the services of a stack may take together.  Ours, not Docker's."""
+"""``/skep/stacks/{name}/quota``: limits of a stack's services together.  A Skep extension."""
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ routes = Routes()
 
 @routes.get("/skep/stacks/{name}/quota")
 async def show_quota(request: web.Request) -> web.StreamResponse:
-    """The quota of a stack, and what of it is taken."""
+    """Show the quota of a stack and its usage."""
     view, name = await current_view(request), request.match_info["name"]
     quota = quota_of(view, name)
     if quota is None:

@@ -1,8 +1,8 @@
-"""``/skep/tasks/{id}/...``: the container of a task, on whatever node it runs.
+"""``/skep/tasks/{id}/...``: the container of a task, on any node.
 
-Each request is one exchange with the Engine API of the task's node, over a tunnel: what comes back goes to the client
-as the node sent it.  Of a request, only what ``api.container_requests`` names is forwarded, encoded again, and the node
-checks it again.
+Each request is one exchange with the Engine API of the task's node over a tunnel.  The client receives the response as
+the node sent it.  Of a request, only the parts that ``api.container_requests`` names are forwarded, encoded again, and
+the node checks them again.
 """
 
 import re
@@ -39,14 +39,14 @@ routes = Routes()
 
 _WHAT = re.compile(r"^.*?/skep/tasks/[^/]+/(?:container/)?")
 _DETAILS_MAX = 256
-"""Characters of a command in the history: entries are small, and the first words say what it did."""
+"""Characters of a command in the history.  Entries are small, and the first words show what the command did."""
 _RECORDED = re.compile(r"(?:exec|attach|kill|archive|exec/[0-9a-f]+/start|port/.*)")
-"""Requests that the log and the history have: those that change something, or read files."""
+"""Requests that appear in the log and the history, because they change something or read files."""
 
 
 @routes.get("/skep/tasks/{id}/target")
 async def find_target(request: web.Request) -> web.StreamResponse:
-    """The running task that ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` or the id of a task means."""
+    """Return the running task that ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` or a task id refers to."""
     view = await current_view(request)
     return json_response(Target.of(view, target_of(view, request.match_info["id"])))
 
@@ -64,9 +64,9 @@ async def find_target(request: web.Request) -> web.StreamResponse:
 @routes.head("/skep/tasks/{id}/container/archive")
 @routes.put("/skep/tasks/{id}/container/archive")
 async def reach_container(request: web.Request) -> web.StreamResponse:
-    """What the Engine API has below ``/containers/ID``."""
+    """Forward a request of the Engine API below ``/containers/ID``."""
     task = await _task(request)
-    assert task.status.container_status is not None, "otherwise it is no target"
+    assert task.status.container_status is not None, "target_of returns tasks with a container"
     rest = request.path.rpartition("/")[2]
     return await _forward(request, task, f"/containers/{task.status.container_status.container_id}/{rest}")
 
@@ -75,7 +75,7 @@ async def reach_container(request: web.Request) -> web.StreamResponse:
 @routes.post("/skep/tasks/{id}/exec/{exec:[0-9a-f]+}/resize")
 @routes.get("/skep/tasks/{id}/exec/{exec:[0-9a-f]+}/json")
 async def reach_exec(request: web.Request) -> web.StreamResponse:
-    """What the Engine API has below ``/exec/ID``."""
+    """Forward a request of the Engine API below ``/exec/ID``."""
     task = await _task(request)
     return await _forward(
         request, task, f"/exec/{request.match_info['exec']}/{request.path.rpartition('/')[2]}"
@@ -84,7 +84,7 @@ async def reach_exec(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/tasks/{id}/port/{port:[0-9]{1,5}}")
 async def reach_port(request: web.Request) -> web.StreamResponse:
-    """A connection to a TCP port in the task's container; the connection of the request becomes its other end."""
+    """Connect to a TCP port in the task's container.  The connection of the request becomes the other end."""
     task = await _task(request)
     port = int(request.match_info["port"])
     if not 0 < port < 65536:
@@ -103,15 +103,17 @@ async def _task(request: web.Request) -> Task:
 
 
 async def _forward(request: web.Request, task: Task, path: str) -> web.StreamResponse:
-    """One exchange with the Engine API of the task's node.
+    """Forward one exchange to the Engine API of the task's node.
 
-    Raises: PermissionDenied: only an administrator may do it; SkepError: there is no tunnel to it.
+    Raises:
+        PermissionDenied: Only an administrator may send the request.
+        SkepError: No tunnel can be opened.
     """
     kind = forwarded(request.method, _pattern(path))
-    value = await _read(request, kind)
+    value = await _read_body(request, kind)
     await _authorize(request, task, kind, value)
     body = to_json(value) if value is not None else b""
-    # Not by the id: authorization has replaced what the path names by it.
+    # Not the task id: authorization has replaced the name in the path by it.
     _record(request, task, _WHAT.sub("", request.path), _details(request, value))
     async with manager_of(request).tunnels.open(
         task, head=_head(request, kind, path, body), is_admin=identity_of(request).is_admin
@@ -130,10 +132,11 @@ def _pattern(path: str) -> str:
     return f"/{kind}/{{id}}/{what}"
 
 
-async def _read(request: web.Request, kind: Forwarded) -> ExecRequest | ExecStart | None:
-    """Return the decoded body, or None if there is none to decode.
+async def _read_body(request: web.Request, kind: Forwarded) -> ExecRequest | ExecStart | None:
+    """Return the decoded body, or None without a body to decode.
 
-    Raises: InvalidArgument: it cannot be decoded, or its encoding or framing is not supported.
+    Raises:
+        InvalidArgument: The body cannot be decoded, or its encoding or framing is not supported.
     """
     if "Content-Encoding" in request.headers:
         raise InvalidArgument("requests to the containers of tasks cannot have the header Content-Encoding")
@@ -150,7 +153,7 @@ async def _read(request: web.Request, kind: Forwarded) -> ExecRequest | ExecStar
 async def _authorize(
     request: web.Request, task: Task, kind: Forwarded, value: ExecRequest | ExecStart | None
 ) -> None:
-    """Raises: PermissionDenied."""
+    """Check that the client may send the request.  Raises: PermissionDenied."""
     identity = identity_of(request)
     if identity.is_admin:
         return
@@ -162,13 +165,13 @@ async def _authorize(
 
 
 def _head(request: web.Request, kind: Forwarded, path: str, body: bytes) -> bytes:
-    """Return the head of the request for the node, with the client's version of the API, or without one."""
+    """Return the head of the request for the node, with the client's API version if it named one."""
     version = f"/v{number}" if (number := request.match_info.get("version")) else ""
     lines = [f"{request.method} {version}{path}{query_of(kind, request.query)} HTTP/1.1", "Host: node"]
     if _upgrades(request, kind):
         lines += ["Connection: Upgrade", "Upgrade: tcp"]
     else:
-        # Otherwise the node would keep the connection for a second request.
+        # Otherwise the node would keep the connection open for a second request.
         lines.append("Connection: close")
     if kind.is_upload:
         length = request.content_length
@@ -184,7 +187,7 @@ def _upgrades(request: web.Request, kind: Forwarded) -> bool:
 
 
 async def _send_upload(request: web.Request, tunnel: Tunnel, kind: Forwarded) -> None:
-    """Send an archive as it arrives, framed as the head says.  Any other body has been sent already."""
+    """Send an archive as it arrives, framed as announced in the head.  Any other body was already sent."""
     if not kind.is_upload:
         return
     is_chunked = request.content_length is None
@@ -196,13 +199,13 @@ async def _send_upload(request: web.Request, tunnel: Tunnel, kind: Forwarded) ->
 
 @asynccontextmanager
 async def _taken_over(request: web.Request) -> AsyncIterator[Connection]:
-    """The client's connection, for the response as the node sends it; closed with the block."""
+    """Take over the client's connection for the response as the node sends it.  It is closed with the block."""
     client = Connection()
     take_over(request, client)
     try:
         yield client
     except SkepError as error:
-        # The head may have been sent: only the end of the connection can say it.
+        # The head may have been sent, so only the end of the connection can report the error.
         log.info("connection to a container ended early", path=request.path, reason=str(error))
         client.abort()
     except BaseException:
@@ -216,7 +219,7 @@ async def _taken_over(request: web.Request) -> AsyncIterator[Connection]:
 
 
 def _details(request: web.Request, value: ExecRequest | ExecStart | None) -> str:
-    """Return what a request for a container does, for the history: its command, or the path of its files.
+    """Return the action of a request for a container, for the history: its command, or the path of its files.
 
     Values of variables and credentials in URLs are masked, and a long command is cut.
     """

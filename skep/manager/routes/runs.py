@@ -1,4 +1,4 @@
-"""``/skep/services/{id}/runs``: tasks that have ended, with exit codes and last lines, in one call."""
+"""``/skep/services/{id}/runs``: ended tasks with exit codes and last lines, in one call."""
 
 import asyncio
 from collections import deque
@@ -26,15 +26,18 @@ from skep.model.times import Timestamp
 routes = Routes()
 
 RUNS_MAX = 500
-"""Runs in one response at most, the latest ones."""
+"""Maximum number of runs in one response, the latest ones."""
 LINES_MAX = 100
+"""Last lines of one run that a request may ask for."""
 DEFAULT_LINES = 3
 LINE_BYTES_MAX = 4096
+"""Bytes of one line in the response."""
 LOGS_SECONDS_MAX = 10.0
+"""Seconds to wait for the nodes' logs."""
 
 
 class Run(ApiObject):
-    """One task that has ended.  ``lines``: the last ones of both streams, cut to 4096 bytes each."""
+    """One ended task.  ``lines`` are the last lines of both streams, cut to 4096 bytes each."""
 
     task_id: TaskId
     slot: int = always(0)
@@ -46,27 +49,27 @@ class Run(ApiObject):
     exit_code: int | None = None
     err: str = ""
     end: TaskEnd | None = None
-    """Why it ended; without its lines, which are in ``lines``."""
+    """Why the task ended, without its lines, which are in ``lines``."""
     lines: tuple[str, ...] = always(())
 
 
 class Runs(ApiObject):
     """Response of ``GET /skep/services/{id}/runs?tail=N``, oldest first.
 
-    ``incomplete``: why some lines may be missing; empty: they are all there.
+    ``incomplete`` tells why some lines may be missing.  Empty if none are.
     """
 
     runs: tuple[Run, ...] = always(())
     schedule: str = ""
-    """Of a job with a schedule, in a sentence."""
+    """Schedule of a job, as a sentence."""
     starts: tuple[JobStart, ...] = ()
-    """Of such a job: when and why its last runs began, and which due times were skipped; the oldest first."""
+    """Starts of a scheduled job, with reasons and skipped due times, the oldest first."""
     incomplete: str = ""
 
 
 @routes.get("/skep/services/{id}/runs")
 async def list_runs(request: web.Request) -> web.StreamResponse:
-    """What ended of a service and is still kept as history."""
+    """List the ended tasks of a service that are kept as history."""
     tail = _tail(request.query.get("tail", str(DEFAULT_LINES)))
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
@@ -92,7 +95,7 @@ def _tail(word: str) -> int:
 
 
 async def _collect(request: web.Request, lines: dict[TaskId, deque[str]], tail: int) -> str:
-    """Fill ``lines`` from the nodes; gives what is missing, in words."""
+    """Fill ``lines`` from the nodes.  Returns which lines are missing, as a sentence."""
     query = LogQuery(tasks=tuple(lines), tail=tail)
     try:
         async with (

@@ -54,7 +54,7 @@ _V1_44, _V1_46 = ApiVersion("1.44"), ApiVersion("1.46")
 
 @routes.get("/services")
 async def list_services(request: web.Request) -> web.StreamResponse:
-    """All services that fit the filters, in order of id; with ``status`` also how many tasks they have."""
+    """List the services that match the filters, in order of id.  With ``status``, include their task counts."""
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "mode", "runtime")
     status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
@@ -93,11 +93,11 @@ def _fitting(view: View, filters: Filters) -> Iterator[Service]:
 
 @routes.post("/services/create")
 async def create_service(request: web.Request) -> web.StreamResponse:
-    """Create a service; the response has its id and does not wait for tasks."""
+    """Create a service.  The response has its id and does not wait for tasks."""
     manager = manager_of(request)
     spec = await read_spec(request)
     auth = request.headers.get("X-Registry-Auth", "")
-    if control.names_networks(spec):  # otherwise only the transaction reads anything
+    if control.names_networks(spec):  # otherwise only the transaction reads from the store
         spec = control.with_network_ids(await current_view(request), spec)
     await manager.require_room(creates=True)
     service = await manager.update(
@@ -118,7 +118,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/services/{id}")
 async def inspect_service(request: web.Request) -> web.StreamResponse:
-    """One service; with ``insertDefaults`` also what its spec leaves out."""
+    """Show one service.  With ``insertDefaults``, include defaults of omitted fields."""
     insert_defaults = wrapped_flag(request, "insertDefaults")
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
@@ -164,17 +164,20 @@ async def update_service(request: web.Request) -> web.StreamResponse:
 
 
 class ServiceChange(ApiObject):
-    """A service to create, or one to update that is still at ``version``."""
+    """A service to create, or a service at ``version`` to update."""
 
     spec: ServiceSpec
     id: ServiceId = ServiceId("")
     version: int = 0
     registry_auth: str = ""
-    """As in ``X-Registry-Auth``."""
+    """Same as the header ``X-Registry-Auth``."""
 
 
 class ServiceChanged(ApiObject):
-    """``error``: why this one was not changed; ``warnings``: as in the responses to single requests."""
+    """Result of one change.
+
+    ``error`` tells why the service was not changed.  ``warnings`` are the same as in responses to single requests.
+    """
 
     id: ServiceId = ServiceId("")
     error: str = ""
@@ -183,9 +186,9 @@ class ServiceChanged(ApiObject):
 
 @routes.post("/skep/services/changes")
 async def change_services(request: web.Request) -> web.StreamResponse:
-    """Create or update services: as the requests for each, whatever becomes of the others, in far fewer writes.
+    """Create or update services independently, like single requests but with far fewer writes.
 
-    An update without credentials for a registry keeps those that the service has, if its image stays there.
+    An update without registry credentials keeps the service's credentials, if its image stays on that registry.
     """
     changes = await read_changes(request)
     manager = manager_of(request)
@@ -233,16 +236,16 @@ async def change_services(request: web.Request) -> web.StreamResponse:
 
 
 async def read_changes(request: web.Request) -> tuple[ServiceChange, ...]:
-    """What the body of ``request`` changes.  Raises: InvalidArgument."""
+    """Return the changes in the body of ``request``.  Raises: InvalidArgument."""
     changes = await read_json(request, tuple[ServiceChange, ...], unrecognized=UNRECOGNIZED)
     if len(changes) > _TOGETHER_MAX:
-        raise InvalidArgument(f"at most {_TOGETHER_MAX} services at once")
+        raise InvalidArgument(f"a request can change at most {_TOGETHER_MAX} services")
     return changes
 
 
 @routes.delete("/services/{id}")
 async def remove_service(request: web.Request) -> web.StreamResponse:
-    """Remove a service, only if it is at ``version`` where that is given; its tasks are stopped afterwards."""
+    """Remove a service, if it is at ``version`` or none is given.  Its tasks are stopped afterwards."""
     manager = manager_of(request)
     version = version_parameter(request, "service") if "version" in request.query else None
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
@@ -252,18 +255,18 @@ async def remove_service(request: web.Request) -> web.StreamResponse:
 
 
 def deploy_of(request: web.Request) -> str:
-    """The id of the stack revision whose deploy makes ``request``; empty: none does."""
+    """Return the id of the stack revision whose deploy sent ``request``, or an empty text."""
     return request.headers.get(REVISION_HEADER, "")
 
 
 async def read_spec(request: web.Request) -> ServiceSpec:
-    """The spec in the body of ``request``.  Raises: InvalidArgument."""
+    """Return the spec in the body of ``request``.  Raises: InvalidArgument."""
     spec = await read_json(request, ServiceSpec, unrecognized=UNRECOGNIZED)
     return known_to(api_version(request), spec)
 
 
 def known_to(version: ApiVersion, spec: ServiceSpec) -> ServiceSpec:
-    """``spec`` without what an API ``version`` does not have yet.
+    """Return ``spec`` without the fields that API ``version`` does not have.
 
     Source: moby 20.10 and 28.5, api/server/router/swarm/helpers.go (adjustForAPIVersion).
     """
@@ -315,7 +318,7 @@ def _without_tmpfs_options(mount: Mount) -> Mount:
 
 
 _SERVICES_MAX = 2_000
-"""With more services nothing is counted, because a create must not block the event loop."""
+"""The check is skipped with more services, because a create must not block the event loop."""
 
 
 def _secret_warnings(spec: ServiceSpec) -> list[str]:
@@ -323,7 +326,7 @@ def _secret_warnings(spec: ServiceSpec) -> list[str]:
 
 
 def room_warnings(view: View, service: Service) -> list[str]:
-    """A sentence for each network of ``service`` that it makes nearly full, or more than full."""
+    """Return a warning for each network of ``service`` that it nearly fills or overfills."""
     services = view.find(Service)
     wanted = dict.fromkeys(_targets(service), 0)
     if not wanted or len(services) > _SERVICES_MAX:
@@ -343,7 +346,7 @@ def room_warnings(view: View, service: Service) -> list[str]:
         if number >= NEARLY_FULL * size:
             warnings.append(
                 f"network {network.spec.name} has {size} addresses, and its services need {number}: "
-                f"skep network update --subnet-add SUBNET {network.spec.name} gives it more"
+                f"add a subnet with skep network update --subnet-add SUBNET {network.spec.name}"
             )
     return warnings
 
@@ -356,7 +359,9 @@ def _targets(service: Service) -> list[str]:
 
 
 def _addresses(service: Service, nodes: int) -> int:
-    """One per task, and a virtual one unless its name gives the tasks' own."""
+    """Return the number of addresses: one per task, and a virtual one unless the name resolves to the
+    tasks' addresses.
+    """
     mode, endpoint = service.spec.mode, service.spec.endpoint_spec
     virtual = 0 if endpoint is not None and endpoint.mode == "dnsrr" else 1
     if mode.global_ is not None or mode.global_job is not None:

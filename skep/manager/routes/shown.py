@@ -1,4 +1,4 @@
-"""Objects as the API shows them: without internal fields."""
+"""API representations of objects, without internal fields."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -28,17 +28,19 @@ from skep.store.interface import View
 from skep.store.kinds import as_run
 
 _PATHS_SHOWN = 4
+"""Failing paths in a node's status message."""
 _PIECE = 5_000
-"""Objects counted before the event loop gets control."""
+"""Objects counted between two pauses for the event loop."""
 
 T = TypeVar("T")
 
 
 class Problems(Struct, frozen=True):
-    """What a response reports of objects beside their own fields.
+    """Problems that a response adds to objects' own fields.
 
-    ``freeze``: why nothing is replaced at present, if so; ``damages``: id -> what of that object cannot be read;
-    ``kept``: id of a lost node -> why the leader does not remove it (``skep.forget-nodes``).
+    ``freeze`` is set while the replacement of tasks is frozen.  ``damages`` maps an id to the unreadable parts of its
+    object.  ``kept`` maps the id of a lost node to the reason why the leader does not remove it
+    (``skep.forget-nodes``).
     """
 
     freeze: Freeze | None
@@ -47,7 +49,7 @@ class Problems(Struct, frozen=True):
 
 
 def problems_of(view: View, kind: type[Struct]) -> Problems:
-    """The problems of all objects of ``kind``."""
+    """Return the problems of all objects of ``kind``."""
     swarm = next(iter(view.find(Swarm)), None)
     ids = {*view.damaged(kind), *view.unreadable(kind)}
     return Problems(
@@ -58,11 +60,11 @@ def problems_of(view: View, kind: type[Struct]) -> Problems:
 
 
 def kept_nodes(view: View, labels: Mapping[str, str]) -> Mapping[str, str]:
-    """Return why lost nodes are not removed, by node, in a cluster with these ``labels``."""
+    """Return by node why lost nodes are not removed, in a cluster with these ``labels``."""
     if forget_nodes_s(labels) is None:
         return {}
     holdings, lost = KeptNodes(view), filter(is_lost_worker, view.find(Node))
-    # Infinity leaves out the reasons that time removes.
+    # Infinity leaves out the reasons that pass with time.
     found = ((node, holdings.reason(node, inf)) for node in lost)
     return {
         node.id: f"not removed by {FORGET_NODES}: {reason} (skep node forget removes it)"
@@ -72,7 +74,7 @@ def kept_nodes(view: View, labels: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def damage_of(view: View, kind: type[Struct], id: str) -> str:
-    """What of an object cannot be read, in a sentence; empty: nothing."""
+    """Return the unreadable parts of an object as a sentence, or an empty text."""
     parts = {f"its {part}": why for part, why in view.damaged(kind).get(id, {}).items()}
     if (why := view.unreadable(kind).get(id)) is not None:
         parts["it"] = why
@@ -86,7 +88,7 @@ def shown_service(
     insert_defaults: bool = False,
     status: ServiceStatus | None = None,
 ) -> Service:
-    """``service`` for a response."""
+    """Return ``service`` for a response."""
     return replace(
         service,
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
@@ -117,7 +119,10 @@ def _shown_update(status: UpdateStatus | None) -> UpdateStatus | None:
 
 
 def shown_node(problems: Problems, node: Node) -> Node:
-    """``node`` for a response; for a node that is down also whether replacement is frozen, and why it is kept."""
+    """Return ``node`` for a response.
+
+    A node that is down also shows whether replacement is frozen, and why the node is kept.
+    """
     status = node.status
     if problems.freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(problems.freeze)}")
@@ -132,7 +137,7 @@ def shown_node(problems: Problems, node: Node) -> Node:
         status = replace(status, message="; ".join(filter(None, (status.message, *more))))
     manager = node.manager_status
     if manager is not None:
-        manager = replace(manager, has_vote=True, level=0, peer_addr="")  # and so left out
+        manager = replace(manager, has_vote=True, level=0, peer_addr="")  # default values are omitted
     return replace(
         node,
         status=status,
@@ -149,7 +154,7 @@ def shown_node(problems: Problems, node: Node) -> Node:
 
 
 def path_message(node: Node) -> str:
-    """A ready node's failing paths, for its status message; empty: none fails."""
+    """Return a ready node's failing paths for its status message, or an empty text."""
     parts: list[str] = []
     if not ignores_paths(node.spec.labels):
         parts += [f"takes no tasks on {one.networks}: {one.summary}" for one in node.cut_off]
@@ -161,15 +166,15 @@ def path_message(node: Node) -> str:
 
 
 def shown_swarm(view: View, swarm: Swarm) -> Swarm:
-    """``swarm`` for a response."""
+    """Return ``swarm`` for a response."""
     return replace(swarm, rotation=None, freeze=None, damage=damage_of(view, Swarm, swarm.id))
 
 
 def shown_task(view: View, now_ns: int, task: Task) -> Task:
-    """``task`` for a response: without its runtime, as in the engine: only a service's spec has it.
+    """Return ``task`` for a response, without its runtime: as in the engine, only a service's spec has it.
 
-    A task whose node is down is shown as unknown, never as running.  The errors have the failure that its restart delay
-    follows, the end of that delay, and for which task it was preempted, as ``docker service ps`` shows those.
+    If its node is down, the task is shown as unknown, never as running.  As ``docker service ps`` shows errors, they
+    include the failure before a restart delay, the end of the delay, and the task for which this task was preempted.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
@@ -191,14 +196,14 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
 
 
 def slot_in(view: View, task: Task) -> Sequence[Task]:
-    """The tasks of the slot of ``task``, which is among them."""
+    """Return the tasks in the slot of ``task``, including ``task``."""
     if not task.service_id or not (task.slot or task.node_id):
         return (task,)
     return view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
 
 
 def with_damage(view: View, task: Task) -> Task:
-    """``task`` with an error that names its unreadable parts."""
+    """Return ``task`` with an error that names its unreadable parts."""
     damage = damage_of(view, Task, task.id)
     if not damage:
         return task
@@ -206,12 +211,12 @@ def with_damage(view: View, task: Task) -> Task:
 
 
 async def service_status(view: View, service: Service) -> ServiceStatus:
-    """How many tasks of ``service`` run, are wanted, and are done; yields to the event loop between batches.
+    """Return how many tasks of ``service`` run, are wanted, and are done.  Yields to the event loop between batches.
 
-    A slot of a one-shot service is done with its youngest task.
+    A slot of a one-shot service is done if its youngest task is.
 
-    Wanted of a global service are as many as there are nodes that may have one; SwarmKit counts its tasks there,
-    and so loses those that wait for their restart, and counts twice what is being updated.
+    A global service wants one task on each eligible node.  SwarmKit counts the service's tasks instead, so it misses
+    tasks that wait for their restart, and counts tasks twice during an update.
 
     Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
     """
@@ -229,7 +234,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
         completed += state is TaskState.COMPLETE
         if task.is_wanted:
             node_ids.add(task.node_id)
-            wanted += state is not TaskState.COMPLETE  # of a global job
+            wanted += state is not TaskState.COMPLETE  # a completed task belongs to a global job
     mode, total = as_run(view, service).spec.mode, 0
     done = {slot for _, slot in slots.done()} if iteration is None else ()
     if mode.replicated is not None:
@@ -256,7 +261,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
 
 
 async def _in_turns(objects: Sequence[T]) -> AsyncIterator[T]:
-    """The objects, one after the other; now and then everything else gets its turn."""
+    """Yield the objects one after the other, with pauses for the event loop."""
     for start in range(0, len(objects), _PIECE):
         for object in objects[start : start + _PIECE]:
             yield object
@@ -264,7 +269,7 @@ async def _in_turns(objects: Sequence[T]) -> AsyncIterator[T]:
 
 
 def has_labels(labels: Mapping[str, str], wanted: Iterable[str]) -> bool:
-    """Whether ``labels`` have all of ``wanted``, each ``name`` or ``name=value``; no value means any.
+    """Return whether ``labels`` have all of ``wanted``.  Each is ``name`` or ``name=value``, and no value means any.
 
     Source: swarmkit, manager/controlapi/common.go (filterMatchLabels).
     """

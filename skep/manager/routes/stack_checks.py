@@ -1,4 +1,4 @@
-"""``POST /skep/stacks/check``: what the managers would refuse of a whole deploy.  Nothing is written."""
+"""``POST /skep/stacks/check``: the refusals of a whole deploy.  Nothing is written."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -33,10 +33,11 @@ from skep.store.interface import Transaction
 routes = Routes()
 
 _OBJECTS_MAX = 2_000
+"""Objects in one plan."""
 _DATA_BYTES_MAX = 64 << 20
-"""Of all secrets and configs together: as many zeros take the place of their content."""
+"""Size of all secrets and configs together.  Zeros of the same size replace their content."""
 _ATTEMPTS = 3
-"""Checks of one plan, where the cluster changes under them."""
+"""Checks of one plan if the cluster changes during the check."""
 
 
 class SizedSecret(SecretSpec):
@@ -46,7 +47,7 @@ class SizedSecret(SecretSpec):
 
     @property
     def spec(self) -> SecretSpec:
-        """Its spec."""
+        """Return the spec."""
         return SecretSpec(name=self.name, labels=self.labels, driver=self.driver, templating=self.templating)
 
 
@@ -57,7 +58,7 @@ class SizedConfig(ConfigSpec):
 
     @property
     def spec(self) -> ConfigSpec:
-        """Its spec, with zeros for the content."""
+        """Return the spec, with zeros as content."""
         return ConfigSpec(
             name=self.name, labels=self.labels, templating=self.templating, data=bytes(self.data_bytes)
         )
@@ -75,12 +76,12 @@ class StackCheck(ApiObject):
 
     @property
     def bodies(self) -> tuple[Any, ...]:
-        """What permissions are checked for."""
+        """The objects for which permissions are checked."""
         return (*self.networks, *self.secrets, *self.configs, *(one.spec for one in self.services))
 
 
 class StackRefusal(ApiObject):
-    """An object that would be refused: ``kind`` is network, secret, config or service."""
+    """An object that would be refused.  ``kind`` is network, secret, config or service."""
 
     kind: str = always("")
     name: str = always("")
@@ -89,11 +90,11 @@ class StackRefusal(ApiObject):
 
 @routes.post("/skep/stacks/check")
 async def check_stack(request: web.Request) -> web.StreamResponse:
-    """Try to create and change these objects, each with those before it, and give what is refused."""
+    """Try to create and change these objects, each after those before it, and return the refused ones."""
     manager, identity = manager_of(request), identity_of(request)
     refusals: list[StackRefusal] = []
-    wanted = await read_check(request)  # before the slot: a client may send it slowly
-    async with manager.checks.taken():
+    wanted = await read_check(request)  # before the slot is taken: a client may send it slowly
+    async with manager.checks.hold():
         await current_view(request)
         for _ in range(_ATTEMPTS):
             revision = manager.store.view().revision
@@ -109,14 +110,14 @@ async def _refusals(wanted: StackCheck, manager: ManagerApi, identity: Identity)
         await slices.yield_if_due()
         try:
             attempt(tx)
-        except OutOfSequence:  # changed meanwhile: the deploy merges both changes
+        except OutOfSequence:  # changed in the meantime: the deploy merges both changes
             continue
         except SkepError as error:
             is_taken = isinstance(error, AlreadyExists)
             if is_taken and any(
                 stack_of(one.spec.labels) == stack for one in tx.find(_KINDS[kind], name=name)
             ):
-                continue  # by a deploy of the same stack, a moment ago: this one uses or updates it
+                continue  # a deploy of the same stack has just created it: this deploy uses or updates it
             shown = shown_error(identity, error)
             made.append(StackRefusal(kind=kind, name=name, error=str(shown) or type(shown).__name__))
     return made
@@ -127,8 +128,10 @@ async def read_check(request: web.Request) -> StackCheck:
     wanted = await read_json(request, StackCheck, unrecognized=UNRECOGNIZED)
     if len(wanted.bodies) + len(wanted.removed) > _OBJECTS_MAX:
         raise InvalidArgument(f"too much at once: at most {_OBJECTS_MAX} objects")
-    if sum(STACK_REVISION in one.labels for one in wanted.configs) > 1:  # each marks those before it
-        raise InvalidArgument("a deploy has one revision")
+    if (
+        sum(STACK_REVISION in one.labels for one in wanted.configs) > 1
+    ):  # each revision marks the ones before it
+        raise InvalidArgument("a deploy can have only one stack revision")
     files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
     sizes = [one.data_bytes for one in files]
     if any(size < 0 for size in sizes) or sum(sizes) > _DATA_BYTES_MAX:
@@ -143,7 +146,7 @@ _KINDS: Mapping[str, type[Any]] = {
     "service": Service,
 }
 Attempt = tuple[str, str, str, Callable[[Transaction], object]]
-"""Kind, name and stack of an object, and what is tried with it."""
+"""Kind, name and stack of an object, and the attempted change."""
 
 
 def _attempts(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> Iterator[Attempt]:

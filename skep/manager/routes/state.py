@@ -1,8 +1,9 @@
-"""The state of this manager, from what it has locally: the routes respond also without a leader.  Ours, not Docker's.
+"""Local state of this manager, which is available without a leader.  A Skep extension.
 
-``/skep/quorum``: whether there is a leader; ``/skep/cluster/store``: how full its copy of the store is;
-``/skep/cluster/level``: the level of the stored data, which alone needs a quorum;
-on the manager's own socket only, ``/_skep/lag``: the delays of its event loop since its start, and ``/_skep/metrics``.
+``/skep/quorum`` shows whether a leader exists.  ``/skep/cluster/store`` shows how full the manager's copy of the store
+is.  ``/skep/cluster/level`` shows the level of the stored data, and is the only route here that needs a quorum.  On the
+manager's own socket only, ``/_skep/lag`` shows the delays of its event loop since its start, and ``/_skep/metrics`` its
+metrics.
 """
 
 from collections.abc import Mapping
@@ -23,13 +24,15 @@ routes = Routes()
 
 @routes.get("/skep/quorum")
 async def show_quorum(request: web.Request) -> web.Response:
-    """For ``docker info`` and ``skep status``, before any request that would wait for a leader."""
+    """Show the quorum state, for ``docker info`` and ``skep status`` before any request that would wait for
+    a leader.
+    """
     manager = manager_of(request)
     return json_response(replace(manager.quorum(), own_error=manager.own_error()))
 
 
 class StoreResponse(ApiObject):
-    """In bytes: the file, what is in use of it, and the quota."""
+    """Sizes in bytes: the file, the part in use, and the quota."""
 
     size: int
     in_use: int
@@ -39,7 +42,7 @@ class StoreResponse(ApiObject):
 
 @routes.get("/skep/cluster/store")
 async def store_space(request: web.Request) -> web.Response:
-    """Raises: Unavailable: the store has no file (tests)."""
+    """Show how full this manager's store is.  Raises: Unavailable: the store has no file (tests)."""
     space = await manager_of(request).store.space()
     if space is None:
         raise Unavailable("this manager's store has no file")
@@ -50,7 +53,7 @@ async def store_space(request: web.Request) -> web.Response:
 
 
 class LevelResponse(ApiObject):
-    """``level``: of the stored data; ``managers``: by id, the newest level that each supports."""
+    """Level of the stored data, and by manager id the newest level that each manager supports."""
 
     level: int
     managers: Mapping[NodeId, int] = always({})
@@ -58,7 +61,7 @@ class LevelResponse(ApiObject):
 
 @routes.get("/skep/cluster/level")
 async def data_level(request: web.Request) -> web.Response:
-    """For ``skep upgrade``: a manager does not start on a level that it does not support."""
+    """Show the data level for ``skep upgrade``.  A manager does not start on a level that it does not support."""
     view = await current_view(request)
     return json_response(
         LevelResponse(
@@ -74,7 +77,7 @@ async def data_level(request: web.Request) -> web.Response:
 
 @routes.get("/_skep/metrics")
 async def metrics(request: web.Request) -> web.Response:
-    """The families of this manager, for the node's page.  Raises: Unavailable: it has none (tests)."""
+    """Return this manager's metric families, for the node's page.  Raises: Unavailable: without metrics (tests)."""
     found = manager_of(request).metrics
     if found is None:
         raise Unavailable("this manager has no metrics")
@@ -83,5 +86,5 @@ async def metrics(request: web.Request) -> web.Response:
 
 @routes.get("/_skep/lag")
 async def loop_lag(request: web.Request) -> web.Response:
-    """The measure that benchmarks and tests of responsiveness read."""
+    """Return the event loop's delays, for benchmarks and tests of responsiveness."""
     return json_response(manager_of(request).lag.seen())

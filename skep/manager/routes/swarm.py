@@ -1,4 +1,4 @@
-"""``/swarm``: the cluster as a whole.  Joining and leaving are served by the node.
+"""``/swarm``: the cluster as a whole.  The node serves joining and leaving.
 
 Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
@@ -23,19 +23,20 @@ from skep.security.rotation import is_about_roots
 from skep.store.interface import View
 
 ETCDS_WITHIN_S = 40.0
-"""How long a rotation of the root waits for the restarts of etcds after the one before; nine managers take 30 s."""
+"""Seconds for which a root rotation waits for etcd restarts of the previous one.  Nine managers take 30 s."""
 
 LOOK_S = 0.2
+"""Seconds between two checks of the etcds."""
 
 routes = Routes()
 
 
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
-    """The cluster; its join tokens, with which a machine can become a manager, for administrators only.
+    """Show the cluster.  Its join tokens, with which a machine can become a manager, are for administrators only.
 
     Users below administrator are refused, because ``docker swarm join-token`` would print a command without a token.
-    Containers and workers that may read get the cluster without its tokens.
+    Containers and workers with read access get the cluster without its tokens.
     """
     view = await current_view(request)
     swarm = shown_swarm(view, cluster_of(view))
@@ -53,7 +54,7 @@ async def inspect_swarm(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/swarm/update")
 async def update_swarm(request: web.Request) -> web.StreamResponse:
-    """Replace the cluster's settings, and the tokens that the query names."""
+    """Replace the cluster's settings, and rotate the tokens that the query names."""
     manager = manager_of(request)
     spec = await read_json(request, SwarmSpec)
     version = version_parameter(request, "swarm")
@@ -74,13 +75,15 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
         control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now, prepared=prepared
     )
     if spec.encryption_config.auto_lock_managers and not was_locked:
-        # What lies on disks in clear until now shall not open what is written from now on.
+        # Data keys on disks in clear text until now must not decrypt data that is written from now on.
         await manager.store.rotate_data_key()
     return web.Response()
 
 
 async def _with_etcds_restarted(manager: ManagerApi) -> View:
-    """The view once every etcd trusts the present root; after ``ETCDS_WITHIN_S`` in any case, to be refused."""
+    """Wait until every etcd trusts the current root, and return the view.  After ``ETCDS_WITHIN_S``, return it to be
+    refused.
+    """
     until = manager.clock.monotonic() + ETCDS_WITHIN_S
     while etcds_behind(view := manager.store.view()) and manager.clock.monotonic() < until:
         await manager.clock.sleep(LOOK_S)
@@ -103,7 +106,7 @@ async def resume_replacement(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/cluster/pools")
 async def change_pools(request: web.Request) -> web.StreamResponse:
-    """Add and remove address pools; gives all there are then, as ``GET /swarm`` shows them."""
+    """Add and remove address pools.  Returns all resulting pools, in the form of ``GET /swarm``."""
     change = await read_json(request, PoolChange)
     swarm = await manager_of(request).update(pools.change_pools, change)
     return json_response({"DefaultAddrPool": swarm.default_addr_pool, "SubnetSize": swarm.subnet_size})
@@ -111,13 +114,13 @@ async def change_pools(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/swarm/unlockkey")
 async def show_unlock_key(request: web.Request) -> web.StreamResponse:
-    """The key that unlocks managers after a restart; none while they are not locked."""
+    """Show the key that unlocks managers after a restart, or none while they are not locked."""
     key = control.unlock_key_of(await current_view(request))
     return json_response(UnlockRequest(unlock_key=shown_unlock_key(key) if key is not None else ""))
 
 
 @routes.post("/swarm/unlock")
 async def unlock_swarm(request: web.Request) -> web.StreamResponse:
-    """A manager that serves requests is not locked."""
+    """Refuse to unlock: a manager that serves requests is not locked."""
     await read_json(request, UnlockRequest)
     raise AlreadyExists("swarm is not locked")

@@ -27,12 +27,12 @@ routes = Routes()
 Condition: TypeAlias = Callable[[View, Task], bool]
 
 _PIECE = 2_000
-"""Tasks filtered before the event loop gets control."""
+"""Tasks filtered between two pauses for the event loop."""
 
 
 @routes.get("/tasks")
 async def list_tasks(request: web.Request) -> web.StreamResponse:
-    """All tasks that fit the filters, in order of id."""
+    """List the tasks that match the filters, in order of id."""
     filters = Filters.of(request)
     filters.refuse_unknown(
         "name", "id", "label", "service", "node", "desired-state", "_up-to-date", "runtime"
@@ -42,14 +42,14 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
     tasks: list[Task] = []
     for piece in pieces:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
-        await asyncio.sleep(0)  # give the event loop control
+        await asyncio.sleep(0)  # lets the event loop handle other requests before the next piece
         view = manager_of(request).store.view()
     return json_list_response(tasks, partial(shown_task, view, manager_of(request).clock.now_ns()))
 
 
 @routes.get("/tasks/{id}")
 async def inspect_task(request: web.Request) -> web.StreamResponse:
-    """One task."""
+    """Show one task."""
     view = await current_view(request)
     return json_response(
         shown_task(view, manager_of(request).clock.now_ns(), view.resolve(Task, request.match_info["id"]))
@@ -59,10 +59,11 @@ async def inspect_task(request: web.Request) -> web.StreamResponse:
 def _search(
     view: View, filters: Filters, present: Callable[[], View]
 ) -> tuple[Iterator[Sequence[Task]], Sequence[Condition]]:
-    """Where to look for tasks, in pieces, and what must hold for each.  ``present``: as it is between two of them.
+    """Return the tasks to search, in pieces, and the conditions for each.  ``present`` returns the current view.
 
     Raises:
-        NotFound, InvalidArgument: a filter names no service or node; Untranslated: no such state.
+        NotFound, InvalidArgument: A filter names no service or node.
+        Untranslated: A state is unknown.
     """
     services = {view.resolve(Service, word).id for word in filters["service"]}
     nodes = {view.resolve(Node, word).id for word in filters["node"]}
@@ -88,10 +89,10 @@ def _search(
 
 
 def _has_desired(task: Task, states: Collection[TaskState]) -> bool:
-    """Whether ``task`` fits a filter for desired states.
+    """Return whether ``task`` matches a filter for desired states.
 
-    The next task of a slot is to be prepared while the one before it runs.  If no node takes it, it counts as one that
-    is to run: it would be the only sign of an update that cannot be placed.
+    The next task of a slot is prepared while the previous one runs.  If no node takes it, it also counts as desired to
+    run, because it would be the only sign of an update that cannot be placed.
     """
     is_refused = task.desired_state is TaskState.READY and task.status.state is TaskState.PENDING
     return task.desired_state in states or (
@@ -107,7 +108,7 @@ def _state(word: str) -> TaskState:
 
 
 def _name(view: View, task: Task) -> str:
-    """``web.1.<id>``; a task of a global service has its node's id in the middle.
+    """Return the task's name, ``web.1.<id>``.  A global service's task has its node's id in the middle.
 
     Source: swarmkit, api/naming/naming.go.
     """

@@ -1,4 +1,4 @@
-"""``/skep/services/{id}/update/{verb}``: pause, resume or abort an update that is under way.  Ours, not Docker's."""
+"""``/skep/services/{id}/update/{verb}``: pauses, resumes or aborts a service's update.  A Skep extension."""
 
 from aiohttp import web
 
@@ -13,7 +13,7 @@ routes = Routes()
 
 @routes.post("/skep/services/{id}/update/pause")
 async def pause_update(request: web.Request) -> web.StreamResponse:
-    """Begin with no further task of the update; it stays paused over changes of leader."""
+    """Pause an update, so that it starts no further task.  It stays paused when the leader changes."""
     manager = manager_of(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     return _shown(request, await manager.update(control.pause_update, service.id, now=manager.now()))
@@ -21,14 +21,14 @@ async def pause_update(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/services/{id}/update/resume")
 async def resume_update(request: web.Request) -> web.StreamResponse:
-    """Let a paused update go on; failures until now do not count any more."""
+    """Resume a paused update.  Earlier failures no longer count."""
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     return _shown(request, await manager_of(request).update(control.resume_update, service.id))
 
 
 @routes.post("/skep/services/{id}/update/abort")
 async def abort_update(request: web.Request) -> web.StreamResponse:
-    """Return to the previous spec (``version``: of the service, as it was read)."""
+    """Return to the previous spec.  ``version`` is the version of the service as it was read."""
     manager = manager_of(request)
     version = version_parameter(request, "service")
     service = (await current_view(request)).resolve(Service, request.match_info["id"])

@@ -1,6 +1,7 @@
-"""``/skep/users``: users of the API, their tokens and certificates; ``/skep/access``: the client's identity.  Ours.
+"""``/skep/users``: users of the API, their tokens and certificates.  ``/skep/access``: the client's identity.
 
-On the manager's own socket only, ``/_skep/access``: what the node process needs of users, whenever it changes.
+Skep extensions.  On the manager's own socket only, ``/_skep/access`` sends the node process the users whenever they
+change.
 """
 
 import asyncio
@@ -24,17 +25,19 @@ from skep.store.kinds import Payload
 routes = Routes()
 
 BEAT_S = 2.0
-"""Between two messages to the node process, also if nothing changes."""
+"""Seconds between two messages to the node process, even if nothing changes."""
 TOKEN_S = 90 * 86400
+"""Default lifetime of a token: 90 days."""
 CERTIFICATE_S = 30 * 86400
+"""Default lifetime of a user's certificate: 30 days."""
 
 
 class NewToken(ApiObject):
-    """Body of a request for a token.  ``lifetime_seconds`` 0: 90 days."""
+    """Body of a request for a token, which is valid for 90 days if ``lifetime_seconds`` is 0."""
 
     lifetime_seconds: int = 0
     logs_in_only: bool = False
-    """Whether the token opens the dashboard and nothing else."""
+    """Whether the token only opens the dashboard."""
 
 
 class IssuedToken(ApiObject):
@@ -46,14 +49,14 @@ class IssuedToken(ApiObject):
 
 
 class NewCertificate(ApiObject):
-    """Body of a request for a certificate.  ``request``: PEM; ``lifetime_seconds`` 0: 30 days."""
+    """Body of a request for a certificate: ``request`` is in PEM, and 0 ``lifetime_seconds`` mean 30 days."""
 
     request: str = ""
     lifetime_seconds: int = 0
 
 
 class IssuedCertificate(ApiObject):
-    """``certificate``: PEM."""
+    """Response with a certificate in PEM."""
 
     user: str
     serial: str
@@ -73,7 +76,7 @@ class Access(ApiObject):
 
 @routes.get("/skep/access")
 async def show_access(request: web.Request) -> web.StreamResponse:
-    """The client's identity, and its roles."""
+    """Show the client's identity and its roles."""
     identity = identity_of(request)
     roles = tuple(map(str, identity.bindings))
     limit = request.headers.get(ROLE_HEADER, "")
@@ -82,10 +85,10 @@ async def show_access(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/access/certificates")
 async def renew_own(request: web.Request) -> web.StreamResponse:
-    """Another certificate for the user who makes the request, by a certificate.
+    """Issue another certificate to a user who authenticates by certificate.
 
-    Not by a token: it would outlive the token's removal.  ``lifetime_seconds``: at most, and by default, that of the
-    certificate of the request.
+    A token is not enough, because the certificate would outlive the token's removal.  ``lifetime_seconds`` is at most,
+    and by default, the lifetime of the request's certificate.
     """
     identity: Identity = identity_of(request)
     if identity.origin is not Origin.CERTIFICATE:
@@ -95,7 +98,7 @@ async def renew_own(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/users")
 async def list_users(request: web.Request) -> web.StreamResponse:
-    """All users."""
+    """List all users."""
     return json_list_response([_shown(user) for user in (await current_view(request)).find(User)])
 
 
@@ -111,32 +114,32 @@ async def create_user(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/users/{id}")
 async def inspect_user(request: web.Request) -> web.StreamResponse:
-    """One user."""
-    return json_response(_shown(await _named(request)))
+    """Show one user."""
+    return json_response(_shown(await _find_user(request)))
 
 
 @routes.post("/skep/users/{id}/update")
 async def update_user(request: web.Request) -> web.StreamResponse:
-    """Replace the roles of a user; open connections with others end."""
+    """Replace the roles of a user.  Open connections with other roles end."""
     manager = manager_of(request)
-    spec, user = await read_json(request, UserSpec), await _named(request)
+    spec, user = await read_json(request, UserSpec), await _find_user(request)
     changed = await manager.update(control.set_roles, user.id, spec.roles, now=manager.now())
     return json_response(_shown(changed))
 
 
 @routes.delete("/skep/users/{id}")
 async def remove_user(request: web.Request) -> web.StreamResponse:
-    """Remove a user; its connections end."""
-    user = await _named(request)
+    """Remove a user.  Its connections end."""
+    user = await _find_user(request)
     await manager_of(request).update(control.remove_user, user.id)
     return web.Response(status=204)
 
 
 @routes.post("/skep/users/{id}/tokens")
 async def create_token(request: web.Request) -> web.StreamResponse:
-    """Make a token for a user."""
+    """Create a token for a user."""
     manager = manager_of(request)
-    body, user = await read_json(request, NewToken), await _named(request)
+    body, user = await read_json(request, NewToken), await _find_user(request)
     token = control.new_token()
     changed = await manager.update(
         control.add_token,
@@ -153,9 +156,9 @@ async def create_token(request: web.Request) -> web.StreamResponse:
 
 @routes.delete("/skep/users/{id}/tokens/{token}")
 async def remove_token(request: web.Request) -> web.StreamResponse:
-    """Remove a token of a user; its connections end."""
+    """Remove a token of a user.  Its connections end."""
     manager = manager_of(request)
-    user = await _named(request)
+    user = await _find_user(request)
     await manager.update(control.remove_token, user.id, request.match_info["token"], now=manager.now())
     return web.Response(status=204)
 
@@ -168,12 +171,12 @@ async def create_certificate(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/_skep/access")
 async def follow_access(request: web.Request) -> web.StreamResponse:
-    """Lines of ``AccessTable``: at once, whenever users change, and every 2 s."""
+    """Send lines of ``AccessTable``: at once, whenever users change, and every 2 s."""
     manager = manager_of(request)
     changed = asyncio.Event()
     async with JsonLines(request) as lines, asyncio.TaskGroup() as group:
         group.create_task(_watch(manager, changed), name="users watched")
-        while request.transport is not None:  # until the node process has gone
+        while request.transport is not None:  # until the node process disconnects
             changed.clear()
             await lines.send(_table(manager))
             with suppress(TimeoutError):
@@ -193,12 +196,14 @@ def _table(manager: ManagerApi) -> AccessTable:
     return control.access_table(manager.store.view(), is_current=manager.quorum().has_leader)
 
 
-async def _named(request: web.Request) -> User:
+async def _find_user(request: web.Request) -> User:
     return (await current_view(request)).resolve(User, request.match_info["id"])
 
 
 async def _issue(request: web.Request, word: str, renewed: str | None = None) -> web.StreamResponse:
-    """Issue a certificate.  ``renewed``: serial number of the user's own one, or None for an administrator."""
+    """Issue a certificate.  ``renewed`` is the serial number of the user's own certificate, or None for an
+    administrator.
+    """
     manager = manager_of(request)
     body = await read_json(request, NewCertificate)
     user = (await current_view(request)).resolve(User, word)

@@ -1,4 +1,4 @@
-"""``/skep/view``: the cluster as the dashboard shows it, at once and as it changes; ``/ui``: the pages of it."""
+"""``/skep/view``: the cluster for the dashboard, at once and as it changes.  ``/ui``: the dashboard's pages."""
 
 import asyncio
 from contextlib import aclosing
@@ -14,15 +14,15 @@ from skep.model.times import SECOND_NS
 routes = Routes()
 
 TAKES_S_MAX = 60.0
-"""For a viewer to take what is written; then its connection is dropped."""
+"""Seconds that a viewer may take to read a message before its connection is dropped."""
 _EVENT_STREAM = "text/event-stream"
 
 
 @routes.get("/skep/view")
 async def view_now(request: web.Request) -> web.StreamResponse:
-    """All rows; from this manager's replica, so it works without a leader.
+    """Return all rows from this manager's replica.  Works without a leader.
 
-    ``at``: of an earlier state: a time, or ``revision:N``.
+    ``at`` selects an earlier state: a time or ``revision:N``.
     """
     if when := request.query.get("at", ""):
         past = await past_of(request).at(when)
@@ -33,13 +33,13 @@ async def view_now(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/view/stream")
 async def stream_view(request: web.Request) -> web.StreamResponse:
-    """Server-sent events: a snapshot, then what changes.
+    """Send server-sent events: a snapshot, then changes.
 
-    ``after``, or the header ``Last-Event-ID``: go on after the event with that id, if this manager can.
+    ``after`` or the header ``Last-Event-ID`` resumes after the event with that id, if this manager can.
     """
     cursor = request.query.get("after", "") or request.headers.get("Last-Event-ID", "")
     async with aclosing(_view_of(request).watch(cursor)) as sent:
-        first = await anext(sent)  # its refusal is an ordinary response
+        first = await anext(sent)  # raised before the stream starts, so a refusal is an ordinary response
         response = web.StreamResponse(headers={"Content-Type": _EVENT_STREAM, "Cache-Control": "no-store"})
         await response.prepare(request)
         await _write(request, response, first)
@@ -49,15 +49,15 @@ async def stream_view(request: web.Request) -> web.StreamResponse:
 
 
 async def _write(request: web.Request, response: web.StreamResponse, one: Sent | None) -> None:
-    """Raises: ConnectionResetError: the viewer has gone, or takes nothing."""
+    """Send one message.  Raises: ConnectionResetError: the viewer has disconnected or reads nothing."""
     data = b":\n\n" if one is None else _message(one)
     try:
         async with asyncio.timeout(TAKES_S_MAX):
             await response.write(data)
     except TimeoutError:
         if isinstance(request.transport, asyncio.WriteTransport):
-            request.transport.abort()  # what was written would keep it open
-        raise ConnectionResetError("the viewer takes nothing") from None
+            request.transport.abort()  # otherwise unsent data would keep the connection open
+        raise ConnectionResetError("the viewer reads nothing") from None
 
 
 def _message(one: Sent) -> bytes:
@@ -67,7 +67,7 @@ def _message(one: Sent) -> bytes:
 def _view_of(request: web.Request) -> Watching:
     view = manager_of(request).cluster_view
     if view is None:
-        raise Unavailable("this manager follows no cluster")
+        raise Unavailable("this manager has no view of the cluster")
     return view
 
 
@@ -75,15 +75,16 @@ def _view_of(request: web.Request) -> Watching:
 @routes.get("/ui/")
 @routes.get("/ui/{name}")
 async def page(request: web.Request) -> web.StreamResponse:
-    """One file of the dashboard, for `skep ui`: no browser can send its header by itself.
+    """Return a file of the dashboard for ``skep ui``, whose header a browser cannot send by itself.
 
-    Raises: NotFound.
+    Raises:
+        NotFound: The file does not exist, or the request has no such header.
     """
     if RELAY_HEADER not in request.headers:
-        raise NotFound("the dashboard is opened by: skep ui")
+        raise NotFound("open the dashboard with: skep ui")
     found = pages().get(name := request.match_info.get("name", ""))
     if found is None:
         raise NotFound("page not found")
     if not name and (view := manager_of(request).cluster_view) is not None:
-        view.prepare()  # the rows of a large cluster are made while the browser starts
+        view.prepare()  # a large cluster's rows are built while the browser starts
     return page_response(found, request.headers.get("If-None-Match", ""))

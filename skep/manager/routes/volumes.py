@@ -1,4 +1,4 @@
-"""``/skep/cluster/volumes``: cluster volumes.  The node process puts them into its ``/volumes``, as Docker does.
+"""``/skep/cluster/volumes``: cluster volumes.  The node process merges them into its ``/volumes``, as Docker does.
 
 Source: moby, daemon/server/router/volume/volume_routes.go, daemon/cluster/convert/volume.go.
 """
@@ -44,7 +44,7 @@ class CreateBody(ApiObject):
 
     @property
     def spec(self) -> VolumeSpec:
-        """Raises: InvalidArgument: it says nothing about access."""
+        """Return the spec.  Raises: InvalidArgument: the access mode is missing."""
         asked = self.cluster_volume_spec or ClusterVolumeSpec()
         if asked.access_mode is None:
             raise InvalidArgument("AccessMode must not be nil")
@@ -71,7 +71,7 @@ class _UpdateBody(ApiObject):
 
 @routes.get(PATH)
 async def list_volumes(request: web.Request) -> web.StreamResponse:
-    """All that fit the filters."""
+    """List the volumes that match the filters."""
     filters = Filters.of(request)
     filters.refuse_unknown(*FILTERS)
     view = await current_view(request)
@@ -81,7 +81,7 @@ async def list_volumes(request: web.Request) -> web.StreamResponse:
 
 @routes.post(f"{PATH}/create")
 async def create_volume(request: web.Request) -> web.StreamResponse:
-    """Create a volume; its driver makes it afterwards."""
+    """Create a volume.  Its driver creates it afterwards."""
     manager = manager_of(request)
     body = await read_json(request, CreateBody)
     await manager.require_room(creates=True)
@@ -91,14 +91,14 @@ async def create_volume(request: web.Request) -> web.StreamResponse:
 
 @routes.get(PATH + "/{name}")
 async def inspect_volume(request: web.Request) -> web.StreamResponse:
-    """One volume, by name or id."""
+    """Show one volume, by name or id."""
     view = await current_view(request)
     return json_response(shown_volume(view.resolve(Volume, request.match_info["name"]), view))
 
 
 @routes.put(PATH + "/{name}")
 async def update_volume(request: web.Request) -> web.StreamResponse:
-    """``docker volume update``."""
+    """Serve ``docker volume update``."""
     version = version_parameter(request, "swarm object")
     body = await read_json(request, _UpdateBody)
     volume = (await current_view(request)).resolve(Volume, request.match_info["name"])
@@ -108,14 +108,16 @@ async def update_volume(request: web.Request) -> web.StreamResponse:
 
 @routes.delete(PATH + "/{name}")
 async def remove_volume(request: web.Request) -> web.StreamResponse:
-    """``docker volume rm``."""
+    """Serve ``docker volume rm``."""
     volume = (await current_view(request)).resolve(Volume, request.match_info["name"])
     await manager_of(request).update(control.remove_volume, volume.id, force=flag(request, "force"))
     return web.Response(status=204)
 
 
 def shown_volume(volume: Volume, view: View) -> dict[str, Any]:
-    """As Docker shows it; ``Status`` has why it is not as wanted, which Docker shows nowhere."""
+    """Return a volume as Docker shows it.  ``Status`` adds why it is not in its desired state, which Docker does not
+    show.
+    """
     spec = volume.spec
     cluster: dict[str, Any] = {
         "ID": volume.id,
@@ -152,7 +154,7 @@ def shown_volume(volume: Volume, view: View) -> dict[str, Any]:
 
 
 def status_of(volume: Volume, view: View) -> dict[str, Any]:
-    """What is not as wanted, in sentences; empty: nothing."""
+    """Return why a volume is not in its desired state, in sentences."""
     status: dict[str, Any] = {}
     if volume.pending_delete:
         status["State"] = "to be deleted by its driver"
@@ -175,7 +177,7 @@ def _shown_status(status: PublishStatus) -> dict[str, Any]:
 
 
 def _go_time(at: Timestamp) -> str:
-    """``2026-01-02 15:04:05.123 +0000 UTC``: Go's ``Time.String``, which Docker shows here."""
+    """Return ``2026-01-02 15:04:05.123 +0000 UTC``, the format of Go's ``Time.String`` that Docker shows here."""
     day, _, rest = at.removesuffix("Z").partition("T")
     return f"{day} {rest.rstrip('0').rstrip('.') if '.' in rest else rest} +0000 UTC"
 

@@ -1,4 +1,4 @@
-"""``/_skep/warnings``: the warnings of ``docker info``.  Ours, on the manager's own socket only."""
+"""``/_skep/warnings``: the warnings of ``docker info``, on the manager's own socket only.  A Skep extension."""
 
 from collections.abc import Iterable, Iterator
 
@@ -26,17 +26,18 @@ from skep.store.space import warning
 routes = Routes()
 
 _DAMAGED_SHOWN = 10
+"""Unreadable objects that the warnings name."""
 
 
 @routes.get("/_skep/warnings")
 async def warnings(request: web.Request) -> web.Response:
-    """Sentences, the most urgent first; from local state, so they work without a leader."""
+    """Return warnings, the most urgent first.  They use local state, so they work without a leader."""
     manager = manager_of(request)
     return json_response(await warnings_of(manager.store, manager.clock.now_ns()))
 
 
 async def warnings_of(store: Store, now_ns: int) -> list[str]:
-    """The warnings that the replica of one manager gives rise to."""
+    """Return the warnings that follow from one manager's replica."""
     view = store.view()
     return [
         *(expiry.warning for expiry in expiring(view, moment(now_ns))),
@@ -50,26 +51,26 @@ async def _space_warnings(store: Store) -> list[str]:
     try:
         space = await store.space()
     except Unavailable:
-        return []  # its status has the reason
+        return []  # the manager's status shows the reason
     sentence = warning(space) if space is not None else ""
     return [f"WARNING: {sentence}"] if sentence else []
 
 
 def damage_warnings(view: View) -> Iterator[str]:
-    """A sentence about each object that cannot be read, the first few of them."""
+    """Yield a warning about each of the first few objects that cannot be read."""
     found = [
         (schema.name, id, damage_of(view, schema.type, id))
         for schema in SCHEMAS
         for id in sorted({*view.unreadable(schema.type), *view.damaged(schema.type)})
     ]
     for kind, id, damage in found[:_DAMAGED_SHOWN]:
-        yield f"WARNING: {kind} {id} in this manager's store: {damage}; it is left as it is (docs/guide/recovery.md)"
+        yield f"WARNING: {kind} {id} in this manager's store: {damage}; it is not changed (docs/guide/recovery.md)"
     if len(found) > _DAMAGED_SHOWN:
         yield f"WARNING: {len(found) - _DAMAGED_SHOWN} further objects in this manager's store cannot be read"
 
 
 def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
-    """A sentence for each node whose address belongs to another node, or cannot be the address of a machine."""
+    """Return a warning for each node whose address belongs to another node, or cannot be a machine's address."""
     up = [node for node in nodes if node.status.state is not NodeState.DOWN and not is_docker_node(node)]
     claiming: dict[str, list[Node]] = {}
     for node in up:
@@ -88,11 +89,11 @@ def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
             )
         elif claimed is not None and (owner := owners[claimed]) is not None and owner != node.id:
             found.append(
-                f"node {names[node.id]}: its data path address {claimed} is that of node "
+                f"node {names[node.id]}: its data path address {claimed} belongs to node "
                 f"{names[owner]}, so its overlay networks reach no other node"
             )
         elif announced and not usable_address(announced):
             found.append(
-                f"node {names[node.id]}: its data path address {announced!r} is no address of a machine and is not used"
+                f"node {names[node.id]}: its data path address {announced!r} is not a machine's address and is not used"
             )
     return found

@@ -1,1 +1,1 @@
-"""Pending tasks -> nodes: filters, preferences, node accounting."""
+"""Assigns pending tasks to nodes: filters, placement preferences, node accounting."""

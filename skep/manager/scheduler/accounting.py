@@ -1,8 +1,8 @@
-"""The free resources of each node, updated with each commit.
+"""Free resources of each node, updated with each commit.
 
-A task keeps its reservation from the moment a node is chosen until its end is reported: a retired task that still
-runs still has its memory and its ports.  So a node is never overcommitted, and because everything is derived from the
-store, a new leader derives the same figures.
+A task keeps its reservation from the moment a node is chosen until its end is reported: a retired task that still runs
+still has its memory and its ports.  So a node is never overcommitted.  Because everything is derived from the store, a
+new leader computes the same figures.
 """
 
 from collections import Counter
@@ -34,14 +34,14 @@ _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 _NO_COPIES: Counter[NodeId] = Counter()
 
 USAGES_MAX = 50_000
-"""Size of the cache, which is cleared when full; an entry has a hundred bytes."""
+"""Maximum entries of the cache, which is cleared when full.  An entry takes a hundred bytes."""
 
 FAILURE_MEMORY_S = 300.0
-"""How long a failure counts against its node (swarmkit's monitorFailures)."""
+"""Seconds for which a failure counts against its node (swarmkit's monitorFailures)."""
 
 
 class Account:
-    """One node and its free resources."""
+    """A node and its free resources."""
 
     def __init__(self, node: Node, volumes: VolumeUses) -> None:
         self.node = node
@@ -50,9 +50,9 @@ class Account:
         self.active = 0
         """Wanted tasks on the node, of all services."""
         self.unknown = 0
-        """Tasks on the node whose usage is not known."""
+        """Tasks on the node whose usage is unknown."""
         self.load = 0.0
-        """The measured load, as a share of the node; for a node that does not report it, the mean of those that do."""
+        """Measured load as a share of the node, or the mean of the other nodes if it does not report its load."""
         self.changes = 0
         """Incremented with each change that may affect the node's rank."""
         self.host_ports: Counter[HostPort] = Counter()
@@ -67,7 +67,7 @@ class Account:
         self.changes += 1
 
     def set_load(self, load: float) -> None:
-        """Set ``load``."""
+        """Set the node's load."""
         self.load = load
         self.changes += 1
 
@@ -81,7 +81,7 @@ class Account:
         self.changes += 1
 
     def add_all(self, usages: Iterable[Usage]) -> None:
-        """``add`` for many tasks.  For a new leader's 200,000 tasks it takes a third of the time."""
+        """Call ``add`` for many tasks at once.  For a new leader's 200,000 tasks this takes a third of the time."""
         nano_cpus = memory_bytes = active = 0
         for usage in usages:
             nano_cpus += usage.nano_cpus
@@ -98,7 +98,7 @@ class Account:
         self.changes += 1
 
     def remove(self, usage: Usage) -> None:
-        """Return a task's reservation, except generic resources, which ``update`` recalculates."""
+        """Release a task's reservation, except generic resources, which ``update`` recalculates."""
         self.free_nano_cpus += usage.nano_cpus
         self.free_memory_bytes += usage.memory_bytes
         if usage.host_ports:
@@ -119,16 +119,17 @@ class Account:
         self.free_memory_bytes = resources.memory_bytes
         self.generic = GenericStock(resources.generic_resources)
         self.used_ports = used_ports_of(node)
-        """Ports that no task has: plain containers and other programs of the machine use them."""
+        """Ports used by plain containers and other programs of the machine, not by tasks."""
 
     def has_driver(self, names: Collection[str]) -> bool:
-        """Whether the node has one of these drivers of cluster volumes."""
+        """Whether the node has one of these cluster volume drivers."""
         return any(one.plugin_name in names for one in self.node.description.csi_info)
 
     @property
     def given_rights(self) -> frozenset[Right]:
-        """Rights over itself that the node gives tasks.  A Docker Engine gives none, whatever labels it has: it would
-        run the task without them."""
+        """Rights over the machine that the node allows its tasks.
+
+        A Docker Engine allows none, whatever its labels say: it would run the task without them."""
         return frozenset() if is_docker_node(self.node) else allowed_by(self.node.description.engine.labels)
 
     def has_port(self, port: HostPort) -> bool:
@@ -148,7 +149,7 @@ class Accounting:
         self._changed: dict[NodeId, int] = {}
         """Node -> number of its last event, in order of these numbers."""
         self._freed: dict[VolumeId, int] = {}
-        """Volume -> number of the last event that may let any node have it, in order of these numbers."""
+        """Volume -> number of the last event that may make it available to any node, in order of these numbers."""
         self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
         self._loads = MeanLoad()
@@ -161,9 +162,11 @@ class Accounting:
         return self._changes
 
     def changed_since(self, changes: int, mounts: Sequence[ClusterMount] = ()) -> Collection[NodeId]:
-        """The nodes of the events after ``changes``, each once, the latest first.
+        """Return the nodes of the events after ``changes``, each once, the latest first.
 
-        ``mounts``: also the nodes that may have one of these volumes since then.
+        Args:
+            changes: An earlier value of the property ``changes``.
+            mounts: Adds the nodes on which one of these volumes may have become available since then.
         """
         nodes = _since(changes, self._changed)
         if not mounts or not (drivers := self.volumes.drivers_of(_since(changes, self._freed), mounts)):
@@ -171,14 +174,17 @@ class Accounting:
         return dict.fromkeys((*nodes, *(id for id, one in self.accounts.items() if one.has_driver(drivers))))
 
     def copies(self, service_id: ServiceId) -> Counter[NodeId]:
-        """Number of wanted tasks of the service per node.  Not to be modified.
+        """Return the number of the service's wanted tasks per node.  Do not modify it.
 
         Tasks without a service do not count.
         """
         return self._copies.get(service_id, _NO_COPIES)
 
     def failures(self, requirements: Requirements, now: float) -> dict[NodeId, int]:
-        """Recent failures of tasks with these requirements, by node (``now``: the clock of ``record_failure``)."""
+        """Return the recent failures of tasks with these requirements, by node.
+
+        ``now`` is on the clock of ``record_failure``.
+        """
         stamps = self._failures.get((requirements.service_id, requirements.version))
         if stamps is None:
             return {}
@@ -189,17 +195,17 @@ class Accounting:
         return {node_id: count for node_id, count in counts.items() if count}
 
     def held(self, node_id: NodeId) -> Mapping[TaskId, Usage]:
-        """What the tasks of a node reserve there.  Not to be modified."""
+        """Return the reservations of a node's tasks.  Do not modify them."""
         return self._usages.get(node_id, {})
 
     def node_of(self, task_id: TaskId) -> NodeId | None:
-        """The node on which the task has a reservation, if any."""
+        """Return the node on which the task has a reservation, or None."""
         return self._node_of.get(task_id)
 
     # -- events -------------------------------------------------------------------------------------------------
 
     def set_node(self, node: Node) -> None:
-        """A node was created or changed."""
+        """Update the account of a node that was created or changed."""
         account = self.accounts.get(node.id)
         held = self._usages.setdefault(node.id, {})
         if account is None:
@@ -211,13 +217,13 @@ class Accounting:
         self._record_change(node.id)
 
     def remove_node(self, node_id: NodeId) -> None:
-        """A node was removed.  The reservations of its tasks are kept, in case it returns before they end."""
+        """Remove a node.  Its tasks' reservations are kept, in case it returns before they end."""
         if self.accounts.pop(node_id, None) is not None:
             self._set_load(node_id, None)
             self._record_change(node_id)
 
     def update_volume(self, id: VolumeId, volume: Volume | None) -> bool:
-        """A cluster volume was created, changed or removed; gives whether it came to a node or went."""
+        """Update a cluster volume, or remove it if ``volume`` is None.  Returns whether its nodes changed."""
         is_freed = False
         if volume is None:
             nodes = self.volumes.remove_volume(id)
@@ -228,7 +234,7 @@ class Accounting:
         return bool(nodes)
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
-        """Reserve for ``task`` on its node, in place of its earlier reservation."""
+        """Reserve the resources of ``task`` on its node, in place of its earlier reservation."""
         self.reserve(task.id, task.node_id, holds_of(task, host_ports))
 
     def reserve(self, task_id: TaskId, node_id: NodeId, usage: Usage) -> None:
@@ -254,7 +260,7 @@ class Accounting:
             account.add(usage)
 
     def remove(self, task_id: TaskId) -> bool:
-        """The task has ended or was deleted; gives whether it had a reservation."""
+        """Release the reservation of a task that has ended or was deleted.  Returns whether it had one."""
         node_id = self._node_of.pop(task_id, None)
         if node_id is None:
             return False
@@ -272,7 +278,7 @@ class Accounting:
         if account is not None:
             account.remove(usage)
             if usage.generic:
-                # The node may no longer have the released resource, so the free ones are recalculated.
+                # The node may no longer have the released resource, so the free resources are recalculated.
                 account.update(account.node, self._usages[node_id].values())
             self._record_change(node_id)
         elif not self._usages[node_id]:
@@ -280,7 +286,7 @@ class Accounting:
         return True
 
     def record_failure(self, task: Task, now: float) -> None:
-        """``task`` failed or was rejected on its node."""
+        """Record that ``task`` failed or was rejected on its node."""
         key = (task.service_id, task.spec_version.index if task.spec_version else 0)
         times = self._failures.setdefault(key, {}).setdefault(task.node_id, [])
         times.append(now)
@@ -288,14 +294,14 @@ class Accounting:
             times.pop(0)
 
     def forget_service(self, service_id: ServiceId) -> None:
-        """The service was deleted: drop its failures."""
+        """Drop the failures of a deleted service."""
         for key in [key for key in self._failures if key[0] == service_id]:
             del self._failures[key]
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _set_load(self, node_id: NodeId, load: float | None) -> None:
-        """Set a node's load, and with it the mean, which counts for all nodes that report none."""
+        """Set a node's load, and update the mean, which counts for all nodes that report none."""
         neutral = self._loads.mean
         self._loads.set(node_id, load)
         if self._loads.mean != neutral:
@@ -307,7 +313,7 @@ class Accounting:
             own.set_load(load if load is not None else self._loads.mean)
 
     def _record_volume(self, nodes: Iterable[NodeId], freed: Iterable[VolumeId]) -> None:
-        """``nodes``: where something changed; ``freed``: volumes that any node may have now."""
+        """Record changed ``nodes``, and ``freed`` volumes that may have become available to any node."""
         for node_id in nodes:
             if node_id in self.accounts:
                 self._record_change(node_id)
@@ -323,7 +329,7 @@ class Accounting:
 
 
 def _since(changes: int, numbers: dict[K, int]) -> list[K]:
-    """Those with a larger number, the latest first."""
+    """Return the keys with a number larger than ``changes``, the latest first."""
     return [id for id, number in takewhile(lambda item: item[1] > changes, reversed(numbers.items()))]
 
 
@@ -333,13 +339,13 @@ def holds_resources(task: Task) -> bool:
 
 
 class Usages:
-    """``holds_of`` with a cache: tasks of one version share it, and a new leader needs those of all tasks."""
+    """Cache of ``holds_of``: tasks of one version share a result, and a new leader needs the usage of every task."""
 
     def __init__(self) -> None:
         self._cached: dict[tuple[ServiceId, int, int], tuple[TaskSpec, Usage]] = {}
 
     def of(self, task: Task, view: View) -> Usage:
-        """The usage of ``task``."""
+        """Return the usage of ``task``."""
         version = task.spec_version
         if version is None or task.generic_resources or task.volumes:
             return usage_in(view, task)
@@ -353,6 +359,6 @@ class Usages:
 
 
 def usage_in(view: View, task: Task) -> Usage:
-    """The usage of a task as ``view`` shows it."""
+    """Return the usage of a task as of ``view``."""
     usage = holds_of(task, host_ports(spec_of(view, task)))
     return replace(usage, is_unknown=True) if has_unknown_spec(view, task) else usage

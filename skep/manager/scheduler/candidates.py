@@ -1,8 +1,8 @@
-"""The nodes that can run tasks with given requirements, found once for all services with the same requirements.
+"""Nodes that can run tasks with given requirements, cached for all services with the same requirements.
 
-Whatever depends on the node alone (is it ready, does it meet the constraints, which branch of the preferences is it
-in) is checked when the node changes, not for each task.  So assigning a task of a service of its own costs a step
-down a heap, not a walk over the cluster.
+Conditions that depend on the node alone (its readiness, the constraints, its branch of the placement preferences) are
+checked when the node changes, not for each task.  So assigning the only task of a service costs one step down a heap,
+not a walk over the cluster.
 """
 
 from collections.abc import Sequence
@@ -19,27 +19,29 @@ from skep.model.constraints import ENGINE_LABEL, NODE_LABEL, label_of
 from skep.model.ids import NodeId, ServiceId
 
 KEPT = 32
-"""Requirements whose candidates are cached; with 5,000 nodes each takes 1 MB and 10 ms to find again."""
+"""Requirements whose candidates are cached.  With 5,000 nodes, each takes 1 MB, and 10 ms to compute again."""
 
 Leaf = tuple[str, ...]
-"""A node's values of the labels that are spread over, one per level."""
+"""A node's values of the labels that tasks are spread over, one per level."""
 
 
 class Candidates:
-    """Nodes that meet the lasting part of the requirements, by branch of the preferences and in order of preference."""
+    """Nodes that meet the lasting part of the requirements, by preference branch and in order of preference."""
 
     def __init__(self, requirements: Requirements, accounting: Accounting) -> None:
-        """Of no node before the first ``catching_up``.
+        """Start without nodes.  The first ``catching_up`` adds them.
 
-        ``requirements``: of any service; the service and its tasks are not used.
+        Args:
+            requirements: The requirements of any service.  The service and its tasks are not used.
+            accounting: All nodes.
         """
         self.levels: Sequence[str] = [over for over in requirements.spread_over if _is_label(over)]
         self.leaves: dict[Leaf, Ranking] = {}
         self.leaf_of: dict[NodeId, Leaf] = {}
-        """Of every node of the cluster, whether it passes or not."""
+        """Preference branch of every node, including nodes that do not pass."""
         self.can_pass: dict[NodeId, bool] = {}
         self.revision = 0
-        """Incremented when a node is created, removed, or changes its branch or what it can run."""
+        """Incremented when a node is created or removed, or changes its branch or whether it passes."""
         self._requirements = requirements
         self._accounting = accounting
         filters = filters_for(requirements)
@@ -49,9 +51,9 @@ class Candidates:
         self._seen = -1
 
     def catching_up(self) -> SlicedWork[None]:
-        """Check again the nodes that changed, or on which something was released, since the last call.
+        """Check the nodes that changed, or on which something was released, since the last call.
 
-        With pauses, in which nodes may change: they are checked once more.
+        Pauses in between.  Nodes that change in a pause are checked once more.
         """
         while self._seen != (changes := self._accounting.changes):
             mounts = self._requirements.cluster_volumes
@@ -62,8 +64,10 @@ class Candidates:
             self._seen = changes
 
     def rank(self, account: Account) -> Rank:
-        """For all services alike: the used share of the tightest resource after the assignment, then the number of
-        tasks."""
+        """Return a node's rank, which is the same for all services.
+
+        It consists of the used share of the tightest resource after the assignment, and the number of tasks.
+        """
         load, tasks = account.load, account.active + 1
         effective = (
             effective_tasks(tasks, load) if load else tasks
@@ -72,8 +76,8 @@ class Candidates:
             return effective, account.node.id
         return used_share(fill(self._requirements, account), load), effective, account.node.id
 
-    def has_room(self, account: Account, copies: int) -> bool:
-        """Whether the node can run one more task now; ``copies``: tasks of the same service that it has."""
+    def has_capacity(self, account: Account, copies: int) -> bool:
+        """Whether the node can run one more task now, given its ``copies`` of the same service's tasks."""
         for one in self._passing:  # noqa: SIM110  called for each choice, and `all` makes a generator
             if not one.passes(self._requirements, account, copies):
                 return False
@@ -99,26 +103,26 @@ class Candidates:
         ranking = self.leaves.get(leaf)
         if ranking is None:
             ranking = self.leaves[leaf] = Ranking(
-                self.rank, self._has_room_for_a_first if self._passing else None
+                self.rank, self._has_capacity_for_first if self._passing else None
             )
         if passes:
             ranking.enter(account)
         else:
             ranking.leave(id)
 
-    def _has_room_for_a_first(self, account: Account) -> bool:
-        return self.has_room(account, 0)
+    def _has_capacity_for_first(self, account: Account) -> bool:
+        return self.has_capacity(account, 0)
 
 
 class Pools:
-    """The candidates for recently used requirements, over one accounting."""
+    """Candidates for recently used requirements, over one accounting."""
 
     def __init__(self, accounting: Accounting) -> None:
         self.accounting = accounting
         self._pools: dict[Requirements, Candidates] = {}
 
     def pool(self, requirements: Requirements) -> Candidates:
-        """The candidates for ``requirements``, as they were left."""
+        """Return the candidates for ``requirements`` as of their last update."""
         shape = shape_of(requirements)
         pool = self._pools.pop(shape, None)
         if pool is None:
@@ -130,14 +134,14 @@ class Pools:
 
 
 def shape_of(requirements: Requirements) -> Requirements:
-    """The requirements without their service."""
+    """Return the requirements without their service."""
     if not requirements.service_id and not requirements.version:
         return requirements
     return replace(requirements, service_id=ServiceId(""), version=0)
 
 
 def fill(requirements: Requirements, account: Account) -> float:
-    """The used share, after the assignment, of the tightest resource among those that the task reserves.
+    """Return the used share, after the assignment, of the tightest resource that the task reserves.
 
     Other resources do not count: a task that reserves no memory does not change the share of memory.
     """

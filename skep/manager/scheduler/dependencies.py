@@ -1,15 +1,16 @@
-"""Services that wait for others before their tasks are given nodes (label ``skep.depends-on``).
+"""Services that wait for other services before their tasks are assigned (label ``skep.depends-on``).
 
-A task that waits holds nothing, so it takes no room from what it waits for.  Only a service without a running task
-waits: one that runs is scaled, and its crashed tasks are replaced, whatever becomes of what it depends on.  An update
-waits with its first task, which is why a migration that is deployed together with a service comes before it.
+A waiting task holds nothing, so it takes no resources from the services that it waits for.  Only a service without
+a running task waits.  A running service is scaled, and its crashed tasks are replaced, whatever happens to its
+dependencies.  An update waits with its first task, so a migration that is deployed together with a service comes before
+it.
 
-After a loss of power the store still says that everything runs.  What a task's status says counts only when it was
-written after its node's last registration, or when the node has had the time to report otherwise (``Confirmed``).
+After a power loss the store still says that everything runs.  A task's status counts only if it was written after its
+node's last registration, or if the node has had enough time to report another one (``Confirmed``).
 
-A job that has completed counts as long as the services that it depends on itself satisfy its conditions: after a
-loss of power a web service that depends on a migration, which depends on a database, waits for the database.  A job
-with a time to live stays as long as a service requires it (``dependents.requiring``).
+A completed job counts while the services that it depends on satisfy its own conditions: after a power loss a web
+service that depends on a migration, which depends on a database, waits for the database.  A job with a time to live
+stays while a service requires it (``dependents.requiring``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,19 +42,19 @@ from skep.store.interface import Commit, Created, Deleted, Event, Updated, View
 from skep.store.kinds import has_unreadable_run
 
 REPORTED_S: Final = 10.0
-"""A node that has registered reports the states of its tasks within this time."""
+"""Seconds within which a node that has registered reports the states of its tasks."""
 RETURNED_S: Final = 12.0
-"""Longest time in which a node finds a manager again; with a grace of its own, that counts twice."""
+"""Maximum seconds until a node finds a manager again.  The alternative is twice the grace period, if longer."""
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """Why a service waits, and which changes can end that."""
+    """Why a service waits, and which changes can end the wait."""
 
     reason: str
     services: frozenset[ServiceId] = frozenset()
     """Services whose tasks count."""
     names: frozenset[str] = frozenset()
-    """Names of the service and of all that it depends on, directly or not, whether they exist or not."""
+    """Names of the service and its direct and indirect dependencies, whether they exist or not."""
     nodes: tuple[frozenset[NodeId], ...] = ()
     """Nodes whose return or change counts, by service."""
     until: float | None = None
@@ -61,12 +62,12 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 _Key: TypeAlias = tuple[ServiceId, Version | None]
-Looked: TypeAlias = dict[_Key, Waiting | None]
-"""By service and version, what its tasks wait for."""
+FoundWaits: TypeAlias = dict[_Key, Waiting | None]
+"""The wait of each service and version's tasks, or None if they do not wait."""
 
 
 class Confirmed:
-    """What the cluster's nodes have said in this term."""
+    """Node registrations and task reports of this term, which confirm the task states in the store."""
 
     def __init__(self, began: float) -> None:
         self._began = began
@@ -74,7 +75,7 @@ class Confirmed:
         self._reported: dict[TaskId, float] = {}
 
     def record(self, commit: Commit, now: float) -> None:
-        """Take note of registrations, and of what nodes report."""
+        """Record the registrations and reports in ``commit``."""
         for event in commit.events:
             match event:
                 case Updated(Task() as old, Task() as task) if old.status is not task.status:
@@ -90,7 +91,7 @@ class Confirmed:
                     self._registered.pop(node.id, None)
 
     def at(self, task: Task, view: View) -> float | None:
-        """When the task's status counts as confirmed; None: not before its node is back."""
+        """Return when the task's status counts as confirmed, or None until its node is back."""
         node = view.lookup(Node, task.node_id)
         if node is None or node.status.state is not NodeState.READY:
             return None
@@ -104,23 +105,23 @@ class Confirmed:
 
 
 class _State(msgspec.Struct, frozen=True):
-    """What the tasks of a service say about a dependency on it."""
+    """State of a dependency, derived from the tasks of the service depended on."""
 
     is_met: bool = False
     has_completed: bool = False
-    """All its runs have completed: the dependency is met if those of the service itself are."""
+    """Whether all its runs have completed.  The dependency is met if the service's own dependencies are met."""
     nodes: frozenset[NodeId] = frozenset()
     until: float | None = None
-    why_in_vain: str = ""
-    """Why it is not met unless somebody acts, or an empty string if it may be met."""
+    blocked_suffix: str = ""
+    """Suffix for the reason if the dependency cannot be met without a user's action.  Empty if it may still be met."""
 
 
 _States: TypeAlias = dict[Dependency, _State]
-"""Those found in one state of the cluster.  Many services depend on the same one, which may have thousands of tasks."""
+"""Dependency states as of one revision.  Many services may depend on one service with thousands of tasks."""
 
 
-class _Look:
-    """One look at a service and what it depends on."""
+class _Check:
+    """A check of one service and its dependencies."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class _Look:
         self.until: list[float] = []
 
     def serves(self, tasks: Iterable[Task], least: TaskState, spec: TaskSpec | None = None) -> _State:
-        """Whether one of the tasks (made from ``spec``) is known to be that far."""
+        """Find whether one of the tasks (if made from ``spec``) has a confirmed state of at least ``least``."""
         nodes: set[NodeId] = set()
         until: list[float] = []
         for task in tasks:
@@ -158,7 +159,7 @@ class _Look:
         return _State(nodes=frozenset(nodes), until=min(until, default=None))
 
     def note(self, state: _State) -> bool:
-        """Note what can change a state; return whether it is met."""
+        """Note what can change ``state``.  Returns whether it is met."""
         if state.nodes:
             self.nodes.append(state.nodes)
         if state.until is not None:
@@ -166,11 +167,11 @@ class _Look:
         return state.is_met
 
     def unmet(self, dependencies: Iterable[Dependency], path: Collection[str]) -> str:
-        """What is waited for; empty: nothing.  ``path``: services that are being looked at."""
+        """Return the reason to wait, or an empty string.  ``path`` has the services that are already being checked."""
         for one in dependencies:
             if one.service in path or not (reason := self._unmet(one, path)):
                 continue
-            # Two transactions at a time may close a circle, or a rollback by the leader.
+            # Two concurrent transactions, or a rollback by the leader, may close a dependency cycle.
             if not circle(self._view, self._name, [one]):
                 return reason
         return ""
@@ -190,7 +191,7 @@ class _Look:
             return ""
         if state.has_completed and one.condition is not Condition.HEALTHY:
             return self.unmet(dependencies_of(service.spec.labels), {*path, one.service})
-        return f"{WAITS_FOR}{one.service} {one.condition.words}{state.why_in_vain}"
+        return f"{WAITS_FOR}{one.service} {one.condition.words}{state.blocked_suffix}"
 
     def _state(self, one: Dependency, service: Service) -> _State:
         tasks = self._view.find(Task, service_id=service.id)
@@ -200,16 +201,16 @@ class _Look:
             tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
         if _has_completed(service, tasks, self._view) and one.condition is not Condition.HEALTHY:
             return _State(has_completed=True)
-        # What failed on a node is not missing once the node may not run it.
+        # A failed task is not missing once its node may no longer run it.
         failed = frozenset(task.node_id for task in tasks if task.has_failed)
         if one.condition is Condition.COMPLETED:
-            return _State(nodes=failed, why_in_vain=_why_in_vain(service, tasks, self._view))
+            return _State(nodes=failed, blocked_suffix=_blocked_suffix(service, tasks, self._view))
         least = TaskState.STARTING if one.condition is Condition.STARTED else TaskState.RUNNING
         state = self.serves(tasks, least)
         if state.is_met:
             return state
-        why = _why_in_vain(service, tasks, self._view)
-        return replace(state, nodes=state.nodes | failed, why_in_vain=why)
+        why = _blocked_suffix(service, tasks, self._view)
+        return replace(state, nodes=state.nodes | failed, blocked_suffix=why)
 
 
 def awaited(
@@ -219,17 +220,17 @@ def awaited(
     now: float,
     states: _States | None = None,
 ) -> Waiting | None:
-    """What ``task`` waits for before it may have a node; None: nothing.
+    """Return what ``task`` waits for before it may be assigned, or None.
 
     Args:
-        confirmed: when the status of a task counts as confirmed.
-        now: on the same clock.
-        states: of dependencies, found in ``view`` before; it gets further ones.
+        confirmed: Returns when the status of a task counts as confirmed.
+        now: The time on the same clock.
+        states: Dependency states found in ``view`` before.  New ones are added.
     """
     service = view.lookup(Service, task.service_id)
     if service is None or not (dependencies := dependencies_of(service.spec.labels)):
         return None
-    look = _Look(service.spec.name, view, confirmed, now, states if states is not None else {})
+    look = _Check(service.spec.name, view, confirmed, now, states if states is not None else {})
     if look.note(look.serves(view.find(Task, service_id=service.id), TaskState.RUNNING, task.spec)):
         return None
     reason = look.unmet(dependencies, {service.spec.name})
@@ -245,14 +246,14 @@ def awaited(
 
 
 def _may_end_wait(old: Task, task: Task) -> bool:
-    """Whether a change of a task can end the wait for its service: before it starts, it says nothing new."""
+    """Whether a change of a task can end the wait for its service.  Changes before its start cannot."""
     if old.is_wanted != task.is_wanted:
         return True
     return old.status.state != task.status.state and task.status.state >= TaskState.STARTING
 
 
-def _asks_for_the_same(before: Service, service: Service) -> bool:
-    """Whether only its update or its addresses went on."""
+def _wants_same_tasks(before: Service, service: Service) -> bool:
+    """Whether only the service's update or addresses changed."""
     return (before.spec, before.removed_at, before.job_status) == (
         service.spec,
         service.removed_at,
@@ -261,17 +262,17 @@ def _asks_for_the_same(before: Service, service: Service) -> bool:
 
 
 def _has_failed(tasks: Sequence[Task]) -> bool:
-    """Whether it is in a crash loop, or was given up."""
+    """Whether the service is in a crash loop, or its restarts have ended."""
     wanted = [task for task in tasks if task.is_wanted]
     if wanted:
         return any(task.restart is not None and task.restart.failures for task in wanted)
     return any(task.ended_in_failure for task in tasks)
 
 
-def _why_in_vain(service: Service, tasks: Sequence[Task], view: View) -> str:
-    """Why the service does not come to what is waited for unless somebody acts; empty: it may.
+def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
+    """Return why the service cannot meet the condition without a user's action, or an empty string if it may.
 
-    A job with a schedule has a next run.
+    A scheduled job has a next run.
     """
     job = service.job_status
     if job is not None:
@@ -283,13 +284,13 @@ def _why_in_vain(service: Service, tasks: Sequence[Task], view: View) -> str:
 
 
 def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
-    """Whether every run of a job, or of a service whose tasks are not started again, has completed."""
+    """Whether every run of a job, or of a service whose tasks are not restarted, has completed."""
     mode, policy = service.spec.mode, service.spec.task_template.restart_policy
     if has_unreadable_run(view, service.id):
         return False
     if service.job_status is not None:
         if service.job_status.present_outcome == COMPLETED:
-            return True  # of a global job, also if its nodes were removed since, and their tasks with them
+            return True  # a global job's outcome stays, even if its nodes and their tasks were removed since
         tasks = [task for task in tasks if task.job_iteration == service.job_status.job_iteration]
     elif policy is None or policy.condition in (None, RestartCondition.ANY):
         return False
@@ -298,19 +299,19 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
     complete = [task for task in tasks if task.status.state is TaskState.COMPLETE]
     if mode.global_job is not None or mode.global_ is not None:
         done = {one.node_id for one in complete}
-        # What was stopped, or failed, where it may not run any more, on a drained node say, is not missing.
+        # A stopped or failed task is not missing if its node may no longer run it, for example a drained node.
         return bool(complete) and all(
             one.node_id in done
             for one in tasks
-            if one.is_active or (one.has_failed and _may_run_there(one, service, view))
+            if one.is_active or (one.has_failed and _may_run_on_its_node(one, service, view))
         )
     job = mode.replicated_job
     wanted = service.spec.replicas if job is None else job.total_completions or 0
     return bool(complete) and len({one.slot for one in complete}) >= wanted
 
 
-def _may_run_there(task: Task, service: Service, view: View) -> bool:
-    """Whether the node of a global service's task is one of the service's nodes, even if it is down at present."""
+def _may_run_on_its_node(task: Task, service: Service, view: View) -> bool:
+    """Whether the node of a global service's task is one of the service's nodes, even if it is down now."""
     node = view.lookup(Node, task.node_id)
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return (
@@ -321,7 +322,7 @@ def _may_run_there(task: Task, service: Service, view: View) -> bool:
 
 
 def _wants_none(mode: ServiceMode) -> bool:
-    """Whether the service is scaled to no task at all."""
+    """Whether the service is scaled to zero tasks."""
     job, replicated = mode.replicated_job, mode.replicated
     return (job is not None and not job.total_completions) or (
         replicated is not None and replicated.replicas == 0
@@ -329,7 +330,7 @@ def _wants_none(mode: ServiceMode) -> bool:
 
 
 class Waits:
-    """The groups of tasks that wait for services, and what they wait for."""
+    """Groups of tasks that wait for services, and the reasons."""
 
     def __init__(self, began: float) -> None:
         self._confirmed = Confirmed(began)
@@ -338,10 +339,10 @@ class Waits:
         self._key_of: dict[str, _Key] = {}
         self._states: _States = {}
         self._states_at: tuple[int, float] | None = None
-        """Revision and time at which the states were found."""
+        """Revision and time at which ``_states`` was found."""
 
     def record(self, commit: Commit, now: float) -> Mapping[str, float]:
-        """Take note of what changed; return the groups to decide again, and when."""
+        """Record a commit.  Returns the groups to decide again, and when."""
         self._confirmed.record(commit, now)
         self._states_at = None
         due: dict[str, float] = {}
@@ -353,7 +354,7 @@ class Waits:
         return due
 
     def _affected(self, event: Event, now: float) -> Iterator[tuple[_Key, float]]:
-        """What waits for something that the event changes, and when to check it again."""
+        """Yield the keys that wait for something that the event changes, and when to check them again."""
         match event:
             case Updated(Task() as old, Task() as task) if not _may_end_wait(old, task):
                 return
@@ -361,7 +362,7 @@ class Waits:
                 yield from (
                     (key, now) for key, one in self._waiting.items() if task.service_id in one.services
                 )
-            case Updated(Service() as before, Service() as service) if _asks_for_the_same(before, service):
+            case Updated(Service() as before, Service() as service) if _wants_same_tasks(before, service):
                 return
             case (
                 Created(Service() as service)
@@ -377,13 +378,13 @@ class Waits:
                 yield from self._on_node(node.id, now)
 
     def _again_at(self, before: Node, node: Node, now: float) -> float | None:
-        """When to check what waits for tasks on a node that changed; None: the change cannot end a wait."""
+        """Return when to check the waits for tasks on a changed node, or None if the change cannot end a wait."""
         if before.spec != node.spec or has_other_properties(before, node):
             return now
         if node.status.state is not NodeState.READY:
             return None
         if before.session != node.session:
-            return now + REPORTED_S  # what it reports until then is an event of its task
+            return now + REPORTED_S  # reports until then are events of their tasks
         return now if before.status.state is not NodeState.READY else None
 
     def _on_node(self, id: NodeId, at: float) -> Iterator[tuple[_Key, float]]:
@@ -392,11 +393,12 @@ class Waits:
                 self._waiting[key] = replace(one, until=at)
                 yield key, at
 
-    def of(self, group: str, task: Task, view: View, now: float, found: Looked) -> Waiting | None:
-        """What the group of ``task`` waits for; None: nothing.
+    def of(self, group: str, task: Task, view: View, now: float, found: FoundWaits) -> Waiting | None:
+        """Return what the group of ``task`` waits for, or None.
 
-        ``found``: what was found in ``view`` before.  Each task of a global service is a group: a look at all tasks of
-        its service, for each of them, would be quadratic.
+        Args:
+            found: Results found in ``view`` before.  Each task of a global service is a group, and checking all tasks
+                of the service for each group would be quadratic.
         """
         key = task.service_id, task.spec_version
         if self._states_at != (view.revision, now):
@@ -412,7 +414,7 @@ class Waits:
         return waiting
 
     def forget(self, group: str) -> None:
-        """The group has no pending task, or waits no more."""
+        """Forget a group that has no pending task or no longer waits."""
         key = self._key_of.pop(group, None)
         if key is None:
             return

@@ -1,4 +1,4 @@
-"""One node's refusal of one task, in words and figures, for explanations."""
+"""Explanations of why one node refuses one task, with the compared values."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ _MEBIBYTE = 1024**2
 
 
 def readiness(requirements: Requirements, account: Account, copies: int) -> str:
-    """The node's state, or its availability if that is the reason."""
+    """Return the node's state, or its availability if that is the reason."""
     node = account.node
     if node.status.state is not NodeState.READY:
         return f"the node is {node.status.state.value}" + (
@@ -27,61 +27,61 @@ def readiness(requirements: Requirements, account: Account, copies: int) -> str:
 
 
 def disk(requirements: Requirements, account: Account, copies: int) -> str:
-    """The node's own words about its full disk."""
+    """Return the node's own description of its full disk."""
     return f"disk full: {disk_pressure(account.node.description)}"
 
 
 def shortages(requirements: Requirements, account: Account, copies: int) -> str:
-    """What the task needs and how much of it is not reserved yet."""
+    """Return what the task needs and how much of it is not reserved yet."""
     return "insufficient resources: " + "; ".join(_shortages(requirements, account))
 
 
 def unmet_constraints(requirements: Requirements, account: Account, copies: int) -> str:
-    """The constraints that the node does not meet."""
+    """Return the constraints that the node does not meet."""
     unmet = [one for one in requirements.constraints if not meets((one,), account.node)]
     words = (f"{one.key} {'!=' if one.negated else '=='} {one.value}" for one in unmet)
     return f"constraints not satisfied: {', '.join(words)}"
 
 
 def plugins(requirements: Requirements, account: Account, copies: int) -> str:
-    """The required plugins; at least one is missing."""
+    """Return the required plugins, of which at least one is missing."""
     return f"missing plugin: it needs {', '.join(f'{kind} {name}' for kind, name in requirements.plugins)}"
 
 
 def data_plane(requirements: Requirements, account: Account, copies: int) -> str:
-    """The kind of nodes that the task's overlay networks belong to."""
+    """Return the kind of nodes that the task's overlay networks belong to."""
     return f"its overlay networks belong to {' and '.join(sorted(requirements.planes))} nodes"
 
 
 def paths(requirements: Requirements, account: Account, copies: int) -> str:
-    """Which overlay traffic to which nodes fails, and the label that allows the task nevertheless."""
+    """Return which overlay traffic to which nodes fails, and the label that allows the task nevertheless."""
     failing = [one.summary for one in account.node.cut_off if one.check in requirements.paths]
-    return f"{'; '.join(failing)} (the node's label {IGNORE_PATHS}=true would allow it)"
+    return f"{'; '.join(failing)} (set the node's label {IGNORE_PATHS}=true to allow it)"
 
 
 def platform(requirements: Requirements, account: Account, copies: int) -> str:
-    """The required platforms, and the node's."""
+    """Return the required platforms and the node's platform."""
     wanted = ", ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in requirements.platforms)
     actual = account.node.description.platform
-    return f"unsupported platform: {wanted} wanted, this is {actual.os}/{actual.architecture}"
+    return f"unsupported platform: {wanted} required, the node is {actual.os}/{actual.architecture}"
 
 
 def rights(requirements: Requirements, account: Account, copies: int) -> str:
-    """The rights over the machine that the node does not give."""
+    """Return the rights over the machine that the node does not allow."""
     refused = requirements.rights.kinds - account.given_rights
     if is_docker_node(account.node):
-        return f"rights over the machine not given: {rights_text(refused)} (a Docker Engine gives tasks none)"
-    return f"rights over the machine not given: {rights_text(refused)} (the node's setting `allow`)"
+        return f"rights over the machine not allowed: {rights_text(refused)} (a Docker Engine allows none)"
+    return f"rights over the machine not allowed: {rights_text(refused)} (the node's setting `allow`)"
 
 
 def devices(requirements: Requirements, account: Account, copies: int) -> str:
-    """The devices that the node does not have."""
+    """Return the devices that the node does not have."""
     missing = missing_devices(requirements.rights, account.node.description.engine.labels)
     return f"missing device: {', '.join(missing)}"
 
 
 def ports(requirements: Requirements, account: Account, copies: int) -> str:
-    """The host-mode ports that are in use on the node, and by what."""
+    """Return the host-mode ports that are in use on the node, and by what."""
     taken = [
         f"{number}/{protocol}"
         + ("" if account.host_ports[protocol, number] else " (by a plain container or another program)")
@@ -92,18 +92,18 @@ def ports(requirements: Requirements, account: Account, copies: int) -> str:
 
 
 def unknown(requirements: Requirements, account: Account, copies: int) -> str:
-    """How many of the node's tasks may have what the task needs."""
+    """Return how many of the node's tasks may hold what the task needs."""
     tasks = "1 task" if account.unknown == 1 else f"{account.unknown} tasks"
-    return f"what {tasks} of the node reserve cannot be read: they may have the ports and resources it needs"
+    return f"the reservations of {tasks} are unreadable: they may include the ports and resources it needs"
 
 
 def replicas(requirements: Requirements, account: Account, copies: int) -> str:
-    """How many tasks of the service the node has."""
-    return f"max replicas per node: {copies} of {requirements.max_replicas} are there"
+    """Return how many tasks of the service the node has."""
+    return f"max replicas per node: the node runs {copies} of {requirements.max_replicas}"
 
 
 def cluster_volumes(requirements: Requirements, account: Account, copies: int) -> str:
-    """Why the node cannot have the task's cluster volumes."""
+    """Return why the node cannot mount the task's cluster volumes."""
     chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
     return chosen if isinstance(chosen, str) else ""
 
@@ -111,11 +111,11 @@ def cluster_volumes(requirements: Requirements, account: Account, copies: int) -
 def _shortages(requirements: Requirements, account: Account) -> Iterator[str]:
     if requirements.nano_cpus > account.free_nano_cpus:
         wanted, free = requirements.nano_cpus / _CPU_NANO, max(account.free_nano_cpus, 0) / _CPU_NANO
-        yield f"{wanted:g} CPUs wanted, {free:g} not reserved"
+        yield f"{wanted:g} CPUs requested, {free:g} not reserved"
     if requirements.memory_bytes > account.free_memory_bytes:
         wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE
-        yield f"{wanted:.0f} MiB of memory wanted, {free:.0f} not reserved"
+        yield f"{wanted:.0f} MiB of memory requested, {free:.0f} not reserved"
     for resource in requirements.generic:
         if not account.generic.has(resource):
             kind, amount = kind_and_amount(resource)
-            yield f"{amount} of {kind} wanted, fewer are left"
+            yield f"{amount} of {kind} requested, fewer are available"

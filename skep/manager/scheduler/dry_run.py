@@ -1,10 +1,12 @@
-"""Where the tasks of specs would run, and why some would not: the scheduler's own decision, nothing written.
+"""Dry run of placement: where the tasks of specs would run, and why some would not.
 
-Every spec is placed in turn into one accounting, so each takes room from the next.  A service that exists keeps the
-tasks that its new spec does not replace.  With ``stop-first`` the room of those that it replaces counts as free; with
-``start-first`` as many as are updated at once have to fit beside them.
+It uses the scheduler's own decision and writes nothing.  Specs are placed one after the other into one accounting, so
+each takes resources from the next.  An existing service keeps the tasks that its new spec does not replace.  With
+``stop-first`` the resources of the replaced tasks count as free.  With ``start-first`` old and new tasks must fit
+together, as many as are updated at a time.
 
-Not asked is what only time shows: which tasks wait for other services or return to volumes, and what becomes of nodes.
+A dry run ignores what only time shows: which tasks wait for other services or return to volumes, and future changes of
+nodes.
 """
 
 from collections import Counter
@@ -23,7 +25,7 @@ from skep.manager.scheduler.explain import (
     victims_by_service,
 )
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, placing
-from skep.manager.scheduler.preemption import Nomination, Occupants, making_room, reserve_room
+from skep.manager.scheduler.preemption import Nomination, Occupants, making_nominations, reserve_candidate
 from skep.manager.scheduler.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.constraints import is_satisfied
@@ -42,13 +44,13 @@ from skep.store.kinds import spec_of
 BATCH = 50
 """Tasks placed between two pauses."""
 PREEMPTED_MAX = 100_000
-"""Tasks that one service may have stopped, over time."""
+"""Maximum tasks that one service may preempt over time."""
 VERDICTS_MAX = 20
-"""Nodes of which the reasons are given."""
+"""Maximum nodes for which reasons are returned."""
 
 
 class NodeShare(ApiObject):
-    """How many tasks of a service a node would have."""
+    """Number of a service's tasks that a node would have."""
 
     node_id: NodeId
     hostname: str = always("")
@@ -56,28 +58,28 @@ class NodeShare(ApiObject):
 
 
 class Preempted(ApiObject):
-    """How many tasks of a service would be stopped for another one."""
+    """Number of a service's tasks that would be stopped for another service."""
 
     name: str = always("")
     tasks: int = always(0)
 
 
 class PlannedPlacement(ApiObject):
-    """Of one service.  Without ``refusal`` all its tasks fit."""
+    """Planned placement of one service.  Without ``refusal`` all its tasks fit."""
 
     name: str = always("")
-    wanted: int = always(0)
+    desired: int = always(0)
     nodes: tuple[NodeShare, ...] = always(())
-    """With all tasks that fit, those that stay too."""
-    refusal: str = always("")
+    """Nodes with all tasks that fit, including existing tasks that stay."""
+    error: str = always("")
     verdicts: tuple[NodeVerdict, ...] = always(())
-    """Why nodes take no further task, if one is refused."""
+    """Why nodes refuse another task, if a task is refused."""
     preempted: tuple[Preempted, ...] = ()
-    """Of services with a lower priority, whose tasks would be stopped."""
+    """Services with a lower priority whose tasks would be stopped."""
 
 
 class DryRun:
-    """Places specs one after the other.  ``accounting``: what the cluster has and holds; it is changed."""
+    """Places specs one after the other into ``accounting``, the cluster's resources and reservations."""
 
     def __init__(self, view: View, accounting: Accounting, named: ServiceNames) -> None:
         self._view = view
@@ -89,14 +91,15 @@ class DryRun:
         self._volumes: dict[VolumeId, Volume] = {}
         """Volumes that left nodes in this run."""
         self._occupants: Occupants | None = None
-        """For the spec that is being placed; None: no room is made for it."""
+        """Occupants for the spec that is being placed, or None if it may preempt nothing."""
         self._replaced_on: list[NodeId] = []
-        """Nodes of its tasks that are replaced: one may stay there also if the disk is full (``staying``)."""
+        """Nodes of the spec's replaced tasks: a new task may run there even if the disk is full (``staying``)."""
 
     def placing(self, spec: ServiceSpec) -> Iterator[PlannedPlacement | None]:
-        """Gives None at each pause, and in the end where the tasks of ``spec`` would be.
+        """Yield None at each pause, and finally the placement of the tasks of ``spec``.
 
-        Raises: InvalidArgument: the spec cannot be read.
+        Raises:
+            InvalidArgument: The spec is unreadable.
         """
         service = self._service(spec)
         priority = priority_of(spec.labels)
@@ -130,9 +133,9 @@ class DryRun:
             self._free(replaced[begin : begin + number])
             yield None
             if placed.refusals:
-                found = yield from self._made_room([one.task for one in placed.refusals], requirements)
-                nodes.update(one.room.node_id for one in found)
-                preempted += [victim for one in found for victim in one.room.victims]
+                found = yield from self._nominated([one.task for one in placed.refusals], requirements)
+                nodes.update(one.candidate.node_id for one in found)
+                preempted += [victim for one in found for victim in one.candidate.victims]
                 if len(found) < len(placed.refusals):
                     refusal = placed.refusals[0]
                     break
@@ -143,9 +146,9 @@ class DryRun:
         yield from collect_in_slices(self._shares(nodes), shares)
         yield PlannedPlacement(
             name=spec.name,
-            wanted=len(homes),
+            desired=len(homes),
             nodes=tuple(shares),
-            refusal=refusal.reason if refusal is not None else "",
+            error=refusal.reason if refusal is not None else "",
             preempted=tuple(
                 Preempted(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
@@ -162,7 +165,7 @@ class DryRun:
     def _present(
         self, service: Service, wanted: int, kept: list[Task], replaced: list[Task]
     ) -> Iterator[None]:
-        """The tasks that stay, and those that are replaced; the room of those that only go is free at once."""
+        """Collect the tasks that stay and the tasks that are replaced.  Surplus tasks are freed at once."""
         self._replaced_on = []
         for number, task in enumerate(self._view.find(Task, service_id=service.id)):
             if number % STEP == 0:
@@ -196,7 +199,10 @@ class DryRun:
                 self._unpublish(VolumeId(one.id), task.node_id)
 
     def _unpublish(self, id: VolumeId, node_id: NodeId) -> None:
-        """A volume leaves a node with its last task there, and may go to another; a node that is away keeps it."""
+        """Unpublish a volume after its last task on a node, so that another node may have it.
+
+        A node that is not ready keeps the volume.
+        """
         volume = self._volumes.get(id) or self._view.lookup(Volume, id)
         account = self._accounting.accounts.get(node_id)
         is_ready = account is not None and account.node.status.state is NodeState.READY
@@ -243,15 +249,15 @@ class DryRun:
                 refused.append(refusal)
         return replace(placed, assignments=(*placed.assignments, *kept), refusals=tuple(refused))
 
-    def _made_room(
+    def _nominated(
         self, tasks: Sequence[Task], requirements: Requirements
     ) -> Generator[None, None, list[Nomination]]:
-        """Nodes for refused tasks, by preemption; its victims are gone at once."""
+        """Choose nodes for refused tasks by preemption.  The victims are removed at once."""
         if self._occupants is None:
             return []
         made: list[Nomination] = []
         for some in [tasks] if not tasks[0].node_id else [[task] for task in tasks]:
-            made += yield from making_room(
+            made += yield from making_nominations(
                 some,
                 requirements,
                 [some[0].node_id] if some[0].node_id else list(self._accounting.accounts),
@@ -263,12 +269,12 @@ class DryRun:
         return made
 
     def _take_over(self, nomination: Nomination, requirements: Requirements) -> None:
-        for victim in nomination.room.victims:
+        for victim in nomination.candidate.victims:
             self._accounting.remove(victim)
-        reserve_room(self._accounting, nomination.task.id, nomination.room, requirements)
+        reserve_candidate(self._accounting, nomination.task.id, nomination.candidate, requirements)
 
     def _homes(self, spec: ServiceSpec, homes: list[NodeId]) -> Iterator[None]:
-        """One for each wanted task: its node, for a global service; else none."""
+        """Add one entry for each wanted task: its node for a global service, otherwise an empty id."""
         mode = spec.mode
         if mode.global_ is None and mode.global_job is None:
             job = mode.replicated_job
@@ -289,7 +295,7 @@ class DryRun:
                 homes.append(node.id)
 
     def _tasks(self, service: Service, begin: int, homes: Sequence[NodeId]) -> list[Task]:
-        """Tasks that would be made."""
+        """Return the tasks that would be created."""
         attachments = tuple(self._attachments(service.spec))
         return [
             Task(
@@ -304,7 +310,7 @@ class DryRun:
         ]
 
     def _attachments(self, spec: ServiceSpec) -> Iterator[NetworkAttachment]:
-        """Networks that do not exist yet will be overlay networks."""
+        """Yield the network attachments.  Networks that do not exist yet will be overlay networks."""
         for one in spec.task_template.networks:
             found = self._view.lookup(Network, one.target)
             overlay = Driver(name="overlay")
@@ -329,14 +335,17 @@ class DryRun:
             if number % STEP == 0:
                 yield
             one = verdict(requirements, account, copies[account.node.id])
-            if one.refusals:
+            if one.reasons:
                 found.append(one)
             if len(found) == VERDICTS_MAX:
                 return
 
 
 def _comparable(template: TaskSpec) -> TaskSpec:
-    """Without what moves no task, and without ids that do not exist yet in a plan: names stand beside them."""
+    """Return the template without the parts that do not move tasks, and without ids, which a plan does not know yet.
+
+    Secrets and configs are compared by their names.
+    """
     container = template.container_spec
     if container is not None:
         container = replace(

@@ -1,6 +1,7 @@
-"""Filters: which nodes can run a task, and in Docker's words why the others cannot.
+"""Filters: which nodes can run a task, and why the others cannot, in Docker's words.
 
-A table, first refusal wins.  The order is swarmkit's, so that an explanation counts each node under the same heading.
+The first filter that refuses a node wins.  The order is swarmkit's, so that an explanation counts each node under the
+same heading.
 
 Source: swarmkit, manager/scheduler/{filter,pipeline}.go.
 """
@@ -27,18 +28,18 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """One reason to refuse a node."""
+    """A condition that excludes nodes."""
 
     applies: Callable[[Requirements], bool]
     """Whether the filter is relevant for the requirements."""
     passes: Callable[[Requirements, Account, int], bool]
-    """Whether the node passes; the number is how many wanted tasks of the service it has."""
+    """Whether the node passes.  The number is the node's count of the service's wanted tasks."""
     refusal: str
-    """With ``{nodes}`` for "1 node" or "3 nodes"."""
+    """Refusal text, with ``{nodes}`` for "1 node" or "3 nodes"."""
     detail: Callable[[Requirements, Account, int], str]
-    """The refusal of one node, with the values that were compared."""
+    """Returns the refusal of one node, with the compared values."""
     is_lasting: bool = False
-    """Whether it depends on the node alone, not on the reservations of its tasks."""
+    """Whether the filter depends on the node alone, not on the reservations of its tasks."""
 
 
 def _is_ready(requirements: Requirements, account: Account, copies: int) -> bool:
@@ -141,7 +142,7 @@ FILTERS = (
         "insufficient resources on {nodes}",
         details.shortages,
     ),
-    # Not SwarmKit's, which has one data plane.  Before plugins, whose refusal is less specific.
+    # Not in SwarmKit, which has one data plane.  Comes before plugins, whose refusal is less specific.
     Filter(
         lambda requirements: DOCKER in requirements.planes,
         _is_on_plane(DOCKER),
@@ -156,7 +157,7 @@ FILTERS = (
         details.data_plane,
         is_lasting=True,
     ),
-    # Not SwarmKit's, which does not probe.
+    # Not in SwarmKit, which does not probe paths.
     Filter(
         lambda requirements: bool(requirements.paths),
         _is_reached,
@@ -185,11 +186,11 @@ FILTERS = (
         details.platform,
         is_lasting=True,
     ),
-    # Not SwarmKit's, whose services have none.
+    # Not in SwarmKit, whose services have no rights over the machine.
     Filter(
         _asks_for_rights,
         _gives_rights,
-        "rights over the machine not given by {nodes}",
+        "rights over the machine not allowed on {nodes}",
         details.rights,
         is_lasting=True,
     ),
@@ -200,7 +201,7 @@ FILTERS = (
         details.devices,
         is_lasting=True,
     ),
-    # Not SwarmKit's, which does not look at disks.  After what a node lacks for good.
+    # Not in SwarmKit, which does not check disks.  Comes after permanent reasons.
     Filter(
         lambda requirements: requirements.needs_disk,
         _has_disk,
@@ -214,13 +215,13 @@ FILTERS = (
         "host-mode port already in use on {nodes}",
         details.ports,
     ),
-    # Not SwarmKit's, which does not serve with damage (decision 21).
+    # Not in SwarmKit, which does not serve with damaged data (decision 21).
     Filter(
         lambda requirements: bool(
             requirements.nano_cpus or requirements.memory_bytes or requirements.host_ports
         ),
         _is_known,
-        "specs of tasks cannot be read on {nodes}",
+        "unreadable task specs on {nodes}",
         details.unknown,
     ),
     Filter(
@@ -239,12 +240,12 @@ FILTERS = (
 
 
 def filters_for(requirements: Requirements) -> tuple[Filter, ...]:
-    """The filters that are relevant for the requirements."""
+    """Return the filters that are relevant for the requirements."""
     return tuple(filter for filter in FILTERS if filter.applies(requirements))
 
 
 def first_refusing(requirements: Requirements, account: Account, copies: int) -> Filter | None:
-    """The first filter that the node does not pass."""
+    """Return the first filter that the node does not pass, or None."""
     for filter in filters_for(requirements):
         if not filter.passes(requirements, account, copies):
             return filter
@@ -252,16 +253,16 @@ def first_refusing(requirements: Requirements, account: Account, copies: int) ->
 
 
 def explanation(requirements: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]) -> str:
-    """``explaining`` without pauses."""
+    """Run ``explaining`` without pauses."""
     return run_at_once(explaining(requirements, accounts, copies))
 
 
 def explaining(
     requirements: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]
 ) -> SlicedWork[str]:
-    """Which filter refused how many nodes, most first: ``insufficient resources on 2 nodes; ...``.
+    """Count the nodes that each filter refused, largest count first: ``insufficient resources on 2 nodes; ...``.
 
-    Empty if no node was refused (there is none, or some would pass).
+    The text is empty without nodes, or if every node passes.
     """
     filters = filters_for(requirements)
     refused: Counter[Filter] = Counter()

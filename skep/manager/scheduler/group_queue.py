@@ -1,4 +1,4 @@
-"""The scheduler's work queue: groups that are due, and refused ones, which are due again when there may be room."""
+"""The scheduler's queue: due groups, and refused groups, which become due again when resources may be free."""
 
 import math
 from collections import deque
@@ -11,29 +11,29 @@ from skep.manager.scheduler.priorities import HELD_S
 from skep.manager.work_queue import LEAST_WAIT_S, WorkQueue
 
 RETRIES_S: Final = 0.1
-"""How long refused groups are decided again before other groups get their turn."""
+"""Seconds for which refused groups are decided again before other groups get their turn."""
 
 
 class GroupQueue(WorkQueue[Group]):
-    """Groups in the order in which they became due, those of a higher priority first.
+    """Groups in the order in which they became due, higher priorities first.
 
-    Refused groups are set aside, and due again together.  There may be thousands for which there is still no room, and
-    of any priority, and each decision may take a look at every node.  So while others are due they get at most half of
-    what is taken, and those whose turn has not come after ``RETRIES_S`` wait for the next take.
+    Refused groups are set aside and become due again together.  There may be thousands that still do not fit, of any
+    priority, and each decision may check every node.  So while other groups are due, refused ones get at most half of
+    each take, and those not decided within ``RETRIES_S`` wait for the next take.
     """
 
     def __init__(self, clock: Clock, priority: Callable[[Group], int]) -> None:
         super().__init__(clock, priority)
         self._priority_of = priority
         self._aside: dict[int, dict[Group, None]] = {}
-        """Refused groups by their priority then: making all of them due takes no look at each."""
+        """Refused groups by priority, so that all of them can become due without a loop over them."""
         self._aside_at: dict[Group, int] = {}
         self._held: deque[tuple[float, int, dict[Group, None]]] = deque()
-        """Refused groups that are due again at a time, which is the same span after each event."""
+        """Refused groups that become due later.  The delay is the same for each event, so the times are in order."""
         self._retries: dict[int, deque[Group]] = {}
-        """Those that are due again, by priority; none is empty."""
+        """Refused groups that are due again, by priority.  No entry is empty."""
         self._retried: frozenset[Group] = frozenset()
-        """The refused ones among the groups that were taken last."""
+        """The refused groups in the last take."""
         self._retries_until = math.inf
 
     def add_times(self, times: Mapping[Group, float]) -> None:
@@ -46,17 +46,17 @@ class GroupQueue(WorkQueue[Group]):
 
     @property
     def has_refused(self) -> bool:
-        """Whether there are any that are not due again."""
+        """Whether any refused groups are not due again."""
         return bool(self._aside)
 
     def set_aside(self, group: Group) -> None:
-        """The group is refused."""
+        """Set a refused group aside."""
         self.discard_refused(group)
         priority = self._aside_at[group] = self._priority_of(group)
         self._aside.setdefault(priority, {})[group] = None
 
     def discard_refused(self, group: Group) -> None:
-        """The group is refused no more, if it was."""
+        """Remove the group from the refused groups, if it is one."""
         priority = self._aside_at.pop(group, None)
         if priority is not None:
             groups = self._aside[priority]
@@ -65,8 +65,12 @@ class GroupQueue(WorkQueue[Group]):
                 del self._aside[priority]
 
     def retry(self, held_for: int | None = None, only: Set[Group] | None = None) -> None:
-        """There may be room for refused groups (``only`` for these): for those below the priority ``held_for`` a moment
-        later."""
+        """Make refused groups due again, because resources may be free.
+
+        Args:
+            held_for: Groups with a lower priority than this become due a moment later.
+            only: Limits the call to these groups.
+        """
         for priority, groups in self._take_aside(only).items():
             if held_for is not None and priority < held_for:
                 self._held.append((self._clock.monotonic() + HELD_S, priority, groups))
@@ -75,7 +79,7 @@ class GroupQueue(WorkQueue[Group]):
                 self._add_retries(priority, groups)
 
     def _take_aside(self, only: Set[Group] | None) -> Mapping[int, dict[Group, None]]:
-        """The refused groups (of ``only`` these) by their priority; they are no longer aside."""
+        """Remove the refused groups (only these, if ``only`` is set) and return them by priority."""
         if only is None:
             aside, self._aside, self._aside_at = self._aside, {}, {}
             return aside
@@ -86,7 +90,7 @@ class GroupQueue(WorkQueue[Group]):
         return chosen
 
     def put_back(self, groups: Iterable[Group]) -> None:
-        """Some of the groups that were taken last come with the next ones."""
+        """Return groups of the last take to the queue."""
         for group in groups:
             if group in self._retried:
                 self._add_retries(self._priority_of(group), (group,))
@@ -94,7 +98,7 @@ class GroupQueue(WorkQueue[Group]):
                 self.add((group,))
 
     def in_time(self, groups: Collection[Group]) -> Collection[Group]:
-        """Those that are to be decided now, of ``groups`` that were taken last; the others are put back."""
+        """Return the taken ``groups`` to decide now, and put the others back."""
         again = [group for group in groups if group in self._retried]
         if not again:
             return groups
@@ -102,7 +106,7 @@ class GroupQueue(WorkQueue[Group]):
         if now > self._retries_until:
             self.put_back(again)
             return [group for group in groups if group not in self._retried]
-        if self._retries_until == math.inf:  # the first of them is always in time
+        if self._retries_until == math.inf:  # the first retried group is always in time
             self._retries_until = now + RETRIES_S
         return groups
 

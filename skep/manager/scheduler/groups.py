@@ -1,4 +1,4 @@
-"""Pending tasks that are decided together."""
+"""Groups of pending tasks that are decided together."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
@@ -18,15 +18,15 @@ class Groups:
 
     def __init__(self) -> None:
         self.of: dict[TaskId, Group] = {}
-        """Of every pending task."""
+        """The group of each pending task."""
         self._tasks: dict[Group, dict[TaskId, None]] = {}
-        """The tasks of a group, those that wait longest first; not of a single task, whose group is its id."""
+        """The tasks of a group, longest waiting first.  A single task is not listed here, since its group is its id."""
         self._sources: dict[Group, Sequence[str]] = {}
-        """Of their mounts of cluster volumes."""
+        """Sources of each group's cluster volume mounts."""
         self._by_source: dict[str, set[Group]] = {}
 
     def enter(self, id: TaskId, group: Group, sources: Sequence[str] = ()) -> None:
-        """A task is in the group from now on.  ``sources``: of its mounts of cluster volumes."""
+        """Add a task to a group.  ``sources`` are the sources of its cluster volume mounts."""
         if sources and group not in self._sources:
             self._sources[group] = sources
             for source in sources:
@@ -36,7 +36,7 @@ class Groups:
             self._tasks.setdefault(group, {})[id] = None
 
     def leave(self, id: TaskId) -> Group | None:
-        """A task is in no group any more; gives the one that it was in, if that is empty now."""
+        """Remove a task from its group.  Returns that group if it is empty now, or None."""
         group = self.of.pop(id, None)
         if group is None:
             return None
@@ -53,11 +53,11 @@ class Groups:
         return group
 
     def mounting(self, sources: Iterable[str]) -> set[Group]:
-        """The groups with mounts of these sources."""
+        """Return the groups with mounts of these sources."""
         return set().union(*(self._by_source.get(source, ()) for source in sources))
 
     def of_slots(self, slots: Iterable[SlotName], view: View) -> set[Group]:
-        """The groups of the slots' pending tasks."""
+        """Return the groups of the slots' pending tasks."""
         return {
             group
             for name, slot in slots
@@ -68,25 +68,25 @@ class Groups:
 
     @property
     def with_volumes(self) -> Collection[Group]:
-        """The groups with mounts of cluster volumes."""
+        """The groups with cluster volume mounts."""
         return self._sources.keys()
 
     def ids(self, group: Group) -> Collection[TaskId]:
-        """The tasks of a group, those that wait longest first."""
+        """Return the tasks of a group, longest waiting first."""
         return self._tasks.get(group) or (TaskId(group),)
 
     def count(self, group: Group) -> int:
-        """How many tasks wait in a group."""
+        """Return how many tasks wait in a group."""
         return len(self._tasks[group]) if group in self._tasks else int(group in self.of)
 
 
 def group_of(task: Task) -> Group:
-    """The group of a task that goes to any node."""
+    """Return the group of a task that may run on any node."""
     if task.node_id or task.spec_version is None:
         return task.id
     return f"{task.service_id}/{task.spec_version.index}"
 
 
 def returns(task: Task, group: Group) -> bool:
-    """Whether the task is a group of its own for the volumes of its slot."""
+    """Whether the task is a group of its own because of the volumes of its slot."""
     return group == task.id and task.spec_version is not None and not task.node_id

@@ -1,11 +1,11 @@
-"""The scheduler's loop: updates the accounting, and assigns pending tasks to nodes, those of higher priority first.
+"""The scheduler's loop: updates the accounting and assigns pending tasks to nodes, higher priorities first.
 
-Tasks of one service and version have the same requirements and are decided together as a *group*; a global service's
-task has its node already and is a group of its own, and so is a task that returns to the node with its slot's volumes
-as long as that node can run it or is to be waited for.  A refused group is decided again when something changes that
-could help: a node, or the end of a task; its tasks show why a moment later (``texts``).  A group that waits for another
-service (``dependencies``) is decided again when that service changes.  Where the cluster allows it, room for a refused
-group is made (``preemption``).
+Tasks of one service and version have the same requirements and are decided together as a *group*.  A global service's
+task has its node already and is a group of its own.  So is a task that returns to the node with its slot's volumes,
+while that node can run it or is worth waiting for.  A refused group is decided again when a change could help: a node
+event, or the end of a task.  Its tasks show the reason a moment later (``texts``).  A group that waits for another
+service (``dependencies``) is decided again when that service changes.  If the cluster allows it, tasks with a lower
+priority are preempted for a refused group (``preemption``).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from skep.manager.failures import Failures
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
-from skep.manager.scheduler.dependencies import Looked, Waiting, Waits
+from skep.manager.scheduler.dependencies import FoundWaits, Waiting, Waits
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
 from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, leaving, placing
@@ -37,7 +37,7 @@ from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import IdSource, NodeId, TaskId
-from skep.model.labels import volume_policy
+from skep.model.labels import volume_affinity
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
@@ -50,11 +50,11 @@ from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, V
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
 
 BATCH = 250
-"""Tasks decided in one go; about 10 ms on slow machines."""
+"""Tasks decided in one pass, which takes about 10 ms on slow machines."""
 T = TypeVar("T")
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
-"""Single tasks of services without any other task, by their requirements: assigned together."""
+"""Single tasks of services without any other task, by requirements.  They are assigned together."""
 
 
 class Scheduler:
@@ -93,13 +93,12 @@ class Scheduler:
         self._requirements = RequirementsCache()
         self._returning = Returning(self._accounting)
         self._away: dict[TaskId, str] = {}
-        """Why pending tasks may go elsewhere than to the node with their slot's volumes; they are in common groups."""
+        """Why pending tasks, in common groups, may run elsewhere than on the node with their slot's volumes."""
         self._assignments: list[Assignment] = []
         self._preemptions: list[Preempt] = []
-        """Decisions that are not being written yet."""
+        """Decisions whose write has not begun."""
         self._deciding: set[TaskId] = set()
-        """Tasks whose decision is being written: commits about them are ignored until then, so they keep their
-        reservation."""
+        """Tasks whose decision is being written.  Commits about them are ignored, so they keep their reservation."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -108,7 +107,7 @@ class Scheduler:
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
-        """Enter the present objects, with pauses."""
+        """Load the current objects, with pauses."""
         for swarm in self._term.view().find(Swarm):
             self._preemptor.set_cluster(swarm)
         for volume in self._term.view().find(Volume):
@@ -118,7 +117,7 @@ class Scheduler:
                 self._priorities.set(service)
             yield
         for nodes in batches_of(self._term.view, Node):
-            for node in nodes:  # before tasks ask for it
+            for node in nodes:  # before tasks need it
                 self._returning.volumes.set_node(node)
             yield
         for tasks in batches_of(self._term.view, Task):
@@ -134,54 +133,54 @@ class Scheduler:
             for task in tasks:
                 self._update_accounting(task.id, task, view)
             return
-        for task in tasks:  # one of them raised: each separately, so that only that one fails
+        for task in tasks:  # one task raised: handle each separately, so that only that one fails
             self._update_task(task.id)
 
     def _on_commit(self, commit: Commit) -> None:
-        has_room, has_volumes = False, set[Group]()
+        may_help, volume_groups = False, set[Group]()
         self._queue.add_times(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
                     assert isinstance(event.old, Task)
-                    has_room |= self._on_task_update(event.old, event.new)
+                    may_help |= self._on_task_update(event.old, event.new)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
                     slots = self._update_node(event.new.id)
                     if differ_in_slots_alone(event.old, event.new):
-                        has_volumes |= self._groups.of_slots(slots, self._term.view())
+                        volume_groups |= self._groups.of_slots(slots, self._term.view())
                     else:
-                        has_room |= not differ_in_load_alone(event.old, event.new)
+                        may_help |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
-                    has_volumes |= self._update_volume(event.new)
+                    volume_groups |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
                     before, after = event.old.spec.labels, event.new.spec.labels
-                    has_room |= volume_policy(before) is not volume_policy(after)
-                    has_room |= self._priorities.set(event.new)
+                    may_help |= volume_affinity(before) is not volume_affinity(after)
+                    may_help |= self._priorities.set(event.new)
                 elif isinstance(event.new, Swarm):
-                    has_room |= self._preemptor.set_cluster(event.new)
+                    may_help |= self._preemptor.set_cluster(event.new)
                 continue
             match event.object:
                 case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:
                     self._enqueue(task)
                 case Task() as task:
-                    has_room |= self._update_task(task.id)
+                    may_help |= self._update_task(task.id)
                 case Node() as node:
                     self._update_node(node.id)
-                    has_room = True
+                    may_help = True
                 case Volume() as volume:
-                    has_volumes |= self._update_volume(volume)
+                    volume_groups |= self._update_volume(volume)
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
                     self._priorities.forget(service.id)
                 case Service() as service:
                     self._priorities.set(service)
-        if self._queue.has_refused and (has_room or has_volumes):
-            self._queue.retry(self._priorities.of_successors(commit), None if has_room else has_volumes)
+        if self._queue.has_refused and (may_help or volume_groups):
+            self._queue.retry(self._priorities.of_successors(commit), None if may_help else volume_groups)
 
     def _on_task_update(self, old: Task, task: Task) -> bool:
-        """A task changed; gives whether it released something."""
+        """Handle a changed task.  Returns whether it released something."""
         if self._is_accounted(old, task):
             return False
         if task.has_failed and not old.has_failed and task.node_id:
@@ -189,7 +188,7 @@ class Scheduler:
         return self._update_task(task.id) or task.spec is not old.spec
 
     def _is_accounted(self, old: Task, task: Task) -> bool:
-        """Whether the accounting has it already: most commits are reports of running tasks."""
+        """Whether the accounting includes the change already: most commits are reports of running tasks."""
         return (
             task.id not in self._groups.of
             and task.desired_state is old.desired_state
@@ -200,7 +199,7 @@ class Scheduler:
         )
 
     def _update_node(self, id: NodeId) -> Collection[SlotName]:
-        """Take the node's present state over; gives the slots about whose volumes it reports something else."""
+        """Update a node from the store.  Returns the slots whose volumes it reports differently."""
         node = self._term.view().lookup(Node, id)
         if node is None:
             self._accounting.remove_node(id)
@@ -210,19 +209,19 @@ class Scheduler:
         return self._returning.volumes.set_node(node)
 
     def _update_volume(self, volume: Volume) -> set[Group]:
-        """Take the volume's present state over; gives the groups that this may concern."""
+        """Update a volume from the store.  Returns the groups that the change may concern."""
         if self._accounting.update_volume(volume.id, self._term.view().lookup(Volume, volume.id)):
-            return set(self._groups.with_volumes)  # a node that has had its number of them may have another
+            return set(self._groups.with_volumes)  # a node at its volume limit may have room for another
         return self._groups.mounting(sources_of(volume))
 
     def _update_task(self, id: TaskId) -> bool:
-        """Account for the present state of a task; gives whether it released something."""
-        has_room = False
+        """Account for the current state of a task.  Returns whether it released something."""
+        may_help = False
         if id not in self._deciding:
             view = self._term.view()
             with self._accounting_failures.caught(id):
-                has_room = self._update_accounting(id, view.lookup(Task, id), view)
-        return has_room
+                may_help = self._update_accounting(id, view.lookup(Task, id), view)
+        return may_help
 
     def _update_accounting(self, id: TaskId, task: Task | None, view: View) -> bool:
         if task is not None and holds_resources(task):
@@ -233,12 +232,12 @@ class Scheduler:
                 self._preemptor.add_victim(id)
             return not usage.is_active
         self._preemptor.remove_victim(id)
-        has_room = self._accounting.remove(id)
+        may_help = self._accounting.remove(id)
         if task is not None and is_pending(task):
             self._enqueue(task)
         else:
             self._dequeue(id)
-        return has_room
+        return may_help
 
     def _enqueue(self, task: Task) -> None:
         before = self._groups.of.get(task.id)
@@ -285,14 +284,14 @@ class Scheduler:
                 await asyncio.sleep(0)  # however little there was to write
 
     async def _decide(self, due: Sequence[Group]) -> None:
-        """Decide what was taken from the queue, or put it back if that was enough for now."""
+        """Decide the groups taken from the queue, and put the surplus back."""
         now = self._clock.monotonic()
         slices = TimeSlices(self._clock)
         groups = await self._without_waiting(due, slices)
         await self._pause(slices)
-        room = BATCH
+        remaining = BATCH
         for level in self._priorities.levels(groups, self._term.view()):
-            if room <= 0:
+            if remaining <= 0:
                 self._queue.put_back(level)
                 continue
             firsts, others = self._partition(level, now)
@@ -302,32 +301,32 @@ class Scheduler:
                     tasks = [task for task in tasks if group_of(task) in in_time]
                     await self._place_first_tasks(shape, tasks, now)
                     await self._pause(slices)
-            room -= len(level) - len(others)
+            remaining -= len(level) - len(others)
             for group in others:
-                if room <= 0:
+                if remaining <= 0:
                     self._queue.put_back((group,))
                 elif self._queue.in_time((group,)):
-                    room -= await self._decide_group(group, room, now) or 1
+                    remaining -= await self._decide_group(group, remaining, now) or 1
                     await self._pause(slices)
 
     async def _pause(self, slices: TimeSlices) -> None:
-        """Let other tasks run if the slice is over.  What was decided is written before: see ``_in_slices``."""
+        """Let other coroutines run if the slice is over.  Decisions are written first: see ``_in_slices``."""
         if slices.is_over:
             await self._flush()
             await slices.yield_if_due()
 
     async def _without_waiting(self, groups: Sequence[Group], slices: TimeSlices) -> list[Group]:
-        """The groups that wait for nothing.
+        """Return the groups that need not wait for another service, or for an unreadable object.
 
-        That is another service, or a spec: without it a task would go to any node, with nothing reserved.  Or the own
-        service: without its labels a task would leave its data, or come before what it depends on.
+        Without its spec a task would go to any node, with nothing reserved.  Without its service's labels it would
+        leave its data, or start before its dependencies.
         """
         ready: list[Group] = []
-        view, now, found = self._term.view(), self._clock.monotonic(), Looked()
+        view, now, found = self._term.view(), self._clock.monotonic(), FoundWaits()
         for group in groups:
             if slices.is_over:
                 await self._pause(slices)
-                view, now, found = self._term.view(), self._clock.monotonic(), Looked()
+                view, now, found = self._term.view(), self._clock.monotonic(), FoundWaits()
             waiting, tasks = None, self._tasks_of(group, 1)
             if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
                 self._queue.set_aside(group)
@@ -337,7 +336,7 @@ class Scheduler:
             with self._accounting_failures.caught(key):
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
             if (failure := self._accounting_failures.of(key)) is not None:
-                # Unknown: a task that starts too late does less harm than one that does not wait.
+                # Unknown: a task that starts too late does less harm than a task that does not wait.
                 waiting = Waiting(f"{WAITS_FOR}a decision: {failure.error}", until=failure.retry_at)
             if waiting is None:
                 ready.append(group)
@@ -349,7 +348,7 @@ class Scheduler:
         return ready
 
     def _partition(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
-        """Single tasks that may be assigned together, and the groups that must be decided separately."""
+        """Return single tasks that may be assigned together, and the groups that must be decided separately."""
         firsts: Firsts = {}
         others: list[Group] = []
         view = self._term.view()
@@ -374,10 +373,10 @@ class Scheduler:
                 else:
                     others.append(group)
             return firsts, others
-        return {}, groups  # one of them raised: each separately, so that only that one fails
+        return {}, groups  # one task raised: decide each separately, so that only that one fails
 
     async def _decide_group(self, group: Group, limit: int, now: float) -> int:
-        """Decide up to ``limit`` tasks of the group; the rest is queued again.  Gives how many are assigned."""
+        """Decide up to ``limit`` tasks of the group and queue the rest again.  Returns the number of assigned tasks."""
         placed = Placed()
         claims = self._preemptor.claims(group)
         self._preemptor.release(group)
@@ -401,7 +400,7 @@ class Scheduler:
         return len(placed.assignments)
 
     async def _refuse(self, group: Group, placed: Placed) -> None:
-        """Some tasks of the group, and so all that are left, have no node; room is made for them if it may."""
+        """Handle refused tasks of a group, and so all that are left.  Preempt others for them if allowed."""
         task, reason = placed.refusals[0].task, placed.refusals[0].reason
         why = Why(reason or NO_NODE)
         with self._accounting_failures.caught(f"room for {group}"):
@@ -411,13 +410,13 @@ class Scheduler:
             chosen = {one.task.id for one in placed.assignments}
             tasks = [one for one in self._tasks_of(group, BATCH + len(chosen)) if one.id not in chosen]
             if tasks and self._preemptor.may_preempt(task):
-                await self._make_room(group, tasks, requirements, why)
+                await self._preempt_for(group, tasks, requirements, why)
         self._texts.set(group, why)
 
-    async def _make_room(
+    async def _preempt_for(
         self, group: Group, tasks: Sequence[Task], requirements: Requirements, why: Why
     ) -> None:
-        """Choose nodes for refused tasks, and which tasks have to leave these."""
+        """Choose nodes for refused tasks, and the tasks to preempt there."""
         work = self._preemptor.nominating(group, tasks, requirements, self._may_go_to(tasks[0], group))
         nominations = await self._in_slices(work, tasks)
         why.words.update((one.task.id, self._preemptor.words(one)) for one in nominations)
@@ -425,10 +424,10 @@ class Scheduler:
         if len(nominations) < len(tasks) and (at := self._preemptor.more_at()) is not None:
             self._queue.add_at(group, at)
         if self._preemptions:
-            await self._flush()  # others choose no victims that are chosen already
+            await self._flush()  # so that other decisions do not choose the same victims
 
     def _may_go_to(self, task: Task, group: Group) -> Sequence[NodeId]:
-        """Nodes on which room may be made."""
+        """Return the nodes on which tasks may be preempted."""
         if task.node_id:
             return (task.node_id,)
         if returns(task, group):
@@ -436,14 +435,16 @@ class Scheduler:
         return list(self._accounting.accounts)
 
     async def _in_slices(self, work: SlicedWork[T], tasks: Sequence[Task]) -> T:
-        """The decision about ``tasks``.  Before it pauses, those before it are written: commits about tasks that are
-        decided and not written yet would release their reservations."""
+        """Run the decision about ``tasks``, and write earlier decisions before it pauses.
+
+        Commits about tasks that are decided but not written would release their reservations.
+        """
         try:
             next(work)
         except StopIteration as end:
             at_once: T = end.value
             return at_once
-        # It may come to a refusal: what has room meanwhile has them decided again.
+        # The tasks may be refused.  Changes that free resources meanwhile make them due again.
         for group in {self._groups.of.get(task.id): None for task in tasks}:
             if group is not None:
                 self._queue.set_aside(group)
@@ -452,12 +453,12 @@ class Scheduler:
         decided: T | None = None
         try:
             await self._flush()
-            await asyncio.sleep(0)  # the first step was in no slice
+            await asyncio.sleep(0)  # the first step was not in a slice
             decided = await result_in_slices(work, self._clock)
             return decided
         finally:
             self._deciding.difference_update(ids)
-            for id in ids:  # what was decided is written next, and looked at then
+            for id in ids:  # decided tasks are written next, and checked then
                 if decided is None or self._accounting.node_of(id) is None:
                     self._update_task(id)
 
@@ -488,7 +489,7 @@ class Scheduler:
         return placed
 
     def _return(self, task: Task, requirements: Requirements) -> Placed:
-        """The node with the volumes of the task's slot, or a wait for it, or the service's common group."""
+        """Assign the task to the node with its slot's volumes, wait for that node, or move it to the common group."""
         match self._returning.decide(task, requirements, self._term.view()):
             case Assignment() as assignment:
                 return Placed(assignments=(assignment,))
@@ -503,7 +504,7 @@ class Scheduler:
     def _returned(
         self, tasks: Sequence[Task], requirements: Requirements
     ) -> tuple[list[Task], Sequence[Assignment]]:
-        """``tasks`` without those whose node is to run them after all, and the assignments of these."""
+        """Return ``tasks`` without those whose original node can run them after all, and the assignments of these."""
         left: list[Task] = []
         assignments: list[Assignment] = []
         for task in tasks:
@@ -522,19 +523,19 @@ class Scheduler:
         return left, assignments
 
     def _with_note(self, assignment: Assignment) -> Assignment:
-        """With the reason why the task's data is elsewhere."""
+        """Add the reason why the task's data is elsewhere."""
         why = self._away.get(assignment.task.id)
         return replace(assignment, message=f"{assignment.message}; {why}") if why else assignment
 
     async def _place_first_tasks(self, shape: Requirements, tasks: Sequence[Task], now: float) -> None:
-        """Nodes for single tasks, with equal requirements, of services without any other task."""
+        """Assign single tasks, with equal requirements, of services without any other task."""
         placed: Placed | None = None
         with self._accounting_failures.caught("first tasks"):
             work = placing(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
             placed = await self._in_slices(work, tasks)
             placed = staying(placed, shape, self._accounting, self._term.view())
         if placed is None:
-            # One of them, or a node, raised: each separately, so that only that one fails.
+            # A task or node raised: decide each separately, so that only that one fails.
             for task in tasks:
                 await self._decide_group(group_of(task), 1, now)
             return
@@ -545,27 +546,27 @@ class Scheduler:
             self._texts.set(group_of(refusal.task), why)
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
-        """The group's pending tasks, those that wait longest first."""
+        """Return the group's pending tasks, longest waiting first."""
         view = self._term.view()
         tasks = (self._pending_task(id, view) for id in islice(self._groups.ids(group), limit))
         return [task for task in tasks if task is not None]
 
     def _pending_task(self, id: TaskId, view: View) -> Task | None:
-        """The task, if it waits for a decision."""
+        """Return the task if it waits for a decision, or None."""
         if id not in self._groups.of or id in self._deciding:
             return None
         task = view.lookup(Task, id)
         return task if task is not None and is_pending(task) else None
 
     def _single(self, group: Group, view: View) -> Task | None:
-        """The task of a group with a single pending task."""
+        """Return the task of a group with a single pending task, or None."""
         ids = self._groups.ids(group)
         return self._pending_task(next(iter(ids)), view) if len(ids) == 1 else None
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
-        """Write what was decided, many decisions in one transaction."""
+        """Write the decisions, many in one transaction."""
         decisions: list[Decision] = [*self._assignments, *self._preemptions]
         self._assignments, self._preemptions = [], []
         if not decisions:
@@ -577,7 +578,7 @@ class Scheduler:
         finally:
             self._deciding.difference_update(ids)
         outcomes: list[tuple[str, SkepError | None]] = []
-        view, has_room = self._term.view(), False
+        view, may_help = self._term.view(), False
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
             for victim in decision.victims if isinstance(decision, Preempt) else ():
@@ -585,9 +586,8 @@ class Scheduler:
             if isinstance(decision, Assignment) and shows(view, decision):
                 self._dequeue(id)
                 continue
-            # Whatever the result, resync with the store: a decision that was not written has no reservation.
-            # Others may have been refused for it, and no commit says that it is gone.
-            has_room |= self._update_task(id)
+            # A decision that was not written has no reservation.  Others may have been refused because of it.
+            may_help |= self._update_task(id)
             group = self._groups.of.get(id)
             if group is None:
                 continue
@@ -595,5 +595,5 @@ class Scheduler:
             if result is None and isinstance(decision, Assignment):
                 self._queue.add((group,))  # its node was removed at the same moment
         self._failures.requeue_failed(self._queue, "decisions", outcomes)
-        if has_room:
+        if may_help:
             self._queue.retry()

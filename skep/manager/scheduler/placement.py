@@ -1,4 +1,4 @@
-"""The scheduler's decision: nodes for a group of equal tasks, or the reason why there is none."""
+"""The scheduler's decision: nodes for a group of equal tasks, or the reason for refusing them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ NO_NODE = "no suitable node"
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A pending task is assigned to a node, with the generic resources it requires."""
+    """Assignment of a pending task to a node, with the generic resources it requires."""
 
     task: Task
     node_id: NodeId
@@ -33,20 +33,20 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Refusal(msgspec.Struct, frozen=True, gc=False):
-    """No node can run the task now; ``reason`` is shown on it."""
+    """No node can run the task now.  The task shows ``reason``."""
 
     task: Task
     reason: str
-    """Empty: it is found out later (``reasoning``)."""
+    """Empty if it is computed later (``reasoning``)."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one batch."""
+    """Result of one batch."""
 
     assignments: tuple[Assignment, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     remaining: tuple[Task, ...] = ()
-    """Tasks beyond the limit, to be decided later."""
+    """Tasks beyond the limit, to decide later."""
 
 
 def place(
@@ -59,7 +59,7 @@ def place(
     is_last: bool = True,
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> Placed:
-    """``placing`` without pauses, with the reasons of refusals."""
+    """Run ``placing`` without pauses, with the reasons of refusals."""
     return run_at_once(
         placing(
             tasks,
@@ -85,19 +85,18 @@ def placing(
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
     explains: bool = False,
 ) -> SlicedWork[Placed]:
-    """Nodes for up to ``limit`` of ``tasks``, which all have ``requirements`` (or its shape: ``Choices.is_first``).
+    """Choose nodes for up to ``limit`` of ``tasks``, which share ``requirements`` (or its shape: ``Choices.is_first``).
 
-    Each assignment is reserved in the accounting as it is made, so the next one takes it into account; a caller that
+    Each assignment is reserved in the accounting as it is made, so the next one takes it into account.  A caller that
     cannot commit it must remove the reservation.
 
-    Args:
-        now: on the clock of ``record_failure``.
-        is_last: no more tasks with these requirements wait.
-        leaving: tasks of the service, by node, whose slots ``tasks`` take over.
-        explains: refusals have their reason (``reasoning``), which takes a look at each node.
+    Pauses while it finds candidates among thousands of nodes, skips full nodes, and explains a refusal.
 
-    It pauses while it finds candidates among thousands of nodes, passes over those that are full, and explains a
-    refusal.
+    Args:
+        now: The time on the clock of ``record_failure``.
+        is_last: Whether these are the last waiting tasks with these requirements.
+        leaving: Number of the service's tasks per node whose slots ``tasks`` take over.
+        explains: Whether refusals have their reason (``reasoning``), which checks each node.
     """
     batch = tasks[:limit]
     accounting = choices.accounting
@@ -125,7 +124,7 @@ def placing(
 
 
 def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
-    """Number of active tasks per node in the slots of ``tasks``: they are stopped once these run."""
+    """Count the active tasks per node in the slots of ``tasks``.  They are stopped once ``tasks`` run."""
     counts: Counter[NodeId] = Counter()
     for task in tasks:
         if task.slot:
@@ -135,7 +134,7 @@ def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
 
 
 def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> Assignment | Refusal:
-    """Whether the node that a global service's task was made for can run it.  Reserved in ``accounting``."""
+    """Assign a global service's task to the node it was created for, or refuse it.  Reserved in ``accounting``."""
     account = accounting.accounts.get(task.node_id)
     if account is None:
         return Refusal(task, f"node {task.node_id} is not part of the cluster")
@@ -150,7 +149,7 @@ def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> A
 def assigned(
     task: Task, account: Account, requirements: Requirements, accounting: Accounting, message: str
 ) -> Assignment:
-    """The assignment of ``task`` to a node, reserved in ``accounting``."""
+    """Return the assignment of ``task`` to a node, reserved in ``accounting``."""
     node_id = account.node.id
     generic = account.generic.chosen(requirements.generic) if requirements.generic else ()
     volumes: tuple[VolumeAttachment, ...] = ()
@@ -172,7 +171,7 @@ def assigned(
 
 
 def reasoning(requirements: Requirements, accounting: Accounting) -> SlicedWork[str]:
-    """Why no node can run tasks with these requirements."""
+    """Return why no node can run tasks with these requirements."""
     copies = accounting.copies(requirements.service_id)
     refused = yield from explaining(requirements, tuple(accounting.accounts.values()), copies)
     return f"{NO_NODE} ({refused})" if refused else NO_NODE

@@ -1,16 +1,17 @@
-"""Preemption: room for a task of a higher priority is made by stopping tasks of lower ones (label ``skep.preemption``).
+"""Preemption: stopping tasks of a lower priority for a task of a higher one (label ``skep.preemption``).
 
-The scheduler does not stop tasks.  It chooses a node and the *victims* there, and writes to each victim for which task
-it has to leave (``Task.preemption``); the orchestrator replaces it as it would on a drained node.  The task keeps
-waiting meanwhile, with a *claim* on the node's room, so that no task of a lower priority takes what is released.
+The scheduler does not stop tasks.  It chooses a node and the *victims* there, and writes to each victim which task it
+has to leave for (``Task.preemption``).  The orchestrator replaces it as it would on a drained node.  Meanwhile the
+preempting task keeps waiting, with a *claim* on the node's resources, so that no task of a lower priority takes the
+released resources.
 
-Claims are not stored.  A task that is leaving anyway counts as gone when victims are chosen, so a new leader, and each
-further decision, comes to the same node without choosing any more of them.
+Claims are not stored.  A task that is leaving anyway counts as ended when victims are chosen.  So a new leader, and
+each later decision, chooses the same node without further victims.
 
-On a node the victims are the tasks of the lowest priorities whose end is enough; in the end each that can stay does,
-the most important first.  Of tasks with the same priority, those go first whose service has others that run, then
-those that give most of what is lacking, then the youngest.  Among nodes the one is taken whose most important victim is
-the least important.
+On a node the victims are tasks of the lowest priorities that free enough.  In the end each victim that can stay does,
+the most important first.  Among tasks with the same priority, the first victims are tasks whose service has other
+running tasks, then tasks that free most of the missing resources, then the youngest.  The node whose most important
+victim is the least important is chosen.
 
 Source: kubernetes, pkg/scheduler/framework/preemption (victims that can stay, nominated nodes); Nomad,
 scheduler/preemption.go (services are not preempted unless the operator allows it).
@@ -38,67 +39,71 @@ from skep.store.interface import View
 from skep.store.kinds import has_unknown_service
 
 AT_ONCE: Final = 20
-"""Victims that are about to end, in the whole cluster; one task that needs more gets them when there are none."""
+"""Maximum victims that are stopping, in the whole cluster.  A task that needs more gets them when none is stopping."""
 STEP: Final = 10
-"""Nodes looked at between two pauses; a tenth of a millisecond each."""
+"""Nodes checked between two pauses.  Each takes a tenth of a millisecond."""
 
 Rank: TypeAlias = tuple[int, int, int, int, NodeId]
-"""Of a node, smaller is better: the highest priority of a victim, services that would have no running task left, tasks
-of the service that are there, number of victims."""
+"""Rank of a node.  Smaller is better.
+
+Its elements are the highest priority of a victim, the number of services that would have no running task left, the
+number of the service's tasks on the node, the number of victims, and the node's id."""
 
 
-class Room(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node has for a task when the ``victims``, and what leaves anyway, have ended."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that can run a task after the ``victims``, and the tasks that leave anyway, have ended."""
 
     rank: Rank
     victims: tuple[TaskId, ...] = ()
     generic: tuple[GenericResource, ...] = ()
-    """The generic resources that the task would get."""
+    """Generic resources that the task would get."""
     volumes: tuple[VolumeUse, ...] = ()
-    """The cluster volumes that it would get, which are free."""
+    """Cluster volumes that the task would get.  They are free."""
 
     @property
     def node_id(self) -> NodeId:
-        """Its node."""
+        """The node's id."""
         return self.rank[-1]
 
 
 class Nomination(msgspec.Struct, frozen=True):
-    """The node that is to have room for a pending task."""
+    """The node chosen for a pending task by preemption."""
 
     task: Task
-    room: Room
+    candidate: Candidate
 
 
 class Preempt(msgspec.Struct, frozen=True):
-    """Tasks are to be stopped for a pending one."""
+    """Decision to stop tasks for a pending one."""
 
     task: Task
     victims: tuple[TaskId, ...]
     preemption: Preemption
 
 
-def reserve_room(accounting: Accounting, id: TaskId, room: Room, requirements: Requirements) -> None:
-    """Reserve what a task will have on a node; it does not count as a task of its service yet."""
+def reserve_candidate(
+    accounting: Accounting, id: TaskId, candidate: Candidate, requirements: Requirements
+) -> None:
+    """Reserve a task's future resources on a node.  The task does not count as a task of its service yet."""
     usage = Usage(
         service_id=requirements.service_id,
         nano_cpus=requirements.nano_cpus,
         memory_bytes=requirements.memory_bytes,
-        generic=room.generic,
+        generic=candidate.generic,
         host_ports=requirements.host_ports,
         is_active=False,
-        volumes=room.volumes,
+        volumes=candidate.volumes,
     )
-    accounting.reserve(id, room.node_id, usage)
+    accounting.reserve(id, candidate.node_id, usage)
 
 
 class Occupants:
-    """The tasks on nodes: which may be stopped for a task of priority ``below``, and which leave anyway."""
+    """Tasks on nodes: which may be stopped for a task of priority ``below``, and which leave anyway."""
 
     def __init__(
         self, view: Callable[[], View], priorities: Priorities, below: int, least: int = -PRIORITY_MAX
     ) -> None:
-        """``view``: the present one; ``least``: priority of a victim."""
+        """Start a decision.  ``view`` returns the current view, and ``least`` is the lowest priority of a victim."""
         self._view = view
         self._priorities = priorities
         self._below = below
@@ -106,13 +111,13 @@ class Occupants:
         self._chosen: set[TaskId] = set()
         """Victims of this decision, which the view does not show yet."""
         self._running: dict[ServiceId, int] = {}
-        """How many tasks of a service run and are to run on."""
+        """Number of each service's running tasks that are not leaving."""
 
-    def split(self, held: Mapping[TaskId, Usage]) -> tuple[list[Usage], list["_Candidate"]]:
-        """What the tasks of a node that must stay have, and those that may be victims; others leave anyway."""
+    def split(self, held: Mapping[TaskId, Usage]) -> tuple[list[Usage], list["_PossibleVictim"]]:
+        """Return the reservations of a node's tasks that must stay, and the possible victims.  Others leave anyway."""
         view = self._view()
         staying: list[Usage] = []
-        candidates: list[_Candidate] = []
+        possible: list[_PossibleVictim] = []
         for id, usage in held.items():
             task = view.lookup(Task, id)
             if task is not None and (id in self._chosen or is_leaving(task)):
@@ -120,20 +125,20 @@ class Occupants:
             priority = self._priorities.of(usage.service_id)
             is_eligible = bool(usage.service_id) and self._least <= priority < self._below
             if task is None or usage.is_unknown or not is_eligible or has_unknown_service(view, task):
-                staying.append(usage)  # without a record it is a claim
+                staying.append(usage)  # an entry without a task record is a claim
             else:
-                candidates.append(_Candidate(task, usage, priority))
-        return staying, candidates
+                possible.append(_PossibleVictim(task, usage, priority))
+        return staying, possible
 
     def running(self, service_id: ServiceId) -> int:
-        """How many tasks of a service run and are to run on."""
+        """Return how many tasks of a service run and are not leaving."""
         if service_id not in self._running:
             tasks = self._view().find(Task, service_id=service_id)
             self._running[service_id] = sum(map(_serves, tasks))
         return self._running[service_id]
 
     def choose(self, victims: Iterable[TaskId]) -> None:
-        """These are victims from now on."""
+        """Count these tasks as victims from now on."""
         for id in victims:
             self._chosen.add(id)
             task = self._view().lookup(Task, id)
@@ -141,8 +146,8 @@ class Occupants:
                 self._running[task.service_id] = self.running(task.service_id) - 1
 
 
-class _Candidate(msgspec.Struct, frozen=True):
-    """A task that may be a victim."""
+class _PossibleVictim(msgspec.Struct, frozen=True):
+    """A possible victim."""
 
     task: Task
     usage: Usage
@@ -154,12 +159,12 @@ class _Candidate(msgspec.Struct, frozen=True):
 
 
 def is_leaving(task: Task) -> bool:
-    """Whether a task is to leave its node, or has ended."""
+    """Whether a task is leaving its node or has ended."""
     return not task.is_active or task.preemption is not None
 
 
-def frees_own_room(task: Task, accounting: Accounting, view: View) -> bool:
-    """Whether an earlier task of the slot is about to release what this one may be waiting for: its update stops it."""
+def frees_own_resources(task: Task, accounting: Accounting, view: View) -> bool:
+    """Whether an earlier task of the slot, which an update stops, is about to release what ``task`` may need."""
     for one in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}"):
         usage, account = accounting.held(one.node_id).get(one.id), accounting.accounts.get(one.node_id)
         if (
@@ -174,7 +179,7 @@ def frees_own_room(task: Task, accounting: Accounting, view: View) -> bool:
     return False
 
 
-def making_room(
+def making_nominations(
     tasks: Sequence[Task],
     requirements: Requirements,
     nodes: Iterable[NodeId],
@@ -184,49 +189,50 @@ def making_room(
     claim: Callable[[Nomination], None],
     victims_max: int,
 ) -> SlicedWork[list[Nomination]]:
-    """Nodes for as many of ``tasks`` as possible.  They have the same ``requirements``, and no node has room for one.
+    """Nominate nodes for as many ``tasks`` as possible.  They share ``requirements``, and no node can run one now.
 
     Args:
-        nodes: those that may be chosen.
-        claim: called with each nomination as it is made: it reserves the room.
-        victims_max: of all nominations together; a first one may have more if this is ``AT_ONCE``.
+        nodes: The nodes that may be chosen.
+        claim: Called with each nomination as it is made, to reserve its resources.
+        victims_max: Maximum for all nominations together.  A first nomination may have more if this is ``AT_ONCE``.
     """
-    found: list[tuple[Rank, Room]] = []
+    found: list[tuple[Rank, Candidate]] = []
     for number, id in enumerate(nodes, 1):
-        if (room := room_on(id, requirements, accounting, occupants)) is not None:
-            heapq.heappush(found, (room.rank, room))
+        if (candidate := candidate_on(id, requirements, accounting, occupants)) is not None:
+            heapq.heappush(found, (candidate.rank, candidate))
         if number % STEP == 0:
             yield
     made: list[Nomination] = []
     claimed: Counter[NodeId] = Counter()
     for number, task in enumerate(tasks, 1):
         if number % STEP == 0:
-            yield  # what was found before is looked at again
-        room = None
-        while found and room is None:
+            yield  # earlier results are checked again below
+        candidate = None
+        while found and candidate is None:
             _, known = heapq.heappop(found)
-            present = room_on(known.node_id, requirements, accounting, occupants, claimed[known.node_id])
+            present = candidate_on(known.node_id, requirements, accounting, occupants, claimed[known.node_id])
             if present == known:
-                room = present
-            elif present is not None:  # it changed since it was looked at
+                candidate = present
+            elif present is not None:  # it changed since it was found
                 heapq.heappush(found, (present.rank, present))
-        if room is None or (len(room.victims) > victims_max and (made or victims_max < AT_ONCE)):
+        if candidate is None or (len(candidate.victims) > victims_max and (made or victims_max < AT_ONCE)):
             break
-        victims_max -= len(room.victims)
-        occupants.choose(room.victims)
-        made.append(Nomination(task, room))
+        victims_max -= len(candidate.victims)
+        occupants.choose(candidate.victims)
+        made.append(Nomination(task, candidate))
         claim(made[-1])
-        claimed[room.node_id] += 1
-        heapq.heappush(found, (room.rank, room))  # looked at again for the next task
+        claimed[candidate.node_id] += 1
+        heapq.heappush(found, (candidate.rank, candidate))  # checked again for the next task
     return made
 
 
-def room_on(
+def candidate_on(
     id: NodeId, requirements: Requirements, accounting: Accounting, occupants: Occupants, claimed: int = 0
-) -> Room | None:
-    """What a node has for a task if as few as possible are stopped; None: it has no room even then.
+) -> Candidate | None:
+    """Return the node with as few victims as possible, or None if it cannot run the task even then.
 
-    ``claimed``: claims on the node for other tasks of the service.
+    Args:
+        claimed: Number of claims on the node for other tasks of the service.
     """
     account = accounting.accounts.get(id)
     copies = accounting.copies(requirements.service_id)[id] + claimed
@@ -235,7 +241,7 @@ def room_on(
         one.passes(requirements, account, copies) for one in filters if one.is_lasting
     ):
         return None
-    staying, candidates = occupants.split(accounting.held(id))
+    staying, possible = occupants.split(accounting.held(id))
     trial = _Trial(account, staying)
 
     def passes() -> bool:
@@ -243,23 +249,23 @@ def room_on(
 
     if not passes():
         return None
-    for one in candidates:
+    for one in possible:
         trial.put(one)
-    leaving: list[tuple[_Candidate, bool]] = []
-    for one, is_last in _most_expendable_first(candidates, _lacks(requirements, trial.account), occupants):
+    leaving: list[tuple[_PossibleVictim, bool]] = []
+    for one, is_last in _most_expendable_first(possible, _lacks(requirements, trial.account), occupants):
         if passes():
             break
         trial.take(one)
         leaving.append((one, is_last))
     assert passes(), "without all of them it does"
-    victims: list[tuple[_Candidate, bool]] = []
+    victims: list[tuple[_PossibleVictim, bool]] = []
     for one, is_last in reversed(leaving):
         trial.put(one)
         if not passes():
             trial.take(one)
             victims.append((one, is_last))
     highest = max((one.priority for one, _ in victims), default=-PRIORITY_MAX - 1)
-    return Room(
+    return Candidate(
         rank=(highest, sum(is_last for _, is_last in victims), copies, len(victims), id),
         victims=tuple(sorted(one.task.id for one, _ in victims)),
         generic=trial.account.generic.chosen(requirements.generic),
@@ -268,7 +274,7 @@ def room_on(
 
 
 def _volumes_for(requirements: Requirements, account: Account) -> tuple[VolumeUse, ...]:
-    """What the task would have of cluster volumes: without it, two tasks would be given room for one volume."""
+    """Return the cluster volumes that the task would use, so that two tasks are not nominated for one volume."""
     if not requirements.cluster_volumes:
         return ()
     chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
@@ -285,13 +291,13 @@ class _Trial:
         self._staying = staying
         self._added: dict[TaskId, Usage] = {}
 
-    def put(self, one: _Candidate) -> None:
-        """With one more task."""
+    def put(self, one: _PossibleVictim) -> None:
+        """Add a task."""
         self._added[one.task.id] = one.usage
         self.account.add(one.usage)
 
-    def take(self, one: _Candidate) -> None:
-        """Without the task."""
+    def take(self, one: _PossibleVictim) -> None:
+        """Remove a task."""
         del self._added[one.task.id]
         self.account.remove(one.usage)
         if one.usage.generic:
@@ -299,7 +305,7 @@ class _Trial:
 
 
 class _Lacks(msgspec.Struct, frozen=True):
-    """What a node has too little of for a task: how much, which kinds of generic resources, which host ports."""
+    """Resources that a node lacks for a task: amounts, kinds of generic resources, and host ports."""
 
     nano_cpus: int
     memory_bytes: int
@@ -307,7 +313,7 @@ class _Lacks(msgspec.Struct, frozen=True):
     ports: frozenset[HostPort]
 
     def share(self, usage: Usage) -> float:
-        """How much of it the end of a task gives, from 0 to the number of resources."""
+        """Return how much of it the end of a task would free, from 0 to the number of resources."""
         share = float(sum(port in self.ports for port in usage.host_ports))
         share += sum(kind_and_amount(one)[0] in self.kinds for one in usage.generic)
         if self.nano_cpus > 0:
@@ -327,14 +333,14 @@ def _lacks(wanted: Requirements, account: Account) -> _Lacks:
 
 
 def _most_expendable_first(
-    candidates: Iterable[_Candidate], lacks: _Lacks, occupants: Occupants
-) -> Iterator[tuple[_Candidate, bool]]:
-    """Those whose end gives something that is lacking; each with whether no task of its service would run then."""
-    useful = [(one, share) for one in candidates if (share := lacks.share(one.usage))]
+    possible: Iterable[_PossibleVictim], lacks: _Lacks, occupants: Occupants
+) -> Iterator[tuple[_PossibleVictim, bool]]:
+    """Yield the tasks whose end frees a lacking resource, and whether each is its service's last running task."""
+    useful = [(one, share) for one in possible if (share := lacks.share(one.usage))]
     useful.sort(key=lambda item: item[0].age, reverse=True)
     useful.sort(key=lambda item: (item[0].priority, -item[1]))
     gone: Counter[ServiceId] = Counter()
-    ranked: list[tuple[_Candidate, bool]] = []
+    ranked: list[tuple[_PossibleVictim, bool]] = []
     for one, _ in useful:
         service_id, serves = one.task.service_id, _serves(one.task)
         gone[service_id] += serves

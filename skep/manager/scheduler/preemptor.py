@@ -1,4 +1,4 @@
-"""What the scheduler's loop keeps of preemption: priorities, claims, and the victims that have not ended."""
+"""The preemption state of the scheduler's loop: priorities, claims, and victims that have not ended."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from skep.manager.scheduler.preemption import (
     Nomination,
     Occupants,
     Preempt,
-    frees_own_room,
-    making_room,
-    reserve_room,
+    frees_own_resources,
+    making_nominations,
+    reserve_candidate,
 )
 from skep.manager.scheduler.priorities import Priorities
 from skep.manager.scheduler.requirements import Requirements
@@ -27,29 +27,30 @@ from skep.model.task import Preemption, Task
 from skep.store.interface import View
 
 STOPPING_S: Final = 60.0
-"""Seconds for which a victim counts against ``AT_ONCE``: six of Docker's default stop grace periods.  One that takes
-longer, up to hours by its service's stop grace period, holds up no preemption on other nodes."""
+"""Seconds for which a victim counts against ``AT_ONCE``: six of Docker's default stop grace periods.
+
+A victim that takes longer, up to hours by its service's stop grace period, does not delay preemption on other nodes."""
 
 
 class Preemptor:
-    """Makes room for refused tasks, where the cluster allows it."""
+    """Preempts tasks for refused tasks, if the cluster allows it."""
 
     def __init__(self, accounting: Accounting, view: Callable[[], View], now: Callable[[], float]) -> None:
-        """``view``: the present one; ``now``: seconds on a clock that never jumps."""
+        """``view`` returns the current view, and ``now`` the seconds on a monotonic clock."""
         self._now = now
         self.priorities = Priorities()
         self._accounting = accounting
         self._view = view
         self._is_allowed = False
         self._claims: dict[Group, list[Nomination]] = {}
-        """Room that is kept for pending tasks until their victims have ended, as reservations in the accounting."""
+        """Claims of pending tasks whose victims have not ended, as reservations in the accounting."""
         self._victims: dict[TaskId, float] = {}
-        """Preempted tasks that have not ended, and when this leader saw them first."""
+        """Preempted tasks that have not ended, and when this leader first saw each of them."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
     def set_cluster(self, swarm: Swarm) -> bool:
-        """The cluster's settings; gives whether preemption was switched on or off."""
+        """Apply the cluster's settings.  Returns whether preemption was switched on or off."""
         before, self._is_allowed = self._is_allowed, allows_preemption(swarm.spec.labels)
         if not self._is_allowed:
             for group in list(self._claims):
@@ -57,28 +58,28 @@ class Preemptor:
         return before is not self._is_allowed
 
     def add_victim(self, id: TaskId) -> None:
-        """A task is preempted, and has not ended."""
+        """Add a preempted task that has not ended."""
         self._victims.setdefault(id, self._now())
 
     def remove_victim(self, id: TaskId) -> None:
-        """A task has ended, whether it was preempted or not."""
+        """Remove a task that has ended, whether it was preempted or not."""
         self._victims.pop(id, None)
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
     def claims(self, group: Group) -> Counter[NodeId]:
-        """On which nodes the group has how many claims."""
-        return Counter(one.room.node_id for one in self._claims.get(group, ()))
+        """Return the number of the group's claims per node."""
+        return Counter(one.candidate.node_id for one in self._claims.get(group, ()))
 
     def release(self, group: Group) -> bool:
-        """Give up the claims of a group; gives whether it had any."""
+        """Release the claims of a group.  Returns whether it had any."""
         released = self._claims.pop(group, ())
         for one in released:
             self._accounting.remove(claim_id(one.task))
         return bool(released)
 
     def release_below(self, group: Group) -> list[Group]:
-        """Give up the claims of groups of a lower priority; gives these groups."""
+        """Release the claims of groups with a lower priority.  Returns these groups."""
         if not self._claims:
             return []
         priority = self.priorities.of_group(group, self._view())
@@ -88,22 +89,22 @@ class Preemptor:
     # -- deciding ----------------------------------------------------------------------------------------------------
 
     def may_preempt(self, task: Task) -> bool:
-        """Whether room may be made for a task, if it is refused."""
+        """Whether other tasks may be preempted for a task that is refused."""
         return self._is_allowed and self.priorities.of(task.service_id) > self.priorities.lowest
 
     def nominating(
         self, group: Group, refused: Sequence[Task], requirements: Requirements, nodes: Sequence[NodeId]
     ) -> SlicedWork[list[Nomination]]:
-        """Nodes for tasks of the group that no node has room for, chosen among ``nodes`` and claimed."""
+        """Choose nodes among ``nodes`` for the group's refused tasks, and claim them."""
         view = self._view()
-        tasks = [task for task in refused if not frees_own_room(task, self._accounting, view)]
+        tasks = [task for task in refused if not frees_own_resources(task, self._accounting, view)]
 
         def claim(nomination: Nomination) -> None:
             self._claims.setdefault(group, []).append(nomination)
-            reserve_room(self._accounting, claim_id(nomination.task), nomination.room, requirements)
+            reserve_candidate(self._accounting, claim_id(nomination.task), nomination.candidate, requirements)
 
         return (
-            yield from making_room(
+            yield from making_nominations(
                 tasks,
                 requirements,
                 nodes if tasks else (),
@@ -115,8 +116,8 @@ class Preemptor:
         )
 
     def preemption(self, nomination: Nomination) -> Preempt | None:
-        """What is to be written for a nomination; None: all that has to leave leaves anyway."""
-        task, victims = nomination.task, nomination.room.victims
+        """Return the preemption to write for a nomination, or None if all tasks that have to leave do so anyway."""
+        task, victims = nomination.task, nomination.candidate.victims
         if not victims:
             return None
         service = self._view().lookup(Service, task.service_id)
@@ -128,17 +129,17 @@ class Preemptor:
         return Preempt(task, victims, reason)
 
     def words(self, nomination: Nomination) -> str:
-        """What a nominated task waits for."""
-        account = self._accounting.accounts.get(nomination.room.node_id)
+        """Return the text that says what a nominated task waits for."""
+        account = self._accounting.accounts.get(nomination.candidate.node_id)
         name = account.node.description.hostname if account is not None else ""
-        return f"; tasks of lower priority stop for it on {name or nomination.room.node_id}"
+        return f"; preempting tasks of lower priority on {name or nomination.candidate.node_id}"
 
     def more_at(self) -> float | None:
-        """When more victims may be chosen if none ends before, or None if none is under way."""
+        """Return when more victims may be chosen if none ends before, or None if none is stopping."""
         return min(self._victims_under_way(), default=None)
 
     def _victims_under_way(self) -> list[float]:
-        """Until when each preempted task counts that is about to end; on a node that is not ready it may never end."""
+        """Return until when each stopping victim counts.  A victim on a node that is not ready may never end."""
         accounts, node_of = self._accounting.accounts, self._accounting.node_of
         found = (
             (accounts.get(node_of(id) or NodeId("")), at + STOPPING_S) for id, at in self._victims.items()
@@ -151,5 +152,5 @@ class Preemptor:
 
 
 def claim_id(task: Task) -> TaskId:
-    """Not the id of a task."""
+    """Return the key of a task's claim in the accounting, which is not a task's id."""
     return TaskId(f"claim of {task.id}")

@@ -1,4 +1,4 @@
-"""Priorities of services (label ``skep.priority``): whose tasks are decided first."""
+"""Priorities of services (label ``skep.priority``): which tasks are decided first."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -11,7 +11,7 @@ from skep.model.task import Task
 from skep.store.interface import Commit, Updated, View
 
 HELD_S: Final = 0.5
-"""How long tasks of lower priority wait before they take the room of one that ended: its successor comes until then."""
+"""Seconds before tasks of lower priority may take an ended task's resources: its successor arrives in that time."""
 
 
 class Priorities:
@@ -19,23 +19,23 @@ class Priorities:
 
     def __init__(self) -> None:
         self._by_service: dict[ServiceId, int] = {}
-        """Those that are not 0."""
+        """Priorities other than 0."""
 
     def __bool__(self) -> bool:
-        """Whether any service has one."""
+        """Whether any service has a priority other than 0."""
         return bool(self._by_service)
 
     @property
     def lowest(self) -> int:
-        """Of all services; those without a label have 0."""
+        """The lowest priority of all services.  Services without the label have 0."""
         return min((0, *self._by_service.values()))
 
     def of(self, id: ServiceId) -> int:
-        """The priority of a service's tasks."""
+        """Return the priority of a service's tasks."""
         return self._by_service.get(id, 0)
 
     def of_group(self, group: Group, view: View) -> int:
-        """The priority of a group's tasks."""
+        """Return the priority of a group's tasks."""
         if not self._by_service:
             return 0
         service_id, _, version = group.partition("/")
@@ -45,7 +45,7 @@ class Priorities:
         return self.of(ServiceId(service_id))
 
     def levels(self, groups: Sequence[Group], view: View) -> Sequence[Sequence[Group]]:
-        """The groups by priority, the highest first."""
+        """Return the groups by priority, the highest first."""
         if not self._by_service:
             return (groups,)
         levels: dict[int, list[Group]] = {}
@@ -54,9 +54,9 @@ class Priorities:
         return [levels[priority] for priority in sorted(levels, reverse=True)]
 
     def of_successors(self, commit: Commit) -> int | None:
-        """The highest priority of tasks that ended by themselves: successors follow, and are to have the room.
+        """Return the highest priority of tasks that ended by themselves, because their successors need the resources.
 
-        None: there are no such tasks, or no priorities.
+        None without such tasks or priorities.
         """
         if not self._by_service:
             return None
@@ -67,7 +67,7 @@ class Priorities:
         return max((self.of(task.service_id) for task in ended), default=None)
 
     def set(self, service: Service) -> bool:
-        """A service was created or changed; gives whether its priority is another one now."""
+        """Record a service that was created or changed.  Returns whether its priority changed."""
         before, priority = self.of(service.id), priority_of(service.spec.labels)
         if priority:
             self._by_service[service.id] = priority
@@ -76,5 +76,5 @@ class Priorities:
         return before != priority
 
     def forget(self, id: ServiceId) -> None:
-        """The service was deleted."""
+        """Forget a deleted service."""
         self._by_service.pop(id, None)

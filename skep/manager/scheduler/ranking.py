@@ -1,7 +1,7 @@
 """Nodes in order of preference, kept over many decisions without sorting them again.
 
 A node's rank gets worse (it is assigned a task) far more often than better, so it is only recalculated when the node
-is first.  A caller that makes it better (a task ended, the node changed) must enter it again.
+comes first.  A caller that improves a rank (a task ended, the node changed) must enter the node again.
 """
 
 import heapq
@@ -13,47 +13,51 @@ from skep.manager.scheduler.accounting import Account
 from skep.model.ids import NodeId
 
 Rank: TypeAlias = tuple[Any, ...]
-"""Smaller is better; the last element is the node's id, so no two nodes are equal and the order of entering is
-irrelevant."""
+"""Rank of a node.  Smaller is better.
+
+The last element is the node's id, so no two nodes are equal and the order of entering is irrelevant."""
 
 Entry: TypeAlias = tuple[Any, ...]
-"""``(*rank, serial, changes of the account, account)``: flat, as a heap compares tuples in tuples half as fast."""
+"""``(*rank, serial, changes of the account, account)``: flat, since nested tuples compare at half the speed."""
 
 
-LOOKED_MAX = 100
-"""Accounts that ``first`` drops or ranks again in one go: a millisecond."""
+CHECKED_MAX = 100
+"""Accounts that ``first`` drops or ranks again in one call, which takes a millisecond."""
 
 STALE_MAX = 64
-"""Outdated entries, beyond the number of nodes, before they are dropped."""
+"""Outdated entries, beyond the number of nodes, that are kept before they are dropped."""
 
 
 def rank_of(entry: Entry) -> Rank:
-    """The rank of an entry's account."""
+    """Return the rank of an entry's account."""
     return entry[:-3]
 
 
 class Unfinished(Exception):
-    """``first`` has looked at so many accounts that other work should run before it goes on: it is called again."""
+    """``first`` has checked so many accounts that other work should run.  Call it again afterwards."""
 
 
 class Ranking:
     """Accounts by rank, best first."""
 
     def __init__(self, rank: Callable[[Account], Rank], fits: Callable[[Account], bool] | None) -> None:
-        """Args:
-        rank: of an account; changes only when the account does (``Account.changes``).
-        fits: whether an account has room (None: always).  One without room is left out until it is entered again.
+        """Start without accounts.
+
+        Args:
+            rank: Returns an account's rank, which changes only when the account does (``Account.changes``).
+            fits: Whether an account can run another task, or None if always.  An account that cannot is left out until
+                it is entered again.
         """
         self._rank = rank
         self._fits = fits
         self._heap: list[Entry] = []
         self._serials: dict[NodeId, int] = {}
-        """The latest entry of each node; older ones in the heap are ignored."""
+        """The latest entry of each node.  Older entries in the heap are ignored."""
         self._next_serial = count()
         self._changes = 0
-        """Of which nodes it has."""
+        """Number of changes of the set of nodes."""
         self._within: tuple[Ranking, int, int, bool] | None = None
-        """The last answer of ``is_within``, and what it rests on."""
+        """Last result of ``is_within``, and its inputs."""
 
     def __len__(self) -> int:
         return len(self._serials)
@@ -65,7 +69,7 @@ class Ranking:
         """Whether all its nodes are also in ``other``."""
         if len(self) > len(other):
             return False
-        known = self._within  # asked for each choice, and thousands of ids are compared
+        known = self._within  # needed for each choice, and thousands of ids are compared
         if known is not None and known[:3] == (other, self._changes, other._changes):
             return known[3]
         is_within = self._serials.keys() <= other._serials.keys()
@@ -85,14 +89,15 @@ class Ranking:
         self._changes += self._serials.pop(id, None) is not None
 
     def first(self) -> Entry | None:
-        """The best account that has room, with its present rank; it is not removed.
+        """Return the best account that fits, with its current rank, without removing it.
 
-        Raises: Unfinished.
+        Raises:
+            Unfinished: Too many accounts were checked in this call.
         """
         heap, serials = self._heap, self._serials
         looked = 0
         while heap:
-            if looked == LOOKED_MAX:
+            if looked == CHECKED_MAX:
                 raise Unfinished
             looked += 1
             entry = heap[0]
@@ -113,12 +118,12 @@ class Ranking:
         return *self._rank(account), serial, account.changes, account
 
     def _drop_stale(self) -> None:
-        """Outdated entries of nodes that never come first would stay for ever, and each change of a node adds one."""
+        """Drop outdated entries.  Each change of a node adds one, and if the node never comes first it would stay."""
         self._heap = [entry for entry in self._heap if self._serials.get(entry[-1].node.id) == entry[-3]]
         heapq.heapify(self._heap)
 
     def set_aside(self) -> Entry:
-        """Remove the result of ``first`` from the order, until ``put_back``."""
+        """Remove the result of ``first`` from the order until ``put_back``."""
         return heapq.heappop(self._heap)
 
     def put_back(self, entry: Entry) -> None:

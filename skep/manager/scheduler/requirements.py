@@ -1,4 +1,4 @@
-"""A task's requirements of a node.  Tasks of one service and version share them, so they are derived once for all."""
+"""A task's requirements of a node.  Tasks of one service and version share them, so they are derived once."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
@@ -31,7 +31,7 @@ Plugin: TypeAlias = tuple[str, str]
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
-    """The inputs of filters and preferences."""
+    """Inputs of filters and preferences."""
 
     service_id: ServiceId
     version: int
@@ -45,27 +45,27 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     host_ports: tuple[HostPort, ...] = ()
     max_replicas: int = 0
     planes: tuple[str, ...] = ()
-    """Data planes of its overlay networks; empty if none belongs to one yet."""
+    """Data planes of the task's overlay networks.  Empty if none belongs to one yet."""
     paths: tuple[PathCheck, ...] = ()
-    """The checks of overlay traffic that must pass on its node; the ingress network counts."""
+    """Checks of overlay traffic, including ingress traffic, that must pass on its node."""
     rights: MachineRights = MachineRights()
-    """What its containers are given of their node."""
+    """Rights over their node that its containers have."""
     cluster_volumes: tuple[ClusterMount, ...] = ()
     needs_disk: bool = True
-    """Whether its node's disk must have space, as of every new task (``staying``)."""
+    """Whether its node's disk must have space, as for every new task (``staying``)."""
 
 
 def requirements_of(
     task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...] = ()
 ) -> Requirements:
-    """The requirements of ``task``.
+    """Return the requirements of ``task``.
 
     Args:
-        service_spec: the spec it was made from (for its host-mode ports).
-        planes: of its overlay networks, as they are now (``planes_of``).
+        service_spec: The spec it was made from, for its host-mode ports.
+        planes: Current data planes of its overlay networks (``planes_of``).
 
     Raises:
-        InvalidArgument: a constraint or a label cannot be parsed (the API rejects such specs).
+        InvalidArgument: A constraint or a label cannot be parsed.  The API rejects such specs.
     """
     spec = task.spec
     placement = spec.placement or Placement()
@@ -90,17 +90,17 @@ def requirements_of(
 
 
 class RequirementsCache:
-    """``requirements_of``, caching the last result: tasks without a service often come in rows with equal specs."""
+    """Cache of the last ``requirements_of``: tasks without a service often come in series with equal specs."""
 
     def __init__(self) -> None:
         self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
         self._attachments: tuple[NetworkAttachment, ...] = ()
         self._revision = 0
         self._planes: tuple[str, ...] = ()
-        """Those of ``_attachments`` at ``_revision``."""
+        """Data planes of ``_attachments`` at ``_revision``."""
 
     def of(self, task: Task, view: View) -> Requirements:
-        """The requirements of ``task`` in ``view``."""
+        """Return the requirements of ``task`` in ``view``."""
         service_spec = spec_of(view, task) if task.spec_version is not None else None
         planes = self._planes_of(task, view) if task.networks_attachments else ()
         if self._last is not None:
@@ -126,7 +126,7 @@ class RequirementsCache:
 
 
 def overlays_of(attachments: Iterable[NetworkAttachment]) -> Iterator[NetworkId]:
-    """The overlay networks among a task's; not the ingress network, which is on both data planes."""
+    """Yield the overlay networks among a task's networks, except the ingress network, which is on both data planes."""
     for attachment in attachments:
         network = attachment.network
         if network is not None and is_overlay(network) and not network.spec.ingress:
@@ -142,7 +142,7 @@ def _paths(attachments: Iterable[NetworkAttachment]) -> tuple[PathCheck, ...]:
 
 
 def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tuple[str, ...]:
-    """The data planes of the task's overlay networks, sorted; undecided ones left out."""
+    """Return the data planes of the task's overlay networks, sorted, without undecided networks."""
     found = (network(id) for id in overlays_of(task.networks_attachments))
     return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
 

@@ -1,4 +1,4 @@
-"""Tasks whose slot has data in a local volume: they return to its node (label ``skep.volumes``)."""
+"""Tasks that return to the node where a local volume has their slot's data (label ``skep.volume-affinity``)."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from skep.manager.scheduler.filters import Filter, first_refusing
 from skep.manager.scheduler.placement import ASSIGNED, Assignment, Refusal, assigned
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
-from skep.model.labels import VolumePolicy, volume_policy
+from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateOrder
 from skep.model.slot_volumes import Home, VolumeIndex, homes_of, local_volumes
@@ -18,43 +18,43 @@ from skep.store.interface import View
 
 
 class Returning:
-    """Decides about tasks whose slot has data in a local volume of a node."""
+    """Decides about tasks whose slot has data in a node's local volume."""
 
     def __init__(self, accounting: Accounting) -> None:
         self.volumes = VolumeIndex()
         self._accounting = accounting
 
     def has_home(self, task: Task, view: View) -> bool:
-        """Whether a pending task's slot has such data, and its service does not say ``spread``."""
+        """Whether a pending task's slot has such data and its service's policy is not ``spread``."""
         if task.node_id or task.spec_version is None or not local_volumes(task.spec):
             return False
         service = view.lookup(Service, task.service_id)
         return service is not None and any(_homes(task, service, view, self.volumes))
 
     def nodes(self, task: Task, view: View) -> Sequence[NodeId]:
-        """The nodes with such data, the latest first."""
+        """Return the nodes with such data, the latest data first."""
         service = view.lookup(Service, task.service_id)
         return (
             [one.node_id for one in _homes(task, service, view, self.volumes)] if service is not None else ()
         )
 
     def decide(self, task: Task, requirements: Requirements, view: View) -> Assignment | Refusal | str:
-        """The task's node, or why it waits for it; else why it goes elsewhere: its data is away, or empty.
+        """Assign the task to its node, refuse it with the reason to wait, or say why its data is elsewhere.
 
-        An assignment is reserved in the accounting.
+        An empty string means that the slot has no data.  An assignment is reserved in the accounting.
         """
         service = view.lookup(Service, task.service_id)
         if service is None:
             return ""
         homes = _homes(task, service, view, self.volumes)
-        is_kept = volume_policy(service.spec.labels) is VolumePolicy.KEEP
-        # The data is there already, also on a disk that is full.
+        is_kept = volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
+        # The data exists already, even on a disk that is full.
         requirements = replace(requirements, needs_disk=False)
         away = ""
         for home in homes:
             account = self._accounting.accounts.get(home.node_id)
             if account is None:
-                continue  # removing a node gives its volumes up
+                continue  # removing a node abandons its volumes
             copies = self._accounting.copies(task.service_id)[home.node_id]
             refusing = first_refusing(requirements, account, copies)
             if refusing is None:
@@ -67,7 +67,7 @@ class Returning:
 
 
 def _homes(task: Task, service: Service, view: View, index: VolumeIndex) -> Sequence[Home]:
-    if volume_policy(service.spec.labels) is VolumePolicy.SPREAD:
+    if volume_affinity(service.spec.labels) is VolumeAffinity.NONE:
         return ()
     past = view.find(Task, slot=f"{task.service_id}/{task.slot}")
     return homes_of(task, service.spec.name, past, index)
@@ -76,7 +76,7 @@ def _homes(task: Task, service: Service, view: View, index: VolumeIndex) -> Sequ
 def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
     """Whether an earlier task of the slot holds resources of the node that it is about to release.
 
-    An update that stops first stops it when the new task is refused; one that starts first never does.
+    A stop-first update stops it when the new task is refused.  A start-first update never does.
     """
     update = service.spec.update_config
     starts_first = update is not None and update.order is UpdateOrder.START_FIRST
@@ -100,7 +100,7 @@ def _absence(node: Node) -> str:
 
 
 def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
-    """The other nodes with volumes of the task's slot, the latest data first, and a sentence about each."""
+    """Return the other nodes with volumes of the task's slot, the latest data first, and a sentence about each."""
     service = view.lookup(Service, task.service_id)
     if service is None or not local_volumes(task.spec):
         return ()
@@ -115,12 +115,12 @@ def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
 
 
 def must_wait(task: Task, view: View) -> bool:
-    """Whether the task goes to the first of these only."""
+    """Whether the task may only run on the first of these nodes."""
     service = view.lookup(Service, task.service_id)
-    return service is not None and volume_policy(service.spec.labels) is VolumePolicy.KEEP
+    return service is not None and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
 
 
 def away_words(task: Task, home: Home, node: Node, why: str) -> str:
-    """``volume data of slot 2 is on node w1, which is down``"""
+    """Return a text such as ``volume data of slot 2 is on node w1, which is down``."""
     name = node.description.hostname or node.id
     return f"volume {home.volume} of slot {task.slot} is on node {name}{why}"

@@ -1,15 +1,15 @@
-"""Which of the nodes that can run a task is chosen.
+"""The choice among the nodes that can run a task.
 
-Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, the used
+Nodes are compared, in this order, by the service's repeated recent failures there, the tasks of the service, the used
 share of the tightest resource that the task reserves, all tasks (both relative to the part of the node that its
-measured load leaves free, ``load.py``), and last their ids.  Tasks whose slots are being assigned anew do not count
-as tasks of the service: an update must not avoid the nodes that it frees.  Placement preferences come before that:
-they divide the nodes into a tree of branches (by a label's values), and each task goes to the branch with the fewest
-tasks of the service; among branches with equally many to the one with the best node.
+measured load leaves free, ``load.py``), and finally their ids.  Tasks whose slots are being reassigned do not count as
+tasks of the service: an update must not avoid the nodes that it frees.  Placement preferences come before that.  They
+divide the nodes into a tree of branches (by a label's values).  Each task is assigned to the branch with the fewest
+tasks of the service, and among equal branches to the branch with the best node.
 
-One ``Spread`` assigns tasks of one service with the same requirements.  Each choice must be reserved in the
-accounting before the next.  For a service on few nodes it skips those in the order that all services share; one on
-many nodes has an order of all nodes of its own.
+One ``Spread`` assigns tasks of one service with the same requirements.  Each choice must be reserved in the accounting
+before the next.  For a service on few nodes it skips these in the order that all services share.  A service on many
+nodes has its own order of all nodes.
 
 Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 """
@@ -27,7 +27,7 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
 
 MAX_FAILURES = 5
-"""From this many recent failures on, a node is only chosen if no other passes."""
+"""Recent failures from which on a node is only chosen if no other passes, as in swarmkit (maxFailures)."""
 
 KEPT_SPREADS = 16
 """Large groups whose spread is kept between their batches."""
@@ -37,41 +37,42 @@ class Spread:
     """Chooses nodes for tasks with the same requirements, one after another."""
 
     def __init__(self, requirements: Requirements, accounting: Accounting, candidates: Candidates) -> None:
-        """Of no node before ``catching_up``.  ``candidates``: for ``requirements``."""
+        """Start without nodes.  ``catching_up`` adds them.  ``candidates`` are those for ``requirements``."""
         self.candidates = candidates
         self.failing: Mapping[NodeId, int] = {}
-        """See ``failing_nodes``."""
+        """The result of ``failing_nodes``."""
         self.counts = bool(requirements.service_id)
-        """Whether assigned tasks count for the next ones.  Not for tasks without a service, nor for first tasks that
-        are assigned by their shape."""
+        """Whether assigned tasks count for the next ones.
+
+        They do not for tasks without a service, nor for first tasks that are assigned by their shape."""
         self.ranks_all = False
-        """Whether all nodes are in its own order, as the service is on many."""
+        """Whether all nodes are in its own order, because the service runs on many."""
         self._requirements = requirements
         self._accounting = accounting
         self._leaving: Mapping[NodeId, int] = {}
         self._leaves: dict[Leaf, _Leaf] = {}
         self.place: dict[NodeId, Leaf] = {}
-        """In which leaf's own order a node is."""
+        """The leaf whose own order has the node."""
         self._outdated: dict[NodeId, None] = {}
-        """Nodes of which ``assume`` said something new."""
+        """Nodes for which ``assume`` changed something."""
         self._seen = -1
         self._root: _Leaf | _Fork | None = None
 
     def assume(self, failing: Mapping[NodeId, int], leaving: Mapping[NodeId, int]) -> None:
-        """What is to hold from the next ``catching_up`` on.
+        """Set the assumptions that hold from the next ``catching_up`` on.
 
         Args:
-            failing: see ``failing_nodes``.
-            leaving: tasks of the service, by node, that do not count there; their reservations do.
+            failing: The result of ``failing_nodes``.
+            leaving: Number of the service's tasks per node that do not count there, although their reservations do.
         """
         for before, after in ((self.failing, failing), (self._leaving, leaving)):
             self._outdated.update((id, None) for id, _ in sorted(set(before.items()) ^ set(after.items())))
         self.failing, self._leaving = failing, leaving
 
     def catching_up(self) -> SlicedWork[None]:
-        """Update after tasks were assigned or ended, or nodes changed, since the last choice; before the first one.
+        """Update after tasks were assigned or ended, or nodes changed.  Call it before the first choice.
 
-        It pauses; what changes meanwhile is caught up with, too.
+        It pauses, and includes the changes during its pauses.
         """
         if len(self.candidates.levels) > 1:
             self._root = None
@@ -91,7 +92,7 @@ class Spread:
             self._seen = changes
 
     def choosing(self) -> SlicedWork[Account | None]:
-        """The node for the next task; None if no further node passes.  It pauses where many nodes are full."""
+        """Return the node for the next task, or None if no node passes.  Pauses if many nodes are full."""
         while True:
             try:
                 if self._root is None:
@@ -104,32 +105,32 @@ class Spread:
             yield from self.catching_up()
 
     def close(self) -> None:
-        """End this batch: other spreads choose next."""
+        """End this batch, so that other spreads can choose next."""
         for leaf in self._leaves.values():
             leaf.put_back()
 
     def copies(self, account: Account) -> int:
-        """Tasks of the service that will stay on the node."""
+        """Return the number of the service's tasks that will stay on the node."""
         id = account.node.id
         return self._accounting.copies(self._requirements.service_id).get(id, 0) - self._leaving.get(id, 0)
 
     def rank(self, account: Account) -> Rank:
-        """Rank of a node that has tasks of the service, or where they failed."""
+        """Return the rank of a node that has tasks of the service, or where they failed."""
         failing = self.failing.get(account.node.id, 0)
         return failing, self.copies(account), *self.candidates.rank(account)
 
-    def has_room(self, account: Account) -> bool:
-        """Whether ``max_replicas`` and the node's resources admit one more task."""
-        return self.candidates.has_room(account, self._present(account))
+    def has_capacity(self, account: Account) -> bool:
+        """Whether ``max_replicas`` and the node's resources allow one more task."""
+        return self.candidates.has_capacity(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _present(self, account: Account) -> int:
-        """Wanted tasks of the service on the node."""
+        """Return the number of the service's wanted tasks on the node."""
         return self._accounting.copies(self._requirements.service_id).get(account.node.id, 0)
 
     def _to_update(self, copies: Mapping[NodeId, int]) -> Collection[NodeId]:
-        """The nodes to look at, after the candidates were updated."""
+        """Return the nodes to check after the candidates were updated."""
         outdated, self._outdated = self._outdated, {}
         if self._seen >= 0:
             mounts = self._requirements.cluster_volumes
@@ -139,7 +140,7 @@ class Spread:
         )
 
     def _update_node(self, id: NodeId) -> None:
-        """Take a node into its leaf's own order if the service is, or has failed, there, or is on many nodes."""
+        """Put a node into its leaf's own order if the service runs or has failed there, or runs on many nodes."""
         leaf = self.candidates.leaf_of.get(id)
         account = self._accounting.accounts.get(id)
         is_own = (
@@ -158,7 +159,7 @@ class Spread:
             self._leaf(leaf).enter(account)
 
     def _tree(self) -> "_Leaf | _Fork":
-        """The branches with the present number of tasks in each.  Raises: Unfinished."""
+        """Return the branches with the current number of tasks in each.  Raises Unfinished."""
         levels = len(self.candidates.levels)
         if not levels:
             return self._leaf(())
@@ -183,7 +184,7 @@ class Spread:
 
 
 class Choices:
-    """Spreads that are used again: of large groups from batch to batch, and of the first tasks of all services."""
+    """Spreads that are reused: for the batches of large groups, and for the first tasks of all services."""
 
     def __init__(self, accounting: Accounting) -> None:
         self.accounting = accounting
@@ -193,7 +194,7 @@ class Choices:
     def is_first(self, requirements: Requirements, now: float) -> bool:
         """Whether a single task may be assigned by the shape of its requirements, together with others.
 
-        For a service without tasks and failures all nodes are alike.  ``now``: on the clock of ``record_failure``.
+        For a service without tasks and failures all nodes are alike.  ``now`` is on the clock of ``record_failure``.
         """
         return (
             not self.accounting.copies(requirements.service_id)
@@ -209,7 +210,7 @@ class Choices:
         is_last: bool,
         leaving: Mapping[NodeId, int] = MappingProxyType({}),
     ) -> SlicedWork[Spread]:
-        """The spread for one batch, to be closed after it.  ``is_last``: no more tasks of the group wait."""
+        """Return the spread for one batch, to be closed after it.  ``is_last`` marks the group's last tasks."""
         candidates = self._pools.pool(requirements)
         spread = self._kept.pop(requirements, None)
         if spread is None or spread.candidates is not candidates:
@@ -227,9 +228,10 @@ class Choices:
 
 
 def failing_nodes(accounting: Accounting, requirements: Requirements, now: float) -> dict[NodeId, int]:
-    """Nodes where such tasks failed too often recently, and how often (``now``: the clock of ``record_failure``).
+    """Return the nodes where such tasks failed too often recently, and how often.
 
-    Tasks without a service are unrelated, so a failure of one says nothing about the next.
+    ``now`` is on the clock of ``record_failure``.  Tasks without a service are unrelated, so a failure of one says
+    nothing about the next.
     """
     if not requirements.service_id:
         return {}
@@ -238,24 +240,24 @@ def failing_nodes(accounting: Accounting, requirements: Requirements, now: float
 
 
 class _Leaf:
-    """The nodes of one branch: first those without a task of the service, then the others.
+    """Nodes of one branch: first the nodes without a task of the service, then the others.
 
-    ``best`` and ``take`` raise Unfinished, as ``Ranking.first`` does; the tree is made anew then.
+    ``best`` and ``take`` raise Unfinished, as ``Ranking.first`` does.  The tree is then rebuilt.
     """
 
     def __init__(self, spread: Spread, path: Leaf) -> None:
-        self.own = Ranking(spread.rank, spread.has_room)
+        self.own = Ranking(spread.rank, spread.has_capacity)
         self._spread = spread
         self._path = path
         self._aside: list[Entry] = []
 
     def enter(self, account: Account) -> None:
-        """Take a node into the service's own order."""
+        """Put a node into the service's own order."""
         self._spread.place[account.node.id] = self._path
         self.own.enter(account)
 
     def best(self) -> Rank | None:
-        """The rank of the node that ``take`` would return."""
+        """Return the rank of the node that ``take`` would return."""
         fresh = self._fresh_first()
         if fresh is not None:
             return 0, 0, *rank_of(fresh)
@@ -263,12 +265,12 @@ class _Leaf:
         return rank_of(first) if first is not None else None
 
     def take(self) -> Account | None:
-        """The best node, if there is one."""
+        """Return the best node, or None."""
         first = self._fresh_first() or self.own.first()
         return first[-1] if first is not None else None
 
     def put_back(self) -> None:
-        """Return what this service skipped to the common ranking."""
+        """Return the nodes that this service skipped to the common ranking."""
         if self._aside:
             fresh = self._spread.candidates.leaves[self._path]
             for entry in self._aside:
@@ -287,25 +289,26 @@ class _Leaf:
             account = first[-1]
             id = account.node.id
             if id not in self._spread.failing and not self._spread.copies(account):
-                if self._spread.has_room(account):
-                    return first  # if a task is to leave, there is room for one more anyway
-            elif id not in self.own and self._spread.has_room(account):
+                if self._spread.has_capacity(account):
+                    return first  # if a task is leaving, one more fits anyway
+            elif id not in self.own and self._spread.has_capacity(account):
                 self.enter(account)
             self._aside.append(fresh.set_aside())
         return None
 
 
 class _Fork:
-    """An inner node of the tree: nodes that are divided further."""
+    """Inner node of the tree: nodes that are divided further."""
 
     def __init__(self, children: list[tuple[int, Leaf, "_Leaf | _Fork"]], *, counts: bool) -> None:
-        """``counts``: see ``Spread``."""
+        """``counts`` has the meaning of ``Spread.counts``."""
         self._counts = counts
         self._heap: list[tuple[int, Rank, Leaf, _Leaf | _Fork]] = []
         self._last_taken: tuple[int, Leaf, _Leaf | _Fork] | None = None
-        """The child that returned the last node.  It is ranked again before the next choice, when that node is
-        reserved: a child that is divided further may have become better, as another of its branches has the fewest
-        tasks now."""
+        """The child that returned the last node.
+
+        It is ranked again before the next choice, when that node is reserved: a child that is divided further may have
+        become better, because another of its branches now has the fewest tasks."""
         for tasks, path, child in children:
             self._enter(tasks, path, child)
 

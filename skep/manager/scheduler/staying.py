@@ -1,8 +1,8 @@
-"""Tasks that stay on a node whose disk is full: they take over a slot that the node had before.
+"""Tasks that stay on a node whose disk is full, because they take over a slot that the node had before.
 
-A full node gets no new tasks.  A task that replaces one of the same slot there is not new: without it a crash on a
-cluster whose disks are full would end a service that Docker would have restarted.  Any other node that has room comes
-first, except for the data of the slot's local volumes (``returning``).
+A full node receives no new tasks.  A task that replaces a task of the same slot there is not new: otherwise a crash on
+a cluster whose disks are full would end a service that Docker would have restarted.  Any other node that can run the
+task comes first, except for the data of the slot's local volumes (``returning``).
 """
 
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ from skep.store.interface import View
 
 
 def confirmed(task: Task, requirements: Requirements, accounting: Accounting, view: View) -> Placed:
-    """``confirm`` for a task that was made for its node, where it may take over a slot.  Reserved in ``accounting``."""
+    """Run ``confirm`` for a task that was created for its node, and let it take over a slot there."""
     match confirm(task, requirements, accounting):
         case Assignment() as assignment:
             return Placed(assignments=(assignment,))
@@ -36,7 +36,7 @@ def confirmed(task: Task, requirements: Requirements, accounting: Accounting, vi
 
 
 def staying(placed: Placed, requirements: Requirements, accounting: Accounting, view: View) -> Placed:
-    """Return ``placed`` with assignments in place of refusals, for tasks whose slot was on a full node last.
+    """Return ``placed`` with assignments in place of refusals, for tasks whose slot was last on a full node.
 
     The assignments are reserved in ``accounting``.
     """
@@ -59,7 +59,7 @@ def staying(placed: Placed, requirements: Requirements, accounting: Accounting, 
 def _full_account(
     task: Task, requirements: Requirements, accounting: Accounting, view: View
 ) -> Account | None:
-    """The node on which the slot's last task was, if only its full disk refuses this one."""
+    """Return the node of the slot's last task, if only its full disk refuses this one."""
     account = accounting.accounts.get(_last_node(task, view))
     if account is None or not disk_pressure(account.node.description):
         return None
@@ -69,7 +69,7 @@ def _full_account(
 
 
 def _last_node(task: Task, view: View) -> NodeId:
-    """The node that the slot's last task was given; another run of a job is another slot."""
+    """Return the node of the slot's last task.  Another run of a job counts as another slot."""
     past = [
         other
         for other in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")

@@ -1,7 +1,7 @@
-"""Why pending tasks have no node, as their statuses show it.
+"""Statuses of pending tasks that say why they have no node.
 
-The text of a refusal counts nodes, so one node's change alters that of every pending task.  Texts are therefore
-written apart from decisions: some at a time, after the assignments of each pass, and as they are when it is their turn.
+The text of a refusal counts nodes, so one node's change alters the text of every pending task.  Texts are therefore
+written apart from decisions: a few at a time, after the assignments of each pass, with the counts of that moment.
 """
 
 import asyncio
@@ -23,18 +23,18 @@ from skep.store.interface import LoopStore
 
 
 class Why:
-    """Why one or more groups were refused by one decision."""
+    """Why one decision refused one or more groups."""
 
     def __init__(self, text: str = "", requirements: Requirements | None = None) -> None:
-        """``requirements``: no node meets them; which filter refuses how many is found out when the text is written."""
+        """Set the reason.  If no node meets ``requirements``, the text with its counts is computed when written."""
         self.text = text
         self.requirements = requirements
         self.words: dict[TaskId, str] = {}
-        """What follows the text, for some tasks."""
+        """Text to append for individual tasks."""
 
 
 class Texts:
-    """The texts of all refused groups, and the tasks that may show another one."""
+    """Texts of all refused groups, and the tasks that may show outdated ones."""
 
     def __init__(
         self, term: LoopStore, clock: Clock, groups: Groups, accounting: Accounting, failures: Failures
@@ -46,14 +46,14 @@ class Texts:
         self._failures = failures
         self._why: dict[Group, Why] = {}
         self._new: deque[TaskId] = deque()
-        """Tasks of groups that were not refused before: an update may wait for that."""
+        """Tasks of groups that were not refused before: an update may wait for their refusal."""
         self._outdated: deque[TaskId] = deque()
-        """The others, those that wait longest first: however often decisions are made, the last one comes, too."""
+        """All other tasks, longest waiting first: the last one gets its turn however many decisions are made."""
         self._is_outdated: set[TaskId] = set()
         self._turn = asyncio.Event()
 
     def set(self, group: Group, why: Why) -> None:
-        """The group was refused."""
+        """Record that the group was refused."""
         if not self._groups.count(group):
             return
         waiting = self._outdated if group in self._why else self._new
@@ -63,19 +63,19 @@ class Texts:
         self._is_outdated.update(ids)
 
     def forget(self, group: Group) -> None:
-        """The group has no pending task."""
+        """Forget a group without pending tasks."""
         self._why.pop(group, None)
 
     def hold(self) -> None:
-        """Decisions are being made."""
+        """Stop writing while decisions are made."""
         self._turn.clear()
 
     def release(self) -> None:
-        """They are written: it is the turn of some texts, and of all others until ``hold``."""
+        """Write some texts now that the decisions are written, and all others until ``hold``."""
         self._turn.set()
 
     async def run(self, queue: GroupQueue) -> None:
-        """Write until cancelled.  ``queue``: groups whose texts cannot be written are decided again."""
+        """Write until cancelled.  Groups whose texts cannot be written are decided again through ``queue``."""
         while True:
             await self._turn.wait()
             if not self._is_outdated:
@@ -89,7 +89,7 @@ class Texts:
             await asyncio.sleep(0)
 
     async def take(self, limit: int) -> list[Refusal]:
-        """Remove up to ``limit`` tasks that show another text than they should; gives these with their texts."""
+        """Remove up to ``limit`` tasks that show an outdated text.  Returns them with their new texts."""
         found: dict[TaskId, Refusal] = {}
         slices = TimeSlices(self._clock)
         while self._is_outdated and len(found) < limit:
@@ -103,7 +103,7 @@ class Texts:
             task = self._term.view().lookup(Task, id)
             if task is not None and is_pending(task):
                 refusal = Refusal(task, (why.text + why.words.get(id, ""))[:ERROR_CHARACTERS_MAX])
-                found.pop(id, None)  # it was refused again in a pause, maybe for what it shows
+                found.pop(id, None)  # it was refused again in a pause, perhaps for the reason it shows
                 if not is_already_shown(refusal):
                     found[id] = refusal
             await slices.yield_if_due()

@@ -1,7 +1,7 @@
-"""Which cluster volumes a task can have on a node: by topology, scope, sharing and availability.
+"""Which cluster volumes a task can use on a node: by topology, scope, sharing and availability.
 
-A volume for one node stays with the node on which it is published until nothing of it is left there: the scheduler
-waits for that instead of having two nodes write to one disk.
+A volume for one node stays with the node on which it is published until it is completely unpublished there.  The
+scheduler waits for that, so that two nodes never write to one disk.
 
 Source: swarmkit, manager/scheduler/volumes.go.
 """
@@ -30,29 +30,31 @@ from skep.model.volume import (
 
 
 class _Known:
-    """A volume, if there is one, and where it is."""
+    """A volume, if it exists, and the nodes that use it."""
 
     def __init__(self) -> None:
         self.volume: Volume | None = None
         self.takes_tasks: dict[NodeId, bool] = {}
-        """The nodes of its entries, and whether further tasks may have it there."""
-        self.room = 0
-        """On how many more nodes it can be published."""
+        """Nodes of its publish entries, and whether more tasks may use it there."""
+        self.free_nodes = 0
+        """Number of additional nodes on which it can be published."""
         self.users: dict[TaskId, tuple[NodeId, bool]] = {}
-        """Tasks that have it, with their nodes, and whether they only read."""
+        """Tasks that use it, with their nodes, and whether they only read."""
         self.writers = 0
         self.by_node: Counter[NodeId] = Counter()
         """Number of users per node."""
         self.announced: set[NodeId] = set()
-        """Nodes with users and without an entry."""
+        """Nodes with users and without a publish entry."""
 
     def is_on(self, node_id: NodeId) -> bool:
         return node_id in self.takes_tasks or node_id in self.by_node
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """What the volume and its users allow a node on which it is not: nothing where one is 0 or less.  Where one
-        grows, some node may have it that could not."""
+        """Limits, by the volume and its users, for a node where the volume is not published yet.
+
+        The node cannot use it if any value is 0 or less.  If a value grows, an excluded node may be able to use it.
+        """
         volume = self.volume
         if volume is None:
             return 0, 0, 0, 0, 0
@@ -65,27 +67,27 @@ class _Known:
             mode.scope is not VolumeScope.SINGLE or 1 - places,
             mode.sharing is not VolumeSharing.NONE or not self.users,
             mode.sharing is not VolumeSharing.ONE_WRITER or not self.writers,
-            min(1, self.room - len(self.announced)),
+            min(1, self.free_nodes - len(self.announced)),
         )
 
     @property
     def is_open(self) -> bool:
-        """Whether a node on which it is not may get it, to read at least."""
-        is_usable, has_scope, has_sharing, _, has_room = self.limits
-        return min(is_usable, has_scope, has_sharing, has_room) > 0
+        """Whether a node where it is not yet can use it, at least to read."""
+        is_usable, has_scope, has_sharing, _, has_space = self.limits
+        return min(is_usable, has_scope, has_sharing, has_space) > 0
 
 
 _Order: TypeAlias = tuple[int, str, VolumeId]
-"""Number of users, and name: of a group the least used volume is had first."""
+"""Number of users, and name: the least used volume of a group is chosen first."""
 
 
 class _Candidates:
-    """The volumes that a mount's source may mean, in order; found for a node without a look at each."""
+    """Volumes that a mount's source may refer to, in order, so that a node's volume is found without checking each."""
 
     def __init__(self) -> None:
         self.all: list[_Order] = []
         self.open: list[_Order] = []
-        """Those that a node may get on which they are not."""
+        """Volumes that can be published on another node."""
         self._places: dict[VolumeId, tuple[_Order, bool]] = {}
 
     def enter(self, known: _Known, volume: Volume) -> None:
@@ -108,30 +110,32 @@ class _Candidates:
 
 
 class VolumeUses:
-    """All cluster volumes, and the tasks that have them."""
+    """All cluster volumes, and the tasks that use them."""
 
     def __init__(self) -> None:
         self._known: dict[VolumeId, _Known] = {}
         self._by_source: dict[str, _Candidates] = {}
         self._on: dict[NodeId, Counter[VolumeId]] = {}
-        """The volumes with an entry or users on a node, and the number of these."""
+        """Volumes with an entry or users on a node, and the number of these."""
 
     def set_volume(self, volume: Volume) -> tuple[Sequence[NodeId], bool]:
-        """A volume was created or changed; gives the nodes where it has other entries, and whether any node may have
-        it now that could not."""
+        """Record a volume that was created or changed.
+
+        Returns the nodes whose entries changed, and whether a node that was excluded may now be able to use it.
+        """
         known = self._known.setdefault(volume.id, _Known())
         before, limits = known.volume, known.limits
         changed = self._set_entries(volume.id, known, volume.publish_status)
         if before is not None and sources_of(before) != sources_of(volume):
             self._leave(before)
         known.volume = volume
-        known.room = room_for_nodes(volume)
+        known.free_nodes = room_for_nodes(volume)
         self._enter(known)
         is_new = before is None or (before.spec, before.info) != (volume.spec, volume.info)
         return changed, is_new or any(map(gt, known.limits, limits))
 
     def remove_volume(self, id: VolumeId) -> Sequence[NodeId]:
-        """A volume was removed; gives the nodes where it was."""
+        """Remove a volume.  Returns the nodes where it was used."""
         known = self._known.get(id)
         if known is None or known.volume is None:
             return ()
@@ -143,7 +147,7 @@ class VolumeUses:
         return nodes
 
     def hold(self, task_id: TaskId, node_id: NodeId, uses: Iterable[VolumeUse]) -> None:
-        """A task on a node has volumes."""
+        """Record the volumes of a task on a node."""
         for use in uses:
             known = self._known.setdefault(use.volume_id, _Known())
             known.users[task_id] = node_id, use.read_only
@@ -155,7 +159,7 @@ class VolumeUses:
             self._enter(known)
 
     def release(self, task_id: TaskId, uses: Iterable[VolumeUse]) -> Sequence[VolumeId]:
-        """A task has them no more; gives those that any node may have now that could not."""
+        """Remove a task's volumes.  Returns the volumes that a node that was excluded may now be able to use."""
         freed = []
         for use in uses:
             known = self._known.get(use.volume_id)
@@ -176,18 +180,18 @@ class VolumeUses:
         return freed
 
     def has_users(self, id: VolumeId, node_id: NodeId) -> bool:
-        """Whether tasks on the node have the volume."""
+        """Whether tasks on the node use the volume."""
         known = self._known.get(id)
         return known is not None and known.by_node[node_id] > 0
 
     def drivers_of(self, ids: Iterable[VolumeId], mounts: Iterable[ClusterMount]) -> Collection[str]:
-        """The drivers of those of the volumes that the mounts may mean."""
+        """Return the drivers of the volumes in ``ids`` that the mounts may refer to."""
         sources = {mount.source for mount in mounts}
         volumes = (known.volume for id in ids if (known := self._known.get(id)) is not None)
         return {one.spec.driver.name for one in volumes if one and not sources.isdisjoint(sources_of(one))}
 
     def choose(self, mounts: Sequence[ClusterMount], node: Node) -> tuple[VolumeAttachment, ...] | str:
-        """The volumes for a task's mounts on a node; a sentence: why there are none."""
+        """Return the volumes for a task's mounts on a node, or a sentence that says why it cannot have them."""
         chosen: list[VolumeAttachment] = []
         taken: dict[VolumeId, list[bool]] = {}
         for mount in mounts:
@@ -206,7 +210,7 @@ class VolumeUses:
     def _in_order(
         self, candidates: _Candidates, elsewhere: Sequence[_Order], node_id: NodeId
     ) -> Iterator[VolumeId]:
-        """First those that are on the node, then the least used; of those that are not there only ``elsewhere``."""
+        """Yield the volumes on the node first, then the least used.  Others are limited to ``elsewhere``."""
         there: list[_Order] = []
         announced: list[_Order] = []
         for id in self._on.get(node_id, ()):
@@ -217,7 +221,7 @@ class VolumeUses:
         yield from (id for *_, id in heapq.merge(sorted(announced), others))
 
     def _refusal(self, id: VolumeId, mount: ClusterMount, node: Node, taken: Sequence[bool]) -> str:
-        """Why the task cannot have the volume on the node; empty: it can.  ``taken``: by its other mounts."""
+        """Return why the task cannot use the volume on the node, or "".  ``taken`` has the uses by its other mounts."""
         known = self._known[id]
         volume = known.volume
         assert volume is not None, "it is a candidate"
@@ -242,15 +246,14 @@ class VolumeUses:
         users, writers = len(known.users) + len(taken), known.writers + list(taken).count(False)
         if why := _sharing_refusal(spec.access_mode.sharing, users, writers, read_only=mount.read_only):
             return f"{name} {why}"
-        if not is_entered and len(known.announced) - (node.id in known.announced) >= known.room:
-            return f"{name} is on as many nodes as can be kept of one volume: {elsewhere}"
-        if not is_entered and not self._has_room(node, info):
-            return (
-                f"{name}: the node has its {info.max_volumes_per_node} volumes of driver {info.plugin_name}"
-            )
+        if not is_entered and len(known.announced) - (node.id in known.announced) >= known.free_nodes:
+            return f"{name} is already on {elsewhere} nodes, the maximum for one volume"
+        if not is_entered and not self._is_below_limit(node, info):
+            most = info.max_volumes_per_node
+            return f"{name}: the node is at its limit of {most} volumes of driver {info.plugin_name}"
         return ""
 
-    def _has_room(self, node: Node, info: CSIInfo) -> bool:
+    def _is_below_limit(self, node: Node, info: CSIInfo) -> bool:
         if not info.max_volumes_per_node:
             return True
         volumes = (self._known[id].volume for id in self._on.get(node.id, ()))
@@ -258,7 +261,7 @@ class VolumeUses:
         return count < info.max_volumes_per_node
 
     def _set_entries(self, id: VolumeId, known: _Known, entries: Iterable[PublishStatus]) -> Sequence[NodeId]:
-        """Gives the nodes for which something changed that tasks depend on."""
+        """Set the publish entries.  Returns the nodes whose entries changed in a way that matters to tasks."""
         before = known.takes_tasks
         known.takes_tasks = {one.node_id: one.takes_tasks for one in entries}
         changed = sorted(dict(before.items() ^ known.takes_tasks.items()))
@@ -292,10 +295,11 @@ class VolumeUses:
 
 
 _REASONS_MAX = 3
+"""Volumes whose refusals are listed."""
 
 
 def still_fits(volume: Volume | None, node_id: NodeId) -> bool:
-    """Whether a volume that was chosen for a node can still go there, as far as the volume says."""
+    """Whether a volume that was chosen for a node can still be used there, by the volume's own state."""
     if volume is None or volume.info is None or volume.pending_delete:
         return False
     is_single = volume.spec.access_mode.scope is VolumeScope.SINGLE
@@ -305,12 +309,12 @@ def still_fits(volume: Volume | None, node_id: NodeId) -> bool:
 
 
 def _sharing_refusal(sharing: VolumeSharing, users: int, writers: int, *, read_only: bool) -> str:
-    """``users``, ``writers``: how many there are."""
+    """Return why the volume cannot be shared with its current ``users`` and ``writers``, or an empty string."""
     match sharing:
         case VolumeSharing.NONE if users:
-            return "is another task's"
+            return "is in use by another task"
         case VolumeSharing.ONE_WRITER if not read_only and writers:
-            return "has a writer"
+            return "already has a writer"
         case VolumeSharing.READ_ONLY if not read_only:
             return "is read-only: mount it with readonly"
         case _:

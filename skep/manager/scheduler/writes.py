@@ -1,4 +1,4 @@
-"""Writes decisions: each transaction checks again that its tasks are pending and that their nodes exist."""
+"""Writes decisions.  Each transaction checks again that its tasks are pending and that their nodes exist."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -26,15 +26,17 @@ from skep.store.updates import batched
 Decision: TypeAlias = Assignment | Refusal | Preempt
 
 TOGETHER = 50
-"""Decisions in one transaction: two keys each, and room for the networks whose plane they set (``MAX_OPERATIONS``)."""
+"""Decisions in one transaction.
+
+Each takes two keys, and the transaction also sets the data plane of networks (``MAX_OPERATIONS``)."""
 
 
 async def write_decisions(
     term: Updates, decisions: Sequence[Decision], now: Timestamp
 ) -> list[SkepError | None]:
-    """Write ``TOGETHER`` decisions per transaction; if one is refused, its decisions separately.
+    """Write ``TOGETHER`` decisions per transaction, or one by one if their transaction is refused.
 
-    A bad decision (a task that cannot be encoded, a transaction that is too large) must not hold up the others.
+    A bad decision (a task that cannot be encoded, a transaction that is too large) must not delay the others.
     """
     writer = DecisionWriter(now)
     results = await write_each(term, writer.write_all, list(batched(decisions, TOGETHER)))
@@ -55,7 +57,7 @@ class DecisionWriter:
         self._now = now
         self._assigned: dict[str, TaskStatus] = {}
         self._planes: _Planes | None = None
-        """Of the present transaction."""
+        """Data planes in the current transaction."""
 
     def write_all(self, tx: Transaction, decisions: Sequence[Decision]) -> None:
         """Write several decisions in one transaction."""
@@ -63,7 +65,7 @@ class DecisionWriter:
             self.write(tx, decision)
 
     def write(self, tx: Transaction, decision: Decision) -> None:
-        """Write a decision, unless its task or its node changed meanwhile: then a new one follows."""
+        """Write a decision, unless its task or node changed meanwhile.  A new decision then follows."""
         task = tx.lookup(Task, decision.task.id)
         if task is None or not is_pending(task):
             return
@@ -94,7 +96,7 @@ class DecisionWriter:
                 tx.rely_on(Task, task.id, HEAD)
                 victims = [victim for id in ids if (victim := tx.lookup(Task, id)) and not is_leaving(victim)]
                 if len(victims) < len(ids):
-                    return  # there may be room without the others
+                    return  # a new decision may need fewer victims
                 for victim in victims:
                     tx.put(replace(victim, preemption=preemption))
 
@@ -104,7 +106,7 @@ class DecisionWriter:
         return self._planes.settle(task.networks_attachments, node)
 
     def _status(self, message: str) -> TaskStatus:
-        """One value for all tasks, so it is encoded and decoded once."""
+        """Return one status value for all tasks, so that it is encoded and decoded once."""
         status = self._assigned.get(message)
         if status is None:
             status = TaskStatus(timestamp=self._now, state=TaskState.ASSIGNED, message=message)
@@ -123,7 +125,7 @@ def is_already_shown(decision: Assignment | Refusal) -> bool:
 
 
 def shows(view: View, decision: Assignment) -> bool:
-    """Whether the store shows an assignment as it was made, so that the accounting is up to date."""
+    """Whether the store shows an assignment exactly as decided, so that the accounting is up to date."""
     task = view.lookup(Task, decision.task.id)
     return (
         task is not None
@@ -134,17 +136,16 @@ def shows(view: View, decision: Assignment) -> bool:
 
 
 class _Planes:
-    """The data planes of overlay networks, as one transaction sets them."""
+    """Data planes of overlay networks, as one transaction sets them."""
 
     def __init__(self, tx: Transaction) -> None:
         self.tx = tx
         self._last: tuple[tuple[NetworkAttachment, ...], str, bool] | None = None
 
     def settle(self, attachments: tuple[NetworkAttachment, ...], node: Node) -> bool:
-        """Set the node's plane on overlay networks that belong to none yet; False: one belongs to the other plane.
+        """Set the node's plane on overlay networks that have none yet.  Returns False if one has the other plane.
 
-        The result does not change within the transaction, and tasks with the same attachments often follow each
-        other.
+        The result does not change within the transaction, and tasks with the same attachments often follow each other.
         """
         plane = plane_of_node(node)
         if self._last is not None:

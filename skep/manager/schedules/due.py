@@ -1,8 +1,8 @@
-"""What is due of a scheduled job: nothing yet, a run, or a due time that is skipped.  Pure.
+"""Decides about a scheduled job: start a run, skip a due time, or do nothing yet.  Pure.
 
 Each due time is decided once.  The decision is written with the time up to which all are decided (``settled``), in one
-transaction with the run that it starts; so a due time has no second run, whichever manager leads, and whatever its
-clock says.  Of several that passed while no manager led only the last may still run.
+transaction with the run that it starts.  So a due time never has a second run, whichever manager leads, and whatever
+its clock says.  If several passed while no manager led, only the last may still run.
 """
 
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from skep.store.interface import View
 
 
 def next_due_ns(schedule: Schedule, status: ScheduleStatus) -> int | None:
-    """The first due time that is not decided, in nanoseconds since 1970; None: there is none, or it is suspended."""
+    """Return the first undecided due time, in nanoseconds since 1970, or None without one or while suspended."""
     if schedule.is_suspended:
         return None
     at_s = schedule.next_after(_settled_s(status))
@@ -23,7 +23,7 @@ def next_due_ns(schedule: Schedule, status: ScheduleStatus) -> int | None:
 
 
 def decided(view: View, service: Service, schedule: Schedule, now_ns: int) -> JobStatus | None:
-    """The status of a scheduled job once what is due at ``now_ns`` is decided; None: nothing is."""
+    """Return the status of a scheduled job after the decision about ``now_ns``, or None if nothing is due."""
     job = service.job_status
     if job is None or job.schedule is None or schedule.is_suspended:
         return None
@@ -33,16 +33,16 @@ def decided(view: View, service: Service, schedule: Schedule, now_ns: int) -> Jo
     status, scheduled_ns = _settled(job.schedule, start), unix_ns(start.scheduled_at or "")
     late_s = (now_ns - scheduled_ns) / SECOND_NS
     if schedule.deadline_s is not None and late_s > schedule.deadline_s:
-        return _skipped(job, status, start, f"it would have begun {late_s:.0f} s late")
-    if schedule.concurrency is Concurrency.FORBID and (where := _going(view, service)) is not None:
+        return _skipped(job, status, start, f"it would have started {late_s:.0f} s late")
+    if schedule.concurrency is Concurrency.FORBID and (where := _running_where(view, service)) is not None:
         return _skipped(job, status, start, f"run {job.job_iteration.index} is still going{where}")
     return started(view, service, status, start)
 
 
-def _going(view: View, service: Service) -> str | None:
-    """Where the present run still goes on, in words; None: it does not, and the next one may start.
+def _running_where(view: View, service: Service) -> str | None:
+    """Return where the current run still runs, as a clause, or None if the next run may start.
 
-    A global job is held up by nodes that run it, not by one that has no room for it or is down.
+    A global job is delayed by nodes that run it, not by a node that is down or lacks resources for it.
     """
     if service.spec.mode.global_job is None:
         return "" if is_going(view, service) else None
@@ -52,8 +52,8 @@ def _going(view: View, service: Service) -> str | None:
     return f" on {names[0]}" + (f" and {len(names) - 1} other nodes" if len(names) > 1 else "")
 
 
-def passed_over(job: JobStatus, schedule: Schedule, now_ns: int, reason: str) -> JobStatus | None:
-    """The status of a scheduled job of which nothing that was due until ``now_ns`` is run; None: nothing was."""
+def skipped_until(job: JobStatus, schedule: Schedule, now_ns: int, reason: str) -> JobStatus | None:
+    """Return the job's status with all due times until ``now_ns`` skipped, or None if nothing was due."""
     if job.schedule is None or schedule.is_suspended:
         return None
     start = _due(schedule, job.schedule, now_ns)
@@ -61,7 +61,7 @@ def passed_over(job: JobStatus, schedule: Schedule, now_ns: int, reason: str) ->
 
 
 def _due(schedule: Schedule, status: ScheduleStatus, now_ns: int) -> JobStart | None:
-    """The last due time until ``now_ns`` that is not decided, with the first; None: there is none."""
+    """Return the last undecided due time until ``now_ns``, with the first one, or None if nothing is due."""
     settled_s, now_s = _settled_s(status), now_ns // SECOND_NS
     first_s = schedule.next_after(settled_s)
     if first_s is None or first_s > now_s:

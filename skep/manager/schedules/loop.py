@@ -1,4 +1,4 @@
-"""The leader's loop over scheduled jobs: starts what is due, and sleeps until the next due time.  Leader only."""
+"""The leader's loop for scheduled jobs: starts due runs, and sleeps until the next due time.  Leader only."""
 
 import asyncio
 from contextlib import suppress
@@ -13,7 +13,7 @@ from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import run_informer
-from skep.manager.schedules.due import decided, next_due_ns, passed_over
+from skep.manager.schedules.due import decided, next_due_ns, skipped_until
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import ServiceId
 from skep.model.schedules import CRON, parsed_schedule
@@ -26,20 +26,21 @@ log = structlog.get_logger(__name__)
 
 BATCH = 50
 """Jobs decided before their runs are written together."""
-CLOCK_LOOK_S = 20.0
-"""Between two looks at whether the wall clock was set, or a run that could not be read is repaired."""
+CLOCK_CHECK_S = 20.0
+"""Seconds between checks whether the wall clock was set, or an unreadable run was repaired."""
 CLOCK_SET_S = 1.0
+"""Minimum seconds by which the wall clock must have been set to matter."""
 SCHEDULES_ID = "schedules"
-"""Id of the payload that notes when the cluster was restored (``Restored``)."""
-RESTORED = "the cluster was restored: whether it has run is not known"
+"""Id of the payload that records when the cluster was restored (``Restored``)."""
+RESTORED = "the cluster was restored: it is unknown whether the job ran"
 
 
 class Schedules:
-    """Starts the runs of jobs with a schedule at their due times.
+    """Starts the runs of scheduled jobs at their due times.
 
     Args:
-        incarnation: of the cluster.  After a restore runs that are not in the backup may have happened: what was due
-            until then is passed over.
+        incarnation: The cluster's incarnation.  After a restore, runs that are missing from the backup may have
+            happened, so everything that was due until then is skipped.
     """
 
     def __init__(self, term: LoopStore, clock: Clock, random: Random, incarnation: int) -> None:
@@ -72,14 +73,14 @@ class Schedules:
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._start_due(), name="start what is due")
+            group.create_task(self._start_due(), name="start due runs")
             group.create_task(self._notice_set_clock(), name="notice that the clock was set")
 
     async def _notice_set_clock(self) -> None:
-        """Waits are measured by another clock than due times: when the wall clock is set, they are computed anew."""
+        """Recompute all waits when the wall clock is set, because waits use another clock than due times."""
         offset_s = self._offset_s()
         while True:
-            await self._clock.sleep(CLOCK_LOOK_S)
+            await self._clock.sleep(CLOCK_CHECK_S)
             if abs(self._offset_s() - offset_s) > CLOCK_SET_S:
                 offset_s = self._offset_s()
                 self._on_snapshot(self._term.view())
@@ -110,14 +111,14 @@ class Schedules:
         self._failures.requeue_failed(self._queue, what, [(id, error) for id in ids])
 
     def _is_due(self, id: ServiceId) -> bool:
-        """Whether something is to be decided about a job now; if not, it is queued for its next due time."""
+        """Whether a decision about a job is due now.  If not, the job is queued for its next due time."""
         view = self._term.view()
         service = view.lookup(Service, id)
         if service is None or service.removed_at is not None:
             return False
         if has_unreadable_run(view, id):
-            # A repair need not show as a change of the service: an equal value, or the spec version of the run.
-            self._queue.add_at(id, self._clock.monotonic() + CLOCK_LOOK_S)
+            # A repair may not show as a change of the service: an equal value, or the spec version of the run.
+            self._queue.add_at(id, self._clock.monotonic() + CLOCK_CHECK_S)
             return False
         job = service.job_status
         if CRON not in service.spec.labels or job is None:
@@ -145,7 +146,7 @@ class Schedules:
                 _log(result)
 
     async def _confirm_incarnation(self) -> None:
-        """Once in a term.  Raises: SkepError."""
+        """Read or record the incarnation, once per term.  Raises SkepError."""
         if self._restored is None:
             self._restored = await self._term.update(
                 note_incarnation, self._incarnation, self._clock.now_ns()
@@ -153,9 +154,9 @@ class Schedules:
 
 
 def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_ns: int = 0) -> Service | None:
-    """Decide and write what is due of a job; gives it, if something was written.
+    """Decide about a job and write the result.  Returns the service if something was written.
 
-    The service is compared: of two leaders that decide about the same due time one decides again.
+    The service is compared at the commit: if two leaders decide about the same due time, one of them decides again.
     """
     service = tx.rely_on(Service, id)
     if service is None or service.removed_at is not None or has_unreadable_run(tx, id):
@@ -163,28 +164,28 @@ def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_n
     job = service.job_status
     if job is None or CRON not in service.spec.labels:
         return None
-    if job.schedule is None:  # of a manager that did not know the label: it counts from now on
+    if job.schedule is None:  # written by a manager that did not know the label: it counts from now on
         decision: JobStatus | None = replace(job, schedule=ScheduleStatus(settled=timestamp(now_ns)))
     else:
         schedule = parsed_schedule(service.spec.labels)
-        decision = passed_over(job, schedule, min(restored_until_ns, now_ns), RESTORED)
+        decision = skipped_until(job, schedule, min(restored_until_ns, now_ns), RESTORED)
         decision = decision or decided(tx, service, schedule, now_ns)
     return tx.put(replace(service, job_status=decision)) if decision is not None else None
 
 
 class Restored(msgspec.Struct, frozen=True):
-    """When the cluster got its present incarnation."""
+    """When the cluster got its current incarnation."""
 
     incarnation: int
     until_ns: int = 0
-    """Due times until then may have had runs that no backup shows; 0: it was never restored."""
+    """Due times until then may have had runs that no backup shows.  0 if the cluster was never restored."""
 
 
 def note_incarnation(tx: Transaction, incarnation: int, now_ns: int) -> Restored:
-    """Note when this incarnation was first seen, once; gives what is noted."""
+    """Record when this incarnation was first seen, once.  Returns the record."""
     stored = tx.lookup(Payload, SCHEDULES_ID)
     if stored is not None:
-        with suppress(msgspec.DecodeError):  # what cannot be read counts as another incarnation
+        with suppress(msgspec.DecodeError):  # an unreadable record counts as another incarnation
             restored = msgspec.json.decode(stored.data, type=Restored)
             if restored.incarnation == incarnation:
                 return restored
@@ -197,7 +198,7 @@ def _log(service: Service) -> None:
     job = service.job_status
     starts = job.schedule.starts if job is not None and job.schedule is not None else ()
     if not starts or job is None:
-        return  # its schedule was noted
+        return  # only its schedule was recorded
     last = starts[-1]
     if last.skipped:
         log.warning("run skipped", job=service.spec.name, due=last.scheduled_at, reason=last.skipped)

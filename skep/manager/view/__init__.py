@@ -1,1 +1,1 @@
-"""The cluster as the dashboard shows it: one snapshot and differences, for all viewers of a manager."""
+"""The cluster's rows for the dashboard: one snapshot and differences, for all viewers of a manager."""

@@ -1,6 +1,6 @@
-"""Rows from objects: which rows an event affects, and what each is now.
+"""Builds rows from objects: which rows an event affects, and their current contents.
 
-Level-triggered: an event names keys, and each row is made anew from the present state of the store.
+Level-triggered: an event names keys, and each row is rebuilt from the current state of the store.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,9 +43,9 @@ from skep.store.kinds import as_run
 
 WATCHED: tuple[type[Object], ...] = (Service, Task, Node, Network, Secret, Config, Volume, Swarm)
 GLOBALS = Key("globals", "")
-"""Not a row: all global services, whose wanted tasks depend on the nodes."""
+"""A pseudo key for all global services, whose wanted tasks depend on the nodes."""
 _EXPLAINED_MAX = 2_000
-"""Tasks of a service whose state is explained: that takes a few microseconds for each."""
+"""Tasks up to which a service's state is explained.  An explanation takes a few microseconds for each task."""
 _KIND_OF: Mapping[type[Object], str] = {
     Node: "nodes",
     Task: "tasks",
@@ -58,14 +58,14 @@ _KIND_OF: Mapping[type[Object], str] = {
 
 
 def all_keys(view: View) -> Iterator[Key]:
-    """Of every row there may be, but for stacks: those come from their services and configs."""
+    """Yield the keys of all possible rows except stacks, which come from their services and configs."""
     yield CLUSTER_KEY
     for kind, name in _KIND_OF.items():
         yield from (Key(name, id) for id in view.ids(kind))
 
 
 def affected_by(event: Event, view: View) -> Iterator[Key]:
-    """Keys of the rows that ``event`` may have changed."""
+    """Yield the keys of the rows that ``event`` may have changed."""
     old, new = (event.old, event.new) if isinstance(event, Updated) else (None, event.object)
     if isinstance(new, Swarm):
         yield CLUSTER_KEY
@@ -86,7 +86,7 @@ def affected_by(event: Event, view: View) -> Iterator[Key]:
                 yield from _of_tasks(view.find(Task, node_id=new.id))
         case _, Volume():
             used = {one.node_id for one in new.publish_status}
-            for node_id in sorted(used):  # a task that waits for it has its words
+            for node_id in sorted(used):  # a task that waits for the volume shows its status
                 yield from _of_tasks([task for task in view.find(Task, node_id=node_id) if task.volumes])
         case _:
             return
@@ -99,12 +99,15 @@ def _of_tasks(tasks: Sequence[Task]) -> Iterator[Key]:
 
 
 class Builder:
-    """Makes rows.  It keeps what no object of the store says: which services name a network, secret, config or stack,
-    and which configs record revisions of a stack."""
+    """Builds rows.
+
+    It keeps facts that no object in the store has: which services name a network, secret, config or stack, and which
+    configs record revisions of a stack.
+    """
 
     def __init__(self) -> None:
         self._named: dict[str, frozenset[Key]] = {}
-        """By service."""
+        """Service -> keys that it names."""
         self._users: dict[Key, set[str]] = {}
         self._revisions: dict[str, dict[str, RevisionRow]] = {}
         """Stack -> config -> revision."""
@@ -112,7 +115,9 @@ class Builder:
         """Config -> stack."""
 
     async def service(self, view: View, id: str) -> tuple[Row | None, frozenset[Key]]:
-        """The row of a service, None: there is none; and keys of rows that name it or named it until now."""
+        """Return the row of a service, or None if it does not exist, and the keys that it started or
+        stopped to name.
+        """
         service = view.lookup(Service, ServiceId(id))
         if service is not None and service.removed_at is not None:
             service = None
@@ -132,7 +137,9 @@ class Builder:
         return service_row(service, _counts(view, service, status)), before ^ named
 
     def row(self, view: View, key: Key) -> tuple[Row | None, frozenset[Key]]:
-        """The same for the other kinds, but the cluster."""
+        """Return the row of another kind, or None, and the keys of affected rows.  The cluster's row is built
+        elsewhere.
+        """
         match key.kind:
             case "nodes":
                 node = view.lookup(Node, NodeId(key.id))
@@ -201,7 +208,11 @@ def _named_by(service: Service) -> frozenset[Key]:
 
 
 def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
-    """``state``: *well*: as wanted; *moving*: on its way there; *unwell*: something has to be done, or failed."""
+    """Count the tasks of a service and rate its state.
+
+    ``state`` is *healthy* in its desired state, *converging* while it converges, and *degraded* if something
+    failed or needs action.
+    """
     update = service.update_status.state if service.update_status is not None else None
     running, wanted = status.running_tasks, status.desired_tasks
     tasks = view.find(Task, service_id=service.id)
@@ -217,38 +228,40 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
                 nodes=_nodes_of(view, tasks),
                 done=done,
             )
-            is_well, reason = explained.is_as_wanted and not is_troubled, explained.reason
+            is_well, reason = explained.is_healthy and not is_troubled, explained.reason
             if (problem := explained.problem) is not None:
                 since, is_troubled = seconds(problem.since), is_troubled or Kind(problem.kind).is_failure
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
     if update in PAUSED or (is_troubled and not is_well):
-        state = "unwell"
+        state = "degraded"
     else:
         state = (
-            "well" if is_well and update not in UNDER_WAY and not _is_surplus(service, status) else "moving"
+            "healthy"
+            if is_well and update not in UNDER_WAY and not _is_surplus(service, status)
+            else "converging"
         )
     message = service.update_status.message if service.update_status is not None else ""
     if not reason and (update in PAUSED or update in UNDER_WAY):
         reason = message
     return Counts(
         running=running,
-        wanted=wanted,
+        desired=wanted,
         completed=status.completed_tasks,
         total=status.total_tasks,
         state=state,
-        reason="" if state == "well" else reason,
-        since=0.0 if state == "well" else since,
+        reason="" if state == "healthy" else reason,
+        since=0.0 if state == "healthy" else since,
     )
 
 
 def _known(view: View, tasks: Sequence[Task]) -> list[Task]:
-    """With the status of those that are on a node which is down."""
+    """Replace the status of tasks whose node is down by the known status."""
     return [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
 
 
 def _nodes_of(view: View, tasks: Sequence[Task]) -> dict[NodeId, Node]:
-    """The nodes that a reason may name: all where a task waits for a node, else those that have the tasks."""
+    """Return the nodes that a reason may name: all nodes if a task waits for one, else the nodes of the tasks."""
     if any(task.status.state is TaskState.PENDING and task.status.err for task in tasks):
         return {node.id: node for node in view.find(Node)}
     found = (view.lookup(Node, id) for id in {task.node_id for task in tasks})
@@ -260,7 +273,7 @@ def _is_surplus(service: Service, status: ServiceStatus) -> bool:
 
 
 def _is_troubled(view: View, task: Task) -> bool:
-    """Whether a task that is wanted has failed, or does not come to run."""
+    """Return whether a wanted task has failed, or cannot start."""
     if not task.is_wanted or task.status.state is TaskState.COMPLETE:
         return False
     state = known_status(view, task).state

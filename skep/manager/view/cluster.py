@@ -1,4 +1,4 @@
-"""The row about the cluster as a whole: from this manager's own state, without requests to others."""
+"""The row of the cluster as a whole, from this manager's own state, without requests to others."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,11 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Store, View
 
 _WARNINGS_MAX = 20
+"""Warnings in the row."""
 
 
 class ClusterRows:
-    """``quorum``: whether there is a leader, as this manager sees it."""
+    """``quorum`` returns whether a leader exists, as seen by this manager."""
 
     def __init__(self, store: Store, clock: Clock, quorum: Callable[[], Quorum]) -> None:
         self._store = store
@@ -23,14 +24,14 @@ class ClusterRows:
         self._quorum = quorum
 
     async def row(self, view: View) -> ClusterRow:
-        """As ``view`` shows it now."""
+        """Return the row for ``view``."""
         swarm = next(iter(view.find(Swarm)), None)
         managers = [node for node in view.find(Node) if node.manager_status is not None]
         quorum = self._quorum()
         leaders = [
             node.id for node in managers if node.manager_status is not None and node.manager_status.leader
         ]
-        answering = {one.id for one in quorum.managers if one.answers}
+        answering = {one.id for one in quorum.managers if one.is_reachable}
         freeze = swarm.freeze if swarm is not None else None
         warnings = [
             *([] if quorum.has_leader else [f"WARNING: the managers have no leader since {quorum.since}"]),
@@ -46,5 +47,5 @@ class ClusterRows:
                 leader=leaders[0] if leaders and quorum.has_leader else "",
             ),
             warnings=tuple(warnings[:_WARNINGS_MAX]),
-            frozen=frozen_message(freeze) if freeze is not None else "",
+            replacement_suspended=frozen_message(freeze) if freeze is not None else "",
         )

@@ -1,7 +1,7 @@
 """Keeps the rows of the dashboard while there are viewers, for all of them together.
 
-Without viewers nothing is watched, kept or computed.  Changes within a short time are one step; after a step the loop
-pauses in proportion to what the step cost, so that many changes take a fiftieth of a processor and each viewer gets
+Without viewers nothing is watched, kept or computed.  Changes within a short time are one step.  After a step the loop
+pauses in proportion to the cost of the step, so that many changes take a fiftieth of a processor and each viewer gets
 fewer, larger steps.
 """
 
@@ -29,43 +29,47 @@ from skep.store.interface import Commit, Store, View
 log = structlog.get_logger(__name__)
 
 GATHER_S: Final = 0.1
-"""From a change until the step that shows it."""
+"""Seconds from a change until the step that shows it."""
 REST: Final = 50.0
-"""So many times as long as a step took the loop rests before the next one."""
+"""Pause after a step, as a multiple of the step's duration."""
 REST_S_MAX: Final = 5.0
+"""Longest pause in seconds."""
 CLUSTER_S: Final = 10.0
-"""Between two looks at what no commit shows: warnings, and whether there is a leader."""
+"""Seconds between two checks of facts that no commit shows: warnings, and whether a leader exists."""
 HEARTBEAT_S: Final = 15.0
+"""Seconds without a change after which a viewer is sent a sign of life."""
 LINGER_S: Final = 30.0
-"""For which the rows are kept after the last viewer: a page that is loaded again costs nothing."""
+"""Seconds for which the rows are kept after the last viewer, so that reloading a page costs nothing."""
 READY_S_MAX: Final = 20.0
+"""Seconds that a viewer waits for the first rows."""
 VIEWERS_MAX: Final = 32
+"""Simultaneous viewers of one manager."""
 
 
 class ClusterView:
     """The rows of one manager's replica.  ``run`` must be running."""
 
     def __init__(self, store: Store, clock: Clock, cluster: Callable[[View], Awaitable[ClusterRow]]) -> None:
-        """``cluster``: the row about the cluster as a whole."""
+        """``cluster`` returns the row of the cluster as a whole."""
         self._store = store
         self._clock = clock
         self._cluster = cluster
         self._table: Table | None = None
-        """None: nothing is followed."""
+        """None while nothing is followed."""
         self._builder = Builder()
         self._dirty: set[Key] = set()
         self._revision = 0
-        """Of the last commit that was noted."""
+        """Revision of the last commit that was noted."""
         self._changed = asyncio.Event()
         self._stepped = asyncio.Event()
-        """Of the next step; each has its own."""
+        """Set with the next step.  Each step has its own event."""
         self._viewers = 0
         self._came = asyncio.Event()
         self._left = asyncio.Event()
 
     @property
     def viewers(self) -> int:
-        """How many there are now."""
+        """The current number of viewers."""
         return self._viewers
 
     async def run(self) -> None:
@@ -79,23 +83,25 @@ class ClusterView:
             self._table, self._builder, self._dirty = None, Builder(), set()
 
     def prepare(self) -> None:
-        """Begin to follow the cluster, as a viewer is about to come."""
+        """Start to follow the cluster for a viewer that is about to connect."""
         self._came.set()
 
     async def snapshot(self) -> bytes:
-        """All rows as one JSON object.  Raises: Unavailable."""
+        """Return all rows as one JSON object.  Raises: Unavailable."""
         with self._viewing():
             return (await self._ready()).snapshot()
 
     async def snapshot_of(self, past: View, at_s: float) -> bytes:
-        """The rows of an earlier state."""
+        """Return the rows of an earlier state."""
         return await snapshot_of(past, self._store.incarnation, at_s, self._clock)
 
     async def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
-        """A snapshot, or what changed after ``cursor``; then what changes.  None: nothing has for a while.
+        """Yield a snapshot, or the changes after ``cursor``, then new changes.  Yields None after an idle period.
 
-        What a reader has not taken yet is not kept for it: it is sent each row as it is when it takes it.
-        Raises: Unavailable: there are too many viewers.
+        Unread changes are not queued: a reader gets each row in its state at the time of reading.
+
+        Raises:
+            Unavailable: There are too many viewers.
         """
         with self._viewing():
             known, number = await self._ready(), None
@@ -121,9 +127,11 @@ class ClusterView:
 
     @contextmanager
     def _viewing(self) -> Iterator[None]:
-        """Raises: Unavailable."""
+        """Count a viewer for the block.  Raises: Unavailable: there are too many viewers."""
         if self._viewers >= VIEWERS_MAX:
-            raise Unavailable(f"{VIEWERS_MAX} viewers follow the cluster by this manager already: close some")
+            raise Unavailable(
+                f"{VIEWERS_MAX} viewers already follow the cluster through this manager: close some of them"
+            )
         self._viewers += 1
         self._came.set()
         try:
@@ -133,17 +141,19 @@ class ClusterView:
             self._left.set()
 
     async def _ready(self) -> Table:
-        """The table, once it has its first step.  Raises: Unavailable."""
+        """Wait for the table's first step and return the table.  Raises: Unavailable."""
         try:
             async with asyncio.timeout(READY_S_MAX):
                 while self._table is None or not self._table.number:
                     await self._stepped.wait()
         except TimeoutError as error:
-            raise Unavailable(f"this manager has not read its objects in {READY_S_MAX:g} s") from error
+            raise Unavailable(
+                f"this manager has not read its objects within {READY_S_MAX:g} s: try again"
+            ) from error
         return self._table
 
     async def _wait_left(self) -> None:
-        """Return when there has been no viewer for a while."""
+        """Return once there has been no viewer for a while."""
         while True:
             while self._viewers:
                 self._left.clear()
@@ -175,7 +185,7 @@ class ClusterView:
 
     async def _work(self) -> None:
         table = self._table
-        assert table is not None, "the informer begins with a snapshot"
+        assert table is not None, "the informer starts with a snapshot"
         while True:
             began = self._clock.monotonic()
             self._changed.clear()
@@ -191,7 +201,7 @@ class ClusterView:
                 await self._clock.sleep(max(GATHER_S, now + rest_s - self._clock.monotonic()))
 
     async def _step(self, table: Table) -> None:
-        """Make the rows that may have changed, and show them."""
+        """Rebuild the rows that may have changed, and publish them."""
         dirty, self._dirty, revision = self._dirty, set(), self._revision
         slices = TimeSlices(self._clock)
         if GLOBALS in dirty:

@@ -1,4 +1,4 @@
-"""The rows of the cluster as it was: a snapshot of an earlier state, in the form of the present one."""
+"""Rows of the cluster in an earlier state, as a snapshot in the form of the current one."""
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
@@ -12,11 +12,13 @@ from skep.store.interface import View
 
 
 async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -> bytes:
-    """All rows of ``view`` as one JSON object.  ``at_s``: its time, in seconds since 1970."""
+    """Return all rows of ``view`` as one JSON object.  ``at_s`` is its Unix time in seconds."""
     table, builder, slices = Table(incarnation), Builder(), TimeSlices(clock)
     keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
     stacks: set[Key] = set()
-    for key in sorted(keys, key=lambda key: key.kind != "services"):  # the other rows name them
+    for key in sorted(
+        keys, key=lambda key: key.kind != "services"
+    ):  # services first: the other rows name them
         if key.kind == "services":
             row, touched = await builder.service(view, key.id)
             stacks |= {one for one in touched if one.kind == "stacks"}
@@ -33,7 +35,7 @@ async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -
 
 
 def _cluster(view: View) -> ClusterRow:
-    """By what the store had: warnings are of the present only."""
+    """Return the row from the stored state.  Warnings exist only for the current state."""
     swarm = next(iter(view.find(Swarm)), None)
     managers = {node.id: node.manager_status for node in view.find(Node) if node.manager_status is not None}
     freeze = swarm.freeze if swarm is not None else None
@@ -46,5 +48,5 @@ def _cluster(view: View) -> ClusterRow:
             leader=next((id for id, one in managers.items() if one.leader), ""),
         ),
         warnings=(),
-        frozen=frozen_message(freeze) if freeze is not None else "",
+        replacement_suspended=frozen_message(freeze) if freeze is not None else "",
     )

@@ -1,7 +1,7 @@
-"""What the dashboard has of each object: a row, small and without anything secret.  Pure.
+"""Rows of the dashboard, one for each object, small and without secrets.  Pure.
 
-No row has environment variables, commands, or the data of secrets and configs.  Times are seconds since the epoch,
-0 where there is none.
+No row has environment variables, commands, or the data of secrets and configs.  Times are Unix times in seconds, or 0
+if there is no time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from skep.store.interface import View
 STACK_LABEL = "com.docker.stack.namespace"
 """The label that names the stack of an object."""
 _TEXT_MAX = 500
-"""Characters of a reason or an error: an error may be a megabyte of a container's output."""
+"""Characters of a reason or an error.  An error may contain a megabyte of a container's output."""
 _LABELS_MAX = 32
 _FAILING_MAX = 50
 _VOLUMES_MAX = 100
@@ -40,7 +40,7 @@ _NANO = 1e9
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Of one object.  ``id``: unique among the rows of its kind."""
+    """The row of one object.  ``id`` is unique among the rows of its kind."""
 
     id: str
 
@@ -54,7 +54,7 @@ class FailingRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
-    """A volume of a node alone, with the data of a service's slot.  ``used_at``: when a task last got it."""
+    """A node-local volume with the data of a service's slot.  ``used_at`` is the time when a task last got it."""
 
     name: str
     service: str
@@ -63,9 +63,10 @@ class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class NodeRow(Row, frozen=True, kw_only=True, gc=False):
-    """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known.
+    """The row of a node.
 
-    ``silent_since``: last heartbeat of a node that is down.
+    ``manager`` is its reachability, empty for a worker.  ``load`` is 0 to 1, or None if unknown.
+    ``last_heartbeat_at`` is the last heartbeat of a node that is down.
     """
 
     name: str
@@ -82,10 +83,10 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     cpus: float
     memory: int
     load: float | None
-    failing: tuple[FailingRow, ...]
+    failing_checks: tuple[FailingRow, ...]
     volumes: tuple[LocalVolumeRow, ...]
     reason: str
-    silent_since: float
+    last_heartbeat_at: float
     version: int
 
 
@@ -99,7 +100,7 @@ class PortRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class UpdateRow(msgspec.Struct, frozen=True, gc=False):
-    """Of the last update; ``state`` as in Docker's API."""
+    """The last update.  ``state`` is the same as in Docker's API."""
 
     state: str
     message: str
@@ -108,16 +109,18 @@ class UpdateRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
-    """``completed``, ``total``: tasks that have completed, and how many a job is to have.  One-shot services complete.
+    """The row of a service.
 
-    ``state``: well, moving or unwell.  ``reason``: that of ``skep explain``; ``since``: when that began.
+    ``completed`` counts completed tasks, and ``total`` the tasks that a job needs.  One-shot services complete as well.
+    ``state`` is healthy, converging or degraded.  ``reason`` is the same as in ``skep explain``, and ``since`` when
+    it began.
     """
 
     name: str
     stack: str
     image: str
     mode: str
-    wanted: int
+    desired: int
     running: int
     completed: int
     total: int
@@ -135,13 +138,16 @@ class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
 
 
 class TaskRow(Row, frozen=True, kw_only=True, gc=False):
-    """``current``: made from the present spec of its service.  ``ports``: those of its node alone, if it has some."""
+    """The row of a task.
+
+    ``current`` tells whether it matches its service's current spec.  ``ports`` are published on its node only.
+    """
 
     service: str
     slot: int
     node: str
     state: str
-    wanted: str
+    desired_state: str
     error: str
     message: str
     since: float
@@ -152,7 +158,7 @@ class TaskRow(Row, frozen=True, kw_only=True, gc=False):
 
 
 class NetworkRow(Row, frozen=True, kw_only=True, gc=False):
-    """``services``: ids of those that name it."""
+    """The row of a network.  ``services`` has the ids of the services that name it."""
 
     name: str
     stack: str
@@ -189,7 +195,7 @@ class VolumeRow(Row, frozen=True, kw_only=True, gc=False):
 
 
 class RevisionRow(msgspec.Struct, frozen=True, gc=False, order=True):
-    """What a deploy of a stack asked for.  ``state``: how the deploy ended; ``changes``: what its plan was."""
+    """A deploy of a stack.  ``state`` tells how the deploy ended, ``changes`` what it planned."""
 
     number: int
     state: str
@@ -198,7 +204,10 @@ class RevisionRow(msgspec.Struct, frozen=True, gc=False, order=True):
 
 
 class StackRow(Row, frozen=True, kw_only=True, gc=False):
-    """Its id is its name.  ``revision``: the last one that was recorded; ``revisions``: the newest first."""
+    """The row of a stack, whose id is its name.
+
+    ``revision`` is the last recorded one.  ``revisions`` has the newest first.
+    """
 
     name: str
     services: tuple[str, ...]
@@ -207,7 +216,7 @@ class StackRow(Row, frozen=True, kw_only=True, gc=False):
 
 
 class ManagersRow(msgspec.Struct, frozen=True, gc=False):
-    """``leader``: id of its node; empty: there is none."""
+    """The managers.  ``leader`` is the id of the leader's node, or empty without a leader."""
 
     total: int
     reachable: int
@@ -215,16 +224,18 @@ class ManagersRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClusterRow(Row, frozen=True, kw_only=True, gc=False):
-    """``frozen``: why tasks of lost nodes are not replaced at present; empty: they are."""
+    """The row of the cluster.  ``replacement_suspended`` tells why tasks of lost nodes are not replaced now, and is
+    empty otherwise.
+    """
 
     name: str
     managers: ManagersRow
     warnings: tuple[str, ...]
-    frozen: str
+    replacement_suspended: str
 
 
 def node_row(node: Node) -> NodeRow:
-    """``node`` as it is shown."""
+    """Return the row of ``node``."""
     status, described, manager = node.status, node.description, node.manager_status
     is_ready = status.state is NodeState.READY
     reasons = (
@@ -248,7 +259,7 @@ def node_row(node: Node) -> NodeRow:
         cpus=described.resources.nano_cpus / _NANO,
         memory=described.resources.memory_bytes,
         load=node.load,
-        failing=tuple(
+        failing_checks=tuple(
             FailingRow(one.hostname or one.peer, one.check, one.port)
             for one in node.failing_paths[:_FAILING_MAX]
         )
@@ -256,19 +267,19 @@ def node_row(node: Node) -> NodeRow:
         else (),
         volumes=_local_volumes(node),
         reason=_cut("; ".join(filter(None, reasons))),
-        silent_since=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
+        last_heartbeat_at=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
         version=node.version.index,
     )
 
 
 def _local_volumes(node: Node) -> tuple[LocalVolumeRow, ...]:
-    """The last ones; a node has thousands at most."""
+    """Return the volumes that were used last.  A node has thousands at most."""
     known = sorted(slot_volumes_of(node), key=lambda one: -one.at_ms)[:_VOLUMES_MAX]
     return tuple(LocalVolumeRow(one.volume, one.service, one.slot, one.at_ms / 1000) for one in known)
 
 
 def service_row(service: Service, counts: "Counts") -> ServiceRow:
-    """``service`` as it is shown, with what its tasks say."""
+    """Return the row of ``service`` with the counts of its tasks."""
     spec = service.spec
     container = spec.task_template.container_spec
     return ServiceRow(
@@ -277,7 +288,7 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         stack=spec.labels.get(STACK_LABEL, ""),
         image=_image(container.image if container is not None else ""),
         mode=spec.mode.name,
-        wanted=counts.wanted,
+        desired=counts.desired,
         running=counts.running,
         completed=counts.completed,
         total=counts.total,
@@ -303,31 +314,31 @@ def _ports(ports: Sequence[PortConfig]) -> tuple[PortRow, ...]:
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What the tasks of a service say of it."""
+    """Counts of a service's tasks, and the state that follows from them."""
 
     running: int
-    wanted: int
+    desired: int
     completed: int
     total: int = 0
-    """How many tasks the present run of a job has to complete."""
+    """Tasks that the current run of a job has to complete."""
     state: str
     reason: str
     since: float
 
 
 def networks_of(service: Service) -> tuple[str, ...]:
-    """Ids of the networks that it names."""
+    """Return the ids of the networks that the service names."""
     attached = (*service.spec.task_template.networks, *service.spec.networks)
     return tuple(dict.fromkeys(one.target for one in attached))
 
 
 def is_shown(task: Task) -> bool:
-    """Whether it matters now: it has not ended, or nothing has taken its place."""
+    """Return whether a task matters now: it has not ended, or no other task has replaced it."""
     return task.is_wanted or not task.status.state.is_terminal
 
 
 def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
-    """``task`` as it is shown."""
+    """Return the row of ``task``."""
     status = known_status(view, task)
     known = task if status is task.status else msgspec.structs.replace(task, status=status)
     container = task.spec.container_spec
@@ -338,7 +349,7 @@ def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
         slot=task.shown_slot,
         node=task.node_id,
         state=status.state.value,
-        wanted=task.desired_state.value,
+        desired_state=task.desired_state.value,
         error=_cut(_error(view, known)),
         message=_cut(status.message),
         since=seconds(status.timestamp),
@@ -362,16 +373,17 @@ def _error(view: View, task: Task) -> str:
         slot = slot_in(view, task)
         ids = {task.node_id, *(one.node_id for one in slot)}
         known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
-        # Of a few nodes the largest is not the cluster's.  A row is made for every task that waits: not all are read.
+        # The largest of a few nodes is not the cluster's largest.  Not all nodes are read, because every waiting task
+        # has a row.
         problem = problem_of(task, slot, {} if status.state is TaskState.PENDING else known)
-        if problem.kind == Kind.PROGRESS.value:
-            return status.err or problem.course
-        return "; ".join(filter(None, (problem.reason, problem.course)))
+        if problem.kind == Kind.PROGRESSING.value:
+            return status.err or problem.restart_summary
+        return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
     return status.err
 
 
 def network_row(network: Network, services: Sequence[str]) -> NetworkRow:
-    """``network`` as it is shown; ``services``: those that name it."""
+    """Return the row of ``network``.  ``services`` name it."""
     ipam = network.ipam_options or network.spec.ipam_options
     return NetworkRow(
         id=network.id,
@@ -388,7 +400,7 @@ def network_row(network: Network, services: Sequence[str]) -> NetworkRow:
 
 
 def payload_row(payload: Secret | Config, services: Sequence[str]) -> PayloadRow:
-    """A secret or a config as it is shown; ``services``: those that name it."""
+    """Return the row of a secret or config.  ``services`` name it."""
     return PayloadRow(
         id=payload.id,
         name=payload.spec.name,
@@ -401,7 +413,7 @@ def payload_row(payload: Secret | Config, services: Sequence[str]) -> PayloadRow
 
 
 def volume_row(volume: Volume) -> VolumeRow:
-    """``volume`` as it is shown."""
+    """Return the row of ``volume``."""
     used = tuple(one.node_id for one in volume.publish_status)
     state = "in use" if used else "created"
     if volume.info is None or not volume.info.volume_id:
@@ -422,7 +434,7 @@ def volume_row(volume: Volume) -> VolumeRow:
 
 
 def revision_of(config: Config) -> tuple[str, RevisionRow] | None:
-    """The stack and the revision that ``config`` records; None: it is another config."""
+    """Return the stack and the revision that ``config`` records, or None for any other config."""
     labels = config.spec.labels
     stack, number = labels.get(STACK_LABEL, ""), labels.get(STACK_REVISION, "")
     if not stack or not (number.isascii() and number.isdigit() and len(number) < 10):
@@ -432,17 +444,17 @@ def revision_of(config: Config) -> tuple[str, RevisionRow] | None:
 
 
 def stack_row(name: str, services: Sequence[str], revisions: Iterable[RevisionRow]) -> StackRow:
-    """A stack as it is shown."""
+    """Return the row of a stack."""
     newest = tuple(sorted(revisions, reverse=True)[:_REVISIONS_MAX])
     number = newest[0].number if newest else None
     return StackRow(id=name, name=name, services=tuple(services), revision=number, revisions=newest)
 
 
 def seconds(stamp: str | None) -> float:
-    """Since the epoch; 0 for none, and for the zero time of Go."""
+    """Return a Unix time in seconds, or 0 for an empty stamp and for Go's zero time."""
     try:
         return max(unix_ns(stamp) / SECOND_NS, 0.0) if stamp else 0.0
-    except InvalidArgument:  # a docker node's
+    except InvalidArgument:  # a Docker node's timestamp
         return 0.0
 
 
@@ -465,7 +477,7 @@ def _labels(labels: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _cut(text: str) -> str:
-    """The beginning, without what looks like a credential: an error may quote a command or a URL."""
+    """Cut a text and mask credentials, because an error may quote a command or a URL."""
     if "=" in text or "://" in text:
         text = masked_text(text[: 4 * _TEXT_MAX])
     return text if len(text) <= _TEXT_MAX else text[: _TEXT_MAX - 1] + "…"

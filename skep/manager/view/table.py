@@ -1,11 +1,11 @@
-"""The rows of a view, and which of them changed when.  Pure: no clock, no I/O.
+"""The rows of a view, and the steps in which they changed.  Pure: no clock, no I/O.
 
-Rows are kept as JSON, each encoded once for all viewers.  A *step* is a set of keys whose rows changed together.  A
-viewer is nothing but the number of the last step it has: what it lacks is the union of the later steps' keys, with
-the rows as they are now.  So a viewer that is slow, or was away, costs nothing and gets each row once.
+Rows are kept as JSON, each encoded once for all viewers.  A *step* is a set of keys whose rows changed together.  The
+only state of a viewer is the number of its last step.  It lacks the union of the later steps' keys, and gets their rows
+in the current state.  So a slow or disconnected viewer costs nothing and gets each row once.
 
-A *cursor* is ``INCARNATION-REVISION``, as of ``skep.manager.events``: the rows show at least that revision of the
-store.  Any manager may go on from it: rows are whole, so rows that the viewer may already have are sent again.
+A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.events``: the rows show at least that revision of the
+store.  Any manager can resume from it.  Rows are complete, so rows that the viewer may already have are sent again.
 """
 
 from collections import deque
@@ -19,15 +19,15 @@ from skep.manager.view.rows import Row
 KINDS: Final = ("nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets", "configs")
 CLUSTER: Final = "cluster"
 STEPS_MAX: Final = 1024
-"""Steps that are kept for viewers behind."""
+"""Steps that are kept for slow viewers."""
 KEYS_MAX: Final = 5_000
-"""Rows of one difference; a viewer that lacks more is given a snapshot."""
+"""Rows of one difference.  A viewer that lacks more gets a snapshot."""
 
 _encoder = msgspec.json.Encoder()
 
 
 class Key(NamedTuple):
-    """Of one row."""
+    """The key of one row."""
 
     kind: str
     id: str
@@ -46,35 +46,35 @@ class _Change(msgspec.Struct, frozen=True):
     cursor: str
     time: float
     set: Mapping[str, list[msgspec.Raw] | msgspec.Raw]
-    gone: Mapping[str, list[str]]
+    removed: Mapping[str, list[str]]
 
 
 class Table:
-    """Rows by kind and id.  ``incarnation``: of the cluster."""
+    """Rows by kind and id.  ``incarnation`` is the cluster's."""
 
     def __init__(self, incarnation: int) -> None:
         self._incarnation = incarnation
         self._rows: dict[str, dict[str, msgspec.Raw]] = {kind: {} for kind in (*KINDS, CLUSTER)}
         self._changed: set[Key] = set()
-        """Since the last step."""
+        """Keys that changed since the last step."""
         self._steps: deque[_Step] = deque()
         self._floor = (0, 0)
-        """Number of the last step that is not kept, and the least revision of a cursor that goes on after it."""
+        """Number of the last dropped step, and the lowest revision of a cursor that can resume after it."""
         self._revision = 0
         self._time = 0.0
         self._encoded: dict[int, bytes | None] = {}
-        """Differences after a step, of the present one."""
+        """Differences from earlier steps to the current one, by step number."""
         self._snapshot: bytes | None = None
         self.number = 0
-        """Of the present step; 0: there is none yet."""
+        """Number of the current step, or 0 before the first one."""
 
     @property
     def cursor(self) -> str:
-        """Of the present step."""
+        """The cursor of the current step."""
         return f"{self._incarnation}-{self._revision}"
 
     def put(self, key: Key, row: Row | None) -> None:
-        """Set or remove one row; it is shown with the next step."""
+        """Set or remove one row, which is published with the next step."""
         rows, id = self._rows[key.kind], key.id
         if row is None:
             if rows.pop(id, None) is not None:
@@ -86,7 +86,9 @@ class Table:
             self._changed.add(key)
 
     def step(self, revision: int, time: float) -> bool:
-        """Show what was put since the last step, at ``revision`` of the store; whether there is anything new."""
+        """Publish the rows that were put since the last step, at ``revision`` of the store.  Returns whether anything
+        changed.
+        """
         if not self._changed and self.number:
             return False
         self.number += 1
@@ -95,7 +97,7 @@ class Table:
         self._encoded.clear()
         self._snapshot = None
         if self.number == 1:
-            self._floor = (1, revision)  # everything is new: a snapshot
+            self._floor = (1, revision)  # everything is new, so viewers need a snapshot
         else:
             self._steps.append(_Step(self.number, revision, frozenset(self._changed)))
             if len(self._steps) > STEPS_MAX:
@@ -105,7 +107,7 @@ class Table:
         return True
 
     def number_of(self, cursor: str) -> int | None:
-        """The last step that a viewer with ``cursor`` has all rows of; None: unknown."""
+        """Return the last step of which a viewer with ``cursor`` has all rows, or None if unknown."""
         incarnation, _, revision = cursor.partition("-")
         if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
             return None
@@ -119,7 +121,7 @@ class Table:
         return number
 
     def snapshot(self) -> bytes:
-        """All rows, as one JSON object."""
+        """Return all rows as one JSON object."""
         if self._snapshot is None:
             cluster = self._rows[CLUSTER].get("", msgspec.Raw(b"null"))
             lists = {kind: list(self._rows[kind].values()) for kind in KINDS}
@@ -129,7 +131,7 @@ class Table:
         return self._snapshot
 
     def change_after(self, number: int) -> bytes | None:
-        """What a viewer lacks that has step ``number``, as one JSON object; None: a snapshot."""
+        """Return the changes after step ``number`` as one JSON object, or None if the viewer needs a snapshot."""
         if number not in self._encoded:
             self._encoded[number] = self._encode(number)
         return self._encoded[number]
@@ -148,15 +150,15 @@ class Table:
 
     def _encode_rows(self, keys: Iterable[Key]) -> bytes:
         present: dict[str, list[msgspec.Raw] | msgspec.Raw] = {}
-        gone: dict[str, list[str]] = {}
+        removed: dict[str, list[str]] = {}
         for kind, id in sorted(keys):
             row = self._rows[kind].get(id)
             if row is None:
-                gone.setdefault(kind, []).append(id)
+                removed.setdefault(kind, []).append(id)
             elif kind == CLUSTER:
                 present[kind] = row
             else:
                 rows = present.setdefault(kind, [])
                 assert isinstance(rows, list), "only the cluster is a single row"
                 rows.append(row)
-        return _encoder.encode(_Change(self.cursor, self._time, present, gone))
+        return _encoder.encode(_Change(self.cursor, self._time, present, removed))

@@ -1,1 +1,1 @@
-"""Cluster volumes: the leader has drivers make them, publish them where tasks need them, and delete them."""
+"""Cluster volumes: the leader calls drivers to create, publish and delete them."""

@@ -1,13 +1,13 @@
-"""The leader's loop over cluster volumes: one piece of work per volume, which ends in calls of its driver.
+"""The leader's loop for cluster volumes: one job per volume, which ends in calls of its driver.
 
-A volume whose driver hangs or fails is tried again with growing delays, and holds up no other: each is handled by
-itself, and a driver's calls are bounded and have deadlines.
+A volume whose driver hangs or fails is retried with growing delays and does not delay other volumes: each is handled
+separately, and a driver's calls are limited in number and time.
 
-No fence of ours holds in a driver: what a leader has asked for may be done after the next leader's first call.  CSI
-allows several calls for one volume only where they ask for the same.  So a leader confirms its term before each step,
-which ends within ``STEP_S``, and in the first ``SETTLED_S`` of a term undoes nothing of the volumes that there were: to
-make or publish once more what an earlier leader may be making or publishing is harmless, to delete or unpublish it is
-not.  As an entry stays until it has been undone, nothing is made again either that an earlier leader may be undoing.
+Drivers know no fencing: a call by a deposed leader may be executed after the next leader's first call.  CSI allows
+several calls for one volume only if they request the same.  So a leader confirms its term before each step, which ends
+within ``STEP_S``.  In the first ``SETTLED_S`` of a term it undoes nothing for the volumes that existed before: it may
+safely repeat a creation or publication that an earlier leader may have in progress, but not delete or unpublish.  An
+entry stays until it has been undone, so a leader also cannot repeat what an earlier leader may be undoing.
 """
 
 import asyncio
@@ -62,22 +62,25 @@ from skep.store.kinds import Payload, Revocation
 log = structlog.get_logger(__name__)
 
 BATCH = 100
+"""Volumes taken from the queue at once."""
 LANES = 8
-"""Steps of one volume at a time: one for a node that hangs does not hold up those for the others."""
+"""Concurrent steps of one volume, so that a step for a node that hangs does not delay those for others."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+"""Limits of the delay between retries of a volume."""
 MESSAGE_CHARACTERS_MAX = 500
+"""Maximum length of a step's error on the volume."""
 STEP_S = 45.0
-"""Of all that a step asks of a driver, waiting for its turn included."""
+"""Maximum seconds of a step's driver calls, including the wait for their turn."""
 SETTLED_S = 60.0
-"""After the begin of a term no call of an earlier leader is under way any more."""
-_STOPPING = "it waits until the removed node has stopped its containers"
-_HELD = "it waits until no call of an earlier leader can be under way"
+"""Seconds after the beginning of a term from which on no call of an earlier leader can be in progress."""
+_STOPPING = "waiting until the removed node has stopped its containers"
+_HELD = "waiting until no call of an earlier leader can be in progress"
 INFO_PART, PUBLISH_PART = "info", "publish"
-_DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
+_DAMAGED = "the store's record of where the volume is published is unreadable: remove the volume with force"
 
 
 class ControllerDriver(Protocol):
-    """The controller's half of ``skep.csi.driver.Driver``."""
+    """The controller half of ``skep.csi.driver.Driver``."""
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo: ...
 
@@ -93,24 +96,24 @@ class ControllerDriver(Protocol):
 T = TypeVar("T")
 
 FindDriver: TypeAlias = Callable[[str], Awaitable[ControllerDriver]]
-"""The driver of that name on this machine.  Raises: NotFound."""
+"""Returns the driver with that name on this machine.  Raises NotFound."""
 
 
 Confirm: TypeAlias = Callable[[], Awaitable[None]]
-"""Returns while the term lasts.  Raises: NotLeader; Unavailable."""
+"""Returns while the term lasts.  Raises NotLeader or Unavailable."""
 
 
-async def unconfirmed() -> None:
-    """For a store without terms."""
+async def skip_confirmation() -> None:
+    """Do nothing, for a store without terms."""
 
 
 async def no_drivers(name: str) -> ControllerDriver:
-    """Of a manager that has none."""
+    """Raise NotFound, on a manager without drivers."""
     raise NotFound(f'driver "{name}" not found')
 
 
 class ClusterVolumes:
-    """Has cluster volumes made, published where tasks need them, and deleted.  Leader only."""
+    """Has drivers create, publish and delete cluster volumes as tasks need them.  Leader only."""
 
     def __init__(
         self, term: LoopStore, clock: Clock, random: Random, find_driver: FindDriver, confirm: Confirm
@@ -121,10 +124,12 @@ class ClusterVolumes:
         self._find_driver = find_driver
         self._confirm = confirm
         self._inherited: frozenset[VolumeId] = frozenset()
-        """Volumes of which an earlier leader's calls may be under way."""
+        """Volumes for which an earlier leader's calls may be in progress."""
         self._settled_at = 0.0
         self._doubted: set[VolumeId] = set()
-        """Volumes that all nodes have been asked for: once in a term, as a driver may refuse for other reasons."""
+        """Volumes that all nodes were asked to unpublish.
+
+        That happens once per term, since a driver may refuse for other reasons."""
         self._reset()
 
     async def run(self) -> None:
@@ -142,14 +147,14 @@ class ClusterVolumes:
     def _reset(self) -> None:
         self._queue: WorkQueue[VolumeId] = WorkQueue(self._clock)
         self._creation = asyncio.Lock()
-        """One volume after the other gets its id: two that are given the same one would share a disk."""
+        """Volumes get their ids one after the other: two volumes with the same id would share a disk."""
         self._backoffs: dict[VolumeId, Backoff] = {}
         self._users: dict[VolumeId, dict[TaskId, NodeId]] = {}
-        """The tasks that have a volume and have not ended, with their nodes."""
+        """Tasks that have a volume and have not ended, with their nodes."""
         self._by_node = VolumeIndex()
         self._handled: set[VolumeId] = set()
-        self._again: set[VolumeId] = set()
-        """Those that changed while they were handled."""
+        self._requeued: set[VolumeId] = set()
+        """Volumes that changed while they were handled."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -212,13 +217,13 @@ class ClusterVolumes:
                 ids = await self._queue.take(BATCH)
                 for id in ids:
                     if id in self._handled:
-                        self._again.add(id)
+                        self._requeued.add(id)
                         continue
                     self._handled.add(id)
                     group.create_task(self._handle(id, read_waiting), name=f"volume-{id}")
 
     async def _handle(self, id: VolumeId, read_waiting: CatchUp) -> None:
-        """One look at a volume, and what follows from it; no error but the end of the term reaches others."""
+        """Handle a volume once.  Only errors that end the term are raised."""
         try:
             await read_waiting()
             is_done = await self._advance(id)
@@ -237,17 +242,17 @@ class ClusterVolumes:
                 backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
                 self._backoffs[id] = backoff
             self._queue.add_at(id, self._clock.monotonic() + backoff.next_delay_s())
-        if id in self._again:
-            self._again.discard(id)
+        if id in self._requeued:
+            self._requeued.discard(id)
             self._queue.add((id,))
 
     async def _advance(self, id: VolumeId) -> bool:
-        """Settle the volume and carry its steps out; gives whether all of them succeeded."""
+        """Settle the volume and carry out its steps.  Returns whether all of them succeeded."""
         needed = frozenset(self._users.get(id, {}).values())
         volume = await self._term.update(_settle, id, needed)
         if volume is None:
             return True
-        left = deque([step async for step in self._allowed(steps(volume, needed), volume)])
+        left = deque([step async for step in self._allowed_steps(steps(volume, needed), volume)])
         with first_alone(NotLeader):
             async with asyncio.TaskGroup() as group:
                 lanes = [
@@ -256,9 +261,12 @@ class ClusterVolumes:
                 ]
         return all(lane.result() for lane in lanes)
 
-    async def _allowed(self, found: Iterable[Step], volume: Volume) -> AsyncIterator[Step]:
-        """Without what undoes something that an earlier leader may be doing, or takes a volume from a removed node that
-        may still write to it; the volume is looked at again later."""
+    async def _allowed_steps(self, found: Iterable[Step], volume: Volume) -> AsyncIterator[Step]:
+        """Yield the steps that may be carried out now.
+
+        A step has to wait if it undoes something that an earlier leader may be doing, or takes a volume from a removed
+        node that may still write to it.  The volume is then queued for later.
+        """
         id, now = volume.id, self._clock.monotonic()
         is_settled = id not in self._inherited or self._settled_at <= now
         for step in found:
@@ -279,7 +287,7 @@ class ClusterVolumes:
         return removal_of(self._term.view().lookup(Revocation, step.node_id))
 
     async def _carry_out_each(self, left: deque[Step], volume: Volume) -> bool:
-        """Take steps and carry them out until none is left; gives whether all of them succeeded."""
+        """Carry out steps until none is left.  Returns whether all of them succeeded."""
         is_done = True
         while left:
             step = left.popleft()
@@ -291,17 +299,17 @@ class ClusterVolumes:
                 words = (str(error) if isinstance(error, SkepError) else describe_error(error)) or "failed"
                 if not isinstance(error, SkepError):
                     log_error(error, "step of a volume failed", volume=volume.id, step=type(step).__name__)
-                # CSI's code for a volume that is on another node, of which the store has nothing: there was one of this
-                # name before.
+                # CSI's code for a volume that is on another node.  If the store has no such node, an earlier volume had
+                # the same name.
                 is_elsewhere = isinstance(error, FailedPrecondition) and volume.id not in self._doubted
-                if is_elsewhere and await self._term.update(_doubt, volume.id, step):
+                if is_elsewhere and await self._term.update(_mark_doubtful, volume.id, step):
                     self._doubted.add(volume.id)
                 await self._term.update(_note, volume.id, step, words[:MESSAGE_CHARACTERS_MAX])
                 is_done = False
         return is_done
 
     async def _carry_out(self, step: Step, volume: Volume) -> None:
-        """Raises: SkepError."""
+        """Carry out one step.  Raises SkepError."""
         if isinstance(step, Forget):
             await self._term.update(_forget, volume.id)
             return
@@ -309,34 +317,34 @@ class ClusterVolumes:
         secrets = self._secrets_of(volume)
         match step:
             case Create():
-                if await self._term.update(_announced, volume.id):
-                    info = await self._asked(lambda: driver.create(volume, secrets))
+                if await self._term.update(_announce_creation, volume.id):
+                    info = await self._call_driver(lambda: driver.create(volume, secrets))
                     await self._enter_created(volume, info)
             case Delete():
-                await self._asked(lambda: driver.delete(_id_of(volume), secrets))
+                await self._call_driver(lambda: driver.delete(_id_of(volume), secrets))
                 await self._term.update(_forget, volume.id)
             case Publish(node_id, driver_node_id):
-                context = await self._asked(lambda: driver.publish(volume, driver_node_id, secrets))
+                context = await self._call_driver(lambda: driver.publish(volume, driver_node_id, secrets))
                 await self._term.update(_published, volume.id, node_id, context)
             case Unpublish(node_id, driver_node_id):
-                await self._asked(lambda: driver.unpublish(_id_of(volume), driver_node_id, secrets))
+                await self._call_driver(lambda: driver.unpublish(_id_of(volume), driver_node_id, secrets))
                 await self._term.update(_unpublished, volume.id, node_id)
             case _:
                 assert_never(step)
         log.info("volume", volume=volume.spec.name, id=volume.id, done=type(step).__name__.lower())
 
-    async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The result of a driver's call, by the leader.  Raises: NotLeader; SkepError."""
+    async def _call_driver(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Confirm the term, make a driver call and return its result.  Raises NotLeader or another SkepError."""
         await self._confirm()
         try:
             async with asyncio.timeout(STEP_S):
                 return await call()
         except TimeoutError as error:
-            raise Unavailable(f"the driver has not done it within {STEP_S:g} s") from error
+            raise Unavailable(f"the driver did not finish within {STEP_S:g} s") from error
 
     async def _enter_created(self, volume: Volume, info: VolumeInfo) -> None:
-        """Raises: UnusableResponse: it is not what was asked for, or another volume's."""
-        # It is not deleted: drivers find volumes by name, so it may be one with data that was there before.
+        """Record a created volume.  Raises UnusableResponse if it is not as requested, or another volume."""
+        # It is not deleted: drivers find volumes by name, so it may be an earlier volume with data.
         if not volume.pending_delete and (words := discrepancy(volume, info)):
             raise UnusableResponse(f"{words}; removing the volume deletes it")
         async with self._creation:
@@ -349,7 +357,7 @@ class ClusterVolumes:
             await self._term.update(_created, volume.id, info)
 
     def _secrets_of(self, volume: Volume) -> Mapping[str, str]:
-        """Raises: Unavailable: one cannot be read."""
+        """Return the driver secrets of a volume.  Raises Unavailable if one is unreadable."""
         view, found = self._term.view(), {}
         for one in volume.spec.secrets:
             payload = view.lookup(Payload, f"secret/{one.secret}")
@@ -372,15 +380,15 @@ def _settle(tx: Transaction, id: VolumeId, needed: frozenset[NodeId]) -> Volume 
     if volume is None:
         return None
     if PUBLISH_PART in tx.damaged(Volume).get(id, ()):
-        # It looks as if it were nowhere: with another entry it might be on two nodes, and the damage would be covered.
+        # It looks unpublished: with another entry it might be on two nodes, and the damage would be hidden.
         tx.put(replace(volume, message=_DAMAGED))
         return None
     changed = settled(volume, needed, lambda node_id: tx.lookup(Node, node_id))
     return tx.put(changed) if changed != volume else volume
 
 
-def _announced(tx: Transaction, id: VolumeId) -> bool:
-    """From here on the driver may have made it; False: it was removed before."""
+def _announce_creation(tx: Transaction, id: VolumeId) -> bool:
+    """Announce that the driver will be asked to create the volume.  Returns False if it was removed before."""
     volume = tx.rely_on(Volume, id)
     if volume is None or volume.info is not None or (volume.pending_delete and not volume.is_creating):
         return False
@@ -417,7 +425,7 @@ def _change(
     state: PublishState,
     change: Callable[[PublishStatus], PublishStatus | None],
 ) -> None:
-    """Change the volume's status on a node, if it still is in ``state``."""
+    """Change the volume's status on a node, if it is still in ``state``."""
     volume = tx.rely_on(Volume, id)
     if volume is None:
         return
@@ -436,9 +444,11 @@ def _forget(tx: Transaction, id: VolumeId) -> None:
     tx.delete(Volume, id)
 
 
-def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:
-    """Have all nodes give the volume up, but the one for which it is published.  False: the step says nothing of
-    other nodes."""
+def _mark_doubtful(tx: Transaction, id: VolumeId, step: Step) -> bool:
+    """Have all nodes unpublish the volume, except the node that it is published for.
+
+    Returns False if the step does not concern other nodes.
+    """
     volume = tx.rely_on(Volume, id)
     match step:
         case Publish(node_id) if volume is not None and volume.spec.access_mode.scope is VolumeScope.SINGLE:
@@ -451,7 +461,7 @@ def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:
 
 
 def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:
-    """Show why a step failed, where the step belongs."""
+    """Show why a step failed, on the volume or on its entry for the step's node."""
     volume = tx.rely_on(Volume, id)
     if volume is None:
         return
@@ -467,7 +477,7 @@ def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:
 
 
 def _decides(volume: Volume) -> tuple[object, ...]:
-    """What decisions about the volume depend on: not its messages, or each failure would be tried again at once."""
+    """Return the inputs of decisions about the volume, without messages, so that failures are retried with a delay."""
     entries: Sequence[object] = [(one.node_id, one.state, one.is_closing) for one in volume.publish_status]
     return volume.pending_delete, volume.info, tuple(entries)
 

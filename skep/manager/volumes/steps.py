@@ -1,21 +1,22 @@
-"""What is to be done about one cluster volume: from its stored state and the nodes that need it.  Pure.
+"""The steps for one cluster volume, from its stored state and the nodes that need it.  Pure.
 
-Each driver call is announced in the store before it is made, so the store alone says where a volume may be, whichever
+Each driver call is announced in the store before it is made.  So the store alone says where a volume may be, whichever
 manager led when the call was sent and whatever its result was.  An entry on a node only moves forward::
 
     (none) -> pending-publish -> published -> pending-node-unpublish -> pending-controller-unpublish -> (none)
                      |                |                                              ^
-                     +----------------+-- not needed and never sent, or the node is gone
+                     +----------------+-- not needed and never sent, or the node was removed
 
-The node is sent a volume while it is ``published``, and the order to unmount it in ``pending-node-unpublish``; only the
-node's report ends that state, or its removal from the cluster.  Before the order is sent, the entry is *closing* for
-one step: an assignment by the scheduler compares the volume, so after that commit no further task can use it.  So a
-volume is never taken from a node that may be using it, and one for a single node is announced for a second node only
-when nothing is left of the first.
+The node receives a volume while it is ``published``, and the order to unmount it in ``pending-node-unpublish``.  Only
+the node's report, or its removal from the cluster, ends that state.  Before the order is sent, the entry is *closing*
+for one step: an assignment by the scheduler compares the volume, so after that commit no further task can use it.  So a
+volume is never taken from a node that may be using it.  A volume for a single node is announced for a second node only
+when the first has no entry.
 
-Two things make the store wrong about that: a restored backup, which is older than what was done, and a driver that has
-a volume of that name from before.  Then every node that has the driver is asked to give the volume up (``doubted``),
-those whose tasks need it excepted, and a volume for a single node is published there after all others have done so.
+The store can be wrong about that in two cases: after the restore of a backup, which is older than the last calls, and
+if a driver has an earlier volume with the same name.  Then every node that has the driver is asked to unpublish the
+volume (``doubted``), except for nodes whose tasks need it.  A volume for a single node is published there after all
+others have done so.
 
 Source: swarmkit, manager/csi/manager.go, manager/scheduler/volumes.go (freeVolumes).
 """
@@ -44,15 +45,16 @@ from skep.model.volume import (
 FindNode: TypeAlias = Callable[[NodeId], Node | None]
 
 REMOVED_S = 30.0
-"""From the removal of a node until its single-writer volumes are taken from it: the node reaches a manager within
-seconds, and stops its containers within ``agent.worker.REMOVED_GRACE_S``."""
+"""Seconds from the removal of a node until its single-writer volumes are taken from it.
+
+The node reaches a manager within seconds, and stops its containers within ``agent.worker.REMOVED_GRACE_S``."""
 
 _NAMES_MAX = 5
-"""Nodes that a message names."""
+"""Maximum nodes that a message names."""
 
 
 class Create(msgspec.Struct, frozen=True):
-    """Have the driver make the volume, or say how it made it; announced by ``is_creating``."""
+    """Have the driver create the volume, or return the existing one.  Announced by ``is_creating``."""
 
 
 class Delete(msgspec.Struct, frozen=True):
@@ -67,24 +69,24 @@ class Publish(msgspec.Struct, frozen=True):
 
 
 class Unpublish(msgspec.Struct, frozen=True):
-    """Undo that."""
+    """Have the driver's controller undo ``Publish``."""
 
     node_id: NodeId
     driver_node_id: str
 
 
 class Forget(msgspec.Struct, frozen=True):
-    """Remove the object: the driver has never been asked for the volume, or has deleted it."""
+    """Remove the object: the driver was never asked for the volume, or has deleted it."""
 
 
 Step: TypeAlias = Create | Delete | Publish | Unpublish | Forget
 
 
 def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
-    """``volume`` with what follows from ``needed`` without a call of its driver.
+    """Return ``volume`` with the changes that follow from ``needed`` without a driver call.
 
     Args:
-        needed: the nodes with a task that has the volume and has not ended.
+        needed: The nodes with a task that has the volume and has not ended.
     """
     if volume.info is None:
         return volume
@@ -95,8 +97,10 @@ def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
         if (moved := _moved(status, status.node_id in needed, node(status.node_id), driver)) is not None
     ]
     there = {status.node_id for status in statuses}
-    room = room_for_nodes(replace(volume, publish_status=tuple(statuses)))
-    for id in sorted(needed - there)[:room]:  # the others when less is to be kept of these
+    free_entries = room_for_nodes(replace(volume, publish_status=tuple(statuses)))
+    for id in sorted(needed - there)[
+        :free_entries
+    ]:  # the others follow when some of these entries are removed
         if volume.spec.access_mode.scope is VolumeScope.SINGLE and statuses:
             break
         statuses.append(_found(PublishStatus(node_id=id), node(id), driver))
@@ -106,9 +110,9 @@ def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
 
 
 def doubted(volume: Volume, needed: Set[NodeId], nodes: Iterable[Node]) -> Volume:
-    """``volume`` as one that may be on every node from which it is accessible, whatever is stored.
+    """Return ``volume`` as if it may be on every node from which it is accessible, whatever the store says.
 
-    Applying it twice changes nothing.  What is not kept for want of room are nodes without an entry.
+    Applying it twice changes nothing.  If space runs out, nodes without an entry are left out.
     """
     driver = volume.spec.driver.name
     accessible = volume.info.accessible_topology if volume.info is not None else ()
@@ -128,7 +132,7 @@ def doubted(volume: Volume, needed: Set[NodeId], nodes: Iterable[Node]) -> Volum
     entries = [_doubtful(one, one.node_id in needed) if one.driver_node_id else one for one in statuses]
     return replace(
         volume,
-        is_creating=volume.info is None,  # it may have been asked for since
+        is_creating=volume.info is None,  # the driver may have been asked for it since
         publish_status=tuple(sorted(entries, key=lambda one: one.node_id)),
     )
 
@@ -144,9 +148,9 @@ def _doubtful(status: PublishStatus, is_needed: bool) -> PublishStatus:
 
 
 def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
-    """The driver calls that a ``settled`` volume needs now, independent of each other."""
+    """Yield the driver calls that a ``settled`` volume needs now, independent of each other."""
     if volume.info is None:
-        # What the driver has been asked for may exist: its id is asked for again, to delete it.
+        # A requested volume may exist: its id is requested again, to delete it.
         yield Forget() if volume.pending_delete and not volume.is_creating else Create()
         return
     if volume.pending_delete and not volume.publish_status and not needed:
@@ -163,7 +167,7 @@ def removal_wait_s(step: Step, volume: Volume, removal: NodeRemoval | None, now_
     """Return how many seconds ``step`` has to wait because a removed node may still write to the volume.
 
     Args:
-        removal: Of the node that the step is about, or None if that node was not removed.
+        removal: Removal of the step's node, or None if that node was not removed.
     """
     if not isinstance(step, Unpublish) or removal is None or not removal.at:
         return 0.0
@@ -174,14 +178,14 @@ def removal_wait_s(step: Step, volume: Volume, removal: NodeRemoval | None, now_
 
 
 def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: str) -> PublishStatus | None:
-    """The entry as it is to be; None: nothing of the volume is on that node."""
+    """Return the next state of the entry, or None if nothing of the volume is on that node."""
     match status.state:
         case PublishState.PENDING if is_needed and node is not None:
             return _found(status, node, driver)
         case PublishState.PENDING if status.is_doubtful and node is not None:
             return replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, message="")
         case PublishState.PENDING:
-            # Without the node's id no call was made; otherwise it may have reached the driver.
+            # Without the node's id no call was made.  With it, a call may have reached the driver.
             return replace(status, state=PublishState.PENDING_UNPUBLISH) if status.driver_node_id else None
         case PublishState.PUBLISHED if node is None:
             return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
@@ -192,7 +196,7 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
                 replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, is_closing=False), node
             )
         case PublishState.PENDING_NODE_UNPUBLISH if node is None:
-            # A user who removes a node says that it runs nothing.  The leader itself removes no node with an entry
+            # A user who removes a node confirms that it runs nothing.  The leader itself removes no node with an entry
             # (``reaper.kept_nodes``), because it cannot know that.
             return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
         case PublishState.PENDING_NODE_UNPUBLISH:
@@ -202,7 +206,7 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
 
 
 def _found(status: PublishStatus, node: Node | None, driver: str) -> PublishStatus:
-    """With the node's id in the driver; the first that is found stays, as calls may have been made with it."""
+    """Add the node's id in the driver.  The first id that is found stays, since calls may have been made with it."""
     if status.driver_node_id or node is None:
         return status
     for info in node.description.csi_info:
@@ -212,17 +216,17 @@ def _found(status: PublishStatus, node: Node | None, driver: str) -> PublishStat
 
 
 def _with_others(status: PublishStatus, statuses: Sequence[PublishStatus], node: FindNode) -> PublishStatus:
-    """With the nodes that an announced volume for a single node waits for."""
+    """Add the nodes that the entry of a single-node volume waits for to its message."""
     others = [one.node_id for one in statuses if one.node_id != status.node_id]
     if status.state is not PublishState.PENDING or not others:
         return status
     found = [(id, node(id)) for id in others[:_NAMES_MAX]]
     names = ", ".join(_name(one) if one is not None else id for id, one in found)
-    return replace(status, message=f"it waits until it is certain that it is not mounted on {names}")
+    return replace(status, message=f"waiting for confirmation that it is not mounted on {names}")
 
 
 def _waiting(status: PublishStatus, node: Node | None) -> PublishStatus:
-    """With the reason why the node does not give the volume up, if it is known."""
+    """Add the reason why the node does not unpublish the volume, if it is known."""
     if node is None or node.status.state is NodeState.READY:
         return replace(status, message="")
     words = "the volume counts as mounted there until it returns, or is removed from the cluster"

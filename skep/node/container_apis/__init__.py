@@ -1,5 +1,5 @@
 """The Engine API for containers that mount its socket (decision 87).
 
-``policy`` says which requests a container may make, ``redaction`` what is left out of responses, ``places`` whose
-connections have room.  ``exchange`` carries out one connection, ``server`` the sockets of all containers.
+``policy`` decides which requests a container may make, ``redaction`` removes secrets from responses, and ``places``
+limits connections.  ``exchange`` handles one connection, ``server`` the sockets of all containers.
 """

@@ -1,8 +1,8 @@
-"""One connection of a container to its API socket.
+"""Handles one connection of a container to its API socket.
 
-With full access it is relayed to the node's front as it is.  Otherwise it carries one exchange: the request is checked,
-its head alone is sent on, over a connection of its own, and nothing that the container sends afterwards reaches a
-server.  So no second request can hide behind the first.
+With full access it is relayed to the node's front unchanged.  Otherwise it carries one exchange.  The request is
+checked, only its head is sent on, over a connection of its own, and later data from the container reaches no server.  A
+second request therefore cannot hide behind the first.
 """
 
 import asyncio
@@ -30,12 +30,13 @@ from skep.node.front.splice import relay
 log = structlog.get_logger()
 
 HEAD_S = 30.0
-"""For the head of a request to arrive."""
+"""Limit for the head of a request to arrive."""
 DOCUMENT_S = 60.0
-"""For a document to be answered and read by the container."""
+"""Limit for a document to be answered, and for the container to read it."""
 DOCUMENT_BYTES_MAX = 64 << 20
 _DOCUMENTS_MAX, _OWN_DOCUMENTS_MAX = 16, 2
-"""Documents that are read and cleaned at a time, of all containers and of one: each may be long, and take long."""
+"""Documents that are read and redacted at the same time, of all containers and of one.  Each may be long and take
+long."""
 _HANG_UP_POLL_S = 1.0
 _DROPPED = (b"keep-alive", b"upgrade", b"http2-settings", b"expect", b"accept-encoding", b"te", b"trailer")
 
@@ -44,10 +45,9 @@ Dispatch = Callable[[socket.socket, Identity], None]
 
 
 class Exchanges:
-    """Carries out connections.
+    """Handles connections.
 
-    Args:
-        dispatch: serves the other end of a connection as the node's front does those of TCP.
+    ``dispatch`` serves the other end of a connection as the node's front serves TCP connections.
     """
 
     def __init__(self, dispatch: Dispatch, clock: Clock) -> None:
@@ -55,10 +55,10 @@ class Exchanges:
         self._clock = clock
         self._documents = asyncio.Semaphore(_DOCUMENTS_MAX)
         self._own_documents: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
-        """Of each container that waits for a document now."""
+        """Limits of containers that currently wait for a document."""
 
     async def carry_out(self, connected: socket.socket, id: ContainerId, access: ApiAccess) -> None:
-        """Serve a connection of a container until its end; closes it."""
+        """Serve a connection of a container until its end, and close it."""
         client = await Connection.over(connected)
         try:
             if access is ApiAccess.FULL:
@@ -75,7 +75,7 @@ class Exchanges:
             raise
 
     async def _answer(self, client: Connection, id: ContainerId, access: ApiAccess) -> None:
-        """Raises: SkepError, Gone."""
+        """Answer a container's request.  Raises: SkepError, Gone."""
         try:
             async with asyncio.timeout(HEAD_S):
                 raw = await client.read_head()
@@ -89,10 +89,10 @@ class Exchanges:
         viewer = Identity(name=id, origin=Origin.CONTAINER, bindings=(Binding(Role.VIEWER),))
         body = request.body()
         if not body.is_complete or (isinstance(body, Sized) and body.bytes_left):
-            raise InvalidArgument("requests with a body are not possible with limited access to the API")
+            raise InvalidArgument("requests with a body need full access to the API")
         if passing is Passing.REDACTED:
             own = self._own_documents.setdefault(id, asyncio.Semaphore(_OWN_DOCUMENTS_MAX))
-            async with own:  # until the container has read it: a document waits in memory
+            async with own:  # held until the container has read the document, which stays in memory
                 await self._pass_document(client, request, viewer)
         else:
             await self._pass(client, request, viewer, access)
@@ -100,7 +100,7 @@ class Exchanges:
     async def _pass(
         self, client: Connection, request: Request, identity: Identity, access: ApiAccess
     ) -> None:
-        """Send the response on as it comes, until either end closes."""
+        """Send the response on as it arrives, until either end closes."""
         server = await self._front(identity)
         marks = ((READER.encode(), b"1"),) if access is ApiAccess.READ else ()
         try:
@@ -121,7 +121,7 @@ class Exchanges:
         try:
             async with asyncio.timeout(DOCUMENT_S), self._documents:
                 # A response to HTTP/1.0 has no chunks, and ends with its connection.
-                head, document = await self._received(request, identity)
+                head, document = await self._fetch(request, identity)
                 if document and head.split(b" ", 2)[1].startswith(b"2"):
                     document = await result_in_slices(redacted(document), self._clock)
         except TimeoutError as error:
@@ -133,8 +133,8 @@ class Exchanges:
         except TimeoutError:
             client.abort()
 
-    async def _received(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
-        """Head and body of the response.  Raises: Unavailable: it is too long."""
+    async def _fetch(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
+        """Return head and body of the response.  Raises: Unavailable: it is too long."""
         server = await self._front(identity)
         try:
             await server.send(_head(request, b"HTTP/1.0"))
@@ -145,13 +145,13 @@ class Exchanges:
             while data := await server.read():
                 document += data
                 if len(document) > DOCUMENT_BYTES_MAX:
-                    raise Unavailable("the response is too long for limited access to the API")
+                    raise Unavailable("the response is too long without full access to the API")
             return head, bytes(document)
         finally:
             server.abort()
 
     async def _end_with(self, client: Connection, server: Connection) -> None:
-        """End the exchange when the client goes away; what it sends is dropped, and it may half-close."""
+        """End the exchange when the client disconnects.  Its data is dropped, and it may half-close."""
         while await client.read():
             pass
         while not _has_hung_up(client):
@@ -159,7 +159,7 @@ class Exchanges:
         server.abort()
 
     async def _front(self, identity: Identity) -> Connection:
-        """A new connection to the node's front.  Raises: Unavailable."""
+        """Open a new connection to the node's front.  Raises: Unavailable."""
         try:
             ours, theirs = socket.socketpair()
             self._dispatch(theirs, identity)
@@ -169,7 +169,7 @@ class Exchanges:
 
 
 def _has_hung_up(client: Connection) -> bool:
-    """Whether the other end reads no more either."""
+    """Return whether the other end no longer reads either."""
     if client.is_lost:
         return True
     looking = select.poll()
@@ -178,14 +178,14 @@ def _has_hung_up(client: Connection) -> bool:
 
 
 def _head(request: Request, version: bytes, *marks: tuple[bytes, bytes]) -> bytes:
-    """The request's head with ``marks``, for a connection that carries it alone; by the path that was checked."""
+    """Return the request's head with ``marks``, for a connection of its own, and with the path that was checked."""
     line = b"%s %s %s" % (request.method.encode(), request.target.encode(), version)
     head = type(request.head)(line, request.head.headers)
     return head.with_headers((b"Connection", b"close"), *marks, without=_DROPPED)
 
 
 def _with_length(head: bytes, length: int) -> bytes:
-    """The head of a response whose body has another length now."""
+    """Return the head of a response whose body's length has changed."""
     first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     dropped = (b"content-length", b"transfer-encoding", b"connection", b"keep-alive")
     kept = [line for line in lines if line.partition(b":")[0].strip().lower() not in dropped]

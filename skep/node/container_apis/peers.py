@@ -1,7 +1,7 @@
-"""Which container is behind a connection to the node's own API socket.
+"""Identifies the container behind a connection to the node's own API socket.
 
-A container can reach that socket without a mount of it: by a directory or a volume that has it.  The kernel gives the
-process that connected, and the process's control group names its container.
+A container can reach that socket without a mount of it, through a directory or a volume that contains it.  The kernel
+reports the process that connected, and the process's control group names its container.
 """
 
 import os
@@ -18,42 +18,43 @@ from pathlib import Path
 from skep.model.ids import ContainerId
 
 _SO_PEERPIDFD = 77
-"""Linux 6.5; without it a pid could have been reused since the process connected."""
+"""Linux 6.5.  Without it, a pid could have been reused since the process connected."""
 _CREDENTIALS = struct.Struct("3i")
 _GROUP = re.compile(r"(/ctr)?/([0-9a-f]{64})(?=/|$)", re.MULTILINE)
 
 
 class Peer(Enum):
-    """The other end of a connection, if it is no container of this node."""
+    """The other end of a connection that is not a container of this node."""
 
     MACHINE = "machine"
-    """A process of the machine, or of one outside."""
+    """A process of the machine, or of a surrounding one."""
     GONE = "gone"
-    """One that has ended, so that nothing can be said of it: a process that has the connection now may be another's."""
+    """A process that has ended, so that it cannot be identified.  Its connection may now belong to another process."""
 
 
 def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -> ContainerId | Peer:
-    """The process that connected.  ``is_known``: whether a container is, or may be, this node's."""
+    """Return who connected.  ``is_known`` tells whether a container is, or may be, this node's."""
     pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
         0
     ]
-    if pid in (0, os.getpid()):  # 0: of a namespace of processes around ours, where no container is
+    # A surrounding pid namespace shows as 0 and has no containers of ours.
+    if pid in (0, os.getpid()):
         return Peer.MACHINE
     try:
         if os.readlink(f"/proc/{pid}/ns/mnt") == _own_mounts():
             found: ContainerId | Peer = Peer.MACHINE
         else:
             found = container_in(Path(f"/proc/{pid}/cgroup").read_text(), is_known) or Peer.MACHINE
-    except OSError:  # it has ended, or nothing may be known of it
+    except OSError:  # it has ended, or may not be inspected
         return Peer.GONE
     return Peer.GONE if _has_ended(connected) else found
 
 
 def container_in(groups: str, is_known: Callable[[ContainerId], bool]) -> ContainerId | None:
-    """The container of a process whose /proc/PID/cgroup reads ``groups``.
+    """Return the container of a process whose /proc/PID/cgroup contains ``groups``.
 
-    The first one counts: a container can make groups with any name, below its own.  With ``--cgroup-parent`` a
-    container's group may be anywhere, also beside those of a Docker Engine.
+    The first match counts, because a container can create groups with any name below its own.  With ``--cgroup-parent``
+    a container's group may be anywhere, even next to a Docker Engine's groups.
     """
     for match in _GROUP.finditer(groups):
         id = ContainerId(match[2])
@@ -68,7 +69,7 @@ def _own_mounts() -> str:
 
 
 def _has_ended(connected: socket.socket) -> bool:
-    """Whether the process that connected has ended; not known before Linux 6.5."""
+    """Return whether the process that connected has ended, which is unknown before Linux 6.5."""
     try:
         descriptor = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Whose connections have room: so many for each container, so many in all, and none takes the others' places."""
+"""Limits connections for each container and in total, so that no container takes the others' share."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -10,11 +10,11 @@ from skep.model.ids import ContainerId
 EACH_MAX = 32
 """Connections of one container."""
 ALL_MAX = 512
-"""Of all containers of this node."""
+"""Connections of all containers of this node."""
 
 
 class Decision(Enum):
-    """What becomes of a new connection without an eviction."""
+    """The treatment of a new connection if no other is closed for it."""
 
     SERVE = "serve"
     WAIT = "wait"
@@ -29,13 +29,12 @@ class Evict(msgspec.Struct, frozen=True):
 def decide(
     id: ContainerId, counts: Mapping[ContainerId, int], each_max: int = EACH_MAX, all_max: int = ALL_MAX
 ) -> Decision | Evict:
-    """What becomes of a new connection of ``id``.
+    """Decide on a new connection of ``id``.
 
-    When all places are taken, the container with the most gives one to a container with at least two fewer: so every
-    container comes to an equal share, whatever the others do.
+    At the limit, the container with the most connections loses one to a container with at least two fewer.  Every
+    container thus gets an equal share, whatever the others do.
 
-    Args:
-        counts: connections that each container has.
+    ``counts`` is the number of connections of each container.
     """
     own = counts.get(id, 0)
     if own >= each_max:

@@ -1,4 +1,4 @@
-"""Which requests a container may make on its own socket of the Engine API: those that ``api.permissions`` names."""
+"""Decides which requests a container may make on its own socket of the Engine API, by ``api.permissions``."""
 
 from enum import Enum
 from urllib.parse import unquote
@@ -18,32 +18,32 @@ class Passing(Enum):
 
 
 def check(access: ApiAccess, method: str, target: str) -> Passing:
-    """How the response to a request is passed on.  Raises: PermissionDenied: the container may not make it."""
+    """Return how to pass a response on.  Raises: PermissionDenied: the container may not make the request."""
     if access is ApiAccess.FULL:
         return Passing.AS_IT_IS
     path = path_of(target)
     if method not in ("GET", "HEAD"):
         raise _refusal(access, f"{method} {path} changes something")
     if not _is_plain(raw_path_of(target)):
-        raise _refusal(access, f"the path {path} is not one of its paths")
+        raise _refusal(access, f"the path {path} is not a path that it serves")
     rule = rule_for(method, path)
     if rule.container is ApiAccess.READ or rule.container is access:
-        # A machine with a join token can become a manager: tokens are shown with full access only.
+        # A machine with a join token can become a manager, so tokens are shown with full access only.
         is_redacted = rule.is_document and (access is ApiAccess.READ or path == "/swarm")
         return Passing.REDACTED if is_redacted else Passing.AS_IT_IS
-    raise _refusal(access, f"{method} {path} can show what others keep secret")
+    raise _refusal(access, f"{method} {path} can reveal other users' secrets")
 
 
 def _refusal(access: ApiAccess, why: str) -> PermissionDenied:
     needed = "full" if access is ApiAccess.INSPECT else "inspect or full"
     return PermissionDenied(
         f"this container's API socket is limited to {access.value} access: {why} "
-        f"(the container label {API_LABEL}={needed} gives more, where the cluster allows it)"
+        f"(the container label {API_LABEL}={needed} grants more, if the cluster allows it)"
     )
 
 
 def _is_plain(path: str) -> bool:
-    """Whether servers behind cannot read another path in it."""
+    """Return whether servers behind cannot interpret it as another path."""
     words = unquote(path).split("/")
     is_clean = plain_path(path) == path and "%2f" not in path.lower()
     return path.startswith("/") and not {".", ".."} & set(words) and is_clean

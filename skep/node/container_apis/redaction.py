@@ -1,6 +1,6 @@
-"""What is left out of JSON documents for containers that may only read: values that may be secrets.
+"""Removes values that may be secrets from JSON documents, for containers with read-only access.
 
-Names stay, so that a dashboard still shows which variables there are.
+Names stay, so that a dashboard still shows which variables exist.
 """
 
 import re
@@ -13,14 +13,14 @@ from skep.aio.time_slices import SlicedWork
 from skep.errors import Unavailable
 
 _OUTPUT = re.compile(r"(last health check: |, last line |, last: ).*", re.DOTALL)
-"""What a container or its health check wrote, behind the words of a reason (``manager.reasons``)."""
+"""Output of a container or its health check, after the words of a reason (``manager.reasons``)."""
 _USER = re.compile(r"//[^/]*@")
 
 
 def redacted(document: bytes) -> SlicedWork[bytes]:
-    """``document`` without the values of environment variables, options of drivers, data of configs, and tokens.
+    """Return ``document`` without values of environment variables, driver options, config data, and tokens.
 
-    Raises: Unavailable: it is no JSON.
+    Raises: Unavailable: it is not JSON.
     """
     try:
         if not document.lstrip().startswith(b"["):
@@ -30,7 +30,7 @@ def redacted(document: bytes) -> SlicedWork[bytes]:
             found.append(_encoded(part))
             yield  # lists of services and tasks can be long
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unavailable("the response cannot be shown to this container: it is no JSON") from error
+        raise Unavailable("the response cannot be shown to this container: it is not JSON") from error
     return b"[" + b",".join(found) + b"]\n"
 
 
@@ -50,19 +50,19 @@ def _clean(value: Any) -> Any:
 
 
 def _names(value: Any) -> Any:
-    """``["A=1"]`` -> ``["A="]``: programs read a variable without ``=`` as one that is not set."""
+    """Return ``["A="]`` for ``["A=1"]``, because programs read a variable without ``=`` as unset."""
     if not isinstance(value, list):
         return None
     return [f"{str(one).partition('=')[0]}=" for one in value]
 
 
 def _emptied(value: Any) -> Any:
-    """The same names, and the values of tokens and passwords among them empty."""
+    """Return the same names with empty values, which may be tokens and passwords."""
     return dict.fromkeys(value, "") if isinstance(value, dict) else None
 
 
 def _of_driver(value: Any) -> Any:
-    """``Options`` of a driver; a driver that is only a name has none."""
+    """Clean ``Options`` of a driver.  A driver that is only a name has none."""
     if not isinstance(value, dict):
         return value
     secret = {key: _emptied(value[key]) for key in ("Options", "Config") if key in value}
@@ -70,19 +70,19 @@ def _of_driver(value: Any) -> Any:
 
 
 def _empty(value: Any) -> Any:
-    """Data of a config; ``GraphDriver.Data`` of a container has directories."""
+    """Clean a config's data.  A container's ``GraphDriver.Data`` has directories."""
     return _clean(value) if isinstance(value, dict) else ""
 
 
 def _of_health(value: Any) -> Any:
-    """State of a health check: what its command wrote is a log."""
+    """Clean the state of a health check: its command's output is a log."""
     if not isinstance(value, dict) or not isinstance(value.get("Log"), list):
         return _clean(value)
     return {**_clean(value), "Log": [{**_clean(one), "Output": ""} for one in value["Log"]]}
 
 
 def _of_end(value: Any) -> Any:
-    """Of a task: its last lines are its log."""
+    """Clean the end of a task: its last lines are its log."""
     return (
         {**_clean(value), "Lines": [], "HealthOutput": "", "HealthCommand": ""}
         if isinstance(value, dict)
@@ -91,12 +91,12 @@ def _of_end(value: Any) -> Any:
 
 
 def _of_error(value: Any) -> Any:
-    """Why a task failed: the text may end with what it or its health check wrote."""
+    """Clean the reason why a task failed, which may end with output of the task or its health check."""
     return _OUTPUT.sub(r"\1", value) if isinstance(value, str) else _clean(value)
 
 
 def _of_authorities(value: Any) -> Any:
-    """External certificate authorities: their options have credentials."""
+    """Clean external certificate authorities, whose options have credentials."""
     return [_of_driver(one) for one in value] if isinstance(value, list) else None
 
 

@@ -1,4 +1,5 @@
-"""Serves the Engine API to containers: on their own sockets, and on the node's when a container's process connects."""
+"""Serves the Engine API to containers, on their own sockets and on the node's if a container's process connects
+there."""
 
 import asyncio
 import socket
@@ -25,7 +26,7 @@ from skep.node.container_apis.places import Decision, decide
 log = structlog.get_logger()
 
 _BURST, _PER_S = 100.0, 50.0
-"""Connections of one container: with limited access each carries one request."""
+"""Rate of one container's connections.  With limited access each carries one request."""
 _RATE_PAUSE_S = 0.02
 
 
@@ -37,8 +38,7 @@ class _Listener(NamedTuple):
 class ContainerApis:
     """The API sockets of this node's containers (``engine.api_sockets.ApiServer``).
 
-    Args:
-        engine: of the containers, once it is made.
+    ``engine`` returns the containers' engine, once it is made.
     """
 
     def __init__(self, clock: Clock, engine: Callable[[], Engine | None]) -> None:
@@ -47,22 +47,22 @@ class ContainerApis:
         self._lock = threading.Lock()
         self._wanted: dict[ContainerId, _Listener] = {}
         self._wake: Callable[[], None] | None = None
-        """Has ``run`` look at ``_wanted``; None: it does not run."""
+        """Has ``run`` check ``_wanted``, or None while it does not run."""
         self._serving: dict[ContainerId, tuple[_Listener, asyncio.Task[None]]] = {}
         self._connections: dict[asyncio.Task[None], ContainerId] = {}
-        """Oldest first."""
+        """The container of each connection, the oldest connection first."""
         self._start: Callable[[socket.socket, ContainerId, ApiAccess], None] | None = None
         self._has_room = asyncio.Event()
 
     # --- called by the engine, in any thread --------------------------------------------------------------------
 
     def serve(self, container: Container, listener: socket.socket) -> None:
-        """See ``ApiServer``."""
+        """Serve a container's socket (see ``ApiServer``)."""
         listener.setblocking(False)
         self._want(container.id, _Listener(container.config.api, listener))
 
     def forget(self, id: ContainerId) -> None:
-        """See ``ApiServer``."""
+        """Stop serving a container's socket (see ``ApiServer``)."""
         self._want(id, None)
 
     def _want(self, id: ContainerId, listener: _Listener | None) -> None:
@@ -78,7 +78,7 @@ class ContainerApis:
     # --- in the event loop ----------------------------------------------------------------------------------------
 
     async def run(self, dispatch: Dispatch) -> None:
-        """Serve until cancelled; ``dispatch`` serves connections as the node's front does."""
+        """Serve until cancelled.  ``dispatch`` serves connections as the node's front does."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         changed.set()
 
@@ -103,10 +103,9 @@ class ContainerApis:
                 self._wake = None
 
     def divert(self, connected: socket.socket, own: ContainerId | None = None) -> bool:
-        """Serve a new connection to the node's own socket, if a container's process made it; whether one did.
+        """Serve a new connection to the node's own socket if a container's process made it.  Return whether one did.
 
-        Args:
-            own: the container whose socket it is: its processes, too, are served by the caller.
+        ``own`` is the container whose socket it is, and whose processes the caller serves.
         """
         match peer_of(connected, self.may_be_ours):
             case Peer.MACHINE:
@@ -124,7 +123,7 @@ class ContainerApis:
         return True
 
     def may_be_ours(self, id: ContainerId) -> bool:
-        """Whether a container may be this node's: after a restart each one is, until all are found."""
+        """Return whether a container may be this node's.  After a restart each one may be, until all are found."""
         engine = self._engine()
         return engine is not None and engine.may_have(id)
 
@@ -154,13 +153,13 @@ class ContainerApis:
         while True:
             try:
                 connected, _ = await loop.sock_accept(listener.socket)
-            except OSError as error:  # no descriptor is free, or the client has gone already
+            except OSError as error:  # no free descriptor, or the client has disconnected
                 log.warning("connection of a container not accepted", container=id, error=str(error))
                 await self._clock.sleep(ACCEPT_RETRY_S)
                 continue
-            # A container that reaches another's socket (by /proc, or a mount of a directory) gets its own rights only.
+            # A container that reaches another's socket (through /proc, or a directory mount) gets only its own rights.
             if self.divert(connected, id):
-                await asyncio.sleep(0)  # a flood of them holds nothing up
+                await asyncio.sleep(0)  # let other work run during a flood of connections
                 continue
             try:
                 while not rate.take(self._clock.monotonic()):
@@ -179,7 +178,7 @@ class ContainerApis:
         return Counter(self._connections.values())
 
     def _make_room(self, id: ContainerId) -> None:
-        """Close the oldest connection of the container that is to give up a place, if one is."""
+        """Close the oldest connection of the container that must free a place, if there is one."""
         match decide(id, self._counts()):
             case Decision():
                 return

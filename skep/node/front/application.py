@@ -1,4 +1,4 @@
-"""What the node answers itself, served on connections that the front gives it."""
+"""Serves the node's own routes on connections from the front."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,16 +11,18 @@ from skep.configuration.configuration import Configuration
 from skep.node.front.users import ApiTls
 
 Ping = Callable[[str, str | None], bytes | None]
-"""The whole response to a ``/_ping`` by its method and version, after which the connection stays open; None: the
-application responds."""
+"""Returns the complete response to a ``/_ping`` by its method and version, after which the connection stays open.  None
+leaves the response to the application."""
 
 
 def no_ping(_method: str, _version: str | None) -> None:
-    """The application responds to every ``/_ping``."""
+    """Leave the response to every ``/_ping`` to the application."""
 
 
 class Application(msgspec.Struct, frozen=True):
-    """``server``: closes the connection after each response, since the next request on it may not be its own."""
+    """The node's own application.
+
+    ``server`` closes the connection after each response, since the next request may be for another process."""
 
     server: web.Server
     ping: Ping = no_ping
@@ -28,7 +30,7 @@ class Application(msgspec.Struct, frozen=True):
 
 @asynccontextmanager
 async def serving(app: web.Application, ping: Ping) -> AsyncIterator[Application]:
-    """``app`` while the context is open."""
+    """Serve ``app`` during the block."""
     here = runner(app)
     await here.setup()
     try:
@@ -39,14 +41,15 @@ async def serving(app: web.Application, ping: Ping) -> AsyncIterator[Application
 
 
 async def close_after_response(_request: web.Request, response: web.StreamResponse) -> None:
-    """The next request on a connection may be for the manager or the engine: clients open another one for it."""
+    """Close the connection, because the next request may be for the manager or the engine.  Clients then open another
+    one."""
     if response.status != 101:
         response.force_close()
         response.headers["Connection"] = "close"
 
 
 def tls_of(configuration: Configuration) -> ApiTls | None:
-    """TLS for tcp:// hosts.  Raises: FailedPrecondition."""
+    """Return the TLS settings of tcp:// hosts.  Raises: FailedPrecondition."""
     certificate, key, authority = configuration.tls_cert, configuration.tls_key, configuration.tls_ca
     if certificate is None or key is None or authority is None:
         return None

@@ -1,4 +1,4 @@
-"""The dashboard for browsers without ``skep ui``, served where the configuration says so."""
+"""The dashboard for browsers without ``skep ui``, served if the configuration enables it."""
 
 import secrets
 from collections.abc import AsyncIterator
@@ -14,14 +14,14 @@ from skep.node.front.users import Users
 async def serving_dashboard(
     configuration: Configuration, users: Users, front: Front, clock: Clock
 ) -> AsyncIterator[None]:
-    """Serve the dashboard to browsers while the context is open, where the configuration says so.
+    """Serve the dashboard to browsers during the block, if the configuration enables it.
 
-    Raises: FailedPrecondition: its address cannot be listened on, its certificate is none.
+    Raises: FailedPrecondition: cannot listen on its address, or its certificate is invalid.
     """
     if configuration.dashboard is None or configuration.tls_cert is None or configuration.tls_key is None:
         yield
         return
-    from skep.dashboard.server import DashboardServer, Tls  # few nodes serve it
+    from skep.dashboard.server import DashboardServer, Tls  # imported here: few nodes serve it
 
     server = DashboardServer(
         Tls.of(configuration.tls_cert, configuration.tls_key),

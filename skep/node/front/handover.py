@@ -20,7 +20,7 @@ from skep.model.access import Identity
 _CONNECT_WAIT_S = 5.0
 _WAITING_MAX = 256
 _QUEUED_MAX = 256
-"""Packets for which a manager process that does not read makes no room."""
+"""Packets that may queue for a manager process that does not read."""
 _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
 _NO_MANAGER = (
@@ -32,8 +32,9 @@ ENDED = "the manager of this node ended before it answered: ask again"
 class Passed(msgspec.Struct, frozen=True):
     """A client's connection.
 
-    ``is_remote``: the client is on another machine, so its idle times are limited.  ``identity``: None: the
-    permissions of a unix socket say what the client may.
+    Args:
+        is_remote: Whether the client is on another machine, so that its idle times are limited.
+        identity: The client, or None for the permissions of a Unix socket.
     """
 
     socket: socket.socket
@@ -42,10 +43,11 @@ class Passed(msgspec.Struct, frozen=True):
 
 
 class Returned(msgspec.Struct, frozen=True):
-    """A connection that the manager process serves no more.
+    """A connection that the manager process no longer serves.
 
-    ``data``: what was read of its next request.  ``refusal``: why its present request gets no response; empty: there
-    is none.
+    Args:
+        data: The part of its next request that was read.
+        refusal: Why its present request gets no response, or empty without a present request.
     """
 
     connection: Passed
@@ -54,13 +56,13 @@ class Returned(msgspec.Struct, frozen=True):
 
 
 class Handover:
-    """The connections that the manager process serves at present.
+    """The connections that the manager process currently serves.
 
     While there is no manager process (it restarts), up to 256 connections wait for it, each for up to 5 s.
 
     Args:
-        path: where the manager process listens.
-        why_waiting: what a manager process that serves nothing yet waits for; empty: not known.
+        path: Socket of the manager process.
+        why_waiting: Returns what a manager process that does not serve yet waits for, or an empty text if unknown.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class Handover:
         self._rng = rng
         self._why_waiting = why_waiting
         self.returned: asyncio.Queue[Returned] = asyncio.Queue()
-        """To be taken and served by the owner."""
+        """Connections that the owner must take and serve."""
         self._managers: list[_Manager] = []
-        """The newest last: one that stops may still have connections when the next one serves."""
+        """The manager processes, the newest last.  One that stops may still have connections when the next one
+        serves."""
         self._waiting = 0
 
     @property
@@ -92,11 +95,11 @@ class Handover:
         return manager is not None and manager.has_room
 
     async def wait_manager(self) -> None:
-        """Return when there is a manager process to pass connections to.  Raises: Unavailable: none for 5 s."""
+        """Return when connections can be passed to a manager process.  Raises: Unavailable: none for 5 s."""
         if self._manager() is not None:
             return
         if self._waiting >= _WAITING_MAX:
-            raise Unavailable("too many requests wait for the manager of this node")
+            raise Unavailable("too many requests wait for the manager of this node: try again later")
         self._waiting += 1
         try:
             async with asyncio.timeout(_CONNECT_WAIT_S):
@@ -109,9 +112,9 @@ class Handover:
             self._waiting -= 1
 
     def pass_on(self, connection: Passed, data: bytes) -> None:
-        """Pass ``connection``, which is owned by this object from now on, with the beginning of a request.
+        """Pass ``connection``, owned by this object from now on, with the start of a request.
 
-        Raises: Unavailable: the manager process takes none; ``connection`` is closed.
+        Raises: Unavailable: the manager process accepts none, and ``connection`` is closed.
         """
         manager = self._manager()
         try:
@@ -123,7 +126,7 @@ class Handover:
             raise
 
     def close(self) -> None:
-        """End all connections that were passed."""
+        """Close all connections that were passed."""
         for manager in tuple(self._managers):
             manager.channel.close()
             for held in manager.passed.values():
@@ -131,7 +134,7 @@ class Handover:
         self._managers.clear()
 
     def _manager(self) -> "_Manager | None":
-        """The manager process that takes connections at present."""
+        """Return the manager process that currently accepts connections, or None."""
         newest = self._managers[-1] if self._managers else None
         return newest if newest is not None and not newest.is_stopping else None
 
@@ -150,7 +153,7 @@ class Handover:
 
 
 class _Manager:
-    """One manager process, and the connections that it has."""
+    """One manager process, and its connections."""
 
     def __init__(
         self,
@@ -164,7 +167,7 @@ class _Manager:
         self._never_used = 0
         """Slots from here on were never used."""
         self.passed: dict[int, Passed] = {}
-        """By slot."""
+        """The connections by slot."""
         self.local_count = 0
         self.is_stopping = False
         table = os.memfd_create("skep-connections", os.MFD_CLOEXEC)
@@ -174,9 +177,9 @@ class _Manager:
         self.channel.send(Message(kind=Kind.STATES, descriptor=table))
 
     def pass_on(self, connection: Passed, data: bytes) -> None:
-        """Raises: Unavailable."""
+        """Pass a connection.  Raises: Unavailable."""
         if not self.has_room:
-            raise Unavailable("the manager of this node takes no more connections")
+            raise Unavailable("the manager of this node accepts no more connections: try again later")
         try:
             descriptor = os.dup(connection.socket.fileno())
         except OSError as error:
@@ -243,7 +246,7 @@ class _Manager:
         return held
 
     def _settle(self) -> None:
-        """The manager process has ended: go on with its connections, but not in the middle of a response."""
+        """Take back the connections of an ended manager process, except those in the middle of a response."""
         self._on_end(self)
         for slot, held in self.passed.items():
             match self._states[slot]:

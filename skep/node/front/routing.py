@@ -1,4 +1,4 @@
-"""Which process answers a request: an ordered table, the first rule that matches decides."""
+"""Decides which process answers a request, by an ordered table.  The first matching rule decides."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from skep.node.visible_containers import visible_container
 
 
 class Destination(Enum):
-    """Which process answers a request."""
+    """The process that answers a request."""
 
     HERE = "this node"
     MANAGER = "the manager process"
@@ -27,20 +27,20 @@ class Destination(Enum):
 
 
 class Ownership(Protocol):
-    """Which objects are this node's own."""
+    """Tells which objects are this node's own."""
 
     @property
     def has_docker_engine(self) -> bool:
         """Whether requests for other objects are passed on to a Docker Engine of this machine."""
 
     def owns_container(self, word: str) -> bool:
-        """Whether an id, prefix of an id, or name means a container that this node made."""
+        """Return whether an id, id prefix or name means a container that this node made."""
 
     def owns_image(self, reference: str) -> bool:
-        """Whether this node has that image."""
+        """Return whether this node has that image."""
 
     def owns_exec(self, id: str) -> bool:
-        """Whether this node made that exec."""
+        """Return whether this node made that exec."""
 
     def container_of(self, identity: Identity, word: str) -> TaskContainer:
         """Return the container that ``word`` means to a user.  Raises: NotFound, InvalidArgument."""
@@ -50,11 +50,11 @@ class Ownership(Protocol):
 
     @property
     def has_volumes(self) -> bool:
-        """Whether this node has volumes of its own, those of services among them."""
+        """Whether this node has volumes of its own, including services' volumes."""
 
 
 class LocalObjects:
-    """``Ownership`` by the node's container engine.  ``engine`` None: the node has no containers nor images."""
+    """``Ownership`` by the node's container engine.  ``engine`` is None on a node without containers and images."""
 
     def __init__(self, engine: Engine | None, *, has_docker_engine: bool) -> None:
         self._engine = engine
@@ -91,7 +91,7 @@ class LocalObjects:
 
 
 class _Request(msgspec.Struct, frozen=True):
-    """A request as the rules see it."""
+    """The properties of a request that rules use."""
 
     method: str
     path: str
@@ -100,14 +100,14 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 class _Rule(msgspec.Struct, frozen=True):
-    """``decide`` gives the destination of requests whose path matches; it gets the pattern's group ``name``."""
+    """``decide`` returns the destination of requests whose path matches.  It gets the pattern's group ``name``."""
 
     pattern: re.Pattern[str]
     decide: Callable[[_Request, str], Destination]
 
 
 def route(method: str, target: str, ownership: Ownership) -> Destination:
-    """Which process answers ``method`` on ``target`` (path and query as sent)."""
+    """Return which process answers ``method`` on ``target`` (path and query as sent)."""
     path = path_of(target)
     if is_for_manager(path):
         return Destination.MANAGER
@@ -119,7 +119,7 @@ def route(method: str, target: str, ownership: Ownership) -> Destination:
 
 
 def is_build(path: str) -> bool:
-    """Whether a request begins a build, or the session of one."""
+    """Return whether a request starts a build, or a build session."""
     return path in ("/build", "/session", "/grpc")
 
 
@@ -128,7 +128,7 @@ def _here(_request: _Request, _name: str) -> Destination:
 
 
 def _others(request: _Request, _name: str = "") -> Destination:
-    """The engine's; without an engine this node answers that it cannot."""
+    """Return the destination of other objects: the engine, or without one this node, which refuses the request."""
     return Destination.ENGINE if request.ownership.has_docker_engine else Destination.HERE
 
 

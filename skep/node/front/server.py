@@ -1,4 +1,4 @@
-"""Listens on the API hosts and gives each request to the process that answers it."""
+"""Listens on the API hosts and passes each request to the process that answers it."""
 
 import asyncio
 import socket
@@ -42,41 +42,43 @@ log = structlog.get_logger()
 
 _BACKLOG = 1024
 _CONNECTIONS_MAX = 4096
-"""On unix sockets, of those that the manager process or the engine serves, or that are to be routed; further ones
-are dropped."""
+"""Connections on Unix sockets, counting those that the manager process or the engine serves and those that wait for
+routing.  Further ones are closed."""
 _TCP_CONNECTIONS_MAX = 2048
-"""Of all by TCP, whichever process serves them; counted apart, so that root's socket is never full of them."""
+"""TCP connections, whichever process serves them.  Counted separately, so that they never fill root's socket."""
 _TCP_PER_SOURCE_MAX = 512
 STRANGERS_MAX = 256
 STRANGERS_PER_SOURCE_MAX = 32
-"""Connections by TCP without an identity: those of clients that have no certificate, until the head of their request
-names a token.  More than a few are open only while several clients behind one address connect at one moment."""
+"""TCP connections without an identity: of clients without a certificate, until the head of their request has a
+token.  More than a few are open only while several clients behind one address connect at the same moment."""
 STRANGER_S = 10.0
-"""Seconds for such a head to begin, and to arrive: clients send it as soon as they are connected."""
+"""Limit for such a head to start, and to arrive.  Clients send it as soon as they are connected."""
 _REQUEST_TIMEOUT_S = 60.0
-"""For a head to arrive."""
+"""Limit for a head to arrive."""
 _IDLE_S = 300.0
-"""Before a request of a connection by TCP; Docker waits for ever."""
+"""Idle time before a request on a TCP connection.  Docker waits forever."""
 _ACCEPTED_AT_ONCE = 64
-"""Connections accepted before other work of the event loop has its turn."""
+"""Connections accepted before other work of the event loop."""
 _FIRST_BYTES = 64 * 1024
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
-"""For clients by TCP that vanish without closing: as Docker's, which are Go's defaults."""
+"""Detects TCP clients that vanish without closing.  The values are Docker's, which are Go's defaults."""
 
 
 class Membership(Protocol):
-    """What the front needs of this node's membership in a swarm."""
+    """The part of this node's membership in a swarm that the front needs."""
 
     def manager_refusal(self) -> str | None:
-        """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
+        """Return why no manager of this node answers, in Docker's words, or None if one does or soon will."""
 
 
 class _Properties(msgspec.Struct, frozen=True, kw_only=True):
     """Properties of a connection.
 
-    ``is_remote``: what it keeps open is limited in time.  ``is_relayed``: the connection cannot be passed to another
-    process, and its identity is not known yet.  ``is_stranger``: its client has no certificate, and has sent no token
-    yet.  ``identity``: None: what the permissions of a unix socket give.
+    Args:
+        is_remote: Whether its idle times are limited.
+        is_relayed: Whether the connection cannot be passed to another process, and its identity is not known yet.
+        is_stranger: Whether its client has no certificate and has not sent a token yet.
+        identity: The client, or None for the permissions of a Unix socket.
     """
 
     is_remote: bool
@@ -85,15 +87,15 @@ class _Properties(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity | None = None
 
     def passed(self, connected: socket.socket) -> Passed:
-        """``connected`` as one of this client."""
+        """Return ``connected`` as a connection of this client."""
         return Passed(connected, self.is_remote, self.identity)
 
 
 class DockerSocket(msgspec.Struct, frozen=True):
-    """Socket of the Docker Engine beside the node.
+    """Socket of the machine's Docker Engine.
 
     Args:
-        path: None if there is no engine.
+        path: The socket, or None if there is no engine.
         before_build: Copies the images that a build may use to the engine.
     """
 
@@ -105,9 +107,9 @@ class Front:
     """The API sockets of one node.
 
     Args:
-        here: what the node answers itself.
-        users: identities of the clients of TCP hosts.
-        divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
+        here: The application with the node's own routes.
+        users: Identities of the clients of TCP hosts.
+        divert: Takes over a new connection to a Unix socket that is not root's.  Returns whether it did.
     """
 
     def __init__(
@@ -131,21 +133,21 @@ class Front:
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
-        """Of clients of unix sockets that have sent nothing yet but pings."""
+        """Connections of Unix socket clients that have sent nothing but pings so far."""
         self._unix_tasks: set[asyncio.Task[None]] = set()
-        """Serving clients of unix sockets."""
+        """Tasks that serve clients of Unix sockets."""
         self._tcp_tasks: set[asyncio.Task[None]] = set()
-        """Serving clients of TCP hosts."""
+        """Tasks that serve clients of TCP hosts."""
         self._remote = Admission("api", _TCP_CONNECTIONS_MAX, _TCP_PER_SOURCE_MAX)
-        """Connections by TCP whose clients have an identity."""
+        """TCP connections of clients with an identity."""
         self._strangers: Newcomers[Connection] = Newcomers(
             "api connections without an identity", STRANGERS_MAX, STRANGERS_PER_SOURCE_MAX, Connection.abort
         )
         self._group: asyncio.TaskGroup | None = None
-        """While it listens."""
+        """The task group while the front listens."""
 
     def serve(self, connected: socket.socket, identity: Identity) -> None:
-        """Serve a connection of this process as one of a client by TCP, which is ``identity``."""
+        """Serve a connection of this process as a TCP client's connection with this ``identity``."""
         if self._group is None:
             connected.close()
             return
@@ -154,9 +156,9 @@ class Front:
 
     @asynccontextmanager
     async def listening(self, hosts: Sequence[Host]) -> AsyncIterator[None]:
-        """Serve on ``hosts`` while the context is open.
+        """Serve on ``hosts`` during the block.
 
-        Raises: FailedPrecondition: one of them cannot be listened on.
+        Raises: FailedPrecondition: cannot listen on a host.
         """
         with ExitStack() as bound:
             sockets = [(host, bound.enter_context(_listening_socket(host))) for host in hosts]
@@ -228,7 +230,7 @@ class Front:
                 connected, _ = listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # out of descriptors, or the client has gone already
+            except OSError as error:  # no free descriptor, or the client has disconnected
                 log.warning("api connection not accepted", error=str(error))
                 loop.remove_reader(listener)
                 loop.call_later(ACCEPT_RETRY_S, self._accept_again, group, listener)
@@ -247,9 +249,9 @@ class Front:
             asyncio.get_running_loop().add_reader(listener, self._accept_local, group, listener)
 
     def _read_first(self, group: asyncio.TaskGroup, connected: socket.socket) -> None:
-        """The first bytes of a local client have come.  The usual request needs no task, and no transport.
+        """Handle the first bytes of a local client.  The usual request needs no task and no transport.
 
-        A ping is what most clients begin with, each command of docker's too: the next request is read from here again.
+        Most clients, including each docker command, start with a ping.  The next request is then read here again.
         """
         try:
             data = connected.recv(_FIRST_BYTES)
@@ -258,7 +260,7 @@ class Front:
         except OSError:
             data = b""
         if (response := self._ping(data)) is not None:
-            # Closed below: a client that has gone, or that has sent many pings without reading.
+            # Otherwise closed below: the client has disconnected, or sent many pings without reading.
             with suppress(OSError):
                 if connected.send(response) == len(response):
                     return
@@ -277,12 +279,12 @@ class Front:
             self._start(group, self._go_on(Returned(local, data)), is_remote=False)
 
     def _ping(self, data: bytes) -> bytes | None:
-        """The response to ``data``, if that is a ping as clients usually send it."""
+        """Return the response to ``data`` if that is a ping as clients usually send it."""
         ping = plain_ping(data)
         return self._here.ping(*ping) if ping is not None else None
 
     def _is_for_manager(self, data: bytes) -> bool:
-        """Whether ``data`` begins with the whole head of a request which is to be passed to the manager."""
+        """Return whether ``data`` starts with the complete head of a request to the manager."""
         end = data.find(b"\r\n\r\n") + 4
         if end < 4:
             return False
@@ -293,7 +295,7 @@ class Front:
         return is_for_manager(path_of(target)) and self._membership.manager_refusal() is None
 
     async def _take_back(self, group: asyncio.TaskGroup) -> None:
-        """Serve what the manager process passes back, or has left behind."""
+        """Serve connections that the manager process passes back or has left behind."""
         while True:
             returned = await self._handover.returned.get()
             self._start(group, self._go_on(returned), is_remote=returned.connection.is_remote)
@@ -320,7 +322,8 @@ class Front:
             await self._serve(client, _Properties(is_remote=passed.is_remote, identity=passed.identity))
 
     async def _serve(self, client: Connection, properties: "_Properties") -> None:
-        """Have the next request of ``client`` answered; the connection is another's after that, or closed."""
+        """Have the next request of ``client`` answered.  After that the connection belongs to another process or is
+        closed."""
         try:
             raw = client.head() or await _head(client, properties)
             if raw:
@@ -347,25 +350,28 @@ class Front:
     def _identify(
         self, client: Connection, properties: "_Properties", raw: bytes
     ) -> "tuple[_Properties, bytes]":
-        """The client, and its request as it is passed on.  Raises: Unauthenticated, Unavailable, Malformed."""
+        """Return the client, and its request in the form to pass on.  Raises: Unauthenticated, Unavailable,
+        Malformed."""
         credential = self._users.proved_by(client.transport)
         if credential is None:
             request = parse_request(raw)
             given = request.head.all(b"authorization")
             credential = bearer(given[0] if len(given) == 1 else b"")
-            # The next request may be of another user: a proxy has one connection for all.
+            # The next request may be another user's: a proxy has one connection for all.
             close = () if request.upgrades else ((b"Connection", b"close"),)
             raw = request.head.with_headers(*close, without=(b"authorization", b"keep-alive"))
         identity = self._users.identify(credential)
         if properties.is_stranger:
             self._strangers.forget(client)
             if not self._remote.admit(client.transport):
-                raise Unavailable("too many connections are open, of this address or in all: try again later")
+                raise Unavailable(
+                    "too many connections are open, from this address or in total: try again later"
+                )
         self._users.remember(client.transport, credential, identity)
         return msgspec.structs.replace(properties, identity=identity, is_stranger=False), raw
 
     async def _answer(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
-        """Raises: SkepError."""
+        """Pass a request to its destination.  Raises: SkepError."""
         request = read_head(raw)
         identity = properties.identity
         if identity is not None and (
@@ -385,7 +391,7 @@ class Front:
                     await self._relay(client, raw, properties)
                 elif not client.is_lost:
                     self._handover.pass_on(properties.passed(client.duplicate()), raw + client.take())
-                    client.abort()  # of this process's two descriptors one is left
+                    client.abort()  # closes one of this process's two descriptors
             case Destination.ENGINE if self._docker.path is not None:
                 if identity is not None and not identity.is_admin:
                     raise PermissionDenied(
@@ -399,7 +405,7 @@ class Front:
                 self._hand_to_application(client, raw)
 
     async def _relay(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
-        """Give the manager process one end of a new connection, and ``client`` the other."""
+        """Pass one end of a new connection to the manager process, and relay ``client`` to the other."""
         ours, theirs = socket.socketpair()
         try:
             self._handover.pass_on(properties.passed(theirs), raw + client.take())
@@ -410,13 +416,13 @@ class Front:
         await relay(client, manager, b"", is_one_exchange=False)
 
     def _hand_to_application(self, client: Connection, raw: bytes) -> None:
-        """Give the connection, with what was read of it, to the application."""
+        """Pass the connection to the application, with the bytes that were read from it."""
         client.give_back(raw)
         client.give_to(self._here.server())
 
 
 def _probe_when_idle(client: Connection) -> None:
-    """Have the kernel end the connection of a client that does not respond any more."""
+    """Have the kernel close the connection of a client that no longer responds."""
     connected: socket.socket = client.transport.get_extra_info("socket")
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
@@ -424,7 +430,7 @@ def _probe_when_idle(client: Connection) -> None:
 
 
 async def _head(client: Connection, properties: _Properties) -> bytes:
-    """The next head; nothing if it takes too long or the client has closed.  Raises: Malformed, Gone."""
+    """Return the next head, or nothing if it takes too long or the client has closed.  Raises: Malformed, Gone."""
     idle_s, request_s = _IDLE_S if properties.is_remote else None, _REQUEST_TIMEOUT_S
     if properties.is_stranger:
         idle_s = request_s = STRANGER_S
@@ -438,7 +444,7 @@ async def _head(client: Connection, properties: _Properties) -> bytes:
 
 
 def refusal(error: SkepError) -> bytes:
-    """A whole response with the reason, after which the connection is closed."""
+    """Return a complete response with the reason, after which the connection is closed."""
     status = 431 if isinstance(error, Malformed) and "too large" in str(error) else status_of(error)
     body = msgspec.json.encode({"message": str(error)}) + b"\n"
     reason = web.Response(status=status).reason
@@ -450,7 +456,7 @@ def refusal(error: SkepError) -> bytes:
 
 @contextmanager
 def _listening_socket(host: Host) -> Iterator[socket.socket]:
-    """A bound socket; a unix one is unlinked afterwards.  Raises: FailedPrecondition."""
+    """Yield a bound socket.  A Unix socket is unlinked afterwards.  Raises: FailedPrecondition."""
     try:
         sock = _unix_listener(host.path) if isinstance(host, UnixHost) else _tcp_listener(host)
     except OSError as error:
@@ -466,7 +472,7 @@ def _listening_socket(host: Host) -> Iterator[socket.socket]:
 
 
 def _unix_listener(path: Path) -> socket.socket:
-    """A socket that root and the group ``docker``, if there is one, may use."""
+    """Open a socket for root, and for the group ``docker`` if it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_served(path):
         raise FailedPrecondition(

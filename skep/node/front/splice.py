@@ -1,9 +1,8 @@
-"""Connects a client to another process, byte for byte: to the machine's Docker Engine, and remote clients to the
-manager process.
+"""Connects a client to another process, byte for byte: to the machine's Docker Engine, or to the manager process.
 
-An ordinary request to the engine is sent on with ``Connection: close``: the connection carries exactly one exchange,
-nothing has to find where a body ends, and the client's next request is routed anew.  A request with ``Upgrade`` goes
-unchanged. Half-closes are passed on: that is what ends the standard input of ``docker run -i``.
+An ordinary request to the engine is sent on with ``Connection: close``.  The connection then carries exactly one
+exchange, the end of a body need not be found, and the client's next request is routed again.  A request with
+``Upgrade`` is sent unchanged.  Half-closes are passed on, because one ends the standard input of ``docker run -i``.
 """
 
 import asyncio
@@ -17,9 +16,9 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 async def splice(client: Connection, request: Request, engine_socket: Path) -> None:
-    """Send ``request`` to the engine and copy both directions until they end; ``client`` is closed then.
+    """Send ``request`` to the engine and copy both directions until they end.  Closes ``client``.
 
-    Raises: Unavailable: no engine answers; nothing was sent to the client.
+    Raises: Unavailable: no engine answers, and nothing was sent to the client.
     """
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
@@ -36,9 +35,9 @@ async def splice(client: Connection, request: Request, engine_socket: Path) -> N
 
 
 async def relay(client: Connection, server: Connection, head: bytes, *, is_one_exchange: bool) -> None:
-    """Send ``head`` and copy both directions until they end; both are closed then.
+    """Send ``head`` and copy both directions until they end.  Closes both connections.
 
-    ``is_one_exchange``: the end of the response is the end; what the client still sends is dropped.
+    With ``is_one_exchange``, it ends with the response.  Further data of the client is dropped.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -62,7 +61,7 @@ async def relay(client: Connection, server: Connection, head: bytes, *, is_one_e
 
 
 async def _watch(client: Connection, up: asyncio.Task[None]) -> None:
-    """Once all that the client has sent is passed on.  Raises: Gone: it broke the connection, or has vanished."""
+    """Watch the client after all of its data is passed on.  Raises: Gone: it broke the connection, or has vanished."""
     await asyncio.wait([up])
     await client.wait_lost()
     raise Gone("closed by the other end")
@@ -76,7 +75,7 @@ async def _upwards(head: bytes, client: Connection, server: Connection) -> None:
     except Gone:
         if client.has_ended:
             raise
-        # the server reads no more, but what it answered may still be on its way
+        # the server no longer reads, but its response may still arrive
 
 
 async def _copy(source: Connection, sink: Connection) -> None:

@@ -1,8 +1,8 @@
-"""Requests of docker's commands about the container of a task, by users below administrator: the manager has them.
+"""Redirects docker's commands about a task's container to the manager, for users who are not administrators.
 
 ``docker exec``, ``attach``, ``cp`` and ``kill`` name a container.  A user's rights over it follow from its service,
-which the manager knows.  So the request becomes the one of ``skep exec``: the manager checks the role and the service's
-spec, writes it into the history, and forwards it to the task's node, which checks it again.
+which the manager knows.  The request is therefore changed into one of ``skep exec``.  The manager checks the role and
+the service's spec, records the request in the history, and forwards it to the task's node, which checks it again.
 """
 
 import re
@@ -52,13 +52,14 @@ class TaskContainers(Protocol):
 
 
 def as_task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
-    """Return the target with which the manager has this request, or an empty string if it is this node's.
+    """Return the target of this request at the manager, or an empty string if this node answers it.
 
     Args:
         target: Path and query as sent.
 
     Raises:
-        PermissionDenied: The cluster alone starts, stops and removes the container.  Only for operators of its stack.
+        PermissionDenied: Only the cluster starts, stops and removes the container.  Raised only for operators of its
+            stack.
         NotFound: The user sees no such container, or no such exec.
         InvalidArgument: The prefix of an id fits several containers that the user sees.
     """

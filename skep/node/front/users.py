@@ -1,7 +1,7 @@
-"""Identities of the clients of TCP hosts: by their certificates, or by tokens.
+"""Identifies the clients of TCP hosts by their certificates or tokens.
 
-The users are the cluster's; the manager process of this node sends them, and every change.  A node without one has
-no users: its clients by TCP have a certificate of the authority in its settings.
+Users belong to the cluster.  The manager process of this node sends them, and every change.  A node without a manager
+has no users, and its TCP clients need a certificate of the configured authority.
 """
 
 import asyncio
@@ -28,30 +28,30 @@ from skep.security.authority import USER_UNIT
 log = structlog.get_logger()
 
 SILENT_S = 10.0
-"""For so long the users that the manager process sent last are valid; it sends them every 2 s."""
+"""Time for which the last users from the manager process are valid.  It sends them every 2 s."""
 _CHECK_S = 1.0
 _NAME_MAX = 128
-"""Characters of the name in a client's certificate that are shown."""
+"""Characters of a name in a client's certificate that are shown."""
 _USERS = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, USER_UNIT)]
 
 
 class ApiTls:
-    """TLS for TCP hosts: clients prove their identity by certificate, or by a token later.
+    """TLS for TCP hosts.  Clients prove their identity by certificate, or later by a token.
 
-    No authority can be removed from an ``SSLContext``, so each handshake is handed over to the present one.
+    An authority cannot be removed from an ``SSLContext``, so each handshake is handed over to the present context.
     """
 
     def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
-        """Raises: FailedPrecondition: a file is not what it should be."""
+        """Load the files.  Raises: FailedPrecondition: a file is invalid."""
         self._files = (certificate, key, authority)
         self._current = tls_context(*self._files)
         self.front = tls_context(*self._files)
         self.front.sni_callback = self._hand_over  # also called without a server name
 
     def trust(self, root_pem: str) -> None:
-        """Trust the authority of users besides the machine's from the next handshake on.
+        """Trust the users' authority in addition to the machine's, from the next handshake on.
 
-        Raises: FailedPrecondition: a file is not what it should be any more; the authorities stay as they are.
+        Raises: FailedPrecondition: a file has become invalid, and the authorities stay unchanged.
         """
         context = tls_context(*self._files)
         if root_pem:
@@ -65,8 +65,7 @@ class ApiTls:
 class Users:
     """The users as received last, and their connections.
 
-    Args:
-        tls: None: no host is served by TCP.
+    ``tls`` is None if no host is served by TCP.
     """
 
     def __init__(
@@ -78,16 +77,16 @@ class Users:
         self.tls = tls
         self._root: x509.Certificate | None = None
         self._trusted_pem = ""
-        """The authority of users that handshakes trust."""
+        """The users' authority that handshakes trust."""
         self._trust_backoff = Backoff(1.0, 60.0, rng=rng)
         self._trust_again_at = float("-inf")
         self._by_key: dict[str, tuple[Credentials, int]] = {}
-        """Serial numbers and digests -> the user, and when they expire (unix nanoseconds)."""
+        """The user and its expiry (Unix nanoseconds) by serial number or token digest."""
         self._received_at = float("-inf")
         self._open: dict[asyncio.Transport, tuple[Credential, Identity]] = {}
 
     async def run(self) -> None:
-        """Follow the manager process, and end connections whose users have no right to them any more."""
+        """Follow the manager process, and close connections of users who have lost their rights."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow(), name="users followed")
             while True:
@@ -97,10 +96,10 @@ class Users:
     # --- the identity of a client -----------------------------------------------------------------------------
 
     def proved_by(self, transport: asyncio.Transport) -> Credential | None:
-        """What a client has proved by its certificate; None: it has none.  Raises: Unauthenticated."""
+        """Return the client's proof by certificate, or None without a certificate.  Raises: Unauthenticated."""
         connection = transport.get_extra_info("ssl_object")
         if connection is None:
-            return Credential(Origin.MACHINE, "")  # a host without TLS, as only tests have
+            return Credential(Origin.MACHINE, "")  # only tests have a host without TLS
         encoded = connection.getpeercert(binary_form=True)
         if not encoded:
             return None
@@ -108,27 +107,31 @@ class Users:
         if self._root is not None and _is_issued_by(certificate, self._root):
             return Credential(Origin.CERTIFICATE, f"{certificate.serial_number:x}")
         if certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME) == _USERS:
-            raise Unauthenticated("the certificate is one of an earlier authority of users")
+            raise Unauthenticated(
+                "the certificate is of an earlier user authority: request a new one with `skep user`"
+            )
         return Credential(Origin.MACHINE, _common_name(connection.getpeercert()))
 
     def has_certificate(self, transport: asyncio.Transport) -> bool:
-        """Whether the client has proved an identity by its certificate, or needs none (a host without TLS)."""
+        """Return whether the client has proved an identity by its certificate, or needs none (a host without TLS)."""
         try:
             return self.proved_by(transport) is not None
         except Unauthenticated:
             return False
 
     def identify(self, credential: Credential) -> Identity:
-        """Raises: Unauthenticated: it proves nothing, any more; Unavailable: that is not known at present."""
+        """Return the identity of a credential.
+
+        Raises: Unauthenticated: it is invalid, expired or revoked; Unavailable: users are not known at present."""
         if credential.origin is Origin.MACHINE:
             return Identity(name=credential.key, origin=Origin.MACHINE, bindings=ALL)
         if self._clock.monotonic() - self._received_at > SILENT_S:
             raise Unavailable(
-                "users are not known at present: the manager process of this node has not sent them"
+                "users are unknown at present: this node's manager process has not sent them. Try again later"
             )
         user, end_ns = self._by_key.get(credential.key, (None, 0))
         if user is None or end_ns <= self._clock.now_ns():
-            why = "has expired" if user is not None else "is not known, or was revoked"
+            why = "has expired" if user is not None else "is unknown or was revoked"
             raise Unauthenticated(f"the {credential.origin.value} {why}")
         if credential.key in user.logins and not credential.is_login:
             raise Unauthenticated(
@@ -138,7 +141,7 @@ class Users:
         return Identity(name=user.name, origin=credential.origin, bindings=user.bindings, serial=serial)
 
     def remember(self, transport: asyncio.Transport, credential: Credential, identity: Identity) -> None:
-        """End the connection when ``credential`` gives ``identity`` no longer."""
+        """Close the connection when ``credential`` no longer stands for ``identity``."""
         if credential.origin is not Origin.MACHINE:
             self._open = {one: of for one, of in self._open.items() if not one.is_closing()}
             self._open[transport] = (credential, identity)
@@ -166,12 +169,12 @@ class Users:
                     async for line in lines:
                         self._take(msgspec.json.decode(line, type=AccessTable))
             except (SkepError, OSError, msgspec.DecodeError):
-                pass  # there is no manager process at present
+                pass  # the manager process is not running
             await backoff.sleep(self._clock)
 
     def _take(self, table: AccessTable) -> None:
         if not table.is_current:
-            return  # it does not see removals
+            return  # such a manager does not see removals
         self._received_at = self._clock.monotonic()
         self._by_key = {
             key: (user, end_ns)
@@ -183,7 +186,7 @@ class Users:
         self._end_revoked()
 
     def _trust(self, root_pem: str) -> None:
-        """Have handshakes trust the authority, unless they do; a file of TLS that is damaged is read again later."""
+        """Have handshakes trust the authority if they do not yet.  A damaged TLS file is retried later."""
         if (
             self.tls is None
             or root_pem == self._trusted_pem
@@ -203,7 +206,7 @@ class Users:
 
 
 def bearer(authorization: bytes) -> Credential:
-    """The token in a header.  Raises: Unauthenticated: there is none."""
+    """Return the token in a header.  Raises: Unauthenticated: it has none."""
     scheme, _, token = authorization.strip().partition(b" ")
     token = token.strip()
     if scheme.lower() != b"bearer" or not 0 < len(token) <= TOKEN_BYTES_MAX:
@@ -212,12 +215,12 @@ def bearer(authorization: bytes) -> Credential:
 
 
 def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
-    """TLS for the API: certificates of clients are those of ``authority``.
+    """Return the API's TLS context, which accepts client certificates of ``authority``.
 
-    Raises: FailedPrecondition: a file is not what it should be.
+    Raises: FailedPrecondition: a file is invalid.
     """
     context = server_context(certificate, key, authority)
-    # A client without one may have a token, in its first request; without either it is refused.
+    # A client without a certificate may have a token in its first request.  Without either it is refused.
     context.verify_mode = ssl.CERT_OPTIONAL
     # A resumed session would skip verification with the present authorities.
     context.options |= ssl.OP_NO_TICKET

@@ -42,17 +42,17 @@ class Member(Protocol):
         """Whether this node is in a cluster."""
 
     def manager_refusal(self) -> str | None:
-        """Docker's text where this node has no manager; None: it has one, or will soon."""
+        """Return Docker's error if this node has no manager, or None if it has one or will soon have one."""
 
 
 class Tasks(Protocol):
-    """What runs here for the cluster."""
+    """The cluster's tasks on this node."""
 
     def tasks(self) -> Mapping[TaskId, AssignedTask]:
-        """The assigned tasks, by id."""
+        """Return the assigned tasks by id."""
 
     def statuses(self) -> Mapping[TaskId, TaskStatus]:
-        """What was observed of them, by id."""
+        """Return the observed status of each task by id."""
 
 
 class Tables(Protocol):
@@ -75,14 +75,15 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     rng: Callable[[], float]
 
     def check_manager(self) -> None:
-        """Raises: Unavailable: this node is no manager."""
+        """Check that this node is a manager.  Raises: Unavailable."""
         if not self.member.is_manager:
             raise Unavailable(self.member.manager_refusal() or FROM_A_WORKER)
 
     async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
-        """Those that match ``filters``; on a worker only those that a task of its own uses."""
+        """Return the networks that match ``filters``.  A worker without access returns only networks that its own tasks
+        use."""
         if not self.member.is_manager:
-            with suppress(SkepError):  # not allowed, or no manager responds: the networks of this node
+            with suppress(SkepError):  # not allowed, or no manager responds: list the networks of this node
                 return list(msgspec.json.decode(await self.reads.body(request.raw_path)))
             attached = self._attached().values()
             return [network_form.flat_form(one) for one in attached if fits(_facts(one), filters)]
@@ -92,7 +93,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         return list(msgspec.json.decode(response.body))
 
     async def find(self, request: web.Request, word: str) -> dict[str, Any] | None:
-        """One network in the form of ``inspect``, with this node's containers on it; None: there is none."""
+        """Return a network in the form of ``inspect``, with this node's containers on it, or None."""
         if self.member.is_manager:
             found = await self._from_manager(request, word)
         else:
@@ -104,7 +105,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     async def may_have(self, word: str) -> bool:
-        """Whether ``word`` may mean a network of the cluster; on a worker not all are known."""
+        """Return whether ``word`` may mean a cluster network.  A worker does not know all of them."""
         if not self.member.is_manager:
             return self.member.is_in_swarm
         response = await self.request_manager("GET", f"/networks/{quote(word, safe='')}", b"", {})
@@ -113,13 +114,13 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     async def check_lacks(self, name: str) -> None:
-        """Raises: AlreadyExists: a network of the cluster has that name."""
+        """Check that no cluster network has that name.  Raises: AlreadyExists."""
         response = await self.request_manager("GET", f"/networks/{quote(name, safe='')}", b"", {})
         if response.status == 200 and msgspec.json.decode(response.body)["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
     async def forward_to_manager(self, request: web.Request, body: bytes = b"") -> Response:
-        """The manager's response to the same request.  Raises: Unavailable."""
+        """Return the manager's response to the same request.  Raises: Unavailable."""
         return await self.request_manager(request.method, request.path_qs, body, forwarded_headers(request))
 
     async def _from_manager(self, request: web.Request, word: str) -> dict[str, Any] | None:
@@ -153,7 +154,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     async def request_manager(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str]
     ) -> Response:
-        """The manager's response; waits for one that restarts.  Raises: Unavailable."""
+        """Return the manager's response, after waiting for a manager that restarts.  Raises: Unavailable."""
         if (refusal := self.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
         for attempts_left in (1, 0) if method == "GET" else (0,):
@@ -167,7 +168,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def forwarded_headers(request: web.Request) -> dict[str, str]:
-    """Headers of the request that a manager gets for ``request``: its identity, and those that are forwarded."""
+    """Return the headers for a manager's copy of ``request``: the identity, and forwarded ones."""
     headers = {name: request.headers[name] for name in _FORWARDED_HEADERS if name in request.headers}
     return {IDENTITY_HEADER: packed(identity_of(request)).decode(), **headers}
 
@@ -184,12 +185,12 @@ def _facts(network: Network) -> Facts:
 
 
 def _peers(table: Table) -> list[dict[str, str]]:
-    """``Peers`` of ``docker network inspect``; a table has ids of nodes only."""
+    """Return ``Peers`` of ``docker network inspect``.  A table only has the ids of nodes."""
     return [{"Name": node.id, "IP": node.underlay} for _, node in sorted(table.nodes.items())]
 
 
 def _services(table: Table) -> dict[str, Any]:
-    """``Services`` of ``docker network inspect --verbose``; plain containers stand under no name."""
+    """Return ``Services`` of ``docker network inspect --verbose``.  Plain containers have an empty name."""
     shown: dict[str, Any] = {
         service.name: _entry(service, table) for _, service in sorted(table.services.items())
     }

@@ -1,6 +1,6 @@
-"""``/volumes`` of a manager's node: its own volumes, and behind them those of the cluster.
+"""``/volumes`` of a manager's node: its own volumes, followed by the cluster's.
 
-A name means a volume of the node first; Docker has no way to keep the two apart either.
+A name means a volume of the node first.  Docker cannot distinguish the two either.
 
 Source: moby, daemon/server/router/volume/volume_routes.go.
 """
@@ -26,7 +26,7 @@ _PATH = "/skep/cluster/volumes"
 def with_cluster_volumes(
     cluster: ClusterNetworks, routes: tuple[web.AbstractRouteDef, ...]
 ) -> tuple[web.AbstractRouteDef, ...]:
-    """``routes`` of this node, whose volumes include the cluster's."""
+    """Return this node's ``routes`` with the cluster's volumes included."""
     both = _Both(cluster)
     wraps: Mapping[tuple[str, str], Callable[[Handler], Handler]] = {
         ("GET", "/volumes"): both.list_all,
@@ -44,7 +44,7 @@ def with_cluster_volumes(
 
 
 class _Both:
-    """Handlers that ask this node first, then the manager."""
+    """Handlers that query this node first, then the manager."""
 
     def __init__(self, cluster: ClusterNetworks) -> None:
         self._cluster = cluster
@@ -64,7 +64,7 @@ class _Both:
                 if theirs.status != 200:
                     raise theirs.error()
                 listed["Volumes"] = [*(listed.get("Volumes") or ()), *msgspec.json.decode(theirs.body)]
-            except SkepError as error:  # as in Docker: the node's own list is worth having
+            except SkepError as error:  # as in Docker, a failure does not hide the node's own list
                 listed["Warnings"] = [*(listed.get("Warnings") or ()), str(error)]
             return json_response(listed)
 
@@ -74,14 +74,14 @@ class _Both:
         return self._ours_or_theirs(ours)
 
     def remove(self, ours: Handler) -> Handler:
-        """With ``force`` both, as in Docker: the node does not say whether it had one."""
+        """Remove from both with ``force``, as in Docker, because the node does not tell whether it had the volume."""
         either = self._ours_or_theirs(ours)
 
         async def handle(request: web.Request) -> web.StreamResponse:
             if not flag(request, "force") or not self._is_asked(request):
                 return await either(request)
             response = await ours(request)
-            theirs = await self._named(request) if response.status < 300 else None
+            theirs = await self._request_by_name(request) if response.status < 300 else None
             return response if theirs is None or theirs.status in (204, 404) else _passed_back(theirs)
 
         return handle
@@ -96,10 +96,10 @@ class _Both:
         return handle
 
     async def update(self, request: web.Request) -> web.StreamResponse:
-        """``docker volume update``, which other volumes do not have."""
+        """Handle ``docker volume update``, which only cluster volumes support."""
         if not self._cluster.member.is_manager:
             raise Unavailable("volume update only valid for cluster volumes, but swarm is unavailable")
-        return _passed_back(await self._named(request))
+        return _passed_back(await self._request_by_name(request))
 
     def _ours_or_theirs(self, ours: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -111,7 +111,7 @@ class _Both:
             else:
                 if response.status != 404 or not self._is_asked(request):
                     return response
-            return _passed_back(await self._named(request))
+            return _passed_back(await self._request_by_name(request))
 
         return handle
 
@@ -119,17 +119,17 @@ class _Both:
         return self._cluster.member.is_manager and api_version(request) >= _SINCE
 
     def _check_manager(self) -> None:
-        """Raises: Unavailable, in Docker's words: this node is no manager."""
+        """Check that this node is a manager.  Raises: Unavailable, in Docker's words."""
         if not self._cluster.member.is_manager:
             raise Unavailable(self._cluster.member.manager_refusal() or "This node is not a swarm manager.")
 
-    async def _named(self, request: web.Request) -> Response:
-        """The manager's response to the same request for a volume by name."""
+    async def _request_by_name(self, request: web.Request) -> Response:
+        """Return the manager's response to the same request for a volume by name."""
         path = f"{_PATH}/{quote(request.match_info['name'], safe='')}"
         return await self._manager(request, request.method, f"{path}?{request.query_string}")
 
     async def _manager(self, request: web.Request, method: str, path: str) -> Response:
-        """Raises: Unavailable."""
+        """Send a request to the manager.  Raises: Unavailable."""
         return await self._cluster.request_manager(
             method, path, await read_body(request), forwarded_headers(request)
         )
@@ -140,7 +140,7 @@ class _Asked(msgspec.Struct):
 
 
 async def _is_for_cluster(request: web.Request) -> bool:
-    """Whether a creation asks for a cluster volume; what cannot be read is refused by the node's own handler."""
+    """Return whether a request creates a cluster volume.  The node's own handler refuses undecodable requests."""
     try:
         asked = msgspec.json.decode(await read_body(request) or b"{}", type=_Asked).ClusterVolumeSpec
     except (ValueError, RecursionError):

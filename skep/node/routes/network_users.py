@@ -1,4 +1,4 @@
-"""The containers of this node on its networks, as ``docker network inspect`` shows them."""
+"""The containers of this node on its networks, in the form of ``docker network inspect``."""
 
 from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Interface, ip_interface
@@ -18,7 +18,7 @@ from skep.model.task import AssignedTask, TaskState, TaskStatus
 def networks_in_use(
     tasks: Mapping[TaskId, AssignedTask], statuses: Mapping[TaskId, TaskStatus]
 ) -> dict[str, Network]:
-    """The overlay networks that a task of this node uses which has not ended, by id."""
+    """Return the overlay networks that this node's active tasks use, by id."""
     return {
         attachment.network.id: attachment.network
         for id, assigned in tasks.items()
@@ -29,7 +29,7 @@ def networks_in_use(
 
 
 def meant_by(word: str, networks: Mapping[str, Network]) -> Network | None:
-    """Full id, else name, else the only one whose id begins so.  ``networks``: by id."""
+    """Return the network with the full id ``word``, else the name, else a unique id prefix.  ``networks`` is by id."""
     by_name = {network.spec.name: network for network in networks.values()}
     if (exact := networks.get(word) or by_name.get(word)) is not None:
         return exact
@@ -40,7 +40,7 @@ def meant_by(word: str, networks: Mapping[str, Network]) -> Network | None:
 def on_overlay(
     network_id: str, tasks: Mapping[TaskId, AssignedTask], containers: Collection[Container]
 ) -> dict[str, Any]:
-    """Entries of ``Containers``, by container id."""
+    """Return the entries of ``Containers`` for an overlay network, by container id."""
     entries: dict[str, Any] = {}
     for container in containers:
         if container.plain is not None:
@@ -59,7 +59,7 @@ def on_overlay(
 def on_gateway(
     gateway: LocalNetwork, users: Iterable[str], containers: Collection[Container]
 ) -> dict[str, Any]:
-    """The same of the gateway bridge, under the names that Docker has for these places."""
+    """Return the entries for the gateway bridge, under Docker's names for its endpoints."""
     wanted = set(users)
     return {
         one.id: _entry(
@@ -73,7 +73,7 @@ def on_gateway(
 
 
 def on_bridge(network_id: str, containers: Collection[Container]) -> dict[str, Any]:
-    """The same of any network that plain containers are on."""
+    """Return the entries for any network of plain containers."""
     return {
         one.id: _entry(one.name, endpoint_id(one.id, network_id), connected.config.addresses)
         for one in containers
@@ -84,7 +84,7 @@ def on_bridge(network_id: str, containers: Collection[Container]) -> dict[str, A
 
 
 def on_builtin(network: LocalNetwork, containers: Collection[Container]) -> dict[str, Any]:
-    """The same of ``bridge``, ``host`` and ``none``."""
+    """Return the entries for ``bridge``, ``host`` and ``none``."""
     found: dict[str, Any] = {}
     for one in containers:
         plain, sandbox = one.plain, one.sandbox

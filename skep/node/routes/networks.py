@@ -1,8 +1,8 @@
-"""``/networks`` of a node: the cluster's, its own, and those of the Docker Engine beside it, as one list.
+"""``/networks`` of a node: networks of the cluster, the node and the machine's Docker Engine in one list.
 
-The kind of network decides which process answers a request.  Networks of the cluster belong to the managers; a worker
-has only those that its own tasks use.  Networks of the node belong to the Docker Engine where there is one, except the
-gateway bridge.
+The kind of network decides which process answers a request.  Cluster networks belong to the managers, and a worker has
+only those used by its own tasks.  Networks of the node belong to the Docker Engine if there is one, except the gateway
+bridge.
 
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.go, libnetwork/controller.go.
 """
@@ -57,22 +57,23 @@ from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 log = structlog.get_logger()
 
 _NAMES_ARE_UNIQUE = ApiVersion("1.44")
-"""From here on ``CheckDuplicate`` is always meant.  Before, a network of the cluster may have the name of one here."""
+"""From this version on ``CheckDuplicate`` is implied.  Before, a cluster network may have the name of a node's
+network."""
 
 
 class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
-    """What the routes use."""
+    """The sources of the routes' data."""
 
     cluster: ClusterNetworks
     local: LocalNetworks
     engine: Engine | None
-    """This node's containers; None: it runs none."""
+    """This node's engine, or None on a node without containers."""
     docker: Client | None
-    """The machine's Docker Engine; None: there is none."""
+    """The machine's Docker Engine, or None."""
 
 
 def network_routes(sources: NetworkSources) -> Routes:
-    """List, inspect, create, remove, connect, disconnect, prune."""
+    """Return the routes: list, inspect, create, remove, connect, disconnect, prune."""
     node = _NodeNetworks(sources)
     table = Routes()
     table.get("/networks")(node.list_all)
@@ -161,7 +162,7 @@ class _NodeNetworks:
             return self._created(self._local.add_configuration(body))
         if self._sources.engine is None:
             raise Unimplemented(
-                "this node runs no containers, so it has no networks for them: create an overlay network "
+                "this node does not run containers, so it has no networks for them:  create an overlay network "
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
             )
         routes = [one for one, _ in await asyncio.to_thread(read_routes)]
@@ -190,7 +191,7 @@ class _NodeNetworks:
         return await self._remove_own(own)
 
     async def prune(self, request: web.Request) -> web.StreamResponse:
-        """Removes unused bridge networks; the gateway bridge is used by every container."""
+        """Remove unused bridge networks.  The gateway bridge is used by every container."""
         filters = Filters.of(request)
         filters.refuse_unknown(*PRUNE_FILTERS)
         now_ns = self._cluster.clock.now_ns()
@@ -209,7 +210,7 @@ class _NodeNetworks:
         return json_response({"NetworksDeleted": removed or None})
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """``connect`` and ``disconnect``: of plain containers; refused for containers of tasks."""
+        """Connect or disconnect a plain container.  Refused for containers of tasks."""
         raw = await read_body(request)
         body = decode_body(raw, ConnectBody)
         name = request.match_info["name"]
@@ -235,7 +236,7 @@ class _NodeNetworks:
                 f"rpc error: code = PermissionDenied desc = network {name} not manually attachable"
             )
         raise Unimplemented(
-            f"Could not attach to network {name}: the Docker Engine of this machine takes no part in the cluster: "
+            f"Could not attach to network {name}: the Docker Engine of this machine is not part of the cluster:  "
             "run the container on that network from its start (docker run --network), or as a service"
         )
 
@@ -256,7 +257,7 @@ class _NodeNetworks:
         return _forwarded(await self._cluster.forward_to_manager(request, await read_body(request)))
 
     async def _check_unambiguous(self, request: web.Request, own: LocalNetwork, word: str) -> None:
-        """Raises: InvalidArgument: ``word`` is also the name of a network of the cluster.
+        """Check that ``word`` is not also the name of a cluster network.  Raises: InvalidArgument.
 
         Source: moby 20.10, api/server/router/network/network_routes.go (getNetwork).
         """
@@ -264,7 +265,7 @@ class _NodeNetworks:
             return
         try:
             found = await self._cluster.find(request, word)
-        except SkepError:  # no manager answers: the node's own networks do not depend on one
+        except SkepError:  # no manager answers, and the node's own networks do not depend on one
             return
         if found is not None and found["Name"] == word and found["Id"] != own.id:
             raise InvalidArgument(f"2 matches found based on name: network {word} is ambiguous")
@@ -281,7 +282,7 @@ class _NodeNetworks:
             return []
 
     async def _forward_to_engine(self, request: web.Request, body: bytes = b"") -> Response:
-        """Raises: NotFound: there is no engine, so there is no such network."""
+        """Forward a request to the engine.  Raises: NotFound: without an engine, the network does not exist."""
         if self._sources.docker is None:
             raise NotFound(f"network {request.match_info.get('name', '')} not found")
         return await self._sources.docker.send(
@@ -299,7 +300,7 @@ class _NodeNetworks:
             raise AlreadyExists(f"network with name {name} already exists")
 
     async def _is_own_container(self, word: str) -> bool:
-        """Whether it is a plain container of this node's engine; False: it is the Docker Engine's.
+        """Return whether it is a plain container of this node's engine, and not the Docker Engine's.
 
         Raises: NotFound: no such container; FailedPrecondition: it is a task's.
         """
@@ -333,7 +334,7 @@ class _NodeNetworks:
         return flat_form(network, self._users_of(network))
 
     def _users_of(self, network: LocalNetwork) -> dict[str, Any]:
-        """Containers on it, by id."""
+        """Return the containers on a network, by id."""
         containers = self._sources.engine.list() if self._sources.engine is not None else ()
         if network.name == GATEWAY:
             return on_gateway(network, self._local.gateway_users(), containers)

@@ -1,4 +1,4 @@
-"""Routes of networks, containers, images and volumes of a node, merged with the Docker Engine's and the cluster's."""
+"""Routes of a node's networks, containers, images and volumes, merged with the Docker Engine's and the cluster's."""
 
 from aiohttp import web
 
@@ -8,9 +8,9 @@ from skep.engine.api.routes import engine_routes
 from skep.engine.engine import Engine
 from skep.node.docker_engine import DockerEngine, with_containers_of
 from skep.node.engine_images import EngineImages
-from skep.node.routes.beside_engine import with_objects_of
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.cluster_volumes import with_cluster_volumes
+from skep.node.routes.docker_objects import with_objects_of
 from skep.node.routes.plain_containers import plain_container_routes
 
 
@@ -22,10 +22,13 @@ def object_routes(
     networks: web.RouteTableDef,
     cluster: ClusterNetworks,
 ) -> tuple[web.AbstractRouteDef, ...]:
-    """Args:
-    engine: this node's; None: it runs no containers.
-    docker: the machine's Docker Engine, if there is one; ``images``: what the two share.
-    networks: the routes of networks.
+    """Return the routes.
+
+    Args:
+        engine: This node's engine, or None on a node without containers.
+        docker: The machine's Docker Engine, if there is one.
+        images: Images shared by the two engines.
+        networks: The routes of networks.
     """
     own = engine_routes(engine, clock) if engine is not None else ()
     if docker is not None and engine is not None and images is not None:

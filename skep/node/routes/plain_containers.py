@@ -1,11 +1,11 @@
-"""``docker create`` and ``docker run`` on a node with a Docker Engine beside it.
+"""``docker create`` and ``docker run`` on a node whose machine has a Docker Engine.
 
-Plain containers are the Docker Engine's, of images that may be this node's; but it takes no part in the cluster, so a
-container on a network that only the cluster has is Skep's.
+Plain containers belong to the Docker Engine, from images that may be this node's.  The engine is not part of the
+cluster, so a container on a network that only the cluster has belongs to Skep.
 
-``docker pull`` and ``docker load`` fill this node's own store, since services run from there.  So that ``docker run``
-finds the same images, an image that the engine lacks, or has an older one of, is handed over to it when a container of
-it is made (``node.engine_images``).
+``docker pull`` and ``docker load`` fill this node's own store, because services run from there.  For ``docker run`` to
+find the same images, an image that the engine lacks, or has an older version of, is copied to it when a container is
+created from it (``node.engine_images``).
 """
 
 from collections.abc import Awaitable, Callable
@@ -25,7 +25,7 @@ _PASSED_ON = ("Content-Type", "User-Agent", "X-Registry-Auth", "X-Registry-Confi
 
 
 NetworkKnown = Callable[[str], Awaitable[bool]]
-"""Whether the cluster has an attachable network of this name or id, or may have one."""
+"""Returns whether the cluster has, or may have, an attachable network of this name or id."""
 
 
 class _HostConfig(msgspec.Struct):
@@ -42,7 +42,8 @@ class _Request(msgspec.Struct):
 def plain_container_routes(
     docker: DockerEngine, engine: Engine | None, images: EngineImages | None, in_cluster: NetworkKnown
 ) -> Routes:
-    """``POST /containers/create`` beside a Docker Engine.  ``engine``: this node's own; None: it runs no containers."""
+    """Return ``POST /containers/create`` for a machine with a Docker Engine.  ``engine`` is this node's own, or
+    None."""
     table = Routes()
 
     @table.post("/containers/create")
@@ -65,7 +66,7 @@ def plain_container_routes(
         )
 
     async def _is_of_cluster(network: str) -> bool:
-        """Whether the network is one that only the cluster has."""
+        """Return whether only the cluster has the network."""
         if network in _OF_EVERY_NODE or network.startswith("container:") or not await in_cluster(network):
             return False
         try:
@@ -81,7 +82,7 @@ _OF_EVERY_NODE = frozenset({"", "default", "bridge", "host", "none"})
 
 
 def _request_of(body: bytes) -> _Request:
-    """Empty where it cannot be decoded: the Docker Engine refuses it then."""
+    """Decode a request.  An undecodable one is empty, and the Docker Engine then refuses it."""
     try:
         return msgspec.json.decode(body, type=_Request)
     except (ValueError, RecursionError):

@@ -18,44 +18,44 @@ _table = Table[Membership]()
 
 
 def swarm_routes(membership: Membership) -> list[web.RouteDef]:
-    """``/swarm/init``, ``join``, ``leave``, ``unlock`` and ``/skep/restore``."""
+    """Return ``/swarm/init``, ``join``, ``leave``, ``unlock`` and ``/skep/restore``."""
     return _table.bound(membership)
 
 
 @_table.post("/swarm/init")
 async def init(membership: Membership, request: web.Request) -> web.StreamResponse:
-    """``docker swarm init``."""
+    """Handle ``docker swarm init``."""
     return json_response(await membership.init(await read_json(request, InitRequest)))
 
 
 @_table.post("/swarm/join")
 async def join(membership: Membership, request: web.Request) -> web.StreamResponse:
-    """``docker swarm join``."""
+    """Handle ``docker swarm join``."""
     await membership.join(await read_json(request, JoinRequest))
     return web.Response()
 
 
 @_table.post("/swarm/leave")
 async def leave(membership: Membership, request: web.Request) -> web.StreamResponse:
-    """``docker swarm leave``."""
+    """Handle ``docker swarm leave``."""
     await membership.leave(force=flag(request, "force"))
     return web.Response()
 
 
 @_table.post("/swarm/unlock")
 async def unlock(membership: Membership, request: web.Request) -> web.StreamResponse:
-    """``docker swarm unlock``."""
+    """Handle ``docker swarm unlock``."""
     await membership.unlock(await read_json(request, UnlockRequest))
     return web.Response()
 
 
 @_table.post("/skep/restore")
 async def restore(membership: Membership, request: web.Request) -> web.StreamResponse:
-    """Restore the backup in the body on this node, which is in no swarm.  Ours, not Docker's."""
+    """Restore the backup in the body on this node, which is in no swarm.  This route is Skep's, not Docker's."""
     try:
         key = base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True)
     except ValueError as error:
-        raise InvalidArgument(f"{KEY_HEADER} is no base64") from error
+        raise InvalidArgument(f"{KEY_HEADER} is not base64") from error
     plan = await membership.restore(
         request.content.iter_any(),
         key,

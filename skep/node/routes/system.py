@@ -38,12 +38,12 @@ log = structlog.get_logger()
 
 
 class NodeSystem:
-    """What ``/_ping``, ``/version``, ``/info`` and ``/events`` show.
+    """The content of ``/_ping``, ``/version``, ``/info`` and ``/events``.
 
     Args:
-        engine: this node's containers; None: it runs none.
-        docker: the machine's Docker Engine, if there is one.
-        warnings: sentences about the configuration, conditions, published ports and connections to other nodes.
+        engine: This node's engine, or None on a node without containers.
+        docker: The machine's Docker Engine, if there is one.
+        warnings: Returns sentences about the configuration, conditions, published ports and connections to other nodes.
     """
 
     def __init__(
@@ -67,25 +67,25 @@ class NodeSystem:
 
     @property
     def node(self) -> info.Node:
-        """As it is now."""
+        """The node's present properties."""
         return self._node
 
     def configure(self, configuration: Configuration) -> None:
-        """Show ``configuration`` from now on (it was reloaded)."""
+        """Show ``configuration`` from now on, after a reload."""
         self._node = msgspec.structs.replace(self._node, configuration=configuration)
 
     @property
     def builds_images(self) -> bool:
-        """Whether this node builds images itself; beside a Docker Engine that one does."""
+        """Whether this node builds images itself.  A Docker Engine on the machine does it instead."""
         return self._engine is not None and self._docker is None
 
     @property
     def newest_version(self) -> ApiVersion:
-        """The highest version of the API that is supported: beside a Docker Engine, that one's if it is lower."""
+        """The highest supported API version, limited by the machine's Docker Engine."""
         return NEWEST if self._docker is None else self._docker.api_version
 
     def now_s(self) -> float:
-        """Since 1970."""
+        """Return the seconds since 1970."""
         return self._events.clock.now_ns() / SECOND_NS
 
     @property
@@ -94,14 +94,14 @@ class NodeSystem:
         return self._membership.header
 
     def version(self) -> Mapping[str, Any]:
-        """With the version of the Docker Engine, if there is one."""
+        """Return ``/version``, with the version of the Docker Engine if there is one."""
         if self._docker is None:
             return info.version(self._node, str(self.newest_version))
         node = msgspec.structs.replace(self._node, engine=self._docker.version)
         return info.version(node, str(self.newest_version))
 
     async def info(self) -> Mapping[str, Any]:
-        """Of this node, its membership, and the Docker Engine, if there is one."""
+        """Return ``/info`` of this node, its membership, and the Docker Engine if there is one."""
         swarm = await self._membership.info()
         counts = self._engine.counts() if self._engine is not None else Counts()
         if self._docker is not None:
@@ -127,21 +127,22 @@ class NodeSystem:
         begin: Callable[[], Awaitable[None]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        """Events of this node, of its manager, and of the Docker Engine.  Arguments as of ``NodeEvents.stream``."""
+        """Stream events of this node, its manager, and the Docker Engine.  For the arguments see
+        ``NodeEvents.stream``."""
         sources: list[EventLines] = [self]
         if self._docker is not None:
             sources.append(self._docker.api)
         await self._events.stream(request, sources, begin, send)
 
     def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """The lines of a response of this node's manager, or where it has none, of the one of its session."""
+        """Return the lines of a response of this node's manager, or without one, of its session's manager."""
         return (self.reads.own if self._membership.is_manager else self.reads).lines(path, query)
 
     async def read_cluster(self, request: web.Request) -> web.StreamResponse:
-        """What a manager answers to a request of a worker's client.
+        """Return a manager's response to a request of a worker's client.
 
-        Raises: Unavailable, in Docker's words: this node has a manager of its own, or is in no cluster, or the
-        cluster does not allow it, or no manager answers.
+        Raises: Unavailable, in Docker's words: this node has a manager of its own, or is in no cluster, or the cluster
+        does not allow it, or no manager answers.
         """
         reason = self._membership.manager_refusal() or NOT_A_MANAGER
         if reason != NOT_A_MANAGER:
@@ -160,7 +161,7 @@ class NodeSystem:
 
 
 def engine_id(data_dir: Path) -> str:
-    """The ``ID`` of ``/info``: the same for as long as this data directory stays on this machine."""
+    """Return the ``ID`` of ``/info``, which stays the same while this data directory stays on this machine."""
     try:
         machine = Path("/etc/machine-id").read_bytes()
     except OSError:
@@ -173,20 +174,21 @@ _table = Table[NodeSystem]()
 
 
 def system_routes(system: NodeSystem) -> list[web.RouteDef]:
-    """``/_ping``, ``/version``, ``/info`` and ``/events``."""
+    """Return ``/_ping``, ``/version``, ``/info`` and ``/events``."""
     return _table.bound(system)
 
 
 @_table.head("/_ping")
 @_table.get("/_ping")
 async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """Alive; the headers have the version of the API."""
+    """Respond that the node is alive.  The headers have the API version."""
     headers, body = _ping(system, request.method)
     return web.Response(text=body, headers=headers)
 
 
 def ping_response(system: NodeSystem, method: str, version: str | None) -> bytes | None:
-    """What ``ping`` responds, as bytes, for the front; None: the version is refused, which the application does."""
+    """Return the response of ``ping`` as bytes for the front, or None for a version that the application must
+    refuse."""
     newest = system.newest_version
     try:
         requested(version, newest)
@@ -212,19 +214,19 @@ def _ping(system: NodeSystem, method: str) -> tuple[dict[str, str], str]:
 
 @_table.get("/version")
 async def show_version(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """``docker version``."""
+    """Handle ``docker version``."""
     return json_response(system.version())
 
 
 @_table.get("/info")
 async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """``docker info``."""
+    """Handle ``docker info``."""
     return json_response(await system.info())
 
 
 @_table.get("/events")
 async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """Events of this node and of the cluster, one JSON object per line, each sent at once."""
+    """Stream events of this node and of the cluster, one JSON object per line, each sent at once."""
     since, until = period_of(request)
     wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
     lines = JsonLines(request)
@@ -244,18 +246,18 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
 @_table.get("/nodes/{id}")
 @_table.get("/skep/history")
 async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """On workers only: the node process passes these requests on to a manager of its own."""
+    """Read from a manager, on workers only.  A node with a manager passes these requests on to it."""
     return await system.read_cluster(request)
 
 
-_NO_CONTAINERS = "this node runs plain commands of services, no containers"
+_NO_CONTAINERS = "this node runs services as plain processes, not containers"
 _NO_PLUGINS = "engine plugins are not supported; volume plugins are processes with a socket of their own"
 _NEEDS_CONTAINERS = ("auth", "build", "commit", "grpc", "plugins", "session", "system", "volumes")
 """First words of the paths that a node without containers does not serve at all."""
 
 
 def unsupported_routes(*, has_containers: bool) -> Routes:
-    """Paths of Docker's API that this node does not serve, with the reason; any other path is not found."""
+    """Return paths of Docker's API that this node does not serve, with the reason.  Any other path is not found."""
     table = Routes()
 
     def refuse(method: str, path: str, reason: str) -> None:

@@ -1,5 +1,5 @@
-"""Processes that outlive the node process: how they are forked, found again, replaced and kept running.
+"""Processes that outlive the node process: forks, finds, replaces and restarts them.
 
-``zygote`` forks them from a process that has the imports done, ``restart`` decides when to try again, ``supervisor``
-acts.  What such a process does first, and how it is named beyond its pid, is in ``linux.detached``.
+``zygote`` forks them from a process that has done the imports, ``restart`` decides when to retry, and ``supervisor``
+acts.  The first steps of such a process and its identification beyond its pid are in ``linux.detached``.
 """

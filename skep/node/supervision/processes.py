@@ -1,4 +1,4 @@
-"""The processes that a node supervises: net, wireguard-go where it is needed, and the manager while there is one."""
+"""The processes that a node supervises: net, wireguard-go if needed, and the manager if the node has one."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -27,8 +27,8 @@ class NodeProcesses:
     """Makes the supervisors of one node.
 
     Args:
-        rng: numbers from 0 to 1.
-        hand_over: moves the store's leadership away from the member with this socket.
+        rng: Returns numbers from 0 to 1.
+        hand_over: Moves the store's leadership away from the member with this socket.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class NodeProcesses:
         self.net = self._new("net", policy=Policy(hands_over=True, gives_up=False))
 
     def new_wireguard(self, slot: int) -> Supervisor:
-        """The supervisor of the wireguard-go in ``slot``, not yet running; the process outlives the node."""
+        """Return the supervisor of the wireguard-go in ``slot``, not yet running.  The process outlives the node."""
         policy = Policy(gives_up=False, version=wireguard_go.VERSION, outlives_node=True)
         return self._new(wireguard_go.process_name(slot), policy=policy)
 
     def new_manager(self) -> Supervisor:
-        """The supervisor of a manager process, not yet running."""
+        """Return the supervisor of a manager process, not yet running."""
         policy = Policy(
             final={REMOVED: _REMOVED},
             futile=FUTILE,
@@ -73,12 +73,12 @@ class NodeProcesses:
         return self._new("manager", policy=policy)
 
     async def keep_spare_manager(self, wanted: bool) -> None:
-        """Have the zygote fork a manager process in advance; not ``wanted``: have it end that."""
+        """Have the zygote fork a manager process in advance, or end it if not ``wanted``."""
         try:
             await self._zygote.keep_spare("manager", wanted=wanted)
         except Unavailable as error:
             log.warning("no spare manager process", reason=str(error))
 
     def stop_with_node(self) -> None:
-        """The node stops as planned: every process is stopped when its supervisor is cancelled."""
+        """Stop every process when its supervisor is cancelled, because the node stops as planned."""
         self._is_stopping = True

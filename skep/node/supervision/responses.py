@@ -1,4 +1,4 @@
-"""Whether the manager process responds at its socket.  One that does not loses its leadership, and is killed later."""
+"""Detects a manager process that does not respond at its socket.  It loses its leadership, and is killed later."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ from skep.paths import Paths
 log = structlog.get_logger(__name__)
 
 POLL_S = 1.0
-"""Between two requests, and the deadline of each."""
+"""Period of requests, and the deadline of each."""
 _REQUEST = b"GET /_skep/lag HTTP/1.1\r\nHost: manager\r\nConnection: close\r\n\r\n"
 
 Responds = Callable[[], Awaitable[bool | None]]
@@ -25,18 +25,19 @@ HandOver = Callable[[], Awaitable[object]]
 async def wait_manager_hung(
     paths: Paths, hand_over: Callable[[Path], Awaitable[object]], clock: Clock
 ) -> str:
-    """Why the manager process of this node is to be killed.  ``hand_over``: called with the socket of its member."""
+    """Return why to kill this node's manager process.  ``hand_over`` is called with the socket of its member."""
     return await wait_hung(
         partial(responds, paths.manager_socket), partial(hand_over, paths.etcd_socket), clock
     )
 
 
 async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> str:
-    """Send requests until cancelled; return the reason once there has been no response for too long.
+    """Send requests until cancelled.  Return the reason once there has been no response for too long.
 
     Args:
-        responds: whether there was a response in time; None: nothing listens yet, which counts as a response.
-        hand_over: makes another manager the leader, if this one's member leads.
+        responds: Returns whether there was a response in time, or None if nothing listens yet, which counts as a
+            response.
+        hand_over: Makes another manager the leader if this one's member leads.
     """
     detector = HangDetector(2 * POLL_S, clock.monotonic())
     attempt: asyncio.Task[None] | None = None
@@ -46,14 +47,14 @@ async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> st
             has_response = await responds()
             match detector.record(clock.monotonic(), has_response=has_response is not False):
                 case Action.HAND_OVER:
-                    log.error("the manager process does not answer", silent_s=round(detector.silent_s, 1))
-                    # Beside the watch: a member that hangs as well must not put off the end of the process.
+                    log.error("manager process does not respond", silent_s=round(detector.silent_s, 1))
+                    # In a task, because a hung member must not delay the end of the process.
                     if attempt is None or attempt.done():
                         attempt = group.create_task(_hand_over(hand_over), name="hand over leadership")
                 case Action.END:
                     if attempt is not None:
                         attempt.cancel()
-                    return f"it did not answer for {detector.silent_s:.0f} s"
+                    return f"it did not respond for {detector.silent_s:.0f} s"
 
 
 async def _hand_over(hand_over: HandOver) -> None:
@@ -64,7 +65,7 @@ async def _hand_over(hand_over: HandOver) -> None:
 
 
 async def responds(socket: Path) -> bool | None:
-    """Whether anything comes back from the HTTP server at ``socket``; None: nothing listens there."""
+    """Return whether the HTTP server at ``socket`` responds, or None if nothing listens there."""
     try:
         async with asyncio.timeout(POLL_S):
             reader, writer = await asyncio.open_unix_connection(str(socket))

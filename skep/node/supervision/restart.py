@@ -1,4 +1,4 @@
-"""When a process that ended is started again.  Pure decisions."""
+"""Decides when an ended process is restarted.  Pure."""
 
 from collections.abc import Sequence
 
@@ -13,29 +13,29 @@ _STEPS_MAX = 10
 
 
 class StartAgain(msgspec.Struct, frozen=True):
-    """After so many seconds."""
+    """Restart the process after ``after_s`` seconds."""
 
     after_s: float
 
 
 class GiveUp(msgspec.Struct, frozen=True):
-    """Not again; ``crashes``: ends within ``CRASH_WINDOW_S``."""
+    """Do not restart it.  ``crashes`` is the number of ends within ``CRASH_WINDOW_S``."""
 
     crashes: int
 
 
 def recent(ends: Sequence[float], now: float) -> tuple[float, ...]:
-    """Those of ``ends`` (monotonic seconds) that still count at ``now``."""
+    """Return the ``ends`` (monotonic seconds) that still count at ``now``."""
     return tuple(end for end in ends if now - end < CRASH_WINDOW_S)
 
 
 def after_end(ends: Sequence[float], now: float, rng: float, *, gives_up: bool) -> StartAgain | GiveUp:
-    """What to do after the last of ``ends``.
+    """Decide whether to restart after the last of ``ends``.
 
-    The pause grows with every end within the last minute; the fifth of them is the last, if ``gives_up``.
+    The pause grows with every end within the last minute.  With ``gives_up``, the fifth end is the last.
 
     Args:
-        rng: a number from 0 to 1; spreads the pause over half to all of its length.
+        rng: A number from 0 to 1, which spreads the pause over half to all of its length.
     """
     count = len(recent(ends, now))
     if gives_up and count >= CRASHES_MAX:

@@ -1,4 +1,4 @@
-"""Keeps one detached process running: adopts what runs, replaces what is of another version, restarts what ended."""
+"""Keeps one detached process running: adopts a running one, replaces one of another version, restarts an ended one."""
 
 import asyncio
 import os
@@ -24,34 +24,34 @@ log = structlog.get_logger()
 
 STOP_GRACE_S = 15.0
 _LASTING_S = 15.0
-"""A process that has run for so long lacks no resource."""
+"""A process that has run for this long lacks no resource."""
 _RETRY_SECONDS_MAX = 5.0
-"""Between attempts to supervise a process that may be running: no descriptor was free, for example."""
+"""Longest pause between attempts to supervise a process that may be running, for instance without a free descriptor."""
 
 
 class Forks(Protocol):
     """Starts processes (``Zygote``)."""
 
     async def fork(self, entry: str, arguments: Sequence[str]) -> int:
-        """Start the process of ``entry``; gives its pid.  Raises: ZygoteGone."""
+        """Start the process of ``entry`` and return its pid.  Raises: ZygoteGone."""
 
     async def reap(self, pid: int) -> int | None:
-        """How a child that has ended did so: its exit code, or minus the signal; None: not known."""
+        """Return the exit code of an ended child, or minus its signal, or None if unknown."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How one kind of process is treated.
 
     Args:
-        version: of what is adopted; a process of another one is replaced.
-        outlives_node: it goes on when the node stops as planned.
-        hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
-        gives_up: five ends within a minute are enough; otherwise it is started again without limit.
-        final: exit codes after which it is not started again, each with the reason.
-        futile: exit code after which it is not started again, for the reason that it has written.
-        starved: exit code after which it is started again without limit: it lacked a resource of the machine.
-        show_condition: called with why it does not run while it is ``starved``, and with an empty text once it does.
-        wait_hung: watches the process while it runs, and returns why it is to be killed.
+        version: A running process of this version is adopted, others are replaced.
+        outlives_node: Whether it continues when the node stops as planned.
+        hands_over: Whether its successor takes over from it (net).  Otherwise it is stopped first (manager).
+        gives_up: Whether five ends within a minute are final.  Otherwise it is restarted without limit.
+        final: Exit codes after which it is not restarted, with the reason of each.
+        futile: Exit code after which it is not restarted, for the reason that it has written.
+        starved: Exit code after which it is restarted without limit, because the machine lacked a resource.
+        show_condition: Called with the reason while it is ``starved``, and with an empty text once it runs.
+        wait_hung: Watches the running process, and returns why to kill it.
     """
 
     version: str = __version__
@@ -71,12 +71,12 @@ _DEFAULT = Policy()
 class Supervisor:
     """One detached process.  ``run`` keeps it alive.
 
-    It outlives ``run``, and the next node process adopts it, unless it was to end: ``dismiss`` was called, or the node
-    stops as planned.  An exception in the node process does not stop a manager.
+    It outlives ``run``, and the next node process adopts it, unless ``dismiss`` was called or the node stops as
+    planned.  An exception in the node process does not stop a manager.
 
     Args:
-        rng: numbers from 0 to 1.
-        ends_with_node: whether the node stops as planned, at the moment of the call.
+        rng: Returns numbers from 0 to 1.
+        ends_with_node: Returns whether the node is stopping as planned.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class Supervisor:
         self._last_end = ""
         self.process: ProcessIdentity | None = None
         self.error = ""
-        """A sentence for ``/info`` when the process is not going to be started again."""
+        """A sentence for ``/info`` when the process will not be restarted."""
 
     async def run(self) -> None:
-        """Run until cancelled; returns only after a ``final`` exit code.  A process that was given up is waited on.
+        """Run until cancelled.  Returns only after a ``final`` exit code.  After giving up it waits to be cancelled.
 
-        Raises: ZygoteGone: the node process has to be started again.
+        Raises: ZygoteGone: the node process must be restarted.
         """
         try:
             while True:
@@ -130,7 +130,7 @@ class Supervisor:
                 await self._stop()
 
     async def _wait_restart(self, code: int | None) -> None:
-        """Return when the process is to be started again after its end with ``code``; never, if it is given up."""
+        """Return when to restart the process after its end with ``code``.  Never returns if it is given up."""
         if code is not None and code == self._policy.futile:
             self.error = self._last_end
             log.error("process given up", name=self._name, last=self._last_end)
@@ -139,7 +139,7 @@ class Supervisor:
         is_starved = code is not None and code == self._policy.starved
         if is_starved:
             self._policy.show_condition(
-                f"the {self._name} process does not run: {self._last_end}; it is tried again"
+                f"the {self._name} process does not run: {self._last_end}. It is retried"
             )
         gives_up = self._policy.gives_up and not is_starved
         match after_end(self._ends, self._clock.monotonic(), self._rng(), gives_up=gives_up):
@@ -160,11 +160,11 @@ class Supervisor:
                 await self._clock.sleep(again.after_s)
 
     def dismiss(self) -> None:
-        """The process is to be stopped when ``run`` is cancelled."""
+        """Stop the process when ``run`` is cancelled."""
         self._is_dismissed = True
 
     async def _stop(self) -> None:
-        # The pid file also has a process whose start was cancelled before its pid arrived here.
+        # The pid file also names a process whose start was cancelled before its pid arrived here.
         last = self.process or read_pid_file(self._paths.pid_file(self._name))
         if last is not None:
             await terminate(last, STOP_GRACE_S)
@@ -172,35 +172,35 @@ class Supervisor:
             self.process = None
 
     def reload(self) -> None:
-        """SIGHUP for the process; one that starts just now reads its settings anyway."""
+        """Send SIGHUP to the process.  One that is just starting reads its settings anyway."""
         if self.process is not None:
             _send(self.process, signal.SIGHUP)
 
     async def _live_once(self) -> int | None:
-        """Adopt or start the process and return when it has ended, with its exit code if that is known."""
+        """Adopt or start the process.  Return when it has ended, with its exit code if that is known."""
         running = read_pid_file(self._paths.pid_file(self._name))
         if running is not None and running.version == self._policy.version:
             log.info("process adopted", name=self._name, pid=running.pid)
             self.process = running
         else:
             if running is not None and not self._policy.hands_over:
-                log.info("process of another version is replaced", name=self._name, version=running.version)
+                log.info("replacing process of another version", name=self._name, version=running.version)
                 await terminate(running, STOP_GRACE_S)
             self.process, code = await self._start()
             if self.process is None:
                 return code
-        killed_for = await self._watched_to_its_end(self.process)
+        killed_for = await self._watch_to_end(self.process)
         code = await self._zygote.reap(self.process.pid)
         self._last_end = self._last_error_text() or killed_for or _how(code)
         self.process = None
         return code
 
-    async def _watched_to_its_end(self, process: ProcessIdentity) -> str:
-        """Return when the process has ended; why it was killed, if it was from here."""
+    async def _watch_to_end(self, process: ProcessIdentity) -> str:
+        """Return when the process has ended, with the reason if it was killed from here."""
         async with asyncio.TaskGroup() as group:
             lasting = group.create_task(self._clear_condition_later(), name=f"start of {self._name}")
             try:
-                return await self._watched(process)
+                return await self._watch(process)
             finally:
                 lasting.cancel()
 
@@ -208,7 +208,7 @@ class Supervisor:
         await self._clock.sleep(_LASTING_S)
         self._policy.show_condition("")
 
-    async def _watched(self, process: ProcessIdentity) -> str:
+    async def _watch(self, process: ProcessIdentity) -> str:
         if self._policy.wait_hung is None:
             await wait_end(process)
             return ""
@@ -224,7 +224,7 @@ class Supervisor:
         return watching.result()
 
     def _last_error_text(self) -> str:
-        """What the process wrote into its file before it ended; empty: nothing."""
+        """Return the error that the process wrote into its file before it ended, or an empty text."""
         path = self._paths.last_words(self._name)
         try:
             text = path.read_text().strip()
@@ -234,7 +234,7 @@ class Supervisor:
         return text
 
     async def _start(self) -> tuple[ProcessIdentity | None, int | None]:
-        """The process; None: it has not begun, or has ended already, with this exit code."""
+        """Start the process.  Return None if it could not be started or has ended already, with the exit code."""
         try:
             pid = await self._zygote.fork(self._name, (str(self._paths.data), str(self._paths.run)))
         except ZygoteGone:
@@ -252,7 +252,7 @@ class Supervisor:
 
 
 async def wait_end(process: ProcessIdentity) -> None:
-    """Return when ``process`` has ended; it need not be a child of this one."""
+    """Return when ``process`` has ended.  It need not be a child of this process."""
     descriptor = open_pidfd(process)
     if descriptor is None:
         return
@@ -272,7 +272,7 @@ def _resolve(ended: "asyncio.Future[None]") -> None:
 
 
 async def terminate(process: ProcessIdentity, grace_s: float) -> None:
-    """Stop ``process``: SIGTERM, and SIGKILL when ``grace_s`` have passed.  Returns when it has ended."""
+    """Stop ``process``: SIGTERM, then SIGKILL after ``grace_s``.  Returns when it has ended."""
     _send(process, signal.SIGTERM)
     try:
         async with asyncio.timeout(grace_s):

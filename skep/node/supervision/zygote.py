@@ -1,17 +1,17 @@
 """A process that has done the imports and nothing else, from which node, manager and net are forked.
 
-Forking shares the pages of the interpreter and all libraries: three processes cost 56 MB instead of 141.  It has to
-happen from a process with one thread and no event loop.  So what systemd starts becomes the zygote (``host``), forks
-the node process, and passes signals on to it; the node process requests further forks over a socket.  Those
-processes have sessions of their own and outlive both.
+Forks share the memory pages of the interpreter and all libraries: three processes use 56 MB instead of 141.  Forking
+requires a process with one thread and no event loop.  The process that systemd starts therefore becomes the zygote
+(``host``), forks the node process, and passes signals on to it.  The node process requests further forks over a socket.
+Those processes have sessions of their own and outlive both.
 
-A node process that crashes is forked again: without an interpreter's start and the imports, which take seconds on a
+A node process that crashes is forked again.  Without an interpreter's start and the imports, which take seconds on a
 busy machine, it is back before its managers count it as down.  If the zygote ends, its node process ends with it.
 
 Each request has a number and one response with the same number: ``Fork`` -> pid, ``Reap`` -> exit status of that child.
 
-A process whose start users wait for can be a *spare*: forked in advance, with its own imports done, and waiting for
-its arguments.  ``Fork`` then only sends them.  A spare process ends with the zygote.
+A process whose start users wait for can be a *spare*: forked in advance, with its own imports done, and waiting for its
+arguments.  ``Fork`` then only sends them.  A spare process ends with the zygote.
 """
 
 import asyncio
@@ -41,10 +41,10 @@ from skep.linux.detached import set_title
 log = structlog.get_logger()
 
 Entry = Callable[[Sequence[str]], None]
-"""What a forked process runs: blocks until its work is over.  An exception ends it with exit code 1."""
+"""The function of a forked process, which blocks until its work is done.  An exception ends it with exit code 1."""
 
 Preparation = Callable[[], None]
-"""What can be done before the arguments are known."""
+"""Work that can be done before the arguments are known."""
 
 _MESSAGE_BYTES_MAX = 64 * 1024
 _RESPONSE_TIMEOUT_S = 10.0
@@ -52,9 +52,9 @@ _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 LASTED_S = 3.0
-"""A node process that ended sooner is not forked again: the supervisor of the zygote starts everything again."""
+"""A node process that ended sooner is not forked again.  The zygote's supervisor then restarts everything."""
 _PAUSE_S = 0.2
-"""Before another is forked: commands of the last one (a call of runc) end meanwhile."""
+"""Pause before another fork, while commands of the last node process (a call of runc) end."""
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
@@ -71,14 +71,14 @@ class Reap(msgspec.Struct, frozen=True, tag=True):
 
 
 class KeepSpare(msgspec.Struct, frozen=True, tag=True):
-    """Have a spare process for ``entry``, or none any more.  Idempotent."""
+    """Keep a spare process for ``entry``, or end it.  Idempotent."""
 
     entry: str
     wanted: bool
 
 
 class Notify(msgspec.Struct, frozen=True, tag=True):
-    """Notify systemd, which accepts that only of the process that it started.  Has no response."""
+    """Notify systemd, which accepts notifications only from the process that it started.  Has no response."""
 
     state: str
 
@@ -91,14 +91,14 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True):
-    """The response to the request of that number."""
+    """The response to the request with this number."""
 
     number: int
     value: int
 
 
 class ZygoteGone(Unavailable):
-    """No process can be started any more: only a new node process has a new zygote."""
+    """No process can be started: only a new node process has a new zygote."""
 
     def __init__(self) -> None:
         super().__init__("the process that starts others has ended: restart skep")
@@ -114,11 +114,11 @@ class Zygote:
         self._last_number = 0
 
     async def fork(self, entry: str, arguments: Sequence[str]) -> int:
-        """Start ``entry`` in a process of its own; its pid.  Raises: ZygoteGone, Unavailable."""
+        """Start ``entry`` in a process of its own and return its pid.  Raises: ZygoteGone, Unavailable."""
         return await self._request(Fork(entry, tuple(arguments)))
 
     async def reap(self, pid: int) -> int | None:
-        """How a child ended: its exit code, or minus the signal; None: not known.  It must have ended."""
+        """Return the exit code of a child that has ended, or minus its signal, or None if unknown."""
         try:
             status = await self._request(Reap(pid))
         except Unavailable:
@@ -126,7 +126,7 @@ class Zygote:
         return None if status < 0 else os.waitstatus_to_exitcode(status)
 
     async def keep_spare(self, entry: str, *, wanted: bool) -> None:
-        """Have a spare process for ``entry``, which ``fork`` uses; not ``wanted``: none any more.
+        """Keep a spare process for ``entry``, which ``fork`` uses, or end it if not ``wanted``.
 
         Raises: ZygoteGone, Unavailable.
         """
@@ -162,12 +162,10 @@ class Zygote:
 def host(
     entries: Mapping[str, Entry], preparations: Mapping[str, Preparation], node: Callable[[Zygote], int]
 ) -> int:
-    """Be the zygote, and run ``node`` in a child, again after crashes; returns the exit code of the last one.
+    """Become the zygote and run ``node`` in a child, again after crashes.  Return the exit code of the last one.
 
-    To be called early: with a single thread and no event loop.  Passes SIGTERM, SIGINT and SIGHUP to the node process.
-
-    Args:
-        preparations: of the entries that can have a spare process.
+    Call it early: with a single thread and no event loop.  Passes SIGTERM, SIGINT and SIGHUP to the node process.
+    ``preparations`` belong to the entries that can have a spare process.
     """
     freeze()
     children = Children(entries, preparations)
@@ -200,12 +198,12 @@ class _Relay:
 
 
 def _run_node(node: Callable[[Zygote], int], children: "Children", relay: _Relay) -> int:
-    """Fork a node process and serve it until it has ended; gives its status (``os.waitpid``)."""
+    """Fork a node process and serve it until it has ended.  Return its status (``os.waitpid``)."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
     sys.stderr.flush()
     zygote = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none arrives before the pid is known
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # no signal may arrive before the pid is known
     if relay.is_stopping:
         return 0
     pid = os.fork()
@@ -228,7 +226,7 @@ def _run_node(node: Callable[[Zygote], int], children: "Children", relay: _Relay
 
 
 def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: int) -> NoReturn:
-    """Run ``node`` in this process, which ends with it, and with the zygote."""
+    """Run ``node`` in this process, which ends with it and with the zygote."""
     status = os.EX_SOFTWARE
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -236,7 +234,7 @@ def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: i
             os._exit(status)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the configuration is read now anyway
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the configuration is about to be read anyway
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         status = node(Zygote(connection))
     except BaseException:
@@ -258,7 +256,7 @@ def serve(connection: socket.socket, children: "Children", ended: int) -> None:
                 continue
             value = _value(request.request, children)
             if value is not None:
-                with suppress(OSError):  # it has ended
+                with suppress(OSError):  # the process has ended
                     connection.send(msgspec.msgpack.encode(Response(request.number, value)))
         elif ended in ready:
             return
@@ -285,7 +283,7 @@ class _Spare(NamedTuple):
     pipe: int
 
     def take(self, arguments: Sequence[str]) -> bool:
-        """Send it its arguments; False: it has ended."""
+        """Send the process its arguments.  Return False if it has ended."""
         try:
             has_ended = os.waitpid(self.pid, os.WNOHANG)[0] != 0
             if not has_ended:
@@ -298,7 +296,7 @@ class _Spare(NamedTuple):
         return not has_ended
 
     def dismiss(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         os.close(self.pipe)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -313,7 +311,7 @@ class Children:
         self._spares: dict[str, _Spare] = {}
 
     def fork(self, name: str, arguments: Sequence[str]) -> int:
-        """A process that runs ``name``: its spare one, or a new one; returns the pid."""
+        """Start a process that runs ``name``, its spare or a new one, and return the pid."""
         spare = self._spares.pop(name, None)
         if spare is not None and spare.take(arguments):
             return spare.pid
@@ -324,13 +322,13 @@ class Children:
         return pid
 
     def forget(self) -> None:
-        """In a node process: close the pipes, so that spare processes see the end of the zygote."""
+        """In a node process, close the pipes, so that spare processes see the end of the zygote."""
         for spare in self._spares.values():
             os.close(spare.pipe)
         self._spares.clear()
 
     def keep_spare(self, name: str, *, wanted: bool) -> None:
-        """Have one spare process for ``name``, or none."""
+        """Keep one spare process for ``name``, or end it."""
         if wanted and name not in self._spares:
             waits, hands_over = os.pipe()
             pid = os.fork()
@@ -343,7 +341,7 @@ class Children:
 
 
 def _wait(entry: Entry, prepare: Preparation) -> None:
-    """Be a spare process for ``entry``, until arguments come or the zygote ends."""
+    """Run as a spare process for ``entry`` until arguments arrive or the zygote ends."""
     set_title("skep-standby")
     prepare()
     freeze()
@@ -373,14 +371,13 @@ def _status_of(pid: int) -> int:
 
 
 _KEPT = 3
-"""The only descriptor besides the standard ones that a forked process may have from its origin."""
+"""The only descriptor besides the standard ones that a forked process may inherit."""
 
 
 def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:
-    """Run ``work`` as a process that shares nothing with its origin but the imports and standard error.
+    """Run ``work`` in this process, which shares only the imports and standard error with its parent.
 
-    Args:
-        kept: a descriptor that it does share; it is ``_KEPT`` from then on.
+    ``kept`` is a descriptor that it also inherits, as ``_KEPT``.
     """
     status = 1
     try:
@@ -405,7 +402,7 @@ def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:
 
 
 def notify(state: str) -> None:
-    """Send ``READY=1``, ``RELOADING=1`` or ``STOPPING=1`` to ``$NOTIFY_SOCKET``; nothing without one.
+    """Send ``READY=1``, ``RELOADING=1`` or ``STOPPING=1`` to ``$NOTIFY_SOCKET``.  Does nothing without one.
 
     Source: systemd, sd_notify(3).
     """
@@ -418,11 +415,11 @@ def notify(state: str) -> None:
         try:
             line.sendto(state.encode(), address)
         except OSError:
-            pass  # systemd does not listen any more; the service does not depend on it
+            pass  # systemd no longer listens, and the service does not depend on it
 
 
 def _exit(status: int) -> NoReturn:
-    """End a forked process: flush, and run none of what its parent has registered for its own end."""
+    """End a forked process: flush, and run no exit handlers of its parent."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()

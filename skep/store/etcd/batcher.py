@@ -1,15 +1,15 @@
 """Group commit: the proposals that are queued while a raft entry is in flight share the next one.
 
-Each proposal is a nested transaction with its own compares, so one that meets a conflict fails alone.  Two entries are
-in flight at a time; there is no timer.  etcd evaluates all compares of an entry on the state before it, so proposals
-share an entry only if neither reads what the other writes (``Footprint``), and one that conflicts with an entry in
-flight waits.
+Each proposal is a nested transaction with its own compares, so a proposal with a conflict fails alone.  Two entries are
+in flight at a time, without a timer.  etcd evaluates all compares of an entry on the state before it.  So
+proposals share an entry only if neither reads what the other writes (``Footprint``), and a proposal that conflicts with
+an entry in flight waits.
 
 **Unknown outcomes.**  Every entry compares the key ring and this manager's *writer epoch*, a key that only this manager
 writes.  When a response does not arrive, the epoch is advanced: from then on the lost entry can never take effect.  The
-epoch's new value is random, so that the watch proves the write as well as a response does; a slow store may never
-respond in time.  The replica at that revision decides: a proposal whose first write appeared is committed; any other
-one is sent again.
+epoch's new value is random, so that the watch proves the write as well as a response does.  A slow store may never
+respond in time.  The replica at that revision decides: a proposal whose first write appeared is committed, and any
+other proposal is sent again.
 """
 
 import asyncio
@@ -38,18 +38,20 @@ from skep.store.replica import Replica
 log = structlog.get_logger()
 
 QUEUE_MAX = 10_000
-"""Proposals in the queue; further ones are refused, so that a stalled store does not exhaust the memory."""
+"""Maximum proposals in the queue.  More are refused, so that a stalled store does not exhaust the memory."""
 
 BATCH_PROPOSALS_MAX = 100
 BATCH_BYTES_MAX = 1024 * 1024
+"""Limits of a batch, below etcd's 1.5 MiB per request."""
 ETCD_OPERATIONS_MAX = MAX_OPERATIONS - 1
-"""Proposals of a batch and operations of its largest proposal, together; the batch itself has two compares."""
+"""Limit of a batch's proposals plus the operations of its largest one.  The batch itself has two compares."""
 
 IN_FLIGHT_MAX = 2
+"""Entries in flight at a time."""
 
 SLOW_S = 0.25
 IN_FLIGHT_MAX_SLOW = 8
-"""If an entry takes ``SLOW_S``, waiting for one before joining the next would double the latency of a write."""
+"""Entries in flight while an entry takes ``SLOW_S``: otherwise a write would wait for two entries in a row."""
 
 EPOCH_BYTES = 16
 
@@ -80,7 +82,7 @@ class QueuedProposal:
             self._late.set_result(outcome)
 
     def returned(self) -> None:
-        """Its entry has not taken effect, and never will."""
+        """Note that its entry has not taken effect and never will."""
         self.is_in_flight = False
         if self.outcome.cancelled():
             self.resolve(Unavailable("the writer was cancelled"))
@@ -98,7 +100,9 @@ class QueuedProposal:
 class Batch:
     """Proposals that share one raft entry, in order, and the request that they are encoded into.
 
-    ``resets``: how often the replica had been reloaded when the batch was made; ``ring_revision``: of that time.
+    Attributes:
+        resets: How often the replica had been reloaded when the batch was made.
+        ring_revision: Revision of the key ring at that time.
     """
 
     def __init__(self, resets: int = 0, ring_revision: int = 0) -> None:
@@ -116,7 +120,7 @@ class Batch:
         self._operations_max = 0
 
     def has_room(self, queued: QueuedProposal) -> bool:
-        """Whether etcd's limits leave room; a single proposal always fits."""
+        """Whether ``queued`` fits within etcd's limits.  A single proposal always fits."""
         if not self.proposals:
             return True
         count = len(self.proposals) + 1
@@ -136,9 +140,9 @@ class Batch:
 
 
 def fill_batch(batch: Batch, queue: deque[QueuedProposal], in_flight: list[Footprint]) -> Batch:
-    """Move from ``queue`` to ``batch`` what can be sent together now, in order; the rest keeps its order.
+    """Move the proposals that can be sent together now from ``queue`` to ``batch``.  The rest keeps its order.
 
-    Left in the queue: what conflicts with entries in flight, with this batch, or with what is ahead of it in the queue.
+    A proposal stays queued if it conflicts with entries in flight, with this batch, or with earlier ones in the queue.
     """
     left: list[QueuedProposal] = []
     ahead = Footprint()
@@ -179,7 +183,7 @@ class Batcher:
         self._epoch_value = b""
         self._epoch_revision = 0
         self._advancing: asyncio.Future[int] | None = None
-        """The revision of the writer epoch that is being written; until it is known, nothing is sent."""
+        """The revision of the writer epoch that is being written.  Until it is known, nothing is sent."""
         self._timeout = AdaptiveTimeout()
         self.acknowledged = 0
         """The last revision at which a write may have been acknowledged to its writer."""
@@ -199,11 +203,11 @@ class Batcher:
     async def propose(
         self, proposals: Sequence[Proposal], term: TermState | None = None
     ) -> Sequence[Outcome | SkepError]:
-        """Implements ``updates.Propose``.
+        """Commit proposals.  Implements ``updates.Propose``.
 
-        The term ends if its fence failed or an outcome is unknown: what may still take effect is void as soon as this
-        manager, or another one, has begun the next term.  It also ends if its writer is cancelled and the outcome of
-        what was sent does not show soon.
+        The term ends if its fence failed or an outcome is unknown: writes that may still take effect are void as soon
+        as this or another manager has begun the next term.  It also ends if its writer is cancelled and the outcome of
+        the sent proposals does not show soon.
         """
         if term is None:
             return await self._propose(proposals, None)
@@ -234,7 +238,7 @@ class Batcher:
                 one.outcome.cancel()
 
     async def _settled(self, queued: Sequence[QueuedProposal]) -> None:
-        """Return when the outcome of each is known and visible in the replica.  Raises: Uncertain."""
+        """Wait until the outcome of each proposal is known and visible in the replica.  Raises Uncertain."""
         for late in [late for one in queued if (late := one.late_outcome()) is not None]:
             outcome = await late
             if isinstance(outcome, Uncertain):
@@ -250,10 +254,10 @@ class Batcher:
                 group.create_task(self._work(), name=f"batcher-{number}")
 
     def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
-        """The watch has brought this write.  Called before the replica shows it.
+        """Handle a write that the watch has brought, before the replica shows it.
 
         Resolves the proposal before etcd's response, which arrives after the watch in about half of all cases, and
-        after all tasks that the commit wakes.  Only for encrypted values: no other manager can have written the same.
+        after all coroutines that the commit wakes.  Only for encrypted values, which no other manager can have written.
         """
         found = self._markers.get(key)
         if found is not None and found[0].value == value:
@@ -275,7 +279,7 @@ class Batcher:
                 self._in_flight.remove(batch.footprint)
 
     def _send_queued(self) -> None:
-        """Assign batches of what may be sent now to idle workers.
+        """Assign batches of sendable proposals to idle workers.
 
         A small batch is sent before this returns, instead of when the event loop runs its worker.
         """
@@ -372,7 +376,7 @@ class Batcher:
                 queued.resolve(Conflict(revision))
 
     async def _settle(self, batch: Batch) -> None:
-        """Find out the outcome of an entry without a response, and send again what was not committed."""
+        """Find out the outcome of an entry without a response, and send proposals again that were not committed."""
         revision = await self._advance_epoch()
         await self._replica.reached(revision)
         if self._replica.resets != batch.resets:
@@ -389,7 +393,7 @@ class Batcher:
         self._requeue(lost)
 
     async def _advance_epoch(self) -> int:
-        """Void all entries in flight; gives the revision from which on that holds.
+        """Void all entries in flight.  Returns the revision from which on they are void.
 
         Concurrent calls share one write: all entries sent before it ends compare an older epoch.
         """
@@ -404,7 +408,7 @@ class Batcher:
                 revision = await advancing
                 putting.cancel()
         finally:
-            advancing.cancel()  # concurrent calls end, too
+            advancing.cancel()  # concurrent calls end too
             self._advancing = None
         self._send_queued()
         return revision

@@ -19,7 +19,7 @@ from skep.linux.files import replace_file
 log = structlog.get_logger()
 
 OLDEST = (3, 5, 16)
-"""Older ones lose data after a crash (3.5.0-3.5.2), or do not serve clients on a unix socket (3.4)."""
+"""Older versions lose data after a crash (3.5.0-3.5.2), or do not serve clients on a unix socket (3.4)."""
 
 REFUSED_FROM, REFUSED_BEFORE = (3, 6, 0), (3, 6, 5)
 """These do not start on data of 3.5 in which a member was promoted (etcd issue 19557)."""
@@ -53,12 +53,13 @@ class _CachedVersion(msgspec.Struct, frozen=True):
 
 
 def find_binary(configured: Path | None = None, remembered: Path | None = None) -> Binary:
-    """The etcd to run.
+    """Return the etcd to run.
 
     Args:
-        remembered: a file that caches the version, since running ``etcd --version`` takes longer than all else here.
+        remembered: A file that caches the version, since running ``etcd --version`` takes longer than all else here.
 
-    Raises: FailedPrecondition: there is none, or its version is not accepted.
+    Raises:
+        FailedPrecondition: etcd was not found, or its version is not accepted.
     """
     path = configured or _installed() or _on_path()
     if path is None:
@@ -69,7 +70,7 @@ def find_binary(configured: Path | None = None, remembered: Path | None = None) 
 
 
 def _known_version(path: Path, remembered: Path) -> tuple[int, int, int]:
-    """The version of ``path``, from the cache if it is of the same file.  Raises: FailedPrecondition."""
+    """Return the version of ``path``, from the cache if that is of the same file.  Raises FailedPrecondition."""
     try:
         found = path.stat()
     except OSError:
@@ -86,7 +87,7 @@ def _known_version(path: Path, remembered: Path) -> tuple[int, int, int]:
 
 
 def version_of(path: Path) -> tuple[int, int, int]:
-    """The version that ``etcd --version`` prints.  Raises: FailedPrecondition."""
+    """Return the version that ``etcd --version`` prints.  Raises FailedPrecondition."""
     try:
         # Its environment is empty: etcd takes ETCD_... variables for flags.
         ran = subprocess.run(
@@ -102,7 +103,7 @@ def version_of(path: Path) -> tuple[int, int, int]:
 
 
 def check_version(path: Path, version: tuple[int, int, int]) -> None:
-    """Raises: FailedPrecondition: this version is not accepted."""
+    """Raise FailedPrecondition if this version is not accepted."""
     name = ".".join(map(str, version))
     if version < OLDEST:
         raise FailedPrecondition(f"{path} is etcd {name}, which is too old: {_INSTALL}")
@@ -120,7 +121,7 @@ def check_version(path: Path, version: tuple[int, int, int]) -> None:
 def check_upgrade(served_by: tuple[int, int, int] | None, version: tuple[int, int, int]) -> None:
     """Check that ``version`` may start on a directory last used by version ``served_by``.
 
-    Raises: FailedPrecondition.
+    Raises FailedPrecondition.
     """
     if served_by is None or served_by[:2] == version[:2]:
         return

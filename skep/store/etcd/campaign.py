@@ -4,8 +4,8 @@ Raft's library has a call for that (Campaign), which SwarmKit uses and etcd does
 messages from members, and MsgTimeoutNow, which a leader sends to transfer leadership, starts an election.  A manager
 has its member's peer certificate, so it sends this message to its own member, with that member as sender.
 
-So a single member can have the timers of several from the beginning without waiting half a second at each start; with
-other timers it would have to be restarted when a second manager joins.  Among several voters it is not used, though
+So a single member can have the timers of several from the beginning without waiting half a second at each start.  With
+other timers it would have to be restarted when a second manager joins.  Among several voters it is not used, although
 it would be safe: it starts a regular raft election.
 
 Source: etcd 3.5, server/etcdserver/api/rafthttp/{http,peer}.go; raft/raft.go (stepFollower, MsgTimeoutNow).
@@ -54,7 +54,7 @@ async def campaign(settings: MemberSettings, version: tuple[int, int, int], cloc
 
 
 def campaign_once(settings: MemberSettings, version: tuple[int, int, int]) -> None:
-    """Send the message once; blocks for the response.  Raises: Unavailable: there is none."""
+    """Send the message once and block for the response.  Raises Unavailable without a response."""
     host, port = parted(from_here(settings.peer_listen))
     try:
         with (
@@ -82,7 +82,7 @@ def campaign_once(settings: MemberSettings, version: tuple[int, int, int]) -> No
 
 
 def _listed(peer: http.client.HTTPConnection, name: str) -> tuple[str, int]:
-    """The cluster id, from a header, and the member id."""
+    """Return the cluster id, from a header, and the member id."""
     peer.request("GET", "/members")
     response, body = _response(peer)
     members = msgspec.json.decode(body, type=list[_Listed])

@@ -1,11 +1,11 @@
 """Encryption of stored values: AES-256-GCM with the cluster's data key.
 
-Layout of a value: one byte of layout version, four bytes of key id, twelve of nonce, the ciphertext with its
-tag.  The name of the key is the associated data, so a value cannot be moved to another key.  Names are not encrypted.
+Layout of a value: one byte of layout version, four bytes of key id, twelve of nonce, the ciphertext with its tag.  The
+name of the key is the associated data, so a value cannot be moved to another key.  Names are not encrypted.
 
-The data keys are in the store, wrapped (RFC 3394) by a key that is not: it is in the manager's key directory.  While it
-is being replaced a manager keeps several: all that may wrap the ring at its next start.
-``meta/...`` is not encrypted: it is read before any key is known.
+The data keys are in the store, wrapped (RFC 3394) by a key outside the store, in the manager's key directory.  While it
+is being replaced a manager keeps several: all that may wrap the ring at its next start.  ``meta/...`` is not encrypted,
+because it is read before any key is known.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _NONCE_BYTES = 12
 _HEADER_BYTES = 1 + 4 + _NONCE_BYTES
 KEY_BYTES = 32
 WRAPPING_KEYS_MAX = 16
-"""Wrapping keys that are kept; older ones, of failed replacements, are dropped."""
+"""Maximum wrapping keys that are kept.  Older ones, of failed replacements, are dropped."""
 
 
 class Unreadable(SkepError):
@@ -34,29 +34,29 @@ class Unreadable(SkepError):
 
 
 class WrappedKey(msgspec.Struct, frozen=True, kw_only=True):
-    """One data key, wrapped.  ``id``: 1 and up."""
+    """A wrapped data key.  ``id`` is 1 or more."""
 
     id: int
     wrapped: bytes
 
 
 class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
-    """All data keys that values may be encrypted with; ``current`` is the id of the one for new values."""
+    """All data keys that values may be encrypted with.  ``current`` is the id of the key for new values."""
 
     current: int
     keys: tuple[WrappedKey, ...]
 
     def with_new_key(self, wrapping_key: bytes) -> "KeyRing":
-        """The ring with one more data key, which is the current one."""
+        """Return the ring with one more data key, which is the current one."""
         id = self.current + 1
         return KeyRing(current=id, keys=(*self.keys, _new_key(id, wrapping_key)))
 
     def without_old_keys(self) -> "KeyRing":
-        """The ring with its current key only, once no value is encrypted with another."""
+        """Return the ring with its current key only, once no value is encrypted with another."""
         return KeyRing(current=self.current, keys=tuple(key for key in self.keys if key.id == self.current))
 
     def rewrapped(self, old: bytes, new: bytes) -> "KeyRing":
-        """The same data keys with another wrapping key.  Raises: FailedPrecondition."""
+        """Return the same data keys with another wrapping key.  Raises FailedPrecondition."""
         return KeyRing(
             current=self.current,
             keys=tuple(
@@ -66,7 +66,7 @@ class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def split_keys(keys: bytes) -> tuple[bytes, ...]:
-    """Concatenated wrapping keys of 32 bytes each.  Raises: FailedPrecondition."""
+    """Split concatenated wrapping keys of 32 bytes each.  Raises FailedPrecondition."""
     if not keys or len(keys) % KEY_BYTES:
         raise FailedPrecondition(
             f"{len(keys)} bytes are not a whole number of wrapping keys of {KEY_BYTES} bytes"
@@ -75,7 +75,7 @@ def split_keys(keys: bytes) -> tuple[bytes, ...]:
 
 
 def decoded_ring(stored: bytes) -> KeyRing:
-    """The ring that was stored.  Raises: FailedPrecondition: it is damaged."""
+    """Return the ring that was stored.  Raises FailedPrecondition if it is damaged."""
     try:
         return msgspec.json.decode(stored, type=KeyRing)
     except msgspec.DecodeError as error:
@@ -83,28 +83,30 @@ def decoded_ring(stored: bytes) -> KeyRing:
 
 
 def new_key_ring(wrapping_key: bytes) -> KeyRing:
-    """A ring with one new data key."""
+    """Return a ring with one new data key."""
     return KeyRing(current=1, keys=(_new_key(1, wrapping_key),))
 
 
 def new_wrapping_key() -> bytes:
-    """A new wrapping key."""
+    """Return a new wrapping key."""
     return secrets.token_bytes(KEY_BYTES)
 
 
 class Cipher:
     """Encrypts and decrypts values with the keys of a ring.
 
-    ``ring_revision``: of the stored ring; every write compares it, so that once a new data key is stored nothing is
-    encrypted with an older one any more.  ``changed`` is set whenever the ring changes, ``rewrapped`` when its wrapping
-    key changes.
+    Attributes:
+        ring_revision: Revision of the stored ring.  Every write compares it, so that nothing is encrypted with an older
+            data key once a new one is stored.
+        changed: Set whenever the ring changes.
+        rewrapped: Set when its wrapping key changes.
     """
 
     def __init__(self, ring: KeyRing, wrapping_keys: bytes, ring_revision: int = 0) -> None:
-        """``wrapping_keys``: see ``split_keys``.  Raises: FailedPrecondition: none of them unwraps the ring."""
+        """Open ``ring`` with ``wrapping_keys`` (see ``split_keys``).  Raises FailedPrecondition if none unwraps it."""
         self._wrapping_keys = split_keys(wrapping_keys)
         self.wrapping_key = self._wrapping_keys[0]
-        """The one that wraps the ring."""
+        """The key that wraps the ring."""
         self.rewrapped = asyncio.Event()
         self._keys: dict[bytes, AESGCM] = {}
         self._current = b""
@@ -114,7 +116,7 @@ class Cipher:
         self.use(ring, ring_revision)
 
     def use(self, ring: KeyRing, revision: int) -> None:
-        """Use a changed ring; an older one than the present is ignored.  Raises: FailedPrecondition.
+        """Use a changed ring.  One older than the current ring is ignored.  Raises FailedPrecondition.
 
         Removed keys are kept until the end of the process, for older events that the watch has not brought yet.
         """
@@ -140,11 +142,11 @@ class Cipher:
             self._wrapping_keys = (self.wrapping_key, *kept, *split_keys(wrapping_key))
 
     def new_ring(self) -> KeyRing:
-        """The present ring with one more data key, which is the current one."""
+        """Return the current ring with one more data key, which is the current one."""
         return self.ring.with_new_key(self.wrapping_key)
 
     def rewrapped_ring(self, wrapping_key: bytes) -> KeyRing:
-        """The present ring with another wrapping key, and with a new data key that the present one never wrapped."""
+        """Return the ring with another wrapping key, and a new data key that the old one never wrapped."""
         return self.ring.rewrapped(self.wrapping_key, wrapping_key).with_new_key(wrapping_key)
 
     def is_current(self, stored: bytes) -> bool:
@@ -152,13 +154,13 @@ class Cipher:
         return stored[1:5] == self._current
 
     def encrypt(self, key: bytes, value: bytes) -> bytes:
-        """``value`` as it is stored under ``key``.  The result is unique."""
+        """Return ``value`` as it is stored under ``key``.  The result is unique."""
         # Random nonces are safe for 2**32 values per data key; `rotation` makes a new key before that.
         nonce = os.urandom(_NONCE_BYTES)
         return b"".join((_LAYOUT, self._current, nonce, self._keys[self._current].encrypt(nonce, value, key)))
 
     def decrypt(self, key: bytes, stored: bytes) -> bytes:
-        """The value that was encrypted for ``key``.  Raises: Unreadable."""
+        """Return the value that was encrypted for ``key``.  Raises Unreadable."""
         if stored[:1] != _LAYOUT:
             raise Unreadable("unknown layout of an encrypted value")
         opener = self._keys.get(stored[1:5])
@@ -171,7 +173,7 @@ class Cipher:
 
 
 def _unwrapped_ring(ring: KeyRing, wrapping_keys: Sequence[bytes]) -> tuple[bytes, dict[int, bytes]]:
-    """The wrapping key of the ring, and its data keys by id.  Raises: FailedPrecondition: no key unwraps it."""
+    """Return the wrapping key of the ring, and its data keys by id.  Raises FailedPrecondition if no key unwraps it."""
     *others, last = wrapping_keys
     for wrapping_key in others:
         with suppress(FailedPrecondition):

@@ -1,8 +1,8 @@
 """The client of this manager's own etcd member, over one connection to its unix socket.  Every call has a deadline.
 
-The cost of a call here is most of the cost of a small request of the API, which makes one or two: headers and message
-are sent with one write, and a response wakes its caller once, in however many reads it arrives.  A connection that
-breaks, or that the peer closes with GOAWAY, fails all its calls; the next call makes another one.
+A call here is most of the cost of a small API request, which makes one or two.  So headers and message are sent with
+one write, and a response wakes its caller once, in however many reads it arrives.  If a connection breaks, or the peer
+closes it with GOAWAY, all its calls fail, and the next call opens another one.
 
 Keys here are etcd's, in full.
 """
@@ -24,20 +24,23 @@ from skep.store.etcd.errors import Uncertain, etcd_errors
 M = TypeVar("M", bound=Message)
 
 BOUNDS = Bounds(stream_window=8 * 1024 * 1024, connection_window=16 * 1024 * 1024, message=512 * 1024 * 1024)
-"""etcd responds to a read of many keys with one message, and is trusted not to exhaust the memory with one."""
+"""etcd responds to a read of many keys with one message, and is trusted not to exhaust the memory with it."""
 
 WRITE_S = 1.0
-"""A write sent while the leader dies gets no response; after this time its outcome is determined in another way."""
+"""Seconds after which the outcome of a write is determined otherwise: a dying leader does not respond."""
 
 WRITE_S_MAX = 7.0
-"""The longest timeout of a write: etcd itself gives up after 5 s and two election timeouts."""
+"""Maximum timeout of a write: etcd itself stops waiting after 5 s and two election timeouts."""
 
 READ_S = 2.0
+"""Timeout of a read."""
 CHANGE_S = 5.0
-"""For a change of the membership."""
+"""Timeout of a membership change."""
 
 LOAD_S = 10.0
+"""Timeout of a compaction, of a page of a full read, and of each part of a snapshot."""
 DEFRAGMENT_S = 120.0
+"""Timeout of a defragmentation, which takes some 9 s per GB."""
 
 
 class AdaptiveTimeout:
@@ -47,23 +50,23 @@ class AdaptiveTimeout:
         self.seconds = WRITE_S
 
     def expired(self) -> None:
-        """There was no response in this time."""
+        """Record that no response arrived in this time."""
         self.seconds = min(2 * self.seconds, WRITE_S_MAX)
 
     def responded(self, took_s: float) -> None:
-        """There was one after ``took_s``."""
+        """Record a response after ``took_s``."""
         if took_s < self.seconds / 4:
             self.seconds = max(self.seconds / 2, WRITE_S)
 
 
 class WatchStream:
-    """One open watch of etcd."""
+    """An open watch of etcd."""
 
     def __init__(self, stream: ClientStream) -> None:
         self._stream = stream
 
     async def receive(self) -> pb.WatchResponse:
-        """The next response; waits until there is one.  Raises: Uncertain: the stream ended."""
+        """Wait for the next response and return it.  Raises Uncertain if the stream ended."""
         with etcd_errors():
             message = await self._stream.receive()
             if message is None:
@@ -71,9 +74,10 @@ class WatchStream:
         return pb.WatchResponse.FromString(message)
 
     def offer_to(self, take: Callable[[pb.WatchResponse], bool]) -> None:
-        """Call ``take`` with each response that arrives while ``receive`` waits; true: ``receive`` does not give it.
+        """Call ``take`` with each response that arrives while ``receive`` waits.
 
-        A small change is processed so without another turn of the event loop.
+        If it returns True, ``receive`` does not return the response.  So a small change is processed without another
+        turn of the event loop.
         """
         self._stream.offer_to(lambda message: take(pb.WatchResponse.FromString(message)))
 
@@ -99,12 +103,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls in flight fail."""
+        """Close the connection.  Calls in flight fail."""
         if self._connection is not None:
             self._connection.abort()
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
-        """Read keys; linearizable unless the request says otherwise."""
+        """Read keys.  Linearizable unless the request says otherwise."""
         return await self._call("KV/Range", pb.RangeResponse, request, timeout_s)
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
@@ -119,7 +123,7 @@ class Client:
         return pb.PutResponse(header=reply.header)
 
     def txn(self, request: pb.TxnRequest, *, timeout_s: float = WRITE_S) -> Awaitable[pb.TxnResponse]:
-        """One raft entry: compares, then writes.  Sent at once, if there is a connection; to be awaited."""
+        """Send one raft entry: compares, then writes.  With a connection it is sent at once.  Await the result."""
         message = request.SerializeToString()
         path = _path("KV/Txn")
         call = self.begin(path, message, timeout_s)
@@ -127,12 +131,12 @@ class Client:
         return _decoded(pb.TxnResponse, response)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        """Discard history before ``revision``; returns when the pages in this member's file are free."""
+        """Discard history before ``revision``.  Returns when the pages in this member's file are free."""
         request = pb.CompactionRequest(revision=revision, physical=True)
         await self._call("KV/Compact", pb.CompactionResponse, request, timeout_s)
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
-        """This member's leader, term and size.  Works without a quorum."""
+        """Return this member's leader, term and size.  Works without a quorum."""
         return await self._call("Maintenance/Status", pb.StatusResponse, pb.StatusRequest(), timeout_s)
 
     async def defragment(self) -> None:
@@ -142,7 +146,7 @@ class Client:
         )
 
     async def disarm(self) -> int:
-        """Clear the NOSPACE alarms of every member; gives how many there were."""
+        """Clear the NOSPACE alarms of every member.  Returns how many there were."""
         all_of = pb.AlarmRequest(action=pb.AlarmRequest.GET, alarm=pb.NOSPACE)
         found = (await self._call("Maintenance/Alarm", pb.AlarmResponse, all_of, CHANGE_S)).alarms
         for alarm in found:
@@ -153,7 +157,7 @@ class Client:
         return len(found)
 
     async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
-        """The members of the cluster as of this member's state; ``is_current``: a linearizable read."""
+        """Return the members as of this member's state, or with ``is_current`` by a linearizable read."""
         return await self._call(
             "Cluster/MemberList",
             pb.MemberListResponse,
@@ -176,13 +180,13 @@ class Client:
         )
 
     async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
-        """Remove a member; its process exits when that is committed."""
+        """Remove a member.  Its process exits when that is committed."""
         await self._call(
             "Cluster/MemberRemove", pb.MemberRemoveResponse, pb.MemberRemoveRequest(id=member_id), timeout_s
         )
 
     async def move_leader(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
-        """Transfer raft's leadership; only the leader itself accepts this."""
+        """Transfer raft's leadership.  Only the leader itself accepts this."""
         await self._call(
             "Maintenance/MoveLeader",
             pb.MoveLeaderResponse,
@@ -191,9 +195,9 @@ class Client:
         )
 
     async def snapshot(self) -> AsyncIterator[bytes]:
-        """The whole store of this member, in chunks; the last 32 bytes are the SHA-256 of the rest.
+        """Yield the whole store of this member in chunks.  The last 32 bytes are the SHA-256 of the rest.
 
-        Works without a quorum.  Raises: Uncertain: it was interrupted, or nothing arrived for 10 s.
+        Works without a quorum.  Raises Uncertain if it was interrupted or nothing arrived for 10 s.
         """
         request = pb.SnapshotRequest().SerializeToString()
         with etcd_errors():
@@ -231,7 +235,7 @@ class Client:
     # -- gRPC ------------------------------------------------------------------------------------------------------
 
     async def unary(self, path: str, request: bytes, timeout_s: float) -> bytes:
-        """The response to ``request``.  Raises: CallFailed; TimeoutError; OSError: no connection, or it broke."""
+        """Return the response to ``request``.  Raises CallFailed, TimeoutError, or OSError without a connection."""
         call = self.begin(path, request, timeout_s)
         if call is None:
             deadline = asyncio.get_running_loop().time() + timeout_s
@@ -258,9 +262,15 @@ class Client:
         metadata: tuple[tuple[str, str], ...] = (),
         is_last: bool = False,
     ) -> AsyncIterator[ClientStream]:
-        """A call of many messages, begun with ``request`` (``is_last``: the only one); it ends with the context.
+        """Open a call of many messages that begins with ``request`` and ends with the context.
 
-        ``timeout_s``: for the connection.  Raises: TimeoutError; OSError: no connection.
+        Args:
+            is_last: Whether ``request`` is the only message.
+            timeout_s: Timeout of the connection.
+
+        Raises:
+            TimeoutError: The connection took too long.
+            OSError: The connection failed.
         """
         async with asyncio.timeout(timeout_s):
             connection = await self._connected()
@@ -290,7 +300,7 @@ class Call:
         self._stream.begin(block, request, is_last=True)
 
     async def response(self) -> bytes:
-        """Raises: CallFailed; TimeoutError; Lost."""
+        """Return the response.  Raises CallFailed, TimeoutError or Lost."""
         try:
             return await self._stream.only_message()
         finally:
@@ -304,7 +314,7 @@ async def _decoded(reply: type[M], response: Awaitable[bytes]) -> M:
 
 
 def nested(operation: pb.RequestOp) -> pb.RequestOp:
-    """``operation`` as a nested transaction."""
+    """Return ``operation`` as a nested transaction."""
     return pb.RequestOp(request_txn=pb.TxnRequest(success=[operation]))
 
 
@@ -313,5 +323,5 @@ def _path(name: str) -> str:
 
 
 def prefix_end(prefix: bytes) -> bytes:
-    """The first key after all that begin with ``prefix`` (which ends with a byte below 255)."""
+    """Return the first key after all that begin with ``prefix`` (which ends with a byte below 255)."""
     return prefix[:-1] + bytes([prefix[-1] + 1])

@@ -1,7 +1,7 @@
 """Damage of a member's files, as error texts with the way to recover.
 
-Detected before the start where possible, else from etcd's last output: its own messages ("discovery failed: walpb: crc
-mismatch", "panic: cannot use none as id") name neither the file nor a remedy.  Each case was reproduced
+Detected before the start where possible, otherwise from etcd's last output.  etcd's own messages ("discovery failed:
+walpb: crc mismatch", "panic: cannot use none as id") name neither the file nor a remedy.  Each case was reproduced
 (``tests/integration/test_etcd_member.py``).
 """
 
@@ -38,7 +38,7 @@ _MESSAGES = (
     ("failed to recover v3 backend", DATABASE),
     ("invalid freelist page", DATABASE),
 )
-"""Text in etcd's last output -> error text; first match wins.  Source: etcd 3.5, wal, bbolt."""
+"""Text in etcd's last output -> error text.  The first match wins.  Source: etcd 3.5, wal, bbolt."""
 
 _NOT_OF_FILES = (
     "no space left on device",
@@ -53,13 +53,13 @@ _MAGIC_AT, _MAGIC = 16, bytes.fromhex("edda0ced")
 
 
 class Damaged(FailedPrecondition):
-    """A member's files cannot be used; a retry does not help."""
+    """A member's files cannot be used, and a retry does not help."""
 
 
 def check_files(data: Path) -> None:
     """Reject files on which etcd would start without ever finishing a write, or exit without a clear message.
 
-    Raises: Damaged.
+    Raises Damaged.
     """
     database, log = data / "member" / "snap" / "db", data / "member" / "wal"
     segments = list(log.glob("*.wal"))
@@ -78,7 +78,7 @@ def damage_reported(reason: str, data: Path) -> Damaged | None:
 
 
 def head_of(database: Path) -> bytes:
-    """Enough of the file for ``is_database``.  Raises: Damaged: it cannot be read."""
+    """Return enough of the file for ``is_database``.  Raises Damaged if it is unreadable."""
     try:
         with database.open("rb") as file:
             return file.read(64)

@@ -3,11 +3,11 @@
 A member reads the stream of another one until the connection ends.  etcd intends to close a connection that was silent
 for 5 s (``ConnReadTimeout``), but sets the timeout on a dialer that Go's transport ignores because it has another one:
 ``NewTimeoutTransport`` sets ``Dial`` where ``NewTransport`` has set ``DialContext``, in 3.5 and in 3.6.  So connections
-that a network partition has broken stay open, and raft's messages are lost in them until the kernel retransmits, with
+broken by a network partition stay open, and raft's messages are lost in them until the kernel retransmits, with
 exponential backoff: after a partition of 30 s a manager got no messages for 24 s more.
 
-Therefore TCP timeouts are set on duplicates of etcd's descriptors: a connection whose peer has acknowledged nothing
-for so long is closed on both sides, and etcd makes a new one at once.
+Therefore TCP timeouts are set on duplicates of etcd's descriptors.  If a connection's peer has acknowledged nothing for
+so long, both sides close it, and etcd opens a new one at once.
 """
 
 import errno
@@ -23,13 +23,13 @@ from skep.linux.processes import borrowed
 log = structlog.get_logger()
 
 SILENT_S = 5
-"""etcd's intended value; in both directions there is a message at least every 1.7 s."""
+"""etcd's intended value in seconds.  In both directions there is a message at least every 1.7 s."""
 _PROBES = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: SILENT_S - 2}
 """For an end that only reads: keepalive probes after two seconds of silence, then every second."""
 
 
 class Deadlines:
-    """The timeouts of one process, all of whose TCP connections are to peers."""
+    """The timeouts of one process that has TCP connections to peers only."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -37,9 +37,10 @@ class Deadlines:
         """Open sockets that were handled already, as ``/proc`` names them."""
 
     def apply(self) -> int:
-        """Set the timeouts of new connections; gives how many there were.
+        """Set the timeouts of new connections.  Returns how many there were.
 
-        Raises: OSError: the process has ended, or its descriptors may not be duplicated.
+        Raises:
+            OSError: The process has ended, or its descriptors may not be duplicated.
         """
         done, count = set(), 0
         for name, process, number in _sockets(self._pid):
@@ -51,12 +52,13 @@ class Deadlines:
 
 
 def end_connections(pid: int, port: int) -> int:
-    """Close the connections that peers have made to ``port`` of a process; gives how many there were.
+    """Close the connections that peers have made to ``port`` of a process.  Returns how many there were.
 
     etcd checks certificates and the revocation list only when a connection begins.  Peers with a valid certificate
     reconnect at once.
 
-    Raises: OSError: as ``Deadlines.apply``.
+    Raises:
+        OSError: As for ``Deadlines.apply``.
     """
 
     def end(connection: socket.socket) -> bool:
@@ -84,7 +86,7 @@ def end_peer_connections(pid: int | None, port: int) -> None:
 def _sockets(pid: int) -> Iterator[tuple[str, int, int]]:
     """Yield for each socket of a process its name in ``/proc``, a pidfd of the process, and its descriptor.
 
-    Raises: OSError.
+    Raises OSError.
     """
     process = os.pidfd_open(pid)
     try:
@@ -97,7 +99,7 @@ def _sockets(pid: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _socket(path: str) -> str | None:
-    """The target of a descriptor in ``/proc``, if it is a socket."""
+    """Return the target of a descriptor in ``/proc`` if it is a socket, otherwise None."""
     try:
         target = os.readlink(path)
     except FileNotFoundError:  # closed meanwhile
@@ -106,7 +108,7 @@ def _socket(path: str) -> str | None:
 
 
 def _on_connection(process: int, descriptor: int, act: Callable[[socket.socket], bool]) -> bool:
-    """The result of ``act`` if the descriptor is a TCP connection; else False.  Raises: OSError."""
+    """Call ``act`` if the descriptor is a TCP connection, and return its result, otherwise False.  Raises OSError."""
     try:
         opened = socket.socket(fileno=borrowed(process, descriptor))
     except OSError as error:

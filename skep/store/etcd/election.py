@@ -2,7 +2,7 @@
 
 The revision of that write is the fence of its term.  If the write gets no response, the key itself is read: each write
 has a nonce.  Raft's term in the record keeps a manager whose member was suspended from taking the key back.  A missing
-status response proves nothing (a defragmentation blocks it for seconds): only another raft leader, or a failed fence,
+status response proves nothing (a defragmentation blocks it for seconds).  Only another raft leader, or a failed fence,
 ends a term.
 """
 
@@ -29,7 +29,7 @@ from skep.store.leadership import LeaderRecord, TermState
 log = structlog.get_logger()
 
 CANDIDATE_POLL_S = 0.15
-"""Interval in which a follower polls its own member for the leader; half of it is added to a failover on average.
+"""Seconds between a follower's polls of its own member for the leader.  Half of it adds to a failover on average.
 
 Twenty polls per second were half of the idle cost of a manager and its member.
 """
@@ -41,7 +41,7 @@ LEADER_POLL_S = 0.5
 
 
 class Election:
-    """One manager's candidacy.  ``elected`` gives its terms."""
+    """One manager's candidacy.  ``elected`` yields its terms."""
 
     def __init__(self, client: Client, cipher: Cipher, node_id: NodeId, addr: str, clock: Clock) -> None:
         self._client = client
@@ -54,9 +54,9 @@ class Election:
         self._timeout = AdaptiveTimeout()
 
     async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:
-        """Yields when this manager has become leader, and ends that term when leadership is lost.
+        """Yield a term when this manager has become leader, and end it when leadership is lost.
 
-        The caller must request the next term at once: only then is the present one monitored.
+        The caller must request the next term at once: only then is the current one monitored.
         """
         term: TermState | None = None
         while True:
@@ -80,7 +80,7 @@ class Election:
             await self._pause(term)
 
     async def _pause(self, term: TermState | None) -> None:
-        """Wait for the next poll; a term that a failed fence has ended is replaced at once."""
+        """Wait for the next poll.  A term that a failed fence has ended is replaced at once."""
         if term is None:
             await self._clock.sleep(CANDIDATE_POLL_S)
             return

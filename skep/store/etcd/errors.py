@@ -12,11 +12,11 @@ from skep.store.updates import NO_LEADER
 
 
 class Uncertain(Unavailable):
-    """No response: the request may have taken effect, or may still do."""
+    """No response: the request may have taken effect, or may still do so."""
 
 
 class Busy(Unavailable):
-    """Overload; the request had no effect."""
+    """Overload.  The request had no effect."""
 
 
 class OutOfSpace(Unavailable):
@@ -24,7 +24,7 @@ class OutOfSpace(Unavailable):
 
 
 class NotServing(Unavailable):
-    """This member is a learner; it serves after its promotion."""
+    """This member is a learner and serves after its promotion."""
 
 
 class StillLearning(Unavailable):
@@ -36,7 +36,7 @@ class NoLearner(SkepError):
 
 
 class NoMember(SkepError):
-    """There is no such member."""
+    """The member does not exist."""
 
 
 class Compacted(Unavailable):
@@ -81,14 +81,14 @@ _ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
         )
     ),
 )
-"""Text in the message, our error, the text for users.  First match wins."""
+"""Text in the message, Skep's error, the text for users.  The first match wins."""
 
 
 @contextmanager
 def etcd_errors() -> Iterator[None]:
-    """Translate the errors of a call to ours.
+    """Translate the errors of a call to Skep's.
 
-    Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.
+    Raises Uncertain, Busy, OutOfSpace, NotServing, Compacted or Refused.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def etcd_errors() -> Iterator[None]:
 
 
 def error_of(message: str) -> SkepError:
-    """Our error for etcd's ``message``."""
+    """Return Skep's error for etcd's ``message``."""
     for text, error, shown in _ERRORS:
         if text in message:
             return error(shown)

@@ -10,10 +10,12 @@ from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
 from skep.store.space import QUOTA_BYTES
 
 MAX_OPERATIONS = 1200
-"""Compares or writes of an entry, including nested ones; a member checks only the requests of its own manager."""
+"""Maximum compares or writes of an entry, with nested ones.  A member checks only its own manager's requests."""
 
 MAX_REQUEST_BYTES = 1_572_864
+"""Maximum request size, etcd's default of 1.5 MiB."""
 HISTORY_REVISIONS = 20_000
+"""Revisions of history that etcd keeps."""
 
 TIMERS_MS = (100, 500)
 """Heartbeat and election timeout.  A single voter does not wait for the latter (``campaign``)."""
@@ -23,10 +25,13 @@ SEALED_OFF_TIMERS_MS = (20, 100)
 
 SOLO_SNAPSHOT_COUNT = 1000
 SNAPSHOT_COUNT = 10_000
+"""Raft entries between snapshots, for a single member and for one of several."""
 
 SOLO_HEAP_GROWTH = "50"
-"""GOGC: growth of the heap in percent until the next garbage collection.  With a small raft log it keeps a single
-member's memory small; a limit in bytes would cause constant collections once the keys alone exceed it."""
+"""GOGC: growth of the heap in percent until the next garbage collection.
+
+With a small raft log it keeps a single member's memory small.  A limit in bytes would cause constant collections once
+the keys alone exceed it."""
 
 
 class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,17 +44,22 @@ class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
     key: Path
     roots: Path
     revoked: Path | None = None
-    """A CRL; must exist, and is read at each handshake."""
+    """A CRL, which must exist and is read at each handshake."""
 
 
 class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One member.
+    """The settings of one member.
 
-    ``name``: the node's id, its name for other members; ``directory``: 0700, with its data and Skep's files;
-    ``peer_listen``: ``ip:port``; ``cluster_token``: the cluster's id; ``is_solo``: it is the only voter.
-    ``joins``: all members of the cluster that it joins at its first start, including itself; empty: a new cluster.
-    ``has_hosts``: it resolves its peers with its own hosts file, which is in its directory.
-    ``ready_s``: a single member that is not ready by then has failed.  ``is_fsync_off``: for tests.
+    Attributes:
+        name: The node's id, its name for other members.
+        directory: Directory of mode 0700 with its data and Skep's files.
+        peer_listen: ``ip:port`` for other members.
+        cluster_token: The cluster's id.
+        is_solo: Whether it is the only voter.
+        joins: All members of the cluster that it joins at its first start, including itself.  Empty for a new cluster.
+        has_hosts: Whether it resolves its peers with its own hosts file, which is in its directory.
+        ready_s: Seconds after which a single member that is not ready has failed.
+        is_fsync_off: For tests.
     """
 
     name: str
@@ -66,8 +76,9 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     is_fsync_off: bool = False
     is_debug: bool = False
     is_sealed_off: bool = False
-    """A temporary copy in a network namespace of its own, which treats its whole log as committed and is not reachable.
-    For a snapshot of a member that has lost its peers."""
+    """A temporary copy in its own network namespace, which treats its whole log as committed and is not reachable.
+
+    Used for a snapshot of a member that has lost its peers."""
 
     @property
     def data(self) -> Path:
@@ -81,7 +92,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peer_url(self) -> str:
-        """Its URL for other members: by name, so that addresses may change."""
+        """Its URL for other members, with its name, so that addresses may change."""
         return peer_url(self.name, self.peer_port)
 
     @property
@@ -91,14 +102,14 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[str]:
-    """etcd's arguments.  ``initial-...`` are used at the first start only."""
+    """Return etcd's arguments.  ``initial-...`` are used at the first start only."""
     heartbeat_ms, election_ms = SEALED_OFF_TIMERS_MS if settings.is_sealed_off else TIMERS_MS
     files = settings.peer_files
     flags = {
         "name": settings.name,
         "data-dir": settings.data,
         "listen-client-urls": f"unix://{settings.socket}",
-        # Required, but never dialled; a path is not accepted here.
+        # Required, but never dialled.  A path is not accepted here.
         "advertise-client-urls": f"unix://{settings.name}:1",
         "listen-peer-urls": f"https://{settings.peer_listen}",
         "initial-advertise-peer-urls": settings.peer_url,
@@ -112,7 +123,7 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
         "peer-cert-allowed-hostname": MANAGER_NAME,
         "heartbeat-interval": heartbeat_ms,
         "election-timeout": election_ms,
-        # Skep checks the quorum itself; etcd's check refuses joins while any manager is down.
+        # Skep checks the quorum itself.  etcd's check refuses joins while any manager is down.
         "strict-reconfig-check": "false",
         "quota-backend-bytes": settings.quota_bytes,
         "auto-compaction-mode": "revision",
@@ -141,7 +152,7 @@ def _initial_cluster(settings: MemberSettings) -> str:
 
 
 def environment(settings: MemberSettings) -> dict[str, str]:
-    """The whole environment of the process: nothing is inherited, since etcd reads ETCD_... variables as flags.
+    """Return the whole environment of the process.  Nothing is inherited, since etcd reads ETCD_... variables as flags.
 
     Go's own resolver re-reads the hosts file when it changes.
     """

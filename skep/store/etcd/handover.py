@@ -1,7 +1,7 @@
-"""Transfers raft's leadership away from this machine's member, from outside of its manager.
+"""Transfers raft's leadership away from this machine's member, from outside its manager.
 
-Only the leader itself can transfer leadership, and a hung manager does not request it.  Therefore the supervisor of the
-manager does, over the member's socket.
+Only the leader itself can transfer leadership, and a hung manager does not request it.  Therefore the manager's
+supervisor does, over the member's socket.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ MOVE_S = 2.0
 
 
 async def hand_over(socket: Path) -> bool:
-    """If this member leads, transfer leadership to another voter; true: done.  Raises: Unavailable."""
+    """If this member leads, transfer leadership to another voter.  Returns whether it did.  Raises Unavailable."""
     async with Client(socket) as client:
         status = await client.status()
         if status.leader != status.header.member_id:

@@ -37,7 +37,7 @@ FIRST_INCARNATION = 1
 class ClusterHeader(msgspec.Struct, frozen=True):
     """The metadata of a cluster's store, which are readable before any object.
 
-    ``ring_revision``: at which the key ring was last written.
+    ``ring_revision`` is the revision at which the key ring was last written.
     """
 
     ring: KeyRing
@@ -58,9 +58,13 @@ async def initialize(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> R:
-    """Write format, level, keys and what ``body(tx, ...)`` puts, in one transaction: a new cluster.
+    """Write format, level, keys and the objects of ``body(tx, ...)`` in one transaction: a new cluster.
 
-    Raises: AlreadyExists: the store holds a cluster already; Unavailable; what ``body`` raises.
+    Raises:
+        AlreadyExists: The store holds a cluster already.
+        Unavailable: The store did not respond.
+
+    Errors of ``body`` are raised too.
     """
     async with Client(socket) as client:
         return await initialize_on(client, wrapping_key, clock, body, *args, **kwargs)
@@ -75,7 +79,7 @@ async def initialize_on(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> R:
-    """``initialize`` through an open ``client``."""
+    """Run ``initialize`` through an open ``client``."""
     ring = new_key_ring(wrapping_key)
     tx = LocalTransaction(State(), clock.now_ns())
     result = body(tx, *args, **kwargs)
@@ -106,9 +110,12 @@ async def initialize_on(
 
 
 async def cluster_in(client: Client) -> ClusterHeader:
-    """The header of the cluster in this store, if this version can serve it.
+    """Return the header of the cluster in this store, if this version can serve it.
 
-    Raises: Unfinished: there is none; FailedPrecondition: of a format or level unknown here; Unavailable.
+    Raises:
+        Unfinished: The store holds no cluster.
+        FailedPrecondition: Its format or level is unknown to this version.
+        Unavailable: The store did not respond.
     """
     format = await _read(client, keys.FORMAT)
     if format is None:
@@ -132,18 +139,19 @@ async def cluster_in(client: Client) -> ClusterHeader:
 
 
 async def raise_incarnation(socket: Path, at_least: int) -> int:
-    """Begin a new incarnation of the cluster in this store, which no other manager serves yet; gives its number.
+    """Begin a new incarnation of the cluster in this store, which no other manager serves yet.  Returns its number.
 
     The leader key is deleted: raft's terms begin at 1 in a restored store, and a leader record of a higher term would
     keep every manager from leading.
-    Raises: Unfinished; Unavailable.
+
+    Raises Unfinished or Unavailable.
     """
     async with Client(socket) as client:
         return await raise_incarnation_on(client, at_least)
 
 
 async def raise_incarnation_on(client: Client, at_least: int) -> int:
-    """The same through an open ``client``; a simulation passes its own client."""
+    """Run ``raise_incarnation`` through an open ``client``.  A simulation passes its own client."""
     incarnation = max((await cluster_in(client)).incarnation + 1, at_least)
     begin = pb.PutRequest(key=etcd_key(keys.INCARNATION), value=str(incarnation).encode())
     depose = pb.DeleteRangeRequest(key=etcd_key(keys.LEADER))
@@ -156,7 +164,7 @@ async def raise_incarnation_on(client: Client, at_least: int) -> int:
 
 
 def decoded_incarnation(stored: bytes) -> int:
-    """Raises: FailedPrecondition: it is damaged."""
+    """Decode an incarnation.  Raises FailedPrecondition if it is damaged."""
     try:
         return int(stored)
     except ValueError as error:

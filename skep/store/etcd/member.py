@@ -1,8 +1,8 @@
 """The supervisor of this manager's etcd process.
 
 etcd is killed when its manager dies (``setpriv --pdeathsig``): an orphan would keep raft's leadership, and no manager
-would lead.  A member is ready when it has a leader and has finished a write; reads prove nothing, since a member whose
-log is gone serves reads but never finishes a write.
+would lead.  A member is ready when it has a leader and has finished a write.  Reads prove nothing, since a member whose
+log was lost serves reads but never finishes a write.
 """
 
 import asyncio
@@ -40,15 +40,15 @@ log = structlog.get_logger()
 
 SOCKET_PATH_BYTES_MAX = 107
 FRESH_BYTES = 200 * 1024 * 1024
-"""A new member preallocates 123 MB of log."""
+"""Free space that a new member needs: it preallocates 123 MB of log."""
 
 KNOWN_BYTES = 80 * 1024 * 1024
-"""A member with data needs space for the next file of its log."""
+"""Free space that a member with data needs for the next file of its log."""
 
 POLL_S = 0.01
 PROBE_S = 5.0
 DEADLINES_S = 1.0
-"""Interval in which new connections of etcd get their timeouts; a pass takes 0.2 ms."""
+"""Seconds between passes that set the timeouts of etcd's new connections.  A pass takes 0.2 ms."""
 STOP_S = 5.0
 NO_SPACE = "no space left on device"
 CRASHES_MAX = 5
@@ -56,11 +56,11 @@ CRASHES_WITHIN_S = 60.0
 
 
 class MemberFailed(SkepError):
-    """etcd crashes repeatedly, or does not become ready; the message has the reason."""
+    """etcd crashes repeatedly, or does not become ready.  The message has the reason."""
 
 
 class MemberRemoved(SkepError):
-    """The other managers removed this member: this node is no longer a manager."""
+    """The other managers removed this member: this node was demoted to worker."""
 
 
 class Member:
@@ -79,7 +79,7 @@ class Member:
         self.starts = 0
         """Number of starts of the process."""
         self.error = ""
-        """Reason why it cannot be started now, in words for users.  Empty if it can."""
+        """Reason why it cannot be started now, for users.  Empty if it can."""
         self._binary = binary
         self._clock = clock
         self._backoff = backoff
@@ -97,10 +97,12 @@ class Member:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Member"]:
-        """The ready member, which is restarted after crashes until the block ends.
+        """Run the member, and restart it after crashes, until the block ends.  Yields when it is ready.
 
-        Raises: FailedPrecondition: the state of this machine prevents a start; MemberFailed; MemberRemoved: now, or
-        later from the block.
+        Raises:
+            FailedPrecondition: The state of this machine prevents a start.
+            MemberFailed: etcd crashes repeatedly, now or later from the block.
+            MemberRemoved: The member was removed, now or later from the block.
         """
         self._prepare()
         with locked(self.settings.directory):
@@ -115,15 +117,18 @@ class Member:
                     self._set_error("")
 
     async def wait_ready(self) -> None:
-        """Return when the member is ready, also after a restart."""
+        """Wait until the member is ready, also after a restart."""
         await self._ready.wait()
 
     def is_one_of_several(self) -> None:
-        """There are other members: waiting for them is no failure any more.  Memory limits change at the next start."""
+        """Note that there are other members, so that waiting for them is not a failure.
+
+        Memory limits change at the next start.
+        """
         self.settings = msgspec.structs.replace(self.settings, is_solo=False)
 
     async def restart(self, settings: MemberSettings) -> None:
-        """Restart with other ``settings`` (of the same directory); returns when the member is ready again."""
+        """Restart with other ``settings`` (of the same directory).  Returns when the member is ready again."""
         self.settings = settings
         process = self._process
         if process is not None and process.returncode is None:
@@ -264,15 +269,15 @@ class Member:
             await campaign(self.settings, self._binary.version, self._clock)
 
     async def _probe(self, client: Client, started: float) -> None:
-        """Return when a write was finished: for a learner after its promotion, for one of several with a quorum.
+        """Wait until a write was finished: for a learner after its promotion, for one of several members with a quorum.
 
-        A single member with a slow disk takes longer; one whose log is gone never finishes it.
+        A single member with a slow disk takes longer.  A member whose log was lost never finishes it.
         """
         while True:
             try:
                 await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
             except OutOfSpace as error:
-                # It serves, and accepts Skep's writes; the leader frees space.
+                # It serves, and accepts Skep's writes.  The leader frees space.
                 log.warning("etcd has reached its quota", reason=str(error))
                 return
             except Unavailable as error:
@@ -283,7 +288,7 @@ class Member:
                 return
 
     def _not_ready(self) -> str:
-        """The error of a single member; one with data but without leader or finished write lacks a part of its log."""
+        """Return a single member's error.  With data but no leader or finished write, its log is incomplete."""
         if missing := missing_bytes(self.settings.data):
             return no_space(self.settings.directory, missing)
         if self._had_data:
@@ -298,7 +303,7 @@ class Member:
         return status.leader != 0
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """SIGTERM: etcd transfers leadership and exits within milliseconds."""
+        """Send SIGTERM: etcd transfers leadership and exits within milliseconds."""
         for stop in (signal.SIGTERM, signal.SIGKILL):
             if process.returncode is not None:
                 return
@@ -326,9 +331,9 @@ class Member:
 
 
 def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
-    """The prefix of a command that runs with its own hosts file.
+    """Return the prefix of a command that runs with its own hosts file.
 
-    ``slave``: unmounts on this machine apply in etcd's namespace, too.
+    With ``slave``, unmounts on this machine also apply in etcd's namespace.
     """
     if settings.is_sealed_off:
         return ("unshare", "--net", "--")
@@ -349,14 +354,14 @@ def missing_bytes(data: Path) -> int:
 
 
 def full(directory: Path) -> str:
-    """The error text if it is not known how much is missing: it may be inodes instead of bytes."""
+    """Return the error text if the missing amount is unknown: it may be inodes instead of bytes."""
     return (
         f"{directory}: the store of this manager has run out of disk space. Make room: it goes on by itself."
     )
 
 
 def no_space(directory: Path, missing: int) -> str:
-    """The error text if the missing space is known."""
+    """Return the error text if the missing space is known."""
     return (
         f"{directory}: {_megabytes(missing)} MB of disk space are missing for the store of this manager. "
         "Make room: it goes on by itself."
@@ -368,7 +373,7 @@ def _megabytes(missing: int) -> int:
 
 
 def read_version(directory: Path) -> tuple[int, int, int] | None:
-    """The version of etcd that used this directory last."""
+    """Return the version of etcd that used this directory last."""
     try:
         major, minor, patch = map(int, (directory / "etcd-version").read_text().strip().split("."))
     except (FileNotFoundError, ValueError):

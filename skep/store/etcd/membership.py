@@ -1,8 +1,8 @@
 """The members of etcd's cluster, and changes of them, one at a time.
 
-A member joins as a learner, which does not count for the quorum, and is promoted when it has caught up.
-Whether a change leaves a quorum is checked before it (``manager.membership.quorum``): etcd's own check is off, since
-it refuses every join while any member is down.
+A member joins as a learner, which does not count for the quorum, and is promoted when it has caught up.  Whether a
+change leaves a quorum is checked before it (``manager.membership.quorum``): etcd's own check is off, since it refuses
+every join while any member is down.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class RaftMember(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A member in etcd's list.  ``name``: its node's id, even if it has never started."""
+    """A member in etcd's list.  ``name`` is its node's id, even if it has never started."""
 
     name: str
     url: str
@@ -43,18 +43,21 @@ class RaftMembers:
         return self._is_only_member
 
     async def count(self) -> None:
-        """Find out whether there are other members.  For the start, before one can be added.  Raises: Unavailable."""
+        """Find out whether there are other members.  For the start, before one can be added.  Raises Unavailable."""
         self._is_only_member = len(await self.all(is_current=True)) == 1
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
-        """All members in order of name.  Raises: Unavailable."""
+        """Return all members in order of name.  Raises Unavailable."""
         return parsed_members((await self._client.members(is_current=is_current)).members)
 
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
-        """Add ``name`` as a learner; returns all members.
+        """Add ``name`` as a learner.  Returns all members.
 
-        An existing learner of that name is left from a failed attempt, and is removed first.
-        Raises: Busy: there is another learner; Unavailable.
+        An existing learner of that name was left by a failed attempt, and is removed first.
+
+        Raises:
+            Busy: There is another learner.
+            Unavailable: The store did not respond.
         """
         async with self._one_at_a_time:
             for member in await self.all(is_current=True):
@@ -70,7 +73,10 @@ class RaftMembers:
     async def promote(self, name: str) -> None:
         """Promote ``name`` to a voter.  Idempotent.
 
-        Raises: StillLearning: it has not caught up; NoMember: it was removed meanwhile; Unavailable.
+        Raises:
+            StillLearning: It has not caught up.
+            NoMember: It was removed meanwhile.
+            Unavailable: The store did not respond.
         """
         member = await self._member(name)
         if member is None:
@@ -83,7 +89,7 @@ class RaftMembers:
             log.info("manager promoted to voter", node=name)
 
     async def remove(self, member: RaftMember) -> None:
-        """Remove the member with this id, not a later one of its name.  Idempotent.  Raises: Unavailable."""
+        """Remove the member with this id, not a later one of its name.  Idempotent.  Raises Unavailable."""
         try:
             await self._client.remove(member.id)
         except NoMember:
@@ -91,7 +97,7 @@ class RaftMembers:
         log.info("manager removed", node=member.name)
 
     async def move_leader(self, to: RaftMember) -> None:
-        """Transfer raft's leadership; only for the leader's own member.  Raises: Unavailable."""
+        """Transfer raft's leadership.  Only for the leader's own member.  Raises Unavailable."""
         await self._client.move_leader(to.id)
 
     async def _member(self, name: str) -> RaftMember | None:
@@ -99,7 +105,7 @@ class RaftMembers:
 
 
 def parsed_members(members: Sequence[pb.Member]) -> tuple[RaftMember, ...]:
-    """Members from etcd's messages.  One that has never started has no name, except in its URL."""
+    """Return the members in etcd's messages.  One that has never started has its name only in its URL."""
     return tuple(
         sorted(
             RaftMember(
@@ -115,5 +121,5 @@ def parsed_members(members: Sequence[pb.Member]) -> tuple[RaftMember, ...]:
 
 
 def name_in(url: str) -> str:
-    """``https://<node id>:2378`` -> the node's id."""
+    """Return the node's id in ``https://<node id>:2378``."""
     return url.partition("://")[2].rpartition(":")[0]

@@ -1,6 +1,6 @@
-"""One etcd per directory: a lock of our own, and the end of a process that an earlier manager has left.
+"""One etcd per directory: Skep's own lock, and the end of a process left by an earlier manager.
 
-A second etcd on the same directory would block on etcd's file lock silently, so our lock is taken first.
+A second etcd on the same directory would block silently on etcd's file lock, so Skep's lock is taken first.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ POLL_S = 0.02
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of this directory.  Raises: FailedPrecondition: another manager has it."""
+    """Hold the lock of this directory.  Raises FailedPrecondition if another manager has it."""
     handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -78,7 +78,7 @@ def _recorded(directory: Path) -> tuple[int, int] | None:
 
 
 async def _has_ended(handle: int, clock: Clock) -> bool:
-    """A pidfd becomes readable when its process ends, even before it is reaped."""
+    """Whether the process ends in time.  A pidfd becomes readable when it ends, even before it is reaped."""
     until = clock.monotonic() + END_S
     while not select.select([handle], [], [], 0)[0]:
         if clock.monotonic() > until:

@@ -20,7 +20,7 @@ _MAX_PLAIN = 500
 
 
 class Output:
-    """Reads one process's stderr to its end.  ``reason``: the last fatal line, or else the last line."""
+    """Reads one process's stderr to its end.  ``reason`` is the last fatal line, or else the last line."""
 
     def __init__(self) -> None:
         self._fatal = ""
@@ -28,7 +28,7 @@ class Output:
 
     @property
     def reason(self) -> str:
-        """Why the process ended, as far as its log shows; "no output" if there was none."""
+        """Why the process ended, as far as its log shows, or "no output"."""
         return self._fatal or self._last or "no output"
 
     async def read(self, stderr: asyncio.StreamReader) -> None:
@@ -67,7 +67,7 @@ class Output:
 
 
 def _is_probe(message: str, entry: dict[str, Any]) -> bool:
-    """Whether it is about a port probe of another manager: a connection that ends before its handshake."""
+    """Whether it reports a port probe of another manager: a connection that ends before its handshake."""
     return message.startswith("rejected connection") and entry.get("error") == "EOF"
 
 

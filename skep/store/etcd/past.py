@@ -1,6 +1,7 @@
-"""The cluster's objects as they were at an earlier revision, from etcd's own history, as far as it is kept.
+"""The cluster's objects as they were at an earlier revision, from etcd's own history, as far as that is kept.
 
-Read in pages, beside everything else.  Secrets and configs are left out: their data would be read with them.
+They are read in pages, concurrently with other requests.  Secrets and configs are left out, because their data would be
+read with them.
 """
 
 import asyncio
@@ -19,14 +20,17 @@ from skep.store.state import State
 KINDS = ("spec", "service", "task", "node", "network", "swarm")
 """The kinds that are read.  Specs come before the tasks that are filled from them."""
 KEYS_MAX = 200_000
-"""Keys of one state, which is about 60,000 tasks.  It is in memory in addition to the present state."""
+"""Maximum keys of one state, about 60,000 tasks.  It is in memory in addition to the current state."""
 
 
 async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
-    """All objects of ``KINDS`` at ``revision``.
+    """Return all objects of ``KINDS`` at ``revision``.
 
-    Raises: Compacted: that is not kept any more; FailedPrecondition: its data key is not known here; ResourceExhausted:
-    there are too many; Unavailable.
+    Raises:
+        Compacted: The revision was deleted.
+        FailedPrecondition: Its data key is unknown here.
+        ResourceExhausted: There are too many keys.
+        Unavailable: The store did not respond.
     """
     cipher = await _cipher_of(client, wrapping_key, revision)
     await _check_size(client, revision)
@@ -51,7 +55,7 @@ async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
 
 
 async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Cipher:
-    """Return the cipher with the data keys of that time.  The present ring lacks keys that were replaced since."""
+    """Return the cipher with the data keys of that time.  The current ring lacks keys that were replaced since."""
     found = await client.range(pb.RangeRequest(key=etcd_key(keys.KEY_RING), revision=revision))
     if not found.kvs:
         raise FailedPrecondition("there was no cluster yet")
@@ -74,7 +78,7 @@ async def _check_size(client: Client, revision: int) -> None:
 
 
 async def oldest_revision(client: Client, present: int) -> int:
-    """The first revision that can be read.  etcd has no request for it: found by bisection, in some 15 small reads."""
+    """Return the first readable revision.  etcd has no request for it, so it is bisected in some 15 small reads."""
 
     async def is_kept(revision: int) -> bool:
         request = pb.RangeRequest(key=etcd_key(keys.KEY_RING), count_only=True, revision=revision)
@@ -88,7 +92,7 @@ async def oldest_revision(client: Client, present: int) -> int:
 
 
 async def first_kept(is_kept: Callable[[int], Awaitable[bool]], present: int) -> int:
-    """The smallest revision of 1 to ``present`` that is kept, as are all later ones."""
+    """Return the smallest revision of 1 to ``present`` that is kept, as are all later ones."""
     low, high = 1, present
     while low < high:
         middle = (low + high) // 2

@@ -1,7 +1,7 @@
 """The peers of this manager's etcd, and the private hosts file that resolves their names.
 
-Peers are named by node id (``https://<node id>:2378``), not by address, so addresses may change.  A hosts file resolves
-the names, which is mounted on ``/etc/hosts`` for this manager's etcd only.
+Peers are named by node id (``https://<node id>:2378``), not by address, so addresses may change.  A hosts file, which
+is mounted on ``/etc/hosts`` for this manager's etcd only, resolves the names.
 """
 
 import os
@@ -23,9 +23,13 @@ _HEAD = "127.0.0.1 localhost\n::1 localhost\n"
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """One member.  ``name``: its node's id; ``url``: in raft's membership; ``ip``: the address of the name.
+    """A member of etcd's cluster.
 
-    ``manager_port``: of its manager; 0: unknown, then the port before the URL's is assumed.
+    Attributes:
+        name: Its node's id.
+        url: Its URL in raft's membership.
+        ip: The address of the name.
+        manager_port: Port of its manager, or 0 if unknown.  The port before the URL's is then assumed.
     """
 
     name: str
@@ -48,12 +52,12 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 def peer_url(name: str, port: int) -> str:
-    """The URL of a member's peer port: by name, so that addresses may change."""
+    """Return the URL of a member's peer port, with its name, so that addresses may change."""
     return f"https://{name}:{port}"
 
 
 def hosts_content(peers: Iterable[Peer]) -> bytes:
-    """The hosts file for ``peers``, without entries whose name or address is invalid."""
+    """Return the hosts file for ``peers``, without entries whose name or address is invalid."""
     lines = sorted(
         {f"{peer.ip} {peer.name}\n" for peer in peers if is_address(peer.ip) and _NAME.fullmatch(peer.name)}
     )
@@ -61,7 +65,7 @@ def hosts_content(peers: Iterable[Peer]) -> bytes:
 
 
 def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
-    """Write the hosts file; etcd re-reads it within 5 s, and at once for a name that it has not resolved yet.
+    """Write the hosts file.  etcd re-reads it within 5 s, and at once for a name that it has not resolved yet.
 
     The file is bind-mounted in etcd's namespace, so it is written in place: a new file would not be visible there.
     """
@@ -86,9 +90,11 @@ def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
 
 
 def load_peers(directory: Path) -> tuple[Peer, ...]:
-    """The last stored peers; empty: this member is the only one, or has not joined yet.
+    """Return the last stored peers.  Empty if this member is the only one, or has not joined yet.
 
-    Raises: FailedPrecondition: the file is damaged; OSError: it cannot be read at present.
+    Raises:
+        FailedPrecondition: The file is damaged.
+        OSError: The file cannot be read now.
     """
     path = directory / MEMBERS_FILE
     try:

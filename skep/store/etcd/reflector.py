@@ -1,7 +1,7 @@
 """Keeps the replica equal to etcd: load everything once, then apply the watch (a list-watch loop, or reflector).
 
-All events of one etcd transaction have one revision and become visible together.  If the history needed to resume is
-gone (compaction, a restore), everything is loaded again and watchers get exactly the difference.
+All events of one etcd transaction have one revision and become visible together.  If the history needed to resume was
+deleted (compaction, a restore), everything is loaded again and watchers get exactly the difference.
 """
 
 import asyncio
@@ -29,9 +29,10 @@ from skep.store.tables import KeyChange
 log = structlog.get_logger()
 
 PAGE_KEYS_MAX = 500
-"""Keys of one page of a load: a few milliseconds of processing."""
+"""Maximum keys of one page of a load, which take a few milliseconds to process."""
 
 PAGE_KEYS_FIRST = 16
+"""Keys of the first page, before the size of keys is known."""
 PAGE_BYTES = 2 * 1024 * 1024
 """Target size of a page: 500 of the largest configs would be half a gigabyte."""
 
@@ -39,7 +40,7 @@ YIELD_EVERY = 200
 """Events applied, or objects compared, between two returns to the event loop."""
 
 PROGRESS_S = 0.02
-"""How long to wait for the next watch event before a progress notification is requested."""
+"""Seconds to wait for the next watch event before a progress notification is requested."""
 
 
 class Reflector:
@@ -73,7 +74,7 @@ class Reflector:
         return self._stream is not None
 
     async def wait_loaded(self) -> None:
-        """Return when the replica has shown the whole store once."""
+        """Wait until the replica has shown the whole store once."""
         await self._loaded.wait()
 
     async def run(self) -> None:
@@ -91,7 +92,7 @@ class Reflector:
                 await self._backoff.sleep(self._clock)
 
     async def reached(self, revision: int) -> None:
-        """Return once the replica shows everything up to ``revision``; requests progress if no event arrives."""
+        """Wait until the replica shows everything up to ``revision``.  Requests progress if no event arrives."""
         while self._replica.revision < revision:
             try:
                 async with asyncio.timeout(PROGRESS_S):
@@ -104,7 +105,8 @@ class Reflector:
     async def _load(self) -> None:
         """Read every key at one revision and replace the replica's state.
 
-        Raises: Compacted: the revision was compacted meanwhile; to be tried again.
+        Raises:
+            Compacted: The revision was compacted meanwhile.  Retry.
         """
         state = State()
         leader: bytes | None = None
@@ -165,7 +167,7 @@ class Reflector:
                 self._stream = None
 
     def _check(self, response: pb.WatchResponse) -> None:
-        """Raises: Compacted: the response does not continue the replica's state; Uncertain: the watch ended."""
+        """Raise Compacted if the response does not continue the replica's state, Uncertain if the watch ended."""
         if response.canceled:
             if response.compact_revision:
                 raise Compacted(f"history before revision {response.compact_revision} is gone")
@@ -177,7 +179,7 @@ class Reflector:
             raise Compacted("the store was restored to an older state")
 
     def _apply_at_once(self, response: pb.WatchResponse) -> bool:
-        """Apply a small response where it arrives; whether it was.  All others are left to ``_watch``."""
+        """Apply a small response where it arrives.  Returns False for others, which ``_watch`` handles."""
         events = response.events
         if not 0 < len(events) < YIELD_EVERY or self._fragments or response.fragment or response.created:
             return False
@@ -225,7 +227,7 @@ class Reflector:
 
 
 def next_limit(limit: int, page_bytes: int) -> int:
-    """Keys of the next page, after ``limit`` keys had this size: towards ``PAGE_BYTES``, at most fourfold."""
+    """Return the keys of the next page after ``limit`` keys had this size: towards ``PAGE_BYTES``, at most fourfold."""
     fitting = limit * PAGE_BYTES // max(page_bytes, 1)
     return max(1, min(fitting, 4 * limit, PAGE_KEYS_MAX))
 

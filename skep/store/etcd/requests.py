@@ -1,4 +1,4 @@
-"""Proposals as etcd requests, etcd's keys as store keys.  Pure but for the nonces of encryption."""
+"""Proposals as etcd requests, and etcd's keys as store keys.  Pure, except for the nonces of encryption."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -23,7 +23,7 @@ _CLEAR = ("meta/", "w/", "probe/")
 
 
 def etcd_key(key: str) -> bytes:
-    """A store key as etcd has it."""
+    """Return a store key as etcd has it."""
     return PREFIX + key.encode()
 
 
@@ -50,10 +50,11 @@ def fill_txn(
 ) -> Marker:
     """Write a proposal into an empty transaction.  With a ``fence``, the failure branch reads the leader key.
 
-    ``marker_key``: gives a key that only this manager writes, for a proposal that only deletes: that a key is gone
-    proves nothing, as another manager may have deleted it, before or after.
-
     Messages are filled in place, because protobuf copies a message that is passed to another one's constructor.
+
+    Args:
+        marker_key: Returns a key that only this manager writes, for a proposal that only deletes.  A missing key proves
+            nothing, as another manager may have deleted it, before or after.
     """
     for compare in proposal.compares:
         _add_compare(txn, compare)
@@ -81,9 +82,9 @@ def fill_txn(
 
 @lru_cache(maxsize=4)
 def guard(epoch_key: str, epoch_revision: int, ring_revision: int) -> pb.TxnRequest:
-    """Compares that void an entry once this manager has advanced its writer epoch or there is another key ring.
+    """Return compares that void an entry once this manager has advanced its writer epoch or there is another key ring.
 
-    The failure branch reads both.  To be merged into the request of the entry, not to be changed.
+    The failure branch reads both.  Merge the result into the entry's request, and do not change it.
     """
     return pb.TxnRequest(
         compare=[compared_key(etcd_key(epoch_key), epoch_revision), compared_ring(ring_revision)],
@@ -95,7 +96,7 @@ def guard(epoch_key: str, epoch_revision: int, ring_revision: int) -> pb.TxnRequ
 
 
 def compared_ring(revision: int) -> pb.Compare:
-    """The key ring is still the one of ``revision``."""
+    """Compare that the key ring still is the one of ``revision``."""
     return compared_key(etcd_key(keys.KEY_RING), revision)
 
 
@@ -117,9 +118,9 @@ def is_fence_lost(reply: pb.TxnResponse, fence: int) -> bool:
 
 
 def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> KeyChange | None:
-    """One of etcd's keys as a store key, decrypted; a value that cannot be is given with its ``damage``.
+    """Return one of etcd's keys as a decrypted store key, with its ``damage`` if it cannot be decrypted.
 
-    None: a value that cannot be decrypted and belongs to no object (the leader's record).
+    None for a value that cannot be decrypted and belongs to no object (the leader's record).
     """
     key = kv.key[len(PREFIX) :].decode(errors="replace")
     if is_delete:
@@ -142,7 +143,7 @@ def is_clear(key: bytes) -> bool:
 
 
 def by_revision(events: Sequence[pb.Event]) -> Iterable[tuple[int, list[pb.Event]]]:
-    """Watch events in groups of one revision each, in order."""
+    """Group watch events by revision, in order."""
     group: list[pb.Event] = []
     for event in events:
         if group and event.kv.mod_revision != group[0].kv.mod_revision:

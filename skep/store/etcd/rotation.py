@@ -1,12 +1,12 @@
 """Rotation of the data key: new values use it at once, the leader re-encrypts the others, then old keys are removed.
 
-The state of a rotation is the ring in the store, so the next term resumes an interrupted one: more than one key in the
-ring means that there may be values of older keys.  Every write compares the ring that it encrypted with (``guard``), so
-nothing is encrypted with an old key after the ring changed, and one pass over all keys is enough; values that others
-write during the pass have the new key.
+The state of a rotation is the ring in the store, so the next term resumes an interrupted one: if the ring has several
+keys, there may be values of older keys.  Every write compares the ring that it encrypted with (``guard``).  So nothing
+is encrypted with an old key after the ring changed, and one pass over all keys is enough.  Values written by others
+during the pass have the new key.
 
-Only etcd's revisions change: versions are inside the values, and a replica publishes no event for an equal value.
-The leader's record is the fence of its term; if it is encrypted with an old key, the term ends first, and the next term
+Only etcd's revisions change: versions are inside the values, and a replica publishes no event for an equal value.  The
+leader's record is the fence of its term.  If it is encrypted with an old key, the term ends first, and the next term
 writes it again.
 """
 
@@ -32,25 +32,28 @@ log = structlog.get_logger()
 
 BATCH_KEYS_MAX = 50
 BATCH_BYTES_MAX = 512 * 1024
+"""Limits of the values re-encrypted in one raft entry."""
 PAUSE_S = 0.01
-"""Between two batches, in favour of users' writes."""
+"""Seconds between two batches, so that users' writes take precedence."""
 
 CHECK_S = 3600.0
-"""Interval of the check whether the data key has to be rotated."""
+"""Seconds between checks whether the data key has to be rotated."""
 REVISIONS_PER_KEY = 2**24
-"""Revisions of the store per data key.  A revision has at most 127 values, and random nonces of 96 bits are safe for
-2**32 values of one key (NIST SP 800-38D, 8.3)."""
+"""Revisions of the store per data key.
+
+A revision has at most 127 values, and random nonces of 96 bits are safe for 2**32 values of one key (NIST SP 800-38D,
+8.3)."""
 
 _LEADER = etcd_key(keys.LEADER)
 _RING = etcd_key(keys.KEY_RING)
 
 
 class _Superseded(Exception):
-    """There is another term or another ring: this attempt is void."""
+    """Another term or ring has replaced this attempt's."""
 
 
 class KeyRotation:
-    """Rotates the data keys of one store.  ``begin`` on any manager, ``run`` on the leader."""
+    """Rotates the data keys of one store.  ``begin`` runs on any manager, ``run`` on the leader."""
 
     def __init__(self, client: Client, cipher: Cipher, clock: Clock) -> None:
         self._client = client
@@ -66,16 +69,18 @@ class KeyRotation:
         return left if ring_revision == self._cipher.ring_revision else ()
 
     async def begin(self) -> None:
-        """Add a data key to the ring, for all further writes.  Raises: Unavailable."""
+        """Add a data key to the ring, for all later writes.  Raises Unavailable."""
         while not await self._replace_ring(self._cipher.new_ring(), ()):
-            pass  # the ring had changed; its present state is known now
+            pass  # the ring had changed, and its current state is known now
 
     async def replace_wrapping_key(self, fence: int, wrapping_key: bytes) -> None:
         """Wrap the ring with another key, and add a new data key, in one write of the term with this fence.
 
-        Every manager must have stored the key by then: one that has not cannot open the store any more.
+        Every manager must have stored the key by then.  Without it, a manager can no longer open the store.
 
-        Raises: NotLeader: the term is over; Unavailable.
+        Raises:
+            NotLeader: The term is over.
+            Unavailable: The store did not respond.
         """
         self._cipher.learn(wrapping_key)
         while self._cipher.wrapping_key != wrapping_key:
@@ -105,14 +110,14 @@ class KeyRotation:
                 await backoff.sleep(self._clock)
 
     async def _begin_if_due(self) -> None:
-        """Begin a rotation after ``REVISIONS_PER_KEY``.  Raises: Unavailable."""
+        """Begin a rotation after ``REVISIONS_PER_KEY``.  Raises Unavailable."""
         leader = await self._client.range(pb.RangeRequest(key=_LEADER, count_only=True))
         if leader.header.revision - self._cipher.ring_revision >= REVISIONS_PER_KEY:
             log.info("data key rotation due", data_key=self._cipher.ring.current)
             await self.begin()
 
     async def _finish(self, term: TermState) -> None:
-        """Finish the present rotation.  Raises: _Superseded, Unavailable: to be tried again."""
+        """Finish the current rotation.  Raises _Superseded or Unavailable, after which it is retried."""
         leader = await self._client.range(pb.RangeRequest(key=_LEADER))
         if leader.kvs and not self._cipher.is_current(leader.kvs[0].value):
             log.info("term ends: leader key has an old data key", term=term.number)
@@ -151,9 +156,9 @@ class KeyRotation:
         ]
 
     async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> Sequence[str]:
-        """Re-encrypt each value, unless it changed meanwhile; gives the keys of those that cannot be read.
+        """Re-encrypt each value, unless it changed meanwhile.  Returns the keys of unreadable values.
 
-        Raises: _Superseded, Unavailable.
+        Raises _Superseded or Unavailable.
         """
         operations: list[pb.RequestOp] = []
         damaged: list[str] = []
@@ -179,9 +184,9 @@ class KeyRotation:
         return damaged
 
     async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:
-        """Replace the known ring by ``ring``; False: it had changed, and the cipher now has the present one.
+        """Replace the known ring by ``ring``.  Returns False if it had changed, and the cipher now has the current one.
 
-        Raises: Unavailable.
+        Raises Unavailable.
         """
         reply = await self._client.txn(
             pb.TxnRequest(
@@ -204,7 +209,7 @@ class KeyRotation:
 
 
 def batches(kvs: Iterable[pb.KeyValue]) -> Iterable[Sequence[pb.KeyValue]]:
-    """``kvs`` in batches that fit in one raft entry; a value larger than that is a batch of its own."""
+    """Group ``kvs`` into batches that fit in one raft entry.  A larger value is a batch of its own."""
     batch: list[pb.KeyValue] = []
     size = 0
     for kv in kvs:

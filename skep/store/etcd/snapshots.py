@@ -1,6 +1,6 @@
 """Snapshots of a store: taken from a running member or from the files of a stopped one, and restored as a new store.
 
-A restored store has new ids, so members of the old one cannot connect to it; its revisions begin far beyond the old
+A restored store has new ids, so members of the old one cannot connect to it.  Its revisions begin far beyond the old
 ones, so that no watch can resume across them.
 
 Source: etcd 3.5, etcdutl/snapshot/v3_snapshot.go (a snapshot is the database file and the SHA-256 of it).
@@ -40,7 +40,9 @@ _RESTORE_S = 120.0
 async def take_snapshot(socket: Path, to: Path) -> None:
     """Write a snapshot of the member behind ``socket``, with or without quorum, durably to the file ``to``.
 
-    Raises: FailedPrecondition: it is incomplete; Unavailable.
+    Raises:
+        FailedPrecondition: It is incomplete.
+        Unavailable: The member did not respond.
     """
     async with Client(socket) as client:
         await save_snapshot(client.snapshot(), to)
@@ -49,7 +51,8 @@ async def take_snapshot(socket: Path, to: Path) -> None:
 async def save_snapshot(chunks: AsyncIterator[bytes], to: Path) -> None:
     """Write a snapshot's ``chunks`` to the file ``to``, which appears once it is complete.
 
-    Raises: FailedPrecondition: they are not a complete snapshot.
+    Raises:
+        FailedPrecondition: They are not a complete snapshot.
     """
     beside = to.with_name(to.name + BESIDE)
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -84,7 +87,7 @@ class Verified:
         self._tail = known[-HASH_BYTES:]
 
     def check(self) -> None:
-        """Raises: FailedPrecondition: it is not a snapshot, or incomplete."""
+        """Raise FailedPrecondition if it is not a complete snapshot."""
         if not is_database(self._head):
             raise FailedPrecondition("this is not a snapshot of a store")
         if self._hash.digest() != self._tail:
@@ -92,13 +95,15 @@ class Verified:
 
 
 async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Path) -> bool:
-    """Take a snapshot of a stopped member's files; true: it is a bare database file, without hash.
+    """Take a snapshot of a stopped member's files.  Returns whether it is a bare database file, without hash.
 
-    A member without its peers has no quorum, so a copy of its files is started in a network namespace of its own, where
-    its whole log counts as committed: no write that this member has is lost.  If the log is damaged or gone, the
+    A member without its peers has no quorum.  So a copy of its files is started in its own network namespace, where its
+    whole log counts as committed: no write that this member has is lost.  If the log is damaged or missing, the
     database is used, which may lack the last writes.
 
-    Raises: Damaged: the database cannot be read either; FailedPrecondition: no space for the copy.
+    Raises:
+        Damaged: The database is unreadable too.
+        FailedPrecondition: There is not enough space for the copy.
     """
     copy = settings.directory / "salvage"
     sealed_off = msgspec.structs.replace(
@@ -128,9 +133,10 @@ def _copy_files(source: Path, to: Path) -> None:
 
 
 async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool) -> None:
-    """Restore ``snapshot`` as the store of a single member; previous data are kept as ``data.old``.
+    """Restore ``snapshot`` as the store of a single member.  Previous data are kept as ``data.old``.
 
-    Raises: FailedPrecondition: etcdutl is missing, or rejects the snapshot.
+    Raises:
+        FailedPrecondition: etcdutl is missing, or rejects the snapshot.
     """
     new, old = settings.directory / "data.new", settings.directory / "data.old"
     for leftover in (new, *([old] if settings.data.exists() else [])):

@@ -50,7 +50,7 @@ class EtcdStore(Updater):
     """Implements ``interface.Store``.  Made by ``open_store``.
 
     Args:
-        group: runs the candidacies.
+        group: Runs the candidacies.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class EtcdStore(Updater):
         self._round_trips = SharedBarrier(self._reach_present)
 
     async def barrier(self) -> None:
-        """One linearizable read for all concurrent callers, then the replica at its revision.
+        """Make one linearizable read for all concurrent callers, then wait for the replica at its revision.
 
-        None of that is needed while ``_shows_everything``.
+        Not needed while ``_shows_everything``.
         """
         if self._shows_everything:
             return
@@ -91,7 +91,7 @@ class EtcdStore(Updater):
             await self._round_trips.passed()
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
-        """The election runs as a task of the store's group; it ends with the iterator."""
+        """Yield terms.  The election runs as a task of the store's group, and ends with the iterator."""
         election = Election(self._client, self._cipher, node_id, addr, self._clock)
         terms: asyncio.Queue[TermState] = asyncio.Queue()
 
@@ -133,7 +133,7 @@ class EtcdStore(Updater):
 
     @property
     def is_current(self) -> bool:
-        """Whether the watch is open; it is not while the member is down or has no leader."""
+        """Whether the watch is open.  It is not while the member is down or has no leader."""
         return self._reflector.is_current
 
     async def rotate_data_key(self) -> None:
@@ -157,7 +157,7 @@ class EtcdStore(Updater):
         return space
 
     async def compact(self, kept_revisions: int) -> bool:
-        """etcd's compaction, and one write: the freed pages count as in use until the next write."""
+        """Compact etcd, and write once: the freed pages count as in use until the next write."""
         revision = self._replica.revision - kept_revisions
         is_more = revision > self._compacted
         if is_more:
@@ -167,7 +167,7 @@ class EtcdStore(Updater):
         # Freed pages count as in use until the next write, on each member after its own compaction.
         written = await self._client.put(etcd_key(PROBE), b"")
         if written.header.revision == self._compacted + 1:
-            self._compacted += 1  # no other write came between: there is nothing more to discard
+            self._compacted += 1  # no other write came between, so there is nothing more to discard
         return is_more
 
     async def state_at(self, revision: int) -> View:
@@ -181,12 +181,12 @@ class EtcdStore(Updater):
         return await past.oldest_revision(self._client, self._replica.revision)
 
     async def defragment(self) -> None:
-        """etcd's, of this manager's own member; the next ``space`` is measured anew."""
+        """Defragment this manager's own member, and measure the next ``space`` again."""
         await self._client.defragment()
         self._measure_anew()
 
     async def disarm(self) -> None:
-        """etcd's; the next ``space`` is measured anew, or the leader would go on with an alarm that is over."""
+        """Clear etcd's alarm, and measure the next ``space`` again, so that the leader sees that it is over."""
         await self._client.disarm()
         self._measure_anew()
 
@@ -211,7 +211,7 @@ class EtcdStore(Updater):
         return self._rotation.unreadable
 
     def learn_wrapping_key(self, key: bytes) -> None:
-        """Accept data keys that are wrapped with ``key``, too."""
+        """Also accept data keys that are wrapped with ``key``."""
         self._cipher.learn(key)
 
     async def wait_rewrapped(self) -> bytes:
@@ -223,18 +223,20 @@ class EtcdStore(Updater):
     async def replace_wrapping_key(self, term: Term, key: bytes) -> None:
         """Wrap the data keys with ``key``, which every manager must have, and encrypt everything with a new one.
 
-        Raises: NotLeader: ``term`` is over; Unavailable.
+        Raises:
+            NotLeader: ``term`` is over.
+            Unavailable: The store did not respond.
         """
         assert isinstance(term, FencedTerm), "terms of this store"
         await self._rotation.replace_wrapping_key(term.fence, key)
 
     def end_elections(self) -> None:
-        """End all candidacies; for the end of ``open_store``."""
+        """End all candidacies, at the end of ``open_store``."""
         for holding in self._elections:
             holding.cancel()
 
     async def _reach_present(self) -> None:
-        """A linearizable read, and the replica at its revision; tried again until the caller's deadline."""
+        """Make a linearizable read, and wait for the replica at its revision.  Retried until the caller's deadline."""
         backoff = Backoff(longest_s=1.0, rng=self._rng)
         request = pb.RangeRequest(key=etcd_key(keys.LEADER), count_only=True)
         while True:
@@ -259,7 +261,7 @@ class SharedBarrier:
         self._passed = 0
 
     async def passed(self) -> None:
-        """Return when a round trip that began after this call has ended.  Raises: what it raises."""
+        """Wait until a round trip that began after this call has ended.  Raises its errors."""
         needed = self._begun + 1
         while self._passed < needed:
             async with self._turn:
@@ -283,7 +285,7 @@ async def open_store(
     quota_bytes: int = QUOTA_BYTES,
     is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
-    """The store behind a ready member's ``socket``, with everything loaded.  Raises: as ``store_on``."""
+    """Open the store behind a ready member's ``socket``, with everything loaded.  Raises as ``store_on``."""
     async with (
         Client(socket) as client,
         store_on(
@@ -309,14 +311,18 @@ async def store_on(
     quota_bytes: int = QUOTA_BYTES,
     is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
-    """The store behind an open ``client``, with everything loaded; a simulation passes its own client.
+    """Open the store behind an open ``client``, with everything loaded.  A simulation passes its own client.
 
     Args:
-        is_only_member: whether the client's member is the only one of its cluster, and this store its only writer; the
-        default: that is not known.  It was so when this was called, or it never is.
+        is_only_member: Whether the client's member is the only one of its cluster, and this store its only writer.  By
+            default that is unknown.  It was so when this was called, or it never is.
 
-    Raises: initialize.Unfinished: it holds no cluster; FailedPrecondition: it is not for this version, or
-    not for this key; Unavailable.  A later failure in the background ends the block.
+    Raises:
+        initialize.Unfinished: It holds no cluster.
+        FailedPrecondition: It is not for this version, or not for this key.
+        Unavailable: The store did not respond.
+
+    A later failure in the background ends the block.
     """
     cluster = await cluster_in(client)
     cipher = Cipher(cluster.ring, wrapping_key, cluster.ring_revision)

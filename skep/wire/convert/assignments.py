@@ -1,4 +1,4 @@
-"""Assignments: what a node is to run, with the secrets and configs for it."""
+"""Assignments: the tasks of a node, with their secrets and configs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,7 +16,7 @@ from skep.wire.convert.volume import volume_from_pb, volume_to_pb
 
 
 def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
-    """One entry per object; ``complete`` and ``revision`` belong to the message around them."""
+    """Return one entry per object.  ``complete`` and ``revision`` belong to the message around them."""
     return [
         *(_put(pb.Assignment(secret=_secret_to_pb(secret))) for secret in change.secrets),
         *(_put(pb.Assignment(config=_config_to_pb(config))) for config in change.configs),
@@ -38,11 +38,11 @@ def assignments_from_pb(
     """Convert a message.
 
     Args:
-        trusted: what the node may do for tasks of the message, and nothing for others; None if the manager does not
-            decide about it, as a Docker Engine does not: then the node does everything for all.
+        trusted: The node's rights for tasks of the message.  Tasks that are not listed have none.  None if the manager
+            does not decide about them, like a Docker Engine: then the node allows everything for all.
 
     Raises:
-        InvalidArgument: A number means nothing.
+        InvalidArgument: A number is undefined.
     """
     unlisted = Trust(logs=True, logins=True) if trusted is None else Trust()
     trusted = trusted or {}
@@ -71,7 +71,7 @@ def assignments_from_pb(
 
 
 def revised_from_pb(revised: skep.RevisedAssignments) -> AssignmentSet:
-    """Raises: InvalidArgument: numbers that mean nothing."""
+    """Convert a message.  Raises InvalidArgument for undefined numbers."""
     logs, logins = frozenset(revised.trusted_logs), frozenset(revised.trusted_logins)
     trusted = {TaskId(id): Trust(logs=id in logs, logins=id in logins) for id in logs | logins}
     return assignments_from_pb(revised.message, revised.revision, trusted if revised.decides_trust else None)

@@ -1,7 +1,7 @@
-"""Container specs: what a task's container should be.
+"""Container specs: the desired containers of tasks.
 
-The limit of processes is a field of the container here and of the resources in the API, so it is converted with
-the task's spec (``task_spec.py``); so are registry credentials, which no stored object holds.
+The limit of processes is a field of the container here and of the resources in the API, so it is converted with the
+task's spec (``task_spec.py``).  So are registry credentials, which no stored object holds.
 """
 
 import msgspec
@@ -33,7 +33,7 @@ ISOLATIONS = EnumTable("Isolation", {"": 0, "default": 0, "process": 1, "hyperv"
 
 
 def container_to_pb(spec: model.ContainerSpec) -> pb.ContainerSpec:
-    """Raises: InvalidArgument: SwarmKit has no word for something in it (a mount of type ``image``)."""
+    """Convert a spec.  Raises InvalidArgument if SwarmKit has no equivalent (a mount of type ``image``)."""
     message = pb.ContainerSpec(
         image=spec.image,
         labels=spec.labels,
@@ -62,7 +62,7 @@ def container_to_pb(spec: model.ContainerSpec) -> pb.ContainerSpec:
         ],
         oom_score_adj=spec.oom_score_adj,
     )
-    # Absent and empty differ: an engine takes its own default only for what is absent.
+    # Absent and empty differ: an engine uses its own default only if the field is absent.
     if spec.privileges is not None:
         message.privileges.CopyFrom(_privileges_to_pb(spec.privileges))
     if spec.init is not None:
@@ -80,7 +80,7 @@ def container_to_pb(spec: model.ContainerSpec) -> pb.ContainerSpec:
 
 
 def container_from_pb(message: pb.ContainerSpec) -> model.ContainerSpec:
-    """Raises: InvalidArgument: numbers that mean nothing."""
+    """Convert a message.  Raises InvalidArgument for undefined numbers."""
     dns = message.dns_config
     return model.ContainerSpec(
         image=message.image,

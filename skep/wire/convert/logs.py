@@ -8,7 +8,7 @@ from skep.wire.descriptors import Timestamp
 
 
 def query_to_pb(query: LogQuery) -> tuple[pb.LogSelector, pb.LogSubscriptionOptions]:
-    """SwarmKit's selector and options; ``tail`` has a form of its own there."""
+    """Return SwarmKit's selector and options, in which ``tail`` has another form."""
     selector = pb.LogSelector(service_ids=query.services, node_ids=query.nodes, task_ids=query.tasks)
     options = pb.LogSubscriptionOptions(
         streams=[pb.LogStream.ValueType(stream.value) for stream in query.streams],
@@ -22,7 +22,7 @@ def query_to_pb(query: LogQuery) -> tuple[pb.LogSelector, pb.LogSubscriptionOpti
 
 
 def query_from_pb(message: pb.SubscriptionMessage) -> LogQuery:
-    """Unknown streams are passed over."""
+    """Convert a query.  Unknown streams are ignored."""
     selector, options = message.selector, message.options
     known = {stream.value: stream for stream in LogStream}
     return LogQuery(
@@ -39,7 +39,7 @@ def query_from_pb(message: pb.SubscriptionMessage) -> LogQuery:
 
 
 def line_to_pb(line: LogLine) -> pb.LogMessage:
-    """Attributes are sorted by key, so equal lines have equal bytes."""
+    """Convert a line.  Attributes are sorted by key, so equal lines have equal bytes."""
     seconds, nanos = divmod(line.timestamp_ns, SECOND_NS)
     return pb.LogMessage(
         context=pb.LogContext(service_id=line.service_id, node_id=line.node_id, task_id=line.task_id),
@@ -51,7 +51,7 @@ def line_to_pb(line: LogLine) -> pb.LogMessage:
 
 
 def line_from_pb(message: pb.LogMessage) -> LogLine:
-    """An unknown stream counts as standard output."""
+    """Convert a line.  An unknown stream counts as standard output."""
     context = message.context
     is_stderr = message.stream == LogStream.STDERR.value
     return LogLine(

@@ -20,7 +20,7 @@ PUBLISH_MODES = EnumTable("publish mode", {"ingress": 0, "host": 1})
 
 
 def port_to_pb(port: PortConfig) -> pb.PortConfig:
-    """Raises: InvalidArgument: an unknown protocol."""
+    """Convert a port.  Raises InvalidArgument for an unknown protocol."""
     return pb.PortConfig(
         name=port.name,
         protocol=pb.PortConfig.Protocol.ValueType(PROTOCOLS.number(port.protocol)),
@@ -31,7 +31,7 @@ def port_to_pb(port: PortConfig) -> pb.PortConfig:
 
 
 def port_from_pb(message: pb.PortConfig) -> PortConfig:
-    """Raises: InvalidArgument: an unknown protocol or mode."""
+    """Convert a port.  Raises InvalidArgument for an unknown protocol or mode."""
     return PortConfig(
         name=message.name,
         protocol=PROTOCOLS.word(message.protocol),
@@ -63,7 +63,7 @@ def attachment_to_pb(attachment: NetworkAttachment) -> pb.NetworkAttachment:
 
 
 def attachment_from_pb(message: pb.NetworkAttachment) -> NetworkAttachment:
-    """Addresses as ``ip/prefix length``; ``network`` is None if the message has none."""
+    """Convert an attachment with addresses as ``ip/prefix length``.  ``network`` is None if the message has none."""
     return NetworkAttachment(
         network=network_from_pb(message.network) if message.HasField("network") else None,
         addresses=tuple(message.addresses),
@@ -76,7 +76,7 @@ def gossip_key_to_pb(key: GossipKey) -> pb.EncryptionKey:
 
 
 def network_to_pb(network: Network) -> pb.Network:
-    """``spec.scope`` does not travel: a network that does is the cluster's."""
+    """Convert a network without ``spec.scope``: a network that is sent to nodes is the cluster's."""
     spec = network.spec
     message = pb.Network(
         id=network.id,
@@ -102,7 +102,7 @@ def network_to_pb(network: Network) -> pb.Network:
 
 
 def network_from_pb(message: pb.Network) -> Network:
-    """The reverse of ``network_to_pb``; ``spec.scope`` is empty."""
+    """Reverse ``network_to_pb``.  ``spec.scope`` is empty."""
     spec = message.spec
     return Network(
         id=NetworkId(message.id),

@@ -1,4 +1,4 @@
-"""Nodes and what they say of themselves."""
+"""Nodes and their descriptions of themselves."""
 
 from skep.model.meta import TLSInfo
 from skep.model.node import (
@@ -36,7 +36,7 @@ def role_to_pb(role: NodeRole) -> pb.NodeRole.ValueType:
 
 
 def role_from_pb(number: int) -> NodeRole:
-    """Raises: InvalidArgument: an unknown role."""
+    """Convert a role.  Raises InvalidArgument if it is unknown."""
     return NodeRole(ROLES.word(number))
 
 
@@ -49,9 +49,9 @@ def availability_from_pb(number: int) -> Availability:
 
 
 def node_to_pb(node: Node, data_path_port: int = 0) -> pb.Node:
-    """``data_path_port``: the cluster's UDP port for VXLAN; 0: not given.
+    """Convert a node, without its session, which is between the managers.
 
-    The session does not travel: it is between the managers.
+    ``data_path_port`` is the cluster's UDP port for VXLAN, or 0 to omit it.
     """
     certificate = node.certificate or NodeCertificate(role=node.spec.role)
     message = pb.Node(
@@ -94,7 +94,7 @@ def node_to_pb(node: Node, data_path_port: int = 0) -> pb.Node:
 
 
 def description_to_pb(description: NodeDescription) -> pb.NodeDescription:
-    """The reverse of ``description_from_pb``."""
+    """Reverse ``description_from_pb``."""
     engine, tls = description.engine, description.tls_info
     return pb.NodeDescription(
         hostname=description.hostname,
@@ -115,7 +115,7 @@ def description_to_pb(description: NodeDescription) -> pb.NodeDescription:
 
 
 def description_from_pb(message: pb.NodeDescription) -> NodeDescription:
-    """A node's description of itself.  Architecture names are kept as the node spells them."""
+    """Convert a node's description of itself.  Architecture names are kept as the node spells them."""
     engine, tls = message.engine, message.tls_info
     return NodeDescription(
         hostname=message.hostname,

@@ -1,4 +1,4 @@
-"""Paths between nodes: what a node is to probe, and its findings."""
+"""Paths between nodes: the targets of a node's probes, and its findings."""
 
 from collections.abc import Iterable
 
@@ -17,8 +17,9 @@ from skep.wire import skep_pb2 as pb
 
 _CHECKS = frozenset(PathCheck)
 FINDINGS_MAX = 16
-"""Findings of one report.  There are fewer checks."""
+"""Maximum findings of one report.  There are fewer checks."""
 PORT_CHARACTERS_MAX = 32
+"""Maximum length of a port's text."""
 
 
 def targets_to_pb(targets: ProbeTargets) -> pb.ProbeTargets:
@@ -26,12 +27,12 @@ def targets_to_pb(targets: ProbeTargets) -> pb.ProbeTargets:
 
 
 def targets_from_pb(message: pb.ProbeTargets) -> ProbeTargets:
-    """The reverse of ``targets_to_pb``."""
+    """Reverse ``targets_to_pb``."""
     return ProbeTargets(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
 
 
 def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.DiagnosticsRequest:
-    """``number``: distinguishes the requests on one stream; the reply repeats it."""
+    """Convert a request.  ``number`` distinguishes the requests on one stream, and the reply repeats it."""
     return pb.DiagnosticsRequest(
         number=number,
         peers=map(_peer_to_pb, request.peers),
@@ -79,7 +80,7 @@ def reports_to_pb(reports: Iterable[PathReport]) -> list[pb.PathReport]:
 
 
 def reports_from_pb(messages: Iterable[pb.PathReport]) -> tuple[PathReport, ...]:
-    """Findings of checks that are not known here are left out; texts are cut to their bounds."""
+    """Convert reports.  Findings of unknown checks are left out, and texts are cut to their bounds."""
     return tuple(
         PathReport(
             peer=NodeId(message.peer),

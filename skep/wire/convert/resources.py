@@ -32,7 +32,7 @@ def resources_from_pb(message: pb.Resources) -> Resources:
 
 
 def requirements_to_pb(requirements: ResourceRequirements) -> pb.ResourceRequirements:
-    """The limit of processes is not in here (see ``task_spec.py``)."""
+    """Convert requirements, without the limit of processes (see ``task_spec.py``)."""
     message = pb.ResourceRequirements()
     if (limits := requirements.limits) is not None:
         message.limits.CopyFrom(pb.Resources(nano_cpus=limits.nano_cpus, memory_bytes=limits.memory_bytes))
@@ -42,7 +42,7 @@ def requirements_to_pb(requirements: ResourceRequirements) -> pb.ResourceRequire
 
 
 def requirements_from_pb(message: pb.ResourceRequirements, pids: int) -> ResourceRequirements:
-    """``pids``: the limit of processes, which SwarmKit keeps in the container's spec."""
+    """Convert a message with ``pids``, the limit of processes, which SwarmKit keeps in the container's spec."""
     limits = message.limits
     return ResourceRequirements(
         limits=(
@@ -67,7 +67,7 @@ def generic_to_pb(generic: GenericResource) -> pb.GenericResource:
 
 
 def generic_from_pb(message: pb.GenericResource) -> GenericResource:
-    """A resource of neither kind is empty."""
+    """Convert a resource.  One of neither kind is empty."""
     match message.WhichOneof("resource"):
         case "named_resource_spec":
             named = message.named_resource_spec

@@ -1,4 +1,4 @@
-"""Tables of networks: cut into pieces by the manager, put together again by the node."""
+"""Tables of networks: split into pieces by the manager, and joined by the node."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,11 +19,11 @@ from skep.model.wireguard import PublicKey
 from skep.wire import skep_pb2 as pb
 
 PIECE_BYTES = 128 * 1024
-"""Size of a part of a change, which takes about 5 ms to encode.  A message has several parts."""
+"""Bytes of a part of a change, which takes about 5 ms to encode.  A message has several parts."""
 
 
 def pieces_of(change: TableChange) -> Iterator[pb.NetworkChange]:
-    """``change`` in pieces of some ``PIECE_BYTES``, at least one; only the first may be whole.
+    """Split ``change`` into pieces of some ``PIECE_BYTES``, at least one.  Only the first may be whole.
 
     Revisions belong to the message around them.
     """
@@ -57,7 +57,7 @@ def messages_of(
     removed: Sequence[NetworkId] = (),
     message_bytes: int = 8 * PIECE_BYTES,
 ) -> Iterator[pb.NetworkTables]:
-    """The messages of one set, at least one, each of about ``message_bytes`` at most."""
+    """Yield the messages of one set, at least one, each of at most about ``message_bytes``."""
 
     def message() -> pb.NetworkTables:
         return pb.NetworkTables(incarnation=incarnation, revision=revision, complete=is_complete)
@@ -77,10 +77,12 @@ def messages_of(
 
 
 def table_set_from_pb(messages: Sequence[pb.NetworkTables]) -> TableSet:
-    """The set that ``messages`` are the pieces of, in their order.
+    """Join ``messages``, in order, into their set.
 
     A network may be named by several changes, which follow each other.
-    Raises: InvalidArgument: they are not of one set, or a change is of no network.
+
+    Raises:
+        InvalidArgument: They are not of one set, or a change has no network.
     """
     first = messages[0]
     if any((one.incarnation, one.revision) != (first.incarnation, first.revision) for one in messages):
@@ -169,7 +171,7 @@ def _change_from_pb(change: pb.NetworkChange, revision: int) -> TableChange:
 
 
 def _head_from_pb(head: pb.NetworkHead) -> NetworkHead:
-    # The id names files on the node.
+    # The id is used in file names on the node.
     if not (head.id.isascii() and head.id.isalnum()):
         raise InvalidArgument(f"{head.id!r} is no network's id")
     return NetworkHead(

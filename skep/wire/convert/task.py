@@ -34,9 +34,13 @@ _NS_MAX = 2**63 - 1
 
 
 def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
-    """``registry_auth``: credentials for pulling the image (base64 of JSON), of no object of ours.
+    """Convert a task.
 
-    Raises: InvalidArgument: SwarmKit has no word for something in it.
+    Args:
+        registry_auth: Credentials for pulling the image (base64 of JSON), which no stored object holds.
+
+    Raises:
+        InvalidArgument: SwarmKit has no equivalent of a part.
     """
     task = assigned.task
     message = pb.Task(
@@ -71,7 +75,7 @@ def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
 
 
 def _networks_to_pb(task: Task) -> list[pb.NetworkAttachment]:
-    """The task's attachments, each with the driver options that its spec has for that network."""
+    """Return the task's attachments, each with the driver options that its spec has for that network."""
     options = {network.target: network.driver_opts for network in task.spec.networks}
     messages = [attachment_to_pb(attachment) for attachment in task.networks_attachments]
     for message in messages:
@@ -80,7 +84,7 @@ def _networks_to_pb(task: Task) -> list[pb.NetworkAttachment]:
 
 
 def task_from_pb(message: pb.Task) -> AssignedTask:
-    """Raises: InvalidArgument: numbers that mean nothing."""
+    """Convert a message.  Raises InvalidArgument for undefined numbers."""
     task = Task(
         id=TaskId(message.id),
         version=version_from_pb(message.meta.version),
@@ -115,7 +119,7 @@ def task_from_pb(message: pb.Task) -> AssignedTask:
 
 
 def registry_auth_of(message: pb.Task) -> str:
-    """Credentials for pulling the task's image, empty if there are none."""
+    """Return the credentials for pulling the task's image, or an empty string."""
     return message.spec.container.pull_options.registry_auth
 
 
@@ -139,9 +143,10 @@ def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
 
 
 def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
-    """A task's status as its node reports it; texts are cut to a length that a store can keep for every task.
+    """Convert a task's status as its node reports it, with texts cut to a length that a store can keep for every task.
 
-    Raises: InvalidArgument: numbers that mean nothing.
+    Raises:
+        InvalidArgument: A number is undefined.
     """
     container = message.container
     return TaskStatus(
@@ -165,7 +170,7 @@ def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
 
 
 def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
-    """Why a task ended.  No message of SwarmKit's has it."""
+    """Encode why a task ended.  No message of SwarmKit has it."""
     return skep.TaskEnd(
         cause=end.cause,
         signal=end.signal,

@@ -1,4 +1,4 @@
-"""Task specs: what each task of a service should be."""
+"""Task specs: the desired tasks of a service."""
 
 from google.protobuf.message import DecodeError
 
@@ -35,7 +35,7 @@ _PLUGIN_TYPE_URL = "types.docker.com/RuntimePlugin"
 
 
 def task_spec_to_pb(spec: TaskSpec) -> pb.TaskSpec:
-    """Raises: InvalidArgument: SwarmKit has no word for something in it."""
+    """Convert a spec.  Raises InvalidArgument if SwarmKit has no equivalent of a part."""
     message = pb.TaskSpec(
         networks=[attachment_config_to_pb(network) for network in spec.networks],
         force_update=spec.force_update,
@@ -63,7 +63,7 @@ def task_spec_to_pb(spec: TaskSpec) -> pb.TaskSpec:
 
 
 def task_spec_from_pb(message: pb.TaskSpec) -> TaskSpec:
-    """Raises: InvalidArgument: an unknown runtime, or numbers without a meaning."""
+    """Convert a message.  Raises InvalidArgument for an unknown runtime or undefined numbers."""
     runtime = message.WhichOneof("runtime")
     pids = message.container.pidsLimit if runtime == "container" else 0
     return TaskSpec(
@@ -89,7 +89,7 @@ def task_spec_from_pb(message: pb.TaskSpec) -> TaskSpec:
 
 
 def _restart_to_pb(policy: RestartPolicy) -> pb.RestartPolicy:
-    condition = policy.condition or RestartCondition.ANY  # unsaid means any (Docker's default)
+    condition = policy.condition or RestartCondition.ANY  # Docker's default
     message = pb.RestartPolicy(
         condition=pb.RestartPolicy.RestartCondition.ValueType(RESTART_CONDITIONS.number(condition.value)),
         max_attempts=policy.max_attempts or 0,

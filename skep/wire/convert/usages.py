@@ -17,7 +17,7 @@ def usages_to_pb(usages: Mapping[TaskId, TaskUsage]) -> list[pb.TaskUsage]:
 def usages_from_pb(
     messages: Iterable[pb.TaskUsage], about: Collection[str] | None = None
 ) -> dict[TaskId, TaskUsage]:
-    """Without what cannot be a measurement, and without other tasks than those ``about`` which there is a question."""
+    """Convert usages, without implausible ones, and only of the tasks ``about`` if that is set."""
     found = {}
     for message in messages:
         usage = TaskUsage(nano_cpus=message.nano_cpus, memory_bytes=message.memory_bytes)

@@ -1,4 +1,4 @@
-"""Points in time, durations, names: the values that every object is made of."""
+"""Points in time, durations and names: the values in every object."""
 
 from collections.abc import Mapping
 
@@ -24,14 +24,14 @@ class EnumTable(msgspec.Struct, frozen=True):
     numbers: Mapping[str, int]
 
     def number(self, word: str) -> int:
-        """Raises: InvalidArgument: no number for this value."""
+        """Return the number.  Raises InvalidArgument for an unknown value."""
         try:
             return self.numbers[word]
         except KeyError:
             raise InvalidArgument(f"invalid {self.what}: {word!r}") from None
 
     def word(self, number: int) -> str:
-        """Raises: InvalidArgument: a number from a newer peer, or nonsense."""
+        """Return the value.  Raises InvalidArgument for a number that is undefined or from a newer peer."""
         for word, known in self.numbers.items():
             if known == number:
                 return word
@@ -39,13 +39,13 @@ class EnumTable(msgspec.Struct, frozen=True):
 
 
 def timestamp_to_pb(stamp: str) -> TimestampType:
-    """``stamp``: RFC 3339."""
+    """Convert an RFC 3339 timestamp."""
     seconds, nanos = divmod(unix_ns(stamp), SECOND_NS)
     return PbTimestamp(seconds=seconds, nanos=nanos)
 
 
 def timestamp_from_pb(stamp: TimestampType) -> Timestamp:
-    """Raises: InvalidArgument: outside the years 1 to 9999, which no calendar of ours can show."""
+    """Convert a timestamp.  Raises InvalidArgument outside the years 1 to 9999, which Python's calendar cannot show."""
     if not (_SECONDS_MIN <= stamp.seconds <= _SECONDS_MAX and 0 <= stamp.nanos < SECOND_NS):
         raise InvalidArgument(f"invalid timestamp: {stamp.seconds} s and {stamp.nanos} ns")
     if stamp.seconds == _SECONDS_MIN and not stamp.nanos:
@@ -73,7 +73,7 @@ def version_from_pb(version: pb.Version) -> Version:
 
 
 def meta_to_pb(version: Version, created_at: str, updated_at: str) -> pb.Meta:
-    """``created_at``, ``updated_at``: RFC 3339."""
+    """Return the metadata message.  Both timestamps are in RFC 3339."""
     return pb.Meta(
         version=version_to_pb(version),
         created_at=timestamp_to_pb(created_at),
@@ -82,7 +82,7 @@ def meta_to_pb(version: Version, created_at: str, updated_at: str) -> pb.Meta:
 
 
 def stamp_of(meta: pb.Meta, field: str) -> Timestamp:
-    """``created_at`` or ``updated_at``, Go's zero time when absent."""
+    """Return ``created_at`` or ``updated_at``, or Go's zero time when absent."""
     if field == "created_at":
         return timestamp_from_pb(meta.created_at) if meta.HasField("created_at") else ZERO_TIME
     return timestamp_from_pb(meta.updated_at) if meta.HasField("updated_at") else ZERO_TIME

@@ -1,4 +1,4 @@
-"""Cluster volumes as nodes are sent them."""
+"""Cluster volumes as they are sent to nodes."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -50,7 +50,7 @@ def volume_to_pb(volume: VolumeAssignment) -> pb.VolumeAssignment:
 
 
 def volume_from_pb(message: pb.VolumeAssignment) -> VolumeAssignment:
-    """A scope or sharing that is not known is the narrowest."""
+    """Convert a volume.  An unknown scope or sharing counts as the narrowest."""
     mode = message.access_mode
     kind = mode.WhichOneof("access_type")
     return VolumeAssignment(

@@ -4,8 +4,8 @@ import { byUrgency, Cluster, lastHeard, phase, problems, replicasText, totals } 
 import { search } from "../../../skep/dashboard/static/search.js";
 
 const node = (id, more = {}) => ({ id, name: id, role: "worker", manager: "", leader: false, state: "ready", availability: "active", address: "10.0.0.1", engine: "", labels: {}, load: null, reason: "", ...more });
-const task = (id, more = {}) => ({ id, service: "s1", slot: 1, node: "n1", state: "running", wanted: "running", error: "", message: "", health: "", image: "nginx", current: true, ...more });
-const service = (id, more = {}) => ({ id, name: "web", mode: "replicated", wanted: 1, running: 1, completed: 0, state: "well", reason: "", image: "nginx:1", stack: "", ports: [], update: null, ...more });
+const task = (id, more = {}) => ({ id, service: "s1", slot: 1, node: "n1", state: "running", desired_state: "running", error: "", message: "", health: "", image: "nginx", current: true, ...more });
+const service = (id, more = {}) => ({ id, name: "web", mode: "replicated", desired: 1, running: 1, completed: 0, state: "healthy", reason: "", image: "nginx:1", stack: "", ports: [], update: null, ...more });
 
 function aCluster() {
   const cluster = new Cluster();
@@ -15,7 +15,7 @@ function aCluster() {
 
 test("a change replaces whole rows and removes those that are gone, and may come twice", () => {
   const cluster = aCluster();
-  const change = { cursor: "1-2", set: { tasks: [task("t3", { slot: 2 })] }, gone: { tasks: ["t2"] } };
+  const change = { cursor: "1-2", set: { tasks: [task("t3", { slot: 2 })] }, removed: { tasks: ["t2"] } };
   cluster.apply(change);
   cluster.apply(change);
   assert.deepEqual(cluster.all("tasks").map(({ id }) => id), ["t1", "t3"]);
@@ -26,7 +26,7 @@ test("a change replaces whole rows and removes those that are gone, and may come
 
 test("kinds that this page does not know are ignored", () => {
   const cluster = aCluster();
-  cluster.apply({ cursor: "1-2", set: { galaxies: [{ id: "g" }] }, gone: { galaxies: ["h"], __proto__: ["x"] } });
+  cluster.apply({ cursor: "1-2", set: { galaxies: [{ id: "g" }] }, removed: { galaxies: ["h"], __proto__: ["x"] } });
   assert.equal(cluster.size("tasks"), 2);
 });
 
@@ -49,7 +49,7 @@ test("tasks are called as in Docker", () => {
 for (const [expected, more] of [
   ["running", {}],
   ["unhealthy", { health: "unhealthy" }],
-  ["stopping", { wanted: "shutdown" }],
+  ["stopping", { desired_state: "shutdown" }],
   ["waiting", { state: "pending", node: "" }],
   ["starting", { state: "preparing" }],
   ["failed", { state: "failed" }],
@@ -62,31 +62,31 @@ for (const [expected, more] of [
 
 test("jobs and one-shot services show what is done, others what runs", () => {
   const shown = (more) => replicasText(service("s", more));
-  assert.equal(shown({ running: 1, wanted: 3 }), "1/3");
-  assert.equal(shown({ mode: "replicated-job", running: 0, wanted: 0, completed: 6, total: 6 }), "6/6 done");
-  assert.equal(shown({ mode: "global-job", running: 1, wanted: 1, completed: 5, total: 6 }), "5/6 done");
-  assert.equal(shown({ running: 0, wanted: 1, completed: 1 }), "1/1 done");
+  assert.equal(shown({ running: 1, desired: 3 }), "1/3");
+  assert.equal(shown({ mode: "replicated-job", running: 0, desired: 0, completed: 6, total: 6 }), "6/6 done");
+  assert.equal(shown({ mode: "global-job", running: 1, desired: 1, completed: 5, total: 6 }), "5/6 done");
+  assert.equal(shown({ running: 0, desired: 1, completed: 1 }), "1/1 done");
   const cluster = new Cluster();
-  cluster.take({ cursor: "1-1", services: [service("s1", { running: 1, wanted: 2 }), service("s2", { running: 0, completed: 1 })] });
-  assert.deepEqual([totals(cluster).running, totals(cluster).wanted], [2, 3]);
+  cluster.take({ cursor: "1-1", services: [service("s1", { running: 1, desired: 2 }), service("s2", { running: 0, completed: 1 })] });
+  assert.deepEqual([totals(cluster).running, totals(cluster).desired], [2, 3]);
 });
 
 test("services that need someone come first, the oldest problem before others", () => {
   const rows = [
     service("a", { name: "a" }),
-    service("b", { name: "b", state: "moving", since: 10 }),
-    service("c", { name: "c", state: "unwell", since: 200 }),
-    service("d", { name: "d", state: "unwell", since: 100 }),
-    service("e", { name: "e", state: "unwell" }),
+    service("b", { name: "b", state: "converging", since: 10 }),
+    service("c", { name: "c", state: "degraded", since: 200 }),
+    service("d", { name: "d", state: "degraded", since: 100 }),
+    service("e", { name: "e", state: "degraded" }),
   ];
   assert.deepEqual([...rows].sort(byUrgency).map(({ id }) => id), ["d", "c", "e", "b", "a"]);
 });
 
 test("a node that is down says when it was last heard", () => {
   const now = Date.now();
-  const down = node("n1", { state: "down", reason: "heartbeat failure", silent_since: now / 1000 });
+  const down = node("n1", { state: "down", reason: "heartbeat failure", last_heartbeat_at: now / 1000 });
   assert.match(lastHeard(down, now), /^heartbeat failure; last heard \d\d:\d\d:\d\d$/);
-  assert.equal(lastHeard(node("n1", { silent_since: 0 }), now), "");
+  assert.equal(lastHeard(node("n1", { last_heartbeat_at: 0 }), now), "");
 });
 
 test("what is wrong is listed, the worst first", () => {
@@ -94,9 +94,9 @@ test("what is wrong is listed, the worst first", () => {
   cluster.apply({
     cursor: "1-2",
     set: {
-      cluster: { name: "c", managers: { total: 3, reachable: 2, leader: "n1" }, warnings: ["the store is almost full"], frozen: "" },
+      cluster: { name: "c", managers: { total: 3, reachable: 2, leader: "n1" }, warnings: ["the store is almost full"], replacement_suspended: "" },
       nodes: [node("n2", { state: "down", reason: "heartbeat failure" })],
-      services: [service("s1", { state: "moving", running: 0 }), service("s2", { name: "api", state: "unwell", reason: "out of memory" })],
+      services: [service("s1", { state: "converging", running: 0 }), service("s2", { name: "api", state: "degraded", reason: "out of memory" })],
     },
   });
   const found = problems(cluster);

@@ -70,7 +70,7 @@ function clusterOf(nodes, tasks) {
     cursor: "1-1",
     nodes: nodes.map((id) => ({ id, name: id, role: "worker", state: "ready", availability: "active", leader: false, load: null })),
     services: [{ id: "s1", name: "web" }],
-    tasks: tasks.map(([id, slot, node]) => ({ id, slot, node, service: "s1", state: node ? "running" : "pending", wanted: "running", health: "", current: true })),
+    tasks: tasks.map(([id, slot, node]) => ({ id, slot, node, service: "s1", state: node ? "running" : "pending", desired_state: "running", health: "", current: true })),
   });
   return cluster;
 }
@@ -82,7 +82,7 @@ test("a replacement flies from its slot's last cell, a waiting task from the str
   assert.deepEqual(before.moves, []);
   assert.equal(before.waiting.length, 1);
   const row = (id, slot, node) => ({ ...cluster.get("tasks", "t1"), id, slot, node });
-  cluster.apply({ cursor: "1-2", gone: { tasks: ["t1", "t4"] }, set: { tasks: [row("t9", 1, "n2"), { ...cluster.get("tasks", "t3"), state: "pending" }, row("t5", 5, "n1")] } });
+  cluster.apply({ cursor: "1-2", removed: { tasks: ["t1", "t4"] }, set: { tasks: [row("t9", 1, "n2"), { ...cluster.get("tasks", "t3"), state: "pending" }, row("t5", 5, "n1")] } });
   const { moves } = scenes.build(cluster, 800, 600);
   const flight = moves.find(({ cell: one }) => one?.task.id === "t9");
   assert.equal(flight.from.task.id, "t1");

@@ -33,7 +33,7 @@ test("the state of diagnostics follows from their lines", () => {
   assert.deepEqual(found.errors, [{ name: "c", error: "it is down" }]);
   assert.deepEqual(found.slowest, { ms: 1.5, from: "m1", to: "w1" });
   assert.deepEqual(diagnosed([]).wrong, []);
-  assert.deepEqual(failing([{ id: "a", failing: [{ peer: "w1", check: "overlay", port: "4789/udp" }] }]).map(({ to }) => to), ["w1"]);
+  assert.deepEqual(failing([{ id: "a", failing_checks: [{ peer: "w1", check: "overlay", port: "4789/udp" }] }]).map(({ to }) => to), ["w1"]);
 });
 
 test("lines come in pieces, one is not endless, and diagnostics run one at a time", async () => {
@@ -65,7 +65,7 @@ test("versions of a secret are together, and tasks of the present spec have thei
   assert.deepEqual(families(rows).get("key").map(({ name }) => name), ["key-3", "key-2", "key"]);
   assert.equal(families(rows).get("other").length, 1);
   const cluster = new Cluster();
-  const task = (id, current, state = "running") => ({ id, service: "s", node: "n", state, wanted: "running", current });
+  const task = (id, current, state = "running") => ({ id, service: "s", node: "n", state, desired_state: "running", current });
   cluster.take({ cursor: "1-1", tasks: [task("a", true), task("b", false), task("c", true, "starting")] });
   assert.deepEqual(uptake(cluster, rows[3]), { have: 1, wait: 1 });
 });

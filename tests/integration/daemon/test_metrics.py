@@ -61,7 +61,7 @@ def test_prometheus_finds_the_nodes_reads_them_and_alerts(rig: DaemonRig, tmp_pa
     assert "error while linting" not in checked.stderr, checked.stderr
 
     with prometheus.running(tmp_path):
-        wait_until(lambda: "SkepServiceNotAsWanted" in prometheus.fired(), "the alert fires", within_s=60)
+        wait_until(lambda: "SkepServiceDegraded" in prometheus.fired(), "the alert fires", within_s=60)
         (node,) = rig.get("/nodes")[1]
         value = prometheus.asked(f"query?query={quote(UP)}")["result"]
         assert [(one["metric"]["node"], one["metric"]["role"], one["value"][1]) for one in value] == [

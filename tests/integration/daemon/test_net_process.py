@@ -45,7 +45,7 @@ async def test_a_reserved_port_cannot_be_bound_until_it_is_released(paths: Paths
         with pytest.raises(AlreadyExists, match="port is already allocated"):
             await client.reserve("tcp", port)
         assert await client.reserve("udp", port) == port, "another protocol is another port"
-        assert set(await client.held()) == {("tcp", port, ""), ("udp", port, "")}
+        assert set(await client.list_held()) == {("tcp", port, ""), ("udp", port, "")}
         await client.release("tcp", port)
         await client.release("tcp", port)
         assert is_free(port)
@@ -64,7 +64,7 @@ async def test_ports_are_held_again_after_a_crash_and_calls_wait_for_it(paths: P
         crashed = net_process(paths)
         os.kill(crashed.pid, signal.SIGKILL)
         await wait_end(crashed)
-        assert list(await client.held()) == [("tcp", port, "")]
+        assert list(await client.list_held()) == [("tcp", port, "")]
         assert net_process(paths) != crashed
         assert not is_free(port)
 
@@ -81,7 +81,7 @@ async def test_the_next_version_takes_the_sockets_over_without_a_gap(paths: Path
         new_pid = await started.fork("net", ())
         await wait_end(old)
         assert not any(is_free(port) for port in held)
-        assert {port for _, port, _ in await client.held()} == set(held)
+        assert {port for _, port, _ in await client.list_held()} == set(held)
         new = identify(new_pid)
         assert new is not None
         client.close()
@@ -96,7 +96,7 @@ async def test_a_running_process_of_our_own_version_is_adopted(paths: Paths) -> 
         await client.reserve("tcp", 0)
         client.close()
     async with forks(paths) as second, net(paths, second) as client:
-        assert len(list(await client.held())) == 1
+        assert len(list(await client.list_held())) == 1
         assert net_process(paths).pid == pid
 
 
@@ -130,14 +130,14 @@ async def test_a_port_is_held_on_one_address_for_one_owner_and_handed_over_so(pa
             await client.reserve("tcp", port, "127.0.0.1")
         with pytest.raises(AddressNotHere, match="cannot assign requested address"):
             await client.reserve("tcp", port, "192.0.2.1")
-        assert list(await mesh.held()) == [("tcp", port, "127.0.0.1")]
-        assert list(await client.held()) == [("tcp", port, "127.0.0.2")]
+        assert list(await mesh.list_held()) == [("tcp", port, "127.0.0.1")]
+        assert list(await client.list_held()) == [("tcp", port, "127.0.0.2")]
         new = identify(await started.fork("net", ()))
         assert new is not None
         await wait_end(old)
-        assert list(await mesh.held()) == [("tcp", port, "127.0.0.1")]
+        assert list(await mesh.list_held()) == [("tcp", port, "127.0.0.1")]
         await mesh.release("tcp", port, "127.0.0.1")
-        assert list(await client.held()) == [("tcp", port, "127.0.0.2")]
+        assert list(await client.list_held()) == [("tcp", port, "127.0.0.2")]
         mesh.close()
         client.close()
         await terminate(new, 5.0)
@@ -154,7 +154,7 @@ async def test_what_is_written_down_is_relayed_and_again_after_a_crash(paths: Pa
         )
         paths.relays.parent.mkdir()
         async with forks(paths) as started, net(paths, started) as client:
-            await client.held()
+            await client.list_held()
             mesh = NetClient(paths.net_socket, SystemClock(), random.random, MESH)
             await mesh.reserve("tcp", port, "::1")
             mesh.close()

@@ -173,7 +173,7 @@ async def test_what_the_machine_refused_is_tried_for_ever_and_said_until_it_last
             await asyncio.sleep(0.01)
         assert supervised.error == ""
         running.cancel()
-    assert "the manager process does not run: /data/x: No space left on device; it is tried again" in said
+    assert "the manager process does not run: /data/x: No space left on device. It is retried" in said
 
 
 async def test_a_pid_file_that_cannot_be_read_now_is_not_an_absent_process(paths: Paths) -> None:

@@ -109,7 +109,7 @@ async def test_a_port_that_is_withdrawn_refuses_and_leaves_nothing_behind(lab: M
         with pytest.raises(ConnectionRefusedError):
             await lab.ask(node.address, 8080, timeout_s=1)
         assert await node.nft("list ruleset") == ""
-        assert not await node.reservations.held()
+        assert not await node.reservations.list_held()
 
 
 async def test_an_established_connection_stays_while_others_go_elsewhere(lab: MeshLab) -> None:

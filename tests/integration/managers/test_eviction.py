@@ -198,7 +198,7 @@ def test_the_files_of_an_evicted_manager_give_no_access(cluster: TestCluster, tm
     evictions = [event for event in events if event["Action"] == "evict"]
     assert {event["Actor"]["ID"] for event in evictions} == {id}
     assert evictions[-1]["Actor"]["Attributes"]["done"] == "7/7"
-    assert "@" in evictions[0]["Actor"]["Attributes"]["by"]
+    assert "@" in evictions[0]["Actor"]["Attributes"]["requestedBy"]
 
     # All managers come back with what they keep.
     for name in ("m1", "m2"):

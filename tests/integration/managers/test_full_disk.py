@@ -70,9 +70,9 @@ def configs(node: TestNode) -> set[str]:
 
 
 def condition(seen_by: TestNode, name: str) -> str:
-    """What this node's condition ``disk-full`` says, as another one shows it."""
+    """What this node's condition ``store-full`` says, as another one shows it."""
     engine = nodes_by_name(seen_by)[name]["Description"]["Engine"]
-    return str((engine.get("Labels") or {}).get(condition_label("disk-full"), ""))
+    return str((engine.get("Labels") or {}).get(condition_label("store-full"), ""))
 
 
 def refusal(node: TestNode) -> str:

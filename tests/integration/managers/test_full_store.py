@@ -119,7 +119,7 @@ def _lines(log: Path) -> Iterator[dict[str, Any]]:
             yield said
 
 
-DEFRAGMENTING = "defragmenting a store: it does not serve meanwhile"
+DEFRAGMENTING = "defragmenting a store, which pauses its service"
 
 
 def ids(seen_by: TestNode) -> Mapping[str, str]:

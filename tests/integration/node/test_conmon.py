@@ -15,7 +15,7 @@ async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(t
     parent = f"skep-test-{secrets.token_hex(4)}"
     conmons = Conmons(Cgroups(parent))
     try:
-        async with conmons.started(["false"], tmp_path, attach=False) as pipes:
+        async with conmons.start(["false"], tmp_path, attach=False) as pipes:
             assert await pipes.responses.read() == b"", "it has ended, and no process reads the start pipe"
             pipes.proceed()
             with pytest.raises(StartError, match="conmon ended without a response"):
@@ -30,7 +30,7 @@ async def test_a_start_expects_the_move_of_its_runtime(tmp_path: Path) -> None:
     cgroups = CountedMoves(parent)
     conmons = Conmons(cgroups)
     try:
-        async with conmons.started(["true"], tmp_path, attach=False) as pipes:
+        async with conmons.start(["true"], tmp_path, attach=False) as pipes:
             await pipes.responses.read()
         await asyncio.get_running_loop().shutdown_default_executor()
     finally:

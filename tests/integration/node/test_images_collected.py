@@ -90,7 +90,7 @@ async def test_nothing_is_removed_while_no_manager_says_what_services_need(
     await give(cluster.manager, made)
     image = await worker.images.pull("localhost:1/app:1")
     clock.later_s = 2 * AGE_S_MIN
-    responses: list[SkepError] = [Unavailable("no manager is reached at present")]
+    responses: list[SkepError] = [Unavailable("no manager can be reached now")]
 
     async def needed(_names: Sequence[str]) -> list[str]:
         if responses:

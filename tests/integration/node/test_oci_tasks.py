@@ -320,14 +320,14 @@ async def test_the_logs_of_a_service_are_gathered_from_its_tasks(executor: OciEx
         await controller.start()
         await controller.wait()
     query = LogQuery(services=(ServiceId("service1"),), streams=(LogStream.STDOUT,))
-    lines = [line async for batch in logs.read(query) for line in batch]
+    lines = [line async for batch in logs.read_lines(query) for line in batch]
     assert {(line.task_id, line.data) for line in lines} == {
         (tasks[0].task.id, b"out 1\n"),
         (tasks[1].task.id, b"out 2\n"),
     }
     assert {(line.service_id, line.node_id) for line in lines} == {("service1", "node1")}
     of_one = LogQuery(tasks=(tasks[0].task.id,), tail=1)
-    one = [line.data async for batch in logs.read(of_one) for line in batch]
+    one = [line.data async for batch in logs.read_lines(of_one) for line in batch]
     assert one == [b"err\n"]
 
 
@@ -337,7 +337,7 @@ async def test_followed_logs_go_on_with_tasks_that_come_later(executor: OciExecu
     for_first = executor.controller(first)
     await for_first.prepare()
     await for_first.start()
-    entries = logs.read(LogQuery(services=(ServiceId("service1"),), follow=True))
+    entries = logs.read_lines(LogQuery(services=(ServiceId("service1"),), follow=True))
     async with asyncio.timeout(10):
         lines = [line.data for batch in [await anext(entries), await anext(entries)] for line in batch]
         assert lines == [b"first\n"], "with an empty batch before or after it: what there was has come"
@@ -403,7 +403,7 @@ async def test_invalid_volume_options_reject_the_task(executor: OciExecutor) -> 
         (
             "made",
             {**nfs, "o": "addr=10.0.0.1"},
-            "volume made exists with other options than those of the mount",
+            "volume made exists with other options than the mount: use the same options, or another volume",
         ),
     ):
         given = VolumeOptions(driver_config=Driver(name="local", options=options))

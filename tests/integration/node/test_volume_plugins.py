@@ -141,13 +141,13 @@ async def test_a_plug_in_that_lies_fails_its_own_tasks_with_the_reason(
         ("[" * 100_000, "its response cannot be read"),
         ("x" * (2 << 20), "its response is larger than 1048576 bytes"),
         (json.dumps({"Err": "the disk is on fire"}), "the disk is on fire"),
-        (json.dumps({"Mountpoint": ""}), "gave no path of the volume"),
-        (json.dumps({"Mountpoint": "volumes/one"}), "gave a path that is no volume's"),
-        (json.dumps({"Mountpoint": "/srv/../etc"}), "gave a path that is no volume's"),
-        (json.dumps({"Mountpoint": "/"}), "is no volume: it is /"),
-        (json.dumps({"Mountpoint": "/proc/1"}), "is no volume: it is /proc/1"),
-        (json.dumps({"Mountpoint": str(tmp_path / "link")}), "is no volume: it is /etc"),
-        (json.dumps({"Mountpoint": str(tmp_path / "own")}), "is no volume: it is"),
+        (json.dumps({"Mountpoint": ""}), "returned no path for the volume"),
+        (json.dumps({"Mountpoint": "volumes/one"}), "returned an invalid volume path"),
+        (json.dumps({"Mountpoint": "/srv/../etc"}), "returned an invalid volume path"),
+        (json.dumps({"Mountpoint": "/"}), "cannot be a volume: it is /"),
+        (json.dumps({"Mountpoint": "/proc/1"}), "cannot be a volume: it is /proc/1"),
+        (json.dumps({"Mountpoint": str(tmp_path / "link")}), "cannot be a volume: it is /etc"),
+        (json.dumps({"Mountpoint": str(tmp_path / "own")}), "cannot be a volume: it is"),
         (json.dumps({"Mountpoint": str(tmp_path / "nosuch")}), "no such file or directory"),
         (json.dumps({"Mountpoint": "/etc/passwd"}), "not a directory"),
     ):
@@ -175,7 +175,7 @@ async def test_a_plug_in_that_hangs_stops_its_own_tasks_alone_and_is_left_alone_
         assert await output(executor, a_task("echo", "hello", slot=99)) == "hello\n"
     assert "no response within 1 s" in start.result()
     asked = len(disks.calls)
-    assert "does not respond; it is asked again in" in await refusal(executor, of_plugin("one"))
+    assert "does not respond; next attempt in" in await refusal(executor, of_plugin("one"))
     assert len(disks.calls) == asked
     executor.engine.volumes.plugins.known("disks")._silent_until = 0.0  # type: ignore[union-attr]
     listed = await (await api.get("/v1.41/volumes")).json()

@@ -120,7 +120,7 @@ class Rig:
 
     async def path(self, *volumes: VolumeAssignment) -> list[Path]:
         attachments = [VolumeAttachment(id=one.id, source=one.id, target="/d") for one in volumes]
-        async with self.volumes.mounted(attachments) as published:
+        async with self.volumes.keep_mounted(attachments) as published:
             return [one.path for one in published]
 
 
@@ -248,7 +248,7 @@ async def test_a_task_whose_volume_is_being_given_up_or_mounted_anew_waits_witho
         rig.users = ["c1"]
         volumes.assign(removed(V1))  # removed with force while a container has it
         looks = 0
-        with pytest.raises(Unavailable, match="not mounted in time: it is being given up"):
+        with pytest.raises(Unavailable, match="not mounted in time: it is being unmounted"):
             await rig.refusal(V1)
         assert looks < 20
         rig.drivers["d"].error = "no such disk"
@@ -265,7 +265,7 @@ async def test_a_driver_that_only_says_that_it_has_mounted_gives_tasks_no_direct
     rig.drivers["d"].pretends = True  # or its mount is not seen outside its container
     async with rig.running() as volumes:
         volumes.assign(given(V1))
-        with pytest.raises(Unavailable, match="its driver says that it is mounted, and nothing is"):
+        with pytest.raises(Unavailable, match="its driver reports it as mounted, but it is not"):
             await rig.refusal(V1)
         rig.drivers["d"].pretends = False
         assert await rig.path(V1)
@@ -277,13 +277,13 @@ async def test_a_block_volume_is_its_device_and_no_task_gets_anything_else(rig: 
     async with rig.running() as volumes:
         volumes.assign(given(disk))
         with pytest.raises(
-            Unavailable, match="its driver says that it is published, and no block device is there"
+            Unavailable, match="its driver reports it as published, but there is no block device"
         ):
             await rig.refusal(disk)
         (rig.folder / "v1" / "mount").rmdir()
         rig.drivers["d"].pretends = False
         attachment = VolumeAttachment(id=disk.id, source="disk", target="/dev/disk")
-        async with volumes.mounted([attachment]) as published:
+        async with volumes.keep_mounted([attachment]) as published:
             assert published == [(rig.folder / "v1" / "mount", "7:5")]
         volumes.assign(removed(disk))
         assert await volumes.take_reports() == ["v1"]

@@ -49,7 +49,7 @@ async def test_a_container_with_unreadable_logs_does_not_end_those_of_others() -
     query = LogQuery(tasks=(TaskId("gone"), TaskId("there")))
     for error in (NotFound("No such container: gone"), FileNotFoundError("log")):
         logs = TaskLogs(cast("Engine", SomeUnreadable(error)))
-        assert [line.data async for lines in logs.read(query) for line in lines] == [b"0", b"1", b"2"]
+        assert [line.data async for lines in logs.read_lines(query) for line in lines] == [b"0", b"1", b"2"]
 
 
 class Written:
@@ -76,9 +76,9 @@ class Written:
 async def test_the_lines_of_a_nodes_tasks_come_in_the_order_of_their_times() -> None:
     engine = Written({"a": range(0, 300, 3), "empty": (), "b": range(1, 300, 3), "c": range(2, 300, 3)})
     query = LogQuery(tasks=tuple(TaskId(id) for id in ("a", "b", "c", "empty")))
-    lines = [line async for batch in TaskLogs(cast("Engine", engine)).read(query) for line in batch]
+    lines = [line async for batch in TaskLogs(cast("Engine", engine)).read_lines(query) for line in batch]
     assert [line.timestamp_ns for line in lines] == list(range(300))
-    follow = TaskLogs(cast("Engine", engine)).read(replace(query, follow=True))
+    follow = TaskLogs(cast("Engine", engine)).read_lines(replace(query, follow=True))
     past = list[int]()
     async with asyncio.timeout(10):
         while batch := await anext(follow):
@@ -105,7 +105,7 @@ async def test_a_follower_keeps_nothing_of_containers_that_were_removed() -> Non
     """Seen from outside: one that started again after its removal is new, and one that started twice is not."""
     engine = Starting({"a": (1,)})
     query = LogQuery(tasks=(TaskId("a"),), follow=True)
-    follow = TaskLogs(cast("Engine", engine)).read(query)
+    follow = TaskLogs(cast("Engine", engine)).read_lines(query)
     lines = list[bytes]()
     async with asyncio.timeout(10):
         assert await anext(follow) == ()

@@ -27,7 +27,7 @@ async def test_a_call_that_does_not_return_ends_at_its_deadline_and_too_many_of_
     for _ in range(2):
         with pytest.raises(TimeoutError):
             await calls.call(wait, 0.01)
-    with pytest.raises(Unavailable, match="2 looks at files wait for their servers already"):
+    with pytest.raises(Unavailable, match="2 file accesses already wait for their servers"):
         await calls.call(wait, 30)
     may_end.set()
     for _ in range(2):

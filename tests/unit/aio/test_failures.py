@@ -81,7 +81,7 @@ async def test_work_is_tried_again_with_growing_pauses_until_it_works():
         work = retry(failing(*errors), "not freed", clock=clock, first_s=1, longest_s=8, rng=lambda: 1.0)
         assert await work == 7
     assert clock.slept == [1, 2, 4, 8, 8, 8]
-    assert [line["event"] for line in lines if line["log_level"] != "debug"] == ["not freed", "works again"]
+    assert [line["event"] for line in lines if line["log_level"] != "debug"] == ["not freed", "recovered"]
     assert lines[0]["exc_info"] is errors[0]
 
 
@@ -133,7 +133,7 @@ def test_work_that_is_due_in_every_round_is_attempted_less_often_and_logged_once
     assert [(line["event"], line["container"]) for line in shown] == [
         ("log not rotated", "a"),
         ("log not rotated", "a"),
-        ("works again", "a"),
+        ("recovered", "a"),
     ]
     assert [line["error"] for line in shown[:2]] == ["Bug: full", "damaged"]
     assert all(line["exc_info"] for line in shown[:2])

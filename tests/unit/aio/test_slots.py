@@ -17,7 +17,7 @@ async def test_builds_beyond_the_slots_wait_in_their_order_and_beyond_the_bound_
     )
 
     async def build(number: int) -> None:
-        async with slots.taken():
+        async with slots.hold():
             begun.append(number)
             await ends[number].wait()
 
@@ -40,10 +40,10 @@ async def test_a_build_that_is_cancelled_while_it_waits_leaves_its_place_to_anot
     slots = Slots(1, 1, "builds are at work on this node")
 
     async def build() -> str:
-        async with slots.taken():
+        async with slots.hold():
             return "built"
 
-    async with slots.taken():
+    async with slots.hold():
         waiting = asyncio.create_task(build())
         await asyncio.sleep(0)
         waiting.cancel()

@@ -18,7 +18,7 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
             {
                 "Hostname": name,
                 "NodeID": name,
-                "Refusals": ["512000 MiB of memory wanted, 24106 not reserved"],
+                "Reasons": ["512000 MiB of memory requested, 24106 not reserved"],
             }
             for name in ("w2", "m1")
         ],
@@ -26,9 +26,9 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
     assert list(about_task("web.1", task, NOW)) == [
         "web.1: no suitable node (insufficient resources on 2 nodes)",
         "  pending for 3m 10s, wanted: running",
-        "  all 2 nodes: 512000 MiB of memory wanted, 24106 not reserved",
+        "  all 2 nodes: 512000 MiB of memory requested, 24106 not reserved",
     ]
-    task["Nodes"] = [{"Hostname": "w2", "Refusals": ["small"]}, {"Hostname": "m1", "Refusals": ["drained"]}]
+    task["Nodes"] = [{"Hostname": "w2", "Reasons": ["small"]}, {"Hostname": "m1", "Reasons": ["drained"]}]
     assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  WHY NOT", "  m1    drained", "  w2    small"]
 
 
@@ -97,12 +97,12 @@ def test_a_signal_that_skep_sent_is_not_named() -> None:
 def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> None:
     service: dict[str, Any] = {"Summary": "4 of 4 tasks run: as wanted", "Reasons": [], "Failures": []}
     service["Autoscaling"] = {
-        "Least": 2,
-        "Most": 10,
-        "Measures": [{"Name": "cpu", "Target": 60, "Average": 58.2}, {"Name": "memory", "Target": 80}],
-        "Unknown": 0,
+        "Min": 2,
+        "Max": 10,
+        "Metrics": [{"Name": "cpu", "Target": 60, "Average": 58.2}, {"Name": "memory", "Target": 80}],
+        "Unmeasured": 0,
         "Summary": "cpu 58%, target 60%, over 4 tasks",
-        "Last": {
+        "LastChange": {
             "Before": 2,
             "After": 4,
             "Reason": "cpu 113%, target 60%",

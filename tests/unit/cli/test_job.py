@@ -5,7 +5,7 @@ from skep.cli.job import shown as shown_jobs
 from skep.cli.job import until
 from skep.cli.output import Screen
 from skep.cli.runs import shown as shown_runs
-from skep.cli.status import is_as_wanted
+from skep.cli.status import is_service_healthy
 from skep.model.times import SECOND_NS, unix_ns
 
 NOW = unix_ns("2026-11-24T10:00:00Z") / SECOND_NS
@@ -92,5 +92,5 @@ def test_explain_shows_the_schedule_and_status_does_not_complain_of_a_job_that_w
         "Spec": {"Mode": {"ReplicatedJob": {"TotalCompletions": 3}}},
         "JobStatus": {"JobIteration": {}, "Schedule": {"Settled": "2026-11-24T10:00:00Z", "Starts": []}},
     }
-    assert is_as_wanted(service)
-    assert not is_as_wanted({**service, "JobStatus": {"JobIteration": {}}})
+    assert is_service_healthy(service)
+    assert not is_service_healthy({**service, "JobStatus": {"JobIteration": {}}})

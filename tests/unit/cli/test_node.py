@@ -18,7 +18,7 @@ from tests.support.builders import a_node, a_service, a_task
 def a_state(*done: bool, waits_for: str = "", complete: bool = False) -> dict[str, Any]:
     steps = [{"Text": f"step {number}", "Done": is_done} for number, is_done in enumerate(done)]
     return {
-        "NodeID": "n3", "Hostname": "m3", "Steps": steps, "WaitsFor": waits_for, "Complete": complete
+        "NodeID": "n3", "Hostname": "m3", "Steps": steps, "WaitingFor": waits_for, "Complete": complete
     }  # fmt: skip
 
 
@@ -97,8 +97,8 @@ def test_only_data_that_stays_on_the_node_is_named() -> None:
     assert left_behind(a_spec(data), "w1").startswith("db has local volumes there (data): it starts without")
     assert left_behind(a_spec(data | {"VolumeOptions": nfs}), "w1") == ""
     assert left_behind(a_spec({"Type": "bind", "Source": "/d", "Target": "/d"}), "w1") == ""
-    assert left_behind(a_spec(data, **{"skep.volumes": "keep"}), "w1") == (
-        "db has local volumes there (data), and waits until w1 takes tasks again (skep.volumes=keep)"
+    assert left_behind(a_spec(data, **{"skep.volume-affinity": "required"}), "w1") == (
+        "db has local volumes there (data), and waits until w1 takes tasks again (skep.volume-affinity=required)"
     )
 
 

@@ -25,8 +25,8 @@ def a_quorum(*silent: str, managers: int = 3, has_leader: bool = False) -> dict[
                 "ID": name,
                 "Hostname": name,
                 "Addr": f"192.0.2.{name[1:]}:2377",
-                "Answers": name not in silent,
-                "SilentSeconds": 75.0 if name in silent else 0.0,
+                "IsReachable": name not in silent,
+                "UnreachableSeconds": 75.0 if name in silent else 0.0,
             }
             for name in names
         ],

@@ -21,7 +21,7 @@ def test_an_explanation_is_cleaned():
         "DesiredState": BAD,
         "Summary": BAD,
         "End": {"Cause": BAD, "Signal": BAD, "HealthOutput": BAD, "Lines": [{"Text": BAD}]},
-        "Nodes": [{"Hostname": BAD, "NodeID": "n1", "Refusals": [BAD]}],
+        "Nodes": [{"Hostname": BAD, "NodeID": "n1", "Reasons": [BAD]}],
     }
     lines = list(about_task("web.1", task, 0.0))
     assert f"web.1: {SAFE}" in lines

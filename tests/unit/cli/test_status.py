@@ -12,8 +12,8 @@ from skep.cli.status import (
     Status,
     about_node,
     as_of,
-    is_as_wanted,
-    is_well,
+    is_cluster_healthy,
+    is_service_healthy,
     lines_of,
     node_rows,
     service_rows,
@@ -67,7 +67,9 @@ def a_status(nodes: list[Any], services: list[Any], explained: dict[str, Any]) -
         services=tuple(service_rows(services, explained, NOW)),
     )
     return Status(
-        health="ok" if is_well(cluster) else "degraded", node=(("node", "m1, skep 0.1.0"),), cluster=cluster
+        health="healthy" if is_cluster_healthy(cluster) else "degraded",
+        node=(("node", "m1, skep 0.1.0"),),
+        cluster=cluster,
     )
 
 
@@ -80,8 +82,8 @@ def a_degraded_one() -> Status:
         "id-boom": {
             "Summary": "-",
             "Reason": REASON,
-            "Course": COURSE,
-            "IsAsWanted": False,
+            "RestartSummary": COURSE,
+            "IsHealthy": False,
             "Problem": {"Weight": 0},
         }
     }
@@ -107,7 +109,7 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
 
 
 def an_explanation(weight: int, since: str) -> dict[str, Any]:
-    return {"Summary": "-", "Reason": "r", "IsAsWanted": False, "Problem": {"Weight": weight, "Since": since}}
+    return {"Summary": "-", "Reason": "r", "IsHealthy": False, "Problem": {"Weight": weight, "Since": since}}
 
 
 def next_command(nodes: list[Any], explained: dict[str, Any]) -> str:
@@ -134,14 +136,14 @@ def test_jobs_and_one_shot_services_show_what_is_done() -> None:
     once, half = a_service("c", 0, 1, 1, Replicated={}), a_service("d", 1, 2, 1, Replicated={})
     rows = list(service_rows([replicated, everywhere, once, half, a_service("e", 2, 3)], {}, NOW))
     assert [row.tasks for row in rows] == ["6/6 done", "5/6 done", "1/1 done", "1/2", "2/3"]
-    assert [row.is_well for row in rows] == [True, False, True, True, False]
+    assert [row.is_healthy for row in rows] == [True, False, True, True, False]
 
 
 def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> None:
     w1, w2 = a_node("w1", "down"), a_node("w2", "unknown")
     w1["Status"]["Message"], w1["SilentSince"] = "heartbeat failure", "2026-01-31T11:59:59.123Z"
     w2["Status"]["Message"] = UNKNOWN_STATE
-    assert [row.why for row in node_rows([w1, w2])] == [
+    assert [row.reason for row in node_rows([w1, w2])] == [
         "heartbeat failure; last heard 2026-01-31 11:59:59 UTC",
         "not heard from since the cluster has another leader",
     ]
@@ -172,7 +174,7 @@ def test_a_large_cluster_shows_first_what_is_not_well() -> None:
 def test_a_cluster_in_which_all_is_well_says_so_and_a_drained_node_is_well() -> None:
     node = a_node("m1", leader=True) | {"Spec": {"Availability": "drain"}}
     found = a_status([node], [a_service("web", 1, 1)], {})
-    assert (found.health, found.exit_code) == ("ok", 0)
+    assert (found.health, found.exit_code) == ("healthy", 0)
     assert "ready, drain" in "\n".join(lines_of(found, Screen()))
 
 
@@ -184,28 +186,28 @@ def test_a_paused_update_is_not_well() -> None:
         "StartedAt": "2026-01-31T11:00:00Z",
     }
     (row,) = service_rows([web], {}, NOW)
-    assert (row.is_well, row.update, row.why) == (False, "paused for 1h", "manually paused")
+    assert (row.is_healthy, row.update, row.reason) == (False, "paused for 1h", "manually paused")
 
 
 def test_a_manager_that_is_not_reached_is_not_well() -> None:
     (row,) = node_rows([a_node("m2") | {"ManagerStatus": {"Reachability": "unreachable"}}])
-    assert (row.role, row.is_well, row.why) == ("manager", False, "the manager is unreachable")
+    assert (row.role, row.is_healthy, row.reason) == ("manager", False, "the manager is unreachable")
 
 
 def test_a_job_is_as_wanted_when_it_has_completed() -> None:
     job = {"ReplicatedJob": {"MaxConcurrent": 1, "TotalCompletions": 3}}
-    assert is_as_wanted(a_service("job", 0, 1, completed=3, **job))
-    assert not is_as_wanted(a_service("job", 1, 1, completed=2, **job))
-    assert not is_as_wanted(a_service("job", 1, 1, **job))
-    assert is_as_wanted(a_service("web", 2, 2, Replicated={"Replicas": 2}))
+    assert is_service_healthy(a_service("job", 0, 1, completed=3, **job))
+    assert not is_service_healthy(a_service("job", 1, 1, completed=2, **job))
+    assert not is_service_healthy(a_service("job", 1, 1, **job))
+    assert is_service_healthy(a_service("web", 2, 2, Replicated={"Replicas": 2}))
 
 
 def test_a_service_is_as_wanted_when_its_slots_run_or_are_done() -> None:
     """As of a one-shot service, which ended with exit code 0."""
-    assert is_as_wanted(a_service("migrate", 0, 1, completed=1, Replicated={"Replicas": 1}))
-    assert not is_as_wanted(a_service("migrate", 0, 2, completed=1, Replicated={"Replicas": 2}))
+    assert is_service_healthy(a_service("migrate", 0, 1, completed=1, Replicated={"Replicas": 1}))
+    assert not is_service_healthy(a_service("migrate", 0, 2, completed=1, Replicated={"Replicas": 2}))
     found = a_status([a_node("m1", leader=True)], [a_service("migrate", 0, 1, completed=1)], {})
-    assert (found.health, found.exit_code) == ("ok", 0)
+    assert (found.health, found.exit_code) == ("healthy", 0)
 
 
 def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
@@ -224,7 +226,7 @@ def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others(
 
 
 def a_quorum(*responses: bool) -> dict[str, Any]:
-    managers = [{"Hostname": f"m{number}", "Answers": it} for number, it in enumerate(responses, 1)]
+    managers = [{"Hostname": f"m{number}", "IsReachable": it} for number, it in enumerate(responses, 1)]
     return {"HasLeader": False, "Since": "2026-11-21T18:38:04.123Z", "Managers": managers}
 
 
@@ -241,7 +243,7 @@ def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> N
 def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> None:
     quorum = a_quorum(True, False, False)
     for manager in quorum["Managers"]:
-        manager |= {"ID": manager["Hostname"], "SilentSeconds": 0 if manager["Answers"] else 95.2}
+        manager |= {"ID": manager["Hostname"], "UnreachableSeconds": 0 if manager["IsReachable"] else 95.2}
     nodes = [a_node(name, leader=name == "m1") for name in ("m1", "m2", "m3", "w1")]
     for node in nodes[1:3]:
         node["ManagerStatus"] = {"Reachability": "reachable"}
@@ -260,8 +262,8 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         "",
         "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  WHY",
         "m1    manager  ready                  2      -",
-        "m2    manager  SILENT                 0      -     it has not answered for 1m 35s",
-        "m3    manager  SILENT                 0      -     it has not answered for 1m 35s",
+        "m2    manager  UNREACHABLE            0      -     it has not answered for 1m 35s",
+        "m3    manager  UNREACHABLE            0      -     it has not answered for 1m 35s",
         "w1    worker   ready                  1      -",
         "",
         "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  WHY",

@@ -109,7 +109,7 @@ def test_tasks_that_return_to_their_data_are_not_distributed_in_vain() -> None:
     assert [step.spread for step in found.steps] == [()] * len(found.steps)
     (refusal,) = found.refusals
     assert refusal.startswith("db has 2 of its 2 tasks on w1, and its update policy takes away 1 at a time")
-    assert refusal.endswith("local volumes, unless the service has the label skep.volumes=spread")
+    assert refusal.endswith("local volumes, unless the service has the label skep.volume-affinity=none")
     assert (
         plan(CLUSTER, [replace(a_service("db", {"w1": 1, "w2": 1}), returns=True)], NEW, drains=True).refusals
         == ()
@@ -224,7 +224,7 @@ def test_what_the_api_shows_is_read() -> None:
         {"ID": "s2", "Spec": {"Name": "agent", "Mode": {"Global": {}}}},
     ]
     mounts = {"ContainerSpec": {"Mounts": [{"Type": "volume", "Source": "data", "Target": "/data"}]}}
-    for id, labels in (("s3", {}), ("s4", {"skep.volumes": "spread"})):
+    for id, labels in (("s3", {}), ("s4", {"skep.volume-affinity": "none"})):
         spec = {"Name": id, "Labels": labels, "Mode": {"Replicated": {}}, "TaskTemplate": mounts}
         services.append({"ID": id, "Spec": spec})
     states = ["running", "running", "failed"]

@@ -45,6 +45,12 @@ def test_a_flag_wins_over_toml_and_toml_over_daemon_json() -> None:
     assert configured().data_dir == DEFAULT_DATA
 
 
+def test_flags_and_keys_of_earlier_versions_still_work_and_the_present_ones_win() -> None:
+    assert configured(toml={"disk-full": 91, "image-disk-high": 70}).disk_pressure == 91
+    assert configured("--image-disk-low", "60").image_gc_low == 60
+    assert configured(toml={"disk-full": 91, "disk-pressure": 92}).disk_pressure == 92
+
+
 def test_a_flag_can_take_back_what_a_file_says() -> None:
     assert configured("--debug=false", toml={"debug": True}).debug is False
     assert configured("--debug").debug is True

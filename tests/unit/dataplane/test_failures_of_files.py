@@ -283,7 +283,7 @@ class Kernel:
 
 
 class FreePorts:
-    async def held(self) -> tuple[()]:
+    async def list_held(self) -> tuple[()]:
         return ()
 
     async def reserve(self, *_: Any) -> int:

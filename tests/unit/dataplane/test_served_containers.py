@@ -95,7 +95,7 @@ async def test_a_refusing_container_fails_only_changes_of_networks_whose_address
 ) -> None:
     spaces.refused.add("both")
     with capture_logs():
-        with pytest.raises(Unavailable, match="1 of 1 containers lack the new virtual addresses"):
+        with pytest.raises(Unavailable, match="1 of 1 containers do not have the new virtual addresses yet"):
             await serving.refresh([FIRST])
         await serving.refresh([SECOND])
         assert spaces.written == ["one"]

@@ -41,7 +41,7 @@ def test_gpus_are_chosen_by_number_or_count() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (request(3), "3 devices acme.com/gpu were requested, this machine has 2"),
+        (request(3), "3 devices acme.com/gpu were requested, but this machine has 2"),
         (request(-1, driver="nvidia"), 'could not select device driver "nvidia" with capabilities: [[gpu]]'),
         (request(-1, capability="tpu"), 'could not select device driver "" with capabilities: [[tpu]]'),
     ],
@@ -107,7 +107,7 @@ def test_descriptions_may_be_yaml(tmp_path: Path, name: str) -> None:
     [
         ("kind: [", "did not find expected node content"),
         ("kind: &a x\ndevices: [*a]\n", "aliases are not supported"),
-        ("[" * 100, "it is too deep"),
+        ("[" * 100, "it is nested too deeply"),
         ("!!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
     ],
 )

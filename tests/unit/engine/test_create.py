@@ -138,10 +138,10 @@ def test_addresses_are_of_a_users_networks_only() -> None:
         ({"SecurityOpt": ["no-new-privileges=yes"]}, '^invalid --security-opt 2: "no-new-privileges=yes"$'),
         ({"SecurityOpt": ["no-new-privileges="]}, '^invalid --security-opt 2: "no-new-privileges="$'),
         ({"SecurityOpt": ["selinux=off"]}, '^invalid --security-opt 2: "selinux=off"$'),
-        ({"Devices": [{"PathOnHost": "/dev/nu\0ll"}]}, "it has a zero byte"),
-        ({"Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/\0"}]}, "it has a zero byte"),
-        ({"BlkioDeviceReadBps": [{"Path": "/dev/\0", "Rate": 1}]}, "it has a zero byte"),
-        ({"BlkioWeightDevice": [{"Path": "/dev/\0", "Weight": 10}]}, "it has a zero byte"),
+        ({"Devices": [{"PathOnHost": "/dev/nu\0ll"}]}, "it contains a zero byte"),
+        ({"Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/\0"}]}, "it contains a zero byte"),
+        ({"BlkioDeviceReadBps": [{"Path": "/dev/\0", "Rate": 1}]}, "it contains a zero byte"),
+        ({"BlkioWeightDevice": [{"Path": "/dev/\0", "Weight": 10}]}, "it contains a zero byte"),
         ({"Memory": -1}, "invalid memory"),
         ({"Memory": 1024}, "^Minimum memory limit allowed is 6MB$"),
         ({"MemoryReservation": 1024}, "^Minimum memory reservation allowed is 6MB$"),
@@ -202,8 +202,8 @@ def test_a_mac_address_is_that_of_the_first_network() -> None:
     [
         ({}, "bogus", "address bogus: invalid MAC address"),
         ({}, "02:00:00:00:00:1", "invalid MAC address"),
-        ({"NetworkMode": "net1"}, "03:00:00:00:00:01", "a container's is the address of one interface"),
-        ({}, "00:00:00:00:00:00", "a container's is the address of one interface"),
+        ({"NetworkMode": "net1"}, "03:00:00:00:00:01", "a container needs a unicast address"),
+        ({}, "00:00:00:00:00:00", "a container needs a unicast address"),
         ({"NetworkMode": "host"}, MAC, "conflicting options: mac-address and the network mode"),
         ({"NetworkMode": "none"}, MAC, "conflicting options: mac-address and the network mode"),
         ({"NetworkMode": "container:x"}, MAC, "conflicting options: mac-address and the network mode"),
@@ -363,7 +363,7 @@ def test_security_options_are_read_as_docker_reads_them(
 
 
 def test_no_plain_container_has_the_labels_of_a_task() -> None:
-    with pytest.raises(InvalidArgument, match="for the containers of tasks"):
+    with pytest.raises(InvalidArgument, match="for containers of tasks"):
         labels(body(Labels={"com.docker.swarm.task.id": "t1"}), IMAGE, None)
     image = ContainerDefaults(labels={"com.docker.swarm.task.id": "t1", "a": "b"})
     assert labels(body(), image, None) == {"a": "b"}

@@ -219,7 +219,7 @@ def test_nothing_is_kept_of_a_container_that_was_removed(simulated: Run) -> None
         await stubs.end()
         await stubs.engine.remove(ID)
         await asyncio.sleep(1)
-        assert not lifecycle.turns._locks
-        assert not lifecycle.network_turns._locks
+        assert not lifecycle.locks._locks
+        assert not lifecycle.sandbox_locks._locks
 
     simulated(body)

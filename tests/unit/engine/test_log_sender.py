@@ -126,7 +126,7 @@ async def test_a_damaged_file_costs_its_own_lines_only_and_is_reported_once(tmp_
         await eventually(lambda: "3" in sink.lines)
         written(current, 4)
         await eventually(lambda: "4" in sink.lines)
-        assert events == ["part of a log is damaged and not sent"]
+        assert events == ["damaged part of a log not sent"]
 
 
 async def test_a_later_file_that_cannot_be_read_is_tried_again(
@@ -266,6 +266,6 @@ async def test_a_restricted_log_is_not_sent_to_another_node(
         sender.take(order)
         await eventually(lambda: responses)
         [report] = [one for one in responses if isinstance(one, Report)]
-        assert (report.event, reason in report.reason) == ("remote of a log driver is away", True)
+        assert (report.event, reason in report.reason) == ("log driver remote unreachable", True)
         assert ("administrator" in report.reason) is is_restricted
         await sender.end()

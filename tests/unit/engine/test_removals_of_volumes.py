@@ -123,7 +123,7 @@ async def test_what_an_earlier_process_has_not_deleted_is_no_volume_and_goes(
     assert not engine.volumes.has(left.name)
     assert engine.volumes.names() == []
     with pytest.raises(NotFound):
-        await routes._inspected(engine.volumes, left.name)
+        await routes._inspect(engine.volumes, left.name)
     gate.open()
     async with engine.running():
         await until(lambda: not left.exists())

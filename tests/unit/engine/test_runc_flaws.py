@@ -44,7 +44,7 @@ def test_what_a_distribution_has_mended_is_not_warned_of() -> None:
 def test_the_warning_names_the_version_and_what_to_do() -> None:
     sentence = warning("runc version 1.2.5\ncommit: v1.2.5-0-g59923ef\n", "")
     assert sentence == (
-        f"runc 1.2.5 has known ways out of a container ({', '.join(OF_2025)}): upgrade it, or name another one "
+        f"runc 1.2.5 has known container escapes ({', '.join(OF_2025)}): upgrade it, or set another runc "
         "with --runc"
     )
     assert warning("crun version 1.14\n", "") == warning("", "") == ""

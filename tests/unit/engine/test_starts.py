@@ -92,7 +92,7 @@ async def test_a_start_that_waits_for_a_removal_takes_no_place(rig: Rig) -> None
         await rig.started(one)
     rig.patch.setattr(lifecycle, "send_signal", lambda *_: False)  # their processes do not even die
     removals = [asyncio.create_task(rig.engine.remove(one.id, force=True)) for one in stuck]
-    await until(lambda: all(rig.engine._lifecycle.turns.is_taken(one.id) for one in stuck))
+    await until(lambda: all(rig.engine._lifecycle.locks.is_held(one.id) for one in stuck))
     starts = [asyncio.create_task(rig.engine.start(one.id)) for one in stuck]
     await asyncio.wait(starts, timeout=0)  # they come first
     try:
@@ -162,7 +162,7 @@ async def test_a_start_whose_caller_is_cancelled_again_and_again_has_its_turn_to
         await asyncio.wait([starting], timeout=0)
     removing = asyncio.create_task(rig.engine.remove(container.id, force=True))
     await asyncio.wait([removing], timeout=0)
-    assert rig.engine._lifecycle.turns.is_taken(container.id)
+    assert rig.engine._lifecycle.locks.is_held(container.id)
     assert rig.engine._lifecycle._starting._value == PLACES - 1
     assert not starting.done()
     rig.open("start")
@@ -184,7 +184,7 @@ async def test_a_mount_that_fails_is_the_error_of_its_container(rig: Rig) -> Non
     failed = rig.engine.get(container.id)
     assert (failed.error, failed.exit_code, failed.is_running) == ("error while mounting volume", 128, False)
     rig.patch.setattr(rig.engine.volumes, "mount", rig.mount)
-    assert not rig.engine._lifecycle.turns.is_taken(container.id)
+    assert not rig.engine._lifecycle.locks.is_held(container.id)
 
 
 async def test_a_forced_removal_cuts_off_the_mount_of_its_container_alone(rig: Rig) -> None:

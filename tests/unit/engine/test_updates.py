@@ -146,7 +146,7 @@ def test_the_limit_of_processes_is_lifted(limit: int) -> None:
     ],
 )
 def test_what_an_update_does_not_change_is_refused_by_name(fields: dict[str, Any], name: str) -> None:
-    with pytest.raises(Unimplemented, match=f"^docker update does not change {name}: leave it out$"):
+    with pytest.raises(Unimplemented, match=f"^docker update cannot change {name}: omit it$"):
         asked(**fields)
 
 

@@ -63,7 +63,7 @@ async def a_backup(monkeypatch: pytest.MonkeyPatch, before: bytes, during: bytes
 
 
 async def test_a_backup_during_which_the_store_may_have_come_under_another_key_is_not_whole(monkeypatch):
-    with pytest.raises(Unavailable, match="repeat the backup"):
+    with pytest.raises(Unavailable, match="run the backup again"):
         await a_backup(monkeypatch, PRESENT, PRESENT + NEXT)
 
 

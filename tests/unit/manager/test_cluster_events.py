@@ -184,7 +184,7 @@ def test_an_event_of_a_node_names_the_nodes_that_it_does_not_reach_and_what_foll
     assert reported(Updated(sick, well)) == [("node", "update", told_well)]
     cut_off = CutOff(check="overlay", port="4789/udp", peers=("w2",))
     ((_, _, attributes),) = reported(Updated(sick, replace(sick, cut_off=(cut_off,))))
-    assert attributes["overlay.refused.new"] == "4789/udp fails between this node and w2"
+    assert attributes["overlay.unavailable.new"] == "4789/udp fails between this node and w2"
 
 
 def test_events_of_a_node_have_what_users_can_see_of_it():
@@ -452,16 +452,16 @@ async def test_what_is_not_kept_is_refused_and_not_left_out(events):
     await put(store, "a")
     await idle()
     async with other_manager(store) as younger:
-        with pytest.raises(EventsLost, match="not all events after cursor"):
+        with pytest.raises(EventsLost, match="no longer has all events after cursor"):
             younger.revision_after(start)
         for number in range(KEPT + 1):
             await put(store, f"s{number}")
             if not number % 500:
                 await idle()
         await idle()
-        with pytest.raises(EventsLost, match="ask another one, or read"):
+        with pytest.raises(EventsLost, match="ask another manager, or list"):
             events.revision_after(start)
-    with pytest.raises(EventsLost, match="of another life of the cluster"):
+    with pytest.raises(EventsLost, match="an earlier incarnation of the cluster"):
         events.revision_after(f"{store.incarnation + 1}-5")
     for cursor in ("5", "1-", "-5", "1-x", "1-5-6", "\u0661-5", "1-" + "9" * 60):
         with pytest.raises(InvalidArgument, match="invalid cursor"):

@@ -48,10 +48,10 @@ def test_every_node_says_everything_that_speaks_against_it() -> None:
     small = a_node("small", has=Resources(nano_cpus=10**9, memory_bytes=2 << 30), labels={"zone": "south"})
     drained = a_node("drained", availability=Availability.DRAIN, labels={"zone": "north"})
     good = a_node("good", labels={"zone": "north"})
-    refusals = {str(one.node_id): one.refusals for one in verdicts(task, small, drained, good)}
+    refusals = {str(one.node_id): one.reasons for one in verdicts(task, small, drained, good)}
     assert refusals == {
         "small": (
-            "insufficient resources: 2 CPUs wanted, 1 not reserved",
+            "insufficient resources: 2 CPUs requested, 1 not reserved",
             "constraints not satisfied: node.labels.zone == north",
         ),
         "drained": ("the node's availability is drain",),
@@ -65,14 +65,14 @@ def test_what_other_tasks_reserved_is_not_free() -> None:
     task = a_task(service=service, state=TaskState.PENDING)
     node = a_node("n1", has=Resources(nano_cpus=1, memory_bytes=4 << 30))
     (one,) = verdicts(task, node, others=(running,))
-    assert one.refusals == ("insufficient resources: 3072 MiB of memory wanted, 1024 not reserved",)
+    assert one.reasons == ("insufficient resources: 3072 MiB of memory requested, 1024 not reserved",)
 
 
 def test_a_node_that_is_down_says_since_its_silence() -> None:
     down = a_node("n1", state=NodeState.DOWN)
     down = replace(down, status=replace(down.status, message="heartbeat failure"))
     (one,) = verdicts(a_task(state=TaskState.PENDING), down)
-    assert one.refusals == ("the node is down (heartbeat failure)",)
+    assert one.reasons == ("the node is down (heartbeat failure)",)
 
 
 def failed_with(code: int, err: str) -> Task:
@@ -208,7 +208,7 @@ def test_a_job_that_completed_says_so_and_since_when() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE), a_run(job, 2, TaskState.COMPLETE)]
     reported = explain_service(job, tasks, wanted=1, nodes={})
-    assert (reported.summary, reported.is_as_wanted, reported.ended_at) == ("2 of 2 completed", True, STAMP)
+    assert (reported.summary, reported.is_healthy, reported.ended_at) == ("2 of 2 completed", True, STAMP)
 
 
 def test_a_global_job_that_completed_says_on_how_many_nodes() -> None:
@@ -221,7 +221,7 @@ def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> 
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE), *(a_run(job, 2, TaskState.FAILED) for _ in range(3))]
     reported = explain_service(job, tasks, wanted=1, nodes={})
-    assert not reported.is_as_wanted
+    assert not reported.is_healthy
     assert reported.summary == ("FAILED: exit 1; slot 2 gave up after 3 attempts; 1 of 2 completed")
 
 
@@ -229,7 +229,7 @@ def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_no
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]
     reported = explain_service(job, tasks, wanted=1, nodes={})
-    assert (reported.summary, reported.is_as_wanted) == ("0 of 2 completed, 1 run", False)
+    assert (reported.summary, reported.is_healthy) == ("0 of 2 completed, 1 run", False)
 
 
 def a_task_that_waits(failures: int) -> Task:
@@ -285,10 +285,10 @@ def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -
         some = {task.id: usages[task.id] for task in tasks[:known]}
         found = explain_autoscaling(service, tasks, some, lambda number: (number, ""))
         assert found is not None
-        return found.summary, found.unknown
+        return found.summary, found.unmeasured
 
     assert explained(2) == (
-        "cpu 90%, target 50%, over 2 of 2 tasks: it has the most tasks that it may have",
+        "cpu 90%, target 50%, over 2 of 2 tasks: it is at its maximum number of tasks",
         0,
     )
     assert explained(0) == ("none of its 2 tasks is measured", 2)

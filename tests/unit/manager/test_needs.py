@@ -215,7 +215,7 @@ def a_store(*revisions: tuple[Object, ...]) -> LocalTransaction:
 def a_cluster(spec: ServiceSpec) -> LocalTransaction:
     """A job that runs with ``spec``, while its present and its previous spec need nothing."""
     job = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
-    labels = {"skep.cron": "0 3 * * *", "skep.volumes": "keep"}
+    labels = {"skep.cron": "0 3 * * *", "skep.volume-affinity": "required"}
     past = replace(spec, name="db", mode=job, labels=labels)
     present = replace(with_container(), name="db", mode=job, labels=labels)
     service = Service(id=ServiceId("db"), spec=past, job_status=JobStatus(last_execution=ZERO_TIME))
@@ -263,7 +263,7 @@ def dry_run_frees_it(resource: str) -> bool:
     new = replace(spec, name="db", task_template=replace(template, container_spec=container))
     *_, planned = DryRun(tx, accounting, lambda one: one.spec.name).placing(new)
     assert planned is not None
-    return filters_refuse(resource) and not planned.refusal
+    return filters_refuse(resource) and not planned.error
 
 
 def lost_node_is_kept(resource: str) -> bool:

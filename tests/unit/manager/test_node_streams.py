@@ -64,7 +64,7 @@ async def test_the_first_message_names_the_session() -> None:
 
 @pytest.mark.parametrize("then_waits", [False, True])
 async def test_a_stream_that_names_no_session_is_refused(then_waits: bool) -> None:
-    with pytest.raises(InvalidArgument, match="the session is missing"):
+    with pytest.raises(InvalidArgument, match="names no session"):
         await session_named(saying(then_waits=then_waits), within_s=0.01)
 
 

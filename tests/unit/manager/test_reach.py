@@ -7,7 +7,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from skep.api.container_requests import FORWARDED, Forwarded, forwarded
 from skep.errors import InvalidArgument
-from skep.manager.routes.reach import _head, _read
+from skep.manager.routes.reach import _head, _read_body
 
 UPGRADE = {"Connection": "Upgrade", "Upgrade": "tcp"}
 PATHS = {
@@ -51,14 +51,14 @@ def test_only_attach_and_the_start_of_an_exec_upgrade(rest, upgrades):
 async def test_an_encoded_body_is_refused(encoding):
     request = a_request("container/archive", {"Content-Encoding": encoding, "Content-Length": "9"})
     with pytest.raises(InvalidArgument, match="Content-Encoding"):
-        await _read(request, ARCHIVE)
+        await _read_body(request, ARCHIVE)
 
 
 async def test_a_body_in_chunks_is_refused_where_the_connection_upgrades():
     chunked = {"Transfer-Encoding": "chunked"}
     request = a_request("exec/e1/start", UPGRADE | chunked, has_body=True)
     with pytest.raises(InvalidArgument, match="Transfer-Encoding: chunked"):
-        await _read(request, forwarded("POST", "/exec/{id}/start"))
+        await _read_body(request, forwarded("POST", "/exec/{id}/start"))
     assert "Transfer-Encoding: chunked" in head_of("container/archive", ARCHIVE, chunked, has_body=True)
 
 

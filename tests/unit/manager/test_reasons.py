@@ -181,7 +181,9 @@ def test_a_new_attempt_on_its_way_does_not_hide_the_failure(state: TaskState) ->
     assert found.problem is not None
     assert (found.problem.failures, found.problem.since, found.problem.at) == (4, at(22), at(51))
     assert (found.problem.end, found.problem.is_given_up) == (BOOM, False)
-    assert found.course.startswith("crash loop, 4 failures in a row since 00:00:22 UTC, the last on m1")
+    assert found.restart_summary.startswith(
+        "crash loop, 4 failures in a row since 00:00:22 UTC, the last on m1"
+    )
 
 
 def test_a_task_that_was_stopped_moved_or_lost_is_no_failure_and_hides_none() -> None:
@@ -313,4 +315,4 @@ def test_the_reason_is_the_same_whatever_the_next_attempt_is_at(
     found = explained(before, attempt(state, failures=failures, second=second))
     if state is not TaskState.UNKNOWN:
         assert found.reason == 'exit 1, last line "boom: no db"'
-    assert not found.is_as_wanted
+    assert not found.is_healthy

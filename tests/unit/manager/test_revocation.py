@@ -126,7 +126,7 @@ def standing(store, times) -> CallerCheck:
 
 def test_a_manager_that_is_not_known_does_nothing_that_only_managers_may(standing, times):
     """At first it may have come in through another manager; later it was minted with a stolen root key."""
-    with pytest.raises(Unavailable, match="not known here yet"):
+    with pytest.raises(Unavailable, match="not known to this manager yet"):
         standing.require(MANAGER, Access.MANAGER)
     times.now += UNKNOWN_S + 0.1
     with pytest.raises(PermissionDenied, match="not part of the swarm"):
@@ -200,7 +200,7 @@ async def test_no_certificate_as_a_manager_is_ever_forgotten_before_it_expires(s
         )
 
     await store.update(record_issue, issued(), NOW, is_renewal=True)
-    with pytest.raises(ResourceExhausted, match="have not expired"):
+    with pytest.raises(ResourceExhausted, match="unexpired ones"):
         await store.update(record_issue, issued(), NOW, is_renewal=True)
     node = store.view().get(Node, NodeId("m1"))
     assert len(node.certificate.serials) == SERIALS_MAX

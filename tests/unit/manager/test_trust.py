@@ -13,7 +13,7 @@ from skep.manager.control.new_objects import machine_rights
 from skep.manager.control.services import create_service, rollback_service, update_service
 from skep.manager.trust import repository_of, trust_of
 from skep.model.ids import ClusterId, UserId, new_id
-from skep.model.labels import ALLOW_HELPERS, ALLOW_MACHINE_LOGS, check_swarm_labels
+from skep.model.labels import ALLOW_CREDENTIAL_HELPERS, ALLOW_MACHINE_LOGS, check_swarm_labels
 from skep.model.meta import Driver
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm, SwarmSpec
@@ -153,7 +153,7 @@ async def test_the_first_administrator_who_writes_a_service_of_an_older_version_
     ],
 )
 async def test_repositories_of_helpers_are_allowed_for_a_stack(label, logins):
-    cluster = Cluster("operator:shop", **{ALLOW_HELPERS: label})
+    cluster = Cluster("operator:shop", **{ALLOW_CREDENTIAL_HELPERS: label})
     assert cluster.trust(await cluster.create(a_spec(), by_admin=False)) == Trust(logins=logins)
 
 
@@ -167,7 +167,7 @@ async def test_logs_to_machines_are_allowed_by_the_cluster():
 @pytest.mark.parametrize("label", ["shop", "shop=", "=x", "shop=a b", "shop=/"])
 def test_an_invalid_list_of_repositories_is_refused(label):
     with pytest.raises(Exception, match="want STACK=REGISTRY/REPOSITORY"):
-        check_swarm_labels({ALLOW_HELPERS: label})
+        check_swarm_labels({ALLOW_CREDENTIAL_HELPERS: label})
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_a_running_task_of_a_ready_node_is_reached():
     ("task", "node", "error", "text"),
     [
         (a_running_task(state=TaskState.PREPARING), a_node("n1"), FailedPrecondition, "it is preparing"),
-        (a_running_task(), None, NotFound, "no part of this swarm any more"),
+        (a_running_task(), None, NotFound, "no longer part of this swarm"),
         (a_running_task(), a_node("n1", state=NodeState.DOWN), Unavailable, "node n1, which is down"),
         (
             a_running_task(),

@@ -162,7 +162,7 @@ texts = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([*AT_MOST, "zone", "skep.condition.description", 'a\n"b']), texts, max_size=8
+        st.sampled_from([*AT_MOST, "zone", "skep.condition.description-size", 'a\n"b']), texts, max_size=8
     ),
     st.lists(texts, max_size=3),
     texts,

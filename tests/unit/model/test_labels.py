@@ -4,12 +4,16 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.model.labels import (
+    ALLOW_CREDENTIAL_HELPERS,
+    VolumeAffinity,
+    allowed_repositories,
     allows_preemption,
     check_service_labels,
     check_swarm_labels,
     drain_s,
     priority_of,
     publishes_not_ready,
+    volume_affinity,
 )
 
 
@@ -54,3 +58,24 @@ def test_preemption_is_off_unless_the_cluster_says_otherwise() -> None:
     assert allows_preemption({"skep.preemption": "True"})
     with pytest.raises(InvalidArgument, match=r"skep\.preemption=on: want true or false"):
         check_swarm_labels({"skep.preemption": "on"})
+
+
+@pytest.mark.parametrize(
+    ("former", "affinity"),
+    [
+        ("return", VolumeAffinity.PREFERRED),
+        ("keep", VolumeAffinity.REQUIRED),
+        ("spread", VolumeAffinity.NONE),
+    ],
+)
+def test_labels_of_earlier_versions_still_count_and_the_present_ones_win(
+    former: str, affinity: VolumeAffinity
+) -> None:
+    old = {"skep.volumes": former, "skep.allow-helpers": "shop=r.example/a"}
+    check_service_labels(old)
+    assert volume_affinity(old) is affinity
+    assert volume_affinity({**old, "skep.volume-affinity": "none"}) is VolumeAffinity.NONE
+    assert allowed_repositories(old) == {"shop": ("r.example/a",)}
+    assert allowed_repositories({**old, ALLOW_CREDENTIAL_HELPERS: "shop=r.example/b"}) == {
+        "shop": ("r.example/b",)
+    }

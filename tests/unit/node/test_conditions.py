@@ -51,7 +51,7 @@ def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
 
 async def test_a_condition_of_one_cluster_is_not_reported_to_the_next(conditions: Conditions):
     """The managers of the cluster that the node joins would show for half a minute that none of them answers."""
-    conditions.set("no-manager", "no manager answers")
+    conditions.set("manager-unreachable", "no manager answers")
     conditions.set("disk", "full")
     session = SessionState(HandClock())
     none: Any = Nothing()
@@ -113,7 +113,7 @@ def test_skep_status_lists_ready_nodes_that_say_what_is_wrong():
         },
         {"ID": "b", "Description": {"Hostname": "w2"}, "Status": {"State": "ready"}},
     ]
-    assert [(row.name, row.why, row.is_well) for row in node_rows(nodes)] == [
+    assert [(row.name, row.reason, row.is_healthy) for row in node_rows(nodes)] == [
         ("w1", "the disk is full", True),
         ("w2", "", True),
     ]

@@ -46,7 +46,7 @@ async def test_what_a_managers_store_lacks_is_a_condition_until_there_is_room(tm
         while not conditions.present():  # noqa: ASYNC110  # a condition announces nothing
             await asyncio.sleep(0.001)
         said = "/x: 80 MB of disk space are missing. Make room: it goes on by itself"
-        assert conditions.present() == {"disk-full": said}
+        assert conditions.present() == {"store-full": said}
         _write_mark(mark, "")
         _write_mark(mark, "")
         while conditions.present():  # noqa: ASYNC110

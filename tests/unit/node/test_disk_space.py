@@ -202,7 +202,7 @@ async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
 async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(90))
     conditions = Conditions(SystemClock())
-    await checking(tmp_path, conditions, disk_full=90).measure()
+    await checking(tmp_path, conditions, disk_pressure=90).measure()
     assert sorted(conditions.present()) == [DISK_PRESSURE]
 
 

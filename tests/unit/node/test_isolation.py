@@ -22,7 +22,7 @@ def a_runc(directory: Path, version: str) -> str:
 def test_a_runc_with_known_ways_out_is_warned_of(tmp_path: Path) -> None:
     conditions = Conditions(SystemClock())
     (warning,) = check_isolation(a_runc(tmp_path, "1.2.5"), conditions)
-    assert warning.startswith("runc 1.2.5 has known ways out of a container (CVE-2025-31133, ")
+    assert warning.startswith("runc 1.2.5 has known container escapes (CVE-2025-31133, ")
     assert check_isolation(a_runc(tmp_path, "1.4.2"), conditions) == ()
     assert check_isolation(str(tmp_path / "none"), conditions) == ()
     assert conditions.present() == {}

@@ -66,7 +66,7 @@ def test_name_servers_are_counted_by_what_they_answered() -> None:
         (("A", 3),), (("network", "NOERROR", 2), ("forwarded", "SERVFAIL", 1)), upstream_timeouts=4
     )
     text = render(dns_families(Listing((), (), 5, names))).decode()
-    assert 'skep_dns_questions_total{type="A"} 3' in text
+    assert 'skep_dns_requests_total{type="A"} 3' in text
     assert 'skep_dns_responses_total{source="network",code="NOERROR"} 2' in text
     assert 'skep_dns_responses_total{source="forwarded",code="SERVFAIL"} 1' in text
     assert 'skep_dns_upstream_errors_total{reason="timeout"} 4' in text

@@ -84,7 +84,7 @@ async def test_a_port_that_the_daemon_comes_to_use_is_let_go() -> None:
     net = NetPorts()
     net.keys = {("tcp", 8443, ""), ("tcp", 8443, "::"), ("tcp", 80, "")}
     ports = UnreservedPorts(net, lambda: {("tcp", 8443): "the dashboard"})
-    assert list(await ports.held()) == [("tcp", 80, "")]
+    assert list(await ports.list_held()) == [("tcp", 80, "")]
     assert net.keys == {("tcp", 80, "")}
 
 

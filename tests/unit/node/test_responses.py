@@ -54,7 +54,7 @@ def test_one_that_is_silent_hands_over_and_is_past_help() -> None:
     assert 62 <= handed_over[0] <= 65
     assert len(handed_over) >= 4, "again and again, as it may have failed"
     assert 73 <= loop.time() <= 78
-    assert why.startswith("it did not answer for 1")
+    assert why.startswith("it did not respond for 1")
     loop.close()
 
 

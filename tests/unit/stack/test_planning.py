@@ -364,8 +364,8 @@ def test_a_plan_reads_like_a_list_of_changes() -> None:
 def test_a_plan_says_where_services_would_run_and_why_not() -> None:
     made = plan(TEXT, Existing())
     fits = Placement("shop_web", 3, (NodeShare("n1", 1), NodeShare("n2", 2)))
-    refused = (NodeRefusal("n1", ("insufficient resources: 2 CPUs wanted, 1 not reserved",)),)
-    assert [unstyle(line) for line in placement_lines(Placement("a", 0, refusal="no"))] == [
+    refused = (NodeRefusal("n1", ("insufficient resources: 2 CPUs requested, 1 not reserved",)),)
+    assert [unstyle(line) for line in placement_lines(Placement("a", 0, error="no"))] == [
         "would be refused: no"
     ]
     hostile = Placement(
@@ -383,5 +383,5 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
     assert lines[at + 3 :] == [
         "      does not fit: 1 of 2 tasks would run: n2",
         "        no suitable node (insufficient resources)",
-        "        n1: insufficient resources: 2 CPUs wanted, 1 not reserved",
+        "        n1: insufficient resources: 2 CPUs requested, 1 not reserved",
     ]

@@ -256,8 +256,8 @@ def test_the_time_until_the_next_attempt_is_no_cause() -> None:
         ("start-failed", 2, 0.0, True),
         ("no-node", 0, UNPLACED_S - 1, False),
         ("no-node", 0, UNPLACED_S, True),
-        ("waits", 0, 900.0, False),
-        ("progress", 0, 900.0, False),
+        ("waiting", 0, 900.0, False),
+        ("progressing", 0, 900.0, False),
     ],
 )
 def test_waiting_ends_where_it_cannot_help(

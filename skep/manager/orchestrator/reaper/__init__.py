@@ -1,1 +1,1 @@
-"""Removes tasks beyond the history limit, and services whose last task is gone."""
+"""Removal of tasks beyond the history limit, and of removed services without tasks."""

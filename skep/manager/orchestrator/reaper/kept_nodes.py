@@ -1,9 +1,9 @@
-"""Reasons for which the leader keeps a lost node in the cluster.
+"""Reasons why the leader keeps a lost node in the cluster.
 
 A node that is down may still run its containers and write to its volumes, because only the managers cannot reach it.
-Its removal releases everything it holds: its tasks are replaced, the volumes published on it are published elsewhere,
-and the data in its local volumes is given up.  So the leader removes a node only if it can show that nothing is lost.
-A person who runs ``docker node rm --force`` knows that the machine is gone; the leader never does.
+Its removal releases everything it holds: its tasks are replaced, its cluster volumes are published elsewhere, and the
+data in its local volumes is abandoned.  So the leader removes a node only if it can show that nothing is lost.  A
+person who runs ``docker node rm --force`` knows that the machine will not return.  The leader never knows that.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ from functools import cached_property
 from skep.manager.orchestrator.disconnection import policy_on, replaced_at
 from skep.model.description_size import size_condition
 from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import OnDisconnect, VolumePolicy, volume_policy
+from skep.model.labels import OnDisconnect, VolumeAffinity, volume_affinity
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.slot_volumes import (
@@ -31,7 +31,7 @@ from skep.store.kinds import has_unknown_service, specs_in_use
 
 STATUS_PART, PUBLISH_PART = "status", "publish"
 _CUT_CHARACTERS = LABEL_CHARACTERS_MAX - 512
-"""A label of slot volumes that is longer may have been cut: one word has at most 350 characters or so."""
+"""A longer label of slot volumes may have been cut: one word has at most some 350 characters."""
 
 
 class KeptNodes:
@@ -44,8 +44,8 @@ class KeptNodes:
         """Return why ``node`` must stay in the cluster, as a clause, or an empty text if nothing is lost with it.
 
         Args:
-            down_s: Seconds since the node went down.  Tasks of a removed node are replaced at once, so the node stays
-                until their disconnect policy allows that.
+            down_s: Seconds since the node was marked down.  Tasks of a removed node are replaced at once, so the node
+                stays until their disconnect policy allows that.
         """
         reasons = (self._unread(node), self._published(node), self._stored(node), self._tasks(node, down_s))
         return next(filter(None, reasons), "")
@@ -53,10 +53,10 @@ class KeptNodes:
     def _unread(self, node: Node) -> str:
         view = self._view
         if node.id in view.unreadable(Node) or STATUS_PART in view.damaged(Node).get(node.id, ()):
-            return "what it has cannot be read in the store"
+            return "its record in the store is unreadable"
         damaged = [id for id, parts in view.damaged(Volume).items() if PUBLISH_PART in parts]
         if volumes := sorted({*damaged, *view.unreadable(Volume)}):
-            return f"where cluster volume {volumes[0]} is cannot be read in the store"
+            return f"the store's record of where cluster volume {volumes[0]} is published is unreadable"
         return ""
 
     def _published(self, node: Node) -> str:
@@ -74,7 +74,7 @@ class KeptNodes:
         }
 
     def _stored(self, node: Node) -> str:
-        """Local volumes of services whose tasks start nowhere else, whether or not there is a task now."""
+        """Return a clause about local volumes of services whose tasks start nowhere else, even without a task now."""
         forgotten = forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, ""))
         found = [one for one in slot_volumes_of(node) if one.at_ms > forgotten.get(one.volume, -1)]
         if found and any(
@@ -94,9 +94,9 @@ class KeptNodes:
         return ""
 
     def _kept_volumes(self, services: Iterable[Service]) -> Iterator[str]:
-        """Names of local volumes, perhaps with placeholders, to which tasks of the services return."""
+        """Yield the names, perhaps with placeholders, of local volumes to which tasks of the services return."""
         for service in services:
-            if volume_policy(service.spec.labels) is VolumePolicy.KEEP and service.removed_at is None:
+            if volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED and service.removed_at is None:
                 for spec in specs_in_use(self._view, service):
                     yield from local_volumes(spec.task_template)
 
@@ -109,10 +109,13 @@ class KeptNodes:
                 continue
             policy, name = policy_on(node, service), service.spec.name
             if task.volumes and not task.status.state.is_terminal:
-                # Also where the volume has no entry: it may have been removed with force.
+                # Includes volumes without an entry: they may have been removed with force.
                 return f"a task of {name} may still write to cluster volume {task.volumes[0].source}"
-            if policy.action is OnDisconnect.KEEP or volume_policy(service.spec.labels) is VolumePolicy.KEEP:
-                return f"tasks of {name} stay on it (skep.on-disconnect, skep.volumes)"
+            if (
+                policy.action is OnDisconnect.KEEP
+                or volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
+            ):
+                return f"tasks of {name} stay on it (skep.on-disconnect, skep.volume-affinity)"
             if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:
                 return f"its tasks of {name} are not replaced yet (skep.on-disconnect-delay)"
         return ""

@@ -1,4 +1,4 @@
-"""The reaper's loop: deletes what ``history`` no longer needs."""
+"""The reaper's loop: deletes the objects that ``history`` no longer needs."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -43,33 +43,34 @@ Key = NewType("Key", str)
 
 
 VERSIONS_WITH_SERVICE_MAX = 50
-"""Versions of its spec that are deleted in one transaction with a service; more are deleted one by one before it."""
-AGAIN_S = 0.1
+"""Spec versions deleted in one transaction with their service.  More versions are deleted before it, one by one."""
+RETRY_S = 0.1
+"""Seconds until the reaper checks a removed service again whose versions are still being deleted."""
 
 NO_LIMIT = -1
-"""Of the history of a slot, in the words of ``surplus_history``."""
+"""Unlimited history, as an argument of ``surplus_history``."""
 
 
 class Orphan(msgspec.Struct, frozen=True):
-    """The task's node is gone: the leader sets its final state, because no agent will report it."""
+    """Set a task's final state because its node was removed and no agent will report it."""
 
     task: Task
 
 
 class DeleteTask(msgspec.Struct, frozen=True):
-    """The task exceeds the history limit, or was removed."""
+    """Delete a task that exceeds the history limit or was removed."""
 
     task: Task
 
 
 class DeleteService(msgspec.Struct, frozen=True):
-    """The service was removed and its last task is gone."""
+    """Delete a service that was removed and has no tasks left."""
 
     service: Service
 
 
 class DeleteVersion(msgspec.Struct, frozen=True):
-    """No task refers to this version of the spec any more."""
+    """Delete a spec version that no task refers to."""
 
     version: SpecVersion
 
@@ -78,7 +79,7 @@ Removal: TypeAlias = Orphan | DeleteTask | DeleteService | DeleteVersion
 
 
 class Reaper:
-    """Keeps task history within its limit, and deletes what users have removed."""
+    """Keeps task history within its limit, and deletes objects that users have removed."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -116,7 +117,8 @@ class Reaper:
                     if old.desired_state != new.desired_state or new.status.state.is_terminal:
                         self._queue.add((_slot_key(new),))
                 case Created(SpecVersion() as version):
-                    # Unreadable while its service was deleted, it may be left: only known versions go with a service.
+                    # A version that was unreadable while its service was deleted may be left: only known versions are
+                    # deleted with it.
                     self._queue.add((Key(version.service_id),))
                 case Deleted(Task() as task) if task.service_id:
                     self._queue.add((Key(task.service_id),))
@@ -162,7 +164,7 @@ class Reaper:
         ]
         yield from map(DeleteTask, disposable)
         service = view.lookup(Service, key.partition("/")[0])
-        # Without a readable run the completed tasks of the present one are not known: they would be run once more.
+        # Without a readable run its completed tasks are unknown, and deleting them would run them once more.
         if service is not None and not has_unreadable_run(view, service.id):
             run = as_run(view, service)
             limit = history_limit(run, _cluster_limit(view))
@@ -185,12 +187,12 @@ class Reaper:
             if len(versions) <= VERSIONS_WITH_SERVICE_MAX:
                 yield DeleteService(service)
                 return
-            self._queue.add_at(Key(service_id), self._clock.monotonic() + AGAIN_S)
+            self._queue.add_at(Key(service_id), self._clock.monotonic() + RETRY_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
 
     async def _commit(self, removals: list[tuple[Key, Removal]]) -> None:
-        """Write the removals, each a transaction of its own, in as few raft entries as possible."""
+        """Write each removal in its own transaction, in as few raft entries as possible."""
         if not removals:
             return
         now = timestamp(self._clock.now_ns())
@@ -209,7 +211,7 @@ def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
         case Orphan(wanted):
             task = tx.lookup(Task, wanted.id)
             if task is None or has_unreadable_status(tx, task):
-                return  # how it ended is known to others
+                return  # the manager that can read the status knows how it ended
             if is_orphaned(task, tx.lookup(Node, task.node_id)):
                 message = "Task belonged to a node that has been deleted"
                 status = TaskStatus(
@@ -238,7 +240,7 @@ def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
 
 
 def _slot_key(task: Task) -> Key:
-    """The schema's index "slot"."""
+    """Return the task's key in the store's "slot" index."""
     return Key(f"{task.service_id}/{task.slot or task.node_id}")
 
 

@@ -1,4 +1,4 @@
-"""Removes nodes that were lost for longer than the cluster keeps them (``lost_nodes``).  Leader only."""
+"""Removal of nodes that were lost for longer than the cluster keeps them (``lost_nodes``).  Leader only."""
 
 from collections.abc import Callable
 from random import Random
@@ -19,20 +19,20 @@ from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader,
 
 log = structlog.get_logger(__name__)
 
-LOOK_S = 5.0
-"""Between two looks; the shortest setting is a minute."""
+CHECK_S = 5.0
+"""Seconds between checks.  The shortest setting is a minute."""
 
 
 class LostNodes:
-    """Removes what is lost for good, if the cluster is set to do so."""
+    """Removes nodes that are lost for good, if the cluster is configured to do so."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._down: dict[NodeId, float] = {}
-        """Since when this leader has seen these nodes down and no disruption, on its monotonic clock."""
+        """When this leader first saw each node down without a disruption, on its monotonic clock."""
         self._kept: dict[NodeId, str] = {}
-        """Why these nodes were kept at the last look, although they are due: logged once."""
+        """Why due nodes were kept at the last check, so that each reason is logged once."""
 
     async def run(self) -> None:
         """Remove until cancelled."""
@@ -41,7 +41,7 @@ class LostNodes:
         )
 
     def _on_snapshot(self, view: View) -> None:
-        # A watch that lagged begins anew, as a term does: what was seen before it is not known to have lasted.
+        # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
         now = self._clock.monotonic()
         self._down = {node.id: now for node in view.find(Node) if is_lost_worker(node)}
 
@@ -55,7 +55,7 @@ class LostNodes:
 
     async def _work(self) -> None:
         while True:
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
             if self._down:
                 await self._remove()
 
@@ -66,7 +66,8 @@ class LostNodes:
             return
         nodes, is_frozen = view.find(Node), swarm.freeze is not None
         if is_disrupted(nodes, is_frozen=is_frozen):
-            # Of the nodes that come back after it, half are ready before the others, which are no more lost for that.
+            # When nodes return after a disruption, half are ready before the others, which are not lost because of
+            # that.
             self._down = dict.fromkeys(self._down, now)
             return
 
@@ -101,19 +102,19 @@ class LostNodes:
             if isinstance(result, SkepError):
                 log.warning("lost node not removed, will retry", node=id, reason=str(result))
             elif result:
-                log.warning("node was lost for longer than the cluster keeps it: removed", node=id)
+                log.warning("lost node removed", node=id)
 
     def _log_kept(self, kept: dict[NodeId, str]) -> None:
         for id, reason in kept.items():
             if self._kept.get(id) != reason:
-                log.warning("lost node is not removed", node=id, reason=reason)
+                log.warning("lost node kept", node=id, reason=reason)
         self._kept = kept
 
 
 def remove_lost(tx: Transaction, id: NodeId, down_s: Callable[[Node], float], now_ns: int) -> bool:
-    """Remove the node as a user would, unless it has come back or must be kept.  Return whether it was removed.
+    """Remove the node as a user would, unless it has returned or must be kept.  Returns whether it was removed.
 
-    The reasons to keep it are checked here again: a volume may have been published on it since the last look.
+    The reasons to keep it are checked again here: a volume may have been published on it since the last check.
     """
     node = tx.rely_on(Node, id)
     if node is None or not is_lost_worker(node) or KeptNodes(tx).reason(node, down_s(node)):

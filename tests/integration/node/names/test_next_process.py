@@ -116,8 +116,8 @@ async def test_damaged_records_keep_no_process_from_starting_and_the_node_has_th
     (lab.paths.names / "c3").mkdir()
     await lab.start_process()
     assert [one.id for one in (await lab.client.listing()).served] == ["c2"]
-    await naming.served()
-    assert await naming.served() == {"c1", "c2"}
+    await naming.ensure_served()
+    assert await naming.ensure_served() == {"c1", "c2"}
     for id in ("c1", "c2"):
         assert await (await lab.resolver(id)).addresses("web") == ["10.0.1.2"]
     assert {path.name for path in lab.paths.names.iterdir()} == {"c1", "c2"}

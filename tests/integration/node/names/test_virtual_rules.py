@@ -227,7 +227,7 @@ async def test_a_container_that_has_the_table_to_itself_fails_changes_of_its_own
             return "owner" in await lab.nft("client", "list ruleset")
 
         await wait_until(is_owned)
-        with pytest.raises(Unavailable, match="1 of 1 containers lack the new virtual addresses"):
+        with pytest.raises(Unavailable, match="1 of 1 containers do not have the new virtual addresses yet"):
             await lab.change(web("b12"))
         for number in range(4, 24):  # each at another moment of the attempts to write the other one
             await lab.change(a_network(a_served("api", "10.0.2.2", [f"10.0.2.{number}"]), name="back"))

@@ -39,7 +39,7 @@ NODE = NodeFacts(hostname="n")
             Privileges(credential_spec=CredentialSpec(file="spec.json")),
             '^invalid --security-opt 2: "credentialspec=file://spec.json"$',
         ),
-        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "no SELinux labels"),
+        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "does not set SELinux labels"),
     ],
 )
 def test_what_cannot_confine_here_is_rejected(privileges: Privileges, said: str) -> None:
@@ -139,7 +139,9 @@ def on_networks(*drivers: str) -> AssignedTask:
 def test_a_task_on_the_network_host_has_the_nodes() -> None:
     assert create_request(on_networks("host"), NODE).host_config.network_mode == "host"
     assert create_request(on_networks("overlay"), NODE).host_config.network_mode == ""
-    with pytest.raises(Rejected, match="conflicting options: a container on the network host is on no other"):
+    with pytest.raises(
+        Rejected, match="conflicting options: a container on the network host cannot be on another one"
+    ):
         create_request(on_networks("overlay", "host"), NODE)
 
 
@@ -245,5 +247,5 @@ def test_a_block_volume_is_its_device_and_a_rule_that_allows_its_use() -> None:
     assert [(one.type, one.source, one.target) for one in host.mounts] == [
         ("bind", f"/csi/{number}/mount", one.target) for number, one in enumerate(mounts, 1)
     ]
-    with pytest.raises(Rejected, match="has not been given its cluster volumes"):
+    with pytest.raises(Rejected, match="cluster volumes were not assigned"):
         create_request(task, NODE, published[1:])

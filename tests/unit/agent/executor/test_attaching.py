@@ -80,7 +80,7 @@ async def test_without_a_swarm_or_a_manager_there_is_no_endpoint() -> None:
     with pytest.raises(NotFound, match="network net1 not found"):
         await attachments.take(BOX, REQUEST)
     session.join(NodeId("n1"))
-    with pytest.raises(Unavailable, match="no manager is reached"):
+    with pytest.raises(Unavailable, match="no manager can be reached"):
         await attachments.take(BOX, REQUEST)
     session.leave()
     with pytest.raises(NotFound, match="network net1 not found"):
@@ -89,7 +89,7 @@ async def test_without_a_swarm_or_a_manager_there_is_no_endpoint() -> None:
 
 async def test_an_endpoint_that_no_manager_gave_is_not_released() -> None:
     managers = Managers()
-    managers.error = Unavailable("no manager is reached at present")
+    managers.error = Unavailable("no manager can be reached now")
     with pytest.raises(Unavailable):
         await ClusterAttachments(managers).take(BOX, REQUEST)
     assert managers.detached == []

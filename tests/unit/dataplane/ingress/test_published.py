@@ -47,7 +47,7 @@ class Ports(PortReservations):
     async def release(self, protocol: str, port: int, address: str = "") -> None:
         pass
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
         return [("tcp", 443, "")]
 
 
@@ -108,8 +108,8 @@ class UnansweredPorts(NetPorts):
         await super().release(protocol, port, address)
         self._answered("release", port)
 
-    async def held(self) -> Iterable[tuple[str, int, str]]:
-        found = await super().held()
+    async def list_held(self) -> Iterable[tuple[str, int, str]]:
+        found = await super().list_held()
         self.keys |= self._after_listing
         self._after_listing.clear()
         if "list" in self.unanswered:

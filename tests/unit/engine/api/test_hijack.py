@@ -10,7 +10,7 @@ from aiohttp import web
 
 from skep.api.responses import Hijacked
 from skep.api.server import OutputStream, Routes, application, frame, runner
-from skep.engine.api.hijack import hijacked
+from skep.engine.api.hijack import hijack
 
 
 class Server:
@@ -25,7 +25,7 @@ class Server:
         @table.post("/exec/{id}/start")
         async def start(request: web.Request) -> web.StreamResponse:
             await request.read()
-            async with hijacked(request, tty=False) as client:
+            async with hijack(request, tty=False) as client:
                 self.sending.set()
                 await client.send(OutputStream.STDOUT, b"hello")
             return Hijacked()

@@ -8,7 +8,7 @@ from aiohttp import WSServerHandshakeError, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import Routes, application
-from skep.engine.api.websocket import check_handshake, opened
+from skep.engine.api.websocket import check_handshake, open_websocket
 from skep.errors import PermissionDenied
 
 
@@ -20,7 +20,7 @@ async def client():
     @table.get("/ws")
     async def echo(request: web.Request) -> web.StreamResponse:
         check_handshake(request)
-        async with opened(request) as (connection, response):
+        async with open_websocket(request) as (connection, response):
             await connection.send(1, await connection.read())
         return response
 

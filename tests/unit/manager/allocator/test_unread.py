@@ -104,7 +104,7 @@ async def test_of_which_networks_they_may_be(
             if len(expected) == 1:
                 check_known(view, owner, network)  # its own cannot be another's
             if networks is None or network.id in networks:
-                with pytest.raises(Unread, match="cannot be read"):
+                with pytest.raises(Unread, match="are unreadable"):
                     check_known(view, "another", network)
 
 
@@ -141,7 +141,7 @@ async def test_a_task_waits_for_an_address_until_the_owner_of_unread_ones_has_en
         db = store.view().get(Task, "db")
         assert (db.status.state, db.networks_attachments) == (NEW, ())
         assert db.status.err == (
-            "waits for an address of network net1: those of old cannot be read on the manager that leads"
+            "waits for an address of network net1: the addresses of old are unreadable on the leader"
         )
         old = store.view().get(Task, "old")
         await put(store, replace(old, status=TaskStatus(state=SHUTDOWN)))

@@ -78,7 +78,7 @@ def test_one_step_doubles_at_most() -> None:
 def test_no_more_than_the_range_has() -> None:
     at_most = decided(a_scaled(10), [90.0] * 10)
     assert at_most.replicas is None
-    assert "it has the most tasks that it may have" in at_most.reason
+    assert "it is at its maximum number of tasks" in at_most.reason
 
 
 @pytest.mark.parametrize("percent", [46.0, 50.0, 54.9])
@@ -91,7 +91,7 @@ def test_fewer_tasks_come_when_they_would_have_done_for_a_whole_window() -> None
     for now in range(15, 300, 15):
         early = decided(service, [10.0] * 8, history=history, now=float(now))
         assert early.replicas is None
-        assert "2 would do, it waits for 300 s of that" in early.reason
+        assert "2 would suffice, scaling down after 300 s" in early.reason
     assert decided(service, [10.0] * 8, history=history, now=300.0).replicas == 2
 
 

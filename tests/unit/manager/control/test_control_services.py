@@ -181,7 +181,7 @@ async def test_a_job_whose_run_cannot_be_read_is_not_changed(store):
         rollback(store, job, spec),
         update(store, web, a_service_spec("web", image="busybox:2")),
     ):
-        with pytest.raises(Unavailable, match=r"run of job .* cannot be read by this manager"):
+        with pytest.raises(Unavailable, match="this manager cannot read the current run of job"):
             await changing
     assert [store.view().get(Service, one.id) for one in (job, web, dependent)] == [job, web, dependent]
 
@@ -344,7 +344,7 @@ async def allow(store, rights: str) -> None:
 async def test_a_service_gets_no_right_over_its_nodes_that_the_cluster_does_not_allow(store):
     plain = a_service_spec("web")
     privileged = with_labels(plain, **{"skep.privileged": "true", "skep.shm-size": "1g"})
-    words = "the cluster does not allow its services: privileged"
+    words = "this cluster does not allow services to use: privileged"
     await allow(store, "resources")
     with pytest.raises(PermissionDenied, match=words):
         await create(store, privileged)
@@ -371,7 +371,7 @@ async def test_what_leaves_the_tasks_as_they_are_is_not_refused_when_the_cluster
     assert service.spec.replicas == 7
     service = await rollback(store, service, service.spec)
     assert service.spec == present
-    words = "the cluster does not allow its services: devices"
+    words = "this cluster does not allow services to use: devices"
     container = present.task_template.container_spec
     for changed in (
         with_labels(present, **{"skep.devices": "/dev/sda"}),

@@ -41,7 +41,9 @@ async def test_a_service_without_an_update_is_refused(store: MemoryStore, verb: 
         "resume": lambda tx: resume_update(tx, service.id),
         "abort": lambda tx: abort_update(tx, service.id, service.version.index, now=NOW),
     }
-    with pytest.raises(FailedPrecondition, match=f"no update of service web .* nothing to {verb}"):
+    with pytest.raises(
+        FailedPrecondition, match=f"service web has no update in progress.* nothing to {verb}"
+    ):
         await store.update(requests[verb])
     await store.update(remove_service, service.id, now=NOW)
     with pytest.raises(NotFound):
@@ -71,5 +73,5 @@ async def test_only_the_update_that_was_seen_is_aborted(store: MemoryStore) -> N
     assert aborted.spec == service.previous_spec
     assert aborted.update_status is not None
     assert aborted.update_status.state is UpdateState.ROLLBACK_STARTED
-    with pytest.raises(FailedPrecondition, match="rolled back already"):
+    with pytest.raises(FailedPrecondition, match="already being rolled back"):
         await store.update(abort_update, service.id, aborted.version.index, now=NOW)

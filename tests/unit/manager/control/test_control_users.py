@@ -50,7 +50,7 @@ async def test_a_renewed_certificate_lives_no_longer_than_the_one_that_asks() ->
     rig = Rig()
     user = await rig.issue(await rig.a_user(), days=2)
     (first,) = user.certificates
-    with pytest.raises(InvalidArgument, match="valid for 172800 s in all, and so is the next one at most"):
+    with pytest.raises(InvalidArgument, match="has a lifetime of 172800 s, which the next one cannot exceed"):
         await rig.renew(user, first.serial, 3 * DAY_S)
     _, second = (await rig.renew(user, first.serial, now=after(1))).certificates
     assert second.not_after == after(3)

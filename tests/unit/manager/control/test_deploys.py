@@ -95,7 +95,7 @@ async def test_a_revision_of_another_stack_is_as_one_that_was_removed(state: str
         with pytest.raises(FailedPrecondition) as raised:
             await store.update(fenced(put_service, id, "shop"))
         refusals.add(str(raised.value))
-    assert refusals == {"the revision of this deploy was removed: deploy again"}
+    assert refusals == {"the revision of this deploy was removed: deploy the stack again"}
 
 
 async def test_a_deploy_that_is_replaced_at_the_same_moment_writes_nothing() -> None:

@@ -77,7 +77,7 @@ async def test_adding_a_pool_that_is_there_changes_nothing(store):
         ({"add": ("10.3.0.0/25",)}, InvalidArgument, "Subnet size is too small for pool: 24"),
         ({"subnet_size": 30}, InvalidArgument, "subnet size is out of range: 30"),
         ({"subnet_size": 15}, InvalidArgument, "Subnet size is too small for pool: 15"),
-        ({"remove": ("10.9.0.0/16",)}, NotFound, "no address pool of the cluster"),
+        ({"remove": ("10.9.0.0/16",)}, NotFound, "not an address pool of the cluster"),
         ({"add": tuple(f"10.{n}.0.0/16" for n in range(3, 70))}, InvalidArgument, "at most 64"),
         ({"add": ("10.3.0.0/16",) * 10_000}, InvalidArgument, "at most 64"),
     ],

@@ -52,7 +52,7 @@ def test_a_returning_node_has_no_acknowledgement(how: str) -> None:
         case "another session":
             known.set_networks(N1, "s2", (NET,))
         case "another stream":
-            known.begin_anew(N1)
+            known.reset_node(N1)
         case _:
             known.remove_node(N1)
             known.set_networks(N1, "s1", (NET,))
@@ -91,7 +91,7 @@ def test_the_smallest_is_the_smallest_whatever_happens(steps: list[tuple[str, st
                 known.set_networks(NodeId(node), session[node], (NET,))
                 model[node] = 0
             case "another stream":
-                known.begin_anew(NodeId(node))
+                known.reset_node(NodeId(node))
                 model |= {node: 0} if node in model else {}
         assert known.smallest(NET) == min(model.values(), default=None)
 

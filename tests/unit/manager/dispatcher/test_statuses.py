@@ -264,11 +264,11 @@ async def test_where_a_node_connects_from_no_other_takes(store):
     await store.update(take_session, saying("n1", "10.0.0.1", ""))
     (warning,) = data_path_warnings(store.view().find(Node))
     assert warning == (
-        "node n2: its data path address 10.0.0.1 is that of node n1, so its overlay networks reach no other node"
+        "node n2: its data path address 10.0.0.1 belongs to node n1, so its overlay networks reach no other node"
     )
 
 
 async def test_an_address_of_no_machine_is_warned_of(store):
     await store.update(take_session, saying("n1", "10.0.0.1", "fe80::1%x"))
     (warning,) = data_path_warnings(store.view().find(Node))
-    assert warning == "node n1: its data path address 'fe80::1%x' is no address of a machine and is not used"
+    assert warning == "node n1: its data path address 'fe80::1%x' is not a machine's address and is not used"

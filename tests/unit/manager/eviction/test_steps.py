@@ -201,7 +201,7 @@ async def test_containers_with_a_volume_for_one_node_are_not_kept(store):
     spec = VolumeSpec(name="data", access_mode=AccessMode(scope=VolumeScope.SINGLE))
     volume = Volume(id=VolumeId("v"), spec=spec, publish_status=(status,))
     await store.update(lambda tx: tx.put(volume))
-    with pytest.raises(FailedPrecondition, match="volume data, which one node at a time may use, is on w1"):
+    with pytest.raises(FailedPrecondition, match="single-node volume data is on w1"):
         await evict(store, "w1", keeps_containers=True)
     assert (await evict(store, "w1")).keeping == ()
 

@@ -97,7 +97,7 @@ def test_every_task_that_is_replaced_has_a_reason() -> None:
         "it was rejected: no such image"
     )
     assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "its process ended with code 0"
-    assert replaced(last, a_node("n1")) == f"it does not fit its node {name} any more, or was stopped"
+    assert replaced(last, a_node("n1")) == f"it no longer fits its node {name}, or was stopped"
     assert replaced(replace(last, node_id="")) == "it had no node yet"
 
 
@@ -204,7 +204,7 @@ def test_nodes_and_their_managers() -> None:
     assert told(Updated(node, down)) == [("down", f"node {name} is down: no heartbeat")]
     assert told(Updated(down, node)) == [("up", f"node {name} is ready")]
     leads = replace(node, manager_status=ManagerStatus(leader=True))
-    assert told(Updated(node, leads)) == [("leader", f"manager {name} leads")]
+    assert told(Updated(node, leads)) == [("leader", f"manager {name} became the leader")]
     assert told(Updated(leads, leads)) == []
     assert told(Deleted(node)) == [("remove", f"node {name} was removed")]
 

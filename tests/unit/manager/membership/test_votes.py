@@ -137,6 +137,6 @@ async def test_a_manager_names_the_ways_that_are_closed_from_it() -> None:
         ]
         assert await unreachable_peers(peers, M2) == (
             f"this manager cannot reach 127.0.0.1:{ports['m3']} (etcd's peers): connection refused: "
-            "open the way there"
+            "open these ports in the firewall"
         )
         assert await unreachable_peers(peers[:1], M2) == ""

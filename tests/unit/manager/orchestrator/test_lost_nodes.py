@@ -159,12 +159,12 @@ def test_a_task_with_a_cluster_volume_keeps_its_node_until_it_has_ended(state: T
     assert bool(why_kept(tx)) is not state.is_terminal
 
 
-def a_service_with_data(policy: str = "keep", *, source: str = "data", replicas: int = 0) -> Service:
+def a_service_with_data(policy: str = "required", *, source: str = "data", replicas: int = 0) -> Service:
     service = a_service("db", replicas=replicas)
     container = ContainerSpec(image="db", mounts=(Mount(type="volume", source=source, target="/d"),))
     template = replace(service.spec.task_template, container_spec=container)
     return replace(
-        service, spec=replace(service.spec, task_template=template, labels={"skep.volumes": policy})
+        service, spec=replace(service.spec, task_template=template, labels={"skep.volume-affinity": policy})
     )
 
 
@@ -181,7 +181,7 @@ def with_slots(node: Node, label: str, **labels: str) -> Node:
         (a_service_with_data(source="data-{{.Task.Slot}}"), "data-7=db.7@1700000000000", True),
         (a_service_with_data(), "other=db.1@1700000000000", False),
         (a_service_with_data(), "data=web.1@1700000000000", False),
-        (a_service_with_data("follow"), "data=db.1@1700000000000", False),
+        (a_service_with_data("preferred"), "data=db.1@1700000000000", False),
         (replace(a_service_with_data(), removed_at=timestamp(NOW_NS)), "data=db.1@1700000000000", False),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_node_that_cannot_report_all_its_volumes_is_kept_for_the_data_of_any_s
     uses = [SlotVolume("v" * 200, f"web{number}", 1, 1_700_000_000_000 + number) for number in range(200)]
     full = with_slots(down("w1"), slot_volumes_label(uses))
     assert why_kept(a_cluster_with(full, a_service_with_data())).startswith("it has more volumes than")
-    assert why_kept(a_cluster_with(full, a_service_with_data("follow"))) == ""
+    assert why_kept(a_cluster_with(full, a_service_with_data("preferred"))) == ""
     some = with_slots(down("w1"), slot_volumes_label(uses[:100]))
     assert why_kept(a_cluster_with(some, a_service_with_data())) == ""
     # The size of the whole description cuts the label at any length.

@@ -81,7 +81,7 @@ async def test_an_update_that_loses_its_credentials_says_so(cluster) -> None:
 
     assert await updated("corp.example/a:2") is None
     assert await updated("other.example/a:2") == [
-        "image other.example/a:2 is pulled without credentials: those of the service are for another registry"
+        "image other.example/a:2 is pulled without credentials: the service's credentials are for another registry"
     ]
     assert await updated("other.example/a:3") is None
 
@@ -94,7 +94,7 @@ async def test_a_change_that_loses_its_credentials_says_so(cluster) -> None:
     spec = a_spec("a", "other.example/a:2")
     (moved,) = await changed(client, {"Spec": spec, "ID": made["ID"], "Version": index})
     assert moved["Warnings"] == [
-        "image other.example/a:2 is pulled without credentials: those of the service are for another registry"
+        "image other.example/a:2 is pulled without credentials: the service's credentials are for another registry"
     ]
 
 

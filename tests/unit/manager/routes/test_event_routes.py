@@ -68,7 +68,7 @@ async def test_every_message_of_a_stream_has_a_cursor_also_before_the_first_even
         async with TestClient(served) as client, asyncio.timeout(5):
             response = await client.get("/skep/events?nodes=n1")
             line = msgspec.json.decode(await response.content.readline())
-            assert line["Action"] == "away"
+            assert line["Action"] == "disconnect"
             again = await client.get("/skep/events", params={"nodes": "n1", "after": line["Cursor"]})
             assert again.status == 200
             for one in (response, again):

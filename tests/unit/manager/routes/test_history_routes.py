@@ -145,7 +145,7 @@ async def test_a_response_does_not_wait_for_its_entry(recorded: list[Entry]) -> 
     async def respond(_: web.Request) -> web.StreamResponse:
         return web.json_response({"ID": "s1"}, status=201)
 
-    response = await audit.audited(make_mocked_request("POST", "/services/create"), respond)
+    response = await audit.record_request(make_mocked_request("POST", "/services/create"), respond)
     assert (response.status, recorded) == (201, [])
     await asyncio.sleep(0)  # one turn of the event loop
     assert [(one.status, one.object_id) for one in recorded] == [(201, "s1")]
@@ -157,14 +157,14 @@ async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[Entry]
         raise AssertionError("unreachable")
 
     request = make_mocked_request("DELETE", "/services/web")
-    serving = asyncio.ensure_future(audit.audited(request, wait))
+    serving = asyncio.ensure_future(audit.record_request(request, wait))
     await asyncio.sleep(0)
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await serving
     (entry,) = recorded
     assert entry.status == 499
-    assert "the client was gone before the response" in entry.message
+    assert "the client disconnected before the response" in entry.message
     assert "refused" not in entry.message
 
 
@@ -173,6 +173,6 @@ async def test_a_route_that_is_none_is_no_internal_error(recorded: list[Entry]) 
         raise web.HTTPNotFound
 
     with pytest.raises(web.HTTPNotFound):
-        await audit.audited(make_mocked_request("POST", "/services/web/nothing"), refuse)
+        await audit.record_request(make_mocked_request("POST", "/services/web/nothing"), refuse)
     (entry,) = recorded
     assert (entry.status, entry.message) == (404, "nothing service web: refused with 404: Not Found")

@@ -243,7 +243,10 @@ async def test_a_slot_of_a_one_shot_service_is_completed_with_its_youngest_task(
     (shown,) = await (await client.get("/v1.41/services?status=true")).json()
     assert (shown["ServiceStatus"]["DesiredTasks"], shown["ServiceStatus"]["CompletedTasks"]) == (1, done)
     explained = await (await client.get("/skep/services/migrate/explain")).json()
-    assert (explained["IsAsWanted"], explained.get("Done", 0)) == (done or TaskState.RUNNING in states, done)
+    assert (explained["IsHealthy"], explained.get("Completed", 0)) == (
+        done or TaskState.RUNNING in states,
+        done,
+    )
 
 
 async def test_a_one_shot_service_is_completed_on_nodes_that_may_have_its_tasks_only(cluster):

@@ -45,7 +45,7 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
     async with client.post("/services/create", json=a_request("two", id, **replicated(5))) as response:
         made = await response.json()
     (warning,) = made["Warnings"]
-    assert warning.startswith("network tiny has 13 addresses, and its services need 12: skep network update")
+    assert warning.startswith("network tiny has 13 addresses, and its services need 12: add a subnet with")
     index = (await (await client.get("/services/two")).json())["Version"]["Index"]
     path = f"/services/two/update?version={index}"
     async with client.post(path, json=a_request("two", id, **replicated(1))) as response:
@@ -86,4 +86,6 @@ async def test_a_network_without_addresses_says_why(cluster) -> None:
     spec = NetworkSpec(name="second", driver_configuration=Driver(name="overlay", options=options))
     await api.store.update(lambda tx: tx.put(Network(id=NetworkId("second"), spec=spec)))
     async with client.get("/networks/second") as response:
-        assert (await response.json())["Warnings"] == ["not allocated: VXLAN ids 1,2 are not 1 free numbers"]
+        assert (await response.json())["Warnings"] == [
+            "not allocated: the network needs free VXLAN ids, one per IPv4 subnet (1), not 1,2"
+        ]

@@ -86,12 +86,12 @@ async def test_tasks_are_spread_and_each_service_takes_room_from_the_next(cluste
         cluster, a_spec("a", replicas=3, memory=2 * GIB), a_spec("b", replicas=2, memory=2 * GIB)
     )
     assert sorted(shares(first).values()) == [1, 2]
-    assert first["Refusal"] == ""
+    assert first["Error"] == ""
     assert sum(shares(second).values()) == 1
-    assert second["Wanted"] == 2
-    assert second["Refusal"].startswith("no suitable node (insufficient resources on 2 nodes")
-    reasons = {one["Hostname"]: one["Refusals"] for one in second["Verdicts"]}
-    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory wanted, 0 not reserved"]
+    assert second["Desired"] == 2
+    assert second["Error"].startswith("no suitable node (insufficient resources on 2 nodes")
+    reasons = {one["Hostname"]: one["Reasons"] for one in second["Verdicts"]}
+    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory requested, 0 not reserved"]
 
 
 async def test_what_no_node_meets_is_named(cluster) -> None:
@@ -103,7 +103,7 @@ async def test_what_no_node_meets_is_named(cluster) -> None:
     )
     assert shares(north) == {"n1": 2}
     assert shares(nowhere) == {}
-    assert nowhere["Refusal"].startswith("no suitable node (scheduling constraints not satisfied on 2 nodes")
+    assert nowhere["Error"].startswith("no suitable node (scheduling constraints not satisfied on 2 nodes")
 
 
 async def test_a_global_service_is_on_the_nodes_that_meet_its_constraints(cluster) -> None:
@@ -114,7 +114,7 @@ async def test_a_global_service_is_on_the_nodes_that_meet_its_constraints(cluste
         a_spec("b", constraint="node.labels.zone==north", Mode={"Global": {}}),
     )
     assert shares(everywhere) == {"n1": 1, "n2": 1}
-    assert (shares(north), north["Wanted"]) == ({"n1": 1}, 1)
+    assert (shares(north), north["Desired"]) == ({"n1": 1}, 1)
 
 
 async def a_running_service(api: ManagerApi, **fields: Any) -> Service:
@@ -150,7 +150,7 @@ async def test_the_room_of_tasks_that_are_replaced_counts_as_the_order_has_it(cl
     spec = a_spec("web", replicas=4, memory=GIB, UpdateConfig={"Parallelism": 1, "Order": order.value})
     spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
     (found,) = await asked(cluster, spec)
-    assert (found["Refusal"] == "") is fits
+    assert (found["Error"] == "") is fits
     assert shares(found) == ({"n1": 4} if fits else {})
 
 
@@ -183,7 +183,7 @@ async def test_a_cluster_volume_goes_with_the_task_that_is_replaced(cluster, ord
     }
     (found,) = await asked(cluster, planned)
     assert shares(found) == ({node: 1} if node else {})
-    assert ("cannot fulfill requested CSI volume mounts" in found["Refusal"]) is (not node)
+    assert ("cannot fulfill requested CSI volume mounts" in found["Error"]) is (not node)
 
 
 async def test_an_update_stays_on_a_full_node_and_a_scale_up_does_not_go_there(cluster) -> None:
@@ -193,10 +193,10 @@ async def test_an_update_stays_on_a_full_node_and_a_scale_up_does_not_go_there(c
     spec = a_spec("web", replicas=4, memory=GIB)
     spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
     (updated,) = await asked(cluster, spec)
-    assert (shares(updated), updated["Refusal"]) == ({"n1": 4}, "")
+    assert (shares(updated), updated["Error"]) == ({"n1": 4}, "")
     (scaled,) = await asked(cluster, a_spec("web", replicas=5, memory=GIB))
     assert shares(scaled) == {"n1": 4}
-    assert "disk full on 1 node" in scaled["Refusal"]
+    assert "disk full on 1 node" in scaled["Error"]
 
 
 async def test_secrets_and_configs_need_not_exist_and_do_not_move_tasks(cluster) -> None:
@@ -206,7 +206,7 @@ async def test_secrets_and_configs_need_not_exist_and_do_not_move_tasks(cluster)
     spec = a_spec("a")
     spec["TaskTemplate"]["ContainerSpec"]["Secrets"] = [secret]
     (found,) = await asked(cluster, spec)
-    assert (sum(shares(found).values()), found["Refusal"]) == (1, "")
+    assert (sum(shares(found).values()), found["Error"]) == (1, "")
 
 
 async def test_what_leaves_a_service_makes_room_for_the_next(cluster) -> None:
@@ -229,13 +229,13 @@ async def test_start_first_needs_room_for_as_many_as_are_updated_at_once(cluster
         )
         spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
         (found,) = await asked(cluster, spec)
-        assert (found["Refusal"] == "") is fits
+        assert (found["Error"] == "") is fits
 
 
 async def test_what_the_cluster_would_refuse_is_said_and_the_others_are_placed(cluster) -> None:
     await two_nodes(cluster[0])
     bad, good = await asked(cluster, a_spec("a", constraint="what is this"), a_spec("b"))
-    assert bad["Refusal"] == "constraint expected one operator from ==, !="
+    assert bad["Error"] == "constraint expected one operator from ==, !="
     assert sum(shares(good).values()) == 1
 
 
@@ -255,7 +255,7 @@ async def test_services_on_all_nodes_count_against_the_bound_as_often_as_there_a
     await two_nodes(api)
     monkeypatch.setattr(placement, "_TASKS_MAX", 5)  # three nodes, with the manager
     everywhere = {"Mode": {"Global": {}}}
-    assert [one["Wanted"] for one in await asked(cluster, a_spec("a", **everywhere))] == [2]
+    assert [one["Desired"] for one in await asked(cluster, a_spec("a", **everywhere))] == [2]
     async with client.post(
         "/skep/services/placement", json=[a_spec(n, **everywhere) for n in "ab"]
     ) as response:
@@ -269,7 +269,7 @@ async def test_nothing_about_many_nodes_or_tasks_is_looked_at_without_a_pause(cl
     await put(api, *(a_task(f"t{n}", service=service, node=f"n{n}") for n in range(2 * STEP)))
     view = api.store.view()
     steps = list(DryRun(view, await accounting_of(view), named).placing(service.spec))
-    assert steps[-1].wanted == 4 * STEP
+    assert steps[-1].desired == 4 * STEP
     assert len(steps) > 4 + 2 + 2 * STEP // BATCH
 
 
@@ -302,7 +302,7 @@ async def test_one_that_takes_too_long_ends(cluster, monkeypatch: pytest.MonkeyP
     _, client = cluster
     async with client.post("/skep/services/placement", json=[a_spec("a")]) as response:
         assert response.status == 500
-        assert "ask for fewer at once" in (await response.json())["message"]
+        assert "send fewer services at once" in (await response.json())["message"]
 
 
 @pytest.mark.parametrize(
@@ -331,15 +331,15 @@ async def test_a_service_of_higher_priority_comes_first_and_says_what_stops_for_
     await a_running_service(api)
     low, high = a_spec("low", memory=4 * GIB), a_spec("high", memory=4 * GIB, Labels={"skep.priority": "1"})
     first, second = await asked(cluster, low, high)
-    assert (first["Name"], shares(first), first["Refusal"]) == ("high", {"n2": 1}, "")
-    assert second["Refusal"].startswith("no suitable node")
+    assert (first["Name"], shares(first), first["Error"]) == ("high", {"n2": 1}, "")
+    assert second["Error"].startswith("no suitable node")
     (alone,) = await asked(cluster, {**high, "Mode": {"Replicated": {"Replicas": 2}}})
-    assert alone["Refusal"].startswith("no suitable node")
+    assert alone["Error"].startswith("no suitable node")
     assert "Preempted" not in alone
     (swarm,) = api.store.view().find(Swarm)
     await put(api, replace(swarm, spec=replace(swarm.spec, labels={"skep.preemption": "true"})))
     (both,) = await asked(cluster, {**high, "Mode": {"Replicated": {"Replicas": 2}}})
-    assert (shares(both), both["Refusal"]) == ({"n1": 1, "n2": 1}, "")
+    assert (shares(both), both["Error"]) == ({"n1": 1, "n2": 1}, "")
     assert both["Preempted"] == [{"Name": "web", "Tasks": 4}]
     (all_nodes,) = await asked(cluster, {**high, "Mode": {"Global": {}}})
     assert (shares(all_nodes), all_nodes["Preempted"]) == ({"n1": 1, "n2": 1}, [{"Name": "web", "Tasks": 4}])

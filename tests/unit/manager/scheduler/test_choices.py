@@ -326,7 +326,7 @@ def test_properties_of_choices_of_services_on_many_nodes(check: Callable[[int], 
     """Two nodes are many, and it pauses after each node."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spread_module, "STEP", 1)
-        patch.setattr(ranking_module, "LOOKED_MAX", 1)
+        patch.setattr(ranking_module, "CHECKED_MAX", 1)
         check(seed)
 
 
@@ -352,7 +352,7 @@ def unsorted(patch: pytest.MonkeyPatch) -> None:
 
 def unlimited(patch: pytest.MonkeyPatch) -> None:
     """Once a node will do, it will do for ever."""
-    patch.setattr(candidates_module.Candidates, "has_room", lambda candidates, account, copies: True)
+    patch.setattr(candidates_module.Candidates, "has_capacity", lambda candidates, account, copies: True)
 
 
 def keeping_aside(patch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_volume_that_cannot_be_had_says_why(volume: Volume, words: str) -> Non
 def test_a_node_needs_the_driver_and_room_for_it() -> None:
     assert "needs driver d, which the node does not have" in chosen(uses(a_volume()), where=a_node())
     full = uses(a_volume(), a_volume("first", publish_status=(on("n1"),)))
-    assert "has its 1 volumes of driver d" in chosen(full, where=node(at_most=1))
+    assert "at its limit of 1 volumes of driver d" in chosen(full, where=node(at_most=1))
     assert chosen(full, "first", where=node(at_most=1)) == ["first"]
 
 
@@ -162,9 +162,9 @@ def test_a_volume_on_as_many_nodes_as_can_be_kept_goes_to_no_further_one() -> No
     assert not isinstance(uses(fits).choose(mounts, node()), str)
     assert not isinstance(uses(fits, a=("data", "x78", False)).choose(mounts, node("x78")), str)
     held = {f"t{number}": ("data", f"y{number}", False) for number in range(10)}
-    assert "as many nodes as can be kept" in str(uses(fits, **held).choose(mounts, node()))
+    assert "the maximum for one volume" in str(uses(fits, **held).choose(mounts, node()))
     full = a_volume(
         publish_status=(*many, *(on(f"z{number}", PublishState.PENDING) for number in range(10))), **mode
     )
-    assert "as many nodes as can be kept" in str(uses(full).choose(mounts, node()))
+    assert "the maximum for one volume" in str(uses(full).choose(mounts, node()))
     assert not isinstance(uses(full).choose(mounts, node("x1")), str)

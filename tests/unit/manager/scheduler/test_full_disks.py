@@ -62,7 +62,7 @@ def test_a_task_that_no_node_has_space_for_says_so_and_each_node_why() -> None:
     service = a_service()
     requirements = requirements_of(a_task(service=service, state=TaskState.PENDING), service.spec)
     (account, _) = accounting.accounts.values()
-    assert verdict(requirements, account, 0).refusals == (f"disk full: {FULL}",)
+    assert verdict(requirements, account, 0).reasons == (f"disk full: {FULL}",)
 
 
 def test_what_a_node_lacks_for_good_is_named_before_its_disk() -> None:

@@ -41,7 +41,7 @@ def taking(accounting: Accounting, *networks: Network) -> list[str]:
     """The nodes that would take a task on these networks."""
     requirements = requirements_of(a_task_on(*networks), SERVICE.spec)
     return [
-        id for id, account in accounting.accounts.items() if not verdict(requirements, account, 0).refusals
+        id for id, account in accounting.accounts.items() if not verdict(requirements, account, 0).reasons
     ]
 
 
@@ -72,9 +72,9 @@ def test_a_task_that_finds_no_node_says_why_and_each_node_which_way_fails() -> N
     requirements = requirements_of(task, SERVICE.spec)
     refused = place([task], requirements, Choices(accounting), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (overlay traffic fails on 1 node)"
-    (words,) = verdict(requirements, accounting.accounts[a_node("w1").id], 0).refusals
+    (words,) = verdict(requirements, accounting.accounts[a_node("w1").id], 0).reasons
     assert words == (
-        "4789/udp fails between this node and w2 (the node's label skep.ignore-paths=true would allow it)"
+        "4789/udp fails between this node and w2 (set the node's label skep.ignore-paths=true to allow it)"
     )
 
 

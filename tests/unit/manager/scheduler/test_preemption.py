@@ -15,14 +15,14 @@ from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.groups import group_of
 from skep.manager.scheduler.preemption import (
     AT_ONCE,
+    Candidate,
     Nomination,
     Occupants,
     Preempt,
-    Room,
-    frees_own_room,
-    making_room,
-    reserve_room,
-    room_on,
+    candidate_on,
+    frees_own_resources,
+    making_nominations,
+    reserve_candidate,
 )
 from skep.manager.scheduler.preemptor import STOPPING_S, Preemptor
 from skep.manager.scheduler.priorities import Priorities
@@ -97,12 +97,12 @@ class World:
     def occupants(self, service: Service) -> Occupants:
         return Occupants(lambda: self.view, self.priorities, self.priorities.of(service.id))
 
-    def room(self, service: Service, node: str = "n1") -> Room | None:
-        return room_on(NodeId(node), wanted(service), self.accounting, self.occupants(service))
+    def candidate(self, service: Service, node: str = "n1") -> Candidate | None:
+        return candidate_on(NodeId(node), wanted(service), self.accounting, self.occupants(service))
 
     def victims(self, service: Service, node: str = "n1") -> set[str] | None:
-        room = self.room(service, node)
-        return None if room is None else set(room.victims)
+        candidate = self.candidate(service, node)
+        return None if candidate is None else set(candidate.victims)
 
     def nominations(self, service: Service, count: int = 1, victims_max: int = AT_ONCE) -> list[Nomination]:
         return run_at_once(self.nominating(service, count, victims_max))
@@ -112,13 +112,13 @@ class World:
     ) -> SlicedWork[list[Nomination]]:
         tasks = [a_task(slot=n, service=service, state=TaskState.PENDING) for n in range(1, count + 1)]
         requirements = wanted(service)
-        return making_room(
+        return making_nominations(
             tasks,
             requirements,
             list(self.accounting.accounts),
             self.accounting,
             self.occupants(service),
-            claim=lambda one: reserve_room(self.accounting, one.task.id, one.room, requirements),
+            claim=lambda one: reserve_candidate(self.accounting, one.task.id, one.candidate, requirements),
             victims_max=victims_max,
         )
 
@@ -128,7 +128,7 @@ def wanted(service: Service) -> Requirements:
 
 
 def chosen(nominations: Sequence[Nomination]) -> list[tuple[str, set[str]]]:
-    return [(one.room.node_id, set(one.room.victims)) for one in nominations]
+    return [(one.candidate.node_id, set(one.candidate.victims)) for one in nominations]
 
 
 IMPORTANT = of_priority(10, "important", reserve=reserving(4))
@@ -199,10 +199,10 @@ def test_host_ports_and_generic_resources_are_made_free() -> None:
     node = a_node(has=replace(ROOM, generic_resources=named))
     world = World([node], [proxy, learner, TRIVIAL], [*on_n1(proxy, 1), *learning, *on_n1(TRIVIAL, 1)])
     assert world.victims(of_priority(1, "edge", ports=(port,))) == {"proxy1"}
-    room = world.room(of_priority(1, "model", reserve=reserving(generic=(gpu,))))
-    assert room is not None
-    assert set(room.victims) == {"learner1"}
-    assert set(room.generic) == set(named)
+    candidate = world.candidate(of_priority(1, "model", reserve=reserving(generic=(gpu,))))
+    assert candidate is not None
+    assert set(candidate.victims) == {"learner1"}
+    assert set(candidate.generic) == set(named)
 
 
 def test_no_room_is_made_on_a_node_that_cannot_run_the_task() -> None:
@@ -259,8 +259,8 @@ def test_only_so_many_are_stopped_at_a_time() -> None:
 def test_victims_with_an_hour_of_grace_hold_up_no_preemption_elsewhere() -> None:
     slow = on_n1(TRIVIAL, *range(1, AT_ONCE + 1))
     other = a_task("other", slot=99, node="n2", service=TRIVIAL)
-    room = Resources(memory_bytes=4 * MIB, nano_cpus=10**9)
-    world = World([a_node("n1", has=ROOM), a_node("n2", has=room)], [IMPORTANT, TRIVIAL], [*slow, other])
+    candidate = Resources(memory_bytes=4 * MIB, nano_cpus=10**9)
+    world = World([a_node("n1", has=ROOM), a_node("n2", has=candidate)], [IMPORTANT, TRIVIAL], [*slow, other])
     now = 0.0
     preemptor = Preemptor(world.accounting, lambda: world.view, lambda: now)
     preemptor.set_cluster(Swarm(id=ClusterId("c"), spec=SwarmSpec(labels={PREEMPTION: "true"})))
@@ -278,7 +278,7 @@ def test_victims_with_an_hour_of_grace_hold_up_no_preemption_elsewhere() -> None
     assert preemptor.more_at() == STOPPING_S
     now = STOPPING_S
     assert preemptor.more_at() is None
-    assert [one.room.victims for one in nominations()] == [("other",)]
+    assert [one.candidate.victims for one in nominations()] == [("other",)]
 
 
 def test_a_task_that_needs_more_than_that_gets_them_when_no_other_is_stopped() -> None:
@@ -289,16 +289,16 @@ def test_a_task_that_needs_more_than_that_gets_them_when_no_other_is_stopped() -
     world = World([node], [whole, tiny], on_n1(tiny, *range(1, count + 1)))
     assert world.nominations(whole, victims_max=AT_ONCE - 1) == []
     (only,) = world.nominations(whole)
-    assert len(only.room.victims) == count
+    assert len(only.candidate.victims) == count
 
 
 def test_an_update_that_stops_a_task_of_the_slot_first_needs_no_other_victim() -> None:
     old = replace(a_task(service=IMPORTANT, node="n1"), desired_state=TaskState.SHUTDOWN)
     new = a_task(service=IMPORTANT, state=TaskState.PENDING)
     world = World([a_node(has=ROOM)], [IMPORTANT], [old])
-    assert frees_own_room(new, world.accounting, world.view)
+    assert frees_own_resources(new, world.accounting, world.view)
     world = World([a_node(has=ROOM, state=NodeState.DOWN)], [IMPORTANT], [old])
-    assert not frees_own_room(new, world.accounting, world.view), "its node cannot stop it"
+    assert not frees_own_resources(new, world.accounting, world.view), "its node cannot stop it"
 
 
 def test_nothing_stops_for_a_task_that_is_removed_at_the_same_moment() -> None:
@@ -424,7 +424,7 @@ def test_nominations_do_not_depend_on_the_order_of_anything_and_fit_together(
     )
     nominations = world.nominations(new, count)
     assert chosen(nominations) == chosen(other.nominations(new, count))
-    victims = [victim for one in nominations for victim in one.room.victims]
+    victims = [victim for one in nominations for victim in one.candidate.victims]
     assert len(victims) == len(set(victims))
     for task in world.tasks.values():
         if task.id in victims or not task.is_wanted:

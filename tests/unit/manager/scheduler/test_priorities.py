@@ -106,7 +106,7 @@ async def test_a_task_leaves_for_one_of_higher_priority_and_nothing_lower_takes_
         await wait_for(store, lambda: len(leaving(store)) == 2 and is_refused(store, "high1"))
         assert leaving(store) == {"low1": "high1", "low2": "high1"}
         assert task_of(store, "low1").preemption.words == "preempted by a task of high, priority 1"
-        assert task_of(store, "high1").status.err.endswith("; tasks of lower priority stop for it on n1")
+        assert task_of(store, "high1").status.err.endswith("; preempting tasks of lower priority on n1")
         await store.update_each(put, [*waiting(low, 3), *waiting(usual, 4)])
         await wait_for(store, lambda: is_refused(store, "low3", "usual4"))
         await end(store, "low1")
@@ -151,7 +151,7 @@ async def test_nothing_leaves_while_there_is_room_or_will_be() -> None:
         await store.update_each(put, waiting(high, 1, 2))
         await wait_for(store, lambda: is_refused(store, "high2") and bool(task_of(store, "high1").node_id))
         assert leaving(store) == {}
-        assert task_of(store, "high2").status.err.endswith("stop for it on n1")
+        assert task_of(store, "high2").status.err.endswith("preempting tasks of lower priority on n1")
         await end(store, "low2")
         await wait_for(store, lambda: bool(task_of(store, "high2").node_id))
 
@@ -210,7 +210,7 @@ async def test_room_that_is_claimed_goes_to_a_task_of_a_still_higher_priority() 
         await store.update_each(put, waiting(high, 1))
         await wait_for(store, lambda: bool(leaving(store)))
         await store.update_each(put, waiting(higher, 1))
-        await wait_for(store, lambda: "stop for it" in task_of(store, "higher1").status.err)
+        await wait_for(store, lambda: "preempting tasks" in task_of(store, "higher1").status.err)
         await end(store, "low1")
         await wait_for(store, lambda: bool(placed(store)))
         assert placed(store) == {"higher1"}

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.model.container import ContainerSpec, Mount
-from skep.model.labels import VOLUMES
+from skep.model.labels import VOLUME_AFFINITY
 from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
@@ -25,7 +25,7 @@ def a_stateful_service(policy: str = "", *, source: str = "data", **requested: o
     service = a_service(**requested)  # type: ignore[arg-type]
     container = ContainerSpec(image="db:1", mounts=(Mount(type="volume", source=source, target="/data"),))
     template = replace(service.spec.task_template, container_spec=container)
-    labels = {VOLUMES: policy} if policy else {}
+    labels = {VOLUME_AFFINITY: policy} if policy else {}
     return replace(service, spec=replace(service.spec, labels=labels, task_template=template))
 
 
@@ -90,7 +90,7 @@ async def test_without_its_node_a_task_goes_elsewhere_and_says_so() -> None:
 
 
 async def test_a_kept_task_waits_for_its_node_and_says_so_and_holds_up_no_other() -> None:
-    service = a_stateful_service("keep", replicas=300)
+    service = a_stateful_service("required", replicas=300)
     kept = [waiting(service, slot=slot) for slot in range(1, 261)]  # more than one batch
     others = [waiting(service, slot=slot) for slot in range(261, 301)]
     store = await a_store(service, down("n3"), *(past(service, "n3", slot=one.slot) for one in kept))
@@ -106,7 +106,7 @@ async def test_a_kept_task_waits_for_its_node_and_says_so_and_holds_up_no_other(
 
 
 async def test_a_node_that_is_drained_is_named_with_its_availability() -> None:
-    service = a_stateful_service("keep")
+    service = a_stateful_service("required")
     task = waiting(service)
     drained = a_node("n3", availability=Availability.DRAIN)
     store = await a_store(service, drained, past(service, "n3"), task)
@@ -116,12 +116,12 @@ async def test_a_node_that_is_drained_is_named_with_its_availability() -> None:
 
 
 async def test_a_kept_task_goes_elsewhere_once_its_volume_is_given_up() -> None:
-    service = a_stateful_service("keep")
+    service = a_stateful_service("required")
     task = waiting(service)
     store = await a_store(service, down("n3"), past(service, "n3"), task)
     async with scheduling(store):
         await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
-        spread = replace(service, spec=replace(service.spec, labels={VOLUMES: "spread"}))
+        spread = replace(service, spec=replace(service.spec, labels={VOLUME_AFFINITY: "none"}))
         await store.update_each(put, [spread])
         await wait_for(store, lambda: bool(on(store, task)))
     assert on(store, task) != "n3"
@@ -129,7 +129,7 @@ async def test_a_kept_task_goes_elsewhere_once_its_volume_is_given_up() -> None:
 
 
 async def test_a_kept_task_goes_elsewhere_once_its_node_is_removed() -> None:
-    service = a_stateful_service("keep")
+    service = a_stateful_service("required")
     task = waiting(service)
     store = await a_store(service, down("n3"), past(service, "n3"), task)
     async with scheduling(store):
@@ -140,7 +140,7 @@ async def test_a_kept_task_goes_elsewhere_once_its_node_is_removed() -> None:
 
 
 async def test_a_spread_task_goes_where_there_is_most_room() -> None:
-    service = a_stateful_service("spread")
+    service = a_stateful_service("none")
     busy = [a_task(node="n3", service="other") for _ in range(5)]
     task = waiting(service)
     store = await a_store(service, past(service, "n3"), *busy, task)
@@ -196,7 +196,7 @@ async def test_a_node_that_reports_other_volumes_has_only_tasks_of_their_slots_d
         return real(self, groups, slices)
 
     monkeypatch.setattr(Scheduler, "_without_waiting", recorded)
-    service = a_stateful_service("keep")
+    service = a_stateful_service("required")
     refused = a_service("refused", constraints=("node.labels.x==1",))
     away = reporting("away", "data=web.1@1 data=other.1@1")
     away = replace(away, status=replace(away.status, state=NodeState.DOWN))

@@ -44,7 +44,7 @@ def test_a_task_with_a_right_runs_where_the_node_gives_it() -> None:
     nodes = (a_node_with("n1", "devices"), a_node_with("n2", "devices,privileged"), a_node("n3"))
     assert nodes_of(placed(labels, *nodes)) == {"n2": 1}
     refused = placed(labels, nodes[0], nodes[2], a_docker_node("n4"))
-    assert reason(refused) == "no suitable node (rights over the machine not given by 3 nodes)"
+    assert reason(refused) == "no suitable node (rights over the machine not allowed on 3 nodes)"
 
 
 def test_a_docker_engine_gives_no_right_whatever_its_labels_say() -> None:
@@ -53,7 +53,7 @@ def test_a_docker_engine_gives_no_right_whatever_its_labels_say() -> None:
     engine = replace(node.description.engine, labels={ALLOW_LABEL: "all", DEVICES_LABEL: "..."})
     node = replace(node, description=replace(node.description, engine=engine))
     refused = placed({"skep.privileged": "true"}, node)
-    assert reason(refused) == "no suitable node (rights over the machine not given by 1 node)"
+    assert reason(refused) == "no suitable node (rights over the machine not allowed on 1 node)"
     assert nodes_of(placed({}, node)) == {"n1": 1}
 
 

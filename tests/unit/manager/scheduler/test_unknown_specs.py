@@ -67,7 +67,7 @@ async def test_a_node_with_such_a_task_gets_none_that_needs_ports_or_resources(w
         db = store.view().get(Task, "db")
         assert (db.node_id, db.status.err) == (
             "",
-            "no suitable node (specs of tasks cannot be read on 1 node)",
+            "no suitable node (unreadable task specs on 1 node)",
         )
         ended = replace(store.view().get(Task, "old"), status=TaskStatus(state=TaskState.SHUTDOWN))
         await store.update(lambda tx: tx.put(ended))

@@ -96,7 +96,7 @@ def test_a_job_that_waits_for_its_first_run_has_no_tasks_and_is_as_wanted() -> N
     service = a_job()
     assert World(service).steps() == []
     explained = explain_service(service, [], wanted=0, nodes={})
-    assert (explained.summary, explained.is_as_wanted) == ("it waits for its first run", True)
+    assert (explained.summary, explained.is_healthy) == ("it waits for its first run", True)
     assert explained.schedule == "@hourly (UTC), next run at 2026-11-24T10:00:00Z"
     assert shown_job(EMPTY, service).state == "waiting"
 
@@ -182,7 +182,7 @@ def test_the_history_says_when_and_why_a_run_began_or_was_skipped() -> None:
     by_hand = after_a_run(JobStart(at=at, iteration=Version(index=1)))
     assert message(first, by_hand) == [("run", "run 0 of job job began: on request")]
     assert message(first, replace(first, retried_until=at)) == [
-        ("retry", "what failed in run 0 of job job is tried again: on request")
+        ("retry", "failed tasks of run 0 of job job are retried on request")
     ]
     assert note(a_job(skipped)) == "not run at 2026-11-24T11:00:00Z: run 0 is still going"
 

@@ -34,7 +34,7 @@ def test_an_earlier_state_has_the_rows_of_a_snapshot() -> None:
     found = asyncio.run(rows())
     assert found["time"] == 1_800_000_000.0
     ((service,), (task,), (stack,)) = found["services"], found["tasks"], found["stacks"]  # type: ignore[misc]
-    assert (service["name"], service["running"], service["wanted"], service["image"]) == (
+    assert (service["name"], service["running"], service["desired"], service["image"]) == (
         "web",
         1,
         2,

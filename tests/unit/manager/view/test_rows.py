@@ -59,13 +59,13 @@ def test_a_node_has_the_paths_that_fail_and_the_volumes_with_data() -> None:
         failing_paths=(failing,),
     )
     row = node_row(node)
-    assert [(one.peer, one.check, one.port) for one in row.failing] == [("w2", "overlay", "4789/udp")]
+    assert [(one.peer, one.check, one.port) for one in row.failing_checks] == [("w2", "overlay", "4789/udp")]
     assert [(one.name, one.service, one.slot) for one in row.volumes] == [
         ("logs", "web", 2),
         ("data", "shop_db", 1),
     ]
     down = replace(node, status=NodeStatus(state=NodeState.DOWN))
-    assert node_row(down).failing == (), "of a node that is down, they are of the past"
+    assert node_row(down).failing_checks == (), "of a node that is down, they are of the past"
 
 
 def test_a_stack_has_its_revisions_with_the_plan_and_the_end_of_each_deploy() -> None:

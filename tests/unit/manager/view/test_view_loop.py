@@ -46,7 +46,9 @@ class Rig:
         self.view = ClusterView(self.store, VirtualClock(loop), self.cluster)
 
     async def cluster(self, _view: View) -> ClusterRow:
-        return ClusterRow(id="c", name="default", managers=ManagersRow(1, 1, "m1"), warnings=(), frozen="")
+        return ClusterRow(
+            id="c", name="default", managers=ManagersRow(1, 1, "m1"), warnings=(), replacement_suspended=""
+        )
 
     async def put(self, *objects: Any) -> None:
         def body(tx: Transaction) -> None:
@@ -106,7 +108,7 @@ class Viewer:
         for kind, rows in sent["set"].items():
             if kind != "cluster":
                 self.rows[kind].update((row["id"], row) for row in rows)
-        for kind, ids in sent["gone"].items():
+        for kind, ids in sent["removed"].items():
             for id in ids:
                 self.rows[kind].pop(id, None)
 
@@ -295,19 +297,19 @@ def test_the_state_of_a_service_is_what_its_tasks_say() -> None:
         pending = a_task("t2", service=web, slot=2, state=TaskState.PENDING)
         await rig.put(pending)
         shown = await row(rig, "services", "web")
-        assert (shown["state"], shown["running"], shown["wanted"]) == ("moving", 1, 2)
+        assert (shown["state"], shown["running"], shown["desired"]) == ("converging", 1, 2)
         status = TaskStatus(state=TaskState.PENDING, err="no suitable node")
         await rig.put(replace(pending, status=status))
         shown = await row(rig, "services", "web")
-        assert shown["state"] == "unwell"
+        assert shown["state"] == "degraded"
         assert "no suitable node" in shown["reason"]
         await rig.put(replace(pending, status=TaskStatus(state=TaskState.RUNNING), node_id="n1"))
         shown = await row(rig, "services", "web")
-        assert (shown["state"], shown["reason"]) == ("well", "")
+        assert (shown["state"], shown["reason"]) == ("healthy", "")
         down = NodeStatus(state=NodeState.DOWN, message="heartbeat failure")
         await rig.put(replace(a_node("n1"), status=down))
         shown = await row(rig, "services", "web")
-        assert (shown["state"], shown["running"]) == ("unwell", 0)
+        assert (shown["state"], shown["running"]) == ("degraded", 0)
         assert (await row(rig, "tasks", "t1"))["state"] == "unknown"
 
     run(body)
@@ -320,9 +322,9 @@ def test_a_one_shot_service_is_well_when_it_is_done_and_a_job_has_a_total() -> N
         ended = a_task("t1", service=migrate, node="n1", state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN)
         await rig.put(migrate, a_node("n1"), ended)
         shown = await row(rig, "services", "migrate")
-        assert (shown["state"], shown["reason"], shown["completed"]) == ("well", "", 1)
+        assert (shown["state"], shown["reason"], shown["completed"]) == ("healthy", "", 1)
         await rig.put(replace(ended, status=TaskStatus(state=TaskState.FAILED)))
-        assert (await row(rig, "services", "migrate"))["state"] != "well"
+        assert (await row(rig, "services", "migrate"))["state"] != "healthy"
         job = a_service("job")
         spec = replace(job.spec, mode=ServiceMode(global_job=GlobalJob()))
         job = replace(job, spec=spec, job_status=JobStatus(last_execution=Timestamp("2026-01-01T00:00:00Z")))
@@ -392,7 +394,7 @@ def test_a_task_that_waits_after_failures_says_so() -> None:
         shown = await row(rig, "tasks", "t1")
         assert shown["error"] == "exit 3; crash loop, 3 failures in a row; next attempt at 10:00:00 UTC"
         service = await row(rig, "services", "web")
-        assert (service["state"], service["reason"]) == ("unwell", "exit 3")
+        assert (service["state"], service["reason"]) == ("degraded", "exit 3")
 
     run(body)
 

@@ -34,7 +34,7 @@ class Page:
                     self.cluster = rows
                 else:
                     self.rows[kind].update((row["id"], row) for row in rows)
-            for kind, ids in sent["gone"].items():
+            for kind, ids in sent["removed"].items():
                 for id in ids:
                     self.rows[kind].pop(id, None)
         self.number, self.cursor = table.number, sent["cursor"]

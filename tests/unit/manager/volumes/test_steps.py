@@ -165,7 +165,7 @@ def test_a_volume_that_may_be_anywhere_is_published_after_all_other_nodes_have_g
     assert all(one.is_doubtful and not one.publish_context for one in volume.publish_status)
     volume = settled(volume, {N1}, node)
     assert list(steps(volume, {N1})) == []
-    assert volume.publish_status[0].message == "it waits until it is certain that it is not mounted on n2"
+    assert volume.publish_status[0].message == "waiting for confirmation that it is not mounted on n2"
     given_up = replace(volume.publish_status[1], state=UNPUBLISHING)
     volume = replace(volume, publish_status=(volume.publish_status[0], given_up))
     assert list(steps(volume, {N1})) == [Unpublish(N2, "d-n2")]

@@ -278,7 +278,7 @@ def test_a_volume_whose_places_cannot_be_read_is_left_as_it_is(simulated: Callab
         await rig.run_for(60)
         after = rig.volume("a")
         assert after.publish_status == before.publish_status == ()
-        assert "where the volume is cannot be read" in after.message
+        assert "where the volume is published is unreadable" in after.message
 
     simulated(body)
 
@@ -318,7 +318,7 @@ def test_what_an_earlier_leader_may_be_doing_is_repeated_and_not_undone(
         await rig.run_for(SETTLED_S - 1)
         assert not [call for call in driver.calls if call.startswith("unpublish")]
         assert [one.message for one in rig.volume("a").publish_status] == [
-            "it waits until no call of an earlier leader can be under way"
+            "waiting until no call of an earlier leader can be in progress"
         ]
         assert rig.volume("new").info is not None
         await rig.run_for(SETTLED_S + 1)
@@ -351,7 +351,7 @@ def test_a_volume_for_one_node_is_taken_from_a_removed_node_once_its_containers_
         waits = scope is VolumeScope.SINGLE
         assert ("unpublish on n1" in rig.drivers["good"].calls) is not waits
         messages = [one.message for one in rig.volume("a").publish_status]
-        assert messages == (["it waits until the removed node has stopped its containers"] if waits else [])
+        assert messages == (["waiting until the removed node has stopped its containers"] if waits else [])
         await rig.clock.sleep(2)
         assert "unpublish on n1" in rig.drivers["good"].calls
         assert rig.volume("a").publish_status == ()

@@ -1,4 +1,4 @@
-"""Operations on one container run one after the other."""
+"""Locks that serialize the operations on one container."""
 
 import asyncio
 from collections import Counter
@@ -13,51 +13,51 @@ from skep.model.ids import ContainerId
 T = TypeVar("T")
 
 
-class Turns:
-    """Creation, start, pause, retirement and removal of one container do not overtake each other.
+class ContainerLocks:
+    """Per-container locks for creation, start, pause, retirement and removal.
 
-    A removal that overtook the creation would leave the namespace that is being made behind.
+    Without them, a removal during the creation would leave behind the namespace that is being made.
     """
 
     def __init__(self) -> None:
         self._locks = WeakValueDictionary[ContainerId, asyncio.Lock]()
-        """Each as long as an operation has it or waits for it."""
+        """Locks by container.  Each exists while it is held or waited for."""
 
-    def is_taken(self, id: ContainerId) -> bool:
-        """Whether an operation on the container is under way."""
+    def is_held(self, id: ContainerId) -> bool:
+        """Return whether an operation on the container is running."""
         lock = self._locks.get(id)
         return lock is not None and lock.locked()
 
-    async def exclusively(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``, in its turn."""
+    async def run(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of ``work``, run under the container's lock."""
         try:
-            async with self.turn(id):
+            async with self.acquire(id):
                 return await work
         finally:
-            work.close()  # of one that was cancelled before its turn
+            work.close()  # never started if cancelled while it waited
 
     @asynccontextmanager
-    async def turn(self, id: ContainerId) -> AsyncIterator[None]:
-        """Wait for the container's operations before this one; those after it wait until the block ends."""
+    async def acquire(self, id: ContainerId) -> AsyncIterator[None]:
+        """Hold the container's lock for the block."""
         lock = self._locks.setdefault(id, asyncio.Lock())
         async with lock:
             yield
 
 
 class ForcedRemovals:
-    """Removals by force, which cut off the mount of a start instead of waiting for it: it may take minutes.
+    """Forced removals, which interrupt the mount of a start instead of waiting for it, since that may take minutes.
 
-    Each side ends what it has begun itself, so that one that is given up or fails takes nothing from another one.
+    Each side cleans up only its own work, so a cancelled or failed one takes nothing from another.
     """
 
     def __init__(self) -> None:
         self._waiting = Counter[ContainerId]()
         self._mounting: dict[ContainerId, asyncio.Event] = {}
-        """Set: the mount is cut off."""
+        """Set to interrupt the mount of a start, by container."""
 
     @contextmanager
     def removing(self, id: ContainerId) -> Iterator[None]:
-        """As long as the block waits or works, no mount of the container goes on."""
+        """Prevent mounts of the container for the block."""
         self._waiting[id] += 1
         if (mounting := self._mounting.get(id)) is not None:
             mounting.set()
@@ -69,7 +69,7 @@ class ForcedRemovals:
                 del self._waiting[id]
 
     async def mount(self, id: ContainerId, work: Coroutine[Any, Any, None]) -> None:
-        """Do ``work``, the mount of a start in its turn.  Raises: Preempted: it was cut off."""
+        """Do ``work``, the mount of a start that holds the container's lock.  Raises: Preempted: it was interrupted."""
         removed = self._mounting[id] = asyncio.Event()
         if self._waiting[id]:
             removed.set()

@@ -1,7 +1,7 @@
-"""Images and volumes of this node and of the Docker Engine beside it, in one list and with one removal.
+"""Presents images and volumes of this node and of the machine's Docker Engine in one list, with common removal.
 
-Requests about an image that this node does not have are the engine's (``front.routing``); these are the rest.  A
-volume of a service is this node's, any other the engine's.
+Requests about an image that this node does not have are the engine's (``front.routing``).  This module handles the
+rest.  A service's volume is this node's, any other is the engine's.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,21 +36,21 @@ def with_objects_of(
     volumes: Volumes,
     routes: tuple[web.AbstractRouteDef, ...],
 ) -> tuple[web.AbstractRouteDef, ...]:
-    """``routes`` of this node, which include the engine's images and volumes."""
-    beside = _Beside(docker, images, volumes)
+    """Return this node's ``routes`` with the engine's images and volumes included."""
+    merged_objects = _MergedObjects(docker, images, volumes)
     wraps: Mapping[tuple[str, str], Wrap] = {
-        ("GET", "/images/json"): beside.list_images,
-        ("POST", "/images/create"): beside.note_names,
-        ("POST", "/images/load"): beside.note_names,
-        ("POST", "/images/{name:.+}/tag"): beside.note_names,
-        ("GET", "/images/get"): beside.save_images,
-        ("POST", "/images/prune"): beside.prune_images,
-        ("DELETE", "/images/{name:.+}"): beside.remove_image,
-        ("GET", "/volumes"): beside.list_volumes,
-        ("GET", "/volumes/{name}"): beside.of_volume,
-        ("DELETE", "/volumes/{name}"): beside.of_volume,
-        ("POST", "/volumes/create"): beside.only_theirs,
-        ("POST", "/volumes/prune"): beside.prune_volumes,
+        ("GET", "/images/json"): merged_objects.list_images,
+        ("POST", "/images/create"): merged_objects.note_names,
+        ("POST", "/images/load"): merged_objects.note_names,
+        ("POST", "/images/{name:.+}/tag"): merged_objects.note_names,
+        ("GET", "/images/get"): merged_objects.save_images,
+        ("POST", "/images/prune"): merged_objects.prune_images,
+        ("DELETE", "/images/{name:.+}"): merged_objects.remove_image,
+        ("GET", "/volumes"): merged_objects.list_volumes,
+        ("GET", "/volumes/{name}"): merged_objects.of_volume,
+        ("DELETE", "/volumes/{name}"): merged_objects.of_volume,
+        ("POST", "/volumes/create"): merged_objects.only_theirs,
+        ("POST", "/volumes/prune"): merged_objects.prune_volumes,
     }
 
     def wrapped(route: web.AbstractRouteDef) -> web.AbstractRouteDef:
@@ -61,8 +61,8 @@ def with_objects_of(
     return tuple(wrapped(route) for route in routes)
 
 
-class _Beside:
-    """Handlers that ask both."""
+class _MergedObjects:
+    """Handlers that query both."""
 
     def __init__(self, docker: DockerEngine, images: EngineImages, volumes: Volumes) -> None:
         self._docker = docker
@@ -110,10 +110,10 @@ class _Beside:
         return handle
 
     def remove_image(self, ours: Handler) -> Handler:
-        """The engine first: a plain container keeps the image in both."""
+        """Remove the image from the engine first: if a plain container uses it, it stays in both."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            theirs = await self._passed(request)
+            theirs = await self._pass_on(request)
             if theirs.status not in (200, 404):
                 return _passed_back(theirs)
             response = await ours(request)
@@ -136,7 +136,7 @@ class _Beside:
             here = _content(response)
             if here is None:
                 return response
-            theirs = await self._passed(request)
+            theirs = await self._pass_on(request)
             there = _content(_passed_back(theirs))
             if there is None:
                 return _passed_back(theirs)
@@ -149,7 +149,7 @@ class _Beside:
 
     def list_volumes(self, ours: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            theirs = await self._passed(request)
+            theirs = await self._pass_on(request)
             there = _content(_passed_back(theirs))
             here = _content(await ours(request))
             if there is None or here is None:
@@ -162,19 +162,19 @@ class _Beside:
         return handle
 
     def of_volume(self, ours: Handler) -> Handler:
-        """The engine's, if it has one of that name."""
+        """Pass the request to the engine if it has a volume of that name."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             name = request.match_info["name"]
             if name in self._volumes.names() and not await self._has_volume(request, name):
                 return await ours(request)
-            return _passed_back(await self._passed(request))
+            return _passed_back(await self._pass_on(request))
 
         return handle
 
     def only_theirs(self, _ours: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            return _passed_back(await self._passed(request))
+            return _passed_back(await self._pass_on(request))
 
         return handle
 
@@ -182,8 +182,8 @@ class _Beside:
         path = request.path if request.method == "GET" else f"/volumes/{name}"
         return (await self._docker.api.send("GET", path)).status == 200
 
-    async def _passed(self, request: web.Request) -> Response:
-        """The engine's response to the same request.  Raises: Unavailable."""
+    async def _pass_on(self, request: web.Request) -> Response:
+        """Return the engine's response to the same request.  Raises: Unavailable."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         return await self._docker.api.send(request.method, request.path_qs, await read_body(request), headers)
 
@@ -197,7 +197,7 @@ def _passed_back(response: Response) -> web.Response:
 
 
 def _content(response: web.StreamResponse) -> Any:
-    """The decoded body of a successful response; None: it has none."""
+    """Return the decoded body of a successful response, or None."""
     if (
         response.status != 200
         or not isinstance(response, web.Response)
