@@ -102,7 +102,7 @@ def leads_to(namespace: Path, address: str) -> int:
     """How many MAC addresses the overlay's namespace sends to the node at ``address``.  Raises: OSError."""
     wanted = socket.inet_aton(address)
     body = _NEIGHBOUR.pack(netlink.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
-    entries = inside(namespace, lambda: netlink.dumped(netlink.GETNEIGH, body))
+    entries = inside(namespace, lambda: netlink.dump(netlink.GETNEIGH, body))
     return sum(
         bytes(dict(netlink.attributes(entry[_NEIGHBOUR.size :])).get(_DESTINATION, b"")) == wanted
         for _, entry in entries

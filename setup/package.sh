@@ -54,7 +54,9 @@ source_tree() {
     mkdir "$1"
     git archive "${tree:-HEAD}" | tar -x -C "$1"
     sed -i "s/^version = .*/version = \"$version\"/" "$1/pyproject.toml"
-    sed -i "s/^__version__ = .*/__version__ = \"$version\"/" "$1/skep/__init__.py"
+    sed -i -e "s/^__version__ = .*/__version__ = \"$version\"/" \
+        -e "s/^__commit__ = .*/__commit__ = \"$(git log -1 --format=%h)\"/" \
+        -e "s/^__date__ = .*/__date__ = \"$(git log -1 --format=%cs)\"/" "$1/skep/__init__.py"
 }
 
 # environment: a virtual environment around the machine's python3, wherever that is at: its libraries are found by version.

@@ -434,7 +434,7 @@ def _without_compares(kind: type[Compare]) -> Callable[[], list[Patch]]:
 
 
 def _barrier_of_before() -> list[Patch]:
-    async def passed(self: store.SharedBarrier) -> None:
+    async def wait_passed(self: store.SharedBarrier) -> None:
         needed = self._begun  # broken: accept the read index in progress, or the last one
         while self._passed < needed:
             async with self._turn:
@@ -445,7 +445,7 @@ def _barrier_of_before() -> list[Patch]:
                 await self._round_trip()
                 self._passed = max(self._passed, mine)
 
-    return [Patch(store.SharedBarrier, "passed", passed)]
+    return [Patch(store.SharedBarrier, "wait_passed", wait_passed)]
 
 
 def _needs_no_barrier_among_several() -> list[Patch]:
@@ -474,7 +474,9 @@ def _decides_on_the_past() -> list[Patch]:
     async def at_once(self: Updater, *_: object) -> None:
         return None
 
-    return [Patch(Updater, name, at_once) for name in ("_shown", "_own_writes_shown", "_cancelled")]
+    return [
+        Patch(Updater, name, at_once) for name in ("_wait_shown", "_own_writes_shown", "_settle_cancelled")
+    ]
 
 
 def _any_term() -> list[Patch]:

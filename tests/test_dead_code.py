@@ -21,7 +21,6 @@ USED_BY_OTHERS = {
     "_ssl_buffer": "read by the base class (asyncio.sslproto)",
     "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
     "_write_backlog": "read by the base class (asyncio.sslproto)",
-    "allow_abbrev": "read by the base class (argparse)",
     "feed_eof": "called by aiohttp",
     "format_commands": "called by click",
     "format_epilog": "called by click",

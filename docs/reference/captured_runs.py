@@ -260,7 +260,7 @@ def _old_cluster() -> UpgradedCluster:
 
 
 def upgrade_planned() -> list[str]:
-    """What ``skep upgrade --plan`` prints while a manager is away."""
+    """What ``skep upgrade --dry-run`` prints while a manager is away."""
     cluster = _old_cluster()
     cluster.nodes["m3"]["ManagerStatus"]["Reachability"] = "unreachable"
     host = cast("HostOptions", cluster)

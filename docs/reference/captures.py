@@ -70,7 +70,7 @@ def screens() -> str:
             *_capture("skep doctor network", paths_shown(_PATHS, Screen(columns=_COLUMNS))),
             *_capture("skep version --all", versions(_VERSIONS).lines(Screen(columns=_COLUMNS))),
             *_capture(
-                "skep upgrade --plan --package skep_0.2.0_amd64.deb",
+                "skep upgrade --dry-run --package skep_0.2.0_amd64.deb",
                 upgrade_planned(),
                 ", with a manager away",
             ),

@@ -24,7 +24,7 @@ from skep.api.errors import RPC_CODES, STATUSES
 from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
-from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPLES
+from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
 from skep.manager import events as manager_events
 from skep.manager import node_events as from_nodes
 from skep.model import field_rights, value_rights
@@ -298,13 +298,13 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
     (
         1,
         "skep stack deploy",
-        "Services do not run, a newer deploy replaced this one, or something was refused.",
+        "Services do not run, a newer deploy replaced this one, or the API rejected a change.",
     ),
     (1, "skep service wait", "A service does not run in time, or waiting cannot help."),
-    (3, "skep status", "A node or a service is not as wanted."),
-    (4, "skep status", "There is no leader."),
+    (3, "skep status", "A node or a service is degraded."),
+    (4, "skep status", "The cluster has no leader."),
     (3, "skep version --all", "Nodes have different versions."),
-    (2, "skep upgrade", "With --plan: something forbids it now."),
+    (2, "skep upgrade", "With --dry-run: the upgrade is blocked."),
     (3, "skep reboot-lock status", "A lock is overdue."),
     ("any", "skep exec", "That of the command in the container."),
     ("any", "skep run", "That of the container."),
@@ -315,18 +315,6 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
 
 
 def help_lines(context: click.Context) -> list[str]:
-    if context.command_path == "skep daemon":
-        usage = "Usage: skep daemon [--config FILE] [--daemon-json FILE] [SETTINGS]"
-        settings = "Every setting: configuration.md, or skep.toml's keys as flags."
-        return [
-            usage,
-            "",
-            "  Run this machine's node (what the systemd unit starts).",
-            "",
-            settings,
-            "",
-            *EXAMPLES.splitlines(),
-        ]
     return [line.rstrip() for line in context.command.get_help(context).splitlines()]
 
 

@@ -20,6 +20,7 @@ from skep.api.backups import (
     new_header,
     parsed_opening,
 )
+from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.running import errors_shown
@@ -51,7 +52,9 @@ def _secret_options(command: Any) -> Any:
 @_secret_options
 @click.pass_obj
 def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file: Path | None) -> None:
-    """Write the whole swarm to FILE, encrypted, while it runs.
+    """Back up the cluster to an encrypted file.
+
+    The cluster keeps running.
 
     Works on any manager, also without a quorum.  The file holds all secrets and the root's key: keep it and its
     passphrase apart.  It appears under its name when it is complete and verified.
@@ -71,8 +74,8 @@ def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_secret_options
 @click.option("--advertise-addr", default="", help="Address where other nodes reach the restored manager.")
-@click.option("--dry-run", is_flag=True, help="Show what is in the backup and what would be done, and stop.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.dry_run("Show the content of the backup and the steps without restoring it.")
+@options.yes
 @click.pass_obj
 def restore(
     host: HostOptions,
@@ -83,7 +86,9 @@ def restore(
     dry_run: bool,
     yes: bool,
 ) -> None:
-    """Make this node, which is in no swarm, the manager of the swarm in FILE.
+    """Restore a cluster from a backup onto this node.
+
+    The node must not be part of a cluster. It becomes the manager.
 
     It replaces the manager that made the backup.  The swarm gets another incarnation, so managers that
     still run from before stop as soon as they meet it.

@@ -18,7 +18,7 @@ _RESPONSE_TIMEOUT_S = 15.0
 
 @click.group()
 def cluster() -> None:
-    """Settings and actions of the cluster that docker has no command for.
+    """Manage cluster settings and recovery.
 
     \b
     Examples:
@@ -34,7 +34,9 @@ cluster.add_command(recover)
 @cluster.command()
 @click.pass_obj
 def resume(host: HostOptions) -> None:
-    """Resume the replacement of tasks after it was suspended because many nodes went down at once.
+    """Resume replacing the tasks of lost nodes.
+
+    Replacement is suspended when many nodes go down at once.
 
     \b
     Examples:
@@ -49,7 +51,9 @@ def resume(host: HostOptions) -> None:
 @shows
 @click.pass_obj
 def grace(host: HostOptions, duration: str | None, output: Output) -> None:
-    """Show or set how long a silent node counts as alive (DURATION, or "default": three heartbeats).
+    """Show or set how long a silent node counts as alive.
+
+    DURATION can be "default": three heartbeats.
 
     \b
     Examples:
@@ -72,12 +76,14 @@ def grace(host: HostOptions, duration: str | None, output: Output) -> None:
 @shows
 @click.pass_obj
 def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> None:
-    """Show or set how long a worker that is down is kept before it is removed (DURATION, or "never").
+    """Show or set when down workers are removed.
 
-    At least a minute.  Managers are never removed, nor anything unless more than half of all nodes are ready, nor
-    nodes with tasks that stay there (skep.on-disconnect=keep), with data of skep.volume-affinity=required, or with a
-    published cluster volume: skep status shows why.  A removed node that comes back has to join again.
-    skep node forget removes one now.
+    DURATION is the time that a down worker is kept, or "never".
+
+    The shortest time is a minute. Managers are never removed. Nothing is removed unless more than half of all nodes are
+    ready. Nodes with a published cluster volume, or with tasks that stay there (skep.on-disconnect=keep,
+    skep.volume-affinity=required), are kept. skep status shows why. A removed node has to join again when it returns.
+    To remove one now, run skep node forget.
 
     \b
     Examples:
@@ -104,7 +110,7 @@ def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> Non
 @shows
 @click.pass_obj
 def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: int, output: Output) -> None:
-    """Show or change the address pools that networks get their subnets from.
+    """Show or change the address pools of networks.
 
     Networks keep the subnets they have.
 
@@ -131,8 +137,9 @@ def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: in
 @shows
 @click.pass_obj
 def allow(host: HostOptions, rights: tuple[str, ...], output: Output) -> None:
-    """Show or set the rights over their nodes that services may have (RIGHT: privileged, devices, gpus,
-    namespaces, resources, api, api-inspect; "all"; "none").
+    """Show or set the rights that services can get.
+
+    RIGHT is privileged, devices, gpus, namespaces, resources, api, api-inspect, all or none.
 
     Services ask for them by labels of their containers, such as skep.devices=/dev/ttyUSB0.  What was allowed stays with
     the services that have it until they are updated.
@@ -158,7 +165,9 @@ def allow(host: HostOptions, rights: tuple[str, ...], output: Output) -> None:
 @shows
 @click.pass_obj
 def worker_reads(host: HostOptions, switch: str | None, output: Output) -> None:
-    """Show or set whether clients of workers may read services, tasks, nodes, networks and events there.
+    """Show or set whether workers' APIs show the cluster.
+
+    If on, clients of workers can read services, tasks, nodes, networks and events.
 
     Proxies and dashboards need no manager then.  They see what clients of managers see, the environment of services
     among it.
@@ -175,7 +184,9 @@ def worker_reads(host: HostOptions, switch: str | None, output: Output) -> None:
 @shows
 @click.pass_obj
 def preemption(host: HostOptions, switch: str | None, output: Output) -> None:
-    """Show or set whether tasks are stopped where one of a service with a higher priority finds no room.
+    """Show or set whether higher priorities preempt tasks.
+
+    With preemption on, tasks are stopped if a task with a higher priority has no other node.
 
     Services get a priority by their label skep.priority.  As few tasks as possible are stopped, those of the lowest
     priority first, and wait until there is room again.  When it is off, tasks of higher priority come first only among
@@ -193,7 +204,9 @@ def preemption(host: HostOptions, switch: str | None, output: Output) -> None:
 @shows
 @click.pass_obj
 def share_images(host: HostOptions, switch: str | None, output: Output) -> None:
-    """Show or set whether every node may read the images of every other node.
+    """Show or set whether nodes share all their images.
+
+    If on, every node can read the images of every other node.
 
     When it is off, a worker gets from other nodes only images that its own tasks use, and managers get every image.
     Turn it on if people pull images on workers that only another node has.

@@ -21,7 +21,7 @@ class _Context(passthrough.WithDockers):
 
 @click.group(cls=_Context)
 def context() -> None:
-    """Contexts: names for nodes, shared with the docker command.
+    """Manage contexts, shared with docker.
 
     \b
     Examples:
@@ -31,18 +31,24 @@ def context() -> None:
 
 
 @context.command()
-@click.option("--description", default="", help="What it is.")
+@click.option("--description", default="", help="Description of the context.")
 @click.option(
-    "--docker", "settings", default="", metavar="KEY=VALUE,...", help="As docker: host=, ca=, cert=, key=."
+    "--docker",
+    "settings",
+    default="",
+    metavar="KEY=VALUE,...",
+    help="Endpoint as in docker: host=, ca=, cert=, key=.",
 )
-@click.option("--use", "uses", is_flag=True, help="Use it from now on.")
+@click.option("--use", "uses", is_flag=True, help="Make it the current context.")
 @click.argument("name")
 @click.argument("host", metavar="[URL]", required=False)
 @click.pass_obj
 def create(
     options: HostOptions, description: str, settings: str, uses: bool, name: str, host: str | None
 ) -> None:
-    """Make a context for a node: unix:///path, tcp://address:port, ssh://user@machine.
+    """Create a context for a node.
+
+    URL is unix:///path, tcp://address:port or ssh://user@machine.
 
     \b
     Examples:
@@ -82,7 +88,9 @@ def _settings(text: str) -> dict[str, str]:
 @shows
 @click.pass_obj
 def ls(options: HostOptions, output: Output) -> None:
-    """List contexts; the one that is used has a star.
+    """List contexts.
+
+    The current one has a star.
 
     \b
     Examples:
@@ -118,7 +126,9 @@ def listed(contexts: list[Context], current: str) -> Shown:
 @click.argument("name")
 @click.pass_obj
 def use(options: HostOptions, name: str) -> None:
-    """Use a context from now on, in skep and docker; "default": this machine's node.
+    """Set the current context of skep and docker.
+
+    "default" is this machine's node.
 
     \b
     Examples:
@@ -135,7 +145,7 @@ def use(options: HostOptions, name: str) -> None:
 @context.command()
 @click.pass_obj
 def show(options: HostOptions) -> None:
-    """Print the name of the context that is used.
+    """Print the name of the current context.
 
     \b
     Examples:
@@ -147,7 +157,7 @@ def show(options: HostOptions) -> None:
 
 
 @context.command()
-@click.option("-f", "--force", is_flag=True, help="Remove the one that is used, too.")
+@click.option("-f", "--force", is_flag=True, help="Remove it even if it is the current context.")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.pass_obj
 def rm(options: HostOptions, force: bool, names: tuple[str, ...]) -> None:

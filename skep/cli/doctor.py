@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
-import msgspec
 
+from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
@@ -28,7 +28,7 @@ Row = tuple[str, ...]
 
 @click.group()
 def doctor() -> None:
-    """Measure what is wrong with the cluster.
+    """Diagnose the cluster.
 
     \b
     Examples:
@@ -36,18 +36,19 @@ def doctor() -> None:
     """
 
 
-@doctor.command()
+@doctor.command(cls=options.accepting({"--json": "--output=json"}))
 @click.option(
-    "--throughput", is_flag=True, help="Measure throughput as well: up to 32 MiB between each two nodes."
+    "--throughput",
+    is_flag=True,
+    help="Also measure throughput. Sends up to 32 MiB between each pair of nodes.",
 )
-@click.option(
-    "--all", "shows_all", is_flag=True, help="Show every check, not only those that fail of each pair."
-)
-@click.option("--json", "as_json", is_flag=True, help="As -o json: all results.")
+@click.option("--all", "shows_all", is_flag=True, help="Show every check, not only failed ones.")
 @shows
 @click.pass_obj
-def network(host: HostOptions, throughput: bool, shows_all: bool, *, as_json: bool, output: Output) -> None:
-    """Measure whether the nodes reach each other: every pair, every port.
+def network(host: HostOptions, throughput: bool, shows_all: bool, *, output: Output) -> None:
+    """Test whether nodes can reach each other.
+
+    Tests every pair of nodes and every port.
 
     All nodes probe each other on the path of containers' packets, which takes some seconds.  What fails is shown
     first, with its port.  In a large cluster each node probes some tens of others.  The exit code is 1 if anything
@@ -57,10 +58,8 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, *, as_json: bo
     Examples:
       skep doctor network
       skep doctor network --throughput
-      skep doctor network --json | jq '.[].Paths[] | select(.Findings[].Failing)'
+      skep doctor network -o json | jq '.[].Paths[] | select(.Findings[].Failing)'
     """
-    if as_json:
-        output = msgspec.structs.replace(output, form="json")
 
     async def fetch() -> Shown:
         results = await _results(host, throughput=throughput)
@@ -277,7 +276,7 @@ def _details(results: Sequence[NodeResult]) -> list[str]:
         for sentence, places in found.items()
     ]
     if len(lines) > _DETAIL_LINES_MAX:
-        return [*lines[:_DETAIL_LINES_MAX], f"and {len(lines) - _DETAIL_LINES_MAX} more (--json)"]
+        return [*lines[:_DETAIL_LINES_MAX], f"and {len(lines) - _DETAIL_LINES_MAX} more (-o json)"]
     return lines
 
 

@@ -11,6 +11,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, SystemClock
 from skep.api.client import Client
 from skep.api.requests import Filters, filters_of, parameters_of
+from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.moments import moment_of
 from skep.cli.output import Output, shows_as_it_happens
@@ -27,52 +28,52 @@ _TOLD = ("disconnect", "gap")
 """Of messages about the stream: what may be missing of a node."""
 
 
-@click.command()
+@click.command(cls=options.accepting({"--json": "--output=json"}))
 @click.option(
-    "--filter", "-f", "words", multiple=True, metavar="KEY=VALUE", help="As docker events; also task=."
+    "--filter",
+    "-f",
+    "words",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Filter as in docker events, and by task=.",
 )
-@click.option("--after", default="", metavar="CURSOR", help="Go on after the event with this cursor.")
+@click.option("--after", default="", metavar="CURSOR", help="Start after the event with this cursor.")
 @click.option(
     "--since",
     default="",
     metavar="TIME",
-    help="Begin with past events: 30s, '10 min ago', '14:00', RFC 3339.",
+    help="Start in the past: 30s, '10 min ago', '14:00', RFC 3339.",
 )
-@click.option("--until", default="", metavar="TIME", help="End at this time; as --since.")
+@click.option("--until", default="", metavar="TIME", help="End at this time, written as for --since.")
 @click.option(
     "--nodes",
     default="",
     metavar="all|NODE,...",
-    help="Those of containers, images and volumes of these nodes, too.",
+    help="Include events of containers, images and volumes of these nodes.",
 )
-@click.option("--json", "is_json", is_flag=True, help="As -o json: one object per line, with its cursor.")
 @shows_as_it_happens
 @click.pass_obj
-def events(
-    host: HostOptions, /, words: tuple[str, ...], output: Output, *, is_json: bool, **options: str
-) -> None:
-    """Show the events of the whole cluster as they come, those of tasks among them.
+def events(host: HostOptions, /, words: tuple[str, ...], output: Output, **given: str) -> None:
+    """Show cluster events as they happen.
 
-    A lost connection is made again, and the stream goes on where it ended.  Any manager goes on from a cursor.
-    With -o wide: cursors, whole ids and every label, as docker events shows them.
+    Includes the events of tasks. If the connection is lost, the command reconnects and continues without a gap. Any
+    manager can continue from a cursor. -o wide shows cursors, full IDs and every label, as docker events does.
 
     \b
     Examples:
       skep events --filter type=task
       skep events --nodes all --filter event=oom
       skep events --since 1h --until now
-      skep events --json --after 1-5042
+      skep events -o json --after 1-5042
       skep events --format '{{.Type}} {{.Action}} {{.Actor.Attributes.name}}'
     """
-    if is_json:
-        output = msgspec.structs.replace(output, form="json")
 
     def show(event: Mapping[str, Any]) -> None:
         is_for_people = event.get("Type") != "stream" or event["Action"] in _TOLD
         line = f"{event['Cursor']} {whole_line_of(event)}" if output.form == "wide" else line_of(event)
         output.show_next(event, line if is_for_people else "")
 
-    run_requests(_follow(host, filters_of(words), stream_of(options, datetime.now().astimezone()), show))
+    run_requests(_follow(host, filters_of(words), stream_of(given, datetime.now().astimezone()), show))
 
 
 class Stream(msgspec.Struct, frozen=True, kw_only=True):

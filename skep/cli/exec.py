@@ -28,7 +28,7 @@ from skep.errors import InvalidArgument
 @click.argument("command", metavar="COMMAND", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def exec_command(ctx: click.Context, /, target: str, command: Sequence[str], **options: Any) -> None:
-    """Run a command in the container of a task, on whatever node it runs.
+    """Run a command in a task's container on any node.
 
     Of a service it is the task of the lowest slot that runs; of a global service SERVICE.NODE names one.  What is no
     service and no task is a container of this node, as for docker.  The exit code is the command's.

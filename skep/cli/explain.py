@@ -27,7 +27,9 @@ _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 @shows
 @click.pass_obj
 def explain(host: HostOptions, name: str, output: Output) -> None:
-    """Explain why a service, task, node or network is not as it is wanted.
+    """Explain why an object is not in its desired state.
+
+    NAME is a service, task, node or network.
 
     NAME: of a service, of a task (web.2, or its id), of a node or a network; prefixes of ids do as well.
 

@@ -25,20 +25,26 @@ _COLOURS = {"error": "red", "warning": "yellow"}
 @click.command()
 @click.argument("name", required=False, default="", metavar="[SERVICE|NODE|STACK]")
 @click.option(
-    "--since", default="", metavar="TIME", help="'1 hour ago', 'yesterday 14:00', '14:00', RFC 3339."
+    "--since",
+    default="",
+    metavar="TIME",
+    help="Start time: '1 hour ago', 'yesterday 14:00', '14:00', RFC 3339.",
 )
-@click.option("--until", default="", metavar="TIME", help="As --since.")
+@click.option("--until", default="", metavar="TIME", help="End time, written as for --since.")
+@click.option("--requests", "only", flag_value="request", help="Show only requests: the audit log.")
+@click.option("--changes", "only", flag_value="change", help="Show only changes, without requests.")
 @click.option(
-    "--requests", "only", flag_value="request", help="Only what was asked through the API: the audit log."
-)
-@click.option("--changes", "only", flag_value="change", help="Only what happened.")
-@click.option(
-    "--limit", "-n", default=50, show_default=True, type=click.IntRange(1, _PAGE), help="The last so many."
+    "--limit",
+    "-n",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1, _PAGE),
+    help="Number of entries to show, the newest.",
 )
 @click.option(
     "--export",
     metavar="FILE",
-    help="Write all of it to FILE, one JSON object per line, oldest first; - is stdout.",
+    help="Write all entries to FILE as JSON lines, oldest first. - is stdout.",
 )
 @shows
 @click.pass_obj
@@ -52,7 +58,9 @@ def history(
     export: str | None,
     output: Output,
 ) -> None:
-    """Show what happened in the cluster and why, and which users made which requests.
+    """Show what happened in the cluster, and why.
+
+    Includes the audit log: which users made which requests.
 
     Of everything, or of a service, a node or a stack.
 

@@ -24,7 +24,9 @@ _FILE_BYTES_MAX = 16 << 20
 
 @click.group("import")
 def imports() -> None:
-    """Make stack files of what you have: old Compose files, fleet's units, services, a Docker Swarm.
+    """Convert other formats to stack files.
+
+    Reads old Compose files, fleet units, services and a Docker Swarm.
 
     The stack file goes to standard output.  What it does not say of what it was made from is a comment at its top, and
     goes to standard error.  (To import an image: skep image import.)
@@ -69,7 +71,7 @@ def fig(file: Path, stack: str) -> None:
 )
 @_stack_option
 def fleet(files: tuple[Path, ...], stack: str) -> None:
-    """Convert fleet's units that run containers.
+    """Convert fleet units that run containers.
 
     Several instances of a template (apache@1.service, apache@2.service) are the replicas of one service.
 
@@ -93,7 +95,9 @@ def fleet(files: tuple[Path, ...], stack: str) -> None:
     help="What docker network inspect printed: services name their networks by id.",
 )
 def service(file: Path, stack: str, networks: Path | None) -> None:
-    """Convert what docker service inspect printed (FILE, or standard input).
+    """Convert the output of docker service inspect.
+
+    Reads FILE, or standard input.
 
     \b
     Example:
@@ -118,7 +122,9 @@ def service(file: Path, stack: str, networks: Path | None) -> None:
 )
 @click.pass_obj
 def swarm(host: HostOptions, output: Path) -> None:
-    """Write stack files of a whole swarm, its configs, and MOVING.md with the steps.
+    """Convert a whole Docker Swarm.
+
+    Writes stack files, configs, and MOVING.md with the steps.
 
     Only reads from the swarm.  Values of secrets cannot be read; the page names them.
 

@@ -20,7 +20,9 @@ _COLOURS = {"failed": "red", "completed": "green"}
 
 @click.group()
 def job() -> None:
-    """Jobs: services whose tasks end, once or by a schedule (label skep.cron).
+    """Manage jobs and their schedules.
+
+    A job is a service whose tasks end, once or by a schedule (label skep.cron).
 
     \b
     Examples:
@@ -34,7 +36,7 @@ def job() -> None:
 @shows
 @click.pass_obj
 def list_jobs(host: HostOptions, output: Output) -> None:
-    """List jobs with their schedules, their last run and the next one.
+    """List jobs with their schedules and runs.
 
     \b
     Examples:
@@ -87,7 +89,9 @@ def until(stamp: str, now: float) -> str:
 @click.argument("names", metavar="JOB...", nargs=-1, required=True)
 @click.pass_obj
 def run(host: HostOptions, names: tuple[str, ...], replaces: bool) -> None:
-    """Start the next run of jobs now, whether they have a schedule or not.
+    """Start the next run of a job now.
+
+    The job does not need a schedule.
 
     A schedule goes on as before.  skep service wait waits for the end of the run.
 
@@ -105,7 +109,9 @@ def run(host: HostOptions, names: tuple[str, ...], replaces: bool) -> None:
 @click.argument("names", metavar="JOB...", nargs=-1, required=True)
 @click.pass_obj
 def retry(host: HostOptions, names: tuple[str, ...]) -> None:
-    """Start again what has failed of the last run of jobs; what has completed is not repeated.
+    """Retry the failed tasks of a job's last run.
+
+    Completed tasks are not repeated.
 
     The attempts of the restart policy are counted anew, and the run keeps the spec that it began with.
 

@@ -18,13 +18,13 @@ _VALUED = "-[a-z]*n|--tail|--since|--until"
 @click.command(
     cls=OrDocker, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS] SERVICE[.SLOT]|TASK")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SERVICE[.SLOT]|TASK")
 @click.pass_context
 def logs(ctx: click.Context, /, words: Sequence[str]) -> None:
-    """Show the logs of a service or a task, wherever its containers are.
+    """Show the logs of a service or task on any node.
 
-    Options are those of docker service logs: --follow, --tail, --since, --timestamps.  What is neither a service nor a
-    task is a container of this node, as for docker logs.
+    Options are those of docker service logs: --follow, --tail, --since, --timestamps. Any other name is a container of
+    this node, as in docker logs.
 
     \b
     Examples:

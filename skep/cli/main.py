@@ -18,80 +18,68 @@ from skep.cli.endpoint import DEFAULT_HOST, HostOptions
 
 
 class Command(NamedTuple):
-    """Where a command is found, and its line in the help (so that the help imports none of them)."""
+    """Where a command is found, and its summary, so that the help imports no command."""
 
     location: str
     summary: str
 
 
-COMMANDS = {
-    "daemon": Command("skep.cli.daemon:daemon", "Run this machine's node (what the systemd unit starts)."),
-    "playground": Command(
-        "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
-    ),
-    "exec": Command("skep.cli.exec:exec_command", "Run a command in a task's container, on any node."),
-    "logs": Command("skep.cli.logs:logs", "Show the logs of a service or a task, on any node."),
-    "attach": Command("skep.cli.through_docker:attach", "Attach to a task's container, on any node."),
-    "cp": Command("skep.cli.through_docker:cp", "Copy files to or from a task's container, on any node."),
-    "port-forward": Command(
-        "skep.cli.port_forward:port_forward", "Forward ports of this machine into a task's container."
-    ),
-    "run": Command("skep.cli.run:run", "Run a command once, as a task of a service would."),
-    "stats": Command("skep.cli.through_docker:stats", "Show what tasks' containers use, on any node."),
-    "task": Command("skep.cli.through_docker:task", "Tasks: the processes in their containers."),
-    "explain": Command(
-        "skep.cli.explain:explain", "Explain why a service or a task is not as its spec says."
-    ),
-    "doctor": Command("skep.cli.doctor:doctor", "Measure whether nodes reach each other."),
-    "cluster": Command(
-        "skep.cli.cluster:cluster",
-        "The cluster: its settings, and recovery after the loss of most managers.",
-    ),
-    "node": Command("skep.cli.node:node", "Nodes: docker's commands; drain, forget, evict."),
-    "service": Command("skep.cli.service:service", "Services: docker's commands, and wait."),
-    "update": Command("skep.cli.update:update", "Updates of services: pause, resume, abort."),
-    "network": Command("skep.cli.network:network", "Networks: docker's commands, and further subnets."),
-    "volume": Command("skep.cli.volume:volume", "Volumes: docker's commands, and forget."),
-    "secret": Command("skep.cli.rotation:secret", "Secrets: docker's commands, rotate and prune."),
-    "config": Command("skep.cli.rotation:config", "Configs: docker's commands, rotate and prune."),
-    "stack": Command("skep.cli.stack:stack", "Stacks: docker's commands, Compose files read whole, plans."),
-    "import": Command(
-        "skep.cli.imports:imports",
-        "Stack files from old Compose files, fleet's units, services, a Docker Swarm.",
-    ),
-    "backup": Command("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
-    "restore": Command("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
-    "up": Command("skep.cli.up:up", "Make machines into a cluster over ssh: look, install, start, join."),
-    "upgrade": Command(
-        "skep.cli.upgrade:upgrade", "Upgrade all nodes, one after the other under drain, with a way back."
-    ),
-    "reboot-lock": Command(
-        "skep.cli.reboot_lock:reboot_lock",
-        "The lock that a node takes before it reboots: one at a time is away.",
-    ),
-    "context": Command(
-        "skep.cli.context:context", "Contexts: names for nodes, shared with docker; over ssh, too."
-    ),
-    "user": Command("skep.cli.user:user", "Users of the API: roles, certificates, tokens, contexts."),
-    "version": Command(
-        "skep.cli.version:version", "Show versions: --all of every node, else as docker version."
-    ),
-    "events": Command(
-        "skep.cli.events:events", "Show the events of the whole cluster, and go on from any of them."
-    ),
-    "history": Command(
-        "skep.cli.history:history", "Show what happened and why, and the requests of users; export it."
-    ),
-    "job": Command(
-        "skep.cli.job:job", "Jobs: schedules, next and last runs; run one now, retry what failed."
-    ),
-    "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
-    "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),
-    "ui": Command("skep.cli.ui:ui", "Open the dashboard of the cluster in a browser."),
-    "top": Command("skep.top.command:top", "Show the cluster live, full-screen."),
-    "status": Command("skep.cli.status:status", "Show the state of this node and its cluster."),
+GROUPS = {
+    "Start": {
+        "playground": Command("skep.playground.cli:playground", "Run a test cluster on this machine."),
+        "up": Command("skep.cli.up:up", "Turn machines into a cluster over SSH."),
+        "daemon": Command("skep.configuration.command:daemon", "Run this machine's node."),
+        "context": Command("skep.cli.context:context", "Manage contexts, shared with docker."),
+        "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),
+    },
+    "See": {
+        "status": Command("skep.cli.status:status", "Show the state of the cluster."),
+        "top": Command("skep.top.command:top", "Show the cluster live in full screen."),
+        "ui": Command("skep.cli.ui:ui", "Open the dashboard in a browser."),
+        "explain": Command("skep.cli.explain:explain", "Explain why an object is not in its desired state."),
+        "events": Command("skep.cli.events:events", "Show cluster events as they happen."),
+        "history": Command("skep.cli.history:history", "Show what happened in the cluster, and why."),
+        "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
+        "logs": Command("skep.cli.logs:logs", "Show the logs of a service or task on any node."),
+        "stats": Command(
+            "skep.cli.through_docker:stats", "Show resource usage of tasks' containers on any node."
+        ),
+    },
+    "Apps": {
+        "stack": Command("skep.cli.stack:stack", "Deploy and manage Compose stacks."),
+        "service": Command("skep.cli.service:service", "Manage services."),
+        "job": Command("skep.cli.job:job", "Manage jobs and their schedules."),
+        "update": Command("skep.cli.update:update", "Pause, resume or abort service updates."),
+        "task": Command("skep.cli.through_docker:task", "Manage tasks."),
+        "secret": Command("skep.cli.rotation:secret", "Manage secrets."),
+        "config": Command("skep.cli.rotation:config", "Manage configs."),
+        "run": Command("skep.cli.run:run", "Run a one-off command with a service's settings."),
+        "exec": Command("skep.cli.exec:exec_command", "Run a command in a task's container on any node."),
+        "attach": Command("skep.cli.through_docker:attach", "Attach to a task's container on any node."),
+        "cp": Command("skep.cli.through_docker:cp", "Copy files to or from a task's container on any node."),
+        "port-forward": Command(
+            "skep.cli.port_forward:port_forward", "Forward local ports to a task's container."
+        ),
+        "import": Command("skep.cli.imports:imports", "Convert other formats to stack files."),
+    },
+    "Cluster": {
+        "node": Command("skep.cli.node:node", "Manage nodes."),
+        "cluster": Command("skep.cli.cluster:cluster", "Manage cluster settings and recovery."),
+        "network": Command("skep.cli.network:network", "Manage networks."),
+        "volume": Command("skep.cli.volume:volume", "Manage volumes."),
+        "user": Command("skep.cli.user:user", "Manage users of the API."),
+    },
+    "Maintain": {
+        "upgrade": Command("skep.cli.upgrade:upgrade", "Upgrade all nodes one after the other."),
+        "backup": Command("skep.cli.backup:backup", "Back up the cluster to an encrypted file."),
+        "restore": Command("skep.cli.backup:restore", "Restore a cluster from a backup onto this node."),
+        "doctor": Command("skep.cli.doctor:doctor", "Diagnose the cluster."),
+        "reboot-lock": Command("skep.cli.reboot_lock:reboot_lock", "Manage the cluster-wide reboot lock."),
+        "version": Command("skep.cli.version:version", "Show version information."),
+    },
 }
-"""In the order of the help; ``location`` is ``module:attribute``."""
+"""Command groups in the order of the help. ``location`` is ``module:attribute``."""
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 class Commands(click.Group):
@@ -128,15 +116,29 @@ class Commands(click.Group):
             raise click.UsageError(f"No such command '{args[0]}'. Did you mean {words}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """From ``COMMANDS``, without an import."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+        """Write ``GROUPS``, without importing a command."""
+        width = max(map(len, COMMANDS))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), entry.summary) for name, entry in commands.items()])
+        with formatter.section("Docker"):
+            formatter.write_text(
+                "All docker commands work against Skep's socket: skep service ls, skep node ps, skep info, skep images"
+            )
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the environment variables and where to read more."""
+        with formatter.section("Environment"):
+            formatter.write_dl(
+                [
+                    ("SKEP_HOST", "Node to connect to, instead of --host."),
+                    ("DOCKER_HOST", "The same, for docker and Skep."),
+                    ("DOCKER_CONTEXT", "Docker context to use, instead of --context."),
+                    ("NO_COLOR", "Print without colors."),
+                ]
+            )
         formatter.write_paragraph()
-        formatter.write_text(
-            "Everything of docker works as well, against Skep's socket: skep service ls, skep node ps, skep info, ..."
-        )
+        formatter.write_text("Run 'skep COMMAND --help' for details and examples of a command.")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -144,25 +146,26 @@ class Commands(click.Group):
     "-H",
     "--host",
     metavar="URL",
-    help="The node to talk to: unix:///path, tcp://address:port, ssh://user@machine.  Else SKEP_HOST, DOCKER_HOST, "
+    help="Node to connect to: unix:///path, tcp://address:port or ssh://user@machine. Default: SKEP_HOST, DOCKER_HOST, "
     f"or {DEFAULT_HOST}.",
 )
 @click.option(
     "-c",
     "--context",
     metavar="NAME",
-    help="The docker context to use.  Else DOCKER_CONTEXT, or what `docker context use` chose.",
+    help="Docker context to use. Default: DOCKER_CONTEXT, or the current context.",
 )
 @click.version_option(__version__, prog_name="skep")
 @click.pass_context
 def main(ctx: click.Context, host: str | None, context: str | None) -> None:
-    """Skep runs containers on many machines, with Docker's simplicity.
+    """Run containers on a cluster of machines with Docker's API.
 
     \b
     Examples:
-      skep playground up --workers 2     a cluster on this machine
-      skep status                        how the cluster is
-      skep service ls                    the same as docker service ls
+      skep playground up --workers 2     start a test cluster on this machine
+      skep status                        check the cluster
+      skep explain web                   explain why a service is degraded
+      skep service ls                    run docker service ls on the cluster
     """
     if os.environ.get("NO_COLOR"):
         ctx.color = False  # https://no-color.org, for whatever a command prints

@@ -24,7 +24,7 @@ class _Network(click.Group):
 
 @click.group(cls=_Network)
 def network() -> None:
-    """Networks.
+    """Manage networks.
 
     \b
     Examples:
@@ -45,7 +45,7 @@ def network() -> None:
 @click.argument("name", metavar="NETWORK")
 @click.pass_obj
 def update(host: HostOptions, subnets: Sequence[str], name: str) -> None:
-    """Add subnets to an overlay network while it is in use.
+    """Add subnets to an overlay network in use.
 
     \b
     Examples:

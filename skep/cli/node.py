@@ -14,7 +14,7 @@ import msgspec
 from skep.api.client import Client
 from skep.api.updates import update
 from skep.api.waiting import persistently
-from skep.cli import passthrough
+from skep.cli import options, passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
@@ -43,7 +43,7 @@ class _Node(passthrough.WithDockers):
 
 @click.group(cls=_Node)
 def node() -> None:
-    """Nodes.
+    """Manage nodes.
 
     \b
     Examples:
@@ -58,17 +58,19 @@ def node() -> None:
     "--detach/--wait",
     "-d/",
     default=False,
-    help="Whether to wait until the tasks have moved; default: --wait.",
+    help="Return at once, or wait until the tasks have moved (default).",
 )
-@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@options.timeout()
 @click.argument("name", metavar="NODE")
 @click.pass_obj
 def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
-    """Give a node no more tasks, and wait until those it has are gone: then it may be switched off.
+    """Drain a node and wait until its tasks have stopped.
 
-    A service that has all its tasks there is away until they run elsewhere, and is named, as is one that leaves local
-    volumes behind; docker service update --force SERVICE spreads it before.  docker node update --availability active
-    NODE takes the node back.
+    You can then switch the node off.
+
+    The command names services that are down until their tasks run elsewhere, and services that leave local volumes
+    behind. To avoid the former, run docker service update --force SERVICE first. To undo the drain, run docker node
+    update --availability active NODE.
 
     \b
     Examples:
@@ -176,7 +178,9 @@ def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
 @click.argument("names", metavar="NODE...", nargs=-1, required=True)
 @click.pass_obj
 def forget(host: HostOptions, names: tuple[str, ...]) -> None:
-    """Remove nodes that left or were lost for good, and what is known of them.
+    """Remove nodes that left or are lost for good.
+
+    Everything that the cluster knows about them is deleted.
 
     A node that still answers is refused: it would come back.  See skep node evict for one that is no longer trusted.
 
@@ -204,19 +208,18 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
 
 
 @node.command()
-@click.option("--keep", is_flag=True, help="Leave its containers running beside their replacements.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--keep", is_flag=True, help="Keep its containers running alongside their replacements.")
+@options.yes
 @click.argument("name", metavar="NODE")
 @click.pass_obj
 def evict(host: HostOptions, name: str, keep: bool, yes: bool) -> None:
-    """Remove a node that is no longer trusted, and replace every key that it had.
+    """Remove an untrusted node and rotate all its keys.
 
     The cluster replaces its tasks, and the node stops its containers when a manager refuses it.  A node that is cut
     off keeps them running until it reaches a manager again.
 
-    NODE is a name or an id; one that was removed already is named by its whole id.  The managers continue when
-    this command is interrupted; the same command again shows the progress.  Secrets of your services that the node
-    had are yours to replace.
+    NODE is a name or an ID. Use the full ID for a node that was already removed. If you interrupt the command, the
+    managers continue; rerun it to see the progress. Replace the secrets of your services that the node had.
 
     \b
     Examples:

@@ -265,7 +265,7 @@ def printable_lines(text: str) -> str:
 def shows(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that shows something; it gets an ``Output``."""
     watch = click.option(
-        "-w", "--watch", "watches", is_flag=True, help="Show it again every two seconds, until ctrl-c."
+        "-w", "--watch", "watches", is_flag=True, help="Refresh every two seconds until Ctrl+C."
     )
     return watch(_with_forms(command))
 
@@ -287,7 +287,7 @@ def _with_forms(command: Callable[..., Any]) -> Callable[..., Any]:
             "template",
             default="",
             metavar="TEMPLATE",
-            help="A Go template, or json, as in docker's commands.",
+            help="Format with a Go template, or json, as in docker.",
         ),
         click.option(
             "-o",
@@ -295,7 +295,7 @@ def _with_forms(command: Callable[..., Any]) -> Callable[..., Any]:
             "form",
             type=click.Choice(FORMS),
             default="text",
-            help="wide: nothing is cut, and ids are shown.",
+            help="Output format. wide shows IDs and cuts nothing.",
         ),
     ):
         run = option(run)

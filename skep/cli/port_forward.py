@@ -43,7 +43,9 @@ def parse_forward(word: str) -> Forward:
 @click.argument("ports", metavar="[[ADDRESS:]LOCAL:]PORT...", nargs=-1, required=True)
 @click.pass_obj
 def port_forward(host: HostOptions, target: str, ports: Sequence[str]) -> None:
-    """Forward ports of this machine into the container of a task, on whatever node it runs, until ctrl-c.
+    """Forward local ports to a task's container.
+
+    The task can run on any node. Forwards until Ctrl+C.
 
     PORT need not be published; programs that listen on the container's loopback are reached, too.  Connections are
     accepted on 127.0.0.1 unless ADDRESS says otherwise.  Each goes to the task that SERVICE means then, so that one

@@ -9,8 +9,9 @@ import click
 import msgspec
 
 from skep.api.client import Client
-from skep.cli import maintenance
+from skep.cli import maintenance, options
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import duration
 from skep.cli.maintenance import Holder
 from skep.cli.output import Output, Shown, shows
 from skep.cli.running import run_requests
@@ -20,7 +21,9 @@ from skep.errors import InvalidArgument
 
 @click.group("reboot-lock")
 def reboot_lock() -> None:
-    """The lock that a node takes before it reboots, so that one at a time is away.
+    """Manage the cluster-wide reboot lock.
+
+    Nodes that take the lock before they reboot do so one at a time.
 
     It is refused while another node has it, while skep upgrade runs, and where the managers would lose their quorum.
 
@@ -37,30 +40,45 @@ def whoami() -> str:
 
 
 @reboot_lock.command()
-@click.option("--ttl", default=30.0, show_default=True, help="Minutes until others may take it over.")
 @click.option(
-    "--at-once", default=1, show_default=True, type=click.IntRange(1), help="Nodes that may have it."
+    "--ttl",
+    type=options.Duration(plain_s=60.0),
+    default="30m",
+    show_default=True,
+    metavar="DURATION",
+    help="Time until others may take the lock over.",
+)
+@click.option(
+    "--at-once",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of nodes that may hold the lock.",
 )
 @click.argument("node", metavar="NODE")
 @click.pass_obj
 def take(host: HostOptions, node: str, ttl: float, at_once: int) -> None:
-    """Take the lock for NODE; the same again renews it.  Exit code 1: it is refused, with the reason.
+    """Take or renew the lock for a node.
+
+    Exit code 1: another node holds the lock.
 
     \b
     Examples:
       skep reboot-lock take w1
-      until skep reboot-lock take --ttl 10 "$(hostname)"; do sleep 30; done
+      until skep reboot-lock take --ttl 10m "$(hostname)"; do sleep 30; done
     """
     run_requests(_take(host, node, ttl, at_once))
-    click.echo(f"{node} has the lock for {ttl:g} minutes")
+    click.echo(f"{node} has the lock for {duration(ttl)}")
 
 
 @reboot_lock.command()
-@click.option("--all", "everything", is_flag=True, help="All locks, that of an upgrade too.")
+@click.option("--all", "everything", is_flag=True, help="Release all locks, including that of an upgrade.")
 @click.argument("node", metavar="[NODE]", default="")
 @click.pass_obj
 def release(host: HostOptions, node: str, everything: bool) -> None:
-    """Give the lock of NODE back; nothing happens if it has none.
+    """Release the lock of a node.
+
+    Does nothing if NODE does not hold it.
 
     \b
     Examples:
@@ -108,7 +126,7 @@ async def _take(host: HostOptions, word: str, ttl: float, at_once: int) -> None:
     async with host.client() as client:
 
         def decide(text: str, members: Sequence[Member], now: datetime) -> str:
-            wanted = Holder(node=named(members, word).id, by=whoami(), until=now + timedelta(minutes=ttl))
+            wanted = Holder(node=named(members, word).id, by=whoami(), until=now + timedelta(seconds=ttl))
             holders = maintenance.taken(maintenance.read(text), wanted, members, now, at_once=at_once)
             return maintenance.written(holders)
 

@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from skep.api.client import Client
+from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted, duration
 from skep.cli.quorum import STALE, quorum_of
@@ -29,14 +30,16 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Show what would be done, and stop.")
+@options.dry_run("Show the steps without taking them.")
 @click.option(
     "--advertise-addr", default="", help="Address where others reach this manager; default: as before."
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.yes
 @click.pass_obj
 def recover(host: HostOptions, dry_run: bool, advertise_addr: str, yes: bool) -> None:
-    """Continue the cluster with this manager alone, after more than half of the managers are lost for good.
+    """Recover the cluster from this manager alone.
+
+    Use it after more than half of the managers are lost for good.
 
     Shows first which managers are gone, and which state is kept; asks, unless --yes is given.  Services, tasks and
     networks stay, containers run on.  Refused while the cluster has a leader, or enough managers for one.

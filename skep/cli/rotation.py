@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from skep.api.client import Client
 from skep.api.updates import update
 from skep.api.waiting import persistently
-from skep.cli import passthrough
+from skep.cli import options, passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
@@ -43,6 +43,8 @@ class Kind(msgspec.Struct, frozen=True):
     """Secrets or configs, as the API spells them."""
 
     noun: str
+    example: str
+    """A name for the examples in the help."""
 
     @property
     def path(self) -> str:
@@ -356,16 +358,16 @@ async def _prune(host: HostOptions, kind: Kind, *, all: bool) -> None:
                 click.echo(one["Spec"]["Name"])
 
 
-_ROTATE_HELP = """Replace the content of a {noun} in every service that uses it.
+_ROTATE_HELP = """Replace the content of a {noun} in every service.
 
-Makes a next version with the content of FILE (- for standard input) and updates the services, each by its own
-update policy; done when every task has it.  Without FILE the latest version is used: after a rotation that was
-interrupted, or was stuck.  The versions before it stay for rollbacks; see prune.
+Creates a version with the content of FILE (- for standard input) and updates the services, each by its own
+update policy. The command returns when every task has it.  Without FILE, it resumes a
+rotation that was interrupted or is stuck. Earlier versions stay for rollbacks until you prune them.
 
 \b
 Examples:
-  skep {noun} rotate password new.txt
-  skep {noun} rotate password
+  skep {noun} rotate {example} new.txt
+  skep {noun} rotate {example}
 """
 
 
@@ -375,20 +377,20 @@ def _commands(kind: Kind) -> click.Group:
     @click.group(
         kind.noun,
         cls=passthrough.WithDockers,
-        help=f"""{kind.noun.title()}s: docker's commands, rotate and prune.
+        help=f"""Manage {kind.noun}s.
 
         \b
         Examples:
           skep {kind.noun} ls
-          skep {kind.noun} rotate password new.txt
+          skep {kind.noun} rotate {kind.example} new.txt
         """,
     )
     def group() -> None:
         pass
 
-    @group.command(help=_ROTATE_HELP.format(noun=kind.noun))
-    @click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
-    @click.argument("name")
+    @group.command(help=_ROTATE_HELP.format(noun=kind.noun, example=kind.example))
+    @options.timeout()
+    @click.argument("name", metavar=kind.noun.upper())
     @click.argument("file", type=click.File("rb"), required=False)
     @click.pass_obj
     def rotate(host: HostOptions, name: str, file: BinaryIO | None, timeout: float) -> None:
@@ -400,20 +402,22 @@ def _commands(kind: Kind) -> click.Group:
         click.echo(run_requests(_rotate(host, kind, name, data, timeout)))
 
     @group.command(
-        help=f"""Remove {kind.noun}s that no service uses, nor returns to by a rollback.
+        cls=options.accepting({"--force": "--yes", "-f": "--yes"}),
+        help=f"""Remove unused {kind.noun}s.
 
-        Without --all: superseded versions only.
+        A {kind.noun} is unused if no service uses it and no rollback would return to it. Without --all, only superseded
+        versions are removed.
 
         \b
         Examples:
           skep {kind.noun} prune
-        """
+        """,
     )
-    @click.option("--all", "-a", "is_all", is_flag=True, help="Those, too, that were never rotated.")
-    @click.option("--force", "-f", is_flag=True, help="Do not ask.")
+    @click.option("--all", "-a", "is_all", is_flag=True, help="Also remove those that were never rotated.")
+    @options.yes
     @click.pass_obj
-    def prune(host: HostOptions, is_all: bool, force: bool) -> None:
-        if not force:
+    def prune(host: HostOptions, is_all: bool, yes: bool) -> None:
+        if not yes:
             which = "every unused" if is_all else "every superseded and unused"
             click.confirm(f"Remove {which} {kind.noun}?", abort=True, err=True)
         run_requests(_prune(host, kind, all=is_all))
@@ -421,6 +425,6 @@ def _commands(kind: Kind) -> click.Group:
     return group
 
 
-SECRET, CONFIG = Kind("secret"), Kind("config")
+SECRET, CONFIG = Kind("secret", "password"), Kind("config", "nginx.conf")
 secret = _commands(SECRET)
 config = _commands(CONFIG)

@@ -78,7 +78,9 @@ def run(
     tty: bool,
     env: Sequence[str],
 ) -> None:
-    """Run a command once, in the image, environment, networks, secrets, configs and mounts of a service.
+    """Run a one-off command with a service's settings.
+
+    The command gets the service's image, environment, networks, secrets, configs and mounts.
 
     It gets a task of its own on a node that the scheduler chooses, publishes no ports, and is removed afterwards.  The
     exit code is the command's.  What names no service is an image, as for docker run.

@@ -17,11 +17,13 @@ _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 
 @click.command()
 @click.argument("service")
-@click.option("--tail", "-n", default=3, show_default=True, help="Last lines of output of each task.")
+@click.option(
+    "--tail", "-n", default=3, show_default=True, help="Number of last output lines to show for each task."
+)
 @shows
 @click.pass_obj
 def runs(host: HostOptions, service: str, tail: int, output: Output) -> None:
-    """List ended tasks of a service or job, with exit codes and last lines.
+    """List ended tasks with exit codes and last lines.
 
     \b
     Examples:

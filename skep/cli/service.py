@@ -4,7 +4,7 @@ import asyncio
 
 import click
 
-from skep.cli import passthrough
+from skep.cli import options, passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
 from skep.cli.stack_screens import max_failures
@@ -15,7 +15,7 @@ from skep.stack.waiting import Reasons, look_at, unfinished, wait_done
 
 @click.group(cls=passthrough.WithDockers)
 def service() -> None:
-    """Services.
+    """Manage services.
 
     \b
     Examples:
@@ -25,15 +25,17 @@ def service() -> None:
 
 
 @service.command()
-@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@options.timeout()
 @max_failures
 @click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
 @click.pass_obj
 def wait(host: HostOptions, names: tuple[str, ...], timeout: float, max_failures: int) -> None:
-    """Wait until services are as their specs say: all tasks run, or a job has completed.
+    """Wait until services are in their desired state.
 
-    Exit status 1: an update was paused or rolled back, tasks failed repeatedly or are not started again, or the time
-    is over; the error says which, and why.
+    All tasks run, or the job has completed.
+
+    Exit code 1: an update was paused or rolled back, tasks failed repeatedly or are not restarted, or the timeout has
+    passed. The error has the reason.
 
     \b
     Examples:

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from skep.api.requests import Requests
-from skep.cli import passthrough
+from skep.cli import options, passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Shown, shows
 from skep.cli.registry_logins import RegistryLogins
@@ -130,7 +130,7 @@ def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
             "files",
             multiple=True,
             metavar="FILE",
-            help="A Compose file, or - for standard input; later ones change earlier ones.  "
+            help="Compose file, or - for standard input. Later files override earlier ones. "
             "Else COMPOSE_FILE, or compose.yaml here.",
         ),
         click.option(
@@ -138,13 +138,19 @@ def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
             "env_files",
             multiple=True,
             metavar="FILE",
-            help="Variables for the files; else those of .env beside the first one.",
+            help="File with variables. Default: .env next to the first Compose file.",
         ),
         click.option(
-            "--profile", "profiles", multiple=True, metavar="NAME", help="Services of this profile, too."
+            "--profile",
+            "profiles",
+            multiple=True,
+            metavar="NAME",
+            help="Include the services of this profile.",
         ),
-        click.option("--project-directory", "directory", metavar="PATH", help="Where relative paths begin."),
-        click.argument("name", required=False),
+        click.option(
+            "--project-directory", "directory", metavar="PATH", help="Base directory of relative paths."
+        ),
+        click.argument("name", metavar="[STACK]", required=False),
     )
 
 
@@ -152,13 +158,15 @@ def _chooses_services(command: Callable[..., None]) -> Callable[..., None]:
     """Options of the commands that compare a stack with the cluster."""
     return _with(
         command,
-        click.option("--only", multiple=True, metavar="SERVICE", help="This service only."),
+        click.option(
+            "--only", multiple=True, metavar="SERVICE", help="Only this service. Repeat for several."
+        ),
         click.option(
             "--resolve-image",
             type=click.Choice(["always", "never"]),
             default="always",
             show_default=True,
-            help="Whether registries are asked for the digests of images.",
+            help="Resolve image tags to digests at the registries.",
         ),
     )
 
@@ -183,7 +191,7 @@ class _Stack(click.Group):
 
 @click.group(cls=_Stack)
 def stack() -> None:
-    """Stacks: docker's commands, and Compose files read whole.
+    """Deploy and manage Compose stacks.
 
     \b
     Examples:
@@ -202,15 +210,17 @@ for listing in (ls, services, ps, quota):
 
 @stack.command()
 @_reads_files
-@click.option("-q", "--quiet", is_flag=True, help="Check the files only.")
-@click.option("--services", "names_only", is_flag=True, help="Print the names of the services, one a line.")
+@click.option("-q", "--quiet", is_flag=True, help="Only check the files.")
+@click.option("--services", "names_only", is_flag=True, help="Print the service names, one per line.")
 def config(
     *,
     given: _Given,
     quiet: bool,
     names_only: bool,
 ) -> None:
-    """Check Compose files, and print them merged, with their variables replaced.
+    """Check and print merged Compose files.
+
+    Variables are replaced.
 
     A dollar sign in a value is printed as $$, so that the output can be read as a Compose file again.
 
@@ -304,7 +314,9 @@ def plan(
     resolve_image: str,
     output: Output,
 ) -> None:
-    """Show what a deploy would change, field by field, and where it would run.  Nothing is written.
+    """Show what a deploy would change.
+
+    Compares field by field, and shows where tasks would run. Nothing is written.
 
     The managers try the whole plan: what they would refuse (ports, names, quotas, rights) is an error here.  The
     cluster's scheduler says which nodes would get the tasks, and why some would not fit.  If nothing would change, the
@@ -356,10 +368,10 @@ def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str
 @click.option(
     "--with-registry-auth",
     is_flag=True,
-    help="Give nodes what docker login has kept for the registries of the images.",
+    help="Send registry credentials of docker login to the nodes.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until the services run.")
-@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@options.timeout()
 @max_failures
 @click.pass_obj
 def deploy(
@@ -375,16 +387,16 @@ def deploy(
     timeout: float,
     max_failures: int,
 ) -> None:
-    """Create or update a stack from Compose files, and wait until its services run.
+    """Deploy a stack and wait until its services run.
 
-    The tasks of a service that depends on others (depends_on) start when those are as it says.  Secrets and configs
-    have names with their content in it: other content makes a new object, and the services that use it are updated.
-    An interrupted deploy is completed by repeating it.
+    The tasks of a service start when the conditions in its depends_on are met. The name of a secret or config includes
+    a hash of its content, so new content creates a new object and updates the services that use it. If a deploy is
+    interrupted, rerun it.
 
-    The command ends when waiting cannot help: a task failed repeatedly, its image, program or mount is missing, or no
-    node can run it.  A newer deploy of the stack replaces one that is under way, which then ends with an error.
+    The command fails early when a task fails repeatedly, its image, program or mount is missing, or no node can run it.
+    A newer deploy of the stack replaces a running one, which then ends with an error.
 
-    Exit status 0: all services run; 1: they do not, or something was refused; 2: wrong options.
+    Exit code 0: all services run. 1: they do not, or the API rejected a change. 2: wrong options.
 
     \b
     Examples:
@@ -418,13 +430,13 @@ def deploy(
 
 
 @stack.command()
-@click.option(
-    "--timeout", default=120.0, show_default=True, help="Longest wait for tasks that stop, in seconds."
-)
-@click.argument("names", nargs=-1, required=True)
+@options.timeout("2m", "Longest time to wait for tasks to stop.")
+@click.argument("names", metavar="STACK...", nargs=-1, required=True)
 @click.pass_obj
 def rm(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
-    """Remove stacks, and return when nothing of them is left: a deploy may follow at once.
+    """Remove stacks and wait until they are gone.
+
+    You can deploy again at once.
 
     \b
     Examples:
@@ -445,11 +457,13 @@ def rm(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
 
 
 @stack.command()
-@click.argument("name")
+@click.argument("name", metavar="STACK")
 @shows
 @click.pass_obj
 def history(host: HostOptions, name: str, output: Output) -> None:
-    """List the revisions of a stack: when each was deployed, what it changed, and how it ended.
+    """List the revisions of a stack.
+
+    Shows when each was deployed, what it changed and how it ended.
 
     The last ten are kept, with the stack: docker stack rm removes them.
 
@@ -470,16 +484,21 @@ def history(host: HostOptions, name: str, output: Output) -> None:
 
 @stack.command()
 @click.option(
-    "--to", type=click.IntRange(1), metavar="N", help="This revision; else the deployed one before the last."
+    "--to",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Revision to deploy. Default: the last deployed one before the present.",
 )
 @click.option(
     "--as-admin", is_flag=True, help="Use all your rights, whoever wrote the revision.  Read the plan first."
 )
-@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
-@click.argument("name")
+@options.timeout()
+@click.argument("name", metavar="STACK")
 @click.pass_obj
 def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: float, name: str) -> None:
-    """Deploy an earlier revision of a stack again, with the images, secrets and configs that it had.
+    """Deploy an earlier revision of a stack.
+
+    It has the images, secrets and configs of that revision.
 
     Services that it did not have are removed.  The return is a revision itself.
 
@@ -509,13 +528,13 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
 
 
 @stack.command()
-@click.argument("name")
+@click.argument("name", metavar="STACK")
 @click.argument("first", type=click.IntRange(1), required=False)
 @click.argument("second", type=click.IntRange(1), required=False)
 @shows
 @click.pass_obj
 def diff(host: HostOptions, name: str, first: int | None, second: int | None, output: Output) -> None:
-    """Show how the services of two revisions of a stack differ, field by field.
+    """Compare the services of two revisions of a stack.
 
     Without numbers the last two are compared; with one, it and the last.
 

@@ -26,8 +26,10 @@ _MODES = {
     "GlobalJob": "global job",
     "Replicated": "replicated",
 }
-_quiet = click.option("-q", "--quiet", is_flag=True, help="Ids only.")
-_filter = click.option("-f", "--filter", "words", multiple=True, metavar="KEY=VALUE", help="As docker's.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Show only IDs.")
+_filter = click.option(
+    "-f", "--filter", "words", multiple=True, metavar="KEY=VALUE", help="Filter as in docker."
+)
 
 Objects = Sequence[Mapping[str, Any]]
 
@@ -36,7 +38,7 @@ Objects = Sequence[Mapping[str, Any]]
 @shows
 @click.pass_obj
 def ls(host: HostOptions, output: Output) -> None:
-    """List the stacks, with their services and running tasks.
+    """List stacks with their services and running tasks.
 
     \b
     Examples:
@@ -88,7 +90,7 @@ def stacks(services: Objects) -> Shown:
 @shows
 @click.pass_obj
 def services(host: HostOptions, name: str, words: tuple[str, ...], *, quiet: bool, output: Output) -> None:
-    """List the services of a stack: how many tasks run, of which image, on which ports.
+    """List the services of a stack.
 
     \b
     Examples:
@@ -182,8 +184,8 @@ def _image(template: Mapping[str, Any]) -> str:
 @click.command()
 @_quiet
 @_filter
-@click.option("--no-trunc", is_flag=True, help="As -o wide.")
-@click.option("--no-resolve", is_flag=True, help="Ids of nodes and services in place of names.")
+@click.option("--no-trunc", is_flag=True, help="Same as -o wide.")
+@click.option("--no-resolve", is_flag=True, help="Show IDs of nodes and services instead of names.")
 @click.argument("name", metavar="STACK")
 @shows
 @click.pass_obj
@@ -197,7 +199,7 @@ def ps(
     no_resolve: bool,
     output: Output,
 ) -> None:
-    """List the tasks of a stack: where each is, its state and for how long, and its error.
+    """List the tasks of a stack.
 
     \b
     Examples:

@@ -17,7 +17,9 @@ _CPU = 1_000_000_000
 
 @click.group()
 def quota() -> None:
-    """Limit what the objects of a stack may take together.
+    """Manage the quotas of stacks.
+
+    A quota limits what the objects of a stack use together.
 
     \b
     Examples:
@@ -27,20 +29,23 @@ def quota() -> None:
 
 
 @quota.command("set")
+@click.option("--tasks", type=click.IntRange(min=0), default=0, help="Maximum number of tasks. 0: unlimited.")
+@click.option("--cpus", type=click.FloatRange(min=0), default=0.0, help="Maximum sum of reserved CPUs.")
+@click.option("--memory", default="0", metavar="SIZE", help="Maximum sum of reserved memory: 512m, 8g.")
+@click.option("--ports", type=click.IntRange(min=0), default=0, help="Maximum number of published ports.")
+@click.option("--networks", type=click.IntRange(min=0), default=0, help="Maximum number of networks.")
 @click.option(
-    "--tasks", type=click.IntRange(min=0), default=0, help="Tasks of all its services; 0: no bound."
+    "--addresses",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Maximum number of IPv4 addresses in its networks.",
 )
-@click.option("--cpus", type=click.FloatRange(min=0), default=0.0, help="Reserved CPUs of all its tasks.")
-@click.option("--memory", default="0", metavar="SIZE", help="Reserved memory of all its tasks: 512m, 8g.")
-@click.option("--ports", type=click.IntRange(min=0), default=0, help="Published ports.")
-@click.option("--networks", type=click.IntRange(min=0), default=0, help="Networks.")
+@click.option("--secrets", type=click.IntRange(min=0), default=0, help="Maximum number of secrets.")
 @click.option(
-    "--addresses", type=click.IntRange(min=0), default=0, help="IPv4 addresses of all its networks."
+    "--configs", type=click.IntRange(min=0), default=0, help="Maximum number of configs, including revisions."
 )
-@click.option("--secrets", type=click.IntRange(min=0), default=0, help="Secrets.")
-@click.option("--configs", type=click.IntRange(min=0), default=0, help="Configs, revisions among them.")
-@click.option("--services", type=click.IntRange(min=0), default=0, help="Services, also those without tasks.")
-@click.option("--data", default="0", metavar="SIZE", help="Data of its secrets and configs: 64m.")
+@click.option("--services", type=click.IntRange(min=0), default=0, help="Maximum number of services.")
+@click.option("--data", default="0", metavar="SIZE", help="Maximum size of secrets and configs: 64m.")
 @click.argument("stack")
 @click.pass_obj
 def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
@@ -89,7 +94,7 @@ def _check_is_set(body: dict[str, int], state: dict[str, Any]) -> None:
 @shows
 @click.pass_obj
 def show(options: HostOptions, stack: str, output: Output) -> None:
-    """Show the quota of a stack, and what of it is taken.
+    """Show the quota of a stack and its usage.
 
     \b
     Examples:

@@ -129,14 +129,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     "when",
     default="",
     metavar="TIME",
-    help="As it was then: '10 min ago', 'yesterday 14:00', '14:00', RFC 3339, revision:N.",
+    help="Show an earlier state: '10 min ago', 'yesterday 14:00', '14:00', RFC 3339, revision:N.",
 )
 @shows
 @click.pass_obj
 def status(host: HostOptions, when: str, output: Output) -> None:
-    """Show the cluster on one screen: its nodes, its services, and why what is not well is not.
+    """Show the state of the cluster.
 
-    Exit code 0: all is as wanted; 3: a node or a service is not; 4: there is no leader; 1: the node does not answer.
+    Lists nodes and services, with the reason if one is not healthy.
+
+    Exit code 0: healthy. 3: degraded, a node or a service is not in its desired state. 4: no leader. 1: the node does
+    not respond.
 
     \b
     Examples:

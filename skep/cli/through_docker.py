@@ -149,8 +149,8 @@ def arguments_of(words: Sequence[str], valued: str) -> list[str]:
     return found
 
 
-def _command(name: str, docker: Sequence[str], names: Names, help: str) -> click.Command:
-    """A command whose words go to docker, with ``names`` of them looked up."""
+def _command(name: str, docker: Sequence[str], names: Names, help: str, arguments: str) -> click.Command:
+    """Return a command whose words go to docker, with ``names`` of them looked up."""
 
     @click.command(
         name,
@@ -158,7 +158,7 @@ def _command(name: str, docker: Sequence[str], names: Names, help: str) -> click
         help=help,
         context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     )
-    @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="...")
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar=arguments)
     @click.pass_context
     def run(ctx: click.Context, /, words: Sequence[str]) -> None:
         host: HostOptions = ctx.obj
@@ -183,9 +183,9 @@ cp = _command(
     "cp",
     ["cp"],
     _of_copy,
-    """Copy files between a task's container, on any node, and this machine.
+    """Copy files to or from a task's container on any node.
 
-    SERVICE[.SLOT]|TASK stands for docker's container; options and rules are those of docker cp.
+    Name a container as SERVICE[.SLOT] or by its task. Options and rules are those of docker cp.
 
     \b
     Examples:
@@ -193,56 +193,58 @@ cp = _command(
       skep cp ./site web.2:/usr/share/nginx/html
       skep cp web:/var/log - | tar tv
     """,
+    "SOURCE DESTINATION",
 )
 attach = _command(
     "attach",
     ["attach", "--sig-proxy=false"],
     lambda words: arguments_of(words, "--detach-keys")[:1],
-    """Attach input and output to a task's container, on any node.
+    """Attach to a task's container on any node.
 
-    SERVICE[.SLOT]|TASK stands for docker's container; options are those of docker attach.  Signals stay here: to stop
-    a task is the cluster's part.
+    Options are those of docker attach. Signals are not forwarded, because only the cluster stops tasks.
 
     \b
     Examples:
       skep attach --no-stdin web.1
       skep attach --detach-keys ctrl-x game
     """,
+    "SERVICE[.SLOT]|TASK",
 )
 stats = _command(
     "stats",
     ["stats"],
     lambda words: arguments_of(words, "--format"),
-    """Show what tasks' containers use, on any node.
+    """Show resource usage of tasks' containers on any node.
 
-    SERVICE[.SLOT]|TASK stands for docker's container; options are those of docker stats.  Without any, the
-    containers of this node are shown.
+    Options are those of docker stats. Without an argument, shows the containers of this node.
 
     \b
     Examples:
       skep stats web.1 web.2
       skep stats --no-stream --format json db
     """,
+    "[SERVICE[.SLOT]|TASK]...",
 )
 top = _command(
     "top",
     ["top"],
     lambda words: words[:1],
-    """Show the processes of a task's container, on any node.
+    """Show the processes in a task's container.
 
-    SERVICE[.SLOT]|TASK stands for docker's container; options behind it are those of ps.
+    PS OPTIONS are those of ps.
 
     \b
     Examples:
       skep task top web.1
       skep task top db -o pid,rss,args
     """,
+    "SERVICE[.SLOT]|TASK [PS OPTIONS]",
 )
 
 
 @click.group()
 def task() -> None:
-    """Tasks.
+    """Manage tasks.
 
     \b
     Examples:

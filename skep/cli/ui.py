@@ -29,7 +29,9 @@ from skep.errors import NotFound, Unavailable, Unimplemented, reason_of
 @click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
 @click.pass_obj
 def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
-    """Open the dashboard of the cluster in a browser, until ctrl-c.
+    """Open the dashboard in a browser.
+
+    Serves it until Ctrl+C.
 
     Listens on 127.0.0.1 and passes the page's requests on to the node of the other commands: its socket, TLS, or ssh.
     The address works once, for one browser, which then has the rights of this command's user.

@@ -135,7 +135,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="So many of the first are managers.",
+    help="Number of managers: the first HOSTs.",
 )
 @click.option(
     "--package",
@@ -145,10 +145,12 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--advertise-addr", "advertise", default="", metavar="INTERFACE", help="Of machines with several."
 )
-@click.option("--dry-run", is_flag=True, help="Look at the machines only.")
+@click.option("--dry-run", is_flag=True, help="Check the machines without changing them.")
 @click.argument("hosts", metavar="HOST...", nargs=-1, required=True)
 def up(hosts: tuple[str, ...], managers: int, package: Path | None, advertise: str, dry_run: bool) -> None:
-    """Make machines into a cluster, over ssh; the first HOST is its first manager, or is one already.
+    """Turn machines into a cluster over SSH.
+
+    The first HOST becomes the first manager, or is one already.
 
     HOST is [USER@]MACHINE, reached by a key.  All machines are looked at first (root, kernel, clock, disk, ports), and
     nothing is changed unless all are suitable.  The same command again continues, and adds machines.

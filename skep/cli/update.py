@@ -28,7 +28,7 @@ class _Update(click.Group):
 
 @click.group(cls=_Update)
 def update() -> None:
-    """Updates of services while they are under way.
+    """Pause, resume or abort service updates.
 
     \b
     Examples:
@@ -42,7 +42,9 @@ def update() -> None:
 @click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
 @click.pass_obj
 def pause(host: HostOptions, names: tuple[str, ...]) -> None:
-    """Begin with no further task of an update or rollback, until it is resumed or aborted.
+    """Pause an update or rollback.
+
+    No further task starts until you resume or abort it.
 
     Tasks that it has begun with are completed.  It stays paused when another manager leads.
 
@@ -62,7 +64,9 @@ def pause(host: HostOptions, names: tuple[str, ...]) -> None:
 @click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
 @click.pass_obj
 def resume(host: HostOptions, names: tuple[str, ...]) -> None:
-    """Resume a paused update or rollback, whether a user or a failure paused it.
+    """Resume a paused update or rollback.
+
+    It does not matter whether a user or a failure paused it.
 
     Failures until now do not count any more; those of later tasks do.
 
@@ -78,7 +82,9 @@ def resume(host: HostOptions, names: tuple[str, ...]) -> None:
 @click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
 @click.pass_obj
 def abort(host: HostOptions, names: tuple[str, ...]) -> None:
-    """Give up an update, paused or not, and return to the spec before it.
+    """Abort an update and return to the previous spec.
+
+    The update can be running or paused.
 
     As docker service rollback, and refused where that would undo an update that has ended.
 

@@ -20,7 +20,7 @@ import msgspec
 from skep.api.client import Client
 from skep.api.updates import update
 from skep.api.waiting import persistently
-from skep.cli import maintenance
+from skep.cli import maintenance, options
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.maintenance import RESPONSE_TIMEOUT_S, Holder
@@ -147,35 +147,44 @@ async def _run_here(command: str, node: Member) -> None:
         raise Unavailable(f"the command ended with code {code}")
 
 
-@click.command()
+@click.command(cls=options.accepting({"--plan": "--dry-run"}))
 @click.option(
     "--package",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The Debian package to install, over ssh to the nodes' addresses.",
+    help="Debian package to install over SSH on each node.",
 )
-@click.option("--ssh-user", default="root", show_default=True, help="For --package.")
+@click.option("--ssh-user", default="root", show_default=True, help="User for --package.")
 @click.option(
-    "--command", default="", help="Run here for each node, with SKEP_NODE and SKEP_ADDRESS set, instead."
+    "--command",
+    default="",
+    help="Upgrade each node by running this command locally. It gets SKEP_NODE and SKEP_ADDRESS.",
 )
-@click.option("--rollback-command", "rollback", default="", help="The way back of --command.")
+@click.option("--rollback-command", "rollback", default="", help="Command that undoes --command.")
 @click.option(
-    "--to", "version", default="", metavar="VERSION", help="With --command: what nodes show afterwards."
+    "--to",
+    "version",
+    default="",
+    metavar="VERSION",
+    help="With --command: the version that nodes report afterwards.",
 )
 @click.option(
-    "--keep-running", is_flag=True, help="No drain: containers run on while their node's daemon restarts."
+    "--keep-running", is_flag=True, help="Do not drain. Containers keep running while the daemon restarts."
 )
 @click.option(
-    "--within", default=180.0, show_default=True, help="Seconds that a node may take to come back well."
+    "--within",
+    type=options.Duration(),
+    default="3m",
+    show_default=True,
+    metavar="DURATION",
+    help="Longest time for a node to become healthy.",
 )
-@click.option(
-    "--plan", "only_plan", is_flag=True, help="Show the steps and what forbids them; exit code 2: forbidden."
-)
-@click.option("--continue", "continues", is_flag=True, help="Take over from an upgrade that was interrupted.")
+@options.dry_run("Show the steps and what blocks them. Exit code 2: blocked.")
+@click.option("--continue", "continues", is_flag=True, help="Resume an interrupted upgrade.")
 @click.option(
     "--abort",
     "aborts",
     is_flag=True,
-    help="End an interrupted one: its node gets tasks again, the lock goes.",
+    help="Abort an interrupted upgrade. Its node gets tasks again and the lock is released.",
 )
 @click.pass_obj
 def upgrade(
@@ -188,18 +197,21 @@ def upgrade(
     *,
     keep_running: bool,
     within: float,
-    only_plan: bool,
+    dry_run: bool,
     continues: bool,
     aborts: bool,
 ) -> None:
-    """Upgrade all nodes, one after the other: workers, managers, the leader last.
+    """Upgrade all nodes one after the other.
 
-    Each is drained, upgraded, waited for, and given tasks again.  One that does not come back well gets its former
-    version again, and the upgrade ends there.  Nothing is begun while a manager is away or a service lacks tasks.
+    Workers come first, then managers, the leader last.
+
+    Skep drains each node, upgrades it, waits until it is healthy, and activates it. If a node is not healthy in time,
+    Skep reinstalls its previous version and stops. The upgrade does not start while a manager is unreachable or a
+    service is degraded.
 
     \b
     Examples:
-      skep upgrade --plan --package skep_0.2.0_amd64.deb
+      skep upgrade --dry-run --package skep_0.2.0_amd64.deb
       skep upgrade --package skep_0.2.0_amd64.deb
       skep upgrade --to 0.2.0 --command 'ssh root@$SKEP_ADDRESS skep-install 0.2.0'
       skep upgrade --abort
@@ -215,7 +227,7 @@ def upgrade(
             command=command,
             rollback=rollback,
         )
-        if only_plan:
+        if dry_run:
             raise SystemExit(asyncio.run(show_plan(host, means, drains=not keep_running)))
         asyncio.run(carry_out(host, means, drains=not keep_running, within_s=within, continues=continues))
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
 from skep.api.raw import RawClient
+from skep.cli import options
 from skep.cli.contexts import Context, Contexts
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Screen, Shown, shows, table
@@ -24,7 +25,6 @@ from skep.model.access import parse_binding
 if TYPE_CHECKING:
     from skep.api.requests import PlainRequests
 
-_DAY_S = 86_400
 _KNOWN_WITHIN_S = 10.0
 """Managers tell the nodes their users within some milliseconds, and again every two seconds."""
 _FILES = ("ca.pem", "cert.pem", "key.pem")
@@ -38,12 +38,17 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
     out: Path | None = None
     address: str = ""
     ca: Path | None = None
-    days: int = 0
+    lifetime: float = 0
+    """Seconds, or 0 for the default."""
+
+
+_WithDays = options.accepting({"--days": "--lifetime"})
+_LIFETIME = options.Duration(plain_s=options.DAY_S, least_s=options.DAY_S, most_s=366 * options.DAY_S)
 
 
 @click.group()
 def user() -> None:
-    """Users of the API over TCP: roles, certificates, tokens.
+    """Manage users of the API.
 
     A role is viewer (reads), operator (changes services and what they use) or admin; viewer and operator can be
     those of a single stack: operator:shop.
@@ -56,31 +61,35 @@ def user() -> None:
     """
 
 
-@user.command()
+@user.command(cls=_WithDays)
 @click.option(
-    "--role", "roles", multiple=True, required=True, metavar="ROLE[:STACK]", help="What the user may do."
+    "--role",
+    "roles",
+    multiple=True,
+    required=True,
+    metavar="ROLE[:STACK]",
+    help="Role of the user. Repeat for several.",
+)
+@click.option("--token", "makes_token", is_flag=True, help="Create a token and print it once.")
+@click.option("--context", "makes_context", is_flag=True, help="Create a docker context with a certificate.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write ca.pem, cert.pem and key.pem to this directory."
 )
 @click.option(
-    "--token", "makes_token", is_flag=True, help="Make a token and print it: it is not shown again."
-)
-@click.option("--context", "makes_context", is_flag=True, help="Make a docker context with a certificate.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write ca.pem, cert.pem and key.pem into this folder."
-)
-@click.option(
-    "--address", default="", metavar="URL", help="For the context: the API by TCP, tcp://manager1:2376."
+    "--address", default="", metavar="URL", help="Address of the API for the context: tcp://manager1:2376."
 )
 @click.option(
     "--ca",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The authority of the API's own certificate (the node's setting tls-ca).",
+    help="CA of the API's certificate (the node's setting tls-ca).",
 )
 @click.option(
-    "--days",
-    type=click.IntRange(1, 366),
-    default=30,
+    "--lifetime",
+    type=_LIFETIME,
+    default="30d",
     show_default=True,
-    help="How long a certificate or token is valid.",
+    metavar="DURATION",
+    help="Time until a certificate or token expires.",
 )
 @click.argument("name")
 @click.pass_obj
@@ -93,13 +102,13 @@ def add(
     makes_context: bool,
     **where: Any,
 ) -> None:
-    """Add a user, with credentials.
+    """Add a user and create credentials.
 
     \b
     Examples:
       skep user add ann --role viewer --context --address tcp://manager1:2376 --ca ca.pem
       skep user add bob --role operator:shop --role viewer:blog --out bob/ --ca ca.pem
-      skep user add ci --role operator:shop --token --days 90
+      skep user add ci --role operator:shop --token --lifetime 90d
     """
     wanted = _Wanted(context=name if makes_context else "", **where)
     click.echo(run_requests(_add(options, name, roles, makes_token, wanted)))
@@ -120,11 +129,13 @@ async def _add(
     async with options.requests() as client:
         await client.post("/skep/users/create", {"Name": name, "Roles": roles})
         if has_certificate:
-            key, certificate = await _issued(client, f"/skep/users/{quote(name)}/certificates", wanted.days)
+            key, certificate = await _issued(
+                client, f"/skep/users/{quote(name)}/certificates", wanted.lifetime
+            )
             _keep(options, wanted, (authority, certificate, key))
         printed = name
         if makes_token:
-            body = {"LifetimeSeconds": wanted.days * _DAY_S}
+            body = {"LifetimeSeconds": int(wanted.lifetime)}
             printed = str((await client.post(f"/skep/users/{quote(name)}/tokens", body))["Token"])
     if wanted.context:
         await _wait_known(replace(options, host="", context=wanted.context))
@@ -162,7 +173,9 @@ async def _wait_known(options: HostOptions) -> None:
 @click.argument("name")
 @click.pass_obj
 def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
-    """Replace the roles of a user; its open connections end.
+    """Replace the roles of a user.
+
+    Its open connections are closed.
 
     \b
     Examples:
@@ -183,7 +196,9 @@ def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.pass_obj
 def rm(options: HostOptions, names: tuple[str, ...]) -> None:
-    """Remove users: certificates and tokens count no more, open connections end.
+    """Remove users and revoke their credentials.
+
+    Open connections are closed.
 
     \b
     Examples:
@@ -233,7 +248,9 @@ def ls(options: HostOptions, output: Output) -> None:
 @shows
 @click.pass_obj
 def inspect(options: HostOptions, name: str, output: Output) -> None:
-    """Show a user with its certificates and tokens; never the tokens themselves.
+    """Show a user with its certificates and tokens.
+
+    The tokens themselves are never shown.
 
     \b
     Examples:
@@ -265,16 +282,23 @@ def _kind(kind: str, credential: Mapping[str, Any]) -> str:
     return "dashboard token" if credential.get("LogsInOnly") else kind
 
 
-@user.command()
-@click.option("--rm", "removed", metavar="ID", default="", help="Remove this token instead.")
+@user.command(cls=_WithDays)
+@click.option("--rm", "removed", metavar="ID", default="", help="Remove the token with this ID instead.")
 @click.option(
-    "--days", type=click.IntRange(1, 366), default=90, show_default=True, help="How long it is valid."
+    "--lifetime",
+    type=_LIFETIME,
+    default="90d",
+    show_default=True,
+    metavar="DURATION",
+    help="Time until the token expires.",
 )
-@click.option("--dashboard", is_flag=True, help="Make a token that opens the dashboard only, not the API.")
+@click.option("--dashboard", is_flag=True, help="Create a token for the dashboard only, not for the API.")
 @click.argument("name")
 @click.pass_obj
-def token(options: HostOptions, name: str, removed: str, days: int, *, dashboard: bool) -> None:
-    """Make another token for a user and print it, or remove one.
+def token(options: HostOptions, name: str, removed: str, lifetime: float, *, dashboard: bool) -> None:
+    """Create or remove a token.
+
+    A new token is printed once.
 
     \b
     Examples:
@@ -287,7 +311,7 @@ def token(options: HostOptions, name: str, removed: str, days: int, *, dashboard
         path = f"/skep/users/{quote(name)}/tokens"
         async with options.requests() as client:
             if not removed:
-                wanted = {"LifetimeSeconds": days * _DAY_S, "LogsInOnly": dashboard}
+                wanted = {"LifetimeSeconds": int(lifetime), "LogsInOnly": dashboard}
                 return str((await client.post(path, wanted))["Token"])
             await client.delete(f"{path}/{quote(removed)}")
             return removed
@@ -295,32 +319,37 @@ def token(options: HostOptions, name: str, removed: str, days: int, *, dashboard
     click.echo(run_requests(change()))
 
 
-@user.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Write the files into this folder.")
-@click.option("--for", "context", metavar="CONTEXT", default="", help="Write them into this docker context.")
+@user.command(cls=_WithDays)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the files to this directory.")
+@click.option("--for", "context", metavar="CONTEXT", default="", help="Write them to this docker context.")
 @click.option(
     "--ca",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="As for skep user add; with --out.",
+    help="CA of the API's certificate, with --out.",
 )
 @click.option(
-    "--days",
-    type=click.IntRange(1, 366),
-    help="How long the new certificate is valid: by default as long as yours in all, or 30 days of NAME.",
+    "--lifetime",
+    type=_LIFETIME,
+    metavar="DURATION",
+    help="Time until the new certificate expires. Default: that of your present one, or 30d for NAME.",
 )
 @click.argument("name", required=False)
 @click.pass_obj
-def renew(options: HostOptions, /, name: str | None, context: str, days: int | None, **where: Any) -> None:
-    """Get another certificate: your own by the context that you use, or as an administrator that of NAME.
+def renew(
+    options: HostOptions, /, name: str | None, context: str, lifetime: float | None, **where: Any
+) -> None:
+    """Renew a certificate.
 
-    The former one is valid until it ends.
+    Renews that of your context, or as an administrator that of NAME.
+
+    The present certificate stays valid until it expires.
 
     \b
     Examples:
       skep --context ann user renew
       skep user renew ann --out ann/ --ca ca.pem
     """
-    wanted = _Wanted(context=context or ("" if name else options.context), days=days or 0, **where)
+    wanted = _Wanted(context=context or ("" if name else options.context), lifetime=lifetime or 0, **where)
 
     async def change() -> str:
         if not wanted.context and wanted.out is None:
@@ -330,7 +359,7 @@ def renew(options: HostOptions, /, name: str | None, context: str, days: int | N
         authority = _authority(options, wanted) if wanted.out is not None else b""
         path = f"/skep/users/{quote(name)}/certificates" if name else "/skep/access/certificates"
         async with options.requests() as client:
-            key, certificate = await _issued(client, path, wanted.days)
+            key, certificate = await _issued(client, path, wanted.lifetime)
         if wanted.context:
             files = {"cert.pem": certificate, "key.pem": key}
             Contexts(options.docker_folder).replace_tls(wanted.context, files)
@@ -345,7 +374,7 @@ def renew(options: HostOptions, /, name: str | None, context: str, days: int | N
 @shows
 @click.pass_obj
 def whoami(options: HostOptions, output: Output) -> None:
-    """Show the user that the node takes you for, and its roles.
+    """Show your user and its roles.
 
     \b
     Examples:
@@ -360,10 +389,10 @@ def whoami(options: HostOptions, output: Output) -> None:
     output.show(fetch)
 
 
-async def _issued(client: "PlainRequests", path: str, days: int) -> tuple[bytes, bytes]:
+async def _issued(client: "PlainRequests", path: str, lifetime: float) -> tuple[bytes, bytes]:
     """A key made here, and a certificate for it."""
     key, request = _key_and_request()
-    body = {"Request": request.decode(), "LifetimeSeconds": days * _DAY_S}
+    body = {"Request": request.decode(), "LifetimeSeconds": int(lifetime)}
     return key, str((await client.post(path, body))["Certificate"]).encode()
 
 

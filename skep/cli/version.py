@@ -1,41 +1,89 @@
-"""``skep version``: this command's, and with ``--all`` every node's."""
+"""``skep version``: this command and docker's, and with ``--all`` every node."""
 
+import platform
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
-from skep import __version__
+from skep import __commit__, __date__, __version__
+from skep.api.versions import NEWEST, OLDEST
 from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 
 _RESPONSE_TIMEOUT_S = 15.0
+_GIT_TIMEOUT_S = 5.0
+_GO_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 class _OrDockers(click.Command):
-    """Without --all it is docker's command, which shows both ends of the connection."""
+    """Shows Skep's version, then docker's, which shows both ends of the connection; --all is Skep's alone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         is_ours = bool({"--all", "-a", *self.get_help_option_names(ctx)} & {*args})
         if not is_ours and not ctx.resilient_parsing:  # a shell that completes the words runs nothing
+            if not args:  # with --format, the output is docker's alone
+                click.echo("\n".join(own_version()))
+                sys.stdout.flush()
             passthrough.execute(ctx.find_object(HostOptions) or HostOptions(), ("version",), args)
         return super().parse_args(ctx, args)
 
 
+def own_version() -> Iterator[str]:
+    """The lines about Skep, in the form of docker's."""
+    commit, date = (__commit__, __date__) if __commit__ else _checked_out()
+    machine = platform.machine()
+    yield "Skep:"
+    for name, value in (
+        ("Version", __version__),
+        ("Git commit", commit),
+        ("Date", date),
+        ("API version", f"{OLDEST} to {NEWEST}"),
+        ("Python version", platform.python_version()),
+        ("OS/Arch", f"linux/{_GO_NAMES.get(machine, machine)}"),
+    ):
+        yield f" {name + ':':<18} {value or 'unknown'}"
+    yield ""
+
+
+def _checked_out() -> tuple[str, str]:
+    """Commit and date of a checkout, or empty strings without git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "", ""
+    try:
+        done = subprocess.run(
+            ["git", "-C", root, "log", "-1", "--format=%h %cs"],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "", ""
+    commit, _, date = done.stdout.strip().partition(" ")
+    return commit, date
+
+
 @click.command(cls=_OrDockers)
-@click.option("-a", "--all", "all_nodes", is_flag=True, help="Every node's version.")
+@click.option("-a", "--all", "all_nodes", is_flag=True, help="Show the version of every node.")
 @shows
 @click.pass_obj
 def version(host: HostOptions, all_nodes: bool, output: Output) -> None:
-    """Show versions: with --all of every node, else as docker version.
+    """Show version information.
 
-    Exit code 3: nodes have different versions.
+    Shows Skep's version, commit, date and API versions, then docker's client and the server. With --all, shows the
+    version of every node. Exit code 3: nodes have different versions.
 
     \b
     Examples:
+      skep version
       skep version --all
       skep version --all --format '{{.Node}} {{.Version}}'
     """

@@ -33,7 +33,7 @@ class _Volume(passthrough.WithDockers):
 
 @click.group(cls=_Volume)
 def volume() -> None:
-    """Volumes.
+    """Manage volumes.
 
     \b
     Examples:
@@ -43,11 +43,13 @@ def volume() -> None:
 
 
 @volume.command()
-@click.option("--node", "node", metavar="NODE", default="", help="Of this node only.")
+@click.option("--node", "node", metavar="NODE", default="", help="Only on this node.")
 @click.argument("name", metavar="VOLUME")
 @click.pass_obj
 def forget(host: HostOptions, name: str, node: str) -> None:
-    """Give up a local volume on nodes that are down: tasks wait for them no more, and start with an empty one.
+    """Give up a local volume on nodes that are down.
+
+    Tasks no longer wait for these nodes and start with an empty volume. The data on a node is not deleted.
 
     Nothing is removed there.  A node that returns keeps the volume, and its tasks do not return to it.
 

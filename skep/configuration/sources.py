@@ -19,15 +19,6 @@ from skep.paths import SOCKET_PATH_BYTES_MAX
 DEFAULT_TOML = Path("/etc/skep/skep.toml")
 DEFAULT_DAEMON_JSON = Path("/etc/docker/daemon.json")
 
-EXAMPLES = """\
-Examples:
-  skep daemon
-  skep daemon --config /etc/skep/skep.toml --debug
-  skep daemon --engine-socket /var/run/docker.sock --label zone=inner
-
-Every setting is a key of the TOML file as well; a flag wins over the file.
-"""
-
 _THE_ENGINES_OWN = frozenset({"hosts", "data_dir", "metrics_addr"})
 
 
@@ -50,27 +41,20 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Take the command line of ``skep daemon`` apart.  Exits with usage on an unknown flag, as argparse does."""
-    parser = argparse.ArgumentParser(
-        prog="skep daemon",
-        description="Run this machine as a skep node.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.allow_abbrev = False
-    parser.add_argument("--config", metavar="FILE", help=f"TOML file ({DEFAULT_TOML})")
-    parser.add_argument(
-        "--daemon-json", metavar="FILE", help=f"Docker's configuration ({DEFAULT_DAEMON_JSON}); '' reads none"
-    )
+    # ``configuration.command`` has the help; the daemon itself does not import click.
+    parser = argparse.ArgumentParser(prog="skep daemon", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--daemon-json")
     for setting in SETTINGS:
         names = [*filter(None, [setting.short]), f"--{setting.name}"]
         if setting.repeats:
-            parser.add_argument(*names, dest=setting.name, action="append", help=setting.help)
+            parser.add_argument(*names, dest=setting.name, action="append")
         elif setting.name == "debug":
-            parser.add_argument(*names, dest=setting.name, nargs="?", const="true", help=setting.help)
+            parser.add_argument(*names, dest=setting.name, nargs="?", const="true")
         else:
-            parser.add_argument(*names, dest=setting.name, help=setting.help)
+            parser.add_argument(*names, dest=setting.name)
         if setting.former:
-            parser.add_argument(f"--{setting.former}", dest=setting.name, help=argparse.SUPPRESS)
+            parser.add_argument(f"--{setting.former}", dest=setting.name)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     toml, daemon_json = given.pop("config", None), given.pop("daemon_json", None)
     return Arguments(

@@ -1,2 +1,1 @@
-"""The data plane of one node: links, routes, nftables rules, container names, and the net process that outlives the
-node."""
+"""The data plane of one node: links, routes, nftables rules, container names, and the net process."""

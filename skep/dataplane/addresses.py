@@ -65,12 +65,11 @@ UNIQUE_LOCAL_BITS = 40
 
 
 def unique_local(rng: int) -> IPv6Network:
-    """Return the first /64 of the unique local network with the 40 random bits ``rng``: ``fd``, then ``rng`` (RFC
-    4193)."""
+    """Return the first /64 of the unique local network ``fd`` with the 40 random bits ``rng`` (RFC 4193)."""
     return IPv6Network((0xFD << 120 | rng << 80, 64))
 
 
-def beside(address: Address, subnet: IPv6Network) -> IPv6Address:
+def derived_ipv6(address: Address, subnet: IPv6Network) -> IPv6Address:
     """Return the IPv6 address derived from ``address``.  It is as unique as ``address``, so it needs no allocation."""
     return subnet[int(address)]
 
@@ -112,8 +111,10 @@ class Addresses(Generic[Network]):
         raise ResourceExhausted(f"no address is free in {self.subnet}")
 
     def take_requested(self, address: Address, owner: str) -> Address:
-        """Allocate ``address``.  Raises: InvalidArgument: it is outside this subnet; FailedPrecondition: it is in
-        use."""
+        """Allocate ``address``.
+
+        Raises: InvalidArgument: it is outside this subnet; FailedPrecondition: it is in use.
+        """
         is_inside = int(self.subnet[1]) <= int(address) <= int(self.subnet[-2])
         if not is_inside or address.version != self.subnet.version:
             raise InvalidArgument(

@@ -136,8 +136,8 @@ class ContainerNetwork:
             netns = await self._namespaces.create(id, sandbox.sysctls)
             connected = await self._overlays.connect(id, netns, endpoints)
             sandbox = msgspec.structs.replace(sandbox, endpoints=connected)
-            if needs_way_out(config.mode, endpoints):
-                sandbox = await self._way_out(config, sandbox)
+            if needs_egress(config.mode, endpoints):
+                sandbox = await self._add_egress(config, sandbox)
             await self._overlays.settle_container(id, sandbox)
             await self._route_replies(id, sandbox)
             if self._naming is not None:
@@ -206,8 +206,8 @@ class ContainerNetwork:
                 config.id, netns, (endpoint,), first=_free_interface(sandbox)
             )
             joined = msgspec.structs.replace(sandbox, endpoints=(*sandbox.endpoints, connected))
-            if not joined.address and needs_way_out(config.mode, [endpoint]):
-                joined = await self._way_out(config, joined)
+            if not joined.address and needs_egress(config.mode, [endpoint]):
+                joined = await self._add_egress(config, joined)
             await self._overlays.change(config.id, (), joined)
             if self._naming is not None:
                 await self._naming.attach(config, joined)
@@ -221,8 +221,8 @@ class ContainerNetwork:
         gone = [one.config for one in sandbox.endpoints if one.network_id == network_id]
         kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
         left = msgspec.structs.replace(sandbox, endpoints=kept)
-        if not needs_way_out(config.mode, [one.config for one in kept]):
-            left = _without_way_out(left)
+        if not needs_egress(config.mode, [one.config for one in kept]):
+            left = _without_egress(left)
         await asyncio.shield(self._leave(config, sandbox, left, gone))
         return left
 
@@ -232,8 +232,8 @@ class ContainerNetwork:
         Its interface on the gateway bridge stays if one of its other networks needs egress.  The interface is then
         closed to other containers.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
         """
-        if not needs_way_out(config.mode, [one.config for one in sandbox.endpoints]):
-            left = _without_way_out(sandbox)
+        if not needs_egress(config.mode, [one.config for one in sandbox.endpoints]):
+            left = _without_egress(sandbox)
             await asyncio.shield(self._cut(config, sandbox, left))
             return left
         if sandbox.address:
@@ -242,7 +242,7 @@ class ContainerNetwork:
             return changed
         joined = sandbox
         try:
-            joined = await self._way_out(config, sandbox)
+            joined = await self._add_egress(config, sandbox)
             await self._overlays.change(config.id, (), joined)
         except BaseException:
             await asyncio.shield(self._cut(config, joined, sandbox))
@@ -287,7 +287,7 @@ class ContainerNetwork:
             else:
                 await self._naming.detach(config.id)
 
-    async def _way_out(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
+    async def _add_egress(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
         """Return ``sandbox`` with a new interface on the gateway bridge.  Raises: SkepError."""
         found = await self._gateway.connect(
             config.id,
@@ -296,7 +296,7 @@ class ContainerNetwork:
             config.ports,
             is_open=config.mode is NetworkMode.BRIDGE,
             mac_address=config.mac_address,
-            wants_ipv6=has_way_out_by_ipv6([one.config for one in sandbox.endpoints]),
+            wants_ipv6=has_ipv6_egress([one.config for one in sandbox.endpoints]),
         )
         return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
@@ -330,7 +330,7 @@ class ContainerNetwork:
                     await self._allocation.leave(container_id, endpoints)
 
 
-def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
+def needs_egress(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
     """Return whether a container with ``endpoints`` gets an interface on the gateway bridge.
 
     A network with a parent device of the machine already provides egress.
@@ -347,7 +347,7 @@ def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> boo
             return False
 
 
-def _without_way_out(sandbox: Sandbox) -> Sandbox:
+def _without_egress(sandbox: Sandbox) -> Sandbox:
     """Return ``sandbox`` without its interface on the gateway bridge and its published ports."""
     return Sandbox(netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
@@ -363,7 +363,7 @@ def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:
     return {name: value for name, value in wanted.items() if name not in users}
 
 
-def has_way_out_by_ipv6(endpoints: Sequence[EndpointConfig]) -> bool:
+def has_ipv6_egress(endpoints: Sequence[EndpointConfig]) -> bool:
     """Return whether the gateway bridge also provides an IPv6 default route: a network with egress has IPv6."""
     return any(":" in address for one in endpoints if not one.head.is_internal for address in one.addresses)
 

@@ -30,7 +30,7 @@ from skep.dataplane.addresses import (
     UNIQUE_LOCAL_BITS,
     Addresses,
     Subnets,
-    beside,
+    derived_ipv6,
     free_subnet,
     mac_of,
     unique_local,
@@ -171,7 +171,7 @@ class Gateway:
                 port=new_port_name(),
                 is_open=is_open,
                 ports=tuple(reserved),
-                address6=str(beside(address, subnet6)) if subnet6 is not None else "",
+                address6=str(derived_ipv6(address, subnet6)) if subnet6 is not None else "",
                 gateway6=str(subnet6[1]) if subnet6 is not None else "",
             )
             self._sandboxes[container_id] = sandbox
@@ -300,8 +300,10 @@ class Gateway:
         self._require_addresses().release_all(container_id)
 
     async def _delete_flows(self, sandboxes: Iterable[Sandbox], *, is_published: bool = True) -> None:
-        """Delete UDP flows through ports of ``sandboxes`` that lead elsewhere.  With ``is_published`` False, delete
-        those to them."""
+        """Delete UDP flows through ports of ``sandboxes`` that lead elsewhere.
+
+        Without ``is_published``, delete the flows that lead to them.
+        """
         subnet = str(self._require_addresses().subnet)
         stale = [
             port
@@ -353,8 +355,10 @@ class Gateway:
     # --- ports ------------------------------------------------------------------------------------------------
 
     async def _reserve(self, id: ContainerId, port: PublishedPort, address: str) -> tuple[PublishedPort, ...]:
-        """Reserve ``port`` of the container with ``address``.  Without a host address it is published for IPv4 and for
-        IPv6."""
+        """Reserve ``port`` of the container with ``address``.
+
+        Without a host address it is published for IPv4 and for IPv6.
+        """
         if port.host_ip or port.protocol == "sctp":
             return (await self._reserve_one(id, port, address),)
         for left in reversed(range(_TWINS_MAX)):
@@ -417,8 +421,10 @@ class Gateway:
     async def _hold_again(
         self, published: Mapping[_Port, tuple[ContainerId, PublishedPort, str]], held: frozenset[_Port]
     ) -> None:
-        """Reserve each port of ``published`` that is not ``held``.  A port that cannot be held is not published until
-        it can."""
+        """Reserve each port of ``published`` that is not ``held``.
+
+        A port that cannot be held is not published until it can.
+        """
         unheld = set()
         for key in sorted(published.keys() - held):
             id, port, address = published[key]

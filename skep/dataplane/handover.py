@@ -46,8 +46,10 @@ def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
 
 
 def take(path: Path) -> Taken | None:
-    """Return everything that the process serving ``path`` holds, or None if no process serves it.  Blocks for up to 5
-    s."""
+    """Return everything that the process serving ``path`` holds, or None if no process serves it.
+
+    Blocks for up to 5 s.
+    """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_TIMEOUT_S)

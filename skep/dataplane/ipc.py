@@ -28,8 +28,10 @@ def framed(body: bytes) -> bytes:
 
 
 async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | None:
-    """Return the next message, or None after the other end has closed.  Raises: Unavailable: the message is too
-    long."""
+    """Return the next message, or None after the other end has closed.
+
+    Raises: Unavailable: the message is too long.
+    """
     try:
         length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
         if length > bytes_max:

@@ -397,8 +397,7 @@ class Overlays:
                 await reconciler.apply()
 
     def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
-        """Return a network's table and the underlay of its VXLANs, which for an encrypted network are inside the
-        tunnels."""
+        """Return a network's table and the underlay of its VXLANs, inside the tunnels if it is encrypted."""
         table = self._tables.get(id)
         underlay = self._underlays.of(self._node_id, table)
         if table is not None and table.head.is_encrypted:

@@ -70,8 +70,10 @@ class UnreservedPorts:
     async def reserve(
         self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
     ) -> int:
-        """Reserve a port as in ``PortReservations``.  Raises: AlreadyExists: the daemon uses the port, or another
-        program."""
+        """Reserve a port as in ``PortReservations``.
+
+        Raises: AlreadyExists: the daemon uses the port, or another program.
+        """
         if use := self._reserved().get((protocol, port)):
             raise AlreadyExists(
                 f"Bind for {joined(address or '0.0.0.0', port)} failed: port is reserved for {use}"

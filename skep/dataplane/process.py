@@ -60,10 +60,10 @@ class Ports(NamedTuple):
     mesh: Relays
 
 
-def run(paths: Paths, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
+def run(paths: Paths, other_work: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
     """Run as the net process of this node.  Blocks until SIGTERM, or until a successor has taken over.
 
-    The work of ``beside`` runs here because it must continue while the node process is down.
+    The work of ``other_work`` runs here because it must continue while the node process is down.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # the number of sockets grows with the containers: three for each
@@ -78,11 +78,14 @@ def run(paths: Paths, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> N
         if taken is None:
             taken = Taken(reopened(paths.net_ports))
         reservations = Reservations(paths.net_ports, dict(taken.held))
-        asyncio.run(_run(paths, reservations, taken, beside))
+        asyncio.run(_run(paths, reservations, taken, other_work))
 
 
 async def _run(
-    paths: Paths, reservations: Reservations, taken: Taken, beside: Sequence[Callable[[], Awaitable[None]]]
+    paths: Paths,
+    reservations: Reservations,
+    taken: Taken,
+    other_work: Sequence[Callable[[], Awaitable[None]]],
 ) -> None:
     tasks: set[asyncio.Task[None]] = set()
     namespaces, host_relays = Namespaces(paths.netns), HostRelays(SystemClock())
@@ -111,7 +114,7 @@ async def _run(
                 lambda: [one for one in reservations.held() if one[0].owner == MESH],
             )
             start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
-            for work in beside:
+            for work in other_work:
                 start_task(work())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, Ports(reservations, host_relays, relays), serving)

@@ -33,8 +33,10 @@ class Reservation(msgspec.Struct, frozen=True):
 
     @property
     def owner(self) -> str:
-        """The owner of the reservation (``client.NetClient``).  Empty for ports of containers and for tokens of older
-        versions."""
+        """The owner of the reservation (``client.NetClient``).
+
+        Empty for ports of containers and for tokens of older versions.
+        """
         return self.token.rpartition(":")[0]
 
 
@@ -69,8 +71,7 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     forwards: bool = True
     """Whether queries are forwarded from the node's namespace.  False if the container has no egress."""
     forwards_single_labels: bool = True
-    """Whether single-label names are forwarded.  False if ``ndots`` was set, so that clients try their search
-    domains."""
+    """Whether single-label names are forwarded.  False if ``ndots`` makes clients try search domains."""
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from socket import inet_ntop
 from typing import Protocol
 
-from skep.dataplane.netns.netlink import GETADDR, GETLINK, attributes, dumped
+from skep.dataplane.netns.netlink import GETADDR, GETLINK, attributes, dump
 from skep.dataplane.plan.overlay import Underlay, plain_address
 from skep.model.ids import NodeId
 from skep.model.tables import Table
@@ -55,17 +55,19 @@ class Underlays:
 
 
 def find(addresses: Collection[str]) -> dict[str, Underlay]:
-    """Return an underlay for each of ``addresses`` that the calling thread's namespace has.  Blocks.  Raises:
-    OSError."""
+    """Return an underlay for each of ``addresses`` that the calling thread's namespace has.
+
+    Blocks.  Raises: OSError.
+    """
     if not addresses:
         return {}
     wanted = {plain_address(one): one for one in addresses}
     mtus = {}
-    for _, body in dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+    for _, body in dump(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
         found = dict(attributes(body[_IFINFO.size :]))
         mtus[_IFINFO.unpack_from(body)[2]] = int.from_bytes(found[_MTU], sys.byteorder)
     underlays = {}
-    for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+    for _, body in dump(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
         family, _, _, _, index = _IFADDR.unpack_from(body)
         found = dict(attributes(body[_IFADDR.size :]))
         value = found.get(_LOCAL) or found.get(_ADDRESS)

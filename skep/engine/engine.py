@@ -509,11 +509,11 @@ class Engine:
     async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
         """Do ``work`` under the container's lock: runc would freeze a run that starts meanwhile."""
 
-        async def locked() -> None:
+        async def run_locked() -> None:
             self._store.require_run(container)
             await work(container)
 
-        await run_to_end(self._lifecycle.locks.run(container.id, locked()))
+        await run_to_end(self._lifecycle.locks.run(container.id, run_locked()))
 
     # --- other operations ---------------------------------------------------------------------------------------
 

@@ -10,28 +10,29 @@ import msgspec
 from skep.errors import InvalidArgument
 
 EVERY_STACK: Final = "*"
-"""In place of a stack's name: the whole cluster."""
+"""Stands for the whole cluster in place of a stack's name."""
 ROLE_HEADER: Final = "X-Skep-Role"
-"""A request header: the request has the rights of this role at most (``operator:shop``)."""
+"""Request header that limits a request's rights to this role (``operator:shop``)."""
 REVISION_HEADER: Final = "X-Skep-Revision"
-"""A request header: the request changes a service only while the deploy with this revision, a config, is current."""
+"""Request header: the request changes a service only while the deploy with this revision, a config, is current."""
 TOKEN_BYTES_MAX: Final = 512
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
 
 class Role(IntEnum):
-    """What a user may do; each may what those below may."""
+    """A user's role.  Each role includes the rights of the lower ones."""
 
     VIEWER = 1
-    """Reads, logs among it; no secrets, nothing that gives rights."""
+    """Reads everything including logs, except secrets and anything that grants rights."""
     OPERATOR = 2
-    """Changes services, and what they use; nothing that gives rights over a machine or the cluster."""
+    """Changes services and the objects that they use, except anything that grants rights over a machine or the
+    cluster."""
     ADMIN = 3
-    """Everything that root of a manager may do by the API."""
+    """Has all rights that root of a manager has through the API."""
 
     @property
     def word(self) -> str:
-        """As users write it."""
+        """The role in the spelling for users."""
         return self.name.lower()
 
 
@@ -49,22 +50,24 @@ class Origin(Enum):
     """How the client of a request proved its identity."""
 
     SOCKET = "socket"
-    """By the permissions of a unix socket of this machine."""
+    """Permissions of a Unix socket of this machine."""
     MACHINE = "machine"
-    """By a certificate of the authority in the node's setting ``tls-ca``."""
+    """A certificate of the authority in the node's setting ``tls-ca``."""
     CERTIFICATE = "certificate"
-    """By a certificate that the cluster issued to a user."""
+    """A certificate that the cluster issued to a user."""
     TOKEN = "token"
-    """By a user's token."""
+    """A user's token."""
     CONTAINER = "container"
-    """By the socket in a container that may use the API."""
+    """The socket in a container that may use the API."""
     NODE = "node"
-    """By the certificate of a worker, for the clients of its API."""
+    """The certificate of a worker, for the clients of its API."""
 
 
 class Credential(msgspec.Struct, frozen=True):
-    """What a client has proved.  ``key``: of a user's certificate its serial number, of a token its digest, of a
-    certificate of the machine's authority the name in it."""
+    """A client's proof of identity.
+
+    ``key`` is the serial number of a user's certificate, the digest of a token, or the name in a certificate of the
+    machine's authority."""
 
     origin: Origin
     key: str
@@ -73,12 +76,13 @@ class Credential(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_token(cls, token: bytes, *, is_login: bool = False) -> Self:
-        """Users are found by the digest: a comparison tells nothing of the token by the time that it takes."""
+        """Return the credential of a token.  Users are found by its digest, so comparison times reveal nothing about
+        the token."""
         return cls(Origin.TOKEN, hashlib.sha256(token).hexdigest(), is_login)
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """The client of a request.  ``name``: of the user; of a socket's client its uid, of a container its id."""
+    """The client of a request.  ``name`` is the user's name, a socket client's uid, or a container's id."""
 
     name: str
     origin: Origin
@@ -88,7 +92,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_admin(self) -> bool:
-        """Whether it may do everything."""
+        """Whether it has all rights."""
         return self.role_in(EVERY_STACK) is Role.ADMIN
 
     @property
@@ -98,21 +102,21 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def stacks(self) -> frozenset[str]:
-        """The stacks to which it is bound; without meaning where it has a role in the cluster."""
+        """The stacks to which it is bound.  Irrelevant for an identity with a role in the cluster."""
         return frozenset(binding.stack for binding in self.bindings) - {EVERY_STACK}
 
     def role_in(self, stack: str) -> Role | None:
-        """The highest of its roles that reach ``stack`` (``EVERY_STACK``: the whole cluster)."""
+        """Return the highest of its roles that reach ``stack``, or the whole cluster for ``EVERY_STACK``."""
         reaching = [one.role for one in self.bindings if one.stack in (EVERY_STACK, stack)]
         return max(reaching, default=None)
 
     def strongest_in(self, stack: str) -> Binding | None:
-        """Return the binding that gives the most rights over ``stack``, or None if none reaches it."""
+        """Return the binding with the most rights over ``stack``, or None if none reaches it."""
         reaching = [one for one in self.bindings if one.stack in (EVERY_STACK, stack)]
         return max(reaching, key=_strength, default=None)
 
     def limited_to(self, limit: Binding) -> "Identity":
-        """Return the identity with only those of its rights that ``limit`` gives, too."""
+        """Return the identity without rights that ``limit`` does not include."""
         shared = (_shared(one, limit) for one in self.bindings)
         return msgspec.structs.replace(self, bindings=tuple(filter(None, shared)))
 
@@ -121,7 +125,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def weaker(one: Binding, other: Binding) -> Binding:
-    """Return the binding that gives fewer rights over a stack that both reach."""
+    """Return the binding with fewer rights over a stack that both reach."""
     return min(one, other, key=_strength)
 
 
@@ -130,7 +134,7 @@ def _strength(binding: Binding) -> tuple[Role, bool]:
 
 
 def _shared(one: Binding, limit: Binding) -> Binding | None:
-    """The rights that both give; None: none."""
+    """Return the rights that both bindings include, or None."""
     if EVERY_STACK not in (one.stack, limit.stack) and one.stack != limit.stack:
         return None
     stack = limit.stack if one.stack == EVERY_STACK else one.stack
@@ -143,7 +147,7 @@ ALL: Final = (Binding(Role.ADMIN),)
 
 
 def parse_binding(text: str) -> Binding:
-    """``operator:shop``, ``viewer``.  Raises: InvalidArgument."""
+    """Parse ``operator:shop`` or ``viewer``.  Raises: InvalidArgument."""
     word, colon, stack = text.partition(":")
     try:
         role = Role[word.upper()]

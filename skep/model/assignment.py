@@ -1,6 +1,6 @@
-"""Assignments: the tasks that a node is to run, with everything they need.
+"""Assignments: the tasks that a node must run, with everything they need.
 
-Made by the dispatcher, sent to the node; never stored in this form.
+The dispatcher makes them and sends them to the node.  They are never stored in this form.
 """
 
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
 class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     """One message of assignments.
 
-    ``complete``: everything that is assigned; what is missing here is no longer assigned (the ``removed_*`` are then
-    empty).  Otherwise a difference to earlier messages: objects are new or replace those with the same id.  Objects
-    that a task refers to are in the same set as the task or in an earlier one.
+    If ``complete``, it contains everything that is assigned, and missing objects are no longer assigned (the
+    ``removed_*`` are then empty).  Otherwise it is a difference to earlier messages, whose objects are new or replace
+    those with the same id.  Objects that a task refers to are in the same set as the task or in an earlier one.
     """
 
     complete: bool
@@ -55,6 +55,6 @@ class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     volumes: tuple[VolumeAssignment, ...] = ()
     """Cluster volumes that are published on the node."""
     removed_volumes: tuple[VolumeAssignment, ...] = ()
-    """Those to be given up, in a complete set too: the node reports when it has, or has none of them."""
+    """Volumes to release, also in a complete set.  The node reports when it has released them or never had them."""
     registry_auths: Mapping[TaskId, str] = {}
     """Registry credentials (``X-Registry-Auth``: base64 of JSON) of tasks in ``tasks``."""

@@ -1,6 +1,6 @@
-"""Which nodes may attach plain containers to a network, and how many.  Pure.
+"""Decides which nodes may attach plain containers to a network, and how many.  Pure.
 
-Every node may, on every attachable network, as in Docker, unless a label of the network restricts it.
+Every node may attach to every attachable network, as in Docker, unless a label of the network restricts it.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ SHARE = 2
 
 
 def attach_constraints(label: str) -> tuple[constraints.Constraint, ...]:
-    """The constraints of the label.  Raises: InvalidArgument."""
+    """Return the constraints of the label.  Raises: InvalidArgument."""
     found = constraints.parsed(tuple(part.strip() for part in label.split(",")))
     for constraint in found:
         if not constraint.key.lower().startswith(_TRUSTED):
@@ -34,7 +34,7 @@ def attach_constraints(label: str) -> tuple[constraints.Constraint, ...]:
 
 
 def require_attachable(network: Network, node: Node) -> None:
-    """Raises: PermissionDenied: plain containers of this node may not join this network."""
+    """Check that plain containers of this node may join this network.  Raises: PermissionDenied."""
     if not network.spec.attachable:
         raise PermissionDenied(f"network {network.spec.name} not manually attachable")
     if (label := network.spec.labels.get(ATTACH_LABEL)) is None:
@@ -50,7 +50,7 @@ def require_attachable(network: Network, node: Node) -> None:
 
 
 def require_subnets(network: Network, addresses: Iterable[str]) -> None:
-    """Raises: InvalidArgument: the network, whose subnets are known, does not have a requested address."""
+    """Check that the network has the requested addresses, if its subnets are known.  Raises: InvalidArgument."""
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
     for text in addresses:
         try:
@@ -64,7 +64,7 @@ def require_subnets(network: Network, addresses: Iterable[str]) -> None:
 
 
 def require_share(network: Network, taken: int, nodes: int) -> None:
-    """Raises: ResourceExhausted: one node's ``taken`` addresses have reached its share."""
+    """Check a node's ``taken`` addresses against its share.  Raises: ResourceExhausted."""
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
     subnets = [subnet for config in configs if isinstance(subnet := subnet_of(config), IPv4Network)]
     addresses = sum(subnet.num_addresses for subnet in subnets)

@@ -1,6 +1,6 @@
-"""Autoscaling of a service: what its labels ask for, and what the leader last did.
+"""Autoscaling of a service: the settings in its labels, and the leader's last action.
 
-``skep.autoscale=2..10`` turns it on; the other labels say by what, and how patiently.
+``skep.autoscale=2..10`` enables it.  The other labels set the measures and the delay.
 """
 
 import re
@@ -15,13 +15,13 @@ from skep.model.service import REPLICAS_MAX, ReplicatedService, ServiceMode, Ser
 from skep.model.times import SECOND_NS, duration_ns
 
 AUTOSCALE: Final = "skep.autoscale"
-"""On replicated services: the fewest and the most tasks, ``2..10``."""
+"""On replicated services: the smallest and largest number of tasks, ``2..10``."""
 AUTOSCALE_CPU: Final = "skep.autoscale.cpu"
 """Target: percent of a task's CPU limit, else of its reservation, else of one processor."""
 AUTOSCALE_MEMORY: Final = "skep.autoscale.memory"
 """Target: percent of a task's memory limit."""
 AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
-"""How long fewer tasks have to suffice before there are fewer."""
+"""How long fewer tasks must suffice before the number is reduced."""
 _LABELS: Final = (AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER)
 
 CPU_DEFAULT: Final = 70
@@ -32,13 +32,13 @@ DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX = 15.0, 24 * 3600.0
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
 _MEMORY_BYTES_MAX: Final = 1 << 50
-"""No machine has more."""
+"""Upper limit for plausible values: no machine has more."""
 _RANGE: Final = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")
 _PERCENT: Final = re.compile(r"([0-9]{1,4})%?")
 
 
 class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
-    """The parsed labels of a service.  ``cpu``, ``memory``: targets in percent; None: not a measure."""
+    """The parsed labels of a service.  ``cpu`` and ``memory`` are targets in percent, or None if not measured."""
 
     least: int
     most: int
@@ -47,14 +47,14 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     down_after_s: float = DOWN_AFTER_DEFAULT_S
 
     def clamped(self, replicas: int) -> int:
-        """The number within the range that is nearest."""
+        """Return the nearest number within the range."""
         return min(max(replicas, self.least), self.most)
 
 
 class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """What one task uses, as its node measures it.
+    """One task's resource use, as measured by its node.
 
-    ``nano_cpus``: averaged over some seconds; ``memory_bytes``: without caches that can be reclaimed at once.
+    ``nano_cpus`` is averaged over some seconds.  ``memory_bytes`` is without caches that can be reclaimed at once.
     """
 
     nano_cpus: int
@@ -62,12 +62,12 @@ class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_plausible(self) -> bool:
-        """Whether it can be a measurement: a node may report anything."""
+        """Whether it can be a measurement, because a node may report anything."""
         return 0 <= self.nano_cpus <= _NANO_CPUS_MAX and 0 <= self.memory_bytes <= _MEMORY_BYTES_MAX
 
 
 def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
-    """What the labels of a service ask for; None: nothing, or it cannot be read."""
+    """Return the settings in a service's labels, or None if there are none or they are invalid."""
     if AUTOSCALE not in labels:  # most services: this is asked for every one of them
         return None
     try:
@@ -77,7 +77,7 @@ def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
 
 
 def check_autoscaling(spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: its labels cannot be honoured."""
+    """Check the service's autoscaling labels.  Raises: InvalidArgument: they cannot be applied."""
     given = [name for name in spec.labels if name == AUTOSCALE or name.startswith(f"{AUTOSCALE}.")]
     if not given:
         return
@@ -95,7 +95,7 @@ def check_autoscaling(spec: ServiceSpec) -> None:
 
 
 def nano_cpus_of_a_task(spec: ServiceSpec) -> int:
-    """What 100 % are of: the limit, else the reservation, else one processor."""
+    """Return the meaning of 100 %: the limit, else the reservation, else one processor."""
     resources = spec.task_template.resources
     if resources is None:
         return _ONE_CPU
@@ -104,18 +104,18 @@ def nano_cpus_of_a_task(spec: ServiceSpec) -> int:
 
 
 def memory_of_a_task(spec: ServiceSpec) -> int:
-    """What 100 % are of: the limit; 0: there is none."""
+    """Return the meaning of 100 %: the limit, or 0 without a limit."""
     resources = spec.task_template.resources
     return resources.limits.memory_bytes if resources is not None and resources.limits is not None else 0
 
 
 def with_replicas(spec: ServiceSpec, replicas: int) -> ServiceSpec:
-    """The spec of a replicated service with another number of tasks."""
+    """Return the spec of a replicated service with another number of tasks."""
     return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=replicas)))
 
 
 def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceSpec:
-    """An autoscaled spec that names no number of tasks: with the present one, else with the fewest."""
+    """Return an autoscaled spec without a number of tasks with the present number, else with the smallest."""
     scaling = autoscaling_of(spec.labels)
     replicated = spec.mode.replicated
     if scaling is None or replicated is None or replicated.replicas is not None:
@@ -126,14 +126,14 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
-    """The spec in a file, with the number of tasks that autoscaling has chosen where it was and stays on."""
+    """Return the spec from a file with the number that autoscaling has chosen, if it was on and stays on."""
     if autoscaling_of(spec.labels) is not None and autoscaling_of(present.labels) is not None:
         return with_replicas(spec, present.replicas) if spec.mode.name == present.mode.name else spec
     return with_number_kept(spec, present)
 
 
 def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
-    """Raises: InvalidArgument: one of them cannot be read."""
+    """Parse the labels.  Raises: InvalidArgument: one of them is invalid."""
     text = labels[AUTOSCALE]
     match = _RANGE.fullmatch(text)
     if match is None or not match[0].isascii():

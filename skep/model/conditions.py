@@ -16,12 +16,12 @@ CONDITIONS_MAX: Final = 16
 
 
 def condition_label(name: str) -> str:
-    """``skep.condition.disk``."""
+    """Return the label of a condition, ``skep.condition.disk``."""
     return _PREFIX + name
 
 
 def is_condition(label: str) -> bool:
-    """Whether an engine label is that of a condition."""
+    """Return whether an engine label is a condition's."""
     return label.startswith(_PREFIX)
 
 
@@ -29,18 +29,18 @@ DISK_PRESSURE_LABEL: Final = condition_label(DISK_PRESSURE)
 
 
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
-    """The conditions that a node reports, by name; limited in number and length."""
+    """Return the conditions that a node reports, sorted by name, limited in number and length."""
     labels = description.engine.labels
     named = sorted(filter(is_condition, labels))[:CONDITIONS_MAX]
     return tuple(labels[name][:CHARACTERS_MAX] for name in named)
 
 
 def disk_pressure(description: NodeDescription) -> str:
-    """Return why the node gets no new tasks for its full disk; empty: it does."""
+    """Return why the node gets no new tasks because its disk is full, or an empty text."""
     return description.engine.labels.get(DISK_PRESSURE_LABEL, "")[:CHARACTERS_MAX]
 
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:
-    """The conditions of its network that a node reports."""
+    """Return the network conditions that a node reports."""
     reported = description.engine.labels.get(condition_label(NEIGHBOURS), "")
     return (reported[:CHARACTERS_MAX],) if reported else ()

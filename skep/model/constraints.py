@@ -1,7 +1,7 @@
 """Placement constraints, such as ``node.labels.zone == north``.
 
-Keys and values compare without regard to case; the name of a label keeps its case.  A label that a node does not
-have counts as empty.
+Keys and values are compared case-insensitively, but label names keep their case.  A label that a node does not have
+counts as empty.
 
 Source: swarmkit, manager/constraint/constraint.go.
 """
@@ -25,7 +25,7 @@ _VALUE = re.compile(r"[a-z0-9:\-_\s.*()?+\[\]\\^$|/]+", re.IGNORECASE | re.ASCII
 
 
 class Constraint(msgspec.Struct, frozen=True):
-    """One parsed expression.  ``negated``: the operator is ``!=``."""
+    """One parsed expression.  ``negated`` if the operator is ``!=``."""
 
     key: str
     negated: bool
@@ -33,7 +33,7 @@ class Constraint(msgspec.Struct, frozen=True):
 
 
 def parse(expression: str) -> Constraint:
-    """The constraint that ``expression`` spells.
+    """Parse ``expression``.
 
     Raises:
         InvalidArgument: with Docker's text.
@@ -52,22 +52,22 @@ def parse(expression: str) -> Constraint:
 
 @lru_cache(maxsize=1024)
 def parsed(expressions: tuple[str, ...]) -> tuple[Constraint, ...]:
-    """The constraints of a service, in their order.  Raises: InvalidArgument."""
+    """Return the constraints of a service, in their order.  Raises: InvalidArgument."""
     return tuple(parse(expression) for expression in expressions)
 
 
 def is_satisfied(expressions: Sequence[str], node: Node) -> bool:
-    """Whether ``node`` meets all of them.  Raises: InvalidArgument: one cannot be parsed."""
+    """Return whether ``node`` meets all expressions.  Raises: InvalidArgument: one cannot be parsed."""
     return not expressions or meets(parsed(tuple(expressions)), node)
 
 
 def meets(constraints: Iterable[Constraint], node: Node) -> bool:
-    """Whether ``node`` meets all ``constraints``; one with an unknown key is met by no node."""
+    """Return whether ``node`` meets all ``constraints``.  No node meets a constraint with an unknown key."""
     return all(_is_met(constraint, node) for constraint in constraints)
 
 
 def label_of(node: Node, descriptor: str) -> str | None:
-    """The value of ``node.labels.x`` or ``engine.labels.x`` ("" if it is not set); None for any other key."""
+    """Return the value of ``node.labels.x`` or ``engine.labels.x`` ("" if unset), or None for any other key."""
     for prefix, labels in (
         (NODE_LABEL, node.spec.labels),
         (ENGINE_LABEL, node.description.engine.labels),
@@ -101,7 +101,7 @@ def _facts(node: Node) -> dict[str, str]:
 
 
 def _is_address_met(constraint: Constraint, addr: str) -> bool:
-    """``node.ip`` compares with an address or a subnet; anything else is met by no node."""
+    """Compare ``node.ip`` with an address or a subnet.  No node matches any other value."""
     try:
         network = ipaddress.ip_network(constraint.value, strict=False)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The container part of a task spec, as given by the user."""
+"""The container part of a task spec, as written by the user."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
@@ -16,7 +16,7 @@ HEALTH_INTERVAL_NS_MIN = SECOND_NS
 """Shortest interval of a health check that users below administrator and images may choose. A probe takes some 50 ms
 of a processor, outside the container's cgroup."""
 _SHORTEST_NS = 1_000_000
-"""Of a health check's times, beside 0: the default."""
+"""Shortest time of a health check, except 0 for the default."""
 
 
 class CredentialSpec(ApiObject):
@@ -28,7 +28,7 @@ class CredentialSpec(ApiObject):
 
 
 class SELinuxContext(ApiObject):
-    """The labels of a container's processes; ``disable``: run without SELinux confinement."""
+    """SELinux labels of a container's processes.  ``disable`` runs it without SELinux confinement."""
 
     disable: bool = always(False)
     user: str = always("")
@@ -38,14 +38,14 @@ class SELinuxContext(ApiObject):
 
 
 class SeccompOpts(ApiObject):
-    """``mode``: default, unconfined, or custom with ``profile``, a JSON file."""
+    """``mode`` is default, unconfined, or custom with ``profile``, a JSON file."""
 
     mode: str = ""
     profile: bytes = b""
 
 
 class AppArmorOpts(ApiObject):
-    """``mode``: default or disabled."""
+    """``mode`` is default or disabled."""
 
     mode: str = ""
 
@@ -63,7 +63,7 @@ class Privileges(ApiObject):
 
 
 class HealthConfig(ApiObject):
-    """The health check.  ``test``: ``["CMD", ...]``, ``["CMD-SHELL", x]`` or ``["NONE"]``."""
+    """The health check.  ``test`` is ``["CMD", ...]``, ``["CMD-SHELL", x]`` or ``["NONE"]``."""
 
     __go_name__: ClassVar[str | None] = "container.HealthConfig"
 
@@ -75,7 +75,7 @@ class HealthConfig(ApiObject):
     retries: GoInt = 0
 
     def refusal(self, name: str) -> str:
-        """Why the value of the field ``name`` is refused, in Docker's words; empty: it is not."""
+        """Return why the value of the field ``name`` is refused, in Docker's words, or an empty text."""
         for what, duration in (
             ("Interval", self.interval),
             ("Timeout", self.timeout),
@@ -109,13 +109,13 @@ ConfigFileTarget = Annotated[FileTarget, msgspec.Meta(extra={"go": "swarm.Config
 
 
 class RuntimeTarget(ApiObject):
-    """A config that the runtime itself reads (a credential spec); it is mounted nowhere."""
+    """A config that the runtime itself reads (a credential spec).  It is not mounted."""
 
     __go_name__: ClassVar[str | None] = "swarm.ConfigReferenceRuntimeTarget"
 
 
 class SecretReference(ApiObject):
-    """A secret of a service, by id; ``secret_name`` names the file if ``file`` has no name."""
+    """A secret of a service, by id.  ``secret_name`` is the file's name if ``file`` has none."""
 
     file: SecretFileTarget | None = always(None)
     secret_id: SecretId = always(SecretId(""))
@@ -123,7 +123,7 @@ class SecretReference(ApiObject):
 
 
 class ConfigReference(ApiObject):
-    """A config of a service, by id; exactly one of ``file`` and ``runtime`` is set."""
+    """A config of a service, by id.  Exactly one of ``file`` and ``runtime`` is set."""
 
     file: ConfigFileTarget | None = None
     runtime: RuntimeTarget | None = None
@@ -132,7 +132,7 @@ class ConfigReference(ApiObject):
 
 
 class Ulimit(ApiObject):
-    """A resource limit (``setrlimit``) without the prefix ``RLIMIT_``: ``nofile``; -1: unlimited."""
+    """A resource limit (``setrlimit``) without the prefix ``RLIMIT_``: ``nofile``.  -1 is unlimited."""
 
     __go_name__: ClassVar[str | None] = "units.Ulimit"
 
@@ -146,7 +146,7 @@ Propagation = Annotated[str, msgspec.Meta(extra={"go": "mount.Propagation"})]
 
 
 class BindOptions(ApiObject):
-    """``propagation``: private, rprivate, shared, rshared, slave or rslave; empty: rprivate."""
+    """``propagation`` is private, rprivate, shared, rshared, slave or rslave.  Empty means rprivate."""
 
     __go_name__: ClassVar[str | None] = "mount.BindOptions"
 
@@ -158,7 +158,7 @@ class BindOptions(ApiObject):
 
 
 class VolumeOptions(ApiObject):
-    """``no_copy``: leave a new volume empty, instead of copying what the image has at the target."""
+    """``no_copy`` leaves a new volume empty, instead of copying the image's content at the target."""
 
     __go_name__: ClassVar[str | None] = "mount.VolumeOptions"
 
@@ -169,7 +169,7 @@ class VolumeOptions(ApiObject):
 
 
 class TmpfsOptions(ApiObject):
-    """``size_bytes`` 0: the kernel's default, half of the memory; ``options``: ``[key]`` or ``[key, value]``."""
+    """``size_bytes`` 0 means the kernel's default, half of the memory.  An option is ``[key]`` or ``[key, value]``."""
 
     __go_name__: ClassVar[str | None] = "mount.TmpfsOptions"
 
@@ -179,7 +179,7 @@ class TmpfsOptions(ApiObject):
 
 
 class ImageMountOptions(ApiObject):
-    """``subpath``: a directory of the image, relative to its root; empty: all of it."""
+    """``subpath`` is a directory of the image, relative to its root.  Empty means the whole image."""
 
     __go_name__: ClassVar[str | None] = "mount.ImageOptions"
 
@@ -187,13 +187,13 @@ class ImageMountOptions(ApiObject):
 
 
 class ClusterOptions(ApiObject):
-    """A cluster (CSI) volume; nothing to set."""
+    """A cluster (CSI) volume, without settings."""
 
     __go_name__: ClassVar[str | None] = "mount.ClusterOptions"
 
 
 class Mount(ApiObject):
-    """A mount in the container.  ``type``: bind, volume, tmpfs, npipe, cluster, image."""
+    """A mount in the container.  ``type`` is bind, volume, tmpfs, npipe, cluster or image."""
 
     __go_name__: ClassVar[str | None] = "mount.Mount"
 
@@ -210,7 +210,7 @@ class Mount(ApiObject):
 
 
 class ContainerSpec(ApiObject):
-    """The container a task runs.  ``None`` differs from empty where the engine's default depends on it."""
+    """The container that a task runs.  ``None`` differs from empty if the engine's default depends on it."""
 
     image: str = ""
     labels: Mapping[str, str] = {}

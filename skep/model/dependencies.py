@@ -1,10 +1,10 @@
-"""What a service waits for before its tasks start: its label ``skep.depends-on``.
+"""Dependencies between services: the label ``skep.depends-on`` delays a service's tasks.
 
-The value is ``NAME=CONDITION`` for each service it depends on, separated by commas; behind a condition may stand
-``+restart`` (an update of that service restarts this one) and ``+optional`` (nothing waits for a service that is not
-there, or that fails).  Names are those of services, not ids: a service may be removed and created again.
+The value is ``NAME=CONDITION`` for each service it depends on, separated by commas.  A condition may be followed by
+``+restart`` (an update of that service restarts this one) and ``+optional`` (do not wait for a service that does not
+exist or that fails).  Names are service names and not ids, because a service may be removed and created again.
 
-Source: compose-spec, 05-services.md (depends_on), from which the conditions are.
+Source: compose-spec, 05-services.md (depends_on), which defines the conditions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,15 +21,15 @@ WAITS_FOR: Final = "waits for "
 DOES_NOT_EXIST: Final = ", which does not exist"
 HAS_FAILED: Final = ", which has failed"
 HAS_ENDED: Final = ", which has ended"
-"""Last words of such an error if what the task waits for does not come by itself."""
+"""Last words of such an error if waiting does not help."""
 DEPENDENCIES_MAX: Final = 100
-"""Of one service."""
+"""Dependencies of one service."""
 _RESTART: Final = "restart"
 _OPTIONAL: Final = "optional"
 
 
 class Condition(Enum):
-    """What has to be true of the other service."""
+    """The required state of the other service."""
 
     STARTED = "service_started"
     HEALTHY = "service_healthy"
@@ -37,7 +37,7 @@ class Condition(Enum):
 
     @property
     def words(self) -> str:
-        """``waits for db`` ..."""
+        """The words after ``waits for db``."""
         match self:
             case Condition.STARTED:
                 return "to be started"
@@ -48,7 +48,7 @@ class Condition(Enum):
 
 
 class Dependency(msgspec.Struct, frozen=True):
-    """``service``: its name.  ``restarts``: with that service's updates."""
+    """One dependency.  ``service`` is a name.  If ``restarts``, that service's updates restart this one."""
 
     service: str
     condition: Condition = Condition.STARTED
@@ -57,28 +57,28 @@ class Dependency(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """Its part of the label."""
+        """This dependency's part of the label."""
         options = [_RESTART] * self.restarts + [_OPTIONAL] * (not self.is_required)
         return "+".join([f"{self.service}={self.condition.value}", *options])
 
 
 def is_wait(error: str) -> bool:
-    """Whether ``error`` of a task says that it waits for something that may still come.
+    """Return whether ``error`` of a task says that it waits for a service that may still become ready.
 
-    The progress deadline of an update does not run meanwhile.  It runs while a task waits for a service that does not
-    exist, or a job that was given up: nothing waits for ever without an end.
+    The progress deadline of an update does not run meanwhile.  It does run while a task waits for a service that does
+    not exist, or for a job that was given up, so that no wait is endless.
     """
     return error.startswith(WAITS_FOR) and not error.endswith((DOES_NOT_EXIST, HAS_FAILED, HAS_ENDED))
 
 
 def label_of(dependencies: Iterable[Dependency]) -> dict[str, str]:
-    """The label that says so; none without dependencies."""
+    """Return the label with the dependencies, or no label without dependencies."""
     text = ",".join(one.text for one in sorted(dependencies, key=lambda one: one.service))
     return {DEPENDS_ON: text} if text else {}
 
 
 def dependencies_of(labels: Mapping[str, str]) -> tuple[Dependency, ...]:
-    """Those in the labels of a service."""
+    """Return the dependencies in a service's labels, or none if the label is invalid."""
     try:
         return parsed_dependencies(labels)
     except InvalidArgument:
@@ -86,7 +86,7 @@ def dependencies_of(labels: Mapping[str, str]) -> tuple[Dependency, ...]:
 
 
 def parsed_dependencies(labels: Mapping[str, str]) -> tuple[Dependency, ...]:
-    """The same.  Raises: InvalidArgument: the label cannot be read."""
+    """Return the dependencies in a service's labels.  Raises: InvalidArgument: the label is invalid."""
     text = labels.get(DEPENDS_ON)
     if text is None:
         return ()

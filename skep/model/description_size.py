@@ -1,9 +1,9 @@
-"""The size of a node's description, which is one value in the store and one message on the wire.
+"""Limits the size of a node's description, which is one value in the store and one message on the wire.
 
-Each part has a bound of its own, but a machine may reach several of them.  Then parts are cut in a fixed order: first
-those that only spare a failed attempt (ports in use), then those that offer something (devices), then those that say
-where data is, and at last the labels and drivers that placement needs.  A condition of the node says which.  So no
-node is refused for its size.
+Each part has a limit of its own, but a machine may reach several of them.  Parts are then cut in a fixed order: first
+those that only spare a failed attempt (ports in use), then those that offer something (devices), then those that locate
+data, and last the labels and drivers that placement needs.  A node condition names the cut parts.  No node is therefore
+refused for its size.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.used_ports import PORTS_LABEL, shortened_ports
 
 DESCRIPTION_BYTES_MAX: Final = 64 << 10
-"""Of a description as JSON."""
+"""Limit of a description as JSON."""
 SIZE_CONDITION: Final = "description-size"
 _RESERVED_BYTES: Final = 1024
-"""For the condition, which is added after the cut."""
+"""Space for the condition, which is added after the cut."""
 _NAME_CHARACTERS_MAX: Final = 255
-"""Of a host name, as in the kernel and in DNS; of other single words as well."""
+"""Limit of a host name, as in the kernel and in DNS, and of other single words."""
 
 _Cut: TypeAlias = Callable[[str, int], str]
 """Shortens the value of a label to a number of bytes."""
@@ -50,18 +50,18 @@ _LABELS: Final[Sequence[tuple[str, str, _Cut]]] = (
     (ROUTES_LABEL, "routes", _shortened_words),
     (SLOT_VOLUMES_LABEL, "slots with data in volumes", _shortened_words),
 )
-"""Labels in the order in which they are cut: name, words, and how."""
+"""Labels in the order of cutting: name, words, and function."""
 
 
 def within_size(description: NodeDescription) -> NodeDescription:
-    """``description``, cut to ``DESCRIPTION_BYTES_MAX`` if it is larger, with the condition that says so."""
+    """Return ``description``, cut to ``DESCRIPTION_BYTES_MAX`` if it is larger, with a condition about the cut."""
     if len(to_json(description)) <= DESCRIPTION_BYTES_MAX:
         return description
     return _Cutting(description).cut()
 
 
 def size_condition(description: NodeDescription) -> str:
-    """The condition that a cut description has; empty if it was not cut."""
+    """Return the condition of a cut description, or an empty text."""
     return description.engine.labels.get(condition_label(SIZE_CONDITION), "")
 
 
@@ -86,7 +86,7 @@ class _Cutting:
         for name in sorted(name for name in labels if is_condition(name) and name != own)[
             CONDITIONS_MAX - 1 :
         ]:
-            del labels[name]  # else it would not be shown
+            del labels[name]  # otherwise the text would not be shown
         return self._with_labels({**labels, own: text[:CHARACTERS_MAX]})
 
     def _excess(self) -> int:
@@ -98,20 +98,21 @@ class _Cutting:
         return self._description
 
     def _cut_known_labels(self) -> None:
-        """Shorten lists by their rank, each by no more than needed."""
+        """Shorten lists in the order of cutting, each by no more than needed."""
         for name, words, shortened in _LABELS:
             labels = dict(self._description.engine.labels)
             value, excess = labels.get(name, ""), self._excess()
             if not value or excess <= 0:
                 continue
             labels[name] = shortened(value, len(value.encode()) - excess)
-            if len(to_json(labels[name])) > len(to_json(value)) - excess:  # characters that JSON escapes
+            # some characters are escaped in JSON
+            if len(to_json(labels[name])) > len(to_json(value)) - excess:
                 labels[name] = shortened(value, 0)
             self._words.append(words)
             self._with_labels(labels)
 
     def _drop_labels(self) -> None:
-        """Drop further labels, the largest first; conditions are bounded and stay."""
+        """Drop other labels, the largest first.  Conditions are limited and stay."""
         labels = dict(self._description.engine.labels)
         conditions = sorted(name for name in labels if is_condition(name))
         for name in conditions[CONDITIONS_MAX:]:
@@ -161,7 +162,7 @@ class _Cutting:
         self._description = replace(self._description, resources=kept)
 
     def _cut_names(self) -> None:
-        """Keep what identifies the node, in bounded words.  Nothing else is left."""
+        """Keep only the node's identification, with limited length."""
         one = self._description
         node_label = one.engine.labels.get(NODE_LABEL)
         self._words.append("names and certificates")

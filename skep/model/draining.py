@@ -1,11 +1,11 @@
-"""When a task begins to drain: it is to stop, and may have connections."""
+"""Decides when a task starts to drain: it must stop, and may have connections."""
 
 from skep.model.planes import is_overlay
 from skep.model.task import Task, TaskState
 
 
 def begins_to_drain(old: Task, new: Task) -> bool:
-    """Whether ``new`` is to stop, ``old`` was not, and it serves on a network of the cluster."""
+    """Return whether ``new`` must stop, ``old`` did not, and it serves on a cluster network."""
     if not old.is_wanted or new.is_wanted or new.status.state is not TaskState.RUNNING:
         return False
     networks = (one.network for one in new.networks_attachments if one.addresses)

@@ -1,7 +1,7 @@
-"""The cluster's history: what clients asked through the API, and what happened, with its reason.
+"""The cluster's history: clients' requests to the API, and events with their reasons.
 
-One ``Entry`` is what ``GET /skep/history`` shows and what managers keep (``manager/journal``).  No entry has the body
-of a request, the data of a secret or the value of a variable.
+``GET /skep/history`` shows entries (``Entry``), and managers keep them (``manager/journal``).  No entry has the body of
+a request, the data of a secret or the value of a variable.
 """
 
 import re
@@ -23,14 +23,14 @@ MASK = "***"
 
 
 class Kind(Enum):
-    """``REQUEST``: the audit log; ``CHANGE``: what came of it, and what managers did by themselves."""
+    """``REQUEST`` is the audit log.  ``CHANGE`` is the result of a request, or an action of the managers themselves."""
 
     REQUEST = "request"
     CHANGE = "change"
 
 
 class Severity(Enum):
-    """Of an entry: ``ERROR`` for what failed or was lost, ``WARNING`` for what is not as usual."""
+    """Severity of an entry: ``ERROR`` for failures and losses, ``WARNING`` for unusual states."""
 
     INFO = "info"
     WARNING = "warning"
@@ -41,35 +41,35 @@ class By(ApiObject):
     """The client of a request, as far as it is known."""
 
     user: str = ""
-    """The name of the user, or in the certificate; at a unix socket ``root`` or ``uid 1000``, as a look-up of the
-    account's name may ask another machine."""
+    """The name of the user, or in the certificate.  At a Unix socket ``root`` or ``uid 1000``, because looking up the
+    account's name may query another machine."""
     uid: int | None = None
     pid: int | None = None
     node: str = ""
     """Host name of the node whose API the client used."""
     through: str = ""
-    """How the client proved it: the value of an ``access.Origin``; empty: it is not known."""
+    """The client's proof of identity, a value of ``access.Origin``, or empty if unknown."""
 
     @property
     def summary(self) -> str:
-        """``root (uid 0, pid 4711)``, or how the client came."""
+        """``root (uid 0, pid 4711)``, or how the client connected."""
         account = f"uid {self.uid}, pid {self.pid}" if self.uid is not None else ""
         how = account or self.through
         return f"{self.user} ({how})" if self.user and how else self.user or how or "not known"
 
 
 class Entry(ApiObject):
-    """One thing that happened.  Names are those of that time."""
+    """One event.  Names are those at the time of the event."""
 
     id: str = always("")
-    """Unique."""
+    """Unique id."""
     time: Timestamp = always(Timestamp(""))
-    """By the clock of the manager that saw it."""
+    """Time by the clock of the manager that recorded it."""
     revision: int = always(0)
-    """Of the store, when it showed; 0: the request wrote nothing."""
+    """Revision of the store at that time, or 0 if the request wrote nothing."""
     kind: Kind = always(Kind.CHANGE)
     type: str = always("")
-    """Of the object: ``service``, ``task``, ``node``, ``secret``; ``journal``: about the history itself."""
+    """Type of the object: ``service``, ``task``, ``node``, ``secret``, or ``journal`` for the history itself."""
     action: str = always("")
     severity: Severity = always(Severity.INFO)
     object_id: str = ""
@@ -81,21 +81,23 @@ class Entry(ApiObject):
     stack: str = ""
     task_id: str = ""
     message: str = always("")
-    """A sentence.  Parts of it come from users and containers."""
+    """A sentence, parts of which come from users and containers."""
     count: int = always(1)
-    """How many of the same kind it stands for."""
+    """Number of equal events that it stands for."""
     method: str = ""
     path: str = ""
     status: int = 0
     by: By | None = None
-    """These four: of requests."""
+    """This field and the next three belong to requests."""
 
 
 class HistoryPage(ApiObject):
     """Response of ``GET /skep/history``.
 
-    ``next``: the cursor of the next page, empty: there is none; ``oldest``: time of the oldest entry; ``oldest_state``:
-    from which time on ``GET /skep/state`` has a response; both empty: not known.
+    Args:
+        next: Cursor of the next page, or empty on the last page.
+        oldest: Time of the oldest entry, or empty if unknown.
+        oldest_state: Time from which on ``GET /skep/state`` has a response, or empty if unknown.
     """
 
     entries: tuple[Entry, ...] = always(())
@@ -106,7 +108,7 @@ class HistoryPage(ApiObject):
 
 
 def bounded(entry: Entry) -> Entry:
-    """``entry`` with its texts cut to their bounds."""
+    """Return ``entry`` with its texts cut to their limits."""
     names = [getattr(entry, name) for name in _NAMES]
     if (
         len(entry.message) <= MESSAGE_CHARACTERS_MAX
@@ -127,7 +129,7 @@ _NAMES = ("type", "action", "object_id", "name", "service", "node", "stack", "me
 
 
 def cut(text: str, characters: int) -> str:
-    """``text``, with its end replaced where it is too long."""
+    """Return ``text``, with its end replaced if it is too long."""
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
@@ -139,7 +141,7 @@ _IN_URL = re.compile(r"(://[^/@:\s]*:)[^/@\s]+@")
 
 
 def masked(variable: str) -> str:
-    """``NAME=VALUE`` without a value that looks like a credential, by its name or as the password of a URL."""
+    """Return ``NAME=VALUE``, with a value masked that looks like a credential, by its name or as a URL's password."""
     name, equals, value = variable.partition("=")
     if equals and value and _CREDENTIAL.search(name):
         return f"{name}={MASK}"
@@ -147,7 +149,7 @@ def masked(variable: str) -> str:
 
 
 def masked_text(text: str) -> str:
-    """``text`` with each ``NAME=VALUE`` in it ``masked``: errors quote what they refuse."""
+    """Return ``text`` with each ``NAME=VALUE`` ``masked``, because errors quote refused values."""
     return _ASSIGNMENT.sub(lambda found: masked(found[0]), text)
 
 
@@ -155,7 +157,7 @@ _ASSIGNMENT = re.compile(r"[\w.-]+=[^\s\"',;]+|\S+://\S+")
 
 
 def without_credentials(service: Service) -> Service:
-    """``service`` with the environment of its specs ``masked``."""
+    """Return ``service`` with the environment of its specs ``masked``."""
     previous = service.previous_spec
     return replace(
         service,
@@ -173,5 +175,5 @@ def _without_credentials(spec: ServiceSpec) -> ServiceSpec:
 
 
 def stack_of(labels: Mapping[str, str]) -> str:
-    """The stack that an object with ``labels`` is part of; empty: none."""
+    """Return the stack of an object with ``labels``, or an empty text."""
     return labels.get(STACK_LABEL, "")

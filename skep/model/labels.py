@@ -1,7 +1,7 @@
 """All ``skep.*`` labels: settings that Docker's API does not have, and reports of nodes.
 
-``docs/reference/label_table.py`` lists every one of them.  A label that cannot be read is refused when it is written;
-should one be there all the same, it counts as absent.
+``docs/reference/label_table.py`` lists every one of them.  An invalid label is refused when it is written.  An invalid
+label that exists anyway counts as absent.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from skep.model.times import SECOND_NS, duration_ns
 E = TypeVar("E", bound=Enum)
 
 HEARTBEAT_GRACE = "skep.heartbeat-grace"
-"""On the cluster: how long a silent skep node counts as alive (``5s``); default three heartbeat periods."""
+"""On the cluster: how long a silent skep node counts as alive (``5s``).  Default: three heartbeat periods."""
 GRACE_S_MAX = 3600.0
 
 FORGET_NODES = "skep.forget-nodes"
 MAINTENANCE = "skep.maintenance"
-"""On the cluster: how long a worker that is down is kept before it is removed (``24h``); unset: forever."""
+"""On the cluster: how long a failed worker is kept before it is removed (``24h``).  Unset: forever."""
 FORGET_S_MIN, FORGET_S_MAX = 60.0, 90 * 24 * 3600.0
 
 ON_DISCONNECT = "skep.on-disconnect"
@@ -35,36 +35,36 @@ DEFAULT_PROGRESS_S = 600.0
 """Long enough for large images over slow links."""
 
 JOB_TTL = "skep.job-ttl"
-"""On jobs: how long a finished job is kept before it is removed with its tasks; unset: forever."""
+"""On jobs: how long a finished job is kept before it is removed with its tasks.  Unset: forever."""
 
 STACK_REVISION = "skep.stack.revision"
 STACK_STATE = "skep.stack.state"
 STACK_CHANGES = "skep.stack.changes"
 """On configs that are the revisions of stacks."""
 DEPLOYING = "deploying"
-"""The state of a revision while its deploy is under way."""
+"""State of a revision while its deploy is in progress."""
 REPLACED = "replaced by revision "
-"""What the state of a revision begins with whose deploy a newer one has overtaken; its number follows."""
+"""Start of a revision's state when a newer deploy has overtaken it.  The newer revision's number follows."""
 STACK_FILES = "skep.stack.files"
-"""On containers: files beside the stack's that they mount, with what their content comes to."""
+"""On containers: files of the stack's folder that they mount, with the digest of their content."""
 
 ROTATION_OF = "skep.rotation.of"
-"""On every version of a secret or config but the first: the name of the first."""
+"""On every version of a secret or config except the first: the name of the first."""
 
 DRAIN = "skep.drain"
-"""On services: how long a stopping task waits until no new connections arrive, and again for its last connections to
-end."""
+"""On services: how long a stopping task waits until no new connections arrive, and the same time again for its last
+connections to end."""
 DEFAULT_DRAIN_S = 1.0
 
 LAST_LINES = "skep.last-lines"
-"""On services and on the cluster: how many last lines of output are kept with an ended task."""
+"""On services and on the cluster: number of last output lines that are kept with an ended task."""
 HISTORY = "skep.history"
-"""On the cluster: how many entries of its history are kept; ``0``: none."""
+"""On the cluster: number of history entries that are kept.  ``0`` keeps none."""
 HISTORY_DEFAULT, HISTORY_MAX = 10_000, 100_000
 WORKER_READS = "skep.worker-reads"
-"""On the cluster: ``true``: workers' APIs show its services, tasks, nodes, networks and events."""
+"""On the cluster: ``true`` lets workers' APIs show its services, tasks, nodes, networks and events."""
 PUBLISH_NOT_READY = "skep.publish-not-ready"
-"""On services: ``true``: names of tasks resolve before they are healthy; virtual addresses and ports stay strict."""
+"""On services: ``true`` lets task names resolve before tasks are healthy.  Virtual addresses and ports stay strict."""
 
 VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
@@ -73,33 +73,33 @@ _FORMER_VALUES = {"return": "preferred", "keep": "required", "spread": "none"}
 """The label and its values in specs of earlier versions; the present label wins."""
 
 PRIORITY = "skep.priority"
-"""On services: whose tasks come first where room is short, the higher ones; 0 without it."""
+"""On services: tasks of a higher priority are placed first if resources are short.  Default 0."""
 PRIORITY_MAX = 1000
-"""The lowest is as far below 0."""
+"""Largest priority.  The smallest is its negative."""
 SHARE_IMAGES = "skep.share-images"
-"""On the cluster: ``true``: every node may read the images of every other node."""
+"""On the cluster: ``true`` lets every node read the images of every other node."""
 PREEMPTION = "skep.preemption"
-"""On the cluster: ``true``: tasks are stopped where one of a higher priority finds no room."""
+"""On the cluster: ``true`` stops tasks if a task of a higher priority cannot be placed."""
 ALLOW_MACHINE_LOGS = "skep.allow-machine-logs"
-"""On the cluster: ``true``: users below the administrator may send logs to the cluster's machines."""
+"""On the cluster: ``true`` lets users below the administrator send logs to the cluster's machines."""
 ALLOW_CREDENTIAL_HELPERS = "skep.allow-credential-helpers"
-"""On the cluster: ``STACK=REPOSITORY,...``: images that the nodes' credential helpers serve for services of users below
-the administrator."""
+"""On the cluster: ``STACK=REPOSITORY,...``: images for which services of users below the administrator may use the
+nodes' credential helpers."""
 _FORMER_ALLOW_HELPERS = "skep.allow-helpers"
 """The label in clusters of earlier versions; the present one wins."""
 
 EXEC = "skep.exec"
-"""On containers: which commands and files users below administrator may bring into them (``ExecPolicy``)."""
+"""On containers: commands and files that users below administrator may bring into them (``ExecPolicy``)."""
 
 IGNORE_PATHS = "skep.ignore-paths"
-"""``true``: the node gets tasks on overlay networks even if other nodes do not reach it."""
+"""On nodes: ``true`` places tasks on overlay networks on the node even if other nodes do not reach it."""
 
 LABEL_TASK_ID = "com.docker.swarm.task.id"
 """Docker's label of a task's container, by which the container is identified."""
 LABEL_SERVICE_ID = "com.docker.swarm.service.id"
 LABEL_SERVICE_NAME = "com.docker.swarm.service.name"
 LABEL_NODE_ID = "com.docker.swarm.node.id"
-"""Further labels of a task's container, as Docker's."""
+"""Other labels of a task's container, as in Docker."""
 
 DELAY_S_MAX = 365 * 24 * 3600.0
 
@@ -108,29 +108,29 @@ _SENT = (*DISCONNECT_LABELS, DRAIN, LAST_LINES)
 
 
 class OnDisconnect(Enum):
-    """What happens to a service's tasks on a node that has lost all managers."""
+    """Handling of a service's tasks on a node that has lost all managers."""
 
     REPLACE = "replace"
-    """They are replaced after the delay; those that still run are removed when the node returns."""
+    """They are replaced after the delay.  Tasks that still run are removed when the node returns."""
     KEEP = "keep"
     """They are not replaced as long as the node exists."""
     STOP = "stop"
-    """The node itself stops them after the delay, and only then they are replaced."""
+    """The node itself stops them after the delay, and only then are they replaced."""
 
 
 class VolumeAffinity(Enum):
-    """Where a task goes whose slot has data in local volumes of a node."""
+    """Placement of a task whose slot has data in local volumes of a node."""
 
     PREFERRED = "preferred"
-    """To that node while it can run the task, else to another one."""
+    """On that node while it can run the task, otherwise on another one."""
     REQUIRED = "required"
-    """To that node only, as long as it is part of the cluster."""
+    """On that node only, as long as it is part of the cluster."""
     NONE = "none"
-    """To any node, as in Docker."""
+    """On any node, as in Docker."""
 
 
 class ExecPolicy(Enum):
-    """What users below administrator may do in a container."""
+    """Rights of users below administrator in a container."""
 
     ANY = "any"
     """Commands run as any user of the container. Files are copied in and out."""
@@ -147,7 +147,7 @@ DEFAULT_STOP_DELAY_S = 30.0
 class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """A service's parsed ``on-disconnect`` labels.
 
-    ``delay_s``: since the node is down (REPLACE), since its last heartbeat (STOP); KEEP has none.
+    ``delay_s`` counts from when the node is down (REPLACE) or from its last heartbeat (STOP).  KEEP has none.
     """
 
     action: OnDisconnect = OnDisconnect.REPLACE
@@ -155,7 +155,7 @@ class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
-    """The policy in the labels of a service."""
+    """Return the disconnect policy in the labels of a service."""
     try:
         return _disconnect_policy(labels)
     except InvalidArgument:
@@ -163,17 +163,17 @@ def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 
 
 def disconnect_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Those labels of a service that its ``disconnect_policy`` follows from."""
+    """Return the labels of a service that determine its ``disconnect_policy``."""
     return {name: labels[name] for name in DISCONNECT_LABELS if name in labels}
 
 
 def sent_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Those labels of a service that take effect on its running tasks at their nodes."""
+    """Return the labels of a service that take effect on its running tasks at their nodes."""
     return {name: labels[name] for name in _SENT if name in labels}
 
 
 def progress_deadline_s(labels: Mapping[str, str]) -> float:
-    """The value in the labels of a service, in seconds."""
+    """Return the progress deadline in the labels of a service, in seconds."""
     try:
         return _progress_deadline_s(labels)
     except InvalidArgument:
@@ -181,7 +181,7 @@ def progress_deadline_s(labels: Mapping[str, str]) -> float:
 
 
 def job_ttl_s(labels: Mapping[str, str]) -> float | None:
-    """The value in the labels of a job, in seconds; None: unset."""
+    """Return the time to keep a finished job, from its labels, in seconds, or None if unset."""
     try:
         return _job_ttl_s(labels)
     except InvalidArgument:
@@ -189,7 +189,7 @@ def job_ttl_s(labels: Mapping[str, str]) -> float | None:
 
 
 def drain_s(labels: Mapping[str, str]) -> float:
-    """The value in the labels of a service, in seconds."""
+    """Return the drain time in the labels of a service, in seconds."""
     try:
         return _drain_s(labels)
     except InvalidArgument:
@@ -197,7 +197,7 @@ def drain_s(labels: Mapping[str, str]) -> float:
 
 
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
-    """The value in the labels of the cluster; None: unset."""
+    """Return the heartbeat grace in the labels of the cluster, in seconds, or None if unset."""
     try:
         return _heartbeat_grace_s(labels)
     except InvalidArgument:
@@ -205,7 +205,7 @@ def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
 
 
 def forget_nodes_s(labels: Mapping[str, str]) -> float | None:
-    """The value in the labels of the cluster; None: unset."""
+    """Return the time to keep failed workers, from the labels of the cluster, in seconds, or None if unset."""
     try:
         return _forget_nodes_s(labels)
     except InvalidArgument:
@@ -213,17 +213,17 @@ def forget_nodes_s(labels: Mapping[str, str]) -> float | None:
 
 
 def ignores_paths(node_labels: Mapping[str, str]) -> bool:
-    """Whether the node gets tasks on overlay networks even if other nodes do not reach it."""
+    """Return whether the node gets tasks on overlay networks even if other nodes do not reach it."""
     return node_labels.get(IGNORE_PATHS, "").lower() == "true"
 
 
 def publishes_not_ready(labels: Mapping[str, str]) -> bool:
-    """Whether names of a service's tasks resolve before the tasks are healthy."""
+    """Return whether names of a service's tasks resolve before the tasks are healthy."""
     return labels.get(PUBLISH_NOT_READY, "").lower() == "true"
 
 
 def last_lines(labels: Mapping[str, str]) -> int:
-    """How many last lines of output are kept with an ended task, by the labels of its service or of the cluster."""
+    """Return the number of output lines kept with an ended task, by the labels of its service or of the cluster."""
     try:
         return _last_lines(labels)
     except InvalidArgument:
@@ -231,7 +231,7 @@ def last_lines(labels: Mapping[str, str]) -> int:
 
 
 def history_entries(labels: Mapping[str, str]) -> int:
-    """How many entries of its history are kept, by the labels of the cluster."""
+    """Return the number of history entries that are kept, by the labels of the cluster."""
     try:
         return _history_entries(labels)
     except InvalidArgument:
@@ -239,7 +239,7 @@ def history_entries(labels: Mapping[str, str]) -> int:
 
 
 def volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
-    """The policy in the labels of a service."""
+    """Return the volume affinity in the labels of a service."""
     try:
         return _volume_affinity(labels)
     except InvalidArgument:
@@ -247,7 +247,8 @@ def volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
 
 
 def exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
-    """Return the policy in the labels of a container. A word of a newer version counts as the strictest policy."""
+    """Return the exec policy in the labels of a container.  An unknown word of a newer version means the strictest
+    policy."""
     try:
         return _exec_policy(labels)
     except InvalidArgument:
@@ -255,7 +256,7 @@ def exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
 
 
 def priority_of(labels: Mapping[str, str]) -> int:
-    """The priority of a service's tasks, by its labels."""
+    """Return the priority of a service's tasks, by its labels."""
     if PRIORITY not in labels:
         return 0  # called for each key of a queue
     try:
@@ -265,14 +266,15 @@ def priority_of(labels: Mapping[str, str]) -> int:
 
 
 def allows_machine_logs(labels: Mapping[str, str]) -> bool:
-    """Whether anyone's logs may go to machines of the cluster and to their own logs, by the labels of the cluster."""
+    """Return whether anyone's logs may be sent to the cluster's machines and their own logs, by the cluster's
+    labels."""
     return labels.get(ALLOW_MACHINE_LOGS, "").lower() == "true"
 
 
 def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, ...]]:
-    """The repositories, and what is below them, that each stack may use nodes' credentials for; ``*``: every stack.
+    """Return the repositories, with everything below them, for which each stack may use nodes' credentials.
 
-    Raises: InvalidArgument.
+    The stack ``*`` means every stack.  Raises: InvalidArgument.
     """
     found: dict[str, tuple[str, ...]] = {}
     text = labels.get(ALLOW_CREDENTIAL_HELPERS, labels.get(_FORMER_ALLOW_HELPERS, ""))
@@ -288,22 +290,22 @@ def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, .
 
 
 def allows_preemption(labels: Mapping[str, str]) -> bool:
-    """Whether tasks are stopped for ones of a higher priority, by the labels of the cluster."""
+    """Return whether tasks are stopped for tasks of a higher priority, by the labels of the cluster."""
     return labels.get(PREEMPTION, "").lower() == "true"
 
 
 def shares_images(labels: Mapping[str, str]) -> bool:
-    """Whether nodes may read images that none of their tasks uses, by the labels of the cluster."""
+    """Return whether nodes may read images that none of their tasks uses, by the labels of the cluster."""
     return labels.get(SHARE_IMAGES, "").lower() == "true"
 
 
 def allows_worker_reads(labels: Mapping[str, str]) -> bool:
-    """Whether workers may show what managers show, by the labels of the cluster."""
+    """Return whether workers may show the same as managers, by the labels of the cluster."""
     return labels.get(WORKER_READS, "").lower() == "true"
 
 
 def check_service_labels(labels: Mapping[str, str]) -> None:
-    """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
+    """Check the ``skep.*`` labels of a service.  Raises: InvalidArgument."""
     if EXEC in labels:
         raise InvalidArgument(
             f"the label {EXEC} counts on containers only: give it with --container-label, not with --label"
@@ -320,12 +322,12 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
 
 
 def check_container_labels(labels: Mapping[str, str]) -> None:
-    """Raises: InvalidArgument: a ``skep.*`` label of a service's containers is invalid."""
+    """Check the ``skep.*`` labels of a service's containers.  Raises: InvalidArgument."""
     _exec_policy(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
-    """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
+    """Check the ``skep.*`` labels of the cluster.  Raises: InvalidArgument."""
     _heartbeat_grace_s(labels)
     _forget_nodes_s(labels)
     _last_lines(labels)
@@ -357,7 +359,7 @@ def _exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
 
 
 def _choice(labels: Mapping[str, str], name: str, default: E) -> E:
-    """The value of a label that is one of an enumeration.  Raises: InvalidArgument."""
+    """Return the value of a label of an enumeration.  Raises: InvalidArgument."""
     value, kind = labels.get(name, default.value), type(default)
     try:
         return kind(value)

@@ -1,10 +1,10 @@
-"""What the tasks of a service need, and what a task holds: the one list of both.
+"""The needs of a service's tasks and the holdings of a task: the one list of both.
 
 * ``needs_of(spec)``: the objects, images and node resources without which a task of the spec cannot start.
 * ``holds_of(task)``: the part of its node, and of its volumes, that a task has from its assignment until its end.
 * ``may_block``: whether the end of a task with certain holdings may let a node take a task with certain needs.
 
-Every decision by "is it needed" or "is it free" uses them: filters, updates, preemption, the dry run, the removal of
+Every decision whether something is needed or free uses them: filters, updates, preemption, the dry run, the removal of
 lost nodes, references in the store, image collection, and removals.  Each of them must consider a resource that is
 added here: ``tests/unit/manager/test_needs.py`` lists resources by users, and fails on a gap.
 """
@@ -26,7 +26,7 @@ HostPort: TypeAlias = tuple[str, int]
 
 
 class ClusterMount(msgspec.Struct, frozen=True):
-    """A mount of type ``cluster``; ``source``: a volume's name, or ``group:`` and the name of a group."""
+    """A mount of type ``cluster``.  ``source`` is a volume's name, or ``group:`` and the name of a group."""
 
     source: str
     target: str
@@ -34,21 +34,21 @@ class ClusterMount(msgspec.Struct, frozen=True):
 
 
 class VolumeUse(msgspec.Struct, frozen=True):
-    """A volume that a task has."""
+    """A volume that a task uses."""
 
     volume_id: VolumeId
     read_only: bool
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """What each task of a spec needs beside its own spec."""
+    """The needs of each task of a spec, outside of its own spec."""
 
     images: tuple[str, ...] = ()
-    """As the spec spells them: of the container, and of its image mounts."""
+    """Images of the container and of its image mounts, as spelled in the spec."""
     secrets: tuple[SecretReference, ...] = ()
     configs: tuple[ConfigReference, ...] = ()
     networks: tuple[str, ...] = ()
-    """By id; an address on each."""
+    """Ids of networks, on each of which the task needs an address."""
     host_ports: tuple[HostPort, ...] = ()
     nano_cpus: int = 0
     memory_bytes: int = 0
@@ -57,11 +57,12 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """Tasks of the service that its node may have, or 0 for any number."""
     cluster_volumes: tuple[ClusterMount, ...] = ()
     local_volumes: tuple[str, ...] = ()
-    """Volumes whose data stays on its node, with placeholders, perhaps."""
+    """Volumes whose data stays on its node.  Names may contain placeholders."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a task holds: the same for all tasks of one version of a service, but for ``generic`` and ``volumes``."""
+    """The holdings of a task: the same for all tasks of one version of a service, except ``generic`` and
+    ``volumes``."""
 
     service_id: ServiceId
     nano_cpus: int
@@ -69,11 +70,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generic: tuple[GenericResource, ...]
     host_ports: tuple[HostPort, ...]
     is_active: bool
-    """Whether it counts as a task of its service on this node; a task that is being stopped does not."""
+    """Whether it counts as a task of its service on this node.  A task that is being stopped does not."""
     volumes: tuple[VolumeUse, ...] = ()
     """Its cluster volumes."""
     is_unknown: bool = False
-    """Whether its spec cannot be read: it may have any ports and resources."""
+    """Whether its spec cannot be read, so that it may hold any ports and resources."""
 
     @property
     def is_exclusive(self) -> bool:
@@ -82,7 +83,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def needs_of(spec: ServiceSpec) -> Needs:
-    """Return what each task of a service with ``spec`` needs."""
+    """Return the needs of each task of a service with ``spec``."""
     template = spec.task_template
     container = template.container_spec or ContainerSpec()
     reservations = reservations_of(template)
@@ -123,7 +124,7 @@ def images_of(template: TaskSpec) -> tuple[str, ...]:
 
 
 def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
-    """Return what ``task`` holds; ``ports``: the host ports of the spec that it was made from."""
+    """Return the holdings of ``task``.  ``ports`` are the host ports of the spec that it was made from."""
     reservations = reservations_of(task.spec)
     return Usage(
         service_id=task.service_id,
@@ -137,7 +138,8 @@ def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
 
 
 def may_block(held: Usage, needs: Needs, volume: Callable[[VolumeId], Volume | None]) -> bool:
-    """Whether the end of a task with ``held`` may let a node take a task with ``needs`` that all nodes refuse now."""
+    """Return whether the end of a task with ``held`` may let a node take a task with ``needs`` that no node takes
+    now."""
     kinds = {kind_and_amount(one)[0] for one in held.generic}
     return bool(
         (held.nano_cpus and needs.nano_cpus)
@@ -150,7 +152,7 @@ def may_block(held: Usage, needs: Needs, volume: Callable[[VolumeId], Volume | N
 
 
 def cannot_share(volume: Volume, mount: ClusterMount, *, read_only: bool = False) -> bool:
-    """Whether a task with ``mount`` can never have ``volume`` beside another task, which may only read it."""
+    """Return whether a task with ``mount`` can never share ``volume`` with another task, which may be read-only."""
     match volume.spec.access_mode.sharing:
         case VolumeSharing.NONE:
             return True
@@ -161,7 +163,8 @@ def cannot_share(volume: Volume, mount: ClusterMount, *, read_only: bool = False
 
 
 def _excludes(use: VolumeUse, mounts: Iterable[ClusterMount], volume: Volume | None) -> bool:
-    """Whether ``use`` may keep a task from the volumes that it mounts.  One with scope single stays on its node."""
+    """Return whether ``use`` may keep a task from volumes that it mounts.  A volume with scope single stays on its
+    node."""
     if volume is None:
         return False
     sources, is_single = sources_of(volume), volume.spec.access_mode.scope is VolumeScope.SINGLE
@@ -175,15 +178,16 @@ def _excludes(use: VolumeUse, mounts: Iterable[ClusterMount], volume: Volume | N
 
 
 def reservations_of(spec: TaskSpec) -> Resources:
-    """The reservations of a task with this spec."""
+    """Return the reservations of a task with this spec."""
     resources = spec.resources
     return (resources.reservations if resources else None) or Resources()
 
 
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
-    """The kind of the resource, and the amount.
+    """Return the kind of the resource, and the amount.
 
-    A negative amount, as a node may offer and an earlier version stored it, is none: it would add to what is free.
+    A negative amount, which a node may offer and an earlier version stored, counts as 0.  It would increase the free
+    amount.
     """
     if (discrete := resource.discrete_resource_spec) is not None:
         return discrete.kind, max(0, discrete.value)
@@ -193,7 +197,7 @@ def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
 
 
 def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
-    """Ports that each task of the service opens on its node with a number chosen by the user."""
+    """Return the ports that each task opens on its node with a number chosen by the user."""
     if spec is None or spec.endpoint_spec is None:
         return ()
     return tuple(
@@ -204,7 +208,7 @@ def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
 
 
 def cluster_mounts(spec: TaskSpec) -> tuple[ClusterMount, ...]:
-    """Of its container, those of cluster volumes."""
+    """Return the mounts of cluster volumes in a container."""
     mounts = spec.container_spec.mounts if spec.container_spec is not None else ()
     if not mounts:
         return ()
@@ -216,7 +220,7 @@ def cluster_mounts(spec: TaskSpec) -> tuple[ClusterMount, ...]:
 
 
 def sources_of(volume: Volume) -> Sequence[str]:
-    """The sources of mounts that may mean the volume."""
+    """Return the sources of mounts that may mean the volume."""
     name, group = volume.spec.name, volume.spec.group
     return [
         *((name,) if not name.startswith(GROUP_PREFIX) else ()),
@@ -225,12 +229,12 @@ def sources_of(volume: Volume) -> Sequence[str]:
 
 
 def uses_of(task: Task) -> tuple[VolumeUse, ...]:
-    """The volumes that a task has; one is only read if all its mounts only read."""
+    """Return the volumes that a task uses.  A volume is read-only if all its mounts are."""
     return volume_uses(task.volumes, cluster_mounts(task.spec))
 
 
 def volume_uses(given: Iterable[VolumeAttachment], mounts: Iterable[ClusterMount]) -> tuple[VolumeUse, ...]:
-    """The same for a task with these volumes and mounts."""
+    """Return the volumes that a task with these volumes and mounts uses."""
     readings = {(one.source, one.target): one.read_only for one in mounts}
     reading: dict[VolumeId, bool] = {}
     for one in given:

@@ -14,11 +14,11 @@ MTU_OPTION: Final = "com.docker.network.driver.mtu"
 OVERLAP_LABEL: Final = "skep.allow-overlap"
 """Label or driver option that allows a subnet although a machine already has a route to it."""
 MTUS: Final = range(68, 1 << 16)
-"""What IPv4 has room for."""
+"""The range of IPv4's MTU."""
 
 
 class IPAMConfig(ApiObject):
-    """One subnet of a network.  ``auxiliary_addresses``: name -> address that is never allocated."""
+    """One subnet of a network.  ``auxiliary_addresses`` maps names to addresses that are never allocated."""
 
     subnet: str = ""
     range: str = ""
@@ -57,7 +57,7 @@ class NetworkSpec(ApiObject):
 
 
 class Network(ApiObject):
-    """Writers: API: ``spec``; leader: ``driver_state``, ``ipam_options``."""
+    """A network.  The API writes ``spec``, the leader ``driver_state`` and ``ipam_options``."""
 
     id: NetworkId
     version: Version = always(Version())
@@ -69,7 +69,7 @@ class Network(ApiObject):
 
 
 def is_ingress(network: Network) -> bool:
-    """Whether this is the network for published ports between nodes."""
+    """Return whether this is the network for published ports between nodes."""
     spec = network.spec
     return spec.ingress or (spec.name == "ingress" and _INTERNAL_LABEL in spec.labels)
 
@@ -79,11 +79,11 @@ _INTERNAL_LABEL = "com.docker.swarm.internal"
 
 
 def subnet_of(config: IPAMConfig) -> IPv4Network | IPv6Network:
-    """The subnet, without host bits that the user may have given."""
+    """Return the subnet, without host bits that the user may have written."""
     return network_of(config.subnet)
 
 
 @lru_cache(4096)
 def network_of(text: str) -> IPv4Network | IPv6Network:
-    """The network of an ``address/length``.  Cached: called for every task, with few distinct values."""
+    """Return the network of an ``address/length``.  Cached: called for every task, with few distinct values."""
     return ip_interface(text).network

@@ -18,7 +18,7 @@ RESPONSE_SECONDS_MAX = 5.0
 
 
 class NodeRole(Enum):
-    """In a spec the requested role; in a certificate the one that it was issued for."""
+    """The requested role in a spec, or in a certificate the role that it was issued for."""
 
     __go_name__ = "swarm.NodeRole"
 
@@ -27,7 +27,7 @@ class NodeRole(Enum):
 
 
 class Availability(Enum):
-    """Pause: no new tasks; drain: its tasks move to other nodes, too."""
+    """Pause: no new tasks.  Drain: its tasks also move to other nodes."""
 
     __go_name__ = "swarm.NodeAvailability"
 
@@ -37,7 +37,7 @@ class Availability(Enum):
 
 
 class NodeState(Enum):
-    """``UNKNOWN`` and ``DISCONNECTED`` are part of Docker's API; Skep writes ``READY`` and ``DOWN`` only."""
+    """``UNKNOWN`` and ``DISCONNECTED`` are part of Docker's API.  Skep only writes ``READY`` and ``DOWN``."""
 
     UNKNOWN = "unknown"
     DOWN = "down"
@@ -46,7 +46,7 @@ class NodeState(Enum):
 
 
 class Reachability(Enum):
-    """A manager as the leader sees it."""
+    """Reachability of a manager as seen by the leader."""
 
     UNKNOWN = "unknown"
     UNREACHABLE = "unreachable"
@@ -63,7 +63,7 @@ class NodeSpec(ApiObject):
 
 
 class Topology(ApiObject):
-    """Where a node is, for CSI volumes: key of the plugin -> value."""
+    """A node's location for CSI volumes: values by the plugin's keys."""
 
     segments: Mapping[str, str] = {}
 
@@ -78,14 +78,14 @@ class CSIInfo(ApiObject):
 
 
 class EnginePlugin(ApiObject):
-    """A plugin of a Docker Engine: ``Network`` and ``overlay``, for example."""
+    """A plugin of a Docker Engine, for example ``Network`` and ``overlay``."""
 
     type: str = ""
     name: str = ""
 
 
 class EngineDescription(ApiObject):
-    """The engine's labels also carry what skep nodes publish (``model.labels``)."""
+    """The engine's properties.  Its labels also carry reports of skep nodes (``model.labels``)."""
 
     engine_version: str = ""
     labels: Mapping[str, str] = {}
@@ -109,7 +109,7 @@ _IN_PLAIN_WORDS = {UNKNOWN_STATE: "not heard from since the cluster has another 
 
 
 class NodeStatus(ApiObject):
-    """``addr``: the address that the node's session comes from; ``message``: why it is down, else empty."""
+    """``addr`` is the address that the node's session comes from.  ``message`` is why it is down, or empty."""
 
     state: NodeState = always(NodeState.UNKNOWN)
     message: str = ""
@@ -117,10 +117,13 @@ class NodeStatus(ApiObject):
 
 
 class ManagerStatus(ApiObject):
-    """``has_vote``: false for a manager that is no member any more after a restore or a forced new cluster.
+    """A manager's status.
 
-    ``level``: the newest feature level of the store that it supports; 0: not reported, which means 1.
-    ``peer_addr``: ``ip:port`` of its etcd for the other managers; empty: not reported.
+    Args:
+        has_vote: False for a manager that is no longer a member after a restore or a forced new cluster.
+        level: The newest feature level of the store that it supports, or 0 if not reported, which means 1.
+        peer_addr: ``ip:port`` of its etcd for the other managers, or empty if not reported.
+
     The three are not in API responses.
     """
 
@@ -133,7 +136,8 @@ class ManagerStatus(ApiObject):
 
 
 class NodeSession(ApiObject):
-    """The manager that owns the node's session.  Taken by compare-and-swap; every write of the session compares it."""
+    """The manager that owns the node's session.  Taken by compare-and-swap, and compared by every write of the
+    session."""
 
     manager_id: NodeId = NodeId("")
     session_id: SessionId = SessionId("")
@@ -151,24 +155,24 @@ class NodeCertificate(ApiObject):
 
     role: NodeRole = NodeRole.WORKER
     state: str = ""
-    """``issued``, or ``rotate``: the node is to renew it."""
+    """``issued``, or ``rotate`` if the node must renew it."""
     not_after: Timestamp = Timestamp("")
-    """Expiry of the newest one."""
+    """Expiry of the newest certificate."""
     issuer: str = ""
-    """Digest of the public key that signed the newest one (``security.trust.issuer_digest``)."""
+    """Digest of the public key that signed the newest certificate (``security.trust.issuer_digest``)."""
     serials: tuple[IssuedSerial, ...] = ()
-    """Manager certificates that have not expired; revoked when it is no manager any more."""
+    """Manager certificates that have not expired.  They are revoked when the node is demoted."""
     plane: str = ""
     """The kind of node as which it joined: ``docker`` or ``skep`` (``model.planes``).
 
-    Empty: it joined before this field existed; its description is used until it renews.
+    Empty if it joined before this field existed.  Its description is used until it renews.
     """
     last_not_after: Timestamp = Timestamp("")
-    """The latest expiry of all its certificates: not that of the newest, if the lifetime was shortened."""
+    """The latest expiry of all its certificates, which is not the newest one's if the lifetime was shortened."""
 
 
 class FailingPath(ApiObject):
-    """A failing check from this node to another one.  Names are of the time of the check."""
+    """A failing check from this node to another one, with names at the time of the check."""
 
     peer: NodeId
     hostname: str = ""
@@ -184,15 +188,15 @@ class FailingPath(ApiObject):
 
 
 class CutOff(ApiObject):
-    """No tasks on networks that need this check to pass are placed on the node."""
+    """Tasks on networks that need this check to pass are not placed on the node."""
 
     check: str
-    """As in ``FailingPath``."""
+    """A check as in ``FailingPath``."""
     port: str = ""
     peers: tuple[str, ...] = ()
-    """Host names of nodes to or from which the check fails; the first few."""
+    """Host names of the first few nodes to or from which the check fails."""
     others: int = 0
-    """The number of further nodes."""
+    """The number of other such nodes."""
 
     @property
     def networks(self) -> str:
@@ -209,11 +213,10 @@ class CutOff(ApiObject):
 class Node(ApiObject):
     """A machine of the cluster.
 
-    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_*``, and as separate parts
-    ``load`` and ``failing_paths``; new owner of the session: ``session``; CA: ``certificate``; leader: ``attachments``,
-    ``cut_off``; the manager on this node: ``manager_status``, ``peer_roots``.
-    Fields after ``manager_status`` are internal and not in API responses, but for ``silent_since`` of a node that is
-    down.
+    The API writes ``spec``.  The session's owner writes ``description``, ``status``, ``silent_*``, and as separate
+    parts ``load`` and ``failing_paths``.  A new owner of the session writes ``session``, the CA ``certificate``, the
+    leader ``attachments`` and ``cut_off``, and the manager on this node ``manager_status`` and ``peer_roots``. Fields
+    after ``manager_status`` are internal and not in API responses, except ``silent_since`` of a node that is down.
     """
 
     id: NodeId
@@ -224,7 +227,7 @@ class Node(ApiObject):
     description: NodeDescription = always(NodeDescription())
     status: NodeStatus = always(NodeStatus())
     load: float | None = None
-    """Measured utilization, 0 to 1, rounded as placement needs it; None: not reported.  Not in Docker's API."""
+    """Measured utilization, 0 to 1, rounded as placement needs it, or None if not reported.  Not in Docker's API."""
     manager_status: ManagerStatus | None = None
     session: NodeSession | None = None
     certificate: NodeCertificate | None = None
@@ -234,15 +237,15 @@ class Node(ApiObject):
     silent_since: Timestamp | None = None
     """For a node that is down: time of its last heartbeat, by the clock of the manager that marked it down."""
     silent_together: bool = False
-    """For a node that is down: whether heartbeats of other nodes, of any manager, were missed at that time, too."""
+    """For a node that is down: whether heartbeats of other nodes, of any manager, were also missed at that time."""
     failing_paths: tuple[FailingPath, ...] = ()
-    """Its failing checks to other nodes; the first few, by peer and check."""
+    """Its first few failing checks to other nodes, by peer and check."""
     cut_off: tuple[CutOff, ...] = ()
-    """Failing checks for which placement avoids this node, so that the remaining nodes reach each other; by check."""
+    """Failing checks for which placement avoids this node, by check, so that the remaining nodes reach each other."""
 
     @property
     def has_joined_as_manager(self) -> bool:
-        """Whether it is a manager, and no longer joining."""
+        """Whether it is a manager that has finished joining."""
         status = self.manager_status
         return status is not None and status.reachability is not Reachability.UNKNOWN
 
@@ -254,15 +257,14 @@ class Node(ApiObject):
 
 
 def differ_in_load_alone(one: Node, other: Node) -> bool:
-    """Whether only the load has changed, which is relevant for placement only."""
+    """Return whether only the load has changed, which is relevant for placement only."""
     return one.load != other.load and replace(one, load=other.load) == other
 
 
 def plain_message(message: str, silent_since: str = "") -> str:
-    """The message of a node's status in plain words.
+    """Return the message of a node's status in plain words.
 
-    Args:
-        silent_since: RFC 3339 time of its last heartbeat, for a node that is down.
+    ``silent_since`` is the RFC 3339 time of its last heartbeat if it is down.
     """
     for text, words in _IN_PLAIN_WORDS.items():
         message = message.replace(text, words)

@@ -66,8 +66,10 @@ class NodeObjects:
         return Known(id=word, stack=labels.get(STACK_LABEL, ""))
 
     async def _network(self, request: web.Request, word: str) -> Known:
-        """Ask the manager for a network.  Raises: the manager's error, which is NotFound for one of the node's own
-        networks."""
+        """Ask the manager for a network.
+
+        Raises: the manager's error, which is NotFound for one of the node's own networks.
+        """
         headers = {IDENTITY_HEADER: packed(identity_of(request)).decode()}
         path = f"/networks/{quote(word, safe='')}"
         response = await self._cluster.request_manager("GET", path, b"", headers)

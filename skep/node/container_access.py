@@ -98,8 +98,10 @@ class TaskContainers:
         return [*of_containers, web.get(EVENTS, self._stream_events)]
 
     async def _stream_events(self, request: web.Request) -> web.StreamResponse:
-        """Stream events (see ``NodeEvents.follow``).  ``age`` is the seconds since the first event, independent of
-        clocks."""
+        """Stream events (see ``NodeEvents.follow``).
+
+        ``age`` is the age in seconds of the first wanted event, so that clocks need not agree.
+        """
         since, until = period_of(request)
         if age := request.query.get("age"):
             since = self._events.clock.now_ns() - parse_age(age)

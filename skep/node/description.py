@@ -58,8 +58,10 @@ def port_labels(
 
 
 def volume_labels(uses: Mapping[str, Mapping[str, int]]) -> Mapping[str, str]:
-    """Return the label of slots with data in this node's volumes.  ``uses`` maps volume and ``service.slot`` to a
-    time."""
+    """Return the label of slots with data in this node's volumes.
+
+    ``uses`` maps volume and ``service.slot`` to a time.
+    """
     found = (
         SlotVolume(volume, service, int(slot), at_ms)
         for volume, users in uses.items()
@@ -156,8 +158,10 @@ class NodeDescriber:
         return (*_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
 
     def describe(self, data_path_addr: str = "") -> NodeDescription:
-        """Return the description.  ``data_path_addr`` is where VXLAN packets are sent, or empty for the node's own
-        address."""
+        """Return the description.
+
+        ``data_path_addr`` is where VXLAN packets are sent, or empty for the address that the node connects from.
+        """
         configuration = self._offers.configuration()
         own = {
             NODE_LABEL: "true",

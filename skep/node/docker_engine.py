@@ -87,8 +87,10 @@ class DockerEngine:
         )
 
     async def image_id(self, word: str) -> str:
-        """Return the id of the image ``word``, or empty if it does not exist.  Raises: Unavailable: it does not
-        respond."""
+        """Return the id of the image ``word``, or empty if it does not exist.
+
+        Raises: Unavailable: it does not respond.
+        """
         try:
             found = await self.api.get(f"/images/{quote(word)}/json")
         except NotFound:
@@ -98,8 +100,10 @@ class DockerEngine:
     async def images(
         self, query: Mapping[str, str] = MappingProxyType({}), path: str = "/images/json"
     ) -> list[Any]:
-        """Return its images as ``docker images`` lists them.  Raises: Unavailable; SkepError: it refuses the
-        ``query``."""
+        """Return its images as ``docker images`` lists them.
+
+        Raises: Unavailable; SkepError: it refuses the ``query``.
+        """
         return list(await self.api.request("GET", path, query=query, timeout_s=_TIMEOUT_S))
 
     async def load(self, archive: AsyncIterable[bytes]) -> None:

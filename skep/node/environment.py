@@ -13,8 +13,10 @@ from skep.node.supervision.processes import NodeProcesses
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """The environment.  ``versions`` lists the programs that the node starts, ``warnings`` concern the
-    configuration."""
+    """The environment.
+
+    ``versions`` lists the programs that the node starts, ``warnings`` concern the configuration.
+    """
 
     machine: Machine
     features: Features

@@ -48,8 +48,10 @@ class NewCluster(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
-    """Make a new cluster's first node.  Return it with its certificate and the key (PEM) of the cluster's new
-    authority."""
+    """Make a new cluster's first node.
+
+    Return it with its certificate and the key (PEM) of the cluster's new authority.
+    """
     node_id, cluster_id = NodeId(new_id()), ClusterId(new_id())
     authority = Authority.create()
     identity = Identity(node_id=node_id, cluster_id=cluster_id, role=NodeRole.MANAGER)
@@ -142,7 +144,7 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
         error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else bind_error(wanted)
         if error is not None:
             raise Untranslated(
-                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind:  "
+                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind: "
                 f"{_reason(error)}: free the port, choose another, or leave the setting out"
             ) from error
 

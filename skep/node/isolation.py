@@ -26,8 +26,7 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
 
 async def keep_profile(conditions: Conditions, clock: Clock) -> None:
-    """Keep the condition ``apparmor`` current until cancelled, because other programs may load or unload the
-    profile."""
+    """Keep the condition ``apparmor`` current until cancelled: other programs may unload the profile."""
     report = conditions.reporter("apparmor")
     while True:
         await clock.sleep(PROFILE_S)

@@ -69,8 +69,10 @@ def share(before: Reading, now: Reading) -> float:
 
 
 def smoothed(average: float, share: float, elapsed_s: float) -> float:
-    """Return ``average`` after ``share`` was in use for ``elapsed_s``.  Dividing the time does not change the
-    result."""
+    """Return ``average`` after ``share`` was in use for ``elapsed_s``.
+
+    Dividing the time does not change the result.
+    """
     return average + (share - average) * -math.expm1(-elapsed_s / TIME_CONSTANT_S)
 
 

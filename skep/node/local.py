@@ -1,5 +1,7 @@
-"""``node.json``: this node as a member of its cluster.  It is written last when joining and removed first when
-leaving."""
+"""``node.json``: this node as a member of its cluster.
+
+It is written last when joining and removed first when leaving.
+"""
 
 from pathlib import Path
 

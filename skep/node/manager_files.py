@@ -32,8 +32,10 @@ class ManagerFiles:
         self._hostname = hostname
 
     def write_new(self, node: LocalNode, new: NewCluster | None) -> None:
-        """Write the files for a manager's first start.  ``new`` is the cluster to create, or None to join
-        ``node.managers``."""
+        """Write the files for a manager's first start.
+
+        ``new`` is the cluster to create, or None to join ``node.managers``.
+        """
         configuration, paths = self._configuration(), self._paths
         paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
         if new is not None:

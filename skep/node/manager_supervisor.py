@@ -84,8 +84,10 @@ class ManagerSupervisor:
             self.process.dismiss()
 
     async def run(self) -> None:
-        """Follow the role of the certificate until cancelled.  After an error in writing files it may be called
-        again."""
+        """Follow the role of the certificate until cancelled.
+
+        After an error in writing files it may be called again.
+        """
         while True:
             match self.state:
                 case State.PROMOTING:
@@ -151,8 +153,10 @@ class ManagerSupervisor:
         self._apply(Event.RESET)
 
     async def _demote(self) -> None:
-        """Demote this node.  ``node.json`` comes last: until then a restarted node process finds a manager and demotes
-        it again."""
+        """Demote this node.
+
+        ``node.json`` comes last: until then a restarted node process finds a manager and demotes it again.
+        """
         log.info("node demoted to worker")
         self.process = None
         self._backoff.reset()

@@ -336,8 +336,7 @@ class Membership:
     # --- API responses ------------------------------------------------------------------------------------------
 
     def manager_refusal(self) -> str | None:
-        """Return Docker's error for requests that need a manager, or None if this node has one or will soon have
-        one."""
+        """Return Docker's error for requests that need a manager, or None if this node has one, or soon will."""
         if self.node is None:
             return NOT_IN_A_SWARM
         if self._removal:
@@ -465,8 +464,10 @@ class Membership:
         return f"Timeout was reached before node joined: {reason}" if reason else TIMED_OUT
 
     async def _noting_no_vote(self, waiting: Coroutine[Any, Any, None]) -> None:
-        """Await ``waiting`` and record why a new manager has no vote yet.  The file with the reason is removed with
-        each attempt."""
+        """Await ``waiting`` and record why a new manager has no vote yet.
+
+        The file with the reason is removed with each attempt.
+        """
 
         async def note() -> None:
             while True:

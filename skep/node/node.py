@@ -564,7 +564,7 @@ class Node:
         )
 
     def _run_checks(self, run: Callable[..., None]) -> None:
-        """Keep this machine's conditions and the background work outside the cluster running."""
+        """Keep this machine's conditions current, and run the background work around the engine."""
         conditions, paths, clock = self._environment.conditions, self._paths, self._clock
         run(partial(reap_orphans, clock), "orphans")
         if self._engine is not None:

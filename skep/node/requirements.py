@@ -102,8 +102,10 @@ def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
 
 
 def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
-    """Return why ``program`` is unusable, or an empty text.  ``output`` is its version's, or None if it cannot be
-    run."""
+    """Return why ``program`` is unusable, or an empty text.
+
+    ``output`` is its version's, or None if it cannot be run.
+    """
     if program is None or output is None:
         return (
             f"{program or tool.name} is missing or cannot be run: {tool.remedy}, or name it with {tool.flag}"

@@ -253,8 +253,10 @@ class NodeRunner:
         self._save(msgspec.structs.replace(self.node, is_manager=is_manager))
 
     def _save(self, node: LocalNode) -> None:
-        """Keep ``node`` for the next start.  While the node joins a cluster the file is missing, because it is written
-        last."""
+        """Keep ``node`` for the next start.
+
+        While the node joins a cluster the file is missing, because it is written last.
+        """
         self.node = node
         try:
             self._write()

@@ -59,8 +59,10 @@ _TIMEOUT_S = 7.0
 
 
 def why_waiting(mark: Path) -> str:
-    """Return ``Error`` while this node's manager starts, from its file ``mark``: what it waits for.  Empty if it does
-    not wait."""
+    """Return ``Error`` while this node's manager starts, from its file ``mark``: what it waits for.
+
+    Empty if it does not wait.
+    """
     try:
         own_error = mark.read_text()
     except OSError:

@@ -79,13 +79,13 @@ async def remove(playground: str, node: str) -> None:
     for hierarchy in hierarchies():
         top = hierarchy / names.cgroup(playground, node)
 
-        async def gone(top: Path = top) -> bool:
+        async def is_gone(top: Path = top) -> bool:
             for directory in reversed(directories(top)):
                 with suppress(OSError):
                     directory.rmdir()
             return not top.exists()
 
-        await wait_until(gone, f"{top} can be removed", _GONE_WITHIN_S)
+        await wait_until(is_gone, f"{top} can be removed", _GONE_WITHIN_S)
         try:
             (hierarchy / names.CGROUP_TOP).rmdir()
         except OSError:

@@ -28,7 +28,7 @@ _DIRECTORY = click.option(
     show_default=True,
     help="Directory of the playground.",
 )
-_NAME = click.option("--name", help=f"Its name, to have several at once.  [default: {names.DEFAULT}]")
+_NAME = click.option("--name", help=f"Name of the playground.  [default: {names.DEFAULT}]")
 
 
 def _verb(command: Command) -> Command:
@@ -48,15 +48,25 @@ def _finish(work: Coroutine[Any, Any, T]) -> T:
         raise click.ClickException(str(error)) from error
 
 
-@click.group()
+class _Verbs(click.Group):
+    """The verbs, and former names of them."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Find the verb, also by the name that it had in earlier versions."""
+        return super().get_command(ctx, {"mend": "reconnect"}.get(cmd_name, cmd_name))
+
+
+@click.group(cls=_Verbs)
 def playground() -> None:
-    """A cluster on this machine: each node in namespaces of its own.
+    """Run a test cluster on this machine.
+
+    Each node runs in its own namespaces.
 
     \b
     Examples:
       skep playground up --managers 1 --workers 2
       eval "$(skep playground env m1)"; docker node ls
-      skep playground cut w1; skep playground mend w1
+      skep playground cut w1; skep playground reconnect w1
       skep playground down
     """
 
@@ -87,7 +97,9 @@ def up(
     relay: bool,
     tls: bool,
 ) -> None:
-    """Start a playground: nodes m1, m2, ... and w1, w2, ..., one swarm, a busybox image on each.
+    """Start a playground.
+
+    Its nodes are m1, m2, ... and w1, w2, ..., in one swarm, with a busybox image on each.
 
     Docker workers are called d1, d2, ...: unmodified Docker Engines of this machine's dockerd.
 
@@ -115,7 +127,7 @@ def up(
             "published TCP and UDP ports answer at 127.0.0.1 of this machine (skep playground ps lists them)"
         )
     if relay and tls:
-        local = _finish(ground.relayed(PORT))
+        local = _finish(ground.wait_relayed(PORT))
         click.echo(
             f"users: skep user add NAME --role viewer --context --address tcp://127.0.0.1:{local} "
             f"--ca {authority_file(directory.resolve())}"
@@ -125,7 +137,9 @@ def up(
 @playground.command()
 @_verb
 def down(directory: Path, name: str | None) -> None:
-    """Remove a playground and everything it made.  Works after a crash and a second time.
+    """Remove a playground and everything it created.
+
+    Works after a crash and a second time.
 
     \b
     Example:
@@ -139,7 +153,7 @@ def down(directory: Path, name: str | None) -> None:
 @_verb
 @shows
 def ps(directory: Path, name: str | None, output: Output) -> None:
-    """List the nodes with role, state, address and endpoint, and the published ports.
+    """List the playground's nodes and published ports.
 
     \b
     Example:
@@ -176,7 +190,9 @@ def ps(directory: Path, name: str | None, output: Output) -> None:
 @click.argument("node")
 @_verb
 def kill(directory: Path, name: str | None, node: str) -> None:
-    """Cut the power of NODE: daemon, monitors and containers end at once.
+    """Cut a node's power.
+
+    Its daemon, monitors and containers end at once.
 
     \b
     Example:
@@ -189,7 +205,9 @@ def kill(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @_verb
 def start(directory: Path, name: str | None, node: str) -> None:
-    """Start a killed NODE again, with its disk as it was; returns when its API answers.
+    """Restart a killed node with its disk unchanged.
+
+    Returns when its API responds.
 
     \b
     Example:
@@ -205,7 +223,9 @@ def start(directory: Path, name: str | None, node: str) -> None:
 )
 @_verb
 def cut(directory: Path, name: str | None, node: str, only: Way | None) -> None:
-    """Disconnect NODE from the network; it runs on.  With --only, drop the packets of one direction.
+    """Disconnect a node from the network.
+
+    NODE keeps running. With --only, drop the packets of one direction.
 
     \b
     Examples:
@@ -218,12 +238,12 @@ def cut(directory: Path, name: str | None, node: str, only: Way | None) -> None:
 @playground.command()
 @click.argument("node")
 @_verb
-def mend(directory: Path, name: str | None, node: str) -> None:
-    """Connect NODE again, in both directions.
+def reconnect(directory: Path, name: str | None, node: str) -> None:
+    """Reconnect a node to the network.
 
     \b
     Example:
-      skep playground mend w1
+      skep playground reconnect w1
     """
     _finish(_open(directory, name).mend(node))
 
@@ -232,7 +252,9 @@ def mend(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @_verb
 def pause(directory: Path, name: str | None, node: str) -> None:
-    """Stop every process of NODE (SIGSTOP), like a machine that hangs.
+    """Pause every process of a node.
+
+    SIGSTOP makes NODE behave like a machine that hangs.
 
     \b
     Example:
@@ -245,7 +267,7 @@ def pause(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @_verb
 def resume(directory: Path, name: str | None, node: str) -> None:
-    """Resume a paused NODE (SIGCONT).
+    """Resume a paused node.
 
     \b
     Example:
@@ -261,7 +283,9 @@ def resume(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def execute(directory: Path, name: str | None, node: str, command: Sequence[str]) -> None:
-    """Run a command on NODE: in its network, its mounts, under its host name.
+    """Run a command on a node of the playground.
+
+    It runs in the node's network and mounts, under its host name.
 
     \b
     Examples:
@@ -297,7 +321,7 @@ def add(directory: Path, name: str | None, role: names.Role, node: str | None, i
 @click.argument("node")
 @_verb
 def env(directory: Path, name: str | None, node: str) -> None:
-    """Print the line that points docker at NODE.
+    """Print the line that points docker at a node.
 
     \b
     Example:
@@ -314,7 +338,9 @@ def env(directory: Path, name: str | None, node: str) -> None:
 @click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_verb
 def load(directory: Path, name: str | None, archive: Path) -> None:
-    """Load an image archive (docker save) into every node.
+    """Load an image archive into every node.
+
+    Create ARCHIVE with docker save.
 
     \b
     Example:
@@ -326,7 +352,9 @@ def load(directory: Path, name: str | None, archive: Path) -> None:
 @playground.command("demo")
 @_verb
 def show(directory: Path, name: str | None) -> None:
-    """A playground with a service of nginx containers, and the next commands to try.
+    """Start a playground with a demo service.
+
+    Prints the next commands to try.
 
     \b
     Example:

@@ -66,7 +66,7 @@ async def _show(cluster: Cluster, playground: Playground) -> None:
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
     port = await _mesh_port(cluster)
-    address = f"127.0.0.1:{await playground.relayed(port)}"
+    address = f"127.0.0.1:{await playground.wait_relayed(port)}"
     click.echo(f"\nhttp://{address} answers, in a browser too: {await asyncio.to_thread(_get, address)}")
     click.echo(
         f"Every node answers on port {port} for all replicas (the routing mesh).  Each replica has a port of its own "

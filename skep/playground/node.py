@@ -152,11 +152,11 @@ async def remove_files(home: Path) -> None:
     namespace, a moment after its last process.  Raises: Unavailable: it stays busy.
     """
 
-    async def removed() -> bool:
+    async def is_removed() -> bool:
         await discard_tree(home)
         return not home.exists()
 
-    await wait_until(removed, f"{home} can be removed", within_s=20)
+    await wait_until(is_removed, f"{home} can be removed", within_s=20)
 
 
 def is_up(node: Node) -> bool:

@@ -217,7 +217,7 @@ class Playground:
         content = await asyncio.to_thread(archive.read_bytes)
         await together(*(engine.load(target.endpoint, content) for target in self.cluster().nodes))
 
-    async def relayed(self, port: int) -> int:
+    async def wait_relayed(self, port: int) -> int:
         """Return the port of 127.0.0.1 that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
         return await relay.wait_served(self._directory, port)
 

@@ -100,11 +100,11 @@ def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
 async def wait_served(directory: Path, port: int) -> int:
     """Return the local port that serves the published TCP ``port``.  Raises: Unavailable: it is not served."""
 
-    async def served() -> bool:
+    async def is_served() -> bool:
         state = read_state(directory)
         return state is not None and port in state.ports
 
-    await wait_until(served, f"port {port} is relayed to this machine", _READY_WITHIN_S)
+    await wait_until(is_served, f"port {port} is relayed to this machine", _READY_WITHIN_S)
     state = read_state(directory)
     assert state is not None, "it was there a moment ago"
     return state.ports[port]

@@ -234,7 +234,9 @@ class MemoryStore(Updater):
         self.delivered = self.cluster.revision
         """The last revision delivered to this manager, visible already or after its lag."""
         replica = Replica(watch_capacity)
-        super().__init__(replica, self._proposed, self.barrier, replica.reached, clock, rng=lambda: 0.5)
+        super().__init__(
+            replica, self._propose_all, self.barrier, replica.wait_reached, clock, rng=lambda: 0.5
+        )
         replica.reset(*self.cluster.load())
         self._elected: asyncio.Queue[TermState] = asyncio.Queue()
         self.cluster.stores.append(self)
@@ -246,7 +248,7 @@ class MemoryStore(Updater):
         async with within_deadline():
             if self.faults.is_partitioned:
                 await asyncio.Event().wait()
-            await self._replica.reached(self.cluster.revision)
+            await self._replica.wait_reached(self.cluster.revision)
 
     @property
     def leader(self) -> NodeId | None:
@@ -289,7 +291,7 @@ class MemoryStore(Updater):
                 state = await self._elected.get()
                 if state.is_lost:
                     continue
-                await self._replica.reached(state.fence)
+                await self._replica.wait_reached(state.fence)
                 yield self.fenced(state)
         finally:
             self.cluster.withdraw(node_id)
@@ -321,9 +323,9 @@ class MemoryStore(Updater):
         self.deliver()
         self.cluster.renew_lost()
 
-    async def shown(self) -> None:
+    async def wait_shown(self) -> None:
         """Wait until the replica shows the cluster's current revision."""
-        await self._replica.reached(self.cluster.revision)
+        await self._replica.wait_reached(self.cluster.revision)
 
     def _show(self, until: int) -> None:
         if self._replica.revision < self.cluster.compacted:
@@ -338,7 +340,7 @@ class MemoryStore(Updater):
 
     # -- proposals -------------------------------------------------------------------------------------------------
 
-    async def _proposed(
+    async def _propose_all(
         self, proposals: Sequence[Proposal], term: TermState | None
     ) -> Sequence[Outcome | SkepError]:
         """Commit proposals.  Implements ``updates.Propose``."""
@@ -349,17 +351,17 @@ class MemoryStore(Updater):
             for proposal in proposals:
                 outcomes += [await self._round_trip(proposal, term)]
         except asyncio.CancelledError:
-            await term.settle(partial(self._settled, proposals[len(outcomes) :], term))
+            await term.settle(partial(self._settle_outcomes, proposals[len(outcomes) :], term))
             raise
         if any(isinstance(one, Unavailable) and not isinstance(one, NotLeader) for one in outcomes):
             term.abandon()
         return outcomes
 
-    async def _settled(self, proposals: Sequence[Proposal], term: TermState) -> None:
+    async def _settle_outcomes(self, proposals: Sequence[Proposal], term: TermState) -> None:
         """Commit the proposals of a cancelled writer, and return when they are visible."""
         for proposal in proposals:
             await self._round_trip(proposal, term)
-        await self.shown()
+        await self.wait_shown()
 
     async def _round_trip(self, proposal: Proposal, term: TermState | None) -> Outcome | SkepError:
         while True:

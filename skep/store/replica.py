@@ -57,7 +57,7 @@ class Replica:
         self.resets += 1
         self._publish(Commit(state.revision, tuple(events)))
 
-    async def reached(self, revision: int) -> None:
+    async def wait_reached(self, revision: int) -> None:
         """Wait until the state shows everything up to ``revision``."""
         if self.revision >= revision:
             return

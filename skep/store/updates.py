@@ -121,7 +121,7 @@ class Updater:
         is_confirmed = False
         delay = self._conflict_delay()
         tried: tuple[Compare, ...] = ()
-        async with within_deadline(self._deadline_s, self._cancelled) as deadline:
+        async with within_deadline(self._deadline_s, self._settle_cancelled) as deadline:
             await self._own_writes_shown()
             while True:
                 try:
@@ -140,7 +140,7 @@ class Updater:
                 (outcome,) = await self._propose([proposal], self._term)
                 match outcome:
                     case Committed(revision):
-                        await self._shown(revision, deadline)
+                        await self._wait_shown(revision, deadline)
                         return result
                     case Conflict(revision):
                         await self._reached(revision)
@@ -159,7 +159,7 @@ class Updater:
         for chunk in batched(pending, CHUNK):
             delay = self._conflict_delay()
             try:
-                async with within_deadline(self._deadline_s, self._cancelled) as deadline:
+                async with within_deadline(self._deadline_s, self._settle_cancelled) as deadline:
                     await self._own_writes_shown()
                     while left := await self._attempt(body, chunk, results, deadline):
                         await delay.after_conflict(is_progress=len(left) < len(chunk))
@@ -199,7 +199,7 @@ class Updater:
                         conflicts.append((index, item))
                     case SkepError():
                         results[index] = outcome
-        await self._shown(revision, deadline)
+        await self._wait_shown(revision, deadline)
         return conflicts
 
     def _run_each(
@@ -245,7 +245,7 @@ class Updater:
     def _conflict_delay(self) -> "_ConflictDelay":
         return _ConflictDelay(self._clock, Backoff(0.01, 0.5, rng=self._rng))
 
-    async def _shown(self, revision: int, deadline: "within_deadline") -> None:
+    async def _wait_shown(self, revision: int, deadline: "within_deadline") -> None:
         """Wait until the replica shows an acknowledged write.  No deadline turns that into an error."""
         self._written = max(self._written, revision)
         if self._replica.revision >= revision:
@@ -263,7 +263,7 @@ class Updater:
         if self._term is not None:
             await self._reached(self._written)
 
-    async def _cancelled(self) -> None:
+    async def _settle_cancelled(self) -> None:
         """Settle the writes of an update that was cancelled, by its deadline or from outside."""
         if self._term is not None and self._replica.revision < self._written:
             await self._term.settle(partial(self._reached, self._written))

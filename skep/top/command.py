@@ -24,7 +24,9 @@ _LIGHT_BACKGROUNDS = ("7", "15")
 )
 @click.pass_obj
 def top(host: HostOptions, theme: str) -> None:
-    """Show the cluster live, full-screen: services, tasks, nodes, events and logs.
+    """Show the cluster live in full screen.
+
+    Shows services, tasks, nodes, events and logs.
 
     Scales, updates and rolls back services, drains and activates nodes; each says what it would do, and asks.  The key
     ? shows all keys.  NO_COLOR is obeyed.

@@ -32,7 +32,7 @@ async def test_a_token_opens_the_dashboard_until_logging_out(tmp_path: Path) -> 
         address = f"https://localhost:{port}/"
         await page.goto(address)
         await _log_in(page, "<b>wrong</b>")
-        await expect(page.get_by_role("alert")).to_contain_text("not known, or was revoked")
+        await expect(page.get_by_role("alert")).to_contain_text("unknown or was revoked")
         await _log_in(page, "ann-token")
         await expect(page.locator(".live")).to_have_text("live")
         await expect(page.locator(".user")).to_have_text("ann viewer")

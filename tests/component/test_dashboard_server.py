@@ -124,7 +124,7 @@ async def test_a_token_gives_a_cookie_for_one_path_and_the_user_its_own_rights(t
 @pytest.mark.parametrize(
     ("token", "status", "reason"),
     [
-        ("wrong", 401, "not known, or was revoked"),
+        ("wrong", 401, "unknown or was revoked"),
         ("", 400, "a token is needed"),
         ("x" * 600, 400, "a token is needed"),
         ("bob-token", 403, "bob may not open the dashboard: the role viewer of the whole cluster is needed"),

@@ -343,7 +343,7 @@ def test_why_a_container_joins_no_network_of_the_cluster(node: TestNode) -> None
     try:
         for words, message in (
             (("closed", "plain"), "network closed not manually attachable"),
-            (("open", "plain"), "takes no part in the cluster"),
+            (("open", "plain"), "is not part of the cluster"),
             (("open", "nosuch"), "No such container: nosuch"),
             (("nosuch", "plain"), "network nosuch not found"),
         ):

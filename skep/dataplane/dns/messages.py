@@ -44,8 +44,10 @@ class Query(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A resource record.  ``data`` and ``owner`` are as on the wire.  An empty ``owner`` stands for the question's
-    name."""
+    """A resource record.
+
+    ``data`` and ``owner`` are as on the wire.  An empty ``owner`` stands for the question's name.
+    """
 
     type: int
     data: bytes

@@ -56,8 +56,10 @@ Links: TypeAlias = Mapping[NetworkId, Mapping[str, str]]
 
 
 def links_of(links: Sequence[str]) -> Mapping[str, str]:
-    """Parse ``container:alias`` into a mapping from alias to container.  Without an alias, the container's name is
-    used."""
+    """Parse ``container:alias`` into a mapping from alias to container.
+
+    Without an alias, the container's name is used.
+    """
     pairs = (link.removeprefix("/").partition(":") for link in links)
     return {key(alias or name): key(name) for name, _, alias in pairs}
 
@@ -146,8 +148,7 @@ def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
 
 
 def _targets(name: str, index: Index, rng: float) -> Found | None:
-    """Return the serving tasks of ``_<port>._<protocol>.<service>`` with that port, or None for another kind of
-    name."""
+    """Return the serving tasks of ``_<port>._<protocol>.<service>``, or None for another kind of name."""
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
         return None

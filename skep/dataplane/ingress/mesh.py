@@ -359,8 +359,7 @@ def _tables(text: str) -> Iterable[tuple[str, str]]:
 
 
 def _forbidding_chain(body: str) -> str:
-    """Return the chain at the forward hook that drops or rejects everything not accepted by a rule, or an empty
-    text."""
+    """Return the chain at the forward hook that refuses packets by default, or an empty text."""
     for part in re.split(r"(?m)^\tchain ", body)[1:]:
         hook = _HOOK.search(part)
         rules = [line for line in part.splitlines()[1:] if line.startswith("\t\t")]

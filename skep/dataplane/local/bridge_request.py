@@ -117,7 +117,7 @@ def _check_driver(body: NetworkBody) -> None:
             raise Forbidden(f'only one instance of "{body.driver}" network is allowed')
         case driver:
             raise Unimplemented(
-                f"this node supports only bridge networks for its containers, not driver {driver}:  "
+                f"this node supports only bridge networks for its containers, not driver {driver}: "
                 "give skep a Docker Engine (--engine-socket) for these"
             )
 

@@ -37,9 +37,11 @@ class Refused(OSError):
 
 
 def opened(timeout_s: float) -> socket.socket:
-    """Open a socket for the calls below.  The caller closes it.  ``timeout_s`` applies to each response.  Raises:
-    OSError."""
-    return netlink.opened(netlink.NETFILTER, timeout_s)
+    """Open a socket for the calls below.
+
+    The caller closes it.  ``timeout_s`` applies to each response.  Raises: OSError.
+    """
+    return netlink.open_socket(netlink.NETFILTER, timeout_s)
 
 
 def flows(

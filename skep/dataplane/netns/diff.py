@@ -65,7 +65,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     renewed = {
         name
         for name, link in wanted.links.items()
-        if name in actual.links and _is_other(link, actual.links[name])
+        if name in actual.links and _needs_new_device(link, actual.links[name])
     }
     surplus = set(actual.links) - set(wanted.links) if is_exclusive else set()
     gone = renewed | surplus
@@ -126,8 +126,7 @@ def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Rem
 
 
 def _surplus(held: frozenset[Entry], wanted: frozenset[Entry]) -> Iterable[Entry]:
-    """Return the entries to remove, except entries replaced by an addition, so that no frame is lost between the
-    two."""
+    """Return the entries to remove, except replaced ones, so that no frame is lost in between."""
     replaced = {(one.link, one.mac) for one in wanted - held if one.kind is EntryKind.FORWARD}
     return (
         one
@@ -149,7 +148,7 @@ def _changes(
             yield ChangeLink(msgspec.structs.replace(wanted[name], mac=mac))
 
 
-def _is_other(wanted: Link, found: Link) -> bool:
+def _needs_new_device(wanted: Link, found: Link) -> bool:
     """Return whether the device must be recreated."""
     return wanted.kind != found.kind or wanted.vxlan != found.vxlan
 

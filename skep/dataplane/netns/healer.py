@@ -118,7 +118,7 @@ class Healer:
         if not reconciler.scope.is_container:  # a container's neighbors are its own matter
             groups.append(netlink.GROUP_NEIGHBOUR)
         path = reconciler.path
-        opened = await self._namespaces.run(path, netlink.listening, socket.NETLINK_ROUTE, groups)
+        opened = await self._namespaces.run(path, netlink.open_listener, socket.NETLINK_ROUTE, groups)
         if self._keep(reconciler, opened):
             asyncio.get_running_loop().add_reader(opened, self._read_routes, reconciler, opened)
         if not reconciler.scope.is_container:

@@ -39,8 +39,10 @@ _ANYCAST_LENGTH_MAX = 126
 
 
 def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
-    """Return ``wanted`` with the kernel's own additions.  ``rules`` are the first rules of a namespace that Skep
-    owns."""
+    """Return ``wanted`` with the kernel's own additions.
+
+    ``rules`` are the first rules of a namespace that Skep owns.
+    """
     addresses = wanted.addresses | frozenset(_link_locals(wanted))
     is_router = wanted.sysctls.get("net/ipv6/conf/all/forwarding") == "1"
     routes = {route for address in addresses for route in _routes(address, is_router=is_router)}

@@ -56,9 +56,9 @@ Message = tuple[int, memoryview]
 """The type, and the bytes after the netlink header."""
 
 
-def dumped(kind: int, body: bytes, protocol: int = socket.NETLINK_ROUTE) -> list[Message]:
+def dump(kind: int, body: bytes, protocol: int = socket.NETLINK_ROUTE) -> list[Message]:
     """Return all responses to a dump request.  ``body`` follows the header.  Raises: OSError."""
-    with _opened(protocol) as connection:
+    with _open_for_bulk(protocol) as connection:
         for _ in range(_DUMP_TRIES):
             found = _dump(connection, kind, body)
             if found is not None:
@@ -66,12 +66,12 @@ def dumped(kind: int, body: bytes, protocol: int = socket.NETLINK_ROUTE) -> list
     raise OSError(errno.EAGAIN, "the kernel's tables change faster than they can be read")
 
 
-def carried_out(
+def send_changes(
     requests: Sequence[tuple[int, int, bytes]], protocol: int = socket.NETLINK_ROUTE
 ) -> list[int]:
     """Send changes (type, flags, body).  Return 0 or the kernel's error number for each.  Raises: OSError."""
     results: list[int] = []
-    with _opened(protocol) as connection:
+    with _open_for_bulk(protocol) as connection:
         for start in range(0, len(requests), _BATCH):
             part = requests[start : start + _BATCH]
             connection.send(
@@ -121,7 +121,7 @@ def error_number(body: bytes | memoryview) -> int:
     return -int.from_bytes(body[:4], BYTE_ORDER, signed=True)
 
 
-def opened(protocol: int, timeout_s: float) -> socket.socket:
+def open_socket(protocol: int, timeout_s: float) -> socket.socket:
     """Open a socket for requests and their responses.  The caller closes it.  Raises: OSError."""
     connection = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
@@ -133,7 +133,7 @@ def opened(protocol: int, timeout_s: float) -> socket.socket:
     return connection
 
 
-def listening(family: int, groups: Iterable[int]) -> socket.socket:
+def open_listener(family: int, groups: Iterable[int]) -> socket.socket:
     """Open a non-blocking socket that receives the kernel's notifications of ``groups`` (numbers, not masks)."""
     heard = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, family
@@ -151,8 +151,8 @@ def listening(family: int, groups: Iterable[int]) -> socket.socket:
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 
 
-def _opened(protocol: int) -> socket.socket:
-    connection = opened(protocol, _DEADLINE_S)
+def _open_for_bulk(protocol: int) -> socket.socket:
+    connection = open_socket(protocol, _DEADLINE_S)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
     return connection
 

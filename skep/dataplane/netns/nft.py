@@ -38,14 +38,14 @@ def run(text: str) -> str:
 
     Return its output (of ``list`` commands).  Blocks.  Raises: NftFailed.
     """
-    with _TURNS.alone() if _LOOKS_UP_INTERFACES.search(text) else _TURNS.shared():
+    with _LOCK.alone() if _LOOKS_UP_INTERFACES.search(text) else _LOCK.shared():
         return _run(text)
 
 
 _LOOKS_UP_INTERFACES = re.compile(r"\b[io]if\b|\blist (?!set\b)")
 
 
-class Turns:
+class SharedLock:
     """A lock that many threads share, or one has alone.  A waiting ``alone`` has precedence over later ``shared``."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Turns:
                 self._changed.notify_all()
 
 
-_TURNS = Turns()
+_LOCK = SharedLock()
 
 
 def _run(text: str) -> str:

@@ -26,7 +26,7 @@ _READS_MAX = 64
 
 def open_notifications() -> socket.socket:
     """Open a socket with the nftables notifications of the calling thread's namespace.  Raises: OSError."""
-    opened = netlink.listening(netlink.NETFILTER, (netlink.GROUP_NFTABLES,))
+    opened = netlink.open_listener(netlink.NETFILTER, (netlink.GROUP_NFTABLES,))
     try:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
     except BaseException:

@@ -25,7 +25,7 @@ from skep.dataplane.netns.netlink import (
     GETROUTE,
     GETRULE,
     attributes,
-    dumped,
+    dump,
 )
 from skep.dataplane.netns.state import (
     LOCAL_TABLE,
@@ -97,7 +97,7 @@ def read_namespace(selects: Selection, wanted: State) -> ReadState:
 
 
 def _links() -> tuple[dict[str, int], dict[int, Link]]:
-    replies = dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0))
+    replies = dump(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0))
     indices: dict[str, int] = {}
     details: dict[int, tuple[int, dict[int, memoryview]]] = {}
     for _, body in replies:
@@ -146,7 +146,7 @@ def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
 
 
 def _addresses(names: dict[int, str]) -> Iterable[Address]:
-    for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+    for _, body in dump(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
         family, length, _, _, index = _IFADDR.unpack_from(body)
         if index not in names:
             continue
@@ -159,7 +159,7 @@ def _routes(
     names: dict[int, str], wanted: frozenset[Route], policies: set[tuple[int, int]]
 ) -> Iterable[Route]:
     """Yield the routes.  ``policies`` are IP version and number of the policy rules' tables."""
-    for _, body in dumped(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
+    for _, body in dump(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
         family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
         if family not in (AF_INET, AF_INET6):
             continue
@@ -188,7 +188,7 @@ def _rules(wanted: frozenset[Rule]) -> Iterable[Rule]:
     """Yield the ``wanted`` rules that match all packets, and all rules with the priority of a wanted policy rule."""
     priorities = {(rule.version, rule.priority) for rule in wanted if rule.is_policy}
     for version, family in ((4, AF_INET), (6, AF_INET6)):
-        for _, body in dumped(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
+        for _, body in dump(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
             answered, *lengths, _, table, _, _, _, _ = _RULE.unpack_from(body)
             found = dict(attributes(body[_RULE.size :]))
             if answered != family or any(lengths) or not found.keys() <= _RULE_ATTRIBUTES:
@@ -207,7 +207,7 @@ def _entries(links: dict[int, Link]) -> Iterable[Entry]:
     ports = {index: link.name for index, link in links.items() if link.master}
     bridges = {index: link.name for index, link in links.items() if link.kind == "bridge"}
     for family in (AF_BRIDGE, AF_INET, AF_INET6) if devices else (AF_BRIDGE,):
-        for _, body in dumped(GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0)):
+        for _, body in dump(GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0)):
             _, index, state, flags, _ = _NDMSG.unpack_from(body)
             if index not in ports and index not in devices and index not in bridges:
                 continue

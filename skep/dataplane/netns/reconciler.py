@@ -215,8 +215,7 @@ class NetnsReconciler:
         self._goal, self._goal_tables = self.wanted, self._possible_tables()
 
     def assume(self, state: State) -> None:
-        """Assume that the namespace was just created and holds ``state`` without tables, so that it need not be
-        read."""
+        """Assume, without reading it, that the namespace was just created with ``state`` and no tables."""
         self._assumed = state
         self._is_new = True
 
@@ -285,8 +284,10 @@ class NetnsReconciler:
         return [one for one in operations if one not in missing or missing[one] not in unconfirmed]
 
     def _without_departing(self, found: State) -> State:
-        """Return ``found`` without links that disappear by themselves.  A link that stays after many reads is
-        included."""
+        """Return ``found`` without links that disappear by themselves.
+
+        A link that stays after many reads is included.
+        """
         for link in tuple(self._departing):
             if link not in found.links or self._departing[link] >= _DEPARTING_READS_MAX:
                 del self._departing[link]
@@ -378,8 +379,10 @@ class NetnsReconciler:
         return self._listings.get(table.name) == listing
 
     def _possible_tables(self) -> dict[str, NftTable]:
-        """Return the wanted tables without refused elements.  An element is retried after it was unwanted for a
-        while."""
+        """Return the wanted tables without refused elements.
+
+        An element is retried after it was unwanted for a while.
+        """
         tables = dict(self.wanted_tables)
         self._refused = {
             name: still

@@ -361,7 +361,7 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
             tolerated.append(_PRESENT | _ABSENT)  # as above, if it is removed at this moment
         else:
             tolerated.append(_PRESENT)
-    for number, fine in zip(netlink.carried_out(requests), tolerated, strict=True):
+    for number, fine in zip(netlink.send_changes(requests), tolerated, strict=True):
         if number and number not in fine:
             raise OSError(number, f"entry of a neighbour: {os.strerror(number)}")
 

@@ -226,8 +226,8 @@ def ingress_table(plan: Plan, family: Family) -> NftTable:
     """
     key = "meta l4proto . th dport"
     held = tuple(plan.in_force(family.version))
-    led = [(port, key, backends) for port, key in held if (backends := _led_to(port, family))]
-    picks = sorted({len(backends) for port, _, backends in led if not port.options.is_sticky})
+    forwarded = [(port, key, backends) for port, key in held if (backends := _kernel_backends(port, family))]
+    picks = sorted({len(backends) for port, _, backends in forwarded if not port.options.is_sticky})
     return NftTable(
         name=family.table,
         sets=(
@@ -253,7 +253,7 @@ def ingress_table(plan: Plan, family: Family) -> NftTable:
             *_rules(family),
             *((f"pick_{count}", _dnat(family, f"numgen random mod {count}")) for count in picks),
         ),
-        elements=frozenset((*_led(led), *_refused(held))),
+        elements=frozenset((*_forwarding_elements(forwarded), *_refusing_elements(held))),
     )
 
 
@@ -286,14 +286,14 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _led_to(port: MeshPort, family: Family) -> tuple[Backend, ...]:
+def _kernel_backends(port: MeshPort, family: Family) -> tuple[Backend, ...]:
     """Return the backends to which the kernel sends a port's packets, or none if user space serves it."""
     if port.options.proxy_protocol:
         return ()
     return port.ipv4 if family is IPV4 else port.ipv6
 
 
-def _led(ports: Iterable[tuple[MeshPort, PortKey, tuple[Backend, ...]]]) -> Iterable[Element]:
+def _forwarding_elements(ports: Iterable[tuple[MeshPort, PortKey, tuple[Backend, ...]]]) -> Iterable[Element]:
     for port, (protocol, number, address), backends in ports:
         key = f"{protocol} . {number}"
         chain = _STICKY if port.options.is_sticky else f"pick_{len(backends)}"
@@ -307,7 +307,7 @@ def _led(ports: Iterable[tuple[MeshPort, PortKey, tuple[Backend, ...]]]) -> Iter
             yield "backends", f"{key} . {slot} : {one.address}"
 
 
-def _refused(ports: Iterable[tuple[MeshPort, PortKey]]) -> Iterable[Element]:
+def _refusing_elements(ports: Iterable[tuple[MeshPort, PortKey]]) -> Iterable[Element]:
     for port, (protocol, number, address) in ports:
         if not port.ipv4 and not port.ipv6:
             key = f"{protocol} . {number}"
@@ -324,8 +324,7 @@ def _dnat(family: Family, number: str) -> str:
 
 
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
-    """Return UDP ports of IP ``version`` that are new, lost a backend or got their first one, then unpublished
-    ports."""
+    """Return UDP ports that are new, lost a backend or got their first one, then unpublished ports."""
     before = before if before is not None else Plan()
     earlier = {
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"

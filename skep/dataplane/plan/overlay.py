@@ -192,7 +192,7 @@ def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[Network
             links[name] = Link(name=name, kind="veth", mtu=mtu, mac=endpoint.mac_address)
         else:
             links[name] = _on_parent(name, head, head.parent, endpoint.mac_address)
-            routes |= _ways_by(name, head)
+            routes |= _default_routes(name, head)
         held = [ip_interface(one) for one in endpoint.config.addresses]
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
@@ -226,7 +226,7 @@ def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Li
     )
 
 
-def _ways_by(name: str, head: NetworkHead) -> set[Route]:
+def _default_routes(name: str, head: NetworkHead) -> set[Route]:
     """Return the default routes on a parent device: through the gateways, or direct where ipvlan routes itself."""
     if head.is_internal:
         return set()

@@ -56,8 +56,10 @@ def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
 
 
 def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
-    """Return the desired state of the namespace.  ``offloads`` is the device's setting, or None to leave it
-    unchanged."""
+    """Return the desired state of the namespace.
+
+    ``offloads`` is the device's setting, or None to leave it unchanged.
+    """
     own = address_of(targets.node.node_id)
     entries = set()
     for address, peer in reached(targets).items():
@@ -92,8 +94,7 @@ _PORT_MAX = (1 << 16) - 1
 
 
 def sound(targets: ProbeTargets) -> ProbeTargets:
-    """Return ``targets`` without invalid addresses, without the node itself, and with at most ``PEERS_MAX`` distinct
-    peers."""
+    """Return ``targets`` with at most ``PEERS_MAX`` peers, without invalid addresses and the node itself."""
     peers = {peer.node_id: _sound(peer) for peer in targets.peers if peer.node_id != targets.node.node_id}
     return ProbeTargets(node=_sound(targets.node), peers=tuple(peers.values())[:PEERS_MAX])
 

@@ -133,8 +133,10 @@ def observed(
     handshakes: Mapping[Session, Handshake],
     now: float,
 ) -> Overlap:
-    """Return the state after another check.  The time without use restarts with a rotation, and when a peer falls
-    back."""
+    """Return the state after another check.
+
+    The time without use restarts with a rotation, and when a peer falls back.
+    """
     newest = pairs[-1].public if pairs else b""
     usage = usage_of_older(pairs, peers, handshakes, now)
     if usage is not Usage.UNUSED:

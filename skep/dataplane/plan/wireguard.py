@@ -234,8 +234,10 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
 
 
 def own_port(slot: int, vxlan_port: int, port: int = 0) -> int:
-    """Return the UDP port of the device in ``slot``.  ``port`` is the configured port of slot 0, or 0 for the
-    default."""
+    """Return the UDP port of the device in ``slot``.
+
+    ``port`` is the configured port of slot 0, or 0 for the default.
+    """
     return (port or vxlan_port + WIREGUARD_OFFSET) + slot
 
 

@@ -16,8 +16,10 @@ from skep.model.paths import (
 
 
 def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> PathFinding:
-    """Return the finding for small packets through VXLAN.  ``is_received`` tells whether the peer's probes arrive
-    here."""
+    """Return the finding for small packets through VXLAN.
+
+    ``is_received`` tells whether the peer's probes arrive here.
+    """
     port = _vxlan_port(peer)
     detail = ""
     if not outcome.arrived:

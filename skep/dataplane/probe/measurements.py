@@ -92,8 +92,7 @@ def path_mtu(measured: Measurements, nodes: Collection[NodeId], node: NodeId, de
 
 
 def recheck_sizes(arrived_before: int, device_mtu: int) -> tuple[int, ...]:
-    """Return the sizes to try after ``arrived_before`` arrived: this one, and larger ones in case the path has
-    changed."""
+    """Return the sizes to try after ``arrived_before`` arrived: the same, and larger ones for a changed path."""
     return (arrived_before, *next_sizes(Range(arrived_before, device_mtu + 1)))
 
 

@@ -49,8 +49,10 @@ class PortProbe:
         return await self._retry(partial(self._connect, address, port))
 
     async def tunnel(self, namespace: Path, address: str) -> Outcome:
-        """Send an ICMPv6 echo request to the peer's ``address`` in the tunnels.  ``namespace`` is this node's
-        tunnels."""
+        """Send an ICMPv6 echo request to the peer's ``address`` in the tunnels.
+
+        ``namespace`` is this node's tunnels.
+        """
         return await self._retry(partial(self._echo, namespace, address))
 
     async def _retry(self, probe: Callable[[], Awaitable[str]]) -> Outcome:

@@ -37,8 +37,7 @@ _RESPONSE_BURST, _RESPONSES_PER_S = 200, 100
 
 
 class Sockets:
-    """Three sockets: ``requesting`` at a free UDP port, ``responding`` at UDP ``PORT``, ``listening`` at TCP
-    ``PORT``."""
+    """Sockets: ``requesting`` at a free UDP port, ``responding`` and ``listening`` at UDP and TCP ``PORT``."""
 
     def __init__(self, address: str) -> None:
         """Open the sockets in the calling thread's namespace, which has ``address``.  Raises: OSError."""

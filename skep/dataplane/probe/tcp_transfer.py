@@ -88,8 +88,10 @@ class Sink(asyncio.Protocol):
 
 
 def open_sender(address: str, inner_mtu: int) -> socket.socket:
-    """Open a socket in the calling thread's namespace, bound to ``address``.  Its packets do not exceed
-    ``inner_mtu``."""
+    """Open a socket in the calling thread's namespace, bound to ``address``.
+
+    Its packets do not exceed ``inner_mtu``.
+    """
     sender = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, inner_mtu - _TCP_IP_BYTES)

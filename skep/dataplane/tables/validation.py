@@ -59,8 +59,10 @@ def valid_table(table: Table, on_invalid: OnInvalid) -> Table:
 
 
 def _valid_change(change: TableChange, on_invalid: OnInvalid) -> TableChange:
-    """Return ``change`` without invalid entries.  Each is removed, because it replaces an entry that may have been
-    valid."""
+    """Return ``change`` without invalid entries.
+
+    Each is removed, because it replaces an entry that may have been valid.
+    """
     nodes = tuple(_valid(change.nodes, _node, on_invalid))
     endpoints = tuple(_valid(change.endpoints, _endpoint, on_invalid))
     services = tuple(_valid(change.services, _service, on_invalid))

@@ -43,7 +43,7 @@ class ElementSocket:
 
     def __init__(self) -> None:
         """Open the socket in the calling thread's namespace.  Raises: OSError."""
-        self._socket = set_aside(netlink.opened(netlink.NETFILTER, _TIMEOUT_S))
+        self._socket = set_aside(netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S))
 
     def close(self) -> None:
         """Close the socket.  May block for some milliseconds."""

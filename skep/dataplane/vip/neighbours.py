@@ -25,7 +25,7 @@ def flush_pending(addresses: Collection[str]) -> None:
         packed = {
             socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
         }
-        with netlink.opened(socket.NETLINK_ROUTE, _TIMEOUT_S) as connection:
+        with netlink.open_socket(socket.NETLINK_ROUTE, _TIMEOUT_S) as connection:
             for interface, address in list(_pending(connection, family)):
                 if address in packed:
                     body = _HEADER.pack(family, 0, 0, interface, _STALE, 0, 0)

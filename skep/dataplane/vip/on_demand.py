@@ -75,7 +75,7 @@ def open_on_demand(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.soc
 
 def open_packets() -> socket.socket:
     """Open a socket for the logged packets of the calling thread's namespace.  Raises: OSError."""
-    opened = netlink.opened(netlink.NETFILTER, _TIMEOUT_S)
+    opened = netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S)
     try:
         _configure(opened, _COMMAND, struct.pack("=B", _BIND))
         _configure(opened, _MODE, struct.pack("!IBB", _BYTES, _COPY_PACKET, 0))

@@ -63,15 +63,19 @@ class VirtualAddresses:
         await self.apply()
 
     def mark_changed(self, services: Services) -> bool:
-        """Note that the backends of ``services`` have changed.  Return whether ``apply`` has work to do or is
-        running."""
+        """Note that the backends of ``services`` have changed.
+
+        Return whether ``apply`` has work to do or is running.
+        """
         if services & self._loaded:
             self._is_outdated = True
         return self._is_outdated or self._writing.locked()
 
     def mark_unknown(self) -> None:
-        """Note that another program may have changed the rules.  The next ``apply`` writes all of them, if there are
-        any."""
+        """Note that another program may have changed the rules.
+
+        The next ``apply`` writes all of them, if there are any.
+        """
         if self._loaded:
             self._is_unknown = self._is_outdated = True
 

@@ -68,8 +68,10 @@ class KernelDevices:
             raise Unavailable(f"the device {name} cannot be read: {error}") from error
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        """Send as many messages as the peers need.  A new private key and the removal of all peers are in one
-        message."""
+        """Send as many messages as the peers need.
+
+        A new private key and the removal of all peers are in one message.
+        """
         try:
             await self._namespaces.run(namespace, kernel.change_device, name, change)
         except OSError as error:
@@ -109,8 +111,10 @@ class UserSpaceDevices:
         await self._request(name, socket_message(change))
 
     async def _request(self, name: str, request: str) -> str:
-        """Return wireguard-go's response.  Raises: Unavailable: no process serves the socket, or it refused the
-        request."""
+        """Return wireguard-go's response.
+
+        Raises: Unavailable: no process serves the socket, or it refused the request.
+        """
         try:
             async with asyncio.timeout(_REPLY_S_MAX):
                 path = str(SOCKETS / f"{name}.sock")

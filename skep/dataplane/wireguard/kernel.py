@@ -10,7 +10,7 @@ from functools import cache
 from ipaddress import IPv6Address, ip_address
 from socket import AF_INET, AF_INET6
 
-from skep.dataplane.netns.netlink import NESTED, attribute, attributes, carried_out, dumped
+from skep.dataplane.netns.netlink import NESTED, attribute, attributes, dump, send_changes
 from skep.dataplane.plan.wireguard import KEEPALIVE_S, Change, FoundDevice, FoundPeer, Peer
 
 GENERIC = 16
@@ -31,21 +31,23 @@ _PEERS_AT_ONCE = 100
 def read_device(name: str) -> FoundDevice:
     """Read the device ``name`` of the calling thread's namespace.  Raises: OSError."""
     body = _HEADER.pack(_GET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
-    replies = dumped(_family_id(), body, GENERIC)
+    replies = dump(_family_id(), body, GENERIC)
     return decoded(bytes(body[_HEADER.size :]) for _, body in replies)
 
 
 def change_device(name: str, change: Change) -> None:
     """Configure the device ``name`` of the calling thread's namespace.  Raises: OSError."""
     requests = [(_family_id(), 0, message) for message in encoded(name, change)]
-    for number in carried_out(requests, GENERIC):
+    for number in send_changes(requests, GENERIC):
         if number:
             raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def encoded(name: str, change: Change) -> Iterator[bytes]:
-    """Yield the messages of a change.  Peers are removed before others are put.  A new private key removes all
-    peers."""
+    """Yield the messages of a change.
+
+    Peers are removed before others are put.  A new private key removes all peers.
+    """
     head = _HEADER.pack(_SET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
     own = b""
     if change.private is not None:
@@ -127,7 +129,7 @@ def _number(kind: int, value: int) -> bytes:
 def _family_id() -> int:
     """Return the number that the kernel assigned to WireGuard in this boot.  Raises: OSError: it has no WireGuard."""
     body = _HEADER.pack(_GET_FAMILY, 2)
-    for _, found in dumped(_CONTROL, body, GENERIC):
+    for _, found in dump(_CONTROL, body, GENERIC):
         family = dict(attributes(bytes(found[_HEADER.size :])))
         if family.get(_FAMILY_NAME) == _FAMILY:
             return int(struct.unpack("=H", family[_FAMILY_ID][:2])[0])

@@ -341,8 +341,10 @@ class Tunnels:
         self._say(unreachable(self._plan))
 
     def _decide(self) -> None:
-        """Update plan and choice from the present tables, keys and handshakes.  Raises: Unavailable: see
-        ``require_keys``."""
+        """Update plan and choice from the present tables, keys and handshakes.
+
+        Raises: Unavailable: see ``require_keys``.
+        """
         if isinstance(self._options.method, Refusal):
             return
         pairs = self._own_keys()

@@ -41,8 +41,10 @@ async def serving(app: web.Application, ping: Ping) -> AsyncIterator[Application
 
 
 async def close_after_response(_request: web.Request, response: web.StreamResponse) -> None:
-    """Close the connection, because the next request may be for the manager or the engine.  Clients then open another
-    one."""
+    """Close the connection, because the next request may be for the manager or the engine.
+
+    Clients then open another one.
+    """
     if response.status != 101:
         response.force_close()
         response.headers["Connection"] = "close"

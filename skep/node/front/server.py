@@ -322,8 +322,10 @@ class Front:
             await self._serve(client, _Properties(is_remote=passed.is_remote, identity=passed.identity))
 
     async def _serve(self, client: Connection, properties: "_Properties") -> None:
-        """Have the next request of ``client`` answered.  After that the connection belongs to another process or is
-        closed."""
+        """Have the next request of ``client`` answered.
+
+        After that the connection belongs to another process or is closed.
+        """
         try:
             raw = client.head() or await _head(client, properties)
             if raw:
@@ -350,8 +352,10 @@ class Front:
     def _identify(
         self, client: Connection, properties: "_Properties", raw: bytes
     ) -> "tuple[_Properties, bytes]":
-        """Return the client, and its request in the form to pass on.  Raises: Unauthenticated, Unavailable,
-        Malformed."""
+        """Return the client, and its request in the form to pass on.
+
+        Raises: Unauthenticated, Unavailable, Malformed.
+        """
         credential = self._users.proved_by(client.transport)
         if credential is None:
             request = parse_request(raw)

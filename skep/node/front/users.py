@@ -108,7 +108,7 @@ class Users:
             return Credential(Origin.CERTIFICATE, f"{certificate.serial_number:x}")
         if certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME) == _USERS:
             raise Unauthenticated(
-                "the certificate is of an earlier user authority: request a new one with `skep user`"
+                "the certificate is of an earlier user authority: renew it with `skep user renew`"
             )
         return Credential(Origin.MACHINE, _common_name(connection.getpeercert()))
 

@@ -80,8 +80,10 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
             raise Unavailable(self.member.manager_refusal() or FROM_A_WORKER)
 
     async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
-        """Return the networks that match ``filters``.  A worker without access returns only networks that its own tasks
-        use."""
+        """Return the networks that match ``filters``.
+
+        A worker without access returns only networks that its own tasks use.
+        """
         if not self.member.is_manager:
             with suppress(SkepError):  # not allowed, or no manager responds: list the networks of this node
                 return list(msgspec.json.decode(await self.reads.body(request.raw_path)))

@@ -236,7 +236,7 @@ class _NodeNetworks:
                 f"rpc error: code = PermissionDenied desc = network {name} not manually attachable"
             )
         raise Unimplemented(
-            f"Could not attach to network {name}: the Docker Engine of this machine is not part of the cluster:  "
+            f"Could not attach to network {name}: the Docker Engine of this machine is not part of the cluster: "
             "run the container on that network from its start (docker run --network), or as a service"
         )
 

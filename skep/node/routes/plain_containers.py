@@ -42,8 +42,10 @@ class _Request(msgspec.Struct):
 def plain_container_routes(
     docker: DockerEngine, engine: Engine | None, images: EngineImages | None, in_cluster: NetworkKnown
 ) -> Routes:
-    """Return ``POST /containers/create`` for a machine with a Docker Engine.  ``engine`` is this node's own, or
-    None."""
+    """Return ``POST /containers/create`` for a machine with a Docker Engine.
+
+    ``engine`` is this node's own, or None.
+    """
     table = Routes()
 
     @table.post("/containers/create")

@@ -127,8 +127,10 @@ class NodeSystem:
         begin: Callable[[], Awaitable[None]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        """Stream events of this node, its manager, and the Docker Engine.  For the arguments see
-        ``NodeEvents.stream``."""
+        """Stream events of this node, its manager, and the Docker Engine.
+
+        For the arguments see ``NodeEvents.stream``.
+        """
         sources: list[EventLines] = [self]
         if self._docker is not None:
             sources.append(self._docker.api)
@@ -187,8 +189,7 @@ async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
 
 
 def ping_response(system: NodeSystem, method: str, version: str | None) -> bytes | None:
-    """Return the response of ``ping`` as bytes for the front, or None for a version that the application must
-    refuse."""
+    """Return the response of ``ping`` as bytes for the front, or None if the version must be refused."""
     newest = system.newest_version
     try:
         requested(version, newest)
@@ -263,8 +264,8 @@ def unsupported_routes(*, has_containers: bool) -> Routes:
     def refuse(method: str, path: str, reason: str) -> None:
         async def handle(request: web.Request) -> web.StreamResponse:
             raise Unimplemented(
-                f"{request.method} {path_of(request.path)} is not answered by this node: {reason}; "
-                "or give skep a Docker Engine to pass such requests on to (--engine-socket)"
+                f"{request.method} {path_of(request.path)} is not answered by this node: {reason}. "
+                "To serve such requests, give skep a Docker Engine (--engine-socket)"
             )
 
         table.route(method, path)(handle)

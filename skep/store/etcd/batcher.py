@@ -231,20 +231,20 @@ class Batcher:
             return [await one.outcome for one in queued]
         except asyncio.CancelledError:
             if term is not None:
-                await term.settle(partial(self._settled, queued))
+                await term.settle(partial(self._settle_outcomes, queued))
             raise
         finally:
             for one in queued:
                 one.outcome.cancel()
 
-    async def _settled(self, queued: Sequence[QueuedProposal]) -> None:
+    async def _settle_outcomes(self, queued: Sequence[QueuedProposal]) -> None:
         """Wait until the outcome of each proposal is known and visible in the replica.  Raises Uncertain."""
         for late in [late for one in queued if (late := one.late_outcome()) is not None]:
             outcome = await late
             if isinstance(outcome, Uncertain):
                 raise outcome
             if isinstance(outcome, Committed):
-                await self._replica.reached(outcome.revision)
+                await self._replica.wait_reached(outcome.revision)
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -378,7 +378,7 @@ class Batcher:
     async def _settle(self, batch: Batch) -> None:
         """Find out the outcome of an entry without a response, and send proposals again that were not committed."""
         revision = await self._advance_epoch()
-        await self._replica.reached(revision)
+        await self._replica.wait_reached(revision)
         if self._replica.resets != batch.resets:
             # The replica was reloaded, and may have missed the write and later changes of the same key.
             for queued in batch.proposals:

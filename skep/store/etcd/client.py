@@ -128,7 +128,7 @@ class Client:
         path = _path("KV/Txn")
         call = self.begin(path, message, timeout_s)
         response = call.response() if call is not None else self.unary(path, message, timeout_s)
-        return _decoded(pb.TxnResponse, response)
+        return _decode_response(pb.TxnResponse, response)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
         """Discard history before ``revision``.  Returns when the pages in this member's file are free."""
@@ -230,7 +230,7 @@ class Client:
             yield WatchStream(stream)
 
     async def _call(self, name: str, reply: type[M], request: Message, timeout_s: float) -> M:
-        return await _decoded(reply, self.unary(_path(name), request.SerializeToString(), timeout_s))
+        return await _decode_response(reply, self.unary(_path(name), request.SerializeToString(), timeout_s))
 
     # -- gRPC ------------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Client:
         if call is None:
             deadline = asyncio.get_running_loop().time() + timeout_s
             async with asyncio.timeout_at(deadline):
-                connection = await self._connected()
+                connection = await self._ensure_connected()
             left_s = deadline - asyncio.get_running_loop().time()
             call = Call(connection, headers.request_block(path, timeout_s), request, left_s)
         return await call.response()
@@ -273,12 +273,12 @@ class Client:
             OSError: The connection failed.
         """
         async with asyncio.timeout(timeout_s):
-            connection = await self._connected()
+            connection = await self._ensure_connected()
         with connection.stream() as stream:
             stream.begin(headers.request_block(path, None, metadata), request, is_last=is_last)
             yield stream
 
-    async def _connected(self) -> ClientConnection:
+    async def _ensure_connected(self) -> ClientConnection:
         if self._connection is None or self._connection.is_lost:
             async with self._connecting:
                 if self._connection is None or self._connection.is_lost:
@@ -308,7 +308,7 @@ class Call:
             self._connection.release(self._stream)
 
 
-async def _decoded(reply: type[M], response: Awaitable[bytes]) -> M:
+async def _decode_response(reply: type[M], response: Awaitable[bytes]) -> M:
     with etcd_errors():
         return reply.FromString(await response)
 

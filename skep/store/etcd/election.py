@@ -41,7 +41,7 @@ LEADER_POLL_S = 0.5
 
 
 class Election:
-    """One manager's candidacy.  ``elected`` yields its terms."""
+    """One manager's candidacy.  ``win_terms`` yields its terms."""
 
     def __init__(self, client: Client, cipher: Cipher, node_id: NodeId, addr: str, clock: Clock) -> None:
         self._client = client
@@ -53,7 +53,7 @@ class Election:
         """Nonce of a write of the leader key without a response.  Empty if all were answered."""
         self._timeout = AdaptiveTimeout()
 
-    async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:
+    async def win_terms(self, backoff: Backoff) -> AsyncIterator[TermState]:
         """Yield a term when this manager has become leader, and end it when leadership is lost.
 
         The caller must request the next term at once: only then is the current one monitored.

@@ -91,12 +91,12 @@ class Reflector:
                 log.debug("watch interrupted", reason=str(error))
                 await self._backoff.sleep(self._clock)
 
-    async def reached(self, revision: int) -> None:
+    async def wait_reached(self, revision: int) -> None:
         """Wait until the replica shows everything up to ``revision``.  Requests progress if no event arrives."""
         while self._replica.revision < revision:
             try:
                 async with asyncio.timeout(PROGRESS_S):
-                    await self._replica.reached(revision)
+                    await self._replica.wait_reached(revision)
             except TimeoutError:
                 if self._stream is not None:
                     with suppress(Unavailable):

@@ -66,7 +66,7 @@ class EtcdStore(Updater):
     ) -> None:
         self._client, self._cipher, replica, self._reflector, self._batcher = replication
         super().__init__(
-            replica, self._batcher.propose, self.barrier, self._reflector.reached, clock, rng=rng
+            replica, self._batcher.propose, self.barrier, self._reflector.wait_reached, clock, rng=rng
         )
         self.incarnation = incarnation
         self._quota_bytes = quota_bytes
@@ -88,7 +88,7 @@ class EtcdStore(Updater):
         if self._shows_everything:
             return
         async with within_deadline():
-            await self._round_trips.passed()
+            await self._round_trips.wait_passed()
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
         """Yield terms.  The election runs as a task of the store's group, and ends with the iterator."""
@@ -97,7 +97,7 @@ class EtcdStore(Updater):
 
         async def hold_elections() -> None:
             async with asyncio.TaskGroup() as group:
-                async for state in election.elected(Backoff(longest_s=1.0, rng=self._rng)):
+                async for state in election.win_terms(Backoff(longest_s=1.0, rng=self._rng)):
                     terms.put_nowait(state)
                     rotating = self._rotation.run(state, rng=self._rng)
                     group.create_task(rotating, name="store-keys")
@@ -107,7 +107,7 @@ class EtcdStore(Updater):
         try:
             while True:
                 state = await terms.get()
-                await self._reflector.reached(state.fence)
+                await self._reflector.wait_reached(state.fence)
                 if not state.is_lost:
                     yield self.fenced(state)
         finally:
@@ -245,7 +245,7 @@ class EtcdStore(Updater):
             except Unavailable:
                 await backoff.sleep(self._clock)
             else:
-                return await self._reflector.reached(reply.header.revision)
+                return await self._reflector.wait_reached(reply.header.revision)
 
 
 class SharedBarrier:
@@ -260,7 +260,7 @@ class SharedBarrier:
         self._begun = 0
         self._passed = 0
 
-    async def passed(self) -> None:
+    async def wait_passed(self) -> None:
         """Wait until a round trip that began after this call has ended.  Raises its errors."""
         needed = self._begun + 1
         while self._passed < needed:

@@ -46,7 +46,7 @@ def test_a_network_gets_the_first_free_subnet() -> None:
             InvalidArgument,
             "no matching subnet for range",
         ),
-        (SubnetBody(subnet="10.1.0.0/31"), InvalidArgument, "no room"),
+        (SubnetBody(subnet="10.1.0.0/31"), InvalidArgument, "too small"),
         (SubnetBody(subnet="fd00::/64"), InvalidArgument, "subnet fd00::/64 needs IPv6"),
     ],
 )
@@ -81,7 +81,7 @@ def test_subnets_are_from_the_pools_of_the_node() -> None:
         (("fd00:1::/64", "fd00:3::/64"), "one IPv4 subnet, and one IPv6 subnet"),
         (("fe80::/64",), "invalid subnet fe80::/64"),
         (("ff02::/64",), "invalid subnet ff02::/64"),
-        (("fd00:1::/127",), "no room"),
+        (("fd00:1::/127",), "too small"),
     ],
 )
 def test_a_subnet_of_ipv6_that_cannot_be_is_refused(subnets: tuple[str, ...], said: str) -> None:

@@ -13,7 +13,7 @@ from skep.dataplane.addresses import (
     DEFAULT_POOLS,
     Addresses,
     Subnets,
-    beside,
+    derived_ipv6,
     free_subnet,
     mac_of,
     pools_or_default,
@@ -105,7 +105,7 @@ def test_addresses_go_round_and_leave_out_what_is_used() -> None:
     assert addresses.gateway == IPv4Address("10.0.0.1")
     taken = [addresses.take(f"c{number}") for number in range(5)]
     assert [str(address) for address in taken] == [f"10.0.0.{number}" for number in range(2, 7)]
-    with pytest.raises(ResourceExhausted, match="no address is left"):
+    with pytest.raises(ResourceExhausted, match="no address is free"):
         addresses.take("late")
     addresses.release(taken[1], "another owner")
     with pytest.raises(ResourceExhausted):
@@ -155,7 +155,7 @@ OURS = unique_local(0x123456789A)
 
 def test_a_unique_local_network_is_one_of_rfc_4193() -> None:
     assert IPv6Network("fd12:3456:789a::/64") == OURS
-    assert beside(IPv4Address("172.18.0.2"), OURS) == IPv6Address("fd12:3456:789a::ac12:2")
+    assert derived_ipv6(IPv4Address("172.18.0.2"), OURS) == IPv6Address("fd12:3456:789a::ac12:2")
 
 
 def test_the_way_out_by_ipv6_translates_what_leaves_and_lets_answers_in() -> None:

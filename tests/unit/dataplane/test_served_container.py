@@ -62,7 +62,7 @@ async def test_what_was_opened_for_a_container_that_is_gone_is_closed_and_nothin
     await namespaces.is_inside.wait()
     served.close()
     namespaces.go.set()
-    with pytest.raises(Unavailable, match="forgotten"):
+    with pytest.raises(Unavailable, match="was removed while its names were set up"):
         await opening
     sockets, notifications, packets = opened
     assert [one.fileno() for one in (sockets.udp, sockets.tcp, notifications, packets)] == [-1] * 4

@@ -130,7 +130,7 @@ async def test_a_hanging_container_holds_up_no_other_network_and_is_written_by_o
     ends = spaces.hanging["both"] = asyncio.Event()
     tasks = []
     for _ in range(3):
-        with pytest.raises(Unavailable, match="1 of 1 containers lack"):
+        with pytest.raises(Unavailable, match="1 of 1 containers do not have"):
             await serving.refresh([FIRST])
         await serving.refresh([SECOND])
         tasks.append(len(asyncio.all_tasks()))

@@ -98,7 +98,7 @@ def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_
         await asyncio.sleep(0.5)
         return b"page %d" % made
 
-    monkeypatch.setattr(NodeMetrics, "_made", slowly)
+    monkeypatch.setattr(NodeMetrics, "_make_page", slowly)
 
     async def body() -> None:
         clock = VirtualClock(loop)

@@ -20,7 +20,7 @@ from skep.node.routes.system import unsupported_routes
         ("POST", "/containers/c1/checkpoints", True, 501, "This experimental feature is disabled"),
         ("GET", "/v1.41/volumes", False, 501, "--engine-socket"),
         ("POST", "/v1.41/build/prune", False, 501, "POST /build/prune is not answered by this node"),
-        ("POST", "//containers/create/", False, 501, "no containers"),
+        ("POST", "//containers/create/", False, 501, "not containers"),
         ("GET", "/containers/json", False, 404, "page not found"),
     ],
 )

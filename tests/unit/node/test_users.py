@@ -114,7 +114,7 @@ def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: 
     users._take(a_table())
     credential = proved(users, certificate)
     assert credential is not None
-    with pytest.raises(Unauthenticated, match="not known, or was revoked"):
+    with pytest.raises(Unauthenticated, match="unknown or was revoked"):
         users.identify(credential)
 
 
@@ -122,7 +122,7 @@ def test_a_users_certificate_of_another_authority_is_never_an_administrators(use
     """As of a cluster that the machine has left: its authority may still have been trusted at the handshake."""
     _, certificate = a_certificate(Authority.create(name=ROOT_NAME))
     users._take(a_table())
-    with pytest.raises(Unauthenticated, match="earlier authority"):
+    with pytest.raises(Unauthenticated, match="earlier user authority"):
         proved(users, certificate)
 
 

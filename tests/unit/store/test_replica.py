@@ -17,7 +17,7 @@ async def test_waiters_for_a_revision_run_before_watchers():
     order: list[str] = []
 
     async def answer() -> None:
-        await replica.reached(5)
+        await replica.wait_reached(5)
         order.append("answer")
 
     async def loop() -> None:

@@ -288,7 +288,7 @@ def frame(mac: str, from_: str, to: str, port: int, data: bytes) -> bytes:
 
 
 async def test_a_container_without_a_namespace_is_refused(lab: NamesLab) -> None:
-    with pytest.raises(FailedPrecondition, match="no names in the container's namespace"):
+    with pytest.raises(FailedPrecondition, match="cannot serve names in the container's namespace"):
         await lab.client.serve(Named(id="c1", netns=str(lab.paths.netns / "none"), networks=()))
     assert (await lab.client.listing()).served == ()
 

@@ -191,5 +191,5 @@ def test_names_are_read_as_they_were_written(labels: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["", "a..b", "x" * 64, ".".join(["x" * 63] * 4)])
 def test_what_cannot_be_a_name_is_not_written(name: str) -> None:
-    with pytest.raises(ValueError, match="no DNS name"):
+    with pytest.raises(ValueError, match="not a DNS name"):
         messages.encoded(name)

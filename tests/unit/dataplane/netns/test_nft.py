@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from threading import Event, Thread
 
-from skep.dataplane.netns.nft import Turns
+from skep.dataplane.netns.nft import SharedLock
 
 _DEADLINE_S = 10
 
@@ -15,35 +15,35 @@ def _started(call: Callable[[], None]) -> Thread:
 
 
 def test_changes_run_at_once() -> None:
-    turns, both = Turns(), Event()
+    lock, both = SharedLock(), Event()
 
     def other() -> None:
-        with turns.shared():
+        with lock.shared():
             both.set()
 
-    with turns.shared():
+    with lock.shared():
         thread = _started(other)
         assert both.wait(_DEADLINE_S)
     thread.join(_DEADLINE_S)
 
 
 def test_what_looks_up_interfaces_waits_for_all_others_and_they_for_it() -> None:
-    turns, order = Turns(), list[str]()
+    lock, order = SharedLock(), list[str]()
     has_asked, has_begun, may_end = Event(), Event(), Event()
 
     def lister() -> None:
         has_asked.set()
-        with turns.alone():
+        with lock.alone():
             order.append("list begins")
             has_begun.set()
             assert may_end.wait(_DEADLINE_S)
             order.append("list ends")
 
     def changer() -> None:
-        with turns.shared():
+        with lock.shared():
             order.append("change")
 
-    with turns.shared():
+    with lock.shared():
         listing = _started(lister)
         assert has_asked.wait(_DEADLINE_S)
         assert not has_begun.is_set()

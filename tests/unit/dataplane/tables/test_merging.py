@@ -51,7 +51,7 @@ def test_a_network_in_several_changes_is_put_together() -> None:
 
 
 def test_a_difference_to_what_is_not_there_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="whose table this node does not have"):
+    with pytest.raises(InvalidArgument, match="this node does not have its table"):
         merged({}, reported(TableChange(head=A.head, revision=2)))
 
 

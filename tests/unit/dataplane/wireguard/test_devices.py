@@ -97,5 +97,5 @@ def test_what_the_socket_answers_is_read_whole() -> None:
 
 
 def test_an_answer_that_makes_no_sense_is_an_error() -> None:
-    with pytest.raises(Unavailable, match="not understood"):
+    with pytest.raises(Unavailable, match="invalid response"):
         parsed_device("listen_port=x\nerrno=0\n\n")

@@ -1,0 +1,61 @@
+"""``skep daemon``: the command, whose options are the settings of the configuration."""
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from skep.configuration.settings import SETTINGS, Setting
+from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
+
+_WORDS = "words as they were typed"
+
+
+class _Daemon(click.Command):
+    """Keeps the words for the daemon's process, which reads them itself."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
+
+
+def _option(setting: Setting) -> click.Option:
+    names = [*filter(None, [setting.short]), f"--{setting.name}"]
+    text = f"{setting.help[0].upper()}{setting.help[1:]}."
+    if setting.name == "debug":
+        return click.Option(names, help=text, is_flag=False, flag_value="true", metavar="[BOOL]")
+    return click.Option(names, help=text, multiple=setting.repeats)
+
+
+def _former(setting: Setting) -> click.Option:
+    return click.Option([f"--{setting.former}"], hidden=True)
+
+
+@click.command(
+    cls=_Daemon,
+    params=[
+        click.Option(["--config"], metavar="FILE", help=f"Configuration file ({DEFAULT_TOML})."),
+        click.Option(
+            ["--daemon-json"],
+            metavar="FILE",
+            help=f"Docker's configuration file ({DEFAULT_DAEMON_JSON}). Use '' to read none.",
+        ),
+        *map(_option, SETTINGS),
+        *(_former(setting) for setting in SETTINGS if setting.former),
+    ],
+)
+@click.pass_context
+def daemon(ctx: click.Context, /, **_: Any) -> None:
+    """Run this machine's node.
+
+    Each option is also a key of the configuration file. Options override the file. The systemd unit runs this command.
+
+    \b
+    Examples:
+      skep daemon
+      skep daemon --config /etc/skep/skep.toml --debug
+      skep daemon --engine-socket /var/run/docker.sock --label zone=inner
+    """
+    # In a new interpreter: all processes of the node would share click and these modules, which none of them uses.
+    os.execv(sys.executable, (sys.executable, "-P", "-m", "skep.daemon", *ctx.meta[_WORDS]))
