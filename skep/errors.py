@@ -18,6 +18,24 @@ class InvalidArgument(SkepError):
     """The request can never work."""
 
 
+class PortTaken(InvalidArgument):
+    """Another service publishes the port, and the message names it."""
+
+    def __init__(self, message: str, *, stack: str = "", unnamed: str = "") -> None:
+        """
+        Args:
+            stack: Stack of the other service, or an empty string.
+            unnamed: The same message without the other service, for users who may not see it.
+        """
+        super().__init__(message)
+        self.stack = stack
+        self.unnamed = unnamed or message
+
+    def prefixed(self, prefix: str) -> "PortTaken":
+        """Return the error with ``prefix`` before both messages."""
+        return PortTaken(f"{prefix}{self}", stack=self.stack, unnamed=f"{prefix}{self.unnamed}")
+
+
 class FailedPrecondition(SkepError):
     """The request does not fit the current state of its objects."""
 

@@ -4,6 +4,7 @@ The data directory survives a reboot, the run directory is on tmpfs and does not
 directory, because a socket's path has at most 107 bytes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -72,9 +73,14 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "containers"
 
     @property
-    def written(self) -> tuple[Path, ...]:
-        """Directories that new tasks need space in.  Each may be a separate file system."""
-        return self.data, self.images, self.containers, self.volumes
+    def written(self) -> Mapping[str, Path]:
+        """Directories that new tasks need space in, by purpose.  Each may be a separate file system."""
+        return {
+            "data": self.data,
+            "images": self.images,
+            "containers": self.containers,
+            "volumes": self.volumes,
+        }
 
     @property
     def processes(self) -> Path:

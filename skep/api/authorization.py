@@ -20,10 +20,11 @@ from skep.api.permissions import (
     may,
     rule_for,
     sees,
+    shown_error,
     why_not_image,
     why_not_ps,
 )
-from skep.errors import PermissionDenied
+from skep.errors import PermissionDenied, PortTaken
 from skep.model.access import EVERY_STACK, Identity, Role
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -70,7 +71,10 @@ async def respond_if_authorized(
         why = why_not_image(request.match_info["name"]) or None
     if why is not None:
         raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
-    response = await handler(request)
+    try:
+        response = await handler(request)
+    except PortTaken as error:
+        raise shown_error(identity, error) from error
     if rule.scope is Scope.LIST and identity.role_in(EVERY_STACK) is None and response.status == 200:
         assert isinstance(response, web.Response), "lists are documents"
         return await _filter(response, identity, rule.kind, objects)

@@ -16,6 +16,7 @@ from skep.errors import (
     NotFound,
     OutOfSequence,
     PermissionDenied,
+    PortTaken,
     ResourceExhausted,
     RetryLater,
     SkepError,
@@ -116,7 +117,10 @@ def rpc_errors() -> Iterator[None]:
         if found is None:
             raise
         class_, code = found
-        raise class_(f"rpc error: code = {code} desc = {error}") from error
+        prefix = f"rpc error: code = {code} desc = "
+        if isinstance(error, PortTaken):  # still to be shown without the name of the other service
+            raise error.prefixed(prefix) from error
+        raise class_(f"{prefix}{error}") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from skep.errors import InvalidArgument, PortTaken, SkepError
 from skep.model.access import EVERY_STACK, Identity, Role
 from skep.model.rights import ApiAccess
 from skep.model.value_rights import image_rights
@@ -135,6 +136,13 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
 def sees(identity: Identity, stack: str) -> bool:
     """Return whether ``identity`` may see an object of ``stack``, which is empty for objects without a stack."""
     return identity.role_in(stack or EVERY_STACK) is not None
+
+
+def shown_error(identity: Identity, error: SkepError) -> SkepError:
+    """Return ``error`` without the name of a service that ``identity`` may not see."""
+    if isinstance(error, PortTaken) and not sees(identity, error.stack):
+        return InvalidArgument(error.unnamed)
+    return error
 
 
 def why_not_ps(arguments: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import click
 import msgspec
+from msgspec.structs import replace
 
 from skep.api.client import Client
 from skep.api.updates import update
@@ -28,8 +29,9 @@ from skep.model.schedules import CRON
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.unknown import leniently
-from skep.stack.progress import progress_of
+from skep.stack.progress import FAILURES_MAX, progress_of
 from skep.stack.project import NAMESPACE
+from skep.stack.waiting import Reasons, look_at, unfinished
 
 _RESPONSE_TIMEOUT_S = 20.0
 _LOOK_S = 0.5
@@ -138,6 +140,8 @@ class VersionProgress(msgspec.Struct, frozen=True):
     wanted: int
     is_complete: bool = False
     stuck: str = ""
+    cause: str = ""
+    """Why tasks with the new version do not run.  Empty if that is not known."""
 
 
 def version_progress(
@@ -195,8 +199,11 @@ class _Rotation:
         self._kind = kind
         self._client = client
         self._shown: dict[str, str] = {}
+        self._open: set[str] = set()
+        """Names of the services that are waited for."""
         self.problems: list[str] = []
         """A line for each service that cannot be updated or is stuck."""
+        self._reasons = Reasons(client, FAILURES_MAX)
 
     async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
         """The version to have, and the ids of the older ones.  ``data`` None: the latest there is."""
@@ -284,11 +291,13 @@ class _Rotation:
                     continue
                 name, version = service["Spec"]["Name"], new["Spec"]["Name"]
                 text = f"{found.done} of {found.wanted} tasks have {version}"
+                text += f": {found.cause}" if found.cause and not found.stuck else ""
                 self._show(name, f"its next run has {version}" if _is_scheduled(service) else text)
                 if found.stuck:
                     self.problems.append(f"{name}: {found.stuck} (skep explain {name})")
                 if found.stuck or found.is_complete:
                     waiting.remove(id)
+                    self._open.discard(name)
             if waiting:
                 await asyncio.sleep(_LOOK_S)
 
@@ -302,16 +311,22 @@ class _Rotation:
             return {}, None
         filters = {"service": [id], "desired-state": ["running"]}
         tasks = await self._client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
-        return service, version_progress(self._kind, service, tasks, new["ID"])
+        found = version_progress(self._kind, service, tasks, new["ID"])
+        if not (found.is_complete or found.stuck):
+            look = await look_at(self._client, id)
+            explained = (await self._reasons.explain({id: look}))[id]
+            found = replace(found, stuck=explained.text if explained.is_stuck else "", cause=explained.cause)
+        return service, found
 
     def _show(self, name: str, text: str) -> None:
+        self._open.add(name)
         if self._shown.get(name) != text:
             self._shown[name] = text
             say(f"{name}: {text}")
 
-    def unfinished(self) -> str:
-        """What was shown last of each service."""
-        return "; ".join(f"{name}: {text}" for name, text in sorted(self._shown.items()))
+    def unfinished(self) -> dict[str, str]:
+        """Return what was shown last of each service that is still waited for, by name."""
+        return {name: self._shown[name] for name in sorted(self._open)}
 
 
 async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, timeout_s: float) -> str:
@@ -323,8 +338,8 @@ async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, 
             async with asyncio.timeout(timeout_s):
                 await rotation.wait(ids, new)
         except TimeoutError:
-            text = "; ".join([rotation.unfinished(), *rotation.problems])
-            raise Unavailable(f"not done within {timeout_s:g} s: {text} (skep explain SERVICE)") from None
+            text = "; ".join([unfinished(rotation.unfinished(), timeout_s), *rotation.problems])
+            raise Unavailable(text) from None
         if rotation.problems:
             raise Unavailable("; ".join(rotation.problems))
         return str(new["Spec"]["Name"])

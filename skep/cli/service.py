@@ -3,21 +3,14 @@
 import asyncio
 
 import click
-import msgspec
 
-from skep.api.client import Client
 from skep.cli import options, passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
 from skep.cli.stack_screens import max_failures
 from skep.errors import Unavailable
-from skep.model.service import Service
-from skep.model.task import Task
-from skep.model.unknown import leniently
-from skep.stack.progress import UP_TO_DATE, ServiceProgress, failed_by_slot, progress_of
-from skep.stack.waiting import Look, Reasons, unfinished, wait_done
-
-_RESPONSE_TIMEOUT_S = 15.0
+from skep.stack.progress import ServiceProgress
+from skep.stack.waiting import Reasons, look_at, unfinished, wait_done
 
 
 @click.group(cls=passthrough.WithDockers)
@@ -64,7 +57,7 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, fai
         reasons = Reasons(client, failures_max)
 
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            looks = {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
+            looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
             found = await reasons.explain(looks)
             open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
             return found
@@ -75,14 +68,3 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, fai
         except TimeoutError:
             texts = {name: shown.get(name, "nothing is known") for name in sorted(open_)}
             raise Unavailable(unfinished(texts, timeout_s)) from None
-
-
-async def _look(client: Client, name: str) -> Look:
-    found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
-    filters = {"service": [found["ID"]]}
-    tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
-    current = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=_RESPONSE_TIMEOUT_S)
-    ids = frozenset(str(one["ID"]) for one in current)
-    shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
-    progress = progress_of(leniently(msgspec.json.encode(found), Service), shown, ids)
-    return Look(id=found["ID"], progress=progress, current=ids, failed=failed_by_slot(shown, ids))

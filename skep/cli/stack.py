@@ -414,10 +414,6 @@ def deploy(
             )
             click.echo("\n".join(lines_of(found)), err=True)
             wait_s = None if detach else timeout
-            if only:  # a part of a stack is no revision of it
-                await check(client, made, found, warn)
-                await Deployment(client, made, found, progress.show, logins).apply(wait_s, max_failures)
-                return
             work = functools.partial(
                 carry_out,
                 *(client, made, found, progress.show, wait_s, warn, logins),

@@ -18,6 +18,7 @@ from skep.api.server import read_json
 from skep.engine.engine import Engine
 from skep.errors import NotFound, PermissionDenied
 from skep.node.routes.cluster_networks import ClusterNetworks
+from skep.node.visible_containers import visible_container
 
 
 class NodeObjects:
@@ -38,7 +39,8 @@ class NodeObjects:
         word = request.match_info[key]
         match rule.kind:
             case "container":
-                known = self._container(word)
+                container = visible_container(self._engine, identity_of(request), word)
+                known = Known(id=container.id, stack=container.stack)
             case "volume":
                 known = self._volume(word)
             case "network":
@@ -53,15 +55,9 @@ class NodeObjects:
         if kind != "container":
             return stack_label_of(item)
         try:
-            return self._container(str(item.get("Id"))).stack
+            return self._engine.get(str(item.get("Id"))).stack if self._engine is not None else ""
         except NotFound:  # it was removed meanwhile
             return ""
-
-    def _container(self, word: str) -> Known:
-        if self._engine is None:
-            raise NotFound(f"No such container: {word}")
-        container = self._engine.get(word)
-        return Known(id=container.id, stack=container.stack)
 
     def _volume(self, word: str) -> Known:
         labels = self._engine.volumes.labels(word) if self._engine is not None else None

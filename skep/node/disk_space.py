@@ -14,7 +14,7 @@ with each file that is created or removed.
 
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,16 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """Used share of inodes, or 0 on file systems that create inodes on demand."""
     is_own: bool = False
     """Whether the node's own files are on it."""
+    purpose: str = ""
+    """Purpose of the node's own files on it (``data``, ``images``).  Empty if it has none."""
     mount_point: str = ""
     """Mount point of a disk with files of containers.  Empty if its paths belong to a stack, because every user sees
     conditions."""
+
+    @property
+    def name(self) -> str:
+        """Name without a path of the machine: its purpose, or else its device number."""
+        return self.purpose or f"{os.major(self.device)}:{os.minor(self.device)}"
 
     @property
     def percent(self) -> float:
@@ -190,14 +197,14 @@ class DiskSpace:
     """Keeps the conditions ``disk-space`` and ``disk-pressure`` current.
 
     Args:
-        directories: Folders with the node's own files.
+        directories: Folders with the node's own files, by purpose.
         containers: Returns the node's containers.
         configuration: Returns the present configuration, which may be reloaded.
     """
 
     def __init__(
         self,
-        directories: Sequence[Path],
+        directories: Mapping[str, Path],
         containers: Callable[[], Iterable[Container]],
         configuration: Callable[[], Configuration],
         conditions: Conditions,
@@ -235,14 +242,14 @@ class DiskSpace:
     async def measure(self) -> None:
         """Measure now, and set or clear the conditions."""
         found: dict[int, Space] = {}
-        for directory in self._directories:
-            await self._add(str(directory), found, is_own=True)
+        for purpose, directory in self._directories.items():
+            await self._add(str(directory), found, purpose=purpose)
         sources = sources_of(self._containers())
         for path in sources:
-            await self._add(path, found, is_own=False)
+            await self._add(path, found)
         if not all(disk.is_own for disk in found.values()):
             mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-            hidden = (*map(str, self._directories), *sources)
+            hidden = (*map(str, self._directories.values()), *sources)
             for device, disk in found.items():
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
@@ -250,12 +257,13 @@ class DiskSpace:
         self._conditions.report(DISK_SPACE, near)
         self._conditions.report(DISK_PRESSURE, full)
 
-    async def _add(self, path: str, found: dict[int, Space], *, is_own: bool) -> None:
+    async def _add(self, path: str, found: dict[int, Space], *, purpose: str = "") -> None:
         """Measure the disk of ``path`` unless it was measured already.
 
         A disk that cannot be measured is left out.  An own directory keeps its last measurement, because its disk may
         still be full.
         """
+        is_own = bool(purpose)
         try:
             space = await self._measure_in_thread(path, is_own=is_own)
         except FileNotFoundError:  # not created yet, or removed with its container
@@ -271,7 +279,7 @@ class DiskSpace:
             if is_own:
                 self._own[path] = space
         if space is not None:
-            found.setdefault(space.device, space)
+            found.setdefault(space.device, replace(space, purpose=purpose))
 
     async def _measure_in_thread(self, path: str, *, is_own: bool) -> Space | None:
         """Call ``space_of`` in a thread, at most one for each path.  Raises: OSError; TimeoutError; Unavailable."""

@@ -212,20 +212,23 @@ def member_families(member: LocalNode | None) -> list[Family]:
 
 
 def disk_families(disks: Sequence[Space]) -> list[Family]:
-    """Return the use of the disks that the node and its containers write to."""
-    used = {one.path: round(one.used_percent / 100, 4) for one in disks}
-    inodes = {one.path: round(one.inodes_percent / 100, 4) for one in disks}
-    free = {one.path: one.free_bytes for one in disks}
+    """Return the use of the disks that the node and its containers write to.
+
+    No metric has a path of the machine, because viewers of the cluster read the page.
+    """
+    used = {one.name: round(one.used_percent / 100, 4) for one in disks}
+    inodes = {one.name: round(one.inodes_percent / 100, 4) for one in disks}
+    free = {one.name: one.free_bytes for one in disks}
     return [
         by_label(
             "skep_disk_used_ratio",
             "gauge",
             "Used share of a disk of the node or its containers, without what only root may use.",
-            "path",
+            "disk",
             used,
         ),
-        by_label("skep_disk_inodes_used_ratio", "gauge", "Used share of its inodes.", "path", inodes),
-        by_label("skep_disk_free_bytes", "gauge", "Free for processes without privileges.", "path", free),
+        by_label("skep_disk_inodes_used_ratio", "gauge", "Used share of its inodes.", "disk", inodes),
+        by_label("skep_disk_free_bytes", "gauge", "Free for processes without privileges.", "disk", free),
     ]
 
 

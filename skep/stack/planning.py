@@ -126,6 +126,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     images: Mapping[str, str] = {}
     """Of image names, the names with the digest that a registry gave."""
     prune: bool = False
+    only: tuple[str, ...] = ()
+    """Names in the files of the services that it is for.  Empty: all."""
     removable: frozenset[str] | None = None
     """Ids of the services that ``prune`` may remove; None: all."""
 
@@ -190,13 +192,16 @@ def plan_of(
         former=former,
         images=images,
         prune=prune,
+        only=tuple(only),
         removable=None if removable is None else frozenset(removable),
     )
 
 
 def planned_again(stack: Stack, plan: Plan, existing: Existing) -> Plan:
     """Return the plan of the same deploy for what the cluster has now.  Raises: Problems."""
-    return plan_of(stack, existing, images=plan.images, prune=plan.prune, removable=plan.removable)
+    return plan_of(
+        stack, existing, images=plan.images, prune=plan.prune, only=plan.only, removable=plan.removable
+    )
 
 
 def freeing(plan: Plan) -> tuple[Change, ...]:

@@ -1,7 +1,7 @@
 """A deploy with its revision: recorded before the first change, and how it ended after the last."""
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -46,6 +46,7 @@ from skep.stack.revisions import (
     newest_deployed,
     state_after,
     summary,
+    with_part,
 )
 
 _RECORDED_WITHIN_S: Final = 60.0
@@ -69,6 +70,10 @@ async def carry_out(
     Nothing is written if the managers would refuse a part of it.  The deploy replaces those of the stack that are under
     way, and is planned again for what these have left.
 
+    A plan for some services only is recorded as the last revision with these services. It is refused while another
+    deploy of the stack is under way, which it would replace and not complete. Without a revision to complete, nothing
+    is recorded.
+
     Args:
         made: gets what was created, for ``undo``.
         failures_max: of a task in a row, after which waiting ends; 0: it does not.
@@ -79,16 +84,19 @@ async def carry_out(
     made = made if made is not None else Made()
     revisions = await known_revisions(client, stack.name)
     made.known = frozenset(one.id for one in revisions)
-    asked = asked_for(stack, plan)
+    whole = _whole(stack, plan, revisions)
+    asked = asked_for(whole or stack, plan)
     if not plan.effective and (
-        not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
+        plan.only or not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
     ):
         await Deployment(client, stack, plan, show, logins, made).apply(wait_s, failures_max)
-        for last in revisions[-1:]:
+        for last in () if plan.only else revisions[-1:]:
             await _complete(client, last, warn)
         return
     await check(client, stack, plan, warn)
-    made.revision = await _recorded(client, stack, plan, warn)
+    if whole is not None:
+        after = revisions[-1].number if plan.only and revisions else None
+        made.revision = await _recorded(client, whole, plan, warn, after=after)
     if made.revision:
         made.claim = Claim(client, asked, made.revision)
     try:
@@ -108,6 +116,28 @@ async def carry_out(
             await _forget(client, one)
     if wait_s is not None:
         await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
+
+
+def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | None:
+    """Return the stack that the revision of a deploy describes, or None if it describes no whole stack.
+
+    Raises: FailedPrecondition: the plan is for some services, and another deploy is under way.
+    """
+    if not plan.only:
+        return stack
+    if not revisions:
+        return with_part(Stack(name=stack.name), stack, plan.only) if plan.is_new else None
+    _check_after(revisions[-1], revisions[-1].number)
+    return with_part(revisions[-1].stack(), stack, plan.only)
+
+
+def _check_after(last: Revision, number: int) -> None:
+    """Raises: FailedPrecondition: ``last``, the newest revision, is another one or is being deployed."""
+    if last.number != number or last.state == DEPLOYING:
+        raise FailedPrecondition(
+            f"another deploy of {last.of} is under way (revision {last.number}), and --only would replace it without "
+            "completing it: rerun this command when it has ended, or deploy without --only"
+        )
 
 
 async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -> Plan:
@@ -134,12 +164,20 @@ async def _end(
         await made.claim.follow()
 
 
-async def _recorded(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None]) -> str:
-    """The id of the revision after all others; empty: there is no room for it."""
+async def _recorded(
+    client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None], *, after: int | None = None
+) -> str:
+    """Return the id of the revision after all others, or an empty string if there is no room for it.
+
+    Args:
+        after: Number of the revision that this one completes, which has to be the newest. None: any.
+    """
     backoff = Backoff(0.05, 2.0)
     deadline = asyncio.get_running_loop().time() + _RECORDED_WITHIN_S
     while asyncio.get_running_loop().time() < deadline:
         revisions = await known_revisions(client, stack.name)
+        if after is not None and revisions:
+            _check_after(revisions[-1], after)
         try:
             body = body_of(stack, plan, revisions[-1].number + 1 if revisions else 1)
         except InvalidArgument as error:

@@ -10,7 +10,7 @@ import base64
 import gzip
 import hashlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -137,6 +137,29 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
             )
         )
     return sorted(made, key=lambda one: one.number)
+
+
+def with_part(base: Stack, stack: Stack, only: Collection[str]) -> Stack:
+    """Return ``base`` with the services ``only`` of ``stack``, for the revision of a deploy of these.
+
+    A secret or config of ``base`` with the same name in the files and other content stays beside the new one, because
+    the other services use it.
+    """
+
+    def files(before: Mapping[str, StackFile], now: Mapping[str, StackFile]) -> dict[str, StackFile]:
+        kept = {
+            key if key not in now or now[key].name == one.name else one.name: one
+            for key, one in before.items()
+        }
+        return {**kept, **now}
+
+    return replace(
+        base,
+        services={**base.services, **{name: stack.services[name] for name in only}},
+        networks={**base.networks, **stack.networks},
+        secrets=files(base.secrets, stack.secrets),
+        configs=files(base.configs, stack.configs),
+    )
 
 
 def asked_for(stack: Stack, plan: Plan) -> Stack:

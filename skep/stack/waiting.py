@@ -11,7 +11,20 @@ import msgspec
 from skep.api.requests import Requests
 from skep.api.waiting import persistently
 from skep.errors import SkepError, Unavailable
-from skep.stack.progress import STEADY_S, Explanation, ServiceProgress, explained, explanation_of
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.unknown import leniently
+from skep.stack.progress import (
+    STEADY_S,
+    UP_TO_DATE,
+    Explanation,
+    ServiceProgress,
+    explained,
+    explanation_of,
+    failed_by_slot,
+    progress_of,
+    running_by_slot,
+)
 
 _LOOK_S = 0.5
 _RESPONSE_TIMEOUT_S: Final = 15.0
@@ -33,6 +46,24 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     current: frozenset[str] = frozenset()
     failed: Mapping[str, Hashable] = {}
     running: Mapping[str, Hashable] = {}
+
+
+async def look_at(client: Requests, word: str) -> Look:
+    """Return the service that ``word`` means, as its tasks show it.  Raises: SkepError."""
+    found = await client.get(f"/services/{word}", timeout_s=_RESPONSE_TIMEOUT_S)
+    filters = {"service": [found["ID"]]}
+    tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+    present = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=_RESPONSE_TIMEOUT_S)
+    current = frozenset(str(one["ID"]) for one in present)
+    shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
+    progress = progress_of(leniently(msgspec.json.encode(found), Service), shown, current)
+    return Look(
+        id=found["ID"],
+        progress=progress,
+        current=current,
+        failed=failed_by_slot(shown, current),
+        running=running_by_slot(shown, current),
+    )
 
 
 class Reasons:

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import AlreadyExists, InvalidArgument, SkepError
+from skep.errors import AlreadyExists, PortTaken, SkepError
 from skep.model.addresses import is_subnet
 from skep.model.history import stack_of
 from skep.model.needs import references_of
@@ -71,8 +71,10 @@ def _service_taken(claim: str, claiming: Service, holder: Service) -> SkepError:
         return AlreadyExists(f"name conflicts with an existing object: service {name} already exists")
     mode = "an ingress" if claim in set(_service_claims(holder)) else "a host-published"
     port = claim.rpartition("/")[2]
-    return InvalidArgument(
-        f"port '{port}' is already in use by service '{holder.spec.name}' ({holder.id}) as {mode} port"
+    return PortTaken(
+        f"port '{port}' is already in use by service '{holder.spec.name}' ({holder.id}) as {mode} port",
+        stack=stack_of(holder.spec.labels),
+        unnamed=f"port '{port}' is already in use by a service of another stack as {mode} port",
     )
 
 

@@ -352,3 +352,51 @@ async def test_a_rollback_to_an_operators_revision_shows_what_it_lacks_and_waits
     assert "skep stack rollback --as-admin --to 4 shop" in err
     code, _, err = await cluster.run("stack", "rollback", "--to", "4", "--as-admin", "shop")
     assert (code, "beyond the role operator:shop: shop_web" in err) == (0, True), err
+
+
+async def listed(cluster: Cluster) -> str:
+    return (await cluster.run("stack", "history", "--format", "{{.Revision}} {{.State}}", "shop"))[1]
+
+
+async def test_a_deploy_of_a_part_is_a_revision_of_the_whole_stack(cluster: Cluster) -> None:
+    cluster.write(FILE % "busybox")
+    assert (await cluster.deploy())[0] == 0
+    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: 'busybox:2'}}\n")
+    code, _, err = await cluster.deploy("--only", "web")
+    assert code == 0, err
+    assert await listed(cluster) == "1 deployed\n2 deployed\n"
+    async with cluster.requests() as client:
+        recorded = (await known_revisions(client, "shop"))[-1].stack()
+    containers = {name: one.spec.task_template.container_spec for name, one in recorded.services.items()}
+    images = {name: one.image.partition("@")[0] for name, one in containers.items() if one is not None}
+    assert images == {"web": "busybox:2", "db": "busybox"}
+    assert (await cluster.deploy("--only", "web"))[0] == 0
+    assert await listed(cluster) == "1 deployed\n2 deployed\n", "nothing was changed"
+
+
+async def test_a_deploy_of_a_part_is_refused_while_another_deploy_is_under_way(cluster: Cluster) -> None:
+    process = await a_waiting_deploy(cluster)
+    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: busybox}}\n")
+    code, _, err = await cluster.deploy("--only", "web")
+    assert (code, "another deploy of shop is under way (revision 1)" in err) == (1, True), err
+    assert await listed(cluster) == "1 deploying\n"
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+
+
+async def test_a_deploy_of_a_part_is_replaced_by_a_newer_deploy(cluster: Cluster) -> None:
+    cluster.write(FILE % "busybox")
+    assert (await cluster.deploy())[0] == 0
+    cluster.write(FILE % HANGS)
+    process = await cluster.start("stack", "deploy", "--resolve-image", "never", "--only", "db")
+    assert process.stderr is not None
+    while b"shop_db: " not in (line := await process.stderr.readline()) or b"tasks" not in line:
+        assert process.returncode is None
+    cluster.write("name: shop\nservices: {web: {image: busybox}, db: {image: 'busybox:3'}}\n")
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+    _, said = await process.communicate()
+    assert (process.returncode, await listed(cluster)) == (
+        1,
+        "1 deployed\n2 replaced by revision 3\n3 deployed\n",
+    ), said

@@ -151,3 +151,23 @@ async def test_a_revision_of_another_stack_tells_nothing_to_any_request(rig: Rig
         _, text, _ = await rig.exchange("operator:shop", request, body, {"X-Skep-Revision": revision.id})
         assert "the revision of this deploy was removed: deploy the stack again" in text, request
         assert "interrupted" not in text
+
+
+async def test_a_refused_port_names_the_service_that_has_it_to_users_who_see_it(rig: Rig) -> None:
+    def published(name: str, stack: str) -> dict[str, Any]:
+        ports = {"EndpointSpec": {"Ports": [{"TargetPort": 80, "PublishedPort": 8080}]}}
+        return {**a_spec(), **ports, "Name": name, "Labels": {STACK_LABEL: stack}}
+
+    wanted = published("shop_web", "shop")
+    status, text, _ = await rig.exchange("operator", "POST /services/create", published("blog_web", "blog"))
+    assert status == 201, text
+    for role, may_see in (("operator:shop", False), (OPERATOR, True)):
+        for request, body in (
+            ("POST /services/create", wanted),
+            ("POST /skep/services/changes", [{"Spec": wanted}]),
+            ("POST /skep/stacks/check", {"Services": [{"Spec": wanted}]}),
+        ):
+            _, text, _ = await rig.exchange(role, request, body)
+            assert "port '8080' is already in use by" in text, text
+            assert ("blog_web" in text) is may_see, text
+            assert ("a service of another stack" in text) is not may_see, text

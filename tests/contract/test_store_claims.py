@@ -238,7 +238,7 @@ async def test_two_services_never_get_one_port(rig: Rig) -> None:
             outcome(rig.other.update(put, using(f"b{number}", ports=(port(10_000 + number, mode),)))),
         )
         kinds = sorted(type(result).__name__ for result in results)
-        assert kinds == ["InvalidArgument", "Service"], f"race {number} ended with {results}"
+        assert kinds == ["PortTaken", "Service"], f"race {number} ended with {results}"
 
     for start in range(0, RACES, AT_ONCE):
         await asyncio.gather(*map(one, range(start, start + AT_ONCE)))

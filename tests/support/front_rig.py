@@ -15,9 +15,12 @@ from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
+from skep.errors import NotFound
+from skep.model.access import Identity
 from skep.node.front.application import Application, Ping, no_ping
 from skep.node.front.handover import Handover
 from skep.node.front.server import DockerSocket, Front
+from skep.node.front.task_requests import TaskContainer
 from skep.node.front.users import ApiTls, Users
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -39,14 +42,11 @@ class Owned:
     def owns_exec(self, id: str) -> bool:
         return False
 
-    def task_of_container(self, word: str) -> str:
-        return ""
+    def container_of(self, identity: Identity, word: str) -> TaskContainer:
+        raise NotFound(f"No such container: {word}")
 
-    def stack_of_container(self, word: str) -> str:
-        return ""
-
-    def task_of_exec(self, id: str) -> str:
-        return ""
+    def container_of_exec(self, identity: Identity, id: str) -> TaskContainer:
+        raise NotFound(f"No such exec instance: {id}")
 
 
 class Member:

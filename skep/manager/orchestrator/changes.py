@@ -11,7 +11,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import SkepError, Unavailable
+from skep.errors import PortTaken, SkepError, Unavailable
 from skep.manager.dependents import requiring, restart_dependents
 from skep.manager.job_runs import settled
 from skep.manager.orchestrator.enforcement import is_unfit
@@ -19,6 +19,7 @@ from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.quotas import claim_service
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
+from skep.model.history import stack_of
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node
@@ -150,7 +151,9 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
     """
     if not isinstance(change, RollBack):
         return None
-    message = _paused_instead(change.message, str(error))
+    is_others = isinstance(error, PortTaken) and error.stack != stack_of(change.service.spec.labels)
+    why = error.unnamed if isinstance(error, PortTaken) and is_others else str(error)
+    message = _paused_instead(change.message, why)
     return SetUpdateStatus(change.service, UpdateState.PAUSED, message)
 
 

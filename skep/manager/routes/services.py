@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.api.identity import identity_of
+from skep.api.permissions import shown_error
 from skep.api.server import (
     ApiVersion,
     Filters,
@@ -225,7 +226,8 @@ async def change_services(request: web.Request) -> web.StreamResponse:
 
     def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
         if isinstance(result, SkepError):
-            return ServiceChanged(error=str(result) or type(result).__name__)
+            error = shown_error(identity_of(request), result)
+            return ServiceChanged(error=str(error) or type(error).__name__)
         warnings = [*placement_warnings(result.spec, after.find(Node))]
         warnings += dropped_warnings(after, result, one.registry_auth, kept.get(one.id, ""))
         return ServiceChanged(id=result.id, warnings=tuple(warnings))

@@ -11,6 +11,7 @@ from skep.aio.clock import SystemClock
 from skep.aio.time_slices import TimeSlices
 from skep.api.identity import identity_of
 from skep.api.networks import NetworkBody, check_form, check_name
+from skep.api.permissions import shown_error
 from skep.api.server import Routes, json_list_response, read_json
 from skep.api.service_form import UNRECOGNIZED, settled
 from skep.errors import AlreadyExists, InvalidArgument, OutOfSequence, SkepError
@@ -20,6 +21,7 @@ from skep.manager.control.new_objects import stack_of
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange
+from skep.model.access import Identity
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
 from skep.model.labels import STACK_REVISION
@@ -89,22 +91,22 @@ class StackRefusal(ApiObject):
 @routes.post("/skep/stacks/check")
 async def check_stack(request: web.Request) -> web.StreamResponse:
     """Try to create and change these objects, each after those before it, and return the refused ones."""
-    manager, by_admin = manager_of(request), identity_of(request).is_admin
+    manager, identity = manager_of(request), identity_of(request)
     refusals: list[StackRefusal] = []
     wanted = await read_check(request)  # before the slot is taken: a client may send it slowly
     async with manager.checks.hold():
         await current_view(request)
         for _ in range(_ATTEMPTS):
             revision = manager.store.view().revision
-            refusals = await _refusals(wanted, manager, by_admin=by_admin)
+            refusals = await _refusals(wanted, manager, identity)
             if not refusals or manager.store.view().revision == revision:
                 break
     return json_list_response(refusals)
 
 
-async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> list[StackRefusal]:
+async def _refusals(wanted: StackCheck, manager: ManagerApi, identity: Identity) -> list[StackRefusal]:
     tx, made, slices = manager.store.rehearsal(), [], TimeSlices(SystemClock())
-    for kind, name, stack, attempt in _attempts(wanted, manager, by_admin=by_admin):
+    for kind, name, stack, attempt in _attempts(wanted, manager, by_admin=identity.is_admin):
         await slices.yield_if_due()
         try:
             attempt(tx)
@@ -116,7 +118,8 @@ async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) 
                 stack_of(one.spec.labels) == stack for one in tx.find(_KINDS[kind], name=name)
             ):
                 continue  # a deploy of the same stack has just created it: this deploy uses or updates it
-            made.append(StackRefusal(kind=kind, name=name, error=str(error) or type(error).__name__))
+            shown = shown_error(identity, error)
+            made.append(StackRefusal(kind=kind, name=name, error=str(shown) or type(shown).__name__))
     return made
 
 

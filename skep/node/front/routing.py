@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote
@@ -10,7 +11,11 @@ import msgspec
 
 from skep.api.framing import is_for_manager, path_of
 from skep.engine.engine import Engine
+from skep.errors import NotFound
+from skep.model.access import Identity
 from skep.model.labels import LABEL_TASK_ID
+from skep.node.front.task_requests import TaskContainer
+from skep.node.visible_containers import visible_container
 
 
 class Destination(Enum):
@@ -37,14 +42,11 @@ class Ownership(Protocol):
     def owns_exec(self, id: str) -> bool:
         """Return whether this node made that exec."""
 
-    def task_of_container(self, word: str) -> str:
-        """Return the id of the task whose container ``word`` means, or an empty string."""
+    def container_of(self, identity: Identity, word: str) -> TaskContainer:
+        """Return the container that ``word`` means to a user.  Raises: NotFound, InvalidArgument."""
 
-    def stack_of_container(self, word: str) -> str:
-        """Return the stack whose label the container has, or an empty string."""
-
-    def task_of_exec(self, id: str) -> str:
-        """Return the id of the task in whose container exec ``id`` runs, or an empty string."""
+    def container_of_exec(self, identity: Identity, id: str) -> TaskContainer:
+        """Return the container in which exec ``id`` runs, if the user sees it.  Raises: NotFound."""
 
     @property
     def has_volumes(self) -> bool:
@@ -75,23 +77,17 @@ class LocalObjects:
         """See ``Ownership``."""
         return self._engine is not None and self._engine.execs.has(id)
 
-    def task_of_container(self, word: str) -> str:
+    def container_of(self, identity: Identity, word: str) -> TaskContainer:
         """See ``Ownership``."""
-        if self._engine is None or not self._engine.has(word):
-            return ""
-        return self._engine.get(word).labels.get(LABEL_TASK_ID, "")
+        found = visible_container(self._engine, identity, word)
+        return TaskContainer(task=found.labels.get(LABEL_TASK_ID, ""), stack=found.stack)
 
-    def stack_of_container(self, word: str) -> str:
+    def container_of_exec(self, identity: Identity, id: str) -> TaskContainer:
         """See ``Ownership``."""
-        if self._engine is None or not self._engine.has(word):
-            return ""
-        return self._engine.get(word).stack
-
-    def task_of_exec(self, id: str) -> str:
-        """See ``Ownership``."""
-        if self._engine is None or not self._engine.execs.has(id):
-            return ""
-        return self.task_of_container(self._engine.execs.get(id).container_id)
+        if self._engine is not None and self._engine.execs.has(id):
+            with suppress(NotFound):
+                return self.container_of(identity, self._engine.execs.get(id).container_id)
+        raise NotFound(f"No such exec instance: {id}")
 
 
 class _Request(msgspec.Struct, frozen=True):

@@ -6,11 +6,14 @@ the service's spec, records the request in the history, and forwards it to the t
 """
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import unquote
 
-from skep.api.permissions import may, rule_for
-from skep.errors import PermissionDenied
+import msgspec
+
+from skep.api.permissions import may, rule_for, sees
+from skep.errors import NotFound, PermissionDenied
 from skep.model.access import EVERY_STACK, Identity, Role
 
 _CONTAINER = re.compile(
@@ -23,17 +26,29 @@ _OF_THE_CLUSTER = frozenset(("pause", "restart", "start", "stop", "unpause"))
 _TASK = re.compile(r"[0-9a-z]+")
 
 
+class TaskContainer(msgspec.Struct, frozen=True):
+    """A container of this node that a user sees."""
+
+    task: str = ""
+    """The id of its task, or empty if it is a plain container."""
+    stack: str = ""
+
+
+_Find = Callable[[Identity, str], TaskContainer]
+
+
 class TaskContainers(Protocol):
-    """The containers of tasks on this node."""
+    """The containers on this node, as a user sees them."""
 
-    def task_of_container(self, word: str) -> str:
-        """Return the id of the task whose container ``word`` means, or an empty string."""
+    @property
+    def has_docker_engine(self) -> bool:
+        """Whether a Docker Engine of this machine may have other containers."""
 
-    def stack_of_container(self, word: str) -> str:
-        """Return the stack whose label the container has, or an empty string."""
+    def container_of(self, identity: Identity, word: str) -> TaskContainer:
+        """Return the container that ``word`` means to a user.  Raises: NotFound, InvalidArgument."""
 
-    def task_of_exec(self, id: str) -> str:
-        """Return the id of the task in whose container exec ``id`` runs, or an empty string."""
+    def container_of_exec(self, identity: Identity, id: str) -> TaskContainer:
+        """Return the container in which exec ``id`` runs, if the user sees it.  Raises: NotFound."""
 
 
 def as_task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
@@ -45,46 +60,46 @@ def as_task_request(identity: Identity, method: str, target: str, containers: Ta
     Raises:
         PermissionDenied: Only the cluster starts, stops and removes the container.  Raised only for operators of its
             stack.
+        NotFound: The user sees no such container, or no such exec.
+        InvalidArgument: The prefix of an id fits several containers that the user sees.
     """
-    found = _CONTAINER.fullmatch(target)
-    if found is not None:
-        task = containers.task_of_container(unquote(found["name"]))
-        pattern, path = f"/containers/{{id}}/{found['what']}", f"container/{found['what']}"
-        is_known = found["what"] in _OF_A_TASK
-    elif (found := _EXEC.fullmatch(target)) is not None:
-        task = containers.task_of_exec(unquote(found["id"]))
-        pattern, path = f"/exec/{{id}}/{found['what']}", f"exec/{found['id']}/{found['what']}"
-        is_known = found["what"] in ("json", "resize", "start")
-    else:
-        _check_removal(identity, method, target, containers)
+    if identity.is_admin:
         return ""
-    if not _TASK.fullmatch(task) or may(identity, rule_for(method, pattern)) is None:
+    try:
+        return _task_request(identity, method, target, containers)
+    except NotFound:
+        # The container may be the engine's, which is for administrators: the refusal of that says so.
+        if containers.has_docker_engine and sees(identity, ""):
+            return ""
+        raise
+
+
+def _task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
+    if (found := _CONTAINER.fullmatch(target)) is not None:
+        pattern, path = f"/containers/{{id}}/{found['what']}", f"container/{found['what']}"
+        is_known, is_of_cluster = found["what"] in _OF_A_TASK, found["what"] in _OF_THE_CLUSTER
+        find: _Find = containers.container_of
+        word = unquote(found["name"])
+    elif (found := _EXEC.fullmatch(target)) is not None:
+        pattern, path = f"/exec/{{id}}/{found['what']}", f"exec/{found['id']}/{found['what']}"
+        is_known, is_of_cluster = found["what"] in ("json", "resize", "start"), False
+        find, word = containers.container_of_exec, unquote(found["id"])
+    elif method == "DELETE" and (found := _REMOVAL.fullmatch(target)) is not None:
+        pattern, path, is_known, is_of_cluster = "/containers/{id}", "", False, True
+        find, word = containers.container_of, unquote(found["name"])
+    else:
+        return ""
+    is_nodes = may(identity, rule_for(method, pattern)) is None
+    if is_nodes or not (is_known or is_of_cluster):
+        return ""
+    container = find(identity, word)
+    if not _TASK.fullmatch(container.task):
         return ""
     if is_known:
-        return f"{found['version'] or ''}/skep/tasks/{task}/{path}{found['query'] or ''}"
-    if found["what"] in _OF_THE_CLUSTER:
-        _check_operator(identity, method, target, containers, unquote(found["name"]))
-    return ""
-
-
-def _check_removal(identity: Identity, method: str, target: str, containers: TaskContainers) -> None:
-    found = _REMOVAL.fullmatch(target) if method == "DELETE" and not identity.is_admin else None
-    if found is not None and containers.task_of_container(unquote(found["name"])):
-        _check_operator(identity, method, target, containers, unquote(found["name"]))
-
-
-def _check_operator(
-    identity: Identity, method: str, target: str, containers: TaskContainers, word: str
-) -> None:
-    """Refuse a request of an operator of the container's stack.  Raises: PermissionDenied, with the command to use
-    instead.
-
-    The response to others must not reveal whether a word means a container, because id prefixes are words.
-    """
-    if (identity.role_in(containers.stack_of_container(word) or EVERY_STACK) or 0) < Role.OPERATOR:
-        return
-    path = target.partition("?")[0]
+        return f"{found['version'] or ''}/skep/tasks/{container.task}/{path}{found['query'] or ''}"
+    if (identity.role_in(container.stack or EVERY_STACK) or 0) < Role.OPERATOR:
+        return ""
     raise PermissionDenied(
-        f"{identity.name} may not {method} {path}: the cluster starts, stops and removes the containers of services. "
-        "Use docker service update --force SERVICE, or docker service scale SERVICE=N"
+        f"{identity.name} may not {method} {target.partition('?')[0]}: the cluster starts, stops and removes the "
+        "containers of services. Use docker service update --force SERVICE, or docker service scale SERVICE=N"
     )

@@ -245,8 +245,8 @@ class _Late(_Services):
             return [an_object("i1", "key"), an_object("i2", "key-v2", "key")]
         if path == "/tasks":
             self._looks += 1
-            return [a_task("i2", "preparing"), a_task("i1")]
-        if self._looks == 2:
+            return [a_task("i2", "preparing") | {"ID": "t2"}, a_task("i1") | {"ID": "t1"}]
+        if self._looks == 4:  # one at what is stuck, three at what is not complete
             raise TimeoutError
         found = await super().get(path, timeout_s=timeout_s)
         return found | {"UpdateStatus": {"State": "paused"}} if path == "/services/stuck" else found
@@ -257,11 +257,50 @@ async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not
 ) -> None:
     monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.0)
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
-    waited = "stuck: 0 of 2 tasks have key-v2; web: 0 of 2 tasks have key-v2"
+    waited = "web: 0 of 2 tasks have key-v2 (skep explain web)"
     problems = "broken: no such mount; stuck: paused (skep explain stuck)"
-    text = re.escape(f"not done within 9 s: {waited}; {problems} (skep explain SERVICE)")
+    text = re.escape(f"not done within 9 s: {waited}; {problems}")
     with pytest.raises(Unavailable, match=f"^{text}$"):
         await _rotate(host, SECRET, "key", None, 9)
+
+
+class _Failing(_Late):
+    """The tasks with the new version fail again and again, or are not started again."""
+
+    def __init__(self, *, is_given_up: bool) -> None:
+        super().__init__({}, "web")
+        self._is_given_up = is_given_up
+
+    async def get(self, path: str, *, timeout_s: float, **query: Any) -> Any:
+        failed = a_task("i2", "failed") | {"ID": "t5", "Slot": 1, "DesiredState": "shutdown"}
+        if path == "/tasks" and "desired-state" not in query["filters"]:
+            return [failed | {"Status": {"State": "failed", "Err": "task: non-zero exit (3)"}}]
+        if path == "/skep/services/web/explain":
+            count = 1 if self._is_given_up else 5
+            problem = {
+                "Kind": "exit",
+                "Failures": count,
+                "TaskID": "t5",
+                "IsGivenUp": self._is_given_up,
+            }
+            return {"Reason": 'exit 3, last line "no such key"', "Problem": problem}
+        self._looks = 0
+        return await super().get(path, timeout_s=timeout_s, **query)
+
+
+@pytest.mark.parametrize(
+    ("is_given_up", "why"),
+    [(True, "not restarted, by its restart policy"), (False, "5 failures in a row")],
+)
+async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, is_given_up: bool, why: str
+) -> None:
+    monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.01)
+    host: Any = _Failing(is_given_up=is_given_up)
+    with pytest.raises(Unavailable) as ended:
+        await _rotate(host, SECRET, "key", None, 9)
+    reason = f'{why}: exit 3, last line "no such key" (skep explain web)'
+    assert str(ended.value) == f"web: 0 of 2 tasks run: {reason}"
 
 
 async def make(host: Any, name: str, **labels: str) -> str:

@@ -155,7 +155,9 @@ async def test_a_full_disk_of_a_bind_mount_does_not_show_its_source(
 
     monkeypatch.setattr(disk_space, "space_of", measure)
     containers = [a_container(config=config)]
-    check = DiskSpace((tmp_path,), lambda: containers, lambda: configuration, conditions, SystemClock())
+    check = DiskSpace(
+        {"data": tmp_path}, lambda: containers, lambda: configuration, conditions, SystemClock()
+    )
     await check.measure()
     assert conditions.present()[DISK_SPACE].startswith("the disk at /proc is 90 % full")
 
@@ -176,7 +178,7 @@ def test_containers_write_to_volumes_and_bind_mounts_that_are_not_read_only() ->
 
 def checking(tmp_path: Path, conditions: Conditions, **settings: int) -> DiskSpace:
     configuration = replace(Configuration(data_dir=tmp_path), **settings)
-    return DiskSpace((tmp_path,), tuple, lambda: configuration, conditions, SystemClock())
+    return DiskSpace({"data": tmp_path}, tuple, lambda: configuration, conditions, SystemClock())
 
 
 async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
@@ -192,7 +194,9 @@ async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
         found.append(sorted(conditions.present()))
     assert found == [[DISK_SPACE], [DISK_PRESSURE], []]
     assert DISK_PRESSURE_LABEL in conditions.labels()  # for half a minute more
-    assert f'skep_disk_used_ratio{{path="{tmp_path}"}} 0.5' in render(disk_families(check.disks)).decode()
+    page = render(disk_families(check.disks)).decode()
+    assert 'skep_disk_used_ratio{disk="data"} 0.5' in page
+    assert str(tmp_path) not in page
 
 
 async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +212,7 @@ async def test_a_disk_that_does_not_answer_hides_no_other(
     config = ContainerConfig(path="sh", mounts=(MountPoint(type="bind", destination="/b", source="/nfs"),))
     configuration = Configuration(data_dir=tmp_path)
     check = DiskSpace(
-        (tmp_path,),
+        {"data": tmp_path},
         lambda: [a_container(config=config)],
         lambda: configuration,
         Conditions(SystemClock()),
@@ -232,7 +236,9 @@ async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
     configuration = Configuration(data_dir=tmp_path)
     conditions = Conditions(SystemClock())
     containers = [a_container(config=config)]
-    check = DiskSpace((tmp_path,), lambda: containers, lambda: configuration, conditions, SystemClock())
+    check = DiskSpace(
+        {"data": tmp_path}, lambda: containers, lambda: configuration, conditions, SystemClock()
+    )
     may_end, looks = threading.Event(), []
 
     def measure(path: str, *, is_own: bool) -> Space:
@@ -272,3 +278,10 @@ async def test_an_own_disk_that_does_not_answer_is_as_full_as_before(
         await check.measure()
         found.append(sorted(conditions.present()))
     assert found == [[DISK_PRESSURE], [DISK_PRESSURE], []]
+
+
+def test_a_disk_of_a_bind_mount_has_its_device_as_name() -> None:
+    disks = [a_disk(10, path="/d"), a_disk(20, device=os.makedev(8, 17), path="/srv/secret", is_own=False)]
+    page = render(disk_families([replace(disks[0], purpose="data"), disks[1]])).decode()
+    assert 'skep_disk_free_bytes{disk="8:17"}' in page
+    assert "/srv" not in page

@@ -1,6 +1,8 @@
 """The page of a node, and the list of nodes for Prometheus."""
 
 import asyncio
+import re
+from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -111,3 +113,13 @@ def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_
         loop.run_until_complete(body())
     finally:
         loop.close()
+
+
+def test_no_metric_has_a_path_as_label() -> None:
+    """Viewers of the cluster read the page, and paths of machines are an administrator's."""
+    page = Path("docs/reference/metrics.md").read_text()
+    labels = {
+        label for row in page.splitlines() if row.startswith("| `") for label in row.split("|")[3].split(", ")
+    }
+    assert "`disk`" in {label.strip() for label in labels}
+    assert not {label for label in labels if re.search("path|file|director|mount", label)}

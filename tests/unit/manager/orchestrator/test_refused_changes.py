@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.errors import ResourceExhausted
+from skep.errors import PortTaken, ResourceExhausted
 from skep.manager.orchestrator import changes
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.loop import Orchestrator
@@ -142,3 +142,15 @@ def test_an_error_leaves_what_a_paused_update_says(led: Led, monkeypatch: pytest
     led.run_for(61)
     assert len(led.store.view().find(Task)) == 2
     assert led.service.update_status == status
+
+
+@pytest.mark.parametrize(("stack", "is_named"), [("shop", True), ("blog", False)])
+def test_a_pause_names_the_service_with_the_port_only_in_its_own_stack(stack: str, is_named: bool) -> None:
+    service = a_service("shop_web")
+    labels = {"com.docker.stack.namespace": "shop"}
+    service = replace(service, spec=replace(service.spec, labels=labels))
+    error = PortTaken(f"in use by '{stack}_db'", stack=stack, unnamed="in use by a service of another stack")
+    found = changes.fallback_for(changes.RollBack(service, changes.ROLLED_BACK), error)
+    assert isinstance(found, changes.SetUpdateStatus)
+    assert (f"{stack}_db" in found.message) is is_named
+    assert found.message.startswith("update paused: cannot roll back: in use by ")

@@ -4,30 +4,44 @@ import pytest
 from aiohttp import web
 
 from skep.api.framing import read_head, with_target
-from skep.api.permissions import rule_for
-from skep.errors import PermissionDenied
+from skep.api.permissions import rule_for, sees
+from skep.errors import NotFound, PermissionDenied
 from skep.manager.routes.reach import routes
 from skep.model.access import Identity, Origin, Role, parse_binding
-from skep.node.front.task_requests import as_task_request
+from skep.node.front.task_requests import TaskContainer, as_task_request
 
 
 class Containers:
     """A task's container, with an exec; a plain container, and one that claims to be an odd task's."""
 
-    def task_of_container(self, word: str) -> str:
-        return {"c1": "t1", "our name": "t1", "odd": "t1/../../services"}.get(word, "")
+    has_docker_engine = False
 
-    def stack_of_container(self, word: str) -> str:
-        return "shop" if word in ("c1", "our name") else ""
+    def container_of(self, identity: Identity, word: str) -> TaskContainer:
+        known = {
+            "c1": TaskContainer("t1", "shop"),
+            "our name": TaskContainer("t1", "shop"),
+            "odd": TaskContainer("t1/../../services", "shop"),
+            "plain": TaskContainer(),
+        }
+        found = known.get(word)
+        if found is None or not sees(identity, found.stack):
+            raise NotFound(f"No such container: {word}")
+        return found
 
-    def task_of_exec(self, id: str) -> str:
-        return "t1" if id == "e1" else ""
+    def container_of_exec(self, identity: Identity, id: str) -> TaskContainer:
+        if id != "e1" or not sees(identity, "shop"):
+            raise NotFound(f"No such exec instance: {id}")
+        return TaskContainer("t1", "shop")
 
 
-def asked(role: str, request: str) -> str:
+class WithEngine(Containers):
+    has_docker_engine = True
+
+
+def asked(role: str, request: str, containers: Containers | None = None) -> str:
     identity = Identity(name="bob", origin=Origin.TOKEN, bindings=(parse_binding(role),))
     method, target = request.split(" ", 1)
-    return as_task_request(identity, method, target, Containers())
+    return as_task_request(identity, method, target, containers or Containers())
 
 
 @pytest.mark.parametrize("role", ["operator:shop", "operator", "viewer"])
@@ -74,10 +88,8 @@ def test_the_exit_code_of_a_command_is_read_by_whoever_may_read_it_here() -> Non
         "GET /containers/c1/logs?stdout=1",
         "GET /containers/c1/top",
         "GET /containers/json",
-        "POST /containers/plain/exec",
         "POST /containers/odd/exec",
         "POST /containers/c1/rename?name=x",
-        "POST /exec/e2/start",
         "POST /services/create",
         "POST /containers/c1/exec/more",
     ],
@@ -108,12 +120,46 @@ def test_what_the_cluster_does_is_refused_with_the_command_that_does_it(request_
         asked("operator:shop", request_line)
 
 
-@pytest.mark.parametrize("role", ["operator:blog", "viewer:shop", "viewer"])
-@pytest.mark.parametrize("request_line", ["POST /containers/{}/stop", "DELETE /containers/{}"])
-def test_a_container_of_another_stack_is_refused_as_a_missing_one(role: str, request_line: str) -> None:
+@pytest.mark.parametrize("role", ["operator:blog", "viewer:blog"])
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        "POST /containers/{}/exec",
+        "POST /containers/{}/attach?stream=1",
+        "POST /containers/{}/kill",
+        "GET /containers/{}/archive?path=/",
+        "POST /containers/{}/stop",
+        "DELETE /containers/{}",
+    ],
+)
+def test_a_container_of_another_stack_is_answered_as_a_missing_one(role: str, request_line: str) -> None:
     """A prefix of an id would otherwise be found letter by letter."""
-    for word in ("c1", "missing"):
-        assert asked(role, request_line.format(word)) == "", "the node answers for any container"
+    for word in ("c1", "plain", "missing"):
+        with pytest.raises(NotFound, match=f"^No such container: {word}$"):
+            asked(role, request_line.format(word))
+
+
+def test_an_exec_in_a_container_of_another_stack_is_answered_as_a_missing_one() -> None:
+    for id in ("e1", "e2"):
+        with pytest.raises(NotFound, match=f"^No such exec instance: {id}$"):
+            asked("operator:blog", f"POST /exec/{id}/start")
+
+
+@pytest.mark.parametrize("role", ["viewer:shop", "viewer"])
+@pytest.mark.parametrize("request_line", ["POST /containers/c1/stop", "DELETE /containers/c1"])
+def test_a_viewer_gets_the_refusal_of_the_node_for_a_container_that_it_sees(
+    role: str, request_line: str
+) -> None:
+    assert asked(role, request_line) == ""
+
+
+def test_a_role_in_the_cluster_sees_plain_containers_and_those_of_an_engine() -> None:
+    assert asked("operator", "POST /containers/plain/exec") == "", "the node says who may"
+    with pytest.raises(NotFound):
+        asked("operator", "POST /containers/missing/exec")
+    assert asked("operator", "POST /containers/missing/exec", WithEngine()) == "", "it may be the engine's"
+    with pytest.raises(NotFound):
+        asked("operator:shop", "POST /containers/missing/exec", WithEngine())
 
 
 def test_an_operator_of_all_stacks_is_told_the_command() -> None:

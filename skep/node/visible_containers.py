@@ -1,0 +1,35 @@
+"""The containers that a user's roles show on this node."""
+
+from skep.api.permissions import sees
+from skep.engine.container import Container
+from skep.engine.engine import Engine
+from skep.errors import InvalidArgument, NotFound
+from skep.model.access import Identity
+
+
+def visible_container(engine: Engine | None, identity: Identity, word: str) -> Container:
+    """Return the container that ``word`` means to ``identity``, which ``docker ps`` shows it.
+
+    A container that the identity may not see is answered as a missing one: otherwise an id could be found letter by
+    letter, as prefixes of ids are words.
+
+    Raises:
+        NotFound: The identity sees no such container.
+        InvalidArgument: The prefix fits several containers that the identity sees.
+    """
+    missing = NotFound(f"No such container: {word}")
+    if engine is None:
+        raise missing
+    ambiguous: InvalidArgument | None = None
+    try:
+        found = engine.get(word)
+        if sees(identity, found.stack):
+            return found
+    except InvalidArgument as error:
+        ambiguous = error
+    shown = [one for one in engine.list() if word and one.id.startswith(word) and sees(identity, one.stack)]
+    if len(shown) == 1:
+        return shown[0]
+    if shown:
+        raise ambiguous or InvalidArgument(f"multiple IDs found with provided prefix: {word}")
+    raise missing
