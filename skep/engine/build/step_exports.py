@@ -60,7 +60,7 @@ async def export_steps(
     """Send steps and their layers; returns the descriptor of the manifest as JSON.  Empty if there are no steps.
 
     Args:
-        media_type: Of the manifest: that of a manifest, or of an index as older versions of BuildKit write it.
+        media_type: Media type of the manifest.  It is an index in the form of older versions of BuildKit.
 
     Raises: NotFound: a layer was removed meanwhile; SkepError.
     """

@@ -4,8 +4,8 @@ The format is BuildKit's, so BuildKit reads such a cache without an error, and t
 finds steps of the other, since the digests of steps are computed differently: here, from the id of the base image and
 the instructions since (``results``).
 
-A cache is what its writer says.  A result counts only if its lower layers are those of the image before the step, so a
-cache can add one layer to a build, and cannot change what the build already has.
+A cache is what its writer says.  A result counts only if its lower layers are the layers of the image before the
+step.  A cache can add one layer to a build, and cannot change what the build already has.
 
 Source: buildkit, cache/remotecache/v1/types/spec.go, cache/remotecache/v1/parse.go, cache/remotecache/inline/inline.go.
 """
@@ -45,7 +45,7 @@ def chosen(records: Sequence[StepRecord], last: str, *, is_max: bool) -> Sequenc
 
     Args:
         last: Key of the target's last step.
-        is_max: Whether the cache gets every step of the build, or only those that the target's layers come from.
+        is_max: Whether the cache gets every step of the build.  Otherwise, the steps of the target and its bases.
     """
     if is_max:
         return records
@@ -177,7 +177,7 @@ class StepTable:
         return len(self._results)
 
     def find(self, step: WantedStep) -> FoundStep | None:
-        """Return the result of a step, if its lower layers are those of the image before the step."""
+        """Return the result of a step, if its lower layers are the layers of the image before the step."""
         for result in self._results.get(step.key, ()):
             layers = self._chain(result.layer, len(step.diff_ids) + 1)
             diff_ids = tuple(layer.diff_id for layer in layers)

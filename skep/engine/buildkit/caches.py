@@ -1,7 +1,7 @@
 """``--cache-from`` and ``--cache-to`` of BuildKit's clients: which sources a build has, and where its steps go.
 
-A source never fails a build: one that is missing, refused or malformed is a warning.  An export that fails does, unless
-its option ``ignore-error`` is set, as in BuildKit.
+A source never fails a build.  If it is missing, refused or malformed, the build has a warning.  A failed export
+fails the build, unless its option ``ignore-error`` is set, as in BuildKit.
 
 Source: moby/buildkit, solver/llbsolver/solver.go (runCacheExporters), cache/remotecache/registry,
 cache/remotecache/local; moby, builder/builder-next/adapters/localinlinecache.
