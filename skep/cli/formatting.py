@@ -1,4 +1,4 @@
-"""Times and numbers for people."""
+"""Formatting of times and numbers for people."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
 def duration(seconds: float) -> str:
-    """``3 s``, ``4m 10s``, ``2h 5m``, ``3d 4h``: the two largest units."""
+    """Format seconds in the two largest units: ``3 s``, ``4m 10s``, ``2h 5m``, ``3d 4h``."""
     whole = max(round(seconds), 0)
     for size, unit in _UNITS:
         if whole >= size:
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds_since(stamp: str, now: float) -> float | None:
-    """Seconds from ``stamp`` to ``now`` (since the epoch), negative before it; None: it is no time."""
+    """Return the seconds from ``stamp`` to ``now``, negative if it is in the future, or None if it is not a time."""
     try:
         return now - unix_ns(Timestamp(stamp)) / SECOND_NS
     except InvalidArgument:
@@ -29,18 +29,18 @@ def seconds_since(stamp: str, now: float) -> float | None:
 
 
 def age(stamp: str, now: float) -> str:
-    """How long ago ``stamp`` was: ``4m 10s``; what is no time is shown as it is."""
+    """Format the time since ``stamp``: ``4m 10s``. Text that is not a time is returned unchanged."""
     seconds = seconds_since(stamp, now)
     return stamp if seconds is None else duration(seconds)
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 node``, ``2 nodes``."""
+    """Return the number with its noun: ``1 node``, ``2 nodes``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows of a table as lines, columns as wide as their widest cell."""
+    """Yield the lines of a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,7 +1,7 @@
-"""``skep``: finds the command, or hands a Docker noun over to docker.
+"""The ``skep`` command. It runs its own commands and passes docker's to docker.
 
-Commands are named by module and attribute and imported when they are run or listed, so ``skep ps`` starts as
-fast as docker does and the commands of other parts (the daemon, the playground) stay out of this one's imports.
+Commands are named by module and attribute and imported only when they run, so ``skep ps`` starts as fast as docker, and
+this module does not import the daemon or the playground.
 """
 
 import difflib
@@ -86,11 +86,11 @@ class Commands(click.Group):
     """Skep's own commands, and docker's nouns behind them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Skep's own; docker's are listed in the epilog."""
+        """List Skep's own commands. The help names docker's."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the command's module; None: neither ours nor docker's."""
+        """Import and return the command, or None if neither Skep nor docker has it."""
         if entry := COMMANDS.get(cmd_name):
             module, _, attribute = entry.location.partition(":")
             command = getattr(importlib.import_module(module), attribute)
@@ -103,7 +103,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click, and similar commands, docker's too, in the error for an unknown one."""
+        """Resolve as click does. The error for an unknown command suggests similar ones, including docker's."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -175,7 +175,7 @@ def main(ctx: click.Context, host: str | None, context: str | None) -> None:
 
 
 def run(arguments: list[str] | None = None) -> Any:
-    """What ``python -m skep.cli.main`` does."""
+    """Run the command line, as ``python -m skep.cli.main`` does."""
     return main(args=arguments, prog_name="skep")
 
 

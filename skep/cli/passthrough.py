@@ -1,4 +1,4 @@
-"""Docker's nouns: ``skep service ls`` runs ``docker service ls`` against Skep's socket."""
+"""Pass-through of docker commands: ``skep service ls`` runs ``docker service ls`` against Skep's socket."""
 
 import os
 import shutil
@@ -21,11 +21,11 @@ _ACTIONS = (
     "start stats stop tag top unpause update version wait"
 )
 NOUNS = frozenset(f"{_OBJECTS} {_ACTIONS}".split())
-"""First words that docker understands.  Those of Skep's own commands win."""
+"""Docker's top-level commands. Skep's own commands take precedence."""
 
 
 def command(*nouns: str) -> click.Command:
-    """A command that executes docker with every argument behind ``nouns`` unchanged, ``--help`` included."""
+    """Return a command that runs docker with all further arguments unchanged, including ``--help``."""
 
     @click.command(
         nouns[-1],
@@ -44,7 +44,10 @@ def command(*nouns: str) -> click.Command:
 
 
 def execute(host: HostOptions, nouns: Sequence[str], words: Sequence[str]) -> None:
-    """Become ``docker NOUNS WORDS`` against the same endpoint.  Raises: click.ClickException: there is no docker."""
+    """Replace this process with ``docker NOUNS WORDS`` for the same endpoint.
+
+    Raises: click.ClickException: docker is not installed.
+    """
     docker = find_docker()
     with errors_shown():
         flags = host.endpoint().docker_flags
@@ -52,9 +55,9 @@ def execute(host: HostOptions, nouns: Sequence[str], words: Sequence[str]) -> No
 
 
 def find_docker() -> str:
-    """The docker command: of the machine, or the one that set-up unpacked into our environment.
+    """Return the path of the docker command: the system's, or the one that ``make setup`` installs.
 
-    Raises: click.ClickException: there is none.
+    Raises: click.ClickException: docker is not installed.
     """
     own = Path(sys.prefix) / "libexec" / "skep" / "docker"
     if path := shutil.which("docker"):
@@ -67,10 +70,10 @@ def find_docker() -> str:
 
 
 class WithDockers(click.Group):
-    """Docker's commands of a noun, except for those that are defined here."""
+    """A group with docker's commands of the same noun, and Skep's own."""
 
     dockers = "ls, create, inspect, rm"
-    """Some of them, for the help."""
+    """Examples for the help."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, cmd_name) or command(str(self.name), cmd_name)
