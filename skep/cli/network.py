@@ -19,7 +19,7 @@ class _Network(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text("Everything else is docker's: skep network create, ls, inspect, rm, prune, ...")
+        formatter.write_text("Other commands are docker's: skep network create, ls, inspect, rm, prune, ...")
 
 
 @click.group(cls=_Network)

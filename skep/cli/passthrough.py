@@ -80,4 +80,4 @@ class WithDockers(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text(f"Everything else is docker's: skep {self.name} {self.dockers}")
+        formatter.write_text(f"Other commands are docker's: skep {self.name} {self.dockers}")

@@ -23,7 +23,7 @@ class _Update(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text("Everything else is docker's: skep update --memory 1g CONTAINER")
+        formatter.write_text("Other commands are docker's: skep update --memory 1g CONTAINER")
 
 
 @click.group(cls=_Update)
