@@ -109,13 +109,19 @@ async def carry_out(
     except BaseException as error:
         await _end(client, made, error, warn)
         raise
-    present = await known_revisions(client, stack.name)
+    kept = await _forget_surplus(client, stack.name)
+    if wait_s is not None:
+        await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
+
+
+async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
+    """Remove the revisions of a stack that are more than it keeps, and return the others."""
+    present = await known_revisions(client, name)
     kept = kept_of(present)
     for one in present:
         if one not in kept:
             await _forget(client, one)
-    if wait_s is not None:
-        await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
+    return kept
 
 
 def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | None:
