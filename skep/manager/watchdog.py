@@ -3,7 +3,7 @@
 The manager's etcd would stay raft's leader whatever the manager does.  When the loop runs no callback for some seconds
 (an endless computation, or a blocking disk), the thread transfers leadership to another manager.  When that lasts
 longer, it dumps the stacks of all threads and ends the process, which is restarted.  A process that is stopped as a
-whole stops this thread as well, which the supervisor detects (``node.supervision.answers``).
+whole stops this thread as well, which the supervisor detects (``node.supervision.responses``).
 """
 
 import asyncio
