@@ -46,7 +46,8 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
         verdicts = [_with_home(one, *elsewhere[0]) for one in verdicts]
     task = with_damage(view, replace(task, status=known_status(view, task)))
     nodes = {node.id: node for node in view.find(Node)}
-    explanation = explain_task(task, nodes.get(task.node_id), verdicts, slot_in(view, task), nodes)
+    slot, now_ns = slot_in(view, task), SystemClock().now_ns()
+    explanation = explain_task(task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     if task.node_id and elsewhere:
@@ -71,6 +72,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         wanted=status.desired_tasks,
         done=status.completed_tasks if service.job_status is None else 0,
         nodes=nodes,
+        now_ns=SystemClock().now_ns(),
         is_new=lambda task: is_up_to_date(view, task),
     )
     usages = await manager_of(request).collect_usages() if AUTOSCALE in service.spec.labels else {}
