@@ -23,13 +23,12 @@ from skep.model.encoding import ApiObject, always
 from skep.model.history import masked_text
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
+from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
 from skep.model.times import SECOND_NS, ZERO_TIME, Timestamp, unix_ns
 
-NO_NODE: Final = "no suitable node"
-_TOO_LITTLE: Final = "insufficient resources"
 _NEVER_STARTED: Final = "starting container failed"
 _CONTAINER_GONE: Final = "No such container"
 _UNHEALTHY: Final = "dockerexec: unhealthy container"
@@ -359,7 +358,7 @@ def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
     """Return that no node is as large as a pending task needs, or an empty text if it waits for another reason."""
     resources = task.spec.resources
     needs = resources.reservations if resources is not None else None
-    if needs is None or _TOO_LITTLE not in task.status.err or not nodes:
+    if needs is None or not nodes or NodeRefusal.RESOURCES not in node_refusals_in(task.status.err):
         return ""
     by_name = sorted(nodes.values(), key=lambda node: (node.description.hostname, node.id))
     cpus = max(by_name, key=lambda node: node.description.resources.nano_cpus)
