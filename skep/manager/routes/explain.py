@@ -41,8 +41,8 @@ from skep.store.kinds import as_run, spec_of
 routes = Routes()
 
 
-class _Asked(msgspec.Struct, frozen=True):
-    """What the scheduler's filters say of a task that waits for a node.
+class _Verdicts(msgspec.Struct, frozen=True):
+    """Results of the scheduler's filters for a task that waits for a node.
 
     If no node would take it, ``priority`` tells how priorities affect it, and ``closest`` which node has most of the
     resources that it needs.
@@ -60,7 +60,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     task = task_named(view, request.match_info["id"])
     named = names_for(identity_of(request))
     is_pending = task.status.state is TaskState.PENDING
-    found = await _asked(view, task, named) if is_pending else _Asked()
+    found = await _read_verdicts(view, task, named) if is_pending else _Verdicts()
     verdicts, priority = list(found.verdicts), found.priority
     elsewhere = volumes_elsewhere(task, view)
     if elsewhere and must_wait(task, view) and not task.node_id:
@@ -105,14 +105,16 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     )
     waiting = next((one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING), None)
     if waiting is not None:
-        explanation = _with_figures(explanation, await _asked(view, waiting, names_for(identity_of(request))))
+        explanation = _with_figures(
+            explanation, await _read_verdicts(view, waiting, names_for(identity_of(request)))
+        )
     damage = damage_of(view, Service, service.id)
     return json_response(
         replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation
     )
 
 
-def _with_figures(explanation: ServiceExplanation, found: _Asked) -> ServiceExplanation:
+def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:
     """Add what other services have reserved if that is the reason, and how priorities affect the waiting task.
 
     Rows of ``skep status`` have no such figures: they need a count of the cluster's tasks.
@@ -131,8 +133,8 @@ def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
     return one if one.node_id == home else replace(one, reasons=(*one.reasons, words))
 
 
-async def _asked(view: View, task: Task, named: ServiceNames) -> _Asked:
-    """Ask the scheduler's filters about ``task``, on all nodes or only on the node that it was created for."""
+async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdicts:
+    """Apply the scheduler's filters to ``task``, on all nodes or only on the node that it was created for."""
     own_spec = spec_of(view, task)
     accounting = await accounting_of(view)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
@@ -144,9 +146,9 @@ async def _asked(view: View, task: Task, named: ServiceNames) -> _Asked:
         if task.node_id in ("", account.node.id)
     ]
     if task.status.err.startswith(WAITS_FOR) or not all(one.reasons for one in verdicts):
-        return _Asked(verdicts)
+        return _Verdicts(verdicts)
     work = explaining_priority(task, requirements, accounting, view, named)
-    return _Asked(
+    return _Verdicts(
         verdicts,
         priority=await result_in_slices(work, SystemClock()),
         closest="" if task.node_id else closest_node(requirements, accounting),
