@@ -92,6 +92,17 @@ def test_only_the_clock_reads_the_clock() -> None:
     assert found == []
 
 
+def test_only_the_security_package_makes_certificates() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno} {owner}.{name}()"
+        for path, tree in modules()
+        if part(path) != "security"
+        for call, owner, name in calls(tree)
+        if name == "CertificateBuilder"
+    ]
+    assert found == []
+
+
 def test_every_task_has_a_parent() -> None:
     """asyncio.create_task and ensure_future start tasks without a parent: use a TaskGroup."""
     found = [

@@ -42,6 +42,7 @@ from skep.stack.cluster_state import (
     check,
     config_names,
     existing_of,
+    kept_images,
     known_revisions,
     pinned_images,
     with_placements,
@@ -288,13 +289,10 @@ async def _plan(
             for one in stack.services.values()
             if one.build and one.spec.task_template.container_spec
         }
-        names = {
-            one.spec.task_template.container_spec.image
-            for name, one in stack.services.items()
-            if one.spec.task_template.container_spec and (not only or name in only)
-        }
+        chosen = [one.spec for name, one in stack.services.items() if not only or name in only]
+        names = {one.task_template.container_spec.image for one in chosen if one.task_template.container_spec}
         asked = (name for name in names if name not in local or registry_of(name))
-        images = await pinned_images(client, asked, warn, logins)
+        images = await pinned_images(client, asked, warn, logins, kept_images(chosen, existing.services))
     images = {**images, **built}
     return plan_of(stack, existing, images=images, prune=prune, only=only)
 

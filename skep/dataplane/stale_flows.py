@@ -3,11 +3,13 @@
 import socket
 from collections.abc import Collection
 from functools import cache
+from ipaddress import ip_address
 
 import structlog
 
 from skep.dataplane.netns import conntrack
 from skep.dataplane.plan.flows import StalePort, is_stale
+from skep.linux.route_lookup import route_to
 
 log = structlog.get_logger()
 
@@ -32,11 +34,5 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
 
 
 def is_local_address(address: str) -> bool:
-    """Return whether a socket in the calling thread's namespace can have ``address``."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as one:
-        try:
-            one.bind((address, 0))
-        except OSError:
-            return False
-    return True
+    """Return whether the calling thread's namespace has ``address``, by the rule that leads packets to the port."""
+    return route_to(ip_address(address)).is_local

@@ -21,6 +21,7 @@ from skep.manager.reasons import (
     failure_of,
     hostname,
     last_failure,
+    loop_ends_ns,
     problem_of,
     problems_of,
     slot_of,
@@ -145,6 +146,7 @@ def explain_task(
     verdicts: Sequence[NodeVerdict] = (),
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
+    now_ns: int = 0,
 ) -> TaskExplanation:
     """Return the explanation of ``task``.
 
@@ -152,6 +154,7 @@ def explain_task(
         verdicts: Verdicts of all nodes, for a task that waits for a node.
         slot: Tasks of the same slot.
         nodes: Nodes of the cluster.
+        now_ns: Unix time.  With 0, no running task is in a crash loop.
     """
     code = exit_code(task)
     return TaskExplanation(
@@ -160,7 +163,7 @@ def explain_task(
         state=task.status.state,
         desired_state=task.desired_state,
         since=task.status.timestamp,
-        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node, slot, nodes),
+        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node, slot, nodes, now_ns),
         message=task.status.message,
         err=task.status.err,
         node_id=task.node_id,
@@ -191,12 +194,14 @@ def explain_service(
     *,
     wanted: int,
     nodes: Mapping[NodeId, Node],
+    now_ns: int,
     is_new: Callable[[Task], bool] = lambda _: True,
     done: int = 0,
 ) -> ServiceExplanation:
     """Return why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
 
     Args:
+        now_ns: Unix time.  Running tasks of a crash loop need it (``reasons.loop_ends_ns``).
         done: Slots of a one-shot service that are done, which need no running task.
         is_new: Returns whether a task matches the current spec.
     """
@@ -204,7 +209,7 @@ def explain_service(
     if is_job:
         tasks = of_present_run(service, tasks)
     running = sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
-    problems = problems_of(service, tasks, nodes, wanted=wanted)
+    problems = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns)
     failed = [
         (task, failure_of(task)[1])
         for task in tasks
@@ -235,7 +240,7 @@ def explain_service(
             tasks,
             is_new=is_new,
             nodes=nodes,
-            summary=lambda task, node: summary(task, node, _slot_of(task, tasks), nodes),
+            summary=lambda task, node: summary(task, node, _slot_of(task, tasks), nodes, now_ns),
         ),
     )
 
@@ -259,12 +264,18 @@ def summary(
     node: Node | None,
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
+    now_ns: int = 0,
 ) -> str:
-    """Return a sentence about ``task``: why it does not run, and how often it failed."""
+    """Return a sentence about ``task``: why it does not run, and how often it failed.
+
+    A task that runs hides earlier failures once it has ended its slot's crash loop.
+    """
     status = task.status
     match status.state:
         case TaskState.RUNNING if task.preemption is not None:
             return f"it leaves {hostname(node, task)}: {task.preemption.words}"
+        case TaskState.RUNNING if loop_ends_ns(task, now_ns) is None:
+            return f"it runs on {hostname(node, task)}"
         case TaskState.SHUTDOWN if task.preemption is not None:
             return f"it was {task.preemption.words}"
         case TaskState.FAILED | TaskState.REJECTED:

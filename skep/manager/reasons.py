@@ -2,7 +2,8 @@
 
 If something blocks a task now, such as a missing node or another service, that is the reason.  Otherwise it is the last
 failure in the task's slot, which a new attempt does not hide while it is prepared or started.  A reason has no counts
-and no countdowns, so it stays the same between two attempts.  Those are separate fields.
+and no countdowns, so it stays the same between two attempts.  Those are separate fields.  In a crash loop, it stays
+until a task has run long enough to end the loop.
 
 A container that Skep itself killed shows why: the failed health check or the memory limit, not the signal.  Pure.
 """
@@ -16,18 +17,18 @@ from typing import Final
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.jobs import is_done
+from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.history import masked_text
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
+from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
-from skep.model.times import ZERO_TIME, Timestamp, unix_ns
+from skep.model.times import SECOND_NS, ZERO_TIME, Timestamp, unix_ns
 
-NO_NODE: Final = "no suitable node"
-_TOO_LITTLE: Final = "insufficient resources"
 _NEVER_STARTED: Final = "starting container failed"
 _CONTAINER_GONE: Final = "No such container"
 _UNHEALTHY: Final = "dockerexec: unhealthy container"
@@ -160,6 +161,20 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         since=task.status.timestamp,
         next_attempt=next_attempt,
     )
+
+
+def loop_ends_ns(task: Task, now_ns: int) -> int | None:
+    """Return when the running ``task`` ends its slot's crash loop, as Unix time, or None if it is in none.
+
+    This is the orchestrator's rule: a task that ran for ``STABLE_S`` is not part of a crash loop.  The start is a time
+    of the node's clock.  If the two clocks differ by more than ``STABLE_S``, the task counts as stable at once.
+    """
+    restart = task.restart
+    if task.status.state is not TaskState.RUNNING or restart is None or restart.failures < LOOP_FROM:
+        return None
+    stable_ns = int(STABLE_S * SECOND_NS)
+    started_ns = unix_ns(task.status.timestamp)
+    return started_ns + stable_ns if abs(now_ns - started_ns) < stable_ns else None
 
 
 def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
@@ -343,7 +358,7 @@ def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
     """Return that no node is as large as a pending task needs, or an empty text if it waits for another reason."""
     resources = task.spec.resources
     needs = resources.reservations if resources is not None else None
-    if needs is None or _TOO_LITTLE not in task.status.err or not nodes:
+    if needs is None or not nodes or NodeRefusal.RESOURCES not in node_refusals_in(task.status.err):
         return ""
     by_name = sorted(nodes.values(), key=lambda node: (node.description.hostname, node.id))
     cpus = max(by_name, key=lambda node: node.description.resources.nano_cpus)
@@ -361,13 +376,14 @@ def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
 
 
 def problems_of(
-    service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node], *, wanted: int
+    service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node], *, wanted: int, now_ns: int
 ) -> list[Problem]:
     """Return the problem of each slot that is not in its desired state, the most important first.
 
     Args:
         tasks: All tasks of the service, ended ones included.  For a job, the tasks of its current run.
         wanted: Desired number of tasks that run at the same time.
+        now_ns: Unix time.  A task in a crash loop is a problem until it has run long enough.
     """
     slots: dict[tuple[int, NodeId], list[Task]] = defaultdict(list)
     for task in tasks:
@@ -381,7 +397,11 @@ def problems_of(
         active += bool(current)
         if not current and _ended_in_failure(service, slot):
             failed.append(slot[-1])
-        behind = [task for task in current if task.status.state is not TaskState.RUNNING]
+        behind = [
+            task
+            for task in current
+            if task.status.state is not TaskState.RUNNING or loop_ends_ns(task, now_ns) is not None
+        ]
         found += [problem_of(task, slot, nodes, name_of(task, service, nodes)) for task in behind]
     if active < wanted or service.job_status is not None:
         found += [_failure(task, nodes, name_of(task, service, nodes)) for task in failed]

@@ -6,8 +6,9 @@ Source: swarmkit, ca/certificates.go; docker's acceptance of each field was trie
 """
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 from cryptography import x509
@@ -210,6 +211,36 @@ class Authority:
         )
         return f"{serial:x}", pem(builder.sign(self._key, hashes.SHA256()))
 
+    def issue_server(
+        self, public_key: PublicKey, name: str, addresses: Iterable[str], lifetime: timedelta
+    ) -> bytes:
+        """Return a certificate (PEM) for a TLS server that is not a node, for servers only.
+
+        Args:
+            name: The subject, and the first name that clients may use.
+            addresses: More DNS names and IP addresses that clients may use.
+        """
+        now = moment(self._clock.now_ns())
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(self._certificate.subject)
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - BACKDATE)
+            .not_valid_after(min(now + lifetime, self._certificate.not_valid_after_utc))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(self._key_identifier, critical=False)
+            .add_extension(
+                x509.SubjectAlternativeName([_general_name(one) for one in (name, *addresses)]),
+                critical=False,
+            )
+        )
+        return pem(builder.sign(self._key, hashes.SHA256()))
+
     def cross_sign(self, other: x509.Certificate) -> bytes:
         """Return the root ``other`` as an intermediate (PEM) signed by this root.
 
@@ -234,6 +265,13 @@ class Authority:
     @property
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
         return x509.AuthorityKeyIdentifier(_subject_identifier(self._certificate).digest, None, None)
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
 
 
 def names_of(identity: Identity) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What the cluster has and what it says of a plan: read before anything is changed."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from skep.api.requests import Requests
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, SkepError
 from skep.model.encoding import to_json
 from skep.model.labels import STACK_REVISION
-from skep.model.service import Service
+from skep.model.service import Service, ServiceSpec
 from skep.model.unknown import leniently
 from skep.stack.document import Place, Problem, Problems
 from skep.stack.planning import Action, Change, Existing, Placement, Plan, freeing
@@ -83,10 +83,11 @@ async def pinned_images(
     names: Iterable[str],
     warn: Callable[[str], None],
     logins: Mapping[str, str] = NO_LOGINS,
+    kept: Collection[str] = (),
 ) -> dict[str, str]:
     """Of image names, the names with the digests that their registries give; those that none gives are left out.
 
-    ``logins``: by image name.
+    ``logins``: by image name.  ``kept``: images that cause no warning (``kept_images``).
     """
     limit, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
 
@@ -106,9 +107,26 @@ async def pinned_images(
                 return name, ""
 
     found = await asyncio.gather(*(pinned(name) for name in sorted(set(names))))
-    if failed:
-        warn(_unpinned(failed))
+    if unknown := {name: error for name, error in failed.items() if name not in kept}:
+        warn(_unpinned(unknown))
     return {name: image for name, image in found if image}
+
+
+def kept_images(services: Iterable[ServiceSpec], existing: Iterable[Service]) -> set[str]:
+    """Return the images that all of ``services`` with them run already without a digest, such as local images.
+
+    The deploy that began to use them gave the warning.  An image with a digest is not among them: its registry
+    responded then, and a user who deploys again may want the newest version.
+    """
+    present = {one.spec.name: _image_of(one.spec) for one in existing}
+    wanted = {one.name: _image_of(one) for one in services}
+    changed = {image for name, image in wanted.items() if present.get(name) != image}
+    return {*wanted.values()} - changed
+
+
+def _image_of(spec: ServiceSpec) -> str:
+    container = spec.task_template.container_spec
+    return container.image if container is not None else ""
 
 
 async def known_revisions(client: Requests, stack: str) -> list[Revision]:

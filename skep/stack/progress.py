@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
+from skep.model.node_refusals import is_no_node
 from skep.model.service import RestartCondition, Service, UpdateState
 from skep.model.task import Task, TaskState
 
@@ -35,7 +36,6 @@ _STUCK = (
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 _UNPREPARED: Final = frozenset({"rejected", "start-failed"})
 _NOT_STARTED: Final = "starting container failed"
-_NO_NODE: Final = "no suitable node"
 _COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
 
 
@@ -254,7 +254,7 @@ def _problem(tasks: Sequence[Task]) -> Problem:
     )
     if not longest:
         is_unplaced = any(
-            task.status.state is TaskState.PENDING and task.status.err.startswith(_NO_NODE) for task in tasks
+            task.status.state is TaskState.PENDING and is_no_node(task.status.err) for task in tasks
         )
         return Problem(kind="no-node") if is_unplaced else Problem()
     last = longest[-1]

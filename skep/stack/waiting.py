@@ -66,6 +66,20 @@ async def look_at(client: Requests, word: str) -> Look:
     )
 
 
+class HeldTimes:
+    """Since when facts have held at each look.  Pure: times are arguments, in seconds on one clock."""
+
+    def __init__(self) -> None:
+        self._since: dict[Hashable, float] = {}
+
+    def held_s(self, fact: Hashable, now: float, *, holds: bool) -> float:
+        """Return the seconds for which ``fact`` has held at each look, or 0 if it does not hold at ``now``."""
+        if holds:
+            return now - self._since.setdefault(fact, now)
+        self._since.pop(fact, None)
+        return 0.0
+
+
 class Reasons:
     """The managers' reasons why services that are waited for do not run."""
 
@@ -73,8 +87,8 @@ class Reasons:
         """``failures_max``: of a task in a row, after which waiting ends; 0: it does not."""
         self._client = client
         self._failures_max = failures_max
-        self._since: dict[tuple[str, str], float] = {}
-        """What holds of a service (or that a task of it runs) -> since when, by the event loop's clock."""
+        self._times = HeldTimes()
+        """Times of a service's facts and of its running tasks, on the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
         """Tasks that were seen to have failed, by service, with their slots; None: of one that ran again since."""
         self._began: float | None = None
@@ -101,25 +115,18 @@ class Reasons:
                 explanation,
                 current=looks[name].current,
                 failures_max=self._failures_max,
-                unplaced_s=self._held_s(name, "no-node", now, holds=problem.kind == "no-node"),
-                given_up_s=self._held_s(name, "given up", now, holds=problem.is_given_up),
+                unplaced_s=self._times.held_s((name, "no-node"), now, holds=problem.kind == "no-node"),
+                given_up_s=self._times.held_s((name, "given up"), now, holds=problem.is_given_up),
                 seen=seen[name],
             )
         return made
-
-    def _held_s(self, name: str, what: str, now: float, *, holds: bool) -> float:
-        """Seconds for which ``what`` has held at each look."""
-        if holds:
-            return now - self._since.setdefault((name, what), now)
-        self._since.pop((name, what), None)
-        return 0.0
 
     def _seen(self, name: str, look: Look, now: float) -> int:
         """How often the worst slot has failed since the wait began, or since a task of it ran for ``STEADY_S``."""
         failed = self._failed.setdefault(name, {})
         failed |= {id: slot for id, slot in look.failed.items() if id not in failed}
         for task, running in look.running.items():
-            if self._held_s(name, task, now, holds=True) >= STEADY_S:
+            if self._times.held_s((name, task), now, holds=True) >= STEADY_S:
                 failed |= {id: None for id, slot in failed.items() if slot == running}
         return max(Counter(slot for slot in failed.values() if slot is not None).values(), default=0)
 
@@ -137,16 +144,16 @@ class Steadiness:
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
-        self._since: dict[str, float] = {}
+        self._done = HeldTimes()
 
     def is_steady(self, name: str, found: ServiceProgress, now: float) -> bool:
         """Whether a service that is done at ``now`` needs no further look; ``now``: seconds of one clock."""
+        done_s = self._done.held_s(name, now, holds=found.is_done)
         if not found.is_done:
-            self._since.pop(name, None)
             if found.problem.failures:
                 self._failed.add(name)
             return False
-        return name not in self._failed or now - self._since.setdefault(name, now) >= STEADY_S
+        return name not in self._failed or done_s >= STEADY_S
 
 
 async def wait_done(

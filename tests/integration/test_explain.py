@@ -27,7 +27,7 @@ def test_a_service_without_a_node_says_which_filter_refused_and_its_task_what_ea
     assert refusal in m1.docker("service", "ps", "--no-trunc", "web").stdout
     (task,) = m1.client().api.tasks(filters={"service": "web"})
     reported = explained(m1, task["ID"])
-    assert "921600 MiB of memory wanted" in reported
+    assert "921600 MiB of memory requested" in reported
     assert "constraints not satisfied: node.labels.zone == north" in reported
 
 

@@ -8,10 +8,8 @@ import re
 import socket
 import ssl
 import stat
-import struct
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -19,6 +17,7 @@ import msgspec
 from skep.api.gosyntax import parse_port
 from skep.engine.log_drivers.message import Undeliverable
 from skep.errors import InvalidArgument
+from skep.linux.route_lookup import route_to
 
 CONNECT_S = 10.0
 """Deadline of one attempt to connect."""
@@ -81,12 +80,12 @@ class Guard:
             return
         found = ipaddress.ip_address(address.partition("%")[0])
         found = getattr(found, "ipv4_mapped", None) or found
-        is_own, device = _route_to(found)
-        if found.is_loopback or found.is_unspecified or is_own:
+        route = route_to(found)
+        if found.is_loopback or found.is_unspecified or route.is_own:
             raise PermissionError(errno.EACCES, f"{address} is an address of this machine, which {_WHO}")
         if found.is_link_local:
             raise PermissionError(errno.EACCES, f"{address} is a link-local address, which {_WHO}")
-        if _OF_CONTAINERS.fullmatch(device):
+        if _OF_CONTAINERS.fullmatch(route.device):
             raise PermissionError(errno.EACCES, f"{address} is a container of this machine, which {_WHO}")
         if str(found) in self._peers():
             raise PermissionError(errno.EACCES, f"{address} is an address of another node, which {_WHO}")
@@ -98,43 +97,11 @@ ANYWHERE = Guard(is_restricted=False)
 """Guard for administrators' containers."""
 
 
-_RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
-_HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
-_OWN_TYPES = frozenset({2, 3, 4})
-"""RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
 _OF_CONTAINERS = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
 """Container interfaces in the machine's own namespace, of Skep and of a Docker Engine next to it.
 
 Unpublished ports of containers are open there.
 """
-
-
-def _route_to(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[bool, str]:
-    """Return whether ``address`` belongs to this machine, and the device to which the kernel routes its packets.
-
-    A test by bind would accept every address where ``ip_nonlocal_bind`` is set, as by keepalived.
-    Source: linux/rtnetlink.h.
-    """
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    body = _ROUTE.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(address.packed), _RTA_DST) + address.packed
-    header = _HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0)
-    with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
-    ) as kernel:
-        kernel.send(header + body)  # the kernel has responded once this returns
-        response = kernel.recv(4096)
-    if _HEADER.unpack_from(response)[1] == _NLMSG_ERROR:  # no route, so the connection will fail by itself
-        return False, ""
-    is_own = _ROUTE.unpack_from(response, _HEADER.size)[7] in _OWN_TYPES
-    at, device = _HEADER.size + _ROUTE.size, ""
-    while at + _ATTRIBUTE.size <= len(response):
-        size, kind = _ATTRIBUTE.unpack_from(response, at)
-        if kind == _RTA_OIF:
-            with suppress(OSError):  # the device was just removed
-                device = socket.if_indextoname(int.from_bytes(response[at + 4 : at + 8], sys.byteorder))
-        at += max(-(-size // 4) * 4, 4)
-    return is_own, device
 
 
 class Connection(Protocol):

@@ -9,13 +9,11 @@ from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
 from skep.model.needs import Needs, holds_of, host_ports, kind_and_amount, may_block, needs_of
 from skep.model.node import Node
+from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
 
-_IS_FULL = "max replicas per node"
-"""Words of the scheduler's refusal for nodes that have the maximum number of the service's tasks."""
-_TOO_LITTLE = "insufficient resources"
-_PLACES = (_IS_FULL, _TOO_LITTLE, "host-mode port already in use", "disk full")
+_FREED = {NodeRefusal.MAX_REPLICAS, NodeRefusal.RESOURCES, NodeRefusal.HOST_PORT, NodeRefusal.DISK}
 """Refusals that the end of a task may resolve.  The first filter that refuses a node hides later ones."""
 
 
@@ -52,15 +50,16 @@ def excludes(serving: Task, task: Task, situation: Situation) -> bool:
     if not _is_refused_place(task, needs, situation.node_of(serving)):
         return False
     has_same_port = not set(host_ports(situation.spec_of(serving))).isdisjoint(needs.host_ports)
-    is_full = needs.max_replicas == 1 or (needs.max_replicas > 1 and _IS_FULL in task.status.err)
+    is_refused = NodeRefusal.MAX_REPLICAS in node_refusals_in(task.status.err)
+    is_full = needs.max_replicas == 1 or (needs.max_replicas > 1 and is_refused)
     return has_same_port or is_full
 
 
 def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
     """Whether the refusal of ``task`` names a place that the end of a task on ``node`` may free."""
-    named = [one for one in _PLACES if one in task.status.err]
+    named = _FREED & node_refusals_in(task.status.err)
     if node is not None and not _is_large_enough(node, needs):
-        named = [one for one in named if one != _TOO_LITTLE]
+        named -= {NodeRefusal.RESOURCES}
     return bool(named)
 
 

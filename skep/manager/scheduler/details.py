@@ -33,7 +33,12 @@ def disk(requirements: Requirements, account: Account, copies: int) -> str:
 
 def shortages(requirements: Requirements, account: Account, copies: int) -> str:
     """Return what the task needs and how much of it is not reserved yet."""
-    return "insufficient resources: " + "; ".join(_shortages(requirements, account))
+    return f"insufficient resources: {amounts_missing(requirements, account)}"
+
+
+def amounts_missing(requirements: Requirements, account: Account) -> str:
+    """Return the resources of which the node has too little left, with both amounts."""
+    return "; ".join(_shortages(requirements, account))
 
 
 def unmet_constraints(requirements: Requirements, account: Account, copies: int) -> str:

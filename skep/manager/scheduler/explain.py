@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources, usage_in
+from skep.manager.scheduler.details import amounts_missing
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.preemption import AT_ONCE, Candidate, Occupants, making_nominations
 from skep.manager.scheduler.priorities import Priorities
@@ -16,6 +17,7 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import PRIORITY_MAX, allows_preemption
+from skep.model.node_refusals import NodeRefusal
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
@@ -42,6 +44,38 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
     )
     node = account.node
     return NodeVerdict(node_id=node.id, hostname=node.description.hostname, reasons=refusals)
+
+
+def closest_node(requirements: Requirements, accounting: Accounting) -> str:
+    """Return which node comes closest to the resources that a task needs, and how much of them is not reserved there.
+
+    Only nodes that refuse the task for their resources alone count.  The text is empty if there is none.
+    """
+    copies = accounting.copies(requirements.service_id)
+    filters = filters_for(requirements)
+    found = [
+        account
+        for account in accounting.accounts.values()
+        if [one.refusal for one in filters if not one.passes(requirements, account, copies[account.node.id])]
+        == [NodeRefusal.RESOURCES]
+    ]
+    if not found:
+        return ""
+    best = min(
+        found, key=lambda account: (_missing(requirements, account), account.node.description.hostname)
+    )
+    name = best.node.description.hostname or best.node.id
+    return f"{name} comes closest: {amounts_missing(requirements, best)}"
+
+
+def _missing(requirements: Requirements, account: Account) -> tuple[int, float]:
+    """Return how far a node is from the resources that a task needs: missing kinds, and the largest missing share."""
+    amounts = (
+        (requirements.nano_cpus, account.free_nano_cpus),
+        (requirements.memory_bytes, account.free_memory_bytes),
+    )
+    generic = sum(not account.generic.has(one) for one in requirements.generic)
+    return generic, max(((wanted - free) / wanted for wanted, free in amounts if wanted), default=0.0)
 
 
 def reserve_for(accounting: Accounting, task: Task, view: View) -> None:

@@ -1,4 +1,4 @@
-"""Filters: which nodes can run a task, and why the others cannot, in Docker's words.
+"""Filters: which nodes can run a task, and why the others cannot.
 
 The first filter that refuses a node wins.  The order is swarmkit's, so that an explanation counts each node under the
 same heading.
@@ -20,6 +20,7 @@ from skep.model.constraints import meets
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, EnginePlugin, NodeState
+from skep.model.node_refusals import NodeRefusal, refusals_text
 from skep.model.planes import DOCKER, SKEP, plane_of_node
 from skep.model.rights import missing_devices
 from skep.model.service import Platform
@@ -34,8 +35,7 @@ class Filter(msgspec.Struct, frozen=True):
     """Whether the filter is relevant for the requirements."""
     passes: Callable[[Requirements, Account, int], bool]
     """Whether the node passes.  The number is the node's count of the service's wanted tasks."""
-    refusal: str
-    """Refusal text, with ``{nodes}`` for "1 node" or "3 nodes"."""
+    refusal: NodeRefusal
     detail: Callable[[Requirements, Account, int], str]
     """Returns the refusal of one node, with the compared values."""
     is_lasting: bool = False
@@ -130,7 +130,7 @@ FILTERS = (
     Filter(
         lambda requirements: True,
         _is_ready,
-        "{nodes} not available for new tasks",
+        NodeRefusal.NOT_READY,
         details.readiness,
         is_lasting=True,
     ),
@@ -139,21 +139,21 @@ FILTERS = (
             requirements.nano_cpus or requirements.memory_bytes or requirements.generic
         ),
         _has_resources,
-        "insufficient resources on {nodes}",
+        NodeRefusal.RESOURCES,
         details.shortages,
     ),
     # Not in SwarmKit, which has one data plane.  Comes before plugins, whose refusal is less specific.
     Filter(
         lambda requirements: DOCKER in requirements.planes,
         _is_on_plane(DOCKER),
-        "overlay network belongs to docker nodes, which does not fit {nodes}",
+        NodeRefusal.DOCKER_NETWORK,
         details.data_plane,
         is_lasting=True,
     ),
     Filter(
         lambda requirements: SKEP in requirements.planes,
         _is_on_plane(SKEP),
-        "overlay network belongs to skep nodes, which does not fit {nodes}",
+        NodeRefusal.SKEP_NETWORK,
         details.data_plane,
         is_lasting=True,
     ),
@@ -161,28 +161,28 @@ FILTERS = (
     Filter(
         lambda requirements: bool(requirements.paths),
         _is_reached,
-        "overlay traffic fails on {nodes}",
+        NodeRefusal.PATHS,
         details.paths,
         is_lasting=True,
     ),
     Filter(
         lambda requirements: bool(requirements.plugins),
         _has_plugins,
-        "missing plugin on {nodes}",
+        NodeRefusal.PLUGIN,
         details.plugins,
         is_lasting=True,
     ),
     Filter(
         lambda requirements: bool(requirements.constraints),
         _meets_constraints,
-        "scheduling constraints not satisfied on {nodes}",
+        NodeRefusal.CONSTRAINTS,
         details.unmet_constraints,
         is_lasting=True,
     ),
     Filter(
         lambda requirements: bool(requirements.platforms),
         _is_platform,
-        "unsupported platform on {nodes}",
+        NodeRefusal.PLATFORM,
         details.platform,
         is_lasting=True,
     ),
@@ -190,14 +190,14 @@ FILTERS = (
     Filter(
         _asks_for_rights,
         _gives_rights,
-        "rights over the machine not allowed on {nodes}",
+        NodeRefusal.RIGHTS,
         details.rights,
         is_lasting=True,
     ),
     Filter(
         _asks_for_rights,
         _has_devices,
-        "missing device on {nodes}",
+        NodeRefusal.DEVICE,
         details.devices,
         is_lasting=True,
     ),
@@ -205,14 +205,14 @@ FILTERS = (
     Filter(
         lambda requirements: requirements.needs_disk,
         _has_disk,
-        "disk full on {nodes}",
+        NodeRefusal.DISK,
         details.disk,
         is_lasting=True,
     ),
     Filter(
         lambda requirements: bool(requirements.host_ports),
         _has_ports,
-        "host-mode port already in use on {nodes}",
+        NodeRefusal.HOST_PORT,
         details.ports,
     ),
     # Not in SwarmKit, which does not serve with damaged data (decision 21).
@@ -221,19 +221,19 @@ FILTERS = (
             requirements.nano_cpus or requirements.memory_bytes or requirements.host_ports
         ),
         _is_known,
-        "unreadable task specs on {nodes}",
+        NodeRefusal.UNKNOWN_SPECS,
         details.unknown,
     ),
     Filter(
         lambda requirements: bool(requirements.max_replicas),
         _is_below_max_replicas,
-        "max replicas per node limit exceed",  # Docker's spelling
+        NodeRefusal.MAX_REPLICAS,
         details.replicas,
     ),
     Filter(
         lambda requirements: bool(requirements.cluster_volumes),
         _has_cluster_volumes,
-        "cannot fulfill requested CSI volume mounts on {nodes}",
+        NodeRefusal.CLUSTER_VOLUMES,
         details.cluster_volumes,
     ),
 )
@@ -273,7 +273,4 @@ def explaining(
         if (first := next(refusing, None)) is not None:
             refused[first] += 1
     by_count = sorted(refused.items(), key=lambda item: (-item[1], FILTERS.index(item[0])))
-    return "; ".join(
-        filter.refusal.format(nodes="1 node" if count == 1 else f"{count} nodes")
-        for filter, count in by_count
-    )
+    return refusals_text((filter.refusal, count) for filter, count in by_count)

@@ -26,7 +26,7 @@ from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.dependencies import FoundWaits, Waiting, Waits
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
-from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, leaving, placing
+from skep.manager.scheduler.placement import Assignment, Placed, Refusal, leaving, placing
 from skep.manager.scheduler.preemption import Preempt
 from skep.manager.scheduler.preemptor import Preemptor
 from skep.manager.scheduler.requirements import Requirements, RequirementsCache
@@ -40,6 +40,7 @@ from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_affinity
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
+from skep.model.node_refusals import NO_NODE
 from skep.model.service import Service
 from skep.model.slot_volumes import SlotName, differ_in_slots_alone
 from skep.model.swarm import Swarm

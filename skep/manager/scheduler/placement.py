@@ -13,13 +13,13 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.manager.scheduler.spread import Choices
 from skep.model.ids import NodeId
 from skep.model.needs import Usage, volume_uses
+from skep.model.node_refusals import no_node_text
 from skep.model.service import GenericResource
 from skep.model.task import Task, VolumeAttachment
 from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
-NO_NODE = "no suitable node"
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -174,4 +174,4 @@ def reasoning(requirements: Requirements, accounting: Accounting) -> SlicedWork[
     """Return why no node can run tasks with these requirements."""
     copies = accounting.copies(requirements.service_id)
     refused = yield from explaining(requirements, tuple(accounting.accounts.values()), copies)
-    return f"{NO_NODE} ({refused})" if refused else NO_NODE
+    return no_node_text(refused)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_service
-from skep.manager.reasons import Kind
+from skep.manager.reasons import Kind, loop_ends_ns
 from skep.manager.routes.shown import service_status
 from skep.manager.view.rows import (
     STACK_LABEL,
@@ -113,14 +113,25 @@ class Builder:
         """Stack -> config -> revision."""
         self._records: dict[str, str] = {}
         """Config -> stack."""
+        self._loops_end: dict[str, int] = {}
+        """Service -> Unix time in nanoseconds at which the next of its running tasks ends a crash loop."""
 
-    async def service(self, view: View, id: str) -> tuple[Row | None, frozenset[Key]]:
+    def next_due_ns(self) -> int | None:
+        """Return the Unix time at which a row may change without a change in the store, or None."""
+        return min(self._loops_end.values(), default=None)
+
+    def due(self, now_ns: int) -> set[Key]:
+        """Return the keys of rows that may have changed by ``now_ns`` without a change in the store."""
+        return {Key("services", id) for id, ends_ns in self._loops_end.items() if ends_ns <= now_ns}
+
+    async def service(self, view: View, id: str, now_ns: int) -> tuple[Row | None, frozenset[Key]]:
         """Return the row of a service, or None if it does not exist, and the keys that it started or
         stopped to name.
         """
         service = view.lookup(Service, ServiceId(id))
         if service is not None and service.removed_at is not None:
             service = None
+        self._loops_end.pop(id, None)
         named = _named_by(service) if service is not None else frozenset[Key]()
         before = self._named.pop(id, frozenset[Key]())
         if named:
@@ -134,7 +145,10 @@ class Builder:
         if service is None:
             return None, before ^ named
         status = await service_status(view, service)
-        return service_row(service, _counts(view, service, status)), before ^ named
+        ends = [loop_ends_ns(task, now_ns) for task in view.find(Task, service_id=service.id)]
+        if found := [one for one in ends if one is not None]:
+            self._loops_end[id] = min(found)
+        return service_row(service, _counts(view, service, status, now_ns)), before ^ named
 
     def row(self, view: View, key: Key) -> tuple[Row | None, frozenset[Key]]:
         """Return the row of another kind, or None, and the keys of affected rows.  The cluster's row is built
@@ -207,7 +221,7 @@ def _named_by(service: Service) -> frozenset[Key]:
     return frozenset(named)
 
 
-def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
+def _counts(view: View, service: Service, status: ServiceStatus, now_ns: int) -> Counts:
     """Count the tasks of a service and rate its state.
 
     ``state`` is *healthy* in its desired state, *converging* while it converges, and *degraded* if something
@@ -219,13 +233,14 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
     done = status.completed_tasks if service.job_status is None else 0
     is_well, reason, is_troubled, since = running + done >= wanted, "", False, 0.0
     if len(tasks) <= _EXPLAINED_MAX:
-        is_troubled = any(_is_troubled(view, task) for task in tasks)
+        is_troubled = any(_is_troubled(view, task, now_ns) for task in tasks)
         if is_troubled or not is_well or service.job_status is not None:
             explained = explain_service(
                 as_run(view, service),
                 _known(view, tasks),
                 wanted=wanted,
                 nodes=_nodes_of(view, tasks),
+                now_ns=now_ns,
                 done=done,
             )
             is_well, reason = explained.is_healthy and not is_troubled, explained.reason
@@ -272,12 +287,12 @@ def _is_surplus(service: Service, status: ServiceStatus) -> bool:
     return service.job_status is None and status.running_tasks > status.desired_tasks
 
 
-def _is_troubled(view: View, task: Task) -> bool:
-    """Return whether a wanted task has failed, or cannot start."""
+def _is_troubled(view: View, task: Task, now_ns: int) -> bool:
+    """Return whether a wanted task has failed, cannot start, or runs in a crash loop."""
     if not task.is_wanted or task.status.state is TaskState.COMPLETE:
         return False
     state = known_status(view, task).state
     if state is TaskState.RUNNING:
-        return False
+        return loop_ends_ns(task, now_ns) is not None
     has_failed = task.restart is not None and task.restart.failures > 0
     return state.is_terminal or state is TaskState.UNKNOWN or has_failed or bool(task.status.err)

@@ -193,16 +193,25 @@ class ClusterView:
             now = self._clock.monotonic()
             rest_s = min(REST * (now - began), REST_S_MAX)
             try:
-                async with asyncio.timeout(CLUSTER_S):
+                async with asyncio.timeout(self._idle_s()):
                     await self._changed.wait()
             except TimeoutError:
                 self._dirty.add(CLUSTER_KEY)
             else:
                 await self._clock.sleep(max(GATHER_S, now + rest_s - self._clock.monotonic()))
 
+    def _idle_s(self) -> float:
+        """Return the seconds after which rows are checked without a change in the store."""
+        due_ns = self._builder.next_due_ns()
+        if due_ns is None:
+            return CLUSTER_S
+        return min(max((due_ns - self._clock.now_ns()) / SECOND_NS, GATHER_S), CLUSTER_S)
+
     async def _step(self, table: Table) -> None:
         """Rebuild the rows that may have changed, and publish them."""
         dirty, self._dirty, revision = self._dirty, set(), self._revision
+        now_ns = self._clock.now_ns()
+        dirty |= self._builder.due(now_ns)
         slices = TimeSlices(self._clock)
         if GLOBALS in dirty:
             services = self._store.view().find(Service)
@@ -210,7 +219,7 @@ class ClusterView:
         later = {CLUSTER_KEY, GLOBALS}
         for key in [key for key in dirty if key.kind == "services"]:
             with isolated("row of a service", key.id):
-                row, touched = await self._builder.service(self._store.view(), key.id)
+                row, touched = await self._builder.service(self._store.view(), key.id, now_ns)
                 table.put(key, row)
                 dirty |= touched
             await slices.yield_if_due()

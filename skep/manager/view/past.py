@@ -8,11 +8,13 @@ from skep.manager.view.rows import ClusterRow, ManagersRow
 from skep.manager.view.table import CLUSTER_KEY, Key, Table
 from skep.model.node import Node, Reachability
 from skep.model.swarm import Swarm
+from skep.model.times import SECOND_NS
 from skep.store.interface import View
 
 
 async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -> bytes:
     """Return all rows of ``view`` as one JSON object.  ``at_s`` is its Unix time in seconds."""
+    now_ns = int(at_s * SECOND_NS)
     table, builder, slices = Table(incarnation), Builder(), TimeSlices(clock)
     keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
     stacks: set[Key] = set()
@@ -20,7 +22,7 @@ async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -
         keys, key=lambda key: key.kind != "services"
     ):  # services first: the other rows name them
         if key.kind == "services":
-            row, touched = await builder.service(view, key.id)
+            row, touched = await builder.service(view, key.id, now_ns)
             stacks |= {one for one in touched if one.kind == "stacks"}
         else:
             row, touched = builder.row(view, key)

@@ -136,7 +136,7 @@ def test_a_service_counts_what_its_tasks_wait_for_and_failed_of() -> None:
         ),
         replace(failed_with(1, "task: non-zero exit (1)"), slot=4),
     ]
-    reported = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")})
+    reported = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")}, now_ns=0)
     assert reported.summary == "exit 1; not restarted, by its restart policy; 1 of 4 tasks run"
     assert [(one.summary, one.tasks, one.example, one.name) for one in reported.reasons] == [
         (refused.err, 2, tasks[1].id, "web.2"),
@@ -151,19 +151,19 @@ def test_a_crash_loop_is_the_headline_with_exit_code_last_line_and_next_attempt(
     failed = replace(failed, slot=1, service_id=web.id, status=replace(failed.status, end=end))
     waits = replace(a_task_that_waits(5), slot=1, service_id=web.id)
     reported = explain_service(
-        web, [a_task(service=web, slot=2, node="n1"), failed, waits], wanted=2, nodes={}
+        web, [a_task(service=web, slot=2, node="n1"), failed, waits], wanted=2, nodes={}, now_ns=0
     )
     assert reported.summary == (
         'exit 3, last line "boom: cannot connect to db"; crash loop, 5 failures in a row; '
         "next attempt at 00:01:46 UTC; 1 of 2 tasks run"
     )
-    once = explain_service(web, [failed, replace(waits, restart=None)], wanted=2, nodes={})
+    once = explain_service(web, [failed, replace(waits, restart=None)], wanted=2, nodes={}, now_ns=0)
     assert "crash loop" not in once.summary
 
 
 def test_a_service_as_wanted_says_so() -> None:
     web = a_service("web", replicas=1)
-    reported = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={})
+    reported = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={}, now_ns=0)
     assert reported.summary == "1 of 1 tasks run: healthy"
 
 
@@ -207,20 +207,20 @@ def a_run(service: Service, slot: int, state: TaskState, *, iteration: int = 3, 
 def test_a_job_that_completed_says_so_and_since_when() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE), a_run(job, 2, TaskState.COMPLETE)]
-    reported = explain_service(job, tasks, wanted=1, nodes={})
+    reported = explain_service(job, tasks, wanted=1, nodes={}, now_ns=0)
     assert (reported.summary, reported.is_healthy, reported.ended_at) == ("2 of 2 completed", True, STAMP)
 
 
 def test_a_global_job_that_completed_says_on_how_many_nodes() -> None:
     job = a_job(None)
     tasks = [a_run(job, 0, TaskState.COMPLETE, node=node) for node in ("n1", "n2")]
-    assert explain_service(job, tasks, wanted=0, nodes={}).summary == "2 of 2 completed"
+    assert explain_service(job, tasks, wanted=0, nodes={}, now_ns=0).summary == "2 of 2 completed"
 
 
 def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE), *(a_run(job, 2, TaskState.FAILED) for _ in range(3))]
-    reported = explain_service(job, tasks, wanted=1, nodes={})
+    reported = explain_service(job, tasks, wanted=1, nodes={}, now_ns=0)
     assert not reported.is_healthy
     assert reported.summary == ("FAILED: exit 1; slot 2 gave up after 3 attempts; 1 of 2 completed")
 
@@ -228,7 +228,7 @@ def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> 
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]
-    reported = explain_service(job, tasks, wanted=1, nodes={})
+    reported = explain_service(job, tasks, wanted=1, nodes={}, now_ns=0)
     assert (reported.summary, reported.is_healthy) == ("0 of 2 completed, 1 run", False)
 
 
@@ -265,7 +265,8 @@ def test_a_new_attempt_shows_the_end_of_the_task_before_it() -> None:
         'exit 3, last line "boom"; crash loop, 5 failures in a row, the last on n1; next attempt at 00:01:46 UTC',
     )
     running = replace(waits, status=TaskStatus(state=TaskState.RUNNING), desired_state=TaskState.RUNNING)
-    assert explain_task(running, a_node("n1"), slot=(failed, running)).end is None
+    found = explain_task(running, a_node("n1"), slot=(failed, running))
+    assert (found.end, found.summary) == (None, "it runs on n1")
 
 
 def test_a_task_that_waits_for_a_service_says_so_whatever_the_nodes_could_take() -> None:

@@ -71,9 +71,10 @@ def attempt(
 
 
 def explained(
-    *tasks: Task, service: Service = WEB, wanted: int = 1, nodes: Sequence[Node] = (M1,)
+    *tasks: Task, service: Service = WEB, wanted: int = 1, nodes: Sequence[Node] = (M1,), now_s: float = 0.0
 ) -> ServiceExplanation:
-    return explain_service(service, tasks, wanted=wanted, nodes={node.id: node for node in nodes})
+    by_id = {node.id: node for node in nodes}
+    return explain_service(service, tasks, wanted=wanted, nodes=by_id, now_ns=int(now_s * SECOND_NS))
 
 
 def problem(*tasks: Task, service: Service = WEB) -> Problem:
@@ -184,6 +185,33 @@ def test_a_new_attempt_on_its_way_does_not_hide_the_failure(state: TaskState) ->
     assert found.restart_summary.startswith(
         "crash loop, 4 failures in a row since 00:00:22 UTC, the last on m1"
     )
+
+
+def started(task: Task, second: int) -> Task:
+    return replace(task, status=replace(task.status, timestamp=at(second)))
+
+
+@pytest.mark.parametrize(
+    ("now_s", "is_healthy"), [(108.0, False), (110.0, False), (119.9, False), (120.0, True), (90.0, True)]
+)
+def test_a_task_in_a_crash_loop_keeps_the_reason_until_it_has_run_for_long_enough(
+    now_s: float, is_healthy: bool
+) -> None:
+    looping = started(attempt(TaskState.RUNNING, failures=3), 110)
+    found = explained(ended(1, BOOM), looping, now_s=now_s)
+    assert found.is_healthy is is_healthy
+    if is_healthy:
+        assert (found.reason, found.problem) == ("", None)
+        return
+    assert found.reason == 'exit 1, last line "boom: no db"'
+    assert found.summary.endswith("1 of 1 tasks run")
+    assert found.problem is not None
+    assert (found.problem.failures, found.problem.since) == (3, at(22))
+
+
+def test_a_task_that_runs_after_one_failure_is_in_no_crash_loop() -> None:
+    once = started(attempt(TaskState.RUNNING, failures=1), 110)
+    assert explained(ended(1, BOOM), once, now_s=111.0).is_healthy
 
 
 def test_a_task_that_was_stopped_moved_or_lost_is_no_failure_and_hides_none() -> None:

@@ -25,7 +25,9 @@ def updated(state: UpdateState | None = UpdateState.UPDATING) -> Service:
 
 def reported(service: Service, *tasks: Task, new: tuple[str, ...] = ()) -> UpdateExplanation | None:
     nodes = {a_node("n1").id: a_node("n1")}
-    return explain_service(service, tasks, wanted=3, nodes=nodes, is_new=lambda task: task.id in new).update
+    return explain_service(
+        service, tasks, wanted=3, nodes=nodes, is_new=lambda task: task.id in new, now_ns=0
+    ).update
 
 
 def slots(*states: TaskState) -> list[Task]:
@@ -96,7 +98,7 @@ def test_the_order_of_tasks_does_not_matter(order: list[int], new: set[str]) -> 
 
 
 def test_people_read_it_in_one_line() -> None:
-    found = explain_service(updated(), slots(RUNNING, PENDING, RUNNING), wanted=3, nodes={})
+    found = explain_service(updated(), slots(RUNNING, PENDING, RUNNING), wanted=3, nodes={}, now_ns=0)
     now = unix_ns(Timestamp("2026-01-31T12:00:00Z")) / SECOND_NS
     lines = list(about_service("web", msgspec.json.decode(to_json(found)), now))
     assert "  update: 2 of 3 tasks are new; it waits for task t2: it waits for a node, for 40 s more" in lines

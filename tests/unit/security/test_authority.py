@@ -161,3 +161,19 @@ def test_an_authority_is_loaded_only_with_its_own_root(authority):
 def test_the_roots_own_certificate_names_no_node(authority):
     with pytest.raises(Unauthenticated):
         identity_of(x509.load_pem_x509_certificate(authority.root_pem))
+
+
+def test_a_servers_certificate_names_its_addresses_and_serves_no_client(authority):
+    key = new_private_key()
+    chain = authority.issue_server(
+        key.public_key(), "m1", ("localhost", "127.0.0.1", "2001:db8::7"), timedelta(days=30)
+    )
+    certificate = x509.load_pem_x509_certificate(chain)
+    certificate.verify_directly_issued_by(authority.certificate)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["m1", "localhost"]
+    assert [str(one) for one in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "2001:db8::7"]
+    uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(uses) == [ExtendedKeyUsageOID.SERVER_AUTH]
+    assert certificate.not_valid_before_utc == NOW - timedelta(hours=1)
+    assert certificate.not_valid_after_utc == NOW + timedelta(days=30)

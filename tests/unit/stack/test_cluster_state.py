@@ -1,13 +1,14 @@
-"""A plan is checked by managers of any version."""
+"""A plan is checked by managers of any version, and by a registry that may not respond."""
 
 from typing import Any
 
 import pytest
 
 from skep.api.client import Client
-from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, SkepError
-from skep.stack.cluster_state import check
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
+from skep.stack.cluster_state import check, kept_images, pinned_images
 from skep.stack.planning import Existing, plan_of
+from tests.support.builders import a_service, a_service_spec
 from tests.unit.stack.test_revisions import a_stack
 
 _UNKNOWN = PermissionDenied("ann may not POST /skep/stacks/check: only administrators may do this")
@@ -49,3 +50,29 @@ async def test_a_plan_that_is_too_large_to_be_checked_is_deployed_with_a_warning
 async def test_other_refusals_of_a_plan_end_the_deploy(error: SkepError) -> None:
     with pytest.raises(type(error)):
         await warnings_of(error)
+
+
+@pytest.mark.parametrize(
+    ("runs", "wanted", "warns"),
+    [
+        (None, "app:1", True),
+        ("app:1", "app:1", False),
+        (f"app:1@sha256:{'0' * 64}", "app:1", True),
+        ("app:1", "app:2", True),
+        ("app:10", "app:1", True),
+    ],
+)
+async def test_a_registry_that_does_not_respond_is_named_for_images_that_it_may_have(
+    runs: str | None, wanted: str, warns: bool
+) -> None:
+    existing = [a_service("shop_web", image=runs)] if runs is not None else []
+    kept = kept_images([a_service_spec("shop_web", image=wanted)], existing)
+    warnings: list[str] = []
+    client = Refusing(Unavailable("connection refused"))
+    assert await pinned_images(client, [wanted], warnings.append, kept=kept) == {}
+    assert bool(warnings) is warns
+
+
+def test_an_image_matters_if_one_of_its_services_is_new() -> None:
+    wanted = [a_service_spec(name, image="app:1") for name in ("shop_web", "shop_api")]
+    assert kept_images(wanted, [a_service("shop_web", image="app:1")]) == set()

@@ -12,7 +12,7 @@ from skep.api.client import Client
 from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
 from skep.stack.progress import STEADY_S, Problem, ServiceProgress
-from skep.stack.waiting import Look, Reasons, Steadiness, unfinished, wait_done
+from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done
 
 
 class Managers:
@@ -191,3 +191,13 @@ def test_a_task_that_no_node_accepts_is_waited_for_a_minute() -> None:
         return found
 
     assert in_virtual_time(ends()) == [False, False, False, False, True]
+
+
+def test_a_fact_holds_since_the_first_look_after_it_did_not() -> None:
+    times = HeldTimes()
+    assert times.held_s("web", 1.0, holds=False) == 0
+    assert times.held_s("web", 2.0, holds=True) == 0
+    assert times.held_s("web", 7.0, holds=True) == 5
+    assert times.held_s("db", 7.0, holds=True) == 0
+    assert times.held_s("web", 8.0, holds=False) == 0
+    assert times.held_s("web", 9.0, holds=True) == 0

@@ -1,5 +1,7 @@
 """Which UDP flows of host-mode ports are stale."""
 
+import socket
+
 import pytest
 
 from skep.dataplane.netns.state import Flow, Tuple
@@ -78,3 +80,11 @@ def test_only_addresses_of_the_machine_are_local() -> None:
         False,
         False,
     ]
+
+
+def test_an_address_of_another_machine_is_not_local_where_any_may_be_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``ip_nonlocal_bind``, which keepalived sets, lets sockets bind every address."""
+    monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
+    assert [is_local_address(one) for one in ("192.0.2.77", "2001:db8::7", "::1")] == [False, False, True]

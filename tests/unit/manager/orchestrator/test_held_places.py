@@ -75,7 +75,14 @@ def test_start_first_waits_for_what_others_may_free(requested: dict[str, Any], r
 @pytest.mark.parametrize(
     "requested", [{"ports": (HOST_PORT,)}, {"max_replicas": 1}, {"ports": (HOST_PORT,), "reserve": ROOM}]
 )
-@pytest.mark.parametrize("refusal", ["unsupported platform on 2 nodes", "missing plugin on 2 nodes"])
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "unsupported platform on 2 nodes",
+        "missing plugin on 2 nodes",
+        "scheduling failed: it cannot say that a host-mode port already in use",
+    ],
+)
 def test_start_first_stops_no_task_for_a_refusal_that_its_end_cannot_lift(
     requested: dict[str, Any], refusal: str
 ) -> None:

@@ -82,7 +82,7 @@ def test_a_job_that_is_never_restarted_ends_with_a_restart_of_its_node(
     assert len(world.tasks) == 1
     assert world.service.job_status is not None
     assert world.service.job_status.present_outcome == FAILED
-    problems = problems_of(world.service, list(world.tasks.values()), {node.id: node}, wanted=1)
+    problems = problems_of(world.service, list(world.tasks.values()), {node.id: node}, wanted=1, now_ns=0)
     assert [one.task_id for one in problems] == [task.id]
 
 
@@ -91,7 +91,7 @@ def test_a_service_that_is_never_restarted_has_a_reason_after_a_restart_of_its_n
     (task,) = wanted(world)
     world.report(task.id, TaskState.FAILED, TaskEnd(cause=EndCause.NODE_RESTARTED.value))
     world.settle()
-    (problem,) = problems_of(world.service, list(world.tasks.values()), {}, wanted=1)
+    (problem,) = problems_of(world.service, list(world.tasks.values()), {}, wanted=1, now_ns=0)
     assert problem.task_id == task.id
 
 

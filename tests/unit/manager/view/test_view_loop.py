@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import SkepError, Unavailable
+from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.manager.view.building import WATCHED
 from skep.manager.view.loop import LINGER_S, VIEWERS_MAX, ClusterView
 from skep.manager.view.rows import ClusterRow, ManagersRow
@@ -32,7 +33,7 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
-from skep.model.times import Timestamp
+from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
@@ -42,6 +43,7 @@ KINDS = ("nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets
 
 class Rig:
     def __init__(self, loop: VirtualLoop) -> None:
+        self.loop = loop
         self.store = MemoryStore(VirtualClock(loop), watch_capacity=50)
         self.view = ClusterView(self.store, VirtualClock(loop), self.cluster)
 
@@ -395,6 +397,29 @@ def test_a_task_that_waits_after_failures_says_so() -> None:
         assert shown["error"] == "exit 3; crash loop, 3 failures in a row; next attempt at 10:00:00 UTC"
         service = await row(rig, "services", "web")
         assert (service["state"], service["reason"]) == ("degraded", "exit 3")
+
+    run(body)
+
+
+def test_a_crash_loop_is_degraded_while_its_process_runs_and_until_it_has_stayed_up() -> None:
+    async def body(rig: Rig) -> None:
+        ended = a_task("t0", state=TaskState.FAILED, desired=TaskState.SHUTDOWN)
+        ended = replace(ended, created_at=Timestamp("2026-01-01T09:00:00Z"))
+        began = asyncio.get_running_loop().time()
+        web, now_ns = a_service("web", replicas=1), VirtualClock(rig.loop).now_ns()
+        looping = replace(
+            a_task("t1", node="n1"),
+            restart=Restart(failures=3),
+            created_at=Timestamp("2026-01-01T09:30:00Z"),
+            status=TaskStatus(state=TaskState.RUNNING, timestamp=timestamp(now_ns)),
+        )
+        await rig.put(web, a_node("n1"), ended, looping)
+        shown = await row(rig, "services", "web")
+        assert (shown["state"], shown["running"], shown["reason"]) == ("degraded", 1, "it failed")
+        viewer = Viewer()
+        await viewer.read(rig.view, lambda: viewer.rows["services"]["web"]["state"] == "healthy")
+        assert STABLE_S <= asyncio.get_running_loop().time() - began < STABLE_S + 1
+        assert viewer.rows["services"]["web"]["reason"] == ""
 
     run(body)
 

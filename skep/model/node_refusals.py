@@ -1,0 +1,65 @@
+"""Why the scheduler finds no node for a task: the reasons, the text that Docker shows, and the reasons of a text.
+
+A task's status has only the text, as in SwarmKit.  Texts are made and read here alone, so the rest of the manager
+compares reasons.
+"""
+
+import re
+from collections.abc import Iterable
+from enum import Enum
+from typing import Final
+
+NO_NODE: Final = "no suitable node"
+
+
+class NodeRefusal(Enum):
+    """Reason why the scheduler refused nodes.  The value is its text, with ``{nodes}`` for "1 node" or "3 nodes"."""
+
+    NOT_READY = "{nodes} not available for new tasks"
+    RESOURCES = "insufficient resources on {nodes}"
+    DOCKER_NETWORK = "overlay network belongs to docker nodes, which does not fit {nodes}"
+    SKEP_NETWORK = "overlay network belongs to skep nodes, which does not fit {nodes}"
+    PATHS = "overlay traffic fails on {nodes}"
+    PLUGIN = "missing plugin on {nodes}"
+    CONSTRAINTS = "scheduling constraints not satisfied on {nodes}"
+    PLATFORM = "unsupported platform on {nodes}"
+    RIGHTS = "rights over the machine not allowed on {nodes}"
+    DEVICE = "missing device on {nodes}"
+    DISK = "disk full on {nodes}"
+    HOST_PORT = "host-mode port already in use on {nodes}"
+    UNKNOWN_SPECS = "unreadable task specs on {nodes}"
+    MAX_REPLICAS = "max replicas per node limit exceed"  # Docker's spelling
+    CLUSTER_VOLUMES = "cannot fulfill requested CSI volume mounts on {nodes}"
+
+    def text(self, nodes: int) -> str:
+        """Return the refusal of so many nodes."""
+        return self.value.format(nodes="1 node" if nodes == 1 else f"{nodes} nodes")
+
+
+_SEPARATOR: Final = "; "
+_PATTERNS: Final = {
+    one: re.compile(
+        rf"(?:^|\(|{_SEPARATOR}){re.escape(one.value).replace(re.escape('{nodes}'), '[0-9]+ nodes?')}(?=[;)]|$)"
+    )
+    for one in NodeRefusal
+}
+
+
+def refusals_text(refused: Iterable[tuple[NodeRefusal, int]]) -> str:
+    """Return one text for the reasons, each with its number of nodes."""
+    return _SEPARATOR.join(one.text(nodes) for one, nodes in refused)
+
+
+def no_node_text(refusals: str) -> str:
+    """Return the error of a task that no node can run.  ``refusals`` is empty without nodes."""
+    return f"{NO_NODE} ({refusals})" if refusals else NO_NODE
+
+
+def node_refusals_in(error: str) -> frozenset[NodeRefusal]:
+    """Return the reasons that a task's error names."""
+    return frozenset(one for one, pattern in _PATTERNS.items() if pattern.search(error))
+
+
+def is_no_node(error: str) -> bool:
+    """Return whether a task's error says that no node can run it."""
+    return error.startswith(NO_NODE)

@@ -1,0 +1,61 @@
+"""``/skep/services/{id}/explain``: figures of what other services have reserved."""
+
+import asyncio
+from typing import Any
+
+from aiohttp.test_utils import TestClient, TestServer
+from msgspec.structs import replace
+
+from skep.manager.routes import application
+from skep.model.node import Availability
+from skep.model.node_refusals import NodeRefusal, no_node_text
+from skep.model.service import Resources
+from skep.model.task import Task, TaskState
+from skep.store.interface import Object
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_node, a_service, a_task
+
+MIB = 1 << 20
+REFUSED = no_node_text(NodeRefusal.RESOURCES.text(2))
+
+
+def a_pending_task(memory: int, **fields: Any) -> tuple[Object, Task]:
+    web = a_service("web", replicas=1, reserve=Resources(memory_bytes=memory), **fields)
+    task = a_task("t1", service=web, state=TaskState.PENDING)
+    return web, replace(task, status=replace(task.status, err=REFUSED))
+
+
+async def explained(*objects: Object) -> dict[str, Any]:
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        for node in api.store.view().find(type(a_node("x"))):
+            objects = (*objects, replace(node, spec=replace(node.spec, availability=Availability.DRAIN)))
+        for one in objects:
+            await api.store.update(lambda tx, one=one: tx.put(one))
+        async with client.get("/skep/services/web/explain") as response:
+            assert response.status == 200
+            found: dict[str, Any] = await response.json()
+            return found
+
+
+def test_a_service_that_waits_for_reserved_memory_names_the_node_that_comes_closest() -> None:
+    db = a_service("db", reserve=Resources(memory_bytes=600 * MIB))
+    small, large = (
+        a_node("n1", has=Resources(memory_bytes=1000 * MIB)),
+        a_node("n2", has=Resources(memory_bytes=1200 * MIB)),
+    )
+    used = (a_task("d1", service=db, node="n1"), a_task("d2", service=db, node="n2"))
+    found = asyncio.run(explained(small, large, db, *used, *a_pending_task(800 * MIB)))
+    figures = "n2 comes closest: 800 MiB of memory requested, 600 not reserved"
+    assert found["Reason"] == f"{REFUSED}; {figures}"
+    assert found["Summary"] == f"{REFUSED}; {figures}; 0 of 1 tasks run"
+
+
+def test_figures_are_not_shown_for_nodes_that_other_filters_refuse() -> None:
+    db = a_service("db", reserve=Resources(memory_bytes=600 * MIB))
+    used = a_task("d1", service=db, node="n1")
+    node, waiting = (
+        a_node("n1", has=Resources(memory_bytes=1000 * MIB)),
+        a_pending_task(800 * MIB, constraints=("node.hostname==n2",)),
+    )
+    found = asyncio.run(explained(node, db, used, *waiting))
+    assert found["Reason"] == REFUSED
