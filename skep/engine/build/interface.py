@@ -129,7 +129,7 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """``X-Registry-Auth`` values by registry (``docker.io``, ``registry:5000``)."""
     platform: str = ""
     is_buildkit: bool = False
-    """Whether BuildKit's language applies (RUN --mount, COPY --link).  Stages that the target does not need are skipped."""
+    """Whether BuildKit's language applies (RUN --mount, COPY --link) and unneeded stages are skipped."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from skep.errors import InvalidArgument
 
 
 class Destination(Protocol):
-    """Where an artifact goes."""
+    """Receiver of an artifact."""
 
     async def put(self, upload: Upload) -> None:
         """Send a blob, unless it is there.  Raises: SkepError."""
@@ -38,7 +38,7 @@ class Destination(Protocol):
 
 
 class RegistryDestination:
-    """A tag of a repository."""
+    """Tag of a repository, as receiver of an artifact."""
 
     def __init__(self, repository: Repository, reference: Reference) -> None:
         self._repository = repository

@@ -1,4 +1,4 @@
-"""Results of builds as LLB definitions, which a client gives back as contexts (``target:`` of a bake file).
+"""Results of builds as LLB definitions, which a client sends back as contexts (``target:`` of a bake file).
 
 A definition of this engine is one source operation that names an image by its id.  Other definitions are refused.
 
@@ -30,7 +30,7 @@ def definition_of(image: Digest) -> pb.Definition:
 def image_of(definition: pb.Definition) -> Digest:
     """Return the image that a definition names.
 
-    Raises: InvalidArgument: it cannot be read; Unimplemented: it is not of this engine.
+    Raises: InvalidArgument: it cannot be read; Unimplemented: another engine made it.
     """
     for encoded in getattr(definition, "def"):
         try:
