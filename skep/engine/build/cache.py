@@ -1,7 +1,7 @@
 """Cache of build steps, and the directories of ``RUN --mount=type=cache``.
 
 A step's key is made of the image before the step and of its container configuration.  The configuration has the history
-and the digests of copied files, so the same files give the same key whatever their times are.  The index only has
+and the digests of copied files, so the same files have the same key whatever their times are.  The index only has
 images that were built here: a pulled image could claim to be the result of any step (CVE-2024-24557).
 """
 
@@ -211,9 +211,8 @@ class CacheMounts:
         for name in sizes:
             if self.is_used(name):
                 continue
-            aside = (
-                self._root / f"gone-{secrets.token_hex(8)}"
-            )  # a step may need the name before everything is removed
+            # A step may need the name before everything is removed.
+            aside = self._root / f"gone-{secrets.token_hex(8)}"
             try:
                 (self._root / name).rename(aside)
             except FileNotFoundError:  # another prune removed it

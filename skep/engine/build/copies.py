@@ -34,7 +34,7 @@ _CLASSIC_FLAGS = ("from", "chown")
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """Sources of a COPY, and the indexes of those that ADD unpacks."""
+    """Sources of a COPY, and the indexes of archives that ADD unpacks."""
 
     sources: tuple[Source, ...]
     archives: frozenset[int] = frozenset()
@@ -343,7 +343,7 @@ def shown_copy(copy: Copy, digest: str) -> str:
 
 
 def key_of_options(copy: Copy) -> tuple[str, ...]:
-    """Return the options that the result of a COPY depends on, besides sources, destination and owner.
+    """Return the options that change the result of a COPY, without sources, destination and owner.
 
     All are empty for a plain COPY.
     """

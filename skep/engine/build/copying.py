@@ -121,9 +121,8 @@ class Copier:
                 owner = self._ownership.owner or Identity()
                 os.chown(name, owner.uid, owner.gid, dir_fd=parent, follow_symlinks=False)
                 chosen = None if self._replaces else self._ownership.mode
-                os.chmod(
-                    name, chosen.of_new_directories if chosen else 0o755, dir_fd=parent
-                )  # whatever the umask is
+                # Set the mode explicitly, whatever the umask is.
+                os.chmod(name, chosen.of_new_directories if chosen else 0o755, dir_fd=parent)
 
     def _entry(
         self, tree: Tree, path: str, status: os.stat_result, place: str, links: dict[tuple[int, int], str]
@@ -145,9 +144,8 @@ class Copier:
             elif stat.S_ISFIFO(mode):
                 os.mkfifo(name, 0o600, dir_fd=parent)
             elif stat.S_ISSOCK(mode):
-                os.mknod(
-                    name, stat.S_IFREG | 0o600, dir_fd=parent
-                )  # BuildKit creates an empty file instead of a socket
+                # BuildKit creates an empty file instead of a socket.
+                os.mknod(name, stat.S_IFREG | 0o600, dir_fd=parent)
             else:
                 os.mknod(name, stat.S_IFMT(mode) | 0o600, status.st_rdev, dir_fd=parent)
             if not stat.S_ISREG(mode):

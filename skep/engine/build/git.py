@@ -1,6 +1,6 @@
 """Runs ``git`` for builds, without any configuration of the machine or its users, and with limits.
 
-Servers are not trusted.  The node's limits apply to what they send: memory, files, output and time.
+Servers are not trusted.  The node's limits apply to memory, files, output and time.
 
 Source: buildkit, util/gitutil/git_cli.go.
 """
@@ -43,7 +43,7 @@ _CONFIGURATION = (
     *(word for name in ("http", "https", "git", "ssh") for word in ("-c", f"protocol.{name}.allow=always")),
     # A server that sends nothing for a minute counts as lost.
     *("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60"),
-    # By default git maps whole packs into memory, which exceeds the limit of the address space.
+    # Git maps whole packs into memory, by default, which exceeds the limit of the address space.
     *("-c", "core.packedGitWindowSize=32m", "-c", "core.packedGitLimit=256m"),
 )
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")

@@ -79,7 +79,7 @@ def _without_userinfo(rest: str) -> str:
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     host, separator, port = authority.partition(":")
     if "@" not in authority and separator and not host.startswith("[") and port.strip("0123456789"):
-        # With a slash in the password, the host ends too early and the text after its colon is not a port.
+        # A slash in the password ends the host too early, and the text after its colon is not a port.
         authority = rest[: rest.rfind("@") + 1]
     userinfo, at, _ = authority.rpartition("@")
     user, colon, password = userinfo.partition(":")

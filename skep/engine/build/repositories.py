@@ -151,7 +151,7 @@ class Repository(Remote):
         else:
             listed = await self._git("ls-remote", "--", _bare(address.remote), ref, f"{ref}^{{}}")
             found = dict(line.split("\t")[::-1] for line in listed.splitlines() if line.count("\t") == 1)
-            # As in git checkout, a branch precedes a tag of the same name.  A signed tag stands for its commit.
+            # A branch precedes a tag of the same name, as in git checkout.  A signed tag stands for its commit.
             peeled = [f"{ref}^{{}}"] if ref.startswith("refs/tags/") else []
             names = [
                 *peeled,

@@ -165,7 +165,7 @@ class Containers:
 
 
 def _remove_empty(root: Path, paths: Sequence[str]) -> None:
-    """Remove those of ``paths`` that are empty directories or files."""
+    """Remove the ``paths`` that are empty directories or files."""
     with Tree(root) as tree:
         for path in paths:
             directory, name = os.path.split(path)
@@ -302,7 +302,7 @@ class MountSources:
         return Mount(type="bind", source=str(source), target=target, read_only=mount.is_read_only)
 
     async def _cache(self, mount: RunMount, target: str) -> Mount:
-        """Mount a cache.  ``source`` is a path in ``from``, or in the cache if there is no ``from``."""
+        """Mount a cache.  ``source`` is a path in ``from``, or in the cache without ``from``."""
         base = self._bases.get(id(mount))
         key = CacheKey(
             id=mount.id or (os.path.normpath(mount.target) if mount.target else target),

@@ -126,11 +126,8 @@ def _matching(tree: Tree, pattern: str, work: Work, *, follows: bool = False) ->
             try:
                 names = tree.names(directory)
             except OSError as error:
-                if error.errno not in (
-                    errno.ENOTDIR,
-                    errno.ELOOP,
-                    errno.ENOENT,
-                ):  # not a directory, or a link
+                # Not a directory, or a link.
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
                     raise
                 continue
             work.count(entries=len(names))

@@ -57,7 +57,7 @@ class Changes:
     def __init__(self, directory: Path, layers: Sequence[Path], *, is_detached: bool = False) -> None:
         """``directory``: An empty directory for this overlay only.
 
-        With ``is_detached`` there is no overlay: ``root`` is an empty directory, and its files are the layer.  An
+        ``is_detached``: Use no overlay.  ``root`` is then an empty directory, and its files are the layer.  An
         overlay with ``redirect_dir`` or ``index`` would mark new directories as opaque, and they would hide those
         below.
         """

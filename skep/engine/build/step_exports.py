@@ -57,7 +57,7 @@ class RegistryDestination:
 async def export_steps(
     images: ImageStore, records: Sequence[StepRecord], destination: Destination, *, media_type: str
 ) -> str:
-    """Send steps and their layers; returns the descriptor of the manifest as JSON.  Empty if there are no steps.
+    """Send steps and their layers, and return the manifest's descriptor as JSON.  Empty without steps.
 
     Args:
         media_type: Media type of the manifest.  It is an index in the form of older versions of BuildKit.

@@ -60,7 +60,7 @@ def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
 
 
 def with_sessions(buildkit: BuildKit, routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
-    """Return ``routes`` of classic builds, and those of BuildKit.
+    """Return ``routes`` of classic builds together with BuildKit's.
 
     ``POST /build?version=2`` starts a build with a session.
     """

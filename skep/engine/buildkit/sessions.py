@@ -39,7 +39,7 @@ WAIT_S = 5.0
 CALL_S = 60.0
 """Seconds for a call.  A client may prompt its user, or run a credential helper."""
 SILENT_S = 120.0
-"""Seconds without progress after which a client counts as lost: it reads nothing, or does not send what is due."""
+"""Seconds without progress after which a client counts as lost: it reads nothing, or does not send the next message."""
 _CHECK_EVERY_S, _CHECK_S = 15.0, 60.0
 
 BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 20)
@@ -177,9 +177,8 @@ class Messages:
 
     async def receive(self) -> bytes | None:
         """Return the next message, or None after the last.  Raises: CallFailed, Lost, TimeoutError."""
-        if (
-            self._stream.has_message
-        ):  # a timer for each of the 32,000 messages of 1 GB takes a tenth of the transfer's time
+        # A timer for each of the 32,000 messages of 1 GB takes a tenth of the transfer's time.
+        if self._stream.has_message:
             return await self._stream.receive()
         async with asyncio.timeout(self._silent_s):
             return await self._stream.receive()

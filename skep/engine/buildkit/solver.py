@@ -341,10 +341,8 @@ class Solver:
     ) -> tuple[StepSource, ...]:
         """Open the sources of ``--cache-from``.  They never fail a build."""
         entries: list[CacheEntry] = []
-        for entry in (
-            *build.cache_sources,
-            *job.cache_imports,
-        ):  # buildx names the same sources in both places
+        # buildx names the same sources in both places.
+        for entry in (*build.cache_sources, *job.cache_imports):
             entries += [entry] if entry not in entries else []
         if not build.use_cache:
             return ()
@@ -524,7 +522,7 @@ def _exporters(request: pb.SolveRequest) -> Sequence[tuple[str, Mapping[str, str
 
 
 def _check(request: pb.SolveRequest) -> None:
-    """Refuse unsupported options besides the front end's.  Raises: SkepError."""
+    """Refuse unsupported options outside the front end's.  Raises: SkepError."""
     if not request.ref or not request.session:
         raise InvalidArgument("a build needs a reference and a session")
     if request.definition.ByteSize():

@@ -298,9 +298,8 @@ def _finish(descriptor: int, entry: Entry) -> None:
     os.fchown(descriptor, entry.uid, entry.gid)
     os.fchmod(descriptor, entry.mode)
     for name, value in entry.attributes.items():
-        with suppress(
-            OSError
-        ):  # as in BuildKit, attributes are skipped if the file system does not support them
+        # BuildKit also skips attributes that the file system does not support.
+        with suppress(OSError):
             os.setxattr(descriptor, name, value)
     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
 

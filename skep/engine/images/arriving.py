@@ -31,7 +31,7 @@ class Arriving:
 
     @contextmanager
     def expecting(self, digests: Iterable[str], references: Sequence[Reference]) -> Iterator[None]:
-        """Assign blobs to ``references`` while a pull runs, since there is no image yet."""
+        """Assign blobs to ``references`` while a pull runs, before the image exists."""
         expected = tuple(digests)
         for digest in expected:
             self._references.setdefault(digest, []).extend(references)

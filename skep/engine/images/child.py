@@ -1,4 +1,4 @@
-"""Configuration of an image made from another by a commit, an import, or a build step.
+"""Configuration of an image made by a commit, an import, or a build step.
 
 Pure.  The bytes are those that Docker would write, as far as it has the fields.
 
@@ -26,7 +26,7 @@ INLINE_CACHE = "moby.buildkit.cache.v0"
 Source: buildkit, exporter/containerimage/exptypes, cache/remotecache/import.go (image.Cache).
 """
 _KEPT = ("architecture", "os", "variant", "os.version", "os.features")
-"""Fields that an image inherits from its parent, besides layers and history."""
+"""Fields that an image inherits from its parent, in addition to layers and history."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

@@ -152,9 +152,8 @@ class Helper:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                os.closerange(
-                    0, theirs.fileno()
-                )  # the pipe of the worker's response must close with the worker
+                # The pipe of the worker's response must close with the worker.
+                os.closerange(0, theirs.fileno())
                 os.closerange(theirs.fileno() + 1, _DESCRIPTORS_MAX)
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() == worker:

@@ -129,9 +129,8 @@ def _read(name: str, output: bytes) -> Provided:
     try:
         found = msgspec.json.decode(output, type=_Output)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return _failed(
-            name, "its output is not JSON with Username and Secret"
-        )  # the output may contain a secret
+        # Do not show the output, which may contain a secret.
+        return _failed(name, "its output is not JSON with Username and Secret")
     if found.username == _TOKEN_USER:
         return Provided(Credentials(identity_token=found.secret))
     return Provided(Credentials(username=found.username, password=found.secret))

@@ -20,7 +20,7 @@ from skep.model.encoding import ApiObject
 from skep.model.times import ZERO_TIME, Timestamp
 
 LAYERS_MAX = 125
-"""Largest number of layers of an image.  Overlayfs supports no more, and Docker refuses more.
+"""Largest number of layers of an image.  This is the limit of overlayfs and of Docker.
 
 Source: moby, layer/layer.go (maxLayerDepth).
 """

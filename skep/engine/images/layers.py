@@ -37,7 +37,7 @@ _UNPACKERS_MAX = 3
 """Number of workers.  Decompression uses one core in each."""
 _PATIENCE_S = 60.0
 _SLOW_UNPACKERS_MAX = 6
-"""Number of additional workers, to replace those that hold their slots for longer than the patience."""
+"""Number of additional workers, which replace workers with slots held for longer than the patience."""
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +122,7 @@ class Layers:
         Of two simultaneous calls for the same layer, the second waits for the first.
 
         Raises:
-            InvalidArgument: it is not an archive, or not the one that ``diff_id`` names.
+            InvalidArgument: it is not an archive, or does not match ``diff_id``.
             ResourceExhausted: it is larger than the limits allow.
             UnpackFailed: a file system call failed.
         """
@@ -265,9 +265,8 @@ class Layers:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             is_cancelled.set()
-            await asyncio.wait(
-                [work]
-            )  # ends soon; nothing else may write to the layer as long as the lock is held
+            # It ends soon.  Nothing else may write to the layer as long as the lock is held.
+            await asyncio.wait([work])
             raise
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
@@ -325,7 +324,7 @@ class Layers:
 
 
 class DigestMismatch(InvalidArgument):
-    """The layer differs from the one that the image's configuration names."""
+    """The layer differs from the digest in the image's configuration."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(f"layer has digest {found}, expected {expected}")
