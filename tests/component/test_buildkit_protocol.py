@@ -229,7 +229,7 @@ async def test_a_build_ends_with_its_session(rig: Rig) -> None:
         async with asyncio.timeout(60):
             await rig.builds.sleeps.wait()
         transport.abort()
-        with pytest.raises(CallFailed, match="the client of the build is gone"):
+        with pytest.raises(CallFailed, match="the client of the build disconnected"):
             await solving
     assert rig.builds.cancelled.is_set()
     assert not list(rig.directory.iterdir())
@@ -266,7 +266,7 @@ async def test_a_build_ends_with_a_session_within_a_call(rig: Rig) -> None:
             solving = asyncio.create_task(calls.solve(a_request("r", "s")))
             async with asyncio.timeout(60):
                 await rig.builds.sleeps.wait()
-        with pytest.raises(CallFailed, match="the client of the build is gone"):
+        with pytest.raises(CallFailed, match="the client of the build disconnected"):
             await solving
     assert rig.builds.cancelled.is_set()
 
@@ -284,7 +284,7 @@ async def test_the_number_of_sessions_is_bounded(rig: Rig, monkeypatch: pytest.M
         with pytest.raises(ConnectionError, match="session s already exists"):
             async with session(rig.socket, "s", FileServer()):
                 pass
-        with pytest.raises(ConnectionError, match="there are 1 sessions of builds already"):
+        with pytest.raises(ConnectionError, match="there are 1 build sessions already"):
             async with session(rig.socket, "other", FileServer()):
                 pass
     async with asyncio.timeout(60):

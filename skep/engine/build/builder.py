@@ -192,7 +192,7 @@ class Build:
             step = self._next_step(arg)
             self._progress.started(step)
             ready = await self._expanded(arg, self._arguments.of_stages)
-            assert isinstance(ready, Arg), "its type stays"
+            assert isinstance(ready, Arg), "expanding keeps the type"
             for name, value in ready.pairs:
                 self._arguments.declare(name, value, before_stages=True)
             self._progress.finished(step, None)

@@ -80,7 +80,7 @@ class StepCache:
             async with self._saving:  # builds may end at the same time, and the file has one writer
                 await asyncio.to_thread(replace_file, self._file, msgspec.json.encode(self._steps))
         except OSError as error:
-            log_error(error, "results of build steps not noted", file=str(self._file))
+            log_error(error, "build cache index not written", file=str(self._file))
 
     def _read(self) -> dict[str, Digest]:
         if self._steps is None:
@@ -90,7 +90,7 @@ class StepCache:
             except FileNotFoundError:
                 self._steps = {}
             except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-                log_error(error, "results of build steps are forgotten", file=str(self._file))
+                log_error(error, "build cache index not readable, starting empty", file=str(self._file))
                 self._steps = {}
         return self._steps
 

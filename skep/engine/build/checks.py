@@ -313,7 +313,7 @@ class Checks:
         try:
             for arg in self._stages.arguments:
                 ready = expanded(arg, defaults.of_stages, self._stages.escape, self._budget)
-                assert isinstance(ready, Arg), "its type stays"
+                assert isinstance(ready, Arg), "expanding keeps the type"
                 for name, value in ready.pairs:
                     defaults.declare(name, value, before_stages=True)
             for stage in self._stages.stages:
@@ -416,7 +416,7 @@ class Checks:
             ready = expanded(arg, variables, self._stages.escape, self._budget, self._given)
         except InvalidArgument:
             return
-        assert isinstance(ready, Arg), "its type stays"
+        assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             self._arguments.declare(name, value, before_stages=before_stages)
 

@@ -292,9 +292,7 @@ def fill(root: Path, path: str, directory: Path, work: Work) -> None:
         inside = tree.resolve(path)
         status = tree.status(inside)
         if status is None or not stat.S_ISDIR(status.st_mode):
-            raise InvalidArgument(
-                f"a cache mount cannot start with the files of {path}: it is not a directory"
-            )
+            raise InvalidArgument(f"a cache mount cannot be filled from {path}: it is not a directory")
         Copier(target, Ownership(), work).copy_tree(tree, inside, "")
         os.fchown(target.descriptor, status.st_uid, status.st_gid)
         os.fchmod(target.descriptor, stat.S_IMODE(status.st_mode))

@@ -64,7 +64,7 @@ class Copier:
                 place = posixpath.join(place, posixpath.basename(source.path))
             self._make(posixpath.dirname(place))
             status = tree.status(source.resolved)
-            assert status is not None, "it was there when its digest was made"
+            assert status is not None, "it existed when its digest was computed"
             self._entry(tree, source.resolved, status, place, {})
 
     def write(self, name: str, content: bytes, destination: str) -> None:
@@ -165,7 +165,7 @@ class Copier:
         ):
             status = os.fstat(old)
             if not stat.S_ISREG(status.st_mode):
-                raise InvalidArgument(f"{path} is no regular file any more")
+                raise InvalidArgument(f"{path} is no longer a regular file")
             self._content(old, new, status)
             self._describe(new, status, attributes_of(old))
 

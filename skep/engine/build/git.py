@@ -92,7 +92,7 @@ class Git:
             async with asyncio.timeout(_DEADLINE_S):
                 output, errors = await self._watched(process)
         except TimeoutError as error:
-            raise Unavailable(f"git {words[0]} takes longer than {_DEADLINE_S:.0f} seconds") from error
+            raise Unavailable(f"git {words[0]} took longer than {_DEADLINE_S:.0f} seconds") from error
         if process.returncode:
             text = errors.decode(errors="replace").strip()
             if process.returncode == -signal.SIGXFSZ or f"died of signal {signal.SIGXFSZ:d}" in text:

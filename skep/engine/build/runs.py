@@ -412,7 +412,7 @@ def network_of(run: Run, *, has_host_network: bool) -> str:
     if run.security not in ("", "sandbox", "insecure"):
         raise InvalidArgument(f"security {quoted(run.security)} is not valid")
     if run.security == "insecure":
-        raise PermissionDenied("security.insecure is not allowed: steps of builds are not privileged here")
+        raise PermissionDenied("security.insecure is not allowed: build steps are never privileged")
     match run.network:
         case "" | "default":
             return ""

@@ -105,7 +105,7 @@ class ClientStore:
             offset += len(piece)
         written = (await self._answer(messages, request(pb.COMMIT, offset))).digest
         if written != upload.digest:
-            raise InvalidArgument(f"the client stored {written[:200]} in place of {upload.digest}")
+            raise InvalidArgument(f"the client stored {written[:200]} instead of {upload.digest}")
 
     async def _answer(self, messages: Messages, request: pb.WriteContentRequest) -> pb.WriteContentResponse:
         await messages.send(request)

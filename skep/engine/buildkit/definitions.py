@@ -40,4 +40,4 @@ def image_of(definition: pb.Definition) -> Digest:
         name = operation.source.identifier.removeprefix(_IMAGE)
         if operation.source.identifier.startswith(_IMAGE) and is_digest(name):
             return Digest(name)
-    raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+    raise Unimplemented("LLB definitions are not supported, only Dockerfiles")

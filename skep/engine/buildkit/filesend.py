@@ -121,7 +121,7 @@ async def _serve(
     sent = 0
     while (packet := await _next(messages)).type != pb.Packet.FIN:
         if packet.type != pb.Packet.REQ or packet.id >= len(files) or files[packet.id].begin is None:
-            raise InvalidArgument(f"the client asked for something else than a file: {packet.id}")
+            raise InvalidArgument(f"the client requested entry {packet.id}, which is not a file")
         async for piece in _content(descriptor, files[packet.id]):
             await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=piece))
             progress(sent := sent + len(piece))

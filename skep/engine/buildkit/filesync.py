@@ -157,7 +157,7 @@ class _Transfer:
             if packet is None:
                 raise Unavailable("the client ended the transfer of its files early")
             if packet.type != pb.Packet.DATA:
-                raise InvalidArgument("the client sent something else than the files that it was asked for")
+                raise InvalidArgument("the client sent a packet that is not file data")
             batch.append(packet)
             size += len(packet.data)
         return batch

@@ -114,7 +114,7 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
     Raises: Unimplemented, InvalidArgument: with the name of the unsupported or invalid option.
     """
     if frontend not in (DOCKERFILE, _GATEWAY):
-        raise Unimplemented(f"front end {frontend} is not supported: Dockerfiles are built, by {DOCKERFILE}")
+        raise Unimplemented(f"front end {frontend} is not supported: use {DOCKERFILE}")
     left = {name: value for name, value in attributes.items() if not name.startswith(_IGNORED)}
     if frontend == _GATEWAY:
         check_syntax(left.pop("source", ""))

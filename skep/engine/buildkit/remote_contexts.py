@@ -63,9 +63,7 @@ async def remote_context(
             yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
-            raise Unimplemented(
-                f"a context at another place than the client is not supported: {redacted(address)}"
-            )
+            raise Unimplemented(f"a build context at this address is not supported: {redacted(address)}")
         if URL(address).host == _UPLOAD_HOST:
             pieces = _uploaded(session, URL(address), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")

@@ -145,7 +145,7 @@ def _global_arguments(stages: Stages, build: Asked) -> Arguments:
     arguments, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
     for arg in stages.arguments:
         ready = expanded(arg, arguments.of_stages, stages.escape, budget, build.arguments)
-        assert isinstance(ready, Arg), "its type stays"
+        assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             arguments.declare(name, value, before_stages=True)
     return arguments
@@ -249,7 +249,7 @@ def _arguments(
     def declared(arg: Arg, *, before_stages: bool) -> Mapping[str, str]:
         variables = known.of_stages if before_stages else known.beside(())
         ready = expanded(arg, variables, stages.escape, budget, build.arguments)
-        assert isinstance(ready, Arg), "its type stays"
+        assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             known.declare(name, value, before_stages=before_stages)
         return dict(known.of_stages if before_stages else known.beside(()))

@@ -97,7 +97,7 @@ async def serve_control(buildkit: BuildKit, request: web.Request) -> web.StreamR
     """Take over the connection.  From now on the client calls BuildKit's control protocol on it."""
     _require_http2(request)
     if buildkit.connections >= CONNECTIONS_MAX:
-        raise ResourceExhausted(f"there are {CONNECTIONS_MAX} connections of builds already")
+        raise ResourceExhausted(f"there are {CONNECTIONS_MAX} build connections already")
     protocol = connection(buildkit.control.methods())
     buildkit.connections += 1
     try:

@@ -229,7 +229,7 @@ class Sessions:
         if info.id in self._sessions:
             raise AlreadyExists(f"session {info.id} already exists")
         if len(self._sessions) >= SESSIONS_MAX:
-            raise ResourceExhausted(f"there are {SESSIONS_MAX} sessions of builds already")
+            raise ResourceExhausted(f"there are {SESSIONS_MAX} build sessions already")
         session = self._sessions[info.id] = Session(info)
         try:
             async with self._arrived:

@@ -152,7 +152,7 @@ class Solver:
             try:
                 job.response = await run_unless(self._solved(job, session), session.wait_closed())
             except Preempted as error:
-                raise Unavailable("the client of the build is gone") from error
+                raise Unavailable("the client of the build disconnected") from error
             return job.response
 
     async def bridge_solve(self, ref: str, request: pb.BridgeSolveRequest) -> pb.BridgeSolveResponse:
@@ -164,7 +164,7 @@ class Solver:
         if job.ended.is_set():
             raise NotFound(f"no such job {ref}")
         if request.definition.ByteSize():
-            raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+            raise Unimplemented("LLB definitions are not supported, only Dockerfiles")
         session = await self._sessions.get(job.request.session)
         response = pb.BridgeSolveResponse()
         inputs = {name: image_of(one) for name, one in request.frontend_inputs.items()}
@@ -332,7 +332,7 @@ class Solver:
             try:
                 result = await run_unless(work, session.wait_closed())
             except Preempted as error:
-                raise Unavailable("the client of the build is gone") from error
+                raise Unavailable("the client of the build disconnected") from error
         job.built[result.image_id] = result
         return result.image_id
 
@@ -526,7 +526,7 @@ def _check(request: pb.SolveRequest) -> None:
     if not request.ref or not request.session:
         raise InvalidArgument("a build needs a reference and a session")
     if request.definition.ByteSize():
-        raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+        raise Unimplemented("LLB definitions are not supported, only Dockerfiles")
     if request.frontend_inputs:
         raise Unimplemented("results of other builds as contexts are not supported")
     if request.source_policy.ByteSize():

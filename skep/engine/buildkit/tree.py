@@ -345,7 +345,7 @@ class Contents:
         self._open[number] = descriptor, written + len(data)
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
-            raise ResourceExhausted("the build context is larger than what this node accepts")
+            raise ResourceExhausted("the build context is larger than this node accepts")
         if data:
             _write_all(descriptor, data)
             return False

@@ -192,7 +192,7 @@ def _oci_items(directory: Path, path: str, names: Sequence[str], depth: int = 0)
         if _inside(directory, found, must_exist=False).exists():
             content = _document(directory, found)
             if digest_of(content) != descriptor.digest:
-                raise InvalidArgument(f"invalid archive: {found} is not what its name says")
+                raise InvalidArgument(f"invalid archive: {found} does not match its digest")
             yield from _oci_items(directory, found, below, depth + 1)
 
 

@@ -47,7 +47,7 @@ def read_catalog(file: Path) -> Catalog:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
         aside = file.with_suffix(".damaged")
-        log_error(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
+        log_error(error, "image names lost: catalog is damaged", file=str(file), kept_as=str(aside))
         discard_tree_now(aside)
         with suppress(OSError):
             file.rename(aside)

@@ -185,7 +185,7 @@ class Helper:
         socket.send_fds(self._socket, [request], [descriptor])
         response = self._socket.recv(4)
         if len(response) != 4:
-            raise OSError(5, "the helper of the process for archives has ended")
+            raise OSError(5, "the helper of the archive worker has ended")
         return int.from_bytes(response, "little")
 
 

@@ -184,5 +184,5 @@ def parse_config(content: bytes) -> ImageConfig:
     if len(config.diff_ids) > LAYERS_MAX:
         raise InvalidArgument("max depth exceeded")
     if not all(is_digest(diff_id) for diff_id in config.diff_ids):
-        raise InvalidArgument("invalid image JSON: a layer is not named by a digest")
+        raise InvalidArgument("invalid image JSON: a layer has no valid digest")
     return config

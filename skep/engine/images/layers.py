@@ -82,7 +82,7 @@ class Layers:
             try:
                 layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
             except Exception as error:  # whatever the error is, it concerns one layer
-                log_error(error, "layer left out", directory=str(directory))
+                log_error(error, "layer not read", directory=str(directory))
                 if isinstance(error, OSError) and not is_no_file(error):
                     unread = error
             else:
@@ -231,7 +231,7 @@ class Layers:
         async with self._slots.of(str(content)):
             with content.open("rb") as source:
                 unpacked = await unpack(source.fileno(), files, limits=self._limits, is_layer=True)
-        assert unpacked.digest == diff_id, "what was packed is what is unpacked"
+        assert unpacked.digest == diff_id, "the unpacked tar is the packed one"
 
     async def blob(self, chain_id: str) -> Blob:
         """Return the layer's blob for a registry: as it came from one, or else compressed with gzip, which every engine

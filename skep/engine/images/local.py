@@ -403,7 +403,7 @@ class LocalImages:
                 if directory.exists():
                     directory.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
             except OSError as error:
-                log_error(error, "leftovers of images not set aside", directory=str(directory))
+                log_error(error, "leftover image files not moved aside", directory=str(directory))
 
     async def _read_or_report(self) -> None:
         try:
@@ -458,7 +458,7 @@ class LocalImages:
         """Read an image's configuration.  Return the error if it has to be read again later."""
         id = Digest(f"sha256:{file.name}")
         if not is_digest(id):
-            log.warning("file that is no image's is ignored", file=str(file))
+            log.warning("unknown file ignored", file=str(file))
             return None
         config = None
         try:
@@ -594,5 +594,5 @@ def _read_config(file: Path, id: Digest) -> ImageConfig:
     """Read and verify a configuration.  Raises: InvalidArgument: it does not have this digest; OSError."""
     content = file.read_bytes()
     if digest_of(content) != id:
-        raise InvalidArgument("the content of its configuration has changed")
+        raise InvalidArgument("its configuration does not match its id")
     return parse_config(content)

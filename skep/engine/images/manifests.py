@@ -61,7 +61,7 @@ def require_image(manifest: Manifest) -> None:
 
     Source: moby, distribution/pull_v2.go (validateMediaType, checkSupportedMediaType).
     """
-    assert manifest.config is not None, "it is no index"
+    assert manifest.config is not None, "it is not an index"
     config_type = manifest.config.media_type
     if manifest.media_type == DOCKER_MANIFEST and config_type not in _CONFIG_TYPES:
         kind = "plugin" if config_type == _PLUGIN else "unknown"

@@ -188,7 +188,7 @@ class Packer:
         mark = self._mark_of(descriptor) if self._mark_of is not None else 0
         if mark == Helper.MOVED:
             raise Refused(
-                f"/{path}: the directory was moved, which the file system of this node does not keep"
+                f"/{path}: the directory was renamed, and this node's file system does not record renames"
             )
         self._write_header(member)
         if mark == Helper.OPAQUE:
@@ -364,7 +364,7 @@ def main() -> None:
     except LimitExceeded as error:
         result = {"error": str(error), "kind": "limit"}
     except MemoryError:
-        result = {"error": "takes more memory to pack than is allowed", "kind": "limit"}
+        result = {"error": "needs more memory to pack than is allowed", "kind": "limit"}
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         result = {"error": f"{where}{(error.strerror or str(error)).lower()}", "kind": "io"}

@@ -240,7 +240,7 @@ class Connection:
         """Return the URL at which ``response`` says to continue.  Raises: RegistryError: it has none, or leaves TLS."""
         location = response.headers.get("Location", "")
         if not location:
-            raise RegistryError(f"{response.url.with_query(None)}: the registry gives no Location")
+            raise RegistryError(f"{response.url.with_query(None)}: the registry sent no Location header")
         return self._redirected(response.url, location)
 
     @asynccontextmanager
@@ -426,7 +426,7 @@ class Repository(Connection):
         page: URL | None = URL(f"{self._endpoint.url}{self.path}/tags/list")
         while page is not None:
             if page in pages:
-                raise RegistryError(f'Get "{page}": the list of tags goes on with a page that it has had')
+                raise RegistryError(f'Get "{page}": the list of tags repeats a page')
             if len(pages) == _TAG_PAGES_MAX:
                 raise InvalidArgument(f'Get "{page}": the list of tags has more than {_TAG_PAGES_MAX} pages')
             pages.add(page)
@@ -526,7 +526,7 @@ async def at_endpoints(
                         mirror=endpoint.url,
                         reason=str(error),
                     )
-    raise AssertionError("the last endpoint gives a result or an error")
+    raise AssertionError("the last endpoint returns or raises")
 
 
 async def login(policy: Policy, domain: str, credentials: Credentials) -> str:

@@ -221,7 +221,7 @@ class ServedImages:
             case Upload.ARRIVING:
                 raise RetryLater(f"blob {digest} is being fetched", ARRIVING_AFTER_S)
             case Upload.BUSY:
-                raise ResourceExhausted(f"this node sends blob {digest} to others already")
+                raise ResourceExhausted(f"this node already sends blob {digest} to other nodes")
         assert path is not None, "it is present"
         self._uploads[digest] += 1
         self._uploads_of_node[to] += 1
@@ -236,7 +236,7 @@ class ServedImages:
                         yield piece
                         taken += len(piece)
                         if self._clock.monotonic() - began > STALLED_S + taken / BYTES_PER_S_MIN:
-                            raise Unavailable(f"blob {digest} is taken too slowly")
+                            raise Unavailable(f"blob {digest} is received too slowly")
                     is_sent = True
 
                 yield Blob(path.stat().st_size, pieces())

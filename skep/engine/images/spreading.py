@@ -243,7 +243,7 @@ class Spread:
             return None
         self._responded(source, started)
         if len(document.content) > bytes_max or (is_digest(target) and document.digest != target):
-            self._distrust(source, f"another manifest than {target}")
+            self._distrust(source, f"a manifest that does not match {target}")
             return None
         return document if document.is_own or not self._only_own else None
 
@@ -266,7 +266,7 @@ class Spread:
         source = self._senders.pop(digest, None)
         if source is None:
             return False
-        self._distrust(source, f"something else for {digest}")
+        self._distrust(source, f"a blob that does not match {digest}")
         return True
 
     async def _opened(self, stack: AsyncExitStack, digest: str) -> tuple[Source, AsyncIterator[bytes]]:
@@ -288,7 +288,7 @@ class Spread:
             empty_rounds = 0 if {Outcome.BUSY, Outcome.ARRIVING} & set(outcomes) else empty_rounds + 1
             if self._clock.monotonic() - began > WAIT_S_MAX:
                 # Not a RegistryError: the download would retry and wait as long again.
-                raise Unavailable(f"no node of the cluster sends {digest}: all that have it are busy")
+                raise Unavailable(f"no node of the cluster sends {digest}: every node that has it is busy")
             await pauses.sleep(self._clock)
 
     async def _requested(
@@ -360,4 +360,4 @@ class Spread:
         self._distrusted[source.name] = self._clock.monotonic()
         while len(self._distrusted) > DISTRUSTED_MAX:
             del self._distrusted[next(iter(self._distrusted))]
-        log.warning("node sent something wrong", node=source.name, image=self._reference.familiar, what=what)
+        log.warning("node sent wrong content", node=source.name, image=self._reference.familiar, what=what)

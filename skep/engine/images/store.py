@@ -221,9 +221,7 @@ class ImageStore(LocalImages):
             try:
                 return await action(known)
             except (Denied, PermissionDenied) as error:
-                log.info(
-                    "credentials refused; those of the node are tried", registry=domain, reason=str(error)
-                )
+                log.info("credentials refused, trying the node's", registry=domain, reason=str(error))
         provided = await self._helpers.provide(helper, domain)
         try:
             return await action(provided.credentials)

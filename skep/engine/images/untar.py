@@ -443,7 +443,7 @@ def main() -> None:
     except LimitExceeded as error:
         result = {"error": str(error), "kind": "limit"}
     except MemoryError:
-        result = {"error": "takes more memory to unpack than is allowed", "kind": "limit"}
+        result = {"error": "needs more memory to unpack than is allowed", "kind": "limit"}
     except OSError as error:
         result = {"error": f"exit status 1): {_in_words(error)}", "kind": "io"}
     sys.stdout.write(json.dumps(result))

@@ -152,7 +152,7 @@ class _Session:
 
     async def _position(self) -> int:
         """Return how much of the blob the registry has.  If it has lost the upload, return 0 to start a new one."""
-        assert self._place is not None, "it is asked of an upload that was started"
+        assert self._place is not None, "the upload was started"
         async with self._repository.request("GET", self._place, timeout=SHORT_TIMEOUT) as response:
             last = response.headers.get("Range", "").partition("-")[2]
             if response.status == 204 and last.isdecimal() and len(last) < 20:
@@ -252,4 +252,4 @@ def require_digest(response: aiohttp.ClientResponse, digest: str) -> None:
     """Check the stored digest.  Raises: InvalidArgument: the registry stored something else."""
     stored = response.headers.get("Docker-Content-Digest", digest)
     if stored != digest:
-        raise InvalidArgument(f"the registry stored {stored[:200]} in place of {digest}")
+        raise InvalidArgument(f"the registry stored {stored[:200]} instead of {digest}")

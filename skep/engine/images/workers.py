@@ -189,9 +189,9 @@ def _result(response: bytes, of: str, prefix: str = "") -> Unpacked:
         result = msgspec.json.decode(response, type=dict[str, str | int])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning(
-            "unexpected output of a process for archives", output=response[-2000:].decode(errors="replace")
+            "unexpected output of an archive worker", output=response[-2000:].decode(errors="replace")
         )
-        raise UnpackFailed("the process for archives ended without a response") from error
+        raise UnpackFailed("the archive worker ended without a response") from error
     message = str(result.get("error", ""))
     match result.get("kind"):
         case None:
