@@ -418,9 +418,9 @@ async def test_findings_of_checks_are_warnings_of_the_definition(rig: Rig) -> No
 @pytest.mark.parametrize(
     ("packets", "text"),
     [
-        ([pb.Packet(type=REQ, id=0)], "asked for something else than a file: 0"),
-        ([pb.Packet(type=REQ, id=7)], "asked for something else than a file: 7"),
-        ([pb.Packet(type=STAT)], "asked for something else than a file"),
+        ([pb.Packet(type=REQ, id=0)], "requested entry 0, which is not a file"),
+        ([pb.Packet(type=REQ, id=7)], "requested entry 7, which is not a file"),
+        ([pb.Packet(type=STAT)], "requested entry 0, which is not a file"),
         ([pb.Packet(type=pb.Packet.ERR, data=b"disk full")], "error from receiver: disk full"),
         ([], "ended the transfer of the result early"),
     ],
