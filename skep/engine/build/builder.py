@@ -191,7 +191,7 @@ class Build:
         for arg in stages.arguments:
             step = self._next_step(arg)
             self._progress.started(step)
-            ready = await self._expanded(arg, self._arguments.of_stages)
+            ready = await self._expand(arg, self._arguments.of_stages)
             assert isinstance(ready, Arg), "expanding keeps the type"
             for name, value in ready.pairs:
                 self._arguments.declare(name, value, before_stages=True)
@@ -206,9 +206,9 @@ class Build:
         made, records = self._results.position.image, tuple(self._results.records.values())
         if made is None:
             raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
-        made = await self._bases.not_newer(made, self._results.inherited, self._arguments.of_stages)
+        made = await self._bases.limit_times(made, self._results.inherited, self._arguments.of_stages)
         if self._request.inline_cache:
-            made = await self._bases.with_cache(made, inline_cache(records, made.link, made.config.diff_ids))
+            made = await self._bases.add_cache(made, inline_cache(records, made.link, made.config.diff_ids))
         await self._images.add(made.content, self._request.tags)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
@@ -263,11 +263,11 @@ class Build:
     async def _begin_stage(self, step: Step, base: From) -> None:
         arguments = dict(self._arguments.of_stages)
         if base.platform:
-            platform = await self._substituted(base.platform, arguments)
+            platform = await self._substitute(base.platform, arguments)
             if not platform:
                 raise InvalidArgument(f"empty platform value from expression {base.platform}")
             targets.require_platform(platform)
-        name = await self._substituted(base.base, arguments)
+        name = await self._substitute(base.base, arguments)
         if not name:
             raise InvalidArgument(f"base name ({base.base}) should not be blank")
         if targets.context_name(name) in self._request.directories:
@@ -309,7 +309,7 @@ class Build:
         ``is_base``: Whether FROM names it.  There a number is an image, and only earlier stages are known.
         """
         if image := self._request.images.get(targets.context_name(name)):
-            return await self._bases.pulled(step, image)
+            return await self._bases.pull(step, image)
         index = None
         if not is_base or not name.isdigit():
             index = self._stages.index(name, before=self._stage if is_base else None)
@@ -326,14 +326,14 @@ class Build:
             raise InvalidArgument(f"invalid from flag value {name}: index out of bounds")
         if name == SCRATCH:
             return None
-        return await self._bases.pulled(step, name)
+        return await self._bases.pull(step, name)
 
     # --- the other instructions -----------------------------------------------------------------------------------
 
     async def _carry_out(self, step: Step, instruction: Instruction) -> None:
         state = self._results.state
         beside = self._arguments.beside(state.config.env or ())
-        ready = await self._expanded(instruction, variables_of(state, beside))
+        ready = await self._expand(instruction, variables_of(state, beside))
         match ready:
             case Run():
                 await self._run(step, ready, beside)
@@ -354,14 +354,14 @@ class Build:
                         self._progress.output(step, Stream.STDOUT, text.encode())
                 await self._change(step, ready)
 
-    async def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
+    async def _expand(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
         # In a thread: patterns in substitutions may take seconds of computation.
         given = self._request.arguments
         return await asyncio.to_thread(
             expanded, instruction, variables, self._stages.escape, self._budget, given
         )
 
-    async def _substituted(self, word: str, variables: Mapping[str, str]) -> str:
+    async def _substitute(self, word: str, variables: Mapping[str, str]) -> str:
         return await asyncio.to_thread(substituted, word, variables, self._stages.escape, self._budget)
 
     async def _change(self, step: Step, instruction: Instruction) -> None:
@@ -376,13 +376,13 @@ class Build:
             return
         id = new_container_id()  # Docker creates a container here; this id only names the step's work
         self._progress.running(step, id)
-        if is_workdir and (changes := await self._made_directory(state.config)) is not None:
+        if is_workdir and (changes := await self._make_directory(state.config)) is not None:
             await self._results.commit_changes(change, changes.upper)
         else:
             await self._results.commit(change)
         self._progress.removed(step, id)
 
-    async def _made_directory(self, config: ContainerDefaults) -> Changes | None:
+    async def _make_directory(self, config: ContainerDefaults) -> Changes | None:
         changes = self._changes()
         work = new_work(self._images, self._workspace)
         user = config.user if self._request.is_buildkit else ""
@@ -438,7 +438,7 @@ class Build:
     @asynccontextmanager
     async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:
         """Mount the file system of a named context, a stage or an image."""
-        if (directory := await self._inputs.named(self._request, origin)) is not None:
+        if (directory := await self._inputs.open_named(self._request, origin)) is not None:
             yield directory
             return
         try:
@@ -493,7 +493,7 @@ class Build:
         assert position is not None, "RUN on scratch is refused"
         image = Image(id=position.id, config=msgspec.structs.replace(position.config, config=config))
         containers = self._builder.containers
-        async with containers.created(image, self._request, prepared) as container:
+        async with containers.create(image, self._request, prepared) as container:
             self._progress.running(step, container.id)
             missing = await asyncio.to_thread(containers.missing_targets, container, prepared.mounts)
             output, is_buildkit = partial(self._progress.output, step), self._request.is_buildkit

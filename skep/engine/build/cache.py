@@ -140,7 +140,7 @@ class CacheMounts:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def used(self, key: CacheKey, sharing: str, fill: Fill | None = None) -> AsyncIterator[Path]:
+    async def hold(self, key: CacheKey, sharing: str, fill: Fill | None = None) -> AsyncIterator[Path]:
         """Provide the directory of ``key`` while the block runs.
 
         Args:

@@ -90,7 +90,7 @@ class Git:
         )
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                output, errors = await self._watched(process)
+                output, errors = await self._watch(process)
         except TimeoutError as error:
             raise Unavailable(f"git {words[0]} took longer than {_DEADLINE_S:.0f} seconds") from error
         if process.returncode:
@@ -100,11 +100,13 @@ class Git:
             raise Unavailable(f"failed to fetch {self._shown}: git stderr:\n{text}")
         return output.decode("utf-8", "surrogateescape")
 
-    async def _watched(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+    async def _watch(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
         """Return the output of ``process`` once it has ended.  Raises: ResourceExhausted: it exceeds a limit."""
         assert process.stderr is not None
         now = asyncio.get_running_loop().time
-        reading = asyncio.gather(self._bounded(process), _last(process.stderr, _SHOWN_BYTES), process.wait())
+        reading = asyncio.gather(
+            self._read_output(process), _last(process.stderr, _SHOWN_BYTES), process.wait()
+        )
         walk_at = now() + _WATCH_S
         try:
             while not reading.done():
@@ -137,7 +139,7 @@ class Git:
             if entries > entries_max:
                 raise ResourceExhausted(f"{self._shown} has more than {entries_max} files")
 
-    async def _bounded(self, process: asyncio.subprocess.Process) -> bytes:
+    async def _read_output(self, process: asyncio.subprocess.Process) -> bytes:
         """Return the standard output, or kill the process when it exceeds the limit.  Raises: ResourceExhausted."""
         assert process.stdout is not None
         content, is_above = bytearray(), False

@@ -23,7 +23,7 @@ class Inputs:
             self._directory = await self._open()
         return self._directory
 
-    async def named(self, request: BuildRequest, name: str) -> Path | None:
+    async def open_named(self, request: BuildRequest, name: str) -> Path | None:
         """Return the directory of a named context, or None if there is none with this name."""
         name = context_name(name)
         if name not in self._further:

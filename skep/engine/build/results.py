@@ -135,7 +135,7 @@ class Results:
     async def _take_here(self, change: Change) -> bool:
         found = self._steps.find(change.key.local) if self._is_known_here else None
         try:
-            made = await self._bases.usable(found) if found is not None else None
+            made = await self._bases.keep(found) if found is not None else None
         except (NotFound, OSError):
             made = None
         if made is None:
@@ -169,7 +169,7 @@ class Results:
             if found.diff_id:
                 image = self.position.image
                 chain = chain_ids((*(image.config.diff_ids if image is not None else ()), found.diff_id))
-                await self._bases.stack.enter_async_context(self._images.pinned(chain))
+                await self._bases.stack.enter_async_context(self._images.pin(chain))
                 await source.fetch(found, chain[-1])
             await self._commit(change, diff_id=found.diff_id, chain=chain, created=found.created)
         except (SkepError, OSError) as error:
@@ -218,7 +218,7 @@ class Results:
         )
         if len(content) > _CONFIG_BYTES_MAX:
             raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
-        await self._bases.stack.enter_async_context(self._images.pinned(chain))
+        await self._bases.stack.enter_async_context(self._images.pin(chain))
         image = await self._images.add(
             content, parent=parent.id if parent is not None else "", is_step=self._request.is_buildkit
         )

@@ -93,7 +93,7 @@ class Containers:
         self._engine = engine
 
     @asynccontextmanager
-    async def created(
+    async def create(
         self, image: Image, request: BuildRequest, prepared: Prepared
     ) -> AsyncIterator[Container]:
         """Provide a container for one command.  It is killed and removed at the end of the block."""
@@ -110,7 +110,9 @@ class Containers:
         """Start the container, pass on its output, and return when it has ended.  Raises: StepFailed; SkepError."""
         async with asyncio.TaskGroup() as group:
             # The reader attaches before ``start`` collects the container's waiting readers.
-            reading = group.create_task(self._read(container, output), name="output of a build step")
+            reading = group.create_task(
+                self._forward_output(container, output), name="output of a build step"
+            )
             error = None
             try:
                 await self._engine.start(container.id, secret_env=prepared.secret_env)
@@ -148,7 +150,7 @@ class Containers:
         await asyncio.to_thread(_remove_empty, upper, made)
         return upper
 
-    async def _read(self, container: Container, output: Output) -> None:
+    async def _forward_output(self, container: Container, output: Output) -> None:
         try:
             attachment = await self._engine.attach(container.id)
         except SkepError:
@@ -314,7 +316,7 @@ class MountSources:
         )
         fill = partial(self._fill, base.root, mount.source) if base is not None else None
         directory = await self._stack.enter_async_context(
-            self._caches.used(key, mount.sharing or "shared", fill)
+            self._caches.hold(key, mount.sharing or "shared", fill)
         )
         if base is None and mount.source:
             directory = self._bound(directory, mount.source, f"the cache {key.id} has no {mount.source}")

@@ -71,7 +71,7 @@ async def export_steps(
     async with AsyncExitStack() as stack:
         for record in records:
             chain = chain_ids(record.diff_ids)
-            await stack.enter_async_context(images.pinned(chain))
+            await stack.enter_async_context(images.pin(chain))
             for chain_id, diff_id in zip(chain, record.diff_ids, strict=True):
                 if chain_id in layers:
                     continue

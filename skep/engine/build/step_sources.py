@@ -170,7 +170,7 @@ async def read_source(images: ImageStore, place: Place, target: str) -> StepSour
 
 
 async def _table(repository: pulling.Repository, target: str, bytes_max: int) -> StepTable | None:
-    manifest = decoded(await pulling.attempted(lambda: repository.manifest(target, bytes_max)))
+    manifest = decoded(await pulling.run_with_retries(lambda: repository.manifest(target, bytes_max)))
     listed = manifest.manifests
     if listed is None:
         return await _table_of_manifest(repository, manifest)
@@ -178,7 +178,7 @@ async def _table(repository: pulling.Repository, target: str, bytes_max: int) ->
     if config is not None:
         return await _table_of_artifact(repository, config, listed)
     digest = parse_digest(choose(listed, None).digest)
-    chosen = decoded(await pulling.attempted(lambda: repository.manifest(digest, bytes_max)))
+    chosen = decoded(await pulling.run_with_retries(lambda: repository.manifest(digest, bytes_max)))
     return await _table_of_manifest(repository, chosen)
 
 

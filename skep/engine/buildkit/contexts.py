@@ -48,7 +48,7 @@ class Contexts:
         return gone
 
     @asynccontextmanager
-    async def received(
+    async def receive(
         self,
         session: Session,
         selection: Selection,

@@ -65,7 +65,7 @@ class Control:
             yield event
 
     async def _session(self, stream: ServerStream) -> None:
-        async with self._sessions.opened(SessionInfo.of(stream.request.session)) as session:
+        async with self._sessions.register(SessionInfo.of(stream.request.session)) as session:
             await session.keep_checking_while(carry(session, stream))
 
     async def _history(

@@ -52,7 +52,7 @@ async def image_archive(engine: Engine, image_id: Digest) -> AsyncIterator[Async
     """Open the file system of an engine's image.  See ``OpenArchive``."""
     images = engine.images
     image = images.get(image_id)
-    async with images.pinned(image.chain), images.workspace("result") as workspace:
+    async with images.pin(image.chain), images.workspace("result") as workspace:
         changes = Changes(workspace, images.layers(image))
         async with (
             mounted_image(changes, new_work(images, workspace)) as root,

@@ -65,7 +65,7 @@ async def remote_context(
         if not _HTTP.match(address):
             raise Unimplemented(f"a build context at this address is not supported: {redacted(address)}")
         if URL(address).host == _UPLOAD_HOST:
-            pieces = _uploaded(session, URL(address), progress)
+            pieces = _read_upload(session, URL(address), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
         else:
             file = await Download(
@@ -88,7 +88,7 @@ def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
     return msgspec.structs.replace(found, keep_git_dir=keeps_git_dir or found.keep_git_dir)
 
 
-async def _uploaded(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:
+async def _read_upload(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:
     """Yield the client's upload for an address of its own.  Raises: SkepError."""
     metadata = [("urlpath", url.path), ("urlhost", url.host or "")]
     size = 0

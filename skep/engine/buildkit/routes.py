@@ -86,7 +86,7 @@ def buildkit_routes(buildkit: BuildKit) -> list[web.RouteDef]:
 async def open_session(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
     """Take over the connection.  From now on the engine calls the client on it."""
     _require_http2(request)
-    async with buildkit.sessions.opened(SessionInfo.of(request.headers.items())) as session:
+    async with buildkit.sessions.register(SessionInfo.of(request.headers.items())) as session:
         connection = session.connection
         await session.keep_checking_while(upgrade(request, connection, connection.connection_made))
     return Hijacked()

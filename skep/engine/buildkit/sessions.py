@@ -158,11 +158,11 @@ class Messages:
     async def send(self, message: Message) -> None:
         """Send a message.  Waits while the client reads slowly.  Raises: CallFailed, Lost, TimeoutError."""
         self._stream.send(message.SerializeToString())
-        await self._drained()
+        await self._drain()
 
     async def end(self) -> None:
         """End sending.  Raises: as ``send``."""
-        await self._drained()
+        await self._drain()
         self._stream.end_sending()
 
     async def finish(self) -> None:
@@ -183,7 +183,7 @@ class Messages:
         async with asyncio.timeout(self._silent_s):
             return await self._stream.receive()
 
-    async def _drained(self) -> None:
+    async def _drain(self) -> None:
         async with asyncio.timeout(self._silent_s):
             await self._stream.drain()
 
@@ -221,7 +221,7 @@ class Sessions:
         return len(self._sessions)
 
     @asynccontextmanager
-    async def opened(self, info: SessionInfo) -> AsyncIterator[Session]:
+    async def register(self, info: SessionInfo) -> AsyncIterator[Session]:
         """Register a session while the block runs, which serves its connection.
 
         Raises: AlreadyExists; ResourceExhausted: there are too many.

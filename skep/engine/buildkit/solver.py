@@ -150,7 +150,7 @@ class Solver:
             _check(request)
             session = await self._sessions.get(request.session)
             try:
-                job.response = await run_unless(self._solved(job, session), session.wait_closed())
+                job.response = await run_unless(self._run(job, session), session.wait_closed())
             except Preempted as error:
                 raise Unavailable("the client of the build disconnected") from error
             return job.response
@@ -171,7 +171,7 @@ class Solver:
         wanted = asked(request.frontend, request.frontend_opt, inputs)
         try:
             if wanted.request:
-                found = await run_unless(self._answered(job, session, wanted), job.ended.wait())
+                found = await run_unless(self._respond(job, session, wanted), job.ended.wait())
                 response.result.metadata.update(found)
                 return response
             work = self._build(job, session, wanted, request.frontend_opt)
@@ -243,7 +243,7 @@ class Solver:
         if not job.request.internal:
             self.history.keep(job.record())
 
-    async def _solved(self, job: Job, session: Session) -> Mapping[str, str]:
+    async def _run(self, job: Job, session: Session) -> Mapping[str, str]:
         request = job.request
         if request.frontend:
             build = asked(request.frontend, request.frontend_attrs)
@@ -348,7 +348,7 @@ class Solver:
             return ()
         return await self._caches.sources(job.vertices, session, provider, entries)
 
-    async def _answered(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
+    async def _respond(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
         """Respond to a request that does not build.  Raises: SkepError."""
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
@@ -397,7 +397,7 @@ class Solver:
             return definition
         names = _names_of(build.filename)
         with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
-            async with self.contexts.received(
+            async with self.contexts.receive(
                 session,
                 Selection(name=build.dockerfile.name, follow=names),
                 bytes_max=_DEFINITION_BYTES_MAX,
@@ -428,11 +428,11 @@ class Solver:
         if ignored is None:
             with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):
                 only = Selection(name=source.name, follow=(_IGNORE_FILE,))
-                async with self.contexts.received(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
+                async with self.contexts.receive(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
                     ignored = await asyncio.to_thread(_read_in, root, _IGNORE_FILE, _IGNORE_BYTES_MAX) or ""
         async with AsyncExitStack() as stack:
             with job.vertices.doing(f"[internal] load {which}") as vertex:
-                received = self.contexts.received(
+                received = self.contexts.receive(
                     session,
                     Selection(name=source.name, excludes=tuple(ignored_patterns(ignored))),
                     progress=partial(job.vertices.figure, vertex, "transferring context:"),

@@ -98,7 +98,7 @@ async def _load_item(images: LocalImages, directory: Path, item: Item, report: R
         )
     references = [_tagged(name) for name in item.repo_tags or ()]
     chain = chain_ids(config.diff_ids)
-    async with images.pinned(chain):
+    async with images.pin(chain):
         for number, (path, chain_id, diff_id) in enumerate(zip(layers, chain, config.diff_ids, strict=True)):
             if images.layer_store.get(chain_id) is None:
                 await _load_layer(images, directory, path, number, chain_id, Digest(diff_id), report)
@@ -284,7 +284,7 @@ async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[byte
                 names=names,
             )
         )
-    async with images.pinned(chain):
+    async with images.pin(chain):
         pieces = archive_pieces(packages)
         while piece := await asyncio.to_thread(next, pieces, b""):
             yield piece

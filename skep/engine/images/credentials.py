@@ -77,7 +77,7 @@ class CredentialHelpers:
             is_recent = self._clock.monotonic() - found_at < _KEPT_S and (not fresh or found_at > asked_at)
             if found is not None and is_recent:
                 return msgspec.structs.replace(found, is_kept=True)
-            provided = await _asked(helper, _INDEX if domain == DEFAULT_DOMAIN else domain)
+            provided = await _run_helper(helper, _INDEX if domain == DEFAULT_DOMAIN else domain)
             if provided.problem:
                 log.warning(
                     "credential helper failed", helper=helper, registry=domain, reason=provided.problem
@@ -89,7 +89,7 @@ class CredentialHelpers:
             return provided
 
 
-async def _asked(helper: str, server: str) -> Provided:
+async def _run_helper(helper: str, server: str) -> Provided:
     """Run ``docker-credential-<helper> get``, within bounds of time and output."""
     name = f"docker-credential-{helper}"
     try:

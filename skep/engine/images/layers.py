@@ -184,8 +184,8 @@ class Layers:
                     changes.rename(files)
                 else:
                     files.mkdir(mode=0o755)
-                    await self._copied(content, files, packed.digest)
-                return await self._published(workspace, chain_id, packed)
+                    await self._copy(content, files, packed.digest)
+                return await self._publish(workspace, chain_id, packed)
         except OSError as error:
             raise UnpackFailed(describe_error(error)) from error
         finally:
@@ -208,13 +208,13 @@ class Layers:
             pin(unpacked.digest)
             async with self._lock(unpacked.digest):
                 present = self._layers.get(unpacked.digest)
-                return present or await self._published(workspace, unpacked.digest, unpacked)
+                return present or await self._publish(workspace, unpacked.digest, unpacked)
         except OSError as error:
             raise UnpackFailed(describe_error(error)) from error
         finally:
             await asyncio.shield(discard_tree(workspace))
 
-    async def _published(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
+    async def _publish(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
         """Publish the layer of a workspace that holds its files and its content."""
         layer = Layer(
             chain_id=chain_id,
@@ -226,7 +226,7 @@ class Layers:
         self._layers[chain_id] = layer
         return layer
 
-    async def _copied(self, content: Path, files: Path, diff_id: Digest) -> None:
+    async def _copy(self, content: Path, files: Path, diff_id: Digest) -> None:
         """Fill ``files`` from the tar at ``content``, and keep the tar."""
         async with self._slots.of(str(content)):
             with content.open("rb") as source:
@@ -250,12 +250,12 @@ class Layers:
             path = self.content(chain_id)
             if not layer.blob:
                 async with self._slots.of(chain_id):
-                    blob = await self._compressed(path, layer)
+                    blob = await self._compress(path, layer)
                 self._layers[chain_id] = layer = msgspec.structs.replace(layer, blob=blob)
             size = (await asyncio.to_thread(path.stat)).st_size
             return Blob(digest=layer.blob, size=size, path=path)
 
-    async def _compressed(self, path: Path, layer: Layer) -> Digest:
+    async def _compress(self, path: Path, layer: Layer) -> Digest:
         room_bytes = self._limits.room_on(self._scratch)
         is_cancelled = threading.Event()
         work = asyncio.get_running_loop().run_in_executor(

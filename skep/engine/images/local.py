@@ -130,14 +130,14 @@ class LocalImages:
     async def settle(self) -> None:
         """Read what could not be read before, then remove unfinished work of earlier processes."""
 
-        async def read() -> None:
+        async def read_again() -> None:
             if self.error:
                 async with self._writing:
                     await self._read_or_report()
             if self.error:
                 raise Unavailable(self.error)
 
-        await retry(read, "images not read yet", clock=self._clock, first_s=1.0)
+        await retry(read_again, "images not read yet", clock=self._clock, first_s=1.0)
         for leftover in sorted(self._root.glob(f"{_ASIDE}*")):
             await discard_tree(leftover)
         await self._collect()
@@ -265,7 +265,7 @@ class LocalImages:
         """
         config = parse_config(content)
         id, chain = digest_of(content), chain_ids(config.diff_ids)
-        async with self.pinned(chain), self._writing:
+        async with self.pin(chain), self._writing:
             for chain_id in chain:
                 self.layer_store.directory(chain_id)
             is_new = id not in self._images
@@ -329,7 +329,7 @@ class LocalImages:
             await self._collect()
 
     @asynccontextmanager
-    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+    async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
         """Keep layers, present or future, from being deleted while the block runs."""
         self._pinned.update(chain)
         try:
@@ -351,7 +351,7 @@ class LocalImages:
         self._require_catalog()
         chain = below.chain if below is not None else ()
         top = chain[-1] if chain else None
-        async with self.pinned(chain), self._pinning() as pin:
+        async with self.pin(chain), self._pinning() as pin:
             yield await self.layer_store.add_changes(changes, below=top, pin=pin, without=without, take=take)
 
     @asynccontextmanager
@@ -370,7 +370,7 @@ class LocalImages:
             pinned.append(chain_id)
             self._pinned[chain_id] += 1
 
-        async with self.pinned(pinned):
+        async with self.pin(pinned):
             yield pin
 
     @asynccontextmanager

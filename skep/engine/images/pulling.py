@@ -130,7 +130,7 @@ async def pull_from(
     Source: moby, daemon/images/image_pull.go (PullImage).
     """
     wanted = parse_platform(platform) if platform else None
-    document = await attempted(
+    document = await run_with_retries(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
     )
     report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
@@ -174,7 +174,7 @@ async def inspect(
         policy,
         reference,
         credentials,
-        lambda repository: _inspected(repository, reference, limits.manifest_bytes_max),
+        lambda repository: _inspect(repository, reference, limits.manifest_bytes_max),
     )
 
 
@@ -204,7 +204,7 @@ async def fetch_layer(
             images.arriving.discard(descriptor.digest)
 
 
-async def _inspected(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
+async def _inspect(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
     try:
         document = await repository.manifest(reference.digest or reference.tag, bytes_max)
     except Denied as error:  # keep the type, so that the caller tries other credentials
@@ -292,7 +292,7 @@ async def _for_platform(
     if manifest.manifests is None:
         return manifest, (document.content,)
     digest = parse_digest(choose(manifest.manifests, wanted).digest)
-    found = await attempted(lambda: repository.manifest(digest, bytes_max))
+    found = await run_with_retries(lambda: repository.manifest(digest, bytes_max))
     chosen = decoded(found)
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: an index within an index")
@@ -331,7 +331,7 @@ async def _pull_blobs(
     config = parse_config(content)
     if len(config.diff_ids) != len(manifest.layers):
         raise InvalidArgument(_MISMATCH)
-    async with images.pinned(chain_ids(config.diff_ids)):
+    async with images.pin(chain_ids(config.diff_ids)):
         await _pull_layers(images, repository, manifest, config, directory, report)
         return await images.add(content, names, is_fetched=True)
 
@@ -436,7 +436,7 @@ async def _download(
     digest = parse_digest(descriptor.digest)
     may_begin_again, is_resumed = True, False
 
-    async def transferred() -> None:
+    async def resume() -> None:
         nonlocal is_resumed
         is_resumed = file.seek(0, os.SEEK_END) > 0
         await _transfer(repository, images, descriptor, file, report)
@@ -445,7 +445,7 @@ async def _download(
         await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
         while True:
             try:
-                await attempted(transferred)
+                await run_with_retries(resume)
                 report(step(short(digest), "Verifying Checksum"))
                 if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
                     return path
@@ -502,7 +502,7 @@ def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
         # The file system does not support reservations, so another download may take the space first.
 
 
-async def attempted(action: Callable[[], Awaitable[T]]) -> T:
+async def run_with_retries(action: Callable[[], Awaitable[T]]) -> T:
     """Run ``action``, and retry network failures after increasing, jittered waits.
 
     If the registry names a waiting time, the next attempt is not earlier.

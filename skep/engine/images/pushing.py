@@ -23,7 +23,7 @@ from skep.engine.images.layers import Blob
 from skep.engine.images.local import LocalImages
 from skep.engine.images.manifests import Manifest, decoded
 from skep.engine.images.progress import Message, Report, step, transfer
-from skep.engine.images.pulling import attempted
+from skep.engine.images.pulling import run_with_retries
 from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import NOT_JSON
 from skep.engine.images.registry import (
@@ -94,7 +94,7 @@ async def push(
     try:
         async with AsyncExitStack() as stack:
             for tag in wanted:
-                await stack.enter_async_context(images.pinned(tags[tag].chain))
+                await stack.enter_async_context(images.pin(tags[tag].chain))
             await at_endpoints(policy, reference.repository, credentials, send_all, to_push=True)
     except NoCredentials as error:
         raise Refused(error.cause) from error
@@ -174,7 +174,7 @@ class _Push:
         if lock is None:
             lock = _blobs[key] = asyncio.Lock()
         async with lock:
-            if await attempted(lambda: has_blob(self._repository, upload.digest, upload.size)):
+            if await run_with_retries(lambda: has_blob(self._repository, upload.digest, upload.size)):
                 return "Layer already exists"
             mounted = await send(self._repository, upload, sent, waiting)
         return f"Mounted from {mounted}" if mounted else "Pushed"
@@ -194,7 +194,7 @@ async def put_manifest(repository: Repository, tag: Reference, manifest: Documen
             await check(response)
             require_digest(response, manifest.digest)
 
-    await attempted(put)
+    await run_with_retries(put)
 
 
 _blobs: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()

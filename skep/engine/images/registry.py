@@ -225,7 +225,7 @@ class Connection:
         scopes = (*self._scopes, also) if also else self._scopes
         with _network_errors(str(target), method):
             for attempt in (1, 2):
-                async with self._followed(method, target, headers or {}, content, timeout) as response:
+                async with self._follow(method, target, headers or {}, content, timeout) as response:
                     if response.status == 401 and attempt == 1 and self._is_own(response.url):
                         challenge = response.headers.get("WWW-Authenticate", "")
                         self._authorization = await self._answer(challenge, scopes)
@@ -244,7 +244,7 @@ class Connection:
         return self._redirected(response.url, location)
 
     @asynccontextmanager
-    async def _followed(
+    async def _follow(
         self,
         method: str,
         target: URL,

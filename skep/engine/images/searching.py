@@ -79,7 +79,7 @@ async def search(
         async with session_for(endpoint) as session:
             connection = Connection(session, endpoint, credentials.for_registry(domain))
             try:
-                found = await _found(connection, query)
+                found = await _search(connection, query)
             except RegistryError as error:
                 problem = error
                 continue
@@ -92,7 +92,7 @@ class Refusal(SkepError):
     """The index responds with an error."""
 
 
-async def _found(connection: Connection, query: str) -> Sequence[Found]:
+async def _search(connection: Connection, query: str) -> Sequence[Found]:
     headers = {"X-Docker-Token": "true"}
     async with connection.request("GET", query, headers=headers, timeout=SHORT_TIMEOUT) as response:
         if response.status != 200:

@@ -156,7 +156,7 @@ class ServedImages:
                 return _document(content)
         is_own = isinstance(named, Reference) and all(one.name != named.name for one in image.digests)
         return Document(
-            await self._made_manifest(image), DOCKER_MANIFEST, is_of_registry=False, is_own=is_own
+            await self._make_manifest(image), DOCKER_MANIFEST, is_of_registry=False, is_own=is_own
         )
 
     async def names_of(self, target: str) -> frozenset[str]:
@@ -258,7 +258,7 @@ class ServedImages:
         image = next((one for one in self._images.images() if one.id == digest), None)
         return self._images.config_file(image) if image is not None else None
 
-    async def _made_manifest(self, image: Image) -> bytes:
+    async def _make_manifest(self, image: Image) -> bytes:
         """Return a manifest for an image that came without one.  Raises: NotFound: the image was removed."""
         try:
             config = await asyncio.to_thread(self._images.config_file(image).read_bytes)

@@ -257,9 +257,9 @@ class Spread:
             Unavailable: no node sends it in time.
         """
         async with AsyncExitStack() as stack:
-            source, pieces = await self._opened(stack, digest)
+            source, pieces = await self._open(stack, digest)
             self._senders[digest] = source
-            yield 0, self._checked(source, pieces)
+            yield 0, self._relay(source, pieces)
 
     def mistrust(self, digest: str) -> bool:
         """Distrust the last sender of a blob that does not match ``digest``.  Return whether there was one."""
@@ -269,7 +269,7 @@ class Spread:
         self._distrust(source, f"a blob that does not match {digest}")
         return True
 
-    async def _opened(self, stack: AsyncExitStack, digest: str) -> tuple[Source, AsyncIterator[bytes]]:
+    async def _open(self, stack: AsyncExitStack, digest: str) -> tuple[Source, AsyncIterator[bytes]]:
         """Open the blob on the first node, in order, that sends it."""
         began = self._clock.monotonic()
         pauses = Backoff(PAUSE_S, PAUSE_S_MAX, rng=self._rng)
@@ -277,7 +277,7 @@ class Spread:
         while True:
             outcomes = []
             for source in in_order(await self._sources(), self._records):
-                outcome, pieces = await self._requested(stack, source, digest, last_resort)
+                outcome, pieces = await self._request(stack, source, digest, last_resort)
                 if pieces is not None:
                     return source, pieces
                 outcomes.append(outcome)
@@ -291,7 +291,7 @@ class Spread:
                 raise Unavailable(f"no node of the cluster sends {digest}: every node that has it is busy")
             await pauses.sleep(self._clock)
 
-    async def _requested(
+    async def _request(
         self, stack: AsyncExitStack, source: Source, digest: str, last_resort: bool
     ) -> tuple[Outcome, AsyncIterator[bytes] | None]:
         started = self._clock.monotonic()
@@ -314,7 +314,7 @@ class Spread:
         self._responded(source, started)
         return outcome, None
 
-    async def _checked(self, source: Source, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _relay(self, source: Source, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Yield ``pieces`` as long as they arrive in time.  Raises: RegistryError: they do not."""
         began, received = self._clock.monotonic(), 0
         try:

@@ -94,7 +94,7 @@ async def unpack(
     )
     pipe = asyncio.subprocess.PIPE
     stdin = source if isinstance(source, int) else pipe
-    async with _started(untar.__name__, vars(settings), limits, stdin=stdin, stdout=pipe) as worker:
+    async with _run_worker(untar.__name__, vars(settings), limits, stdin=stdin, stdout=pipe) as worker:
         if not isinstance(source, int):
             await _feed(worker, source)
         response = await _response(worker, worker.stdout)
@@ -123,7 +123,7 @@ async def pack_changes(
         removes=removes,
     )
     null, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
-    async with _started(pack.__name__, vars(settings), limits, stdin=null, stderr=pipe) as worker:
+    async with _run_worker(pack.__name__, vars(settings), limits, stdin=null, stderr=pipe) as worker:
         response = await _response(worker, worker.stderr)
     return _result(response, "the tree")
 
@@ -134,7 +134,7 @@ def _require_room(limits: Limits, directory: Path) -> None:
 
 
 @asynccontextmanager
-async def _started(
+async def _run_worker(
     module: str,
     settings: Mapping[str, Any],
     limits: Limits,
