@@ -207,7 +207,7 @@ STAT, DATA, REQ = pb.Packet.STAT, pb.Packet.DATA, pb.Packet.REQ
                 pb.Packet(type=STAT),
                 *[pb.Packet(type=DATA, id=0, data=b"x" * 5000)] * 3,
             ],
-            "larger than what this node accepts",
+            "larger than this node accepts",
         ),
         ([pb.Packet(type=STAT, stat=a_file("a", "x")[0])], "ended the transfer of its files early"),
         ([pb.Packet(type=pb.Packet.ERR, data=b"no such directory")], "error from sender: no such directory"),
