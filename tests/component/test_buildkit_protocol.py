@@ -363,7 +363,7 @@ async def test_after_the_end_of_its_job_a_client_builds_nothing(rig: Rig) -> Non
         (pb.SolveRequest(entitlements=["security.insecure"]), "granting entitlement security.insecure"),
         (
             pb.SolveRequest(frontend_attrs={"context": "ftp://example.org/x"}),
-            "a context at another place",
+            "a build context at this address",
         ),
         (pb.SolveRequest(frontend="other.v0"), "front end other.v0 is not supported"),
     ],
