@@ -130,7 +130,7 @@ class Choice(msgspec.Struct, frozen=True):
     is_error: bool = False
 
     def has(self, rule: str) -> bool:
-        """Whether the rule is checked."""
+        """Return whether the rule is checked."""
         return not self.skips_all and rule not in self.skipped
 
 

@@ -148,34 +148,34 @@ class Progress(Protocol):
     """Receives a build's events in order.  Methods never wait."""
 
     def started(self, step: Step) -> None:
-        """The step starts."""
+        """Report that the step started."""
 
     def cached(self, step: Step) -> None:
-        """The step's result was found in the cache.  ``finished`` follows."""
+        """Report that the step's result was found in the cache.  ``finished`` follows."""
 
     def pulling(self, step: Step, message: Message) -> None:
-        """The pull of a stage's image progresses."""
+        """Report progress of the pull of a stage's image."""
 
     def running(self, step: Step, container_id: str) -> None:
-        """A container was created for the step."""
+        """Report that a container was created for the step."""
 
     def output(self, step: Step, stream: Stream, data: bytes) -> None:
-        """The step's command wrote output."""
+        """Report output of the step's command."""
 
     def removed(self, step: Step, container_id: str) -> None:
-        """The step's container was removed."""
+        """Report that the step's container was removed."""
 
     def warning(self, step: Step, text: str) -> None:
-        """There is a warning for the author of the Dockerfile."""
+        """Report a warning for the author of the Dockerfile."""
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
-        """The step has succeeded.
+        """Report that the step succeeded.
 
         ``image_id``: The image so far.  Empty after ``FROM scratch``, None before the first stage.
         """
 
     def failed(self, step: Step, error: Exception) -> None:
-        """The step, and with it the build, has failed."""
+        """Report that the step failed, and the build with it."""
 
 
 class Provider(Protocol):

@@ -90,7 +90,7 @@ class Vertices:
         self._output: dict[str, int] = {}
         self.counts = Counts()
 
-    # -- of the build itself ----------------------------------------------------------------------------------------
+    # -- vertices of the build itself -------------------------------------------------------------------------------
 
     @contextmanager
     def doing(self, name: str) -> Iterator[str]:
@@ -128,7 +128,7 @@ class Vertices:
             if not vertex.HasField("completed"):
                 self._end(digest, reason)
 
-    # -- as Progress -----------------------------------------------------------------------------------------------
+    # -- Progress --------------------------------------------------------------------------------------------------
 
     def started(self, step: Step) -> None:
         """Report that the step has started."""
@@ -180,7 +180,7 @@ class Vertices:
         """Report that the step, and with it the build, has failed."""
         self._end(self._digest(_key(step)), str(error))
 
-    # -- within -----------------------------------------------------------------------------------------------------
+    # -- internals --------------------------------------------------------------------------------------------------
 
     def _digest(self, key: str) -> str:
         return "sha256:" + hashlib.sha256(f"{self._ref}/{key}".encode()).hexdigest()

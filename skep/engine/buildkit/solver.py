@@ -142,7 +142,7 @@ class Solver:
         self.history = History()
         self._begun = asyncio.Condition()
 
-    # -- what clients call --------------------------------------------------------------------------------------------
+    # -- calls of clients ---------------------------------------------------------------------------------------------
 
     async def solve(self, request: pb.SolveRequest) -> Mapping[str, str]:
         """Run a build and return the exporter's response.  Raises: SkepError; nothing is tagged then."""
