@@ -328,7 +328,7 @@ class Engine:
         """
         container: Container | None = None
         try:
-            async with self.images.pinned(chain):
+            async with self.images.pin(chain):
                 container = await self.add(new)
             await self.volumes.fill(container.id, own, mounts, self.bundles.rootfs(container.id))
         except BaseException:

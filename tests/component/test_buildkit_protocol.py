@@ -207,7 +207,7 @@ STAT, DATA, REQ = pb.Packet.STAT, pb.Packet.DATA, pb.Packet.REQ
                 pb.Packet(type=STAT),
                 *[pb.Packet(type=DATA, id=0, data=b"x" * 5000)] * 3,
             ],
-            "larger than what this node accepts",
+            "larger than this node accepts",
         ),
         ([pb.Packet(type=STAT, stat=a_file("a", "x")[0])], "ended the transfer of its files early"),
         ([pb.Packet(type=pb.Packet.ERR, data=b"no such directory")], "error from sender: no such directory"),
@@ -229,7 +229,7 @@ async def test_a_build_ends_with_its_session(rig: Rig) -> None:
         async with asyncio.timeout(60):
             await rig.builds.sleeps.wait()
         transport.abort()
-        with pytest.raises(CallFailed, match="the client of the build is gone"):
+        with pytest.raises(CallFailed, match="the client of the build disconnected"):
             await solving
     assert rig.builds.cancelled.is_set()
     assert not list(rig.directory.iterdir())
@@ -266,7 +266,7 @@ async def test_a_build_ends_with_a_session_within_a_call(rig: Rig) -> None:
             solving = asyncio.create_task(calls.solve(a_request("r", "s")))
             async with asyncio.timeout(60):
                 await rig.builds.sleeps.wait()
-        with pytest.raises(CallFailed, match="the client of the build is gone"):
+        with pytest.raises(CallFailed, match="the client of the build disconnected"):
             await solving
     assert rig.builds.cancelled.is_set()
 
@@ -284,7 +284,7 @@ async def test_the_number_of_sessions_is_bounded(rig: Rig, monkeypatch: pytest.M
         with pytest.raises(ConnectionError, match="session s already exists"):
             async with session(rig.socket, "s", FileServer()):
                 pass
-        with pytest.raises(ConnectionError, match="there are 1 sessions of builds already"):
+        with pytest.raises(ConnectionError, match="there are 1 build sessions already"):
             async with session(rig.socket, "other", FileServer()):
                 pass
     async with asyncio.timeout(60):
@@ -363,7 +363,7 @@ async def test_after_the_end_of_its_job_a_client_builds_nothing(rig: Rig) -> Non
         (pb.SolveRequest(entitlements=["security.insecure"]), "granting entitlement security.insecure"),
         (
             pb.SolveRequest(frontend_attrs={"context": "ftp://example.org/x"}),
-            "a context at another place",
+            "a build context at this address",
         ),
         (pb.SolveRequest(frontend="other.v0"), "front end other.v0 is not supported"),
     ],
@@ -418,9 +418,9 @@ async def test_findings_of_checks_are_warnings_of_the_definition(rig: Rig) -> No
 @pytest.mark.parametrize(
     ("packets", "text"),
     [
-        ([pb.Packet(type=REQ, id=0)], "asked for something else than a file: 0"),
-        ([pb.Packet(type=REQ, id=7)], "asked for something else than a file: 7"),
-        ([pb.Packet(type=STAT)], "asked for something else than a file"),
+        ([pb.Packet(type=REQ, id=0)], "requested entry 0, which is not a file"),
+        ([pb.Packet(type=REQ, id=7)], "requested entry 7, which is not a file"),
+        ([pb.Packet(type=STAT)], "requested entry 0, which is not a file"),
         ([pb.Packet(type=pb.Packet.ERR, data=b"disk full")], "error from receiver: disk full"),
         ([], "ended the transfer of the result early"),
     ],

@@ -510,6 +510,6 @@ async def test_a_blob_that_is_taken_too_slowly_on_average_is_not_sent_on(
     monkeypatch.setattr(serving, "BYTES_PER_S_MIN", 1 << 60)
     async with cluster.manager.served.blob(made.digests[0], "n1") as blob:
         assert 0 < len(await anext(blob.pieces)) < blob.size
-        with pytest.raises(Unavailable, match="taken too slowly"):
+        with pytest.raises(Unavailable, match="received too slowly"):
             await anext(blob.pieces)
     assert not cluster.manager.served.uploads

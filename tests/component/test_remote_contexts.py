@@ -131,5 +131,5 @@ async def test_a_git_repository_is_the_context(rig: Rig, address: str, tmp_path:
 
 @pytest.mark.parametrize("context", ["ftp://h/x", "/a/path"])
 async def test_another_place_is_refused_by_name(rig: Rig, context: str) -> None:
-    with pytest.raises(CallFailed, match="a context at another place than the client is not supported"):
+    with pytest.raises(CallFailed, match="a build context at this address is not supported"):
         await built(rig, "r", FileServer(), context=context)

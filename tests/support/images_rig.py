@@ -207,7 +207,7 @@ async def give(node: ImageNode, made: MadeImage, name: str = APP, *, with_manife
     diff_ids = msgspec.json.decode(made.config)["rootfs"]["diff_ids"]
     async with images.workspace("test") as directory:
         chain = chain_ids(diff_ids)
-        async with images.pinned(chain):
+        async with images.pin(chain):
             for number, (blob, chain_id, diff_id) in enumerate(zip(made.blobs, chain, diff_ids, strict=True)):
                 path = directory / str(number)
                 path.write_bytes(blob)

@@ -111,7 +111,7 @@ class TreeImages(ImageStore):
         return (self._tree,)
 
     @asynccontextmanager
-    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+    async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
         yield
 
     async def pull(self, word: str, auth: str = "", *, uses_helper: bool = False) -> Image:

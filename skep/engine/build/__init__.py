@@ -1,1 +1,1 @@
-"""Building images: Dockerfiles are read here and carried out with the engine's own containers and image store."""
+"""Image builds: parses Dockerfiles and runs them with the engine's own containers and image store."""

@@ -35,7 +35,7 @@ class Bases:
         self.progress = progress
         self.stack = stack
 
-    async def pulled(self, step: Step, name: str) -> Made:
+    async def pull(self, step: Step, name: str) -> Made:
         """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
         word = name
         if self.request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
@@ -46,17 +46,17 @@ class Bases:
             auth = await self._inputs.credentials(self.request, reference.domain)
             report = partial(self.progress.pulling, step)
             found = await self.images.pull(str(reference), auth, report, platform=self.request.platform)
-        return await self.usable(found)
+        return await self.keep(found)
 
-    async def usable(self, image: Image) -> Made:
+    async def keep(self, image: Image) -> Made:
         """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
-        await self.stack.enter_async_context(self.images.pinned(image.chain))
+        await self.stack.enter_async_context(self.images.pin(image.chain))
         content = self.images.config_file(image).read_bytes()
         return Made(
             id=image.id, content=content, config=image.config, chain=tuple(image.chain), link=image.id
         )
 
-    async def not_newer(self, made: Made, inherited: int, arguments: Mapping[str, str]) -> Made:
+    async def limit_times(self, made: Made, inherited: int, arguments: Mapping[str, str]) -> Made:
         """Return the image with all times limited to ``SOURCE_DATE_EPOCH``.
 
         Args:
@@ -75,7 +75,7 @@ class Bases:
             return made
         return await self._with_config(made, content)
 
-    async def with_cache(self, made: Made, cache: bytes) -> Made:
+    async def add_cache(self, made: Made, cache: bytes) -> Made:
         """Return the image with the steps of the build in its configuration (``--cache-to type=inline``)."""
         return await self._with_config(made, child.with_cache(made.content, cache))
 

@@ -1,8 +1,8 @@
-"""Carries out Dockerfiles: stage by stage, step by step, each step's result an image.
+"""Runs Dockerfiles stage by stage and step by step.  Each step results in an image.
 
-A step that was carried out before on the same image is not carried out again (``cache``).  What changes the
-configuration alone makes an image at once; COPY writes into an overlay on the stage's layers; RUN runs in a container
-of the engine.
+A step that already ran on the same image is taken from the cache (``cache``).  An instruction that changes only the
+configuration makes an image at once.  COPY writes into an overlay on the stage's layers.  RUN runs in a container of
+the engine.
 
 Source: moby 20.10, builder/dockerfile (builder.go, evaluator.go, dispatchers.go, internals.go).
 """
@@ -81,9 +81,9 @@ from skep.model.ids import new_container_id
 
 SCRATCH = "scratch"
 BUILDS_MAX = 16
-"""At once; others wait."""
+"""Number of simultaneous builds.  Further ones wait."""
 WAITING_MAX = 64
-"""Further ones are refused."""
+"""Number of waiting builds.  Further ones are refused."""
 _CONFIG_BYTES_MAX = 1 << 20
 _BUILDKIT = "buildkit.dockerfile.v0"
 
@@ -92,7 +92,7 @@ class Builder(Builds):
     """All builds of one node."""
 
     def __init__(self, engine: Engine, directory: Path, clock: Clock) -> None:
-        """``directory``: for what is kept from build to build."""
+        """``directory``: Holds the data that is kept from build to build."""
         self.engine = engine
         self.images = engine.images
         self.containers = runs.Containers(engine)
@@ -115,7 +115,9 @@ class Builder(Builds):
         progress: Progress,
         provider: Provider | None = None,
     ) -> BuildResult:
-        """Build an image and tag it, in a slot.  Cancelling ends its container; nothing is left but finished steps.
+        """Build an image and tag it, in a slot.
+
+        Cancellation ends the build's container and keeps only completed steps.
 
         Raises: SkepError: in Docker's words; nothing was tagged.
         """
@@ -130,9 +132,9 @@ class Builder(Builds):
         provider: Provider | None = None,
         known: KnownContext | None = None,
     ) -> BuildResult:
-        """``build`` for a caller that has taken a slot already.
+        """Build for a caller that already holds a slot.
 
-        ``known``: what is known of the context, which is opened only where that is not enough.
+        ``known``: Remembered content of the context.  The context is opened only where this content is not enough.
         """
         parsed = await asyncio.to_thread(parse, request.dockerfile)
         stages = targets.chosen(await asyncio.to_thread(stages_of, parsed), request)
@@ -180,7 +182,7 @@ class Build:
         self._results = Results(self._bases, builder.steps, builder.clock)
 
     async def run(self, warnings: Sequence[str]) -> BuildResult:
-        """Carry out all that the target needs."""
+        """Carry out every step that the target needs."""
         stages = self._stages
         for text in warnings:
             self._progress.warning(Step(number=0, total=stages.steps, text=""), text)
@@ -189,8 +191,8 @@ class Build:
         for arg in stages.arguments:
             step = self._next_step(arg)
             self._progress.started(step)
-            ready = await self._expanded(arg, self._arguments.of_stages)
-            assert isinstance(ready, Arg), "its type stays"
+            ready = await self._expand(arg, self._arguments.of_stages)
+            assert isinstance(ready, Arg), "expanding keeps the type"
             for name, value in ready.pairs:
                 self._arguments.declare(name, value, before_stages=True)
             self._progress.finished(step, None)
@@ -204,9 +206,9 @@ class Build:
         made, records = self._results.position.image, tuple(self._results.records.values())
         if made is None:
             raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
-        made = await self._bases.not_newer(made, self._results.inherited, self._arguments.of_stages)
+        made = await self._bases.limit_times(made, self._results.inherited, self._arguments.of_stages)
         if self._request.inline_cache:
-            made = await self._bases.with_cache(made, inline_cache(records, made.link, made.config.diff_ids))
+            made = await self._bases.add_cache(made, inline_cache(records, made.link, made.config.diff_ids))
         await self._images.add(made.content, self._request.tags)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
@@ -261,11 +263,11 @@ class Build:
     async def _begin_stage(self, step: Step, base: From) -> None:
         arguments = dict(self._arguments.of_stages)
         if base.platform:
-            platform = await self._substituted(base.platform, arguments)
+            platform = await self._substitute(base.platform, arguments)
             if not platform:
                 raise InvalidArgument(f"empty platform value from expression {base.platform}")
             targets.require_platform(platform)
-        name = await self._substituted(base.base, arguments)
+        name = await self._substitute(base.base, arguments)
         if not name:
             raise InvalidArgument(f"base name ({base.base}) should not be blank")
         if targets.context_name(name) in self._request.directories:
@@ -307,7 +309,7 @@ class Build:
         ``is_base``: Whether FROM names it.  There a number is an image, and only earlier stages are known.
         """
         if image := self._request.images.get(targets.context_name(name)):
-            return await self._bases.pulled(step, image)
+            return await self._bases.pull(step, image)
         index = None
         if not is_base or not name.isdigit():
             index = self._stages.index(name, before=self._stage if is_base else None)
@@ -324,14 +326,14 @@ class Build:
             raise InvalidArgument(f"invalid from flag value {name}: index out of bounds")
         if name == SCRATCH:
             return None
-        return await self._bases.pulled(step, name)
+        return await self._bases.pull(step, name)
 
     # --- the other instructions -----------------------------------------------------------------------------------
 
     async def _carry_out(self, step: Step, instruction: Instruction) -> None:
         state = self._results.state
         beside = self._arguments.beside(state.config.env or ())
-        ready = await self._expanded(instruction, variables_of(state, beside))
+        ready = await self._expand(instruction, variables_of(state, beside))
         match ready:
             case Run():
                 await self._run(step, ready, beside)
@@ -352,18 +354,18 @@ class Build:
                         self._progress.output(step, Stream.STDOUT, text.encode())
                 await self._change(step, ready)
 
-    async def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
+    async def _expand(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
         # In a thread: patterns in substitutions may take seconds of computation.
         given = self._request.arguments
         return await asyncio.to_thread(
             expanded, instruction, variables, self._stages.escape, self._budget, given
         )
 
-    async def _substituted(self, word: str, variables: Mapping[str, str]) -> str:
+    async def _substitute(self, word: str, variables: Mapping[str, str]) -> str:
         return await asyncio.to_thread(substituted, word, variables, self._stages.escape, self._budget)
 
     async def _change(self, step: Step, instruction: Instruction) -> None:
-        """An instruction that changes the configuration; WORKDIR makes its directory, too."""
+        """Carry out an instruction that changes the configuration.  WORKDIR also creates its directory."""
         state, comment = changed(self._results.state, instruction)
         is_workdir = isinstance(instruction, Workdir)
         words = (f"#(nop) {comment}",) if is_workdir else ("#(nop) ", comment)
@@ -372,15 +374,15 @@ class Build:
         change = self._results.change(state, container, line, adds_layer=None if is_workdir else False)
         if await self._results.take_cached(step, change):
             return
-        id = new_container_id()  # Docker makes a container for each of these; here it names the step's work
+        id = new_container_id()  # Docker creates a container here; this id only names the step's work
         self._progress.running(step, id)
-        if is_workdir and (changes := await self._made_directory(state.config)) is not None:
+        if is_workdir and (changes := await self._make_directory(state.config)) is not None:
             await self._results.commit_changes(change, changes.upper)
         else:
             await self._results.commit(change)
         self._progress.removed(step, id)
 
-    async def _made_directory(self, config: ContainerDefaults) -> Changes | None:
+    async def _make_directory(self, config: ContainerDefaults) -> Changes | None:
         changes = self._changes()
         work = new_work(self._images, self._workspace)
         user = config.user if self._request.is_buildkit else ""
@@ -388,7 +390,7 @@ class Build:
         return changes if is_new else None
 
     async def _copy(self, step: Step, copy: Copy) -> None:
-        """COPY and ADD."""
+        """Carry out COPY or ADD."""
         state, is_buildkit = self._results.state, self._request.is_buildkit
         copies.check_copy(copy, is_buildkit=is_buildkit)
         known = self._inputs.known if len(copies.local_sources(copy)) == len(copy.sources) > 0 else None
@@ -435,8 +437,8 @@ class Build:
 
     @asynccontextmanager
     async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:
-        """The file system of a further context, a stage or an image."""
-        if (directory := await self._inputs.named(self._request, origin)) is not None:
+        """Mount the file system of a named context, a stage or an image."""
+        if (directory := await self._inputs.open_named(self._request, origin)) is not None:
             yield directory
             return
         try:
@@ -450,7 +452,7 @@ class Build:
             yield root
 
     async def _run(self, step: Step, run: Run, beside: Mapping[str, str]) -> None:
-        """RUN."""
+        """Carry out RUN."""
         state = self._results.state
         if self._results.position.image is None:
             raise InvalidArgument("Please provide a source image with `from` prior to run")
@@ -485,13 +487,13 @@ class Build:
 
     async def _run_command(self, step: Step, prepared: runs.Prepared, change: Change) -> None:
         config = msgspec.structs.replace(change.state.config, healthcheck=None)
-        if self._request.is_buildkit:  # which mounts no volumes in a step
+        if self._request.is_buildkit:  # BuildKit mounts no volumes in a step
             config = msgspec.structs.replace(config, volumes=None)
         position = self._results.position.image
         assert position is not None, "RUN on scratch is refused"
         image = Image(id=position.id, config=msgspec.structs.replace(position.config, config=config))
         containers = self._builder.containers
-        async with containers.created(image, self._request, prepared) as container:
+        async with containers.create(image, self._request, prepared) as container:
             self._progress.running(step, container.id)
             missing = await asyncio.to_thread(containers.missing_targets, container, prepared.mounts)
             output, is_buildkit = partial(self._progress.output, step), self._request.is_buildkit
@@ -501,7 +503,7 @@ class Build:
         self._progress.removed(step, container.id)
 
     def _area(self) -> Path:
-        """An empty directory."""
+        """Create an empty directory."""
         self._areas += 1
         area = self._workspace / f"{self._areas}"
         area.mkdir(mode=0o700)

@@ -1,8 +1,8 @@
-"""Which image a step gave when it was carried out before, and the directories of ``RUN --mount=type=cache``.
+"""Cache of build steps, and the directories of ``RUN --mount=type=cache``.
 
-A step is known by the image before it and by its container configuration, in which history and the digests of copied
-files are; so the same files give the same key whatever their times are.  Only images that were built here are in the
-index: one that was pulled could say of itself that it is the result of any step (CVE-2024-24557).
+A step's key is made of the image before the step and of its container configuration.  The configuration has the history
+and the digests of copied files, so the same files have the same key whatever their times are.  The index only has
+images that were built here: a pulled image could claim to be the result of any step (CVE-2024-24557).
 """
 
 import asyncio
@@ -31,21 +31,21 @@ from skep.linux.trees import walk
 log = structlog.get_logger()
 
 STEPS_MAX = 20_000
-"""Results of steps that are kept in mind; the oldest go first."""
+"""Number of step results in the index.  The oldest are dropped first."""
 
 
 def key_of(parent: str, container_config: Mapping[str, Any], author: str) -> str:
-    """How the index names a step."""
+    """Return the step's key in the index."""
     parts = [parent, container_config, author]
     try:
         content = msgspec.json.encode(parts, order="deterministic")
-    except UnicodeEncodeError:  # a name is not UTF-8: each is another key
+    except UnicodeEncodeError:  # a name is not UTF-8: escape it, as json does
         content = json.dumps(parts, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 
 class StepCache:
-    """The index of results.  Losing it costs time only, so it is read and written leniently."""
+    """Index of step results.  Losing it only costs time, so read and write errors are logged and ignored."""
 
     def __init__(self, file: Path, images: ImageStore) -> None:
         self._file = file
@@ -55,19 +55,19 @@ class StepCache:
         self._saving = asyncio.Lock()
 
     def find(self, key: str) -> Image | None:
-        """The image that the step gave; None: it was never carried out, or its image is gone."""
+        """Return the image that the step resulted in, or None if the step never ran or its image was removed."""
         id = self._read().get(key)
         return self._images.lookup(id) if id is not None else None
 
     def note(self, key: str, id: Digest) -> None:
-        """The step gave this image."""
+        """Record the image that the step resulted in."""
         steps = self._read()
         self._is_changed = True
         steps.pop(key, None)
         steps[key] = id
 
     async def save(self) -> None:
-        """Write the index, without what is gone, if a result was noted."""
+        """Write the index without removed images, if a result was recorded since the last time."""
         if not self._is_changed:
             return
         steps = self._read()
@@ -77,10 +77,10 @@ class StepCache:
         self._steps = dict(list(kept.items())[-STEPS_MAX:])
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            async with self._saving:  # builds end at the same time, and the file has one writer
+            async with self._saving:  # builds may end at the same time, and the file has one writer
                 await asyncio.to_thread(replace_file, self._file, msgspec.json.encode(self._steps))
         except OSError as error:
-            log_error(error, "results of build steps not noted", file=str(self._file))
+            log_error(error, "build cache index not written", file=str(self._file))
 
     def _read(self) -> dict[str, Digest]:
         if self._steps is None:
@@ -90,7 +90,7 @@ class StepCache:
             except FileNotFoundError:
                 self._steps = {}
             except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-                log_error(error, "results of build steps are forgotten", file=str(self._file))
+                log_error(error, "build cache index not readable, starting empty", file=str(self._file))
                 self._steps = {}
         return self._steps
 
@@ -128,7 +128,7 @@ class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Fill = Callable[[Path], Awaitable[None]]
-"""Put the first files into an empty directory."""
+"""Puts the initial files into an empty directory."""
 
 
 class CacheMounts:
@@ -140,13 +140,14 @@ class CacheMounts:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def used(self, key: CacheKey, sharing: str, fill: Fill | None = None) -> AsyncIterator[Path]:
-        """The directory of ``key``.
+    async def hold(self, key: CacheKey, sharing: str, fill: Fill | None = None) -> AsyncIterator[Path]:
+        """Provide the directory of ``key`` while the block runs.
 
         Args:
-            sharing: ``shared``: by several steps at once; ``locked``: steps wait for each other; ``private``: a step
-                that would have to wait gets another directory, which no other step has meanwhile.
-            fill: Called for a directory that is not there yet.
+            sharing: ``shared``: several steps use the directory at once.  ``locked``: steps wait for each other.
+                ``private``: a step that would have to wait gets another directory, which no other step uses at the same
+                time.
+            fill: Called for a directory that does not exist yet.
         """
         name = key.name
         if sharing == "private" and name in self._used:
@@ -169,7 +170,7 @@ class CacheMounts:
         stack.callback(self._release, name)
 
     async def _make(self, name: str, key: CacheKey, fill: Fill | None) -> None:
-        """Fill the directory under another name, then rename it: a build may be cancelled in between."""
+        """Fill the directory under another name, then rename it, since the build may be cancelled in between."""
         async with AsyncExitStack() as stack:
             part = f"new-{secrets.token_hex(8)}"
             self._take(part, stack)
@@ -192,7 +193,7 @@ class CacheMounts:
             del self._used[name]
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes in each directory, by its name.  Blocks; call it in a thread."""
+        """Return the number of bytes in each directory, by name.  Blocks; call it in a thread."""
         if not self._root.is_dir():
             return {}
         return {
@@ -200,22 +201,21 @@ class CacheMounts:
         }
 
     def is_used(self, name: str) -> bool:
-        """Whether a step has it now."""
+        """Return whether a step is using the directory."""
         return name in self._used
 
     async def prune(self) -> tuple[list[str], int]:
-        """Remove those that no step uses; gives their names and how many bytes that freed."""
+        """Remove the directories that no step uses, and return their names and the number of freed bytes."""
         sizes = await walk_tree(self.sizes)
         gone = []
         for name in sizes:
             if self.is_used(name):
                 continue
-            aside = (
-                self._root / f"gone-{secrets.token_hex(8)}"
-            )  # a step may want the name before all is removed
+            # A step may need the name before everything is removed.
+            aside = self._root / f"gone-{secrets.token_hex(8)}"
             try:
                 (self._root / name).rename(aside)
-            except FileNotFoundError:  # by another prune
+            except FileNotFoundError:  # another prune removed it
                 continue
             gone.append(name)
             await discard_tree(aside)

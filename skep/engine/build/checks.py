@@ -1,7 +1,7 @@
-"""Build checks: constructions in a Dockerfile that are valid and probably a mistake.  Pure.
+"""Build checks: constructions in a Dockerfile that are valid but probably a mistake.  Pure.
 
-Names, texts and order are BuildKit's.  ``# check=skip=NAME,...;error=true`` selects the checks of a Dockerfile, and a
-comment ``# check=skip=NAME`` those of the next instruction.
+Names, texts and order are BuildKit's.  ``# check=skip=NAME,...;error=true`` selects the checks of a Dockerfile.  A
+comment ``# check=skip=NAME`` selects those of the next instruction.
 
 Source: buildkit, frontend/dockerfile/linter (ruleset.go, linter.go), dockerfile2llb/validations.go, convert.go.
 """
@@ -44,13 +44,13 @@ from skep.errors import InvalidArgument
 
 _URL = "https://docs.docker.com/go/dockerfile/rule/"
 _SUGGESTED_DISTANCE_MAX = 2
-"""As in BuildKit, util/suggest."""
+"""Largest edit distance of a suggested name, as in BuildKit's util/suggest."""
 _SUGGESTED_LENGTH_MAX = 64
-"""Longer names are not compared: the distance takes the product of both lengths."""
+"""Longer names are not compared: computing the distance takes time in proportion to the product of both lengths."""
 _COMPARISONS_MAX = 100_000
-"""Names compared for suggestions in one Dockerfile; ten thousand unknown variables get none."""
+"""Number of names compared for suggestions in one Dockerfile.  Later unknown variables get no suggestion."""
 _FINDINGS_MAX = 1000
-"""Of one Dockerfile; further ones are left out."""
+"""Findings of one Dockerfile.  Further ones are left out."""
 _RESERVED = ("context", "scratch")
 _SECRET = re.compile(
     r"(?:_|^)(?:apikey|auth|credentials?|key|password|pword|passwd|secret|token)(?:_|$)", re.IGNORECASE
@@ -123,14 +123,14 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """Selection of checks.  ``is_error``: whether a finding fails the build."""
+    """Selection of checks.  ``is_error``: Whether a finding fails the build."""
 
     skips_all: bool = False
     skipped: frozenset[str] = frozenset()
     is_error: bool = False
 
     def has(self, rule: str) -> bool:
-        """Whether the rule is checked."""
+        """Return whether the rule is checked."""
         return not self.skips_all and rule not in self.skipped
 
 
@@ -203,7 +203,7 @@ class _Seen(Mapping[str, str]):
 
 
 EnvOf = Callable[[str], Sequence[str] | None]
-"""Variables of an image that is here.  None if it is not."""
+"""Returns the variables of an image, or None if the image is not on this node."""
 
 
 class Checks:
@@ -313,7 +313,7 @@ class Checks:
         try:
             for arg in self._stages.arguments:
                 ready = expanded(arg, defaults.of_stages, self._stages.escape, self._budget)
-                assert isinstance(ready, Arg), "its type stays"
+                assert isinstance(ready, Arg), "expanding keeps the type"
                 for name, value in ready.pairs:
                     defaults.declare(name, value, before_stages=True)
             for stage in self._stages.stages:
@@ -416,7 +416,7 @@ class Checks:
             ready = expanded(arg, variables, self._stages.escape, self._budget, self._given)
         except InvalidArgument:
             return
-        assert isinstance(ready, Arg), "its type stays"
+        assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             self._arguments.declare(name, value, before_stages=before_stages)
 

@@ -1,4 +1,4 @@
-"""What instructions change in an image's configuration, and the variables of a build.  Pure.
+"""Changes that instructions make to an image's configuration, and the variables of a build.  Pure.
 
 Source: moby 20.10, builder/dockerfile/dispatchers.go, internals.go, buildargs.go.
 """
@@ -50,7 +50,7 @@ _PREDEFINED = frozenset(
     for upper in ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
     for name in (upper, upper.lower())
 )
-"""Arguments that no ARG has to declare, and that are no part of the cache's key."""
+"""Arguments that need no ARG, and that are not part of cache keys."""
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(\w+))?")
 _CHANGES = (
     Cmd,
@@ -68,7 +68,7 @@ _CHANGES = (
 
 
 class StageState(msgspec.Struct, frozen=True, kw_only=True):
-    """The configuration of a stage so far.  ``has_cmd``: the stage itself has a CMD, which ENTRYPOINT leaves."""
+    """Configuration of a stage so far.  ``has_cmd``: Whether the stage itself has a CMD, which ENTRYPOINT keeps."""
 
     config: ContainerDefaults
     author: str = ""
@@ -76,7 +76,7 @@ class StageState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def shell(self) -> tuple[str, ...]:
-        """What runs the shell form of commands."""
+        """Return the command that runs the shell form of instructions."""
         return self.config.shell or DEFAULT_SHELL
 
 
@@ -100,7 +100,7 @@ class Arguments:
     def __init__(
         self, given: Mapping[str, str | None], automatic: Mapping[str, str], *, is_buildkit: bool = False
     ) -> None:
-        """``automatic``: arguments that every Dockerfile may declare without a value (``TARGETARCH``)."""
+        """``automatic``: Arguments that every Dockerfile may declare without a value (``TARGETARCH``)."""
         self._given = given
         self._before: dict[str, str | None] = dict(automatic)
         self.stage = StageArguments()
@@ -116,7 +116,7 @@ class Arguments:
         self.stage = StageArguments(declared, {text.partition("=")[0] for text in env})
 
     def declare(self, name: str, value: str | None, *, before_stages: bool = False) -> None:
-        """``ARG name=value``."""
+        """Declare an argument: ``ARG name=value``."""
         self._used.add(name)
         self.stage.declared[name] = value
         if before_stages:
@@ -134,7 +134,7 @@ class Arguments:
         return self._values(self._before)
 
     def beside(self, env: Iterable[str]) -> Mapping[str, str]:
-        """Return the arguments that instructions of the stage see, without those that ``env`` overrides."""
+        """Return the arguments that instructions of the stage see, except if ``env`` overrides them."""
         hidden = self.stage.hidden if self._is_buildkit else {text.partition("=")[0] for text in env}
         return {
             name: value for name, value in self._values(self.stage.declared).items() if name not in hidden
@@ -150,12 +150,12 @@ class Arguments:
         return found
 
     def in_key(self, name: str) -> bool:
-        """Whether the argument's value counts for the cache: not that of a proxy that no ARG declares."""
+        """Return whether the argument's value is part of cache keys.  Proxies that no ARG declares are not."""
         return name in self.stage.declared or name not in _PREDEFINED
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Those given that no ARG has declared."""
+        """Return the given arguments that no ARG declares."""
         return tuple(sorted(self._given.keys() - self._used - _PREDEFINED))
 
     def _value(self, name: str, default: str | None) -> str | None:
@@ -171,7 +171,7 @@ class Arguments:
 
 
 def begun(base: ContainerDefaults) -> StageState:
-    """The state of a stage on an image with the options ``base``."""
+    """Return the initial state of a stage on an image with the options ``base``."""
     env = base.env or ()
     if not any(text.startswith("PATH=") for text in env):
         env = (*env, DEFAULT_PATH)
@@ -228,7 +228,7 @@ def _expanded_arg(
     budget: Budget | None,
     given: Mapping[str, str | None],
 ) -> Arg:
-    """Each argument of one ARG sees those before it."""
+    """Substitute each argument of an ARG with those before it."""
     seen, pairs = dict(variables), list[tuple[str, str | None]]()
     for name, default in arg.pairs:
         value = given.get(name)
@@ -241,13 +241,13 @@ def _expanded_arg(
 
 
 def variables_of(state: StageState, arguments: Mapping[str, str]) -> Mapping[str, str]:
-    """Variables that instructions are substituted with: the image's, then ``arguments``, which none of them hides."""
+    """Return the variables for substitution: the image's own, overridden by ``arguments``."""
     pairs = (text.partition("=") for text in state.config.env or ())
     return {**{name: value for name, _, value in pairs}, **arguments}
 
 
 def changed(state: StageState, instruction: Instruction) -> tuple[StageState, str]:
-    """The state after an instruction that runs and copies nothing, and its line in the image's history.
+    """Return the state after an instruction other than RUN, COPY and ADD, and the line in the image's history.
 
     Raises: InvalidArgument.
     """
@@ -316,9 +316,9 @@ def _with_command(state: StageState, instruction: Cmd | Entrypoint) -> tuple[Sta
 
 
 def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerDefaults:
-    """``config`` after the instructions of ``docker commit --change``.
+    """Return ``config`` after the instructions of ``docker commit --change``.
 
-    Raises: InvalidArgument: one of them is none, or does not change a configuration.
+    Raises: InvalidArgument: a line is not an instruction, or does not change the configuration.
 
     Source: moby 20.10, builder/dockerfile/builder.go (BuildFromConfig).
     """
@@ -339,20 +339,20 @@ def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerD
 def command_of_step(
     command: Sequence[str], arguments: Arguments, beside: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """The command of a RUN step as history and cache have it: behind the arguments that it sees."""
+    """Return the command of a RUN step for history and cache.  The arguments that it sees precede it."""
     counted = sorted(f"{name}={value}" for name, value in beside.items() if arguments.in_key(name))
     return (f"|{len(counted)}", *counted, *command) if beside else tuple(command)
 
 
 def working_directory(current: str, wanted: str) -> str:
-    """``WORKDIR wanted`` below the present one.  Raises: InvalidArgument: it is empty."""
+    """Return the directory after ``WORKDIR wanted``.  Raises: InvalidArgument: ``wanted`` is empty."""
     if not wanted:
         raise InvalidArgument("cannot normalize nothing")
     return _clean(posixpath.join("/", current, wanted))
 
 
 def _clean(path: str) -> str:
-    """Without dots and double slashes; POSIX lets two leading ones stand, Docker does not."""
+    """Return the path without dots and double slashes.  POSIX keeps two leading slashes, Docker does not."""
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
@@ -361,14 +361,14 @@ def _joined(keyword: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _with_variables(env: Sequence[str], pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Values are replaced where they stand; new ones follow."""
+    """Return the variables with values replaced in place and new variables at the end."""
     values = {text.partition("=")[0]: text for text in env}
     values.update({name: f"{name}={value}" for name, value in pairs})
     return tuple(values.values())
 
 
 def _ports(text: str) -> Iterable[str]:
-    """``80``, ``80-90/udp``, ``127.0.0.1:80:90`` as the container's ports."""
+    """Return the container ports of ``80``, ``80-90/udp`` or ``127.0.0.1:80:90``."""
     inside = text.rpartition(":")[2]
     found = _PORTS.fullmatch(inside)
     if found is None:
@@ -384,7 +384,7 @@ def _ports(text: str) -> Iterable[str]:
 
 
 def _shown(health: HealthConfig) -> str:
-    """As Go prints it with ``%q``."""
+    """Format the health check as Go's ``%q`` does."""
     test = " ".join(map(quoted, health.test))
     times = " ".join(
         quoted(_go_duration(ns)) for ns in (health.interval, health.timeout, health.start_period)
@@ -393,13 +393,13 @@ def _shown(health: HealthConfig) -> str:
 
 
 def _quoted_rune(number: int) -> str:
-    """As Go prints a number with ``%q``: the character that it is."""
+    """Format a number as Go's ``%q`` does: as the character with this code."""
     escaped = repr(chr(number))[1:-1] if number < 0x110000 else "\ufffd"
     return f"'{escaped}'"
 
 
 def _go_duration(ns: int) -> str:
-    """``1h2m3s``."""
+    """Format a duration as ``1h2m3s``."""
     if ns and ns < SECOND_NS:
         return f"{ns / 1_000_000:g}ms"
     seconds = ns / SECOND_NS

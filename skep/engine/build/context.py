@@ -1,7 +1,7 @@
-"""The context of a classic build: an archive from the client, unpacked into a directory of the build's own.
+"""Context of a classic build: an archive from the client, unpacked into a directory of the build.
 
-One that came before, byte for byte, is unpacked only if a step needs its files: what a build reads of it to find all
-steps in the cache is remembered.
+An archive that is byte for byte the same as an earlier one is unpacked only if a step needs its files.  The Dockerfile
+and the digests of copied files are remembered, which is enough to find all steps in the cache.
 
 Source: moby 20.10, builder/remotecontext/detect.go, archive.go.
 """
@@ -28,27 +28,27 @@ _IGNORE_FILE = ".dockerignore"
 
 
 _COMPARED_BYTES_MAX = 64 << 20
-"""A larger archive is unpacked while it arrives, and not compared with others."""
+"""A larger archive is unpacked while it arrives, and not compared with earlier ones."""
 _CONTEXTS_MAX = 64
 _TEXT_BYTES_MAX = 256 << 10
-"""Of a Dockerfile that is remembered."""
+"""Size of a remembered Dockerfile."""
 _DIGESTS_MAX = 1000
 _CHUNK_BYTES = 1 << 20
 
 
 class KnownContext:
-    """What was read of a context: its Dockerfile, and the digests of what COPY and ADD took."""
+    """Remembered content of a context: its Dockerfile, and the digests of the files of COPY and ADD."""
 
     def __init__(self) -> None:
         self.dockerfile = ""
         self._digests: dict[str, str] = {}
 
     def digest(self, sources: Sequence[str], *, is_add: bool) -> str:
-        """Of these sources; empty: it is not known."""
+        """Return the digest of these sources, or an empty string if it is not known."""
         return self._digests.get(_name_of(sources, is_add), "")
 
     def note(self, sources: Sequence[str], digest: str, *, is_add: bool) -> None:
-        """These sources have this digest."""
+        """Record the digest of these sources."""
         if len(self._digests) < _DIGESTS_MAX:
             self._digests[_name_of(sources, is_add)] = digest
 
@@ -58,13 +58,13 @@ def _name_of(sources: Sequence[str], is_add: bool) -> str:
 
 
 class KnownContexts:
-    """Contexts of the last builds, by the digest of the archive and the name of the Dockerfile; in memory alone."""
+    """Contexts of the latest builds, by digest of the archive and name of the Dockerfile.  In memory only."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], KnownContext] = {}
 
     def of(self, digest: str, name: str) -> KnownContext:
-        """The context, which is now the youngest; the oldest goes."""
+        """Return the context and make it the most recent.  The least recently used one is dropped."""
         known = self._known.pop((digest, name), None) or KnownContext()
         self._known[digest, name] = known
         while len(self._known) > _CONTEXTS_MAX:
@@ -73,7 +73,7 @@ class KnownContexts:
 
 
 class Context:
-    """The context of one build.  ``directory``: of the build's own, empty; the rest as ``receive`` has it."""
+    """Context of one build.  ``directory``: An empty directory of the build."""
 
     def __init__(self, directory: Path, limits: Limits, name: str) -> None:
         self._archive, self._files = directory / "archive", directory / "files"
@@ -81,13 +81,15 @@ class Context:
         self._name = name
         self._is_unpacked = False
         self.known: KnownContext | None = None
-        """None: it is too large to be compared."""
+        """None if the context is too large to be compared."""
 
     async def receive(self, pieces: AsyncIterable[bytes], contexts: KnownContexts) -> None:
-        """Take the archive.
+        """Receive the archive.
 
-        Raises: InvalidArgument: it is no archive, or a damaged one; ResourceExhausted: it is larger than the node
-        takes; UnpackFailed: the disk has no room for it.
+        Raises:
+            InvalidArgument: it is not an archive, or is damaged.
+            ResourceExhausted: it is larger than the node accepts.
+            UnpackFailed: the disk has no space for it.
         """
         arriving, hashed, size = aiter(pieces), hashlib.sha256(), 0
         with self._archive.open("wb") as file:
@@ -103,7 +105,7 @@ class Context:
         self.known = contexts.of(hashed.hexdigest(), self._name)
 
     async def dockerfile(self) -> str:
-        """Its text.  Raises: as ``receive``, and as ``read_dockerfile``."""
+        """Return the text of the Dockerfile.  Raises: as ``receive`` and ``read_dockerfile``."""
         if self.known is not None and self.known.dockerfile:
             return self.known.dockerfile
         text = await self._ready()
@@ -112,13 +114,13 @@ class Context:
         return text
 
     async def directory(self) -> Path:
-        """Its files.  Raises: as ``receive``."""
+        """Return the directory with the context's files.  Raises: as ``receive``."""
         if not self._is_unpacked:
             await self._ready()
         return self._files
 
     async def _ready(self) -> str:
-        """Unpack it, if that was not done, and take out what .dockerignore says; the Dockerfile's text."""
+        """Unpack the archive if needed and return the Dockerfile, as ``read_dockerfile`` does."""
         if not self._is_unpacked:
             with self._archive.open("rb") as file:
                 await self._unpack(file.fileno())
@@ -146,10 +148,13 @@ def _keep(descriptor: int, piece: bytes, hashed: "hashlib._Hash") -> None:
 
 
 def read_dockerfile(directory: Path, name: str) -> str:
-    """The text of the Dockerfile ``name`` in a context, which it never leads out of.
+    """Return the text of the Dockerfile ``name``, which cannot lead out of the context.
 
-    The Dockerfile and .dockerignore are taken out of the context if the latter says so.  Blocks; for a thread.
-    Raises: InvalidArgument: it is empty, no text, or no Dockerfile; Untranslated: it is not there.
+    Removes the Dockerfile and .dockerignore from the context if the latter says so.  Blocks; call it in a thread.
+
+    Raises:
+        InvalidArgument: it is empty, not text, or not a Dockerfile.
+        Untranslated: it does not exist.
     """
     with Tree(directory) as tree:
         chosen = name
@@ -185,7 +190,10 @@ def _exclude(tree: Tree, dockerfile: str) -> None:
 
 
 def _read(tree: Tree, name: str) -> bytes | None:
-    """A file of the context; None: there is none.  Raises: InvalidArgument: it is no file, or too large."""
+    """Return a file of the context, or None if it does not exist.
+
+    Raises: InvalidArgument: it is not a regular file, or is too large.
+    """
     path = tree.resolve(name)
     status = tree.status(path)
     if status is None:

@@ -1,4 +1,4 @@
-"""COPY, ADD and WORKDIR: files that a step puts into an image.
+"""Files that COPY, ADD and WORKDIR put into an image.
 
 Source: moby 20.10, builder/dockerfile/dispatchers.go, copy.go, internals_linux.go; buildkit,
 frontend/dockerfile/dockerfile2llb/convert_copy.go, solver/llbsolver/file/backend.go, unpack.go.
@@ -34,14 +34,14 @@ _CLASSIC_FLAGS = ("from", "chown")
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """The sources of a COPY, and the numbers of those that ADD unpacks."""
+    """Sources of a COPY, and the indexes of archives that ADD unpacks."""
 
     sources: tuple[Source, ...]
     archives: frozenset[int] = frozenset()
 
 
 def check_copy(copy: Copy, *, is_buildkit: bool) -> None:
-    """Raises: InvalidArgument: an option or a source is not right, in Docker's words."""
+    """Check options and sources.  Raises: InvalidArgument: one is not valid, in Docker's words."""
     for name in copy.flags:
         if name not in _CLASSIC_FLAGS and not is_buildkit:
             raise InvalidArgument(NEEDS_BUILDKIT.format(name))
@@ -65,7 +65,7 @@ def check_copy(copy: Copy, *, is_buildkit: bool) -> None:
 
 
 def local_sources(copy: Copy) -> tuple[str, ...]:
-    """Sources that are in the context, a stage or an image."""
+    """Return the sources that are in the context, a stage or an image."""
     return tuple(name for name in copy.sources if not (copy.is_add and is_remote(name)))
 
 
@@ -78,12 +78,12 @@ async def prepare(
     *,
     is_buildkit: bool,
 ) -> Prepared:
-    """Find the sources and read them for their digests.
+    """Find the sources and compute their digests.
 
     Args:
-        root: The tree that local sources are in, or None where there are none.
-        place: The directory that will be copied to.
-        remote: Sources that were fetched, by their names.
+        root: Tree with the local sources.  None if there are none.
+        place: Destination of the copy.
+        remote: Fetched sources by name.
     """
     work = new_work(images, place)
 
@@ -119,11 +119,14 @@ def _found(copy: Copy, root: Path, name: str, work: Work, *, is_buildkit: bool) 
     found = find(root, (name,), work, is_context=not copy.origin)
     if copy.origin:
         return found
-    return [one._replace(path=one.resolved) for one in found]  # a file is named by what a link leads to
+    return [one._replace(path=one.resolved) for one in found]  # a link is copied under the name of its target
 
 
 def _check_classic(copy: Copy, prepared: Prepared) -> None:
-    """Raises: InvalidArgument: what the classic builder refuses; BuildKit copies nothing, or one file on another."""
+    """Refuse copies that the classic builder refuses: several sources to a file, or none.  BuildKit allows both.
+
+    Raises: InvalidArgument.
+    """
     count = len(prepared.sources) + len(copy.documents)
     if not count:
         raise InvalidArgument(f"{copy.keyword} failed: no source files were specified")
@@ -135,10 +138,10 @@ def _check_classic(copy: Copy, prepared: Prepared) -> None:
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a COPY writes.
+    """Destination of a COPY.
 
-    ``changes`` are the step's own; ``users`` hold the file system whose users ``--chown`` names; ``place`` is the
-    destination, absolute.
+    ``changes``: The step's own changes.  ``users``: File system with the users that ``--chown`` names.  ``place``:
+    Absolute destination.
     """
 
     changes: Changes
@@ -148,9 +151,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def target_of(copy: Copy, working_dir: str, changes: Changes, area: Path, *, is_buildkit: bool) -> Target:
-    """Return where a COPY writes: to ``changes``, or with ``--link`` to a layer that knows nothing of those below.
+    """Return the destination of a COPY: in ``changes``, or with ``--link`` in a layer independent of those below.
 
-    ``area``: an empty directory for such a layer.
+    ``area``: An empty directory for such a layer.
     """
     is_linked = "link" in copy.flags and not copy.chmod  # as in BuildKit
     return Target(
@@ -200,7 +203,7 @@ def _copy_all(
     work: Work,
 ) -> None:
     mode: Mode | None = parse_mode(copy.chmod) if copy.chmod else None
-    # Files of an archive keep the owners that it gives them, in BuildKit unless --chown names one.
+    # Files of an archive keep the archive's owners.  In BuildKit, --chown overrides them.
     archived = Ownership(owner=owner if target.is_buildkit and copy.chown else None)
     with Tree(root) as tree:
         copier = Copier(tree, Ownership(owner=owner, mode=mode), work, replaces=not target.is_buildkit)
@@ -215,7 +218,7 @@ def _copy_all(
 
 
 def _owner(copy: Copy, root: Path, *, is_buildkit: bool) -> Identity | None:
-    """The owner of the files; None: as before, which is so for files of other images."""
+    """Return the owner of the files.  None keeps the owners of files of other images."""
     if not copy.chown:
         return None if copy.origin else Identity()
     user, colon, group = copy.chown.partition(":")
@@ -236,7 +239,7 @@ def _owner(copy: Copy, root: Path, *, is_buildkit: bool) -> Identity | None:
 
 
 def _user(root: Path, user: str) -> Identity:
-    """A user with the group of its entry; a number without an entry's group: with the same number, as in BuildKit."""
+    """Return a user with its group.  A number without a passwd entry is also the group, as in BuildKit."""
     found = identity(root, user)
     return Identity(uid=found.uid, gid=found.uid if user.isdigit() else found.gid)
 
@@ -267,7 +270,10 @@ def make_directory(changes: Changes, path: str, user: str = "") -> bool:
 
 
 def _owner_of_directory(root: Path, user: str) -> Identity:
-    """Source: buildkit, client/llb/fileop.go (WithUser), solver/llbsolver/ops/user_linux.go (readUser)."""
+    """Return the owner of a new working directory.  Root owns it if the image has no such user.
+
+    Source: buildkit, client/llb/fileop.go (WithUser), solver/llbsolver/ops/user_linux.go (readUser).
+    """
     name, colon, _group = user.partition(":")
     if not name:
         return Identity()
@@ -278,17 +284,15 @@ def _owner_of_directory(root: Path, user: str) -> Identity:
 
 
 def fill(root: Path, path: str, directory: Path, work: Work) -> None:
-    """Copy what is below ``path`` of a tree into an empty directory, with its own owner and mode.
+    """Copy the content of a tree's directory ``path`` into an empty directory, with owner and mode of ``path``.
 
-    Raises: InvalidArgument: it is no directory; ResourceExhausted; Stopped; OSError.
+    Raises: InvalidArgument: it is not a directory; ResourceExhausted; Stopped; OSError.
     """
     with Tree(root) as tree, Tree(directory) as target:
         inside = tree.resolve(path)
         status = tree.status(inside)
         if status is None or not stat.S_ISDIR(status.st_mode):
-            raise InvalidArgument(
-                f"a cache mount cannot start with the files of {path}: it is not a directory"
-            )
+            raise InvalidArgument(f"a cache mount cannot be filled from {path}: it is not a directory")
         Copier(target, Ownership(), work).copy_tree(tree, inside, "")
         os.fchown(target.descriptor, status.st_uid, status.st_gid)
         os.fchmod(target.descriptor, stat.S_IMODE(status.st_mode))
@@ -310,13 +314,13 @@ def _limit_time(parent: int, name: str, status: os.stat_result, time_ns: int) ->
 
 
 def is_archive(source: Source) -> bool:
-    """Whether a file is a tar, compressed or not: its first header is right."""
+    """Return whether a file is a tar, compressed or not, by its first header."""
     if source.is_directory:
         return False
     head = b""
     with Tree(source.root) as tree:
         status = tree.status(source.resolved)
-        if status is None or not stat.S_ISREG(status.st_mode):  # to open a device may do something
+        if status is None or not stat.S_ISREG(status.st_mode):  # opening a device may have side effects
             return False
         try:
             with tree.opened(source.resolved, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
@@ -331,13 +335,16 @@ def is_archive(source: Source) -> bool:
 
 
 def shown_copy(copy: Copy, digest: str) -> str:
-    """The step's line in the image's history."""
+    """Return the step's line in the image's history."""
     chown = f"--chown={copy.chown} " if copy.chown else ""
     return f"{copy.keyword} {chown}{digest} in {copy.destination} "
 
 
 def key_of_options(copy: Copy) -> tuple[str, ...]:
-    """What a COPY's result depends on beside its sources, destination and owner; all empty for a plain one."""
+    """Return the options that change the result of a COPY, without sources, destination and owner.
+
+    All are empty for a plain COPY.
+    """
     documents = "".join(f"{one.name}\0{one.text}\0" for one in copy.documents)
     switches = [name for name in ("link", "parents", "keep-git-dir") if name in copy.flags]
     unpack = "" if copy.unpack is None else f"unpack={copy.unpack}"

@@ -1,6 +1,6 @@
-"""Where COPY and ADD put files, and with which owner, permissions and time.
+"""Writes the files of COPY and ADD with their owner, permissions and time.
 
-The classic builder lets a file make way for a directory and a directory for a file; BuildKit refuses both.
+The classic builder replaces a directory by a file and a file by a directory.  BuildKit refuses both.
 
 Source: moby 20.10, builder/dockerfile/copy_unix.go, pkg/archive (CopyWithTar); tonistiigi/fsutil, copy/copy.go.
 """
@@ -23,11 +23,11 @@ from skep.errors import InvalidArgument
 from skep.linux.trees import remove_tree
 
 _PIECE_BYTES = 8 << 20
-"""Of a file at one time, so that a copy is stopped and bounded within milliseconds."""
+"""Bytes of a file that are copied at once.  Small enough that a copy is stopped and bounded within milliseconds."""
 
 
 class Ownership(msgspec.Struct, frozen=True, kw_only=True):
-    """``owner`` None: each file keeps its own; ``mode`` None: likewise."""
+    """Owner and permissions of copied files.  None keeps each file's own."""
 
     owner: Identity | None = None
     mode: Mode | None = None
@@ -37,14 +37,16 @@ class Copier:
     """Copies into one tree."""
 
     def __init__(self, target: Tree, ownership: Ownership, work: Work, *, replaces: bool = True) -> None:
-        """``replaces``: whether what is in the way is removed where it is of another kind, instead of an error."""
+        """``replaces``: Whether an entry of another kind at the destination is removed.  Otherwise it is an error."""
         self._target = target
         self._ownership = ownership
         self._work = work
         self._replaces = replaces
 
     def copy(self, source: Source, destination: str) -> None:
-        """A file or the content of a directory, to ``destination`` (absolute in the tree; a slash ends a directory).
+        """Copy a file, or the content of a directory, to ``destination``.
+
+        ``destination``: Absolute path in the tree.  A trailing slash marks a directory.
 
         Raises: InvalidArgument; ResourceExhausted; Stopped; OSError.
         """
@@ -62,11 +64,11 @@ class Copier:
                 place = posixpath.join(place, posixpath.basename(source.path))
             self._make(posixpath.dirname(place))
             status = tree.status(source.resolved)
-            assert status is not None, "it was there when its digest was made"
+            assert status is not None, "it existed when its digest was computed"
             self._entry(tree, source.resolved, status, place, {})
 
     def write(self, name: str, content: bytes, destination: str) -> None:
-        """A here-document as a file."""
+        """Write a here-document as a file."""
         place = self._target.resolve(destination)
         present = self._target.status(place)
         if destination.endswith("/") or (present is not None and stat.S_ISDIR(present.st_mode)):
@@ -83,7 +85,7 @@ class Copier:
                 os.fchmod(descriptor, mode)
 
     def copy_tree(self, tree: Tree, top: str, place: str, selection: Selection | None = None) -> None:
-        """Copy what is selected below ``top`` to below ``place``; directories that are there are merged."""
+        """Copy the selected entries below ``top`` to ``place``, merging with the directories that exist."""
         links: dict[tuple[int, int], str] = {}
         directories: list[tuple[str, str]] = []
         for path, status in entries(tree, top, self._work, selection):
@@ -93,12 +95,10 @@ class Copier:
                 self._directory(outside)
             else:
                 self._entry(tree, inside, status, outside, links)
-        for inside, outside in reversed(directories):  # last: writing into a directory moves its time
+        for inside, outside in reversed(directories):  # last, since writing into a directory changes its time
             with tree.opened(inside) as old, self._target.opened(outside) as new:
                 self._describe(new, os.fstat(old), attributes_of(old))
-        if (
-            not self._replaces
-        ):  # BuildKit gives the destination the time of the source, and nothing else of it
+        if not self._replaces:  # BuildKit sets the time of the destination to the source's, and nothing else
             with tree.opened(top) as old, self._target.opened(place) as new:
                 _set_times(new, os.fstat(old))
 
@@ -107,7 +107,7 @@ class Copier:
             os.mkdir(name, 0o700, dir_fd=parent)
 
     def _make(self, path: str) -> None:
-        """The directory ``path`` and those above it that are missing, as Docker makes them.  Raises: OSError."""
+        """Create the directory ``path`` and its missing parents, as Docker does.  Raises: OSError."""
         parts = path.split("/") if path else []
         for depth in range(1, len(parts) + 1):
             directory, name = "/".join(parts[: depth - 1]), parts[depth - 1]
@@ -121,17 +121,16 @@ class Copier:
                 owner = self._ownership.owner or Identity()
                 os.chown(name, owner.uid, owner.gid, dir_fd=parent, follow_symlinks=False)
                 chosen = None if self._replaces else self._ownership.mode
-                os.chmod(
-                    name, chosen.of_new_directories if chosen else 0o755, dir_fd=parent
-                )  # whatever the umask is
+                # Set the mode explicitly, whatever the umask is.
+                os.chmod(name, chosen.of_new_directories if chosen else 0o755, dir_fd=parent)
 
     def _entry(
         self, tree: Tree, path: str, status: os.stat_result, place: str, links: dict[tuple[int, int], str]
     ) -> None:
-        """Something that is no directory; what is at its place goes."""
+        """Copy an entry other than a directory, and replace the entry at its place."""
         mode, key = status.st_mode, (status.st_dev, status.st_ino)
         if stat.S_ISSOCK(mode) and self._replaces:
-            return  # no archive has one, so neither has a copy of the classic builder
+            return  # an archive cannot have sockets, so neither has a copy of the classic builder
         with self._place(place) as (parent, name):
             if status.st_nlink > 1 and key in links:
                 self._link(links[key], parent, name)
@@ -145,9 +144,8 @@ class Copier:
             elif stat.S_ISFIFO(mode):
                 os.mkfifo(name, 0o600, dir_fd=parent)
             elif stat.S_ISSOCK(mode):
-                os.mknod(
-                    name, stat.S_IFREG | 0o600, dir_fd=parent
-                )  # as BuildKit: an empty file stands for it
+                # BuildKit creates an empty file instead of a socket.
+                os.mknod(name, stat.S_IFREG | 0o600, dir_fd=parent)
             else:
                 os.mknod(name, stat.S_IFMT(mode) | 0o600, status.st_rdev, dir_fd=parent)
             if not stat.S_ISREG(mode):
@@ -167,7 +165,7 @@ class Copier:
         ):
             status = os.fstat(old)
             if not stat.S_ISREG(status.st_mode):
-                raise InvalidArgument(f"{path} is no regular file any more")
+                raise InvalidArgument(f"{path} is no longer a regular file")
             self._content(old, new, status)
             self._describe(new, status, attributes_of(old))
 
@@ -199,7 +197,10 @@ class Copier:
 
     @contextmanager
     def _place(self, path: str, *, keeps_directory: bool = False) -> Iterator[tuple[int, str]]:
-        """The directory of ``path`` and the name in it, where nothing is any more, or the directory that stays."""
+        """Remove the entry at ``path``, and yield its parent directory and its name.
+
+        ``keeps_directory``: Whether a directory at ``path`` stays.
+        """
         directory, name = posixpath.split(path)
         with self._target.opened(directory) as parent:
             try:
@@ -216,12 +217,12 @@ class Copier:
             yield parent, name
 
     def _describe(self, descriptor: int, status: os.stat_result, xattrs: Sequence[tuple[str, bytes]]) -> None:
-        """Owner, mode, attributes and times of a file or directory."""
+        """Set owner, mode, attributes and times of a file or directory."""
         owner = self._ownership.owner
         os.fchown(
             descriptor, *((owner.uid, owner.gid) if owner is not None else (status.st_uid, status.st_gid))
         )
-        os.fchmod(descriptor, self._mode(status))  # after the owner, which clears set-user-id
+        os.fchmod(descriptor, self._mode(status))  # after chown, which clears set-user-id
         for name, value in xattrs:
             try:
                 os.setxattr(descriptor, name, value)
@@ -231,7 +232,7 @@ class Copier:
         os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def _describe_name(self, parent: int, name: str, status: os.stat_result) -> None:
-        """The same of what cannot be opened."""
+        """Set owner, mode and times of an entry that cannot be opened."""
         owner = self._ownership.owner
         uid, gid = (owner.uid, owner.gid) if owner is not None else (status.st_uid, status.st_gid)
         os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
@@ -247,14 +248,14 @@ class Copier:
 
 
 def destination_of(working_dir: str, requested: str) -> str:
-    """Where a COPY goes, absolute; a slash at its end stays."""
+    """Return the absolute destination of a COPY.  A trailing slash is kept."""
     place = posixpath.normpath(posixpath.join("/", working_dir, requested))
     is_directory = requested.endswith("/") or posixpath.basename(requested) == "."
     return place.rstrip("/") + "/" if is_directory else place
 
 
 def _data_from(descriptor: int, at: int) -> int | None:
-    """Where the next data of a sparse file begins; None: there is none behind ``at``."""
+    """Return the offset of the next data of a sparse file, or None if none follows ``at``."""
     try:
         return os.lseek(descriptor, at, os.SEEK_DATA)
     except OSError as error:
@@ -264,13 +265,13 @@ def _data_from(descriptor: int, at: int) -> int | None:
 
 
 def _require_directory(parent: int, name: str, path: str) -> None:
-    """Raises: InvalidArgument: something else is on the way to a destination."""
+    """Check a parent of the destination.  Raises: InvalidArgument: it is not a directory."""
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         raise InvalidArgument(f"mkdir /{path}: not a directory")
 
 
 def _require_kind(path: str, status: os.stat_result, *, is_directory: bool) -> None:
-    """Raises: InvalidArgument: a directory is in a file's place, or something else in a directory's."""
+    """Refuse to replace a directory with a file, or another entry with a directory.  Raises: InvalidArgument."""
     if is_directory:
         raise InvalidArgument(f"cannot copy to non-directory: /{path}")
     if stat.S_ISDIR(status.st_mode):

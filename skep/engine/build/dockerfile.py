@@ -1,7 +1,7 @@
-"""The text of a Dockerfile as stages of typed instructions.
+"""Parses the text of a Dockerfile into lines of words.
 
-Lines are joined and split into words as BuildKit's parser does, which the classic builder uses, too; its messages are
-kept.  Nothing is substituted here.
+Lines are joined and split into words as in BuildKit's parser, which the classic builder also uses.  Messages are the
+parser's own.  Variables are not substituted here.
 
 Source: buildkit, frontend/dockerfile/parser (parser.go, line_parsers.go, split_command.go, directives.go).
 """
@@ -17,11 +17,11 @@ from skep.errors import InvalidArgument
 
 FILE_BYTES_MAX = 4 << 20
 LINE_BYTES_MAX = 65535
-"""Of one line, as in Go's scanner."""
+"""Length of one line, as in Go's scanner."""
 LINES_MAX = 100_000
 
 _COMMENTS_MAX = 100
-"""Comments that are kept before one instruction: those that describe it stand next to it."""
+"""Comments kept before an instruction.  Those that describe an instruction stand next to it."""
 
 _SPACES = re.compile(r"[\t\v\f\r ]+")
 _HEREDOC = re.compile(r"(\d*)<<(-?)\s*([^<]*)")
@@ -31,7 +31,10 @@ _WITH_HEREDOCS = frozenset({"add", "copy", "run"})
 
 
 class Heredoc(msgspec.Struct, frozen=True):
-    """A document in the Dockerfile.  ``expands``: variables in it are substituted; ``chomps``: tabs that lead go."""
+    """Here-document in the Dockerfile.
+
+    ``expands``: Whether variables are substituted.  ``chomps``: Whether leading tabs are removed.
+    """
 
     name: str
     content: str
@@ -40,15 +43,15 @@ class Heredoc(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """Its content as a file."""
+        """Return the content as a file."""
         return re.sub(r"(?m)^\t+", "", self.content) if self.chomps else self.content
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One instruction as words.
 
-    ``keyword``: as written; ``original``: the joined line; ``arguments``: what the instruction's own rule makes of the
-    rest (names and values of ENV come in threes: name, value, separator).
+    ``keyword``: As written.  ``original``: The joined line.  ``arguments``: The rest, split by the instruction's own
+    rule.  ENV has three words for each variable: name, value, separator.
     """
 
     keyword: str
@@ -59,39 +62,42 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     is_json: bool = False
     heredocs: tuple[Heredoc, ...] = ()
     last: int = 0
-    """Number of its last line."""
+    """Number of the instruction's last line."""
     comments: tuple[str, ...] = ()
-    """The last comments before it."""
+    """Last comments before the instruction."""
 
 
 class Parsed(msgspec.Struct, frozen=True, kw_only=True):
-    """All lines of a Dockerfile.  ``escape``: its escape character; ``syntax``: the front end that it asks for."""
+    """All lines of a Dockerfile.
+
+    ``escape``: Its escape character.  ``syntax``: The front end that it asks for.
+    """
 
     lines: tuple[Line, ...]
     escape: str = "\\"
     syntax: str = ""
     check: str = ""
-    """Which checks its author chooses."""
+    """The author's selection of build checks."""
     warnings: tuple[str, ...] = ()
     empty_continuations: tuple[int, ...] = ()
-    """Numbers of the last lines of instructions with empty lines in them."""
+    """Last line numbers of instructions that have empty lines in them."""
 
 
 def parse(text: str, *, with_heredocs: bool = True) -> Parsed:
-    """The lines of a Dockerfile.
+    """Parse a Dockerfile into lines.
 
-    Raises: InvalidArgument: it has none, or one of them is none, in BuildKit's words.
+    Raises: InvalidArgument: it has no line, or an invalid one, in BuildKit's words.
     """
     return _Parser(text.removeprefix("\ufeff"), with_heredocs=with_heredocs).run()
 
 
 def quoted(text: str) -> str:
-    """Like Go's ``%q``."""
+    """Quote a text like Go's ``%q``."""
     return msgspec.json.encode(readable(text)).decode()
 
 
 def readable(text: str) -> str:
-    """``text`` for messages and JSON: bytes that are not UTF-8 are replaced, as Go does."""
+    """Return ``text`` for messages and JSON.  Bytes that are not UTF-8 are replaced, as in Go."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -166,7 +172,7 @@ class _Parser:
             comments.clear()
 
     def _directive(self, line: str) -> bool:
-        """Whether the line is a parser directive."""
+        """Return whether the line is a parser directive, and apply it."""
         if not self._may_be_directive:
             return False
         found = _DIRECTIVE.fullmatch(line)
@@ -184,7 +190,7 @@ class _Parser:
         return True
 
     def _continued(self, line: str) -> tuple[str, bool]:
-        """The line without its continuation character, and whether it has none."""
+        """Return the line without its continuation character, and whether it is the instruction's last."""
         stripped = line.rstrip(" \t")
         if not stripped.endswith(self._escape) or stripped.endswith(self._escape * 2):
             return line, True
@@ -220,7 +226,7 @@ class _Parser:
 
 
 def heredoc_of(word: str) -> Heredoc | None:
-    """The document that ``<<NAME`` begins, without its content; None: the word is something else."""
+    """Return the document that ``<<NAME`` starts, without its content.  None if the word is something else."""
     found = _HEREDOC.fullmatch(word)
     if found is None or not found[3]:
         return None
@@ -229,7 +235,7 @@ def heredoc_of(word: str) -> Heredoc | None:
 
 
 def line_of(text: str, escape: str = "\\", number: int = 0) -> Line:
-    """One joined line as an instruction.  Raises: InvalidArgument."""
+    """Parse a joined line as an instruction.  Raises: InvalidArgument."""
     keyword, *rest = _SPACES.split(text.strip(), maxsplit=1)
     flags, arguments = _flags(rest[0], escape) if rest else ((), "")
     words, is_json = _RULES.get(keyword.lower(), _ignored)(arguments.strip(), escape)
@@ -239,7 +245,7 @@ def line_of(text: str, escape: str = "\\", number: int = 0) -> Line:
 
 
 def _flags(text: str, escape: str) -> tuple[tuple[str, ...], str]:
-    """The words that begin with ``--``, and the rest of the line."""
+    """Return the leading words that start with ``--``, and the rest of the line."""
     flags: list[str] = []
     at = 0
     while at < len(text):
@@ -256,7 +262,7 @@ def _flags(text: str, escape: str) -> tuple[tuple[str, ...], str]:
 
 
 def _flag(text: str, at: int, escape: str) -> tuple[str, int]:
-    """The word that begins at ``at``, without quotes, and where it ends."""
+    """Return the word that starts at ``at``, without quotes, and its end."""
     word, quote = [], ""
     while at < len(text):
         character = text[at]
@@ -291,7 +297,10 @@ def _list(rest: str, escape: str) -> _Words:
 
 
 def _json_list(rest: str) -> Sequence[str] | None:
-    """The strings of a JSON array; None: it is no array.  Raises: InvalidArgument: not only strings."""
+    """Return the strings of a JSON array, or None if it is not an array.
+
+    Raises: InvalidArgument: an element is not a string.
+    """
     if not rest.startswith("["):
         return None
     try:
@@ -324,7 +333,7 @@ def _health(rest: str, escape: str) -> _Words:
 def _sub_command(rest: str, escape: str) -> _Words:
     if not rest:
         return (), False
-    if rest.lower().startswith("onbuild"):  # it is refused, however deep it goes
+    if rest.lower().startswith("onbuild"):  # refused at any depth
         return ("ONBUILD",), False
     inner = line_of(rest, escape)
     return (inner.keyword, *inner.arguments), inner.is_json
@@ -358,7 +367,7 @@ def _pairs(keyword: str) -> Callable[[str, str], _Words]:
 
 
 def _quoted_words(rest: str, escape: str) -> list[str]:
-    """Words, separated by spaces that no quotes protect; quotes and escapes stay in them."""
+    """Split at spaces outside quotes.  Quotes and escapes are kept."""
     words: list[str] = []
     word: list[str] | None = None
     quote, at = "", 0

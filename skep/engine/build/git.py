@@ -1,6 +1,6 @@
-"""The program ``git``, run for builds: without any configuration of the machine or its users, and with limits.
+"""Runs ``git`` for builds, without any configuration of the machine or its users, and with limits.
 
-Servers are not trusted. The limits of the node apply to what they send: memory, files, output and time.
+Servers are not trusted.  The node's limits apply to memory, files, output and time.
 
 Source: buildkit, util/gitutil/git_cli.go.
 """
@@ -20,19 +20,19 @@ from skep.errors import ResourceExhausted, Unavailable, Unimplemented
 from skep.linux.trees import walk
 
 _DEADLINE_S = 900.0
-"""For one command of git: large repositories take minutes."""
+"""Seconds for one git command.  Large repositories take minutes."""
 _MEMORY_BYTES_MAX = 2 << 30
-"""Address space of each process: git holds an object below ``core.bigFileThreshold`` in memory, up to three times."""
+"""Address space of each process.  Git holds an object below ``core.bigFileThreshold`` in memory up to three times."""
 _OUTPUT_BYTES_MAX = 1 << 20
-"""Of standard output: ``ls-remote`` prints a few references."""
+"""Bytes of standard output.  ``ls-remote`` prints a few references."""
 _SHOWN_BYTES = 1000
-"""Of what git says about a failure."""
+"""Bytes of git's error output that an error shows."""
 _WATCH_S = 1.0
-"""Between two looks at the disk."""
+"""Seconds between two checks of the disk."""
 _END_S = 5.0
-"""For the streams of a killed process to end."""
+"""Seconds for the streams of a killed process to end."""
 _WALK_SHARE = 10
-"""A walk of the tree is followed by a pause of ten times its length, so that a large tree costs little."""
+"""Pause after a walk of the tree, in walk durations, so that measuring a large tree costs little."""
 _READ_BYTES = 64 << 10
 _FILE_BLOCK_BYTES = 512
 """The unit of ``ulimit -f`` in POSIX."""
@@ -41,9 +41,9 @@ _CONFIGURATION = (
     *("-c", "core.hooksPath=/dev/null"),
     *("-c", "protocol.allow=never"),
     *(word for name in ("http", "https", "git", "ssh") for word in ("-c", f"protocol.{name}.allow=always")),
-    # A server that sends nothing for a minute is given up.
+    # A server that sends nothing for a minute counts as lost.
     *("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60"),
-    # Without these git maps whole packs into memory, which is more than the limit of the address space.
+    # Git maps whole packs into memory, by default, which exceeds the limit of the address space.
     *("-c", "core.packedGitWindowSize=32m", "-c", "core.packedGitLimit=256m"),
 )
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
@@ -53,7 +53,7 @@ class Git:
     """Runs git in one directory."""
 
     def __init__(self, directory: Path, limits: Limits, shown: str) -> None:
-        """``shown``: the address of the repository as messages have it."""
+        """``shown``: Address of the repository in messages."""
         self._directory = directory
         self._limits = limits
         self._shown = shown
@@ -90,9 +90,9 @@ class Git:
         )
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                output, errors = await self._watched(process)
+                output, errors = await self._watch(process)
         except TimeoutError as error:
-            raise Unavailable(f"git {words[0]} takes longer than {_DEADLINE_S:.0f} seconds") from error
+            raise Unavailable(f"git {words[0]} took longer than {_DEADLINE_S:.0f} seconds") from error
         if process.returncode:
             text = errors.decode(errors="replace").strip()
             if process.returncode == -signal.SIGXFSZ or f"died of signal {signal.SIGXFSZ:d}" in text:
@@ -100,11 +100,13 @@ class Git:
             raise Unavailable(f"failed to fetch {self._shown}: git stderr:\n{text}")
         return output.decode("utf-8", "surrogateescape")
 
-    async def _watched(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
-        """Return the output of ``process`` once it has ended.  Raises: ResourceExhausted: it goes beyond a limit."""
+    async def _watch(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+        """Return the output of ``process`` once it has ended.  Raises: ResourceExhausted: it exceeds a limit."""
         assert process.stderr is not None
         now = asyncio.get_running_loop().time
-        reading = asyncio.gather(self._bounded(process), _last(process.stderr, _SHOWN_BYTES), process.wait())
+        reading = asyncio.gather(
+            self._read_output(process), _last(process.stderr, _SHOWN_BYTES), process.wait()
+        )
         walk_at = now() + _WATCH_S
         try:
             while not reading.done():
@@ -127,7 +129,7 @@ class Git:
         return max(min(self._limits.archive_bytes_max, self._limits.room_on(self._directory)), 0)
 
     def _measure(self) -> None:
-        """Raises: ResourceExhausted: the directory holds more than the node accepts."""
+        """Check the directory's size.  Raises: ResourceExhausted: it holds more than the node accepts."""
         bytes_max, entries_max = self._limits.archive_bytes_max, self._limits.entries_max
         size = 0
         for entries, (_, status) in enumerate(walk(self._directory), 1):
@@ -137,8 +139,8 @@ class Git:
             if entries > entries_max:
                 raise ResourceExhausted(f"{self._shown} has more than {entries_max} files")
 
-    async def _bounded(self, process: asyncio.subprocess.Process) -> bytes:
-        """Return the standard output; above its limit the process is killed.  Raises: ResourceExhausted."""
+    async def _read_output(self, process: asyncio.subprocess.Process) -> bytes:
+        """Return the standard output, or kill the process when it exceeds the limit.  Raises: ResourceExhausted."""
         assert process.stdout is not None
         content, is_above = bytearray(), False
         while piece := await process.stdout.read(_READ_BYTES):
@@ -153,7 +155,7 @@ class Git:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    """Kill git with its helpers for the network."""
+    """Kill git and its network helpers."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

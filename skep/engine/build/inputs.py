@@ -1,4 +1,4 @@
-"""What a build gets from its client: directories, and credentials of registries."""
+"""Inputs that a build gets from its client: directories, and registry credentials."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from skep.engine.build.targets import context_name
 
 
 class Inputs:
-    """What a build gets from its client."""
+    """Inputs of one build from its client."""
 
     def __init__(self, context: OpenContext, provider: Provider | None, known: KnownContext | None) -> None:
         self._open = context
@@ -18,13 +18,13 @@ class Inputs:
         self.provider = provider
 
     async def context(self) -> Path:
-        """The directory of the context."""
+        """Return the directory of the context."""
         if self._directory is None:
             self._directory = await self._open()
         return self._directory
 
-    async def named(self, request: BuildRequest, name: str) -> Path | None:
-        """The directory of a further context; None: there is none of this name."""
+    async def open_named(self, request: BuildRequest, name: str) -> Path | None:
+        """Return the directory of a named context, or None if there is none with this name."""
         name = context_name(name)
         if name not in self._further:
             if name not in request.directories:
@@ -33,6 +33,6 @@ class Inputs:
         return self._further[name]
 
     async def credentials(self, request: BuildRequest, domain: str) -> str:
-        """The ``X-Registry-Auth`` value for a registry, which the client may be asked for."""
+        """Return the ``X-Registry-Auth`` value for a registry, from the request or the client."""
         auth = request.credentials.get(domain, "")
         return auth if auth or self.provider is None else await self.provider.credentials(domain)

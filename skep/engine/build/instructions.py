@@ -1,7 +1,8 @@
-"""The instructions of a Dockerfile, typed, and the stages that they make.
+"""Typed instructions of a Dockerfile, and its stages.
 
-Source: buildkit, frontend/dockerfile/instructions (parse.go, commands.go, commands_runmount.go, bflag.go); messages are
-those of moby 20.10, as far as it has the instruction.
+Messages are those of moby 20.10 for the instructions that it has.
+
+Source: buildkit, frontend/dockerfile/instructions (parse.go, commands.go, commands_runmount.go, bflag.go).
 """
 
 import re
@@ -23,10 +24,10 @@ _HEALTH_INTERVAL_NS_MIN = 1_000_000
 
 
 class Instruction(msgspec.Struct, frozen=True, kw_only=True):
-    """One instruction.  ``text``: as it stands in the Dockerfile, its lines joined."""
+    """One instruction.  ``text``: The instruction in the Dockerfile, with its lines joined."""
 
     expanded_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields whose variables are substituted, with all strings in them."""
+    """Fields in which variables are substituted, including all strings nested in them."""
 
     text: str
     keyword: str
@@ -34,7 +35,7 @@ class Instruction(msgspec.Struct, frozen=True, kw_only=True):
     heredocs: tuple[Heredoc, ...] = ()
 
     def expanded(self, expand: Expand) -> Self:
-        """With its variables substituted."""
+        """Return the instruction with its variables substituted."""
         changes = {name: _expanded(getattr(self, name), expand) for name in self.expanded_fields}
         return msgspec.structs.replace(self, **changes) if changes else self
 
@@ -48,7 +49,7 @@ def _expanded(value: object, expand: Expand) -> object:
 
 
 class From(Instruction, frozen=True, kw_only=True):
-    """Begins a stage.  ``name``: after AS, in small letters."""
+    """Start of a stage.  ``name``: The name after AS, in lower case."""
 
     base: str
     name: str = ""
@@ -56,7 +57,7 @@ class From(Instruction, frozen=True, kw_only=True):
 
 
 class Arg(Instruction, frozen=True, kw_only=True):
-    """Variables of the build; a value of None: the user's, or none."""
+    """Variables of the build.  The value None stands for the user's value, if any."""
 
     pairs: tuple[tuple[str, str | None], ...]
 
@@ -76,7 +77,7 @@ class Label(Instruction, frozen=True, kw_only=True):
 
 
 class OptionLabel(Instruction, frozen=True, kw_only=True):
-    """``--label`` of the build: nothing in it is substituted."""
+    """``--label`` of the build.  Variables are not substituted."""
 
     pairs: tuple[tuple[str, str], ...]
 
@@ -109,7 +110,7 @@ class StopSignal(Instruction, frozen=True, kw_only=True):
 
 
 class Expose(Instruction, frozen=True, kw_only=True):
-    """Ports; a variable may hold several."""
+    """Exposed ports.  A variable may hold several."""
 
     ports: tuple[str, ...]
 
@@ -122,19 +123,19 @@ class Volume(Instruction, frozen=True, kw_only=True):
 
 
 class OnBuild(Instruction, frozen=True, kw_only=True):
-    """An instruction for builds from the image."""
+    """Instruction for builds that use the image as base."""
 
     expression: str
 
 
 class CommandLine(msgspec.Struct, frozen=True, kw_only=True):
-    """``words``: the program and its arguments, or one text for the shell."""
+    """Command of an instruction.  ``words``: The program and its arguments, or one text for the shell."""
 
     words: tuple[str, ...]
     is_shell: bool
 
     def resolved(self, shell: Sequence[str]) -> tuple[str, ...]:
-        """The program and its arguments."""
+        """Return the program and its arguments."""
         return (*shell, " ".join(self.words)) if self.is_shell else self.words
 
 
@@ -151,7 +152,7 @@ class Entrypoint(Instruction, frozen=True, kw_only=True):
 
 
 class Shell(Instruction, frozen=True, kw_only=True):
-    """What runs the shell form of commands."""
+    """Command that runs the shell form of instructions."""
 
     words: tuple[str, ...]
 
@@ -163,11 +164,11 @@ class Healthcheck(Instruction, frozen=True, kw_only=True):
 
 
 class Run(Instruction, frozen=True, kw_only=True):
-    """Runs a command."""
+    """Command of a step."""
 
     command: CommandLine
     flags: tuple[str, ...] = ()
-    """Names of the flags that are given."""
+    """Names of the given flags."""
     mounts: tuple[str, ...] = ()
     """``--mount``, as written."""
     network: str = ""
@@ -177,7 +178,7 @@ class Run(Instruction, frozen=True, kw_only=True):
 
 
 class Copy(Instruction, frozen=True, kw_only=True):
-    """Copies files into the image (COPY, ADD)."""
+    """Copy of files into the image (COPY, ADD)."""
 
     expanded_fields = ("sources", "destination", "chown", "chmod", "checksum")
     sources: tuple[str, ...]
@@ -191,7 +192,7 @@ class Copy(Instruction, frozen=True, kw_only=True):
     checksum: str = ""
     excludes: tuple[str, ...] = ()
     unpack: bool | None = None
-    """None: local archives are unpacked by ADD, fetched ones are not."""
+    """Whether archives are unpacked.  By default ADD unpacks local archives and not fetched ones."""
     keep_git_dir: bool | None = None
     flags: tuple[str, ...] = ()
 
@@ -212,7 +213,7 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def steps(self) -> int:
-        """How many steps it has."""
+        """Number of steps."""
         return len(self.arguments) + sum(1 + len(stage.instructions) for stage in self.stages)
 
     def steps_before(self, stage: int) -> int:
@@ -220,9 +221,9 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.arguments) + sum(1 + len(one.instructions) for one in self.stages[:stage])
 
     def index(self, name: str, *, before: int | None = None) -> int | None:
-        """The last stage with this name, or else the one with this number.  None if there is none.
+        """Return the last stage with this name, or else the stage with this number.  None if there is none.
 
-        ``before``: only among the stages before this one.
+        ``before``: Search only the stages before this one.
         """
         stages = self.stages[:before]
         for number in reversed(range(len(stages))):
@@ -233,7 +234,7 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stages_of(parsed: Parsed) -> Stages:
-    """The stages of a Dockerfile.  Raises: InvalidArgument: with the line, in Docker's words."""
+    """Return the stages of a Dockerfile.  Raises: InvalidArgument: in Docker's words, with the line number."""
     arguments: list[Arg] = []
     stages: list[Stage] = []
     if len(parsed.lines) > STEPS_MAX:
@@ -256,7 +257,10 @@ def stages_of(parsed: Parsed) -> Stages:
 
 
 def instruction_of(line: Line) -> Instruction:
-    """A line as an instruction.  Raises: InvalidArgument: it is none, or its arguments are not right."""
+    """Return a line as an instruction.
+
+    Raises: InvalidArgument: it is not an instruction, or its arguments are not valid.
+    """
     keyword = line.keyword.upper()
     rule = _RULES.get(keyword)
     if rule is None:
@@ -265,7 +269,7 @@ def instruction_of(line: Line) -> Instruction:
 
 
 def trigger_of(text: str) -> Instruction:
-    """The instruction of an ONBUILD.  Raises: InvalidArgument."""
+    """Parse the instruction of an ONBUILD.  Raises: InvalidArgument."""
     lines = parse(text).lines
     if len(lines) != 1:
         raise InvalidArgument("onbuild trigger should be a single expression")
@@ -273,7 +277,7 @@ def trigger_of(text: str) -> Instruction:
 
 
 class _Flags:
-    """The flags of an instruction."""
+    """Flags of an instruction."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
@@ -282,7 +286,7 @@ class _Flags:
     def parse(
         self, texts: Collection[str] = (), *, switches: Collection[str] = (), lists: Collection[str] = ()
     ) -> None:
-        """Raises: InvalidArgument: a flag is not one of these, is given twice, or has no value."""
+        """Parse the flags.  Raises: InvalidArgument: a flag is unknown, duplicate, or has no value."""
         for word in self._words:
             flag, separator, value = word.partition("=")
             name = flag.removeprefix("--")
@@ -306,7 +310,7 @@ class _Flags:
         return self._values.get(name, [""])[0]
 
     def switch(self, name: str) -> bool | None:
-        """Whether the flag is on; None: it is not given."""
+        """Return whether the flag is on, or None if it is not given."""
         return self.text(name) == "true" if name in self._values else None
 
     def list(self, name: str) -> tuple[str, ...]:

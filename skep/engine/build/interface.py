@@ -1,6 +1,6 @@
-"""What a build is asked for, what it reports, and what it asks of its client while it runs.
+"""Interface of builds: the request, the progress, and the client's provider.
 
-Two protocols start builds: the classic API (``POST /build``) and BuildKit's.  Both make a ``BuildRequest``, give the
+Two protocols start builds: the classic API (``POST /build``) and BuildKit's.  Both make a ``BuildRequest``, provide the
 context as a directory, and show the ``Progress`` in their own way.
 """
 
@@ -18,14 +18,16 @@ from skep.engine.images.reference import Reference
 from skep.model.container import Ulimit
 
 OpenContext = Callable[[], Awaitable[Path]]
-"""Gives the directory with the files of the context; it stays the caller's, and is not changed by a build.
+"""Opens the directory with the files of the context.
 
-Called at most once, when the first step needs a file.  What is in the directory is not trusted: links in it lead no
-further than the directory.  Raises: SkepError: there is none."""
+The directory belongs to the caller, and a build does not change it.  A build calls this at most once, when the first
+step needs a file.  The content is not trusted: links in it cannot lead out of the directory.  Raises: SkepError: there
+is none.
+"""
 
 
 class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of the containers of ``RUN`` steps; 0 is none."""
+    """Limits of the containers of ``RUN`` steps.  0 means no limit."""
 
     memory_bytes: int = 0
     nano_cpus: int = 0
@@ -34,7 +36,7 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WantedStep(msgspec.Struct, frozen=True, kw_only=True):
-    """A step whose result is looked for in a cache source."""
+    """Step to look up in a cache source."""
 
     key: str
     """Shared key of the step (``results.StepKey``)."""
@@ -45,7 +47,7 @@ class WantedStep(msgspec.Struct, frozen=True, kw_only=True):
     command: tuple[str, ...] = ()
     """Command of the step's container, as the history has it."""
     adds_layer: bool | None = None
-    """Whether the step has to add a layer, or must not.  None if only carrying it out shows that."""
+    """Whether the step must add a layer, or must not.  None if only running the step can tell."""
 
 
 class FoundStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +61,7 @@ class FoundStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepSource(Protocol):
-    """A place with results of steps, usually of another node.  It is not trusted to be well-formed."""
+    """Cache source with step results, usually of another node.  Its data is not trusted."""
 
     @property
     def name(self) -> str:
@@ -73,11 +75,11 @@ class StepSource(Protocol):
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A completed step, as a cache for other nodes gets it."""
+    """Completed step, as a cache for other nodes records it."""
 
     key: str
     parent: str = ""
-    """Shared key of the step before it in its stage or base stage.  The id of a base image, or empty."""
+    """Shared key of the step before it in its stage or base stage.  For a first step, the base image's id or empty."""
     diff_ids: tuple[Digest, ...] = ()
     """Layers of the image after the step."""
     created: str = ""
@@ -87,39 +89,39 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One build."""
 
     dockerfile: str
-    """The text of the Dockerfile."""
+    """Text of the Dockerfile."""
     tags: tuple[Reference, ...] = ()
-    """Given to the image when all steps have succeeded, together."""
+    """Names that the image gets, all at once, when every step has succeeded."""
     target: str = ""
-    """Name or number of the last stage to build; empty: the last one."""
+    """Name or number of the stage to build.  Empty for the last one."""
     arguments: Mapping[str, str | None] = {}
-    """``--build-arg``; None: named without a value, which takes the Dockerfile's default."""
+    """Values of ``--build-arg``.  None if named without a value, which uses the Dockerfile's default."""
     labels: Mapping[str, str] = {}
     use_cache: bool = True
     stages_without_cache: tuple[str, ...] = ()
-    """Names of stages whose steps are carried out anew, in lower case."""
+    """Names, in lower case, of stages whose steps are not taken from the cache."""
     step_sources: tuple[StepSource, ...] = ()
-    """Places where steps are looked for that are not known on this node."""
+    """Cache sources for steps that are not in this node's cache."""
     inline_cache: bool = False
-    """Whether the image's configuration gets the steps of the build, so that the image is a cache source."""
+    """Whether the image's configuration records the steps of the build, so that the image is a cache source."""
     images: Mapping[str, str] = {}
-    """Images by the names that stand for them in FROM and ``--from``, in lower case."""
+    """Images by the lower-case names that stand for them in FROM and ``--from``."""
     directories: Mapping[str, OpenContext] = {}
-    """Further contexts by the names that stand for them in ``--from``, in lower case."""
+    """Named contexts by the lower-case names that stand for them in ``--from``."""
     pull: bool = False
-    """Ask registries for the images of FROM even when they are here."""
+    """Pull the images of FROM even when they are on this node."""
     network: str = ""
-    """Of ``RUN`` steps: default, none, host, or a network's name."""
+    """Network of ``RUN`` steps: default, none, host, or a network's name."""
     has_host_network: bool = False
-    """Whether a step may have ``RUN --network=host``."""
+    """Whether a step may use ``RUN --network=host``."""
     hostname: str = ""
-    """Of ``RUN`` steps.  Empty for one of the container's own."""
+    """Host name of ``RUN`` steps.  Empty for the container's default."""
     cache_namespace: str = ""
-    """Of directories of ``RUN --mount=type=cache``."""
+    """Namespace of the directories of ``RUN --mount=type=cache``."""
     epoch_s: int | None = None
-    """``SOURCE_DATE_EPOCH``: the image and its history are not newer.  None for the time of the build."""
+    """``SOURCE_DATE_EPOCH``: latest time in the image and its history.  None for the time of the build."""
     rewrites_times: bool = False
-    """Whether files of the layers are not newer than ``epoch_s`` either."""
+    """Whether ``epoch_s`` also limits the times of files in the layers."""
     hosts: tuple[str, ...] = ()
     """``--add-host``: ``name:address``."""
     limits: StepLimits = StepLimits()
@@ -127,81 +129,90 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """``X-Registry-Auth`` values by registry (``docker.io``, ``registry:5000``)."""
     platform: str = ""
     is_buildkit: bool = False
-    """BuildKit's language: RUN --mount, COPY --link; stages that the target does not need are left out."""
+    """Whether BuildKit's language applies (RUN --mount, COPY --link) and unneeded stages are skipped."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One step, as it is shown."""
+    """One step, for display."""
 
     number: int
-    """From 1."""
+    """Number of the step, from 1."""
     total: int
     text: str
-    """The instruction, variables substituted: ``RUN make``."""
+    """The instruction with variables substituted: ``RUN make``."""
     stage: int = 0
     stage_name: str = ""
 
 
 class Progress(Protocol):
-    """Receives what happens, in order; never waits."""
+    """Receives a build's events in order.  Methods never wait."""
 
     def started(self, step: Step) -> None:
-        """A step begins."""
+        """Report that the step started."""
 
     def cached(self, step: Step) -> None:
-        """Its result is here from an earlier build; ``finished`` follows."""
+        """Report that the step's result was found in the cache.  ``finished`` follows."""
 
     def pulling(self, step: Step, message: Message) -> None:
-        """Progress of the pull of a stage's image."""
+        """Report progress of the pull of a stage's image."""
 
     def running(self, step: Step, container_id: str) -> None:
-        """A container was made for it."""
+        """Report that a container was created for the step."""
 
     def output(self, step: Step, stream: Stream, data: bytes) -> None:
-        """A piece of what its command writes."""
+        """Report output of the step's command."""
 
     def removed(self, step: Step, container_id: str) -> None:
-        """Its container is gone."""
+        """Report that the step's container was removed."""
 
     def warning(self, step: Step, text: str) -> None:
-        """A warning for the author of the Dockerfile."""
+        """Report a warning for the author of the Dockerfile."""
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
-        """It has succeeded.  ``image_id``: the image so far, empty after ``FROM scratch``; None: no stage has begun."""
+        """Report that the step succeeded.
+
+        ``image_id``: The image so far.  Empty after ``FROM scratch``, None before the first stage.
+        """
 
     def failed(self, step: Step, error: Exception) -> None:
-        """It has failed, and the build with it."""
+        """Report that the step failed, and the build with it."""
 
 
 class Provider(Protocol):
-    """What ``RUN --mount`` asks of the client of a build."""
+    """Client of a build, for ``RUN --mount`` and registry credentials."""
 
     async def secret(self, id: str) -> bytes | None:
-        """The content of a secret; None: the client has none with this id.  Raises: SkepError."""
+        """Return the content of a secret, or None if the client has none with this id.  Raises: SkepError."""
 
     async def credentials(self, domain: str) -> str:
-        """The ``X-Registry-Auth`` value for a registry; empty: the client has none for it."""
+        """Return the ``X-Registry-Auth`` value for a registry.  Empty if the client has none for it."""
 
     def ssh(self, id: str) -> AbstractAsyncContextManager[Path | None]:
-        """A socket of the client's ssh agent while the block runs; None: the client forwards none with this id."""
+        """Provide a socket of the client's ssh agent while the block runs.
+
+        Yields None if the client forwards none with this id.
+        """
 
 
 class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
-    """``image_id``: of the target's last step; ``unused_arguments``: those that no ARG declares."""
+    """Result of a build.
+
+    ``image_id``: Image of the target's last step.  ``unused_arguments``: Arguments that no ARG declares.
+    """
 
     image_id: Digest
     unused_arguments: tuple[str, ...] = ()
     records: tuple[StepRecord, ...] = ()
-    """Every step that was carried out or found."""
+    """Every step that ran or was found in the cache."""
     last: str = ""
-    """Key of the target's last step.  The id of the base image if the target has no step."""
+    """Key of the target's last step.  Id of the base image if the target has no step."""
 
 
 class Builds(Protocol):
-    """Carries out builds."""
+    """Runs builds."""
 
     def env_of(self, name: str) -> Sequence[str] | None:
-        """Variables of an image, ``NAME=value``.  None if the image is not here."""
+        """Return the variables of an image as ``NAME=value``.  None if the image is not on this node."""
 
     async def build(
         self,
@@ -210,7 +221,7 @@ class Builds(Protocol):
         progress: Progress,
         provider: Provider | None = None,
     ) -> BuildResult:
-        """Build an image and tag it.  Cancelling ends its container; nothing is left but finished steps.
+        """Build an image and tag it.  Cancellation ends the build's container and keeps only completed steps.
 
         Raises: SkepError: in Docker's words; nothing was tagged.
         """

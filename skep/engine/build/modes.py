@@ -25,8 +25,8 @@ _ACTION = re.compile(r"([-+=])([rwxXstugo]*)")
 class Change(msgspec.Struct, frozen=True):
     """One change to permissions.
 
-    ``kind``: ``+`` sets ``bits``, ``-`` clears them, ``X`` sets them for directories and for what somebody may execute;
-    ``u``, ``g`` and ``o`` copy the permissions of that class to the classes in ``bits``, as ``operator`` says.
+    ``kind``: ``+`` sets ``bits``, ``-`` clears them.  ``X`` sets them for directories and executable files.  ``u``,
+    ``g`` and ``o`` copy the permissions of that class to the classes in ``bits``, as ``operator`` says.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Change(msgspec.Struct, frozen=True):
     operator: str = ""
 
     def applied(self, mode: int, *, may_execute: bool) -> int:
-        """Return ``mode`` after this change.  ``may_execute``: whether ``X`` counts."""
+        """Return ``mode`` after this change.  ``may_execute``: Whether ``X`` applies."""
         if self.kind == "+" or (self.kind == "X" and may_execute):
             return mode | self.bits
         if self.kind == "-":
@@ -48,14 +48,14 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Mode(msgspec.Struct, frozen=True):
-    """Permissions to give to copied files.  ``number`` is None where ``changes`` derive them from each file's own."""
+    """Permissions for copied files.  ``number`` is None if ``changes`` derive them from each file's own."""
 
     number: int | None = None
     changes: tuple[Change, ...] = ()
 
     @property
     def of_new_directories(self) -> int:
-        """Permissions of the missing directories on the way to a destination."""
+        """Return the permissions of missing parent directories of a destination."""
         return 0o755 if self.number is None else self.number & 0o777
 
     def applied(self, mode: int, *, is_directory: bool) -> int:

@@ -1,4 +1,4 @@
-"""``RUN --mount``: what its options mean.  Pure.
+"""Options of ``RUN --mount``.  Pure.
 
 Source: buildkit, frontend/dockerfile/instructions/commands_runmount.go.
 """
@@ -19,11 +19,11 @@ _TRUE, _FALSE = ("1", "t", "true"), ("0", "f", "false")
 
 
 class RunMount(msgspec.Struct, frozen=True, kw_only=True):
-    """One mount of a RUN step.  ``read_only`` None: as is usual for its type."""
+    """One mount of a RUN step.  ``read_only``: None for the default of its type."""
 
     type: str = "bind"
     origin: str = ""
-    """``from``: a stage or an image."""
+    """Value of ``from``: a stage or an image."""
     source: str = ""
     target: str = ""
     read_only: bool | None = None
@@ -31,7 +31,7 @@ class RunMount(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int = 0
     id: str = ""
     sharing: str = ""
-    """Of a cache.  Empty: ``shared``."""
+    """Sharing of a cache.  Empty for ``shared``."""
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None

@@ -1,7 +1,7 @@
-"""Patterns of file names: those of COPY, and those of a .dockerignore file.
+"""Patterns of file names, as in COPY and in .dockerignore files.
 
-A pattern is matched by the set of its positions that a path leads to, so the time is path times pattern, whatever
-is in it.
+Matching keeps the set of pattern positions that the path can be at.  Its time is the product of the lengths of path and
+pattern, whatever they contain.
 
 Source: Go, path/filepath/match.go; moby/patternmatcher (patternmatcher.go, ignorefile/ignorefile.go).
 """
@@ -15,11 +15,11 @@ from skep.errors import InvalidArgument
 
 PATTERNS_MAX = 10_000
 _KNOWN_MAX = 100_000
-"""Names whose result a pattern remembers: in a tree the same ones come again and again."""
+"""Number of names whose result a pattern remembers.  The same names occur again and again in a tree."""
 
 
 class _Token(NamedTuple):
-    """``kind``: character, any, star, deep (any number of directories), class."""
+    """Part of a pattern.  ``kind``: character, any, star, deep (any number of directories), class."""
 
     kind: str
     text: str = ""
@@ -40,14 +40,14 @@ class _Token(NamedTuple):
 
 
 class Pattern:
-    """A pattern of whole paths.  ``*``, ``?`` and ``[a-z]`` stop at slashes; with ``deep``, ``**`` does not."""
+    """Pattern of whole paths.  ``*``, ``?`` and ``[a-z]`` do not match slashes.  With ``deep``, ``**`` does."""
 
     def __init__(self, text: str, *, deep: bool = False) -> None:
         """Raises: InvalidArgument: ``syntax error in pattern``."""
         self._tokens = tuple(_tokens(text, deep=deep))
 
     def matches(self, path: str) -> bool:
-        """Whether it matches the whole of ``path``."""
+        """Return whether the pattern matches all of ``path``."""
         states = self._closed({0})
         for character in path:
             following = set()
@@ -70,7 +70,7 @@ class Pattern:
 
 
 def has_wildcards(name: str) -> bool:
-    """Whether a source of COPY is a pattern."""
+    """Return whether a source of COPY is a pattern."""
     characters = iter(name)
     for character in characters:
         if character == "\\":
@@ -105,7 +105,7 @@ def _tokens(text: str, *, deep: bool) -> Iterable[_Token]:
 
 
 def _class(text: str, at: int) -> tuple[_Token, int]:
-    """The class that begins behind its bracket, and where it ends."""
+    """Return the character class that starts after its bracket, and its end."""
     is_negated = text.startswith("^", at)
     at += is_negated
     ranges: list[tuple[str, str]] = []
@@ -129,7 +129,7 @@ def _bound(text: str, at: int) -> tuple[str, int]:
 
 
 def ignored_patterns(text: str) -> Sequence[str]:
-    """The patterns of a .dockerignore file, cleaned: comments and empty lines are left out.
+    """Return the patterns of a .dockerignore file, cleaned and without comments and empty lines.
 
     Raises: InvalidArgument: there are too many.
     """
@@ -152,18 +152,21 @@ def ignored_patterns(text: str) -> Sequence[str]:
 
 
 def is_ignored(path: str, patterns: Sequence[str]) -> bool:
-    """Whether the last pattern that fits ``path``, or a directory above it, excludes it.  Raises: InvalidArgument."""
+    """Return whether the last pattern that matches ``path`` or a parent directory excludes it.
+
+    Raises: InvalidArgument.
+    """
     return PathPatterns(patterns).fits(path)
 
 
 class PathPatterns:
-    """Patterns of a .dockerignore file, of ``--exclude`` or of ``--parents``: the last one that fits decides.
+    """Patterns of a .dockerignore file, of ``--exclude`` or of ``--parents``.  The last match decides.
 
-    A pattern that fits a directory fits everything below it.
+    A pattern that matches a directory matches everything below it.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        """Raises: InvalidArgument: one of the patterns is broken."""
+        """Raises: InvalidArgument: a pattern is malformed."""
         self._patterns: list[tuple[bool, _Segments | _Free]] = []
         for text in map(str.strip, patterns):
             is_exception = text.startswith("!")
@@ -174,10 +177,10 @@ class PathPatterns:
                 continue
             self._patterns.append((is_exception, _matcher(posixpath.normpath(cleaned))))
         self.has_exceptions = any(is_exception for is_exception, _ in self._patterns)
-        """Whether a pattern begins with ``!``: something below a directory that fits may not fit."""
+        """Whether a pattern starts with ``!``, so that an entry below a matching directory may not match."""
 
     def fits(self, path: str) -> bool:
-        """Whether the last pattern that fits ``path``, or a directory above it, is no exception."""
+        """Return whether the last pattern that matches ``path`` or a parent directory is not an exception."""
         parts = path.split("/")
         result = False
         for is_exception, pattern in self._patterns:
@@ -186,24 +189,24 @@ class PathPatterns:
         return result
 
     def may_fit_below(self, path: str) -> bool:
-        """Whether something below the directory ``path`` may fit, as far as it can be said."""
+        """Return whether an entry below the directory ``path`` may match.  True if it is not known."""
         parts = path.split("/")
         return any(pattern.leads_on(parts) for is_exception, pattern in self._patterns if not is_exception)
 
 
 def _matcher(pattern: str) -> "_Segments | _Free":
     segments = pattern.split("/")
-    Pattern(pattern)  # its syntax is checked as a whole
+    Pattern(pattern)  # checks the syntax of the whole pattern
     if any("**" in segment and segment != "**" for segment in segments):
         return _Free(pattern)
     try:
         return _Segments(segments)
-    except InvalidArgument:  # a class or an escape stretches over a slash
+    except InvalidArgument:  # a class or an escape extends over a slash
         return _Free(pattern)
 
 
 class _Segments:
-    """A pattern whose ``**`` are whole names: it is matched name by name, each name once."""
+    """Pattern whose ``**`` are whole names.  It is matched name by name, and each name once."""
 
     def __init__(self, segments: Sequence[str]) -> None:
         self._deep = [segment == "**" for segment in segments]
@@ -213,7 +216,7 @@ class _Segments:
         self._known: dict[tuple[int, str], bool] = {}
 
     def fits(self, parts: Sequence[str]) -> bool:
-        """Whether a path, or a directory above it, fits."""
+        """Return whether a path or one of its parent directories matches."""
         end = len(self._names)
         states = self._closed({0})
         for part in parts:
@@ -225,7 +228,7 @@ class _Segments:
         return False
 
     def leads_on(self, parts: Sequence[str]) -> bool:
-        """Whether a path below these may fit."""
+        """Return whether a path below these names may match."""
         states = self._closed({0})
         for part in parts:
             states = self._next(states, part)
@@ -253,7 +256,7 @@ class _Segments:
         return self._known[key]
 
     def _closed(self, states: set[int]) -> set[int]:
-        """With the states that a ``**`` for no directory leads to; one at the end stands for at least one name."""
+        """Add the states after a ``**`` that stands for no directory.  A final ``**`` stands for at least one name."""
         found = set()
         for state in states:
             while state not in found:
@@ -264,10 +267,10 @@ class _Segments:
 
 
 class _Free:
-    """A pattern with ``**`` beside other characters, which takes slashes like any other character."""
+    """Pattern with ``**`` next to other characters, which matches slashes like any other character."""
 
     def __init__(self, pattern: str) -> None:
-        # "**/" stands for no directory as well.
+        # "**/" may also stand for no directory.
         texts = [pattern]
         if pattern.startswith("**/"):
             texts.append(pattern.removeprefix("**/"))
@@ -276,17 +279,17 @@ class _Free:
         self._patterns = [Pattern(one, deep=True) for one in texts]
 
     def fits(self, parts: Sequence[str]) -> bool:
-        """Whether a path, or a directory above it, fits."""
+        """Return whether a path or one of its parent directories matches."""
         paths = ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         return any(pattern.matches(path) for pattern in self._patterns for path in paths)
 
     def leads_on(self, parts: Sequence[str]) -> bool:
-        """Whether a path below these may fit: it is not known."""
+        """Return True: it is not known whether a path below these names may match."""
         return True
 
 
 def _expression(segment: str) -> str:
-    """A pattern without slashes as a regular expression, in which no star is tried twice (``(?>...)``)."""
+    """Return a pattern without slashes as a regular expression, in which no star backtracks (``(?>...)``)."""
     pieces = [""]
     for token in _tokens(segment, deep=False):
         match token.kind:

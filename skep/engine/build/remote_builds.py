@@ -21,9 +21,9 @@ _WITHOUT_SCHEME = "github.com/"
 
 
 async def fetch_context(address: str, directory: Path, limits: Limits, name: str) -> tuple[str, Path]:
-    """Fetch a context; returns the text of its Dockerfile, and its files.
+    """Fetch a context, and return the text of its Dockerfile and the directory with its files.
 
-    A file that is not an archive is the Dockerfile, and there are no files.
+    A file that is not an archive is the Dockerfile, and the directory is empty.
 
     Args:
         directory: Empty, for the files.

@@ -1,7 +1,7 @@
-"""Files that ADD fetches: of http(s) addresses and of git repositories.
+"""Files that ADD fetches from http(s) addresses and git repositories.
 
-Both are resolved first, to a digest that names their content (what a server says, or a commit), and fetched only when
-the step is not in the cache.
+A source is first resolved to a digest that names its content: from the server's answer, or a commit.  It is fetched
+only when the step is not in the cache.
 
 Source: buildkit, source/http/source.go, frontend/dockerfile/dfgitutil/git_ref.go; moby 20.10, builder/remotecontext.
 """
@@ -33,7 +33,7 @@ _GIT_ADDRESS = re.compile(r"(?:git|ssh)://|[a-zA-Z0-9_.-]+@[^/:\s]+:")
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REDIRECTS_MAX = 10
-"""As in Go."""
+"""Same limit as in Go."""
 _TIMEOUT = aiohttp.ClientTimeout(total=3600, sock_connect=30, sock_read=60)
 """An hour is enough for the largest context that a node accepts, at 36 MB/s."""
 _PIECE_BYTES = 1 << 20
@@ -44,24 +44,24 @@ _UNNAMED = "__unnamed__"
 
 
 class Remote(Protocol):
-    """A source that is not here yet."""
+    """Source that is not yet on this node."""
 
     async def resolve(self) -> str:
-        """Return a digest of its content and name.  Raises: SkepError."""
+        """Return a digest of the source's content and name.  Raises: SkepError."""
 
     async def fetch(self) -> Source:
-        """Return it as files.  Raises: SkepError: it cannot be fetched, or is another one than was resolved."""
+        """Return the source as files.  Raises: SkepError: it cannot be fetched, or differs from the resolved one."""
 
 
 def is_git(source: str) -> bool:
-    """Whether a source is a git repository: an address for git alone, or one of the web that ends with ``.git``."""
+    """Return whether a source is a git repository: a git or ssh address, or a web address that ends with ``.git``."""
     if _HTTP.match(source):
         return re.split(r"[?#]", source, maxsplit=1)[0].endswith(".git")
     return _GIT_ADDRESS.match(source) is not None
 
 
 def is_remote(source: str) -> bool:
-    """Whether ADD fetches a source."""
+    """Return whether ADD fetches a source."""
     return _HTTP.match(source) is not None or is_git(source)
 
 
@@ -75,11 +75,11 @@ def redacted(text: str) -> str:
 
 
 def _without_userinfo(rest: str) -> str:
-    """Mask user and password at the beginning of an address without its scheme."""
+    """Mask user and password at the start of an address without its scheme."""
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     host, separator, port = authority.partition(":")
     if "@" not in authority and separator and not host.startswith("[") and port.strip("0123456789"):
-        # A slash in a password ends the host too early, and what stands behind its colon is not a port.
+        # A slash in the password ends the host too early, and the text after its colon is not a port.
         authority = rest[: rest.rfind("@") + 1]
     userinfo, at, _ = authority.rpartition("@")
     user, colon, password = userinfo.partition(":")
@@ -88,14 +88,14 @@ def _without_userinfo(rest: str) -> str:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a server said of an address: the tag of its content, and the content's digest."""
+    """Server's answer for an address: the entity tag and the digest of the content."""
 
     etag: str
     digest: str
 
 
 class KnownAnswers:
-    """What servers said in the last builds, so that unchanged files are not fetched again; in memory alone."""
+    """Answers of servers in the latest builds, so that unchanged files are not fetched again.  In memory only."""
 
     def __init__(self) -> None:
         self._answers: dict[str, Answer] = {}
@@ -105,7 +105,7 @@ class KnownAnswers:
         return self._answers.get(url)
 
     def note(self, url: str, answer: Answer) -> None:
-        """Remember an answer; the oldest of too many goes."""
+        """Remember an answer, and drop the oldest if there are too many."""
         self._answers.pop(url, None)
         self._answers[url] = answer
         while len(self._answers) > _KNOWN_MAX:
@@ -113,7 +113,7 @@ class KnownAnswers:
 
 
 class Download(Remote):
-    """A file of an http(s) address."""
+    """File at an http(s) address."""
 
     def __init__(
         self,
@@ -124,9 +124,11 @@ class Download(Remote):
         known: KnownAnswers,
         provider: Provider | None,
     ) -> None:
-        """``checksum``: of ``--checksum``, empty without one; ``directory``: empty, for the file.
+        """Args:
+            checksum: Value of ``--checksum``.  Empty without one.
+            directory: An empty directory for the file.
 
-        Raises: InvalidArgument: the checksum or the address is not right.
+        Raises: InvalidArgument: the checksum or the address is not valid.
         """
         found = _SHA256.fullmatch(checksum)
         if checksum and found is None:
@@ -149,7 +151,7 @@ class Download(Remote):
         self._name = _UNNAMED if name in ("", ".", "..") or "\0" in name else name
 
     async def resolve(self) -> str:
-        """Return a digest of its content and name.  Raises: Unavailable, InvalidArgument, ResourceExhausted."""
+        """Return a digest of the file's content and name.  Raises: Unavailable, InvalidArgument, ResourceExhausted."""
         if not self._digest:
             await self._download(self._known.of(self._url))
         named = hashlib.sha256(f"{self._name}\0{self._digest}".encode("utf-8", "surrogateescape"))
@@ -162,7 +164,7 @@ class Download(Remote):
         return Source(self._directory, self._name, self._name, False, await self.resolve())
 
     async def _download(self, known: Answer | None) -> None:
-        """Fetch the file, unless the server says that it is still the one that is known."""
+        """Fetch the file, unless the server says that it has not changed since ``known``."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "skep"}
         if known is not None:
             headers["If-None-Match"] = known.etag
@@ -188,7 +190,10 @@ class Download(Remote):
 
     @asynccontextmanager
     async def _response(self, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response behind all redirects.  Credentials go to the first origin (scheme, host and port) only."""
+        """Yield the response after all redirects.
+
+        Credentials are sent to the first origin (scheme, host and port) only.
+        """
         target = URL(self._url)
         first = target.origin()
         credentials = await self._credentials(target.host or "")
@@ -213,7 +218,7 @@ class Download(Remote):
         raise InvalidArgument(f"failed to load {self._shown}: stopped after {_REDIRECTS_MAX} redirects")
 
     async def _credentials(self, host: str) -> dict[str, str]:
-        """The header of the secrets HTTP_AUTH_HEADER_<host> or HTTP_AUTH_TOKEN_<host>, if the client has one."""
+        """Return the header of the secret HTTP_AUTH_HEADER_<host> or HTTP_AUTH_TOKEN_<host>, if the client has one."""
         for name, prefix in (("HTTP_AUTH_TOKEN_", "Bearer "), ("HTTP_AUTH_HEADER_", "")):
             value = await self._provider.secret(name + host) if self._provider is not None else None
             if value is not None:
@@ -221,7 +226,7 @@ class Download(Remote):
         return {}
 
     async def _keep(self, response: aiohttp.ClientResponse) -> str:
-        """Write the content to the file; its SHA-256.  Raises: ResourceExhausted."""
+        """Write the content to the file and return its SHA-256.  Raises: ResourceExhausted."""
         target, hashed, size = self._directory / self._name, hashlib.sha256(), 0
         with target.open("wb") as file:
             async for piece in response.content.iter_chunked(_PIECE_BYTES):
@@ -235,7 +240,7 @@ class Download(Remote):
 
     @property
     def _shown(self) -> str:
-        """The address without user and password."""
+        """Address without user and password."""
         return redacted(self._url)
 
 
@@ -247,7 +252,7 @@ def _write(descriptor: int, piece: bytes, hashed: "hashlib._Hash") -> None:
 
 
 def _set_time(path: Path, text: str) -> None:
-    """Give a file the time that its server says; 1970 without one."""
+    """Set a file's time to the server's, or to 1970 without one."""
     try:
         at = int(parsedate_to_datetime(text).timestamp()) if text else 0
         os.utime(path, (at, at))

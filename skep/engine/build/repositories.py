@@ -1,6 +1,6 @@
 """Git repositories that ADD clones: their addresses, and how they are fetched.
 
-A repository is not trusted: it brings no hooks, and its submodules come by the network alone.
+A repository is not trusted: it brings no hooks, and its submodules are fetched over the network only.
 
 Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go, util/gitutil/git_cli.go.
 """
@@ -29,7 +29,7 @@ from skep.linux.trees import remove_tree
 
 _SSH = (
     "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes"
-    # Keys of this machine's root are not for builds.
+    # Builds must not use the keys of this machine's root.
     " -o ConnectTimeout=30 -o IdentityFile=none -o CertificateFile=none"
 )
 _SSH_WITHOUT_AGENT = f"{_SSH} -o IdentityAgent=none"
@@ -37,7 +37,7 @@ _SHA = re.compile(r"[0-9a-f]{40}")
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
-    """The address of a repository.  ``ref``: a branch, tag or commit; ``subdir``: the directory in it to copy."""
+    """Address of a repository.  ``ref``: A branch, tag or commit.  ``subdir``: The directory to copy from it."""
 
     remote: str
     ref: str = ""
@@ -48,7 +48,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def address_of(source: str) -> Address:
-    """Read an address with its fragment (``#ref:directory``) or query.  Raises: InvalidArgument."""
+    """Parse an address with its fragment (``#ref:directory``) or query.  Raises: InvalidArgument."""
     remote, _, fragment = source.partition("#")
     remote, _, query = remote.partition("?")
     ref, _, subdir = fragment.partition(":")
@@ -100,10 +100,10 @@ def _add_option(found: dict[str, object], refs: dict[str, str], name: str, value
 
 
 class Repository(Remote):
-    """A repository at an address."""
+    """Repository at an address."""
 
     def __init__(self, address: Address, directory: Path, limits: Limits, provider: Provider | None) -> None:
-        """``directory``: empty, for the working tree."""
+        """``directory``: An empty directory for the working tree."""
         self._address = address
         self._program = Git(directory, limits, redacted(address.remote))
         self._directory = directory
@@ -111,7 +111,7 @@ class Repository(Remote):
         self._commit = ""
 
     async def resolve(self) -> str:
-        """Return a digest of the commit and of what is copied of it.  Raises: SkepError."""
+        """Return a digest of the commit and of the selected files.  Raises: SkepError."""
         address = self._address
         if not self._commit:
             await self._find_commit()
@@ -119,13 +119,13 @@ class Repository(Remote):
         return f"git:{hashlib.sha256(kept.encode('utf-8', 'surrogateescape')).hexdigest()}"
 
     async def fetch(self) -> Source:
-        """Check the commit out.  Raises: SkepError."""
+        """Check out the commit.  Raises: SkepError."""
         digest = await self.resolve()
         address, commit = self._address, self._commit
         remote = _bare(address.remote)
         await self._git("init", "--quiet", "--template=", ".")
         await self._git("remote", "add", "origin", remote)
-        # A commit can be fetched alone where the server allows that; a simple web server has whole branches only.
+        # Some servers allow fetching a single commit.  A simple web server has whole branches only.
         wanted = address.ref or "HEAD"
         for refs in ([commit], [f"{wanted}:refs/skep/wanted"]):
             if await self._tries("fetch", "--depth=1", "--no-tags", remote, *refs):
@@ -151,7 +151,7 @@ class Repository(Remote):
         else:
             listed = await self._git("ls-remote", "--", _bare(address.remote), ref, f"{ref}^{{}}")
             found = dict(line.split("\t")[::-1] for line in listed.splitlines() if line.count("\t") == 1)
-            # As git checkout: a branch comes before a tag of the same name; of a signed tag the commit counts.
+            # A branch precedes a tag of the same name, as in git checkout.  A signed tag stands for its commit.
             peeled = [f"{ref}^{{}}"] if ref.startswith("refs/tags/") else []
             names = [
                 *peeled,
@@ -176,12 +176,12 @@ class Repository(Remote):
         return True
 
     async def _git(self, *words: str) -> str:
-        """Return what git prints in the working tree.  Raises: as ``Git.run``."""
+        """Run git in the working tree and return its output.  Raises: as ``Git.run``."""
         async with AsyncExitStack() as stack:
             return await self._program.run(*words, variables=await self._variables(stack, words))
 
     async def _variables(self, stack: AsyncExitStack, words: Sequence[str]) -> Mapping[str, str]:
-        """Variables of a command: those that reach the network have the client's secrets and ssh agent."""
+        """Return the environment of a command.  Network commands get the client's secrets and ssh agent."""
         remote = self._address.remote
         reaches_network = words[0] in ("ls-remote", "fetch", "submodule")
         if _is_web(remote):
@@ -222,7 +222,7 @@ def _is_web(remote: str) -> bool:
 
 
 def _header_for(remote: str, header: str) -> Mapping[str, str]:
-    """Variables that have git send a header to the server of ``remote``, but to no server that it redirects to."""
+    """Return variables that make git send a header to the server of ``remote``, but not to redirect targets."""
     if not header:
         return {}
     origin = urlunsplit((*urlsplit(_bare(remote))[:2], "/", "", ""))
@@ -236,26 +236,26 @@ def _header_for(remote: str, header: str) -> Mapping[str, str]:
 
 
 def _bare(remote: str) -> str:
-    """Return an address without its password, and without its user if it is not of ssh."""
+    """Return an address without its password, and without its user unless it is an ssh address."""
     if remote.startswith("ssh://"):
         return re.sub(r"^(ssh://[^/?#:@]*):[^/?#]*@", r"\1@", remote)
     return re.sub(r"^([a-z]+://)[^/?#]*@", r"\1", remote)
 
 
 class Fetching:
-    """Makes the sources that ADD fetches of what an instruction says."""
+    """Creates the remote sources of an ADD instruction."""
 
     def __init__(
         self, limits: Limits, answers: KnownAnswers, provider: Provider | None, area: Callable[[], Path]
     ) -> None:
-        """``area``: makes an empty directory."""
+        """``area``: Creates an empty directory."""
         self._limits = limits
         self._answers = answers
         self._provider = provider
         self._area = area
 
     def remotes(self, copy: Copy) -> Mapping[str, Remote]:
-        """Return the sources to fetch, by their names.  Raises: InvalidArgument: an address is not right."""
+        """Return the remote sources by name.  Raises: InvalidArgument: an address is not valid."""
         names = [name for name in copy.sources if copy.is_add and is_remote(name)]
         return {
             name: self._repository(copy, name) if is_git(name) else self._download(copy, name)

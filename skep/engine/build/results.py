@@ -31,21 +31,21 @@ _CONFIG_BYTES_MAX = 1 << 20
 
 
 class StepKey(msgspec.Struct, frozen=True):
-    """Keys of a step.  ``local``: of the index of this node; ``shared``: of caches that nodes exchange."""
+    """Keys of a step.  ``local``: In the index of this node.  ``shared``: In caches that nodes exchange."""
 
     local: str
     shared: str
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """A step that is about to be carried out: the stage after it, and what identifies it."""
+    """Step to carry out: the stage after it, and the step's identity."""
 
     state: StageState
     container: dict[str, Any]
-    """Configuration of the step's container, as the history and Docker's classic cache have it."""
+    """Configuration of the step's container, as in the history and in Docker's classic cache."""
     key: StepKey
     line: str = ""
-    """Entry of the history.  Empty: the container's command."""
+    """Entry of the history.  Empty for the container's command."""
     adds_layer: bool | None = None
     """See ``WantedStep``."""
 
@@ -60,7 +60,7 @@ class Results:
         self._steps = steps
         self._clock = clock
         self._refused: set[str] = set()
-        """Cache sources that gave a wrong layer.  They are not asked again."""
+        """Cache sources that provided a wrong layer.  They are not used again."""
         self.position = Position(state=StageState(config=ContainerDefaults()), image=None)
         self.inherited = 0
         """Number of history entries that the stage's base image had before the build."""
@@ -72,13 +72,13 @@ class Results:
         """Steps of this build, by their shared keys."""
 
     def begin_stage(self, *, uses_cache: bool) -> None:
-        """Start a stage."""
+        """Reset the state for a new stage."""
         self.uses_cache = uses_cache
         self._is_known_here = True
 
     @property
     def place(self) -> tuple[Position, int, bool, bool]:
-        """Where the current stage is.  It can be assigned to return to a stage."""
+        """State of the current stage.  Assign it to return to a stage."""
         return self.position, self.inherited, self.uses_cache, self._is_known_here
 
     @place.setter
@@ -87,17 +87,17 @@ class Results:
 
     @property
     def may_be_cached(self) -> bool:
-        """Whether a lookup of the next step can find something."""
+        """Whether a lookup of the next step can find a result."""
         return self.uses_cache and (self._is_known_here or bool(self._request.step_sources))
 
     @property
     def state(self) -> StageState:
-        """The configuration of the stage so far."""
+        """Configuration of the stage so far."""
         return self.position.state
 
     @property
     def chain(self) -> tuple[Digest, ...]:
-        """The layers of the stage so far."""
+        """Layers of the stage so far."""
         return self.position.image.chain if self.position.image is not None else ()
 
     def change(
@@ -108,9 +108,9 @@ class Results:
         *more: str,
         adds_layer: bool | None = None,
     ) -> Change:
-        """Return a step from here to ``state``.
+        """Return the step that leads from here to ``state``.
 
-        ``more``: Whatever else the result depends on.
+        ``more``: Everything else that the result depends on.
         """
         kind: tuple[str, ...] = (BUILDKIT,) if self._request.is_buildkit else ()
         if self._request.rewrites_times:
@@ -124,7 +124,7 @@ class Results:
         return Change(state=state, container=container, key=key, line=line, adds_layer=adds_layer)
 
     async def take_cached(self, step: Step, change: Change) -> bool:
-        """Whether the step's result is in a cache.  It is the position then."""
+        """Return whether the step's result is in a cache, and make it the position."""
         if not self.uses_cache:
             return False
         if await self._take_here(change) or await self._take_from_sources(step, change):
@@ -135,7 +135,7 @@ class Results:
     async def _take_here(self, change: Change) -> bool:
         found = self._steps.find(change.key.local) if self._is_known_here else None
         try:
-            made = await self._bases.usable(found) if found is not None else None
+            made = await self._bases.keep(found) if found is not None else None
         except (NotFound, OSError):
             made = None
         if made is None:
@@ -160,27 +160,27 @@ class Results:
         return False
 
     async def _take_found(self, step: Step, change: Change, source: StepSource, found: FoundStep) -> bool:
-        """Make an image of a result of another node.
+        """Make an image of a result from another node.
 
-        The index of this node does not get it: later builds without this source do not have to trust the source.
+        The result does not enter the index of this node, so later builds without this source do not have to trust it.
         """
         chain = self.chain
         try:
             if found.diff_id:
                 image = self.position.image
                 chain = chain_ids((*(image.config.diff_ids if image is not None else ()), found.diff_id))
-                await self._bases.stack.enter_async_context(self._images.pinned(chain))
+                await self._bases.stack.enter_async_context(self._images.pin(chain))
                 await source.fetch(found, chain[-1])
             await self._commit(change, diff_id=found.diff_id, chain=chain, created=found.created)
         except (SkepError, OSError) as error:
             self._refused.add(source.name)
             self._bases.progress.warning(step, f"cache source {source.name} is not used: {error}")
             return False
-        self._is_known_here = True  # steps on top of it may have been carried out here
+        self._is_known_here = True  # steps on top of it may have run here
         return True
 
     async def commit_changes(self, change: Change, upper: Path, *, without: Sequence[str] = ()) -> None:
-        """Make the changes in ``upper`` a layer, and an image with it."""
+        """Make a layer of the changes in ``upper``, and an image with it."""
         if self._request.rewrites_times and self._request.epoch_s is not None:
             await asyncio.to_thread(copies.make_not_newer, upper, self._request.epoch_s * SECOND_NS)
         image = self.position.image
@@ -200,7 +200,7 @@ class Results:
         self._steps.note(change.key.local, image.id)
 
     async def _commit(self, change: Change, *, diff_id: str, chain: Sequence[Digest], created: str) -> Image:
-        """Make an image of the step's result, and let it be the position."""
+        """Make an image of the step's result, and make it the position."""
         here, parent, line = this_platform(), self.position.image, change.line
         step = child.Step(
             created=created,
@@ -218,7 +218,7 @@ class Results:
         )
         if len(content) > _CONFIG_BYTES_MAX:
             raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
-        await self._bases.stack.enter_async_context(self._images.pinned(chain))
+        await self._bases.stack.enter_async_context(self._images.pin(chain))
         image = await self._images.add(
             content, parent=parent.id if parent is not None else "", is_step=self._request.is_buildkit
         )

@@ -1,4 +1,4 @@
-"""RUN: a command in a container of its own, whose changes become a layer.
+"""RUN: a command in its own container, whose changes become a layer.
 
 Source: moby 20.10, builder/dockerfile/dispatchers.go (dispatchRun), containerbackend.go; buildkit,
 frontend/dockerfile/dockerfile2llb/convert.go (dispatchRun), convert_runmount.go, convert_ssh.go.
@@ -36,7 +36,7 @@ from skep.linux import mounting, syscalls
 from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
 
 MADE_BY_THE_RUNTIME = ("dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf")
-"""Mount points that the runtime makes in every container, where the image has none: no part of a layer."""
+"""Mount points that the runtime creates in every container if the image lacks them.  They are not part of a layer."""
 _SECRETS_BYTES_MAX = 16 << 20
 _PIPES = "/dev/pipes/"
 
@@ -44,10 +44,10 @@ Output = Callable[[Stream, bytes], None]
 
 
 class StepFailed(InvalidArgument):
-    """A command ended with another code than 0."""
+    """A command ended with a code other than 0."""
 
     def __init__(self, command: Sequence[str], code: int, reason: str, *, is_buildkit: bool = False) -> None:
-        """``is_buildkit``: in BuildKit's words."""
+        """``is_buildkit``: Whether to use BuildKit's words."""
         words = " ".join(command)
         text = f"The command '{words}' returned a non-zero code: {code}"
         if is_buildkit:
@@ -57,20 +57,20 @@ class StepFailed(InvalidArgument):
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """What a RUN step's container is given."""
+    """Command, environment and mounts of a RUN step's container."""
 
     command: tuple[str, ...]
     env: tuple[str, ...] = ()
     secret_env: tuple[str, ...] = ()
-    """Variables with secrets, which are in no record."""
+    """Variables with secrets.  They are not recorded anywhere."""
     mounts: tuple[Mount, ...] = ()
     network: str = ""
 
 
 def command_of(run: Run, shell: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """Program and arguments, and the content of the script that is to be at ``/dev/pipes/<name>`` (empty: none).
+    """Return the command of a RUN step, and the content of the script at ``/dev/pipes/<name>``, if there is one.
 
-    Raises: InvalidArgument: a here-document where none can be.
+    Raises: InvalidArgument: a here-document is not allowed here.
     """
     if not run.heredocs:
         return run.command.resolved(shell), ""
@@ -93,10 +93,10 @@ class Containers:
         self._engine = engine
 
     @asynccontextmanager
-    async def created(
+    async def create(
         self, image: Image, request: BuildRequest, prepared: Prepared
     ) -> AsyncIterator[Container]:
-        """A container for one command; it ends and goes with the block."""
+        """Provide a container for one command.  It is killed and removed at the end of the block."""
         name = f"build-{secrets.token_hex(6)}"
         try:
             wanted = _create_request(image, request, prepared)
@@ -107,14 +107,16 @@ class Containers:
     async def run(
         self, container: Container, prepared: Prepared, output: Output, *, is_buildkit: bool = False
     ) -> None:
-        """Start it, pass on what it writes, return when it has ended.  Raises: StepFailed; SkepError."""
+        """Start the container, pass on its output, and return when it has ended.  Raises: StepFailed; SkepError."""
         async with asyncio.TaskGroup() as group:
-            # It waits for the start before ``start`` reads the list of those that wait.
-            reading = group.create_task(self._read(container, output), name="output of a build step")
+            # The reader attaches before ``start`` collects the container's waiting readers.
+            reading = group.create_task(
+                self._forward_output(container, output), name="output of a build step"
+            )
             error = None
             try:
                 await self._engine.start(container.id, secret_env=prepared.secret_env)
-            except SkepError as refused:  # a group would hide it
+            except SkepError as refused:  # a task group would wrap it
                 error = refused
                 reading.cancel()
         if error is not None:
@@ -125,9 +127,9 @@ class Containers:
             raise StepFailed(prepared.command, ended.exit_code, reason, is_buildkit=is_buildkit)
 
     def missing_targets(self, container: Container, mounts: Sequence[Mount]) -> list[str]:
-        """Targets of mounts, and directories above them, that the runtime will make; the deepest first.
+        """Return the mount targets and parent directories that the runtime will create, the deepest first.
 
-        ``container``: not started yet.  Blocks.
+        ``container``: Not started yet.  Blocks.
         """
         missing = set[str]()
         with Tree(self._engine.bundles.rootfs(container.id)) as tree:
@@ -139,20 +141,20 @@ class Containers:
         return sorted(missing, key=lambda path: path.count("/"), reverse=True)
 
     async def changes_of(self, container: Container, made: Sequence[str]) -> Path:
-        """The directory with what an ended container has changed; nothing has it mounted any more.
+        """Unmount an ended container and return the directory with its changes.
 
-        ``made``: what ``missing_targets`` gave; it is no part of the changes where it is empty.
+        ``made``: Result of ``missing_targets``.  Those that are empty are removed from the changes.
         """
         upper = self._engine.bundles.path(container.id) / "upper"
         await asyncio.to_thread(self._engine.bundles.release, container.id)
         await asyncio.to_thread(_remove_empty, upper, made)
         return upper
 
-    async def _read(self, container: Container, output: Output) -> None:
+    async def _forward_output(self, container: Container, output: Output) -> None:
         try:
             attachment = await self._engine.attach(container.id)
         except SkepError:
-            return  # it was not started, and ``start`` says why
+            return  # the container was not started, and ``start`` raises the reason
         try:
             while (piece := await attachment.read()) is not None:
                 output(*piece)
@@ -165,7 +167,7 @@ class Containers:
 
 
 def _remove_empty(root: Path, paths: Sequence[str]) -> None:
-    """Remove those of ``paths`` that are empty directories or files."""
+    """Remove the ``paths`` that are empty directories or files."""
     with Tree(root) as tree:
         for path in paths:
             directory, name = os.path.split(path)
@@ -182,7 +184,9 @@ def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> 
     network = prepared.network or request.network or "default"
     return CreateRequest(
         image=image.id,
-        hostname=request.hostname if network != "host" else "",  # there it is the machine's
+        hostname=request.hostname
+        if network != "host"
+        else "",  # with the host's network the name is the machine's
         cmd=prepared.command,
         entrypoint=("",),
         env=prepared.env,
@@ -201,14 +205,14 @@ def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> 
 
 
 class _Base(msgspec.Struct, frozen=True):
-    """Files of a mount.  ``root``: their tree.  ``digest``: digest of the part that ``source`` selects."""
+    """Files of a mount.  ``root``: Their tree.  ``digest``: Digest of the part that ``source`` selects."""
 
     root: Path
     digest: str
 
 
 class MountSources:
-    """Brings the mounts of one RUN step together, for as long as the step runs."""
+    """Prepares the mounts of one RUN step, for as long as the step runs."""
 
     def __init__(
         self,
@@ -221,9 +225,9 @@ class MountSources:
         tree_of: Callable[[str], AbstractAsyncContextManager[Path]],
     ) -> None:
         """Args:
-        area: Makes an empty directory.
-        namespace: Of directories of ``--mount=type=cache``.
-        tree_of: The file system of a context, a stage or an image.
+        area: Creates an empty directory.
+        namespace: Namespace of the directories of ``--mount=type=cache``.
+        tree_of: Mounts the file system of a context, a stage or an image.
         """
         self._stack = stack
         self._area = area
@@ -261,7 +265,10 @@ class MountSources:
         mounts: Sequence[RunMount],
         working_dir: str,
     ) -> Prepared:
-        """Raises: InvalidArgument, NotFound: something that a mount needs is not there."""
+        """Return the command with its environment and mounts.
+
+        Raises: InvalidArgument, NotFound: a mount's source does not exist.
+        """
         variables, hidden, found = dict(env), dict[str, str](), list[Mount]()
         if script:
             path = self._file("script", script.encode("utf-8", "surrogateescape"), 0o755)
@@ -289,7 +296,7 @@ class MountSources:
 
     async def _bind(self, mount: RunMount, target: str) -> Mount:
         root = self._bases[id(mount)].root
-        if not mount.is_read_only:  # an overlay discards what the step writes
+        if not mount.is_read_only:  # an overlay discards the step's writes
             changes = Changes(self._area(), [root])
             work = new_work(self._images, self._images.scratch)
             root = await self._stack.enter_async_context(mounted_image(changes, work))
@@ -297,7 +304,7 @@ class MountSources:
         return Mount(type="bind", source=str(source), target=target, read_only=mount.is_read_only)
 
     async def _cache(self, mount: RunMount, target: str) -> Mount:
-        """Mount a cache.  ``source`` is a path in ``from``, or in the cache if there is no ``from``."""
+        """Mount a cache.  ``source`` is a path in ``from``, or in the cache without ``from``."""
         base = self._bases.get(id(mount))
         key = CacheKey(
             id=mount.id or (os.path.normpath(mount.target) if mount.target else target),
@@ -309,7 +316,7 @@ class MountSources:
         )
         fill = partial(self._fill, base.root, mount.source) if base is not None else None
         directory = await self._stack.enter_async_context(
-            self._caches.used(key, mount.sharing or "shared", fill)
+            self._caches.hold(key, mount.sharing or "shared", fill)
         )
         if base is None and mount.source:
             directory = self._bound(directory, mount.source, f"the cache {key.id} has no {mount.source}")
@@ -379,7 +386,7 @@ class MountSources:
         return [Mount(type="bind", source=str(socket), target=target, bind_options=BindOptions())]
 
     def _file(self, name: str, content: bytes, mode: int) -> Path:
-        """A file in memory, which is gone when the step has ended."""
+        """Create a file in memory, which is removed when the step has ended."""
         if self._secrets is None:
             self._secrets = self._area()
             options = f"size={_SECRETS_BYTES_MAX},mode=0700"
@@ -400,14 +407,14 @@ def network_of(run: Run, *, has_host_network: bool) -> str:
 
     ``has_host_network``: Whether the build has the entitlement ``network.host``.
 
-    Raises: InvalidArgument, Unimplemented, PermissionDenied: the build cannot give the step what it asks for.
+    Raises: InvalidArgument, Unimplemented, PermissionDenied: the build cannot provide the requested options.
     """
     if run.devices:
         raise Unimplemented(f"RUN --device is not supported: {run.devices[0]}")
     if run.security not in ("", "sandbox", "insecure"):
         raise InvalidArgument(f"security {quoted(run.security)} is not valid")
     if run.security == "insecure":
-        raise PermissionDenied("security.insecure is not allowed: steps of builds are not privileged here")
+        raise PermissionDenied("security.insecure is not allowed: build steps are never privileged")
     match run.network:
         case "" | "default":
             return ""

@@ -1,7 +1,7 @@
-"""What COPY and ADD copy: the files that their sources mean, and digests of them.
+"""Sources of COPY and ADD: finds the files that they name, and computes digests.
 
-The classic builder and BuildKit read names differently: the former refuses ``..`` and follows no link before a
-wildcard, the latter ends ``..`` at the root of the tree and follows links up to the first wildcard.
+The classic builder refuses ``..`` and follows no link before a wildcard.  BuildKit stops ``..`` at the root of the tree
+and follows links up to the first wildcard.
 
 Source: moby 20.10, builder/dockerfile/copy.go; buildkit, frontend/dockerfile/dockerfile2llb/convert_copy.go,
 cache/contenthash/checksum.go; tonistiigi/fsutil, copy/copy.go.
@@ -30,26 +30,26 @@ _PIVOT = "/./"
 
 
 class Selection(NamedTuple):
-    """Which files of a directory are copied.  ``include`` None: all; ``exclude`` None: none is left out."""
+    """Selection of files in a directory.  ``include``: None for all.  ``exclude``: None to leave out none."""
 
     include: PathPatterns | None = None
     exclude: PathPatterns | None = None
 
     def takes(self, path: str) -> bool:
-        """Whether ``path``, relative to the directory, is copied."""
+        """Return whether ``path``, relative to the directory, is copied."""
         if self.include is not None and not self.include.fits(path):
             return False
         return self.exclude is None or not self.exclude.fits(path)
 
     def enters(self, path: str) -> bool:
-        """Whether something below the directory ``path`` may be copied even if it is not itself."""
+        """Return whether an entry below the directory ``path`` may be copied, even if the directory is not."""
         if self.exclude is not None and not self.exclude.has_exceptions and self.exclude.fits(path):
             return False
         return self.include is None or self.include.fits(path) or self.include.may_fit_below(path)
 
 
 class Source(NamedTuple):
-    """A file or directory to copy.  ``path``: as it was named; ``resolved``: without links."""
+    """File or directory to copy.  ``path``: As named.  ``resolved``: Without links."""
 
     root: Path
     path: str
@@ -62,7 +62,7 @@ class Source(NamedTuple):
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Sources in BuildKit's language.
 
-    ``parents``: each name keeps its directories; ``excludes``: patterns of files that are left out.
+    ``parents``: Whether each name keeps its directories.  ``excludes``: Patterns of files to leave out.
     """
 
     names: tuple[str, ...]
@@ -71,9 +71,9 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find(root: Path, names: Sequence[str], work: Work, *, is_context: bool) -> list[Source]:
-    """Return what the sources of a COPY are, in their order, as the classic builder reads them.
+    """Return the sources of a COPY in their order, as the classic builder reads them.
 
-    Raises: InvalidArgument: one is not there, or nothing is, in Docker's words; ResourceExhausted; Stopped; OSError.
+    Raises: InvalidArgument: one does not exist, in Docker's words; ResourceExhausted; Stopped; OSError.
     """
     found = []
     with Tree(root) as tree:
@@ -85,9 +85,9 @@ def find(root: Path, names: Sequence[str], work: Work, *, is_context: bool) -> l
 
 
 def find_wanted(root: Path, wanted: Wanted, work: Work) -> list[Source]:
-    """Return what the sources of a COPY are, in their order, as BuildKit reads them.
+    """Return the sources of a COPY in their order, as BuildKit reads them.
 
-    Raises: InvalidArgument: one is not there, in BuildKit's words; ResourceExhausted; Stopped; OSError.
+    Raises: InvalidArgument: one does not exist, in BuildKit's words; ResourceExhausted; Stopped; OSError.
     """
     exclude = PathPatterns(wanted.excludes) if wanted.excludes else None
     found = []
@@ -105,12 +105,15 @@ def find_wanted(root: Path, wanted: Wanted, work: Work) -> list[Source]:
 
 
 def _normalized(name: str) -> str:
-    """``name`` relative to the root of its tree, which no ``..`` leads out of."""
+    """Return ``name`` relative to the root of its tree, without ``..``."""
     return posixpath.normpath(f"/{name}").lstrip("/")
 
 
 def _matching(tree: Tree, pattern: str, work: Work, *, follows: bool = False) -> list[str]:
-    """Paths that a pattern means, sorted; links are followed before the first wildcard at most, if ``follows``."""
+    """Return the sorted paths that match a pattern.
+
+    ``follows``: Whether links before the first wildcard are followed.  Other links are not.
+    """
     parts = posixpath.normpath(pattern).split("/")
     found = [""]
     if follows:
@@ -123,7 +126,8 @@ def _matching(tree: Tree, pattern: str, work: Work, *, follows: bool = False) ->
             try:
                 names = tree.names(directory)
             except OSError as error:
-                if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):  # no directory, or a link
+                # Not a directory, or a link.
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
                     raise
                 continue
             work.count(entries=len(names))
@@ -143,7 +147,7 @@ def _classic_source(tree: Tree, path: str, work: Work, *, is_context: bool) -> S
 
 
 def _source(tree: Tree, path: str, work: Work, selection: Selection) -> Source | None:
-    """The source at ``path``; None: it is a file that is left out.  Raises: InvalidArgument: it is not there."""
+    """Return the source at ``path``, or None if it is an excluded file.  Raises: InvalidArgument: it does not exist."""
     source = _source_at(tree, path, work, selection)
     if source is None:
         raise _not_found(path)
@@ -158,7 +162,7 @@ def _not_found(path: str) -> InvalidArgument:
 
 
 def _with_parents(tree: Tree, name: str, exclude: PathPatterns | None, work: Work) -> list[Source]:
-    """The directories that ``--parents`` copies from: what is behind the pivot ``/./`` is kept of each path."""
+    """Return the directories that ``--parents`` copies from.  The part of each path after the pivot ``/./`` is kept."""
     base, pivot, rest = name.partition(_PIVOT)
     base, pattern = (_normalized(base), _normalized(rest)) if pivot else ("", _normalized(name))
     bases = _matching(tree, base, work, follows=True) if has_wildcards(base) else [base]
@@ -178,13 +182,13 @@ def _is_there(tree: Tree, path: str) -> bool:
     try:
         return tree.status(path) is not None
     except OSError as error:
-        if error.errno != errno.ELOOP:  # a link before its end is not entered
+        if error.errno != errno.ELOOP:  # a link before the path's end is not entered
             raise
         return False
 
 
 def _source_at(tree: Tree, path: str, work: Work, selection: Selection) -> Source | None:
-    """The source at ``path``; None: there is nothing."""
+    """Return the source at ``path``, or None if it does not exist."""
     resolved = tree.resolve(path)
     status = tree.status(resolved)
     if status is None:
@@ -198,14 +202,14 @@ def _source_at(tree: Tree, path: str, work: Work, selection: Selection) -> Sourc
 
 
 def digest_of(digests: Sequence[str]) -> str:
-    """How history and cache name all sources of a step; empty: there are none."""
+    """Return the digest of all sources of a step for history and cache.  Empty without sources."""
     if len(digests) < 2:
         return "".join(digests)
     return f"multi:{hashlib.sha256(','.join(digests).encode()).hexdigest()}"
 
 
 def _tree_digest(tree: Tree, top: str, work: Work, selection: Selection) -> str:
-    """Of everything below ``top`` that is selected, with names relative to it."""
+    """Return the digest of all selected entries below ``top``, with their relative names."""
     total = hashlib.sha256()
     for path, status in entries(tree, top, work, selection):
         total.update(os.fsencode(path) + b"\0")
@@ -214,7 +218,7 @@ def _tree_digest(tree: Tree, top: str, work: Work, selection: Selection) -> str:
 
 
 def _add_entry(digest: "hashlib._Hash", tree: Tree, path: str, status: os.stat_result, work: Work) -> None:
-    """All that a copy of the entry depends on, but its time."""
+    """Hash everything that a copy of the entry depends on, except its times."""
     mode = status.st_mode
     digest.update(f"{mode:o} {status.st_uid} {status.st_gid} {status.st_rdev}\0".encode())
     directory, name = posixpath.split(path)
@@ -235,13 +239,13 @@ def _add_entry(digest: "hashlib._Hash", tree: Tree, path: str, status: os.stat_r
 def entries(
     tree: Tree, top: str, work: Work, selection: Selection | None = None
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Path below ``top`` and status of everything in it that is selected, each directory before what is in it.
+    """Yield path and status of all selected entries below ``top``, each directory before its entries.
 
-    A directory that is not selected comes nevertheless once something in it is.
+    A directory that is not selected is yielded when an entry in it is.
     """
     selection = selection or Selection()
     waiting = dict[str, os.stat_result]()
-    """Directories that are not selected, and of which nothing has come yet."""
+    """Unselected directories without a yielded entry so far."""
     pending = [""]
     while pending:
         directory = pending.pop()
@@ -267,17 +271,17 @@ def entries(
 
 
 def _above(path: str) -> Iterator[str]:
-    """The directories on the way to ``path``, outermost first."""
+    """Return the parent directories of ``path``, outermost first."""
     parts = path.split("/")
     return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def attributes_of(descriptor: int) -> list[tuple[str, bytes]]:
-    """Extended attributes that a copy keeps."""
+    """Return the extended attributes that a copy keeps."""
     try:
         names = os.listxattr(descriptor)
     except OSError:
-        return []  # the file system has none
+        return []  # the file system does not support them
     found = []
     for name in names:
         if name.startswith(_XATTRS):

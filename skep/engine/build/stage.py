@@ -1,4 +1,4 @@
-"""What the steps of a build share: the images they make, mounted file systems, work in threads."""
+"""Shared parts of build steps: images, mounted file systems, work in threads."""
 
 import asyncio
 import os
@@ -23,42 +23,43 @@ T = TypeVar("T")
 
 
 class Made(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that a step has given.  ``content``: its configuration, kept here since an image may be removed."""
+    """Image that a step resulted in.  ``content``: Its configuration, kept here since the image may be removed."""
 
     id: Digest
     content: bytes
     config: ImageConfig
     chain: tuple[Digest, ...]
     link: str = ""
-    """Shared key of the step that made it.  The id of an image that no step of the build made."""
+    """Shared key of the step that made it.  Id of the image if no step of the build made it."""
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a stage is.  ``image`` None: it began with scratch, and has nothing yet."""
+    """Position of a stage.  ``image``: None if the stage started from scratch and has nothing yet."""
 
     state: StageState
     image: Made | None
 
     @property
     def image_id(self) -> Digest:
-        """Empty where there is no image yet."""
+        """Id of the image, or empty without one."""
         return self.image.id if self.image is not None else Digest("")
 
 
 def lower_directories(images: ImageStore, image: Made | None) -> list[Path]:
-    """The layers of an image for an overlay, top first.  Raises: NotFound."""
+    """Return the layers of an image for an overlay, top first.  Raises: NotFound."""
     chain = image.chain if image is not None else ()
     return [images.layer_store.directory(chain_id) for chain_id in reversed(chain)]
 
 
 class Changes:
-    """An overlay of a step's own on top of an image's layers.  ``root``: mounted while in ``mounted``."""
+    """Overlay of one step on top of an image's layers.  ``root``: Mounted within ``mounted``."""
 
     def __init__(self, directory: Path, layers: Sequence[Path], *, is_detached: bool = False) -> None:
-        """``directory``: empty, for this overlay alone.
+        """``directory``: An empty directory for this overlay only.
 
-        With ``is_detached`` there is no overlay: ``root`` is an empty directory, and its files are the layer.
-        An overlay with ``redirect_dir`` or ``index`` marks new directories as opaque, and they would hide those below.
+        ``is_detached``: Use no overlay.  ``root`` is then an empty directory, and its files are the layer.  An
+        overlay with ``redirect_dir`` or ``index`` would mark new directories as opaque, and they would hide those
+        below.
         """
         self._layers = list(layers)
         self._directory = directory
@@ -67,7 +68,7 @@ class Changes:
         self.root = self.upper if is_detached else directory / "root"
 
     def mount(self) -> None:
-        """Raises: OSError; FailedPrecondition: more layers than this kernel can take."""
+        """Mount the overlay.  Raises: OSError; FailedPrecondition: more layers than this kernel supports."""
         if self._is_detached:
             self.upper.mkdir(mode=0o755, exist_ok=True)
             self.upper.chmod(0o755)
@@ -79,12 +80,12 @@ class Changes:
         overlay.mount_layers(self._layers or [empty], self.upper, work, self.root)
 
     def unmount(self) -> None:
-        """Nothing happens when it is not mounted."""
+        """Unmount the overlay, if it is mounted."""
         syscalls.unmount_if_mounted(self.root)
 
     @contextmanager
     def mounted(self) -> Iterator[Path]:
-        """The merged file system.  Blocks; for work in a thread."""
+        """Mount the overlay while the block runs.  Blocks; call it in a thread."""
         self.mount()
         try:
             yield self.root
@@ -93,16 +94,16 @@ class Changes:
 
 
 def new_work(images: ImageStore, place: Path) -> Work:
-    """Bounds of a copy to ``place``: what the node takes, and what its disk has room for."""
+    """Return the bounds of a copy to ``place``: the node's limits, and the free space of the disk."""
     limits = images.limits
     room = max(limits.room_on(place), 0)
     return Work(CopyLimits(bytes_max=min(limits.layer_bytes_max, room), entries_max=limits.entries_max))
 
 
 async def in_thread(work: Work, act: Callable[[], T]) -> T:
-    """The result of ``act`` in a thread; when the caller is cancelled, ``work`` is stopped and waited for.
+    """Return the result of ``act`` in a thread.  On cancellation, stop ``work`` and wait for the thread to end.
 
-    Raises: what ``act`` does; UnpackFailed: a call on a file failed.
+    Raises: Any error of ``act``; UnpackFailed: a call on a file failed.
     """
     running = asyncio.gather(asyncio.to_thread(act), return_exceptions=True)
     try:
@@ -120,7 +121,7 @@ async def in_thread(work: Work, act: Callable[[], T]) -> T:
 
 @asynccontextmanager
 async def mounted_image(changes: Changes, work: Work) -> AsyncIterator[Path]:
-    """The same as ``Changes.mounted``, for as long as an async block runs."""
+    """Mount the overlay like ``Changes.mounted``, while an async block runs."""
     try:
         await in_thread(work, changes.mount)
         yield changes.root

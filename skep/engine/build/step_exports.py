@@ -28,7 +28,7 @@ from skep.errors import InvalidArgument
 
 
 class Destination(Protocol):
-    """Where an artifact goes."""
+    """Receiver of an artifact."""
 
     async def put(self, upload: Upload) -> None:
         """Send a blob, unless it is there.  Raises: SkepError."""
@@ -38,7 +38,7 @@ class Destination(Protocol):
 
 
 class RegistryDestination:
-    """A tag of a repository."""
+    """Tag of a repository, as receiver of an artifact."""
 
     def __init__(self, repository: Repository, reference: Reference) -> None:
         self._repository = repository
@@ -57,7 +57,7 @@ class RegistryDestination:
 async def export_steps(
     images: ImageStore, records: Sequence[StepRecord], destination: Destination, *, media_type: str
 ) -> str:
-    """Send steps and their layers; returns the descriptor of the manifest as JSON.  Empty if there are no steps.
+    """Send steps and their layers, and return the manifest's descriptor as JSON.  Empty without steps.
 
     Args:
         media_type: Media type of the manifest.  It is an index in the form of older versions of BuildKit.
@@ -71,7 +71,7 @@ async def export_steps(
     async with AsyncExitStack() as stack:
         for record in records:
             chain = chain_ids(record.diff_ids)
-            await stack.enter_async_context(images.pinned(chain))
+            await stack.enter_async_context(images.pin(chain))
             for chain_id, diff_id in zip(chain, record.diff_ids, strict=True):
                 if chain_id in layers:
                     continue

@@ -1,11 +1,11 @@
-"""Steps of builds as caches for other nodes have them.  Pure.
+"""Records of build steps in caches for other nodes.  Pure.
 
 The format is BuildKit's, so BuildKit reads such a cache without an error, and this engine reads BuildKit's.  Neither
 finds steps of the other, since the digests of steps are computed differently: here, from the id of the base image and
 the instructions since (``results``).
 
-A cache is what its writer says.  A result counts only if its lower layers are the layers of the image before the
-step.  A cache can add one layer to a build, and cannot change what the build already has.
+A cache is not trusted beyond its own layers.  A result counts only if its lower layers are the layers of the image
+before the step.  A cache can add one layer to a build, and cannot change what the build already has.
 
 Source: buildkit, cache/remotecache/v1/types/spec.go, cache/remotecache/v1/parse.go, cache/remotecache/inline/inline.go.
 """
@@ -22,11 +22,11 @@ from skep.errors import InvalidArgument
 
 CACHE_CONFIG_TYPE = "application/vnd.buildkit.cacheconfig.v0"
 CONFIG_BYTES_MAX = 4 << 20
-"""Four times as much as BuildKit reads: a build has at most 1,000 steps, and one takes some 200 bytes."""
+"""Four times BuildKit's limit.  A build has at most 1,000 steps, and each takes some 200 bytes."""
 _RECORDS_MAX = 20_000
 _LAYERS_MAX = 20_000
 _RESULTS_MAX = 16
-"""Results of one record, and records of one step."""
+"""Largest number of results of one record, and of records of one step."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", re.ASCII)
 _NO_TIME = "0001-01-01T00:00:00Z"
 

@@ -1,4 +1,4 @@
-"""Cache sources of builds: where steps of other nodes are read from.
+"""Cache sources of builds: read the steps of other nodes.
 
 An artifact or an image is read from a registry, a directory of the client, or the image store.  Its layers are fetched
 when a step needs them, and checked against the digests of the step before they are used.
@@ -23,14 +23,14 @@ from skep.errors import InvalidArgument, SkepError
 T = TypeVar("T")
 
 READ_S = 60.0
-"""For the records of a source.  A source that is slower is left out, since the build waits for it."""
+"""Seconds to read the records of a source.  A slower source is left out, since the build waits for it."""
 _IMAGE_CONFIG_BYTES_MAX = 8 << 20
 _BAD = (SkepError, OSError, TimeoutError, *NOT_JSON)
-"""What a source that is missing, refuses, or is malformed raises."""
+"""Errors of a source that is missing, refuses the request, or is malformed."""
 
 
 class Place(Protocol):
-    """Where manifests and blobs of a source are."""
+    """Location of a source's manifests and blobs."""
 
     @property
     def name(self) -> str:
@@ -170,7 +170,7 @@ async def read_source(images: ImageStore, place: Place, target: str) -> StepSour
 
 
 async def _table(repository: pulling.Repository, target: str, bytes_max: int) -> StepTable | None:
-    manifest = decoded(await pulling.attempted(lambda: repository.manifest(target, bytes_max)))
+    manifest = decoded(await pulling.run_with_retries(lambda: repository.manifest(target, bytes_max)))
     listed = manifest.manifests
     if listed is None:
         return await _table_of_manifest(repository, manifest)
@@ -178,7 +178,7 @@ async def _table(repository: pulling.Repository, target: str, bytes_max: int) ->
     if config is not None:
         return await _table_of_artifact(repository, config, listed)
     digest = parse_digest(choose(listed, None).digest)
-    chosen = decoded(await pulling.attempted(lambda: repository.manifest(digest, bytes_max)))
+    chosen = decoded(await pulling.run_with_retries(lambda: repository.manifest(digest, bytes_max)))
     return await _table_of_manifest(repository, chosen)
 
 

@@ -1,7 +1,8 @@
-"""Variables in a Dockerfile: ``$name``, ``${name}``, ``${name:-word}`` and their like, with quotes and escapes.
+"""Variables in a Dockerfile: ``$name``, ``${name}``, ``${name:-word}`` and similar, with quotes and escapes.
 
-Source: buildkit, frontend/dockerfile/shell/lex.go.  What a value grows to is bounded: ``ENV A=$A$A`` in fifty lines
-would otherwise fill the memory.
+The size of values is bounded.  Otherwise ``ENV A=$A$A`` in fifty lines would fill the memory.
+
+Source: buildkit, frontend/dockerfile/shell/lex.go.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from skep.errors import InvalidArgument
 VALUE_BYTES_MAX = 1 << 20
 BUDGET = 64_000_000
 _PATTERN_STEPS_MAX = 4_000_000
-"""Comparisons for one pattern: of a value with 1,000 characters, four are left to each."""
+"""Largest number of comparisons for one pattern.  For a value of 1,000 characters, the pattern may have four."""
 _SPECIAL = frozenset("@*#?-$!0")
 _DEPTH_MAX = 32
 _STAR: Final = "*"
@@ -20,16 +21,16 @@ _ANY: Final = "?"
 
 
 class Budget:
-    """What the substitutions of one build may cost together: characters written, and comparisons of patterns.
+    """Cost limit for all substitutions of one build: characters written, and comparisons of patterns.
 
-    The bound of a value is none of their sum: a line has room for ten thousand variables, also such as are dropped.
+    A limit for each value does not bound their sum: a line has space for ten thousand variables, even unused ones.
     """
 
     def __init__(self, steps: int = BUDGET) -> None:
         self._total = self._left = steps
 
     def spend(self, steps: int) -> None:
-        """Raises: InvalidArgument: there is not so much left."""
+        """Take ``steps`` from the budget.  Raises: InvalidArgument: less is left."""
         self._left -= steps
         if self._left < 0:
             raise InvalidArgument(f"substitutions take more than {self._total} steps")
@@ -38,9 +39,9 @@ class Budget:
 def substituted(
     word: str, variables: Mapping[str, str], escape: str = "\\", budget: Budget | None = None
 ) -> str:
-    """``word`` with its variables replaced and its quotes taken away.
+    """Return ``word`` with its variables replaced and its quotes removed.
 
-    ``budget`` None: one of its own.  Raises: InvalidArgument, in BuildKit's words.
+    ``budget``: None for a budget of this call.  Raises: InvalidArgument, in BuildKit's words.
     """
     return _Reader(word, variables, escape, budget=budget).run()[0]
 
@@ -48,14 +49,14 @@ def substituted(
 def split(
     word: str, variables: Mapping[str, str], escape: str = "\\", budget: Budget | None = None
 ) -> list[str]:
-    """The same, as the words that it is after substitution.  Raises: InvalidArgument."""
+    """Return the words that ``word`` consists of after substitution.  Raises: InvalidArgument."""
     return _Reader(word, variables, escape, budget=budget).run()[1]
 
 
 def substituted_document(text: str, variables: Mapping[str, str], budget: Budget | None = None) -> str:
-    """Replace the variables of a here-document.  Its quotes stay, and a backslash protects what follows it.
+    """Replace the variables of a here-document.  Quotes stay, and a backslash protects the next character.
 
-    The escape character of the Dockerfile has no meaning in it.  Raises: InvalidArgument, in BuildKit's words.
+    The Dockerfile's escape character has no meaning in it.  Raises: InvalidArgument, in BuildKit's words.
     """
     if "$" not in text and "\\" not in text:
         return text
@@ -63,7 +64,7 @@ def substituted_document(text: str, variables: Mapping[str, str], budget: Budget
 
 
 def raw_words(line: str) -> list[str]:
-    """Words of a line with their quotes and escapes, nothing substituted; as far as it can be read."""
+    """Return the words of a line with quotes and escapes, without substitution.  Empty if it cannot be read."""
     reader = _Reader(line, None, "\\", raw_quotes=True, raw_escapes=True)
     try:
         return reader.run()[1]
@@ -72,7 +73,7 @@ def raw_words(line: str) -> list[str]:
 
 
 def unquoted_word(text: str) -> tuple[str, bool] | None:
-    """The single word that ``text`` is, and whether some of it is quoted; None: it is not one word."""
+    """Return the single word in ``text``, and whether part of it is quoted.  None if it is not one word."""
     words = _Reader(text, None, "\\").run()[1]
     if len(words) != 1:
         return None
@@ -82,7 +83,7 @@ def unquoted_word(text: str) -> tuple[str, bool] | None:
 
 
 class _Words:
-    """What is split at spaces that no quotes protect."""
+    """Text split at spaces outside quotes."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
@@ -109,7 +110,7 @@ class _Words:
 
 
 class _Reader:
-    """Reads one word from its beginning to its end.  ``variables`` None: they stay as they are."""
+    """Reads one word from start to end.  ``variables``: None to leave variables as they are."""
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class _Reader:
         keeps_quotes: bool = False,
         budget: Budget | None = None,
     ) -> None:
-        """``keeps_quotes``: quotes are characters like any other."""
+        """``keeps_quotes``: Whether quotes are ordinary characters."""
         self._budget = budget or Budget()
         self._keeps_quotes = keeps_quotes
         self._source = source
@@ -148,7 +149,7 @@ class _Reader:
         return character
 
     def _until(self, stop: str, *, raw_escapes: bool | None = None) -> tuple[str, list[str]]:
-        """Everything to the character ``stop`` (empty: to the end), which is consumed."""
+        """Read up to the character ``stop``, and consume it.  An empty ``stop`` reads to the end."""
         raw_escapes = self._raw_escapes if raw_escapes is None else raw_escapes
         self._depth += 1
         if self._depth > _DEPTH_MAX:
@@ -186,7 +187,7 @@ class _Reader:
         return "".join(result), words.all()
 
     def _less_than(self) -> str:
-        """``<<`` and the spaces after it, which do not end the word: ``<< EOF`` begins a here-document, too."""
+        """Read ``<<`` and the spaces after it.  They do not end the word: ``<< EOF`` also starts a here-document."""
         start = self._at
         self._next()
         if self._peek() == "<":
@@ -272,7 +273,7 @@ class _Reader:
         self._budget.spend(steps)
 
     def _replacement(self, name: str) -> str:
-        """``${name/pattern/replacement}``, or with ``//`` for every match."""
+        """Read ``${name/pattern/replacement}``, or with ``//`` for every match."""
         every = self._peek() == "/"
         if every:
             self._next()
@@ -307,7 +308,7 @@ class _Reader:
 
 
 def _modified(name: str, value: str | None, modifier: str, word: str) -> str:
-    """What ``${name<modifier>word}`` gives."""
+    """Return the value of ``${name<modifier>word}``."""
     is_unset = value is None or (modifier.startswith(":") and not value)
     match modifier.removeprefix(":"):
         case "-":
@@ -326,7 +327,7 @@ def _modified(name: str, value: str | None, modifier: str, word: str) -> str:
 
 
 def _tokens(pattern: str) -> list[str]:
-    """A shell pattern (``*`` and ``?``) as literals and the two signs; a literal has a leading dot."""
+    """Split a shell pattern into literals, ``*`` and ``?``.  A literal has a leading dot."""
     tokens, characters = [], iter(pattern)
     for character in characters:
         if character == "\\":
@@ -342,7 +343,7 @@ def _tokens(pattern: str) -> list[str]:
 
 
 def _ends(tokens: list[str], text: str, start: int) -> Iterator[int]:
-    """Where matches of the pattern that begin at ``start`` end, the shortest first."""
+    """Yield the ends of the pattern's matches that start at ``start``, the shortest first."""
     states = _closed({0}, tokens)
     for at in range(start, len(text) + 1):
         if len(tokens) in states:
@@ -361,7 +362,7 @@ def _ends(tokens: list[str], text: str, start: int) -> Iterator[int]:
 
 
 def _closed(states: set[int], tokens: list[str]) -> set[int]:
-    """With the states that a star leads to without a character."""
+    """Add the states that a star leads to without a character."""
     found = set()
     for state in states:
         while state not in found:

@@ -1,4 +1,4 @@
-"""The target of a build: up to which stage, on which of them it depends, for which platform.  Pure."""
+"""Target of a build: the last stage, the stages that it depends on, the platform.  Pure."""
 
 from collections.abc import Collection, Mapping
 
@@ -13,11 +13,11 @@ from skep.engine.images.reference import parse_reference
 from skep.errors import InvalidArgument, Unimplemented
 
 _EPOCH_S_MAX = 253_402_300_799
-"""The end of the year 9999, the last that RFC 3339 can write."""
+"""End of the year 9999, the last that RFC 3339 can represent."""
 
 
 def chosen(stages: Stages, request: BuildRequest) -> Stages:
-    """The stages up to the target, with the labels of the request at the end of it.
+    """Return the stages up to the target, with the request's labels added to the target.
 
     Raises: InvalidArgument: there is no such stage.
     """
@@ -69,7 +69,10 @@ def parse_epoch(text: str) -> int | None:
 
 
 def require_distinct_names(stages: Stages) -> None:
-    """BuildKit takes the last of two stages with one name.  Raises: InvalidArgument, in the classic builder's words."""
+    """Refuse two stages with the same name.  BuildKit uses the last of them.
+
+    Raises: InvalidArgument, in the classic builder's words.
+    """
     names = [stage.base.name for stage in stages.stages if stage.base.name]
     for number, name in enumerate(names):
         if name in names[:number]:
@@ -77,7 +80,7 @@ def require_distinct_names(stages: Stages) -> None:
 
 
 def context_name(name: str) -> str:
-    """Return how a named context is looked up: ``docker.io/library/alpine:latest`` is ``alpine``.
+    """Return the key of a named context: ``docker.io/library/alpine:latest`` is ``alpine``.
 
     Source: buildkit, frontend/dockerui/namedcontext.go (namedContextRecursive).
     """
@@ -89,7 +92,10 @@ def context_name(name: str) -> str:
 
 
 def require_platform(platform: str) -> None:
-    """Raises: InvalidArgument: it is none; Unimplemented: it is another machine's."""
+    """Check that this node builds for ``platform``.
+
+    Raises: InvalidArgument: it is not a platform; Unimplemented: it differs from this machine's.
+    """
     here = this_platform()
     if platform:
         wanted = parse_platform(platform)
@@ -117,7 +123,7 @@ def needed(
     A trigger of a base image may use a further stage.
 
     Args:
-        arguments: What FROM may use.
+        arguments: Arguments for FROM.
         budget: Pays for their substitution.
         contexts: Names of named contexts, which replace stages with these names.
 

@@ -1,8 +1,7 @@
-"""Trees of files that COPY and ADD read and write: a context, the file system of an image.
+"""File trees that COPY and ADD read and write: a context, or the file system of an image.
 
-Their contents are not trusted.  No other process changes them meanwhile.  A path is resolved inside of its tree as a
-process with the tree as its root would, then opened without following any link; so nothing outside is reached even if
-the resolution were wrong.
+Their contents are not trusted, but no other process changes them.  A path is resolved as if the tree were the root,
+then opened without following any link.  So nothing outside is reached even if the resolution were wrong.
 """
 
 import os
@@ -27,14 +26,14 @@ class Stopped(SkepError):
 
 
 class CopyLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """``bytes_max``: written by one step; ``entries_max``: files and directories that it looks at."""
+    """Limits of one step.  ``bytes_max``: Bytes written.  ``entries_max``: Files and directories visited."""
 
     bytes_max: int
     entries_max: int
 
 
 class Work:
-    """One copy: what it may still do, and whether it is to end.  Used in a thread."""
+    """Remaining limits of one copy, and its stop signal.  Used in a thread."""
 
     def __init__(self, limits: CopyLimits) -> None:
         self._stop = threading.Event()
@@ -43,11 +42,11 @@ class Work:
         self._entries = 0
 
     def stop(self) -> None:
-        """Have it end soon."""
+        """Make the copy end soon."""
         self._stop.set()
 
     def count(self, *, size: int = 0, entries: int = 0) -> None:
-        """Raises: Stopped; ResourceExhausted."""
+        """Count work.  Raises: Stopped: the copy was stopped; ResourceExhausted: it exceeds a limit."""
         self._bytes += size
         self._entries += entries
         if self._stop.is_set():
@@ -59,7 +58,7 @@ class Work:
 
 
 class Tree:
-    """A directory whose files are reached below it only.  Close it by leaving the ``with`` block."""
+    """Directory whose files are only reached below it.  Leaving the ``with`` block closes it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -73,7 +72,7 @@ class Tree:
 
     @contextmanager
     def opened(self, path: str, flags: int = _DIRECTORY) -> Iterator[int]:
-        """A descriptor of ``path``, which has no link in it."""
+        """Open ``path``, which must not contain links."""
         descriptor = open_without_links(self.descriptor, path or ".", flags)
         try:
             yield descriptor
@@ -81,7 +80,7 @@ class Tree:
             os.close(descriptor)
 
     def status(self, path: str) -> os.stat_result | None:
-        """Of ``path``, which has no link but perhaps at its end; None: there is nothing."""
+        """Return the status of ``path``, or None if it does not exist.  Only its last name may be a link."""
         directory, name = posixpath.split(path)
         try:
             with self.opened(directory) as parent:
@@ -90,7 +89,7 @@ class Tree:
             return None
 
     def resolve(self, path: str) -> str:
-        """``path`` without links and dots; what is not there stays as it is named.
+        """Return ``path`` without links and dots.  Names that do not exist are kept.
 
         Raises: InvalidArgument: there are too many links.
 
@@ -120,6 +119,6 @@ class Tree:
         return "/".join(done)
 
     def names(self, path: str) -> list[str]:
-        """What is in the directory ``path``, sorted."""
+        """Return the sorted names in the directory ``path``."""
         with self.opened(path) as descriptor:
             return sorted(os.listdir(descriptor))

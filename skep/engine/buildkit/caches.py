@@ -1,7 +1,7 @@
-"""``--cache-from`` and ``--cache-to`` of BuildKit's clients: which sources a build has, and where its steps go.
+"""``--cache-from`` and ``--cache-to`` of BuildKit's clients: cache sources of a build, and exports of its steps.
 
-A source never fails a build.  If it is missing, refused or malformed, the build has a warning.  A failed export
-fails the build, unless its option ``ignore-error`` is set, as in BuildKit.
+A source never fails a build.  If it is missing, refused or malformed, the build has a warning.  A failed export fails
+the build, unless its option ``ignore-error`` is set, as in BuildKit.
 
 Source: moby/buildkit, solver/llbsolver/solver.go (runCacheExporters), cache/remotecache/registry,
 cache/remotecache/local; moby, builder/builder-next/adapters/localinlinecache.
@@ -31,7 +31,7 @@ _PLACES = {"registry": "registry", "local": "client directory"}
 
 
 class Caches:
-    """Reads and writes the caches of builds, and pushes their images.  ``images``: Where the layers are."""
+    """Reads and writes the caches of builds, and pushes their images.  ``images``: Store with the layers."""
 
     def __init__(self, images: ImageStore) -> None:
         self._images = images
@@ -39,7 +39,7 @@ class Caches:
     async def sources(
         self, vertices: Vertices, session: Session, provider: Provider, entries: Sequence[CacheEntry]
     ) -> tuple[StepSource, ...]:
-        """Return the sources that can be used.  The others are warnings."""
+        """Return the usable sources.  The build gets a warning for each of the others."""
         found: list[StepSource] = []
         for number, entry in enumerate(entries):
             with vertices.doing(f"importing cache manifest from {entry.name}") as vertex:
@@ -78,10 +78,10 @@ class Caches:
         entries: Sequence[CacheEntry],
         result: BuildResult,
     ) -> Mapping[str, str]:
-        """Export the steps of a build; returns what the client gets to know.  Raises: SkepError."""
+        """Export the steps of a build and return the entries of the client's response.  Raises: SkepError."""
         response: dict[str, str] = {}
         for entry in entries:
-            if entry.type == _INLINE:  # it is in the image
+            if entry.type == _INLINE:  # an inline cache is part of the image
                 continue
             with vertices.doing(f"exporting cache to {_PLACES.get(entry.type, entry.type)}") as vertex:
                 try:
@@ -95,7 +95,7 @@ class Caches:
         return response
 
     async def push(self, vertices: Vertices, provider: Provider, tags: Sequence[Reference]) -> str:
-        """Push an image by its tags; returns the digest of its manifest.  Raises: SkepError."""
+        """Push an image under its tags and return the digest of its manifest.  Raises: SkepError."""
         digests: list[str] = []
 
         def note(message: Message) -> None:

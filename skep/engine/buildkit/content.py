@@ -1,6 +1,6 @@
-"""Caches in directories of clients: OCI layouts that the client serves by containerd's content protocol.
+"""Caches in client directories: OCI layouts that the client serves over containerd's content protocol.
 
-The client names the manifest to read, and notes the manifest that was written in the directory's ``index.json``.
+The client names the manifest to read, and records the written manifest in the directory's ``index.json``.
 
 Source: moby/buildkit, session/content, cache/remotecache/local, client/solve.go (parseCacheOptions); containerd,
 api/services/content/v1/content.proto, core/content/proxy.
@@ -62,26 +62,26 @@ class ClientStore:
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """A blob's bytes from ``start`` on.  See ``pulling.Repository``."""
+        """Stream a blob's bytes from ``start`` on.  See ``pulling.Repository``."""
         async with self._stream("Read") as messages:
             await messages.send(pb.ReadContentRequest(digest=digest, offset=start))
             await messages.end()
             yield start, _data_of(messages)
 
     def mistrust(self, _digest: str) -> bool:
-        """There is no other copy of a blob that was wrong."""
+        """Return False: the client has no other copy of the blob."""
         return False
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
     async def put(self, upload: Upload) -> None:
-        """Write a blob that the client does not have.  Raises: SkepError: of the client's status."""
+        """Write a blob unless the client has it.  Raises: SkepError: with the client's status."""
         with suppress(AlreadyExists):
             async with self._stream("Write") as messages:
                 await self._write(messages, upload)
 
     async def put_manifest(self, document: Document) -> None:
-        """Write the manifest.  The client notes it in its index."""
+        """Write the manifest.  The client records it in its index."""
         await self.put(Upload(digest=document.digest, size=len(document.content), content=document.content))
 
     async def _write(self, messages: Messages, upload: Upload) -> None:
@@ -105,7 +105,7 @@ class ClientStore:
             offset += len(piece)
         written = (await self._answer(messages, request(pb.COMMIT, offset))).digest
         if written != upload.digest:
-            raise InvalidArgument(f"the client stored {written[:200]} in place of {upload.digest}")
+            raise InvalidArgument(f"the client stored {written[:200]} instead of {upload.digest}")
 
     async def _answer(self, messages: Messages, request: pb.WriteContentRequest) -> pb.WriteContentResponse:
         await messages.send(request)

@@ -1,8 +1,7 @@
-"""The directories that builds get from their clients, and the ones that are kept for the next time.
+"""Directories that builds receive from their clients, and the ones kept for later builds.
 
-A context that comes again sends only what changed: its last tree is kept, by the key that the client gives the same
-directory each time, and files that are listed as they were are linked from it.  Trees are never changed once they are
-whole.
+A repeated context sends only its changes: its last tree is kept under the key that the client sends for the same
+directory each time, and files listed as unchanged are hard-linked from it.  A complete tree is never changed.
 """
 
 import os
@@ -19,13 +18,13 @@ from skep.engine.buildkit.tree import Entry, KeptTree, Kind, TreeLimits
 from skep.engine.images.workers import Limits, unpack
 
 _KEPT_MAX = 8
-"""Trees, the least recently used goes first."""
+"""Number of kept trees.  The least recently used is dropped first."""
 _KEPT_BYTES_MAX = 2 << 30
 """A larger tree is not kept."""
 
 
 class Contexts:
-    """All trees below ``directory``, which is this object's alone."""
+    """All trees below ``directory``, which only this object uses."""
 
     def __init__(self, directory: Path, limits: Limits) -> None:
         self.directory = directory
@@ -33,23 +32,23 @@ class Contexts:
         self.limits = limits
         self._kept: OrderedDict[tuple[str, str], KeptTree] = OrderedDict()
         self._used: dict[Path, int] = {}
-        """Trees that builds read, or take files from, at this moment."""
+        """Trees that builds read, or link files from, at this moment."""
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of files in each tree that is kept, by its name."""
+        """Return the bytes of files in each kept tree, by name."""
         return {
             tree.root.name: sum(entry.size for entry in tree.entries.values()) for tree in self._kept.values()
         }
 
     async def prune(self) -> list[str]:
-        """Keep no trees; the names of those that were kept.  Builds at work on one keep it to their end."""
+        """Drop all kept trees and return their names.  Running builds keep the trees that they use to their end."""
         gone = list(self.sizes())
         self._kept.clear()
         await self._sweep()
         return gone
 
     @asynccontextmanager
-    async def received(
+    async def receive(
         self,
         session: Session,
         selection: Selection,
@@ -57,7 +56,7 @@ class Contexts:
         bytes_max: int | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> AsyncIterator[Path]:
-        """A directory of the client while the block runs.  Raises: as ``filesync.receive``."""
+        """Provide a directory of the client while the block runs.  Raises: as ``filesync.receive``."""
         key = (session.shared_key, selection.name)
         can_keep = bool(session.shared_key) and not selection.follow
         limits = TreeLimits(bytes=bytes_max or self.limits.archive_bytes_max)
@@ -85,7 +84,7 @@ class Contexts:
 
     @asynccontextmanager
     async def scratch(self) -> AsyncIterator[Path]:
-        """An empty directory while the block runs."""
+        """Provide an empty directory while the block runs."""
         root = self._new()
         self._used[root] = 1
         try:
@@ -102,11 +101,11 @@ class Contexts:
             os.close(descriptor)
 
     def accepted_on(self, directory: Path) -> int:
-        """Bytes of a context that may be written to one of the directories."""
+        """Return the bytes of a context that may be written to one of the directories."""
         return max(min(self.limits.archive_bytes_max, self.room_on(directory)), 0)
 
     def room_on(self, directory: Path) -> int:
-        """Bytes that may still be written to one of the directories."""
+        """Return the bytes that may still be written to one of the directories."""
         return self.limits.room_on(directory)
 
     def _new(self) -> Path:

@@ -1,4 +1,4 @@
-"""The calls of BuildKit's control protocol that buildx makes: ``moby.buildkit.v1.Control`` and ``frontend.LLBBridge``.
+"""Calls of BuildKit's control protocol that buildx makes: ``moby.buildkit.v1.Control`` and ``frontend.LLBBridge``.
 
 Source: moby/buildkit, api/services/control/control.proto, frontend/gateway/pb; moby, builder/builder-next.
 """
@@ -40,7 +40,7 @@ class Control:
         self._builder = builder
 
     def methods(self) -> Mapping[str, Method]:
-        """All calls by their paths."""
+        """Return all calls by their paths."""
         return {
             f"{_CONTROL}Session": Both(self._session),
             f"{_CONTROL}Solve": Unary(pb.SolveRequest, self._solve),
@@ -65,7 +65,7 @@ class Control:
             yield event
 
     async def _session(self, stream: ServerStream) -> None:
-        async with self._sessions.opened(SessionInfo.of(stream.request.session)) as session:
+        async with self._sessions.register(SessionInfo.of(stream.request.session)) as session:
             await session.keep_checking_while(carry(session, stream))
 
     async def _history(
@@ -95,7 +95,7 @@ class Control:
         return await self._solver.bridge_solve(_build_of(call), request)
 
     async def _evaluate(self, _request: pb.EvaluateRequest, call: Request) -> Message:
-        _build_of(call)  # results are whole when they are given
+        _build_of(call)  # results are complete when they are returned
         return pb.EvaluateResponse()
 
     async def _bridge_return(self, request: pb.ReturnRequest, call: Request) -> Message:
@@ -118,7 +118,7 @@ class Control:
                 yield record
 
     async def _usage(self) -> Sequence[pb.UsageRecord]:
-        """Directories of cache mounts, and contexts that are kept: results of steps are images."""
+        """Return the directories of cache mounts, and kept contexts.  Results of steps are images."""
         mounts = await walk_tree(self._builder.mounts.sizes)
         records = [
             pb.UsageRecord(
@@ -138,7 +138,7 @@ class Control:
         return records
 
     def _record(self) -> pb.WorkerRecord:
-        # buildx sends exports of caches and pushes only to a worker with a snapshotter, and does not look at its name.
+        # buildx exports caches and pushes only with a worker that has a snapshotter, whatever its name.
         prefix = "org.mobyproject.buildkit.worker"
         labels = {f"{prefix}.executor": "skep", f"{prefix}.snapshotter": "overlayfs"}
         here = this_platform()
@@ -147,7 +147,7 @@ class Control:
 
 
 def _refuse_filters(filters: Sequence[str]) -> None:
-    """Raises: Unimplemented."""
+    """Refuse filters.  Raises: Unimplemented."""
     if any(filters):
         raise Unimplemented(f"filters of the build cache are not supported: {', '.join(filters)}")
 

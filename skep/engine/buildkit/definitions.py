@@ -1,4 +1,4 @@
-"""Results of builds as LLB definitions, which a client gives back as contexts (``target:`` of a bake file).
+"""Results of builds as LLB definitions, which a client sends back as contexts (``target:`` of a bake file).
 
 A definition of this engine is one source operation that names an image by its id.  Other definitions are refused.
 
@@ -30,7 +30,7 @@ def definition_of(image: Digest) -> pb.Definition:
 def image_of(definition: pb.Definition) -> Digest:
     """Return the image that a definition names.
 
-    Raises: InvalidArgument: it cannot be read; Unimplemented: it is not of this engine.
+    Raises: InvalidArgument: it cannot be read; Unimplemented: another engine made it.
     """
     for encoded in getattr(definition, "def"):
         try:
@@ -40,4 +40,4 @@ def image_of(definition: pb.Definition) -> Digest:
         name = operation.source.identifier.removeprefix(_IMAGE)
         if operation.source.identifier.startswith(_IMAGE) and is_digest(name):
             return Digest(name)
-    raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+    raise Unimplemented("LLB definitions are not supported, only Dockerfiles")

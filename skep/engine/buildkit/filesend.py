@@ -1,7 +1,7 @@
-"""The result of a build goes to its client: as an archive, or file by file in fsutil's protocol.
+"""Sends the result of a build to its client: as an archive, or file by file in fsutil's protocol.
 
-The engine lists the files of the result; the client asks for the contents of those that it does not have.  They are
-read from one archive, a file of the engine's own, so nothing of the result is ever unpacked here.
+The engine lists the files of the result, and the client requests the contents of those that it does not have.  They are
+read from one archive, a file of the engine, so the result is never unpacked here.
 
 Source: moby/buildkit, session/filesync, exporter/local, exporter/tar; tonistiigi/fsutil, send.go, walker.go, stat.go.
 """
@@ -41,7 +41,7 @@ _KINDS = {
 
 
 OpenArchive = Callable[[Digest], AbstractAsyncContextManager[AsyncIterator[bytes]]]
-"""The whole file system of an image as a tar, in pieces, whose end raises if it is not whole.
+"""Opens the whole file system of an image as a tar, in pieces.  Reading raises at the end if the tar is incomplete.
 
 Raises: NotFound: the image was removed.
 """
@@ -49,10 +49,10 @@ Raises: NotFound: the image was removed.
 
 @asynccontextmanager
 async def image_archive(engine: Engine, image_id: Digest) -> AsyncIterator[AsyncIterator[bytes]]:
-    """As ``OpenArchive``, of an engine's image."""
+    """Open the file system of an engine's image.  See ``OpenArchive``."""
     images = engine.images
     image = images.get(image_id)
-    async with images.pinned(image.chain), images.workspace("result") as workspace:
+    async with images.pin(image.chain), images.workspace("result") as workspace:
         changes = Changes(workspace, images.layers(image))
         async with (
             mounted_image(changes, new_work(images, workspace)) as root,
@@ -62,7 +62,7 @@ async def image_archive(engine: Engine, image_id: Digest) -> AsyncIterator[Async
 
 
 class SentFile(msgspec.Struct, frozen=True):
-    """An entry of the result; ``begin``: where its content is in the archive, if it is a file with one."""
+    """Entry of the result.  ``begin``: Offset of its content in the archive.  None without content."""
 
     stat: pb.Stat
     begin: int | None = None
@@ -71,12 +71,11 @@ class SentFile(msgspec.Struct, frozen=True):
 async def send_archive(
     session: Session, pieces: AsyncIterable[bytes], progress: Callable[[int], None]
 ) -> None:
-    """Give the client an archive (``--output type=tar``).
+    """Send an archive to the client (``--output type=tar``).
 
-    Args:
-        progress: called with the bytes that were sent so far.
+    ``progress``: Called with the number of bytes sent so far.
 
-    Raises: SkepError: of the client's status, or it is gone.
+    Raises: SkepError: with the client's status, or the client disconnected.
     """
     sent = 0
     async with session.stream(FILE_SEND, silent_s=sessions.SILENT_S) as messages:
@@ -87,7 +86,10 @@ async def send_archive(
 
 
 async def send_tree(session: Session, archive: Path, progress: Callable[[int], None]) -> None:
-    """Give the client the files of ``archive``, a plain tar (``--output type=local``).  Raises: as ``send_archive``."""
+    """Send the files of ``archive``, a plain tar, to the client (``--output type=local``).
+
+    Raises: as ``send_archive``.
+    """
     files = await asyncio.to_thread(listed, archive)
     descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -108,18 +110,18 @@ async def _list(messages: Messages, files: Sequence[SentFile]) -> None:
     for number, file in enumerate(files):
         await messages.send(pb.Packet(type=pb.Packet.STAT, stat=file.stat))
         if number % _LISTED_AT_ONCE == 0:
-            await asyncio.sleep(0)  # a client that reads at once would never let others run
+            await asyncio.sleep(0)  # with a client that always reads at once, no other task would run
     await messages.send(pb.Packet(type=pb.Packet.STAT))
 
 
 async def _serve(
     messages: Messages, files: Sequence[SentFile], descriptor: int, progress: Callable[[int], None]
 ) -> None:
-    """Send the contents that the client asks for, until it has all.  Raises: InvalidArgument, Unavailable."""
+    """Send the requested contents until the client is done.  Raises: InvalidArgument, Unavailable."""
     sent = 0
     while (packet := await _next(messages)).type != pb.Packet.FIN:
         if packet.type != pb.Packet.REQ or packet.id >= len(files) or files[packet.id].begin is None:
-            raise InvalidArgument(f"the client asked for something else than a file: {packet.id}")
+            raise InvalidArgument(f"the client requested entry {packet.id}, which is not a file")
         async for piece in _content(descriptor, files[packet.id]):
             await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=piece))
             progress(sent := sent + len(piece))
@@ -159,9 +161,9 @@ async def spool(
 
 
 def listed(archive: Path) -> Sequence[SentFile]:
-    """The entries of a plain tar in the order of a walk: names in a directory sorted by their bytes; blocking.
+    """Return the entries of a plain tar in walk order: names in a directory sorted by their bytes.  Blocks.
 
-    Of hard links the first in that order has the content, whichever has it in the archive.
+    The first of several hard links in that order has the content, whichever has it in the archive.
     """
     with tarfile.open(archive, "r:", encoding="utf-8", errors="surrogateescape") as opened:
         members = {member.name: member for member in opened if member.name}
@@ -177,7 +179,7 @@ def listed(archive: Path) -> Sequence[SentFile]:
 
 
 def _sent(name: str, member: tarfile.TarInfo, *, link: str) -> SentFile:
-    """``link``: the path before it of which this is another name."""
+    """Describe an entry.  ``link``: The earlier path that it is a hard link to.  Empty if it is not one."""
     attributes = {
         record.removeprefix(_XATTR_RECORD): value.encode("utf-8", "surrogateescape")
         for record, value in member.pax_headers.items()

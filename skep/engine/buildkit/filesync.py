@@ -1,7 +1,7 @@
-"""Directories of a client, copied here and back by fsutil's protocol.
+"""Receives a client's directory over fsutil's protocol.
 
-The client lists its files; those that are not here from an earlier time are asked for, some at once, in pieces.
-Everything that touches the disk runs in a thread, a batch of pieces at a time.
+The client lists its files.  Those that are not here from an earlier build are requested, several at once, in pieces.
+All disk work runs in a thread, one batch of pieces at a time.
 
 Source: moby/buildkit, session/filesync; tonistiigi/fsutil, receive.go, send.go.
 """
@@ -25,25 +25,25 @@ from skep.rpc.status import CallFailed, Lost
 DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
 
 _REQUESTED_MAX = 64
-"""Files asked for at one time; clients read four at once."""
+"""Number of files requested at once.  Clients read four at once."""
 _BATCH_BYTES = 1 << 20
 _LISTED_AT_ONCE = 256
-"""Entries that are taken before other tasks run."""
+"""Number of entries received before other tasks run."""
 _REFUSE_S = 5.0
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """Which files of a client's directory are wanted."""
+    """Selection of files in a client's directory."""
 
     name: str
-    """As the client names the directory: ``context``, ``dockerfile``, or a named context."""
+    """Client's name for the directory: ``context``, ``dockerfile``, or a named context."""
     follow: tuple[str, ...] = ()
-    """Only these paths, with what their links lead to."""
+    """Only these paths, and the targets of their links."""
     excludes: tuple[str, ...] = ()
     """Patterns of ``.dockerignore``."""
 
     def headers(self) -> Sequence[tuple[str, str]]:
-        """As headers of the request to the client."""
+        """Return the headers of the request to the client."""
         return (
             *header_values("dir-name", [self.name]),
             *header_values("followpaths", self.follow),
@@ -61,20 +61,22 @@ async def receive(
     kept: KeptTree | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Sequence[Entry]:
-    """Copy a client's directory into ``root``, which is new and empty; its entries, without files that changed while
-    they were sent.
+    """Copy a client's directory into ``root``, which is new and empty.
+
+    Returns the entries, without files that changed while they were sent.
 
     Args:
-        room_bytes: what may be written to the disk. progress: called with the bytes that have come so far.
+        room_bytes: Number of bytes that may be written to the disk.
+        progress: Called with the number of bytes received so far.
 
-    Raises: SkepError: the client gives none, sent something that is not accepted, or is gone.
+    Raises: SkepError: the client has no such directory, sent unacceptable data, or disconnected.
     """
     async with session.stream(DIFF_COPY, selection.headers(), silent_s=sessions.SILENT_S) as messages:
         transfer = _Transfer(messages, root, limits, room_bytes, progress)
         try:
             return await transfer.run(kept)
         except (InvalidArgument, ResourceExhausted) as error:
-            with suppress(CallFailed, Lost, TimeoutError):  # it may have ended the call already
+            with suppress(CallFailed, Lost, TimeoutError):  # the client may have ended the call already
                 async with asyncio.timeout(_REFUSE_S):
                     await messages.send(pb.Packet(type=pb.Packet.ERR, data=str(error).encode()))
             raise
@@ -83,14 +85,14 @@ async def receive(
 
 
 def _on_disk(error: OSError) -> SkepError:
-    """A failure of the disk: the connection's failures are OSErrors as well, and go on as they are."""
+    """Translate a disk error.  Connection errors are also OSErrors and are raised unchanged."""
     if isinstance(error, ConnectionError | TimeoutError):
         raise error
     return Unavailable(f"the build context cannot be written: {error.strerror or error}")
 
 
 class _Transfer:
-    """One directory on its way."""
+    """Transfer of one directory."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class _Transfer:
         return [entry for entry in listing.entries if entry.path not in contents.changed]
 
     async def _list(self, listing: Listing) -> None:
-        """Take entries up to the empty one.  Raises: InvalidArgument, ResourceExhausted."""
+        """Receive entries up to the empty one.  Raises: InvalidArgument, ResourceExhausted."""
         while (packet := await self._next()) is not None:
             if packet.type != pb.Packet.STAT:
                 raise InvalidArgument("the client sent data before it had listed its files")
@@ -131,7 +133,7 @@ class _Transfer:
                 return
             listing.add(packet.stat)
             if len(listing.entries) % _LISTED_AT_ONCE == 0:
-                await asyncio.sleep(0)  # what has come already is received without a pause
+                await asyncio.sleep(0)  # buffered data is received without suspending
         raise Unavailable("the client ended the transfer of its files early")
 
     async def _fetch(self, contents: Contents, waiting: deque[int]) -> None:
@@ -141,13 +143,13 @@ class _Transfer:
                 contents.request(number)
                 await self._messages.send(pb.Packet(type=pb.Packet.REQ, id=number))
             batch = await self._batch()
-            # To its end: the descriptors that it writes to are closed afterwards.
+            # Run to the end, since the descriptors that it writes to are closed afterwards.
             await run_to_end(asyncio.to_thread(_write_batch, contents, batch))
             self._bytes += sum(len(packet.data) for packet in batch)
             self._progress(self._bytes)
 
     async def _batch(self) -> Sequence[pb.Packet]:
-        """What has come, up to a bound.  Raises: InvalidArgument."""
+        """Receive the buffered packets, up to a bound.  Raises: InvalidArgument."""
         batch: list[pb.Packet] = []
         size = 0
         while not batch or (self._messages.has_more and size < _BATCH_BYTES):
@@ -155,7 +157,7 @@ class _Transfer:
             if packet is None:
                 raise Unavailable("the client ended the transfer of its files early")
             if packet.type != pb.Packet.DATA:
-                raise InvalidArgument("the client sent something else than the files that it was asked for")
+                raise InvalidArgument("the client sent a packet that is not file data")
             batch.append(packet)
             size += len(packet.data)
         return batch

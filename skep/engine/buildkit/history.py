@@ -1,4 +1,4 @@
-"""What ``buildx history`` shows: the last builds of this engine, while its process lives.
+"""Records for ``buildx history``: the latest builds of this engine process.
 
 Source: moby/buildkit, solver/llbsolver/history.go.
 """
@@ -10,19 +10,19 @@ from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.errors import NotFound, Unimplemented
 
 RECORDS_MAX = 50
-"""As many as BuildKit keeps."""
+"""BuildKit's limit."""
 BYTES_MAX = 16 << 20
-"""Of all records together: one has the options of its build, which a client may make as long as a message."""
+"""Size of all records together.  A record has the options of its build, which may be as long as a message."""
 
 
 class History:
-    """Records of builds, the oldest first.  Those of requests that a client marks as internal are not kept."""
+    """Records of builds, the oldest first.  Requests that a client marks as internal are not recorded."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, pb.BuildHistoryRecord] = OrderedDict()
 
     def keep(self, record: pb.BuildHistoryRecord) -> None:
-        """A build has begun, or has ended."""
+        """Record a build that has started or ended."""
         self._records[record.ref] = record
         while len(self._records) > RECORDS_MAX or self._size_bytes() > BYTES_MAX:
             self._records.popitem(last=False)
@@ -40,7 +40,7 @@ class History:
             del self._records[request.ref]
 
     async def listen(self, request: pb.BuildHistoryRequest) -> AsyncGenerator[pb.BuildHistoryEvent, None]:
-        """The records that there are.  Raises: Unimplemented: for filters, and for records to come."""
+        """Yield the present records.  Raises: Unimplemented: filters or future records are requested."""
         if request.filter:
             raise Unimplemented(f"filters of build records are not supported: {', '.join(request.filter)}")
         if not request.early_exit:

@@ -1,4 +1,4 @@
-"""What a client of BuildKit asks for, as a build of this engine: every option is carried out or refused by its name.
+"""Options of a BuildKit client's request: each one is carried out, or refused by its name.
 
 Source: moby/buildkit, frontend/dockerui/config.go, exporter/; docker/buildx, build/opt.go.
 """
@@ -19,12 +19,12 @@ DOCKERFILE = "dockerfile.v0"
 _GATEWAY = "gateway.v0"
 
 _IGNORED = ("frontend.caps", "input-metadata:", "vcs:")
-"""Of no effect on the image: what a client can do, and where its files come from (of provenance)."""
+"""Options without effect on the image: capabilities of the client, and the origin of its files (for provenance)."""
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 
 class Output(Enum):
-    """Where the result goes."""
+    """Destination of the result."""
 
     IMAGE = "image"
     """The engine's image store."""
@@ -36,7 +36,7 @@ class Output(Enum):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A directory of a client.  ``session`` empty: the build's own."""
+    """Directory of a client.  ``session``: Empty for the build's own."""
 
     name: str
     session: str = ""
@@ -49,9 +49,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     context: Source = Source("context")
     dockerfile: Source = Source("dockerfile")
     remote: str = ""
-    """An archive that the client uploads, or another address that is the context."""
+    """Context that is an archive uploaded by the client, or another address."""
     has_own_dockerfile: bool = False
-    """Whether the Dockerfile is the client's, and not in a remote context."""
+    """Whether the Dockerfile is the client's own, outside the remote context."""
     keeps_git_dir: bool = False
     images: Mapping[str, str] = {}
     """Named contexts that are images, by the names that stand for them in the Dockerfile."""
@@ -71,30 +71,30 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     cache_namespace: str = ""
     epoch_s: int | None = None
     cache_sources: tuple["CacheEntry", ...] = ()
-    """``--cache-from``."""
+    """Values of ``--cache-from``."""
     inline_cache: bool = False
-    """``BUILDKIT_INLINE_CACHE=1``: the image is a cache source."""
+    """``BUILDKIT_INLINE_CACHE=1``: whether the image is a cache source."""
     checks: str = ""
-    """``BUILDKIT_DOCKERFILE_CHECK``, in place of the Dockerfile's own directive."""
+    """``BUILDKIT_DOCKERFILE_CHECK``, which overrides the Dockerfile's own directive."""
     request: str = ""
-    """What is asked for instead of a build: ``frontend.lint``."""
+    """Request other than a build, like ``frontend.lint``.  Empty for a build."""
     has_syntax: bool = False
-    """Whether the request names the front end, so that the Dockerfile's own is not looked at."""
+    """Whether the request names the front end, so that the Dockerfile's own directive is ignored."""
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of the result."""
+    """Export of the result."""
 
     output: Output = Output.NONE
     tags: tuple[Reference, ...] = ()
     rewrites_times: bool = False
-    """Whether no file of its layers is newer than ``SOURCE_DATE_EPOCH``."""
+    """Whether files in the layers get no later times than ``SOURCE_DATE_EPOCH``."""
     is_pushed: bool = False
     """Whether the tags are pushed to their registries."""
 
 
 class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
-    """One place where steps are taken from, or exported to."""
+    """Cache source or export."""
 
     type: str = ""
     attrs: Mapping[str, str] = {}
@@ -107,14 +107,14 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> Asked:
-    """Return what is asked for.
+    """Parse the options of a request.
 
-    ``inputs``: Images that results of other builds are, by the names that stand for them in the attributes.
+    ``inputs``: Images that are results of other builds, by their names in the attributes.
 
-    Raises: Unimplemented, InvalidArgument: names what is not done, or what is wrong.
+    Raises: Unimplemented, InvalidArgument: with the name of the unsupported or invalid option.
     """
     if frontend not in (DOCKERFILE, _GATEWAY):
-        raise Unimplemented(f"front end {frontend} is not supported: Dockerfiles are built, by {DOCKERFILE}")
+        raise Unimplemented(f"front end {frontend} is not supported: use {DOCKERFILE}")
     left = {name: value for name, value in attributes.items() if not name.startswith(_IGNORED)}
     if frontend == _GATEWAY:
         check_syntax(left.pop("source", ""))
@@ -163,9 +163,10 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
 
 
 def check_syntax(image: str) -> None:
-    """Whether this engine reads the language that ``# syntax=`` names.
+    """Check that this engine reads the language that ``# syntax=`` names.
 
-    Docker's own in every version and channel: what a Dockerfile says and this engine does not do is refused by itself.
+    Docker's own language is accepted in every version and channel.  Instructions that this engine does not support are
+    refused one by one.
 
     Raises: Unimplemented: another language.
     """
@@ -177,13 +178,13 @@ def check_syntax(image: str) -> None:
 
 
 def _taken(left: dict[str, str], prefix: str) -> dict[str, str]:
-    """Options whose names begin so, without it; they are left no longer."""
+    """Remove the options with this prefix from ``left``, and return them without the prefix."""
     names = [name for name in left if name.startswith(prefix)]
     return {name.removeprefix(prefix): left.pop(name) for name in names}
 
 
 def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
-    """Raises: Unimplemented: for what is known of BuildKit and is not done."""
+    """Refuse options of BuildKit that are not supported.  Raises: Unimplemented."""
     check_syntax(arguments.get("BUILDKIT_SYNTAX", ""))
     if is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
         raise Unimplemented("multiple platforms are not supported")
@@ -193,12 +194,12 @@ def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
 
 
 def is_true(value: str) -> bool:
-    """Whether an option is set, as Go's ``strconv.ParseBool`` reads it."""
+    """Return whether an option is set, as Go's ``strconv.ParseBool`` reads it."""
     return value.lower() in ("1", "t", "true")
 
 
 def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
-    """Whether the build may use the cache, and its stages that may not."""
+    """Return whether the build uses the cache, and the stages that do not."""
     if "no-cache" not in left:
         return True, ()
     stages = left.pop("no-cache")
@@ -208,7 +209,7 @@ def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
 def _contexts(
     named: Mapping[str, str], sessions: Mapping[str, str], inputs: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Source]]:
-    """Images and directories by their names.  Raises: Unimplemented: another kind of context."""
+    """Return named contexts: images and directories.  Raises: Unimplemented: another kind of context."""
     images, directories = {}, {}
     for name, value in named.items():
         kind, separator, rest = value.partition(":")
@@ -224,7 +225,7 @@ def _contexts(
 
 
 def _hosts(text: str) -> tuple[str, ...]:
-    """``name=address,...`` as ``name:address``.  Raises: InvalidArgument."""
+    """Convert ``name=address,...`` to ``name:address``.  Raises: InvalidArgument."""
     hosts = []
     for part in filter(None, text.split(",")):
         name, separator, address = part.partition("=")
@@ -261,7 +262,7 @@ def _ulimit(text: str) -> Ulimit:
 
 
 def _cache_sources(left: dict[str, str]) -> tuple[CacheEntry, ...]:
-    """What the options of a front end name.  Raises: InvalidArgument: they cannot be read."""
+    """Return the cache sources in the front end's options.  Raises: InvalidArgument: they cannot be read."""
     images = [image for image in left.pop("cache-from", "").split(",") if image]
     text = left.pop("cache-imports", "")
     try:
@@ -272,7 +273,7 @@ def _cache_sources(left: dict[str, str]) -> tuple[CacheEntry, ...]:
 
 
 def cache_entries(options: pb.CacheOptions) -> tuple[Sequence[CacheEntry], Sequence[CacheEntry]]:
-    """Return the sources and the exports that a request names beside the front end's options."""
+    """Return the cache sources and exports that a request names outside the front end's options."""
     imports = [CacheEntry("registry", {"ref": ref}) for ref in options.import_refs]
     imports += [CacheEntry(entry.type, dict(entry.attrs)) for entry in options.imports]
     exports = [CacheEntry(entry.type, dict(entry.attrs)) for entry in options.exports]
@@ -282,11 +283,11 @@ def cache_entries(options: pb.CacheOptions) -> tuple[Sequence[CacheEntry], Seque
 
 
 _EXPORT_IGNORED = ("push", "load", "registry.insecure", "prefer-image-digest", "unpack", "context", "dest")
-"""Of an image export without effect: an image is always unpacked."""
+"""Image export options without effect: an image is always unpacked."""
 
 
 def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
-    """What becomes of the result.  Raises: Unimplemented, InvalidArgument."""
+    """Parse the exporters of a request.  Raises: Unimplemented, InvalidArgument."""
     if len(exporters) > 1:
         raise Unimplemented("multiple outputs are not supported")
     for kind, attributes in exporters:
@@ -312,7 +313,7 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
 
 
 def _is_pushed(attributes: Mapping[str, str]) -> bool:
-    """Whether an image is pushed.  Raises: InvalidArgument: it has no name."""
+    """Return whether the image is pushed.  Raises: InvalidArgument: it has no name."""
     is_pushed = is_true(attributes.get("push", ""))
     if is_pushed and not attributes.get("name"):
         raise InvalidArgument("tag is needed when pushing to registry")
@@ -320,13 +321,13 @@ def _is_pushed(attributes: Mapping[str, str]) -> bool:
 
 
 def check_network(build: Asked, entitlements: Sequence[str]) -> None:
-    """Raises: PermissionDenied, in BuildKit's words: the host's network is wanted without its entitlement."""
+    """Check the use of the host's network.  Raises: PermissionDenied, in BuildKit's words: it is not granted."""
     if build.network == "host" and "network.host" not in entitlements:
         raise PermissionDenied("network.host is not allowed")
 
 
 def check_entitlements(entitlements: Sequence[str]) -> None:
-    """Raises: PermissionDenied: a build may have the host's network, and no more."""
+    """Refuse entitlements other than the host's network.  Raises: PermissionDenied."""
     for name in entitlements:
         if name != "network.host":
             raise PermissionDenied(

@@ -1,6 +1,6 @@
-"""What a build reports, as BuildKit's clients show it: vertices that begin and end, figures, output, warnings.
+"""Progress of a build for BuildKit's clients: vertices that start and end, transfer figures, output, warnings.
 
-A build's log is kept while it runs, and for those that ask soon after; its output is bounded as BuildKit's is.
+A build's log is kept while it runs and shortly afterwards.  Its output is bounded like BuildKit's.
 
 Source: moby/buildkit, util/progress, solver/llbsolver/ops/exec.go (limits of output).
 """
@@ -19,25 +19,25 @@ from skep.engine.images.digest import Digest
 from skep.engine.images.progress import Message
 
 OUTPUT_BYTES_MAX = 2 << 20
-"""Of one vertex, as in BuildKit."""
+"""Output of one vertex, as in BuildKit."""
 LOG_BYTES_MAX = 64 << 20
-"""Of one build, everything together."""
+"""Size of one build's log."""
 
 _DONE = ("Pull complete", "Download complete", "Already exists")
 
 
 class BuildLog:
-    """Everything that one build has reported, for any number of readers, from its beginning."""
+    """All events of one build.  Any number of readers can follow them from the start."""
 
     def __init__(self) -> None:
         self._events: list[bytes] = []
-        """Encoded: a message as an object takes ten times as much memory."""
+        """Encoded events.  As objects, they would take ten times as much memory."""
         self._bytes = 0
         self._waker: asyncio.Event = asyncio.Event()
         self.has_ended = False
 
     def add(self, event: pb.StatusResponse) -> None:
-        """Never waits.  What is beyond the bound is dropped, except for the ends of vertices."""
+        """Append an event without waiting.  Beyond the bound, only changes of vertices are kept."""
         encoded = event.SerializeToString()
         self._bytes += len(encoded)
         if self._bytes <= LOG_BYTES_MAX or event.vertexes:
@@ -46,16 +46,16 @@ class BuildLog:
 
     @property
     def size_bytes(self) -> int:
-        """What is kept."""
+        """Size of the kept events."""
         return sum(map(len, self._events))
 
     def end(self) -> None:
-        """Nothing more will come."""
+        """End the log: no further events will follow."""
         self.has_ended = True
         self._wake()
 
     async def follow(self) -> AsyncIterator[pb.StatusResponse]:
-        """All events, those to come as well, until the end."""
+        """Yield all events, including future ones, until the end."""
         position = 0
         while True:
             while position < len(self._events):
@@ -71,7 +71,7 @@ class BuildLog:
 
 
 class Counts(msgspec.Struct):
-    """Of a build's steps, for its record."""
+    """Counters of a build's steps, for its record."""
 
     total: int = 0
     completed: int = 0
@@ -80,7 +80,7 @@ class Counts(msgspec.Struct):
 
 
 class Vertices:
-    """Reports vertices of one build: what it does itself, and (as ``Progress``) the steps of the Dockerfile."""
+    """Reports the vertices of one build: its own work, and (as ``Progress``) the steps of the Dockerfile."""
 
     def __init__(self, ref: str, log: BuildLog, now_ns: Callable[[], int]) -> None:
         self._ref = ref
@@ -90,11 +90,14 @@ class Vertices:
         self._output: dict[str, int] = {}
         self.counts = Counts()
 
-    # -- of the build itself ----------------------------------------------------------------------------------------
+    # -- vertices of the build itself -------------------------------------------------------------------------------
 
     @contextmanager
     def doing(self, name: str) -> Iterator[str]:
-        """A vertex that lasts as long as the block; its digest.  A failure of the block is its own."""
+        """Report a vertex that lasts as long as the block, and yield its digest.
+
+        If the block fails, so does the vertex.
+        """
         digest = self._begin(name, name)
         try:
             yield digest
@@ -104,7 +107,7 @@ class Vertices:
         self._end(digest)
 
     def figure(self, vertex: str, id: str, current: int, total: int = 0, *, done: bool = False) -> None:
-        """How far something of a vertex has come, in bytes."""
+        """Report the progress of a transfer within a vertex, in bytes."""
         status = pb.VertexStatus(id=id, vertex=vertex, name=id, current=current, total=total)
         status.timestamp.FromNanoseconds(self._now_ns())
         status.started.CopyFrom(self._vertices[vertex].started)
@@ -120,39 +123,39 @@ class Vertices:
         self._log.add(pb.StatusResponse(warnings=[warning]))
 
     def fail_open(self, reason: str) -> None:
-        """End the vertices that were not ended: the build is over."""
+        """End the vertices that are still open, since the build is over."""
         for digest, vertex in self._vertices.items():
             if not vertex.HasField("completed"):
                 self._end(digest, reason)
 
-    # -- as Progress -----------------------------------------------------------------------------------------------
+    # -- Progress --------------------------------------------------------------------------------------------------
 
     def started(self, step: Step) -> None:
-        """A step begins."""
+        """Report that the step has started."""
         self.counts.total = max(self.counts.total, step.total)
         self._begin(_key(step), _name(step))
 
     def cached(self, step: Step) -> None:
-        """Its result is here from an earlier build; ``finished`` follows."""
+        """Report that the step's result was found in the cache.  ``finished`` follows."""
         self.counts.cached += 1
         vertex = self._vertices[self._digest(_key(step))]
         vertex.cached = True
 
     def pulling(self, step: Step, message: Message) -> None:
-        """Progress of the pull of a stage's image."""
+        """Report the progress of an image's pull."""
         detail = message.progress_detail
         if message.id and detail is not None:
             digest = self._digest(_key(step))
             self.figure(digest, message.id, detail.current, detail.total, done=message.status in _DONE)
 
     def running(self, step: Step, container_id: str) -> None:
-        """A container was made for it: BuildKit's clients show none."""
+        """Do nothing: BuildKit's clients do not show containers."""
 
     def removed(self, step: Step, container_id: str) -> None:
-        """Its container is gone."""
+        """Do nothing: BuildKit's clients do not show containers."""
 
     def output(self, step: Step, stream: Stream, data: bytes) -> None:
-        """A piece of what its command writes."""
+        """Report output of the step's command."""
         digest = self._digest(_key(step))
         before = self._output.get(digest, 0)
         self._output[digest] = before + len(data)
@@ -169,15 +172,15 @@ class Vertices:
         self.warn(self._digest(_key(step)), text)
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
-        """It has succeeded."""
+        """Report that the step has succeeded."""
         self.counts.completed += 1
         self._end(self._digest(_key(step)))
 
     def failed(self, step: Step, error: Exception) -> None:
-        """It has failed, and the build with it."""
+        """Report that the step, and with it the build, has failed."""
         self._end(self._digest(_key(step)), str(error))
 
-    # -- within -----------------------------------------------------------------------------------------------------
+    # -- internals --------------------------------------------------------------------------------------------------
 
     def _digest(self, key: str) -> str:
         return "sha256:" + hashlib.sha256(f"{self._ref}/{key}".encode()).hexdigest()
@@ -208,6 +211,6 @@ def _key(step: Step) -> str:
 
 
 def _name(step: Step) -> str:
-    """As BuildKit shows it: ``[2/5] RUN make``, with the name of a stage where there is one."""
+    """Return the step's name as BuildKit shows it: ``[2/5] RUN make``, with the stage's name if it has one."""
     stage = f"{step.stage_name} " if step.stage_name else ""
     return f"[{stage}{step.number}/{step.total}] {step.text}"

@@ -1,4 +1,4 @@
-"""What steps of a build ask of its client: secrets, its ssh agent, credentials for registries.
+"""Client services for build steps: secrets, the ssh agent, registry credentials.
 
 Source: moby/buildkit, session/secrets, session/sshforward, session/auth.
 """
@@ -24,21 +24,21 @@ _FORWARD_AGENT = "/moby.sshforward.v1.SSH/ForwardAgent"
 _CREDENTIALS = "/moby.filesync.v1.Auth/Credentials"
 
 SECRET_BYTES_MAX = 500 << 10
-"""As in BuildKit."""
+"""BuildKit's limit."""
 _AGENT_CONNECTIONS_MAX = 16
 _PIECE_BYTES = 32 << 10
 _HUB_HOST = "registry-1.docker.io"
 
 
 class ClientProvider:
-    """Asks the client of one build.  ``scratch``: directories for sockets, private to this engine."""
+    """Calls the client of one build.  ``scratch``: Creates directories for sockets, private to this engine."""
 
     def __init__(self, session: Session, scratch: Callable[[], AbstractAsyncContextManager[Path]]) -> None:
         self._session = session
         self._scratch = scratch
 
     async def secret(self, id: str) -> bytes | None:
-        """The content of a secret; None: the client has none with this id.  Raises: SkepError."""
+        """Return the content of a secret, or None if the client has none with this id.  Raises: SkepError."""
         try:
             response = await self._session.call(_GET_SECRET, pb.GetSecretRequest(id=id), pb.GetSecretResponse)
         except (NotFound, Unimplemented):
@@ -49,26 +49,29 @@ class ClientProvider:
 
     @asynccontextmanager
     async def ssh(self, id: str) -> AsyncIterator[Path | None]:
-        """A socket of the client's ssh agent while the block runs; None: the client forwards none with this id."""
+        """Provide a socket of the client's ssh agent while the block runs.
+
+        Yields None if the client forwards none with this id.
+        """
         id = id or "default"
         try:
             await self._session.call(_CHECK_AGENT, pb.CheckAgentRequest(id=id), pb.CheckAgentResponse)
         except SkepError:
-            # The client says in many words that it has none with this id.
+            # Clients use different errors to say that there is no agent with this id.
             yield None
             return
         async with self._scratch() as place, _listening(place, self._session, id):
             yield place / "agent"
 
     async def credentials(self, domain: str) -> str:
-        """The value of ``X-Registry-Auth`` for a registry; empty: the client has none for it."""
+        """Return the value of ``X-Registry-Auth`` for a registry.  Empty if the client has none for it."""
         host = _HUB_HOST if domain == "docker.io" else domain
         try:
             found = await self._session.call(
                 _CREDENTIALS, pb.CredentialsRequest(host=host), pb.CredentialsResponse
             )
         except SkepError:
-            return ""  # as BuildKit: the registry decides whether that is enough
+            return ""  # as in BuildKit: the registry decides whether credentials are needed
         if not found.secret:
             return ""
         if found.username:
@@ -80,7 +83,7 @@ class ClientProvider:
 
 @asynccontextmanager
 async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[None]:
-    """``place/agent`` accepts connections, each forwarded to the client's agent, until the block ends."""
+    """Accept connections on ``place/agent`` while the block runs, and forward each to the client's agent."""
     serving: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,7 +97,7 @@ async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[No
             serving.discard(task)
             writer.close()
 
-    # A socket's path may have 107 bytes; that of the directory may be longer.
+    # A socket's path is limited to 107 bytes, and the directory's path may be longer.
     directory = os.open(place, os.O_PATH | os.O_DIRECTORY)
     try:
         server = await asyncio.start_unix_server(serve, f"/proc/self/fd/{directory}/agent")
@@ -113,7 +116,7 @@ async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[No
 async def _forward(
     session: Session, id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """Copy both directions until the agent ends, as it does when the other direction was closed."""
+    """Copy data in both directions until the agent ends, which it does when the other direction is closed."""
     with suppress(SkepError, CallFailed, Lost, ConnectionError):
         async with (
             session.stream(_FORWARD_AGENT, [("buildkit.ssh.id", id)], silent_s=None) as messages,

@@ -1,10 +1,9 @@
-"""Contexts that are no directory of the client: an archive that it uploads, a web address, a git repository.
+"""Contexts outside the client's directories: an archive that it uploads, a web address, a git repository.
 
-An archive is unpacked; another file is a Dockerfile without a context beside it.  No .dockerignore counts, as in
-BuildKit.
+An archive is unpacked.  Any other file is a Dockerfile without further files.  A .dockerignore file has no effect, as
+in BuildKit.
 
-Source: moby/buildkit, frontend/dockerui/context.go (initContext, DetectHTTPContext, DetectGitContext),
-session/upload.
+Source: moby/buildkit, frontend/dockerui/context.go (initContext, DetectHTTPContext, DetectGitContext), session/upload.
 """
 
 import asyncio
@@ -33,7 +32,7 @@ _PULL = "/moby.upload.v1.Upload/Pull"
 _UPLOAD_HOST = "buildkit-session"
 _HTTP = re.compile(r"https?://")
 _FILE = "context"
-"""Name of a Dockerfile that is alone in its context."""
+"""File name of a Dockerfile that is alone in its context."""
 
 
 @asynccontextmanager
@@ -46,13 +45,15 @@ async def remote_context(
     keeps_git_dir: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> AsyncIterator[tuple[Path, str]]:
-    """Fetch a context while the block runs: its directory, and the name of its Dockerfile if that is all of it.
+    """Fetch a context while the block runs.
+
+    Yields its directory, and the name of its Dockerfile if there is nothing else.  Otherwise the name is empty.
 
     Args:
         keeps_git_dir: Whether the context has the repository's own directory ``.git``.
-        progress: Called with the bytes that a client has uploaded so far.
+        progress: Called with the number of bytes that a client has uploaded so far.
 
-    Raises: SkepError: it cannot be fetched, or is no context.
+    Raises: SkepError: it cannot be fetched, or is not a context.
     """
     async with AsyncExitStack() as stack:
         place = await stack.enter_async_context(contexts.scratch())
@@ -62,11 +63,9 @@ async def remote_context(
             yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
-            raise Unimplemented(
-                f"a context at another place than the client is not supported: {redacted(address)}"
-            )
+            raise Unimplemented(f"a build context at this address is not supported: {redacted(address)}")
         if URL(address).host == _UPLOAD_HOST:
-            pieces = _uploaded(session, URL(address), progress)
+            pieces = _read_upload(session, URL(address), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
         else:
             file = await Download(
@@ -89,8 +88,8 @@ def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
     return msgspec.structs.replace(found, keep_git_dir=keeps_git_dir or found.keep_git_dir)
 
 
-async def _uploaded(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:
-    """What the client gives for an address of its own.  Raises: SkepError."""
+async def _read_upload(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:
+    """Yield the client's upload for an address of its own.  Raises: SkepError."""
     metadata = [("urlpath", url.path), ("urlhost", url.host or "")]
     size = 0
     async with session.stream(_PULL, metadata, silent_s=sessions.SILENT_S) as messages:

@@ -32,7 +32,7 @@ def findings(text: str, build: Asked, env_of: EnvOf, *, all_stages: bool = False
     """Return the findings of the checks of a Dockerfile.
 
     Args:
-        env_of: Gives the variables of an image that is here.
+        env_of: Returns the variables of an image on this node.
         all_stages: Whether to check stages that the target does not need.
 
     Raises: InvalidArgument: it cannot be read.
@@ -59,7 +59,7 @@ def findings_of_build(text: str, build: Asked, env_of: EnvOf) -> tuple[Sequence[
     try:
         found = findings(text, build, env_of)
     except InvalidArgument:
-        return (), ""  # the build fails with the reason when it gets there
+        return (), ""  # the build fails later with the reason
     rules = ", ".join(dict.fromkeys(one.rule for one in found))
     return found, f"lint violation found for rules: {rules}" if choice.is_error and found else ""
 
@@ -67,7 +67,7 @@ def findings_of_build(text: str, build: Asked, env_of: EnvOf) -> tuple[Sequence[
 def answer(text: str, build: Asked, request: str, env_of: EnvOf) -> Mapping[str, bytes]:
     """Return the response to a request, as metadata of a result.
 
-    Raises: Unimplemented: there is no such request; InvalidArgument: the Dockerfile cannot be read.
+    Raises: Unimplemented: the request is unknown; InvalidArgument: the Dockerfile cannot be read.
     """
     if request == "frontend.subrequests.describe":
         requests: Sequence[Mapping[str, object]] = [
@@ -95,7 +95,7 @@ def _result(document: object, text: str, **more: str) -> Mapping[str, bytes]:
 
 
 def _lint(text: str, build: Asked, env_of: EnvOf) -> Mapping[str, bytes]:
-    """An error of the Dockerfile is part of the answer."""
+    """Check a Dockerfile.  Its errors are part of the response."""
     error, found = "", list[Finding]()
     try:
         found = list(findings(text, build, env_of, all_stages=not build.target))
@@ -127,7 +127,7 @@ def _location(first: int, last: int) -> Mapping[str, object]:
 
 
 def base_names(text: str, build: Asked) -> Collection[str]:
-    """Return the images and stages that the stages of a Dockerfile are based on; none if it cannot be read."""
+    """Return the base images and stages of a Dockerfile's stages.  Empty if it cannot be read."""
     try:
         stages = stages_of(parse(text))
         if not stages.stages:
@@ -140,19 +140,19 @@ def base_names(text: str, build: Asked) -> Collection[str]:
 
 
 def _global_arguments(stages: Stages, build: Asked) -> Arguments:
-    """The arguments before the first FROM.  Raises: InvalidArgument."""
+    """Return the arguments before the first FROM.  Raises: InvalidArgument."""
     automatic = targets.automatic_arguments(stages, build.target)
     arguments, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
     for arg in stages.arguments:
         ready = expanded(arg, arguments.of_stages, stages.escape, budget, build.arguments)
-        assert isinstance(ready, Arg), "its type stays"
+        assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             arguments.declare(name, value, before_stages=True)
     return arguments
 
 
 def _needed(stages: Stages, build: Asked) -> Sequence[int]:
-    """The stages that the target is made from.  Raises: InvalidArgument."""
+    """Return the stages that the target needs.  Raises: InvalidArgument."""
     last = _target(stages, build)
     chosen = msgspec.structs.replace(stages, stages=stages.stages[: last + 1])
     arguments = _global_arguments(stages, build).of_stages
@@ -168,7 +168,7 @@ def _target(stages: Stages, build: Asked) -> int:
 
 
 def _described(line: Line, name: str) -> str:
-    """What a comment before the line says of a name: ``# NAME description``."""
+    """Return the description of a name in a comment before the line: ``# NAME description``."""
     for comment in line.comments:
         if name and comment.startswith(f"{name} "):
             return comment.removeprefix(f"{name} ")
@@ -195,7 +195,7 @@ def _targets(text: str, build: Asked) -> Mapping[str, Any]:
 
 
 def _outline(text: str, build: Asked) -> Mapping[str, Any]:
-    """Arguments, secrets and ssh agents of the target."""
+    """Return arguments, secrets and ssh agents of the target."""
     parsed = parse(text)
     stages = stages_of(parsed)
     if not stages.stages:
@@ -240,13 +240,16 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
 def _arguments(
     parsed: Parsed, stages: Stages, build: Asked, automatic: Mapping[str, str], needed: Sequence[int]
 ) -> Sequence[tuple[Arg, Mapping[str, str]]]:
-    """The declarations that the target uses, with values: those before the first FROM that a stage or a base takes."""
+    """Return the declarations that the target uses, with their values.
+
+    Declarations before the first FROM are included if a stage or a base image uses them.
+    """
     known, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
 
     def declared(arg: Arg, *, before_stages: bool) -> Mapping[str, str]:
         variables = known.of_stages if before_stages else known.beside(())
         ready = expanded(arg, variables, stages.escape, budget, build.arguments)
-        assert isinstance(ready, Arg), "its type stays"
+        assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             known.declare(name, value, before_stages=before_stages)
         return dict(known.of_stages if before_stages else known.beside(()))
@@ -274,5 +277,5 @@ def _arguments(
 
 
 def _is_used(name: str, text: str, escape: str) -> bool:
-    """Whether a variable changes a text."""
+    """Return whether the value of a variable changes a text."""
     return len({substituted(text, values, escape) for values in ({name: "a"}, {name: "b"})}) > 1

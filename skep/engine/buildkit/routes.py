@@ -1,4 +1,4 @@
-"""HTTP routes that lead to BuildKit's protocols: ``/session``, ``/grpc``, and ``/build`` as docker 20.10 asks for it.
+"""HTTP routes of BuildKit's protocols: ``/session``, ``/grpc``, and ``/build`` with a session, as in docker 20.10.
 
 Source: moby 20.10, api/server/router/session, api/server/router/grpc, builder/builder-next/builder.go.
 """
@@ -34,7 +34,7 @@ from skep.rpc.status import CallFailed
 
 
 class BuildKit:
-    """Everything that a client of BuildKit's protocols reaches."""
+    """Everything that clients of BuildKit's protocols can reach."""
 
     def __init__(self, sessions: Sessions, solver: Solver, control: Control) -> None:
         self.sessions = sessions
@@ -42,14 +42,14 @@ class BuildKit:
         self.control = control
         self.connections = 0
         self.running: dict[str, asyncio.Task[object]] = {}
-        """Builds of docker 20.10 by the ids that it gave them."""
+        """Builds of docker 20.10 by the client's ids."""
 
 
 _table = Table[BuildKit]()
 
 
 def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
-    """BuildKit's protocols before the builder of an engine."""
+    """Return BuildKit's protocols for an engine's builder."""
     images = builder.images
     sessions = Sessions()
     contexts = Contexts(images.contexts, images.limits)
@@ -60,7 +60,10 @@ def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
 
 
 def with_sessions(buildkit: BuildKit, routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
-    """``routes`` of classic builds, and those of BuildKit; ``POST /build?version=2`` is a build with a session."""
+    """Return ``routes`` of classic builds together with BuildKit's.
+
+    ``POST /build?version=2`` starts a build with a session.
+    """
 
     def either(route: web.RouteDef) -> web.RouteDef:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -75,15 +78,15 @@ def with_sessions(buildkit: BuildKit, routes: Iterable[web.RouteDef]) -> list[we
 
 
 def buildkit_routes(buildkit: BuildKit) -> list[web.RouteDef]:
-    """``/session``, ``/grpc`` and ``/build/cancel``."""
+    """Return the routes ``/session``, ``/grpc`` and ``/build/cancel``."""
     return _table.bound(buildkit)
 
 
 @_table.post("/session")
 async def open_session(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
-    """Take the connection over: from now on the engine calls the client."""
+    """Take over the connection.  From now on the engine calls the client on it."""
     _require_http2(request)
-    async with buildkit.sessions.opened(SessionInfo.of(request.headers.items())) as session:
+    async with buildkit.sessions.register(SessionInfo.of(request.headers.items())) as session:
         connection = session.connection
         await session.keep_checking_while(upgrade(request, connection, connection.connection_made))
     return Hijacked()
@@ -91,10 +94,10 @@ async def open_session(buildkit: BuildKit, request: web.Request) -> web.StreamRe
 
 @_table.post("/grpc")
 async def serve_control(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
-    """Take the connection over: from now on the client makes calls of BuildKit's control protocol."""
+    """Take over the connection.  From now on the client calls BuildKit's control protocol on it."""
     _require_http2(request)
     if buildkit.connections >= CONNECTIONS_MAX:
-        raise ResourceExhausted(f"there are {CONNECTIONS_MAX} connections of builds already")
+        raise ResourceExhausted(f"there are {CONNECTIONS_MAX} build connections already")
     protocol = connection(buildkit.control.methods())
     buildkit.connections += 1
     try:
@@ -116,7 +119,7 @@ def _require_http2(request: web.Request) -> None:
 
 @_table.post("/build/cancel")
 async def cancel_build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
-    """End a build of docker 20.10."""
+    """Cancel a build of docker 20.10."""
     id = request.query.get("id", "")
     if not id:
         raise InvalidArgument("build ID not provided")
@@ -126,7 +129,7 @@ async def cancel_build(buildkit: BuildKit, request: web.Request) -> web.StreamRe
 
 
 async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
-    """``POST /build?version=2``: a build with a session, as docker 20.10 asks for it."""
+    """Handle ``POST /build?version=2``: a build with a session, as in docker 20.10."""
     wanted = solve_request(request.query, secrets.token_hex(12))
     id = request.query.get("buildid", "")
     lines = JsonLines(request)
@@ -148,18 +151,18 @@ async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
 
 
 async def _show(solver: Solver, ref: str, work: "asyncio.Task[Message]", lines: JsonLines) -> None:
-    """Send what a build reports, until it has ended."""
+    """Send the build's progress until it has ended."""
     try:
         await run_unless(solver.job(ref), asyncio.wait({work}))
     except Preempted:
-        return  # refused before it began
+        return  # refused before it started
     async for event in solver.status(ref):
         trace = b64encode(event.SerializeToString()).decode()
         await lines.send(Message(id="moby.buildkit.trace", aux=trace))
 
 
 async def _outcome(solver: Solver, wanted: pb.SolveRequest) -> Message:
-    """The last line of a build."""
+    """Return the last line of a build's response."""
     try:
         response = await solver.solve(wanted)
     except (SkepError, CallFailed) as error:
@@ -168,9 +171,9 @@ async def _outcome(solver: Solver, wanted: pb.SolveRequest) -> Message:
 
 
 def solve_request(query: Any, ref: str) -> pb.SolveRequest:
-    """What ``POST /build?version=2`` asks for, as BuildKit's own request.
+    """Convert ``POST /build?version=2`` to BuildKit's own request.
 
-    Raises: Unimplemented: names what is not done; InvalidArgument.
+    Raises: Unimplemented: with the name of the unsupported option; InvalidArgument.
     """
     for name in ("squash", "securityopt", "isolation"):
         if query.get(name, "") not in ("", "0", "false", "null", "[]", "default"):
@@ -231,7 +234,7 @@ _PLAIN = {
 
 
 def _attributes(query: Any) -> Mapping[str, str]:
-    """Options of the front end.  Raises: InvalidArgument."""
+    """Return the options of the front end.  Raises: InvalidArgument."""
     attributes = {
         attribute: query[name] for name, attribute in _PLAIN.items() if query.get(name, "") not in ("", "0")
     }
@@ -256,7 +259,7 @@ def _attributes(query: Any) -> Mapping[str, str]:
 
 
 def _json(query: Any, name: str, kind: Any) -> Any:
-    """Raises: InvalidArgument."""
+    """Decode a query parameter.  Raises: InvalidArgument."""
     text = query.get(name, "")
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""The engine's end of BuildKit's control connection: calls, their messages and limits."""
+"""Server side of BuildKit's control connection: calls, their messages and limits."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -21,9 +21,9 @@ Q = TypeVar("Q", bound=Message)
 LIMITS = Limits(streams=64, stream_window=1 << 20, connection_window=4 << 20)
 CONNECTIONS_MAX = 64
 MESSAGE_BYTES_MAX = 16 << 20
-"""BuildKit's own."""
+"""BuildKit's limit."""
 _MESSAGE_S = 60.0
-"""For a message of which the length has come."""
+"""Seconds for a message to arrive once its length has."""
 
 
 class Unary(Generic[Q]):
@@ -40,7 +40,7 @@ class Unary(Generic[Q]):
 
 
 class Streaming(Generic[Q]):
-    """A method with one request, and as many responses as its generator gives."""
+    """A method with one request and a stream of responses from a generator."""
 
     def __init__(
         self, request: type[Q], serve: Callable[[Q, Request], AsyncGenerator[Message, None]]
@@ -58,7 +58,7 @@ class Streaming(Generic[Q]):
 
 
 class Both:
-    """A method in which both sides send as they please."""
+    """A method in which both sides send streams."""
 
     def __init__(self, serve: Callable[[ServerStream], Awaitable[None]]) -> None:
         self._serve = serve
@@ -69,14 +69,14 @@ class Both:
 
 
 class Method(Protocol):
-    """Serves calls of one kind."""
+    """Handler of calls to one method."""
 
     async def respond(self, stream: ServerStream) -> None:
         """Serve one call.  Raises: SkepError, CallFailed: its status."""
 
 
 def connection(methods: Mapping[str, Method]) -> ServerConnection:
-    """The protocol of a connection whose client calls ``methods``, which are named by their paths."""
+    """Return the protocol of a connection whose client calls ``methods``, by path."""
 
     async def handle(stream: ServerStream) -> None:
         with suppress(*LOST_PEER):
@@ -91,7 +91,7 @@ def connection(methods: Mapping[str, Method]) -> ServerConnection:
 
 
 async def _serve(methods: Mapping[str, Method], stream: ServerStream) -> None:
-    """Raises: CallFailed: the status of whatever went wrong."""
+    """Serve one call.  Raises: CallFailed: with the status of any error."""
     method = methods.get(stream.request.path)
     try:
         if method is None:
@@ -109,7 +109,7 @@ async def _serve(methods: Mapping[str, Method], stream: ServerStream) -> None:
 
 
 async def _only_request(kind: type[Q], stream: ServerStream) -> Q:
-    """Raises: InvalidArgument, ResourceExhausted, TimeoutError."""
+    """Receive the call's only request.  Raises: InvalidArgument, ResourceExhausted, TimeoutError."""
     data = await receive_message(stream, _MESSAGE_S)
     if data is None:
         raise InvalidArgument("the request is missing")
@@ -120,10 +120,9 @@ async def _only_request(kind: type[Q], stream: ServerStream) -> Q:
 
 
 async def receive_message(stream: ServerStream, within_s: float | None = None) -> bytes | None:
-    """The next message of a client, encoded; None after the last.
+    """Return the client's next message, encoded, or None after the last.
 
-    Args:
-        within_s: how long it may take to come.
+    ``within_s``: Seconds until its start must arrive.
 
     Raises: InvalidArgument, ResourceExhausted, TimeoutError.
     """

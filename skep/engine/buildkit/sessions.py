@@ -1,8 +1,8 @@
-"""Sessions: connections on which the engine calls its clients, for files, secrets, credentials and their ssh agents.
+"""Sessions: connections on which the engine calls its clients for files, secrets, credentials and ssh agents.
 
-A client opens one (``POST /session``, upgraded to HTTP/2), names the methods that it serves, and keeps it open for as
-long as its build; the build ends with it.  It may be stopped or unplugged without a word, so it is called every few
-seconds, as BuildKit does.
+A client opens one (``POST /session``, upgraded to HTTP/2), names the methods that it serves, and keeps it open as long
+as its build runs.  When it closes, the build ends.  A client may stop or lose its network without notice, so the engine
+calls it every few seconds, as BuildKit does.
 
 Source: moby/buildkit, session/manager.go, session/grpc.go.
 """
@@ -33,17 +33,17 @@ from skep.rpc.headers import request_block
 A = TypeVar("A", bound=Message)
 
 SESSIONS_MAX = 64
-"""At one time; each may hold as much unread as its window."""
+"""Number of open sessions.  Each may buffer as much unread data as its window."""
 WAIT_S = 5.0
-"""A build may be asked for before its session is there."""
+"""Seconds to wait for a session: a build may be requested before its session arrives."""
 CALL_S = 60.0
-"""A client may ask its user, or a helper of credentials."""
+"""Seconds for a call.  A client may prompt its user, or run a credential helper."""
 SILENT_S = 120.0
-"""A client that takes nothing of what it is sent, or sends nothing where something is owed, for this long has gone."""
+"""Seconds without progress after which a client counts as lost: it reads nothing, or does not send the next message."""
 _CHECK_EVERY_S, _CHECK_S = 15.0, 60.0
 
 BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 20)
-"""The longest message is BuildKit's own."""
+"""The message limit is BuildKit's."""
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 _HEADER = "x-docker-expose-session-"
@@ -51,19 +51,19 @@ _WHO = "the client of the build"
 
 
 class SessionInfo:
-    """What a client says of itself when it opens a session."""
+    """Client's announcement when it opens a session."""
 
     __slots__ = ("id", "methods", "shared_key")
 
     def __init__(self, id: str, shared_key: str, methods: Sequence[str]) -> None:
         self.id = id
         self.shared_key = shared_key
-        """The same for the same directory, whenever it is built."""
+        """Key of the client's directory.  It is the same in every build of that directory."""
         self.methods = frozenset(method.lower() for method in methods)
 
     @classmethod
     def of(cls, headers: Iterable[tuple[str, str]]) -> "SessionInfo":
-        """What the headers of a request say that opens one.  Raises: InvalidArgument."""
+        """Read the headers of a request that opens a session.  Raises: InvalidArgument."""
         found: dict[str, list[str]] = {}
         for name, value in headers:
             found.setdefault(name.lower().removeprefix(_HEADER), []).append(value)
@@ -84,11 +84,14 @@ class Session:
         self._closed = asyncio.Event()
 
     def serves(self, method: str) -> bool:
-        """Whether the client serves ``/package.Service/Method``."""
+        """Return whether the client serves ``/package.Service/Method``."""
         return method.lower() in self._methods
 
     async def call(self, method: str, request: Message, response: type[A], *, timeout_s: float = CALL_S) -> A:
-        """A unary call.  Raises: SkepError: of the client's status; Unimplemented: it does not serve this."""
+        """Make a unary call.
+
+        Raises: SkepError: with the client's status; Unimplemented: the client does not serve this method.
+        """
         if not self.serves(method):
             raise Unimplemented(f"method {method} not supported by the client")
         return response.FromString(await self._call(method, request.SerializeToString(), timeout_s))
@@ -104,9 +107,9 @@ class Session:
     async def stream(
         self, method: str, metadata: Sequence[tuple[str, str]] = (), *, silent_s: float | None
     ) -> AsyncIterator["Messages"]:
-        """A call in which both sides send; it is abandoned at the end of the block unless it has ended.
+        """Make a call in which both sides send.  A call that is still open at the end of the block is abandoned.
 
-        ``silent_s``: the longest wait for the client, for each message; None: without a bound.
+        ``silent_s``: Longest wait in seconds for each message of the client.  None for no limit.
         """
         if not self.serves(method):
             raise Unimplemented(f"method {method} not supported by the client")
@@ -119,7 +122,7 @@ class Session:
                 self.connection.release(stream)
 
     async def keep_checking_while(self, serving: Coroutine[Any, Any, None]) -> None:
-        """Serve the connection, and end it when the client does not respond any more."""
+        """Serve the connection, and end it when the client no longer responds."""
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             checking = group.create_task(self._keep_checking(), name="check session")
             await serving
@@ -134,36 +137,36 @@ class Session:
                 self.connection.abort()
                 return
             except SkepError:
-                return  # it has no such service; the connection's end is what is left
+                return  # the client has no health service, so only the end of the connection shows its loss
 
     async def wait_closed(self) -> None:
-        """Return when the client is gone."""
+        """Wait until the connection has ended."""
         await self._closed.wait()
 
     def note_closed(self) -> None:
-        """The connection has ended."""
+        """Note that the connection has ended."""
         self._closed.set()
 
 
 class Messages:
-    """One streaming call: encoded messages out and in."""
+    """One streaming call: sends and receives encoded messages."""
 
     def __init__(self, stream: ClientStream, silent_s: float | None) -> None:
         self._stream = stream
         self._silent_s = silent_s
 
     async def send(self, message: Message) -> None:
-        """Waits while the client reads slowly.  Raises: CallFailed, Lost, TimeoutError."""
+        """Send a message.  Waits while the client reads slowly.  Raises: CallFailed, Lost, TimeoutError."""
         self._stream.send(message.SerializeToString())
-        await self._drained()
+        await self._drain()
 
     async def end(self) -> None:
-        """Nothing more is sent.  Raises: as ``send``."""
-        await self._drained()
+        """End sending.  Raises: as ``send``."""
+        await self._drain()
         self._stream.end_sending()
 
     async def finish(self) -> None:
-        """Send no more, and wait for the client's status; what it sends before that is discarded.
+        """End sending and wait for the client's status.  Messages received before it are discarded.
 
         Raises: as ``receive``.
         """
@@ -173,31 +176,32 @@ class Messages:
                 pass
 
     async def receive(self) -> bytes | None:
-        """The next message; None after the last.  Raises: CallFailed, Lost, TimeoutError."""
-        if (
-            self._stream.has_message
-        ):  # a timer for each of the 32,000 messages of 1 GB is a tenth of their cost
+        """Return the next message, or None after the last.  Raises: CallFailed, Lost, TimeoutError."""
+        # A timer for each of the 32,000 messages of 1 GB takes a tenth of the transfer's time.
+        if self._stream.has_message:
             return await self._stream.receive()
         async with asyncio.timeout(self._silent_s):
             return await self._stream.receive()
 
-    async def _drained(self) -> None:
+    async def _drain(self) -> None:
         async with asyncio.timeout(self._silent_s):
             await self._stream.drain()
 
     @property
     def has_more(self) -> bool:
-        """Whether ``receive`` gives a message at once."""
+        """Whether ``receive`` returns a message without waiting."""
         return self._stream.has_message
 
 
 def _uncached_block(method: str, metadata: Sequence[tuple[str, str]]) -> bytes:
-    """Headers of one call, which no other has."""
+    """Encode headers that are unique to one call, so the cache of encoded headers is of no use."""
     return request_block.__wrapped__(method, None, tuple(metadata))
 
 
 def header_values(name: str, values: Sequence[str]) -> Sequence[tuple[str, str]]:
-    """``values`` as headers; those that are not ASCII are encoded, and said to be.
+    """Return ``values`` as headers.
+
+    If one is not ASCII, all are percent-encoded, and another header marks them as encoded.
 
     Source: session/filesync/filesync.go, encodeOpts.
     """
@@ -207,7 +211,7 @@ def header_values(name: str, values: Sequence[str]) -> Sequence[tuple[str, str]]
 
 
 class Sessions:
-    """All sessions of this engine, by id."""
+    """All sessions of this engine by id."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
@@ -217,15 +221,15 @@ class Sessions:
         return len(self._sessions)
 
     @asynccontextmanager
-    async def opened(self, info: SessionInfo) -> AsyncIterator[Session]:
-        """A session while the block runs, in which its connection lives.
+    async def register(self, info: SessionInfo) -> AsyncIterator[Session]:
+        """Register a session while the block runs, which serves its connection.
 
         Raises: AlreadyExists; ResourceExhausted: there are too many.
         """
         if info.id in self._sessions:
             raise AlreadyExists(f"session {info.id} already exists")
         if len(self._sessions) >= SESSIONS_MAX:
-            raise ResourceExhausted(f"there are {SESSIONS_MAX} sessions of builds already")
+            raise ResourceExhausted(f"there are {SESSIONS_MAX} build sessions already")
         session = self._sessions[info.id] = Session(info)
         try:
             async with self._arrived:
@@ -236,8 +240,8 @@ class Sessions:
             session.note_closed()
 
     async def get(self, id: str) -> Session:
-        """Waits a moment for a session that is not there yet.  Raises: NotFound."""
-        # A prefix distinguishes uses of one session, as BuildKit's clients may send it.
+        """Return a session, after a short wait if it has not arrived yet.  Raises: NotFound."""
+        # BuildKit's clients may send a prefix that distinguishes uses of one session.
         id = id.partition(":")[2] or id
         try:
             async with asyncio.timeout(WAIT_S), self._arrived:

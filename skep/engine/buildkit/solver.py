@@ -1,8 +1,8 @@
-"""Builds as BuildKit's clients ask for them: from a request and its session to an image, with everything reported.
+"""Builds of BuildKit's clients: from a request and its session to an image, with all progress reported.
 
-A build is one *job*, named by its client (``ref``).  buildx asks for it in two calls: ``Control.Solve`` says what
-becomes of the result, ``LLBBridge.Solve`` what is to be built; the former ends when the client has returned the result
-of the latter (``LLBBridge.Return``).
+A build is one *job*, named by its client (``ref``).  buildx requests it in two calls.  ``Control.Solve`` selects the
+exports and waits.  ``LLBBridge.Solve`` starts the build.  The former ends when the client has returned the result of
+the latter (``LLBBridge.Return``).
 
 Source: moby/buildkit, control/control.go, client/solve.go, client/build.go, frontend/gateway.
 """
@@ -63,20 +63,20 @@ from skep.linux.syscalls import open_in_root
 from skep.rpc.status import CallFailed, Status, status_of
 
 JOBS_MAX = 32
-"""Builds at one time."""
+"""Number of simultaneous builds."""
 ENDED_JOBS_MAX = 8
-"""Of which the log is kept for a while: a client may ask for it when its build has ended already."""
+"""Number of ended builds whose log is kept, since a client may ask for it after its build has ended."""
 ENDED_LOGS_BYTES_MAX = 64 << 20
-"""Of all of them together; the last one stays in any case."""
+"""Size of all kept logs.  The latest one is always kept."""
 _JOB_WAIT_S = 15.0
-"""A client asks for the progress of a build, or calls it, before the build is there."""
+"""Seconds to wait for a job: a client may ask for a build's progress, or call it, before it has started."""
 _DEFINITION_BYTES_MAX = 16 << 20
-"""Of the Dockerfile and what is fetched with it."""
+"""Size of the Dockerfile and the files fetched with it."""
 _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 
 class Job:
-    """One build, from its request to its end."""
+    """One build from its request to its end."""
 
     def __init__(self, request: pb.SolveRequest, now_ns: Callable[[], int]) -> None:
         self.request = request
@@ -86,7 +86,7 @@ class Job:
         self.cache_imports, self.cache_exports = cache_entries(request.cache)
         self.built: dict[Digest, BuildResult] = {}
         self.results: dict[str, Digest] = {}
-        """By the name under which the client returns a result."""
+        """Images by the names under which the client returns results."""
         self.returned: asyncio.Future[pb.ReturnRequest] = asyncio.get_running_loop().create_future()
         self.started_ns = now_ns()
         self.ended_ns = 0
@@ -95,7 +95,7 @@ class Job:
         self.response: Mapping[str, str] = {}
 
     def record(self) -> pb.BuildHistoryRecord:
-        """What its history says of it at this moment."""
+        """Return the build's current record for the history."""
         counts = self.vertices.counts
         record = pb.BuildHistoryRecord(
             ref=self.request.ref,
@@ -120,7 +120,7 @@ class Job:
 
 
 class Solver:
-    """All builds that clients of BuildKit's protocol have asked for."""
+    """All builds that clients of BuildKit's protocol requested."""
 
     def __init__(
         self,
@@ -142,36 +142,36 @@ class Solver:
         self.history = History()
         self._begun = asyncio.Condition()
 
-    # -- what clients call --------------------------------------------------------------------------------------------
+    # -- calls of clients ---------------------------------------------------------------------------------------------
 
     async def solve(self, request: pb.SolveRequest) -> Mapping[str, str]:
-        """Carry out one build, and return what its exporter says.  Raises: SkepError; nothing is tagged then."""
+        """Run a build and return the exporter's response.  Raises: SkepError; nothing is tagged then."""
         async with self._job(request) as job:
             _check(request)
             session = await self._sessions.get(request.session)
             try:
-                job.response = await run_unless(self._solved(job, session), session.wait_closed())
+                job.response = await run_unless(self._run(job, session), session.wait_closed())
             except Preempted as error:
-                raise Unavailable("the client of the build is gone") from error
+                raise Unavailable("the client of the build disconnected") from error
             return job.response
 
     async def bridge_solve(self, ref: str, request: pb.BridgeSolveRequest) -> pb.BridgeSolveResponse:
-        """Build what a client of the job ``ref`` asks for; the job's result is what it returns afterwards.
+        """Build for a client of the job ``ref``.  The client then returns the job's result.
 
-        Raises: NotFound: the job has ended, and with it what would become of the result; SkepError.
+        Raises: NotFound: the job has ended, so the result could not be exported; SkepError.
         """
         job = await self.job(ref)
         if job.ended.is_set():
             raise NotFound(f"no such job {ref}")
         if request.definition.ByteSize():
-            raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+            raise Unimplemented("LLB definitions are not supported, only Dockerfiles")
         session = await self._sessions.get(job.request.session)
         response = pb.BridgeSolveResponse()
         inputs = {name: image_of(one) for name, one in request.frontend_inputs.items()}
         wanted = asked(request.frontend, request.frontend_opt, inputs)
         try:
             if wanted.request:
-                found = await run_unless(self._answered(job, session, wanted), job.ended.wait())
+                found = await run_unless(self._respond(job, session, wanted), job.ended.wait())
                 response.result.metadata.update(found)
                 return response
             work = self._build(job, session, wanted, request.frontend_opt)
@@ -184,14 +184,14 @@ class Solver:
         return response
 
     async def bridge_return(self, ref: str, request: pb.ReturnRequest) -> pb.ReturnResponse:
-        """The client has its result, or has failed."""
+        """Record the client's result or failure."""
         job = await self.job(ref)
         if not job.returned.done():
             job.returned.set_result(request)
         return pb.ReturnResponse()
 
     async def job(self, ref: str) -> Job:
-        """Waits a moment for a build that has not begun yet.  Raises: NotFound."""
+        """Return a job, after a short wait if it has not started yet.  Raises: NotFound."""
         if job := self._ended.get(ref):
             return job
         try:
@@ -202,7 +202,7 @@ class Solver:
             raise NotFound(f"no such job {ref}") from error
 
     async def status(self, ref: str) -> AsyncGenerator[pb.StatusResponse, None]:
-        """What a build reports, from its beginning to its end.  Raises: NotFound."""
+        """Yield a build's progress from its start to its end.  Raises: NotFound."""
         job = await self.job(ref)
         async for event in job.log.follow():
             yield event
@@ -243,7 +243,7 @@ class Solver:
         if not job.request.internal:
             self.history.keep(job.record())
 
-    async def _solved(self, job: Job, session: Session) -> Mapping[str, str]:
+    async def _run(self, job: Job, session: Session) -> Mapping[str, str]:
         request = job.request
         if request.frontend:
             build = asked(request.frontend, request.frontend_attrs)
@@ -264,14 +264,14 @@ class Solver:
         return {**response, **await self._export_caches(job, session, image)}
 
     async def _export_caches(self, job: Job, session: Session, image: Digest) -> Mapping[str, str]:
-        """Export the steps of the build to the places of ``--cache-to``.  Raises: SkepError."""
+        """Export the build's steps to the destinations of ``--cache-to``.  Raises: SkepError."""
         if not job.cache_exports or image not in job.built:
             return {}
         provider = ClientProvider(session, self.contexts.scratch)
         return await self._caches.export(job.vertices, session, provider, job.cache_exports, job.built[image])
 
     async def _send(self, job: Job, session: Session, image: Digest) -> None:
-        """Give the client the files of the result.  Raises: SkepError."""
+        """Send the files of the result to the client.  Raises: SkepError."""
         is_tar = job.exported.output is Output.TAR
         with job.vertices.doing(f"exporting to client {'tarball' if is_tar else 'directory'}") as vertex:
             shown = "sending tarball" if is_tar else "copying files"
@@ -298,7 +298,7 @@ class Solver:
 
     async def _build(self, job: Job, session: Session, build: Asked, attributes: Mapping[str, str]) -> Digest:
         check_network(build, job.request.entitlements)
-        job.request.frontend_attrs.update(attributes)  # for its record
+        job.request.frontend_attrs.update(attributes)  # for the job's record
         if build.request:
             raise Unimplemented(f"unsupported request {build.request}")
         provider = ClientProvider(session, self.contexts.scratch)
@@ -332,7 +332,7 @@ class Solver:
             try:
                 result = await run_unless(work, session.wait_closed())
             except Preempted as error:
-                raise Unavailable("the client of the build is gone") from error
+                raise Unavailable("the client of the build disconnected") from error
         job.built[result.image_id] = result
         return result.image_id
 
@@ -341,13 +341,14 @@ class Solver:
     ) -> tuple[StepSource, ...]:
         """Open the sources of ``--cache-from``.  They never fail a build."""
         entries: list[CacheEntry] = []
-        for entry in (*build.cache_sources, *job.cache_imports):  # buildx names the same ones in both places
+        # buildx names the same sources in both places.
+        for entry in (*build.cache_sources, *job.cache_imports):
             entries += [entry] if entry not in entries else []
         if not build.use_cache:
             return ()
         return await self._caches.sources(job.vertices, session, provider, entries)
 
-    async def _answered(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
+    async def _respond(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
         """Respond to a request that does not build.  Raises: SkepError."""
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
@@ -358,7 +359,7 @@ class Solver:
         return await asyncio.to_thread(requests.answer, text, build, build.request, env_of)
 
     async def _envs(self, text: str, build: Asked) -> EnvOf:
-        """Variables of the base images, read here: the image store belongs to the event loop's thread."""
+        """Read the variables of the base images here: the image store belongs to the event loop's thread."""
         names = await asyncio.to_thread(requests.base_names, text, build)
         return {name: self._builds.env_of(name) for name in names}.get
 
@@ -368,7 +369,7 @@ class Solver:
     async def _remote(
         self, job: Job, session: Session, build: Asked, provider: ClientProvider, stack: AsyncExitStack
     ) -> tuple[Path, str] | None:
-        """A context that is no directory of the client, as ``remote_context`` gives it.  None if there is none."""
+        """Fetch a context outside the client's directories, as ``remote_context`` does.  None if there is none."""
         if not build.remote:
             return None
         with job.vertices.doing("[internal] load remote build context") as vertex:
@@ -387,7 +388,7 @@ class Solver:
     async def _definition(
         self, job: Job, session: Session, build: Asked, remote: tuple[Path, str] | None = None
     ) -> "_Definition":
-        """Raises: SkepError: the client, or a remote context, has no such Dockerfile."""
+        """Read the Dockerfile.  Raises: SkepError: neither the client nor a remote context has it."""
         if remote is not None and not build.has_own_dockerfile:
             root, name = remote
             with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
@@ -396,7 +397,7 @@ class Solver:
             return definition
         names = _names_of(build.filename)
         with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
-            async with self.contexts.received(
+            async with self.contexts.receive(
                 session,
                 Selection(name=build.dockerfile.name, follow=names),
                 bytes_max=_DEFINITION_BYTES_MAX,
@@ -408,7 +409,7 @@ class Solver:
         return definition
 
     async def _check_text(self, job: Job, vertex: str, build: Asked, text: str) -> None:
-        """Report findings of checks as warnings.  Raises: InvalidArgument: the checks are set to fail the build."""
+        """Report check findings as warnings.  Raises: InvalidArgument: the checks are configured to fail the build."""
         if build.request:
             return  # the response has the findings
         env_of = await self._envs(text, build)
@@ -422,16 +423,16 @@ class Solver:
     async def _context(
         self, job: Job, session: Session, source: Source, ignored: str | None
     ) -> AsyncIterator[Path]:
-        """The files of a context while the block runs.  Raises: SkepError."""
+        """Provide the files of a context while the block runs.  Raises: SkepError."""
         which = "build context" if source.name == "context" else f"context {source.name}"
         if ignored is None:
             with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):
                 only = Selection(name=source.name, follow=(_IGNORE_FILE,))
-                async with self.contexts.received(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
+                async with self.contexts.receive(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
                     ignored = await asyncio.to_thread(_read_in, root, _IGNORE_FILE, _IGNORE_BYTES_MAX) or ""
         async with AsyncExitStack() as stack:
             with job.vertices.doing(f"[internal] load {which}") as vertex:
-                received = self.contexts.received(
+                received = self.contexts.receive(
                     session,
                     Selection(name=source.name, excludes=tuple(ignored_patterns(ignored))),
                     progress=partial(job.vertices.figure, vertex, "transferring context:"),
@@ -441,14 +442,17 @@ class Solver:
 
 
 class _Definition(msgspec.Struct, frozen=True):
-    """A Dockerfile; ``ignored``: the text of the file of ignored patterns that is its own, None: it has none."""
+    """Dockerfile of a build.  ``ignored``: Content of its own ignore file (``Dockerfile.dockerignore``).
+
+    None without one.
+    """
 
     text: str
     ignored: str | None
 
 
 def _names_of(filename: str) -> tuple[str, ...]:
-    """What is asked of the client for a Dockerfile."""
+    """Return the names of the files to request from the client for a Dockerfile."""
     directory, _, name = filename.rpartition("/")
     names = [filename, f"{filename}{_IGNORE_FILE}"]
     if name == "Dockerfile":
@@ -457,7 +461,7 @@ def _names_of(filename: str) -> tuple[str, ...]:
 
 
 def _read_definition(root: Path, filename: str) -> _Definition:
-    """Raises: NotFound, InvalidArgument."""
+    """Read a Dockerfile and its ignore file.  Raises: NotFound, InvalidArgument."""
     *_, last = _names_of(filename)
     text = _read_in(root, filename, FILE_BYTES_MAX)
     if text is None and last != f"{filename}{_IGNORE_FILE}":
@@ -468,7 +472,10 @@ def _read_definition(root: Path, filename: str) -> _Definition:
 
 
 def _read_in(root: Path, name: str, bytes_max: int) -> str | None:
-    """The text of a file; its links lead no further than ``root``.  None: there is none.  Raises: InvalidArgument."""
+    """Return the text of a file, or None if it does not exist.  Its links cannot lead out of ``root``.
+
+    Raises: InvalidArgument: it is too large.
+    """
     try:
         descriptor = open_in_root(root, name, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -515,11 +522,11 @@ def _exporters(request: pb.SolveRequest) -> Sequence[tuple[str, Mapping[str, str
 
 
 def _check(request: pb.SolveRequest) -> None:
-    """Raises: SkepError: what is asked beside the front end's options, and is not done."""
+    """Refuse unsupported options outside the front end's.  Raises: SkepError."""
     if not request.ref or not request.session:
         raise InvalidArgument("a build needs a reference and a session")
     if request.definition.ByteSize():
-        raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+        raise Unimplemented("LLB definitions are not supported, only Dockerfiles")
     if request.frontend_inputs:
         raise Unimplemented("results of other builds as contexts are not supported")
     if request.source_policy.ByteSize():
@@ -528,7 +535,7 @@ def _check(request: pb.SolveRequest) -> None:
 
 
 def _returned(job: Job, response: pb.ReturnRequest) -> Digest | None:
-    """The image that a client has returned; None: it asked for none.  Raises: CallFailed: it has failed."""
+    """Return the image that the client returned, or None without one.  Raises: CallFailed: the client failed."""
     if response.HasField("error"):
         raise CallFailed(status_of(str(response.error.code)), response.error.message)
     return job.results.get(response.result.ref.id)

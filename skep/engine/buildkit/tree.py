@@ -1,10 +1,10 @@
-"""A tree of files as a client lists it: what is accepted, and how it is written below a new directory.
+"""File tree as listed by a client: checks entries, and writes them below a new directory.
 
-fsutil sends one entry after another, in the order of a walk: a directory, then everything in it, names sorted by their
-bytes.  The client is not trusted: an entry is accepted only below a directory that was listed and not left since, so
-no path has a symbolic link in it; what is created is new (O_EXCL), relative to descriptors of directories made here.
-Numbers, sizes and lengths are bounded.  A file that is as it was when the same context came before is taken from
-the tree of that time.
+fsutil sends one entry after another in walk order: a directory, then everything in it, names sorted by their bytes.
+The client is not trusted.  An entry is accepted only below a directory that was listed and not left since, so no path
+contains a symbolic link.  Files are created new (O_EXCL), relative to descriptors of directories created here.
+Numbers, sizes and lengths are bounded.  Files that are unchanged since an earlier build of the same context are linked
+from that build's tree.
 
 Source: tonistiigi/fsutil, validator.go, diskwriter.go, receive.go.
 """
@@ -21,35 +21,35 @@ import msgspec
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.errors import InvalidArgument, ResourceExhausted
 
-# Go's os.FileMode, whose bits are the same everywhere.
+# Bits of Go's os.FileMode, which are the same on every system.
 _DIRECTORY, _SYMLINK, _DEVICE, _PIPE = 1 << 31, 1 << 27, 1 << 26, 1 << 25
 _SOCKET, _SETUID, _SETGID, _STICKY, _IRREGULAR = 1 << 24, 1 << 23, 1 << 22, 1 << 20, 1 << 19
 _CHARACTER_DEVICE = 1 << 21
 _KINDS = _DIRECTORY | _SYMLINK | _DEVICE | _PIPE | _SOCKET | _IRREGULAR | _CHARACTER_DEVICE
 
 _KEPT_ATTRIBUTES = ("user.", "security.capability")
-"""Extended attributes that are written; others are the client machine's own (labels of SELinux, access lists)."""
+"""Extended attributes that are written.  Others belong to the client's machine (SELinux labels, access lists)."""
 
 _MAJORS, _MINORS = range(1 << 12), range(1 << 20)
-"""Device numbers that the kernel takes."""
+"""Device numbers that the kernel accepts."""
 _TIMES = range(-(1 << 62), 1 << 62)
-"""Modification times that the kernel takes, in nanoseconds."""
+"""Modification times that the kernel accepts, in nanoseconds."""
 
 
 class TreeLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one tree may have."""
+    """Limits of one tree."""
 
     entries: int = 500_000
     bytes: int
-    """Of all files together."""
+    """Size of all files together."""
     name_bytes: int = 64 << 20
-    """Of all paths, link targets and attributes together."""
+    """Size of all paths, link targets and attributes together."""
     depth: int = 256
-    """Directories in each other: a descriptor is open for each."""
+    """Depth of nested directories.  A descriptor is open for each."""
 
 
 class Kind(Enum):
-    """What an entry is."""
+    """Kind of an entry."""
 
     DIRECTORY = "directory"
     FILE = "file"
@@ -59,11 +59,11 @@ class Kind(Enum):
     CHARACTER_DEVICE = "character device"
     BLOCK_DEVICE = "block device"
     SOCKET = "socket"
-    """Not created, as it is of no use without the process that made it."""
+    """Not created, since a socket is useless without its process."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry, as it was accepted.  ``mode``: permissions with setuid, setgid and sticky bits."""
+    """One accepted entry.  ``mode``: Permissions with setuid, setgid and sticky bits."""
 
     path: str
     kind: Kind
@@ -79,12 +79,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listing:
-    """Accepts entries in their order."""
+    """Checks entries in their order, and keeps the accepted ones."""
 
     def __init__(self, limits: TreeLimits) -> None:
         self.entries: list[Entry] = []
         self.bytes = 0
-        """Of the files listed."""
+        """Size of the listed files."""
         self._limits = limits
         self._name_bytes = 0
         self._open: list[tuple[str, bytes]] = [("", b"")]
@@ -92,8 +92,12 @@ class Listing:
         self._files: set[str] = set()
 
     def add(self, stat: pb.Stat) -> None:
-        """Raises: InvalidArgument: not below a listed directory, out of order, or nothing that can be created;
-        ResourceExhausted: too much."""
+        """Accept an entry.
+
+        Raises:
+            InvalidArgument: not below a listed directory, out of order, or of a kind that cannot be created.
+            ResourceExhausted: the tree exceeds a limit.
+        """
         self._name_bytes += len(stat.path) + len(stat.linkname)
         self._name_bytes += sum(len(name) + len(value) for name, value in stat.xattrs.items())
         if len(self.entries) >= self._limits.entries or self._name_bytes > self._limits.name_bytes:
@@ -121,7 +125,7 @@ class Listing:
         while len(self._open) > 1 and self._open[-1][0] != parent:
             self._open.pop()
         directory, last = self._open[-1]
-        # Names in a directory grow, so one that was left cannot be entered again, and none comes twice.
+        # Names in a directory ascend, so a directory cannot be entered twice, and no name repeats.
         if directory != parent or os.fsencode(name) <= last:
             raise InvalidArgument(f"changes out of order: {path!r} {directory + '/' + os.fsdecode(last)!r}")
         self._open[-1] = (directory, os.fsencode(name))
@@ -176,16 +180,16 @@ def _permissions(mode: int) -> int:
 
 
 class KeptTree(msgspec.Struct, frozen=True):
-    """A tree of the same context that came before; ``entries`` by path."""
+    """Tree from an earlier build of the same context.  ``entries``: By path."""
 
     root: Path
     entries: Mapping[str, Entry]
 
 
 def write_tree(root: Path, entries: Sequence[Entry], kept: KeptTree | None = None) -> Sequence[int]:
-    """Create all ``entries`` below ``root``, a new empty directory; blocking.
+    """Create all ``entries`` below ``root``, a new empty directory.  Blocks.
 
-    Returns the numbers of the files whose content is still needed: they are empty.  Raises: OSError.
+    Returns the numbers of the files that still need their content, and are empty so far.  Raises: OSError.
     """
     needed: list[int] = []
     with _Writer(root, kept) as writer:
@@ -205,7 +209,7 @@ class _Writer:
 
     def __enter__(self) -> "_Writer":
         if self._kept is not None:
-            with suppress(OSError):  # then every file is asked for
+            with suppress(OSError):  # then every file is requested
                 self._kept_root = _open_directory(self._kept.root)
         return self
 
@@ -220,7 +224,7 @@ class _Writer:
                 os.close(self._kept_root)
 
     def write(self, entry: Entry) -> bool:
-        """Whether the entry is whole; else it is a file without its content.  Raises: OSError."""
+        """Create an entry.  Return whether it is complete, or a file without its content.  Raises: OSError."""
         parent, _, name = entry.path.rpartition("/")
         while (current := self._open[-1][0]) is not None and current.path != parent:
             self._leave(finishes=True)
@@ -244,7 +248,7 @@ class _Writer:
         elif entry.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
             kind = modes.S_IFCHR if entry.kind is Kind.CHARACTER_DEVICE else modes.S_IFBLK
             os.mknod(name, kind | 0o600, os.makedev(*entry.device), dir_fd=directory)
-            _finish_name(name, directory, entry)  # to open it may do something
+            _finish_name(name, directory, entry)  # opening a device may have side effects
         elif entry.kind is Kind.FILE and not self._take_kept(entry, name, directory):
             descriptor = os.open(
                 name,
@@ -278,7 +282,7 @@ class _Writer:
 
 @contextmanager
 def closed(descriptor: int) -> Iterator[int]:
-    """Close ``descriptor`` with the block."""
+    """Close ``descriptor`` at the end of the block."""
     try:
         yield descriptor
     finally:
@@ -290,17 +294,18 @@ def _open_directory(path: Path | str, parent: int | None = None) -> int:
 
 
 def _finish(descriptor: int, entry: Entry) -> None:
-    """Give an entry its owner, mode, attributes and time, in the order in which none undoes another."""
+    """Set owner, mode, attributes and times of an entry, in an order in which no call undoes another."""
     os.fchown(descriptor, entry.uid, entry.gid)
     os.fchmod(descriptor, entry.mode)
     for name, value in entry.attributes.items():
-        with suppress(OSError):  # the file system has none, as in BuildKit
+        # BuildKit also skips attributes that the file system does not support.
+        with suppress(OSError):
             os.setxattr(descriptor, name, value)
     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
 def _finish_name(name: str, directory: int, entry: Entry) -> None:
-    """Give the same to an entry that is not opened, but for its attributes; a link has no mode."""
+    """Set owner, mode and times of an entry that is not opened.  A link has no mode."""
     os.chown(name, entry.uid, entry.gid, dir_fd=directory, follow_symlinks=False)
     if entry.kind is not Kind.SYMLINK:
         os.chmod(name, entry.mode, dir_fd=directory)
@@ -308,28 +313,30 @@ def _finish_name(name: str, directory: int, entry: Entry) -> None:
 
 
 class Contents:
-    """Writes the contents of files that ``write_tree`` has left empty."""
+    """Writes the contents of the files that ``write_tree`` created empty."""
 
     def __init__(self, root: Path, entries: Sequence[Entry], needed: Sequence[int], bytes_max: int) -> None:
         self._root = root
         self._entries = entries
         self._bytes_left = bytes_max
         self._open: dict[int, tuple[int, int]] = {}
-        """By number: the descriptor, and the bytes written."""
+        """Descriptor and number of bytes written, by file number."""
         self._waiting = set(needed)
         self.requested: set[int] = set()
         self.changed: set[str] = set()
-        """Paths of files that had another length than was listed: they changed while they were sent."""
+        """Paths of files whose length differs from the listing, since they changed during the transfer."""
 
     def request(self, number: int) -> None:
-        """The content of this file was asked for."""
+        """Note that the content of a file was requested."""
         self._waiting.remove(number)
         self.requested.add(number)
 
     def write(self, number: int, data: bytes) -> bool:
-        """A piece of a file; an empty one ends it, and gives true.  Blocking.
+        """Write a piece of a file.  Blocks.
 
-        Raises: InvalidArgument: that file was not requested; ResourceExhausted; OSError.
+        Returns True after the empty piece, which ends the file.
+
+        Raises: InvalidArgument: the file was not requested; ResourceExhausted; OSError.
         """
         if number not in self.requested:
             raise InvalidArgument(f"invalid file request {number}")
@@ -338,7 +345,7 @@ class Contents:
         self._open[number] = descriptor, written + len(data)
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
-            raise ResourceExhausted("the build context is larger than what this node accepts")
+            raise ResourceExhausted("the build context is larger than this node accepts")
         if data:
             _write_all(descriptor, data)
             return False
@@ -351,7 +358,7 @@ class Contents:
         return True
 
     def _reopen(self, entry: Entry) -> int:
-        """The empty file; each directory on its way is one that was made here."""
+        """Open the empty file.  All its parent directories were created here, so links are not followed."""
         directory = _open_directory(self._root)
         *parents, name = entry.path.split("/")
         try:
@@ -369,7 +376,7 @@ class Contents:
         return not self._waiting and not self.requested
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all open files."""
         for descriptor, _ in self._open.values():
             os.close(descriptor)
         self._open.clear()

@@ -1,6 +1,6 @@
-"""A session within a call: the messages of ``Control.Session`` carry what ``POST /session`` has as a connection.
+"""Sessions within a call: the messages of ``Control.Session`` carry the data of a ``POST /session`` connection.
 
-buildx opens one for the targets of a bake that share a directory: they share the session.
+buildx opens one for bake targets that share a directory, which then share the session.
 
 Source: moby/buildkit, session/grpchijack.
 """
@@ -19,11 +19,11 @@ from skep.rpc.server import ServerStream
 
 _PIECE_BYTES = 1 << 20
 _UNSENT_BYTES_MAX = 1 << 20
-"""With more than this the connection's protocol is asked to write nothing."""
+"""Above this amount, the connection's protocol is paused."""
 
 
 class TunnelTransport(asyncio.Transport):
-    """What the protocol of a session writes to; ``send`` takes that to the client."""
+    """Transport for the protocol of a session.  ``send`` forwards its data to the client."""
 
     def __init__(self, protocol: asyncio.Protocol) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class TunnelTransport(asyncio.Transport):
         self._changed = asyncio.Event()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Never waits; what is written after the end is lost."""
+        """Buffer data without waiting.  Data written after the end is dropped."""
         if self._is_closed:
             return
         self._unsent += data
@@ -44,21 +44,21 @@ class TunnelTransport(asyncio.Transport):
             self._protocol.pause_writing()
 
     def is_closing(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the transport has ended."""
         return self._is_closed
 
     def close(self) -> None:
-        """End it when what was written has been sent."""
+        """End the transport once the buffered data is sent."""
         self._is_closed = True
         self._changed.set()
 
     def abort(self) -> None:
-        """End it now."""
+        """End the transport now."""
         self._unsent.clear()
         self.close()
 
     async def send(self, stream: ServerStream) -> None:
-        """Send what is written, in messages, until the transport is closed.  Raises: Lost: the client is gone."""
+        """Send the buffered data in messages until the transport is closed.  Raises: Lost: the client disconnected."""
         while self._unsent or not self._is_closed:
             self._changed.clear()
             while self._unsent:
@@ -73,7 +73,7 @@ class TunnelTransport(asyncio.Transport):
 
 
 async def carry(session: Session, stream: ServerStream) -> None:
-    """Serve a session by the messages of ``stream`` until either end closes it.  Raises: SkepError; Lost."""
+    """Serve a session over the messages of ``stream`` until either end closes it.  Raises: SkepError; Lost."""
     connection = session.connection
     await stream.send_initial_metadata()
     transport = TunnelTransport(connection)
@@ -87,7 +87,7 @@ async def carry(session: Session, stream: ServerStream) -> None:
 
 
 async def _receive(connection: asyncio.Protocol, stream: ServerStream) -> None:
-    """Give the connection what arrives, until the client sends no more."""
+    """Pass received data to the connection until the client ends its stream."""
     while (data := await receive_message(stream)) is not None:
         try:
             connection.data_received(pb.BytesMessage.FromString(data).data)

@@ -1,10 +1,10 @@
 """``docker save`` and ``docker load``: images as one tar.
 
-What is written is both an OCI layout (``index.json``, ``blobs/``) and Docker's own (``manifest.json``), as Docker
-writes since 25.  What is read is either, and the layout of before 2015 (a directory per layer).
+An archive is written both as an OCI layout (``index.json``, ``blobs/``) and in Docker's own layout (``manifest.json``),
+as Docker does since version 25.  Either layout can be read, and also the one from before 2015 (a directory per layer).
 
-An archive is unpacked by the confined worker into a directory of plain files, then read there by names that
-cannot leave it.  Every layer's digest is checked before it counts.
+The confined worker unpacks an archive into a directory of plain files.  Files are then read by names that cannot leave
+that directory.  Every layer is verified against its digest before it is used.
 
 Source: moby, image/tarexport/{load,save}.go; OCI image-spec, image-layout.md.
 """
@@ -44,7 +44,7 @@ _TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """One image of an archive: an entry of ``manifest.json``.  Layers bottom first; paths within the archive."""
+    """One image of an archive: an entry of ``manifest.json``.  Layers are bottom first, by path in the archive."""
 
     __go_name__ = "tarexport.manifestItem"
 
@@ -55,12 +55,12 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 class Unpackaged(msgspec.Struct, frozen=True, kw_only=True):
-    """One image to be written: its configuration, a file per layer (plain or compressed tar), its names."""
+    """One image to write: its configuration, a file per layer (plain or compressed tar), and its names."""
 
     config: bytes
     layers: Sequence[Path]
     layer_bytes: Sequence[int] = ()
-    """Lengths of the plain tars, where known; else each is read twice."""
+    """Lengths of the plain tars.  If empty, each layer is read twice."""
     names: Sequence[Reference] = ()
 
 
@@ -68,13 +68,13 @@ class Unpackaged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def load(images: LocalImages, archive: AsyncIterable[bytes], report: Report) -> Sequence[Image]:
-    """Take in every image of ``archive``; Docker's messages go to ``report``.
+    """Load every image of ``archive``, and send Docker's messages to ``report``.
 
-    Images before a broken one stay, as in Docker; of the broken one nothing does.
+    Images before a broken one are kept, as in Docker.  Nothing of the broken one is.
 
     Raises:
-        InvalidArgument: it is no image archive, or its content does not match its manifest.
-        ResourceExhausted: it is larger than this node takes.
+        InvalidArgument: it is not an image archive, or its content does not match its manifest.
+        ResourceExhausted: it is larger than this node accepts.
     """
     async with images.workspace("load") as directory:
         await unpack(archive, directory, limits=images.limits, is_layer=False)
@@ -98,7 +98,7 @@ async def _load_item(images: LocalImages, directory: Path, item: Item, report: R
         )
     references = [_tagged(name) for name in item.repo_tags or ()]
     chain = chain_ids(config.diff_ids)
-    async with images.pinned(chain):
+    async with images.pin(chain):
         for number, (path, chain_id, diff_id) in enumerate(zip(layers, chain, config.diff_ids, strict=True)):
             if images.layer_store.get(chain_id) is None:
                 await _load_layer(images, directory, path, number, chain_id, Digest(diff_id), report)
@@ -129,7 +129,7 @@ async def _load_layer(
     file = _inside(directory, path)
     size = file.stat().st_size
     report(transfer(short(diff_id), "Loading layer", 0, size))
-    # A copy by link: two images of one archive may share the file.
+    # A hard link, since two images of one archive may share the file.
     own = directory / f"layer-{number}-{hex_of(chain_id)}"
     await asyncio.to_thread(os.link, file, own)
     try:
@@ -142,7 +142,7 @@ async def _load_layer(
 
 
 def _items(directory: Path) -> Sequence[Item]:
-    """The archive's manifest, in the first layout that it has."""
+    """Return the archive's manifest, from the first layout that is present."""
     names = {path.name for path in directory.iterdir()}
     if "manifest.json" in names:
         content = _document(directory, "manifest.json")
@@ -163,7 +163,7 @@ class _Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """An OCI index or manifest: the one has ``manifests``, the other the rest."""
+    """OCI index or manifest.  An index has ``manifests``, a manifest has the other fields."""
 
     manifests: tuple[_Descriptor, ...] | None = None
     config: _Descriptor | None = None
@@ -171,7 +171,7 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _oci_items(directory: Path, path: str, names: Sequence[str], depth: int = 0) -> Iterator[Item]:
-    """Images of an OCI layout; an index in an index is followed, three deep."""
+    """Yield the images of an OCI layout.  Indexes within indexes are followed three levels deep."""
     document = _decoded(_document(directory, path), _Manifest, path)
     if document.config is not None:
         yield Item(
@@ -184,7 +184,7 @@ def _oci_items(directory: Path, path: str, names: Sequence[str], depth: int = 0)
         raise InvalidArgument("invalid archive: indexes are nested too deeply")
     for descriptor in document.manifests or ():
         if (descriptor.platform or {}).get("os") == "unknown":
-            continue  # an attestation beside its image
+            continue  # an attestation of an image
         annotations = descriptor.annotations or {}
         name = annotations.get(_NAME_ANNOTATION, "")
         below = (name,) if name else tuple(names)
@@ -192,7 +192,7 @@ def _oci_items(directory: Path, path: str, names: Sequence[str], depth: int = 0)
         if _inside(directory, found, must_exist=False).exists():
             content = _document(directory, found)
             if digest_of(content) != descriptor.digest:
-                raise InvalidArgument(f"invalid archive: {found} is not what its name says")
+                raise InvalidArgument(f"invalid archive: {found} does not match its digest")
             yield from _oci_items(directory, found, below, depth + 1)
 
 
@@ -212,7 +212,7 @@ def _tagged(name: str) -> Reference:
 
 
 def _document(directory: Path, path: str) -> bytes:
-    """A small file of the archive.  Raises: InvalidArgument."""
+    """Read a small file of the archive.  Raises: InvalidArgument."""
     file = _inside(directory, path)
     if file.stat().st_size > _DOCUMENT_BYTES_MAX:
         raise InvalidArgument(f"invalid archive: {path} is larger than {_DOCUMENT_BYTES_MAX} bytes")
@@ -220,9 +220,9 @@ def _document(directory: Path, path: str) -> bytes:
 
 
 def _inside(directory: Path, path: str, *, must_exist: bool = True) -> Path:
-    """The regular file that ``path`` means within the archive; links are followed as if it were the root.
+    """Return the regular file at ``path`` in the archive.  Links are resolved as if ``directory`` were the root.
 
-    Nothing else writes below ``directory``, so what was looked at stays as it was.
+    No other process writes below ``directory``, so the checks stay valid.
     """
     base = os.path.realpath(directory)
     current, rest, followed = base, path.split("/"), 0
@@ -260,7 +260,7 @@ def _decoded(content: bytes, type_: type[T], name: str) -> T:
 
 
 async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
-    """An archive of the images with the names ``words``; a repository's name stands for all its tags.
+    """Yield an archive of the images with the names ``words``.  A repository's name stands for all its tags.
 
     Raises:
         NotFound: ``reference does not exist`` or no such image, before the first piece.
@@ -284,7 +284,7 @@ async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[byte
                 names=names,
             )
         )
-    async with images.pinned(chain):
+    async with images.pin(chain):
         pieces = archive_pieces(packages)
         while piece := await asyncio.to_thread(next, pieces, b""):
             yield piece
@@ -299,7 +299,7 @@ def write_archive(target: BinaryIO, packages: Iterable[Unpackaged]) -> None:
 
 
 def archive_pieces(packages: Iterable[Unpackaged]) -> Iterator[bytes]:
-    """The bytes of the archive, bounded pieces.  Blocks on files; layers are written plain, once each."""
+    """Yield the archive in bounded pieces.  Layers are written plain, once each.  Blocks on files."""
     written: set[str] = set()
     items, manifests = [], []
     repositories: dict[str, dict[str, str]] = {}
@@ -353,7 +353,7 @@ def _index_entries(manifest: bytes, names: Sequence[Reference]) -> Iterator[Mapp
 
 
 def _meant(images: LocalImages, word: str) -> Sequence[tuple[Image, Reference | None]]:
-    """The images that a name on ``docker save``'s command line stands for, each with the tag to keep."""
+    """Return the images for an argument of ``docker save``, each with the tag to keep."""
     try:
         named = parse_reference(word)
     except InvalidArgument:
@@ -376,7 +376,7 @@ def _blob(content: bytes, written: set[str]) -> Iterator[bytes]:
 
 
 def _member(path: str, size: int, content: Iterator[bytes]) -> Iterator[bytes]:
-    """One file of the tar.  All stamps are zero, so that the same images give the same archive."""
+    """Yield one file of the tar.  All times are zero, so that the same images result in the same archive."""
     header = tarfile.TarInfo(path)
     header.size, header.mode = size, 0o644
     yield header.tobuf(tarfile.GNU_FORMAT)

@@ -1,4 +1,4 @@
-"""The data of a node's images beyond their configurations: names, parents, times; kept in one file."""
+"""Catalog of a node's images: names, parents and times, in one file."""
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -16,12 +16,12 @@ from skep.model.times import Timestamp
 
 
 class Catalog(msgspec.Struct, frozen=True):
-    """What is known of images beyond their configurations.
+    """Data of images beyond their configurations.
 
-    ``references``: reference -> image id.  ``tagged_at``, ``parents``: by image id.  ``retired``: images that were
-    removed while containers still use their layers; they are not shown.  ``fetched``: those that came from a registry
-    or another node, and that no user has loaded or tagged.  ``steps``: those that a build by BuildKit's protocol made
-    on its way and that no build had as its result.
+    ``references``: Image ids by reference.  ``tagged_at``, ``parents``: By image id.  ``retired``: Removed images whose
+    layers containers still use.  They are not shown.  ``fetched``: Images from a registry or another node that no user
+    has loaded or tagged.  ``steps``: Intermediate images of builds by BuildKit's protocol that are not the result of
+    any build.
     """
 
     references: Mapping[str, Digest] = {}
@@ -33,7 +33,7 @@ class Catalog(msgspec.Struct, frozen=True):
 
 
 def read_catalog(file: Path) -> Catalog:
-    """What an earlier process wrote; one that is damaged is moved aside, and the images have no names.
+    """Read the catalog of an earlier process.  A damaged file is moved aside, and the images then have no names.
 
     Raises: OSError: it cannot be read now.
     """
@@ -47,7 +47,7 @@ def read_catalog(file: Path) -> Catalog:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
         aside = file.with_suffix(".damaged")
-        log_error(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
+        log_error(error, "image names lost: catalog is damaged", file=str(file), kept_as=str(aside))
         discard_tree_now(aside)
         with suppress(OSError):
             file.rename(aside)
@@ -58,7 +58,10 @@ def read_catalog(file: Path) -> Catalog:
 def with_image(
     catalog: Catalog, id: Digest, *, parent: str, is_fetched: bool, is_step: bool, tagged_at: Timestamp
 ) -> Catalog:
-    """The catalog with the image ``id``, which may have been there.  ``parent``, ``tagged_at`` empty: as they were."""
+    """Return the catalog with the image ``id``, which may be in it already.
+
+    Empty ``parent`` or ``tagged_at`` stays as it was.
+    """
     return msgspec.structs.replace(
         catalog,
         retired=catalog.retired - {id},
@@ -70,14 +73,14 @@ def with_image(
 
 
 def with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:
-    """The catalog after ``references`` were given to the image ``id``."""
+    """Return the catalog with ``references`` moved to the image ``id``."""
     named = {str(reference): id for reference in references}
     steps = catalog.steps - {id} if named else catalog.steps
     return msgspec.structs.replace(catalog, references={**catalog.references, **named}, steps=steps)
 
 
 def without(catalog: Catalog, references: Collection[Reference], ids: Collection[str]) -> Catalog:
-    """The catalog without ``references`` and with the images ``ids`` retired."""
+    """Return the catalog without ``references``, and with the images ``ids`` retired."""
     texts, away = {str(reference) for reference in references}, set(ids)
     return msgspec.structs.replace(
         catalog,

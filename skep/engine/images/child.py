@@ -1,6 +1,6 @@
-"""The configuration of an image that is made from another: by a commit, an import, or a step of a build.
+"""Configuration of an image made by a commit, an import, or a build step.
 
-Pure; the bytes are those that Docker would write, as far as it has the fields.
+Pure.  The bytes are those that Docker would write, as far as it has the fields.
 
 Source: moby 20.10, image/image.go (NewChildImage), daemon/images/image_commit.go.
 """
@@ -15,7 +15,7 @@ import msgspec
 from skep.errors import InvalidArgument
 
 EMPTY_LAYER = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
-"""The digest of a tar without members.  Docker gives an image no such layer.
+"""Digest of a tar without members.  Docker adds no such layer to an image.
 
 Source: moby, layer/empty.go (DigestSHA256EmptyTar).
 """
@@ -26,13 +26,13 @@ INLINE_CACHE = "moby.buildkit.cache.v0"
 Source: buildkit, exporter/containerimage/exptypes, cache/remotecache/import.go (image.Cache).
 """
 _KEPT = ("architecture", "os", "variant", "os.version", "os.features")
-"""What an image has from the one that it is made from, besides layers and history."""
+"""Fields that an image inherits from its parent, in addition to layers and history."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What was done to get the image from its parent: an entry of ``docker history``.
+    """Change that made the image from its parent: an entry of ``docker history``.
 
-    ``diff_id``: the layer that it made; empty, or ``EMPTY_LAYER``: none.  ``created``: a Timestamp.
+    ``diff_id``: Layer of the change.  Empty, or ``EMPTY_LAYER``, without one.  ``created``: A Timestamp.
     """
 
     created: str
@@ -50,16 +50,16 @@ def child_config(
     more: Mapping[str, Any] | None = None,
     platform: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The configuration of an image that is ``parent`` after ``step``.
+    """Return the configuration of the image that ``step`` makes from ``parent``.
 
     Args:
-        parent: the parent's configuration, as it is stored; None: the image has none.
-        config: options of its containers (``config`` of the configuration), by their names in JSON.
-        more: further fields of the configuration: ``container``, ``container_config``, ...
+        parent: Stored configuration of the parent.  None without a parent.
+        config: Options of the image's containers (``config`` of the configuration), by their names in JSON.
+        more: Further fields of the configuration: ``container``, ``container_config``, ...
         platform: ``architecture``, ``os`` and ``variant`` of an image without a parent.
 
     Raises:
-        InvalidArgument: ``parent`` is no configuration.
+        InvalidArgument: ``parent`` is not a configuration.
     """
     above: Mapping[str, Any] = _decoded(parent) if parent is not None else (platform or {})
     has_layer = step.diff_id not in ("", EMPTY_LAYER)
@@ -81,7 +81,7 @@ def child_config(
         document["comment"] = step.comment
     try:
         return msgspec.json.encode(document, order="sorted")
-    except UnicodeEncodeError:  # bytes of a Dockerfile that are not UTF-8, which Go's encoder replaces
+    except UnicodeEncodeError:  # bytes of a Dockerfile that are not UTF-8 are replaced, as in Go's encoder
         text = json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
@@ -96,30 +96,30 @@ def not_newer(content: bytes, created: str, inherited: int) -> bytes:
 
     Args:
         created: A Timestamp in UTC.
-        inherited: First entries of the history, which keep their times.
+        inherited: Number of history entries at the start that keep their times.
 
     Raises:
-        InvalidArgument: ``content`` is no configuration.
+        InvalidArgument: ``content`` is not a configuration.
 
     Source: buildkit, exporter/containerimage/writer.go (patchImageConfig).
     """
     document = _decoded(content)
     history = [dict(entry) for entry in document.get("history") or ()]
     for entry in (document, *history[inherited:]):
-        # Without the Z, the same second with a fraction is the later text, as it is the later time.
+        # Without the Z, a time with a fraction sorts after the same second without one.
         if str(entry.get("created") or "~").rstrip("Z") > created.rstrip("Z"):
             entry["created"] = created
     return msgspec.json.encode({**document, "history": history}, order="sorted")
 
 
 def with_cache(content: bytes, cache: bytes) -> bytes:
-    """Return a configuration with the steps of its build, as BuildKit keeps them (``step_records``)."""
+    """Return a configuration with the steps of its build, in BuildKit's format (``step_records``)."""
     document = {**_decoded(content), INLINE_CACHE: base64.b64encode(cache).decode()}
     return msgspec.json.encode(document, order="sorted")
 
 
 def cache_in(content: bytes) -> bytes:
-    """Return what ``with_cache`` put into a configuration.  Empty without it.  Raises: InvalidArgument."""
+    """Return the steps that ``with_cache`` added to a configuration, or nothing.  Raises: InvalidArgument."""
     try:
         return base64.b64decode(msgspec.json.decode(content, type=_Cached).cache or "", validate=True)
     except (ValueError, msgspec.DecodeError, UnicodeDecodeError) as error:

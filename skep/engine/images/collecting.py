@@ -1,11 +1,11 @@
-"""Which images are removed when their disk fills, and when.
+"""Garbage collection of images when their disk fills.
 
-Above the high mark those that were fetched and that nothing needs go, the one first that was not used for longest,
-until the disk is down to the low mark.  An image stays that a container has, that the present or the previous spec of a
-service names (a rollback needs it), that was used a moment ago, or that could not be fetched again: what was built,
-loaded or tagged here is its user's.
+Above the high mark, fetched images that nothing needs are removed until the disk is down to the low mark, the least
+recently used first.  An image is kept if a container has it, if the present or previous spec of a service names it (a
+rollback needs it), or if it was used a moment ago.  Images that were built, loaded or tagged here belong to their user
+and are kept, since they cannot be fetched again.
 
-``to_collect`` decides; ``ImageCollector`` measures, asks and removes.
+``to_collect`` decides.  ``ImageCollector`` measures the disk, asks the managers, and removes images.
 
 Source: kubelet, pkg/kubelet/images/image_gc_manager.go (marks, minimum age, order).
 """
@@ -31,31 +31,31 @@ from skep.errors import SkepError
 log = structlog.get_logger(__name__)
 
 AGE_S_MIN = 600.0
-"""An image that was fetched or used within this time stays: what is to use it may not have begun."""
+"""Seconds that a fetched or used image is kept, since its container may not have started yet."""
 PERIOD_S = 60.0
 LONGEST_S = 300.0
-"""Between two attempts, while the managers cannot be asked."""
+"""Longest pause between two attempts while the managers cannot be reached."""
 
 
 class Marks(msgspec.Struct, frozen=True):
-    """Percent of the disk of the images.  ``high`` 0: nothing is ever removed."""
+    """Disk usage marks in percent.  ``high``: 0 disables the removal."""
 
     high: int = 85
     low: int = 80
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """The file system of the images, in bytes."""
+    """File system of the images, in bytes."""
 
     size: int
     used: int
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """An image, as far as its removal depends on it.
+    """Properties of an image that decide on its removal.
 
-    ``used_at_s``: unix time; ``layers``: chain ids; ``is_needed``: by a container or a service; ``is_fetched``: it came
-    from a registry or another node, and has not been tagged since.
+    ``used_at_s``: Unix time.  ``layers``: Chain ids.  ``is_needed``: By a container or a service.  ``is_fetched``: It
+    came from a registry or another node, and has not been tagged since.
     """
 
     id: Digest
@@ -66,16 +66,16 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 def is_full(disk: Disk, marks: Marks) -> bool:
-    """Whether the disk is above the high mark."""
+    """Return whether the disk is above the high mark."""
     return marks.high > 0 and disk.used * 100 >= marks.high * disk.size
 
 
 def to_collect(
     candidates: Sequence[Candidate], layer_bytes: Mapping[str, int], disk: Disk, marks: Marks, now_s: float
 ) -> Sequence[Digest]:
-    """Ids of the images to remove, in this order.
+    """Return the ids of the images to remove, in order.
 
-    A layer frees its space with the last image that has it.
+    A layer's space is freed when the last image with it is removed.
     """
     if not is_full(disk, marks):
         return ()
@@ -94,9 +94,9 @@ def to_collect(
 
 
 def disk_of(directory: Path) -> Disk:
-    """Raises: OSError."""
+    """Return the size and usage of a directory's file system.  Raises: OSError."""
     space = os.statvfs(directory)
-    # What only root may use counts as used, as in ``df``.
+    # Blocks reserved for root count as used, as in ``df``.
     usable = space.f_blocks - space.f_bfree + space.f_bavail
     return Disk(size=usable * space.f_frsize, used=(usable - space.f_bavail) * space.f_frsize)
 
@@ -105,9 +105,9 @@ class ImageCollector:
     """Keeps the disk of the images between its marks.
 
     Args:
-        needed: returns those of the given names by which services of the cluster may need an image.  Raises: SkepError:
-            it is not known at present, so that nothing is removed.
-        marks: the present ones.
+        needed: Returns those of the given names by which services of the cluster may need an image.  Raises: SkepError:
+            it is not known at present, so nothing is removed.
+        marks: Returns the present marks.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ImageCollector:
         self._marks = marks
 
     async def run(self) -> None:
-        """Look every minute until cancelled."""
+        """Collect every minute until cancelled."""
         while True:
             await retry(
                 self.collect,
@@ -137,7 +137,7 @@ class ImageCollector:
             await self._clock.sleep(PERIOD_S)
 
     async def collect(self) -> Sequence[Digest]:
-        """Look once; the ids of what was removed.  Raises: SkepError, OSError."""
+        """Remove images if the disk is full, and return their ids.  Raises: SkepError, OSError."""
         images, in_use = self._images.images(), {user.image_id for user in self._users()}
         used_at = await asyncio.to_thread(self._used_at, images, in_use)
         disk, marks = await asyncio.to_thread(disk_of, self._images.scratch), self._marks()
@@ -160,7 +160,7 @@ class ImageCollector:
         removed = []
         for id in to_collect(candidates, layer_bytes, disk, marks, now_s):
             image = self._images.get(id)
-            with suppress(SkepError):  # a container has been made of it meanwhile
+            with suppress(SkepError):  # a container was created from it meanwhile
                 await self._images.remove(id, force=True, prune=False, users=self._users)
                 removed.append(id)
                 log.info(
@@ -174,7 +174,10 @@ class ImageCollector:
         return removed
 
     def _used_at(self, images: Sequence[Image], in_use: Collection[str]) -> Mapping[str, float]:
-        """When each was seen in use last; else, when it came.  Kept as the time of its configuration's file."""
+        """Return the time of each image's last known use, or else of its arrival.
+
+        The time is kept as the modification time of the configuration's file.
+        """
         times: dict[str, float] = {}
         for image in images:
             path = self._images.config_file(image)

@@ -1,12 +1,12 @@
-"""The rights that a worker for archives drops before it reads a byte of an archive, or of a tree.
+"""Confinement of the workers that read archives and trees: the rights that they drop before the first byte.
 
-It keeps the capabilities by which files get owners, modes, devices and file capabilities, in a root directory of its
-own and in namespaces without network, mounts or queues of others.  A filter refuses system calls that open more of the
-kernel, or another process: they fail with EPERM.  What the machine does not let it drop it keeps: the chroot confines
-it, and the rest is for the case that a parser of archives is exploited.
+A worker keeps the capabilities to set owners, modes, devices and file capabilities, in its own root directory and in
+namespaces without network, foreign mounts or queues.  A filter refuses system calls that expose more of the kernel, or
+another process.  They fail with EPERM.  Rights that the machine does not allow to drop are kept: the chroot confines
+the worker, and the rest protects against an exploited archive parser.
 
-The one thing that needs more, ``trusted.overlay.opaque``, is set and read by a helper that is given nothing but
-descriptors.
+``trusted.overlay.opaque`` is the only thing that needs more rights.  A helper process sets and reads it, and receives
+nothing but descriptors.
 """
 
 import array  # noqa: F401  # socket.send_fds imports it when it is called, and then it is too late
@@ -33,6 +33,7 @@ _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000
 _AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32_BIT = 0x40000000
 _REFUSED: Final = {
+    # Refused calls, in order:
     # socket, socketpair, connect, accept, bind, clone, fork, vfork, execve, ptrace, personality, pivot_root, chroot,
     # mount, umount2, reboot, init_module, delete_module, kexec_load, add_key, request_key, keyctl, unshare, setns,
     # perf_event_open, name_to_handle_at, open_by_handle_at, process_vm_readv, process_vm_writev, kcmp, finit_module,
@@ -114,17 +115,17 @@ _REFUSED: Final = {
         ),
     ),
 }
-"""Numbers of the calls that writing files does not need, by machine."""
+"""Numbers of system calls that writing files does not need, by machine."""
 _MOUNT_CALLS: Final = (428, 429, 430, 431, 432, 433, 442)
-"""open_tree to fspick and mount_setattr: they are the same everywhere."""
+"""open_tree to fspick, and mount_setattr.  Their numbers are the same on every machine."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def confine(root: str) -> "Helper":
-    """Enter ``root`` for good and keep what writing files takes.  Gives what else there is to ask for.
+    """Enter ``root`` permanently, drop all rights that writing files does not need, and return the helper for the rest.
 
-    Raises: OSError: there is no such directory, or this process may not.
+    Raises: OSError: the directory does not exist, or this process lacks the rights.
     """
     _libc.unshare(_NEW_NAMESPACES)
     os.chroot(root)
@@ -137,13 +138,13 @@ def confine(root: str) -> "Helper":
 
 
 class Helper:
-    """A process in the same root that marks directories as opaque, and ends with this one."""
+    """Process in the same root that marks directories as opaque, and ends with the worker."""
 
     PLAIN: Final = 0
     OPAQUE: Final = 1
-    """The directory hides what lower layers have there."""
+    """The directory hides its contents in lower layers."""
     MOVED: Final = 2
-    """What is in it is found in another place of a lower layer."""
+    """The directory's contents are at another path of a lower layer."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -151,7 +152,8 @@ class Helper:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                os.closerange(0, theirs.fileno())  # the pipe of the worker's response ends with the worker
+                # The pipe of the worker's response must close with the worker.
+                os.closerange(0, theirs.fileno())
                 os.closerange(theirs.fileno() + 1, _DESCRIPTORS_MAX)
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() == worker:
@@ -161,12 +163,12 @@ class Helper:
         theirs.close()
 
     def close(self) -> None:
-        """End it."""
+        """End the helper."""
         self._socket.close()
         os.waitpid(self._pid, 0)
 
     def mark_opaque(self, directory: str) -> None:
-        """Raises: OSError: the file system does not take it."""
+        """Mark a directory as opaque.  Raises: OSError: the file system does not support it."""
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             number = self._ask(_SET, descriptor)
@@ -176,14 +178,14 @@ class Helper:
             raise OSError(number, os.strerror(number), directory)
 
     def mark_of(self, descriptor: int) -> int:
-        """What overlayfs has noted at an open directory: ``PLAIN``, ``OPAQUE`` or ``MOVED``.  Raises: OSError."""
+        """Return overlayfs's mark of an open directory: ``PLAIN``, ``OPAQUE`` or ``MOVED``.  Raises: OSError."""
         return self._ask(_GET, descriptor)
 
     def _ask(self, request: bytes, descriptor: int) -> int:
         socket.send_fds(self._socket, [request], [descriptor])
         response = self._socket.recv(4)
         if len(response) != 4:
-            raise OSError(5, "the helper of the process for archives has ended")
+            raise OSError(5, "the helper of the archive worker has ended")
         return int.from_bytes(response, "little")
 
 
@@ -200,7 +202,7 @@ def _mark(requests: socket.socket) -> None:
 
 
 def _set_mark(descriptor: int) -> int:
-    """The number of the error; 0: it is marked."""
+    """Mark a directory, and return 0 or the number of the error."""
     try:
         os.setxattr(descriptor, _OPAQUE, b"y")
     except OSError as error:
@@ -212,7 +214,7 @@ def _mark_of(descriptor: int) -> int:
     names = {os.fsencode(name) for name in os.listxattr(descriptor)}
     if not names.isdisjoint(_ELSEWHERE):
         return Helper.MOVED
-    # Other values than "y" say something of the directory's entries.
+    # Values other than "y" describe the directory's entries.
     is_opaque = _OPAQUE in names and os.getxattr(descriptor, _OPAQUE) == b"y"
     return Helper.OPAQUE if is_opaque else Helper.PLAIN
 
@@ -226,14 +228,14 @@ def _drop_capabilities() -> None:
     sets = ctypes.create_string_buffer(24)
     if _libc.capget(header, sets) != 0:
         return
-    # Effective, permitted, inheritable; twice: the lower and the upper half.
+    # Effective, permitted and inheritable sets, each as a lower and an upper half.
     _, permitted, _, _, _, _ = struct.unpack("=6I", sets.raw)
     left = permitted & kept
     _libc.capset(header, ctypes.create_string_buffer(struct.pack("=6I", left, left, 0, 0, 0, 0)))
 
 
 def _filter(machine: str) -> bytes:
-    """Classic BPF over ``struct seccomp_data``; empty: the numbers of this machine's calls are not known here."""
+    """Return a classic BPF program over ``struct seccomp_data``.  Empty if the machine's call numbers are not known."""
     if machine not in _REFUSED:
         return b""
     refused = sorted({*_REFUSED[machine], *_MOUNT_CALLS})

@@ -1,8 +1,8 @@
-"""Credentials of registries from helper programs, ``docker-credential-NAME``, that the node's configuration names.
+"""Registry credentials from helper programs, ``docker-credential-NAME``, as the node's configuration names them.
 
-Tokens of large registries expire within hours, so what a service was created with is of no use to a task that is
-placed later; a program on the node gets a fresh one when an image is pulled.  What it gives is kept in memory for some
-seconds: many tasks that start together ask once.
+Tokens of large registries expire within hours, so a token from the creation of a service is of no use to a task that is
+placed later.  A program on the node provides a fresh one when an image is pulled.  Its output is kept in memory for
+some seconds, so many tasks that start together run it once.
 
 Source: docker/docker-credential-helpers, README (Development), client/client.go, credentials/error.go; docker/cli,
 cli/config/credentials/native_store.go.
@@ -31,13 +31,16 @@ _KEPT_MAX = 256
 _PROBLEM_LENGTH_MAX = 300
 _NONE_STORED = "credentials not found in native keychain"
 _TOKEN_USER = "<token>"
-"""The name that says that the secret is an identity token."""
+"""User name that marks the secret as an identity token."""
 _INDEX = "https://index.docker.io/v1/"
-"""What Docker Hub is called there."""
+"""Name of Docker Hub in credential stores."""
 
 
 class Provided(msgspec.Struct, frozen=True):
-    """What a helper gave.  ``problem``: why it gave nothing; ``is_kept``: not by this call, but a moment ago."""
+    """Result of a helper.  ``problem``: Reason for missing credentials.
+
+    ``is_kept``: Whether it comes from an earlier call.
+    """
 
     credentials: Credentials
     problem: str = ""
@@ -50,7 +53,7 @@ class _Output(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class CredentialHelpers:
-    """Asks helpers.  Credentials stay in memory, and are never logged."""
+    """Runs credential helpers.  Credentials stay in memory, and are never logged."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -58,9 +61,10 @@ class CredentialHelpers:
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def provide(self, helper: str, domain: str, *, fresh: bool = False) -> Provided:
-        """The credentials for the registry ``domain`` by ``docker-credential-<helper>``.
+        """Return the credentials of ``docker-credential-<helper>`` for the registry ``domain``.
 
-        ``fresh``: the registry refused those of a moment ago.  A helper that fails gives none, and the problem.
+        ``fresh``: Whether the registry refused the kept ones.  If a helper fails, the result has its problem and no
+        credentials.
         """
         key = helper, domain
         lock = self._locks.get(key)
@@ -69,11 +73,11 @@ class CredentialHelpers:
         asked_at = self._clock.monotonic()
         async with lock:
             found_at, found = self._kept.get(key, (0.0, None))
-            # Of several that were refused at once, the first asks again for all.
+            # If several pulls were refused at once, the first one fetches for all.
             is_recent = self._clock.monotonic() - found_at < _KEPT_S and (not fresh or found_at > asked_at)
             if found is not None and is_recent:
                 return msgspec.structs.replace(found, is_kept=True)
-            provided = await _asked(helper, _INDEX if domain == DEFAULT_DOMAIN else domain)
+            provided = await _run_helper(helper, _INDEX if domain == DEFAULT_DOMAIN else domain)
             if provided.problem:
                 log.warning(
                     "credential helper failed", helper=helper, registry=domain, reason=provided.problem
@@ -85,7 +89,7 @@ class CredentialHelpers:
             return provided
 
 
-async def _asked(helper: str, server: str) -> Provided:
+async def _run_helper(helper: str, server: str) -> Provided:
     """Run ``docker-credential-<helper> get``, within bounds of time and output."""
     name = f"docker-credential-{helper}"
     try:
@@ -95,7 +99,7 @@ async def _asked(helper: str, server: str) -> Provided:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             cwd="/",
-            start_new_session=True,  # what it starts in turn is ended with it
+            start_new_session=True,  # so that its child processes are killed with it
         )
     except OSError as error:
         return _failed(name, (error.strerror or str(error)).lower())
@@ -121,26 +125,25 @@ async def _asked(helper: str, server: str) -> Provided:
 
 
 def _read(name: str, output: bytes) -> Provided:
-    """What a helper that succeeded printed."""
+    """Parse the output of a helper that succeeded."""
     try:
         found = msgspec.json.decode(output, type=_Output)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return _failed(
-            name, "its output is not JSON with Username and Secret"
-        )  # which may have a secret in it
+        # Do not show the output, which may contain a secret.
+        return _failed(name, "its output is not JSON with Username and Secret")
     if found.username == _TOKEN_USER:
         return Provided(Credentials(identity_token=found.secret))
     return Provided(Credentials(username=found.username, password=found.secret))
 
 
 class _TooLong(Exception):
-    """The output is over its bound."""
+    """The output exceeds its limit."""
 
 
 async def _output(process: asyncio.subprocess.Process, server: str) -> bytes:
     assert process.stdin is not None, "it is a pipe"
     assert process.stdout is not None, "it is a pipe"
-    with suppress(ConnectionError):  # it does not read; what it prints counts
+    with suppress(ConnectionError):  # the helper may not read its input; its output still counts
         process.stdin.write(f"{server}\n".encode())
         await process.stdin.drain()
     process.stdin.close()
@@ -153,13 +156,13 @@ async def _output(process: asyncio.subprocess.Process, server: str) -> bytes:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a helper with what it started, which may hold its output open."""
+    """Kill a helper with its child processes, which may hold its output open."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     assert process.stdout is not None, "it is a pipe"
-    with suppress(TimeoutError):  # of something that left the session and holds the output
+    with suppress(TimeoutError):  # a process that left the session may hold the output open
         async with asyncio.timeout(_END_S):
-            # asyncio reports the end of the process only when its output was read to the end.
+            # asyncio reports the end of the process only after its output was read to the end.
             while await process.stdout.read(1 << 16):
                 pass
             await process.wait()

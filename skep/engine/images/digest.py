@@ -15,10 +15,10 @@ _SHORT_LENGTH = 12
 
 
 def parse_digest(text: str) -> Digest:
-    """``text`` as a digest.
+    """Return ``text`` as a digest.
 
     Raises:
-        InvalidArgument: it is none, with the texts of Docker's digest library.
+        InvalidArgument: it is not a digest, with the texts of Docker's digest library.
 
     Source: opencontainers/go-digest, digest.go (Validate).
     """
@@ -35,7 +35,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def is_digest(text: str) -> bool:
-    """Whether ``text`` is a well-formed digest."""
+    """Return whether ``text`` is a well-formed digest."""
     try:
         parse_digest(text)
     except InvalidArgument:
@@ -44,22 +44,22 @@ def is_digest(text: str) -> bool:
 
 
 def digest_of(content: bytes) -> Digest:
-    """The SHA-256 address of ``content``."""
+    """Return the SHA-256 address of ``content``."""
     return Digest("sha256:" + hashlib.sha256(content).hexdigest())
 
 
 def hex_of(digest: str) -> str:
-    """The digits without the algorithm: how the store names files."""
+    """Return the digits without the algorithm, which name files in the store."""
     return digest.partition(":")[2]
 
 
 def short(digest: str) -> str:
-    """The first twelve digits, as Docker shows ids and progress."""
+    """Return the first twelve digits, as Docker shows ids and progress."""
     return digest.rpartition(":")[2][:_SHORT_LENGTH]
 
 
 def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
-    """One id per layer that names it together with everything below it, bottom first.
+    """Return an id for each layer that identifies it together with all layers below, bottom first.
 
     Source: OCI image-spec, config.md (Layer ChainID).
     """
@@ -70,5 +70,5 @@ def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
 
 
 def chain_id_above(below: str | None, diff_id: str) -> Digest:
-    """The id of the layer ``diff_id`` together with the chain ``below``; None: it is the lowest."""
+    """Return the id of the layer ``diff_id`` on top of the chain ``below``.  None for the lowest layer."""
     return Digest(diff_id) if below is None else digest_of(f"{below} {diff_id}".encode())

@@ -1,4 +1,4 @@
-"""Which registries are reached where, and how.
+"""Endpoints of registries, and the rules for reaching them.
 
 Source: moby 20.10, registry/{config,service_v2}.go.
 """
@@ -22,11 +22,11 @@ _DOCKER_IO_HOST = "registry-1.docker.io"
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How registries are reached.
+    """Rules for reaching registries.
 
-    ``insecure``: hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked and that may
-    be reached without TLS; loopback always is one.  ``mirrors``: base URLs tried before Docker Hub.
-    ``helpers``: registry -> the program ``docker-credential-NAME`` that has credentials for it.
+    ``insecure``: Hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked, and that may
+    be reached without TLS.  Loopback addresses always are.  ``mirrors``: Base URLs tried before Docker Hub.
+    ``helpers``: Names of the credential helper ``docker-credential-NAME``, by registry.
     """
 
     insecure: frozenset[str] = frozenset()
@@ -34,7 +34,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     helpers: Mapping[str, str] = {}
 
     def is_insecure(self, domain: str) -> bool:
-        """Whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
+        """Return whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
         host = urlsplit(f"//{domain}").hostname or ""
         if is_loopback(domain) or domain in self.insecure or host in self.insecure:
             return True
@@ -45,7 +45,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         return any(address in network for network in map(_network, self.insecure) if network is not None)
 
     def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence["Endpoint"]:
-        """Base URLs for images of ``domain``, in order; none is pushed to a mirror.  Raises: SkepError: no port."""
+        """Return the base URLs for images of ``domain``, in order.  Pushes do not use mirrors.
+
+        Raises: SkepError: the port is not valid.
+        """
         if domain == DEFAULT_DOMAIN:
             mirrors = [
                 Endpoint(
@@ -68,7 +71,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_loopback(domain: str) -> bool:
-    """Whether ``domain`` (``host[:port]``) is this machine."""
+    """Return whether ``domain`` (``host[:port]``) is this machine."""
     host = urlsplit(f"//{domain}").hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -77,9 +80,10 @@ def is_loopback(domain: str) -> bool:
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A base URL.
+    """Base URL of a registry.
 
-    ``mirror``: the user's credentials are not for it; ``policy``: which hosts besides it may be reached without TLS.
+    ``mirror``: Whether it is a mirror, which must not get the user's credentials.  ``policy``: Further hosts that may
+    be reached without TLS.
     """
 
     url: str
@@ -88,10 +92,10 @@ class Endpoint(msgspec.Struct, frozen=True):
     policy: Policy = Policy()
 
     def may_be_plain(self, realm: str) -> bool:
-        """Whether credentials may be sent to the token server ``realm`` without verified TLS.
+        """Return whether credentials may be sent to the token server ``realm`` without verified TLS.
 
-        Only if that holds for the registry and for the token server: an insecure registry, whose challenge anyone on
-        the way can write, cannot say that another host is insecure.
+        Both the registry and the token server must be insecure.  Anyone on the network can forge the challenge of an
+        insecure registry, which must not be able to name another host as insecure.
         """
         if self.verify:
             return False
@@ -101,29 +105,29 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 @asynccontextmanager
 async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
-    """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
+    """Provide connections to ``endpoint`` and the hosts that it refers to, by its TLS rules."""
     context = client_context()
     if not endpoint.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     connector = aiohttp.TCPConnector(ssl=context, limit=16)
-    # Nothing is to be packed on the way: digests and ranges are of a blob's own bytes.
+    # Transfers must not be compressed: digests and ranges apply to a blob's own bytes.
     headers = {"Accept-Encoding": "identity"}
-    # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
+    # trust_env stays off.  Otherwise aiohttp would also send root's ~/.netrc entry for a host.
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False, headers=headers) as session:
         yield session
 
 
 def client_context() -> ssl.SSLContext:
-    """Return what verifies the certificates of registries."""
+    """Return the TLS context that verifies the certificates of registries."""
     context = ssl.create_default_context()
-    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
+    # Python 3.13 also requires extensions that Go does not, so certificates of private registries often lack them.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 
 def proxy_for(url: URL) -> str | None:
-    """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
+    """Return the proxy from the environment for ``url``.  As in Go, this machine itself is reached without one."""
     host = url.host or ""
     if is_loopback(f"[{host}]" if ":" in host else host):
         return None

@@ -1,7 +1,7 @@
 """An image: its configuration, and its state on this node.
 
-The configuration is the JSON whose SHA-256 is Docker's image id; its bytes are kept as they came, and these
-Structs read from them what the node needs.  Unknown fields are ignored here and live on in the bytes.
+The configuration is the JSON document whose SHA-256 is Docker's image id.  Its bytes are kept as they came, and these
+structs read the fields that the node needs.  Unknown fields are ignored here and stay in the bytes.
 
 Source: OCI image-spec, config.md; moby, image/image.go.
 """
@@ -20,16 +20,16 @@ from skep.model.encoding import ApiObject
 from skep.model.times import ZERO_TIME, Timestamp
 
 LAYERS_MAX = 125
-"""What an image may have at most: overlayfs takes no more (and Docker refuses more).
+"""Largest number of layers of an image.  This is the limit of overlayfs and of Docker.
 
 Source: moby, layer/layer.go (maxLayerDepth).
 """
 
 
 class ContainerDefaults(ApiObject):
-    """How a container of the image runs unless its request has other options (``config`` of the configuration).
+    """Default options of the image's containers (``config`` of the configuration).  A request may override them.
 
-    The first ones are only shown: they are those of the container that the image was made from.
+    The fields up to ``image`` are only shown.  They come from the container that the image was made from.
     """
 
     hostname: str = ""
@@ -75,23 +75,23 @@ _ALWAYS_WRITTEN: Mapping[str, Any] = {
     "OnBuild": None,
     "Labels": None,
 }
-"""The fields of a configuration that Docker writes even when they are empty."""
+"""Fields of a configuration that Docker writes even if they are empty."""
 
 
 def as_docker_writes(defaults: ContainerDefaults | None) -> Mapping[str, Any]:
-    """Options of containers as Docker writes them."""
+    """Return options of containers as Docker writes them."""
     return {**_ALWAYS_WRITTEN, **msgspec.to_builtins(defaults or ContainerDefaults())}
 
 
 class RootFS(msgspec.Struct, frozen=True):
-    """``rootfs`` of the configuration: its layers by digest of their plain tar, bottom first."""
+    """``rootfs`` of the configuration: the digests of the layers' plain tars, bottom first."""
 
     type: str = "layers"
     diff_ids: tuple[str, ...] | None = None
 
 
 class HistoryEntry(msgspec.Struct, frozen=True):
-    """One step of how the image was built, oldest first; ``empty_layer`` steps made no layer."""
+    """One step of the image's build.  ``empty_layer``: Whether the step has no layer."""
 
     created: str | None = None
     created_by: str = ""
@@ -101,7 +101,7 @@ class HistoryEntry(msgspec.Struct, frozen=True):
 
 
 class ImageConfig(msgspec.Struct, frozen=True):
-    """The configuration."""
+    """Configuration of an image."""
 
     architecture: str = ""
     os: str = ""
@@ -120,12 +120,12 @@ class ImageConfig(msgspec.Struct, frozen=True):
 
     @property
     def diff_ids(self) -> Sequence[str]:
-        """Layers by digest of their plain tar, bottom first."""
+        """Digests of the layers' plain tars, bottom first."""
         return (self.rootfs.diff_ids if self.rootfs else None) or ()
 
     @property
     def defaults(self) -> ContainerDefaults:
-        """Options for containers of the image; empty where it sets none."""
+        """Options for containers of the image.  Empty if it sets none."""
         return self.config or ContainerDefaults()
 
 
@@ -137,44 +137,44 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     references: tuple[Reference, ...] = ()
     """Tags and digests that name it, sorted."""
     size_bytes: int = 0
-    """All its layers together, unpacked."""
+    """Unpacked size of all its layers."""
     parent: str = ""
     tagged_at: Timestamp = ZERO_TIME
-    """When a user last tagged it here."""
+    """Time when a user last tagged it here."""
     is_step: bool = False
-    """It was made on the way of a build by BuildKit's protocol, and is no build's result."""
+    """Whether it is an intermediate image of a build by BuildKit's protocol, and not the result of any build."""
 
     @property
     def tags(self) -> Sequence[Reference]:
-        """The references with a tag."""
+        """References with a tag."""
         return tuple(reference for reference in self.references if reference.tag)
 
     @property
     def digests(self) -> Sequence[Reference]:
-        """The references with a digest."""
+        """References with a digest."""
         return tuple(reference for reference in self.references if reference.digest)
 
     @property
     def spellings(self) -> frozenset[str]:
-        """How the spec of a service may name the image."""
+        """Names by which a service's spec may refer to the image."""
         return frozenset(name for one in self.references for name in one.spellings) | {self.id}
 
     @property
     def chain(self) -> Sequence[Digest]:
-        """Ids of the layers together with all below each, bottom first."""
+        """Ids of the layers, each with all layers below it, bottom first."""
         return chain_ids(self.config.diff_ids)
 
     @property
     def created(self) -> str:
-        """When it was built, as its configuration has it."""
+        """Time of its build, from its configuration."""
         return self.config.created or ZERO_TIME
 
 
 def parse_config(content: bytes) -> ImageConfig:
-    """The configuration in ``content``.
+    """Parse the configuration in ``content``.
 
     Raises:
-        InvalidArgument: it is no JSON of that shape, has no root file system, or names too many layers.
+        InvalidArgument: it is not JSON of this form, has no root file system, or names too many layers.
 
     Source: moby, image/image.go (NewFromJSON), layer/layer_store.go (ErrMaxDepthExceeded).
     """
@@ -184,5 +184,5 @@ def parse_config(content: bytes) -> ImageConfig:
     if len(config.diff_ids) > LAYERS_MAX:
         raise InvalidArgument("max depth exceeded")
     if not all(is_digest(diff_id) for diff_id in config.diff_ids):
-        raise InvalidArgument("invalid image JSON: a layer is not named by a digest")
+        raise InvalidArgument("invalid image JSON: a layer has no valid digest")
     return config

@@ -17,7 +17,7 @@ from skep.model.times import Timestamp
 
 
 class ImportRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``docker import`` asks for, beside the archive.  ``config``: options of the image's containers."""
+    """Request of ``docker import``, without the archive.  ``config``: Options of the image's containers."""
 
     reference: Reference | None
     comment: str
@@ -28,9 +28,9 @@ class ImportRequest(msgspec.Struct, frozen=True, kw_only=True):
 async def import_tree(
     images: ImageStore, archive: AsyncIterable[bytes], request: ImportRequest, now: Timestamp
 ) -> Image:
-    """Make an image of a tar, compressed or not.
+    """Make an image from a tar, compressed or not.
 
-    Raises: InvalidArgument: it is none; ResourceExhausted; UnpackFailed.
+    Raises: InvalidArgument: it is not a tar; ResourceExhausted; UnpackFailed.
     """
     platform = {"os": request.platform.os, "architecture": request.platform.architecture}
     if request.platform.variant:

@@ -1,8 +1,8 @@
-"""Layers as directories for overlayfs: one per chain id, shared by all images that have it.
+"""Layers as directories for overlayfs: one per chain id, shared by all images with this layer.
 
-``layers/<chain>/`` holds ``diff`` (the files, whiteouts in overlay form), ``content`` (the layer's tar, compressed,
-so that an image leaves this node with the bytes it came with) and ``layer.json``.  It is made in ``tmp`` and renamed
-when all of it is on the disk: a layer that exists is whole.
+``layers/<chain>/`` holds ``diff`` (the files, with whiteouts in overlay form), ``content`` (the layer's tar,
+compressed, so that an image leaves this node with the bytes it came with) and ``layer.json``.  A layer is written in
+``tmp`` and renamed once it is synced to the disk, so a layer that exists is complete.
 """
 
 import asyncio
@@ -34,25 +34,25 @@ log = structlog.get_logger()
 NO_BLOB = Digest("")
 _COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _UNPACKERS_MAX = 3
-"""Workers at once: decompression is bound by one core each."""
+"""Number of workers.  Decompression uses one core in each."""
 _PATIENCE_S = 60.0
 _SLOW_UNPACKERS_MAX = 6
-"""Further workers, that have held their slots for longer than that."""
+"""Number of additional workers, which replace workers with slots held for longer than the patience."""
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer on this node.  ``size_bytes``: of its files; ``plain_bytes``: of its tar."""
+    """Layer on this node.  ``size_bytes``: Size of its files.  ``plain_bytes``: Size of its tar."""
 
     chain_id: Digest
     diff_id: Digest
     size_bytes: int
     plain_bytes: int
     blob: Digest = NO_BLOB
-    """Address of ``content`` in a registry; empty when it came from none and was not pushed yet."""
+    """Digest of ``content`` in a registry.  Empty for a local layer that was not pushed yet."""
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer's compressed tar, by its digest and size in a registry."""
+    """Compressed tar of a layer, with its digest and size in a registry."""
 
     digest: Digest
     size: int
@@ -63,7 +63,7 @@ class Layers:
     """All layers below one directory."""
 
     def __init__(self, root: Path, scratch: Path, limits: Limits) -> None:
-        """``scratch``: a directory on the same file system, emptied at each start by its owner."""
+        """``scratch``: Directory on the same file system.  Its owner empties it at each start."""
         self._root = root
         self._scratch = scratch
         self._limits = limits
@@ -72,17 +72,17 @@ class Layers:
         self._slots = UnpackSlots(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
 
     def open(self) -> None:
-        """Read what is there.  Blocks; call it in a thread.
+        """Read the existing layers.  Blocks; call it in a thread.
 
-        Raises: OSError: some of it cannot be read now; the rest was.
+        Raises: OSError: some cannot be read now; the others were.
         """
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         unread: OSError | None = None
         for directory in sorted(self._root.iterdir()):
             try:
                 layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
-            except Exception as error:  # whatever it is, it is one layer
-                log_error(error, "layer left out", directory=str(directory))
+            except Exception as error:  # whatever the error is, it concerns one layer
+                log_error(error, "layer not read", directory=str(directory))
                 if isinstance(error, OSError) and not is_no_file(error):
                     unread = error
             else:
@@ -91,25 +91,25 @@ class Layers:
             raise unread
 
     def get(self, chain_id: str) -> Layer | None:
-        """The layer with this chain id; None: it is not here."""
+        """Return the layer with this chain id, or None if it is not on this node."""
         return self._layers.get(chain_id)
 
     def all(self) -> Mapping[str, Layer]:
-        """Every layer by chain id."""
+        """Return every layer by chain id."""
         return self._layers
 
     def directory(self, chain_id: str) -> Path:
-        """The files of a layer: a lower directory for overlayfs.  Raises: NotFound."""
+        """Return the directory with a layer's files, a lower directory for overlayfs.  Raises: NotFound."""
         if chain_id not in self._layers:
             raise NotFound(f"layer {chain_id} is not on this node")
         return self._root / hex_of(chain_id) / "diff"
 
     def content(self, chain_id: str) -> Path:
-        """The layer's compressed tar."""
+        """Return the file with the layer's tar."""
         return self._root / hex_of(chain_id) / "content"
 
     def bytes_on_disk(self) -> Mapping[str, int]:
-        """Size of each layer: its files and its compressed tar.  Blocks; call it in a thread."""
+        """Return the size of each layer: its files and its tar.  Blocks; call it in a thread."""
         sizes = {}
         for chain_id, layer in tuple(self._layers.items()):
             with suppress(OSError):
@@ -117,20 +117,20 @@ class Layers:
         return sizes
 
     async def add(self, content: Path, *, chain_id: Digest, diff_id: Digest, blob: Digest = NO_BLOB) -> Layer:
-        """Unpack the tar at ``content`` (compressed or not) into a layer; the file is taken over.
+        """Unpack the tar at ``content`` (compressed or not) into a layer, and take over the file.
 
-        Of two calls for the same layer at once the second waits for the work of the first.
+        Of two simultaneous calls for the same layer, the second waits for the first.
 
         Raises:
-            InvalidArgument: it is no archive, or not the one that ``diff_id`` names.
+            InvalidArgument: it is not an archive, or does not match ``diff_id``.
             ResourceExhausted: it is larger than the limits allow.
-            UnpackFailed: the file system refused.
+            UnpackFailed: a file system call failed.
         """
         async with self._lock(chain_id):
             present = self._layers.get(chain_id)
             if present is not None:
                 return present
-            # Not in a thread: a cancelled caller would leave it behind.
+            # Not in a thread: a cancelled caller would leave the directory behind.
             workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
             try:
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
@@ -149,22 +149,23 @@ class Layers:
         without: Collection[str] = (),
         take: bool = False,
     ) -> Layer:
-        """Make a layer of an overlay's upper directory, on top of the layer ``below`` (None: of nothing).
+        """Make a layer from an overlay's upper directory, on top of the layer ``below``.
 
-        The same changes above the same layer are one layer, whatever became of ``changes`` meanwhile.
+        The same changes on top of the same layer are one layer, even if ``changes`` was modified or moved meanwhile.
 
         Args:
-            pin: called with the layer's chain id before the layer is seen, so that it is not deleted as unused.
-            without: paths below ``changes`` that are left out.
-            take: ``changes`` is moved into the layer instead of being copied, and is gone afterwards; nothing has it
-                mounted or writes to it, and it is on this file system.
+            below: Chain id of the layer below.  None if there is none.
+            pin: Called with the layer's chain id before the layer is visible, so that it is not deleted as unused.
+            without: Paths below ``changes`` to leave out.
+            take: Whether to move ``changes`` into the layer instead of copying it.  It must not be mounted or written
+                to, and must be on this file system.
 
         Raises:
-            InvalidArgument: something of it has no form in an image.
+            InvalidArgument: an entry cannot be represented in an image.
             ResourceExhausted: it is larger than the limits allow.
-            UnpackFailed: the file system refused.
+            UnpackFailed: a file system call failed.
         """
-        # Not in a thread: a cancelled caller would leave it behind.
+        # Not in a thread: a cancelled caller would leave the directory behind.
         workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
         try:
             content = workspace / "content"
@@ -183,19 +184,19 @@ class Layers:
                     changes.rename(files)
                 else:
                     files.mkdir(mode=0o755)
-                    await self._copied(content, files, packed.digest)
-                return await self._published(workspace, chain_id, packed)
+                    await self._copy(content, files, packed.digest)
+                return await self._publish(workspace, chain_id, packed)
         except OSError as error:
             raise UnpackFailed(describe_error(error)) from error
         finally:
             await asyncio.shield(discard_tree(workspace))
 
     async def add_archive(self, archive: AsyncIterable[bytes], *, pin: Callable[[Digest], None]) -> Layer:
-        """Make a layer with nothing below it of a tar, compressed or not, whose digest is not known.
+        """Make a bottom layer from a tar, compressed or not, whose digest is not known.
 
-        ``pin``: as for ``add_changes``.  Raises: as ``add``.
+        ``pin``: As for ``add_changes``.  Raises: as ``add``.
         """
-        # Not in a thread: a cancelled caller would leave it behind.
+        # Not in a thread: a cancelled caller would leave the directory behind.
         workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
         try:
             files = workspace / "diff"
@@ -207,14 +208,14 @@ class Layers:
             pin(unpacked.digest)
             async with self._lock(unpacked.digest):
                 present = self._layers.get(unpacked.digest)
-                return present or await self._published(workspace, unpacked.digest, unpacked)
+                return present or await self._publish(workspace, unpacked.digest, unpacked)
         except OSError as error:
             raise UnpackFailed(describe_error(error)) from error
         finally:
             await asyncio.shield(discard_tree(workspace))
 
-    async def _published(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
-        """The layer of a workspace that has its files and its content."""
+    async def _publish(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
+        """Publish the layer of a workspace that holds its files and its content."""
         layer = Layer(
             chain_id=chain_id,
             diff_id=found.digest,
@@ -225,17 +226,18 @@ class Layers:
         self._layers[chain_id] = layer
         return layer
 
-    async def _copied(self, content: Path, files: Path, diff_id: Digest) -> None:
-        """Fill ``files`` from the tar at ``content``, which stays."""
+    async def _copy(self, content: Path, files: Path, diff_id: Digest) -> None:
+        """Fill ``files`` from the tar at ``content``, and keep the tar."""
         async with self._slots.of(str(content)):
             with content.open("rb") as source:
                 unpacked = await unpack(source.fileno(), files, limits=self._limits, is_layer=True)
-        assert unpacked.digest == diff_id, "what was packed is what is unpacked"
+        assert unpacked.digest == diff_id, "the unpacked tar is the packed one"
 
     async def blob(self, chain_id: str) -> Blob:
-        """The layer as a registry keeps it: as it came from one, else compressed by gzip, which every engine unpacks.
+        """Return the layer's blob for a registry: as it came from one, or else compressed with gzip, which every engine
+        unpacks.
 
-        What is compressed here takes the place of ``content``, so that the next push finds the same bytes.
+        The compressed tar replaces ``content``, so that the next push finds the same bytes.
 
         Raises:
             NotFound: there is no such layer.
@@ -248,12 +250,12 @@ class Layers:
             path = self.content(chain_id)
             if not layer.blob:
                 async with self._slots.of(chain_id):
-                    blob = await self._compressed(path, layer)
+                    blob = await self._compress(path, layer)
                 self._layers[chain_id] = layer = msgspec.structs.replace(layer, blob=blob)
             size = (await asyncio.to_thread(path.stat)).st_size
             return Blob(digest=layer.blob, size=size, path=path)
 
-    async def _compressed(self, path: Path, layer: Layer) -> Digest:
+    async def _compress(self, path: Path, layer: Layer) -> Digest:
         room_bytes = self._limits.room_on(self._scratch)
         is_cancelled = threading.Event()
         work = asyncio.get_running_loop().run_in_executor(
@@ -263,13 +265,14 @@ class Layers:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             is_cancelled.set()
-            await asyncio.wait([work])  # soon: nothing else writes to the layer as long as the lock is held
+            # It ends soon.  Nothing else may write to the layer as long as the lock is held.
+            await asyncio.wait([work])
             raise
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
-        """Remove unused layers from the store, at once; the caller deletes the returned directories.
+        """Remove unused layers from the store at once.  The caller deletes the returned directories.
 
-        One that the file system refuses stays a layer.
+        A layer whose directory cannot be renamed stays in the store.
         """
         detached = []
         for chain_id in chain_ids:
@@ -290,9 +293,7 @@ class Layers:
         files, kept = workspace / "diff", workspace / "content"
         files.mkdir(mode=0o755)
         is_compressed = await asyncio.to_thread(_is_compressed, content)
-        async with self._slots.of(
-            str(content.parent)
-        ):  # each image has a directory of its own for what comes in
+        async with self._slots.of(str(content.parent)):  # each image's download has its own directory
             with content.open("rb") as source:
                 unpacked = await unpack(
                     source.fileno(),
@@ -323,7 +324,7 @@ class Layers:
 
 
 class DigestMismatch(InvalidArgument):
-    """The layer is not what the image's configuration names."""
+    """The layer differs from the digest in the image's configuration."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(f"layer has digest {found}, expected {expected}")
@@ -334,16 +335,16 @@ class DigestMismatch(InvalidArgument):
 def _as_gzip(
     content: Path, layer: Layer, scratch: Path, room_bytes: int, is_cancelled: threading.Event
 ) -> Digest:
-    """Have ``content`` compressed by gzip, and note its digest beside it.  Raises: UnpackFailed.
+    """Compress ``content`` with gzip, and record its digest in ``layer.json``.  Raises: UnpackFailed.
 
-    A cut between the two leaves a layer whose digest is computed again.
+    If the process dies in between, the layer's digest is computed again.
     """
     workspace = Path(tempfile.mkdtemp(prefix="blob-", dir=scratch))
     try:
         if not _is_gzip(content):
             made = workspace / "content"
             with content.open("rb") as source, made.open("wb") as target:
-                # No name and no time in its head: the same layer gives the same bytes on every node.
+                # No name and no time in the header: the same layer results in the same bytes on every node.
                 with gzip.GzipFile("", "wb", 6, target, mtime=0) as compressed:
                     for piece in plain_chunks(source):
                         compressed.write(piece)
@@ -376,17 +377,17 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _publish(workspace: Path, final: Path, layer: Layer) -> None:
-    """Put a finished layer on the disk, then give it its name."""
+    """Sync a finished layer to the disk, then rename it to its final name."""
     (workspace / "layer.json").write_bytes(msgspec.json.encode(layer))
     directory = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # One call instead of an fsync per file.  It has no wrapper in Python; its only failure that matters (an
-        # earlier write error) must not be lost.
+        # One call instead of an fsync per file.  Python has no wrapper for it.  An earlier write error, the only
+        # failure that matters, must not be lost.
         if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
             raise UnpackFailed(f"{workspace}: {os.strerror(ctypes.get_errno()).lower()}")
     finally:
         os.close(directory)
-    if final.exists():  # what it is could not be read; a container may use it until this process ends
+    if final.exists():  # an existing layer could not be read; a container may use it until this process ends
         final.rename(workspace.with_name(f"{workspace.name}-replaced"))
     workspace.rename(final)
     sync_directory(final.parent)

@@ -1,7 +1,7 @@
-"""Image archives of before Docker 1.10: a directory per layer, linked by ``parent``, no digests anywhere.
+"""Image archives from before Docker 1.10: a directory per layer, linked by ``parent``, without digests.
 
-The layers' digests are computed and a configuration of today is made of the old one, byte for byte as Docker
-makes it, so that the image gets the id that Docker gives it.
+The layers' digests are computed, and the old configuration is converted to today's form, byte for byte as Docker does
+it, so that the image gets the same id as in Docker.
 
 Source: moby, image/tarexport/load.go (legacyLoad), image/v1/imagev1.go (MakeConfigFromV1Config).
 """
@@ -18,14 +18,14 @@ from skep.engine.images.streams import Malformed, plain_chunks
 from skep.errors import InvalidArgument
 
 Find = Callable[[Path, str], Path]
-"""The regular file that a path means within a directory; raises InvalidArgument."""
+"""Returns the regular file at a path within a directory.  Raises: InvalidArgument."""
 
 _DOCUMENT_BYTES_MAX = 8 << 20
 _GONE = ("id", "parent", "Size", "parent_id", "layer_id", "throwaway")
 
 
 def legacy_items(directory: Path, find: Find) -> Iterator[Mapping[str, Any]]:
-    """The images named by ``repositories``, as fields of the entries that ``manifest.json`` has today.
+    """Yield the images named by ``repositories``, as fields of today's ``manifest.json`` entries.
 
     Their configurations are written into ``directory``.
 
@@ -46,7 +46,7 @@ def legacy_items(directory: Path, find: Find) -> Iterator[Mapping[str, Any]]:
 
 
 def _chain(directory: Path, id: str, find: Find) -> Sequence[str]:
-    """Layer ids from the bottom to ``id``."""
+    """Return the layer ids from the bottom to ``id``."""
     chain: list[str] = []
     while id:
         if id in chain or len(chain) == LAYERS_MAX:
@@ -57,14 +57,14 @@ def _chain(directory: Path, id: str, find: Find) -> Sequence[str]:
 
 
 def _config(directory: Path, chain: Sequence[str], find: Find) -> bytes:
-    """Today's configuration of the image whose layers are ``chain``."""
+    """Return today's configuration of the image whose layers are ``chain``."""
     documents = [_object(directory, f"{id}/json", find) for id in chain]
     diff_ids = [_diff_id(find(directory, f"{id}/layer.tar")) for id in chain]
     top = {name: value for name, value in documents[-1].items() if name not in _GONE}
     top["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
     top["history"] = [_history(document) for document in documents]
     text = json.dumps(dict(sorted(top.items())), separators=(",", ":"), ensure_ascii=False)
-    for character in "<>&\u2028\u2029":  # as Go writes them
+    for character in "<>&\u2028\u2029":  # escaped as in Go's JSON
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", "replace")
 

@@ -14,9 +14,10 @@ from skep.model.times import ZERO_TIME, unix_ns
 
 
 class ImageFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Filters of a request.  ``dangling`` None: both; ``labels``, ``without_labels``: ``name`` or ``name=value``.
+    """Filters of a request.
 
-    An image has all of ``labels``, and not all of ``without_labels``.
+    ``dangling``: None for both kinds.  ``labels``, ``without_labels``: ``name`` or ``name=value``.  An image matches if
+    it has all of ``labels``, and not all of ``without_labels``.
     """
 
     all: bool = False
@@ -30,14 +31,14 @@ class ImageFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """An image with those of its references that match."""
+    """Image with its matching references."""
 
     image: Image
     references: tuple[Reference, ...]
 
 
 def created_ns(image: Image) -> int:
-    """When the image was made, Unix time; an invalid time counts as Go's zero time."""
+    """Return the Unix time of the image's creation.  An invalid time counts as Go's zero time."""
     try:
         return unix_ns(image.created)
     except InvalidArgument:
@@ -45,10 +46,9 @@ def created_ns(image: Image) -> int:
 
 
 def select(images: Sequence[Image], filter: ImageFilter) -> Sequence[Listed]:
-    """The images that match ``filter``, the newest first.
+    """Return the images that match ``filter``, the newest first.
 
-    Without ``all``, an untagged image that is the parent of others, or of a stage of BuildKit's, is left out: it is a
-    step of a build.
+    Without ``all``, untagged build steps are left out: parents of other images, and images of BuildKit's stages.
     """
     parents = {image.parent for image in images}
     found = []
@@ -74,9 +74,9 @@ def _is_step(image: Image, parents: Container[str]) -> bool:
 
 
 def prunable(filter: ImageFilter) -> Callable[[Image], bool]:
-    """Which images ``docker image prune`` may take, if nothing uses them.
+    """Return the predicate of images that ``docker image prune`` may remove if they are not in use.
 
-    ``dangling`` False: any; else only those without a tag.
+    ``dangling``: False for any image.  Otherwise only those without a tag.
     """
     return lambda image: _matches(image, filter) and not (filter.dangling is not False and image.tags)
 

@@ -1,21 +1,20 @@
-"""The images of this node, without pulls, pushes and removals.
+"""Local image store of a node, without pulls, pushes and removals.
 
-``<root>/configs/<id>`` holds each image's configuration, the bytes whose digest is its id; ``catalog.json`` says
-which references name which image; ``layers`` has the files; ``manifests/<id>/<digest>`` has what its registry sent.
-An image exists when its configuration and all its layers do, so it appears and vanishes in one step.  The catalog is
-written beside, synced and renamed before the change is visible.
+``<root>/configs/<id>`` holds each image's configuration, the bytes whose digest is its id.  ``catalog.json`` maps
+references to images.  ``layers`` has the files.  ``manifests/<id>/<digest>`` has the documents from the image's
+registry.  An image exists when its configuration and all its layers do, so it appears and disappears in one step.  The
+catalog is written to a temporary file, synced and renamed before a change is visible.
 
-What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
-names, or no layer is deleted, since it is not known which are used.
+Files that cannot be read at the start (no free descriptor, a failing disk) are read later.  Until then, no image
+changes its names, or no layer is deleted, since it is not known which are used.
 
-An image is *damaged* when its configuration is not what its id says, or one of its layers is missing.  It cannot be
-run; other images can.  Its layers stay, since containers may use them; while its configuration cannot be read, it
-is not known which layers these are, so none is deleted at all.  It is whole again when it is pulled or loaded again,
-and gone when it is removed.
+An image is *damaged* when its configuration does not match its id, or a layer is missing.  It cannot be run, but other
+images can.  Its layers are kept, since containers may use them.  While its configuration cannot be read, its layers are
+not known, so no layer at all is deleted.  Pulling or loading it again repairs it, and removing it ends the damage.
 
-Reads are synchronous, from memory.  Layers that a load or pull is about to use are *pinned*, so that a
-removal beside it leaves them; what is neither pinned nor part of an image is deleted.  An image that is removed is
-*retired*, and not found any more, then deleted unless a container has it, whose layers these are.
+Reads are synchronous, from memory.  Layers that a load or pull is about to use are *pinned*, so that a concurrent
+removal keeps them.  Layers that are neither pinned nor part of an image are deleted.  A removed image is *retired*
+first: it can no longer be found, and is deleted once no container uses its layers.
 """
 
 import asyncio
@@ -57,17 +56,17 @@ from skep.model.times import ZERO_TIME, Timestamp, timestamp
 log = structlog.get_logger()
 
 _ASIDE = "gone-"
-"""Begins the names of directories that are about to be removed."""
+"""Prefix of directories that are about to be removed."""
 
 
 InUse = Callable[[], Collection[str]]
-"""Gives the ids of the images that containers have, running or not."""
+"""Returns the ids of images that containers have, running or not."""
 
 
 class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something happened to an image (``docker events``): pull, load, save, tag, untag, delete.
+    """Event of an image (``docker events``): pull, load, save, tag, untag, delete.
 
-    ``id``: the image's, or for a pull its reference; ``attributes`` has ``name``.
+    ``id``: Id of the image.  For a pull, its reference.  ``attributes``: Has ``name`` and the image's labels.
     """
 
     action: str
@@ -77,17 +76,16 @@ class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Damage(msgspec.Struct, frozen=True):
-    """Why an image cannot be run.  ``config`` None: its configuration is damaged, so its layers are not known."""
+    """Damage of an image, which cannot be run.  ``config``: None if it is damaged, so the layers are not known."""
 
     reason: str
     config: ImageConfig | None
 
 
 class LocalImages:
-    """All images below one directory.  One process at a time; ``open`` comes first.
+    """All images below one directory.  Only one process may use it.  Call ``open`` first.
 
-    Args:
-        report: called with what is wrong with the images at present, and with an empty text when nothing is.
+    ``report``: Called with the present problem of the images, or an empty text without one.
     """
 
     def __init__(
@@ -102,9 +100,9 @@ class LocalImages:
         self.limits = limits or Limits()
         self.scratch = root / "tmp"
         self.builds = root / "builds"
-        """What builds keep from one to the next."""
+        """Data that builds keep for later builds."""
         self.contexts = self.builds / "contexts"
-        """Directories of clients of builds, of use to the process that has received them alone."""
+        """Directories received from clients of builds.  Only the process that received them can use them."""
         self._root = root
         self._clock = clock or SystemClock()
         self._on_event = on_event
@@ -112,7 +110,7 @@ class LocalImages:
         self._catalog = Catalog()
         self._knows_catalog = False
         self._is_written = True
-        """Whether the file has the catalog: after a write that failed its contents are not known."""
+        """Whether the file has the catalog.  After a failed write its contents are not known."""
         self._configs: dict[str, ImageConfig] = {}
         self._damaged: dict[str, Damage] = {}
         self._images: dict[str, Image] = {}
@@ -121,25 +119,25 @@ class LocalImages:
         self.arriving = Arriving()
         self._writing = asyncio.Lock()
         self.error = ""
-        """Why images are missing that may be here; empty: all were read."""
+        """Reason for images that may exist but could not be read.  Empty if all were read."""
         self.layer_store = Layers(root / "layers", self.scratch, self.limits)
 
     async def open(self) -> None:
-        """Read what earlier processes left; ``settle`` does the rest."""
+        """Read the images of earlier processes.  ``settle`` does the rest."""
         await asyncio.to_thread(self._set_aside)
         await self._read_or_report()
 
     async def settle(self) -> None:
-        """Read what could not be read, then remove what earlier processes did not finish."""
+        """Read what could not be read before, then remove unfinished work of earlier processes."""
 
-        async def read() -> None:
+        async def read_again() -> None:
             if self.error:
                 async with self._writing:
                     await self._read_or_report()
             if self.error:
                 raise Unavailable(self.error)
 
-        await retry(read, "images not read yet", clock=self._clock, first_s=1.0)
+        await retry(read_again, "images not read yet", clock=self._clock, first_s=1.0)
         for leftover in sorted(self._root.glob(f"{_ASIDE}*")):
             await discard_tree(leftover)
         await self._collect()
@@ -147,14 +145,14 @@ class LocalImages:
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def images(self) -> Sequence[Image]:
-        """All images, sorted by id."""
+        """Return all images, sorted by id."""
         return tuple(self._images[id] for id in sorted(self._images))
 
     def resolve(self, word: str) -> Image | None:
-        """The image that ``word`` names: id, reference (``latest`` where it has no tag), or unique id prefix.
+        """Return the image with this name: an id, a reference (``latest`` without a tag), or a unique id prefix.
 
         Raises:
-            InvalidArgument: it can be no reference ("invalid reference format").
+            InvalidArgument: it cannot be a reference ("invalid reference format").
 
         Source: moby 20.10, daemon/images/image.go (GetImage).
         """
@@ -162,12 +160,12 @@ class LocalImages:
         if not isinstance(named, Reference):
             return self._images.get(named)
         if named.digest:
-            named = named.with_digest(named.digest)  # the digest decides, a tag beside it is ignored
+            named = named.with_digest(named.digest)  # a digest decides, and a tag next to it is ignored
         found = self._by_reference.get(named.with_default_tag())
         return found or self._by_prefix(word)
 
     def get(self, word: str) -> Image:
-        """Like ``resolve``.  Raises: NotFound: ``No such image: nosuch:latest``; InvalidArgument."""
+        """Return the image with this name.  Raises: NotFound: ``No such image: nosuch:latest``; InvalidArgument."""
         image = self.resolve(word)
         if image is None:
             named = parse_any(word)
@@ -176,14 +174,14 @@ class LocalImages:
         return image
 
     def lookup(self, word: str) -> Image | None:
-        """Like ``resolve``; what can be no reference names nothing."""
+        """Return the image with this name, or None without one.  An invalid name is not an error."""
         try:
             return self.resolve(word)
         except InvalidArgument:
             return None
 
     def damaged(self, word: str) -> Image | None:
-        """The damaged image that ``word`` names, with nothing but its id and its names.  Raises: InvalidArgument."""
+        """Return the damaged image with this name, with only id and references.  Raises: InvalidArgument."""
         named = parse_any(word)
         reference = named.with_default_tag() if isinstance(named, Reference) else None
         digits = word.removeprefix("sha256:")
@@ -194,7 +192,7 @@ class LocalImages:
         return None
 
     def layers(self, image: Image) -> tuple[Path, ...]:
-        """The lower directories of a container of ``image``, top first.
+        """Return the lower directories of a container of ``image``, top first.
 
         Raises:
             NotFound: the image was removed.
@@ -202,21 +200,21 @@ class LocalImages:
         return tuple(self.layer_store.directory(chain_id) for chain_id in reversed(image.chain))
 
     def config(self, image: Image) -> ImageConfig:
-        """The image's defaults for its containers."""
+        """Return the image's configuration."""
         return image.config
 
     def config_file(self, image: Image) -> Path:
-        """The image's configuration as it came."""
+        """Return the file with the image's original configuration."""
         return self._root / "configs" / hex_of(image.id)
 
     def is_fetched(self, image: Image) -> bool:
-        """Whether it came from a registry or another node, and no user has loaded or tagged it here since."""
+        """Return whether it came from a registry or another node, and no user has loaded or tagged it here since."""
         return image.id in self._catalog.fetched
 
     def document(self, digest: str, name: str = "") -> bytes | None:
-        """The manifest or index with this digest, if an image came with it.  Blocks; call it in a thread.
+        """Return the manifest or index with this digest, if an image came with it.  Blocks; call it in a thread.
 
-        ``name``: of the repository, one that the image has; empty: any.
+        ``name``: Repository that the image must have a reference to.  Empty for any.
         """
         for file, _ in self.with_document(digest, name):
             with suppress(OSError):
@@ -233,7 +231,7 @@ class LocalImages:
                 yield file, image
 
     def documents(self, image: Image) -> Sequence[bytes]:
-        """The manifests and indexes that ``image`` came with, the latest first.  Blocks; call it in a thread."""
+        """Return the manifests and indexes that ``image`` came with, the latest first.  Blocks; call it in a thread."""
         found = []
         for file in (self._root / "manifests" / hex_of(image.id)).glob("*"):
             with suppress(OSError):
@@ -241,7 +239,7 @@ class LocalImages:
         return [content for _, content in sorted(found, reverse=True)]
 
     def children(self, image_id: str) -> Sequence[Image]:
-        """Images that were made from this one."""
+        """Return the images that were made from this one."""
         return tuple(image for image in self.images() if image.parent == image_id)
 
     # --- changing --------------------------------------------------------------------------------------------------
@@ -256,18 +254,18 @@ class LocalImages:
         is_tagged: bool = False,
         is_step: bool = False,
     ) -> Image:
-        """Make an image of a configuration whose layers are here; its references move from where they were.
+        """Make an image from a configuration whose layers are in the store, and move its references to it.
 
-        ``is_fetched``: from a registry or another node; ``is_tagged``: by a user, at this moment; ``is_step``: on the
-        way of a build, and hidden until it is something else, too.
+        ``is_fetched``: It comes from a registry or another node.  ``is_tagged``: A user tags it now.  ``is_step``:
+        It is an intermediate image of a build, hidden until it is also something else.
 
         Raises:
-            InvalidArgument: the configuration is none.
+            InvalidArgument: the configuration is not valid.
             NotFound: a layer is missing.
         """
         config = parse_config(content)
         id, chain = digest_of(content), chain_ids(config.diff_ids)
-        async with self.pinned(chain), self._writing:
+        async with self.pin(chain), self._writing:
             for chain_id in chain:
                 self.layer_store.directory(chain_id)
             is_new = id not in self._images
@@ -292,13 +290,13 @@ class LocalImages:
         return self._images[id]
 
     def _touch(self, id: Digest) -> None:
-        """It came again, which is as good as new (``collecting``)."""
+        """Reset the image's age for garbage collection, since it was fetched or loaded again."""
         now_s = self._clock.now_ns() / 1e9
         with suppress(OSError):
             os.utime(self._root / "configs" / hex_of(id), (now_s, now_s))
 
     async def keep_documents(self, image: Image, contents: Iterable[bytes]) -> None:
-        """Keep the manifest, and the index, by which a registry gave ``image``: another node may ask for them."""
+        """Keep the manifest and index from the image's registry, since other nodes may request them."""
 
         def write() -> None:
             directory = self._root / "manifests" / hex_of(image.id)
@@ -311,7 +309,7 @@ class LocalImages:
                 await asyncio.to_thread(write)
 
     async def tag(self, word: str, reference: Reference) -> None:
-        """Let ``reference`` name the image ``word``.  Raises: NotFound, InvalidArgument."""
+        """Add ``reference`` to the image ``word``.  Raises: NotFound, InvalidArgument."""
         image = self.get(word)
         reference = reference.with_default_tag()
         async with self._writing:
@@ -324,62 +322,62 @@ class LocalImages:
         self.announce("tag", image.id, reference.familiar)
 
     async def sweep(self, in_use: InUse) -> None:
-        """Delete what was kept for containers only and is no longer used by any."""
+        """Delete retired images that no container uses any longer."""
         if self._catalog.retired:
             async with self._writing:
                 await self._forget_unused(in_use)
             await self._collect()
 
     @asynccontextmanager
-    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
-        """Keep layers, present or to come, from being deleted as long as the block runs."""
+    async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
+        """Keep layers, present or future, from being deleted while the block runs."""
         self._pinned.update(chain)
         try:
             yield
         finally:
             self._pinned.subtract(chain)
-            self._pinned += Counter()  # drops what is down to zero
+            self._pinned += Counter()  # removes layers without pins
             await asyncio.shield(self._collect())
 
     @asynccontextmanager
     async def layer_of_changes(
         self, changes: Path, below: Image | None, *, without: Collection[str] = (), take: bool = False
     ) -> AsyncIterator[Layer]:
-        """A layer with the changes that an overlay has to ``below``, kept as long as the block runs.
+        """Make a layer of an overlay's changes to ``below``, and keep it while the block runs.
 
-        ``add`` makes an image of it; ``child.child_config`` gives the configuration for that.  The arguments and the
-        errors are those of ``Layers.add_changes``.
+        ``add`` makes an image of it with the configuration from ``child.child_config``.  Arguments and errors are those
+        of ``Layers.add_changes``.
         """
         self._require_catalog()
         chain = below.chain if below is not None else ()
         top = chain[-1] if chain else None
-        async with self.pinned(chain), self._pinning() as pin:
+        async with self.pin(chain), self._pinning() as pin:
             yield await self.layer_store.add_changes(changes, below=top, pin=pin, without=without, take=take)
 
     @asynccontextmanager
     async def layer_of_archive(self, archive: AsyncIterable[bytes]) -> AsyncIterator[Layer]:
-        """The same of a tar, on top of nothing.  Raises: as ``Layers.add``."""
+        """Make a bottom layer of a tar, and keep it while the block runs.  Raises: as ``Layers.add``."""
         self._require_catalog()
         async with self._pinning() as pin:
             yield await self.layer_store.add_archive(archive, pin=pin)
 
     @asynccontextmanager
     async def _pinning(self) -> AsyncIterator[Callable[[Digest], None]]:
-        """Gives what pins a layer that is not known before, as long as the block runs."""
+        """Yield a function that pins a layer until the end of the block, as soon as its id is known."""
         pinned: list[Digest] = []
 
         def pin(chain_id: Digest) -> None:
             pinned.append(chain_id)
             self._pinned[chain_id] += 1
 
-        async with self.pinned(pinned):
+        async with self.pin(pinned):
             yield pin
 
     @asynccontextmanager
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:
-        """A directory that exists as long as the block runs.  Raises: Unavailable: no image can be added now."""
+        """Provide a directory while the block runs.  Raises: Unavailable: no image can be added now."""
         self._require_catalog()
-        # Not in a thread: a cancelled caller would leave it behind.
+        # Not in a thread: a cancelled caller would leave the directory behind.
         path = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.scratch))
         try:
             yield path
@@ -399,13 +397,13 @@ class LocalImages:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _set_aside(self) -> None:
-        """What earlier processes did not finish may be large: it is removed once everything else runs."""
+        """Move aside unfinished work of earlier processes.  It may be large, and is removed later (``settle``)."""
         for directory in (self.scratch, self.contexts):
             try:
                 if directory.exists():
                     directory.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
             except OSError as error:
-                log_error(error, "leftovers of images not set aside", directory=str(directory))
+                log_error(error, "leftover image files not moved aside", directory=str(directory))
 
     async def _read_or_report(self) -> None:
         try:
@@ -418,7 +416,7 @@ class LocalImages:
         self._report(self._problem())
 
     def _problem(self) -> str:
-        """What is wrong with the images, and what to do about it; empty: nothing."""
+        """Return the problem of the images and its fix.  Empty without one."""
         if self.error or not self._damaged:
             return self.error
         id, damage = min(self._damaged.items())
@@ -434,7 +432,7 @@ class LocalImages:
         )
 
     def _read(self) -> None:
-        """Read all that can be read.  Raises: OSError: not all can."""
+        """Read everything that can be read.  Raises: OSError: some files cannot be read now."""
         unread: OSError | None = None
         for directory in (self._root, self._root / "configs", self.scratch):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -457,17 +455,17 @@ class LocalImages:
             raise unread
 
     def _read_image(self, file: Path, *, layers_are_known: bool) -> OSError | None:
-        """Read an image's configuration; gives the error if it has to be read again later."""
+        """Read an image's configuration.  Return the error if it has to be read again later."""
         id = Digest(f"sha256:{file.name}")
         if not is_digest(id):
-            log.warning("file that is no image's is ignored", file=str(file))
+            log.warning("unknown file ignored", file=str(file))
             return None
         config = None
         try:
             config = _read_config(file, id)
             if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
                 raise InvalidArgument("a layer is missing")
-        except Exception as error:  # whatever it is, it is one image
+        except Exception as error:  # whatever the error is, it concerns one image
             if isinstance(error, OSError) and not is_no_file(error):
                 log_error(error, "image not read yet", image=id)
                 return error
@@ -485,7 +483,7 @@ class LocalImages:
         return (parse_reference(text) for text, id in self._catalog.references.items() if id == image_id)
 
     def _index(self) -> None:
-        """Make the images anew from configurations and catalog."""
+        """Rebuild the images from configurations and catalog."""
         references: dict[str, list[Reference]] = {}
         for text, id in self._catalog.references.items():
             references.setdefault(id, []).append(parse_reference(text))
@@ -516,7 +514,7 @@ class LocalImages:
         return found[0] if len(found) == 1 else None
 
     async def _put(self, catalog: Catalog) -> None:
-        """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: it could not be read."""
+        """Write the catalog, then use it.  Requires ``_writing``.  Raises: Unavailable: it could not be read."""
         self._require_catalog()
         self._is_written = False
         await self._replace(self._root / "catalog.json", msgspec.json.encode(catalog))
@@ -525,17 +523,17 @@ class LocalImages:
         self._index()
 
     async def _replace(self, file: Path, content: bytes) -> None:
-        """Under ``_writing``, which a caller that is cancelled holds until the file is written."""
+        """Replace a file.  Requires ``_writing``, which a cancelled caller holds until the file is written."""
         await run_to_end(asyncio.to_thread(replace_file, file, content))
 
     def _require_catalog(self) -> None:
-        """What is in the file must not be lost by writing it anew."""
+        """Raise Unavailable while the catalog is not read.  Writing it would lose the contents of its file."""
         if not self._knows_catalog:
             raise Unavailable(self.error)
 
     @asynccontextmanager
     async def _undone_on_error(self, id: Digest) -> AsyncIterator[None]:
-        """An image that is being added is not there at all if it does not get its names.  Under ``_writing``."""
+        """Remove an image that is being added if the block fails, so that it has no names.  Requires ``_writing``."""
         is_new, damage = id not in self._configs, self._damaged.get(id)
         try:
             yield
@@ -552,34 +550,34 @@ class LocalImages:
     async def _discard(
         self, references: Collection[Reference], image_ids: Collection[str], in_use: InUse
     ) -> None:
-        """Take away what ``removal`` decided, but layers of images ``in_use``.  Under ``_writing``."""
-        # Retired first: a container that is being created is among the users by now, or does not find the image.
+        """Remove the names and images chosen by ``removal``, except layers ``in_use``.  Requires ``_writing``."""
+        # Retire images first: a container under creation is either among the users by now, or does not find the image.
         await self._put(without(self._catalog, references, image_ids))
         await self._forget_unused(in_use)
 
     async def _forget_unused(self, in_use: InUse) -> None:
-        """Of what was removed.  Under ``_writing``."""
+        """Delete retired images that are not in use.  Requires ``_writing``."""
         gone: set[str] = set()
         for id in self._catalog.retired - set(in_use()):
             try:
                 await self._forget(id)
                 gone.add(id)
-            except OSError as error:  # it stays retired, or it would be an image again
+            except OSError as error:  # it stays retired; otherwise it would become an image again
                 log_error(error, "removed image not deleted yet", image=id)
         if gone:
             await self._put(msgspec.structs.replace(self._catalog, retired=self._catalog.retired - gone))
 
     async def _forget(self, id: str) -> None:
-        """Delete a configuration.  Under ``_writing``.  Raises: OSError."""
+        """Delete a configuration.  Requires ``_writing``.  Raises: OSError."""
         (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
-        self._configs.pop(id, None)  # before anything is waited for: a pull of it writes its file again
+        self._configs.pop(id, None)  # before the first await: a concurrent pull writes its file again
         self._damaged.pop(id, None)
         self._index()
         self._report(self._problem())
         await discard_tree(self._root / "manifests" / hex_of(id))
 
     async def _collect(self) -> Sequence[Digest]:
-        """Delete the layers that no image has and that are not pinned; their chain ids, top first."""
+        """Delete layers that no image has and that are not pinned.  Return their chain ids, top first."""
         damaged = [one.config for one in self._damaged.values()]
         if self.error or None in damaged:
             return ()
@@ -593,8 +591,8 @@ class LocalImages:
 
 
 def _read_config(file: Path, id: Digest) -> ImageConfig:
-    """Raises: InvalidArgument: it is not the configuration with this digest; OSError."""
+    """Read and verify a configuration.  Raises: InvalidArgument: it does not have this digest; OSError."""
     content = file.read_bytes()
     if digest_of(content) != id:
-        raise InvalidArgument("the content of its configuration has changed")
+        raise InvalidArgument("its configuration does not match its id")
     return parse_config(content)

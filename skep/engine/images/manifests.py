@@ -1,4 +1,4 @@
-"""Manifests and indexes: the documents by which a registry names what an image consists of.
+"""Manifests and indexes: the registry's documents that list the parts of an image.
 
 Source: OCI image-spec, manifest.md, image-index.md; moby, distribution/{registry,pull_v2}.go.
 """
@@ -14,7 +14,7 @@ from skep.errors import InvalidArgument
 
 _PLUGIN = "application/vnd.docker.plugin.v1+json"
 _UNSPECIFIC = frozenset({"", "application/json", "application/octet-stream", "text/html"})
-"""Types that old registries gave to configurations and layers."""
+"""Types that old registries sent for configurations and layers."""
 _CONFIG_TYPES = _UNSPECIFIC | {
     "application/vnd.docker.container.image.v1+json",
     "application/vnd.oci.image.config.v1+json",
@@ -41,7 +41,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def decoded(document: Document) -> Manifest:
-    """The manifest or index in ``document``.  Raises: InvalidArgument."""
+    """Decode the manifest or index in ``document``.  Raises: InvalidArgument."""
     try:
         manifest = msgspec.json.decode(document.content, type=Manifest)
     except NOT_JSON as error:
@@ -55,13 +55,13 @@ def decoded(document: Document) -> Manifest:
 
 
 def require_image(manifest: Manifest) -> None:
-    """Refuse what is no image but a plugin, a chart or the like.
+    """Refuse manifests of plugins, charts and other things than images.
 
     Raises: InvalidArgument: with Docker's texts.
 
     Source: moby, distribution/pull_v2.go (validateMediaType, checkSupportedMediaType).
     """
-    assert manifest.config is not None, "it is no index"
+    assert manifest.config is not None, "it is not an index"
     config_type = manifest.config.media_type
     if manifest.media_type == DOCKER_MANIFEST and config_type not in _CONFIG_TYPES:
         kind = "plugin" if config_type == _PLUGIN else "unknown"

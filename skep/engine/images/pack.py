@@ -1,11 +1,11 @@
-"""The worker that writes a directory tree as a tar: a process of its own, in a chroot.
+"""Worker that writes a directory tree as a tar: a separate process in a chroot.
 
-The tree belongs to a container, which may be running: its names, links and devices are hostile, and change meanwhile.
-Inside the chroot no link leads further than the tree itself.  On a mount without devices, no file that is swapped for a
-device is read.  What else the process gives up is in ``confinement``.
+The tree belongs to a container, which may be running.  Its names, links and devices are hostile, and change meanwhile.
+Inside the chroot, links cannot lead out of the tree.  On a mount without devices, a file that is replaced by a device
+is not read.  ``confinement`` describes the other rights that the process drops.
 
-The module is run by itself: one JSON object of settings as argument, the tar in a file or on stdout, one JSON object of
-results on stderr.
+The module is run on its own: its argument is a JSON object of settings.  The tar is written to a file or stdout, and a
+JSON object with the results to stderr.
 
 Source: moby, pkg/archive/archive.go (FileInfoHeader, addTarFile), changes.go (ExportChanges).
 """
@@ -35,26 +35,27 @@ _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _XATTR_RECORD = "SCHILY.xattr."
 _XATTRS = ("user.", "security.capability", "system.posix_acl_")
-"""Beginnings of the names of extended attributes that are part of a file; others are the machine's."""
+"""Prefixes of extended attributes that are part of a file.  Others belong to the machine."""
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.ESTALE})
-"""What opening gives when an entry was removed, or swapped for something that is not opened."""
+"""Errors of opening an entry that was removed, or replaced by a link or device."""
 
 
 class LimitExceeded(Exception):
-    """The tree is larger than this node takes."""
+    """The tree is larger than this node accepts."""
 
 
 class Refused(Exception):
-    """Something of the tree has no form in a layer."""
+    """An entry of the tree cannot be represented in a layer."""
 
 
 @dataclass
 class Settings:
-    """``root``: the tree.  ``content``: a file that receives the tar, zstd-compressed.
+    """Settings of one run.
 
-    ``is_changes``: the tree is the upper directory of an overlay, and the tar a layer: what was removed is a whiteout.
-    ``without``: paths below the root that are left out; ``removes``: and removed from the tree.
-    ``bytes_max`` bounds the tar, ``entries_max`` the number of its members.
+    ``root``: The tree.  ``content``: File for the tar, zstd-compressed.  ``is_changes``: Whether the tree is the upper
+    directory of an overlay, so that the tar is a layer with whiteouts for removed entries.  ``without``: Paths below
+    the root to leave out.  ``removes``: Whether to remove these paths from the tree.  ``bytes_max``: Largest size of
+    the tar. ``entries_max``: Largest number of its members.
     """
 
     root: str
@@ -67,7 +68,7 @@ class Settings:
 
 
 class Output:
-    """The plain tar: bounded, counted, hashed, compressed."""
+    """Writer of the plain tar: limits, counts, hashes and compresses it."""
 
     def __init__(self, write: Callable[[bytes], object], bytes_max: int) -> None:
         self._write = write
@@ -76,12 +77,12 @@ class Output:
         self.bytes_written = 0
 
     def require(self, size: int) -> None:
-        """Raises: LimitExceeded: ``size`` bytes more are too many."""
+        """Check space for ``size`` more bytes.  Raises: LimitExceeded: they are too many."""
         if self.bytes_written + size > self._bytes_max:
             raise LimitExceeded(f"holds more than {self._bytes_max} bytes")
 
     def write(self, data: bytes) -> None:
-        """Raises: LimitExceeded; OSError."""
+        """Write data.  Raises: LimitExceeded; OSError."""
         self.require(len(data))
         self.bytes_written += len(data)
         self._hash.update(data)
@@ -89,12 +90,12 @@ class Output:
 
     @property
     def digest(self) -> str:
-        """The digest of what was written."""
+        """Digest of the written data."""
         return "sha256:" + self._hash.hexdigest()
 
 
 class Packer:
-    """Writes all that is below ``/`` (of the chroot) as members of one archive."""
+    """Writes everything below ``/`` (of the chroot) as members of one archive."""
 
     def __init__(
         self,
@@ -106,10 +107,10 @@ class Packer:
         mark_of: Callable[[int], int] | None = None,
         prefix: str | None = None,
     ) -> None:
-        """``mark_of``: what overlayfs has noted at a directory (``Helper.mark_of``); None: it is no overlay's.
-
-        ``prefix``: the name of what is packed, and the beginning of all names in it; None: names are the paths below
-        the directory, which itself is no member.
+        """Args:
+        mark_of: Returns overlayfs's mark of a directory (``Helper.mark_of``).  None if it is not an overlay's.
+        prefix: Name of the packed entry, which starts all names in it.  None names members by their paths below the
+            directory, which itself is not a member.
         """
         self._output = output
         self._prefix = prefix
@@ -121,10 +122,10 @@ class Packer:
         self._entries = 0
         self._links: dict[tuple[int, int], str] = {}
         self.size_bytes = 0
-        """Of the files, as Docker counts a layer: every inode that is no directory, once."""
+        """Size of the files as Docker counts a layer: every inode except directories, once."""
 
     def pack(self, directory: str = "/") -> None:
-        """Everything below ``directory``, depth first, and the end of the archive.  Raises: see ``main``."""
+        """Write everything below ``directory``, depth first, and the end of the archive.  Raises: see ``main``."""
         self._top = directory
         pending = [""]
         while pending:
@@ -132,7 +133,7 @@ class Packer:
         self._output.write(bytes(2 * tarfile.BLOCKSIZE))
 
     def pack_file(self, path: str) -> None:
-        """One entry that is no directory, with the name ``prefix``, and the end of the archive."""
+        """Write one entry that is not a directory, with the name ``prefix``, and the end of the archive."""
         parent, name = os.path.split(path)
         descriptor = os.open(parent or "/", os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -142,13 +143,13 @@ class Packer:
         self._output.write(bytes(2 * tarfile.BLOCKSIZE))
 
     def _name(self, path: str) -> str:
-        """The member's name for a path below the directory that is packed."""
+        """Return the member's name for a path below the packed directory."""
         if self._prefix is None:
             return path
         return f"{self._prefix}/{path}" if path else self._prefix or "/"
 
     def _directory(self, path: str) -> list[str]:
-        """Write a directory with its files; gives the directories in it, sorted."""
+        """Write a directory with its files, and return its subdirectories, sorted."""
         try:
             place = f"{self._top}/{path}" if path else self._top
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -162,7 +163,7 @@ class Packer:
             if self._removes:
                 for name in set(names).difference(kept):
                     _remove(name, descriptor)
-            if names and not kept:  # it holds nothing but what is left out
+            if names and not kept:  # the directory holds only left out paths
                 return []
             if path or self._prefix is not None:
                 self._write_directory(path, descriptor)
@@ -187,14 +188,14 @@ class Packer:
         mark = self._mark_of(descriptor) if self._mark_of is not None else 0
         if mark == Helper.MOVED:
             raise Refused(
-                f"/{path}: the directory was moved, which the file system of this node does not keep"
+                f"/{path}: the directory was renamed, and this node's file system does not record renames"
             )
         self._write_header(member)
         if mark == Helper.OPAQUE:
             self._write_header(_whiteout(_joined(path, _OPAQUE), member.mtime))
 
     def _file(self, directory: int, name: str, path: str, status: os.stat_result) -> None:
-        """Write an entry that is no directory."""
+        """Write an entry that is not a directory."""
         mode = status.st_mode
         if self._mark_of is not None:
             if stat.S_ISCHR(mode) and status.st_rdev == 0:
@@ -221,14 +222,14 @@ class Packer:
             member = self._member(path, status, tarfile.CHRTYPE if stat.S_ISCHR(mode) else tarfile.BLKTYPE)
             member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
         else:
-            return  # a socket: it has no form in a tar, and no use without its process
+            return  # a socket cannot be represented in a tar, and is useless without its process
         if not self._is_link(member, status):
             self.size_bytes += status.st_size
         self._write_header(member)
 
     def _regular(self, directory: int, name: str, path: str) -> None:
         try:
-            # A named pipe that took its place is not waited for.
+            # Do not block on a named pipe that replaced the file.
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         except OSError as error:
             if error.errno in _GONE:
@@ -252,7 +253,7 @@ class Packer:
             os.close(descriptor)
 
     def _write_content(self, descriptor: int, size: int) -> None:
-        """``size`` bytes of a file, whatever becomes of it meanwhile: zeros stand for what it lacks."""
+        """Write ``size`` bytes of a file, even if it changes meanwhile.  Missing bytes become zeros."""
         left = size
         while left:
             data = os.read(descriptor, min(left, _CHUNK_BYTES)) or bytes(min(left, _CHUNK_BYTES))
@@ -269,7 +270,7 @@ class Packer:
         return member
 
     def _is_link(self, member: tarfile.TarInfo, status: os.stat_result) -> bool:
-        """Whether the inode was written under another name; ``member`` is a link to that then."""
+        """Return whether the inode was already written under another name, and make ``member`` a link to it."""
         if status.st_nlink < 2:
             return False
         first = self._links.setdefault((status.st_dev, status.st_ino), member.name)
@@ -308,7 +309,7 @@ def _add_xattrs(member: tarfile.TarInfo, descriptor: int) -> None:
     try:
         names = os.listxattr(descriptor)
     except OSError:
-        return  # the file system has none
+        return  # the file system does not support them
     records = {}
     for name in names:
         if name.startswith(_XATTRS):
@@ -319,7 +320,7 @@ def _add_xattrs(member: tarfile.TarInfo, descriptor: int) -> None:
 
 
 def give_up_imports(memory_bytes_max: int = _MEMORY_BYTES_MAX) -> None:
-    """From here on no module is loaded, and memory is bounded."""
+    """Prevent the import of further modules, and limit memory."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes_max, memory_bytes_max))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0)
@@ -353,8 +354,8 @@ def _packed(settings: Settings) -> dict[str, object]:
 
 
 def main() -> None:
-    """Pack the tree as the settings in the first argument say; print the result."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no writer outlives the node process
+    """Pack the tree by the settings in the first argument, and print the result."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the worker must not outlive the node process
     result: dict[str, object]
     try:
         result = _packed(Settings(**json.loads(sys.argv[1])))
@@ -363,7 +364,7 @@ def main() -> None:
     except LimitExceeded as error:
         result = {"error": str(error), "kind": "limit"}
     except MemoryError:
-        result = {"error": "takes more memory to pack than is allowed", "kind": "limit"}
+        result = {"error": "needs more memory to pack than is allowed", "kind": "limit"}
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         result = {"error": f"{where}{(error.strerror or str(error)).lower()}", "kind": "io"}

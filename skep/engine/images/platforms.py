@@ -1,4 +1,4 @@
-"""Platforms: what an image is for, what runs on this machine, and which entry of an index is the best there.
+"""Platforms of images and machines, and the choice of the best entry of an index.
 
 Source: containerd/platforms, {database,compare,platforms}.go; moby, distribution/pull_v2_unix.go (filterManifests).
 """
@@ -34,12 +34,12 @@ _AMD64_LEVELS = (
     {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
     {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
 )
-"""What a processor has, in the kernel's words, from v2 on.  Source: x86-64 psABI; go-archvariant."""
+"""CPU flags of each level from v2 on, with the kernel's names.  Source: x86-64 psABI; go-archvariant."""
 _OFFERED_MAX = 16
 
 
 class Platform(msgspec.Struct, frozen=True):
-    """``os/architecture[/variant]``; the variant counts only where it is given."""
+    """``os/architecture[/variant]``.  The variant may be empty."""
 
     os: str
     architecture: str
@@ -50,13 +50,13 @@ class Platform(msgspec.Struct, frozen=True):
 
 
 def this_platform() -> Platform:
-    """What this machine runs, without a variant."""
+    """Return this machine's platform without a variant."""
     return Platform("linux", normalized(Platform("linux", machine.machine())).architecture)
 
 
 @lru_cache(maxsize=1)
 def best_platform() -> Platform:
-    """What this machine runs at best, with the variant of its processor."""
+    """Return this machine's platform with the variant of its processor."""
     here = normalized(Platform("linux", machine.machine()))
     if here.architecture != "amd64":
         return here
@@ -67,7 +67,7 @@ def best_platform() -> Platform:
 
 
 def amd64_variant(flags: Collection[str]) -> str:
-    """``v2`` to ``v4``, by the flags of a processor; empty for the first."""
+    """Return ``v2`` to ``v4`` by the flags of a processor.  Empty for the first level."""
     level = 1
     for needed in _AMD64_LEVELS:
         if not needed <= set(flags):
@@ -77,7 +77,7 @@ def amd64_variant(flags: Collection[str]) -> str:
 
 
 def normalized(platform: Platform) -> Platform:
-    """In Go's names; without the variant that an architecture begins with, but always with one for ``arm``."""
+    """Return the platform with Go's names.  The baseline variant of an architecture is left out, except for ``arm``."""
     name = platform.architecture.lower()
     architecture, variant = _ALIASES.get(name, (name, ""))
     variant = variant or platform.variant.lower()
@@ -92,7 +92,10 @@ def normalized(platform: Platform) -> Platform:
 
 
 def compatible(wanted: Platform) -> Sequence[Platform]:
-    """What runs where ``wanted`` does, normalized, the best first.  Source: compare.go (platformVector)."""
+    """Return the normalized platforms that run where ``wanted`` does, the best first.
+
+    Source: compare.go (platformVector).
+    """
     wanted = normalized(wanted)
     names = [(wanted.architecture, wanted.variant)]
     level = re.fullmatch(r"v([0-9])(?:\.([0-9]))?", wanted.variant)
@@ -103,14 +106,14 @@ def compatible(wanted: Platform) -> Sequence[Platform]:
         names += [("arm", f"v{one}") for one in range(major - 1, 4, -1)]
     elif wanted.architecture == "arm64":
         names += [("arm64", f"v{major}.{one}") for one in range(minor - 1, -1, -1)]
-        if major == 9:  # each has what the eighth has that came out with it
+        if major == 9:  # v9.N includes v8.(N+5)
             names += [("arm64", f"v8.{one}") for one in range(min(minor + 5, 9), -1, -1)]
         names += [("arm", f"v{one}") for one in range(8, 4, -1)]
     return [normalized(Platform(wanted.os, *name)) for name in names]
 
 
 def parse_platform(text: str) -> Platform:
-    """``text`` as a client writes it; empty: this machine's.  Raises: InvalidArgument."""
+    """Parse a client's platform.  Empty for this machine's.  Raises: InvalidArgument."""
     if not text:
         return this_platform()
     parts = text.lower().split("/")
@@ -129,7 +132,7 @@ def parse_platform(text: str) -> Platform:
 
 
 def require_platform(image: Image, name: str, wanted: Platform) -> None:
-    """Raises: NotFound: ``image``, which the user calls ``name``, is here for another platform.
+    """Check that ``image``, which the user calls ``name``, is for the platform ``wanted``.  Raises: NotFound.
 
     Source: moby, daemon/images/image.go (GetImage, OnlyPlatformWithFallback).
     """
@@ -147,10 +150,12 @@ def require_platform(image: Image, name: str, wanted: Platform) -> None:
 
 
 def choose(manifests: Sequence[Descriptor], wanted: Platform | None = None) -> Descriptor:
-    """The best entry of an index for ``wanted`` (None: this machine); one without a platform where there is no other.
+    """Return the best entry of an index for ``wanted`` (None for this machine).
+
+    An entry without a platform is used if no other fits.
 
     Raises:
-        NotFound: none fits.
+        NotFound: no entry fits.
     """
     ranks: dict[Platform | None, int] = {}
     for one in (*compatible(wanted or best_platform()), None):
@@ -169,12 +174,12 @@ def _platform_of(descriptor: Descriptor) -> Platform | None:
 
 
 def _offered(manifests: Sequence[Descriptor]) -> str:
-    """The platforms of an index, for the error of one without the wanted one; a bounded number of them."""
+    """Return the platforms of an index for an error message, up to a bound."""
     names = dict.fromkeys(
         "/".join(str(word) for word in words)
         for found in (descriptor.platform or {} for descriptor in manifests)
         if (words := [found[key] for key in ("os", "architecture", "variant") if found.get(key)])
-        and found.get("os") != "unknown"  # an attestation beside its image
+        and found.get("os") != "unknown"  # an attestation of an image
     )
     shown = list(names)[:_OFFERED_MAX]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""

@@ -10,7 +10,7 @@ import msgspec
 
 
 class ProgressDetail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How far a transfer has come, in bytes.  ``total`` 0: unknown."""
+    """Bytes of a transfer.  ``total``: 0 if unknown."""
 
     current: int = 0
     total: int = 0
@@ -24,7 +24,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
-    """One line of the stream.  ``id`` names the layer that ``status`` is about."""
+    """One line of the stream.  ``id``: The layer that ``status`` is about."""
 
     stream: str = ""
     status: str = ""
@@ -37,15 +37,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ren
 
 
 Report = Callable[[Message], None]
-"""Takes a message and never waits; its implementation bounds what is pending."""
+"""Receives a message without waiting.  Implementations bound the pending messages."""
 
 
 def quiet(_: Message) -> None:
-    """A ``Report`` that discards messages."""
+    """Discard messages.  A ``Report``."""
 
 
 def transfer(id: str, status: str, current: int, total: int) -> Message:
-    """A layer on its way: ``status`` is Downloading, Extracting or Loading layer."""
+    """Return the message of a layer's transfer.  ``status``: Downloading, Extracting or Loading layer."""
     return Message(
         id=id,
         status=status,
@@ -55,12 +55,12 @@ def transfer(id: str, status: str, current: int, total: int) -> Message:
 
 
 def step(id: str, status: str) -> Message:
-    """A layer that has come to a new step.  Docker sends an empty detail with it."""
+    """Return the message of a layer's new state.  Docker sends an empty detail with it."""
     return Message(id=id, status=status, progress_detail=ProgressDetail())
 
 
 def failure(message: str, code: int = 0) -> Message:
-    """The last line of a stream that failed.  ``code``: of the command that did; 0: it was none."""
+    """Return the last line of a failed stream.  ``code``: Exit code of the failed command.  0 without one."""
     return Message(error_detail=ErrorDetail(code=code, message=message), error=message)
 
 
@@ -78,7 +78,7 @@ def _bar(current: int, total: int) -> str:
 
 
 def _human(size_bytes: float) -> str:
-    """Four significant digits in decimal units.  Source: docker/go-units, size.go."""
+    """Return four significant digits in decimal units.  Source: docker/go-units, size.go."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while size_bytes >= 1000 and len(units) > 1:
         size_bytes /= 1000

@@ -1,8 +1,8 @@
-"""``docker pull``: a reference becomes an image.
+"""``docker pull``: fetches an image.
 
-Manifest, configuration and layers are each checked against the digest that names them before anything is unpacked;
-layers come in parallel, broken transfers go on where they broke.  Simultaneous pulls of one reference share
-the work of the first.
+Manifest, configuration and layers are each verified against their digests before anything is unpacked.  Layers are
+downloaded in parallel, and broken transfers resume where they stopped.  Simultaneous pulls of one reference share the
+work of the first.
 
 Source: moby 20.10, distribution/pull_v2.go, distribution/xfer/download.go.
 """
@@ -54,10 +54,10 @@ _REPORT_BYTES = 512 << 10
 
 
 class Repository(Protocol):
-    """Where an image comes from: a registry's repository, or the nodes that have it (``spreading.Spread``)."""
+    """Source of an image: a registry's repository, or the nodes that have it (``spreading.Spread``)."""
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """The manifest or index that ``target`` (a tag or a digest) names; one named by a digest has this digest.
+        """Return the manifest or index for ``target``, a tag or a digest.  One for a digest is verified.
 
         Raises: NotFound, PermissionDenied, InvalidArgument, RegistryError.
         """
@@ -65,17 +65,21 @@ class Repository(Protocol):
     def blob(
         self, digest: str, start: int = 0
     ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
-        """A blob's bytes from ``start`` on: the offset they really begin at, and the pieces, not verified.
+        """Stream a blob's bytes from ``start`` on: yields the actual start offset, and the pieces, which are not
+        verified.
 
         Raises: NotFound, PermissionDenied, RegistryError.
         """
 
     def mistrust(self, digest: str) -> bool:
-        """The blob that was sent last for ``digest`` is not what it names; whether another source may have it."""
+        """Reject the last blob sent for ``digest``, since it does not match.
+
+        Return whether another source may have it.
+        """
 
 
 class WrongBlob(InvalidArgument):
-    """A blob is not what its digest names."""
+    """A blob does not match its digest."""
 
 
 async def pull(
@@ -87,7 +91,7 @@ async def pull(
     *,
     platform: str = "",
 ) -> Image:
-    """Fetch what ``reference`` (with a tag or digest) names.  Raises: as ``ImageStore.pull``."""
+    """Pull the image ``reference``, which has a tag or digest.  Raises: as ``ImageStore.pull``."""
     parse_platform(platform)
     async with _lock(_pulls, (images, reference)):
         return await at_endpoints(
@@ -107,9 +111,9 @@ async def pull_from_nodes(
     platform: str = "",
     only_own: bool = False,
 ) -> Image:
-    """Fetch what ``reference`` names from the nodes of the cluster.
+    """Pull the image ``reference`` from the nodes of the cluster.
 
-    ``only_own``: see ``spreading.Spread``.  Raises: as ``ImageStore.pull``.
+    ``only_own``: See ``spreading.Spread``.  Raises: as ``ImageStore.pull``.
     """
     repository = nodes.repository(reference, only_own=only_own)
     async with _lock(_pulls, (images, reference)), repository as found:
@@ -119,14 +123,14 @@ async def pull_from_nodes(
 async def pull_from(
     images: LocalImages, repository: Repository, reference: Reference, report: Report, *, platform: str = ""
 ) -> Image:
-    """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``.
+    """Pull the image ``reference`` from ``repository``.  Raises: as ``ImageStore.pull``.
 
-    An image that is for one platform only is taken for whatever ``platform``, with a warning.
+    An image for a single platform is accepted whatever ``platform`` is, with a warning.
 
     Source: moby, daemon/images/image_pull.go (PullImage).
     """
     wanted = parse_platform(platform) if platform else None
-    document = await attempted(
+    document = await run_with_retries(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
     )
     report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
@@ -145,7 +149,7 @@ async def pull_from(
     if wanted is not None and not is_index:
         try:
             require_platform(image, reference.familiar, wanted)
-        except NotFound as error:  # as in Docker, no more than a warning: the registry has no other
+        except NotFound as error:  # only a warning, as in Docker: the registry has no other image
             report(Message(status=f"WARNING: {error}"))
     return image
 
@@ -153,7 +157,7 @@ async def pull_from(
 async def tags(
     policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
 ) -> Sequence[str]:
-    """All tags of a repository.  Raises: NotFound, RegistryError."""
+    """Return all tags of a repository.  Raises: NotFound, RegistryError."""
     return await at_endpoints(
         policy, reference, credentials, lambda repository: repository.tags(limits.manifest_bytes_max)
     )
@@ -162,7 +166,7 @@ async def tags(
 async def inspect(
     policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
 ) -> Mapping[str, Any]:
-    """The registry's description of ``reference``: digest and platforms, as ``GET /distribution`` shows them.
+    """Return the registry's description of ``reference``: digest and platforms, as ``GET /distribution`` shows them.
 
     Raises: NotFound, PermissionDenied, RegistryError.
     """
@@ -170,12 +174,12 @@ async def inspect(
         policy,
         reference,
         credentials,
-        lambda repository: _inspected(repository, reference, limits.manifest_bytes_max),
+        lambda repository: _inspect(repository, reference, limits.manifest_bytes_max),
     )
 
 
 async def small_blob(repository: Repository, digest: str, bytes_max: int) -> bytes:
-    """Return a blob that fits into memory.  Raises: InvalidArgument: it is larger, or another one; as ``blob``."""
+    """Return a blob that fits into memory.  Raises: InvalidArgument: it is larger, or does not match; as ``blob``."""
     async with repository.blob(digest) as (_, pieces):
         content = await _whole(pieces, bytes_max)
     if digest_of(content) != digest:
@@ -186,7 +190,7 @@ async def small_blob(repository: Repository, digest: str, bytes_max: int) -> byt
 async def fetch_layer(
     images: LocalImages, repository: Repository, descriptor: Descriptor, chain_id: Digest, diff_id: str
 ) -> None:
-    """Fetch one layer into the store, unless it is there.  Its chain is pinned by the caller.
+    """Fetch one layer into the store, unless it is there.  The caller pins its chain.
 
     Raises: InvalidArgument: it is not the layer ``diff_id``; UnpackFailed; as ``Repository.blob``.
     """
@@ -200,10 +204,10 @@ async def fetch_layer(
             images.arriving.discard(descriptor.digest)
 
 
-async def _inspected(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
+async def _inspect(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
     try:
         document = await repository.manifest(reference.digest or reference.tag, bytes_max)
-    except Denied as error:  # still as one: other credentials may do
+    except Denied as error:  # keep the type, so that the caller tries other credentials
         raise Denied(error.cause, error.cause) from error
     except Absent as error:
         raise NotFound(error.cause) from error
@@ -217,7 +221,7 @@ async def _inspected(repository: Repository, reference: Reference, bytes_max: in
 
 
 async def inspect_here(images: LocalImages, reference: Reference) -> Mapping[str, Any] | None:
-    """The same of an image that is here, by what its registry sent with it; None: it has sent nothing."""
+    """Return the description of an image on this node, from its registry's documents.  None without them."""
     image = images.resolve(str(reference))
     digests = {one.digest for one in image.digests if one.name == reference.name} if image is not None else ()
     if image is None or not digests:
@@ -257,9 +261,9 @@ async def _whole(pieces: AsyncIterator[bytes], bytes_max: int) -> bytes:
 _Locks: TypeAlias = WeakValueDictionary[tuple[LocalImages, K], asyncio.Lock]
 
 _pulls: _Locks[Reference] = WeakValueDictionary()
-"""One lock per reference being pulled; it lives as long as it is held or awaited."""
+"""One lock for each reference that is being pulled.  It lives as long as it is held or awaited."""
 _layers: _Locks[Digest] = WeakValueDictionary()
-"""Likewise per layer being downloaded, by chain id."""
+"""One lock for each layer that is being downloaded, by chain id."""
 
 
 def _lock(locks: _Locks[K], key: tuple[LocalImages, K]) -> asyncio.Lock:
@@ -270,7 +274,7 @@ def _lock(locks: _Locks[K], key: tuple[LocalImages, K]) -> asyncio.Lock:
 
 
 def _names(reference: Reference, document: Document) -> Sequence[Reference]:
-    """What the image is called after the pull: its tag, and its repository at the manifest's digest."""
+    """Return the image's references after the pull: its tag, and its repository at the manifest's digest."""
     if not document.is_of_registry:
         return (reference,)
     at_digest = reference.with_digest(document.digest)
@@ -280,15 +284,15 @@ def _names(reference: Reference, document: Document) -> Sequence[Reference]:
 async def _for_platform(
     repository: Repository, document: Document, wanted: Platform | None, bytes_max: int
 ) -> tuple[Manifest, Sequence[bytes]]:
-    """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them.
+    """Return the manifest in ``document``, or the one for ``wanted`` if it is an index, and the bytes of all documents.
 
-    ``wanted`` None: the best for this machine.
+    ``wanted``: None for the best platform of this machine.
     """
     manifest = decoded(document)
     if manifest.manifests is None:
         return manifest, (document.content,)
     digest = parse_digest(choose(manifest.manifests, wanted).digest)
-    found = await attempted(lambda: repository.manifest(digest, bytes_max))
+    found = await run_with_retries(lambda: repository.manifest(digest, bytes_max))
     chosen = decoded(found)
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: an index within an index")
@@ -327,15 +331,15 @@ async def _pull_blobs(
     config = parse_config(content)
     if len(config.diff_ids) != len(manifest.layers):
         raise InvalidArgument(_MISMATCH)
-    async with images.pinned(chain_ids(config.diff_ids)):
+    async with images.pin(chain_ids(config.diff_ids)):
         await _pull_layers(images, repository, manifest, config, directory, report)
         return await images.add(content, names, is_fetched=True)
 
 
 def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:
-    """Refuse an image before its first byte, if its declared sizes do not fit.
+    """Refuse an image before its first byte if its declared sizes do not fit.  Raises: UnpackFailed.
 
-    What is not here takes as much again unpacked, at least.  Raises: UnpackFailed.
+    Unpacked, missing layers take at least the same space again.
     """
     missing = [
         max(descriptor.size, 0)
@@ -363,7 +367,7 @@ async def _pull_layers(
 
     async def layer(number: int, descriptor: Descriptor, chain_id: Digest, diff_id: str) -> None:
         id = short(descriptor.digest)
-        # Of two images that are pulled at once and share the layer, the second waits for the download of the first.
+        # If two simultaneous pulls share the layer, the second waits for the download of the first.
         async with _lock(_layers, (images, chain_id)):
             if images.layer_store.get(chain_id) is not None:
                 report(step(id, "Already exists"))
@@ -380,7 +384,7 @@ async def _pull_layers(
                 images.arriving.discard(descriptor.digest)
 
     chain = chain_ids(config.diff_ids)
-    with first_alone(SkepError):  # the others follow from it or are the same
+    with first_alone(SkepError):  # later errors follow from the first, or are the same
         async with asyncio.TaskGroup() as group:
             for number, (descriptor, chain_id, diff_id) in enumerate(
                 zip(manifest.layers, chain, config.diff_ids, strict=True)
@@ -423,16 +427,16 @@ async def _fetched_config(
 async def _download(
     repository: Repository, images: LocalImages, descriptor: Descriptor, path: Path, report: Report
 ) -> Path:
-    """The blob's bytes in a file, checked.
+    """Download a blob to a file and verify it.
 
-    What was put together of several responses and is wrong is fetched once more from its begin, as in Docker.
+    A mismatch after a resumed download is downloaded again from the start, as in Docker.
 
-    Raises: InvalidArgument: they are not what the digest names; UnpackFailed: there is no space for them.
+    Raises: InvalidArgument: the bytes do not match the digest; UnpackFailed: there is no space for them.
     """
     digest = parse_digest(descriptor.digest)
     may_begin_again, is_resumed = True, False
 
-    async def transferred() -> None:
+    async def resume() -> None:
         nonlocal is_resumed
         is_resumed = file.seek(0, os.SEEK_END) > 0
         await _transfer(repository, images, descriptor, file, report)
@@ -441,7 +445,7 @@ async def _download(
         await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
         while True:
             try:
-                await attempted(transferred)
+                await run_with_retries(resume)
                 report(step(short(digest), "Verifying Checksum"))
                 if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
                     return path
@@ -457,14 +461,14 @@ async def _download(
 async def _transfer(
     repository: Repository, images: LocalImages, descriptor: Descriptor, file: BinaryIO, report: Report
 ) -> None:
-    """Append what is still missing."""
+    """Append the missing bytes."""
     id = short(descriptor.digest)
     present = file.seek(0, os.SEEK_END)
-    if present == descriptor.size > 0:  # it broke after the last byte, and no range begins there
+    if present == descriptor.size > 0:  # the transfer broke after the last byte, where no range starts
         return
     async with repository.blob(descriptor.digest, start=present) as (start, pieces):
         images.arriving.add(descriptor.digest)
-        if start < present:  # to cut nothing off would give back what is reserved
+        if start < present:  # truncating to the present size would release the reserved space
             file.truncate(start)
         written = reported = file.seek(start)
         async for piece in pieces:
@@ -481,9 +485,9 @@ async def _transfer(
 
 
 def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
-    """Have the file system keep ``size`` bytes for ``file``, so that no other download counts on them.
+    """Reserve ``size`` bytes of the file system for ``file``, which other downloads then cannot use.
 
-    Raises: InvalidArgument: no blob has such a size; UnpackFailed: there is no space.
+    Raises: InvalidArgument: the size is negative; UnpackFailed: there is no space.
     """
     if size < 0:
         raise InvalidArgument(f"invalid manifest: a blob of {size} bytes")
@@ -495,13 +499,13 @@ def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UnpackFailed(f"{directory}: no space left on device") from error
-        # A file system that cannot: then another download may be faster.
+        # The file system does not support reservations, so another download may take the space first.
 
 
-async def attempted(action: Callable[[], Awaitable[T]]) -> T:
-    """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait.
+async def run_with_retries(action: Callable[[], Awaitable[T]]) -> T:
+    """Run ``action``, and retry network failures after increasing, jittered waits.
 
-    Where the registry names a time to wait, not before that.
+    If the registry names a waiting time, the next attempt is not earlier.
     """
     backoff = Backoff(_BACKOFF_S)
     for attempt in range(_ATTEMPTS):

@@ -1,8 +1,8 @@
-"""``docker push``: images of this node become images of a registry.
+"""``docker push``: sends images to a registry.
 
-A layer goes up once, whatever number of tags has it, and not at all where the registry has it already.  An image that
-was pulled is pushed by the manifest it came with, so its digest stays; of any other one a manifest of schema 2 is made,
-as Docker makes it.  The manifest goes last, after everything it names: a push that is cut leaves no tag.
+A layer is sent once, however many tags have it, and not at all if the registry has it already.  A pulled image is
+pushed with its original manifest, so its digest stays the same.  For other images a manifest of schema 2 is made as in
+Docker.  The manifest is sent last, after everything that it names, so an interrupted push leaves no tag.
 
 Source: moby 20.10, distribution/{push,push_v2}.go, distribution/xfer/upload.go.
 """
@@ -23,7 +23,7 @@ from skep.engine.images.layers import Blob
 from skep.engine.images.local import LocalImages
 from skep.engine.images.manifests import Manifest, decoded
 from skep.engine.images.progress import Message, Report, step, transfer
-from skep.engine.images.pulling import attempted
+from skep.engine.images.pulling import run_with_retries
 from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import NOT_JSON
 from skep.engine.images.registry import (
@@ -58,12 +58,12 @@ _ZSTD_TYPE = "application/vnd.oci.image.layer.v1.tar+zstd"
 async def push(
     images: LocalImages, policy: Policy, reference: Reference, credentials: Credentials, report: Report
 ) -> None:
-    """Send the image that ``reference`` names to its registry; without a tag: all tags of the repository.
+    """Push the image ``reference`` to its registry.  Without a tag, push all tags of the repository.
 
     Raises:
         NotFound: there is no such image here.
-        InvalidArgument: a digest is no name to push to; the registry stored something else.
-        Refused, PermissionDenied: the registry does not take it.
+        InvalidArgument: the reference has a digest, or the registry stored something else.
+        Refused, PermissionDenied: the registry does not accept it.
         RegistryError: it cannot be reached.
     """
     name = reference.familiar_name
@@ -94,7 +94,7 @@ async def push(
     try:
         async with AsyncExitStack() as stack:
             for tag in wanted:
-                await stack.enter_async_context(images.pinned(tags[tag].chain))
+                await stack.enter_async_context(images.pin(tags[tag].chain))
             await at_endpoints(policy, reference.repository, credentials, send_all, to_push=True)
     except NoCredentials as error:
         raise Refused(error.cause) from error
@@ -111,15 +111,15 @@ class _Push:
         self._report = report
         self._slots = asyncio.Semaphore(_UPLOADS_MAX)
         self._pushed: dict[str, Blob] = {}
-        """Layers that the registry has, by the digest of their plain tar."""
+        """Layers that the registry has, by digest of their plain tars."""
 
     async def tag(self, tag: Reference, image: Image) -> None:
-        """Send what is missing of ``image``, then its manifest under ``tag``."""
+        """Send the missing blobs of ``image``, then its manifest under ``tag``."""
         config = await asyncio.to_thread(self._images.config_file(image).read_bytes)
         layers = dict(zip(image.config.diff_ids, image.chain, strict=True))
         for diff_id in reversed(layers):
             self._report(step(short(diff_id), "Preparing"))
-        with first_alone(SkepError):  # the others follow from it or are the same
+        with first_alone(SkepError):  # later errors follow from the first, or are the same
             async with asyncio.TaskGroup() as group:
                 for diff_id, chain_id in reversed(layers.items()):
                     group.create_task(self._layer(diff_id, chain_id), name=f"push-{short(diff_id)}")
@@ -152,9 +152,9 @@ class _Push:
         self._pushed[diff_id] = blob
 
     async def _blob(self, upload: Upload, id: str = "") -> str:
-        """Have the registry take a blob that it lacks; gives the words for what was done.
+        """Send a blob unless the registry has it.  Return the text for the progress.
 
-        Of two pushes of the same blob at once the second finds what the first has sent.
+        Of two simultaneous pushes of one blob, the second finds the first one's upload.
         """
         reported = 0
 
@@ -174,14 +174,14 @@ class _Push:
         if lock is None:
             lock = _blobs[key] = asyncio.Lock()
         async with lock:
-            if await attempted(lambda: has_blob(self._repository, upload.digest, upload.size)):
+            if await run_with_retries(lambda: has_blob(self._repository, upload.digest, upload.size)):
                 return "Layer already exists"
             mounted = await send(self._repository, upload, sent, waiting)
         return f"Mounted from {mounted}" if mounted else "Pushed"
 
 
 async def put_manifest(repository: Repository, tag: Reference, manifest: Document) -> None:
-    """Give a manifest, whose blobs are there, to a registry under a tag.  Raises: Refused, RegistryError."""
+    """Send a manifest whose blobs are there, under a tag.  Raises: Refused, RegistryError."""
 
     async def put() -> None:
         async with repository.request(
@@ -194,17 +194,18 @@ async def put_manifest(repository: Repository, tag: Reference, manifest: Documen
             await check(response)
             require_digest(response, manifest.digest)
 
-    await attempted(put)
+    await run_with_retries(put)
 
 
 _blobs: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-"""One lock per blob and repository being pushed; it lives as long as it is held or awaited."""
+"""One lock for each blob and repository in a push.  It lives as long as it is held or awaited."""
 
 
 def mount_sources(images: Sequence[Image], target: Reference, chain_id: str) -> Sequence[str]:
-    """Paths of other repositories of the same registry that have the layer: those that an image with it is known by.
+    """Return paths of other repositories of the same registry that have the layer.
 
-    An image has a digest in a repository when it was pulled from there or pushed to it.
+    These are the repositories of images with the layer.  An image has a digest in a repository if it was pulled from
+    there or pushed to it.
     """
     paths = {
         one.path
@@ -217,7 +218,7 @@ def mount_sources(images: Sequence[Image], target: Reference, chain_id: str) -> 
 
 
 def _manifest_for(images: LocalImages, image: Image, config: bytes, blobs: Sequence[Blob]) -> Document:
-    """The manifest that the image was pulled by, if it names these blobs; else one of schema 2.  Blocks."""
+    """Return the image's original manifest if it names these blobs, or else one of schema 2.  Blocks."""
     for content in images.documents(image):
         kept = _kept(content)
         if (
@@ -228,7 +229,7 @@ def _manifest_for(images: LocalImages, image: Image, config: bytes, blobs: Seque
         ):
             return Document(content, kept.media_type or OCI_MANIFEST)
     are_zstd = [_begins_with(blob, _ZSTD) for blob in blobs]
-    kind = OCI_MANIFEST if any(are_zstd) else DOCKER_MANIFEST  # schema 2 has no word for zstd
+    kind = OCI_MANIFEST if any(are_zstd) else DOCKER_MANIFEST  # schema 2 has no media type for zstd
     layers = [
         _descriptor(_ZSTD_TYPE if is_zstd else _LAYER_TYPES[kind], blob.size, blob.digest)
         for blob, is_zstd in zip(blobs, are_zstd, strict=True)
@@ -239,7 +240,7 @@ def _manifest_for(images: LocalImages, image: Image, config: bytes, blobs: Seque
         "config": _descriptor(_CONFIG_TYPES[kind], len(config), digest_of(config)),
         "layers": layers,
     }
-    # Indented by three, as by Docker: an image that both push has one digest.
+    # Indented by three as in Docker, so that an image pushed by both has one digest.
     return Document(msgspec.json.format(msgspec.json.encode(document), indent=3), kind)
 
 

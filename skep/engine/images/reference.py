@@ -1,8 +1,8 @@
-"""Image references: ``busybox``, ``registry:5000/team/app:1.2@sha256:...``, parsed as Docker parses them.
+"""Image references: ``busybox``, ``registry:5000/team/app:1.2@sha256:...``, parsed as in Docker.
 
-A reference that a user types is *familiar* (``busybox``); inside it is *normalized*
-(``docker.io/library/busybox``).  Grammar, rules and error texts follow Docker's library; a property test
-holds that what is parsed prints as something that parses to the same.
+A reference as a user types it is *familiar* (``busybox``).  Internally it is *normalized*
+(``docker.io/library/busybox``).  Grammar, rules and error texts follow Docker's library.  A property test checks that a
+printed reference parses to the same one.
 
 Source: distribution/reference, regexp.go (grammar), reference.go (Parse), normalize.go (the familiar form).
 """
@@ -35,7 +35,7 @@ _TAG_ONLY = re.compile(_TAG, re.ASCII)
 
 
 class Reference(msgspec.Struct, frozen=True, order=True):
-    """A normalized reference.  ``tag`` and ``digest`` are empty where the user gave none."""
+    """Normalized reference.  ``tag`` and ``digest`` are empty if unset."""
 
     domain: str
     path: str
@@ -44,12 +44,12 @@ class Reference(msgspec.Struct, frozen=True, order=True):
 
     @property
     def name(self) -> str:
-        """Domain and path: the repository."""
+        """Repository: domain and path."""
         return f"{self.domain}/{self.path}"
 
     @property
     def familiar_name(self) -> str:
-        """The repository as a user writes it."""
+        """Repository as a user writes it."""
         if self.domain != DEFAULT_DOMAIN:
             return self.name
         official = self.path.removeprefix(_OFFICIAL_PREFIX)
@@ -57,7 +57,7 @@ class Reference(msgspec.Struct, frozen=True, order=True):
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """How the spec of a service may name the image.  A digest stands for every name with it."""
+        """Names by which a service's spec may refer to the image.  A digest stands for every name with it."""
         found = [self.familiar, str(self)]
         if self.tag == DEFAULT_TAG and not self.digest:
             found += [self.familiar_name, self.name]
@@ -67,34 +67,34 @@ class Reference(msgspec.Struct, frozen=True, order=True):
 
     @property
     def familiar(self) -> str:
-        """The whole reference as a user writes it."""
+        """Whole reference as a user writes it."""
         return self.familiar_name + self._suffix
 
     @property
     def is_name_only(self) -> bool:
-        """Whether it has neither tag nor digest, and so means all tags of a repository."""
+        """Whether it has neither tag nor digest, and so stands for all tags of a repository."""
         return not self.tag and not self.digest
 
     def __str__(self) -> str:
         return self.name + self._suffix
 
     def with_default_tag(self) -> "Reference":
-        """With ``latest`` where neither tag nor digest is given."""
+        """Return the reference with ``latest`` if it has neither tag nor digest."""
         return msgspec.structs.replace(self, tag=DEFAULT_TAG) if self.is_name_only else self
 
     def with_tag(self, tag: str) -> "Reference":
-        """With ``tag`` in place of the present one.  Raises: InvalidArgument: it is no tag."""
+        """Return the reference with another tag.  Raises: InvalidArgument: it is not a valid tag."""
         if not _TAG_ONLY.fullmatch(tag):
             raise InvalidArgument("invalid tag format")
         return msgspec.structs.replace(self, tag=tag)
 
     def with_digest(self, digest: str) -> "Reference":
-        """The repository at ``digest``, without a tag.  Raises: InvalidArgument: it is no digest."""
+        """Return the repository at ``digest``, without a tag.  Raises: InvalidArgument: it is not a digest."""
         return Reference(self.domain, self.path, digest=parse_digest(digest))
 
     @property
     def repository(self) -> "Reference":
-        """Without tag and digest."""
+        """The reference without tag and digest."""
         return Reference(self.domain, self.path)
 
     @property
@@ -103,7 +103,7 @@ class Reference(msgspec.Struct, frozen=True, order=True):
 
 
 def parse_reference(text: str) -> Reference:
-    """What a user typed, normalized.
+    """Parse a user's reference and normalize it.
 
     Raises:
         InvalidArgument: with Docker's words ("invalid reference format", "... must be lowercase").
@@ -126,7 +126,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def parse_any(text: str) -> Reference | Digest:
-    """A reference, or the digest that a full image id or ``sha256:...`` names.
+    """Parse a reference, or a digest from a full image id or ``sha256:...``.
 
     Raises:
         InvalidArgument: it is neither.
@@ -139,7 +139,7 @@ def parse_any(text: str) -> Reference | Digest:
 
 
 def matches(pattern: str, reference: Reference) -> bool:
-    """Whether a ``reference=`` filter selects ``reference``: a shell pattern on its name or all of it.
+    """Return whether a ``reference=`` filter selects ``reference``: a shell pattern for its name or all of it.
 
     Raises:
         InvalidArgument: the pattern is malformed.
@@ -152,14 +152,13 @@ def matches(pattern: str, reference: Reference) -> bool:
 
 @lru_cache(maxsize=64)
 def _glob(pattern: str) -> re.Pattern[str]:
-    """A shell pattern as Go's ``path.Match`` reads it: ``*`` and ``?`` do not cross a slash."""
+    """Compile a shell pattern as Go's ``path.Match`` reads it: ``*`` and ``?`` do not match a slash."""
     pieces = re.findall(r"\\(.)|(\*+)|(\?)|\[(\^?)((?:\\.|[^\]\\])+)\]|([^\[\\])", pattern, re.DOTALL)
     expression, length = "", 0
     for escaped, star, mark, negation, members, plain in pieces:
         if members:
-            inside = "".join(
-                f"\\{char}" if char in "[]^&~|" else char for char in members
-            )  # ranges and escapes keep their meaning
+            # Ranges and escapes keep their meaning.
+            inside = "".join(f"\\{char}" if char in "[]^&~|" else char for char in members)
             expression += f"(?!/)[{negation}{inside}]" if negation else f"[{inside}]"
             length += len(members) + len(negation) + 2
         else:
@@ -174,7 +173,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def _split_domain(text: str) -> tuple[str, str]:
-    """Registry and the rest; what has no dot, no colon and is not localhost is no registry."""
+    """Split off the registry.  The first part is one only with a dot or a colon, or if it is localhost."""
     first, slash, rest = text.partition("/")
     if not slash or (not set(".:") & set(first) and first != "localhost"):
         domain, remainder = DEFAULT_DOMAIN, text

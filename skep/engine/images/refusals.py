@@ -1,4 +1,4 @@
-"""What a registry's response means that is not what was asked for, within bounds.
+"""Error responses of a registry, read within bounds.
 
 Source: OCI distribution-spec (Error codes); RFC 9110, 10.2.3 (Retry-After).
 """
@@ -13,18 +13,18 @@ import msgspec
 from skep.errors import InvalidArgument
 
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding a response raises that is no JSON of the expected shape, or too deep."""
+"""Errors of decoding a response that is not JSON of the expected form, or nested too deeply."""
 _ERROR_BYTES_MAX = 64 << 10
 _RETRY_AFTER_S_MAX = 60.0
 
 
 def status_text(status: int) -> str:
-    """A status as HTTP names it."""
+    """Return a status with HTTP's phrase."""
     return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
 
 
 async def read_bounded(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
-    """The whole response.  Raises: InvalidArgument: it is larger than ``bytes_max``."""
+    """Return the whole response.  Raises: InvalidArgument: it is larger than ``bytes_max``."""
     content = bytearray()
     async for piece in response.content.iter_any():
         content += piece
@@ -39,17 +39,17 @@ _UNEXPLAINED = {
     404: ("MANIFEST_UNKNOWN", "unexpected status 404"),
     429: ("TOOMANYREQUESTS", "too many requests"),
 }
-"""What a response without an error document means; those to HEAD have none."""
+"""Codes and messages for responses without an error document, like those to HEAD."""
 
 
 async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
-    """The code and the text of the registry's error, as Docker's client words it.
+    """Return code and text of the registry's error, with the words of Docker's client.
 
     Source: distribution 2.8, registry/client/errors.go (HandleErrorResponse), registry/api/errcode/errors.go.
     """
     try:
         content = await read_bounded(response, _ERROR_BYTES_MAX)
-    except InvalidArgument:  # no error document is so long: the page of a proxy
+    except InvalidArgument:  # too long for an error document: the page of a proxy
         content = b""
     code, message = _first_error(content, response.status)
     if 'error="insufficient_scope"' in response.headers.get("WWW-Authenticate", ""):
@@ -58,7 +58,7 @@ async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
 
 
 def _first_error(content: bytes, status: int) -> tuple[str, str]:
-    """Code and message of the registry's error document, or something in their place."""
+    """Return code and message of the registry's error document, or a substitute."""
     try:
         document = msgspec.json.decode(content, type=dict[str, Any])
         first = document["errors"][0]
@@ -68,9 +68,9 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
 
 
 def retry_after(response: aiohttp.ClientResponse) -> float:
-    """Seconds that ``Retry-After`` asks for; bounded, since it comes from outside.
+    """Return the seconds of ``Retry-After``.  Bounded, since the registry is not trusted.
 
-    A date counts from the response's own: the clocks of registries are theirs.
+    A date is relative to the response's own date, since the registry's clock may differ.
     """
     value = response.headers.get("Retry-After", "").strip()
     if value.isdecimal():
@@ -78,6 +78,6 @@ def retry_after(response: aiohttp.ClientResponse) -> float:
     try:
         until, sent = (parsedate_to_datetime(date) for date in (value, response.headers.get("Date", "")))
         seconds = (until - sent).total_seconds()
-    except (TypeError, ValueError):  # no dates, or one of them without a zone
+    except (TypeError, ValueError):  # not dates, or one of them has no time zone
         return 0.0
     return min(max(seconds, 0.0), _RETRY_AFTER_S_MAX)

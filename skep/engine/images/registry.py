@@ -1,15 +1,16 @@
-"""A client of the distribution protocol: manifests and blobs of one repository.
+"""Client of the distribution protocol: manifests and blobs of one repository.
 
-A registry that requires authentication responds with 401 and a challenge at first; the response to that, a
-token or a password, is kept for the following requests.  It is for the registry alone: redirects, mostly of
-blobs to another party's store, are followed without it, and a challenge on the other side of one is not answered.
-Credentials that were given for another registry are not used at all.  A challenge may name a token server at another
-host, as Docker Hub's does; a host for which verified TLS is required gets no credentials without it.
-TLS is verified except for registries configured as insecure and those on loopback, and only these are reached without
-TLS; no redirect leads out of it.
+A registry that requires authentication first responds with 401 and a challenge.  The resulting token or password is
+kept for the following requests.  It is for the registry alone.  Redirects, mostly of blobs to another party's store,
+are followed without it, and a challenge from a redirect's target is not answered.  Credentials for another registry are
+not used at all.  A challenge may name a token server at another host, as Docker Hub's does.  A host that requires
+verified TLS gets no credentials without it.
+
+TLS is verified except for registries configured as insecure and those on loopback.  Only these may be reached without
+TLS.  A redirect from TLS to plain HTTP is refused.
 
 Source: OCI distribution-spec; moby 20.10, registry/{config,endpoint_v1,service_v2,auth}.go, distribution/errors.go;
-CVE-2020-15157 (containerd), for what a redirect must not get.
+CVE-2020-15157 (containerd), for the credentials that a redirect must not get.
 """
 
 import base64
@@ -45,25 +46,22 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX))
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS_WITH_BODY = frozenset({307, 308})
-"""Those that mean the same method and content at another place; after the others Go would ask there with GET."""
+"""Redirects that keep method and content.  After the others, Go would send a GET."""
 _REDIRECTS_MAX = 10
-"""As in Go."""
+"""Same limit as in Go."""
 _TOKEN_BYTES_MAX = 1 << 20
 _TAG_PAGES_MAX = 1000
 BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
-"""A blob may take as long as it likes while bytes keep coming."""
+"""A blob may take any time as long as bytes keep coming."""
 SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
-"""Of requests whose response is small."""
+"""Timeout of requests with a small response."""
 
 Content = Callable[[], AsyncIterator[bytes]]
-"""What a request sends, in pieces; called again for each attempt."""
+"""Returns the content of a request in pieces.  It is called for each attempt."""
 
 
 class RegistryError(SkepError):
-    """The registry could not be reached, or answered what it should not.  Worth another attempt.
-
-    ``retry_after_s``: the shortest wait before that, where the registry says one.
-    """
+    """The registry could not be reached, or sent an invalid response.  A retry makes sense after ``retry_after_s``."""
 
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -71,7 +69,7 @@ class RegistryError(SkepError):
 
 
 class NoCredentials(SkepError):
-    """The registry requires a name and a password, and there are none.  ``cause``: Docker's words for that alone."""
+    """The registry requires a name and a password, and there are none.  ``cause``: Docker's words for this alone."""
 
     def __init__(self, request: str) -> None:
         self.cause = "no basic auth credentials"
@@ -83,7 +81,7 @@ class LoginFailed(SkepError):
 
 
 class Absent(NotFound):
-    """The registry has no such image.  ``cause``: its message alone."""
+    """The registry has no such image.  ``cause``: Its message alone."""
 
     def __init__(self, message: str, cause: str) -> None:
         super().__init__(message)
@@ -91,18 +89,18 @@ class Absent(NotFound):
 
 
 class Denied(Absent):
-    """The same text, also for an image that exists for other users: the registry does not distinguish the two."""
+    """The registry denies access, or has no such image: its message is the same in both cases."""
 
 
 class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "")):
-    """What the client sent in ``X-Registry-Auth``.  Never stored, never logged."""
+    """Credentials from ``X-Registry-Auth``.  Never stored, never logged."""
 
     username: str = ""
     password: str = ""
     identity_token: str = ""
     registry_token: str = ""
     server_address: str = ""
-    """Address of the registry that they are for. Empty: the client gave them with the image's name."""
+    """Address of their registry.  Empty if the client sent them with the image's name."""
 
     def for_registry(self, domain: str) -> "Credentials":
         """Return these credentials if they may be sent to the registry ``domain``, else none."""
@@ -114,7 +112,7 @@ class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace(
         return f"Credentials(username={self.username!r})"
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any credentials."""
         return bool(self.username or self.identity_token or self.registry_token)
 
 
@@ -123,10 +121,10 @@ class _Tags(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A manifest or index as the registry sent it.
+    """Manifest or index as the registry sent it.
 
-    ``is_of_registry``: false for one that a node of the cluster made of an image of which it has none from a registry.
-    ``is_own``: nor did the image come from the registry of the requested name: it was built, loaded or tagged there.
+    ``is_of_registry``: False if a node of the cluster made it for an image without a registry's manifest.  ``is_own``:
+    Whether the image did not even come from the registry of the requested name: it was built, loaded or tagged there.
     """
 
     content: bytes
@@ -136,12 +134,12 @@ class Document(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> Digest:
-        """The digest of its bytes, by which a registry addresses it."""
+        """Digest of its bytes, the registry's address for it."""
         return digest_of(self.content)
 
 
 def decode_credentials(header: str) -> Credentials:
-    """The credentials in ``X-Registry-Auth``.  What cannot be read means none, as in Docker."""
+    """Return the credentials in ``X-Registry-Auth``.  An invalid value means none, as in Docker."""
     try:
         return msgspec.convert(decoded_auth(header), Credentials)
     except (ValueError, RecursionError):
@@ -149,7 +147,7 @@ def decode_credentials(header: str) -> Credentials:
 
 
 class Connection:
-    """Requests to one registry with one user's credentials, as long as its session."""
+    """Requests to one registry with one user's credentials, as long as its session lives."""
 
     def __init__(
         self,
@@ -158,7 +156,10 @@ class Connection:
         credentials: Credentials,
         scopes: Sequence[str] = (),
     ) -> None:
-        """``scopes``: of tokens (``repository:name:actions``); none: a token shows the user's identity only."""
+        """``scopes``: Scopes of tokens (``repository:name:actions``).
+
+        Without any, a token only shows the user's identity.
+        """
         self._session = session
         self._endpoint = endpoint
         self._credentials = Credentials() if endpoint.mirror else credentials
@@ -167,28 +168,27 @@ class Connection:
         if self._credentials.registry_token:
             self._authorization = f"Bearer {self._credentials.registry_token}"
         self.identity_token = ""
-        """What the registry's token server gave in place of the password; empty: nothing."""
+        """Token from the registry's token server that replaces the password.  Empty without one."""
 
     async def ping(self) -> None:
-        """Check that a registry responds there, and log in if it requires that.
+        """Check that a registry responds, and log in if it requires that.
 
         Raises: RegistryError; PermissionDenied: it refuses the credentials.
         """
         try:
             async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
                 if response.status not in (200, 401, 404, 429):
-                    # Below 500 it responds, but not to these credentials.
+                    # Below 500 the registry responds, but refuses these credentials.
                     kind = PermissionDenied if self._credentials and response.status < 500 else RegistryError
                     raise kind(f"{response.url}: unexpected status {response.status}")
         except NoCredentials:
-            pass  # it responds; what is asked of it next may need none
+            pass  # the registry responds, and the next request may need no credentials
 
     async def login(self) -> None:
         """Check the credentials.
 
-        Raises:
-            Unauthenticated: the registry's token server refuses them; LoginFailed: the registry does.
-            NoCredentials, RegistryError.
+        Raises: Unauthenticated: the token server refuses them; LoginFailed: the registry does; NoCredentials;
+        RegistryError.
 
         Source: moby 20.10, registry/auth.go (loginV2).
         """
@@ -212,21 +212,20 @@ class Connection:
         timeout: aiohttp.ClientTimeout,
         also: str = "",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response of the registry at ``place`` (a path, or where it said), redirects followed, logged in.
+        """Send a request to ``place`` (a path or URL), log in, follow redirects, and yield the response.
 
-        Args:
-            also: a further scope that the token has to have.
+        ``also``: Additional scope of the token.
 
         Raises:
-            RegistryError: no response; a redirect leads out of TLS, or nowhere.
+            RegistryError: no response; a redirect leaves TLS, or has no target.
             PermissionDenied: the token server refuses the credentials.
-            NoCredentials: a password is wanted, and there is none.
+            NoCredentials: a password is required, and there is none.
         """
         target = URL(self._endpoint.url + place) if isinstance(place, str) else place
         scopes = (*self._scopes, also) if also else self._scopes
         with _network_errors(str(target), method):
             for attempt in (1, 2):
-                async with self._followed(method, target, headers or {}, content, timeout) as response:
+                async with self._follow(method, target, headers or {}, content, timeout) as response:
                     if response.status == 401 and attempt == 1 and self._is_own(response.url):
                         challenge = response.headers.get("WWW-Authenticate", "")
                         self._authorization = await self._answer(challenge, scopes)
@@ -238,14 +237,14 @@ class Connection:
                     return
 
     def location(self, response: aiohttp.ClientResponse) -> URL:
-        """Where ``response`` says to go on.  Raises: RegistryError: nowhere, or out of TLS."""
+        """Return the URL at which ``response`` says to continue.  Raises: RegistryError: it has none, or leaves TLS."""
         location = response.headers.get("Location", "")
         if not location:
-            raise RegistryError(f"{response.url.with_query(None)}: the registry gives no Location")
+            raise RegistryError(f"{response.url.with_query(None)}: the registry sent no Location header")
         return self._redirected(response.url, location)
 
     @asynccontextmanager
-    async def _followed(
+    async def _follow(
         self,
         method: str,
         target: URL,
@@ -253,7 +252,10 @@ class Connection:
         content: Content | bytes | None,
         timeout: aiohttp.ClientTimeout,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response of ``target``, redirects followed.  Raises: RegistryError: one leads out of TLS, or nowhere."""
+        """Follow redirects from ``target`` and yield the response.
+
+        Raises: RegistryError: one leaves TLS, or is invalid.
+        """
         url = target
         redirects = _REDIRECTS if method in ("GET", "HEAD") else _REDIRECTS_WITH_BODY
         for _ in range(_REDIRECTS_MAX + 1):
@@ -278,23 +280,23 @@ class Connection:
 
     def _redirected(self, source: URL, location: str) -> URL:
         try:
-            # As it is: what signed it may have spelled it otherwise than we do.
+            # Keep its spelling: the signature in it may cover characters that we would encode differently.
             target = source.join(URL(location, encoded=location.isascii() and " " not in location))
         except ValueError as error:
             raise RegistryError(f'Get "{source}": invalid redirect {location!r}') from error
         may_be_plain = source.scheme == "http" or not self._endpoint.verify
         if target.scheme not in ({"http", "https"} if may_be_plain else {"https"}) or not target.host:
             raise RegistryError(f'Get "{source}": refused a redirect to {target.with_query(None)}')
-        # A name and password in it would be the registry's, for another.
+        # Credentials in the URL would be the registry's, for another host.
         return target.with_user(None)
 
     def _is_own(self, url: URL) -> bool:
         return url.origin() == URL(self._endpoint.url).origin()
 
     async def _answer(self, challenge: str, scopes: Sequence[str]) -> str:
-        """The ``Authorization`` that a challenge requires; empty without credentials."""
+        """Return the ``Authorization`` header for a challenge.  Empty without credentials."""
         scheme, _, rest = challenge.partition(" ")
-        # From where a word begins: from within a long one the search would take its square.
+        # The word boundary keeps the search linear: without it, a long word takes quadratic time.
         parameters = dict(re.findall(r'\b(\w+)="([^"]*)"', rest))
         known = self._credentials
         if scheme.lower() == "basic" and known.username:
@@ -331,7 +333,7 @@ class Connection:
     def _token_request(
         self, realm: str, fields: list[tuple[str, str]], scopes: Sequence[str]
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Asks the token server at ``realm``; without redirects, which would get the password, too."""
+        """Send a request to the token server at ``realm``, without redirects, which would also get the password."""
         known = self._credentials
         proxy = proxy_for(URL(realm))
         is_other = not self._endpoint.verify and not self._endpoint.may_be_plain(realm)
@@ -352,7 +354,7 @@ class Connection:
         if known.username:
             fields.append(("account", known.username))
             headers["Authorization"] = _basic(known)
-            if not scopes:  # a login: the token that stands for the password is what the client keeps
+            if not scopes:  # at a login, the client keeps the token in place of the password
                 fields += [("offline_token", "true"), ("client_id", "docker")]
         return self._session.get(
             realm,
@@ -366,7 +368,7 @@ class Connection:
 
 
 class Repository(Connection):
-    """One repository at one registry.  ``actions``: what is done there, ``pull`` or ``pull,push``."""
+    """One repository at one registry.  ``actions``: Requested access, ``pull`` or ``pull,push``."""
 
     def __init__(
         self,
@@ -382,11 +384,11 @@ class Repository(Connection):
 
     @property
     def path(self) -> str:
-        """Where its manifests and blobs are at the registry."""
+        """Path of the repository's manifests and blobs at the registry."""
         return f"/v2/{self._reference.path}"
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """The manifest or index that ``target`` (a tag or a digest) names.
+        """Return the manifest or index for ``target``, a tag or a digest.
 
         Raises:
             NotFound, PermissionDenied: with Docker's texts.
@@ -400,7 +402,7 @@ class Repository(Connection):
                 content = await read_bounded(response, bytes_max)
                 media_type = response.content_type
         except RegistryError as error:
-            if self._endpoint.mirror:  # as in Docker, the next endpoint is the second attempt
+            if self._endpoint.mirror:  # as in Docker, the second attempt is at the next endpoint
                 raise SkepError(str(error)) from error
             raise
         if ":" in target and digest_of(content) != target:
@@ -408,15 +410,14 @@ class Repository(Connection):
         return Document(content, media_type)
 
     async def tags(self, bytes_max: int) -> Sequence[str]:
-        """The repository's tags, of all pages of the list.
+        """Return the repository's tags from all pages of the list.
 
-        Args:
-            bytes_max: of all pages together.
+        ``bytes_max``: Size of all pages together.
 
         Raises:
             NotFound, PermissionDenied: with Docker's texts.
             InvalidArgument: the list is larger, or has too many pages.
-            RegistryError: a page cannot be read; the next one is elsewhere, or an earlier one.
+            RegistryError: a page cannot be read, or the next one is at another host or an earlier one.
 
         Source: distribution 2.8, registry/client/repository.go (tags.All).
         """
@@ -425,7 +426,7 @@ class Repository(Connection):
         page: URL | None = URL(f"{self._endpoint.url}{self.path}/tags/list")
         while page is not None:
             if page in pages:
-                raise RegistryError(f'Get "{page}": the list of tags goes on with a page that it has had')
+                raise RegistryError(f'Get "{page}": the list of tags repeats a page')
             if len(pages) == _TAG_PAGES_MAX:
                 raise InvalidArgument(f'Get "{page}": the list of tags has more than {_TAG_PAGES_MAX} pages')
             pages.add(page)
@@ -442,7 +443,7 @@ class Repository(Connection):
         return found
 
     def _next_page(self, page: URL, links: str) -> URL | None:
-        """What follows ``page`` by its ``Link`` headers.  Raises: RegistryError: it is at another host."""
+        """Return the page after ``page`` by its ``Link`` headers.  Raises: RegistryError: it is at another host."""
         named = re.search(r'<([^<>]*)>[^<,]*\brel="?next\b', links, re.IGNORECASE)
         if named is None:
             return None
@@ -453,9 +454,9 @@ class Repository(Connection):
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """A blob's bytes from ``start`` on: the offset they really begin at, and the pieces.
+        """Stream a blob's bytes from ``start`` on: yields the actual start offset, and the pieces.
 
-        A registry without ranges begins at 0.  Raises: NotFound, PermissionDenied, RegistryError.
+        A registry without ranges starts at 0.  Raises: NotFound, PermissionDenied, RegistryError.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
         path = f"{self.path}/blobs/{digest}"
@@ -464,7 +465,7 @@ class Repository(Connection):
             yield _offset(response, start), _pieces(response)
 
     def mistrust(self, _digest: str) -> bool:
-        """There is no other source of a blob that was not what its digest names."""
+        """Return False: there is no other source for a blob that does not match its digest."""
         return False
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
@@ -481,7 +482,7 @@ class Repository(Connection):
             reason = "repository does not exist or may require 'docker login'"
             raise Denied(f"pull access denied for {name}, {reason}: {cause}", cause)
         if code == "TOOMANYREQUESTS" or response.status == 429:
-            # The next endpoint has limits of its own: a mirror's are not waited for.
+            # Do not wait for a mirror's limits, since the next endpoint has its own.
             raise SkepError(cause) if self._endpoint.mirror else RegistryError(cause, retry_after(response))
         if response.status >= 500:
             raise RegistryError(cause, retry_after(response))
@@ -496,11 +497,11 @@ async def at_endpoints(
     *,
     to_push: bool = False,
 ) -> T:
-    """``action``'s result with the repository of ``reference`` at the first endpoint that responds.
+    """Return the result of ``action`` with the repository at the first endpoint that responds.
 
-    Whatever fails at a mirror is done again at the next endpoint.
+    After any failure at a mirror, the next endpoint is tried.
 
-    Raises: what ``action`` raised at the last endpoint; RegistryError: that one does not respond.
+    Raises: The error of ``action`` at the last endpoint; RegistryError: that one does not respond.
 
     Source: moby, distribution/pull.go (pullEndpoints), distribution/errors.go (continueOnError).
     """
@@ -525,11 +526,11 @@ async def at_endpoints(
                         mirror=endpoint.url,
                         reason=str(error),
                     )
-    raise AssertionError("the last endpoint gives a result or an error")
+    raise AssertionError("the last endpoint returns or raises")
 
 
 async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
-    """Check ``credentials`` at the registry ``domain``; gives the token to keep in place of the password, or nothing.
+    """Check ``credentials`` at a registry.  Return the token to keep in place of the password, or an empty string.
 
     Raises: Unauthenticated, LoginFailed, RegistryError.
     """
@@ -540,7 +541,7 @@ async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
             try:
                 await connection.login()
             except RegistryError as error:
-                # The second endpoint of an insecure registry is without TLS: it counts if the first is none.
+                # The second endpoint of an insecure registry is without TLS, and is used if the first does not respond.
                 problem = error
                 continue
             return connection.identity_token
@@ -549,12 +550,12 @@ async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
 
 
 def _basic(known: Credentials) -> str:
-    """As Go: a name may have a colon."""
+    """Return a basic ``Authorization``.  As in Go, a name with a colon is not refused."""
     return "Basic " + base64.b64encode(f"{known.username}:{known.password}".encode()).decode()
 
 
 class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
-    """Translate failures of the network into ``RegistryError``, worded as Go's HTTP client words them."""
+    """Translates network failures into ``RegistryError``, with the words of Go's HTTP client."""
 
     def __init__(self, url: str, method: str = "GET") -> None:
         self._request = f'{method.capitalize()} "{url}"'
@@ -574,14 +575,14 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
             raise RegistryError(f"{self._request}: dial tcp {where}: connect: {reason}") from error
         if isinstance(error, aiohttp.ClientError | OSError):
             raise RegistryError(f"{self._request}: {error}") from error
-        if isinstance(error, ValueError):  # of a header or a URL; its text may have a part of a secret
+        if isinstance(error, ValueError):  # an invalid header or URL; the text may contain part of a secret
             raise PermissionDenied(
                 f"{self._request}: the credentials, or the registry's challenge, cannot be used"
             ) from None
 
 
 def _offset(response: aiohttp.ClientResponse, wanted: int) -> int:
-    """Where in a blob the response begins.  Raises: RegistryError: after the ``wanted`` offset."""
+    """Return the offset in the blob at which the response starts.  Raises: RegistryError: it is after ``wanted``."""
     if response.status != 206:
         return 0
     named = re.match(r"bytes (\d{1,19})-", response.headers.get("Content-Range", ""))

@@ -1,7 +1,7 @@
-"""What ``docker rmi`` may take away.
+"""Decisions of ``docker rmi``.
 
-Decisions only: from the images, the containers and the request follows what is removed, or the refusal in Docker's
-words.  Running containers and children always forbid; stopped ones and further names only without force.
+Images, containers and the request determine the removal, or the refusal in Docker's words.  Running containers
+and children always prevent a removal.  Stopped containers and further names only do so without force.
 
 Source: moby 20.10, daemon/images/image_delete.go.
 """
@@ -17,11 +17,11 @@ from skep.errors import AlreadyExists
 
 
 class Conflict(AlreadyExists):
-    """Something still needs the image.  The Engine API responds with 409, as where a name is taken."""
+    """The image is still needed.  The Engine API responds with 409, as for a name in use."""
 
 
 class ImageUser(msgspec.Struct, frozen=True):
-    """A container that was made from an image."""
+    """Container that was made from an image."""
 
     container_id: str
     image_id: str
@@ -29,11 +29,11 @@ class ImageUser(msgspec.Struct, frozen=True):
 
 
 Users = Callable[[], Collection[ImageUser]]
-"""Gives every container of this node, as what keeps its image."""
+"""Returns every container of this node, as a user of its image."""
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """What is removed.  ``image_id`` empty: only names."""
+    """Names and image to remove.  ``image_id``: Empty to remove only names."""
 
     untagged: tuple[Reference, ...] = ()
     image_id: str = ""
@@ -42,12 +42,12 @@ class Removal(msgspec.Struct, frozen=True):
 def removal(
     word: str, image: Image, *, force: bool, users: Collection[ImageUser], children: Sequence[Image]
 ) -> Removal:
-    """What ``docker rmi word``, which names ``image``, takes away.
+    """Return what ``docker rmi word`` removes, where ``word`` names ``image``.
 
-    A name that is not the last is only untagged.  The last one takes the image with it, if nothing needs it.
+    A name that is not the last is only untagged.  Removing the last name also removes the image, if it is not needed.
 
     Raises:
-        Conflict: something needs the image.
+        Conflict: the image is needed.
     """
     using = [user for user in users if user.image_id == image.id]
     if image.id.startswith(word) or hex_of(image.id).startswith(word):
@@ -66,7 +66,7 @@ def removal(
     untagged = [named]
     remaining = [reference for reference in image.references if reference != named]
     if not named.digest and not any(one.tag and one.name == named.name for one in remaining):
-        # The repository's last tag takes the repository's digests with it.
+        # Removing the repository's last tag also removes its digests.
         untagged += [one for one in remaining if one.name == named.name]
         remaining = [one for one in remaining if one.name != named.name]
     if remaining or _conflict(image, force, using, children, by_name=True) is not None:
@@ -77,7 +77,7 @@ def removal(
 def ancestors_to_prune(
     image: Image, images: Sequence[Image], users: Collection[ImageUser]
 ) -> Sequence[Image]:
-    """Parents that nothing needs once ``image`` is removed, nearest first."""
+    """Return the parents that are no longer needed once ``image`` is removed, nearest first."""
     by_id: dict[str, Image] = {one.id: one for one in images}
     used = {user.image_id for user in users}
     gone = {image.id}
@@ -96,7 +96,7 @@ def ancestors_to_prune(
 def _conflict(
     image: Image, force: bool, using: Sequence[ImageUser], children: Sequence[Image], *, by_name: bool
 ) -> Conflict | None:
-    """Why the image itself must stay; ``by_name``: its names are no reason."""
+    """Return the reason why the image must stay.  ``by_name``: Whether to ignore its other names."""
     if children:
         return _cannot_be_forced(image, "image has dependent child images")
     running = next((user for user in using if user.is_running), None)
@@ -122,7 +122,7 @@ def _must_be_forced(image: Image, reason: str) -> Conflict:
 
 
 def _is_single(references: Sequence[Reference]) -> bool:
-    """Whether all names are of one repository, with at most one tag.  False without any."""
+    """Return whether all names are in one repository, with at most one tag.  False without any."""
     tags = [reference for reference in references if reference.tag]
     return (
         bool(references) and len(tags) <= 1 and len({reference.repository for reference in references}) == 1

@@ -1,6 +1,6 @@
-"""``docker search``: a question to a registry's index, by the first version of the protocol, as Docker asks it.
+"""``docker search``: searches a registry's index by the first version of the protocol, as Docker does.
 
-Docker Hub has such an index; of other registries few do.
+Docker Hub has such an index, but few other registries do.
 
 Source: moby 20.10, registry/{service,search,session,endpoint_v1}.go, daemon/images/image_search.go.
 """
@@ -29,7 +29,7 @@ _INDEX = "https://index.docker.io"
 
 
 class Found(msgspec.Struct, frozen=True):
-    """One repository of an index, in the API's spelling."""
+    """One repository of an index, with the API's field names."""
 
     name: str = ""
     description: str = ""
@@ -43,14 +43,14 @@ class _Response(msgspec.Struct, frozen=True):
 
 
 class SearchFilter(msgspec.Struct, frozen=True):
-    """What ``--filter`` asks for; None: does not matter."""
+    """Filters of a search.  None matches both."""
 
     is_official: bool | None = None
     is_automated: bool | None = None
     stars: int = 0
 
     def takes(self, found: Found) -> bool:
-        """Whether ``found`` is shown."""
+        """Return whether ``found`` is shown."""
         return (
             self.is_official in (None, found.is_official)
             and self.is_automated in (None, found.is_automated)
@@ -61,11 +61,12 @@ class SearchFilter(msgspec.Struct, frozen=True):
 async def search(
     policy: Policy, term: str, credentials: Credentials, limit: int, wanted: SearchFilter
 ) -> Sequence[Found]:
-    """Repositories that the index of ``term`` (``[host[:port]/]words``) finds.
+    """Search the index of ``term`` (``[host[:port]/]words``) for repositories.
 
     Raises:
-        InvalidArgument: the limit, or the term.
-        RegistryError: the index cannot be reached or gives no result.
+        InvalidArgument: the limit or the term is not valid.
+        RegistryError: the index cannot be reached.
+        Refusal: it responds with an error.
     """
     if not 1 <= limit <= _LIMIT_MAX:
         raise InvalidArgument(f"limit {limit} is outside the range of [1, {_LIMIT_MAX}]")
@@ -78,7 +79,7 @@ async def search(
         async with session_for(endpoint) as session:
             connection = Connection(session, endpoint, credentials.for_registry(domain))
             try:
-                found = await _found(connection, query)
+                found = await _search(connection, query)
             except RegistryError as error:
                 problem = error
                 continue
@@ -91,7 +92,7 @@ class Refusal(SkepError):
     """The index responds with an error."""
 
 
-async def _found(connection: Connection, query: str) -> Sequence[Found]:
+async def _search(connection: Connection, query: str) -> Sequence[Found]:
     headers = {"X-Docker-Token": "true"}
     async with connection.request("GET", query, headers=headers, timeout=SHORT_TIMEOUT) as response:
         if response.status != 200:
@@ -111,12 +112,12 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _endpoints(policy: Policy, domain: str) -> Sequence[Endpoint]:
-    """Docker Hub's index is apart from its registry; mirrors are no indexes."""
+    """Return the endpoints of an index.  Docker Hub's is separate from its registry, and mirrors have none."""
     return (Endpoint(_INDEX),) if domain == DEFAULT_DOMAIN else policy.endpoints(domain)
 
 
 def _split(term: str) -> tuple[str, str]:
-    """The index and what is looked for there.  Source: registry/search.go (splitReposSearchTerm)."""
+    """Split a term into index and words.  Source: registry/search.go (splitReposSearchTerm)."""
     first, slash, rest = term.partition("/")
     if slash and (set(".:") & set(first) or first == "localhost"):
         host = urlsplit(f"//{first}").hostname
@@ -129,5 +130,5 @@ def _split(term: str) -> tuple[str, str]:
 
 
 def shown(found: Found) -> Mapping[str, object]:
-    """One entry of the response."""
+    """Return one entry of the response."""
     return msgspec.structs.asdict(found)

@@ -1,10 +1,10 @@
-"""What this node gives to other nodes of its images: manifests, configurations and layers, as a registry would.
+"""Images that this node serves to other nodes: manifests, configurations and layers, as from a registry.
 
-A layer leaves the node with the bytes it came with, so that the digests of its registry's manifest hold.  An image that
-came from no registry gets a manifest here.  A node sends few layers at one time, and few copies of one layer within a
-while: the nodes that have got it send it on.
+A layer is sent with its original bytes, so that the digests in its registry's manifest hold.  An image that came from
+no registry gets a manifest here.  A node sends few layers at once, and few copies of one layer within some minutes: the
+nodes that received it send it further.
 
-``upload_decision`` is the rule; ``ServedImages`` reads files.
+``upload_decision`` is the rule.  ``ServedImages`` reads the files.
 """
 
 import asyncio
@@ -30,27 +30,27 @@ _CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 _LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
 COPIES_MAX = 3
-"""Of one layer, within ``COPIES_S``; more only for a node that found it nowhere else."""
+"""Copies of one layer within ``COPIES_S``.  More are sent only to a node that found it nowhere else."""
 COPIES_S = 600.0
-"""After so long without another copy they are not counted any more."""
+"""Seconds without another copy after which earlier ones no longer count."""
 COPIES_KEPT_MAX = 4096
-"""Layers whose copies are counted."""
+"""Number of layers whose copies are counted."""
 UPLOADS_MAX = 6
-"""At one time."""
+"""Number of simultaneous uploads."""
 UPLOADS_OF_LAYER_MAX = 3
-"""Of one layer, at one time."""
+"""Number of simultaneous uploads of one layer."""
 UPLOADS_OF_NODE_MAX = 3
-"""To one node, at one time: as many as a node fetches at once, and half of all, so that none takes every place."""
+"""Number of simultaneous uploads to one node: as many as a node fetches at once, and half of all."""
 PIECE_BYTES = 512 << 10
 STALLED_S = 60.0
-"""A node that takes nothing of a blob for so long gives its place to another."""
+"""Seconds after which a node that receives nothing of a blob loses its slot."""
 BYTES_PER_S_MIN = 32 << 10
-"""So does one that takes it more slowly, after a first minute: half of what a node expects of those that send."""
+"""Slowest rate, after a first minute, at which a node keeps its slot: half of what a node expects of senders."""
 ARRIVING_AFTER_S = 0.5
 
 
 class Upload(Enum):
-    """The response to a node that requests a blob."""
+    """Response to a node's request for a blob."""
 
     SENT = "sent"
     BUSY = "busy"
@@ -59,8 +59,11 @@ class Upload(Enum):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What is being sent, and was sent: all blobs, this blob, blobs to this node, and copies of this blob within
-    ``COPIES_S``."""
+    """Present and past uploads.
+
+    ``uploads``: All uploads.  ``of_layer``: Uploads of this blob.  ``of_node``: Uploads to this node.  ``copies``:
+    Copies of this blob within ``COPIES_S``.
+    """
 
     uploads: int = 0
     of_layer: int = 0
@@ -69,7 +72,7 @@ class Load(msgspec.Struct, frozen=True):
 
 
 def upload_decision(load: Load, *, is_present: bool, is_arriving: bool, last_resort: bool) -> Upload:
-    """Whether a blob is sent.  ``last_resort``: the other nodes that could be asked do not have it."""
+    """Decide whether to send a blob.  ``last_resort``: Whether the requesting node found it on no other node."""
     if not is_present:
         return Upload.ARRIVING if is_arriving else Upload.ABSENT
     if load.uploads >= UPLOADS_MAX or load.of_layer >= UPLOADS_OF_LAYER_MAX:
@@ -82,20 +85,20 @@ def upload_decision(load: Load, *, is_present: bool, is_arriving: bool, last_res
 
 
 class Copies:
-    """How often each layer was sent lately."""
+    """Recent copies of each layer."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._sent: dict[str, tuple[int, float]] = {}
-        """Digest -> copies, and when the last began; the oldest first."""
+        """Number of copies and start of the last one, by digest.  The oldest come first."""
 
     def of(self, digest: str) -> int:
-        """Copies of this layer."""
+        """Return the number of recent copies of a layer."""
         count, at = self._sent.get(digest, (0, 0.0))
         return count if self._clock.monotonic() - at < COPIES_S else 0
 
     def add(self, digest: str, change: int = 1) -> None:
-        """One more; ``change`` -1: one that broke off."""
+        """Count a copy.  ``change``: -1 for a copy that broke off."""
         count = self.of(digest) + change
         self._sent.pop(digest, None)
         self._sent[digest] = max(count, 0), self._clock.monotonic()
@@ -104,14 +107,14 @@ class Copies:
 
 
 class Blob(msgspec.Struct, frozen=True):
-    """A blob that is being sent: its length in bytes, and its pieces."""
+    """Blob during an upload: its length in bytes, and its pieces."""
 
     size: int
     pieces: AsyncIterator[bytes]
 
 
 class ServedImages:
-    """The images of this node, for other nodes."""
+    """Serves this node's images to other nodes."""
 
     def __init__(self, images: LocalImages, clock: Clock) -> None:
         self._images = images
@@ -120,22 +123,22 @@ class ServedImages:
         self._uploads_of_node: Counter[str] = Counter()
         self._copies = Copies(clock)
         self._digests: dict[str, Digest] = {}
-        """Of the compressed layers that came from no registry, by chain id."""
+        """Digests of compressed layers that came from no registry, by chain id."""
         self._reading: dict[Digest, asyncio.Future[Digest]] = {}
 
     @property
     def uploads(self) -> int:
-        """Blobs that are being sent."""
+        """Number of blobs that are being sent."""
         return self._uploads.total()
 
     def copies(self, digest: str) -> int:
-        """How often this blob was sent lately."""
+        """Return the number of recent copies of a blob."""
         return self._copies.of(digest)
 
     async def manifest(self, target: str) -> Document:
-        """The manifest or index of what ``target`` names: a reference, a manifest's digest or an image's id.
+        """Return the manifest or index for ``target``: a reference, a manifest's digest or an image's id.
 
-        Raises: NotFound: it is not here; InvalidArgument: it is none of these.
+        Raises: NotFound: it is not on this node; InvalidArgument: it is none of these.
         """
         named = parse_any(target)
         digest = named.digest if isinstance(named, Reference) else named
@@ -153,11 +156,11 @@ class ServedImages:
                 return _document(content)
         is_own = isinstance(named, Reference) and all(one.name != named.name for one in image.digests)
         return Document(
-            await self._made_manifest(image), DOCKER_MANIFEST, is_of_registry=False, is_own=is_own
+            await self._make_manifest(image), DOCKER_MANIFEST, is_of_registry=False, is_own=is_own
         )
 
     async def names_of(self, target: str) -> frozenset[str]:
-        """Return how services may name the images that ``manifest`` answers about; empty if it is not here.
+        """Return the names by which services may refer to the images of ``manifest(target)``.  Empty without one.
 
         Raises:
             InvalidArgument: ``target`` is neither a reference nor a digest.
@@ -179,7 +182,7 @@ class ServedImages:
         return _names(found)
 
     def names_with(self, digest: str) -> frozenset[str]:
-        """Return how services may name the images with this configuration or layer, or that get it now."""
+        """Return the names of the images that have this configuration or layer, or are being pulled with it."""
         digest = parse_digest(digest)
         layers = self._images.layer_store
         chain_ids = {
@@ -197,10 +200,12 @@ class ServedImages:
 
     @asynccontextmanager
     async def blob(self, digest: str, to: str, *, last_resort: bool = False) -> AsyncIterator[Blob]:
-        """A configuration or a layer, for the node ``to``.
+        """Provide a configuration or layer for the node ``to``.
 
-        Its pieces raise Unavailable when they are taken too slowly.
-        Raises: NotFound: it is not here; RetryLater: it will be soon; ResourceExhausted: others have to be asked.
+        Its pieces raise Unavailable if they are consumed too slowly.
+
+        Raises: NotFound: it is not on this node; RetryLater: it will be soon; ResourceExhausted: request it from other
+        nodes.
         """
         digest = parse_digest(digest)
         path = self._path(digest)
@@ -216,14 +221,14 @@ class ServedImages:
             case Upload.ARRIVING:
                 raise RetryLater(f"blob {digest} is being fetched", ARRIVING_AFTER_S)
             case Upload.BUSY:
-                raise ResourceExhausted(f"this node sends blob {digest} to others already")
+                raise ResourceExhausted(f"this node already sends blob {digest} to other nodes")
         assert path is not None, "it is present"
         self._uploads[digest] += 1
         self._uploads_of_node[to] += 1
         self._copies.add(digest)
         is_sent, taken, began = False, 0, self._clock.monotonic()
         try:
-            with path.open("rb") as file:  # a removal meanwhile does no harm
+            with path.open("rb") as file:  # a concurrent removal does no harm to an open file
 
                 async def pieces() -> AsyncIterator[bytes]:
                     nonlocal is_sent, taken
@@ -231,7 +236,7 @@ class ServedImages:
                         yield piece
                         taken += len(piece)
                         if self._clock.monotonic() - began > STALLED_S + taken / BYTES_PER_S_MIN:
-                            raise Unavailable(f"blob {digest} is taken too slowly")
+                            raise Unavailable(f"blob {digest} is received too slowly")
                     is_sent = True
 
                 yield Blob(path.stat().st_size, pieces())
@@ -240,7 +245,7 @@ class ServedImages:
         finally:
             self._uploads[digest] -= 1
             self._uploads_of_node[to] -= 1
-            self._uploads += Counter()  # drops what is down to zero
+            self._uploads += Counter()  # removes entries that are zero
             self._uploads_of_node += Counter()
             if not is_sent:
                 self._copies.add(digest, -1)
@@ -248,13 +253,13 @@ class ServedImages:
     def _path(self, digest: Digest) -> Path | None:
         layers = self._images.layer_store
         for chain_id, layer in layers.all().items():
-            if digest == (layer.blob or self._digests.get(chain_id)):  # a push may have compressed it anew
+            if digest == (layer.blob or self._digests.get(chain_id)):  # a push may have compressed it again
                 return layers.content(chain_id)
         image = next((one for one in self._images.images() if one.id == digest), None)
         return self._images.config_file(image) if image is not None else None
 
-    async def _made_manifest(self, image: Image) -> bytes:
-        """A manifest of an image that came without one.  Raises: NotFound: the image was removed."""
+    async def _make_manifest(self, image: Image) -> bytes:
+        """Return a manifest for an image that came without one.  Raises: NotFound: the image was removed."""
         try:
             config = await asyncio.to_thread(self._images.config_file(image).read_bytes)
             layers = [await self._descriptor(chain_id) for chain_id in image.chain]
@@ -282,7 +287,10 @@ class ServedImages:
         return {"mediaType": _LAYER_TYPE, "size": path.stat().st_size, "digest": digest}
 
     async def _digest(self, chain_id: Digest, path: Path) -> Digest:
-        """Of a layer's file, read once for all requests; goes on when these have ended: a large one takes longer."""
+        """Return the digest of a layer's file, read once for all requests.
+
+        Reading continues after a request has ended, since a large file takes longer than a request.
+        """
         reading = self._reading.get(chain_id)
         if reading is None:
             loop = asyncio.get_running_loop()
@@ -301,7 +309,7 @@ def _names(images: Iterable[Image]) -> frozenset[str]:
 
 
 def _document(content: bytes) -> Document:
-    """A document as its registry sent it; its reader finds the media type in it."""
+    """Return a document as its registry sent it.  Its reader finds the media type in the content."""
     return Document(content, DOCKER_MANIFEST)
 
 

@@ -1,7 +1,8 @@
-"""Fair scheduling of unpacking: a slot goes to the image that has fewest, and no layer keeps one for long.
+"""Fair scheduling of unpacking: a slot is granted to the image with the fewest slots, and no layer keeps one for long.
 
-A layer may take half an hour, by its size or by malice.  One that has held its slot for longer than ``patience_s``
-continues without it, together with a few others; so it takes many images, and not three, to keep the rest waiting.
+A layer may take half an hour, because of its size or by malice.  A layer that has held its slot for longer than
+``patience_s`` continues without it, together with a few others.  So it takes many such images, and not three, to block
+the others.
 """
 
 import asyncio
@@ -11,7 +12,10 @@ from contextlib import asynccontextmanager
 
 
 class UnpackSlots:
-    """``slots``: workers at a time; ``slow_max``: further ones, that took too long."""
+    """Slots for unpacking.  ``slots``: Number of workers.
+
+    ``slow_max``: Number of additional workers that took too long.
+    """
 
     def __init__(self, slots: int, *, patience_s: float, slow_max: int) -> None:
         self._free = slots
@@ -19,12 +23,12 @@ class UnpackSlots:
         self._slow_left = slow_max
         self._working: Counter[str] = Counter()
         self._overdue: list[_Request] = []
-        """Those that continue without a slot once ``slow_max`` allows it."""
+        """Requests that will continue without a slot once ``slow_max`` allows it."""
         self._waiting: list[_Request] = []
 
     @asynccontextmanager
     async def of(self, image: str) -> AsyncIterator[None]:
-        """Hold a slot for ``image``; waits for one."""
+        """Wait for a slot for ``image``, and hold it while the block runs."""
         request = _Request(image)
         self._waiting.append(request)
         self._next()
@@ -40,7 +44,7 @@ class UnpackSlots:
             self._next()
 
     def _next(self) -> None:
-        """The image with fewest workers; of several the one that has waited longest."""
+        """Grant free slots to the images with the fewest workers, and among these to the longest waiting request."""
         while self._free and self._waiting:
             request = min(self._waiting, key=lambda one: self._working[one.image])
             self._waiting.remove(request)
@@ -65,7 +69,7 @@ class UnpackSlots:
             self._waiting.remove(request)
             return
         self._working[request.image] -= 1
-        self._working += Counter()  # without those that have none
+        self._working += Counter()  # removes entries that are zero
         if request in self._overdue:
             self._overdue.remove(request)
         if request.is_slow:

@@ -1,10 +1,10 @@
-"""An image that no registry gives, fetched from the nodes of the cluster that have it.
+"""Fetches an image from the nodes of the cluster if no registry provides it.
 
-A name is taken from managers only: any node could call anything ``nginx``.  A digest is taken from any node, since
-what comes is verified.  The nodes are tried in the order in which they responded, the nearest first; one that is busy
-is passed over, one that sent something else than its digest names is not asked again.  When many nodes want an image at
-once, they get each layer from each other as soon as one of them has it (``serving`` bounds what a node sends): while
-some have it and are busy, or are about to have it, the fetch waits, with growing, jittered pauses.
+A name is resolved by managers only, since any node could call any image ``nginx``.  A digest is accepted from any node,
+since content is verified.  Nodes are tried in the order in which they responded, the nearest first.  A busy node is
+skipped, and one that sent wrong content is not used again.  When many nodes fetch an image at once, they get each layer
+from each other as soon as one of them has it (``serving`` bounds the uploads of a node).  While some nodes have it and
+are busy, or are about to have it, the fetch waits with growing, jittered pauses.
 """
 
 import asyncio
@@ -27,26 +27,26 @@ from skep.errors import NotFound, ResourceExhausted, RetryLater, SkepError, Unav
 log = structlog.get_logger(__name__)
 
 RESPONSE_S = 20.0
-"""For a manifest, and for the begin of a blob; connecting included."""
+"""Seconds for a manifest, and for the start of a blob, including the connection."""
 GRACE_S = 0.05
-"""After the first manifest: nodes that respond within it are tried in the order of their responses."""
+"""Seconds after the first manifest in which further responses still determine the order of nodes."""
 PIECE_S = 30.0
-"""Between two pieces of a blob."""
+"""Seconds between two pieces of a blob."""
 BYTES_PER_S_MIN = 64 << 10
-"""A node that sends more slowly, after a first half minute, is left."""
+"""Slowest rate of a node, after a first half minute.  Slower transfers are abandoned."""
 WAIT_S_MAX = 600.0
-"""For a blob that some node has, or is about to have, and none sends."""
+"""Seconds to wait for a blob that a node has, or is about to have, while none sends it."""
 FAILURES_MAX = 2
-"""Consecutive ones after which a node counts as one that does not have the image."""
+"""Consecutive failures after which a node counts as not having the image."""
 ROUNDS_WITHOUT_MAX = 3
-"""Rounds in which no node has a blob, nor is about to have it, until the fetch is given up."""
+"""Consecutive rounds in which no node has a blob, or is about to have it, before the fetch fails."""
 DISTRUST_S = 3600.0
 DISTRUSTED_MAX = 256
 PAUSE_S, PAUSE_S_MAX = 0.1, 2.0
 
 
 class Source(Protocol):
-    """A node that may have the image.  ``name``: its id."""
+    """Node that may have the image.  ``name``: Its id."""
 
     @property
     def name(self) -> str: ...
@@ -55,31 +55,35 @@ class Source(Protocol):
     def is_manager(self) -> bool: ...
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """See ``ServedImages.manifest``; not verified.  Raises: SkepError."""
+        """Return a manifest, not verified.  See ``ServedImages.manifest``.  Raises: SkepError."""
 
     def blob(self, digest: str, *, last_resort: bool) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """The pieces of a blob, not verified.
+        """Stream the pieces of a blob, not verified.
 
-        Raises: NotFound: it does not have it; RetryLater: it will soon; ResourceExhausted: it is busy; SkepError.
+        Raises:
+            NotFound: the node does not have it.
+            RetryLater: it will have it soon.
+            ResourceExhausted: it is busy.
+            SkepError.
         """
 
 
 FindSources: TypeAlias = Callable[[], Awaitable[Sequence[Source]]]
-"""The nodes that may have an image by now; the same node is the same object.  Raises: SkepError."""
+"""Returns the nodes that may have an image by now.  The same node is always the same object.  Raises: SkepError."""
 
 
 class Neighbours(Protocol):
-    """The other nodes of the cluster (``agent.images.ClusterSources``)."""
+    """Other nodes of the cluster (``agent.images.ClusterSources``)."""
 
     def sources(self, reference: Reference) -> AbstractAsyncContextManager[FindSources]:
-        """The nodes that may have an image; connections to them are kept while the context is open.
+        """Find the nodes that may have an image.  Connections to them are kept while the context is open.
 
-        Raises: Unavailable: this node is in no cluster, or reaches no manager.
+        Raises: Unavailable: this node is not in a cluster, or reaches no manager.
         """
 
 
 class Outcome(Enum):
-    """How a node responded to the request of a blob."""
+    """Response of a node to the request for a blob."""
 
     SENT = "sent"
     BUSY = "busy"
@@ -89,16 +93,19 @@ class Outcome(Enum):
 
 
 class Step(Enum):
-    """What follows from a round in which no node sent the blob."""
+    """Next step after a round in which no node sent the blob."""
 
     WAIT = "wait"
     INSIST = "insist"
-    """Wait, then ask as one that finds it nowhere else."""
+    """Wait, then request the blob as a last resort."""
     GIVE_UP = "give up"
 
 
 def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
-    """``empty_rounds``: consecutive ones before this in which no node had the blob, nor was about to."""
+    """Decide on the next step after a round.
+
+    ``empty_rounds``: Consecutive earlier rounds in which no node had the blob, or was about to have it.
+    """
     if Outcome.ARRIVING in outcomes:
         return Step.WAIT
     if Outcome.BUSY in outcomes:
@@ -107,14 +114,18 @@ def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
 
 
 class SourceRecord(msgspec.Struct, frozen=True):
-    """Earlier requests to a source: seconds that it took to respond (None: it has not yet), consecutive failures."""
+    """Earlier requests to a source.
+
+    ``response_s``: Seconds that it took to respond, or None before its first response.  ``failures``: Consecutive
+    failures.
+    """
 
     response_s: float | None = None
     failures: int = 0
 
 
 def in_order(sources: Sequence[Source], records: dict[str, SourceRecord]) -> Sequence[Source]:
-    """Those that do not fail first; of these the fastest, then those without a response yet, as they come."""
+    """Return the sources with the fewest failures first, then the fastest, then those without a response yet."""
 
     def key(source: Source) -> tuple[int, bool, float]:
         record = records.get(source.name, SourceRecord())
@@ -124,10 +135,9 @@ def in_order(sources: Sequence[Source], records: dict[str, SourceRecord]) -> Seq
 
 
 class NodeFetcher:
-    """Fetches from other nodes; keeps which of them are not to be asked.
+    """Fetches images from other nodes, and remembers distrusted nodes.
 
-    Args:
-        rng: numbers from 0 to 1.
+    ``rng``: Returns random numbers from 0 to 1.
     """
 
     def __init__(
@@ -140,20 +150,21 @@ class NodeFetcher:
 
     @asynccontextmanager
     async def repository(self, reference: Reference, *, only_own: bool = False) -> AsyncIterator["Spread"]:
-        """The nodes that may have ``reference``, as a repository.
+        """Provide the nodes that may have ``reference`` as a repository.
 
-        ``only_own``: see ``Spread``.  Raises: Unavailable: this node is in no cluster, or reaches no manager.
+        ``only_own``: See ``Spread``.  Raises: Unavailable: this node is not in a cluster, or reaches no manager.
         """
         async with self._neighbours.sources(reference) as find:
             yield Spread(reference, find, self._clock, self._rng, self._distrusted, only_own=only_own)
 
 
 class Spread:
-    """One image on many nodes; a ``pulling.Repository``.
+    """One image on many nodes.  Implements ``pulling.Repository``.
 
     Args:
-        distrusted: nodes that sent something wrong -> when; shared by all fetches of this node.
-        only_own: its registry denies it to the caller: only an image that came from none is taken.
+        distrusted: Times at which nodes sent wrong content, by node.  Shared by all fetches of this node.
+        only_own: Whether the registry denies the image to the caller, so that only images without a registry are
+            accepted.
     """
 
     def __init__(
@@ -174,12 +185,12 @@ class Spread:
         self._distrusted = distrusted
         self._records: dict[str, SourceRecord] = {}
         self._senders: dict[str, Source] = {}
-        """Of each blob, the source that sent it last."""
+        """Last sender of each blob."""
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """The manifest or index that ``target`` (a tag or a digest) names.
+        """Return the manifest or index for ``target``, a tag or a digest.
 
-        Raises: NotFound: no node has it that may say so; Unavailable: no manager is reached.
+        Raises: NotFound: no node that may answer has it; Unavailable: no manager is reached.
         """
         sources = await self._sources()
         if is_digest(target):
@@ -195,7 +206,7 @@ class Spread:
     async def _first(
         self, sources: Sequence[Source], text: str, target: str, bytes_max: int
     ) -> Document | None:
-        """The first manifest that comes; what responds soon after it counts for the order of the sources."""
+        """Return the first manifest that arrives.  Responses soon after it still determine the order of sources."""
         started, found = self._clock.monotonic(), list[Document]()
         unanswered, is_decided = set(sources), asyncio.Event()
 
@@ -221,49 +232,52 @@ class Spread:
     async def _manifest_of(
         self, source: Source, text: str, target: str, bytes_max: int, started: float
     ) -> Document | None:
-        """None: it has none, or it is not the right one."""
+        """Return a node's manifest, or None if it has none or the wrong one."""
         try:
             document = await source.manifest(text, bytes_max)
         except NotFound:
             self._responded(source, started)
             return None
-        except (SkepError, OSError) as error:  # whatever it is, it is one node's
+        except (SkepError, OSError) as error:  # whatever the error is, it concerns one node
             self._failed(source, error)
             return None
         self._responded(source, started)
         if len(document.content) > bytes_max or (is_digest(target) and document.digest != target):
-            self._distrust(source, f"another manifest than {target}")
+            self._distrust(source, f"a manifest that does not match {target}")
             return None
         return document if document.is_own or not self._only_own else None
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """All of a blob, from one node: parts from two nodes could not be checked separately.
+        """Stream a whole blob from one node, since parts from two nodes could not be verified separately.
 
-        Raises: NotFound: no node has it; RegistryError: the transfer broke off; Unavailable: none sends it in time.
+        Raises:
+            NotFound: no node has it.
+            RegistryError: the transfer broke off.
+            Unavailable: no node sends it in time.
         """
         async with AsyncExitStack() as stack:
-            source, pieces = await self._opened(stack, digest)
+            source, pieces = await self._open(stack, digest)
             self._senders[digest] = source
-            yield 0, self._checked(source, pieces)
+            yield 0, self._relay(source, pieces)
 
     def mistrust(self, digest: str) -> bool:
-        """The blob that was sent last for ``digest`` is something else: its source is not asked again."""
+        """Distrust the last sender of a blob that does not match ``digest``.  Return whether there was one."""
         source = self._senders.pop(digest, None)
         if source is None:
             return False
-        self._distrust(source, f"something else for {digest}")
+        self._distrust(source, f"a blob that does not match {digest}")
         return True
 
-    async def _opened(self, stack: AsyncExitStack, digest: str) -> tuple[Source, AsyncIterator[bytes]]:
-        """The first node, in order, that sends the blob."""
+    async def _open(self, stack: AsyncExitStack, digest: str) -> tuple[Source, AsyncIterator[bytes]]:
+        """Open the blob on the first node, in order, that sends it."""
         began = self._clock.monotonic()
         pauses = Backoff(PAUSE_S, PAUSE_S_MAX, rng=self._rng)
         empty_rounds, last_resort = 0, False
         while True:
             outcomes = []
             for source in in_order(await self._sources(), self._records):
-                outcome, pieces = await self._requested(stack, source, digest, last_resort)
+                outcome, pieces = await self._request(stack, source, digest, last_resort)
                 if pieces is not None:
                     return source, pieces
                 outcomes.append(outcome)
@@ -273,11 +287,11 @@ class Spread:
             last_resort = step is Step.INSIST
             empty_rounds = 0 if {Outcome.BUSY, Outcome.ARRIVING} & set(outcomes) else empty_rounds + 1
             if self._clock.monotonic() - began > WAIT_S_MAX:
-                # No RegistryError, after which a download waits as long again, and again.
-                raise Unavailable(f"no node of the cluster sends {digest}: all that have it are busy")
+                # Not a RegistryError: the download would retry and wait as long again.
+                raise Unavailable(f"no node of the cluster sends {digest}: every node that has it is busy")
             await pauses.sleep(self._clock)
 
-    async def _requested(
+    async def _request(
         self, stack: AsyncExitStack, source: Source, digest: str, last_resort: bool
     ) -> tuple[Outcome, AsyncIterator[bytes] | None]:
         started = self._clock.monotonic()
@@ -300,8 +314,8 @@ class Spread:
         self._responded(source, started)
         return outcome, None
 
-    async def _checked(self, source: Source, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """``pieces``, as long as they keep coming.  Raises: RegistryError: they do not."""
+    async def _relay(self, source: Source, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield ``pieces`` as long as they arrive in time.  Raises: RegistryError: they do not."""
         began, received = self._clock.monotonic(), 0
         try:
             while True:
@@ -346,4 +360,4 @@ class Spread:
         self._distrusted[source.name] = self._clock.monotonic()
         while len(self._distrusted) > DISTRUSTED_MAX:
             del self._distrusted[next(iter(self._distrusted))]
-        log.warning("node sent something wrong", node=source.name, image=self._reference.familiar, what=what)
+        log.warning("node sent wrong content", node=source.name, image=self._reference.familiar, what=what)

@@ -1,6 +1,6 @@
-"""The images of this node, as executor and Engine API use them.
+"""Image store of this node, as executor and Engine API use it.
 
-``LocalImages`` holds them; here are the ways they come in, go out and go away.
+``LocalImages`` holds the images.  Here they are loaded, pulled, saved, pushed and removed.
 """
 
 from collections.abc import (
@@ -47,11 +47,11 @@ log = structlog.get_logger(__name__)
 
 
 Chosen = tuple[Sequence[tuple[Digest, Reference]], Sequence[Image]]
-"""Names that are removed, with the ids of their images, and images."""
+"""Names to remove with the ids of their images, and images to remove."""
 
 
 class Removed(msgspec.Struct, frozen=True):
-    """What a removal took: names, then images and layers by digest."""
+    """Result of a removal: names, then images and layers by digest."""
 
     untagged: tuple[str, ...] = ()
     deleted: tuple[str, ...] = ()
@@ -71,8 +71,11 @@ class ImageStore(LocalImages):
         on_event: Callable[[ImageEvent], None] = lambda _: None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``policy``: how registries are reached (mirrors, insecure ones); ``nodes``: where images come from that no
-        registry gives.  The others: see ``LocalImages``.
+        """Args:
+            policy: Rules for reaching registries (mirrors, insecure ones).
+            nodes: Fetches images that no registry provides.
+
+        For the other arguments see ``LocalImages``.
         """
         super().__init__(root, limits=limits, clock=clock, on_event=on_event, report=report)
         self.policy = policy or Policy()
@@ -80,11 +83,11 @@ class ImageStore(LocalImages):
         self._helpers = CredentialHelpers(self._clock)
 
     async def load(self, pieces: AsyncIterable[bytes], report: Report = quiet) -> Sequence[Image]:
-        """Take in the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
+        """Load the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
         return await archive.load(self, pieces, report)
 
     def save(self, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """An archive of the images that ``words`` name (``docker save``).  Raises: NotFound."""
+        """Return an archive of the images ``words`` (``docker save``).  Raises: NotFound."""
         return archive.save(self, words)
 
     async def pull(
@@ -96,21 +99,22 @@ class ImageStore(LocalImages):
         platform: str = "",
         uses_helper: bool = True,
     ) -> Image:
-        """Fetch an image from its registry; what is here already is not fetched again.
+        """Pull an image from its registry.  Parts that are on this node already are not fetched again.
 
-        One that its registry does not give, and that is not here, is fetched from a node of the cluster that has it;
-        if the registry denies it, only one that came from no registry.
+        An image that the registry does not provide, and that is not on this node, is fetched from a node of the cluster
+        that has it.  If the registry denies access, only an image that came from no registry is accepted.
 
         Args:
-            auth: ``X-Registry-Auth``: base64 of JSON; empty for none.
-            platform: ``os[/architecture[/variant]]`` where the registry has several; empty: this machine's.
-            uses_helper: whether the credentials of the node's helper programs may be used; for users below the
-                administrator only where one allows it.
+            auth: ``X-Registry-Auth``: base64 of JSON.  Empty for none.
+            platform: ``os[/architecture[/variant]]`` if the registry has several.  Empty for this machine's.
+            uses_helper: Whether the node's credential helpers may be used.  For users other than administrators, only
+                if an administrator allows it.
 
         Raises:
             InvalidArgument: the reference or ``auth`` cannot be parsed.
-            NotFound: the registry has no such image for this platform; PermissionDenied: it refuses.
-            Unavailable: it cannot be reached.
+            NotFound: the registry has no such image for this platform.
+            PermissionDenied: the registry refuses access.
+            Unavailable: the registry cannot be reached.
         """
         reference = parse_reference(word).with_default_tag()
         return await self._pull(reference, auth, report, platform, uses_helper)
@@ -118,7 +122,7 @@ class ImageStore(LocalImages):
     async def pull_all(
         self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
     ) -> Sequence[Image]:
-        """Like ``pull``; a reference without tag and digest means every tag of its repository."""
+        """Pull like ``pull``.  A reference without tag and digest pulls every tag of its repository."""
         wanted = [reference]
         if reference.is_name_only:
             tags = await self._with_credentials(
@@ -143,7 +147,7 @@ class ImageStore(LocalImages):
             if self._nodes is None or self.resolve(str(reference)) is not None:
                 raise
             try:
-                # What a registry keeps from this caller is not given by another node, either.
+                # Another node must not provide an image that the registry denies to this caller.
                 is_denied = isinstance(error, Denied | PermissionDenied | NoCredentials)
                 return await pulling.pull_from_nodes(
                     self, self._nodes, reference, report, platform=platform, only_own=is_denied
@@ -155,10 +159,10 @@ class ImageStore(LocalImages):
     async def inspect_remote(
         self, reference: Reference, auth: str, *, uses_helper: bool = True
     ) -> Mapping[str, Any]:
-        """What a registry has under a name: as ``pulling.inspect``.
+        """Return a registry's description of a name, as ``pulling.inspect`` does.
 
-        While it cannot be reached, what it sent with the image that is here: a service is pinned to that digest, so
-        that all its nodes run the same, which they fetch from each other.
+        While the registry cannot be reached, return its documents of the image on this node.  A service is then
+        pinned to that digest, so that all its nodes run the same image, which they fetch from each other.
         """
         try:
             return await self._with_credentials(
@@ -189,7 +193,7 @@ class ImageStore(LocalImages):
         )
 
     async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
-        """Send an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""
+        """Push an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""
         credentials, helper = (
             _credentials_for(reference.domain, auth),
             self.policy.helpers.get(reference.domain),
@@ -206,9 +210,9 @@ class ImageStore(LocalImages):
         *,
         uses_helper: bool = True,
     ) -> T:
-        """``action`` with the credentials that a client sent; the helper's without any, or where they are refused.
+        """Run ``action`` with the client's credentials, or with the helper's if they are missing or refused.
 
-        Those of a service may have expired long ago.
+        A service's credentials may have expired long ago.
         """
         known, helper = _credentials_for(domain, auth), self.policy.helpers.get(domain)
         if not helper or not uses_helper:
@@ -217,9 +221,7 @@ class ImageStore(LocalImages):
             try:
                 return await action(known)
             except (Denied, PermissionDenied) as error:
-                log.info(
-                    "credentials refused; those of the node are tried", registry=domain, reason=str(error)
-                )
+                log.info("credentials refused, trying the node's", registry=domain, reason=str(error))
         provided = await self._helpers.provide(helper, domain)
         try:
             return await action(provided.credentials)
@@ -233,13 +235,11 @@ class ImageStore(LocalImages):
             raise
 
     async def remove(self, word: str, *, force: bool = False, prune: bool = True, users: Users) -> Removed:
-        """Untag or delete (``docker rmi``).
+        """Untag or delete an image (``docker rmi``).
 
-        Args:
-            prune: parents that nothing needs any more go, too.
+        ``prune``: Whether to remove parents that are no longer needed.
 
-        Raises:
-            NotFound; Conflict: something needs it.
+        Raises: NotFound; Conflict: the image is needed.
         """
 
         def choose() -> Chosen:
@@ -254,9 +254,9 @@ class ImageStore(LocalImages):
         return await self._take(choose, users)
 
     async def prune(self, is_chosen: Callable[[Image], bool], *, users: Users) -> tuple[Removed, int]:
-        """Delete the images that are chosen and unused, with parents that nothing needs any more.
+        """Delete the chosen images that are unused, and parents that are no longer needed.
 
-        Also: how many bytes that freed.
+        Returns the removed names and images, and the number of freed bytes.
         """
 
         def choose() -> Chosen:
@@ -276,20 +276,20 @@ class ImageStore(LocalImages):
         return removed, before - self.bytes_used()
 
     def bytes_used(self) -> int:
-        """Size of all layers, unpacked."""
+        """Return the unpacked size of all layers."""
         return sum(layer.size_bytes for layer in self.layer_store.all().values())
 
     async def _take(self, choose: Callable[[], Chosen], users: Users) -> Removed:
         def in_use() -> Collection[str]:
             return {user.image_id for user in users()}
 
-        async with self._writing:  # names and containers may change before
+        async with self._writing:  # names and containers may change until the lock is held
             names, gone = choose()
             ids = [image.id for image in gone]
             await self._discard({name for _, name in names}, ids, in_use)
         layers = await self._collect()
         for id, _ in names:
-            self.announce("untag", id, id)  # as in Docker: the event does not have the name
+            self.announce("untag", id, id)  # as in Docker, the event does not have the name
         for id in ids:
             self.announce("delete", id, id)
         return Removed(tuple(name.familiar for _, name in names), (*ids, *layers))

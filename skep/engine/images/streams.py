@@ -1,6 +1,6 @@
-"""Compressed streams as plain bytes, whatever they came in: gzip, bzip2, xz, zstd or nothing.
+"""Decompression of streams: gzip, bzip2, xz, zstd or plain.
 
-Loaded by the unpacking worker, so it imports little.
+The unpacking worker imports this module, so it imports little itself.
 
 Source: moby, pkg/archive/archive.go (DecompressStream).
 """
@@ -17,11 +17,11 @@ _ZSTD_WINDOW_BYTES_MAX = 128 << 20
 
 
 class Malformed(Exception):
-    """The stream is no archive that can be unpacked; the text is the one Docker would give."""
+    """The stream is not an archive that can be unpacked.  The text is Docker's."""
 
 
 class Decompressor(Protocol):
-    """What zlib, bz2 and lzma share, one member or stream at a time."""
+    """Common interface of zlib, bz2 and lzma, for one member or stream at a time."""
 
     @property
     def eof(self) -> bool:
@@ -29,18 +29,18 @@ class Decompressor(Protocol):
 
     @property
     def unused_data(self) -> bytes:
-        """What follows the end of the member."""
+        """Data after the end of the member."""
 
     @property
     def needs_input(self) -> bool:
-        """False: ``decompress(b"")`` gives more output."""
+        """Whether more input is needed.  If False, ``decompress(b"")`` returns more output."""
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        """At most ``max_length`` bytes of output."""
+        """Return at most ``max_length`` bytes of output."""
 
 
 def plain_chunks(source: BinaryIO) -> Iterator[bytes]:
-    """The decompressed stream in bounded pieces; members and frames that follow each other are one stream."""
+    """Yield the decompressed stream in bounded pieces.  Consecutive members and frames are one stream."""
     head = source.read(6)
     if head.startswith(b"\x1f\x8b\x08"):
         return _decompressed(source, head, _Gzip)
@@ -67,7 +67,7 @@ def _decompressed(source: BinaryIO, head: bytes, new: Callable[[], Decompressor]
         while True:
             if decompressor.eof:
                 data = decompressor.unused_data or source.read(_CHUNK_BYTES)
-                if not data.strip(b"\0"):  # nothing, or padding after the last member
+                if not data.strip(b"\0"):  # the end, or padding after the last member
                     return
                 decompressor = new()
             has_ended = False
@@ -85,7 +85,7 @@ def _decompressed(source: BinaryIO, head: bytes, new: Callable[[], Decompressor]
 
 
 class _Gzip:
-    """zlib with the interface of its siblings (``needs_input`` instead of a tail that one feeds again)."""
+    """zlib with the interface of bz2 and lzma: ``needs_input`` in place of a tail to feed again."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=31)
@@ -107,10 +107,10 @@ class _Gzip:
 
 
 def _zstd_chunks(source: BinaryIO, head: bytes) -> Iterator[bytes]:
-    import zstandard  # only here: loading it costs every other layer 10 ms
+    import zstandard  # imported here, since it would cost every other layer 10 ms
 
     class Rejoined:
-        """The source with the bytes that were looked at put back."""
+        """The source with the inspected bytes put back."""
 
         def __init__(self) -> None:
             self._head = head

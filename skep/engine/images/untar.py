@@ -1,12 +1,12 @@
-"""The worker that unpacks a tar stream: a process of its own, chrooted into the directory it fills.
+"""Worker that unpacks a tar stream: a separate process, chrooted into the directory that it fills.
 
-Archives are hostile input, so they are unpacked inside a chroot: an absolute name, ``..``, a symbolic
-link to ``/etc`` or a hard link can reach no further than the layer itself, however they are combined, and there is
-no check that could race.  This is also how Docker confines them, hence what Docker accepts is accepted here.  What else
-it gives up is in ``confinement``.
+Archives are hostile input, so they are unpacked in a chroot.  An absolute name, ``..``, a symbolic link to ``/etc`` or
+a hard link can reach no further than the layer itself, however they are combined, and no check can race.  Docker
+confines them in the same way, so an archive that Docker accepts is accepted here.  ``confinement`` describes the other
+rights that the process drops.
 
-Nothing is imported after the chroot, or the archive could bring modules of its own.  The module is run by itself: one
-JSON object of settings as argument, the stream on stdin, one JSON object of results on stdout.
+Nothing is imported after the chroot.  Otherwise the archive could provide modules of its own.  The module is run on its
+own: its argument is a JSON object of settings, the stream is on stdin, and a JSON object of results is printed.
 
 Source: moby, pkg/archive/archive.go (Unpack, createTarFile), archive_linux.go (whiteouts in overlay form).
 """
@@ -35,7 +35,7 @@ _SPACE_CHECK_BYTES = 64 << 20
 _MEMORY_BYTES_MAX = 2 << 30
 _PR_SET_PDEATHSIG = 1
 _HEADER_BYTES_MAX = 1 << 20
-"""Of a long name or a PAX header, as in Go."""
+"""Size of a long name or a PAX header, as in Go."""
 _LONG_HEADERS = frozenset(
     {
         tarfile.XHDTYPE,
@@ -51,26 +51,26 @@ _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _XATTR_RECORD = "SCHILY.xattr."
 _OVERLAY_XATTRS = "trusted.overlay."
-"""What overlayfs itself reads: an archive may not forge it (a redirect shows another layer's directory)."""
+"""Attributes of overlayfs itself.  An archive must not forge them: a redirect shows another layer's directory."""
 
 
 class Duplicate(Malformed):
-    """Two members have one name: Docker refuses what it could not put together again byte for byte."""
+    """Two members have the same name.  Docker refuses an archive that it could not reassemble byte for byte."""
 
 
 class LimitExceeded(Exception):
-    """The archive is larger than this node takes."""
+    """The archive is larger than this node accepts."""
 
 
 @dataclass
 class Settings:
-    """``root``: directory to fill.  ``is_layer``: whiteouts, devices and owners count; else plain files only.
+    """Settings of one run.
 
-    ``has_whiteouts``: a layer's; without, a name that begins with ``.wh.`` is one like others, and of two members with
-    one name the later counts (contexts of builds).
-
-    ``bytes_max`` bounds both the plain tar and what is written; ``spare_bytes`` stay free on the file system.
-    ``copy_to``: a file that receives the plain tar, zstd-compressed (empty: none).
+    ``root``: Directory to fill.  ``is_layer``: Whether whiteouts, devices and owners count.  Otherwise only plain files
+    do. ``has_whiteouts``: Whether names that start with ``.wh.`` are whiteouts.  In contexts of builds they are plain
+    names, and the later of two members with one name counts.  ``bytes_max``: Largest size of both the plain tar and the
+    written files.  ``spare_bytes``: Bytes to keep free on the file system.  ``copy_to``: File for the plain tar,
+    zstd-compressed.  Empty for none.
     """
 
     root: str
@@ -83,10 +83,10 @@ class Settings:
 
 
 class PlainStream:
-    """The plain tar: decompressed whatever it came in, counted, hashed, and copied on the way.
+    """The plain tar: decompresses, counts, hashes and copies it while it is read.
 
-    It is read forwards.  ``tarfile`` has a reader for such streams (mode ``r|``), which copies what is left of its
-    buffer for each header and file.
+    It is read forward.  ``tarfile`` has a reader for such streams (mode ``r|``), but it copies the rest of its buffer
+    for each header and file.
     """
 
     def __init__(self, source: BinaryIO, settings: Settings) -> None:
@@ -99,7 +99,7 @@ class PlainStream:
         self.bytes_read = 0
 
     def read(self, size: int) -> bytes:
-        """``size`` bytes, fewer only at the end."""
+        """Return ``size`` bytes, or fewer at the end."""
         pieces = []
         while size and self._has_more():
             pieces.append(self._chunk[self._position : self._position + size])
@@ -108,11 +108,11 @@ class PlainStream:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def tell(self) -> int:
-        """How far the tar was read, in bytes."""
+        """Return the position in the tar, in bytes."""
         return self.bytes_read - len(self._chunk) + self._position
 
     def seek(self, position: int) -> None:
-        """Go on to ``position``, or to the end if that comes first.  Raises: tarfile.StreamError: it is behind."""
+        """Skip to ``position``, or to the end if that comes first.  Raises: tarfile.StreamError: it is behind."""
         distance = position - self.tell()
         if distance < 0:
             raise tarfile.StreamError("seeking backwards is not allowed")
@@ -122,7 +122,7 @@ class PlainStream:
             distance -= step
 
     def _has_more(self) -> bool:
-        """Whether there is a chunk with something left."""
+        """Return whether data is left, and read the next chunk if needed."""
         while self._position == len(self._chunk):
             chunk = next(self._chunks, b"")
             if not chunk:
@@ -137,7 +137,7 @@ class PlainStream:
         return True
 
     def finish(self) -> str:
-        """Read what follows the archive's end marker (it belongs to the digest); the digest of it all."""
+        """Read the data after the archive's end marker, which belongs to the digest, and return the digest."""
         while self._has_more():
             self._position = len(self._chunk)
         if self._copy is not None:
@@ -151,23 +151,23 @@ _Subsequent = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
 
 
 class Header(tarfile.TarInfo):
-    """A header that is right or an error: the standard reader takes a broken one for the archive's end."""
+    """Header that is valid or an error.  The standard reader takes an invalid one for the archive's end."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """The next header.  Raises: Malformed, in the words of Go's archive/tar."""
+        """Read the next header.  Raises: Malformed, in the words of Go's archive/tar."""
         try:
             return super().fromtarfile(tarfile)
         except _Truncated as error:
             raise Malformed("unexpected EOF") from error
         except _Invalid as error:
             raise Malformed("archive/tar: invalid tar header") from error
-        except _Subsequent as error:  # a header after a long name; only the text names the kind of error
+        except _Subsequent as error:  # a header after a long name; only the text tells the kind of error
             is_invalid = str(error) in ("bad checksum", "invalid header")
             raise Malformed("archive/tar: invalid tar header" if is_invalid else "unexpected EOF") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-        """The standard reader reads a header's length into memory, however large."""
+        """Limit a header's length, since the standard reader reads it into memory, however large."""
         if self.type in _LONG_HEADERS and self.size > _HEADER_BYTES_MAX:
             raise Malformed("archive/tar: header field too long")
         found: tarfile.TarInfo | None = super()._proc_member(archive)  # type: ignore[misc]
@@ -187,7 +187,7 @@ class Unpacker:
         self._directories: list[tuple[str, tarfile.TarInfo]] = []
 
     def unpack(self, stream: PlainStream) -> None:
-        """Everything in ``stream``.  Raises: Malformed, LimitExceeded, OSError."""
+        """Unpack everything in ``stream``.  Raises: Malformed, LimitExceeded, OSError."""
         try:
             with tarfile.TarFile(
                 fileobj=stream,  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ class Unpacker:
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise Malformed(f"archive/tar: invalid tar header ({error})") from error
         for path, member in reversed(self._directories):
-            _set_times(path, member)  # last, since writing into a directory moves its time
+            _set_times(path, member)  # last, since writing into a directory changes its time
 
     def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         if "\0" in member.name or "\0" in member.linkname:
@@ -222,7 +222,7 @@ class Unpacker:
             raise LimitExceeded(f"holds more than {self._settings.entries_max} entries")
         path = os.path.normpath("/" + member.name.lstrip("/"))
         if path == "/":
-            return  # Docker leaves the layer's own directory as it is
+            return  # Docker keeps the layer's own directory as it is
         if not os.path.lexists(os.path.dirname(path)):
             os.makedirs(os.path.dirname(path), mode=0o755)
         is_changes = self._settings.is_layer and self._settings.has_whiteouts
@@ -232,7 +232,7 @@ class Unpacker:
         self._create(archive, member, path)
 
     def _whiteout(self, path: str, member: tarfile.TarInfo) -> bool:
-        """``.wh.x`` becomes what overlayfs reads as "x is not here"; ``.wh..wh..opq`` hides all below."""
+        """Convert a whiteout to overlayfs's form: ``.wh.x`` removes "x", ``.wh..wh..opq`` hides everything below."""
         directory, name = os.path.split(path)
         if name == _OPAQUE:
             self._helper.mark_opaque(directory)
@@ -259,15 +259,15 @@ class Unpacker:
             self._write_file(archive, member, path)
         elif member.islnk():
             os.link(self._link_source(member), path, follow_symlinks=False)
-            return  # the other name carries owner, mode and times
+            return  # the other name has owner, mode and times already
         elif member.issym():
             os.symlink(member.linkname, path)
         elif not self._settings.is_layer:
-            return  # whatever needs it will not find it
+            return  # a missing file is reported where it is needed
         elif member.isfifo():
             os.mkfifo(path)
         elif member.ischr() or member.isblk():
-            # As in Docker, the node exists in the image; the container's device rules decide on its use.
+            # The device file exists in the image, as in Docker.  The container's device rules decide on its use.
             kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
             os.mknod(path, kind | 0o600, os.makedev(member.devmajor, member.devminor))
         else:
@@ -282,7 +282,7 @@ class Unpacker:
             _set_times(path, member)
 
     def _link_source(self, member: tarfile.TarInfo) -> str:
-        """The path that a hard link gives another name."""
+        """Return the path that a hard link refers to."""
         return os.path.normpath("/" + member.linkname)
 
     def _write_file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
@@ -300,7 +300,7 @@ class Unpacker:
             os.close(target)
 
     def _account(self, size: int) -> None:
-        """Count what is about to be written (a sparse member is small in the tar and large here)."""
+        """Count bytes before they are written.  A sparse member is small in the tar and large here."""
         self._written_bytes += size
         if self._written_bytes > self._settings.bytes_max:
             raise LimitExceeded(f"unpacks to more than {self._settings.bytes_max} bytes")
@@ -314,10 +314,10 @@ class Unpacker:
 def _next_member(
     archive: tarfile.TarFile, stream: PlainStream, last: tarfile.TarInfo | None
 ) -> tarfile.TarInfo | None:
-    """The member after ``last``; None: there is none.
+    """Return the member after ``last``, or None after the last one.
 
-    An archive may end where the content of its last file does, as that of ``docker build -f -``, which is never closed:
-    Go's reader misses neither the padding nor the end marker.
+    An archive may end with the content of its last file, like that of ``docker build -f -``, which is never closed.
+    Go's reader requires neither the padding nor the end marker.
     """
     try:
         return archive.next()
@@ -334,7 +334,7 @@ def _compressed_copy(path: str) -> Any:
 
 
 def _make_way(path: str, member: tarfile.TarInfo) -> None:
-    """Remove what ``member`` replaces; a directory that meets a directory is kept and gets its metadata."""
+    """Remove the entry that ``member`` replaces.  A directory replaced by a directory is kept and gets its metadata."""
     try:
         present = os.lstat(path)
     except FileNotFoundError:
@@ -355,7 +355,7 @@ def _set_xattrs(path: str, member: tarfile.TarInfo) -> None:
         try:
             os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
         except OSError as error:
-            # The file system does not support this kind: Docker ignores it, too.
+            # The file system does not support this kind.  Docker also ignores it.
             if error.errno not in (errno.ENOTSUP, errno.EPERM):
                 raise
 
@@ -371,10 +371,10 @@ def _set_times(path: str, member: tarfile.TarInfo) -> None:
 
 
 def _time_ns(record: str | None) -> int | None:
-    """Nanoseconds of a PAX record; None: there is none.
+    """Return the nanoseconds of a PAX record, or None without one.
 
-    What is no decimal number, and what the kernel has no time for, becomes the epoch, as in Docker.  A number with an
-    exponent is none in PAX; one of six digits would be worked out to a million.
+    Values that are not decimal numbers, or not times of the kernel, become the epoch, as in Docker.  PAX has no numbers
+    with an exponent.  With a large one, a short text would become a number of a million digits.
     """
     if record is None:
         return None
@@ -386,12 +386,12 @@ def _time_ns(record: str | None) -> int | None:
 
 
 def _whole_seconds(seconds: float) -> int:
-    """Nanoseconds of the plain header's time."""
+    """Return the plain header's time in nanoseconds."""
     return int(seconds) * 1_000_000_000 if 0 <= seconds < 9.2e9 else 0
 
 
 def tree_bytes(root: str) -> int:
-    """Size as Docker counts a layer: every inode that is no directory, once.
+    """Return the size as Docker counts a layer: every inode except directories, once.
 
     Source: moby, pkg/directory/directory_unix.go.
     """
@@ -405,7 +405,7 @@ def tree_bytes(root: str) -> int:
 
 
 def _confine(root: str) -> Helper:
-    """Enter ``root`` for good, able to import nothing more."""
+    """Enter ``root`` permanently, and prevent further imports."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES_MAX, _MEMORY_BYTES_MAX))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0)
@@ -417,7 +417,7 @@ def _confine(root: str) -> Helper:
 
 
 def _in_words(error: OSError) -> str:
-    """A failed call as Go would print it, as far as it is known which one failed."""
+    """Return a failed call as Go would print it, if it is known which one failed."""
     reason = (error.strerror or str(error)).lower()
     if error.filename2:
         return f"link {os.fsdecode(error.filename)} {os.fsdecode(error.filename2)}: {reason}"
@@ -425,8 +425,8 @@ def _in_words(error: OSError) -> str:
 
 
 def main() -> None:
-    """Unpack stdin as the settings in the first argument say; print the result."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no writer outlives the node process
+    """Unpack stdin by the settings in the first argument, and print the result."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the worker must not outlive the node process
     settings = Settings(**json.loads(sys.argv[1]))
     stream = PlainStream(sys.stdin.buffer, settings)
     result: dict[str, object]
@@ -443,7 +443,7 @@ def main() -> None:
     except LimitExceeded as error:
         result = {"error": str(error), "kind": "limit"}
     except MemoryError:
-        result = {"error": "takes more memory to unpack than is allowed", "kind": "limit"}
+        result = {"error": "needs more memory to unpack than is allowed", "kind": "limit"}
     except OSError as error:
         result = {"error": f"exit status 1): {_in_words(error)}", "kind": "io"}
     sys.stdout.write(json.dumps(result))

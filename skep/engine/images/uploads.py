@@ -1,7 +1,7 @@
-"""Blobs on their way to a registry: mounted from another repository there, or sent, and resumed where a cut left them.
+"""Uploads of blobs to a registry: mounted from another repository, or sent, and resumed after a break.
 
-An upload is a place at the registry that its responses name (``Location``) and that may be at another host; the user's
-credentials are not for that one.  What does not come to its end is cancelled, so that the registry keeps nothing of it.
+The registry's responses name the URL of an upload (``Location``), which may be at another host.  The user's credentials
+are not sent to that host.  An upload that is not completed is cancelled, so that the registry keeps nothing of it.
 
 Source: OCI distribution-spec (Pushing blobs); moby 20.10, distribution/push_v2.go; distribution 2.8,
 registry/client/blob_writer.go.
@@ -33,20 +33,20 @@ log = structlog.get_logger()
 _ATTEMPTS = 5
 _PIECE_BYTES = 1 << 20
 _PROGRESS_S = 60.0
-"""Longest time in which a registry takes no byte, or gives no response to the last one."""
+"""Longest time in which a registry accepts no byte, or does not respond to the last one."""
 _CANCEL_S = 5.0
 _SENDING = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
-"""A blob may take as long as it likes while bytes keep going; ``_PROGRESS_S`` says how long not."""
+"""A blob may take any time as long as bytes keep flowing.  ``_PROGRESS_S`` is the longest pause."""
 _COMMITTING = aiohttp.ClientTimeout(total=300.0, sock_connect=10.0)
-"""A registry computes a large blob's digest, or moves the blob, before it responds."""
+"""Before it responds, a registry computes a large blob's digest, or moves the blob."""
 
 
 class Refused(SkepError):
-    """The registry refuses what is pushed.  ``str(error)`` is its reason; another attempt does not help."""
+    """The registry refuses the content.  ``str(error)`` is its reason.  A retry does not help."""
 
 
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
-    """What is sent: a file, or bytes.  ``mounts``: repositories of the registry that may have it, too."""
+    """Content to send: a file, or bytes.  ``mounts``: Repositories of the registry that may also have it."""
 
     digest: Digest
     size: int
@@ -56,7 +56,7 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def has_blob(repository: Repository, digest: str, size: int) -> bool:
-    """Whether the repository has the blob, in this size.  Raises: RegistryError, Refused."""
+    """Return whether the repository has the blob, with this size.  Raises: RegistryError, Refused."""
     place = f"{repository.path}/blobs/{digest}"
     async with repository.request("HEAD", place, timeout=SHORT_TIMEOUT) as response:
         if response.status == 404:
@@ -71,16 +71,18 @@ async def send(
     report: Callable[[int], None] = lambda _: None,
     waiting: Callable[[float], None] = lambda _: None,
 ) -> str:
-    """Have the repository take the blob.  Gives the repository that it was mounted from; empty: it was sent.
+    """Send a blob to the repository.
+
+    Return the repository that it was mounted from, or an empty string if it was sent.
 
     Args:
-        report: gets the number of bytes that were sent.
-        waiting: gets the seconds until another attempt after a failure of the network.
+        report: Called with the number of bytes sent.
+        waiting: Called with the seconds until the next attempt after a network failure.
 
     Raises:
-        Refused: the registry does not take it.
-        InvalidArgument: what it stored is something else.
-        RegistryError: it could not be sent, several times.
+        Refused: the registry does not accept it.
+        InvalidArgument: the registry stored something else.
+        RegistryError: several attempts failed.
     """
     backoff = Backoff(0.5)
     session = _Session(repository, upload, report)
@@ -108,10 +110,10 @@ class _Session:
         self._upload = upload
         self._report = report
         self._place: URL | None = None
-        """Where the upload goes on; None: it has to be started."""
+        """URL at which the upload continues.  None if it has to be started."""
 
     async def advance(self, *, tries_mounts: bool) -> str:
-        """Begin the upload, or go on with it, to its end.  Raises: as ``send``, without further attempts."""
+        """Start or resume the upload, and complete it.  Raises: as ``send``, without further attempts."""
         start = await self._position() if self._place is not None else 0
         if self._place is None:
             mounted = await self._begin(self._upload.mounts if tries_mounts else ())
@@ -123,7 +125,7 @@ class _Session:
         return ""
 
     async def _begin(self, mounts: Sequence[str]) -> str:
-        """Start the upload, unless the blob can be mounted; gives where that was from."""
+        """Start the upload unless the blob can be mounted.  Return the repository that it was mounted from."""
         for source in mounts:
             await self.cancel()
             if await self._start(source):
@@ -133,7 +135,7 @@ class _Session:
         return ""
 
     async def _start(self, source: str) -> bool:
-        """Ask for an upload, with ``source`` for a mount; whether the blob was mounted, which needs no upload."""
+        """Request an upload, or a mount from ``source``.  Return whether the blob was mounted."""
         repository, also = self._repository, ""
         place = f"{repository.path}/blobs/uploads/"
         if source:
@@ -149,14 +151,14 @@ class _Session:
         return False
 
     async def _position(self) -> int:
-        """How much of the blob the registry has; it forgets uploads: then 0, and a new one is started."""
-        assert self._place is not None, "it is asked of an upload that was started"
+        """Return how much of the blob the registry has.  If it has lost the upload, return 0 to start a new one."""
+        assert self._place is not None, "the upload was started"
         async with self._repository.request("GET", self._place, timeout=SHORT_TIMEOUT) as response:
             last = response.headers.get("Range", "").partition("-")[2]
             if response.status == 204 and last.isdecimal() and len(last) < 20:
                 if response.headers.get("Location"):
                     self._place = self._repository.location(response)
-                # An empty upload has the range 0-0, as one of one byte has.
+                # The range 0-0 stands for an empty upload, and also for one byte.
                 position = int(last) + 1 if int(last) else 0
                 if position <= self._upload.size:
                     return position
@@ -191,10 +193,10 @@ class _Session:
             raise RegistryError(f'Patch "{url}": net/http: request canceled (timeout)') from error
 
     async def _commit(self) -> None:
-        """Give the blob its name.  Raises: InvalidArgument: the registry says that it has another."""
+        """Complete the upload under the blob's digest.  Raises: InvalidArgument: the registry computed another one."""
         assert self._place is not None, "it was started"
         text = str(self._place)
-        # As it is but for the digest: what signed it may have spelled it otherwise than we do.
+        # Append the digest and keep the rest: a signature in it may cover characters that we would encode differently.
         place = URL(
             f"{text}{'&' if '?' in text else '?'}digest={quote(self._upload.digest, safe='')}", encoded=True
         )
@@ -204,7 +206,7 @@ class _Session:
         self._place = None
 
     async def cancel(self) -> None:
-        """Have the registry forget the upload, if there is one; within some seconds, whether it does or not."""
+        """Ask the registry to delete the upload, if there is one.  Gives up after some seconds."""
         place, self._place = self._place, None
         if place is None:
             return
@@ -219,7 +221,7 @@ class _Session:
 
 
 async def _pieces(upload: Upload, start: int) -> AsyncIterator[tuple[bytes, int]]:
-    """Pieces of the content from ``start`` on, each with the number of bytes up to its end."""
+    """Yield pieces of the content from ``start`` on, each with the number of bytes up to its end."""
     if upload.path is None:
         yield upload.content[start:], upload.size
         return
@@ -231,7 +233,7 @@ async def _pieces(upload: Upload, start: int) -> AsyncIterator[tuple[bytes, int]
 
 
 async def check(response: aiohttp.ClientResponse) -> None:
-    """Raise the error of a response that refuses, in Docker's words.  Raises: RegistryError, Refused."""
+    """Raise the error of a failed response, in Docker's words.  Raises: RegistryError, Refused."""
     if response.status < 300:
         return
     _, cause = await refusal_of(response)
@@ -241,12 +243,13 @@ async def check(response: aiohttp.ClientResponse) -> None:
     if response.status == 429:
         raise RegistryError(cause, retry_after(response))
     if response.status in (404, 416) and "/blobs/uploads/" in response.url.path:
-        raise RegistryError(cause)  # the registry lost the upload, or counts otherwise: a new one may do
+        # The registry lost the upload, or has another position.  A new upload may succeed.
+        raise RegistryError(cause)
     raise Refused(cause)
 
 
 def require_digest(response: aiohttp.ClientResponse, digest: str) -> None:
-    """Refuse a registry that stored something else than ``digest``.  Raises: InvalidArgument."""
+    """Check the stored digest.  Raises: InvalidArgument: the registry stored something else."""
     stored = response.headers.get("Docker-Content-Digest", digest)
     if stored != digest:
-        raise InvalidArgument(f"the registry stored {stored[:200]} in place of {digest}")
+        raise InvalidArgument(f"the registry stored {stored[:200]} instead of {digest}")

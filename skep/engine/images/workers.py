@@ -1,6 +1,6 @@
-"""Confined processes that unpack archives, and pack changes, within the limits of this node.
+"""Runs confined processes that unpack archives and pack changes, within the limits of this node.
 
-``untar`` and ``pack`` run in them.  A worker that is not done in time, or whose caller is cancelled, is killed.
+They run ``untar`` and ``pack``.  A worker that is not done in time, or whose caller is cancelled, is killed.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ log = structlog.get_logger()
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of what this node accepts from registries and clients.
+    """Limits of the data that this node accepts from registries and clients.
 
-    ``layer_bytes_max``: of one layer, unpacked; ``archive_bytes_max``: of an uploaded archive, unpacked;
-    ``spare_bytes``: stays free on the file system, of a small one ``spare_share`` of it; ``unpack_s``: longest time for
-    one layer, in seconds.
+    ``layer_bytes_max``: Unpacked size of one layer.  ``archive_bytes_max``: Unpacked size of an uploaded archive.
+    ``spare_bytes``: Bytes to keep free on the file system.  ``spare_share``: Share to keep free instead on a small file
+    system.  ``unpack_s``: Longest time for one layer, in seconds.
     """
 
     layer_bytes_max: int = 64 << 30
@@ -39,22 +39,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     manifest_bytes_max: int = 4 << 20
 
     def spare_on(self, directory: Path) -> int:
-        """Bytes that stay free on the file system of ``directory``."""
+        """Return the number of bytes to keep free on the file system of ``directory``."""
         space = os.statvfs(directory)
         return min(self.spare_bytes, round(self.spare_share * space.f_blocks * space.f_frsize))
 
     def room_on(self, directory: Path) -> int:
-        """Bytes that may still be written there."""
+        """Return the number of bytes that may still be written there."""
         space = os.statvfs(directory)
         return space.f_bavail * space.f_frsize - self.spare_on(directory)
 
 
 class UnpackFailed(SkepError):
-    """The archive could not be unpacked here: no space, or the file system refused."""
+    """The archive could not be unpacked here: no space, or a file system call failed."""
 
 
 class Unpacked(msgspec.Struct, frozen=True):
-    """What a worker has unpacked or packed: the digest and length of the plain tar, and the size of its files."""
+    """Result of a worker: digest and length of the plain tar, and the size of its files."""
 
     digest: Digest
     plain_bytes: int
@@ -73,10 +73,11 @@ async def unpack(
     """Unpack a tar into the empty directory ``target``.
 
     Args:
-        source: an open file's descriptor, or the tar's pieces as they arrive; compressed or not.
-        is_layer: owners, devices and whiteouts count (else: plain files, owned by us, readable by us alone).
-        has_whiteouts: of a layer: names that begin with ``.wh.`` say what is removed.
-        copy_to: receives the plain tar, compressed.
+        source: Descriptor of an open file, or the tar's pieces as they arrive.  Compressed or not.
+        is_layer: Whether owners, devices and whiteouts count.  Otherwise files are plain, and owned and readable by us
+            only.
+        has_whiteouts: Whether names of a layer that start with ``.wh.`` mark removed files.
+        copy_to: File for the plain tar, compressed.
 
     Raises:
         InvalidArgument, ResourceExhausted, UnpackFailed.
@@ -93,7 +94,7 @@ async def unpack(
     )
     pipe = asyncio.subprocess.PIPE
     stdin = source if isinstance(source, int) else pipe
-    async with _started(untar.__name__, vars(settings), limits, stdin=stdin, stdout=pipe) as worker:
+    async with _run_worker(untar.__name__, vars(settings), limits, stdin=stdin, stdout=pipe) as worker:
         if not isinstance(source, int):
             await _feed(worker, source)
         response = await _response(worker, worker.stdout)
@@ -103,10 +104,11 @@ async def unpack(
 async def pack_changes(
     changes: Path, content: Path, *, limits: Limits, without: Collection[str] = (), removes: bool = False
 ) -> Unpacked:
-    """Write an overlay's upper directory as a layer's tar, compressed, to ``content``.
+    """Write an overlay's upper directory as a layer's compressed tar to ``content``.
 
     Args:
-        without: paths below ``changes`` that are left out; ``removes``: they are removed there, too.
+        without: Paths below ``changes`` to leave out.
+        removes: Whether to remove these paths from ``changes``.
 
     Raises:
         InvalidArgument, ResourceExhausted, UnpackFailed.
@@ -121,7 +123,7 @@ async def pack_changes(
         removes=removes,
     )
     null, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
-    async with _started(pack.__name__, vars(settings), limits, stdin=null, stderr=pipe) as worker:
+    async with _run_worker(pack.__name__, vars(settings), limits, stdin=null, stderr=pipe) as worker:
         response = await _response(worker, worker.stderr)
     return _result(response, "the tree")
 
@@ -132,7 +134,7 @@ def _require_room(limits: Limits, directory: Path) -> None:
 
 
 @asynccontextmanager
-async def _started(
+async def _run_worker(
     module: str,
     settings: Mapping[str, Any],
     limits: Limits,
@@ -141,7 +143,7 @@ async def _started(
     stdout: int | None = None,
     stderr: int | None = None,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A worker that runs ``module``, until the block ends, or its time."""
+    """Run a worker with ``module`` until the end of the block, or until its time is over."""
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-m", module, json.dumps(settings)),
         stdin=stdin,
@@ -163,7 +165,7 @@ async def _started(
 
 async def _feed(worker: asyncio.subprocess.Process, pieces: AsyncIterable[bytes]) -> None:
     assert worker.stdin is not None, "its input is a pipe"
-    with suppress(ConnectionError):  # it has failed, and its response has the reason
+    with suppress(ConnectionError):  # the worker has failed, and its response has the reason
         async for piece in pieces:
             worker.stdin.write(piece)
             await worker.stdin.drain()
@@ -171,7 +173,7 @@ async def _feed(worker: asyncio.subprocess.Process, pieces: AsyncIterable[bytes]
 
 
 async def _response(worker: asyncio.subprocess.Process, pipe: asyncio.StreamReader | None) -> bytes:
-    """What a worker says at its end."""
+    """Return a worker's output once it has ended."""
     assert pipe is not None, "its response comes in a pipe"
     response = await pipe.read()
     await worker.wait()
@@ -179,17 +181,17 @@ async def _response(worker: asyncio.subprocess.Process, pipe: asyncio.StreamRead
 
 
 def _result(response: bytes, of: str, prefix: str = "") -> Unpacked:
-    """What a worker's line of JSON means.
+    """Return the result in a worker's line of JSON, or raise its error.
 
-    ``of``: what is larger than a limit; ``prefix``: of the other errors' texts, as Docker has it.
+    ``of``: Subject of the error about a limit.  ``prefix``: Start of the other errors' texts, as in Docker.
     """
     try:
         result = msgspec.json.decode(response, type=dict[str, str | int])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning(
-            "unexpected output of a process for archives", output=response[-2000:].decode(errors="replace")
+            "unexpected output of an archive worker", output=response[-2000:].decode(errors="replace")
         )
-        raise UnpackFailed("the process for archives ended without a response") from error
+        raise UnpackFailed("the archive worker ended without a response") from error
     message = str(result.get("error", ""))
     match result.get("kind"):
         case None:

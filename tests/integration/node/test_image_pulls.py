@@ -446,8 +446,8 @@ async def test_pages_of_tags_are_asked_for_with_the_token(images: ImageStore, ro
 @pytest.mark.parametrize(
     ("link", "problem"),
     [
-        ("</v2/app/tags/list>", "goes on with a page that it has had"),
-        ("<>", "goes on with a page that it has had"),
+        ("</v2/app/tags/list>", "repeats a page"),
+        ("<>", "repeats a page"),
         ("<http://127.0.0.2:1/v2/app/tags/list?last=1>", "refused a next page at http://127.0.0.2:1"),
         ("<file:///etc/passwd>", "refused a redirect"),
         ("<http://[::1>", "invalid redirect"),

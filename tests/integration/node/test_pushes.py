@@ -393,7 +393,7 @@ async def test_a_registry_that_stores_something_else_is_an_error(
         return None
 
     bent.bend = lie
-    with pytest.raises(InvalidArgument, match=f"^the registry stored sha256:{'0' * 64} in place of sha256:"):
+    with pytest.raises(InvalidArgument, match=f"^the registry stored sha256:{'0' * 64} instead of sha256:"):
         await pushed(images, f"{bent.address}/app:1")
     assert bent.manifests == {}
     assert images.get(f"{bent.address}/app:1").digests == ()

@@ -28,7 +28,7 @@ class SlowImages(TreeImages):
     unpin: Callable[[], Awaitable[None]]
 
     @asynccontextmanager
-    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+    async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
         yield
         await self.unpin()
 

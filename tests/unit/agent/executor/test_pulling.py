@@ -31,7 +31,7 @@ class Registry:
         return ()
 
     @asynccontextmanager
-    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+    async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
         yield
 
     async def pull(self, word: str, auth: str = "", *, uses_helper: bool = False) -> Image:

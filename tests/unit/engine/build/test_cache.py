@@ -19,10 +19,10 @@ async def test_private_directories_of_three_steps_at_once_are_three(tmp_path: Pa
     mounts = CacheMounts(tmp_path)
     async with AsyncExitStack() as stack:
         places = [
-            await stack.enter_async_context(mounts.used(CacheKey(id="id"), "private")) for _ in range(3)
+            await stack.enter_async_context(mounts.hold(CacheKey(id="id"), "private")) for _ in range(3)
         ]
     assert len(set(places)) == 3
-    async with mounts.used(CacheKey(id="id"), "private") as again:
+    async with mounts.hold(CacheKey(id="id"), "private") as again:
         assert again == places[0]
 
 
@@ -31,14 +31,14 @@ async def test_a_directory_that_a_step_takes_during_a_prune_stays(
 ) -> None:
     mounts = CacheMounts(tmp_path)
     for id in ("one", "two"):
-        async with mounts.used(CacheKey(id=id), "shared") as place:
+        async with mounts.hold(CacheKey(id=id), "shared") as place:
             (place / "file").write_text(id)
     async with AsyncExitStack() as stack:
         taken = list[Path]()
 
         async def discard_slowly(path: Path) -> None:
             for id in () if taken else ("one", "two"):
-                taken.append(await stack.enter_async_context(mounts.used(CacheKey(id=id), "shared")))
+                taken.append(await stack.enter_async_context(mounts.hold(CacheKey(id=id), "shared")))
                 (taken[-1] / "new").write_text("new")
             await discard_tree(path)
 
@@ -59,14 +59,14 @@ async def test_a_directory_is_filled_once_and_whole_before_a_step_has_it(tmp_pat
 
     async def use() -> None:
         key = CacheKey(id="id", base="sha256:b", mode=0o700, uid=5)
-        async with mounts.used(key, "shared", fill) as place:
+        async with mounts.hold(key, "shared", fill) as place:
             assert {one.name for one in place.iterdir()} == {"first", "second"}
             assert (place.stat().st_mode & 0o777, place.stat().st_uid) == (0o700, 5)
 
     async def again() -> None:
         key = CacheKey(id="id", base="sha256:b", mode=0o700, uid=5)
         for mode in (0o700, 0o755):
-            async with mounts.used(key, "shared", fill) as place:
+            async with mounts.hold(key, "shared", fill) as place:
                 assert place.stat().st_mode & 0o777 == mode, "what a step has changed stays"
                 place.chmod(0o755)
 
@@ -81,7 +81,7 @@ async def test_a_directory_whose_first_files_cannot_be_had_is_not_there(tmp_path
         raise OSError("no more")
 
     with pytest.raises(OSError, match="no more"):
-        async with CacheMounts(tmp_path).used(CacheKey(id="id", base="b"), "shared", fill):
+        async with CacheMounts(tmp_path).hold(CacheKey(id="id", base="b"), "shared", fill):
             pass
     assert list(tmp_path.iterdir()) == []
 
