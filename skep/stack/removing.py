@@ -1,4 +1,4 @@
-"""Removal of a stack, and of what one deploy has created."""
+"""Removal of a stack, and of the objects that one deploy has created."""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +17,10 @@ _LOOK_S: Final = 0.5
 
 
 async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:
-    """Remove everything of a stack: services, and when their tasks are gone, the rest.  False: there is none.
+    """Remove a stack: its services, then, when their tasks have stopped, its other objects.
 
-    Raises: Unavailable: something is in use for longer than ``wait_s``.
+    Returns: Whether the stack had any objects.
+    Raises: Unavailable: an object was still in use after ``wait_s``.
     """
     label = {"label": [f"{NAMESPACE}={stack}"]}
     found = False
@@ -37,9 +38,9 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
 
 
 async def unmake(client: Requests, stack: str, made: Made, show: Show, wait_s: float) -> None:
-    """Remove what a deploy has created, and nothing else.
+    """Remove the objects that a deploy has created, and nothing else.
 
-    Raises: FailedPrecondition: somebody has changed a service of it; Unavailable: something stays in use.
+    Raises: FailedPrecondition: one of the services was changed meanwhile; Unavailable: an object stays in use.
     """
     for service in made.services:
         if await remove_unchanged(client, removal_of(service)):
@@ -59,7 +60,7 @@ async def _wait_tasks_gone(
     wait_s: float,
     services: Collection[str] | None = None,
 ) -> None:
-    """Return when no task of the stack, or of these services, runs: then addresses and networks are free."""
+    """Wait until no task of the stack, or of these services, runs: then addresses and networks are free."""
 
     async def read() -> list[Any]:
         tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
