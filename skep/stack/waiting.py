@@ -37,8 +37,8 @@ _EXPLAINED_AFTER_S: Final = 1.0
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """A service's progress as its tasks show it.
 
-    ``current``: ids of the tasks with its present spec.  ``failed`` and ``running``: slots of those that failed or run,
-    by task id.
+    ``current``: ids of the tasks with its present spec.  ``failed`` and ``running``: slots of the failed and
+    of the running tasks among them, by task id.
     """
 
     id: str
