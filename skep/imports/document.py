@@ -45,7 +45,7 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
 
 def rendered(document: dict[str, Any]) -> str:
     """Return the document as YAML, in its order and without anchors."""
-    copied = json.loads(json.dumps(document))  # PyYAML writes what is in two places as an anchor
+    copied = json.loads(json.dumps(document))  # PyYAML writes an object that occurs twice as an anchor
     return yaml.dump(copied, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
