@@ -79,7 +79,7 @@ async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
     results: list[NodeResult] = []
     try:
         async with asyncio.timeout(_RESPONSE_TIMEOUT_S):
-            total = await _read(host, results, throughput=throughput)
+            total = await _collect(host, results, throughput=throughput)
     except TimeoutError:
         raise Unavailable(f"the probes did not end within {_RESPONSE_TIMEOUT_S:g} s") from None
     if len(results) < total:
@@ -87,7 +87,7 @@ async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
     return sorted(results, key=lambda result: (result["Hostname"], result["ID"]))
 
 
-async def _read(host: HostOptions, results: list[NodeResult], *, throughput: bool) -> int:
+async def _collect(host: HostOptions, results: list[NodeResult], *, throughput: bool) -> int:
     """Append every result to ``results`` as it arrives; gives how many nodes take part."""
     method = "POST" if throughput else "GET"
     async with host.client() as client:

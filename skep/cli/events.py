@@ -149,11 +149,11 @@ async def _follow(
     host: HostOptions, filters: Filters, stream: Stream, show: Callable[[Mapping[str, Any]], None]
 ) -> None:
     async with host.client() as client:
-        async for event in followed(client, filters, stream, SystemClock()):
+        async for event in follow(client, filters, stream, SystemClock()):
             show(event)
 
 
-async def followed(
+async def follow(
     client: Client, filters: Filters, stream: Stream, clock: Clock
 ) -> AsyncIterator[Mapping[str, Any]]:
     """Events with their cursors, without a gap, over any number of connections, until the stream's end.

@@ -74,12 +74,12 @@ async def _exec(host: HostOptions, word: str, command: Sequence[str], options: d
         if not attached:
             await client.post(f"{path}/start", {"Detach": True, "Tty": options["tty"]})
             return 0
-        await _attached(client, path, options)
+        await _attach(client, path, options)
         ended = await client.get(f"{path}/json")
         return int(ended["ExitCode"] or 0)
 
 
-async def _attached(client: RawClient, path: str, options: dict[str, Any]) -> None:
+async def _attach(client: RawClient, path: str, options: dict[str, Any]) -> None:
     """Run it with this command's input and output."""
     is_tty = options["tty"]
 

@@ -88,7 +88,7 @@ async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
         if wait_s is None:
             await _set_draining(client, name)
         else:
-            await drained(client, name, wait_s)
+            await drain_and_wait(client, name, wait_s)
 
 
 async def _consequences(client: Client, name: str) -> Sequence[str]:
@@ -143,7 +143,7 @@ async def _set_draining(client: Client, name: str) -> None:
     )
 
 
-async def drained(client: Client, name: str, within_s: float) -> None:
+async def drain_and_wait(client: Client, name: str, within_s: float) -> None:
     """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
     await _set_draining(client, name)
     services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)

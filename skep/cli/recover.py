@@ -68,10 +68,10 @@ async def _look(host: HostOptions) -> tuple[Mapping[str, Any], Mapping[str, Any]
     async with host.client() as client:
         info = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client)
-        return info, quorum, await _kept(client, quorum)
+        return info, quorum, await _read_kept(client, quorum)
 
 
-async def _kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
+async def _read_kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
     if quorum is None:
         return Kept()
     counts: dict[str, int] = {}

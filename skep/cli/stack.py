@@ -336,7 +336,9 @@ def plan(
             found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
             await check(client, made, found, warn)
             if not found.effective:
-                return planned(found, await Deployment(client, made, found, lambda *_: None).unfinished())
+                return planned(
+                    found, await Deployment(client, made, found, lambda *_: None).find_unfinished()
+                )
             return planned(await with_placements(client, found, warn))
 
     output.show(fetch)

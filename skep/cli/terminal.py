@@ -46,7 +46,7 @@ def raw_terminal() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def followed(resize: Resize) -> AsyncIterator[None]:
+async def follow_size(resize: Resize) -> AsyncIterator[None]:
     """In the block: send the process the size whenever this terminal's changes."""
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
@@ -80,7 +80,7 @@ async def controlling(resize: Resize) -> AsyncIterator[None]:
             return
         with suppress(SkepError):
             await resize(*size())
-        async with followed(resize):
+        async with follow_size(resize):
             yield
 
 
@@ -97,7 +97,7 @@ async def join(stream: Exchange, *, takes_input: bool, is_tty: bool) -> None:
 
 async def _send_input(stream: Exchange) -> None:
     typed = _Input(asyncio.get_running_loop())
-    while data := await typed.read():
+    while data := await typed.next_piece():
         stream.writer.write(data)
         try:
             await stream.writer.drain()
@@ -120,7 +120,7 @@ class _Input:
         self._room = threading.Semaphore(4)
         threading.Thread(target=self._read_all, name="standard input", daemon=True).start()
 
-    async def read(self) -> bytes:
+    async def next_piece(self) -> bytes:
         """The next piece; empty at the end."""
         piece = await self._pieces.get()
         self._room.release()

@@ -194,7 +194,7 @@ async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: b
         return
     await _each(machines, lambda one: install(one, facts[one.word], wanted, progress))
     first, *others = machines
-    address, tokens, members = await _found(first, wanted, progress)
+    address, tokens, members = await _ensure_cluster(first, wanted, progress)
 
     def joins(one: Machine, role: str) -> Callable[[], Any]:
         return lambda: join(one, role, address, tokens, members, wanted, progress)
@@ -212,7 +212,7 @@ async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> 
     """
     places, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
 
-    async def guarded(machine: Machine) -> None:
+    async def attempt(machine: Machine) -> None:
         async with places:
             try:
                 await work(machine)
@@ -221,7 +221,7 @@ async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> 
 
     async with asyncio.TaskGroup() as group:
         for machine in machines:
-            group.create_task(guarded(machine), name=machine.word)
+            group.create_task(attempt(machine), name=machine.word)
     if failed:
         lines = [f"{machine.word}: {failed[machine.word]}" for machine in machines if machine.word in failed]
         raise Unavailable("\n".join([*lines, "the same command again continues with what is missing"]))
@@ -268,7 +268,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-async def _found(
+async def _ensure_cluster(
     first: Machine, wanted: Wanted, progress: Progress
 ) -> tuple[str, Mapping[str, str], set[str]]:
     """The first manager's address, the join tokens, and the ids of the nodes that there are."""

@@ -24,7 +24,7 @@ from skep.cli import maintenance, options
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.maintenance import RESPONSE_TIMEOUT_S, Holder
-from skep.cli.node import drained
+from skep.cli.node import drain_and_wait
 from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
 from skep.cli.up import APT_INSTALL, INSTALLS_WITHIN_S, Machine, quoted
@@ -291,7 +291,7 @@ class _Upgrade:
             holders = [one for one in maintenance.read(text) if one != former]
             return maintenance.written(maintenance.taken(holders, renewed, members, now))
 
-        await self._asked(lambda: maintenance.change_by_nodes(self._client, decide))
+        await self._retry(lambda: maintenance.change_by_nodes(self._client, decide))
 
     async def release(self) -> None:
         """Give the lock back, if it is this one's."""
@@ -300,11 +300,11 @@ class _Upgrade:
             holders = maintenance.read(text)
             return maintenance.written([one for one in holders if not maintenance.is_same(one, self._holder)])
 
-        await self._asked(lambda: maintenance.change(self._client, decide))
+        await self._retry(lambda: maintenance.change(self._client, decide))
 
     async def end(self) -> None:
         """Before a node gets the version: it has tasks again, the lock goes, unless another upgrade has it now."""
-        holders = await self._asked(lambda: maintenance.holders_of(self._client))
+        holders = await self._retry(lambda: maintenance.holders_of(self._client))
         if any(maintenance.is_same(one, self._holder) for one in holders):
             if self._holder.node and self._holder.availability:
                 await self._restore_availability()
@@ -351,7 +351,7 @@ class _Upgrade:
         return found.steps[0] if found.steps else None
 
     async def _plan(self) -> Plan:
-        return await self._asked(
+        return await self._retry(
             lambda: plan_now(
                 self._client,
                 self._means.version,
@@ -376,7 +376,7 @@ class _Upgrade:
         if drains:
             say(f"{node.name}: is being drained")
             try:
-                await drained(self._client, node.id, self._within_s * 3)
+                await drain_and_wait(self._client, node.id, self._within_s * 3)
             except Unavailable:
                 await self._activate()
                 await self.release()
@@ -436,7 +436,7 @@ class _Upgrade:
         try:
             async with asyncio.timeout(self._within_s):
                 while True:
-                    members, _ = await self._asked(lambda: maintenance.nodes_and_time(self._client))
+                    members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
                     seen = next((one for one in members if one.id == node.id), seen)
                     if seen.is_ready and seen.version == version:
                         return
@@ -452,11 +452,11 @@ class _Upgrade:
 
     async def _restore_availability(self) -> None:
         node, word = self._holder.node, self._holder.availability
-        await self._asked(lambda: _set_availability(self._client, node, word))
+        await self._retry(lambda: _set_availability(self._client, node, word))
 
     async def _finish_interrupted(self) -> None:
         """The node whose turn it was has the version, or is gone.  Raises: Unavailable: it does not come back well."""
-        members, _ = await self._asked(lambda: maintenance.nodes_and_time(self._client))
+        members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
         node = next((one for one in members if one.id == self._holder.node), None)
         if node is None:
             await self._hold(node="", availability="")
@@ -478,7 +478,7 @@ class _Upgrade:
                 left = list(names)
                 while left:
                     left = [
-                        one for one in left if not await self._asked(partial(_is_updated, self._client, one))
+                        one for one in left if not await self._retry(partial(_is_updated, self._client, one))
                     ]
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
@@ -486,7 +486,7 @@ class _Upgrade:
                 f"{', '.join(names)}: not distributed within {self._within_s:g} s (skep explain SERVICE)"
             ) from None
 
-    async def _asked(self, request: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, request: Callable[[], Awaitable[T]]) -> T:
         """Over the restart of the manager that answers."""
         try:
             async with asyncio.timeout(self._within_s):

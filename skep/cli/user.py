@@ -129,7 +129,7 @@ async def _add(
     async with options.requests() as client:
         await client.post("/skep/users/create", {"Name": name, "Roles": roles})
         if has_certificate:
-            key, certificate = await _issued(
+            key, certificate = await _issue(
                 client, f"/skep/users/{quote(name)}/certificates", wanted.lifetime
             )
             _keep(options, wanted, (authority, certificate, key))
@@ -359,7 +359,7 @@ def renew(
         authority = _authority(options, wanted) if wanted.out is not None else b""
         path = f"/skep/users/{quote(name)}/certificates" if name else "/skep/access/certificates"
         async with options.requests() as client:
-            key, certificate = await _issued(client, path, wanted.lifetime)
+            key, certificate = await _issue(client, path, wanted.lifetime)
         if wanted.context:
             files = {"cert.pem": certificate, "key.pem": key}
             Contexts(options.docker_folder).replace_tls(wanted.context, files)
@@ -389,7 +389,7 @@ def whoami(options: HostOptions, output: Output) -> None:
     output.show(fetch)
 
 
-async def _issued(client: "PlainRequests", path: str, lifetime: float) -> tuple[bytes, bytes]:
+async def _issue(client: "PlainRequests", path: str, lifetime: float) -> tuple[bytes, bytes]:
     """A key made here, and a certificate for it."""
     key, request = _key_and_request()
     body = {"Request": request.decode(), "LifetimeSeconds": int(lifetime)}

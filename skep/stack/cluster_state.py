@@ -90,7 +90,7 @@ async def pinned_images(
     """
     limit, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
 
-    async def pinned(name: str) -> tuple[str, str]:
+    async def pin(name: str) -> tuple[str, str]:
         if "@" in name:
             return name, ""
         async with limit:
@@ -105,7 +105,7 @@ async def pinned_images(
                 failed[name] = str(error)
                 return name, ""
 
-    found = await asyncio.gather(*(pinned(name) for name in sorted(set(names))))
+    found = await asyncio.gather(*(pin(name) for name in sorted(set(names))))
     if failed:
         warn(_unpinned(failed))
     return {name: image for name, image in found if image}

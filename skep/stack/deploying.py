@@ -151,7 +151,7 @@ class Deployment:
                     await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
         except TimeoutError:
             assert wait_s is not None
-            raise Unavailable(unfinished(await self.unfinished(), wait_s)) from None
+            raise Unavailable(unfinished(await self.find_unfinished(), wait_s)) from None
 
     async def _change_services(self) -> None:
         """Create, update and remove services.
@@ -171,7 +171,7 @@ class Deployment:
                 raise
             self._show(self._stack.name, f"another deploy has the same content ({error})")
 
-    async def unfinished(self) -> dict[str, str]:
+    async def find_unfinished(self) -> dict[str, str]:
         """Return the progress of the plan's services that do not run with their new spec, by name."""
         progress = await self._reasons.explain(await self._looks())
         wanted = [
@@ -447,7 +447,7 @@ class Deployment:
         """Return the state of the deploy, for the message after an interrupt."""
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
-                texts = await self.unfinished()
+                texts = await self.find_unfinished()
         except (SkepError, OSError, TimeoutError) as error:
             return f"its state is not known ({reason_of(error)})"
         named = "; ".join(f"{name}: {text}" for name, text in texts.items())

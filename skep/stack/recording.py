@@ -99,7 +99,7 @@ async def carry_out(
     await check(client, stack, plan, warn)
     if whole is not None:
         after = revisions[-1].number if plan.only and revisions else None
-        made.revision = await _recorded(client, whole, plan, warn, after=after)
+        made.revision = await _record(client, whole, plan, warn, after=after)
     if made.revision:
         made.claim = Claim(client, asked, made.revision)
     try:
@@ -170,7 +170,7 @@ async def _end(
         await made.claim.follow()
 
 
-async def _recorded(
+async def _record(
     client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None], *, after: int | None = None
 ) -> str:
     """Record a new revision and return its id, or an empty string if it is too large or refused by a quota.

@@ -31,7 +31,7 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
             (one["Name"], one["Id"]) if kind == "network" else (one["Spec"]["Name"], one["ID"])
             for one in objects
         ]
-        await all_of(_removed(client, kind, name, id, show, wait_s) for name, id in named)
+        await all_of(_remove(client, kind, name, id, show, wait_s) for name, id in named)
         if kind == "service":
             await _wait_tasks_gone(client, label, show, stack, wait_s)
     return found
@@ -49,7 +49,7 @@ async def unmake(client: Requests, stack: str, made: Made, show: Show, wait_s: f
     await _wait_tasks_gone(client, label, show, stack, wait_s, {one.id for one in made.services})
     for kind in ("secret", "config", "network"):
         of_kind = [(name, id) for one, name, id in made.files if one == kind]
-        await all_of(_removed(client, kind, name, id, show, wait_s) for name, id in of_kind)
+        await all_of(_remove(client, kind, name, id, show, wait_s) for name, id in of_kind)
 
 
 async def _wait_tasks_gone(
@@ -62,13 +62,13 @@ async def _wait_tasks_gone(
 ) -> None:
     """Wait until no task of the stack, or of these services, runs: then addresses and networks are free."""
 
-    async def read() -> list[Any]:
+    async def read_tasks() -> list[Any]:
         tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
         return [one for one in tasks if services is None or one.get("ServiceID") in services]
 
     try:
         async with asyncio.timeout(wait_s):
-            while tasks := await persistently(read, partial(show, stack)):
+            while tasks := await persistently(read_tasks, partial(show, stack)):
                 show(stack, f"tasks that still stop: {len(tasks)}")
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
@@ -77,7 +77,7 @@ async def _wait_tasks_gone(
         ) from None
 
 
-async def _removed(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
+async def _remove(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
     deadline = asyncio.get_running_loop().time() + wait_s
     while True:
         try:
