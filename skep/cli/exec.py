@@ -47,7 +47,7 @@ def exec_command(ctx: click.Context, /, target: str, command: Sequence[str], **o
 
 
 async def _exec(host: HostOptions, word: str, command: Sequence[str], options: dict[str, Any]) -> int | None:
-    """The exit code; None: there is no such service or task."""
+    """Run the command and return its exit code, or None without such a service or task."""
     async with host.raw_client() as client:
         target = await find_target_or_docker(client, word)
         if target is None:
@@ -80,7 +80,7 @@ async def _exec(host: HostOptions, word: str, command: Sequence[str], options: d
 
 
 async def _attach(client: RawClient, path: str, options: dict[str, Any]) -> None:
-    """Run it with this command's input and output."""
+    """Run the command with this process's input and output."""
     is_tty = options["tty"]
 
     async def resize(rows: int, columns: int) -> None:

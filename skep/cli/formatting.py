@@ -9,7 +9,7 @@ _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
 def duration(seconds: float) -> str:
-    """``3 s``, ``4m 10s``, ``2h 5m``, ``3d 4h``: the two largest units."""
+    """Return a duration in its two largest units: ``3 s``, ``4m 10s``, ``2h 5m``, ``3d 4h``."""
     whole = max(round(seconds), 0)
     for size, unit in _UNITS:
         if whole >= size:
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds_since(stamp: str, now: float) -> float | None:
-    """Seconds from ``stamp`` to ``now`` (since the epoch), negative before it; None: it is no time."""
+    """Return the seconds from ``stamp`` to ``now`` (since the epoch), negative for the future, or None if invalid."""
     try:
         return now - unix_ns(Timestamp(stamp)) / SECOND_NS
     except InvalidArgument:
@@ -29,7 +29,7 @@ def seconds_since(stamp: str, now: float) -> float | None:
 
 
 def age(stamp: str, now: float) -> str:
-    """How long ago ``stamp`` was: ``4m 10s``; what is no time is shown as it is."""
+    """Return the time since ``stamp``, such as ``4m 10s``, or an invalid stamp unchanged."""
     seconds = seconds_since(stamp, now)
     return stamp if seconds is None else duration(seconds)
 

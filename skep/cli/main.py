@@ -1,4 +1,4 @@
-"""``skep``: finds the command, or hands a Docker noun over to docker.
+"""``skep``: runs a command of its own, or passes a Docker noun on to docker.
 
 Commands are named by module and attribute and imported when they are run or listed, so ``skep ps`` starts as
 fast as docker does and the commands of other parts (the daemon, the playground) stay out of this one's imports.
@@ -18,7 +18,7 @@ from skep.cli.endpoint import DEFAULT_HOST, HostOptions
 
 
 class Command(NamedTuple):
-    """Where a command is found, and its summary, so that the help imports no command."""
+    """The location of a command, and its summary, so that the help does not import commands."""
 
     location: str
     summary: str
@@ -90,7 +90,7 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the command's module; None: neither ours nor docker's."""
+        """Import the command's module, or return None if neither Skep nor docker has the command."""
         if entry := COMMANDS.get(cmd_name):
             module, _, attribute = entry.location.partition(":")
             command = getattr(importlib.import_module(module), attribute)
@@ -103,7 +103,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click, and similar commands, docker's too, in the error for an unknown one."""
+        """Resolve a command as click does, and suggest similar commands, including docker's, for an unknown one."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -175,7 +175,7 @@ def main(ctx: click.Context, host: str | None, context: str | None) -> None:
 
 
 def run(arguments: list[str] | None = None) -> Any:
-    """What ``python -m skep.cli.main`` does."""
+    """Run the command, as ``python -m skep.cli.main`` does."""
     return main(args=arguments, prog_name="skep")
 
 
