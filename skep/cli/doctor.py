@@ -207,7 +207,7 @@ def _where(places: Collection[tuple[str, ...]]) -> str:
 
 
 def _rows(results: Sequence[NodeResult], *, shows_all: bool) -> tuple[list[Row], list[Row]]:
-    """Return rows of failing checks, and of paths without a failure, with ``shows_all`` a row for each of their checks."""
+    """Return rows of failing checks, and of paths without a failure, or with ``shows_all`` of their checks."""
     failing: list[Row] = []
     well: list[Row] = []
     for result in results:

@@ -1,8 +1,8 @@
-"""How a command shows what it found: ``-o``, ``--format`` and ``--watch``, in one place for all commands.
+"""Output of all commands: ``-o``, ``--format`` and ``--watch``.
 
-A command makes a ``Shown``: its data as the API has them, and its lines for people.  One that prints as things happen
-(events) shows each by itself, and needs no ``--watch``.  Colours and cut lines are for
-terminals only; what is piped is plain and whole.  ``NO_COLOR`` is honoured for every command (``main``).
+A command makes a ``Shown``, with its data in the API's form and its lines for people.  A command that prints events as
+they happen shows each by itself, and needs no ``--watch``.  Only terminals get colors and cut lines; piped output is
+plain and complete.  ``main`` applies ``NO_COLOR`` to every command.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 
 class Screen(msgspec.Struct, frozen=True):
-    """What lines are written for.  ``columns``: None: lines have any length, as in a pipe."""
+    """The terminal or pipe to which lines are written.  ``columns`` is None for lines of any length, as in a pipe."""
 
     columns: int | None = None
     is_wide: bool = False
@@ -38,7 +38,7 @@ class Screen(msgspec.Struct, frozen=True):
 
     @classmethod
     def present(cls, *, is_wide: bool) -> "Screen":
-        """Of this command's standard output."""
+        """Return the screen of this command's standard output."""
         is_terminal = sys.stdout.isatty()
         columns = (
             max(shutil.get_terminal_size().columns, _COLUMNS_MIN) if is_terminal and not is_wide else None
@@ -48,11 +48,11 @@ class Screen(msgspec.Struct, frozen=True):
         )
 
     def styled(self, text: str, colour: str = "", *, bold: bool = False) -> str:
-        """``text`` in a colour, if there are any."""
+        """Return ``text`` in a color, if the screen has colors."""
         return click.style(text, fg=colour or None, bold=bold or None) if self.has_colours and text else text
 
     def fitted(self, text: str, *, indent: int = 0) -> list[str]:
-        """``text`` as lines that fit, further ones indented."""
+        """Return ``text`` as lines that fit, with all but the first indented."""
         if self.columns is None or width_of(text) <= self.columns:
             return [text]
         lines, line, room = [], "", self.columns
@@ -73,7 +73,7 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 def width_of(text: str) -> int:
-    """Columns that ``text`` takes in a terminal."""
+    """Return the columns that ``text`` takes in a terminal."""
     if text.isascii():
         return len(text)
     return sum(
@@ -83,7 +83,7 @@ def width_of(text: str) -> int:
 
 
 def shortened(text: str, columns: int) -> str:
-    """``text``, cut where it does not fit."""
+    """Return ``text``, cut to ``columns``."""
     if width_of(text) <= columns:
         return text
     kept = ""
@@ -97,7 +97,7 @@ def shortened(text: str, columns: int) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str | Cell]], screen: Screen, *, indent: int = 0
 ) -> Iterator[str]:
-    """A table with aligned columns, without control characters; on a narrow terminal the last column is cut."""
+    """Yield a table with aligned columns, without control characters.  A narrow terminal cuts the last column."""
     cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in (head, *rows)]
     shown = [[Cell(printable(each.text), each.colour) for each in row] for row in cells]
     widths = [max(width_of(each.text) for each in column) for column in zip(*shown, strict=True)]
@@ -114,10 +114,10 @@ def table(
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """What a command has to show.
+    """The result of a command.
 
-    ``data``: for JSON and YAML.  ``rows``: what ``--format`` is applied to, one after the other; None: ``data`` itself.
-    ``lines``: for people.  ``exit_code``: of the command when this is what it showed last.
+    ``data``: data for JSON and YAML.  ``rows``: data for ``--format``, one after the other, or None to use ``data``.
+    ``lines``: lines for people.  ``exit_code``: the command's exit code if this is its last result.
     """
 
     data: Any
@@ -127,17 +127,17 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of one call."""
+    """The output options of a command."""
 
     form: str = "text"
     template: str = ""
     watches: bool = False
 
     def show(self, fetch: Callable[[], Awaitable[Shown]]) -> None:
-        """Show what ``fetch`` gives, once or again and again.
+        """Show the result of ``fetch``, once or repeatedly.  With ``--watch``, errors are shown and retried.
 
-        Raises: SystemExit: with the report's code; click.ClickException: it cannot be fetched, or the template is
-        wrong.  While it is watched, what cannot be fetched is said and tried again.
+        Raises: SystemExit: with the result's exit code; click.ClickException: the result cannot be fetched, or the
+            template is invalid.
         """
         with errors_shown():
             code = asyncio.run(self._watch(fetch) if self.watches else self._once(fetch))
@@ -169,7 +169,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
             await asyncio.sleep(WATCH_S)
 
     def lines(self, report: Shown) -> list[str]:
-        """The report in the form that was asked for.  Raises: InvalidArgument: the template is wrong."""
+        """Return the result in the requested form.  Raises: InvalidArgument: the template is invalid."""
         screen = Screen.present(is_wide=self.form == "wide")
         if self.template:
             rows = report.rows if report.rows is not None else [report.data]
@@ -182,9 +182,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
         return list(report.lines(screen))
 
     def show_next(self, row: Mapping[str, Any], line: str) -> None:
-        """One of the things that a command shows as they happen; ``line``: for people, empty: nothing for them.
+        """Show the next event of a command.  ``line``: the line for people, or empty to show them nothing.
 
-        JSON is one object per line, YAML one document each.  Raises: InvalidArgument: the template is wrong.
+        JSON has one object per line, YAML one document each.  Raises: InvalidArgument: the template is invalid.
         """
         if self.form == "json":
             line = msgspec.json.encode(row).decode()
@@ -204,9 +204,9 @@ def _yaml(data: Any) -> str:
 
 
 def templated(template: str, rows: Sequence[Mapping[str, Any]], screen: Screen) -> Iterator[str]:
-    """Each row as ``template`` says, which may be one of docker's words: ``json``, ``table``, ``table TEMPLATE``.
+    """Yield each row in the form of ``template``, or of docker's words ``json``, ``table`` and ``table TEMPLATE``.
 
-    Raises: InvalidArgument: it cannot be parsed, or there is no such field.
+    Raises: InvalidArgument: the template is invalid, or has an unknown field.
     """
     word, _, rest = template.partition(" ")
     if template == "json":
@@ -219,15 +219,15 @@ def templated(template: str, rows: Sequence[Mapping[str, Any]], screen: Screen) 
 
 
 def _heading(cell: str) -> str:
-    """``CURRENT STATE`` of ``{{.CurrentState}}``, as docker writes it."""
+    """Return the heading of a field, ``CURRENT STATE`` for ``{{.CurrentState}}``, as docker writes it."""
     name = cell.strip().strip("{}").strip().rpartition(".")[2]
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).upper()
 
 
 def filled(template: str, row: Mapping[str, Any]) -> str:
-    """A Go template with the values of ``row``; ``json`` is a function, as in docker's commands.
+    """Return a Go template with the values of ``row``; ``json`` is a function, as in docker's commands.
 
-    Raises: InvalidArgument: it cannot be parsed, or there is no such field.
+    Raises: InvalidArgument: the template is invalid, or has an unknown field.
     """
     from skep.gotemplate import Function, Struct, TemplateError, Value, expand
 
@@ -258,12 +258,12 @@ def filled(template: str, row: Mapping[str, Any]) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """``text`` without control characters but tabs and line feeds."""
+    """Return ``text`` without control characters other than tabs and line feeds."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
 def shows(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command that shows something; it gets an ``Output``."""
+    """Add the output options to a command, which gets an ``Output``."""
     watch = click.option(
         "-w", "--watch", "watches", is_flag=True, help="Refresh every two seconds until Ctrl+C."
     )
@@ -271,7 +271,7 @@ def shows(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shows_as_it_happens(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command that shows one thing after the other until ctrl-c; it gets an ``Output``."""
+    """Add the output options to a command that shows events until Ctrl+C, which gets an ``Output``."""
     return _with_forms(command)
 
 

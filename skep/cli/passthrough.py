@@ -44,7 +44,7 @@ def command(*nouns: str) -> click.Command:
 
 
 def execute(host: HostOptions, nouns: Sequence[str], words: Sequence[str]) -> None:
-    """Become ``docker NOUNS WORDS`` against the same endpoint.  Raises: click.ClickException: there is no docker."""
+    """Become ``docker NOUNS WORDS`` with the same endpoint.  Raises: click.ClickException: docker is not installed."""
     docker = find_docker()
     with errors_shown():
         flags = host.endpoint().docker_flags
