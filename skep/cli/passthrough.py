@@ -52,9 +52,9 @@ def execute(host: HostOptions, nouns: Sequence[str], words: Sequence[str]) -> No
 
 
 def find_docker() -> str:
-    """The docker command: of the machine, or the one that set-up unpacked into our environment.
+    """Return the path of the docker command: from PATH, or as unpacked by set-up into Skep's environment.
 
-    Raises: click.ClickException: there is none.
+    Raises: click.ClickException: docker is not installed.
     """
     own = Path(sys.prefix) / "libexec" / "skep" / "docker"
     if path := shutil.which("docker"):
@@ -67,10 +67,10 @@ def find_docker() -> str:
 
 
 class WithDockers(click.Group):
-    """Docker's commands of a noun, except for those that are defined here."""
+    """A command group that passes commands without a definition of Skep's own on to docker."""
 
     dockers = "ls, create, inspect, rm"
-    """Some of them, for the help."""
+    """Some of docker's commands, for the help."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, cmd_name) or command(str(self.name), cmd_name)
