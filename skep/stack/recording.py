@@ -68,21 +68,14 @@ async def carry_out(
     """Deploy ``stack`` as ``plan`` says, and record its desired state as a revision, without ``logins``.
 
     Nothing is written if the managers would refuse a part of the plan.  The deploy replaces running deploys of the
-    stack, and is planned again for the objects that they have left.
+    stack, and is planned again for the objects that they have left.  A plan for some services only is recorded as the
+    last revision with these services changed.  It is refused while another deploy of the stack runs, because it would
+    replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
 
-    A plan for some services only is recorded as the last revision with these services changed.  It is refused while
-    another deploy of the stack runs, because it would replace that deploy without completing it.  Nothing is recorded
-    if the stack exists without a revision.
+    ``made`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
-    Args:
-        wait_s: seconds to wait for the services, or None to return without waiting.
-        made: filled with the created objects, for ``undo``.
-        failures_max: failures of a task in a row that end the wait, or 0 to wait in spite of failures.
-
-    Raises:
-        Problems: the managers would refuse the plan.
-        Unavailable: objects of another failed deploy are being removed.
-        SkepError: as ``Deployment.apply``; the revision then has the reason of the failure.
+    Raises: Problems: the managers would refuse the plan; Unavailable: objects of another failed deploy are being
+        removed; SkepError: as ``Deployment.apply``, and the revision then has the reason of the failure.
     """
     made = made if made is not None else Made()
     revisions = await known_revisions(client, stack.name)
