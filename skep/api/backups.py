@@ -46,9 +46,9 @@ _HEADER_BYTES_MAX = 1024
 _FRAME_BYTES_MAX = PIECE_BYTES + 16
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**16, 8, 1
 
-NOT_A_BACKUP = "this file is no backup of a swarm"
-TORN = "the backup is damaged or not whole"
-WRONG_KEY = "the backup does not open: the passphrase or key file is another one, or its beginning is damaged"
+NOT_A_BACKUP = "this file is not a backup of a cluster"
+TORN = "the backup is damaged or incomplete"
+WRONG_KEY = "the backup cannot be decrypted: the passphrase or key file is wrong, or the file is damaged"
 
 
 class Header(ApiObject):

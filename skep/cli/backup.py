@@ -171,7 +171,7 @@ def _header(file: Path) -> Header:
     with file.open("rb") as source:
         parsed = parsed_opening(source.read(4096) or b"?")
     if parsed is None:
-        raise InvalidArgument("the backup is damaged or not whole")
+        raise InvalidArgument("the backup is damaged or incomplete")
     return parsed[0]
 
 

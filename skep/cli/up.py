@@ -227,7 +227,9 @@ async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> 
             group.create_task(attempt(machine), name=machine.word)
     if failed:
         lines = [f"{machine.word}: {failed[machine.word]}" for machine in machines if machine.word in failed]
-        raise Unavailable("\n".join([*lines, "the same command again continues with what is missing"]))
+        raise Unavailable(
+            "\n".join([*lines, "Fix the problem and rerun the command to complete the cluster."])
+        )
 
 
 async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Progress) -> Mapping[str, Facts]:
@@ -286,7 +288,7 @@ async def _ensure_cluster(
             progress.show(first.word, "is in a cluster already")
         if not info["Swarm"].get("ControlAvailable"):
             raise FailedPrecondition(
-                f"{first.word} is no manager that works: name one first (skep status there)"
+                f"{first.word} is not a working manager: name one first (check with skep status there)"
             )
         swarm = await client.get("/swarm", timeout_s=_LOOKS_WITHIN_S)
         nodes = await client.get("/nodes", timeout_s=_LOOKS_WITHIN_S)
@@ -310,7 +312,7 @@ async def join(
         if (state := swarm.get("LocalNodeState") or "inactive") != "inactive":
             if swarm.get("NodeID") not in members:
                 raise FailedPrecondition(
-                    f"it is in another cluster ({state}): docker swarm leave there, then the same command again"
+                    f"it is in another cluster ({state}): run docker swarm leave there, then rerun the command"
                 )
             promote = f", as a worker: docker node promote {swarm['NodeID']} makes it a manager"
             is_less = role == "Manager" and not swarm.get("ControlAvailable")

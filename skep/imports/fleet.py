@@ -350,7 +350,7 @@ class _Conversion:
                 return self._service.name
             if letter in _SPECIFIERS and key in _FILLED_IN:
                 return _SPECIFIERS[letter]
-            self._note(key, f"%{letter} is not filled in here: mend {text!r} by hand")
+            self._note(key, f"%{letter} is not supported: fix {text!r} by hand")
             return match[0]
 
         if "$" in text:

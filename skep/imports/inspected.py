@@ -80,7 +80,7 @@ def imported(
     }
     notes = list(_sections(document, specs, names, stack, networks))
     made, report = read_back(document)
-    notes += [Note(one.path, f"to be mended by hand: {one.text}") for one in report.problems]
+    notes += [Note(one.path, f"fix by hand: {one.text}") for one in report.problems]
     for spec, (_, unknown) in zip(specs, found, strict=True):
         key = names.services[spec.name]
         notes += [Note(f"services.{key}", f"{path}: not known, dropped") for path in _paths(unknown)]

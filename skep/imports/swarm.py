@@ -172,11 +172,11 @@ def _sections(
     yield _block(f"skep stack deploy --compose-file {name}.yaml {name}" for name in stacks)
     if rest in stacks:
         yield [
-            f"The services in `{rest}.yaml` belonged to no stack: they are called `{rest}_NAME` now, and by their old",
+            f"The services in `{rest}.yaml` belonged to no stack. They are called `{rest}_NAME` now, and by their old",
             "name on the stack's networks.",
             "",
         ]
-    yield ["## What the files do not say", ""]
+    yield ["## Settings that the files lack", ""]
     yield _list(
         str(replace(note, path=f"{name}.yaml: {note.path}"))
         for name, one in stacks.items()

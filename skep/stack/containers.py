@@ -290,7 +290,7 @@ def _short_mount(node: Node, volumes: Volumes) -> Mount:
     if unknown := [word for word in words if word not in _MODES]:
         raise ValueError(f"the option {unknown[0]!r} is not known: want some of {', '.join(_MODES)}")
     if not target.startswith("/"):
-        raise ValueError(f"the target {target!r} is no path from the root of the container")
+        raise ValueError(f"the target {target!r} is not an absolute path in the container")
     read_only = "ro" in words
     if read_only and "rw" in words:
         raise ValueError(f"{modes!r} is both read-only and writable")

@@ -184,7 +184,7 @@ def _external(one: Reader) -> tuple[bool, str]:
     given = old.text("name")
     old.close()
     if name and given:
-        one.problem("external", "the name stands twice: write external: true, and name")
+        one.problem("external", "the name is given twice: write external: true, and name")
     return True, name or given
 
 
@@ -293,7 +293,7 @@ def _files(
 def _file(one: Reader, key: str, name: str, given: str, stack: str, content: bytes | None) -> StackFile:
     sources = [source for source in ("file", "content", "environment") if one.node(source) is not None]
     if key == "secrets":
-        one.refuse("content", "a secret's value does not belong into the file: use file or environment")
+        one.refuse("content", "a secret's value does not belong in the file: use file or environment")
     for option in ("driver", "driver_opts"):
         one.refuse(option, "the data cannot come from a driver: use file or environment")
     if len(sources) != 1 and one.node("driver") is None:

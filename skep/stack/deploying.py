@@ -134,7 +134,7 @@ class Deployment:
         try:
             await self._apply(wait_s, failures_max)
         except asyncio.CancelledError:
-            self._show("interrupted", f"{await self._state()}; the same command again completes it")
+            self._show("interrupted", f"{await self._state()}; rerun the command to complete it")
             raise
 
     async def _apply(self, wait_s: float | None, failures_max: int) -> None:

@@ -280,7 +280,7 @@ class _Builder:
     def _begin_entry(self, owner: _Open, key: str, place: Place, *, is_plain: bool) -> None:
         if key in owner.entries and not (key == "<<" and is_plain):
             before = owner.keys[key]
-            self._refuse(place, f"the key {key!r} is there twice: first in line {before.line}")
+            self._refuse(place, f"the key {key!r} is repeated: it is first in line {before.line}")
         owner.key, owner.key_place = key, place
 
     def _tag(self, tag: str | None, place: Place) -> str:

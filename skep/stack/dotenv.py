@@ -80,7 +80,7 @@ def _value(text: str, variables: Mapping[str, str]) -> str:
             raise ValueError("a quote is never closed")
         behind = text[end + 1 :].strip()
         if behind and not behind.startswith("#"):
-            raise ValueError("there is something behind the closing quote")
+            raise ValueError("unexpected text after the closing quote")
         inside = text[1:end]
         if text[0] == "'":
             return inside

@@ -180,7 +180,7 @@ async def _record(
         try:
             body = body_of(stack, plan, revisions[-1].number + 1 if revisions else 1)
         except InvalidArgument as error:
-            warn(f"{error}: there will be no return to it")
+            warn(f"{error}: this deploy cannot be rolled back to")
             return ""
         try:
             made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
@@ -190,10 +190,10 @@ async def _record(
         except (
             PermissionDenied
         ) as error:  # by a quota; a user without the right is refused at the first change
-            warn(f"{error}: there will be no return to it")
+            warn(f"{error}: this deploy cannot be rolled back to")
             return ""
         return str(made["ID"])
-    raise Unavailable(f"other deploys of {stack.name} are under way: try again when they have ended")
+    raise Unavailable(f"other deploys of {stack.name} are under way: rerun the command when they have ended")
 
 
 async def _check_no_undo(client: Requests, stack: str) -> None:
@@ -248,7 +248,7 @@ async def _set_state(
     try:
         await update(client, "configs", id, with_state, timeout_s=RESPONSE_TIMEOUT_S)
     except SkepError as error:
-        warn(f"how the deploy ended could not be recorded: {error}")
+        warn(f"the result of the deploy could not be recorded: {error}")
         return ""
     return found
 

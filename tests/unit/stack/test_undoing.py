@@ -67,4 +67,4 @@ async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> N
     stack = a_stack()
     plan = plan_of(stack, Existing(), images={}, prune=False)
     assert await _record(Full(), stack, plan, warnings.append) == ""
-    assert warnings == ["the quota of shop allows 3 configs: there will be no return to it"]
+    assert warnings == ["the quota of shop allows 3 configs: this deploy cannot be rolled back to"]
