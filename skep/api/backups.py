@@ -1,19 +1,19 @@
-"""The file that ``skep backup`` writes and ``skep restore`` reads.
+"""The format of backup files, which ``skep backup`` writes and ``skep restore`` reads.
 
 ::
 
     SKEP-BACKUP-1\\n
-    {"Kdf": "scrypt" | "hkdf", "Salt": ..., "Prefix": ...}\\n       in clear: how the key is made
+    {"Kdf": "scrypt" | "hkdf", "Salt": ..., "Prefix": ...}\\n       in clear: derivation of the key
     [length, 4 bytes, big endian][ciphertext]...                  pieces of at most 256 KiB
 
-The pieces are AES-256-GCM, numbered in their nonces (prefix, number, whether it is the last: the STREAM
-construction), with the two lines above as associated data; so nothing can be cut, moved or put together from two
-files.  Their content is a manifest (length, JSON) and the snapshot of the store, which ends with its own SHA-256.
+Each piece is encrypted with AES-256-GCM.  Its nonce has the prefix, its number and whether it is the last piece (the
+STREAM construction), and the two lines above are associated data.  So pieces cannot be cut off, moved, or combined
+from two files.  Their content is a manifest (length, JSON) and the snapshot of the store, which ends with its SHA-256.
 
-The file and its passphrase give access to the whole cluster: all secrets, and the key of its root CA.
+Anyone who has the file and its passphrase has access to the whole cluster: all secrets, and the key of its root CA.
 
-The key is made on the caller's side: from a passphrase by scrypt, which is slow on purpose, or from a key file of at
-least 32 random bytes by HKDF.
+The caller derives the key: from a passphrase by scrypt, which is slow on purpose, or from a key file of at least 32
+random bytes by HKDF.
 
 Source: Hoang, Reyhanitabar, Rogaway, Vizár: Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance
 (STREAM); RFC 7914 (scrypt).
@@ -46,13 +46,13 @@ _HEADER_BYTES_MAX = 1024
 _FRAME_BYTES_MAX = PIECE_BYTES + 16
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**16, 8, 1
 
-NOT_A_BACKUP = "this file is no backup of a swarm"
-TORN = "the backup is damaged or not whole"
-WRONG_KEY = "the backup does not open: the passphrase or key file is another one, or its beginning is damaged"
+NOT_A_BACKUP = "this file is not a backup of a cluster"
+TORN = "the backup is damaged or incomplete"
+WRONG_KEY = "the backup cannot be decrypted: the passphrase or key file is wrong, or the file is damaged"
 
 
 class Header(ApiObject):
-    """How a file's key is made."""
+    """Parameters from which a file's key is derived."""
 
     kdf: Literal["scrypt", "hkdf"]
     salt: bytes
@@ -60,14 +60,14 @@ class Header(ApiObject):
 
 
 class BackupRequest(ApiObject):
-    """Body of ``POST /skep/backup``.  ``key``: what the caller made of its passphrase and the header."""
+    """Body of ``POST /skep/backup``.  ``key``: derived by the caller from its passphrase and the header."""
 
     header: Header
     key: bytes
 
 
 class Manifest(ApiObject):
-    """What a backup is of.  The keys are never shown."""
+    """The cluster and time of a backup, with keys that are never shown."""
 
     cluster_id: str
     node_id: str
@@ -84,7 +84,7 @@ class Manifest(ApiObject):
 
 
 class RestorePlan(ApiObject):
-    """Answer of ``POST /skep/restore``: what is in the backup, and what restoring it does or did."""
+    """Response of ``POST /skep/restore``: the content of the backup, and the effects of restoring it."""
 
     cluster_id: str
     node_id: str
@@ -98,12 +98,12 @@ class RestorePlan(ApiObject):
 
 
 def new_header(kdf: Literal["scrypt", "hkdf"]) -> Header:
-    """The header of a new file."""
+    """Return the header of a new file."""
     return Header(kdf=kdf, salt=secrets.token_bytes(_SALT_BYTES), prefix=secrets.token_bytes(_PREFIX_BYTES))
 
 
 def key_of(secret: bytes, header: Header) -> bytes:
-    """The key of a file, from its passphrase or the content of its key file.  Slow: half a second for a passphrase.
+    """Derive a file's key from its passphrase or the content of its key file.  A passphrase takes half a second.
 
     Raises: InvalidArgument: the key file is too short.
     """
@@ -117,14 +117,14 @@ def key_of(secret: bytes, header: Header) -> bytes:
 
 
 def opening(header: Header) -> bytes:
-    """What a file begins with."""
+    """Return the first two lines of a file."""
     return MAGIC + msgspec.json.encode(header) + b"\n"
 
 
 def parsed_opening(content: bytes) -> tuple[Header, int] | None:
-    """The header in the beginning of a file, and where the pieces begin; None: more of it is needed.
+    """Return the header and the offset of the first piece, or None if more of the file is needed.
 
-    Raises: InvalidArgument: it is no backup.
+    Raises: InvalidArgument: the file is not a backup.
     """
     if not MAGIC.startswith(content[: len(MAGIC)]):
         raise InvalidArgument(NOT_A_BACKUP)
@@ -146,7 +146,7 @@ class Sealer:
     """Writes the pieces of one file, in order."""
 
     def __init__(self, header: Header, key: bytes) -> None:
-        """Raises: InvalidArgument: no such key."""
+        """Raises: InvalidArgument: the key or the prefix has the wrong length."""
         if len(key) != _KEY_BYTES or len(header.prefix) != _PREFIX_BYTES:
             raise InvalidArgument("the key of a backup has 32 bytes and its prefix 7")
         self._cipher = AESGCM(key)
@@ -156,12 +156,12 @@ class Sealer:
         self._waiting = b""
 
     def manifest(self, manifest: Manifest) -> bytes:
-        """The file's first bytes."""
+        """Return the file's first bytes: the header, and any full pieces of the manifest."""
         encoded = msgspec.json.encode(manifest)
         return self._about + self.add(len(encoded).to_bytes(4, "big") + encoded)
 
     def add(self, content: bytes) -> bytes:
-        """The pieces that ``content`` fills."""
+        """Add ``content``, and return the pieces that are full."""
         self._waiting += content
         pieces: list[bytes] = []
         while len(self._waiting) > PIECE_BYTES:
@@ -170,7 +170,7 @@ class Sealer:
         return b"".join(pieces)
 
     def end(self) -> bytes:
-        """The last piece."""
+        """Return the last piece."""
         return self._sealed(self._waiting, is_last=True)
 
     def _sealed(self, content: bytes, *, is_last: bool) -> bytes:
@@ -181,10 +181,10 @@ class Sealer:
 
 
 class Opener:
-    """Reads one file, piece by piece, however it arrives."""
+    """Decrypts one file that arrives in parts of any size."""
 
     def __init__(self, key: bytes) -> None:
-        """``key``: of this file; see ``key_of`` and ``parsed_opening``."""
+        """``key``: the file's key, from ``key_of`` and ``parsed_opening``."""
         self._key = key
         self._cipher: AESGCM | None = None
         self._header: Header | None = None
@@ -196,9 +196,9 @@ class Opener:
         self.manifest: Manifest | None = None
 
     def feed(self, content: bytes) -> bytes:
-        """More of the file; gives what of the snapshot has become readable.
+        """Add a part of the file, and return the part of the snapshot that it completes.
 
-        Raises: InvalidArgument: it is no backup, is damaged, or is of another key.
+        Raises: InvalidArgument: the file is not a backup, is damaged, or has another key.
         """
         self._waiting += content
         if self._header is None and not self._open():
@@ -211,7 +211,7 @@ class Opener:
         return readable
 
     def check_whole(self) -> Manifest:
-        """The manifest, at the end of the file.  Raises: InvalidArgument: a part of the file is missing."""
+        """Return the manifest after the end of the file.  Raises: InvalidArgument: a part of the file is missing."""
         if self._header is None and not MAGIC.startswith(self._waiting[: len(MAGIC)] or b"?"):
             raise InvalidArgument(NOT_A_BACKUP)
         if not self._is_ended or self._waiting or self.manifest is None:

@@ -1,12 +1,12 @@
-"""JSON from clients -> Structs, by Go's rules and with Go's words.
+"""Decoding of clients' JSON into Structs, with Go's rules and Go's error texts.
 
-What differs from msgspec's own decoding, because clients rely on it or see it:
+It differs from msgspec's own decoding where clients rely on it or see it:
 
-* ``null`` means *missing*, unknown fields are ignored, field names match without regard to case;
-* what follows the first value of a body is not looked at;
-* an error reads as Go's: ``json: cannot unmarshal string into Go struct field ServiceSpec.Name of type string``;
-  a syntax error anywhere wins over a type error before it;
-* words outside an enumeration are refused with the engine's sentence for it (``Unrecognized``).
+* ``null`` means *missing*, unknown fields are ignored, and field names match without regard to case;
+* bytes after the first value of a body are ignored;
+* errors read as Go's: ``json: cannot unmarshal string into Go struct field ServiceSpec.Name of type string``, and a
+  syntax error anywhere takes precedence over a type error before it;
+* values outside an enumeration are refused with the engine's error text for it (``Unrecognized``).
 
 Source: Go 1.19, src/encoding/json/decode.go; moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
@@ -46,7 +46,7 @@ _UNSIGNED = frozenset({"uint64", "uint32", "fs.FileMode"})
 
 
 class _Fraction(str):
-    """A number with a point or an exponent, as it was written."""
+    """A number with a point or an exponent, as written in the body."""
 
     __slots__ = ()
 
@@ -55,19 +55,19 @@ _decoder = msgspec.json.Decoder(float_hook=_Fraction)
 
 
 def decode_body(body: bytes, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
-    """The value of ``type_`` that ``body`` holds.
+    """Decode ``body`` into a value of ``type_``.
 
     Raises:
-        InvalidArgument: with Go's or the engine's words; ``unrecognized`` may bring other classes.
+        InvalidArgument: with Go's or the engine's text; ``unrecognized`` may supply other classes.
     """
     return from_builtins(parse(body), type_, unrecognized=unrecognized)
 
 
 def parse(body: bytes) -> Any:
-    """The first JSON value in ``body`` as dicts, lists and scalars.
+    """Decode the first JSON value in ``body`` into dicts, lists and scalars.
 
     Raises:
-        InvalidArgument: empty, or not JSON.
+        InvalidArgument: the body is empty or not JSON.
     """
     try:
         return _decoder.decode(body)
@@ -76,7 +76,7 @@ def parse(body: bytes) -> Any:
 
 
 def _parse_leniently(body: bytes) -> Any:
-    """Parse what Go takes and msgspec does not: trailing bytes, invalid UTF-8, lone surrogates."""
+    """Parse a body that Go accepts and msgspec does not: with trailing bytes, invalid UTF-8 or lone surrogates."""
     if not body.strip(b" \t\r\n"):
         raise InvalidArgument(EMPTY_BODY)
     problem = gosyntax.first_error(body)
@@ -111,7 +111,7 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def from_builtins(value: Any, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
-    """``value`` (from ``parse``) as ``type_``.  Raises: InvalidArgument."""
+    """Convert ``value`` (from ``parse``) into ``type_``.  Raises: InvalidArgument."""
     walk = _Walk(unrecognized or {})
     shape: inspect.Type = _shape_of(type_)  # type: ignore[arg-type]  # every class is hashable
     clean = walk.value(value, shape)
@@ -134,17 +134,17 @@ _MISSING = object()
 
 
 class _Walk:
-    """One pass over a value: keeps what fits its shape, and records the first value that does not."""
+    """One pass over a value, which keeps the parts that fit its shape, and records the first part that does not."""
 
     def __init__(self, unrecognized: Unrecognized) -> None:
         self.problem: SkepError | None = None
         self._unrecognized = unrecognized
         self._struct: inspect.Type | None = None
-        """The shape of the innermost object that the walk is in; None: of none."""
+        """Shape of the innermost object around the present value, or None outside objects."""
         self._path: list[str] = []
 
     def value(self, value: Any, shape: inspect.Type) -> Any:
-        """``value`` cut to ``shape``; ``_MISSING`` where there is nothing to keep."""
+        """Return the parts of ``value`` that fit ``shape``, or ``_MISSING`` without any."""
         if value is None:
             return _MISSING
         return self._fitting(value, shape, _core(shape))
@@ -240,9 +240,7 @@ class _Walk:
         bits = _INTEGER_BITS.get(name, 64)
         low, high = (0, 2**bits - 1) if name in _UNSIGNED else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         if isinstance(value, int) and low <= value <= high:
-            return min(
-                value, 2**63 - 1
-            )  # nothing that large is accepted anywhere; msgspec's bounds end there
+            return min(value, 2**63 - 1)  # msgspec's bounds end there, and no field accepts larger numbers
         return self._mismatch(f"number {value}", shape)
 
     def _float(self, value: int | _Fraction) -> float | object:
@@ -269,7 +267,7 @@ class _Walk:
 
 
 class _Field(msgspec.Struct, frozen=True):
-    """A field of a Struct.  ``name``: in JSON; ``core``: what its shape comes down to."""
+    """A field of a Struct.  ``name``: its JSON name.  ``core``: its shape without metadata and ``| None``."""
 
     name: str
     shape: inspect.Type
@@ -278,7 +276,7 @@ class _Field(msgspec.Struct, frozen=True):
 
 @lru_cache(maxsize=256)
 def _fields_of(cls: type) -> tuple[Mapping[str, _Field], Mapping[str, _Field]]:
-    """The fields of a Struct by their JSON name, and by that name without regard to case."""
+    """Return the fields of a Struct by their JSON names, and by these names without regard to case."""
     shape = _core(_shape_of(cls))
     assert isinstance(shape, inspect.StructType)
     by_name = {
@@ -291,7 +289,7 @@ def _fields_of(cls: type) -> tuple[Mapping[str, _Field], Mapping[str, _Field]]:
 
 
 def _core(shape: inspect.Type) -> inspect.Type:
-    """``shape`` without metadata and without ``| None``."""
+    """Return ``shape`` without metadata and without ``| None``."""
     while True:
         if isinstance(shape, inspect.Metadata):
             shape = shape.type
@@ -306,7 +304,7 @@ def _bare(shape: inspect.Type) -> inspect.Type:
 
 
 def _zero(shape: inspect.Type) -> Any:
-    """Go's zero value where JSON has null inside a list or map."""
+    """Return Go's zero value, which replaces null inside a list or map."""
     match _core(shape):
         case inspect.StructType() | inspect.DictType():
             return {}
@@ -337,12 +335,12 @@ def _json_kind(value: Any) -> str:
 
 
 def _go_name(cls: type) -> str:
-    """Go's name of the type that ``cls`` models: ``__go_name__`` if it has one, else the same in ``swarm``."""
+    """Return the Go type that ``cls`` models: ``__go_name__`` if set, else the class name in package ``swarm``."""
     return getattr(cls, "__go_name__", None) or f"swarm.{cls.__name__}"
 
 
 def _go_type(shape: inspect.Type) -> str:
-    """How Go prints the type that ``shape`` models."""
+    """Return the type that ``shape`` models, as Go prints it."""
     while True:
         if isinstance(shape, inspect.Metadata):
             if shape.extra and "go" in shape.extra:
@@ -375,7 +373,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]*")
 
 
 def _first_bad_base64(text: str) -> int:
-    """Where Go's decoder stops: the first character that cannot stand there."""
+    """Return the position at which Go's decoder stops: the first invalid character."""
     match = _BASE64.match(text)
     assert match is not None
     return match.end()

@@ -14,7 +14,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 
 class Sample(NamedTuple):
-    """``labels``: as ``label_text`` writes them.  ``suffix``: of the family's name, for parts of a histogram."""
+    """A value.  ``labels``: text from ``label_text``.  ``suffix``: appended to the family's name in histograms."""
 
     labels: str
     value: float
@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
 
 class Family(NamedTuple):
-    """All values of one name."""
+    """All samples with one name."""
 
     name: str
     kind: Kind
@@ -31,12 +31,12 @@ class Family(NamedTuple):
 
 
 def gauge(name: str, help: str, value: float) -> Family:
-    """One value without labels."""
+    """Return a family with one value without labels."""
     return Family(name, "gauge", help, (Sample("", value),))
 
 
 def by_label(name: str, kind: Kind, help: str, label: str, values: Mapping[Any, float]) -> Family:
-    """A value for each value of one label."""
+    """Return a family with a sample for each value of one label."""
     samples = [Sample(label_text({label: key}), value) for key, value in sorted(values.items())]
     return Family(name, kind, help, samples)
 
@@ -45,13 +45,13 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def label_text(labels: Mapping[str, str]) -> str:
-    """``{a="b",c="d"}``.  The names are ours; the values may be any text."""
+    """Return labels as ``{a="b",c="d"}``.  Values may be any text, names are not escaped."""
     pairs = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
     return f"{{{pairs}}}" if pairs else ""
 
 
 def render(families: Iterable[Family]) -> bytes:
-    """The families as text; those without samples are left out."""
+    """Render the families as text; families without samples are left out."""
     lines: list[str] = []
     for name, kind, help, samples in families:
         found = [f"{name}{suffix}{labels} {value}" for labels, value, suffix in samples]
@@ -61,7 +61,7 @@ def render(families: Iterable[Family]) -> bytes:
 
 
 def merged(families: Iterable[Family]) -> list[Family]:
-    """Those of one name, of several processes, as one: a name may stand on a page once."""
+    """Merge families with the same name, from several processes, because a name may occur on a page only once."""
     found: dict[str, Family] = {}
     for family in families:
         known = found.get(family.name)
@@ -72,7 +72,7 @@ def merged(families: Iterable[Family]) -> list[Family]:
 
 
 class Histogram:
-    """Counts of observed values by upper bounds."""
+    """Counts observed values by upper bounds."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -85,18 +85,21 @@ class Histogram:
         self._sum += value
 
     def family(self, name: str, help: str) -> Family:
-        """Everything since the start."""
+        """Return all counts since the start as a family."""
         return Family(name, "histogram", help, self.samples())
 
     def samples(self, labels: Mapping[str, str] | None = None) -> list[Sample]:
-        """The same as samples with ``labels``."""
+        """Return all counts since the start as samples with ``labels``."""
         return buckets(self._bounds, self._counts, self._sum, labels)
 
 
 def buckets(
     bounds: Sequence[float], counts: Sequence[int], total: float, labels: Mapping[str, str] | None = None
 ) -> list[Sample]:
-    """The samples of a histogram.  ``counts``: of values up to each bound, and above the last; ``total``: their sum."""
+    """Return the samples of a histogram.
+
+    ``counts``: numbers of values up to each bound, and above the last.  ``total``: sum of all values.
+    """
     own = labels or {}
     ends = [*(f"{bound:g}" for bound in bounds), "+Inf"]
     reached = list(accumulate(counts))

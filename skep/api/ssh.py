@@ -1,7 +1,7 @@
-"""A node's API on another machine, by the machine's own ssh: its socket is forwarded to one of ours.
+"""Access to a node's API over ssh: a local socket is forwarded to the API socket of another machine.
 
-The docker command starts ``docker system dial-stdio`` over there; OpenSSH forwards sockets by itself, so nothing but
-an ssh server is needed on the other side.
+The docker command runs ``docker system dial-stdio`` on that machine.  OpenSSH can forward sockets by itself, so that
+the machine needs only an ssh server.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from skep.errors import InvalidArgument, Unavailable
 _SOCKET = "/run/skep/skep.sock"
 _CONNECT_S = 10
 _READY_S = 60.0
-"""A user may have to type a passphrase."""
+"""Seconds for the connection, in which a user may have to type a passphrase."""
 _END_S = 5.0
 _LOOK_S = 0.02
 
 
 class Destination(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``ssh://[user@]machine[:port][/path/of.sock]`` names."""
+    """The destination in ``ssh://[user@]machine[:port][/path/of.sock]``."""
 
     machine: str
     user: str = ""
@@ -35,7 +35,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, url: str) -> Self:
-        """Raises: InvalidArgument: it is no such URL, or has a password."""
+        """Parse a URL.  Raises: InvalidArgument: the URL has another form, or a password."""
         parts = urlsplit(url)
         if not parts.hostname or parts.password or parts.query or parts.fragment:
             raise InvalidArgument(f"unable to parse docker host `{url}`: write ssh://user@machine")
@@ -51,7 +51,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
         return f"ssh://{user}{self.machine}{f':{self.port}' if self.port else ''}{self.socket}"
 
     def command(self, local: Path) -> list[str]:
-        """Forward ``local`` until it is ended, with the user's own ssh configuration."""
+        """Return the ssh command that forwards ``local`` until it ends, with the user's own ssh configuration."""
         options = ("ExitOnForwardFailure=yes", f"ConnectTimeout={_CONNECT_S}", "ControlPath=none")
         return [
             *("ssh", "-n", "-N", "-T"),
@@ -64,9 +64,9 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 
 @asynccontextmanager
 async def forward_socket(destination: Destination) -> AsyncGenerator[str, None]:
-    """A local socket connected to ``destination``, in the block.
+    """Forward a local socket to ``destination`` within the block, and yield its address.
 
-    Raises: Unavailable: with the last line of ssh's output.
+    Raises: Unavailable: the connection failed; has the last line of ssh's output.
     """
     with tempfile.TemporaryDirectory(prefix="skep-ssh-") as directory:
         local = Path(directory) / "api.sock"

@@ -167,11 +167,11 @@ async def _restore(
 
 
 def _header(file: Path) -> Header:
-    """Raises: InvalidArgument: the file is no backup."""
+    """Raises: InvalidArgument: the file is not a backup."""
     with file.open("rb") as source:
         parsed = parsed_opening(source.read(4096) or b"?")
     if parsed is None:
-        raise InvalidArgument("the backup is damaged or not whole")
+        raise InvalidArgument("the backup is damaged or incomplete")
     return parsed[0]
 
 
@@ -194,7 +194,7 @@ def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: boo
 
 
 def _for_the_workers(addr: str) -> Iterator[str]:
-    """What to do when no manager had this address before: workers have no other way to find it."""
+    """Return the next steps if no manager had this address before, because workers cannot find it by themselves."""
     yield ""
     yield f"Workers ask the addresses that their managers had. If none of them had {addr}, then on each worker"
     yield "add this line to /etc/skep/skep.toml and restart skep (systemctl restart skep); containers run on:"

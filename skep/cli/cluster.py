@@ -236,7 +236,7 @@ def rotate_keys(host: HostOptions) -> None:
 def _show_setting(
     host: HostOptions, output: Output, label: str, value: str | None, shown: Callable[[str], Shown]
 ) -> None:
-    """Set a label of the cluster's spec, as any client may (empty: remove it; None: leave it), and show what holds."""
+    """Set a label of the cluster's spec and show the result.  An empty value removes the label, None only shows it."""
     if value is not None:
         run_requests(_set_label(host, label, value))
 
@@ -248,7 +248,7 @@ def _show_setting(
 
 
 def _show_switch(host: HostOptions, output: Output, label: str, name: str, switch: str | None) -> None:
-    """The same of a label that is ``true`` or not."""
+    """Set and show a label that is ``true`` or unset, as ``_show_setting`` does."""
 
     def shown(value: str) -> Shown:
         is_on = value.lower() == "true"

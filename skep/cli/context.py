@@ -60,7 +60,7 @@ def create(
         url = host or given.get("host", "")
         if not url or (host and "host" in given):
             raise InvalidArgument("name one node: skep context create NAME ssh://user@machine")
-        Endpoint(host=url).client()  # refuses what is no address
+        Endpoint(host=url).client()  # refuses an invalid address
         tls = {
             file: Path(given[key]).expanduser().read_bytes() for key, file in _FILES.items() if key in given
         }
@@ -105,7 +105,7 @@ def ls(options: HostOptions, output: Output) -> None:
 
 
 def listed(contexts: list[Context], current: str) -> Shown:
-    """The default and ``contexts``."""
+    """Return the list of the default context and ``contexts``."""
     default = Context(name=DEFAULT, host=DEFAULT_HOST, description="This machine's node")
     rows = [
         {"Name": one.name, "Current": one.name == current, "Description": one.description, "Host": one.host}

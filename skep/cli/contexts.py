@@ -37,7 +37,7 @@ class Contexts:
         self._folder = configuration / "contexts"
 
     def all(self) -> list[Context]:
-        """By name, without the default; a damaged one is passed over, as docker's list would fail for it.
+        """Return the contexts by name, without the default, and without damaged ones, on which docker's list fails.
 
         Raises: InvalidArgument: the folder cannot be read.
         """
@@ -51,18 +51,18 @@ class Contexts:
 
     @property
     def current(self) -> str:
-        """The one that is used; the default if none is.  Raises: InvalidArgument."""
+        """Return the name of the current context, or of the default context.  Raises: InvalidArgument."""
         return str(self._written().get("currentContext") or DEFAULT)
 
     def get(self, name: str) -> Context:
-        """Raises: NotFound."""
+        """Return the context ``name``.  Raises: NotFound."""
         for one in self.all():
             if one.name == name:
                 return one
         raise NotFound(f'context "{name}" is not found in {self._folder}: see `skep context ls`')
 
     def check_new(self, name: str) -> None:
-        """Raises: InvalidArgument: no context can have that name; AlreadyExists."""
+        """Check the name of a new context.  Raises: InvalidArgument: the name is invalid; AlreadyExists."""
         if name == DEFAULT:
             raise InvalidArgument('"default" is a reserved context name')
         if not _NAME.fullmatch(name):
@@ -79,7 +79,7 @@ class Contexts:
             _write(self._tls(name) / "docker" / file, content)
 
     def create(self, context: Context, tls: Mapping[str, bytes]) -> None:
-        """Write a context; ``tls``: the content of ``ca.pem``, ``cert.pem``, ``key.pem``, as far as there are any.
+        """Write a context.  ``tls``: the content of ``ca.pem``, ``cert.pem`` and ``key.pem``, as far as given.
 
         Raises: as ``check_new``; OSError.
         """
@@ -94,7 +94,7 @@ class Contexts:
         _write(meta, msgspec.json.encode(described))  # last: docker finds a context by this file
 
     def use(self, name: str) -> None:
-        """Make it the one that is used.  Raises: NotFound; InvalidArgument; OSError."""
+        """Make it the current context.  Raises: NotFound; InvalidArgument; OSError."""
         if name != DEFAULT:
             self.get(name)
         written = self._written()
@@ -106,7 +106,10 @@ class Contexts:
         _write(path, msgspec.json.format(msgspec.json.encode(written), indent=2))
 
     def remove(self, name: str, *, force: bool) -> None:
-        """Raises: NotFound; FailedPrecondition: it is used, or the default; InvalidArgument; OSError."""
+        """Remove a context.
+
+        Raises: NotFound; FailedPrecondition: it is the current or the default context; InvalidArgument; OSError.
+        """
         if name == DEFAULT:
             raise FailedPrecondition(
                 'context "default" cannot be removed: skep context use NAME selects another'
@@ -151,7 +154,7 @@ def _id(name: str) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Readable by its user only: it may name keys and registries."""
-    path = path.resolve()  # a configuration that is a link stays one
+    """Write a file that only its user can read, because it may name keys and registries."""
+    path = path.resolve()  # a configuration file that is a link stays a link
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(path, content, mode=0o600)

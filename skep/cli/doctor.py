@@ -1,4 +1,4 @@
-"""``skep doctor``: what is wrong with the cluster, measured now."""
+"""``skep doctor``: problems of the cluster, measured now."""
 
 import asyncio
 import sys
@@ -15,12 +15,12 @@ from skep.cli.quorum import headers_for
 from skep.errors import Unavailable
 
 _RESPONSE_TIMEOUT_S = 40.0
-"""The manager gives nodes 25 s, and names those that need longer."""
+"""The manager waits 25 s for nodes, and names the nodes that need longer."""
 _HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
 _WELL_ROWS_MAX = 40
-"""Paths without a problem are listed up to this number."""
+"""Maximum number of paths without a problem that are listed."""
 _DETAIL_LINES_MAX = 20
-"""Reasons that are printed below the table; the same reason is printed once."""
+"""Maximum number of reasons below the table.  Each reason is printed once."""
 
 NodeResult = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -75,11 +75,11 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, *, output: Out
 
 
 async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
-    """Every node's result, in order of host names.  Shows progress on a terminal."""
+    """Return every node's result, in the order of host names.  Shows progress on a terminal."""
     results: list[NodeResult] = []
     try:
         async with asyncio.timeout(_RESPONSE_TIMEOUT_S):
-            total = await _read(host, results, throughput=throughput)
+            total = await _collect(host, results, throughput=throughput)
     except TimeoutError:
         raise Unavailable(f"the probes did not end within {_RESPONSE_TIMEOUT_S:g} s") from None
     if len(results) < total:
@@ -87,8 +87,8 @@ async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
     return sorted(results, key=lambda result: (result["Hostname"], result["ID"]))
 
 
-async def _read(host: HostOptions, results: list[NodeResult], *, throughput: bool) -> int:
-    """Append every result to ``results`` as it arrives; gives how many nodes take part."""
+async def _collect(host: HostOptions, results: list[NodeResult], *, throughput: bool) -> int:
+    """Append every result to ``results`` as it arrives, and return the number of nodes that take part."""
     method = "POST" if throughput else "GET"
     async with host.client() as client:
         headers = await headers_for(client)
@@ -106,7 +106,7 @@ async def _read(host: HostOptions, results: list[NodeResult], *, throughput: boo
 
 
 class _Progress:
-    """``5 of 33 nodes`` on stderr, written over itself; nothing where stderr is no terminal."""
+    """Shows ``5 of 33 nodes`` on stderr, overwriting itself.  Shows nothing without a terminal."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -126,7 +126,7 @@ class _Progress:
 
 
 def has_problem(result: NodeResult) -> bool:
-    """Whether a check of the node fails, or it reports a condition or an error."""
+    """Return whether a check of the node fails, or it reports a condition or an error."""
     return bool(result.get("Error") or result.get("Conditions")) or any(
         finding["Failing"] for path in result["Paths"] for finding in path["Findings"]
     )
@@ -136,7 +136,7 @@ def has_problem(result: NodeResult) -> bool:
 
 
 def shown(results: Sequence[NodeResult], screen: Screen, *, shows_all: bool = False) -> Iterator[str]:
-    """The verdict, a table of pairs (what fails first), and why it fails."""
+    """Yield the verdict, a table of pairs with failures first, and the reasons of failures."""
     yield verdict(results)
     yield ""
     failing, well = _rows(results, shows_all=shows_all)
@@ -164,7 +164,7 @@ def shown(results: Sequence[NodeResult], screen: Screen, *, shows_all: bool = Fa
 
 
 def verdict(results: Sequence[NodeResult]) -> str:
-    """One sentence, with what fails by port."""
+    """Return one sentence with the failures by port."""
     pairs = {
         tuple(sorted((result["Hostname"], path["Peer"])))
         for result in results
@@ -194,12 +194,12 @@ def verdict(results: Sequence[NodeResult]) -> str:
 
 
 def is_too_early(results: Sequence[NodeResult]) -> bool:
-    """Nodes that have just joined have no list of peers to probe yet."""
+    """Return whether the nodes have just joined, and have no list of peers to probe yet."""
     return len(results) > 1 and not any(result["Paths"] or result.get("Error") for result in results)
 
 
 def _where(places: Collection[tuple[str, ...]]) -> str:
-    """The one pair, or one node, by name; more are counted."""
+    """Return the place of a failure: the only pair or node by name, or the number of places."""
     if len(places) > 1:
         return f"at {len(places)} places"
     (names,) = places
@@ -207,7 +207,7 @@ def _where(places: Collection[tuple[str, ...]]) -> str:
 
 
 def _rows(results: Sequence[NodeResult], *, shows_all: bool) -> tuple[list[Row], list[Row]]:
-    """Failing checks one by one; for each path without a failure one row, or one per check with ``shows_all``."""
+    """Return rows of failing checks, and of paths without a failure, or with ``shows_all`` of their checks."""
     failing: list[Row] = []
     well: list[Row] = []
     for result in results:
@@ -235,7 +235,7 @@ def _cells(finding: NodeResult, path: NodeResult) -> Row:
 
 
 def _summary(findings: Sequence[NodeResult], path: NodeResult) -> Row:
-    """Of all checks together: the loss, and the shortest round trip."""
+    """Return one row for all checks of a path: the loss, and the shortest round trip."""
     sent, lost = (sum(finding[word] for finding in findings) for word in ("Sent", "Lost"))
     times = [finding["RoundTripMs"] for finding in findings if finding.get("RoundTripMs") is not None]
     return (
@@ -261,7 +261,7 @@ def _milliseconds(round_trip: float | None) -> str:
 
 
 def _details(results: Sequence[NodeResult]) -> list[str]:
-    """Reasons of failures, and what was repaired; each sentence once, with its first pair of nodes."""
+    """Return the reasons of failures and the repairs, each sentence once with its first pair of nodes."""
     found: dict[str, list[str]] = {}
     for result in results:
         for path in result["Paths"]:

@@ -1,7 +1,7 @@
-"""Which node a command talks to: found as the docker command finds its engine.
+"""The node that a command connects to, found as the docker command finds its engine.
 
 In this order: ``--host`` or ``--context``; ``SKEP_HOST``, ``DOCKER_HOST``; ``DOCKER_CONTEXT``; the context that
-``docker context use`` chose; this machine's socket.
+``docker context use`` has set; this machine's socket.
 
 Source: docker/cli, cli/command/cli.go (resolveContextName), cli/context/store.
 """
@@ -26,7 +26,7 @@ _DEFAULT_CONTEXT = "default"
 
 
 class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """PEM files of a client; those that are not there are None."""
+    """PEM files of a client.  Missing files are None."""
 
     ca: Path | None = None
     certificate: Path | None = None
@@ -35,7 +35,7 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def within(cls, directory: Path, *, skips_verification: bool) -> "TlsFiles | None":
-        """``ca.pem``, ``cert.pem`` and ``key.pem`` of a directory; None: there is none of them."""
+        """Return ``ca.pem``, ``cert.pem`` and ``key.pem`` of a directory, or None if all are missing."""
         ca, certificate, key = (
             path if path.is_file() else None
             for path in (directory / name for name in ("ca.pem", "cert.pem", "key.pem"))
@@ -45,7 +45,7 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
         return cls(ca=ca, certificate=certificate, key=key, skips_verification=skips_verification)
 
     def context(self) -> ssl.SSLContext:
-        """Raises: OSError, ssl.SSLError: a file cannot be read or is none."""
+        """Return the TLS context for the files.  Raises: OSError, ssl.SSLError: a file is unreadable or invalid."""
         context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
         if self.skips_verification:
             context.check_hostname = False
@@ -63,17 +63,17 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     docker_flags: tuple[str, ...] = ()
 
     def client(self) -> "Client":
-        """Raises: InvalidArgument: ``host`` is no address of an API, or its certificates cannot be used."""
+        """Return a client of the API.  Raises: InvalidArgument: ``host`` or the certificates are invalid."""
         from skep.api.client import Client
 
         return Client.at(self.host, tls=self._tls_context())
 
     def raw_client(self) -> RawClient:
-        """For connections that become streams.  Raises: InvalidArgument: the certificates cannot be used."""
+        """Return a client for connections that become streams.  Raises: InvalidArgument: invalid certificates."""
         return RawClient(self.host, self._tls_context())
 
     def requests(self) -> PlainRequests:
-        """For requests whose responses are read whole.  Raises: InvalidArgument: the certificates cannot be used."""
+        """Return a client for requests with whole responses.  Raises: InvalidArgument: invalid certificates."""
         return PlainRequests(self.raw_client())
 
     def _tls_context(self) -> ssl.SSLContext | None:
@@ -84,7 +84,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of the command line; resolved on first use, so that commands without requests need no endpoint."""
+    """The options for the endpoint, resolved on first use, so that commands without requests need no endpoint."""
 
     host: str = ""
     context: str = ""
@@ -92,7 +92,10 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     home: Path = Path("/nonexistent")
 
     def endpoint(self) -> Endpoint:
-        """Raises: InvalidArgument: both were given, or the context is missing or damaged."""
+        """Return the endpoint.
+
+        Raises: InvalidArgument: both host and context were given, or the context is missing or damaged.
+        """
         if self.host and self.context:
             raise InvalidArgument("conflicting options: either specify --host or --context, not both")
         env = self.environment
@@ -116,11 +119,11 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def docker_folder(self) -> Path:
-        """Where the docker command keeps its configuration."""
+        """Return the folder of the docker command's configuration."""
         return Path(self.environment.get("DOCKER_CONFIG") or self.home / ".docker")
 
     def _tls_of_environment(self) -> TlsFiles | None:
-        """``DOCKER_TLS_VERIFY`` or ``DOCKER_TLS``, with the files in ``DOCKER_CERT_PATH``."""
+        """Return the files in ``DOCKER_CERT_PATH``, if ``DOCKER_TLS_VERIFY`` or ``DOCKER_TLS`` is set."""
         env = self.environment
         verifies = bool(env.get("DOCKER_TLS_VERIFY"))
         if not verifies and not env.get("DOCKER_TLS"):
@@ -151,7 +154,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """An object in a file of the docker command; None: there is no such file.  Raises: InvalidArgument."""
+    """Return the object in a file of the docker command, or None without the file.  Raises: InvalidArgument."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:

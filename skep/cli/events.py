@@ -1,4 +1,4 @@
-"""``skep events``: the cluster's events, tasks' among them, without a gap over a lost connection."""
+"""``skep events``: the cluster's events, including events of tasks, without a gap after a lost connection."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
@@ -25,7 +25,7 @@ RECONNECT_S_MAX = 10.0
 _SWARMS_OWN = "com.docker.swarm."
 _ID_CHARACTERS = 12
 _TOLD = ("disconnect", "gap")
-"""Of messages about the stream: what may be missing of a node."""
+"""Messages about the stream that are shown: events of a node may be missing."""
 
 
 @click.command(cls=options.accepting({"--json": "--output=json"}))
@@ -77,11 +77,11 @@ def events(host: HostOptions, /, words: tuple[str, ...], output: Output, **given
 
 
 class Stream(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stream of events begins and ends with.
+    """The start and end of a stream of events.
 
     Args:
         after: Cursor of the event that it follows.
-        since: Unix time in seconds of the first event, if there is no cursor.
+        since: Unix time in seconds of the first event, without a cursor.
         until_ns: Unix time in nanoseconds at which it ends, or None if it does not.
     """
 
@@ -91,7 +91,7 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     nodes: str = ""
 
     def query(self, cursor: str) -> Mapping[str, str]:
-        """Return the parameters of a request for what comes after ``cursor``."""
+        """Return the parameters of a request for the events after ``cursor``."""
         until = _unix(self.until_ns) if self.until_ns is not None else ""
         given = {
             "after": cursor,
@@ -105,7 +105,7 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
 def stream_of(options: Mapping[str, str], now: datetime) -> Stream:
     """Return the stream that the command's options describe.
 
-    Raises: InvalidArgument: there is no such time, or it ends before it begins.
+    Raises: InvalidArgument: a time is invalid, or the stream would end before it begins.
     """
     since = unix_ns(moment_of(options["since"], now)) if options["since"] else None
     until = unix_ns(moment_of(options["until"], now)) if options["until"] else None
@@ -122,7 +122,7 @@ def _unix(ns: int) -> str:
 
 
 def line_of(event: Mapping[str, Any]) -> str:
-    """For people: the name before the id, and without the labels that swarm mode gives what it makes."""
+    """Return an event as one line: the name before the id, without the labels that swarm mode sets on its objects."""
     actor = event["Actor"]
     attributes, id = dict(actor["Attributes"]), str(actor["ID"])
     name = str(attributes.pop("name", "")).removesuffix(f".{id}")
@@ -134,7 +134,7 @@ def line_of(event: Mapping[str, Any]) -> str:
 
 
 def whole_line_of(event: Mapping[str, Any]) -> str:
-    """As ``docker events`` prints it."""
+    """Return an event as ``docker events`` prints it."""
     actor = event["Actor"]
     attributes = ", ".join(f"{name}={value}" for name, value in sorted(actor["Attributes"].items()))
     return _line(event, actor["ID"], f"({attributes})")
@@ -149,16 +149,16 @@ async def _follow(
     host: HostOptions, filters: Filters, stream: Stream, show: Callable[[Mapping[str, Any]], None]
 ) -> None:
     async with host.client() as client:
-        async for event in followed(client, filters, stream, SystemClock()):
+        async for event in follow(client, filters, stream, SystemClock()):
             show(event)
 
 
-async def followed(
+async def follow(
     client: Client, filters: Filters, stream: Stream, clock: Clock
 ) -> AsyncIterator[Mapping[str, Any]]:
-    """Events with their cursors, without a gap, over any number of connections, until the stream's end.
+    """Yield events with their cursors until the stream's end, without a gap when the command reconnects.
 
-    Raises: Unavailable: the first one cannot be made; SkepError: refused, as when events are not kept any more.
+    Raises: Unavailable: the first connection fails; SkepError: refused, as when events are no longer kept.
     """
     backoff, cursor = Backoff(0.2, RECONNECT_S_MAX), stream.after
     while True:
@@ -172,7 +172,7 @@ async def followed(
                     cursor = event["Cursor"]
                     backoff.reset()
                     yield event
-        except (Unavailable, msgspec.DecodeError):  # a line that is cut off is no event
+        except (Unavailable, msgspec.DecodeError):  # the connection was lost, perhaps within a line
             if cursor == stream.after:
                 raise
         if stream.until_ns is not None and clock.now_ns() >= stream.until_ns:

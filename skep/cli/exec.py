@@ -47,7 +47,7 @@ def exec_command(ctx: click.Context, /, target: str, command: Sequence[str], **o
 
 
 async def _exec(host: HostOptions, word: str, command: Sequence[str], options: dict[str, Any]) -> int | None:
-    """The exit code; None: there is no such service or task."""
+    """Run the command and return its exit code, or None without such a service or task."""
     async with host.raw_client() as client:
         target = await find_target_or_docker(client, word)
         if target is None:
@@ -74,13 +74,13 @@ async def _exec(host: HostOptions, word: str, command: Sequence[str], options: d
         if not attached:
             await client.post(f"{path}/start", {"Detach": True, "Tty": options["tty"]})
             return 0
-        await _attached(client, path, options)
+        await _attach(client, path, options)
         ended = await client.get(f"{path}/json")
         return int(ended["ExitCode"] or 0)
 
 
-async def _attached(client: RawClient, path: str, options: dict[str, Any]) -> None:
-    """Run it with this command's input and output."""
+async def _attach(client: RawClient, path: str, options: dict[str, Any]) -> None:
+    """Run the command with this process's input and output."""
     is_tty = options["tty"]
 
     async def resize(rows: int, columns: int) -> None:

@@ -43,7 +43,7 @@ def explain(host: HostOptions, name: str, output: Output) -> None:
 
 
 async def _ask(host: HostOptions, name: str) -> Shown:
-    """Raises: NotFound: nothing has this name."""
+    """Return the explanation of the object ``name``.  Raises: NotFound: no object has this name."""
     async with host.requests() as client:
         headers = await headers_for(client)
         get = partial(client.get, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -95,7 +95,7 @@ def _targets(service: Mapping[str, Any]) -> list[str]:
 
 
 def about_node(_: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
-    """A node as text, without control characters: its state and since when, then what it is."""
+    """Return a node as text, without control characters: its state and its properties."""
     return map(printable, _node_lines(node, now))
 
 
@@ -124,7 +124,7 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
 
 
 def about_network(_: str, network: Mapping[str, Any], now: float) -> Iterator[str]:
-    """A network as text, without control characters."""
+    """Return a network as text, without control characters."""
     return map(printable, _network_lines(network, now))
 
 
@@ -145,7 +145,7 @@ def _network_lines(network: Mapping[str, Any], now: float) -> Iterator[str]:
 
 
 def about_service(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
-    """A service's explanation as text, without control characters.  ``now``: seconds since the epoch."""
+    """Return a service's explanation as text, without control characters.  ``now``: seconds since the epoch."""
     return map(printable, _service_lines(name, explanation, now))
 
 
@@ -170,14 +170,14 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
     for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
         for reason in reasons:
             example = reason.get("Name") or reason["Example"]
-            # The headline has it already.
+            # The headline already has this reason.
             words = "" if reason["Summary"] == main else f": {reason['Summary']}"
             yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
     yield from (f"  {line}" for line in _output((explanation.get("Problem") or {}).get("End") or {}))
 
 
 def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
-    """What an autoscaled service's number of tasks follows."""
+    """Yield lines about a service's autoscaling: targets, present measures and the last change."""
     if not found:
         return
     metrics = ", ".join(
@@ -194,7 +194,7 @@ def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
 
 
 def about_task(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
-    """A task's explanation as text, without control characters; with a table of nodes where one is waited for."""
+    """Return a task's explanation as text, without control characters, with a table of nodes if it waits for one."""
     return map(printable, _task_lines(name, explanation, now))
 
 
@@ -214,7 +214,7 @@ def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterat
 
 
 def _end(end: Mapping[str, Any]) -> Iterator[str]:
-    """Why it ended."""
+    """Yield the reason of a task's end."""
     if cause := end.get("Cause"):
         is_named = end.get("Signal") and cause not in _KILLED_BY_SKEP
         yield f"cause: {cause}" + (f" ({end['Signal']})" if is_named else "")
@@ -222,7 +222,7 @@ def _end(end: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _output(end: Mapping[str, Any]) -> Iterator[str]:
-    """What a task and its health check wrote at the end."""
+    """Yield the last output of a task and of its health check."""
     if output := end.get("HealthOutput", "").strip():
         yield "last failed health check:"
         yield from (f"  | {line}" for line in output.splitlines())

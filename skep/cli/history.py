@@ -96,7 +96,7 @@ def history(
 
 
 def query_of(name: str, since: str, until: str, kind: str | None, now: datetime) -> dict[str, str]:
-    """The parameters of ``GET /skep/history``.  Raises: InvalidArgument: a time is none."""
+    """Return the parameters of ``GET /skep/history``.  Raises: InvalidArgument: a time is invalid."""
     times = {"since": since, "until": until}
     return {
         **{word: moment_of(text, now) for word, text in times.items() if text},
@@ -122,7 +122,7 @@ async def _pages(host: HostOptions, query: Mapping[str, str]) -> AsyncIterator[S
 
 
 async def _export(pages: AsyncIterator[Sequence[Mapping[str, Any]]], file: IO[bytes]) -> int:
-    """Write every entry, a page at a time; gives how many."""
+    """Write every entry, a page at a time, and return their number."""
     written = 0
     async for entries in pages:
         for entry in entries:

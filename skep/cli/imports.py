@@ -132,7 +132,7 @@ def swarm(host: HostOptions, output: Path) -> None:
     Example:
       skep --context old-swarm import swarm --output moved
     """
-    move = run_requests(_read(host))
+    move = run_requests(_read_swarm(host))
     with errors_shown():
         _write(move, output)
     for stack, note in notes_of(move):
@@ -140,7 +140,7 @@ def swarm(host: HostOptions, output: Path) -> None:
     click.echo(f"{output}: {counted(len(move.stacks), 'stack')}; next: {output / 'MOVING.md'}")
 
 
-async def _read(host: HostOptions) -> Move:
+async def _read_swarm(host: HostOptions) -> Move:
     async with host.client() as client:
         return move_of(await objects_of(client))
 

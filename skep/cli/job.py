@@ -1,4 +1,4 @@
-"""``skep job``: jobs with their schedules; run one now, retry what failed."""
+"""``skep job``: jobs with their schedules, to run now or to retry."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ def list_jobs(host: HostOptions, output: Output) -> None:
 
 
 def shown(jobs: Sequence[Mapping[str, Any]], screen: Screen, now: float) -> Iterator[str]:
-    """The table.  ``now``: seconds since the epoch."""
+    """Yield the lines of the table.  ``now``: seconds since the epoch."""
     more = ("ID",) if screen.is_wide else ()
     return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen)
 
@@ -77,7 +77,7 @@ def _row(found: Mapping[str, Any], screen: Screen, now: float) -> tuple[str | Ce
 
 
 def until(stamp: str, now: float) -> str:
-    """``in 4m 10s``; what is due already is started within moments, if a manager leads."""
+    """Return the time until ``stamp``, such as ``in 4m 10s``, or ``now`` if the run is due and the leader starts it."""
     seconds = seconds_since(stamp, now)
     if seconds is None:
         return stamp

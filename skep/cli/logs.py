@@ -1,4 +1,4 @@
-"""``skep logs``: of the tasks of a service, or of one task, on any node; else docker's, of a container."""
+"""``skep logs``: logs of a service or task on any node, or else docker's logs of a container."""
 
 from collections.abc import Sequence
 from urllib.parse import quote
@@ -42,7 +42,7 @@ def logs(ctx: click.Context, /, words: Sequence[str]) -> None:
 
 
 async def _meant(host: HostOptions, name: str) -> str | None:
-    """What docker service logs takes for ``name``; None: docker may have it."""
+    """Return the argument of docker service logs for ``name``, or None if ``name`` may be a container."""
     async with host.raw_client() as client:
         for kind in ("services", "tasks"):
             if await or_docker(client.get(f"/{kind}/{quote(name, safe='')}")) is not None:

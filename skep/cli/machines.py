@@ -1,4 +1,4 @@
-"""What ``skep up`` looks at on a machine, and what keeps it from being a node: pure, but for the scripts."""
+"""Preflight checks of ``skep up`` on a machine, and their evaluation.  Pure, apart from the scripts."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ PORTS = (IMAGES_PORT, MANAGER_PORT, PEER_PORT)
 """TCP ports that a node listens on."""
 KERNEL_MIN = (5, 10)
 SKEW_S_MAX = 30.0
-"""Certificates hold from the moment they are made: a machine whose clock is behind cannot use one."""
+"""Certificates are valid from their creation on, so a machine whose clock is slow cannot use a new one."""
 FREE_KIB_MIN = 1 << 20
 
 PREFLIGHT = f"""
@@ -43,7 +43,7 @@ done
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the preflight found."""
+    """The results of the preflight."""
 
     uid: int = -1
     kernel: str = ""
@@ -52,7 +52,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     free_kib: int = 0
     taken: tuple[int, ...] = ()
     skep: str = ""
-    """Its version; empty: it is not there."""
+    """Installed version of skep, or empty."""
     runs: bool = False
     has_systemd: bool = False
     has_apt: bool = False
@@ -60,14 +60,14 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def summary(self) -> str:
-        """For people."""
+        """Return the facts as one line of text."""
         state = "runs" if self.runs else "is there" if self.skep else "is to be installed"
         skep = f"skep {self.skep} {state}" if self.skep else f"skep {state}"
         return f"{self.os}, kernel {self.kernel}, {self.free_kib >> 20} GiB free, {skep}"
 
 
 def facts_of(text: str) -> Facts:
-    """The facts in the preflight's output; what cannot be read is as if it were not there."""
+    """Return the facts in the preflight's output; invalid lines are ignored."""
     lines = [line.partition(" ") for line in text.splitlines()]
     found = {key: value.strip() for key, _, value in lines}
     return Facts(
@@ -90,9 +90,9 @@ def _number(text: str, otherwise: int) -> int:
 
 
 def problems(facts: Facts, before: float, after: float, *, has_package: bool) -> list[str]:
-    """What keeps the machine from being a node, each with what to do.
+    """Return the reasons why the machine cannot become a node, each with a next step.
 
-    ``before``, ``after``: our time when the preflight began and when it had ended.
+    ``before``, ``after``: this machine's time at the start and the end of the preflight.
     """
     return list(_problems(facts, before, after, has_package))
 

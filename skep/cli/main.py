@@ -18,7 +18,7 @@ from skep.cli.endpoint import DEFAULT_HOST, HostOptions
 
 
 class Command(NamedTuple):
-    """Where a command is found, and its summary, so that the help imports no command."""
+    """The location of a command, and its summary, so that the help does not import commands."""
 
     location: str
     summary: str

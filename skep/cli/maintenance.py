@@ -1,8 +1,7 @@
-"""The reboot lock: which nodes are away on purpose, as a label of the cluster's spec, changed by compare-and-swap.
+"""The reboot lock, a label of the cluster's spec with the nodes that are down on purpose, changed by compare-and-swap.
 
-As in kured and FleetLock: before a node is stopped on purpose the lock is taken for it, and it is released when the
-node is ready again.  A lock that is overdue is not released automatically, as its node may be the reason: others may
-take it then.
+As in kured and FleetLock, the lock is taken for a node before it is stopped on purpose, and released when the node is
+ready again.  An overdue lock is not released automatically, because its node may have failed, but others may take it.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -22,18 +21,18 @@ _ATTEMPTS: Final = 10
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """One that holds the lock."""
+    """A holder of the lock."""
 
     node: str
-    """Id; empty: an upgrade between two nodes."""
+    """Node id, or empty for an upgrade between two nodes."""
     by: str
     until: datetime
     is_upgrade: bool = False
     availability: str = ""
-    """What the node had before the upgrade drained it, and gets back; empty: it was not drained."""
+    """Availability to restore, from before the upgrade drained the node.  Empty if it was not drained."""
 
     def is_overdue(self, now: datetime) -> bool:
-        """Whether others may take it over."""
+        """Return whether others may take the lock over."""
         return now > self.until
 
 
@@ -42,7 +41,7 @@ class _Lock(msgspec.Struct, frozen=True):
 
 
 def read(text: str) -> tuple[Holder, ...]:
-    """The holders in the label's value.  Raises: FailedPrecondition: it was damaged by hand."""
+    """Return the holders in the label's value.  Raises: FailedPrecondition: the value is damaged."""
     try:
         return msgspec.json.decode(text, type=_Lock).holders if text else ()
     except msgspec.MsgspecError as error:
@@ -53,16 +52,16 @@ def read(text: str) -> tuple[Holder, ...]:
 
 
 def written(holders: Sequence[Holder]) -> str:
-    """The label's value; empty: it goes."""
+    """Return the label's value, or an empty text to remove the label."""
     return msgspec.json.encode(_Lock(tuple(holders))).decode() if holders else ""
 
 
 def taken(
     holders: Sequence[Holder], wanted: Holder, members: Sequence[Member], now: datetime, *, at_once: int = 1
 ) -> tuple[Holder, ...]:
-    """The holders with ``wanted``.  The same node may take it again, which renews it.
+    """Return the holders with ``wanted`` added.  A holder may take the lock again, which renews it.
 
-    Raises: FailedPrecondition: why not.
+    Raises: FailedPrecondition: another node holds the lock, or the managers need the node.
     """
     others = [one for one in holders if not is_same(one, wanted)]
     held = [one for one in others if not one.is_overdue(now)]
@@ -78,14 +77,14 @@ def taken(
 
 
 def is_same(one: Holder, other: Holder) -> bool:
-    """Whether both are the same lock, taken again."""
+    """Return whether both are the same lock, perhaps taken again."""
     if one.is_upgrade or other.is_upgrade:
         return one.is_upgrade and other.is_upgrade and one.by == other.by
     return one.node == other.node
 
 
 def described(holder: Holder, members: Sequence[Member], now: datetime) -> str:
-    """For people, louder the longer it is overdue."""
+    """Return a text about a holder, in capital letters if it is long overdue."""
     names = {one.id: one.name for one in members}
     what = "an upgrade" if holder.is_upgrade else "the reboot lock"
     text = f"{what} is held by {holder.by}"
@@ -103,12 +102,12 @@ def described(holder: Holder, members: Sequence[Member], now: datetime) -> str:
 
 
 def overdue(holders: Sequence[Holder], members: Sequence[Member], now: datetime) -> Iterator[str]:
-    """A line for each holder that should have given it back."""
+    """Return a line for each overdue holder."""
     return (described(one, members, now) for one in holders if one.is_overdue(now))
 
 
 async def nodes_and_time(client: Requests) -> tuple[list[Member], datetime]:
-    """The nodes, and the time by the manager's clock: locks are compared by those of managers alone."""
+    """Return the nodes, and the time by the manager's clock, as only managers' clocks are compared with locks."""
     nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
     info = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
     return members_of(nodes), msgspec.convert(info["SystemTime"], datetime).astimezone(UTC)
@@ -128,13 +127,13 @@ async def settings_of(client: Requests) -> Mapping[str, Any]:
 
 
 async def holders_of(client: Requests) -> tuple[Holder, ...]:
-    """The holders of the lock now."""
+    """Return the present holders of the lock."""
     swarm = await settings_of(client)
     return read((swarm["Spec"].get("Labels") or {}).get(MAINTENANCE, ""))
 
 
 async def change(client: Requests, decide: Callable[[str], str]) -> None:
-    """Write ``decide`` of the label's value; read and decided again where others were faster."""
+    """Replace the label's value by ``decide`` of it, and retry with the new value after a concurrent change."""
 
     async def decide_at_once(text: str) -> str:
         return decide(text)
@@ -143,7 +142,7 @@ async def change(client: Requests, decide: Callable[[str], str]) -> None:
 
 
 async def change_by_nodes(client: Requests, decide: Callable[[str, Sequence[Member], datetime], str]) -> None:
-    """``change`` for decisions by the nodes and the time, which are read after the value, at each attempt."""
+    """Call ``change`` for decisions by the nodes and the time, which are read after the value at each attempt."""
 
     async def decide_by_nodes(text: str) -> str:
         members, now = await nodes_and_time(client)

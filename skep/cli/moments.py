@@ -1,6 +1,6 @@
 """Points in time as people write them: ``10 min ago``, ``yesterday 14:00``, ``14:00``, RFC 3339.  Pure.
 
-They are read here and not by a manager, as the time zone is that of this machine.
+They are parsed here and not by a manager, because they are in this machine's time zone.
 """
 
 import re
@@ -25,7 +25,7 @@ EXAMPLES = "'10 min ago', 'yesterday 14:00', '14:00', 2026-01-31T12:00:00Z or re
 
 
 def moment_of(text: str, now: datetime) -> Timestamp:
-    """The time that ``text`` means.  ``now``: with the zone of the user.  Raises: InvalidArgument."""
+    """Return the time that ``text`` means.  ``now``: in the user's time zone.  Raises: InvalidArgument."""
     words = " ".join(text.lower().split())
     if words == "now":
         return timestamp(_ns(now))
@@ -47,7 +47,7 @@ def moment_of(text: str, now: datetime) -> Timestamp:
 
 
 def moment_or_revision(text: str, now: datetime) -> str:
-    """``moment_of``, or ``revision:N`` as it is.  Raises: InvalidArgument."""
+    """Return the time that ``text`` means, or ``revision:N`` unchanged.  Raises: InvalidArgument."""
     return text if _REVISION.fullmatch(text) else moment_of(text, now)
 
 

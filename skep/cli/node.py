@@ -1,4 +1,4 @@
-"""``skep node``: docker's commands; drain and forget; evict: replacing every secret that a node has had."""
+"""``skep node``: docker's commands, drain, forget, and evict, which replaces every key that a node has had."""
 
 import asyncio
 import getpass
@@ -33,7 +33,7 @@ _CONTAINERS = {
     False: "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
     True: "Its containers keep running beside their replacements until docker swarm leave --force is run there.",
 }
-"""What an evicted node does with its containers, by whether they are kept."""
+"""Texts about an evicted node's containers, by whether they are kept."""
 _ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 
 
@@ -88,11 +88,11 @@ async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
         if wait_s is None:
             await _set_draining(client, name)
         else:
-            await drained(client, name, wait_s)
+            await drain_and_wait(client, name, wait_s)
 
 
 async def _consequences(client: Client, name: str) -> Sequence[str]:
-    """What a drain means for services with tasks on the node: they are away, or leave local volumes behind."""
+    """Return the effects of a drain on services: those without tasks elsewhere, and those with local volumes."""
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -116,7 +116,7 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
     """Return what happens to a replicated service's local volumes when ``node`` is drained; empty if it has none."""
     try:
         task = leniently(to_json(spec.get("TaskTemplate") or {}), TaskSpec)
-    except msgspec.DecodeError:  # of a newer version: the warning is left out
+    except msgspec.DecodeError:  # from a newer version, so the warning is left out
         return ""
     volumes = local_volumes(task)
     if not volumes:
@@ -143,7 +143,7 @@ async def _set_draining(client: Client, name: str) -> None:
     )
 
 
-async def drained(client: Client, name: str, within_s: float) -> None:
+async def drain_and_wait(client: Client, name: str, within_s: float) -> None:
     """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
     await _set_draining(client, name)
     services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
@@ -163,13 +163,13 @@ async def drained(client: Client, name: str, within_s: float) -> None:
 
 
 async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:
-    """The tasks on a node that have not ended."""
+    """Return the tasks on a node that have not ended."""
     tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=_RESPONSE_TIMEOUT_S)
     return [task for task in tasks if task["Status"]["State"] not in _ENDED]
 
 
 def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
-    """``web.3``, or ``web`` of a global service; of a service that is gone, the task's id."""
+    """Return a task's name: ``web.3``, ``web`` for a global service, or the task's id if its service was removed."""
     name, slot = services.get(task.get("ServiceID", "")), task.get("Slot")
     return f"{name}.{slot}" if name and slot else name or str(task["ID"])
 
@@ -242,7 +242,7 @@ def evict(host: HostOptions, name: str, keep: bool, yes: bool) -> None:
 
 
 async def _evict(host: HostOptions, name: str, keep: bool) -> str:
-    """Evict and wait for the end; gives the new unlock key if there is one."""
+    """Evict a node, wait for the end, and return the new unlock key, or an empty text."""
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
@@ -250,7 +250,7 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
         state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
-            # The manager's etcd restarts, too.
+            # Requests are repeated, because the manager's etcd restarts during the eviction.
             state = await persistently(
                 partial(client.get, _PATH, timeout_s=_RESPONSE_TIMEOUT_S), progress.note
             )
@@ -262,7 +262,7 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
 
 
 class _Progress:
-    """Prints what has changed."""
+    """Prints steps and notes when they change."""
 
     def __init__(self) -> None:
         self._done: set[str] = set()
@@ -270,7 +270,7 @@ class _Progress:
         self._last_note = ""
 
     def show(self, state: Mapping[str, Any]) -> bool:
-        """Whether it is complete."""
+        """Print the new steps, and return whether the eviction is complete."""
         for step in state["Steps"]:
             if step["Done"] and step["Text"] not in self._done:
                 self._done.add(step["Text"])
@@ -288,7 +288,7 @@ class _Progress:
         return False
 
     def note(self, reason: str) -> None:
-        """What is waited for, once."""
+        """Print the reason for the wait, if it has changed."""
         if reason and reason != self._last_note:
             click.echo(f"      {reason}", err=True)
         self._last_note = reason

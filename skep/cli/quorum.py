@@ -9,12 +9,12 @@ from skep.api.requests import Requests
 from skep.errors import SkepError
 
 STALE = {"X-Skep-Stale": "1"}
-"""Read this manager's replica, without a barrier at the other managers."""
+"""Header of reads from this manager's replica, without a barrier at the other managers."""
 _RESPONSE_TIMEOUT_S = 5.0
 
 
 async def headers_for(client: Requests) -> Mapping[str, str]:
-    """The headers of a read: ``STALE``, with a warning on stderr, while there is no leader."""
+    """Return the headers of a read: ``STALE``, with a warning on stderr, while the cluster has no leader."""
     quorum = await quorum_of(client)
     if quorum is None or quorum["HasLeader"]:
         return {}
@@ -24,7 +24,7 @@ async def headers_for(client: Requests) -> Mapping[str, str]:
 
 
 async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
-    """The manager's own view; None: this node has no manager that responds."""
+    """Return this node's manager's view of the quorum, or None without a manager that responds."""
     try:
         response: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError:
@@ -33,19 +33,19 @@ async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
 
 
 def way_out(quorum: Mapping[str, Any]) -> str:
-    """Return the command to go on with while there is no leader; it changes nothing."""
+    """Return the command to run next without a leader, which changes nothing."""
     managers = quorum["Managers"]
     answering = sum(bool(manager["IsReachable"]) for manager in managers)
     return "skep doctor network" if answering > len(managers) // 2 else "skep cluster recover --dry-run"
 
 
 def clock_time(stamp: str) -> str:
-    """``13:26:18 UTC`` for a time of a manager (RFC 3339, in UTC)."""
+    """Return ``13:26:18 UTC`` for a manager's time (RFC 3339, in UTC)."""
     return f"{stamp.partition('T')[2].partition('.')[0].rstrip('Z')} UTC"
 
 
 def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
-    """Since when, which managers are missing, and how to recover."""
+    """Yield lines about a lost leader: its time, the missing managers, and how to recover."""
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
     answering, needed = len(managers) - len(silent), len(managers) // 2 + 1

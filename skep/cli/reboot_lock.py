@@ -1,4 +1,4 @@
-"""``skep reboot-lock``: one node at a time is away on purpose."""
+"""``skep reboot-lock``: a lock, so that only one node at a time is down on purpose."""
 
 import getpass
 import socket
@@ -35,7 +35,7 @@ def reboot_lock() -> None:
 
 
 def whoami() -> str:
-    """The holder's name as shown to others."""
+    """Return the holder's name as shown to others."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
@@ -113,7 +113,7 @@ def status(host: HostOptions, output: Output) -> None:
 
 
 def named(members: Sequence[Member], word: str) -> Member:
-    """The node of this name or id.  Raises: InvalidArgument."""
+    """Return the node with this name or id.  Raises: InvalidArgument."""
     found = [one for one in members if word in (one.id, one.name)]
     if len(found) != 1:
         raise InvalidArgument(

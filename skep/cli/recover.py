@@ -19,11 +19,11 @@ _RESPONSE_TIMEOUT_S = 15.0
 _WORD = 11
 """Width of the first column."""
 _RECOVERS_WITHIN_S = 180.0
-"""The manager takes a snapshot, restores it and starts: up to a minute for each with a large store."""
+"""Seconds for the manager to take a snapshot, restore it and start: up to a minute each with a large store."""
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """What this manager's store has, as far as it can be read while nothing leads."""
+    """The content of this manager's store, as far as it can be read without a leader."""
 
     revision: int | None = None
     counts: Mapping[str, int] | None = None
@@ -68,10 +68,10 @@ async def _look(host: HostOptions) -> tuple[Mapping[str, Any], Mapping[str, Any]
     async with host.client() as client:
         info = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client)
-        return info, quorum, await _kept(client, quorum)
+        return info, quorum, await _read_kept(client, quorum)
 
 
-async def _kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
+async def _read_kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
     if quorum is None:
         return Kept()
     counts: dict[str, int] = {}
@@ -85,7 +85,10 @@ async def _kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
 
 
 def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
-    """Raises: FailedPrecondition: there is nothing to recover, or not here."""
+    """Check that this manager can recover the cluster.
+
+    Raises: FailedPrecondition: nothing needs to be recovered, or not on this node.
+    """
     swarm = info["Swarm"]
     match swarm.get("LocalNodeState") or "inactive":
         case "inactive":
@@ -95,7 +98,7 @@ def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
         case "locked":
             raise FailedPrecondition("this manager is locked: docker swarm unlock, then look again")
     if quorum is None:
-        # The manager does not serve: after a restart without a quorum, or with a damaged store.  A worker has none.
+        # The manager does not serve, after a restart without a quorum or with a damaged store.  Workers have no quorum.
         if not swarm.get("ControlAvailable") and not swarm.get("Error"):
             raise FailedPrecondition("this node is a worker: recover on a manager that is left")
         return
@@ -111,14 +114,14 @@ def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
 
 
 def lost(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> list[str]:
-    """Names of the other managers, which are cut off; empty: not known."""
+    """Return the names of the other managers, which recovery removes, or an empty list if unknown."""
     if quorum is None:
         return []
     return [one["Hostname"] for one in quorum["Managers"] if not _is_here(one, info)]
 
 
 def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) -> Iterator[tuple[str, str]]:
-    """Which managers are gone, what is kept, what is done, what may be lost: a word and a text each."""
+    """Yield the plan as a word and a text each: lost managers, kept state, the steps, and possible losses."""
     if quorum is None:
         peers = [one["Addr"] for one in info["Swarm"].get("RemoteManagers") or ()]
         yield "here", f"{info['Name']} does not serve: {info['Swarm'].get('Error') or 'it is starting'}"
@@ -175,7 +178,7 @@ def _is_here(manager: Mapping[str, Any], info: Mapping[str, Any]) -> bool:
 
 
 def afterwards(names: Sequence[str]) -> Iterator[str]:
-    """What is left to do."""
+    """Yield the remaining steps for the user."""
     if not names:
         yield "For each manager that is lost (skep node ls): docker node demote NODE, then skep node forget NODE."
         return

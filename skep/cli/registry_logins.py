@@ -1,4 +1,4 @@
-"""What ``docker login`` has kept, for services whose images nodes pull from private registries.
+"""Credentials stored by ``docker login``, for services with images from private registries.
 
 Source: docker/cli, cli/config (configfile/file.go, credentials/native_store.go); docker/docker-credential-helpers.
 """
@@ -16,10 +16,10 @@ from skep.errors import InvalidArgument
 from skep.model.images import registry_of
 
 _HUB: Final = "https://index.docker.io/v1/"
-"""What Docker Hub is called in the file."""
+"""Docker Hub's key in the file."""
 _HELPER_S: Final = 30.0
 _TOKEN_USER: Final = "<token>"
-"""The name by which a helper says that its secret is an identity token."""
+"""User name by which a helper marks its secret as an identity token."""
 
 
 class _Login(msgspec.Struct, frozen=True):
@@ -34,14 +34,14 @@ class _Config(msgspec.Struct, frozen=True, rename={"helpers": "credHelpers", "st
 
 
 class RegistryLogins:
-    """The logins in ``config.json`` of ``folder``, and those that its helper programs keep."""
+    """The logins in ``config.json`` of ``folder`` and in its helper programs."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "config.json"
         self._known: dict[str, str] = {}
 
     def of(self, image: str) -> str:
-        """``X-Registry-Auth`` for the registry of ``image``; empty: there is no login.
+        """Return ``X-Registry-Auth`` for the registry of ``image``, or an empty text without a login.
 
         Raises: InvalidArgument: the file or the response of a helper cannot be read.
         """
@@ -77,7 +77,7 @@ class RegistryLogins:
 
 
 def _from_helper(helper: str, server: str) -> dict[str, str]:
-    """What the program gives; nothing if it has no login for ``server``.  Its output is a secret: no error has it."""
+    """Return the helper's login for ``server``, or an empty dict.  Its output is secret, so errors never contain it."""
     program = f"docker-credential-{helper}"
     if (path := shutil.which(program)) is None:
         raise InvalidArgument(f"there is no {program}, which the docker command's config.json names")

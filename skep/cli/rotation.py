@@ -1,8 +1,8 @@
 """``skep secret`` and ``skep config``: docker's commands, and rotate and prune.
 
-Secrets and configs never change; a rotation makes a next version, an object ``NAME-v2`` with the labels of the first
-one, and updates every service that uses an older one, each by its own update policy.  In the containers the file
-keeps its name.
+Secrets and configs are immutable.  A rotation creates the next version, an object ``NAME-v2`` with the labels of the
+first version, and updates every service that uses an older version, each by its own update policy.  In the containers
+the file keeps its name.
 """
 
 import asyncio
@@ -48,30 +48,30 @@ class Kind(msgspec.Struct, frozen=True):
 
     @property
     def path(self) -> str:
-        """Where the API has them."""
+        """Return their path in the API."""
         return f"/{self.noun}s"
 
     @property
     def field(self) -> str:
-        """The references of a container's spec."""
+        """Return the field of a container's spec with the references."""
         return f"{self.noun.title()}s"
 
     @property
     def id_key(self) -> str:
-        """The id in a reference."""
+        """Return the key of the id in a reference."""
         return f"{self.noun.title()}ID"
 
     @property
     def name_key(self) -> str:
-        """The name in a reference."""
+        """Return the key of the name in a reference."""
         return f"{self.noun.title()}Name"
 
 
 def root_of(found: Mapping[str, Any]) -> str:
     """Return the name of an object's first version.
 
-    The label counts only for an object that has the name of a version: anybody who may create secrets in some stack can
-    write the label, but only names that begin with the stack's.
+    The label counts only on an object with the name of a version: every user who may create secrets in a stack can
+    write the label, but only on names that begin with the stack's name.
     """
     spec = found["Spec"]
     root = str(_labels(found).get(ROTATION_OF) or "")
@@ -79,9 +79,9 @@ def root_of(found: Mapping[str, Any]) -> str:
 
 
 def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """Return all versions of the object ``name``, which may be any of them, the oldest first.
+    """Return all versions of the object ``name``, which may be any of them, oldest first.
 
-    They are of the same stack: what another stack calls a version of this object is none.
+    Objects of other stacks with such a name are ignored.
 
     Raises: NotFound.
     """
@@ -108,7 +108,7 @@ def _number(found: Mapping[str, Any], root: str) -> int:
 
 
 def next_name(objects: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> str:
-    """A name for the version after ``known`` that no object has."""
+    """Return an unused name for the version after ``known``."""
     root = root_of(known[-1])
     taken = {one["Spec"]["Name"] for one in objects}
     number = max(_number(one, root) for one in known) + 1
@@ -118,7 +118,7 @@ def next_name(objects: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str,
 
 
 def moved(kind: Kind, spec: Mapping[str, Any], old: Collection[str], new: Mapping[str, Any]) -> Any:
-    """A service's spec with references to ``new`` in place of those to ``old``; None: it has none."""
+    """Return a service's spec with references to ``old`` replaced by ``new``, or None without such references."""
     made = copy.deepcopy(spec)
     touched = False
     for reference in _references(kind, made):
@@ -134,23 +134,23 @@ def _references(kind: Kind, spec: Mapping[str, Any] | None) -> Sequence[dict[str
 
 
 class VersionProgress(msgspec.Struct, frozen=True):
-    """How far a service is: its tasks that run with the new version, of how many; ``stuck``: why it does not go on."""
+    """A service's progress: its tasks with the new version, of how many, and why it is ``stuck``, or empty."""
 
     done: int
     wanted: int
     is_complete: bool = False
     stuck: str = ""
     cause: str = ""
-    """Why tasks with the new version do not run.  Empty if that is not known."""
+    """Reason why tasks with the new version do not run.  Empty if unknown."""
 
 
 def version_progress(
     kind: Kind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
 ) -> VersionProgress:
-    """Return how far a service is; a job with a schedule is done at once, since its next run has the version.
+    """Return a service's progress.  A job with a schedule is done at once, because its next run has the version.
 
     Args:
-        tasks: those of the service that are wanted.
+        tasks: the service's tasks that are desired to run.
         new: the id of the version.
     """
     if _is_scheduled(service):
@@ -167,7 +167,7 @@ def version_progress(
 
 
 def _is_scheduled(service: Mapping[str, Any]) -> bool:
-    """Whether it is a job with a schedule: an update starts no run of it."""
+    """Return whether it is a job with a schedule, which an update does not run."""
     return CRON in _labels(service)
 
 
@@ -178,7 +178,7 @@ def _references_of(kind: Kind, task: Mapping[str, Any]) -> Sequence[dict[str, An
 def unused(
     kind: Kind, objects: Sequence[Mapping[str, Any]], services: Sequence[Mapping[str, Any]], *, all: bool
 ) -> list[Mapping[str, Any]]:
-    """Objects that no service uses, nor returns to by a rollback; without ``all`` only superseded versions."""
+    """Return objects that neither a service's spec nor its previous spec uses; without ``all`` only old versions."""
     used = {
         reference[kind.id_key]
         for service in services
@@ -193,20 +193,20 @@ def unused(
 
 
 class _Rotation:
-    """One rotation on its way."""
+    """A running rotation."""
 
     def __init__(self, kind: Kind, client: Client) -> None:
         self._kind = kind
         self._client = client
         self._shown: dict[str, str] = {}
         self._open: set[str] = set()
-        """Names of the services that are waited for."""
+        """Names of services that are not done."""
         self.problems: list[str] = []
         """A line for each service that cannot be updated or is stuck."""
         self._reasons = Reasons(client, FAILURES_MAX)
 
     async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
-        """The version to have, and the ids of the older ones.  ``data`` None: the latest there is."""
+        """Return the target version and the ids of older ones.  Without ``data``, the latest version is the target."""
         objects = await self._client.get(self._kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
         known = versions(objects, name)
         if data is None:
@@ -222,9 +222,9 @@ class _Rotation:
         return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
 
     async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
-        """Update the services that use an older version; gives the ids of those that use ``new`` now.
+        """Update the services that use an older version, and return the ids of the services that use ``new`` now.
 
-        One that cannot be updated is a problem: the others are, nevertheless.
+        A service that cannot be updated becomes a problem and does not stop the others.
         """
         using = list[str]()
         for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
@@ -262,7 +262,7 @@ class _Rotation:
         )
 
     async def _is_gone(self, id: str) -> bool:
-        """Whether the service was removed meanwhile; else it is its update that finds something missing."""
+        """Return whether the service was removed meanwhile; otherwise its update misses another object."""
         try:
             await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
         except NotFound:
@@ -281,7 +281,7 @@ class _Rotation:
         )
 
     async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> None:
-        """Show progress until every task has ``new``, but those of services that are stuck: these are problems."""
+        """Show progress until every task has ``new``.  Services that are stuck become problems."""
         waiting = list(ids)
         while waiting:
             for id in tuple(waiting):
@@ -304,7 +304,7 @@ class _Rotation:
     async def _look(
         self, id: str, new: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], VersionProgress | None]:
-        """The service and how far it is; None: it was removed meanwhile."""
+        """Return the service and its progress, or None as progress if it was removed meanwhile."""
         try:
             service = await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
         except NotFound:
@@ -325,7 +325,7 @@ class _Rotation:
             say(f"{name}: {text}")
 
     def unfinished(self) -> dict[str, str]:
-        """Return what was shown last of each service that is still waited for, by name."""
+        """Return the last shown progress of each service that is not done, by name."""
         return {name: self._shown[name] for name in sorted(self._open)}
 
 
@@ -352,7 +352,7 @@ async def _prune(host: HostOptions, kind: Kind, *, all: bool) -> None:
         for one in unused(kind, objects, services, all=all):
             try:
                 await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
-            except SkepError as error:  # a service uses it since a moment ago
+            except SkepError as error:  # a service started to use it just now
                 click.echo(f"{one['Spec']['Name']}: {error}", err=True)
             else:
                 click.echo(one["Spec"]["Name"])
@@ -372,7 +372,7 @@ Examples:
 
 
 def _commands(kind: Kind) -> click.Group:
-    """Docker's commands of ``kind``, and those below."""
+    """Return docker's commands of ``kind``, with rotate and prune."""
 
     @click.group(
         kind.noun,

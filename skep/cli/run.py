@@ -1,7 +1,6 @@
-"""``skep run``: a command, once, in the image, environment, networks, secrets and mounts of a service.
+"""``skep run``: a one-off command with the image, environment, networks, secrets and mounts of a service.
 
-It is a job of its own for the time that it takes: the scheduler finds its node, and managers remove it when this
-command cannot.
+It runs as a job of its own: the scheduler chooses its node, and managers remove the job if this command cannot.
 """
 
 import asyncio
@@ -26,7 +25,7 @@ from skep.model.labels import JOB_TTL
 _LOOK_S = 0.1
 _LOOK_S_MAX = 1.0
 _TTL = "60s"
-"""A run whose command here was killed is removed so long after its end."""
+"""Time after its end when a run is removed, if this command was killed."""
 _ENDED = frozenset({"complete", "failed", "rejected", "shutdown", "orphaned", "remove"})
 _BEGUN = frozenset({"running", *_ENDED})
 
@@ -39,7 +38,7 @@ def run_spec(
     env: Sequence[str] = (),
     tty: bool = False,
 ) -> dict[str, Any]:
-    """The spec of a job with one task like those of ``service``, a spec, that runs ``command``.
+    """Return the spec of a job with one task that runs ``command`` with the settings of the spec ``service``.
 
     It publishes no ports, has no health check, and is not restarted.
     """
@@ -102,7 +101,7 @@ def run(
 async def _run(
     host: HostOptions, service: str, command: Sequence[str], env: Sequence[str], *, tty: bool
 ) -> int | None:
-    """The exit code; None: there is no such service."""
+    """Run the command and return its exit code, or None without such a service."""
     async with host.raw_client() as client:
         try:
             found = await client.get(f"/services/{quote(service, safe='')}")
@@ -121,7 +120,7 @@ async def _run(
 
 
 async def _wait_task(client: RawClient, service_id: str, states: frozenset[str]) -> dict[str, Any]:
-    """The task of a run, once it is in one of ``states``; what it waits for is shown."""
+    """Wait until the task of a run is in one of ``states``, show its progress, and return the task."""
     filters = json({"service": [service_id]}).decode()
     shown, pause_s, waited_s = "", _LOOK_S, 0.0
     while True:
@@ -140,7 +139,7 @@ async def _wait_task(client: RawClient, service_id: str, states: frozenset[str])
 
 
 async def _show(client: RawClient, service_id: str, task: Mapping[str, Any], *, tty: bool) -> None:
-    """Its output, from the first line to the last; with a terminal its input, too."""
+    """Print the task's whole output, and with a terminal also pass on its input."""
     path = f"/skep/tasks/{task['ID']}/container"
     query = {"stdout": "1", "stderr": "1"}
     async with AsyncExitStack() as stack:
@@ -151,7 +150,7 @@ async def _show(client: RawClient, service_id: str, task: Mapping[str, Any], *, 
             else:
                 opening = client.exchange("GET", f"{path}/logs", query={**query, "follow": "1"})
             stream = await stack.enter_async_context(opening)
-        except SkepError:  # it has ended already, or its node cannot be reached: managers have its output
+        except SkepError:  # it has ended, or its node is unreachable; managers have its output
             await _wait_task(client, service_id, _ENDED)
             stream = await stack.enter_async_context(
                 client.exchange("GET", f"/tasks/{task['ID']}/logs", query=query)
@@ -170,7 +169,7 @@ async def _resize(client: RawClient, path: str, rows: int, columns: int) -> None
 
 
 def _exit_code(task: Mapping[str, Any]) -> int:
-    """The command's; 1, with the reason shown, for a task that never ran."""
+    """Return the command's exit code.  Raises: FailedPrecondition: the task never ran."""
     status = task["Status"]
     container = status.get("ContainerStatus") or {}
     code = int(container.get("ExitCode") or 0)

@@ -14,23 +14,23 @@ from skep.model.task_end import printable
 T = TypeVar("T")
 
 _RPC = re.compile(r"^rpc error: code = \w+ desc = ")
-"""SwarmKit's words before an error's own, which Docker's API has and people need not read."""
+"""Prefix of SwarmKit's errors in Docker's API, which is not shown to people."""
 
 
 def run_requests(work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``."""
+    """Run ``work`` and return its result."""
     with errors_shown():
         return asyncio.run(work)
 
 
 def say(text: str) -> None:
-    """What is not the result, on standard error.  It may be a node's: it is cleaned."""
+    """Print a message on standard error, without control characters, as it may come from a node."""
     click.echo(printable(text), err=True)
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Errors that a user can act on end the command with their message, which may be a node's: it is cleaned."""
+    """End the command with the message of an expected error, without control characters, as it may come from a node."""
     try:
         yield
     except BrokenPipeError:

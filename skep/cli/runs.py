@@ -1,4 +1,4 @@
-"""``skep runs``: what ended of a service or job, with exit codes and last lines."""
+"""``skep runs``: ended tasks of a service or job, with exit codes and last lines."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -55,7 +55,7 @@ async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
 
 
 def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
-    """The table, each run's lines below it.  ``now``: seconds since the epoch."""
+    """Yield the table, with each run's output below its row.  ``now``: seconds since the epoch."""
     more = ("ID",) if screen.is_wide else ()
     lines = table((*_HEAD, *more), [_row(run, screen, now) for run in response["Runs"]], screen)
     yield next(lines)
@@ -70,7 +70,7 @@ def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[s
 
 
 def _schedule(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
-    """When and why the runs of a job with a schedule began, and which were skipped."""
+    """Yield lines about the runs of a scheduled job: their times, reasons, and skipped runs."""
     if not response.get("Schedule"):
         return
     yield ""

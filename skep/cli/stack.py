@@ -63,7 +63,7 @@ _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-
 
 
 class _Given(msgspec.Struct, frozen=True, kw_only=True):
-    """The options that say which files make which stack."""
+    """The options with the files and the name of a stack."""
 
     files: tuple[str, ...]
     env_files: tuple[str, ...]
@@ -72,7 +72,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None
 
     def read(self) -> tuple[Stack, Loaded]:
-        """The stack; warnings go to stderr.  Raises: Problems; InvalidArgument: a file cannot be read."""
+        """Return the stack, and print warnings on stderr.  Raises: Problems; InvalidArgument: a file is unreadable."""
         paths = self._paths()
         report = Report()
         choices = Choices(
@@ -107,7 +107,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of every command that reads files, and the stack's name; the command gets them as ``given``."""
+    """Add the options of commands that read files, and the stack's name; the command gets them as ``given``."""
 
     @functools.wraps(command)
     def run(
@@ -156,7 +156,7 @@ def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _chooses_services(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of the commands that compare a stack with the cluster."""
+    """Add the options of commands that compare a stack with the cluster."""
     return _with(
         command,
         click.option(
@@ -173,18 +173,18 @@ def _chooses_services(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with(command: Callable[..., None], *decorators: Callable[[Any], Any]) -> Callable[..., None]:
-    """The command with these options, in this order."""
+    """Add options to a command, in this order."""
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
 
 
 _ALIASES = {"up": "deploy", "down": "rm", "remove": "rm", "list": "ls"}
-"""Docker's other words for commands of stacks."""
+"""Docker's aliases of stack commands."""
 
 
 class _Stack(click.Group):
-    """Has docker's aliases, too."""
+    """A command group that accepts docker's aliases."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, _ALIASES.get(cmd_name, cmd_name))
@@ -244,22 +244,22 @@ def config(
 async def _all_or_nothing(
     client: Requests, plan: Plan, work: Callable[[Made], Awaitable[None]], timeout: float
 ) -> None:
-    """Deploy, and undo that if it fails.  Raises: SkepError: it failed, with what was done."""
+    """Deploy, and undo the deploy if it fails.  Raises: SkepError: it failed; has the result of the undo."""
     created = Made()
     try:
         await work(created)
     except (Replaced, Problems):
-        raise  # there is nothing of this deploy to undo
+        raise  # this deploy changed nothing, or another deploy has taken over
     except SkepError as error:
         click.echo(f"failed: {error}", err=True)
         done = await _undone(client, plan, error, timeout, created)
-        # What was removed cannot be explained any more.
+        # Removed services can no longer be explained.
         cause = _HINT.sub("", str(error)) if plan.is_new else str(error)
         raise Unavailable(f"the deploy failed, and {done}: {cause}") from error
 
 
 async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
-    """After a deploy that failed of ``error``: what was done.  Raises: Unavailable: with both errors."""
+    """Undo a deploy that failed with ``error``, and return the result.  Raises: Unavailable: has both errors."""
     try:
         return await undo(client, failed, Progress().show, timeout, warn, made)
     except SkepError as problem:
@@ -334,7 +334,9 @@ def plan(
             found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
             await check(client, made, found, warn)
             if not found.effective:
-                return planned(found, await Deployment(client, made, found, lambda *_: None).unfinished())
+                return planned(
+                    found, await Deployment(client, made, found, lambda *_: None).find_unfinished()
+                )
             return planned(await with_placements(client, found, warn))
 
     output.show(fetch)
@@ -344,7 +346,7 @@ def plan(
 
 
 def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str, str]:
-    """By image.  Raises: InvalidArgument: what docker login has kept cannot be read."""
+    """Return registry logins by image.  Raises: InvalidArgument: the logins of docker are unreadable."""
     logins = RegistryLogins(host.docker_folder)
     images = {
         one.spec.task_template.container_spec.image

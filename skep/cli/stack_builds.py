@@ -14,11 +14,11 @@ _ID_CHARACTERS: Final = 12
 
 
 def build_images(docker: Sequence[str], stack: Stack, only: Collection[str]) -> Mapping[str, str]:
-    """Build with ``docker``, the command and its flags; gives by image the name that services have to have.
+    """Build images with ``docker``, the command and its flags, and return the name for services' specs by image.
 
-    An image of a registry is pushed there: its digest distinguishes its versions.  For others nodes ask the managers by
-    name; each build gets one of its own, so that a service is updated when its image has changed, and a return to an
-    earlier revision finds the image that it had.
+    An image of a registry is pushed there, and its digest distinguishes its versions.  Other images are known to the
+    managers by name.  Each build gets its own name, so that a changed image updates the service, and a rollback to an
+    earlier revision finds its image.
 
     Raises: click.ClickException: a build or a push failed.
     """

@@ -1,6 +1,6 @@
-"""``skep stack ls``, ``services`` and ``ps``: what runs of the stacks, however they were deployed.
+"""``skep stack ls``, ``services`` and ``ps``: services and tasks of stacks, however these were deployed.
 
-The options, and the fields for ``--format``, are those of docker's commands.
+The options, and the fields for ``--format``, are the same as in docker's commands.
 """
 
 import time
@@ -58,7 +58,7 @@ def ls(host: HostOptions, output: Output) -> None:
 
 
 def stacks(services: Objects) -> Shown:
-    """Each stack, by the labels of its services."""
+    """Return the list of stacks, found by the labels of their services."""
     rows: dict[str, dict[str, Any]] = {}
     for service in services:
         name = service["Spec"]["Labels"][NAMESPACE]
@@ -106,7 +106,7 @@ def services(host: HostOptions, name: str, words: tuple[str, ...], *, quiet: boo
 
 
 async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> Objects:
-    """Raises: NotFound: there is no such stack."""
+    """Return the services of a stack.  Raises: NotFound: the stack has no services."""
     filters = _filters(stack, words)
     found: Objects = await client.get(
         "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
@@ -123,7 +123,7 @@ def _filters(stack: str, words: Sequence[str]) -> Filters:
 
 
 def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:
-    """The services of a stack, by name."""
+    """Return the list of a stack's services, by name."""
     ordered = sorted(found, key=lambda service: str(service["Spec"]["Name"]))
     rows = [_service_row(service) for service in ordered]
 
@@ -171,13 +171,13 @@ def _service_row(service: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _counts(service: Mapping[str, Any]) -> tuple[int, int]:
-    """Tasks that run, and that should."""
+    """Return the numbers of running and of desired tasks."""
     status = service.get("ServiceStatus") or {}
     return int(status.get("RunningTasks") or 0), int(status.get("DesiredTasks") or 0)
 
 
 def _image(template: Mapping[str, Any]) -> str:
-    """Without the digest."""
+    """Return the image without the digest."""
     return str((template.get("ContainerSpec") or {}).get("Image", "")).partition("@")[0]
 
 
@@ -229,7 +229,7 @@ def ps(
 def task_rows(
     tasks: Objects, services: Mapping[str, str], hostnames: Mapping[str, str], now: float
 ) -> list[dict[str, str]]:
-    """The tasks by name, the latest of a slot first.
+    """Return the tasks by name, the latest of a slot first.
 
     ``services``, ``hostnames``: names by id.  ``now``: seconds since the epoch.
     """

@@ -1,4 +1,4 @@
-"""``skep stack quota``: what the objects of a stack may take together."""
+"""``skep stack quota``: limits for all objects of a stack together."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -69,7 +69,7 @@ def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
 
 
 def _body(cpus: float, memory: str, data: str, **numbers: int) -> dict[str, int]:
-    """Return the quota as the API has it.  Bounds that older managers do not know are left out if they are 0."""
+    """Return the quota in the API's form.  Bounds that older managers do not know are left out if they are 0."""
     older = {
         "Tasks": numbers.pop("tasks"),
         "NanoCPUs": round(cpus * _CPU),
@@ -81,7 +81,10 @@ def _body(cpus: float, memory: str, data: str, **numbers: int) -> dict[str, int]
 
 
 def _check_is_set(body: dict[str, int], state: dict[str, Any]) -> None:
-    """Raises: FailedPrecondition: the manager runs an older version, which drops bounds that it does not know."""
+    """Check that all bounds were set.
+
+    Raises: FailedPrecondition: the manager runs an older version, which drops bounds that it does not know.
+    """
     present = state.get("Quota", {})
     if missing := [name for name, number in body.items() if number and present.get(name) != number]:
         raise FailedPrecondition(

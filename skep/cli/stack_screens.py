@@ -1,4 +1,4 @@
-"""What the commands of stacks print."""
+"""Output of the stack commands."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -23,9 +23,9 @@ _IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
 _VALUE_MAX = 60
 """Characters of a value in a plan."""
 _UNBROKEN: Final = 1 << 20
-"""Characters of a line of YAML: a text is not broken into several lines."""
+"""Width of YAML lines, large enough to keep texts on one line."""
 _NODES_MAX = 8
-"""Nodes that are named for one service."""
+"""Maximum number of nodes that are named for one service."""
 
 
 def warn(warning: Problem | str) -> None:
@@ -33,7 +33,7 @@ def warn(warning: Problem | str) -> None:
 
 
 class Progress:
-    """Lines on stderr, each when it changes."""
+    """Prints progress lines on stderr when they change."""
 
     def __init__(self) -> None:
         self._shown: dict[str, str] = {}
@@ -56,7 +56,10 @@ max_failures = click.option(
 
 
 def planned(plan: Plan, unfinished: Mapping[str, str] = MappingProxyType({})) -> Shown:
-    """A plan; exit code 2 if something would change.  ``unfinished``: services that do not run, with the reason."""
+    """Return the output of a plan, with exit code 2 if it changes anything.
+
+    ``unfinished``: progress of services that do not run with their spec, by name.
+    """
     rows = [
         {
             "Action": one.action.name.lower(),
@@ -82,7 +85,7 @@ def _unfinished_lines(unfinished: Mapping[str, str]) -> list[str]:
 
 
 def dumped(document: Node) -> str:
-    """A Compose document as YAML that is read again as the same document: with ``$$`` for each dollar sign."""
+    """Return a Compose document as YAML that can be read again, with ``$$`` for each dollar sign."""
     return str(
         yaml.serialize(document.as_yaml(), Dumper=_Dumper, allow_unicode=True, width=_UNBROKEN)
     ).rstrip()
@@ -98,7 +101,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def compared(one: Stack, other: Stack) -> Shown:
-    """How the services of two revisions differ."""
+    """Return the differences between the services of two revisions."""
     rows: list[dict[str, Any]] = []
     lines: dict[str, list[Difference]] = {}
     for name in sorted({*one.services, *other.services}):
@@ -131,7 +134,7 @@ def _fields(difference: Difference) -> Mapping[str, str]:
 
 
 def _worth_a_line(found: Sequence[Difference]) -> Iterator[Difference]:
-    """Without the label that repeats the image of the file, if the image changes, too."""
+    """Return the differences without the label that repeats the image of the file, if the image also changes."""
     has_image = any(each.path == _IMAGE_PATH for each in found)
     return (each for each in found if not (has_image and each.path == f"Labels.{IMAGE}"))
 
@@ -152,9 +155,9 @@ def _cut(text: str, begin: int) -> str:
 
 
 def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
-    """The plan for a terminal: a line for each object, and one for each field that changes.
+    """Return the lines of a plan for a terminal: one for each object, and one for each changed field.
 
-    ``is_wide``: long values are not cut.
+    ``is_wide``: do not cut long values.
     """
     effective = plan.effective
     if not effective:
@@ -179,7 +182,7 @@ def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
 
 
 def placement_lines(placement: Placement) -> list[str]:
-    """Where the tasks of a service would be, or why not all of them fit.  Texts of nodes are cleaned."""
+    """Return lines about a service's predicted placement, or why not all tasks fit, without control characters."""
     shares = sorted(placement.nodes, key=lambda one: (-one.tasks, one.hostname))
     named = printable(
         ", ".join(
@@ -204,7 +207,7 @@ def placement_lines(placement: Placement) -> list[str]:
 
 
 def revisions(found: Sequence[Revision], now: float) -> Shown:
-    """The revisions of a stack.  ``now``: seconds since the epoch."""
+    """Return the list of a stack's revisions.  ``now``: seconds since the epoch."""
     rows = [
         {"Revision": one.number, "Deployed": one.created_at, "Changes": one.changes, "State": one.state}
         for one in found
@@ -215,7 +218,7 @@ def revisions(found: Sequence[Revision], now: float) -> Shown:
 
 
 def line_of(difference: Difference, *, is_wide: bool = False) -> str:
-    """One field of a spec, before and after."""
+    """Return a line with a field of a spec, before and after."""
     before, after = (text.replace("\n", "\\n") for text in (difference.before, difference.after))
     if not is_wide:
         before, after = shortened(before, after)

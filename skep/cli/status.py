@@ -20,18 +20,18 @@ from skep.model.task_end import printable
 from skep.model.times import SECOND_NS, unix_ns
 
 DEGRADED, LEADERLESS = 3, 4
-"""Exit codes: degraded, and no leader. 0: healthy. 1: the node does not respond."""
+"""Exit codes: degraded, and no leader.  0 means healthy, and 1 that the node does not respond."""
 
 _RESPONSE_TIMEOUT_S = 10.0
 _EARLIER_WITHIN_S = 60.0
 _AT = "at"
 """The word before the time of an earlier state."""
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
-"""Rows of a table; of more, those that are not well come first.  ``-o wide`` shows all."""
+"""Rows of each table.  If there are more, unhealthy ones come first.  ``-o wide`` shows all."""
 _EXPLAINED = _SERVICES_SHOWN
 """Services whose explanation is requested: as many as are shown."""
 _TASKS_COUNTED_MAX = 5_000
-"""With more tasks they are not counted by node: the list would take longer than all the rest."""
+"""Tasks up to which they are counted by node.  A longer list would take more time than all other requests."""
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
 UNREACHABLE = "unreachable"
@@ -53,24 +53,27 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     state: str
     availability: str = "active"
     tasks: int | None = None
-    """That are wanted and run; None: not counted."""
+    """Running tasks that are desired to run, or None if not counted."""
     load: float | None = None
     version: str = ""
     is_reachable: bool = True
-    """As a manager."""
+    """Whether it is reachable as a manager."""
     reason: str = ""
 
     @property
     def is_healthy(self) -> bool:
-        """A node may be drained or paused on purpose; a condition of one that is ready is only a warning."""
+        """Return whether the node is ready and reachable.
+
+        Drained and paused nodes count as healthy, and conditions are only warnings.
+        """
         return self.state == "ready" and self.is_reachable
 
 
 class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """A service.
 
-    ``completed`` and ``total``: of a job, or of a service whose tasks have ended as they should.  ``weight``: of the
-    problem, 0 for failures, more for what may come by itself; ``since``: when it began, empty if that is not known.
+    ``completed`` and ``total`` are set for a job, and for a service whose tasks have ended as intended.  ``weight``:
+    weight of the problem, 0 for failures, more if it may pass by itself.  ``since``: its start, or empty if unknown.
     """
 
     name: str
@@ -88,17 +91,17 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
     @property
     def tasks(self) -> str:
-        """``2/3``, or ``6/6 done``."""
+        """Return the number of tasks, such as ``2/3``, or ``6/6 done``."""
         return f"{self.completed}/{self.total} done" if self.total else f"{self.running}/{self.desired}"
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """What a manager reports."""
+    """The state of the cluster as reported by a manager."""
 
     id: str = msgspec.field(name="ID", default="")
     leader: str = ""
     as_of: str = ""
-    """Since when there is no leader (RFC 3339): the rows are of that time.  Empty if they are of now."""
+    """Time of the rows, when the leader was lost (RFC 3339).  Empty for the present state."""
     nodes: tuple[NodeRow, ...] = ()
     services: tuple[ServiceRow, ...] = ()
 
@@ -106,20 +109,20 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """Everything that is shown; ``-o json`` has it in this form.
 
-    ``health``: ``healthy``, ``degraded``, ``no leader``; ``node``: facts about the node that was asked.
+    ``health``: ``healthy``, ``degraded`` or ``no leader``.  ``node``: facts about the node that responded.
     """
 
     health: str
     node: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    """About the leader that is missing, or what could not be read."""
+    """Notes about a missing leader, and about state that could not be read."""
     cluster: Cluster | None = None
     next: str = ""
-    """The command to go on with while there is no leader."""
+    """The command to run next without a leader."""
 
     @property
     def exit_code(self) -> int:
-        """Of the command."""
+        """Return the exit code of the command."""
         return {"healthy": 0, "degraded": DEGRADED}.get(self.health, LEADERLESS)
 
 
@@ -158,7 +161,7 @@ def status(host: HostOptions, when: str, output: Output) -> None:
 
 
 async def _status(host: HostOptions) -> Status:
-    """What is not available has the reason: a node without a leader still has a status.
+    """Return the status, with the reason for each missing part: even a node without a leader has a status.
 
     Raises: Unavailable: the node itself does not respond.
     """
@@ -185,7 +188,10 @@ async def _status(host: HostOptions) -> Status:
 
 
 async def _status_at(host: HostOptions, when: str) -> Status:
-    """From the store's history.  Raises: InvalidArgument, FailedPrecondition: there is no such time, or no more."""
+    """Return an earlier status from the store's history.
+
+    Raises: InvalidArgument, FailedPrecondition: the time is invalid, or no longer in the history.
+    """
     now = datetime.now().astimezone()
     async with host.requests() as client:
         state = await client.get("/skep/state", timeout_s=_EARLIER_WITHIN_S, at=moment_or_revision(when, now))
@@ -193,7 +199,7 @@ async def _status_at(host: HostOptions, when: str) -> Status:
 
 
 def status_of_state(state: Mapping[str, Any], now: datetime) -> Status:
-    """The screen of an earlier state (``GET /skep/state``)."""
+    """Return the status for an earlier state (``GET /skep/state``)."""
     running = [task["NodeID"] for task in state["Tasks"] if task["State"] == "running"]
     rows = node_rows(state["Nodes"], running)
     at = datetime.fromtimestamp(unix_ns(state["Time"]) / SECOND_NS, now.tzinfo)
@@ -209,14 +215,14 @@ def status_of_state(state: Mapping[str, Any], now: datetime) -> Status:
 
 
 def is_cluster_healthy(cluster: Cluster | None) -> bool:
-    """Whether all nodes and services are."""
+    """Return whether all nodes and services are healthy."""
     if cluster is None:
         return False
     return all(row.is_healthy for row in cluster.nodes) and all(row.is_healthy for row in cluster.services)
 
 
 def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
-    """Return ``cluster`` as the state of when the leader was lost, with what is known now of the managers.
+    """Return ``cluster`` as the state when the leader was lost, with the present reachability of the managers.
 
     Args:
         quorum: The response to ``GET /skep/quorum`` of a manager without a leader.
@@ -238,7 +244,7 @@ def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
 
 
 async def _store(client: Requests) -> Row:
-    """How full this manager's copy of the store is."""
+    """Return the fill level of this manager's store."""
     try:
         response = await client.get("/skep/cluster/store", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError as error:
@@ -247,7 +253,7 @@ async def _store(client: Requests) -> Row:
 
 
 async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[str, str]) -> Cluster:
-    """Raises: SkepError."""
+    """Read the cluster's nodes and services.  Raises: SkepError."""
     nodes = await client.get("/nodes", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
     services = await client.get("/services", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S, status="true")
     explained: dict[str, Mapping[str, Any]] = {}
@@ -256,7 +262,7 @@ async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[s
         try:
             explained[id] = await client.get(path, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
         except SkepError:
-            continue  # it was removed meanwhile
+            continue  # the service was removed meanwhile
     running = None
     if sum(_count(service, "RunningTasks") for service in services) <= _TASKS_COUNTED_MAX:
         filters = {"desired-state": ["running"]}
@@ -276,7 +282,7 @@ async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[s
 
 
 def about_node(info: Mapping[str, Any], *, shows_error: bool = True) -> Iterator[Row]:
-    """The node itself, from ``/info``."""
+    """Yield rows about the node itself, from ``/info``."""
     swarm = info["Swarm"]
     memory = info["MemTotal"] / (1 << 30)
     yield "node", f"{info['Name']}, skep {info['ServerVersion']}, {info['NCPU']} CPUs, {memory:.1f} GiB"
@@ -314,7 +320,7 @@ def _looked_for(swarm: Mapping[str, Any]) -> str:
 
 
 def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None = None) -> list[NodeRow]:
-    """The nodes, managers first, by name.  ``running``: the node of each running task; None: not counted."""
+    """Return the nodes by name, managers first.  ``running``: node ids of all running tasks, or None if not counted."""
     rows = []
     for node in nodes:
         manager = node.get("ManagerStatus")
@@ -343,7 +349,7 @@ def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None 
 def service_rows(
     services: Iterable[Mapping[str, Any]], explained: Mapping[str, Mapping[str, Any]], now: float
 ) -> Iterator[ServiceRow]:
-    """The services by name; ``explained``: explanations of those that are not as wanted, by id."""
+    """Yield the services by name.  ``explained``: explanations of unhealthy services, by id."""
     for service in sorted(services, key=lambda service: str(service["Spec"]["Name"])):
         found = explained.get(service["ID"])
         running, wanted = _count(service, "RunningTasks"), _count(service, "DesiredTasks")
@@ -373,21 +379,21 @@ def service_rows(
 
 
 def _image(service: Mapping[str, Any]) -> str:
-    """Without its digest."""
+    """Return the service's image without its digest."""
     container = (service["Spec"].get("TaskTemplate") or {}).get("ContainerSpec") or {}
     return str(container.get("Image", "")).partition("@")[0]
 
 
 def reason_in(explanation: Mapping[str, Any]) -> str:
-    """Why a service is not in its desired state and how often it failed, without the counts of its tasks."""
+    """Return the reason why a service is unhealthy and how often it failed, without the counts of its tasks."""
     parts = (explanation.get("Reason", ""), explanation.get("RestartSummary", ""))
     return "; ".join(filter(None, parts)) or str(explanation["Summary"])
 
 
 def completion(service: Mapping[str, Any]) -> tuple[int, int]:
-    """How many tasks have completed, and of how many.
+    """Return the numbers of completed tasks and of all tasks to complete.
 
-    (0, 0): it is no job, and not all of its tasks have ended as they should.
+    Returns (0, 0) if it is not a job, and not all of its tasks have ended as intended.
     """
     status, mode = service.get("ServiceStatus") or {}, service["Spec"].get("Mode") or {}
     completed, total = _count(service, "CompletedTasks"), int(status.get("TotalTasks", 0))
@@ -411,9 +417,9 @@ def _update(update: Mapping[str, Any], now: float) -> str:
 
 
 def is_service_healthy(service: Mapping[str, Any]) -> bool:
-    """Whether as many tasks run as the service's spec asks for; of a job, whether as many have completed.
+    """Return whether the service has its desired number of running tasks, or for a job of completed tasks.
 
-    A global job's spec does not contain its number of runs: its explanation does.
+    A global job's spec does not contain its number of tasks, but its explanation does.
     """
     mode = service["Spec"].get("Mode") or {}
     if has_not_run(service):
@@ -429,7 +435,7 @@ def is_service_healthy(service: Mapping[str, Any]) -> bool:
 
 
 def has_not_run(service: Mapping[str, Any]) -> bool:
-    """Whether the service is a job with a schedule that waits for its first run."""
+    """Return whether the service is a job with a schedule that waits for its first run."""
     job = service.get("JobStatus") or {}
     return bool(job.get("Schedule")) and not job.get("LastExecution")
 
@@ -442,7 +448,7 @@ def _count(service: Mapping[str, Any], field: str) -> int:
 
 
 def lines_of(status: Status, screen: Screen) -> Iterator[str]:
-    """The headline, what is wrong, nodes, services, and the command to go on with."""
+    """Yield the screen: headline, problems, nodes, services, and the command to run next."""
     health = status.health.upper()
     colour = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
     first, *further = screen.fitted(_headline(status), indent=2)
@@ -467,7 +473,7 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
 
 
 def _next(status: Status) -> Iterator[str]:
-    """The command to run next if something is unhealthy."""
+    """Yield the command to run next if the cluster is unhealthy."""
     if status.next:
         yield f"next: {status.next}"
         return
@@ -478,11 +484,11 @@ def _next(status: Status) -> Iterator[str]:
 
 
 def worst(cluster: Cluster) -> str:
-    """The name of what to look at first: the oldest failure of a service, else a lost node, else what is on its way."""
+    """Return the name of the worst problem: the oldest failed service, else a lost node, else a converging service."""
     bad = [row for row in cluster.services if not row.is_healthy]
     bad.sort(key=lambda row: (row.weight, row.since or "~", row.name))
     lost = [row.name for row in cluster.nodes if row.state == "down"]
-    # The services that a lost node has left are a consequence of it.
+    # Services degraded by a lost node are its consequence, so the node comes first.
     is_own = bool(bad) and (bad[0].weight < _NODE_LOST or not lost)
     return bad[0].name if is_own else lost[0] if lost else ""
 
@@ -548,7 +554,7 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, at: str, *, shows_imag
 
 
 def _first(rows: Sequence[T], most: int, screen: Screen) -> Sequence[T]:
-    """All rows, or as many as a screen has room for, those that are not well first."""
+    """Return all rows, or as many as fit on a screen, unhealthy ones first."""
     if screen.is_wide or len(rows) <= most:
         return rows
     return sorted(rows, key=lambda row: row.is_healthy)[:most]

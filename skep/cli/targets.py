@@ -1,7 +1,7 @@
-"""What the commands that reach into a container have in common: finding the task, and docker for everything else.
+"""Target tasks of commands that reach into a container, with docker as the fallback.
 
-``skep exec web ls`` means the service ``web``; where there is none, docker gets the command as it was typed, so that
-containers of this node are reached as before.
+``skep exec web ls`` means the service ``web``.  Without such a service, docker gets the command as typed, so that
+commands for containers of this node work as before.
 """
 
 from collections.abc import Awaitable, Sequence
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Target(msgspec.Struct, frozen=True, rename="pascal"):
-    """A running task, as a manager shows it."""
+    """A running task, as shown by a manager."""
 
     task_id: str = msgspec.field(name="TaskID")
     node_id: str = msgspec.field(name="NodeID")
@@ -29,29 +29,29 @@ class Target(msgspec.Struct, frozen=True, rename="pascal"):
 
     @property
     def path(self) -> str:
-        """Where the API has it."""
+        """Return the task's path in the API."""
         return f"/skep/tasks/{self.task_id}"
 
     @property
     def container(self) -> str:
-        """Where the API has its container."""
+        """Return its container's path in the API."""
         return f"{self.path}/container"
 
 
 async def find_target(client: RawClient, word: str) -> Target:
-    """The running task that ``SERVICE``, ``SERVICE.SLOT`` or ``TASK`` means.  Raises: NotFound, FailedPrecondition."""
+    """Find the running task for ``SERVICE``, ``SERVICE.SLOT`` or ``TASK``.  Raises: NotFound, FailedPrecondition."""
     if not word or "/" in word:
         raise NotFound(f"no such service or task: {word} (skep service ls; skep service ps SERVICE)")
     return msgspec.convert(await client.get(f"/skep/tasks/{quote(word, safe='')}/target"), Target)
 
 
 async def find_target_or_docker(client: RawClient, word: str) -> Target | None:
-    """As ``find_target``; None: docker may have it."""
+    """Find the running task for ``word``, or return None if it may be one of docker's containers."""
     return await or_docker(find_target(client, word))
 
 
 async def or_docker(looking: Awaitable[T]) -> T | None:
-    """What ``looking`` finds; None: docker may have it: there is no such object, or this node is no manager."""
+    """Return the result of ``looking``, or None to let docker try: the object is unknown, or this node is a worker."""
     try:
         return await looking
     except NotFound:
@@ -63,10 +63,10 @@ async def or_docker(looking: Awaitable[T]) -> T | None:
 
 
 class OrDocker(click.Command):
-    """A command of docker's name.  What cannot be parsed as ours goes to docker, as it was typed."""
+    """A command with the name of a docker command.  Words that Skep cannot parse are passed to docker as typed."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the words; hand over to docker where they are not ours."""
+        """Keep the words, and pass them to docker if Skep cannot parse them."""
         ctx.meta[_WORDS] = tuple(args)
         try:
             return super().parse_args(ctx, args)
@@ -79,7 +79,7 @@ _WORDS = "words as they were typed"
 
 
 def to_docker(ctx: click.Context) -> None:
-    """Run docker's command of the same name with the same words; does not return."""
+    """Run docker's command of the same name with the same words, without returning."""
     words: Sequence[str] = ctx.meta[_WORDS]
     host: Any = ctx.obj
     assert isinstance(host, HostOptions)

@@ -17,25 +17,25 @@ from skep.api.raw import READ_BYTES, Exchange
 from skep.errors import SkepError, Unavailable
 
 RESIZE_S = 0.05
-"""Between two changes of the size: a terminal that is resized a thousand times a second sends the last one."""
+"""Seconds between two size changes.  Of a thousand changes in a second, only the last in each interval is sent."""
 
 _STDOUT = 1
 _BROKEN_PIPE = 141
-"""As a shell shows the end by SIGPIPE."""
+"""Exit code after SIGPIPE, as in shells."""
 
 Resize = Callable[[int, int], Awaitable[None]]
 """Sets the size of the process's terminal: rows and columns."""
 
 
 def size() -> tuple[int, int]:
-    """Rows and columns of this terminal."""
+    """Return the rows and columns of this terminal."""
     columns, rows = shutil.get_terminal_size()
     return rows, columns
 
 
 @contextmanager
 def raw_terminal() -> Iterator[None]:
-    """Every key goes to the process, ctrl-c too; the terminal is as before afterwards."""
+    """Pass every key to the process, including Ctrl+C, within the block, and restore the terminal afterwards."""
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     try:
@@ -46,8 +46,8 @@ def raw_terminal() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def followed(resize: Resize) -> AsyncIterator[None]:
-    """In the block: send the process the size whenever this terminal's changes."""
+async def follow_size(resize: Resize) -> AsyncIterator[None]:
+    """Send the process the size of this terminal whenever it changes, within the block."""
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
 
@@ -55,12 +55,12 @@ async def followed(resize: Resize) -> AsyncIterator[None]:
         while True:
             await changed.wait()
             changed.clear()
-            with suppress(SkepError):  # it may not have started yet, or be gone
+            with suppress(SkepError):  # the process may not have started yet, or have ended
                 await resize(*size())
             await asyncio.sleep(RESIZE_S)
 
     loop.add_signal_handler(signal.SIGWINCH, changed.set)
-    # A window that is drawn larger sends hundreds of signals; one that the loop has not seen yet is as good as all.
+    # A window that is resized sends hundreds of signals.  If the buffer is full, a signal is pending anyway.
     signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
     try:
         async with asyncio.TaskGroup() as group:
@@ -73,19 +73,19 @@ async def followed(resize: Resize) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def controlling(resize: Resize) -> AsyncIterator[None]:
-    """In the block: this command's terminal is the process's, with its size, if it is one."""
+    """Connect this command's terminal to the process within the block, with its size, if input and output are one."""
     with raw_terminal() if sys.stdin.isatty() else nullcontext():
         if not sys.stdout.isatty():
             yield
             return
         with suppress(SkepError):
             await resize(*size())
-        async with followed(resize):
+        async with follow_size(resize):
             yield
 
 
 async def join(stream: Exchange, *, takes_input: bool, is_tty: bool) -> None:
-    """Copy input and output until the output ends.  Raises: Unavailable: it broke off."""
+    """Copy input and output until the output ends.  Raises: Unavailable: the connection was lost."""
     with first_alone(SkepError):
         async with asyncio.TaskGroup() as group:
             sending = group.create_task(_send_input(stream), name="input") if takes_input else None
@@ -97,21 +97,22 @@ async def join(stream: Exchange, *, takes_input: bool, is_tty: bool) -> None:
 
 async def _send_input(stream: Exchange) -> None:
     typed = _Input(asyncio.get_running_loop())
-    while data := await typed.read():
+    while data := await typed.next_piece():
         stream.writer.write(data)
         try:
             await stream.writer.drain()
         except OSError:
-            return  # the output says why
+            return  # the output has the reason
     if stream.writer.can_write_eof():
         with suppress(OSError):
             stream.writer.write_eof()
 
 
 class _Input:
-    """Standard input, read by a thread: it may be a file, and a terminal that does not block would be the shell's, too.
+    """Standard input, read by a thread.
 
-    The thread may wait in a read for ever, so nothing waits for its end.
+    It may be a file, and a terminal shares its non-blocking mode with the shell.  The thread may wait in a read
+    forever, so nothing waits for its end.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -120,8 +121,8 @@ class _Input:
         self._room = threading.Semaphore(4)
         threading.Thread(target=self._read_all, name="standard input", daemon=True).start()
 
-    async def read(self) -> bytes:
-        """The next piece; empty at the end."""
+    async def next_piece(self) -> bytes:
+        """Return the next piece of input, or an empty one at the end."""
         piece = await self._pieces.get()
         self._room.release()
         return piece
@@ -145,7 +146,7 @@ async def print_pieces(pieces: AsyncIterator[bytes]) -> None:
 
 
 async def print_frames(pieces: AsyncIterator[bytes]) -> None:
-    """Print standard output and standard error.  Raises: Unavailable: it broke off in the middle of a frame."""
+    """Print standard output and standard error.  Raises: Unavailable: the stream ended within a frame."""
     received = bytearray()
     async for piece in pieces:
         received += piece
@@ -157,10 +158,12 @@ async def print_frames(pieces: AsyncIterator[bytes]) -> None:
 
 
 def _print(file: BinaryIO, data: bytes) -> None:
-    """Raises: SystemExit: nothing reads the output any more."""
+    """Write output.  Raises: SystemExit: the reader of the output has ended."""
     try:
         file.write(data)
         file.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # else the interpreter complains at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), file.fileno()
+        )  # else the interpreter prints an error at exit
         raise SystemExit(_BROKEN_PIPE) from None

@@ -1,7 +1,7 @@
 """The docker command on containers of any node: ``skep cp``, ``attach``, ``stats`` and ``task top``.
 
-These do what docker's commands do, so docker does it: it gets a socket of its own, where the words that mean tasks are
-names of containers, and what it asks about them goes to a manager.
+They behave as docker's commands, because docker itself runs them, with a socket of its own.  On this socket, the words
+that name tasks are names of containers, and requests about these are forwarded to a manager.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ABOUT = re.compile(r"(?P<version>/v[0-9.]+)?/containers/(?P<name>[^/?]+)/(?P<rest>[a-z]+(?:\?.*)?)")
 
 Names = Callable[[Sequence[str]], Sequence[str]]
-"""The words of a command that may mean tasks."""
+"""Returns the words of a command that may name tasks."""
 
 
 def rewritten(target: str, tasks: Mapping[str, Target]) -> str:
-    """The path and query of docker's request as a manager understands it."""
+    """Return the path and query of docker's request, rewritten for a manager."""
     match = _ABOUT.fullmatch(target)
     task = tasks.get(unquote(match["name"])) if match is not None else None
     if match is None or task is None:
@@ -43,9 +43,9 @@ def rewritten(target: str, tasks: Mapping[str, Target]) -> str:
 async def run_docker(
     host: HostOptions, command: Sequence[str], words: Sequence[str], names: Sequence[str]
 ) -> int | None:
-    """Run ``docker COMMAND WORDS``, in which ``names`` may mean tasks; gives its exit code.
+    """Run ``docker COMMAND WORDS``, in which ``names`` may name tasks, and return its exit code.
 
-    None: no name means a task, so that docker can do without this.
+    Returns None without running docker if no name is a task's, because docker then needs no socket of its own.
     """
     async with host.raw_client() as client:
         found = {name: await find_target_or_docker(client, name) for name in dict.fromkeys(names)}
@@ -63,14 +63,14 @@ async def run_docker(
 
 @asynccontextmanager
 async def _socket(client: RawClient, tasks: Mapping[str, Target]) -> AsyncIterator[Path]:
-    """A socket that only this user can reach, which passes requests on to ``client``'s host."""
+    """Serve a socket that only this user can reach, and forward its requests to ``client``'s host."""
     with tempfile.TemporaryDirectory(prefix="skep-docker-") as directory:
         path = Path(directory) / "api.sock"
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with suppress(
                 asyncio.CancelledError, SkepError
-            ):  # docker has ended; docker sees the connection's end
+            ):  # docker has ended, or notices the closed connection
                 await _pass_on(client, tasks, reader, writer)
             writer.close()
 
@@ -87,7 +87,7 @@ async def _pass_on(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """One connection with one request: docker makes another one for the next."""
+    """Forward a connection with one request.  Docker opens another connection for its next request."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
         first, _, rest = head.partition(b"\r\n")
@@ -106,7 +106,7 @@ async def _pass_on(
 
 
 async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy one direction with its end, until either side has gone."""
+    """Copy one direction, including its end, until either side has closed."""
     with suppress(OSError):
         while data := await reader.read(READ_BYTES):
             writer.write(data)
@@ -117,7 +117,7 @@ async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @contextmanager
 def _signals_passed_on(process: asyncio.subprocess.Process) -> Iterator[None]:
-    """In the block: docker decides what signals mean.  Of a terminal it gets ctrl-c by itself."""
+    """Forward signals to docker within the block.  A terminal sends Ctrl+C to docker by itself."""
     loop = asyncio.get_running_loop()
 
     def send(number: int) -> None:
@@ -135,7 +135,7 @@ def _signals_passed_on(process: asyncio.subprocess.Process) -> Iterator[None]:
 
 
 def arguments_of(words: Sequence[str], valued: str) -> list[str]:
-    """The words that are no options; ``valued``: a pattern of the options whose value is the next word."""
+    """Return the words that are not options.  ``valued``: a pattern of options whose value is the next word."""
     found: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -150,7 +150,7 @@ def arguments_of(words: Sequence[str], valued: str) -> list[str]:
 
 
 def _command(name: str, docker: Sequence[str], names: Names, help: str, arguments: str) -> click.Command:
-    """Return a command whose words go to docker, with ``names`` of them looked up."""
+    """Return a command that passes its words to docker, after looking up ``names`` among them."""
 
     @click.command(
         name,
@@ -171,7 +171,7 @@ def _command(name: str, docker: Sequence[str], names: Names, help: str, argument
 
 
 def _of_copy(words: Sequence[str]) -> list[str]:
-    """``web.1:/etc/hosts`` names ``web.1``; a path on this machine begins with ``/`` or ``.``."""
+    """Return the names in the words of cp: ``web.1`` in ``web.1:/etc/hosts``.  Local paths begin with / or a dot."""
     return [
         word.partition(":")[0]
         for word in arguments_of(words, "-(?!-).*[^-aLq].*|$^")

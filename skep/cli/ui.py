@@ -1,4 +1,4 @@
-"""``skep ui``: the dashboard of a cluster in a browser of this machine, over the connection of the other commands."""
+"""``skep ui``: the dashboard in a browser on this machine, over the same connection as the other commands."""
 
 import asyncio
 import os
@@ -46,7 +46,7 @@ def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
 
 
 def _has_browser(environment: Mapping[str, str]) -> bool:
-    """Whether to open one: there is a screen, and it would not run as root."""
+    """Return whether to open a browser: the session has a screen, and the browser would not run as root."""
     has_screen = "DISPLAY" in environment or "WAYLAND_DISPLAY" in environment
     return has_screen and os.geteuid() != 0
 
@@ -73,7 +73,7 @@ async def _serve(host: HostOptions, port: int, *, opens: bool) -> None:
 
 
 async def _check(client: RawClient) -> None:
-    """Raises: SkepError: there is no dashboard at the other end."""
+    """Check that the node has a dashboard.  Raises: SkepError: it does not."""
     from skep.dashboard.pages import RELAY_HEADER
 
     try:
@@ -85,8 +85,10 @@ async def _check(client: RawClient) -> None:
 
 @contextmanager
 def _opened(address: str) -> Iterator[str]:
-    """The address of a file of this user that leads to ``address``, which every user would see among the browser's
-    arguments."""
+    """Yield the address of a private file that redirects to ``address``.
+
+    Every user can read the browser's arguments, so ``address`` itself must not be one of them.
+    """
     with tempfile.TemporaryDirectory(prefix="skep-ui-") as directory:
         path = Path(directory, "dashboard.html")
         path.write_text(

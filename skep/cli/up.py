@@ -1,7 +1,7 @@
-"""``skep up``: makes machines into a cluster over ssh: looks at all of them first, installs, starts, joins.
+"""``skep up``: turns machines into a cluster over ssh.  It checks all of them first, then installs, starts and joins.
 
-Every step looks whether it is done already, so the same command again continues one that was interrupted, and adds
-machines.  OpenSSH's own client is used, with the user's configuration, and never asks: machines are reached by keys.
+Every step first checks whether it is already done, so rerunning the command resumes an interrupted one, or adds
+machines.  OpenSSH's own client is used, with the user's configuration and with keys, so it never prompts.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ APT_INSTALL = (
     "DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Options::=--force-confdef "
     "-o Dpkg::Options::=--force-confold install -y --allow-downgrades"
 )
-"""Waits for another apt, as one runs after the boot, and asks nothing: settings stay as they were changed."""
+"""Waits for a running apt, such as the one after boot, and never prompts: changed settings are kept."""
 _INSTALL = f"""set -e
 umask 077
 package=$(mktemp -d)/skep.deb
@@ -48,14 +48,17 @@ chmod 755 "$(dirname "$package")"; chmod 644 "$package"
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """A machine as it was named, and how ssh reaches it."""
+    """A machine as named by the user, and its ssh destination."""
 
     word: str
     destination: Destination
 
     @classmethod
     def of(cls, word: str) -> "Machine":
-        """``machine``, ``user@machine`` or ``ssh://[user@]machine[:port][/path/of.sock]``.  Raises: InvalidArgument."""
+        """Parse ``machine``, ``user@machine`` or ``ssh://[user@]machine[:port][/path/of.sock]``.
+
+        Raises: InvalidArgument.
+        """
         url = word if word.startswith("ssh://") else f"ssh://{word}"
         destination = Destination.of(url)
         if destination.machine.startswith("-"):
@@ -63,7 +66,7 @@ class Machine(msgspec.Struct, frozen=True):
         return cls(word, destination)
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """ssh that runs ``words`` there and asks nothing."""
+        """Return an ssh command that runs ``words`` on the machine and never prompts."""
         at = self.destination
         return [
             *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ControlPath=none"),
@@ -73,11 +76,11 @@ class Machine(msgspec.Struct, frozen=True):
         ]
 
     def client(self) -> Client:
-        """Of its node's API."""
+        """Return a client of the node's API."""
         return Client.at(str(self.destination))
 
     async def run(self, words: Sequence[str], given: bytes, *, timeout_s: float) -> str:
-        """The output of a command there.  Raises: Unavailable: with the last line of its errors."""
+        """Run a command on the machine and return its output.  Raises: Unavailable: has its last line of errors."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self.command(words), stdin=PIPE, stdout=PIPE, stderr=PIPE
@@ -94,7 +97,7 @@ class Machine(msgspec.Struct, frozen=True):
         finally:
             if process.returncode is None:
                 process.kill()
-                with suppress(TimeoutError):  # its end is seen when the pipes have been read
+                with suppress(TimeoutError):  # asyncio reports its end only when the pipes have been read
                     async with asyncio.timeout(_ENDS_WITHIN_S):
                         await asyncio.gather(_end_of(process.stdout), _end_of(process.stderr), process.wait())
         if process.returncode:
@@ -104,7 +107,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 async def _end_of(stream: StreamReader | None) -> bytes:
-    """The last part of what a machine writes: it may write for ever."""
+    """Return the last part of a machine's output, which may never end."""
     assert stream is not None, "a pipe was asked for"
     end = b""
     while data := await stream.read(_OUTPUT_BYTES_MAX):
@@ -122,7 +125,7 @@ async def _give(stream: StreamWriter | None, given: bytes) -> None:
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What the machines shall become.  ``managers``: how many of the first ones."""
+    """The desired cluster.  ``managers``: number of managers, which are the first machines."""
 
     managers: int = 1
     package: Path | None = None
@@ -184,9 +187,9 @@ def _is_address(text: str) -> bool:
 
 
 async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: bool) -> None:
-    """Make ``machines`` into ``wanted``, or only look at them.
+    """Turn ``machines`` into the ``wanted`` cluster, or only check them.
 
-    Raises: FailedPrecondition: machines will not do, and nothing was changed; Unavailable: some could not join.
+    Raises: FailedPrecondition: a machine is not suitable, and nothing was changed; Unavailable: some could not join.
     """
     progress = Progress()
     facts = await _preflight(machines, wanted, progress)
@@ -194,7 +197,7 @@ async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: b
         return
     await _each(machines, lambda one: install(one, facts[one.word], wanted, progress))
     first, *others = machines
-    address, tokens, members = await _found(first, wanted, progress)
+    address, tokens, members = await _ensure_cluster(first, wanted, progress)
 
     def joins(one: Machine, role: str) -> Callable[[], Any]:
         return lambda: join(one, role, address, tokens, members, wanted, progress)
@@ -206,13 +209,13 @@ async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: b
 
 
 async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> None:
-    """``work`` for all, some at once; one that fails does not keep the others.
+    """Run ``work`` for all machines, some at once, even if one fails.
 
     Raises: Unavailable: names each machine that failed, with its reason.
     """
     places, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
 
-    async def guarded(machine: Machine) -> None:
+    async def attempt(machine: Machine) -> None:
         async with places:
             try:
                 await work(machine)
@@ -221,10 +224,12 @@ async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> 
 
     async with asyncio.TaskGroup() as group:
         for machine in machines:
-            group.create_task(guarded(machine), name=machine.word)
+            group.create_task(attempt(machine), name=machine.word)
     if failed:
         lines = [f"{machine.word}: {failed[machine.word]}" for machine in machines if machine.word in failed]
-        raise Unavailable("\n".join([*lines, "the same command again continues with what is missing"]))
+        raise Unavailable(
+            "\n".join([*lines, "Fix the problem and rerun the command to complete the cluster."])
+        )
 
 
 async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Progress) -> Mapping[str, Facts]:
@@ -251,7 +256,7 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
 
 
 async def install(machine: Machine, facts: Facts, wanted: Wanted, progress: Progress) -> None:
-    """Install the package where there is none, and start the node.  Raises: Unavailable."""
+    """Install the package if the machine has none, and start the node.  Raises: Unavailable."""
     then = "starts skep"
     if not facts.skep and not facts.runs and wanted.package is not None:
         progress.show(machine.word, f"installs {wanted.package.name}")
@@ -264,14 +269,14 @@ async def install(machine: Machine, facts: Facts, wanted: Wanted, progress: Prog
 
 
 def quoted(text: str) -> str:
-    """One word of the shell over there: ssh joins its words by spaces."""
+    """Quote one word for the remote shell, because ssh joins its words by spaces."""
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-async def _found(
+async def _ensure_cluster(
     first: Machine, wanted: Wanted, progress: Progress
 ) -> tuple[str, Mapping[str, str], set[str]]:
-    """The first manager's address, the join tokens, and the ids of the nodes that there are."""
+    """Start the cluster if needed; return the first manager's address, the join tokens, and the ids of all nodes."""
     async with first.client() as client:
         info = await client.get("/info", timeout_s=_LOOKS_WITHIN_S)
         if (info["Swarm"].get("LocalNodeState") or "inactive") == "inactive":
@@ -283,7 +288,7 @@ async def _found(
             progress.show(first.word, "is in a cluster already")
         if not info["Swarm"].get("ControlAvailable"):
             raise FailedPrecondition(
-                f"{first.word} is no manager that works: name one first (skep status there)"
+                f"{first.word} is not a working manager: name one first (check with skep status there)"
             )
         swarm = await client.get("/swarm", timeout_s=_LOOKS_WITHIN_S)
         nodes = await client.get("/nodes", timeout_s=_LOOKS_WITHIN_S)
@@ -301,13 +306,13 @@ async def join(
     wanted: Wanted,
     progress: Progress,
 ) -> None:
-    """Make a machine a member, unless it is one.  Raises: FailedPrecondition: of another cluster; Unavailable."""
+    """Join a machine unless it is a member.  Raises: FailedPrecondition: it is in another cluster; Unavailable."""
     async with machine.client() as client:
         swarm = (await client.get("/info", timeout_s=_LOOKS_WITHIN_S))["Swarm"]
         if (state := swarm.get("LocalNodeState") or "inactive") != "inactive":
             if swarm.get("NodeID") not in members:
                 raise FailedPrecondition(
-                    f"it is in another cluster ({state}): docker swarm leave there, then the same command again"
+                    f"it is in another cluster ({state}): run docker swarm leave there, then rerun the command"
                 )
             promote = f", as a worker: docker node promote {swarm['NodeID']} makes it a manager"
             is_less = role == "Manager" and not swarm.get("ControlAvailable")

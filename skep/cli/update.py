@@ -1,4 +1,4 @@
-"""``skep update``: pause, resume and abort the update of a service; else docker's, of containers."""
+"""``skep update``: pause, resume and abort the update of a service, or else docker's update of containers."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _RESPONSE_TIMEOUT_S = 15.0
 
 
 class _Update(click.Group):
-    """What begins with none of our words is docker's ``update CONTAINER``."""
+    """A command group that passes other words than its commands to docker's ``update CONTAINER``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         is_ours = not args or args[0] in {*self.commands, *self.get_help_option_names(ctx)}
@@ -100,7 +100,7 @@ async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
     path = f"/skep/services/{name}/update/{verb}"
     async with host.client() as client:
         service: dict[str, Any]
-        if verb == "abort":  # of the update that is seen now, not of one that follows
+        if verb == "abort":  # abort the present update, not a later one
             found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
             version = str(found["Version"]["Index"])
             service = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S, version=version)

@@ -1,7 +1,7 @@
-"""``skep upgrade``: a new version on every node, one after the other, under drain.
+"""``skep upgrade``: installs a new version on one node after the other, drained by default.
 
-The command carries it out, and keeps in the cluster (``maintenance``) that it does and which node's turn it is: a
-second one is refused, an interrupted one is continued or aborted.
+The command stores in the cluster (``maintenance``) that it runs, and which node it is upgrading.  So a second upgrade
+is refused, and an interrupted one can be resumed or aborted.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from skep.cli import maintenance, options
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.maintenance import RESPONSE_TIMEOUT_S, Holder
-from skep.cli.node import drained
+from skep.cli.node import drain_and_wait
 from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
 from skep.cli.up import APT_INSTALL, INSTALLS_WITHIN_S, Machine, quoted
@@ -38,7 +38,7 @@ _CHECKED_WITHIN_S = 30.0
 _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
 _LEVEL_UNKNOWN = 4
-"""What the last version that cannot say its level supports."""
+"""Level that the last version without a reported level supports."""
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 FORMER = "/var/cache/skep/former.deb"
 
@@ -62,15 +62,17 @@ dpkg-deb --root-owner-group -Zgzip -z1 --build "$work/root" "$work/former.deb" >
 mv "$work/former.deb" {FORMER}
 """
 KEEP_FORMER = _WORK + _KEEP
-"""Packs what is installed, as the file that it came from is usually gone.  Without the
-settings: packed as they are, the operator's changes would be the package's own, which the next version replaces; dpkg
-keeps a file that a package no longer has."""
+"""Packs the installed version, as its package file is usually removed.
+
+Settings are left out, and dpkg keeps them.  Otherwise the operator's changes would become the package's own settings,
+which the next version replaces.
+"""
 _INSTALL = f"""if ! {APT_INSTALL} "$package" >"$work/log" 2>&1 </dev/null; then
     tail -n 5 "$work/log" >&2
     exit 1
 fi
 """
-"""Its output goes to a file: an installation whose ssh connection is lost is completed, and not ended by a write."""
+"""Writes its output to a file, so that a lost ssh connection cannot end the installation at its next write."""
 REPLACE = f"""{_WORK}
 package=$work/new.deb
 cat >"$package"
@@ -81,7 +83,7 @@ installed\\ *)
 {_KEEP};;
 esac
 {_INSTALL}"""
-"""What an interrupted upgrade has installed is not packed: the way back would lead to the new version."""
+"""Does not pack a version that an interrupted upgrade has installed, as a rollback would install the new version."""
 _GO_BACK = f"{_WORK}package={FORMER}\n{_INSTALL}"
 _CHECK = """[ "$(id -u)" = 0 ] || { echo "this user is not root" >&2; exit 1; }
 dpkg-query -s skep >/dev/null 2>&1 || { echo "skep is not installed as a Debian package" >&2; exit 1; }
@@ -89,7 +91,7 @@ dpkg-query -s skep >/dev/null 2>&1 || { echo "skep is not installed as a Debian 
 
 
 class Means(msgspec.Struct, frozen=True, kw_only=True):
-    """How a node gets the version: a package over ssh, or commands of the operator's, run here."""
+    """The means of upgrading a node: a package over ssh, or the operator's commands, run on this machine."""
 
     version: str
     package: Path | None = None
@@ -98,12 +100,12 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     rollback: str = ""
 
     async def check(self, node: Member) -> None:
-        """Whether the node can be upgraded so, before it is drained.  Raises: Unavailable."""
+        """Check that the node can be upgraded, before it is drained.  Raises: Unavailable."""
         if self.package is not None:
             await self._machine(node).run(["sh", "-c", quoted(_CHECK)], b"", timeout_s=_CHECKED_WITHIN_S)
 
     async def upgrade(self, node: Member) -> None:
-        """Raises: Unavailable: it could not be done."""
+        """Upgrade the node.  Raises: Unavailable: the upgrade failed."""
         if self.package is None:
             await _run_here(self.command, node)
             return
@@ -111,7 +113,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
         await self._machine(node).run(["sh", "-c", quoted(REPLACE)], content, timeout_s=INSTALLS_WITHIN_S)
 
     async def roll_back(self, node: Member) -> None:
-        """Put the former version back.  Raises: Unavailable."""
+        """Install the former version again.  Raises: Unavailable."""
         if self.package is None:
             await _run_here(self.rollback, node)
             return
@@ -119,7 +121,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether there is a way back."""
+        """Return whether a node can be rolled back."""
         return self.package is not None or bool(self.rollback)
 
     def _machine(self, node: Member) -> Machine:
@@ -128,7 +130,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def _run_here(command: str, node: Member) -> None:
-    # The host name is the node's own word: "-oProxyCommand=..." would be an option of ssh on this machine.
+    # The node chooses its host name: "-oProxyCommand=..." would be an option of ssh on this machine.
     name = node.name if _HOST_NAME.fullmatch(node.name) else node.id
     environment = {**os.environ, "SKEP_NODE": name, "SKEP_ADDRESS": node.address}
     process = await asyncio.create_subprocess_exec(
@@ -233,7 +235,7 @@ def upgrade(
 
 
 def _version(package: Path | None, command: str, version: str) -> str:
-    """What nodes show afterwards.  Raises: InvalidArgument."""
+    """Return the version that nodes report afterwards.  Raises: InvalidArgument."""
     if (package is None) == (not command):
         raise InvalidArgument("name one of --package and --command")
     if package is None:
@@ -249,7 +251,7 @@ def _version(package: Path | None, command: str, version: str) -> str:
 
 
 def version_of(debian: str) -> str:
-    """What a node shows that has the package of this version (``setup/package.sh``)."""
+    """Return the version that a node with this Debian version of the package reports (``setup/package.sh``)."""
     return debian.replace("~", "")
 
 
@@ -278,42 +280,42 @@ class _Upgrade:
         await self._hold(former)
 
     async def _hold(self, former: Holder | None = None, **changes: Any) -> None:
-        """Renew the lock, with ``changes`` of its contents, or take it over from ``former``.
+        """Renew the lock with ``changes`` of its contents, or take it over from ``former``.
 
-        Raises: FailedPrecondition: another one has it, perhaps since it took it over from this one.
+        Raises: FailedPrecondition: another holder has the lock, perhaps because it took it over from this one.
         """
         self._holder = msgspec.structs.replace(self._holder, **changes)
 
         def decide(text: str, members: Sequence[Member], now: datetime) -> str:
-            # Renewed before a drain, and before an installation, which may be taken back.
+            # The lock is renewed before a drain, and before an installation, which may be rolled back.
             lease = timedelta(seconds=max(_LEASE_S_MIN, 3 * self._within_s + 2 * INSTALLS_WITHIN_S))
             renewed = msgspec.structs.replace(self._holder, until=now + lease)
             holders = [one for one in maintenance.read(text) if one != former]
             return maintenance.written(maintenance.taken(holders, renewed, members, now))
 
-        await self._asked(lambda: maintenance.change_by_nodes(self._client, decide))
+        await self._retry(lambda: maintenance.change_by_nodes(self._client, decide))
 
     async def release(self) -> None:
-        """Give the lock back, if it is this one's."""
+        """Release the lock if this upgrade holds it."""
 
         def decide(text: str) -> str:
             holders = maintenance.read(text)
             return maintenance.written([one for one in holders if not maintenance.is_same(one, self._holder)])
 
-        await self._asked(lambda: maintenance.change(self._client, decide))
+        await self._retry(lambda: maintenance.change(self._client, decide))
 
     async def end(self) -> None:
-        """Before a node gets the version: it has tasks again, the lock goes, unless another upgrade has it now."""
-        holders = await self._asked(lambda: maintenance.holders_of(self._client))
+        """Activate a node that was not upgraded and release the lock, unless another upgrade holds it now."""
+        holders = await self._retry(lambda: maintenance.holders_of(self._client))
         if any(maintenance.is_same(one, self._holder) for one in holders):
             if self._holder.node and self._holder.availability:
                 await self._restore_availability()
             await self.release()
 
     async def run(self) -> int:
-        """Upgrade node after node; gives their number.
+        """Upgrade node after node, and return their number.
 
-        Raises: FailedPrecondition: something forbids the next step; Unavailable: a node did not come back well.
+        Raises: FailedPrecondition: the next step is not permitted; Unavailable: a node did not become healthy.
         """
         count = 0
         while True:
@@ -332,9 +334,9 @@ class _Upgrade:
             count += 1
 
     async def _next(self) -> Step | None:
-        """The next step.  What forbids it may pass, as tasks start elsewhere.
+        """Return the next step.  If it is not permitted, wait, because tasks may still start elsewhere.
 
-        Raises: FailedPrecondition: it does not pass.
+        Raises: FailedPrecondition: the step is still not permitted after the wait.
         """
         found = await self._plan()
         shown: tuple[str, ...] = ()
@@ -351,7 +353,7 @@ class _Upgrade:
         return found.steps[0] if found.steps else None
 
     async def _plan(self) -> Plan:
-        return await self._asked(
+        return await self._retry(
             lambda: plan_now(
                 self._client,
                 self._means.version,
@@ -370,13 +372,15 @@ class _Upgrade:
                 raise Unavailable(f"{node.name}: {error}; repair it: then --continue, or --abort") from error
             await self.release()
             raise Unavailable(f"{node.name} cannot be upgraded, and is as it was: {error}") from error
-        drains = step.drains and node.is_ready  # an interrupted one may be away, and its tasks with it
+        drains = (
+            step.drains and node.is_ready
+        )  # the node of an interrupted upgrade may be down, without its tasks
         before = self._holder.availability or (node.availability if drains else "")
         await self._hold(node=node.id, availability=before)
         if drains:
             say(f"{node.name}: is being drained")
             try:
-                await drained(self._client, node.id, self._within_s * 3)
+                await drain_and_wait(self._client, node.id, self._within_s * 3)
             except Unavailable:
                 await self._activate()
                 await self.release()
@@ -393,9 +397,9 @@ class _Upgrade:
         say(f"{node.name}: has {self._means.version}")
 
     async def _levels(self) -> Mapping[str, int]:
-        """Return the level of data that each manager supports, and that of the cluster as ``""``.
+        """Return the level of data that each manager supports, by id, and the level of the cluster as ``""``.
 
-        Empty: no manager can say it, because of its version or because none answers.
+        Returns nothing if no manager responds, or their version does not report it.
         """
         try:
             found = await self._client.get("/skep/cluster/level", timeout_s=RESPONSE_TIMEOUT_S)
@@ -404,7 +408,7 @@ class _Upgrade:
         return {**(found.get("Managers") or {}), "": found["Level"]}
 
     async def _rolled_back(self, node: Member, reason: str, supported: int) -> str:
-        """Roll the node back; gives the result as a sentence.
+        """Roll the node back, and return the result as a sentence.
 
         Args:
             supported: the level of data that its former version can read.
@@ -412,7 +416,7 @@ class _Upgrade:
         text = f"{node.name} did not come back with {self._means.version}: {reason}"
         if not self._means.can_roll_back:
             return f"{text}; it stays drained: repair it, then --continue, or --abort"
-        # No answer: no manager has its data in use, and one whose node never was ready has not raised the level.
+        # Without a response no manager uses the data, and a manager that never became ready has not raised the level.
         level = (await self._levels()).get("", supported)
         if node.is_manager and level > supported:
             return (
@@ -431,12 +435,12 @@ class _Upgrade:
         return f"{text}; it has {node.version} again, and the upgrade ends here (journalctl -u skep on {node.name})"
 
     async def _comes_back(self, node: Member, version: str) -> None:
-        """Wait until it is well with ``version``.  Raises: Unavailable."""
+        """Wait until the node is healthy with ``version``.  Raises: Unavailable."""
         seen = node
         try:
             async with asyncio.timeout(self._within_s):
                 while True:
-                    members, _ = await self._asked(lambda: maintenance.nodes_and_time(self._client))
+                    members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
                     seen = next((one for one in members if one.id == node.id), seen)
                     if seen.is_ready and seen.version == version:
                         return
@@ -452,11 +456,11 @@ class _Upgrade:
 
     async def _restore_availability(self) -> None:
         node, word = self._holder.node, self._holder.availability
-        await self._asked(lambda: _set_availability(self._client, node, word))
+        await self._retry(lambda: _set_availability(self._client, node, word))
 
     async def _finish_interrupted(self) -> None:
-        """The node whose turn it was has the version, or is gone.  Raises: Unavailable: it does not come back well."""
-        members, _ = await self._asked(lambda: maintenance.nodes_and_time(self._client))
+        """Finish the interrupted upgrade of a node that has the version.  Raises: Unavailable: it is not healthy."""
+        members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
         node = next((one for one in members if one.id == self._holder.node), None)
         if node is None:
             await self._hold(node="", availability="")
@@ -469,7 +473,7 @@ class _Upgrade:
         await self._activate()
 
     async def _distribute(self, names: Sequence[str]) -> None:
-        """Update services without a change, by their own policy: the scheduler evens out what a drain has crowded."""
+        """Force updates of services, by their own policy, so that the scheduler spreads tasks after a drain."""
         for name in names:
             say(f"{name}: is being distributed anew")
             await update(self._client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
@@ -478,7 +482,7 @@ class _Upgrade:
                 left = list(names)
                 while left:
                     left = [
-                        one for one in left if not await self._asked(partial(_is_updated, self._client, one))
+                        one for one in left if not await self._retry(partial(_is_updated, self._client, one))
                     ]
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
@@ -486,8 +490,8 @@ class _Upgrade:
                 f"{', '.join(names)}: not distributed within {self._within_s:g} s (skep explain SERVICE)"
             ) from None
 
-    async def _asked(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Over the restart of the manager that answers."""
+    async def _retry(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request while the manager restarts.  Raises: Unavailable: no response in time."""
         try:
             async with asyncio.timeout(self._within_s):
                 return await persistently(request, say)
@@ -500,7 +504,7 @@ class _Upgrade:
 async def plan_now(
     client: Client, version: str, *, drains: bool, spread: Iterable[str] = (), first: str = ""
 ) -> Plan:
-    """The plan for the cluster as it is."""
+    """Return the plan for the present state of the cluster."""
     members, _ = await maintenance.nodes_and_time(client)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
@@ -536,7 +540,10 @@ async def _is_updated(client: Client, name: str) -> bool:
 async def carry_out(
     host: HostOptions, means: Means, *, drains: bool, within_s: float, continues: bool
 ) -> None:
-    """Raises: FailedPrecondition: something forbids it; Unavailable: a node did not come back well."""
+    """Upgrade all nodes.
+
+    Raises: FailedPrecondition: a step is not permitted; Unavailable: a node did not become healthy.
+    """
     async with host.client() as client:
         run = _Upgrade(client, means, drains=drains, within_s=within_s)
         await run.take(continues=continues)
@@ -553,7 +560,7 @@ async def carry_out(
 
 
 async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
-    """Print the steps and what forbids them; gives the exit code."""
+    """Print the steps and the reasons that forbid them, and return the exit code."""
     async with host.client() as client:
         found = await plan_now(client, means.version, drains=drains)
         members, now = await maintenance.nodes_and_time(client)

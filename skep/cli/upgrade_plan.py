@@ -1,7 +1,7 @@
-"""What ``skep upgrade`` does next, and what forbids it: pure.
+"""The next steps of ``skep upgrade``, and the reasons that forbid them.  Pure.
 
-One node at a time: workers, then managers, the leader last, since every transfer of leadership costs a moment.  The
-plan is made anew from the cluster's state before every step, so that an interrupted upgrade goes on where it was.
+Nodes are upgraded one at a time: workers, then managers, the leader last, since every transfer of leadership takes a
+moment.  The plan is computed from the cluster's state before every step, so an interrupted upgrade can resume.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ _RUNNING = "running"
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as the plan needs it."""
+    """The properties of a node that the plan needs."""
 
     id: str
     name: str
@@ -27,33 +27,33 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     is_manager: bool = False
     is_leader: bool = False
     is_ready: bool = True
-    """A manager is reachable, too."""
+    """Whether the node is ready, and reachable if it is a manager."""
     is_ours: bool = True
-    """A skep node, no Docker Engine."""
+    """Whether it is a skep node instead of a Docker Engine."""
     availability: str = "active"
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """A replicated service and where its tasks run."""
+    """A replicated service and the nodes of its tasks."""
 
     id: str
     name: str
     replicas: int
     away_max: int
-    """How many its update policy takes away at a time; 0: all."""
+    """Number of tasks that its update policy replaces at a time, or 0 for all."""
     on: Mapping[str, int]
-    """Node id -> running tasks."""
+    """Running tasks by node id."""
     returns: bool = False
-    """Its tasks return to the nodes that have their data in local volumes: an update does not spread them."""
+    """Whether its tasks return to the nodes with their local volumes, so that an update does not spread them."""
 
     def excess(self, node: str) -> int:
-        """How many more would be away with ``node`` than the update policy takes away."""
+        """Return by how many the missing tasks without ``node`` would exceed the limit of the update policy."""
         away = self.replicas - sum(self.on.values()) + self.on.get(node, 0)
         return max(away - (self.away_max or self.replicas), 0)
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One node's turn.  ``spread``: services to distribute anew first, as too many of their tasks are on the node."""
+    """The upgrade of one node.  ``spread``: services to redistribute first, as the node has too many of their tasks."""
 
     node: Member
     drains: bool
@@ -61,11 +61,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The steps in their order.  With ``refusals`` none of them may be made now."""
+    """The steps in their order.  With ``refusals``, none of them may be taken now."""
 
     steps: tuple[Step, ...]
     done: tuple[str, ...]
-    """Nodes that have the version."""
+    """Nodes that already have the version."""
     left_out: tuple[str, ...]
     """Docker nodes, and workers that are down."""
     refusals: tuple[str, ...]
@@ -80,12 +80,12 @@ def plan(
     spread: Iterable[str] = (),
     first: str = "",
 ) -> Plan:
-    """What is to be done until all nodes have ``version``.
+    """Return the steps until all nodes have ``version``.
 
     Args:
-        drains: tasks leave a node before its turn; otherwise they run on while its daemon restarts.
-        spread: services that were distributed anew for the next step already: what is left of them is refused.
-        first: the node whose turn was interrupted; it is the next one, and is away already.
+        drains: drain each node before its upgrade; otherwise its tasks keep running while its daemon restarts.
+        spread: services that were already redistributed for the next step; if too many tasks remain, it is refused.
+        first: the node whose upgrade was interrupted, which comes next and may be down already.
     """
     nodes = sorted(members, key=_turn)
     ours = [one for one in nodes if one.is_ours]
@@ -114,9 +114,9 @@ def _turn(node: Member) -> tuple[bool, bool, str, str]:
 
 
 def refusals_of_quorum(nodes: Iterable[Member], away: Member, first: str = "") -> Iterator[str]:
-    """Why ``away`` may not be away now, for the managers' sake.
+    """Yield the reasons why ``away`` may not go down now, because the managers need it.
 
-    ``first``: a node that may be away already, as it is this one's turn.
+    ``first``: the node whose upgrade was interrupted, which may be down already.
     """
     managers = [one for one in nodes if one.is_manager]
     for one in managers:
@@ -153,7 +153,7 @@ def _refusals_of_replicas(
 
 
 def members_of(nodes: Iterable[Mapping[str, Any]]) -> list[Member]:
-    """Of ``GET /nodes``."""
+    """Return the members for a response to ``GET /nodes``."""
     return [_member(node) for node in nodes]
 
 
@@ -174,7 +174,10 @@ def _member(node: Mapping[str, Any]) -> Member:
 
 
 def running_of(services: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]) -> list[Running]:
-    """Of ``GET /services`` and ``GET /tasks``: replicated services; tasks of global ones and jobs do not move."""
+    """Return the replicated services for responses to ``GET /services`` and ``GET /tasks``.
+
+    Tasks of global services and jobs do not move, so these are left out.
+    """
     on: dict[str, dict[str, int]] = {}
     for task in tasks:
         if task["Status"]["State"] == _RUNNING and task["DesiredState"] == _RUNNING:

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from skep.api.requests import PlainRequests
 
 _KNOWN_WITHIN_S = 10.0
-"""Managers tell the nodes their users within some milliseconds, and again every two seconds."""
+"""Seconds until a node knows a new user.  Managers send users within milliseconds, and again every two seconds."""
 _FILES = ("ca.pem", "cert.pem", "key.pem")
-"""As docker names them, in contexts and in ``DOCKER_CERT_PATH``."""
+"""Docker's names of the files, in contexts and in ``DOCKER_CERT_PATH``."""
 
 
 class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a certificate goes.  ``context``: a docker context of that name is written; ``out``: a folder."""
+    """The destination of a certificate.  ``context``: name of a docker context to write.  ``out``: a folder."""
 
     context: str = ""
     out: Path | None = None
@@ -117,19 +117,19 @@ def add(
 async def _add(
     options: HostOptions, name: str, roles: tuple[str, ...], makes_token: bool, wanted: _Wanted
 ) -> str:
-    """What to print: the token, or the user's name.  Nothing is made if the command is wrong."""
+    """Add a user and return the text to print: the token, or the user's name.  An invalid command creates nothing."""
     for role in roles:
         parse_binding(role)
     has_certificate = bool(wanted.context or wanted.out)
     authority = _authority(options, wanted) if has_certificate else b""
     if wanted.context:
         async with RawClient(_address(options, wanted)):
-            pass  # it is an address
+            pass  # the address is valid
         Contexts(options.docker_folder).check_new(wanted.context)
     async with options.requests() as client:
         await client.post("/skep/users/create", {"Name": name, "Roles": roles})
         if has_certificate:
-            key, certificate = await _issued(
+            key, certificate = await _issue(
                 client, f"/skep/users/{quote(name)}/certificates", wanted.lifetime
             )
             _keep(options, wanted, (authority, certificate, key))
@@ -143,10 +143,10 @@ async def _add(
 
 
 async def _wait_known(options: HostOptions) -> None:
-    """Return once the node of a new context lets its user in, or say why it does not: the user exists, and the
-    token that was made is printed after this.
+    """Wait until the node of a new context accepts its user, or print the reason why it does not.
 
-    The node may be another than the one that added the user, and learns of it a moment later.
+    It does not raise, because the user exists, and the new token is printed after this.  The node may be another than
+    the node that added the user, and learns of the user a moment later.
     """
     endpoint, backoff, error = options.endpoint(), Backoff(0.05, 1.0), ""
     try:
@@ -359,7 +359,7 @@ def renew(
         authority = _authority(options, wanted) if wanted.out is not None else b""
         path = f"/skep/users/{quote(name)}/certificates" if name else "/skep/access/certificates"
         async with options.requests() as client:
-            key, certificate = await _issued(client, path, wanted.lifetime)
+            key, certificate = await _issue(client, path, wanted.lifetime)
         if wanted.context:
             files = {"cert.pem": certificate, "key.pem": key}
             Contexts(options.docker_folder).replace_tls(wanted.context, files)
@@ -389,15 +389,15 @@ def whoami(options: HostOptions, output: Output) -> None:
     output.show(fetch)
 
 
-async def _issued(client: "PlainRequests", path: str, lifetime: float) -> tuple[bytes, bytes]:
-    """A key made here, and a certificate for it."""
+async def _issue(client: "PlainRequests", path: str, lifetime: float) -> tuple[bytes, bytes]:
+    """Create a key on this machine, request its certificate, and return both."""
     key, request = _key_and_request()
     body = {"Request": request.decode(), "LifetimeSeconds": int(lifetime)}
     return key, str((await client.post(path, body))["Certificate"]).encode()
 
 
 def _key_and_request() -> tuple[bytes, bytes]:
-    """PEM of both.  Only the key of the request counts: the cluster writes the name."""
+    """Create a key and a certificate request, in PEM.  The cluster uses only the request's key, not its name."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -415,7 +415,7 @@ def _key_and_request() -> tuple[bytes, bytes]:
 
 
 def _authority(options: HostOptions, wanted: _Wanted) -> bytes:
-    """Of the API's own certificate: that which was given, or by which this command reaches the node."""
+    """Return the CA of the API's certificate: the given CA, or the CA of this command's own connection."""
     tls = options.endpoint().tls
     path = wanted.ca or (tls.ca if tls is not None else None)
     if path is None:
@@ -438,7 +438,7 @@ def _address(options: HostOptions, wanted: _Wanted) -> str:
 
 
 def _keep(options: HostOptions, wanted: _Wanted, content: tuple[bytes, bytes, bytes]) -> None:
-    """``content``: of ``_FILES``."""
+    """Write the files to their destination.  ``content``: contents of ``_FILES``."""
     if wanted.out is not None:
         _write(wanted.out, content)
     if wanted.context:

@@ -1,4 +1,4 @@
-"""``skep version``: this command and docker's, and with ``--all`` every node."""
+"""``skep version``: versions of this command and of docker, and with ``--all`` of every node."""
 
 import platform
 import subprocess
@@ -27,7 +27,7 @@ class _OrDockers(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         is_ours = bool({"--all", "-a", *self.get_help_option_names(ctx)} & {*args})
-        if not is_ours and not ctx.resilient_parsing:  # a shell that completes the words runs nothing
+        if not is_ours and not ctx.resilient_parsing:  # shell completion must not run docker
             if not args:  # with --format, the output is docker's alone
                 click.echo("\n".join(own_version()))
                 sys.stdout.flush()
@@ -36,7 +36,7 @@ class _OrDockers(click.Command):
 
 
 def own_version() -> Iterator[str]:
-    """The lines about Skep, in the form of docker's."""
+    """Yield the lines about Skep, in the form of docker's."""
     commit, date = (__commit__, __date__) if __commit__ else _checked_out()
     machine = platform.machine()
     yield "Skep:"
@@ -53,7 +53,7 @@ def own_version() -> Iterator[str]:
 
 
 def _checked_out() -> tuple[str, str]:
-    """Commit and date of a checkout, or empty strings without git."""
+    """Return commit and date of a checkout, or empty strings without git."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "", ""
@@ -97,7 +97,7 @@ def version(host: HostOptions, all_nodes: bool, output: Output) -> None:
 
 
 def versions(nodes: Iterable[Mapping[str, Any]]) -> Shown:
-    """The versions of ``nodes``; those that differ from most are coloured."""
+    """Return the list of the nodes' versions, with color for versions that differ from most."""
     rows = sorted(
         (
             {

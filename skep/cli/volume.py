@@ -119,7 +119,7 @@ def _volumes_of(node: Mapping[str, Any]) -> Mapping[str, int]:
 
 
 async def _latest_ms(client: Client, node: Mapping[str, Any], name: str) -> int:
-    """Until when use of the volume is forgotten: the creation of the node's latest task, by the managers' clock."""
+    """Return the time up to which use is forgotten: the creation of the node's latest task, by the managers' clock."""
     tasks = await _tasks_of(client, node)
     created = [unix_ns(Timestamp(task["CreatedAt"])) // 1_000_000 for task in tasks]
     return max([_volumes_of(node).get(name, 0), *created])

@@ -1,5 +1,5 @@
-"""Stack files from what people have: ``fig.yml``, fleet's units, inspected services, a running Docker Swarm.
+"""Imports of stack files from ``fig.yml``, fleet's units, inspected services, and a running Docker Swarm.
 
-Everything here makes a Compose document and reads it again as ``skep stack`` would: what the stack would not say of
-what came in is a note.  So nothing is dropped silently, also what the importers do not support.
+Every importer makes a Compose document and reads it back as ``skep stack`` would.  A note reports each part of the
+input that the stack does not express.  So nothing is dropped silently, not even settings that importers do not support.
 """

@@ -26,7 +26,7 @@ from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 
 class Names(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stack calls the objects of a cluster: names in the cluster to keys in the file."""
+    """Keys of the cluster's objects in a stack file, by their names in the cluster."""
 
     services: Mapping[str, str]
     networks: Mapping[str, str]
@@ -36,7 +36,7 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def service_entry(spec: ServiceSpec, names: Names) -> dict[str, Any]:
-    """The service below ``services``.  Networks in ``spec`` are targeted by name."""
+    """Return the service's entry below ``services``.  Networks in ``spec`` are targeted by name."""
     container = spec.task_template.container_spec or ContainerSpec()
     health = container.healthcheck
     return _filled(
@@ -86,7 +86,7 @@ def service_entry(spec: ServiceSpec, names: Names) -> dict[str, Any]:
 
 
 def _image(written: str, image: str) -> str:
-    """The image as a stack's file had it, without the digest; ``image`` if the service was given another one since."""
+    """Return the image as written in the stack's file, without a digest, or ``image`` if the service's has changed."""
     is_same = written == image if "@" in written else _tagged(written) == _tagged(image)
     return written if written and is_same else image
 
@@ -97,7 +97,7 @@ def _tagged(image: str) -> str:
 
 
 def _filled(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is empty; 0 and False are something."""
+    """Return the entries without empty values; 0 and False do not count as empty."""
     return {key: one for key, one in entries.items() if one is not None and one not in ("", [], {})}
 
 
@@ -114,7 +114,7 @@ def _labels(labels: Mapping[str, str], *without: str) -> dict[str, str]:
 
 
 def _duration(ns: int | None) -> str | None:
-    """Compose's form: ``90s``, ``1500ms``; a number of nanoseconds where nothing rounder is the same."""
+    """Return a duration in Compose's form: ``90s``, ``1500ms``, in the largest unit that is exact."""
     if ns is None:
         return None
     for unit_ns, unit in ((SECOND_NS, "s"), (10**6, "ms"), (10**3, "us")):
@@ -137,7 +137,7 @@ def _security(privileges: Privileges | None) -> list[str]:
 
 
 def names_volume(mount: Mount) -> bool:
-    """Whether its source is a volume with a name; that of a cluster volume may be a group."""
+    """Return whether the mount's source is a named volume; False for a group of cluster volumes."""
     return (
         mount.type in ("volume", "cluster") and bool(mount.source) and not mount.source.startswith("group:")
     )
@@ -204,7 +204,7 @@ def _healthcheck(health: HealthConfig) -> dict[str, Any]:
 
 
 def _host(text: str) -> str:
-    """Docker's ``ADDRESS NAME`` as ``NAME=ADDRESS``."""
+    """Return Docker's ``ADDRESS NAME`` as ``NAME=ADDRESS``."""
     address, _, name = text.partition(" ")
     return escaped(f"{name}={address}")
 
@@ -265,7 +265,7 @@ def _logging(driver: Driver | None) -> dict[str, Any] | None:
 
 
 def _platform(placement: Placement | None) -> str | None:
-    """Only a single platform can be said; that which a registry's answer pinned is left out."""
+    """Return the platform, if there is only one.  Compose cannot express more, which a registry's response may set."""
     platforms = placement.platforms if placement is not None else ()
     return (
         f"{platforms[0].os}/{platforms[0].architecture}" if len(platforms) == 1 and platforms[0].os else None

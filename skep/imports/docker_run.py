@@ -64,7 +64,7 @@ _SWITCHES: Final = {
     "tty": "tty",
 }
 _WITHOUT_EFFECT: Final = ("detach", "rm", "sig-proxy")
-"""Switches that concern the command, not the container."""
+"""Switches of the command that do not concern the container."""
 _OTHER_SWITCHES: Final = (
     "publish-all",
     "oom-kill-disable",
@@ -109,7 +109,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def service_of(words: Sequence[str]) -> Run:
-    """Convert the words after ``docker run``.  Raises: InvalidArgument: an option is unknown, or there is no image."""
+    """Convert the words after ``docker run``.  Raises: InvalidArgument: unknown option, or no image."""
     entry: dict[str, Any] = {}
     notes: list[tuple[str, str]] = []
     given: dict[str, list[str]] = {}
@@ -150,7 +150,7 @@ def _options(rest: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _short_options(letters: str, rest: list[str]) -> Iterator[tuple[str, str]]:
-    """``-it``, ``-p 80:80``, ``-p80:80``, ``-e=A=1``."""
+    """Yield the options in a word such as ``-it``, ``-p 80:80``, ``-p80:80`` or ``-e=A=1``, with their values."""
     while letters:
         letter, letters = letters[0], letters[1:]
         name = _SHORT.get(letter)

@@ -45,7 +45,7 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
 
 def rendered(document: dict[str, Any]) -> str:
     """Return the document as YAML, in its order and without anchors."""
-    copied = json.loads(json.dumps(document))  # PyYAML writes what is in two places as an anchor
+    copied = json.loads(json.dumps(document))  # PyYAML writes an object that occurs twice as an anchor
     return yaml.dump(copied, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -73,7 +73,7 @@ def accepted(document: dict[str, Any]) -> Imported:
         notes |= {Note(one.path, f"dropped: {one.text}"): None for one in removed}
         if not removed:
             break
-    remaining = (Note(one.path, f"to be mended by hand: {one.text}") for one in report.problems)
+    remaining = (Note(one.path, f"fix by hand: {one.text}") for one in report.problems)
     warnings = (Note(one.path, one.text) for one in report.warnings)
     return Imported(document=document, notes=(*notes, *remaining, *warnings))
 
@@ -95,7 +95,7 @@ def _remove(document: dict[str, Any], problem: Problem) -> bool:
 
 def _wrapped(notes: tuple[Note, ...]) -> Iterator[str]:
     if notes:
-        yield "What this file does not say of what it was made from, or says in another way:"
+        yield "Settings of the source that this file lacks or expresses differently:"
     for note in notes:
         yield printable(f"  {' '.join(str(note).split())}")  # YAML has no other characters in comments
 

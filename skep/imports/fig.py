@@ -1,4 +1,4 @@
-"""``fig.yml`` of 2014, and Compose files of version 1, which are the same: services at the top, links, volumes_from.
+"""Converts ``fig.yml`` of 2014 and Compose files of version 1, which have the same form: services at the top, links.
 
 Source: docs.docker.com, compose-file version 1 reference; compose-spec, "Legacy versions".
 """
@@ -18,7 +18,7 @@ _MACHINE_PATH: Final = re.compile(r"[./~]")
 
 
 def imported(text: str, file: str, stack: str) -> Imported:
-    """A stack file of a file of version 1.  Raises: Problems: it is none."""
+    """Convert a file of version 1 to a stack file.  Raises: Problems: the file has another version."""
     document = parse(text, file)
     services = {name: _plain(node) for name, node in _services(document, file).items()}
     notes: list[Note] = []
@@ -54,7 +54,7 @@ def _services(document: Node, file: str) -> Mapping[str, Node]:
 
 
 def _plain(node: Node) -> dict[str, Any]:
-    """The tree with scalars as they are written: ``1.10`` stays ``1.10``."""
+    """Return the tree with scalars as written in the file: ``1.10`` stays ``1.10``."""
     found = _as_written(node)
     assert isinstance(found, dict)
     return found
@@ -69,21 +69,21 @@ def _as_written(node: Node) -> Any:
 
 
 class _Conversion:
-    """One file; ``service`` is called for each of its services."""
+    """The conversion of one file.  ``service`` is called for each of its services."""
 
     def __init__(self, services: Mapping[str, dict[str, Any]], notes: list[Note]) -> None:
         self._services = services
         self._notes = notes
         self.aliases: dict[str, set[str]] = {}
-        """Names by which links reach services, beside their own."""
+        """Additional names of services, from links."""
         self.volumes: dict[str, dict[str, Any] | None] = {}
-        """Volumes that the file declares nowhere, as version 1 made them at first use."""
+        """Volumes without a declaration, because version 1 created them at first use."""
         for service in services.values():
             for text in _texts(service.get("volumes_from")):
                 self._name_volumes(text.partition(":")[0])
 
     def service(self, name: str) -> dict[str, Any]:
-        """The service as the present specification has it."""
+        """Return the service in the form of the present specification."""
         old = dict(self._services[name])
         made: dict[str, Any] = {}
         if "build" in old or "dockerfile" in old:
@@ -158,7 +158,7 @@ class _Conversion:
 
 
 def _texts(found: Any) -> list[str]:
-    """A list of texts; one text is a list of one."""
+    """Return a list of texts; one text alone becomes a list of one."""
     if found is None:
         return []
     if isinstance(found, list | tuple):
@@ -169,7 +169,7 @@ def _texts(found: Any) -> list[str]:
 
 
 def _volume_name(volume: str) -> str:
-    """The name of the volume that a mount names; empty: a path of the machine, or a volume without a name."""
+    """Return the name of a mount's volume, or an empty text for a host path or an unnamed volume."""
     source, separator, _ = volume.partition(":")
     return source if separator and not _MACHINE_PATH.match(source) else ""
 

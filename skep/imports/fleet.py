@@ -39,7 +39,7 @@ _OF_UNIT: Final = {
     "DefaultDependencies",
 }
 _SPECIFIERS: Final = {"i": "{{.Task.Slot}}", "H": "{{.Node.Hostname}}", "m": "{{.Node.ID}}"}
-"""What the cluster fills in, in the environment, the host name and mounts."""
+"""Systemd's specifiers, and the placeholders that the cluster expands in the environment, host name and mounts."""
 _FILLED_IN: Final = ("environment", "hostname", "volumes")
 _CONDITIONS: Final = {
     "always": "any",
@@ -51,24 +51,23 @@ _CONDITIONS: Final = {
     "no": "none",
 }
 _PREPARATIONS: Final = ("kill", "rm", "pull", "stop", "start", "wait")
-"""Docker commands before and after a run that the cluster does itself."""
+"""Docker commands before and after a run that the cluster performs itself."""
 
 
 class _Service(msgspec.Struct, frozen=True):
     name: str
     unit: Unit
     instances: int
-    """Number of given units of the same template; 0 if the unit is not of a template, or only the template
-    was given.
-    """
+    """Number of units of the same template among the files, or 0 without a template or with the template alone."""
 
 
 def imported(texts: Mapping[str, str], stack: str) -> Imported:
-    """A stack file of units.
+    """Convert units to a stack file.
 
     Args:
         texts: the files' contents by their names (``apache@.service``).
-    Raises: InvalidArgument: a file is no unit, or runs no container.
+
+    Raises: InvalidArgument: a file is not a unit, or does not run a container.
     """
     notes: list[Note] = []
     services = list(_services([unit_of(text, name) for name, text in texts.items()]))
@@ -164,7 +163,7 @@ class _Conversion:
             raise InvalidArgument(f"{self._unit.name}: {error}") from None
 
     def _environment(self, options: Iterable[str]) -> list[str]:
-        """The unit's variables, then ``options``: ``NAME=VALUE`` of ``-e``, or ``NAME`` alone for the unit's value."""
+        """Return the unit's variables, then ``options``: ``NAME=VALUE`` of ``-e``, or ``NAME`` for the unit's value."""
         found = [
             word
             for line in self._unit.all("Service", "Environment")
@@ -296,7 +295,10 @@ class _Conversion:
                 yield from ((key, value) for value in values)
 
     def _metadata(self, line: str) -> Iterator[str]:
-        """Settings of different keys are all to hold; of one key any of them, which constraints cannot say."""
+        """Yield constraints for metadata.
+
+        In fleet, all keys must match, but any of the values of a key, which constraints cannot express.
+        """
         wanted: dict[str, list[str]] = {}
         for word in _words(line, self._unit.name):
             key, _, value = word.partition("=")
@@ -326,7 +328,7 @@ class _Conversion:
                 self._note(f"[{section}]", "not known, dropped")
 
     def _filled_in(self, key: str, value: Any) -> Any:
-        """With systemd's specifiers as the cluster's placeholders, or as text."""
+        """Return ``value`` with systemd's specifiers replaced by the cluster's placeholders or by text."""
         if isinstance(value, str):
             return self._text(key, value)
         if isinstance(value, list):
@@ -348,7 +350,7 @@ class _Conversion:
                 return self._service.name
             if letter in _SPECIFIERS and key in _FILLED_IN:
                 return _SPECIFIERS[letter]
-            self._note(key, f"%{letter} is not filled in here: mend {text!r} by hand")
+            self._note(key, f"%{letter} is not supported: fix {text!r} by hand")
             return match[0]
 
         if "$" in text:

@@ -65,11 +65,11 @@ def imported(
     stack: str,
     networks: Mapping[str, Mapping[str, Any]],
 ) -> Imported:
-    """A stack file of services.
+    """Convert services to a stack file.
 
     Args:
-        stack: its name.  A service that is not of this stack already is called STACK_NAME by it.
-        networks: as ``GET /networks`` has them, by id; may be empty.
+        stack: the stack's name.  A deploy renames services of other stacks, or of none, to STACK_NAME.
+        networks: networks from ``GET /networks``, by id; may be empty.
     """
     names_of = {id: str(one["Name"]) for id, one in networks.items()}
     specs = [_named(spec, names_of) for spec, _ in found]
@@ -80,7 +80,7 @@ def imported(
     }
     notes = list(_sections(document, specs, names, stack, networks))
     made, report = read_back(document)
-    notes += [Note(one.path, f"to be mended by hand: {one.text}") for one in report.problems]
+    notes += [Note(one.path, f"fix by hand: {one.text}") for one in report.problems]
     for spec, (_, unknown) in zip(specs, found, strict=True):
         key = names.services[spec.name]
         notes += [Note(f"services.{key}", f"{path}: not known, dropped") for path in _paths(unknown)]
@@ -98,7 +98,7 @@ def _is_plugin(spec: ServiceSpec) -> bool:
 
 
 def _named(spec: ServiceSpec, names_of: Mapping[str, str]) -> ServiceSpec:
-    """With networks targeted by name, and those of old clients where the new ones are."""
+    """Return the spec with networks by name, and with networks of old clients in their present field."""
     template = spec.task_template
     attached = tuple(
         replace(one, target=names_of.get(one.target, one.target))
@@ -215,11 +215,11 @@ def _volumes(specs: Sequence[ServiceSpec], names: Names, stack: str) -> Iterator
             yield key, made | ({"labels": labels} if labels else {}) or None
 
 
-# --- what is lost --------------------------------------------------------------------------------------------------
+# --- lost settings -------------------------------------------------------------------------------------------------
 
 
 def _expected(spec: ServiceSpec, key: str, stack: str) -> ServiceSpec:
-    """The service as a stack would have it: named, reached by its key, with defaults unsaid."""
+    """Return the spec that a stack would create: with its name, reachable by its key, and without explicit defaults."""
     template = spec.task_template
     attached = tuple(
         one if one.target in NODES_NETWORKS else replace(one, aliases=_aliases(one, key))

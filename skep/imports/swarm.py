@@ -23,7 +23,7 @@ from skep.stack.project import NAMESPACE
 _RESPONSE_TIMEOUT_S: Final = 30.0
 _FILE_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
 REST: Final = "services"
-"""The stack of services that belong to none, unless one has this name already."""
+"""Name of the stack for services without a stack, unless a stack already has this name."""
 _START: Final = [
     "# Moving this swarm",
     "",
@@ -95,7 +95,7 @@ def move_of(objects: Objects) -> Move:
 
 
 def _is_revision(config: Mapping[str, Any]) -> bool:
-    """Whether ``skep stack deploy`` made it: the stacks of the new cluster get revisions of their own."""
+    """Return whether the config is a revision of a stack.  Stacks of the new cluster get their own revisions."""
     return STACK_REVISION in ((config.get("Spec") or {}).get("Labels") or {})
 
 
@@ -117,7 +117,7 @@ def _contents(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes
 
 
 def _labels(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``labels`` of configs that have some, beside a stack's own, by the configs' names."""
+    """Return entries with the ``labels`` of configs, apart from the stack's own labels, by config name."""
     found = {
         str((one.get("Spec") or {}).get("Name", "")): (one.get("Spec") or {}).get("Labels") for one in configs
     }
@@ -129,7 +129,7 @@ def _labels(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _with_configs(one: Imported, contents: Mapping[str, bytes], labels: Mapping[str, Any]) -> Imported:
-    """With configs made of files, so that a change of a file updates the services."""
+    """Return the document with configs read from files, so that a change of a file updates the services."""
     configs = {
         key: {"file": f"./configs/{entry['name']}"} | labels.get(entry["name"], {})
         if entry["name"] in contents
@@ -172,11 +172,11 @@ def _sections(
     yield _block(f"skep stack deploy --compose-file {name}.yaml {name}" for name in stacks)
     if rest in stacks:
         yield [
-            f"The services in `{rest}.yaml` belonged to no stack: they are called `{rest}_NAME` now, and by their old",
+            f"The services in `{rest}.yaml` belonged to no stack. They are called `{rest}_NAME` now, and by their old",
             "name on the stack's networks.",
             "",
         ]
-    yield ["## What the files do not say", ""]
+    yield ["## Settings that the files lack", ""]
     yield _list(
         str(replace(note, path=f"{name}.yaml: {note.path}"))
         for name, one in stacks.items()
@@ -185,7 +185,7 @@ def _sections(
 
 
 def _payload_command(kind: str, found: Mapping[str, Any]) -> str:
-    """What creates a secret or a config, but for its content."""
+    """Return the command that creates a secret or config, without its content."""
     spec = found.get("Spec") or {}
     words = ["docker", kind, "create"]
     for option, key in (("--driver", "Driver"), ("--template-driver", "Templating")):
@@ -196,12 +196,12 @@ def _payload_command(kind: str, found: Mapping[str, Any]) -> str:
 
 
 def _named(name: object) -> list[str]:
-    """The words for a name, behind options: one that begins with ``-`` is none of these."""
+    """Return the words for a name after options, with ``--`` before a name that begins with ``-``."""
     return ["--", str(name)] if str(name).startswith("-") else [str(name)]
 
 
 def _others_networks(networks: Sequence[Mapping[str, Any]], stacks: Mapping[str, Imported]) -> list[str]:
-    """Networks that services have of elsewhere, and those that no service has."""
+    """Return lines about networks that no stack creates: external networks, and networks without a service."""
     external, made = set[str](), set[str]()
     for stack, one in stacks.items():
         for key, entry in one.document.get("networks", {}).items():

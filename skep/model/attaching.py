@@ -13,8 +13,8 @@ from skep.model.network import Network, subnet_of
 from skep.model.node import Node
 
 ATTACH_LABEL = "skep.attach"
-"""On a network: comma-separated constraints that a node has to meet to attach plain containers.  Only attributes that
-the cluster sets are allowed, not those that a node reports itself."""
+"""Label of a network with comma-separated constraints that a node has to meet to attach plain containers.  They may use
+attributes that the cluster sets, but not attributes that a node reports itself."""
 
 _TRUSTED = ("node.id", "node.role", constraints.NODE_LABEL)
 

@@ -15,13 +15,13 @@ from skep.model.service import REPLICAS_MAX, ReplicatedService, ServiceMode, Ser
 from skep.model.times import SECOND_NS, duration_ns
 
 AUTOSCALE: Final = "skep.autoscale"
-"""On replicated services: the smallest and largest number of tasks, ``2..10``."""
+"""Label of replicated services with the smallest and largest number of tasks, ``2..10``."""
 AUTOSCALE_CPU: Final = "skep.autoscale.cpu"
 """Target: percent of a task's CPU limit, else of its reservation, else of one processor."""
 AUTOSCALE_MEMORY: Final = "skep.autoscale.memory"
 """Target: percent of a task's memory limit."""
 AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
-"""How long fewer tasks must suffice before the number is reduced."""
+"""Time for which fewer tasks must suffice before the number is reduced."""
 _LABELS: Final = (AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER)
 
 CPU_DEFAULT: Final = 70
@@ -62,12 +62,12 @@ class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_plausible(self) -> bool:
-        """Whether it can be a measurement, because a node may report anything."""
+        """Return whether it can be a measurement, because a node may report anything."""
         return 0 <= self.nano_cpus <= _NANO_CPUS_MAX and 0 <= self.memory_bytes <= _MEMORY_BYTES_MAX
 
 
 def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
-    """Return the settings in a service's labels, or None if there are none or they are invalid."""
+    """Return the settings in a service's labels, or None if they are missing or invalid."""
     if AUTOSCALE not in labels:  # most services: this is asked for every one of them
         return None
     try:

@@ -8,9 +8,9 @@ _PREFIX: Final = "skep.condition."
 NEIGHBOURS: Final = "neighbor-table"
 """The kernel's neighbour table overflows."""
 DISK_SPACE: Final = "disk-space"
-"""A disk of the node, or one that its containers write to, is nearly full."""
+"""A disk of the node, or a disk that its containers write to, is nearly full."""
 DISK_PRESSURE: Final = "disk-pressure"
-"""The node's own disk is full: it gets no new tasks."""
+"""The node's own disk is full, so it gets no new tasks."""
 CHARACTERS_MAX: Final = 300
 CONDITIONS_MAX: Final = 16
 

@@ -96,7 +96,7 @@ class DNSConfig(ApiObject):
 
 
 class FileTarget(ApiObject):
-    """Where a secret or config appears in the container.  ``mode`` is a Go file mode (octal 0444 = 292)."""
+    """The file of a secret or config in the container.  ``mode`` is a Go file mode (octal 0444 = 292)."""
 
     name: str = always("")
     uid: str = always("")

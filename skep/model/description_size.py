@@ -1,9 +1,8 @@
 """Limits the size of a node's description, which is one value in the store and one message on the wire.
 
-Each part has a limit of its own, but a machine may reach several of them.  Parts are then cut in a fixed order: first
-those that only spare a failed attempt (ports in use), then those that offer something (devices), then those that locate
-data, and last the labels and drivers that placement needs.  A node condition names the cut parts.  No node is therefore
-refused for its size.
+Each part has a limit of its own, but a node may reach several of them.  Its parts are then cut in a fixed order: first
+ports in use, which only spare a failed attempt, then offers (devices), then locations of data, and last the labels and
+drivers that placement needs.  A node condition names the cut parts, and no node is refused for its size.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,7 +97,7 @@ class _Cutting:
         return self._description
 
     def _cut_known_labels(self) -> None:
-        """Shorten lists in the order of cutting, each by no more than needed."""
+        """Shorten lists in the order of cutting, each only as far as needed."""
         for name, words, shortened in _LABELS:
             labels = dict(self._description.engine.labels)
             value, excess = labels.get(name, ""), self._excess()

@@ -1,8 +1,8 @@
-"""Fields of specs, and ``skep.*`` labels, by how far they reach: what users below administrator may give.
+"""Fields of specs, and ``skep.*`` labels, by their reach, which decides whether users below administrator may set them.
 
-One table. A field or label that is not in it is an administrator's, so a new one is until it gets its class here. The
-values of a few fields decide, which a function of the table says. Rights in other objects (the networks, secrets and
-volumes of a stack) are not the table's matter: see ``api.permissions``.
+Only administrators may set a field or label that is missing in the table, so a new one is restricted until it gets a
+class here.  For a few fields a function of the table decides by value.  ``api.permissions`` checks the rights to other
+objects (the networks, secrets and volumes of a stack).
 """
 
 import re
@@ -102,7 +102,8 @@ class Field(msgspec.Struct, frozen=True):
     """The class of a field or label.
 
     Args:
-        why: Which values are an administrator's. None: all of them, unless the field stays in the container.
+        why: A rule for the values that only an administrator may set, or None for all values, unless the field's reach
+            is the container.
     """
 
     reach: Reach
@@ -110,7 +111,7 @@ class Field(msgspec.Struct, frozen=True):
 
 
 def admin_rights(spec: ApiObject) -> Iterator[str]:
-    """Yield what a spec has that only an administrator may give."""
+    """Yield descriptions of the parts of a spec that only an administrator may set."""
     yield from _walk(spec, spec)
 
 
@@ -181,7 +182,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
         *(PUBLISH_NOT_READY, VOLUME_AFFINITY),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
-    # The other service has to be one of the stack.
+    # The other service has to belong to the stack.
     DEPENDS_ON: Field(Reach.CLUSTER, value_rights.anyone),
     # Above 0 for users with a role in the whole cluster.
     PRIORITY: Field(Reach.CLUSTER, value_rights.anyone),
@@ -234,7 +235,7 @@ FIELDS: Final[Mapping[type[ApiObject], Mapping[str, Field]]] = {
     PluginPrivilege: _of_node("name", "description", "value"),
     NetworkAttachmentSpec: _of_node("container_id"),
     NetworkAttachmentConfig: {
-        # The network has to be one of the stack.
+        # The network has to belong to the stack.
         **_in_container("target", "aliases"),
         "driver_opts": Field(Reach.NODE),
     },
@@ -254,7 +255,7 @@ FIELDS: Final[Mapping[type[ApiObject], Mapping[str, Field]]] = {
         **_in_container("stop_signal", "tty", "open_stdin", "read_only", "stop_grace_period"),
         # The runtime refuses sysctls that are not of the container's own namespaces.
         **_in_container("healthcheck", "hosts", "dns_config", "isolation", "sysctls", "capability_drop"),
-        # They have to be of the stack.
+        # They have to belong to the stack.
         **_in_container("secrets", "configs"),
         "image": Field(Reach.NODE, value_rights.image_registry),
         "labels": Field(Reach.CONTAINER, _labels(CONTAINER_LABELS)),
@@ -298,7 +299,7 @@ FIELDS: Final[Mapping[type[ApiObject], Mapping[str, Field]]] = {
         **_in_container("target", "read_only", "consistency", "tmpfs_options", "cluster_options"),
         # See ``value_rights.mounts``.
         "type": Field(Reach.NODE, value_rights.anyone),
-        # A name has to be the stack's.
+        # The volume has to belong to the stack.
         "source": Field(Reach.NODE, value_rights.anyone),
         "volume_options": _IN_CONTAINER,
         "bind_options": Field(Reach.NODE),

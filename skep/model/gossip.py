@@ -21,13 +21,13 @@ class GossipKeys(msgspec.Struct, frozen=True, kw_only=True):
 
     keys: tuple[GossipKey, ...] = ()
     rotated_at: Timestamp
-    """By the clock of the leader at that time."""
+    """Time of the last rotation by the clock of the leader at that time."""
 
     def encode(self) -> bytes:
-        """The stored form."""
+        """Return the stored form."""
         return msgspec.json.encode(self)
 
 
 def decoded_keys(data: bytes) -> GossipKeys:
-    """The inverse of ``encode``.  Raises: msgspec.DecodeError."""
+    """Decode keys, the inverse of ``encode``.  Raises: msgspec.DecodeError."""
     return msgspec.json.decode(data, type=GossipKeys)

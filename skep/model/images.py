@@ -1,10 +1,10 @@
-"""What the name of an image says without being parsed as a reference."""
+"""Registries of image names, without parsing the names as references."""
 
 _HUB = frozenset({"docker.io", "index.docker.io"})
 
 
 def registry_of(image: str) -> str:
-    """The registry of an image's name (``registry:5000``); empty for Docker Hub, however it is spelled.
+    """Return the registry in an image name (``registry:5000``), or an empty text for any spelling of Docker Hub.
 
     Source: distribution/reference, normalize.go (splitDockerDomain).
     """

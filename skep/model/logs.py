@@ -9,17 +9,14 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 
 
 class LogStream(Enum):
-    """The stream of a line; the values are SwarmKit's."""
+    """The stream of a line.  The values are the same as in SwarmKit."""
 
     STDOUT = 1
     STDERR = 2
 
 
 class LogQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """Which lines are requested.
-
-    A task is meant when it is named by any of ``services``, ``tasks`` and ``nodes``.
-    """
+    """A request for lines of the tasks that are named by any of ``services``, ``tasks`` and ``nodes``."""
 
     services: tuple[ServiceId, ...] = ()
     tasks: tuple[TaskId, ...] = ()
@@ -27,11 +24,11 @@ class LogQuery(msgspec.Struct, frozen=True, kw_only=True):
     follow: bool = False
     """Continue with new lines (and new tasks) until the reader stops."""
     tail: int | None = None
-    """Begin with the last ``tail`` lines of each task; None: with the first line."""
+    """Begin with the last ``tail`` lines of each task, or with the first line if it is None."""
     since_ns: int = 0
     """Omit lines before this time (Unix time)."""
     streams: tuple[LogStream, ...] = ()
-    """Empty: both."""
+    """Requested streams, or empty for both."""
 
 
 class LogLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from skep.model.task import NetworkAttachment
 from skep.model.times import ZERO_TIME, Timestamp
 
 RESPONSE_SECONDS_MAX = 5.0
-"""How long a node waits for the response of its only manager."""
+"""Seconds that a node waits for the response of its only manager."""
 
 
 class NodeRole(Enum):
@@ -37,7 +37,7 @@ class Availability(Enum):
 
 
 class NodeState(Enum):
-    """``UNKNOWN`` and ``DISCONNECTED`` are part of Docker's API.  Skep only writes ``READY`` and ``DOWN``."""
+    """A node's state.  Skep writes ``READY`` and ``DOWN`` only; the others are part of Docker's API."""
 
     UNKNOWN = "unknown"
     DOWN = "down"
@@ -109,7 +109,7 @@ _IN_PLAIN_WORDS = {UNKNOWN_STATE: "not heard from since the cluster has another 
 
 
 class NodeStatus(ApiObject):
-    """``addr`` is the address that the node's session comes from.  ``message`` is why it is down, or empty."""
+    """A node's status.  ``addr``: source address of its session.  ``message``: reason why it is down, or empty."""
 
     state: NodeState = always(NodeState.UNKNOWN)
     message: str = ""

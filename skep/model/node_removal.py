@@ -1,7 +1,7 @@
-"""The removal of a node, as a manager tells it to that node: in the text of the refusal of its certificate.
+"""The removal of a node, which managers send to the node in the text that refuses its certificate.
 
-The text is SwarmKit's, with the time and the fate of its containers added, so managers and nodes of every version
-understand each other.  Without the time the node is not known to be removed, and its containers keep running.
+The text is SwarmKit's, with the time and the fate of the node's containers added, so managers and nodes of every
+version understand each other.  Without the time, the node does not count as removed, and its containers keep running.
 """
 
 import re
@@ -24,7 +24,7 @@ class NodeRemoval(msgspec.Struct, frozen=True, kw_only=True):
     at: Timestamp = Timestamp("")
     """Time of the removal, or empty if the manager did not send it."""
     keeps_containers: bool = False
-    """Whether its containers keep running beside their replacements (``skep node evict --keep``)."""
+    """Whether its containers keep running alongside their replacements (``skep node evict --keep``)."""
 
     def refusal(self, id: NodeId) -> str:
         """Return the text with which managers refuse the calls of node ``id``."""
@@ -34,17 +34,17 @@ class NodeRemoval(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def summary(self) -> str:
-        """What a user of the removed node reads, with the command that ends this state."""
+        """Return a text for a user of the removed node, with the command that ends this state."""
         at = f" at {self.at.partition('.')[0].rstrip('Z')}Z" if self.at else ""
         tasks = "its containers keep running" if self.keeps_containers else "its containers are stopped"
         return f"this node was removed from the cluster{at}: {_LEAVE} ({tasks})"
 
 
 def removal_in(refusal: str, id: NodeId) -> NodeRemoval | None:
-    """Return the removal that a manager's refusal of node ``id`` tells, or None if it tells something else.
+    """Return the removal in a manager's refusal of node ``id``, or None if it has another reason.
 
-    A refusal without a time tells none: SwarmKit and older managers refuse nodes like that which their store does not
-    have, also because it was restored from a backup that is older than the node.
+    A refusal without a time does not count: SwarmKit and older managers send it to every node that is missing in their
+    store, also if the store was restored from a backup older than the node.
     """
     found = _REFUSAL.fullmatch(refusal)
     if found is None or found["id"] != id or not found["at"]:

@@ -20,29 +20,29 @@ VXLAN_ID_MAX: Final = PROBE_VNI - 1
 
 
 def options_of(network: Network) -> Mapping[str, str]:
-    """The requested and the allocated options; the latter take precedence."""
+    """Return the requested and the allocated options; the latter take precedence."""
     requested = network.spec.driver_configuration
     return {**(requested.options if requested is not None else {}), **network.driver_state.options}
 
 
 def is_encrypted(network: Network) -> bool:
-    """Whether it was made with ``--opt encrypted``."""
+    """Return whether the network was created with ``--opt encrypted``."""
     requested = network.spec.driver_configuration
     return requested is not None and ENCRYPTED_OPTION in requested.options
 
 
 def vxlan_ids(options: Mapping[str, str]) -> list[int]:
-    """The ids in ``options``; anything else than numbers is ignored."""
+    """Return the VXLAN ids in ``options``; items that are not numbers are ignored."""
     return [int(item) for item in options.get(VXLAN_OPTION, "").split(",") if is_number(item.strip())]
 
 
 def is_number(text: str) -> bool:
-    """Whether ``text`` is a whole number without a sign, of at most nine digits."""
+    """Return whether ``text`` is a whole number without a sign, of at most nine digits."""
     return 0 < len(text) <= 9 and text.isascii() and text.isdigit()
 
 
 def head_of(network: Network, port: int = DEFAULT_DATA_PATH_PORT) -> NetworkHead:
-    """The network's properties for the data plane.  ``port``: UDP, of the cluster's VXLAN.
+    """Return the network's properties for the data plane.  ``port``: the cluster's UDP port for VXLAN.
 
     Invalid options and subnets are ignored.
     """
@@ -61,7 +61,7 @@ def head_of(network: Network, port: int = DEFAULT_DATA_PATH_PORT) -> NetworkHead
 
 
 def _segments(network: Network, ids: list[int]) -> tuple[Segment, ...]:
-    """Each subnet with its VXLAN id; one without its own (IPv6 beside IPv4) uses the first."""
+    """Return each subnet with its VXLAN id.  A subnet without one (IPv6 in addition to IPv4) uses the first id."""
     configs = network.ipam_options.configs if network.ipam_options is not None and ids else ()
     known = [one for one in configs if is_subnet(one.subnet)]
     if len(ids) < len(known):

@@ -1,4 +1,4 @@
-"""What a node that is cut off may go by: the disconnect labels that its services had when it was last heard."""
+"""Earlier disconnect labels of services, which a disconnected node may still apply."""
 
 from collections.abc import Mapping
 
@@ -7,13 +7,13 @@ from skep.model.service import PastDisconnect, Service
 from skep.model.times import Timestamp
 
 KEPT_MAX = 4
-"""Past ones of a service: more changes than that while a node is cut off are not remembered."""
+"""Earlier labels kept for a service.  If they change more often while a node is disconnected, the oldest are lost."""
 
 
 def past_disconnects(
     before: Service, labels: Mapping[str, str], now: Timestamp
 ) -> tuple[PastDisconnect, ...]:
-    """Those of a service whose labels were those of ``before`` until ``now``, and are ``labels`` from now on."""
+    """Return the past disconnect labels of a service whose labels change from those in ``before`` to ``labels``."""
     past = before.past_disconnects
     if disconnect_policy(before.spec.labels) == disconnect_policy(labels):
         return past

@@ -1,8 +1,8 @@
 """Reachability between nodes: the targets of a node's probes, and their results.
 
-A manager sends each node its ``ProbeTargets``; the node sends a ``PathReport`` for each peer.  Both nodes of a pair get
-each other as target, because a node responds to probes of its targets only.  Each node reports on the packets that *it*
-sends, so a path that works in one direction only is detected.
+A manager sends each node its ``ProbeTargets``, and the node sends a ``PathReport`` for each peer.  Both nodes of a pair
+are each other's targets, because a node responds to probes of its targets only.  Each node reports on the packets that
+*it* sends, so a path that works in one direction only is detected.
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     vxlan_port: int = DEFAULT_DATA_PATH_PORT
     """UDP; the cluster's data-path port."""
     control: str = ""
-    """``192.0.2.1:2377`` or ``[fd09::1]:2377``; empty: not a manager, or not to be probed."""
+    """``192.0.2.1:2377`` or ``[fd09::1]:2377``, a manager's control port.  Empty if not probed."""
     etcd: str = ""
-    """``192.0.2.1:2378``, the peer port of its etcd; empty: not to be probed."""
+    """``192.0.2.1:2378``, the peer port of its etcd.  Empty if not probed."""
     gossip: str = ""
-    """``192.0.2.1:7946`` of a docker node; empty: not to be probed."""
+    """``192.0.2.1:7946`` of a docker node.  Empty if not probed."""
     encrypted: bool = False
     """Whether both nodes carry encrypted networks together, by UDP port ``vxlan_port + 10``."""
 
@@ -52,7 +52,7 @@ class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def addresses(self) -> frozenset[str]:
-        """Every address of the peers, without ports."""
+        """Return every address of the peers, without ports."""
         found = {peer.data_path for peer in self.peers}
         for peer in self.peers:
             found |= {
@@ -71,15 +71,15 @@ class PathCheck(StrEnum):
     OVERLAY = "overlay"
     """Small frames through VXLAN arrive and get responses."""
     LARGE_PACKETS = "large packets"
-    """So do frames of at least ``MTU_MIN``, unfragmented."""
+    """Unfragmented frames of at least ``MTU_MIN`` through VXLAN arrive and get responses."""
     CHECKSUM_OFFLOAD = "checksum offload"
-    """So do frames whose checksum is left to the network card, and TCP's large ones."""
+    """Frames whose checksum is computed by the network card, and large TCP frames, arrive and get responses."""
     ENCRYPTED = "encrypted"
     """The other node responds on the port of encrypted networks."""
     GOSSIP = "gossip"
-    """A docker node takes connections on its gossip port."""
+    """A docker node accepts connections on its gossip port."""
     NAMES = "names"
-    """The names of a network resolve to what is in the store."""
+    """The names of a network resolve to the addresses in the store."""
 
 
 class PathFinding(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,17 +87,17 @@ class PathFinding(msgspec.Struct, frozen=True, kw_only=True):
 
     check: PathCheck
     port: str
-    """``4789/udp``."""
+    """Port and protocol, such as ``4789/udp``."""
     sent: int
     lost: int
     round_trip_ms: float | None = None
-    """The shortest one; None: no response."""
+    """The shortest round trip, or None without a response."""
     detail: str = ""
-    """A text of at most ``DETAIL_CHARACTERS_MAX``; not empty if the check fails, or if its cause was repaired."""
+    """At most ``DETAIL_CHARACTERS_MAX`` characters.  Set if the check fails, or if the cause of a failure was fixed."""
 
     @property
     def is_failing(self) -> bool:
-        """Whether more than half was lost."""
+        """Return whether more than half of the packets were lost."""
         return self.lost * 2 > self.sent
 
 
@@ -110,26 +110,26 @@ class PathReport(msgspec.Struct, frozen=True, kw_only=True):
     peer: NodeId
     findings: tuple[PathFinding, ...] = ()
     mtu: int = 0
-    """Largest packet of the underlay that arrives unfragmented; 0: unknown."""
+    """Largest packet of the underlay that arrives unfragmented, or 0 if unknown."""
     throughput: int = 0
-    """Bytes per second over TCP inside VXLAN; 0: not requested, or failed."""
+    """Bytes per second over TCP inside VXLAN, or 0 if not requested or failed."""
     rounds: int = 1
 
     @property
     def failing(self) -> tuple[PathFinding, ...]:
-        """The failing checks of this round."""
+        """Return the failing checks of this round."""
         return tuple(one for one in self.findings if one.is_failing)
 
     @property
     def is_settled(self) -> bool:
-        """Whether enough rounds agree."""
+        """Return whether enough rounds agree."""
         return self.rounds >= SETTLED_ROUNDS
 
 
 class NetworkNames(msgspec.Struct, frozen=True, kw_only=True):
-    """The addresses of service names on one network, as of the store; possibly incomplete.
+    """The addresses of service names on one network according to the store, possibly incomplete.
 
-    ``names``: name -> addresses without lengths, sorted.
+    ``names``: sorted addresses without prefix lengths, by name.
     """
 
     network_id: NetworkId
@@ -138,7 +138,7 @@ class NetworkNames(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiagnosticsRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Checks that a node is to run now.  ``throughput``: measure that as well."""
+    """A request to a node to run checks now.  ``throughput``: also measure the throughput."""
 
     peers: tuple[PathPeer, ...] = ()
     throughput: bool = False
@@ -146,7 +146,7 @@ class DiagnosticsRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiagnosticsResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of one node's ``DiagnosticsRequest``; ``error``: why they are missing or incomplete."""
+    """A node's results of a ``DiagnosticsRequest``.  ``error``: reason why they are missing or incomplete."""
 
     node_id: NodeId
     reports: tuple[PathReport, ...] = ()

@@ -1,8 +1,8 @@
 """The two data planes of overlay networks: Docker Engine's and Skep's.
 
 Docker Engines exchange the addresses of containers by gossip; skep nodes get them from the managers.  Both use VXLAN,
-but neither gets the addresses of the other's containers: so an overlay network belongs to one of the two, and its tasks
-run on nodes of that kind (docs/decisions/0011).
+but neither gets the addresses of the other's containers.  So an overlay network belongs to one of the two, and its
+tasks run on nodes of that kind (docs/decisions/0011).
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ SKEP: Final = "skep"
 PLANES: Final = frozenset({DOCKER, SKEP})
 
 PLANE_OPTION: Final = "skep.data-plane"
-"""Driver option or label of a network: the requested plane; in the driver state: the actual one."""
+"""Driver option or label of a network with the requested plane, and option of its driver state with the actual one."""
 
 NODE_LABEL: Final = "skep.node"
 """Engine label that identifies a skep node; Docker Engines do not have it."""
@@ -28,7 +28,7 @@ DATA_PATH_LABEL: Final = "skep.data-path-addr"
 """Engine label of a skep node with the underlay address of its VXLAN."""
 
 REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
-"""The name that a manager gives to that label if the address belongs to another node."""
+"""Name to which a manager changes that label if the address belongs to another node."""
 
 PATHS_LABEL: Final = "skep.paths"
 """Engine label of skep nodes that send probes and respond to them."""
@@ -41,32 +41,32 @@ NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "i
 
 
 def driver_of(network: Network) -> str:
-    """The driver's name: as allocated, else as requested."""
+    """Return the network's driver: the allocated one, else the requested one."""
     requested = network.spec.driver_configuration
     return network.driver_state.name or (requested.name if requested else "") or "overlay"
 
 
 def is_overlay(network: Network) -> bool:
-    """Whether the cluster allocates addresses on the network, and a data plane connects the nodes."""
+    """Return whether the cluster allocates addresses on the network, and a data plane connects the nodes."""
     return driver_of(network) not in NODE_DRIVERS
 
 
 def requested_plane(network: Network) -> str:
-    """The plane that the user requested for the network; empty: none."""
+    """Return the plane that the user requested for the network, or an empty text."""
     driver = network.spec.driver_configuration
     named = driver.options.get(PLANE_OPTION, "") if driver is not None else ""
     return named or network.spec.labels.get(PLANE_OPTION, "")
 
 
 def plane_of(network: Network) -> str:
-    """The plane that the network belongs to; empty: its first task determines it."""
+    """Return the plane that the network belongs to, or an empty text until its first task determines it."""
     return network.driver_state.options.get(PLANE_OPTION, "") or requested_plane(network)
 
 
 def is_docker_node(node: Node) -> bool:
-    """Whether the node is a Docker Engine; false before its first description.
+    """Return whether the node is a Docker Engine; False before its first description.
 
-    The kind under which it has joined takes precedence over its description: docker nodes are sent keys that skep
+    The kind under which it joined takes precedence over its description, because docker nodes receive keys that skep
     nodes must not get.
     """
     engine = node.description.engine
@@ -76,26 +76,27 @@ def is_docker_node(node: Node) -> bool:
 
 
 def probes_paths(node: Node) -> bool:
-    """Whether the node sends probes and responds to them."""
+    """Return whether the node sends probes and responds to them."""
     return PATHS_LABEL in node.description.engine.labels
 
 
 def plane_of_node(node: Node) -> str:
-    """The data plane of the node."""
+    """Return the data plane of the node."""
     return DOCKER if is_docker_node(node) else SKEP
 
 
 def underlay_of(node: Node) -> str:
-    """The node's underlay address: from its label, else the source address of its connection to the managers.
+    """Return the node's underlay address from its label, else the source address of its connection to the managers.
 
-    Empty: other machines can use neither.  A loopback address is kept: such a node is on its manager's machine.
+    Returns an empty text if other machines can use neither.  A loopback source address is kept, because such a node
+    runs on its manager's machine.
     """
     reported = node.description.engine.labels.get(DATA_PATH_LABEL, "")
     return usable_address(reported) or usable_address(node.status.addr, may_be_loopback=True)
 
 
 def claimed_underlay(node: Node) -> str | None:
-    """The underlay address that no other node may have while this one is up; None: it reserves none."""
+    """Return the underlay address that no other node may have while this one is up, or None."""
     if node.status.state is NodeState.DOWN or is_docker_node(node):
         return None
     underlay = underlay_of(node)
@@ -103,9 +104,9 @@ def claimed_underlay(node: Node) -> str | None:
 
 
 def holder(claiming: Iterable[Node]) -> NodeId | None:
-    """The owner of an underlay address, of all nodes ``claiming`` it; None: there are none.
+    """Return the owner of an underlay address among the nodes ``claiming`` it, or None without nodes.
 
-    It is the node that connects from this address, which cannot be forged; else the one that joined first.
+    The owner is the node that connects from this address, which cannot be forged, else the node that joined first.
     """
 
     def order(node: Node) -> tuple[bool, str, str]:
@@ -115,7 +116,7 @@ def holder(claiming: Iterable[Node]) -> NodeId | None:
 
 
 def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
-    """``text`` in canonical form; empty: it is not an address that other machines can connect to."""
+    """Return the address ``text`` in canonical form, or an empty text if other machines cannot connect to it."""
     try:
         address = parsed(text)
     except ValueError:
@@ -125,5 +126,5 @@ def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
 
 
 def data_path_port(swarms: Iterable[Swarm]) -> int:
-    """The cluster's UDP port for VXLAN."""
+    """Return the cluster's UDP port for VXLAN."""
     return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_DATA_PATH_PORT)

@@ -1,14 +1,14 @@
-"""Options of published ports, which Docker's API has no field for: labels of the service.
+"""Options of published ports that Docker's API has no field for, as labels of the service.
 
-``skep.publish.<option>`` holds for all ports of the service, ``skep.publish.<port>.<option>`` and
-``skep.publish.<port>/<protocol>.<option>`` for one, named by the number under which it is published:
+``skep.publish.<option>`` applies to all ports of the service, ``skep.publish.<port>.<option>`` and
+``skep.publish.<port>/<protocol>.<option>`` to one port, named by its published number:
 
-* ``host-ip``: the only node address that it is published on (``127.0.0.1``, ``::1``, ``0.0.0.0``: every IPv4 address);
-* ``affinity``: ``client-ip``: one client always meets the same task; ``none``;
-* ``local``: ``true``: a node with serving tasks of its own uses only those;
-* ``proxy-protocol``: ``v1`` or ``v2``: each connection begins with a header that names its client (TCP).
+* ``host-ip``: the only node address to publish on (``127.0.0.1``, ``::1``, or ``0.0.0.0`` for every IPv4 address);
+* ``affinity``: ``client-ip`` sends one client always to the same task, or ``none``;
+* ``local``: with ``true``, a node with serving tasks of its own uses only these;
+* ``proxy-protocol``: with ``v1`` or ``v2``, each connection begins with a header that names its client (TCP).
 
-The last three belong to the routing mesh; a port in host mode has an address only.
+The last three apply to the routing mesh only, not to ports in host mode.
 """
 
 import re
@@ -29,7 +29,7 @@ PROXY_PROTOCOL = "proxy-protocol"
 PORTS_MAX = 1_000
 """Published ports of a service.  The transaction that claims them has no room for more (``store.proposal``)."""
 LABELS_MAX = 4_000
-"""Labels of a service with these options: each of the four for every port."""
+"""Labels of a service with these options: four options for each port."""
 
 _NAME = re.compile(r"skep\.publish\.(?:(?P<port>[^.]+)\.)?(?P<option>[a-z-]+)")
 _PORT = re.compile(r"(?P<number>[0-9]{1,5})(?:/(?P<protocol>tcp|udp|sctp))?")
@@ -44,17 +44,17 @@ class PublishOptions(msgspec.Struct, frozen=True, kw_only=True, order=True):
     """Options of a published port that Docker does not have."""
 
     host_ip: str = ""
-    """The only address it is published on; empty: all."""
+    """The only address to publish on, or empty for all."""
     is_sticky: bool = False
     """Session affinity: connections of one client go to one task, as long as it serves."""
     prefers_local: bool = False
     """Connections go to serving tasks of the same node, if there are any."""
     proxy_protocol: int = 0
-    """Version of the PROXY protocol header of each connection; 0: none."""
+    """Version of the PROXY protocol header of each connection, or 0 for no header."""
 
 
 class _Setting(msgspec.Struct, frozen=True):
-    """One label.  ``number`` 0: of all ports; ``protocol`` empty: of each."""
+    """One label.  It applies to all ports if ``number`` is 0, and to all protocols if ``protocol`` is empty."""
 
     label: str
     number: int
@@ -66,7 +66,7 @@ class _Setting(msgspec.Struct, frozen=True):
 def publish_options(
     labels: Mapping[str, str], ports: Iterable[PortConfig]
 ) -> Iterator[tuple[PortConfig, PublishOptions]]:
-    """The options in the labels of a service for each of ``ports``; an invalid label counts as absent."""
+    """Yield each of ``ports`` with its options from the service's labels; invalid labels are ignored."""
     settings: dict[tuple[int, str], dict[str, str]] = {}
     for one in _readable(labels):
         settings.setdefault((one.number, one.protocol), {})[one.option] = one.value
@@ -90,7 +90,10 @@ def _options(port: PortConfig, found: Mapping[str, str]) -> PublishOptions:
 
 
 def check_publishing(spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: too many ports or labels; one of these labels is invalid, or matches no port."""
+    """Check a service's ports and port labels.
+
+    Raises: InvalidArgument: too many ports or labels, or a label is invalid or matches no port.
+    """
     ports = spec.endpoint_spec.ports if spec.endpoint_spec else ()
     if len(ports) > PORTS_MAX:
         raise InvalidArgument(f"a service can publish at most {PORTS_MAX} ports, not {len(ports)}")

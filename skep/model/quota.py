@@ -1,4 +1,4 @@
-"""What the objects of one stack may take together."""
+"""Quotas: limits for all objects of a stack together."""
 
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import QuotaId
@@ -7,7 +7,7 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class QuotaSpec(ApiObject):
-    """Bounds for all objects of a stack together; 0: none.  ``name``: the stack's.
+    """Limits for all objects of the stack ``name`` together, with 0 for no limit.
 
     Managers of older versions keep the fields after ``ports``, and do not enforce them.
     """
@@ -15,21 +15,21 @@ class QuotaSpec(ApiObject):
     name: str = ""
     tasks: int = always(0)
     nano_cpus: int = always(0)
-    """Reserved, of all tasks."""
+    """Reserved by all tasks."""
     memory_bytes: int = always(0)
-    """Reserved, of all tasks."""
+    """Reserved by all tasks."""
     ports: int = always(0)
-    """Published."""
+    """Published ports."""
     networks: int = 0
     addresses: int = 0
     """IPv4 addresses in the subnets of its networks."""
     secrets: int = 0
     configs: int = 0
-    """Revisions of the stack are configs."""
+    """Configs, including revisions of the stack."""
     data_bytes: int = 0
     """Data of its secrets and configs."""
     services: int = 0
-    """Also those without tasks."""
+    """Services, including those without tasks."""
 
 
 class StackQuota(ApiObject):
@@ -41,11 +41,12 @@ class StackQuota(ApiObject):
     updated_at: Timestamp = always(ZERO_TIME)
     spec: QuotaSpec = always(QuotaSpec())
     changes: int = 0
-    """Of services under it: each writes this, so that two at one time are not both within the bound."""
+    """Counter of changes to the stack's services.  Each change writes it, so that two concurrent changes conflict and
+    cannot exceed the quota together."""
 
 
 class QuotaState(ApiObject):
-    """A quota, and what of it is taken, in the same form."""
+    """A quota and its use, in the same form."""
 
     quota: QuotaSpec
     used: QuotaSpec

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from random import Random
 
 NameSource = Callable[[], str]
-"""Gives another readable name at each call."""
+"""Returns another readable name at each call."""
 
 _ATTEMPTS_WITHOUT_NUMBER = 10
 
@@ -28,12 +28,12 @@ _NOUNS = _words("""
 
 
 def names_from(random: Random) -> NameSource:
-    """Names such as ``mellow_clover``."""
+    """Return a source of names such as ``mellow_clover``."""
     return lambda: f"{random.choice(_ADJECTIVES)}_{random.choice(_NOUNS)}"
 
 
 def free_name(new_name: NameSource, is_taken: Callable[[str], bool], attempts: int) -> str | None:
-    """An unused name, after a few attempts with a number appended; None: none was found."""
+    """Return an unused name, with a number appended after a few attempts, or None if all attempts fail."""
     for attempt in range(attempts):
         name = new_name() if attempt < _ATTEMPTS_WITHOUT_NUMBER else f"{new_name()}{attempt}"
         if not is_taken(name):

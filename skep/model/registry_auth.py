@@ -17,11 +17,11 @@ _ADDRESS = "serveraddress"
 
 
 def decoded_auth(header: str) -> Mapping[str, Any]:
-    """Return the fields of ``X-Registry-Auth``, their names in lower case.
+    """Return the fields of ``X-Registry-Auth``, with names in lower case.
 
-    Docker takes what cannot be read for no credentials. docker-py writes IdentityToken; Go reads any case.
+    Docker treats an invalid header as no credentials.  docker-py writes IdentityToken, and Go accepts any case.
 
-    Raises: ValueError, RecursionError: it cannot be read.
+    Raises: ValueError, RecursionError: the header is invalid.
     """
     content = base64.urlsafe_b64decode(header.replace("+", "-").replace("/", "_") + "=" * (-len(header) % 4))
     known = msgspec.json.decode(content, type=dict[str, Any]) if content else {}
@@ -35,9 +35,9 @@ def registry_at(address: str) -> str:
 
 
 def is_for(address: str, image: str) -> bool:
-    """Whether credentials for the registry ``address`` may be sent to the registry of ``image``.
+    """Return whether credentials for the registry ``address`` may be sent to the registry of ``image``.
 
-    Those without an address were given together with the image.
+    Credentials without an address were sent together with the image.
     """
     return not address or registry_at(address) == registry_at(registry_of(image))
 

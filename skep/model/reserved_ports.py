@@ -1,8 +1,8 @@
-"""Ports of the machines that the cluster itself uses, or without which they cannot be reached.
+"""Reserved ports: ports of nodes that the cluster itself uses, or without which nodes cannot be reached.
 
-Users other than administrators publish nothing on them (``of_cluster``).  A node gives its own to no container, whoever
-asks (``node.own_ports``): some are not bound yet when a container would take them, such as the data path's before the
-first overlay network.
+Only administrators may publish on them (``of_cluster``).  A node never publishes a container on its own reserved ports
+(``node.own_ports``), because some of them are not bound yet when a container would take them, such as the data path's
+port before the first overlay network.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,30 +15,30 @@ from skep.model.used_ports import RESERVED_LABEL, UsedPort, ports_in
 SSH_PORT: Final = 22
 IMAGES_PORT: Final = 2374
 API_PORT: Final = 2376
-"""Where Docker's API is served by TLS, by convention; registered with IANA as docker-s."""
+"""Conventional port of Docker's API with TLS, registered with IANA as docker-s."""
 MANAGER_PORT: Final = 2377
 PEER_PORT: Final = 2378
-"""etcd's, of a manager on the default port (``default_peer_addr``)."""
+"""Port of etcd on a manager with the default port (``default_peer_addr``)."""
 PEER_PORT_OFFSET: Final = 10_000
-"""From the port of another manager to etcd's: managers of one machine often have neighboring ports (2477, 2478, 2479),
-and Linux gives no program a port below 32768 that it did not ask for."""
+"""Distance from a manager's port, if it is not the default, to etcd's port.  Managers on one machine often have
+neighboring ports (2477, 2478, 2479), and Linux does not assign ports below 32768 to programs on its own."""
 GOSSIP_PORT: Final = 7946
-"""Of docker nodes, and of managers, which relay it to them."""
+"""Gossip port of docker nodes, and of managers, which relay gossip to them."""
 _HIGH_PORT: Final = 55_000
-"""Ports from here on have too few ports above them."""
+"""From this port on, ``PEER_PORT_OFFSET`` is subtracted, as adding it would exceed the largest port."""
 WIREGUARD_OFFSET: Final = 10
-"""WireGuard's UDP ports are that of VXLAN plus this (4799) and the next (4800), unless the node is configured so."""
+"""Distance from the VXLAN port to WireGuard's UDP ports: this one (4799) and the next (4800), unless configured."""
 
 
 def distant_peer_port(listen_port: int) -> int:
-    """A port for the etcd of a manager at ``listen_port``, away from that and its neighbors."""
+    """Return a port for the etcd of a manager at ``listen_port``, away from that port and its neighbors."""
     return listen_port + (PEER_PORT_OFFSET if listen_port < _HIGH_PORT else -PEER_PORT_OFFSET)
 
 
 def default_peer_addr(listen_addr: str) -> str:
-    """Where the etcd of a new manager at ``listen_addr`` (``ip:port``) listens for the others.
+    """Return the peer address for the etcd of a new manager at ``listen_addr`` (``ip:port``).
 
-    2378 beside the default 2377, which firewalls know; else the port that is 10,000 further.
+    Its port is 2378 if the manager has the default port 2377, as firewalls know both, else 10,000 away.
     """
     host, digits = parted(listen_addr)
     port = int(digits)
@@ -46,7 +46,7 @@ def default_peer_addr(listen_addr: str) -> str:
 
 
 ReservedPorts: TypeAlias = Mapping[UsedPort, str]
-"""By protocol and number what the port is for."""
+"""The purpose of each reserved port, by protocol and number."""
 
 _ALWAYS: Final[ReservedPorts] = {
     ("tcp", SSH_PORT): "SSH",
@@ -60,7 +60,7 @@ _ALWAYS: Final[ReservedPorts] = {
 
 
 def of_data_path(port: int, wireguard: int = 0) -> ReservedPorts:
-    """The ports of overlay networks.  ``wireguard``: as configured; 0: after the data path's ``port``."""
+    """Return the ports of overlay networks.  ``wireguard``: the configured port, or 0 to derive it from ``port``."""
     encrypted = wireguard or port + WIREGUARD_OFFSET
     return {
         ("udp", port): "overlay networks",
@@ -70,9 +70,9 @@ def of_data_path(port: int, wireguard: int = 0) -> ReservedPorts:
 
 
 def of_cluster(data_path_port: int, nodes: Iterable[Node]) -> ReservedPorts:
-    """What only administrators may publish on, in a cluster with these ``nodes``.
+    """Return the ports that only administrators may publish on, in a cluster with these ``nodes``.
 
-    Workers' labels do not count: one that is compromised could reserve what it likes.
+    Labels of workers do not count, because a compromised worker could reserve any port.
     """
     found: dict[UsedPort, str] = {}
     for node in nodes:

@@ -1,4 +1,4 @@
-"""Points in the cluster's history, which a node never goes back from."""
+"""Points in the cluster's history.  A node never accepts an earlier point than it has seen."""
 
 import msgspec
 
@@ -6,16 +6,16 @@ from skep.errors import FailedPrecondition
 
 
 class Revision(msgspec.Struct, frozen=True, order=True):
-    """A point in the cluster's history; of two the larger is the newer."""
+    """A point in the cluster's history.  Newer points are larger."""
 
     incarnation: int = 0
     number: int = 0
 
 
 def advanced(seen: Revision, offered: Revision) -> Revision:
-    """What was seen after taking ``offered``.
+    """Return the newest revision after accepting ``offered``.
 
-    Raises: FailedPrecondition: it lies before what was seen.
+    Raises: FailedPrecondition: ``offered`` is older than ``seen``.
     """
     if offered < seen:
         raise FailedPrecondition(

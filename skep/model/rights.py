@@ -1,10 +1,9 @@
-"""Rights over its machine that a service asks for by labels of its containers, and what allows them.
+"""Rights over the node that a service requests by container labels, and the permissions for them.
 
-Docker's services have no field for devices, privileges, GPUs, shared memory and the machine's namespaces.  Labels of
-the *container* say it, because they belong to the task's spec: a change of them rolls the tasks, a rollback takes it
-back.
-The cluster allows kinds of rights (``skep.allow`` of its spec), and each node does for itself; without either nothing
-but what every Docker service has.
+Docker's services have no field for devices, privileges, GPUs, shared memory and host namespaces.  Skep takes them from
+labels of the *container*, because these belong to the task's spec: a change of them replaces the tasks, and a rollback
+reverts it.  The cluster allows kinds of rights (``skep.allow`` in its spec), and each node does so for itself.  Both
+have to allow a right.
 """
 
 import re
@@ -18,16 +17,16 @@ from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
 
 API_LABEL: Final = "skep.api"
-"""On containers that mount the API's socket: what they may call (``ApiAccess``)."""
+"""Container label with the calls that a container may make on a mounted API socket (``ApiAccess``)."""
 ALLOW_LABEL: Final = "skep.allow"
-"""On the cluster: the kinds of rights that services may have; reported by nodes: those that they give."""
+"""Label of the cluster, and engine label of nodes, with the kinds of rights that they allow to services."""
 DEVICES_LABEL: Final = "skep.devices"
-"""Reported by nodes: their devices, separated by commas; ``...`` at the end: there are more."""
+"""Engine label with a node's devices, separated by commas.  ``...`` at the end means that the list was cut."""
 CDI_LABEL: Final = "skep.cdi"
-"""Reported by nodes: the devices that vendors describe (CDI), separated by commas."""
+"""Engine label with a node's devices that vendors describe (CDI), separated by commas."""
 MORE: Final = "..."
 _WORDS_MAX = 256
-"""Parts of one label of a container."""
+"""Parts of one container label.  Each part costs a search for the device on each node."""
 
 _SIZE = re.compile(r"(\d{1,15})([bkmgt]?)b?", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -41,21 +40,21 @@ _UNLISTED = re.compile(
 
 
 class ApiAccess(Enum):
-    """What a container may call on its own socket of the Engine API, as ``skep.api`` names it."""
+    """Calls that a container may make on its own Engine API socket, as named in ``skep.api``."""
 
     READ = "read"
     """Lists and details, without the values of environment variables and without the data of configs."""
     INSPECT = "inspect"
     """All details, and logs."""
     FULL = "full"
-    """Everything that root of the machine may."""
+    """Everything that root on the node may do."""
 
 
 class Right(Enum):
-    """A kind of right, as ``skep.allow`` names it."""
+    """A kind of right, as named in ``skep.allow``."""
 
     PRIVILEGED = "privileged"
-    """Everything that root of the machine may."""
+    """Everything that root on the node may do."""
     DEVICES = "devices"
     GPUS = "gpus"
     NAMESPACES = "namespaces"
@@ -65,7 +64,7 @@ class Right(Enum):
     API = "api"
     """The whole Engine API, for containers that mount its socket."""
     API_INSPECT = "api-inspect"
-    """To read with it what others may have as secrets: environment variables, configs, logs."""
+    """Reading data through the Engine API that may hold secrets of others: environment variables, configs, logs."""
 
 
 ALL_RIGHTS: Final = frozenset(Right)
@@ -80,14 +79,14 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Gpus(msgspec.Struct, frozen=True, kw_only=True):
-    """GPUs of a machine: so many (``count`` -1: all), or those with these names."""
+    """Requested GPUs: a number of them (``count`` -1 for all), or the GPUs with these names."""
 
     count: int = 0
     ids: tuple[str, ...] = ()
 
 
 class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
-    """What the labels of a container ask for."""
+    """The rights that a container's labels request."""
 
     privileged: bool = False
     devices: tuple[Device, ...] = ()
@@ -95,7 +94,7 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     device_rules: tuple[str, ...] = ()
     gpus: Gpus | None = None
     pid: str = ""
-    """``host`` or empty, as the next two."""
+    """``host`` or empty, as in the next two fields."""
     ipc: str = ""
     uts: str = ""
     shm_bytes: int = 0
@@ -103,20 +102,20 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     cpuset_cpus: str = ""
     cpuset_mems: str = ""
     memory_swap: int = 0
-    """Memory and swap together, in bytes; -1: without a limit."""
+    """Limit of memory and swap together, in bytes, or -1 for no limit."""
     memory_swappiness: int | None = None
     api_full: bool = False
     api_inspect: bool = False
     blkio_weight: int = 0
     read_bps: tuple[tuple[str, int], ...] = ()
-    """Path of a block device, and bytes in a second; the next three likewise."""
+    """Path of a block device, and bytes per second.  The next three fields have the same form."""
     write_bps: tuple[tuple[str, int], ...] = ()
     read_iops: tuple[tuple[str, int], ...] = ()
     write_iops: tuple[tuple[str, int], ...] = ()
 
     @property
     def kinds(self) -> frozenset[Right]:
-        """The rights that it needs."""
+        """Return the kinds of rights that the labels need."""
         groups = {
             Right.PRIVILEGED: ("privileged",),
             Right.DEVICES: ("devices", "cdi_devices", "device_rules"),
@@ -138,7 +137,7 @@ _NOTHING: Final = MachineRights()
 
 
 def rights_of(container: ContainerSpec | None) -> MachineRights:
-    """What a service's container is to have.  Raises: InvalidArgument: a label cannot be read."""
+    """Return the rights that a container's labels request.  Raises: InvalidArgument: a label is invalid."""
     if container is None or _READERS.keys().isdisjoint(container.labels):
         return _NOTHING
     found: dict[str, Any] = {}
@@ -154,7 +153,7 @@ def rights_of(container: ContainerSpec | None) -> MachineRights:
 
 
 def api_access(labels: Mapping[str, str]) -> ApiAccess:
-    """What the labels of a container let it call on its own API socket.  Raises: InvalidArgument."""
+    """Return the access that a container's labels permit on its own API socket.  Raises: InvalidArgument."""
     text = labels.get(API_LABEL, ApiAccess.READ.value)
     try:
         _api(text)
@@ -164,7 +163,10 @@ def api_access(labels: Mapping[str, str]) -> ApiAccess:
 
 
 def check_service_rights(container: ContainerSpec | None, service_labels: Iterable[str]) -> None:
-    """Raises: InvalidArgument: a label cannot be read, or is the service's where only a container's counts."""
+    """Check a service's labels for rights.
+
+    Raises: InvalidArgument: a label is invalid, or is set on the service instead of the container.
+    """
     misplaced = sorted(_READERS.keys() & set(service_labels))
     if misplaced:
         raise InvalidArgument(
@@ -174,7 +176,7 @@ def check_service_rights(container: ContainerSpec | None, service_labels: Iterab
 
 
 def allowed_rights(text: str) -> frozenset[Right]:
-    """The kinds that ``skep.allow`` names: ``devices,gpus``, ``all``, or nothing.  Raises: InvalidArgument."""
+    """Return the kinds in a value of ``skep.allow``: ``devices,gpus``, ``all``, or none.  Raises: InvalidArgument."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if words == ["all"]:
         return ALL_RIGHTS
@@ -190,7 +192,7 @@ def allowed_rights(text: str) -> frozenset[Right]:
 
 
 def allowed_by(labels: Mapping[str, str]) -> frozenset[Right]:
-    """The kinds in the labels of a cluster or a node; none without the label, or where it cannot be read."""
+    """Return the kinds in the labels of a cluster or node; none if the label is missing or invalid."""
     try:
         return allowed_rights(labels.get(ALLOW_LABEL, ""))
     except InvalidArgument:
@@ -198,22 +200,25 @@ def allowed_by(labels: Mapping[str, str]) -> frozenset[Right]:
 
 
 def reported_rights(rights: frozenset[Right]) -> str:
-    """The kinds as a node reports them; without their names where managers of other versions may not have one."""
+    """Return the kinds as a node reports them.
+
+    All of them are reported as ``all``, because managers of other versions may not know every name.
+    """
     return "all" if rights == ALL_RIGHTS else rights_text(rights)
 
 
 def rights_text(rights: Iterable[Right]) -> str:
-    """The kinds as ``skep.allow`` has them."""
+    """Return the kinds in the form of ``skep.allow``."""
     return ",".join(sorted(right.value for right in rights))
 
 
 def is_listed(path: str) -> bool:
-    """Whether nodes report a device at ``path`` if they have one; terminals and loop devices, for example, are not."""
+    """Return whether nodes report a device at ``path``; terminals and loop devices, for example, are not reported."""
     return path.startswith("/dev/") and not _UNLISTED.fullmatch(path)
 
 
 def missing_devices(rights: MachineRights, engine_labels: Mapping[str, str]) -> tuple[str, ...]:
-    """What of the devices a node lacks, by its labels."""
+    """Return the requested devices that a node lacks, by its labels."""
     listed = f",{engine_labels.get(DEVICES_LABEL, '')},"  # searched as text: thousands of nodes list hundreds
     described = [one for one in engine_labels.get(CDI_LABEL, "").split(",") if one]
     missing: list[str] = []
@@ -266,7 +271,7 @@ def _api(text: str) -> dict[str, Any]:
 
 
 def _devices(text: str) -> dict[str, Any]:
-    """``/dev/a[:/dev/b[:rwm]]``, as ``--device`` has it, and names of CDI."""
+    """Parse devices in the form of ``--device``, ``/dev/a[:/dev/b[:rwm]]``, and CDI names."""
     devices, names = [], []
     for word in _words(text):
         if _CDI_NAME.fullmatch(word):
@@ -314,7 +319,7 @@ def _of_the_machine(field: str) -> Callable[[str], dict[str, Any]]:
 
 
 def size(text: str) -> int:
-    """Bytes of ``64m``, ``1g``, ``4096``.  Raises: ValueError."""
+    """Return the bytes of a size such as ``64m``, ``1g`` or ``4096``.  Raises: ValueError."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError("want a size like 64m or 1g")
@@ -393,6 +398,6 @@ _READERS: Final[Mapping[str, Callable[[str], dict[str, Any]]]] = {
     "skep.device-read-iops": _rates("read_iops", _operations),
     "skep.device-write-iops": _rates("write_iops", _operations),
 }
-"""Every label of a container that asks for a right."""
+"""Every container label that requests a right."""
 
 RIGHT_LABELS: Final = frozenset(_READERS)

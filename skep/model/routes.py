@@ -1,7 +1,7 @@
 """The IP routes of nodes, as they report them to the managers.
 
-Containers on an overlay cannot reach networks of their machine with the same subnet.  So skep nodes report their IP
-routes in an engine label, which existing messages carry and users can read:
+Containers on an overlay network cannot reach host networks with the same subnet.  So skep nodes report their IP routes
+in an engine label, which existing messages carry and users can read:
 ``10.0.0.0/24=eth0 192.168.7.0/24=eth1``.
 """
 
@@ -16,7 +16,7 @@ from skep.model.node import Node
 
 ROUTES_LABEL: Final = "skep.routes"
 ROUTES_MAX: Final = 64
-"""Routes of a node that are reported and read; if it has more, the widest."""
+"""Maximum number of a node's routes that are reported and read, the widest first."""
 _LABEL_CHARACTERS_MAX = 8192
 
 Subnet: TypeAlias = IPv4Network | IPv6Network
@@ -33,11 +33,11 @@ class MachineRoute(msgspec.Struct, frozen=True):
 
 
 class RouteOverlap(msgspec.Struct, frozen=True):
-    """A subnet of the cluster overlaps with an IP route of a node."""
+    """An overlap of a cluster subnet with an IP route of a node."""
 
     subnet: Subnet
     node: str
-    """Its name, or else its id."""
+    """The node's name, or else its id."""
     route: MachineRoute
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class RouteOverlap(msgspec.Struct, frozen=True):
 
 
 def routes_label(routes: Iterable[MachineRoute]) -> str:
-    """The label for ``routes``, without those that another one of the same interface contains, the widest first."""
+    """Return the label for ``routes``, widest first, without routes inside another route of the same interface."""
     outermost: list[MachineRoute] = []
     for route in sorted(set(filter(_is_specific, routes)), key=_by_interface_and_subnet):
         last = outermost[-1] if outermost else None
@@ -58,23 +58,23 @@ def routes_label(routes: Iterable[MachineRoute]) -> str:
 
 
 def routes_of(node: Node) -> tuple[MachineRoute, ...]:
-    """The routes in the node's label; invalid ones are ignored."""
+    """Return the routes in the node's label; invalid ones are ignored."""
     return _read(_label_of(node))
 
 
 def differ_in_routes(one: Node, other: Node) -> bool:
-    """Whether two states of a node have different routes."""
+    """Return whether two states of a node have different routes."""
     return _label_of(one) != _label_of(other)
 
 
 def routes_of_all(nodes: Iterable[Node]) -> frozenset[Subnet]:
-    """The routes of all ``nodes``.  Many nodes have equal labels, so each label is parsed once."""
+    """Return the routes of all ``nodes``.  Many nodes have equal labels, so each label is parsed once."""
     labels = {_label_of(node) for node in nodes}
     return frozenset(route.subnet for label in labels for route in _read(label))
 
 
 def route_overlaps(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[RouteOverlap]:
-    """The overlaps of ``subnets`` with routes of ``nodes``, in the order of the nodes."""
+    """Return the overlaps of ``subnets`` with routes of ``nodes``, in the order of the nodes."""
     wanted = list(subnets)
     by_label: dict[str, list[tuple[Subnet, MachineRoute]]] = {}
     found: list[RouteOverlap] = []
@@ -96,7 +96,7 @@ def _label_of(node: Node) -> str:
     return node.description.engine.labels.get(ROUTES_LABEL, "")[:_LABEL_CHARACTERS_MAX]
 
 
-@lru_cache(16_384)  # more than nodes: those of all are asked for
+@lru_cache(16_384)  # more than the nodes of a cluster, as ``routes_of_all`` reads every label
 def _read(label: str) -> tuple[MachineRoute, ...]:
     routes = []
     for item in label.split()[:ROUTES_MAX]:
@@ -109,12 +109,12 @@ def _read(label: str) -> tuple[MachineRoute, ...]:
 
 
 def _is_specific(route: MachineRoute) -> bool:
-    """False for default routes, and for the two /1 routes with which tunnels override a default route."""
+    """Return False for default routes, and for the two /1 routes with which tunnels override a default route."""
     return route.subnet.prefixlen > 1
 
 
 def _by_interface_and_subnet(route: MachineRoute) -> tuple[str, int, int, int]:
-    """Sorts each subnet before those that it contains."""
+    """Return a sort key that puts each subnet before the subnets inside it."""
     return route.interface, route.subnet.version, int(route.subnet.network_address), route.subnet.prefixlen
 
 
@@ -123,7 +123,7 @@ def _contains(one: Subnet, other: Subnet) -> bool:
 
 
 def overlap(one: Subnet, other: Subnet) -> bool:
-    """Whether two subnets have an address in common; those of different versions have none."""
+    """Return whether two subnets have an address in common.  Subnets of different IP versions do not."""
     match one, other:
         case (IPv4Network(), IPv4Network()) | (IPv6Network(), IPv6Network()):
             return one.overlaps(other)

@@ -1,7 +1,7 @@
 """A container's network sandbox: its network namespace, its endpoints on networks, its published ports.
 
-The engine records these values with each container; the data plane makes them.  The terms are libnetwork's.  Records of
-containers are files, so serialized names stay: where one differs from its attribute, ``name`` gives it.
+The engine records these values with each container, and the data plane creates them.  The terms are libnetwork's.
+Container records are files, so serialized names never change: fields with a different attribute have ``name=``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ class NetworkMode(Enum):
     NETWORKS = "networks"
     """Named networks."""
     NONE = "none"
-    """Its own loopback."""
+    """Only a loopback interface."""
     HOST = "host"
-    """The node's."""
+    """The node's network namespace."""
     CONTAINER = "container"
-    """Another container's."""
+    """Another container's network namespace."""
 
 
 class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,28 +35,28 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     network: str
     aliases: tuple[str, ...] = ()
     address: str = ""
-    """``--ip``; empty: any."""
+    """``--ip``, or empty for any."""
     address6: str = ""
-    """``--ip6``; empty: any that the network has."""
+    """``--ip6``, or empty for any IPv6 address if the network has IPv6."""
     mac_address: str = ""
-    """``--mac-address``; empty: one that follows from its address."""
+    """``--mac-address``, or empty to derive it from the IP address."""
     links: tuple[str, ...] = ()
-    """``container:alias``: further names that this container alone has for others."""
+    """Links as ``container:alias``: names of other containers that only this container can resolve."""
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that a container is to be on, with its addresses there.  ``addresses``: ``ip/length``, IPv4 first."""
+    """A container's endpoint on a network before it starts.  ``addresses``: ``ip/length``, IPv4 first."""
 
     head: NetworkHead
     addresses: tuple[str, ...]
     aliases: tuple[str, ...] = ()
-    """Further names of this container alone."""
+    """Additional names of this container alone."""
     mac_address: str = ""
-    """That its user has chosen; empty: none."""
+    """Set by the user.  Empty if unset."""
     links: tuple[str, ...] = ()
-    """As in ``EndpointRequest``."""
+    """See ``EndpointRequest.links``."""
     attachment: TaskId = TaskId("")
-    """The attachment task by which the cluster reserves this endpoint for a plain container; empty: none."""
+    """Attachment task by which the cluster reserves the endpoint for a plain container.  Empty without one."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,57 +70,57 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def network_id(self) -> NetworkId:
-        """Of the network that it is on."""
+        """Return the network's id."""
         return self.config.head.id
 
     @property
     def network_name(self) -> str:
-        """Of the network that it is on."""
+        """Return the network's name."""
         return self.config.head.name
 
     @property
     def address(self) -> str:
-        """Its first address, without the prefix length."""
+        """Return the first address, without the prefix length."""
         return self.config.addresses[0].partition("/")[0]
 
     @property
     def prefix_length(self) -> int:
-        """Of the subnet that its first address is in."""
+        """Return the prefix length of the first address."""
         return int(self.config.addresses[0].partition("/")[2])
 
 
 class PublishedPort(PortConfig):
-    """A port published on the node.  ``host_ip``: the only address it listens on; empty: all."""
+    """A port published on the node.  ``host_ip``: the only address it listens on, or empty for all."""
 
     host_ip: str = ""
 
 
 def as_requested(ports: Sequence[PublishedPort]) -> tuple[PublishedPort, ...]:
-    """``ports`` of a sandbox without the IPv6 twins of those that are published on all addresses."""
+    """Return ``ports`` of a sandbox without the IPv6 twins of ports that are published on all addresses."""
     twins = {msgspec.structs.replace(port, host_ip="::") for port in ports if not port.host_ip}
     return tuple(port for port in ports if port not in twins)
 
 
 class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A container as its networks see it: what its sandbox is made from.  Not serialized."""
+    """A container's network settings, from which its sandbox is created.  Not serialized."""
 
     id: ContainerId
     name: str
     hostname: str = ""
-    """One of its names on its networks, as in Docker; empty: none."""
+    """Host name, which also resolves on its networks, as in Docker.  Empty if unset."""
     task: TaskId = TaskId("")
-    """Its task, whose id its endpoints have in network tables; empty: a plain container."""
+    """The container's task, whose id its endpoints have in network tables.  Empty for a plain container."""
     mode: NetworkMode = NetworkMode.BRIDGE
     networks: tuple[EndpointRequest, ...] = ()
-    """Requested networks, in the order of its interfaces, on which it gets endpoints when it starts."""
+    """Requested networks, on which it gets endpoints when it starts, in the order of its interfaces."""
     endpoints: tuple[EndpointConfig, ...] = ()
-    """Endpoints that it has been given already (a task's), likewise."""
+    """Endpoints that are allocated already (for tasks), in the order of its interfaces."""
     mac_address: str = ""
-    """On the gateway bridge where that is its network; empty: one that follows from its address."""
+    """MAC address on the gateway bridge, if that is its network, or empty to derive it from the IP address."""
     ports: tuple[PublishedPort, ...] = ()
     """Host-mode ports to publish on the node."""
     sysctls: Mapping[str, str] = {}
-    """As its user has set them."""
+    """Sysctls set by the user."""
     nameservers: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
 
@@ -128,8 +128,8 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """A container's network namespace with its endpoints, and with its interface on the node's gateway bridge.
 
-    ``netns``: path of the namespace; ``ports``: host-mode ports as published.  ``address`` and the fields after it are
-    those on the gateway bridge, empty where the container has no interface there (internal networks only).
+    ``netns``: path of the namespace.  ``ports``: host-mode ports as published.  ``address`` and the following fields
+    describe the interface on the gateway bridge, and are empty without one (on internal networks only).
     """
 
     netns: str
@@ -140,26 +140,25 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     network: str = ""
     """Name of the bridge network."""
     interface: str = "eth0"
-    """Of the gateway bridge, in the container's namespace."""
+    """Interface on the gateway bridge, in the container's namespace."""
     port: str = ""
     """The container's port on the gateway bridge."""
     address6: str = ""
-    """On the gateway bridge too, in a /64; empty without a default route by IPv6."""
+    """IPv6 address on the gateway bridge, in a /64.  Empty without a default IPv6 route."""
     gateway6: str = ""
     is_open: bool = False
-    """It reaches other open ones by the gateway bridge, which is its only network."""
+    """Whether it reaches other open sandboxes by the gateway bridge, which is its only network."""
     ports: tuple[PublishedPort, ...] = ()
     endpoints: tuple[Endpoint, ...] = msgspec.field(name="places", default=())
-    """In the order of its interfaces."""
+    """Endpoints in the order of its interfaces."""
     sysctls: Mapping[str, str] = {}
-    """Of its namespace (``net/...``), as the node sets them; those that the user has set are not among them."""
+    """Sysctls of its namespace (``net/...``) that the node sets, without the user's."""
 
     @property
     def own_addresses(self) -> Sequence[str]:
-        """The addresses of the container's own name in its hosts file: those on its networks without ingress, as in
-        Docker.
+        """Return the addresses of the container's own name in its hosts file.
 
-        Where that leaves none, the one on the gateway bridge.
+        As in Docker, these are the addresses on its networks without ingress, or else that on the gateway bridge.
         """
         found = [
             one.partition("/")[0]

@@ -1,9 +1,8 @@
-"""Schedules of jobs: labels with the times at which a job is to run again.  Pure.
+"""Schedules of jobs: labels with the times of a job's runs.  Pure.
 
-An expression has cron's five fields, and means what Debian's cron makes of it, at changes of the clock too: a time of
-day that does not exist is moved to the first one that does, one that exists twice runs once; where minute or hour
-begins with ``*``, every time that exists counts.  All comparisons are between points in time, never between local
-times.
+An expression has cron's five fields and is interpreted as by Debian's cron, also when the clock changes.  A local time
+that does not exist moves to the first time that does, and a local time that exists twice runs once.  If minute or hour
+begins with ``*``, every existing time counts.  Points in time are compared, never local times.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from skep.model.labels import JOB_TTL
 from skep.model.times import SECOND_NS, duration_ns
 
 CRON: Final = "skep.cron"
-"""On jobs: when they run; the labels that begin with it say how."""
+"""Label of a job with its due times.  Labels that begin with it have further settings."""
 CRON_TIME_ZONE: Final = "skep.cron.time-zone"
 CRON_CONCURRENCY: Final = "skep.cron.concurrency"
 CRON_DEADLINE: Final = "skep.cron.deadline"
@@ -39,12 +38,12 @@ SCHEDULE_LABELS: Final = (
 JOB_MODES: Final = ("replicated-job", "global-job")
 EXPRESSIONS_MAX: Final = 10
 CHARACTERS_MAX: Final = 250
-"""Of one expression."""
+"""Characters of one expression."""
 DEADLINE_S_MAX: Final = 365 * 24 * 3600.0
 MAX_ATTEMPTS_DEFAULT: Final = 6
-"""Kubernetes' ``backoffLimit``: without a limit a command that always fails holds up all later runs."""
+"""Kubernetes' default of ``backoffLimit``.  Without a limit, a command that always fails would delay all later runs."""
 MAX_ATTEMPTS_MAX: Final = 1000
-"""So many tasks may stay in the history of each slot while the run goes on."""
+"""Each attempt leaves a task in the history of its slot until the run ends."""
 _FIELDS: Final = {
     "Bad minute": "minute (0 to 59)",
     "Bad hour": "hour (0 to 23)",
@@ -62,26 +61,26 @@ _MACROS: Final = {
     "@hourly": "0 * * * *",
 }
 _LOCAL_ZONES: Final = ("localtime", "posixrules", "Factory")
-"""Files beside the time zones, which differ between machines or mean nothing."""
+"""Other files in the time zone folder, which differ between machines or have no meaning."""
 _TRIED_FROM: Final = datetime(2000, 1, 1, tzinfo=UTC)
-"""Every calendar that there is follows within the fifty years that are searched."""
+"""Start of the search for a due time.  Every possible date occurs in the fifty years that are searched."""
 _FIRST_WINDOW_S: Final = 3600
 
 
 class Concurrency(Enum):
-    """What happens when a run is due and the one before it is still going."""
+    """Action when a run is due while the previous run has not ended."""
 
     FORBID = "forbid"
-    """It is skipped."""
+    """Skip the due run."""
     REPLACE = "replace"
-    """The one before is stopped."""
+    """Stop the previous run."""
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """When a job runs.
+    """The schedule of a job.
 
-    ``deadline_s``: how late a run may start; None: there is no limit.  ``max_attempts``: how often a failed task of a
-    run is started again, if the restart policy sets no limit; 0: there is none.
+    ``deadline_s``: seconds by which a run may start late, or None for no limit.  ``max_attempts``: restarts of a failed
+    task in a run, if the restart policy sets no limit, or 0 for no limit.
     """
 
     expressions: tuple[str, ...]
@@ -92,17 +91,17 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = MAX_ATTEMPTS_DEFAULT
 
     def next_after(self, after_s: int) -> int | None:
-        """The first due time after ``after_s``, both in seconds since the epoch; None: there is none.
+        """Return the first due time after ``after_s``, both in seconds since the epoch, or None.
 
-        A suspended schedule has the times that it would have.
+        A suspended schedule has due times as if it were not suspended.
         """
         times = [next(self._times(expression, after_s), None) for expression in self.expressions]
         return min((at for at in times if at is not None), default=None)
 
     def last_until(self, after_s: int, until_s: int) -> int | None:
-        """The last due time after ``after_s`` and not after ``until_s``; None: there is none.
+        """Return the last due time after ``after_s`` and not after ``until_s``, or None.
 
-        After years without a leader this still takes few steps: what is searched grows from the end.
+        The search window grows from the end, so few steps are needed even after years without a leader.
         """
         window_s = _FIRST_WINDOW_S
         while True:
@@ -117,10 +116,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
             window_s *= 2
 
     def _times(self, expression: str, after_s: int) -> Iterator[int]:
-        """The due times of one expression after ``after_s``, each once."""
+        """Yield the due times of one expression after ``after_s``, each once."""
         last_s = after_s
         for at in CronSim(expression, datetime.fromtimestamp(after_s, self.zone)):
-            # Of two local times that mean the same moment, or of an hour that comes twice, cronsim may give one again.
+            # Cronsim may repeat a time if two local times are the same moment, or if an hour occurs twice.
             if (at_s := round(at.timestamp())) > last_s:
                 last_s = at_s
                 yield at_s
@@ -136,7 +135,7 @@ def _last(times: Iterator[int], until_s: int) -> int | None:
 
 
 def schedule_of(labels: Mapping[str, str]) -> Schedule | None:
-    """The schedule in the labels of a job; None: it has none, or none that can be read."""
+    """Return the schedule in a job's labels, or None without a valid one."""
     if CRON not in labels:
         return None
     try:
@@ -146,7 +145,7 @@ def schedule_of(labels: Mapping[str, str]) -> Schedule | None:
 
 
 def max_attempts_of(labels: Mapping[str, str]) -> int:
-    """Return how often a failed task of a job is started again if its restart policy sets no limit; 0: no limit.
+    """Return how often a job's failed task is restarted if its restart policy sets no limit, or 0 for no limit.
 
     A job without a schedule has no limit, as in Docker.
     """
@@ -157,12 +156,15 @@ def max_attempts_of(labels: Mapping[str, str]) -> int:
 
 
 def same_schedule(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether the labels of a service before and after an update mean the same times."""
+    """Return whether the labels of a service before and after an update have the same schedule."""
     return all(one.get(label) == other.get(label) for label in SCHEDULE_LABELS)
 
 
 def check_schedule(labels: Mapping[str, str], mode: str) -> None:
-    """Raises: InvalidArgument: a label of the schedule is invalid, or the service is no job."""
+    """Check the schedule labels of a service.
+
+    Raises: InvalidArgument: a label is invalid, or the service is not a job.
+    """
     given = [label for label in SCHEDULE_LABELS if label in labels]
     if not given:
         return
@@ -183,7 +185,7 @@ def check_schedule(labels: Mapping[str, str], mode: str) -> None:
 
 
 def parsed_schedule(labels: Mapping[str, str]) -> Schedule:
-    """The schedule in ``labels``, which have ``skep.cron``.  Raises: InvalidArgument."""
+    """Return the schedule in ``labels``, which have ``skep.cron``.  Raises: InvalidArgument."""
     return _parsed(*(labels.get(label) for label in SCHEDULE_LABELS))
 
 
@@ -212,7 +214,7 @@ def _parsed(
 
 
 def _expression(text: str) -> str:
-    """``text`` with five fields.  Raises: InvalidArgument."""
+    """Return the expression ``text`` with five fields, macros replaced.  Raises: InvalidArgument."""
     wanted = "want five fields (minute, hour, day of the month, month, day of the week) or " + ", ".join(
         _MACROS
     )
@@ -231,12 +233,12 @@ def _expression(text: str) -> str:
 
 
 def _error(text: str) -> str | None:
-    """What cronsim says of an expression; None: nothing is wrong."""
+    """Return cronsim's error about an expression, or None if it is valid."""
     try:
         CronSim(text, _TRIED_FROM)
     except CronSimError as error:
         return str(error)
-    except (AssertionError, TypeError, ValueError):  # such as 5L/2, a step that has no beginning
+    except (AssertionError, TypeError, ValueError):  # such as 5L/2, a step without a start
         return "invalid"
     return None
 
@@ -246,9 +248,9 @@ def _never(expression: str) -> InvalidArgument:
 
 
 def _zone(name: str) -> tzinfo:
-    """Raises: InvalidArgument."""
+    """Return the time zone ``name``.  Raises: InvalidArgument."""
     if name == "UTC":
-        return UTC  # cronsim is faster with it than with a zone that never changes
+        return UTC  # cronsim is faster with this constant than with a ZoneInfo without changes
     is_zone = name not in _LOCAL_ZONES and not name.startswith(("posix/", "right/"))
     try:
         if is_zone:

@@ -1,7 +1,7 @@
 """Secrets as environment variables: an explicit option of a service's containers, with a warning.
 
-A file is safer: every process that a program starts inherits its environment, and programs print it.  Many images take
-passwords in no other way.
+A file is safer: every process that a program starts inherits its environment, and programs print it.  But many images
+accept passwords only this way.
 """
 
 import re
@@ -11,19 +11,19 @@ from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, SecretReference
 
 SECRET_ENV_LABEL = "skep.secret-env"
-"""On containers: ``VARIABLE=TARGET,...``: the secrets with these targets are environment variables, too."""
+"""Container label ``VARIABLE=TARGET,...``: the secrets with these targets are also set as environment variables."""
 PLUGIN = ("Secret", "skep-env")
-"""What a node lists among its plugins that can do it: tasks of such a service go to no other node."""
+"""Plugin that nodes with support for it report.  Tasks of such a service run only on these nodes."""
 VARIABLES_MAX = 64
 VALUE_BYTES_MAX = 64 << 10
-"""The kernel takes 128 KiB for a variable with its name."""
+"""Bytes of a value.  The kernel's limit for a variable with its name is 128 KiB."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
 def secret_variables(container: ContainerSpec | None) -> Mapping[str, SecretReference]:
-    """The variables of a service's containers, and the secret of each.
+    """Return the secrets to set as environment variables in a service's containers, by variable.
 
-    Raises: InvalidArgument: the label cannot be read, or names what is no secret of the service.
+    Raises: InvalidArgument: the label is invalid, or names a secret that the service does not have.
     """
     text = container.labels.get(SECRET_ENV_LABEL, "") if container is not None else ""
     if container is None or not text:
@@ -46,7 +46,10 @@ def secret_variables(container: ContainerSpec | None) -> Mapping[str, SecretRefe
 
 
 def check_secret_env(container: ContainerSpec | None, service_labels: Iterable[str]) -> None:
-    """Raises: InvalidArgument: the label cannot be read, or is the service's where only a container's counts."""
+    """Check the label for secrets in the environment.
+
+    Raises: InvalidArgument: the label is invalid, or is set on the service instead of the container.
+    """
     if SECRET_ENV_LABEL in service_labels:
         raise InvalidArgument(
             f"the label {SECRET_ENV_LABEL} counts on containers only: give it with --container-label, not with --label"
@@ -59,7 +62,7 @@ def _invalid(text: str, reason: str) -> InvalidArgument:
 
 
 def secret_env_warning(container: ContainerSpec | None) -> str:
-    """A warning for the user that creates or updates the service; empty: it has no such variables."""
+    """Return a warning for the user who creates or updates the service, or an empty text without such variables."""
     names = ", ".join(sorted(secret_variables(container)))
     if not names:
         return ""
@@ -70,7 +73,7 @@ def secret_env_warning(container: ContainerSpec | None) -> str:
 
 
 def environment_entry(name: str, data: bytes) -> str:
-    """``NAME=value``.  Raises: InvalidArgument: no variable can have that value; it is not quoted."""
+    """Return ``NAME=value``.  Raises: InvalidArgument: a variable cannot have that value; the text omits the value."""
     try:
         value = data.decode()
     except UnicodeDecodeError:

@@ -44,7 +44,7 @@ class GenericResource(ApiObject):
 
 
 class Limits(ApiObject):
-    """Limits of one task.  0: no limit."""
+    """Limits of one task.  0 means no limit."""
 
     __go_name__: ClassVar[str | None] = "swarm.Limit"
 
@@ -69,7 +69,7 @@ class ResourceRequirements(ApiObject):
 
 
 class RestartCondition(Enum):
-    """After which end a task is replaced."""
+    """The ends after which a task is replaced."""
 
     __go_name__ = "swarm.RestartPolicyCondition"
 
@@ -79,7 +79,7 @@ class RestartCondition(Enum):
 
 
 class RestartPolicy(ApiObject):
-    """When an ended task is replaced.  ``None`` means Docker's default (any, 5 s, no maximum, no window)."""
+    """Rules for replacing ended tasks.  ``None`` means Docker's default (any, 5 s, no maximum, no window)."""
 
     condition: RestartCondition | None = None
     delay: Nanoseconds | None = None
@@ -100,7 +100,7 @@ class PlacementPreference(ApiObject):
 
 
 class Platform(ApiObject):
-    """The architecture is spelled as its source has it: ``amd64``, or ``x86_64`` as uname."""
+    """An operating system and an architecture, spelled as in their source: ``amd64``, or ``x86_64`` from uname."""
 
     architecture: str = ""
     os: str = ""
@@ -167,18 +167,18 @@ class TaskSpec(ApiObject):
 
     @property
     def stop_grace_s(self) -> float:
-        """Time between the stop signal and SIGKILL."""
+        """Return the seconds between the stop signal and SIGKILL."""
         return (self.container_spec or ContainerSpec()).stop_grace_ns / SECOND_NS
 
     @property
     def ends_on_success(self) -> bool:
-        """Whether a task that ends with exit code 0 is not started again."""
+        """Return whether a task that ends with exit code 0 is not restarted."""
         condition = self.restart_policy.condition if self.restart_policy is not None else None
         return condition in (RestartCondition.NONE, RestartCondition.ON_FAILURE)
 
 
 class ReplicatedService(ApiObject):
-    """``replicas`` None: 1."""
+    """A number of equal tasks.  ``replicas`` None means 1."""
 
     replicas: Uint64 | None = None
 
@@ -188,18 +188,18 @@ class GlobalService(ApiObject):
 
 
 class ReplicatedJob(ApiObject):
-    """``total_completions`` None: as many as ``max_concurrent``, which is 1 by default."""
+    """Tasks that run to completion.  ``total_completions`` None means ``max_concurrent``, which is 1 by default."""
 
     max_concurrent: Uint64 | None = None
     total_completions: Uint64 | None = None
 
 
 class GlobalJob(ApiObject):
-    """One task on each eligible node, to its end."""
+    """One task on each eligible node, which runs to completion."""
 
 
 class ServiceMode(ApiObject):
-    """Exactly one of the four is set; ``name`` gives which (``control`` rejects anything else)."""
+    """A service's mode: exactly one of the four is set (``control`` rejects anything else)."""
 
     replicated: ReplicatedService | None = None
     global_: GlobalService | None = msgspec.field(name="Global", default=None)
@@ -208,7 +208,7 @@ class ServiceMode(ApiObject):
 
     @property
     def name(self) -> ModeName:
-        """The alternative that is set; replicated if none is, as in Docker."""
+        """Return the mode that is set, or ``replicated`` without one, as in Docker."""
         if self.global_ is not None:
             return "global"
         if self.replicated_job is not None:
@@ -219,7 +219,7 @@ class ServiceMode(ApiObject):
 
 
 class UpdateFailureAction(Enum):
-    """What follows when more than ``max_failure_ratio`` of the new tasks failed."""
+    """Action when more than ``max_failure_ratio`` of the new tasks failed."""
 
     __go_name__ = "string"
 
@@ -238,7 +238,7 @@ class UpdateOrder(Enum):
 
 
 class UpdateConfig(ApiObject):
-    """Settings of a rolling update.  ``parallelism`` 0: all tasks at once."""
+    """Settings of a rolling update.  ``parallelism`` 0 means all tasks at once."""
 
     parallelism: Uint64 = always(0)
     delay: Nanoseconds = 0
@@ -249,7 +249,7 @@ class UpdateConfig(ApiObject):
 
 
 class PublishMode(Enum):
-    """Ingress: on every node, forwarded to some task; host: on the task's node only."""
+    """Ingress publishes on every node and forwards to any task, host publishes on the task's node only."""
 
     __go_name__ = "swarm.PortConfigPublishMode"
 
@@ -258,7 +258,7 @@ class PublishMode(Enum):
 
 
 class PortConfig(ApiObject):
-    """A published port of the tasks.  ``published_port`` 0: allocated by the cluster (or node)."""
+    """A published port of the tasks.  The cluster (or node) allocates ``published_port`` if it is 0."""
 
     name: str = ""
     protocol: Annotated[str, msgspec.Meta(extra={"go": "swarm.PortConfigProtocol"})] = always("tcp")
@@ -268,7 +268,7 @@ class PortConfig(ApiObject):
 
 
 class EndpointSpec(ApiObject):
-    """``mode``: vip or dnsrr."""
+    """Published ports, and the ``mode`` of name resolution: vip or dnsrr."""
 
     mode: Annotated[str, msgspec.Meta(extra={"go": "swarm.ResolutionMode"})] = ""
     ports: tuple[PortConfig, ...] = ()
@@ -288,7 +288,7 @@ class ServiceSpec(ApiObject):
 
     @property
     def replicas(self) -> int:
-        """Desired number of tasks of a replicated service (1 if unset, as in Docker)."""
+        """Return the desired number of tasks of a replicated service (1 if unset, as in Docker)."""
         replicated = self.mode.replicated
         if replicated is None or replicated.replicas is None:
             return 1
@@ -296,7 +296,7 @@ class ServiceSpec(ApiObject):
 
     @property
     def publishes_in_ingress(self) -> bool:
-        """Whether it has ports that are published on every node."""
+        """Return whether it has ports that are published on every node."""
         ports = self.endpoint_spec.ports if self.endpoint_spec is not None else ()
         return any(port.publish_mode is PublishMode.INGRESS for port in ports)
 
@@ -330,21 +330,21 @@ class UpdateState(Enum):
 UNDER_WAY = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
 """States in which tasks are being replaced."""
 PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
-"""States in which no further task is replaced until a user says so."""
+"""States in which no further task is replaced until a user resumes the update."""
 ENDED = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
 """States of an update that is over."""
 
 
 class UpdateStatus(ApiObject):
-    """The last rolling update or rollback; ``completed_at`` None: it has not ended."""
+    """The last rolling update or rollback.  ``completed_at`` is None until it has ended."""
 
     state: UpdateState | None = None
     started_at: Timestamp | None = None
     completed_at: Timestamp | None = None
     message: str = ""
     tolerated_until: Timestamp | None = None
-    """A user resumed the update when no later task was created: what had failed by then does not count.  Not in
-    Docker's API.  A manager of an older version keeps it and does not heed it."""
+    """Creation time of the newest task when a user resumed the update.  Tasks up to this time that had ended by then do
+    not count as failures.  Not in Docker's API.  Managers of older versions keep the field and ignore it."""
 
 
 class ServiceStatus(ApiObject):
@@ -353,82 +353,85 @@ class ServiceStatus(ApiObject):
     running_tasks: int = always(0)
     desired_tasks: int = always(0)
     completed_tasks: int = always(0)
-    """Completed tasks of a job's present run.  Of another service, the slots that are done (``Task.is_done``), for
-    which Docker has 0."""
+    """Completed tasks of a job's present run.  For other services the slots that are done (``Task.is_done``), where
+    Docker has 0."""
     total_tasks: int = 0
-    """How many tasks the present run of a job has to complete.  Not in Docker's API."""
+    """Number of tasks that the present run of a job has to complete.  Not in Docker's API."""
 
 
 class JobStart(ApiObject):
     """One decision about a scheduled job: a run that was started, or a due time that was skipped."""
 
     at: Timestamp = always(ZERO_TIME)
-    """By the clock of the manager that decided."""
+    """Time of the decision by the manager's clock."""
     iteration: Version | None = None
-    """Of the run; None: it was skipped."""
+    """Iteration of the run, or None if it was skipped."""
     scheduled_at: Timestamp | None = None
-    """The due time; None: a user started the run."""
+    """The due time, or None if a user started the run."""
     missed_since: Timestamp | None = None
     """The first of the due times before ``scheduled_at`` that passed without a decision, as no manager led."""
     skipped: str = ""
-    """Why there is no run, as a sentence."""
+    """Reason why the run was skipped, as a sentence."""
     outcome: str = ""
-    """Of the run: ``completed``, ``failed`` or ``stopped``; empty: nothing has followed it yet."""
+    """Outcome of the run: ``completed``, ``failed`` or ``stopped``, or empty until the next decision."""
 
 
 STARTS_KEPT = 20
-"""Of one job, the latest: its part of the store stays below 4 KiB."""
+"""Latest decisions kept for a job, so that its part of the store stays below 4 KiB."""
 
 
 class ScheduleStatus(ApiObject):
-    """How far a job with a schedule (``model.schedules``) has come.
+    """The status of a job with a schedule (``model.schedules``).
 
-    ``settled``: every due time up to it is decided, each once: later decisions are about later times only, whichever
-    manager leads and whatever its clock says.
+    ``settled``: every due time up to this time has been decided once.  Later decisions concern later times only,
+    whichever manager leads and whatever its clock shows.
     """
 
     settled: Timestamp = always(ZERO_TIME)
     starts: tuple[JobStart, ...] = always(())
-    """The oldest first."""
+    """Decisions, oldest first."""
 
 
 class JobStatus(ApiObject):
-    """``job_iteration``: counts the runs of a job; tasks of earlier ones are ignored.
+    """The status of a job.
 
-    Not in Docker's API are the rest after ``last_execution``, which is None for a scheduled job that has not run yet.
+    ``job_iteration`` counts the job's runs; tasks of earlier runs are ignored.  ``last_execution`` is None for a
+    scheduled job that has not run yet.  The fields after it are not in Docker's API.
     """
 
     job_iteration: Version = always(Version())
     last_execution: Timestamp | None = None
     schedule: ScheduleStatus | None = None
-    """Of a job with a schedule."""
+    """Set for a job with a schedule."""
     spec_version: Version | None = None
-    """Of the spec that the present run has: an update of a scheduled job is for the next one.  None: the present."""
+    """Version of the present run's spec, or None for the service's present spec.  An update of a scheduled job applies
+    from the next run on."""
     updates: int = 0
-    """Of the spec since the run began: a status that stays the same goes with the spec that it is about."""
+    """Number of updates of the spec since the run began, so that a status is written with each new spec."""
     retried_until: Timestamp | None = None
-    """A user asked for another attempt when no later task was created: what had failed by then does not count."""
+    """Creation time of the newest task when a user requested another attempt.  Tasks up to this time that had failed by
+    then do not count."""
     nodes_fixed: bool = False
-    """Of a scheduled global job: every node of the present run has its task.  No other node joins the run."""
+    """Whether every node of a scheduled global job's present run has its task, so that no other node joins the run."""
     outcome: str = ""
-    """How the present run ended; empty while it has not.  A scheduled run of a global job does not start again."""
+    """Outcome of the present run, or empty until it ends.  A scheduled run of a global job does not start again."""
     settled_iteration: Version | None = None
-    """The run that the two are about.  A manager of an older version starts a run and keeps them, as it does with all
-    fields that it does not know."""
+    """The run that ``nodes_fixed`` and ``outcome`` are about.  Managers of older versions keep unknown fields when they
+    start a new run, so the two may be outdated."""
 
     @property
     def has_fixed_nodes(self) -> bool:
-        """Whether no further node joins the present run."""
+        """Return whether no further node joins the present run."""
         return self.nodes_fixed and self.settled_iteration == self.job_iteration
 
     @property
     def present_outcome(self) -> str:
-        """How the present run ended, or an empty string."""
+        """Return the outcome of the present run, or an empty string."""
         return self.outcome if self.settled_iteration == self.job_iteration else ""
 
     @property
     def awaits_first_run(self) -> bool:
-        """Whether it is a scheduled job that has not run yet."""
+        """Return whether it is a scheduled job that has not run yet."""
         return self.schedule is not None and self.last_execution is None
 
 
@@ -442,7 +445,7 @@ class Autoscaled(ApiObject):
 
 
 class PastDisconnect(ApiObject):
-    """``skep.on-disconnect`` and its delay as they were until a service's labels were changed.  Not in Docker's API."""
+    """Earlier values of ``skep.on-disconnect`` and its delay, until they were changed.  Not in Docker's API."""
 
     labels: Mapping[str, str] = {}
     until: Timestamp = ZERO_TIME
@@ -474,7 +477,7 @@ class Service(ApiObject):
     spec_version: Version | None = None
     """Version at which the spec last changed; tasks refer to their spec by it."""
     past_disconnects: tuple[PastDisconnect, ...] = ()
-    """The last few, oldest first: what nodes go by that were not heard since.  Not in API responses."""
+    """The last few, oldest first, which disconnected nodes may still apply.  Not in API responses."""
     endpoint: Endpoint = always(Endpoint())
     update_status: UpdateStatus | None = None
     service_status: ServiceStatus | None = None
@@ -482,8 +485,8 @@ class Service(ApiObject):
     """The parts that cannot be read; not in Docker's API."""
     job_status: JobStatus | None = None
     autoscaled: Autoscaled | None = None
-    """A manager of an older version keeps it and does not heed it."""
+    """Managers of older versions keep the field and ignore it."""
     trusted: Trusted | None = None
-    """None: a version without it wrote the service.  Not in API responses."""
+    """None if a version without this field wrote the service.  Not in API responses."""
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""

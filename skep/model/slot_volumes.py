@@ -1,7 +1,7 @@
-"""Local volumes with the data of a service's slots: which node has them.
+"""Local volumes with data of a service's slots, and the nodes that have them.
 
-A node reports, in an engine label, which slots have used its volumes, so that managers have it after the tasks are gone
-and while the node is down.
+A node reports in an engine label which slots have used its volumes, so that managers know it after the tasks are
+removed and while the node is down.
 """
 
 import re
@@ -21,26 +21,26 @@ from skep.model.times import unix_ns
 
 SLOT_VOLUMES_LABEL: Final = "skep.slot-volumes"
 FORGOTTEN_LABEL: Final = "skep.forgotten-volumes"
-"""Of a node's spec: its local volumes that were given up while it was away, with the time of the latest use that counts
-as forgotten."""
+"""Label of a node's spec with its local volumes that were given up while it was down, each with the time up to which
+its use counts as forgotten."""
 FORGOTTEN_MAX: Final = 500
 LABEL_CHARACTERS_MAX: Final = 32 * 1024
 _WORD = re.compile(r"([a-zA-Z0-9][\w.-]+)=([a-zA-Z0-9][\w-]*)\.([0-9]{1,9})@([0-9]{1,15})", re.ASCII)
 _FORGOTTEN = re.compile(r"([a-zA-Z0-9][\w.-]+)@([0-9]{1,15})", re.ASCII)
 _MILLISECOND_NS = 1_000_000
 _LOCATING = ("type", "device")
-"""Options of a volume whose data is where they say, on another machine perhaps."""
+"""Options of a volume that locate its data, perhaps on another machine."""
 
 SlotName: TypeAlias = tuple[str, int]
 """A service's name and the number of a slot."""
 
 
 _Shape: TypeAlias = tuple[str, str | None]
-"""How names begin and end; without an end: the only name."""
+"""Prefix and suffix of possible names.  Without a suffix (None), the prefix is the only name."""
 
 
 class SlotVolume(msgspec.Struct, frozen=True, gc=False):
-    """A volume that a task of a slot has had on a node.  ``at_ms``: when the last such task was created, Unix time."""
+    """A volume that a slot's tasks have used on a node.  ``at_ms``: creation time of the last such task, Unix time."""
 
     volume: str
     service: str
@@ -49,19 +49,19 @@ class SlotVolume(msgspec.Struct, frozen=True, gc=False):
 
 
 class Home(msgspec.Struct, frozen=True, gc=False):
-    """A node with a slot's data, and the volume that has it."""
+    """A node with a slot's data, and the volume with the data."""
 
     node_id: NodeId
     volume: str
 
 
 def created_ms(task: Task) -> int:
-    """When the task was created, by the clock of a manager."""
+    """Return the task's creation time in Unix milliseconds, by a manager's clock."""
     return unix_ns(task.created_at) // _MILLISECOND_NS
 
 
 def slot_volumes_label(found: Iterable[SlotVolume]) -> str:
-    """``data=web.2@1763894400000``, separated by spaces; the latest ones, as many as fit."""
+    """Return the label ``data=web.2@1763894400000 ...`` for volumes, with as many of the latest as fit."""
     words: list[str] = []
     left = LABEL_CHARACTERS_MAX
     for one in sorted(found, key=lambda one: (-one.at_ms, one.volume, one.service, one.slot)):
@@ -74,15 +74,15 @@ def slot_volumes_label(found: Iterable[SlotVolume]) -> str:
 
 
 def has_other_properties(before: Node, after: Node) -> bool:
-    """Whether a node describes itself differently, other than by the slots that have used its volumes.
+    """Return whether a node's description has changed in more than the slots that have used its volumes.
 
-    These change with the node's own tasks, and do not tell whether a running task may stay there.
+    The slots change with the node's own tasks, and do not decide whether a running task may stay there.
     """
     return differ_beyond_slots(before.description, after.description)
 
 
 def differ_beyond_slots(one: NodeDescription, other: NodeDescription) -> bool:
-    """Whether two descriptions of a node differ in more than the slots that have used its volumes."""
+    """Return whether two descriptions of a node differ in more than the slots that have used its volumes."""
     if one == other:
         return False
     if one.engine.labels == other.engine.labels:
@@ -91,7 +91,7 @@ def differ_beyond_slots(one: NodeDescription, other: NodeDescription) -> bool:
 
 
 def differ_in_slots_alone(before: Node, after: Node) -> bool:
-    """Whether only the slots that have used volumes of a node, and its load, have changed."""
+    """Return whether a node differs only in the slots that have used its volumes, and perhaps in its load."""
     is_other = before.description != after.description and not has_other_properties(before, after)
     return is_other and replace(before, description=after.description, load=after.load) == after
 
@@ -102,30 +102,30 @@ def _without_slots(description: NodeDescription) -> NodeDescription:
 
 
 def slot_volumes_of(node: Node) -> list[SlotVolume]:
-    """What the node's label has; what cannot be read is ignored."""
+    """Return the volumes in the node's label; invalid parts are ignored."""
     return slot_volumes_in(node.description.engine.labels.get(SLOT_VOLUMES_LABEL, ""))
 
 
 def slot_volumes_in(label: str) -> list[SlotVolume]:
-    """What such a label has."""
+    """Return the volumes in such a label; invalid parts are ignored."""
     matches = (_WORD.fullmatch(word) for word in label[:LABEL_CHARACTERS_MAX].split())
     return [SlotVolume(one[1], one[2], int(one[3]), int(one[4])) for one in matches if one is not None]
 
 
 def forgotten_label(forgotten: Mapping[str, int]) -> str:
-    """``data@1763894400000``, separated by spaces; the latest ones."""
+    """Return the label ``data@1763894400000 ...`` for the latest forgotten volumes."""
     latest = sorted(forgotten.items(), key=lambda item: (-item[1], item[0]))[:FORGOTTEN_MAX]
     return " ".join(f"{name}@{at_ms}" for name, at_ms in latest)
 
 
 def forgotten_in(label: str) -> dict[str, int]:
-    """Volumes -> up to when use of them is forgotten; what cannot be read is ignored."""
+    """Return the time up to which use is forgotten, by volume; invalid parts are ignored."""
     matches = (_FORGOTTEN.fullmatch(word) for word in label[:LABEL_CHARACTERS_MAX].split())
     return {one[1]: int(one[2]) for one in matches if one is not None}
 
 
 def local_volumes(spec: TaskSpec) -> tuple[str, ...]:
-    """Names of the volumes whose data stays on its node, as the spec has them: with placeholders, perhaps."""
+    """Return the names of volumes whose data stays on the node, as in the spec, perhaps with placeholders."""
     mounts = spec.container_spec.mounts if spec.container_spec is not None else ()
     return tuple(mount.source for mount in mounts if _is_local(mount)) if mounts else ()
 
@@ -140,7 +140,7 @@ def _is_local(mount: Mount) -> bool:
 
 
 class VolumeIndex:
-    """Which nodes report a volume of a slot."""
+    """An index of the nodes that report volumes of a slot."""
 
     def __init__(self, nodes: Iterable[Node] = ()) -> None:
         self._labels: dict[NodeId, str] = {}
@@ -151,7 +151,7 @@ class VolumeIndex:
             self.set_node(node)
 
     def set_node(self, node: Node) -> Collection[SlotName]:
-        """Enter a node that was created or changed; return the slots about which it reports something else."""
+        """Add or update a node, and return the slots whose reported volumes have changed."""
         if forgotten := forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, "")):
             self._forgotten[node.id] = forgotten
         else:
@@ -171,7 +171,7 @@ class VolumeIndex:
         return {slot for slot in {*before, *by_slot} if before.get(slot) != by_slot.get(slot)}
 
     def remove_node(self, node_id: NodeId) -> None:
-        """A node was removed: its volumes are given up."""
+        """Remove a node with its volumes."""
         self._forgotten.pop(node_id, None)
         self._remove_label(node_id)
 
@@ -185,7 +185,7 @@ class VolumeIndex:
                 del self._by_slot[slot]
 
     def is_forgotten(self, node_id: NodeId, name: str, at_ms: int) -> bool:
-        """Whether use of a volume at that time is given up; ``name``: with placeholders, perhaps."""
+        """Return whether use of a volume at that time is forgotten.  ``name`` may have placeholders."""
         forgotten = self._forgotten.get(node_id)
         if not forgotten:
             return False
@@ -193,7 +193,7 @@ class VolumeIndex:
         return any(at_ms <= until_ms and _is_named(volume, shape) for volume, until_ms in forgotten.items())
 
     def of(self, slot: SlotName) -> Mapping[NodeId, Sequence[SlotVolume]]:
-        """What nodes report of a slot."""
+        """Return the volumes of a slot that nodes report, by node."""
         return self._by_slot.get(slot, _NONE)
 
 
@@ -201,10 +201,10 @@ _NONE: Mapping[NodeId, Sequence[SlotVolume]] = MappingProxyType({})
 
 
 def homes_of(task: Task, service_name: str, past: Iterable[Task], index: VolumeIndex) -> tuple[Home, ...]:
-    """The nodes that have local volumes of the task's slot, the one with the latest data first.
+    """Return the nodes with local volumes of the task's slot, latest data first.
 
-    ``past``: tasks of the slot.  They count before reports: a node that reports what it does not have gets no task by
-    it whose slot has a history.
+    ``past``: earlier tasks of the slot.  They take precedence over reports, so a node cannot attract the tasks of a
+    slot with a history by false reports.
     """
     volumes = local_volumes(task.spec)
     if not volumes or not task.slot:
@@ -231,18 +231,18 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: VolumeI
 
 
 def _had_volumes(task: Task) -> bool:
-    """Whether the task came so far on its node that its volumes were made."""
+    """Return whether the task got so far on its node that its volumes were created."""
     state = task.status.state
     return bool(task.node_id) and state >= TaskState.READY and state is not TaskState.REJECTED
 
 
 def may_be(volume: str, name: str) -> bool:
-    """Whether ``name``, perhaps with placeholders, may have become the name ``volume``."""
+    """Return whether ``name``, perhaps with placeholders, may expand to the name ``volume``."""
     return bool(name) and _is_named(volume, _shape(name))
 
 
 def _shape(name: str) -> _Shape:
-    """What every name that ``name``, perhaps with placeholders, may become begins and ends with."""
+    """Return the prefix and suffix of all names to which ``name``, perhaps with placeholders, may expand."""
     if "{{" not in name:
         return name, None
     begin, end = name.index("{{"), name.rfind("}}") + 2

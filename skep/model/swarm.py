@@ -15,12 +15,16 @@ DEFAULT_SUBNET_SIZE: Final = 24
 DEFAULT_DATA_PATH_PORT: Final = 4789
 """Default UDP port of VXLAN, as in Docker."""
 RENEW_WINDOW_LABEL = "skep.renew-window"
-"""Label of the cluster: how long after its expiry a node's certificate may be renewed, as a Go duration; ``0``:
-never."""
+"""Cluster label with the time after its expiry in which a node's certificate may be renewed, as a Go duration.  ``0``
+means never."""
 
 
 class OrchestrationConfig(ApiObject):
-    """``task_history_retention_limit``: ended tasks kept per slot (``manager.orchestrator.reaper``); negative: all."""
+    """Orchestration settings.
+
+    ``task_history_retention_limit``: ended tasks kept per slot (``manager.orchestrator.reaper``).  A negative limit
+    keeps all.
+    """
 
     task_history_retention_limit: int | None = None
 
@@ -36,15 +40,15 @@ class RaftConfig(ApiObject):
 
 
 class DispatcherConfig(ApiObject):
-    """``heartbeat_period`` 0: the default, 5 s."""
+    """Dispatcher settings.  ``heartbeat_period`` 0 means the default, 5 s."""
 
     heartbeat_period: Nanoseconds = 0
 
 
 class ExternalCA(ApiObject):
-    """An authority outside of the cluster, called by cfssl's protocol (``security.external``).
+    """A certificate authority outside the cluster, called by cfssl's protocol (``security.external``).
 
-    ``ca_cert``: the root (PEM) with whose key it signs; empty: the cluster's present one.
+    ``ca_cert``: the root (PEM) with whose key it signs, or empty for the cluster's present root.
     """
 
     protocol: str = always("")
@@ -54,7 +58,7 @@ class ExternalCA(ApiObject):
 
 
 class CAConfig(ApiObject):
-    """``signing_ca_key`` is accepted from a client and never stored here nor shown."""
+    """Settings of the certificate authority.  ``signing_ca_key`` is accepted, but neither stored here nor shown."""
 
     node_cert_expiry: Nanoseconds = 0
     external_cas: tuple[ExternalCA, ...] = msgspec.field(name="ExternalCAs", default=())
@@ -64,13 +68,13 @@ class CAConfig(ApiObject):
 
 
 class TaskDefaults(ApiObject):
-    """``log_driver``: of services whose spec names none."""
+    """Defaults for tasks.  ``log_driver``: log driver of services without one in their spec."""
 
     log_driver: Driver | None = None
 
 
 class EncryptionConfig(ApiObject):
-    """``auto_lock_managers``: managers need the unlock key after a restart."""
+    """Encryption settings.  ``auto_lock_managers``: managers need the unlock key after a restart."""
 
     auto_lock_managers: bool = always(False)
 
@@ -138,20 +142,20 @@ class RootRotation(ApiObject):
 
 
 class Freeze(ApiObject):
-    """Disruption mode: so many nodes went down at once that task replacement is suspended."""
+    """Disruption mode: task replacement is suspended, because too many nodes failed at once."""
 
     since: Timestamp
     nodes: tuple[NodeId, ...] = ()
-    """The nodes that went down."""
+    """The nodes that are down since then."""
     ready_before: int = 0
-    """How many nodes were ready a minute before."""
+    """Number of nodes that were ready a minute before."""
 
 
 class Swarm(ApiObject):
     """The cluster.
 
     Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; leader
-    and API (which only ends it): ``freeze``; init: the rest.  There is exactly one, whose id is the cluster's.
+    and API (which only ends it): ``freeze``; init: the rest.  There is exactly one object, whose id is the cluster's.
     While the root is rotated, ``tls_info`` trusts the old root and names the new one as issuer.  ``rotation`` and
     ``freeze`` are internal and not in API responses.
     """

@@ -1,8 +1,8 @@
 """Network tables: the state of a network that its nodes need.
 
-The managers derive one table per network of skep nodes from the store; it is the same for every node: the location of
-each container (for forwarding), the services, and which of their tasks serve.  Nodes get a complete table, then
-changes; tables have a revision, which nodes acknowledge.
+The managers derive one table for each network of skep nodes from the store.  It is the same for every node, and has the
+location of each container (for forwarding), the services, and their serving tasks.  Nodes receive a complete table,
+then changes.  Each table has a revision, which nodes acknowledge.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ class Segment(msgspec.Struct, frozen=True):
 
 
 class ParentLink(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine's own device that a network of a node is on: containers have devices of ``kind`` on ``device``.
+    """The host device of a macvlan or ipvlan network: containers have devices of ``kind`` on ``device``.
 
-    ``kind``: ``macvlan`` or ``ipvlan``; ``mode``: the driver's word, such as ``bridge`` or ``l2``.  ``made``: what kind
-    of device the node makes, ``vlan`` (of the device that its name begins with) or ``dummy``; empty: it makes none.
+    ``kind``: ``macvlan`` or ``ipvlan``.  ``mode``: the driver's mode, such as ``bridge`` or ``l2``.  ``made``: type of
+    the device if the node creates it, ``vlan`` (on the device that its name begins with) or ``dummy``, else empty.
     """
 
     kind: str
@@ -47,28 +47,28 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     segments: tuple[Segment, ...] = ()
     mtu: int = 0
-    """As configured; 0: as measured."""
+    """Configured MTU, or 0 to use the measured one."""
     port: int = DEFAULT_DATA_PATH_PORT
     """UDP port of its VXLAN."""
     is_ingress: bool = False
     is_internal: bool = False
     is_encrypted: bool = False
     parent: ParentLink | None = None
-    """Of networks of a node alone; None: an overlay, or a bridge."""
+    """Host device of a macvlan or ipvlan network.  None for an overlay or a bridge."""
 
     @property
     def is_of_node(self) -> bool:
-        """Whether one node makes it for itself, with a gateway of its own: it has no VXLAN."""
+        """Return whether the network is local to one node, with its own gateway and without VXLAN."""
         return not any(one.vni for one in self.segments)
 
     @property
     def gateway(self) -> str:
-        """Of its containers, as the Engine API shows it; empty: they have none there."""
+        """Return the containers' gateway as in the Engine API, or an empty text without one."""
         return self._gateway(is_6=False)
 
     @property
     def gateway6(self) -> str:
-        """The same of IPv6."""
+        """Return the containers' IPv6 gateway, as ``gateway``."""
         return self._gateway(is_6=True)
 
     def _gateway(self, *, is_6: bool) -> str:
@@ -84,9 +84,9 @@ class TableNode(msgspec.Struct, frozen=True, kw_only=True):
     underlay: str
     """Underlay address of its VXLAN."""
     addresses: tuple[str, ...] = ()
-    """Its own addresses on the network (ingress only), without prefix length."""
+    """The node's own addresses on the network (ingress only), without prefix length."""
     wireguard_keys: tuple[PublicKey, ...] = ()
-    """On encrypted networks, the oldest first; empty: nothing can be sent to the node."""
+    """Public keys on encrypted networks, oldest first.  Without a key, nothing can be sent to the node."""
 
 
 class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,23 +95,24 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     task_id: TaskId
     node_id: NodeId
     service_id: ServiceId = ServiceId("")
-    """Empty: a plain container on an attachable network."""
+    """Empty for a plain container on an attachable network."""
     slot: int = 0
-    """0: of a global service."""
+    """0 for a global service."""
     name: str = ""
-    """Of the container."""
+    """Name of the container."""
     aliases: tuple[str, ...] = ()
-    """Further names of this container only."""
+    """Additional names of this container only."""
     addresses: tuple[str, ...] = ()
-    """Without prefix length, IPv4 first."""
+    """Addresses without prefix length, IPv4 first."""
     is_running: bool = False
-    """Its process runs, healthy or not."""
+    """Whether its process runs, healthy or not."""
     is_serving: bool = False
-    """It gets new connections: it runs, is healthy, and is not to stop."""
+    """Whether it gets new connections: it runs, is healthy, and is desired to run."""
     is_named_early: bool = False
-    """Its names resolve although it does not serve yet: its service is published before it is ready."""
+    """Whether its names resolve before it serves, because its service is published before it is ready."""
     is_left_out: bool = False
-    """It serves, but its node does not respond and no manager is reachable (``dataplane/tables/unreachable.py``)."""
+    """Whether it gets no new connections although it serves, because its node does not respond and no manager is
+    reachable (``dataplane/tables/unreachable.py``)."""
 
 
 class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -130,9 +131,9 @@ class TableService(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     aliases: tuple[str, ...] = ()
     virtual_ips: tuple[str, ...] = ()
-    """Without prefix length; empty: names resolve to the tasks' own addresses (DNSRR)."""
+    """Virtual addresses without prefix length.  Empty if names resolve to the tasks' own addresses (DNSRR)."""
     ports: tuple[TablePort, ...] = ()
-    """On the ingress network; elsewhere empty."""
+    """Published ports on the ingress network.  Empty on other networks."""
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,11 +145,11 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: Mapping[TaskId, TableEndpoint] = {}
     services: Mapping[ServiceId, TableService] = {}
     unread: tuple[ServiceId, ...] = ()
-    """Services that the managers cannot read, of any network: their earlier entries stay valid."""
+    """Services of any network that the managers cannot read.  Their earlier entries stay valid."""
 
 
 class TableChange(msgspec.Struct, frozen=True, kw_only=True):
-    """The difference of two tables.  ``is_whole``: it replaces the table before."""
+    """The difference of two tables.  ``is_whole``: it replaces the previous table."""
 
     head: NetworkHead
     revision: int
@@ -160,11 +161,11 @@ class TableChange(msgspec.Struct, frozen=True, kw_only=True):
     services: tuple[TableService, ...] = ()
     removed_services: tuple[ServiceId, ...] = ()
     unread: tuple[ServiceId, ...] = ()
-    """As in ``Table``; only in whole tables."""
+    """See ``Table.unread``.  Set in whole tables only."""
 
 
 class TableSet(msgspec.Struct, frozen=True, kw_only=True):
-    """One message to a node.  ``is_complete``: the node is on no other networks than these."""
+    """One message to a node.  ``is_complete``: the node is only on these networks."""
 
     revision: int
     is_complete: bool = False
@@ -173,7 +174,7 @@ class TableSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def whole(table: Table) -> TableChange:
-    """The change from nothing to ``table``."""
+    """Return ``table`` as a change that replaces any other table."""
     return TableChange(
         head=table.head,
         revision=table.revision,
@@ -186,7 +187,7 @@ def whole(table: Table) -> TableChange:
 
 
 def difference(old: Table, new: Table) -> TableChange | None:
-    """The change from ``old`` to ``new``; None: they differ at most in their revision."""
+    """Return the change from ``old`` to ``new``, or None if they differ at most in their revision."""
     nodes, removed_nodes = _differing(old.nodes, new.nodes)
     endpoints, removed_endpoints = _differing(old.endpoints, new.endpoints)
     services, removed_services = _differing(old.services, new.services)
@@ -205,7 +206,7 @@ def difference(old: Table, new: Table) -> TableChange | None:
 
 
 def changed(old: Table | None, change: TableChange) -> Table:
-    """The table after ``change``; ``old`` is None only for a whole one."""
+    """Return the table after ``change``.  ``old`` may be None only if ``change`` is whole."""
     before = None if change.is_whole else old
     return Table(
         head=change.head,
@@ -224,7 +225,7 @@ def changed(old: Table | None, change: TableChange) -> Table:
 
 
 def keeping_unread(before: Table | None, after: Table) -> Table:
-    """``after`` with the names, addresses and ports from ``before`` of services that cannot be read any more."""
+    """Return ``after`` with the names, addresses and ports from ``before`` of services that can no longer be read."""
     if before is None or not after.unread:
         return after
     kept = {

@@ -24,7 +24,7 @@ class TaskState(Enum):
 
     number: int
     is_terminal: bool
-    """Whether a task in this state has ended for good."""
+    """Whether a task in this state has ended."""
 
     NEW = "new"
     PENDING = "pending"
@@ -41,9 +41,9 @@ class TaskState(Enum):
     REMOVE = "remove"
     ORPHANED = "orphaned"
     UNKNOWN = "unknown"
-    """In API responses only: its node does not respond.  Neither stored nor reported; it is less than all others."""
+    """In API responses only: the task's node does not respond.  Never stored nor reported; less than all others."""
 
-    # All four, as loops compare the states of all tasks: `functools.total_ordering` takes three times as long.
+    # All four are defined, because `functools.total_ordering` takes three times as long and loops compare all tasks.
     def __lt__(self, other: "TaskState") -> bool:
         return self.number < other.number
 
@@ -58,7 +58,7 @@ class TaskState(Enum):
 
     @classmethod
     def from_number(cls, number: int) -> "TaskState":
-        """The state with SwarmKit's ``number``.  Raises ValueError for an unknown one."""
+        """Return the state with SwarmKit's ``number``.  Raises: ValueError: the number is unknown."""
         try:
             return _BY_NUMBER[number]
         except KeyError:
@@ -77,7 +77,7 @@ _BY_NUMBER = {state.number: state for state in TaskState if state is not TaskSta
 
 
 class ContainerStatus(ApiObject):
-    """``pid`` 0: it does not run.  ``exit_code`` counts once the task has ended."""
+    """A container's status.  ``pid`` is 0 if it does not run.  ``exit_code`` is valid once the task has ended."""
 
     container_id: str = msgspec.field(name="ContainerID", default="")
     pid: int = always(0)
@@ -85,13 +85,13 @@ class ContainerStatus(ApiObject):
 
 
 class PortStatus(ApiObject):
-    """Host-mode ports that the node has actually opened."""
+    """Host-mode ports that the node has opened."""
 
     ports: tuple[PortConfig, ...] = ()
 
 
 class TaskStatus(ApiObject):
-    """The observed state, from the task's node.  Written by the owner of its session (before that: by the leader)."""
+    """The observed state, reported by the task's node.  Written by its session's owner (before that by the leader)."""
 
     timestamp: Timestamp = always(ZERO_TIME)
     state: TaskState = always(TaskState.NEW)
@@ -100,7 +100,7 @@ class TaskStatus(ApiObject):
     container_status: ContainerStatus | None = None
     port_status: PortStatus = always(PortStatus())
     end: TaskEnd | None = None
-    """Why it ended.  Not in Docker's API; None from docker nodes and from nodes of earlier versions."""
+    """Reason of the end.  Not in Docker's API.  None from docker nodes and nodes of earlier versions."""
 
 
 class NetworkAttachment(ApiObject):
@@ -120,15 +120,17 @@ class VolumeAttachment(ApiObject):
 
 
 class Restart(ApiObject):
-    """The restarts in a slot before a task: everything that restart decisions need, even if earlier tasks are removed.
+    """The restarts in a slot before a task: all data for restart decisions, even if earlier tasks are removed.
 
-    ``failures``: how many before it failed in a row; ``delay``: from its creation until it may start, in nanoseconds;
-    ``not_before``: the end of that by the clock of the leader, for display only.
-
-    ``is_due``: the task was retired for its node's sake while its policy allowed a successor: its slot is not given up.
-    ``was_stopped``: the leader retired the task before it had ended.  Its end has that cause, whatever state its node
-    reports: the stop itself can fail.
-    ``since``: when the first of the failures in a row was, by its node's clock; for display only.
+    Args:
+        failures: number of failures in a row before this task.
+        delay: nanoseconds from the task's creation until it may start.
+        not_before: end of the delay by the leader's clock, for display only.
+        is_due: the task was retired because of its node while its policy allowed a successor, so the slot is not given
+            up.
+        was_stopped: the leader retired the task before it had ended.  This is the cause of its end, whatever state its
+            node reports, as the stop itself can fail.
+        since: time of the first of the failures in a row by its node's clock, for display only.
     """
 
     failures: int = always(0)
@@ -140,9 +142,9 @@ class Restart(ApiObject):
 
 
 class Preemption(ApiObject):
-    """For which task of a higher priority a task is stopped.
+    """The task of a higher priority for which a task is stopped.
 
-    ``service`` and ``priority``: as they were then, for display.
+    ``service`` and ``priority``: their values at that time, for display.
     """
 
     task_id: TaskId
@@ -151,7 +153,7 @@ class Preemption(ApiObject):
 
     @property
     def words(self) -> str:
-        """``preempted by a task of web, priority 10``"""
+        """Return a text such as ``preempted by a task of web, priority 10``."""
         return f"preempted by a task of {self.service}, priority {self.priority}"
 
 
@@ -181,72 +183,72 @@ class Task(ApiObject):
     restart: Restart | None = None
     """Not in Docker's API."""
     preemption: Preemption | None = None
-    """Set by the scheduler: the orchestrator is to stop the task.  Not in Docker's API."""
+    """Set by the scheduler, so that the orchestrator stops the task.  Not in Docker's API."""
 
     @property
     def shown_slot(self) -> int:
-        """The slot number for clients and nodes: those of a job begin at 0, and at 1 in the store.
+        """Return the slot number for clients and nodes, in which a job's slots begin at 0.
 
-        There 0 means "none", so that a slot always has a key of its own.
+        In the store they begin at 1, as 0 means "no slot" there.
         """
         return self.slot - 1 if self.slot and self.job_iteration is not None else self.slot
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the task is desired to run (a job's: to its end); it may have ended already."""
+        """Return whether the task is desired to run, or a job's task to complete.  It may have ended already."""
         return (
             self.desired_state.number <= _COMPLETE
         )  # called for every task by every loop: avoids a call of `__le__`
 
     @property
     def ended_by_itself(self) -> bool:
-        """Whether the task ended and nothing had stopped it: only such ends count as attempts and failures.
+        """Return whether the task ended without being stopped: only such ends count as attempts and failures.
 
-        Not the end of a task that was moved, drained, preempted, evicted, rotated or scaled down, or that lost its node
-        or ended because its node restarted.
+        False for a task that was moved, drained, preempted, evicted, rotated or scaled down, that lost its node, or
+        that ended because its node restarted.
         """
         return self._ended_unstopped and not self._was_interrupted
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended by itself without having completed."""
+        """Return whether it ended by itself without having completed."""
         return self.ended_by_itself and self.status.state is not TaskState.COMPLETE
 
     @property
     def ended_in_failure(self) -> bool:
-        """Whether it failed, or was running when its node restarted.
+        """Return whether it failed, or was running when its node restarted.
 
-        Restart condition ``none`` gives up both; only a failure counts as an attempt.
+        With restart condition ``none`` both end the slot, but only a failure counts as an attempt.
         """
         was_running = self.status.state is TaskState.FAILED and self._was_interrupted
         return self.has_failed or (was_running and self._ended_unstopped)
 
     @property
     def _ended_unstopped(self) -> bool:
-        """Whether its node reported its end before the leader had retired it."""
+        """Return whether its node reported its end before the leader had retired it."""
         was_stopped = self.restart is not None and self.restart.was_stopped
         return self.status.state in ENDED_BY_ITSELF and not was_stopped
 
     @property
     def _was_interrupted(self) -> bool:
-        """Whether its end has a cause that is no failure of the task."""
+        """Return whether its end has a cause that does not count as a failure of the task."""
         return self.status.end is not None and self.status.end.cause in INTERRUPTIONS
 
     @property
     def is_done(self) -> bool:
-        """Whether the task ended with exit code 0 and is not started again: a task of a job, or a one-shot service."""
+        """Return whether a task of a job or one-shot service ended with exit code 0, and so is not started again."""
         return self.status.state is TaskState.COMPLETE and (
             self.job_iteration is not None or self.spec.ends_on_success
         )
 
     @property
     def is_active(self) -> bool:
-        """Whether the task is desired to run and has not ended."""
+        """Return whether the task is desired to run and has not ended."""
         return self.is_wanted and not self.status.state.is_terminal
 
 
 class Trust(msgspec.Struct, frozen=True):
-    """What a node does for a task with its own rights, because an administrator chose it or allows it."""
+    """Actions that a node takes for a task with its own rights, because an administrator specified or allows them."""
 
     logs: bool = False
     """Whether its logs may be sent to addresses of the machine and of other nodes, and to the machine's own log."""
@@ -266,12 +268,12 @@ class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[PortConfig, ...] = ()
     """Every published port of the service, ingress and host mode."""
     virtual_ips: tuple[EndpointVirtualIP, ...] = ()
-    """The service's address on each overlay network; none with DNS round robin."""
+    """The service's address on each overlay network.  Empty with DNS round robin."""
     trust: Trust = Trust()
 
     @property
     def name(self) -> str:
-        """The container's name: ``service.slot.task``; a global service's tasks have the node id as slot.
+        """Return the container's name, ``service.slot.task``, with the node id as slot for global services.
 
         Source: swarmkit, api/naming/naming.go.
         """

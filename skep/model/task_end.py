@@ -1,6 +1,6 @@
-"""Why a task ended: what its node saw of the end, kept with the task when its container and its node are gone.
+"""Reasons why tasks ended, as observed by their nodes, kept after the container and the node are removed.
 
-Everything in it is bounded, as the store keeps it for every task that ended.
+All parts are bounded, because the store keeps them for every ended task.
 """
 
 import re
@@ -15,11 +15,11 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 LAST_LINES_MAX = 20
 LAST_LINES_BYTES_MAX = 4096
-"""Of the texts of all kept lines together, encoded."""
+"""Bytes of all kept lines together, encoded."""
 HEALTH_OUTPUT_BYTES_MAX = 1024
 HEALTH_COMMAND_BYTES_MAX = 256
 SIGNALED = 128
-"""Shells and Docker report the signal that ended a process as 128 + its number."""
+"""Shells and Docker report the signal that ended a process as 128 plus its number."""
 _SHOWN_CHARACTERS_MAX = 200
 SEQUENCE = re.compile(r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]")
 """A control sequence of a terminal, as for a color."""
@@ -27,7 +27,7 @@ _WORD_CHARACTERS_MAX = 32
 
 
 class EndCause(Enum):
-    """The causes that nodes of this version report.  Those of later versions are kept and shown as they are."""
+    """The causes that nodes of this version report.  Causes of later versions are kept and shown unchanged."""
 
     EXIT = "exit"
     SIGNAL = "signal"
@@ -61,15 +61,15 @@ class KeptLine(ApiObject):
 class TaskEnd(ApiObject):
     """Why a task ended.  Not in Docker's API.
 
-    ``cause``: the value of an ``EndCause``; ``health_output``: of the last failed health check; ``lines``: the
+    ``cause``: the value of an ``EndCause``.  ``health_output``: output of the last failed health check.  ``lines``: the
     last lines of output, oldest first.  ``health_command``, ``health_failures`` (in a row) and ``health_exit_code``
-    (None: the check could not be run, or took too long) are set for ``unhealthy``.
+    (None if the check could not be run, or timed out) are set for ``unhealthy``.
     """
 
     cause: str = always("")
     signal: str = ""
     grace: int = 0
-    """Nanoseconds after its stop signal in which it did not end (``stop-timeout``)."""
+    """Nanoseconds between the stop signal and the kill (``stop-timeout``)."""
     health_output: str = ""
     lines: tuple[KeptLine, ...] = ()
     health_command: str = ""
@@ -78,7 +78,7 @@ class TaskEnd(ApiObject):
 
 
 def bounded_end(end: TaskEnd, lines_max: int = LAST_LINES_MAX) -> TaskEnd:
-    """``end`` within the limits, with ``lines_max`` lines at most: the last ones are kept, long texts are cut."""
+    """Return ``end`` with long texts cut and only the last ``lines_max`` lines."""
     return replace(
         end,
         cause=end.cause[:_WORD_CHARACTERS_MAX],
@@ -103,14 +103,14 @@ def _last_lines(lines: Iterable[KeptLine], lines_max: int) -> tuple[KeptLine, ..
 
 
 def cut(text: str, most: int) -> str:
-    """The beginning of ``text`` that takes at most so many bytes, encoded."""
+    """Return the start of ``text`` that takes at most ``most`` bytes as JSON."""
     while text and (size := len(to_json(text))) > most:
         text = text[: len(text) * most // size]
     return text
 
 
 def signal_of(exit_code: int) -> str:
-    """``SIGKILL`` for 137; empty where the code names no signal."""
+    """Return the signal in an exit code, ``SIGKILL`` for 137, or an empty text without one."""
     try:
         return signal.Signals(exit_code - SIGNALED).name if exit_code > SIGNALED else ""
     except ValueError:
@@ -118,7 +118,7 @@ def signal_of(exit_code: int) -> str:
 
 
 def words_of(end: TaskEnd) -> str:
-    """What Skep adds to Docker's error about a task that ended; empty: nothing."""
+    """Return the text that Skep adds to Docker's error about an ended task, or an empty text."""
     match end.cause:
         case EndCause.OUT_OF_MEMORY.value:
             return "out of memory"
@@ -135,12 +135,12 @@ def words_of(end: TaskEnd) -> str:
 
 
 def on_one_line(text: str) -> str:
-    """The beginning of ``text`` for one line of a terminal: without control characters."""
+    """Return the start of ``text`` for one line of a terminal, without control characters."""
     return printable(" ".join(SEQUENCE.sub("", text).split()))[:_SHOWN_CHARACTERS_MAX]
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal would obey; a tab becomes a space."""
+    """Return ``text`` without control characters; a tab becomes a space."""
     return "".join(
         char for char in text.replace("\t", " ") if char.isprintable() or char == "\N{REPLACEMENT CHARACTER}"
     )

@@ -1,4 +1,4 @@
-"""Placeholders of services, secrets and configs: what they see, and where they are expanded.
+"""Placeholders of services, secrets and configs: their data, and the fields in which they are expanded.
 
 Source: swarmkit, template/{context,expand,getter}.go.
 """
@@ -29,7 +29,7 @@ DRIVER = "golang"
 """The only template driver of secrets and configs."""
 
 Read = Callable[[str], str]
-"""A function of a payload: text by name.  Raises: SkepError: there is none."""
+"""A function for templated payloads that returns a text by name.  Raises: SkepError: the name is unknown."""
 
 
 def context(
@@ -45,7 +45,7 @@ def context(
     task_name: str,
     slot: str,
 ) -> Struct:
-    """What placeholders see of a task.  ``slot``: the node's id for a task without one."""
+    """Return the data of a task for placeholders.  ``slot``: the slot, or the node's id for a task without one."""
     platform = Struct("template.Platform", {"Architecture": architecture, "OS": os})
     return Struct(
         "*template.Context",
@@ -60,7 +60,7 @@ def context(
 
 
 def expand_container(container: ContainerSpec, seen: Struct) -> ContainerSpec:
-    """``container`` with the placeholders of its environment, mounts and hostname expanded.
+    """Return ``container`` with the placeholders of its environment, mounts and hostname expanded.
 
     Raises: InvalidArgument, in SwarmKit's words.
     """
@@ -107,11 +107,12 @@ def expand_container(container: ContainerSpec, seen: Struct) -> ContainerSpec:
 
 
 def expand_payload(data: bytes, seen: Struct, env: Iterable[str], secret: Read, config: Read) -> bytes:
-    """A templated secret or config.
+    """Return a templated secret or config with its placeholders expanded.
 
     Args:
         env: the task's environment, expanded.
-        secret: the data of the task's secret with that target, as it was made; so ``config``.
+        secret: returns the data of the task's secret with a target, unexpanded.
+        config: returns the data of the task's config with a target, unexpanded.
 
     Raises: TemplateError.
     """

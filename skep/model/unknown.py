@@ -1,12 +1,12 @@
-"""Unknown fields, which a newer version has written, at any depth of a JSON value: separated when it is decoded, merged
-when it is encoded.
+"""Preserve unknown fields, written by a newer version, at any depth of a JSON value.
 
-Structs of the model reject unknown fields, which costs nothing if there are none; only then this module is used.
+They are separated when a value is decoded, and merged again when it is encoded.  Structs of the model reject unknown
+fields at no cost, and only after such a rejection this module is used.
 
 * Unknown fields of an object are kept as long as the object exists, even if all its known fields have their defaults.
-* Those of an item of a list are kept with the item whose known fields are equal, or else with the one of the same name
-  (the first field of ``NAMES`` that it has).  If there is neither, they are dropped with the item.
-* Those of a value in a mapping are kept with its key.
+* Unknown fields of a list's item are kept with the item whose known fields are equal, or else with the item of the same
+  name (the first field of ``NAMES`` that it has).  Without such an item, they are dropped.
+* Unknown fields of a mapping's value are kept with its key.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +27,14 @@ class Unknown(msgspec.Struct, frozen=True):
 
     fields: Mapping[str, bytes] = {}
     inside: Mapping[str, "Unknown | UnknownOfItems"] = {}
-    """By field (or key)."""
+    """Unknown fields of nested values, by field (or key)."""
 
 
 class UnknownOfItems(msgspec.Struct, frozen=True):
     """The unknown fields of a list's items."""
 
     items: Sequence[tuple[bytes, bytes, Unknown]] = ()
-    """For each item with unknown fields: its known fields, its name (empty: none), its unknown fields."""
+    """Known fields, name (or empty) and unknown fields of each item with unknown fields."""
 
 
 Extras: TypeAlias = Unknown | UnknownOfItems
@@ -46,18 +46,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 def divided(data: bytes, type_: Any) -> tuple[bytes, Unknown]:
-    """An encoded object of ``type_`` without its unknown fields, and those.  Raises: msgspec.DecodeError."""
+    """Separate an encoded object of ``type_`` from its unknown fields.  Raises: msgspec.DecodeError."""
     known, extras = _divided(data, _shape_of(type_))
     return known, extras if isinstance(extras, Unknown) else NOTHING
 
 
 def joined(encoded: bytes | None, extras: Unknown, type_: Any) -> bytes:
-    """An encoded object (None: only defaults) with unknown fields."""
+    """Return an encoded object, or None if it has only defaults, with its unknown fields merged in."""
     return _joined(encoded or b"{}", extras, _shape_of(type_))
 
 
 def leniently(data: bytes, type_: type[T]) -> T:
-    """A decoded value without its unknown fields.  Raises: msgspec.DecodeError."""
+    """Decode a value, ignoring unknown fields.  Raises: msgspec.DecodeError."""
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError:
@@ -154,7 +154,7 @@ def _joined_items(encoded: bytes, extras: UnknownOfItems, shape: inspect.Type) -
 
 
 def _name_of(item: bytes) -> bytes:
-    """The identifying field of an item of a list; empty: it has none."""
+    """Return the value of a list item's identifying field, or an empty text."""
     fields = _fields_of(item)
     for name in NAMES:
         value = bytes(fields.get(name, b""))
@@ -171,7 +171,7 @@ def _shape_of(type_: Any) -> inspect.Type:
 
 
 def _core(shape: inspect.Type) -> inspect.Type:
-    """``shape`` without metadata and without ``| None``."""
+    """Return ``shape`` without metadata and without ``| None``."""
     while True:
         if isinstance(shape, inspect.Metadata):
             shape = shape.type
@@ -182,7 +182,7 @@ def _core(shape: inspect.Type) -> inspect.Type:
 
 
 def _shapes_of(shape: inspect.Type) -> Mapping[str, inspect.Type] | None:
-    """The fields of a Struct, by their name in JSON; None: it is a mapping."""
+    """Return the fields of a Struct by their JSON names, or None for a mapping."""
     return _shapes_by_class(shape.cls) if isinstance(shape, inspect.StructType) else None
 
 
@@ -194,7 +194,7 @@ def _shapes_by_class(cls: type) -> Mapping[str, inspect.Type]:
 
 
 def _defaults_to_object(shape: inspect.Type, name: str) -> bool:
-    """Whether an absent field means an object with defaults, not None."""
+    """Return whether an absent field means an object with defaults instead of None."""
     if not isinstance(shape, inspect.StructType):
         return False
     field = next(field for field in shape.fields if field.encode_name == name)
@@ -211,7 +211,7 @@ def _parts(shape: inspect.Type) -> Iterator[inspect.Type]:
 
 
 def _is_deep(shape: inspect.Type) -> bool:
-    """Whether it may contain an object."""
+    """Return whether a value of this shape may contain an object."""
     match shape:
         case inspect.StructType():
             return True

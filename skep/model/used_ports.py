@@ -1,4 +1,4 @@
-"""Ports of a node that something else than tasks uses: its daemon, plain containers, and other programs of the machine.
+"""Ports of a node that are in use, but not by tasks: by its daemon, plain containers, and other programs.
 
 The node reports them in engine labels, so that host-mode ports are published elsewhere.
 """
@@ -12,19 +12,19 @@ from skep.model.node import Node
 
 PORTS_LABEL: Final = "skep.ports"
 RESERVED_LABEL: Final = "skep.reserved-ports"
-"""A node's own ports (``reserved_ports``); that of a manager counts for the whole cluster."""
+"""Engine label with a node's own ports (``reserved_ports``).  A manager's label applies to the whole cluster."""
 PORTS_MAX = 1000
 """Ports in the label, the lowest ones of each protocol."""
 _LABEL_CHARACTERS_MAX = 16 * 1024
 _REMEMBERED_CHARACTERS_MAX = 512
-"""Longer labels are read each time: a node that reports a new one every second would fill the memory with them."""
+"""Longer labels are not cached: a node that reports a new label every second would fill the memory with them."""
 
 UsedPort: TypeAlias = tuple[str, int]
 """Protocol and number."""
 
 
 def ports_label(ports: Iterable[UsedPort]) -> str:
-    """``tcp=22,80 udp=53``"""
+    """Return the label for ``ports``, such as ``tcp=22,80 udp=53``."""
     by_protocol: dict[str, list[int]] = {}
     for protocol, number in sorted(set(ports)):
         by_protocol.setdefault(protocol, []).append(number)
@@ -34,7 +34,7 @@ def ports_label(ports: Iterable[UsedPort]) -> str:
 
 
 def shortened_ports(label: str, size: int) -> str:
-    """The label with as many ports of each protocol, the lowest, as fit into ``size`` bytes."""
+    """Return the label with as many of the lowest ports of each protocol as fit into ``size`` bytes."""
     by_protocol: dict[str, list[int]] = {}
     for protocol, number in sorted(_read(label)):
         by_protocol.setdefault(protocol, []).append(number)
@@ -50,13 +50,13 @@ def shortened_ports(label: str, size: int) -> str:
 
 
 def used_ports_of(node: Node) -> frozenset[UsedPort]:
-    """The ports in the node's labels; what cannot be read is ignored."""
+    """Return the ports in the node's labels; invalid parts are ignored."""
     labels = node.description.engine.labels
     return ports_in(labels.get(PORTS_LABEL, "")) | ports_in(labels.get(RESERVED_LABEL, ""))
 
 
 def ports_in(label: str) -> frozenset[UsedPort]:
-    """The ports in the text of a label; what cannot be read is ignored."""
+    """Return the ports in the text of a label; invalid parts are ignored."""
     label = label[:_LABEL_CHARACTERS_MAX]
     return _remembered(label) if len(label) <= _REMEMBERED_CHARACTERS_MAX else _read(label)
 

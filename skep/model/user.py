@@ -10,11 +10,11 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class UserSpec(ApiObject):
-    """What an administrator asks for."""
+    """The administrator's spec of a user."""
 
     name: str = ""
     roles: tuple[str, ...] = always(())
-    """As ``model.access.Binding`` is written: ``operator:shop``."""
+    """Role bindings as text (``model.access.Binding``), such as ``operator:shop``."""
 
 
 class UserCertificate(ApiObject):
@@ -34,7 +34,7 @@ class UserToken(ApiObject):
     created_at: Timestamp = always(ZERO_TIME)
     not_after: Timestamp = always(ZERO_TIME)
     logs_in_only: bool = False
-    """Whether it opens the dashboard and nothing else: a token that is typed into a page is no key to the API."""
+    """Whether it opens the dashboard only, so that a token typed into a page cannot be used for the API."""
 
 
 class User(ApiObject):
@@ -50,23 +50,23 @@ class User(ApiObject):
 
 
 class Credentials(msgspec.Struct, frozen=True, kw_only=True):
-    """What the node process needs of a user.  Times are unix nanoseconds."""
+    """The parts of a user that the node process needs.  Times are Unix nanoseconds."""
 
     name: str
     bindings: tuple[Binding, ...]
     serials: dict[str, int]
-    """Of certificates -> when they end."""
+    """Expiry times of certificates, by serial number."""
     tokens: dict[str, int]
-    """Digests -> when they end."""
+    """Expiry times of tokens, by digest."""
     logins: frozenset[str] = frozenset()
     """Digests of the tokens that only open the dashboard."""
 
 
 class AccessTable(msgspec.Struct, frozen=True, kw_only=True):
-    """What a manager sends to the node process of its machine, whenever it changes.
+    """The users' credentials, which a manager sends to its own node process whenever they change.
 
-    ``root_pem``: of the users' certificates; empty: there are none.  ``is_current``: whether the manager sees
-    removals; one without contact to the others does not.
+    ``root_pem``: the root of the users' certificates, or empty without any.  ``is_current``: whether the manager learns
+    of removals, which it does not without contact to the other managers.
     """
 
     root_pem: str = ""

@@ -1,7 +1,7 @@
-"""Values of fields that only an administrator may give, where the value decides: the rules of ``model.field_rights``.
+"""Rules of ``model.field_rights`` for fields in which only some values need an administrator.
 
-Each rule takes the value of a field and the whole spec, and yields what is an administrator's. The first line of its
-docstring is what the page of rights says.
+Each rule takes the value of a field and the whole spec, and yields descriptions of the parts that only an administrator
+may set.  The page of rights in the reference shows the first line of its docstring.
 """
 
 import re
@@ -58,7 +58,7 @@ class Reach(Enum):
 
 
 Why: TypeAlias = Callable[[Any, ApiObject], Iterator[str]]
-"""Yields what only an administrator may give: the value of a field, the spec that it is part of."""
+"""A rule: takes a field's value and the spec that it is part of, and yields the parts that need an administrator."""
 
 
 def anyone(_value: Any, _root: ApiObject) -> Iterator[str]:
@@ -82,7 +82,7 @@ def image_rights(image: str) -> Iterator[str]:
 
 
 def is_loopback_registry(image: str) -> bool:
-    """Whether the registry of an image is named by an address of the node itself, in any spelling."""
+    """Return whether the image's registry is an address of the node itself, in any spelling."""
     domain = registry_of(image).lower()
     host = domain[1:].partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
     host = host.rstrip(".")
@@ -90,7 +90,7 @@ def is_loopback_registry(image: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    """Whether an address, also in a form that only resolvers accept (``127.1``), is the machine's or its link's."""
+    """Return whether an address is loopback or link-local, also in a form that only resolvers accept (``127.1``)."""
     address = _address(host)
     if address is None:
         return False
@@ -177,8 +177,8 @@ ULIMITS: Final[Mapping[str, Callable[[Ulimit, ApiObject], bool]]] = {
     "nice": _nice,
     "rtprio": _rtprio,
 }
-"""Whether a user may give a ulimit. Not msgqueue and sigpending: their memory is the kernel's, and counts by user id,
-which containers share with the machine."""
+"""Whether users may set a ulimit.  msgqueue and sigpending are missing, because their memory belongs to the kernel and
+is counted by user id, which containers share with the machine."""
 
 
 def oom_score(score: int, _root: ApiObject) -> Iterator[str]:
@@ -255,7 +255,7 @@ def log_driver(driver: Driver, _root: ApiObject) -> Iterator[str]:
 
 
 def _is_unix(address: str) -> bool:
-    """Parsers of URLs leave out spaces and control characters: so does this."""
+    """Return whether an address names a Unix socket.  URL parsers skip spaces and control characters, so this does."""
     scheme = "".join(filter(str.isalnum, address.lower().partition(":")[0]))
     return scheme.startswith("unix")
 

@@ -1,6 +1,6 @@
-"""Cluster volumes: storage that a CSI driver makes, and publishes on the nodes whose tasks mount it.
+"""Cluster volumes: storage that a CSI driver creates, and publishes on the nodes whose tasks mount it.
 
-Names and values are those of Docker's ``ClusterVolume``.
+Names and values are the same as in Docker's ``ClusterVolume``.
 
 Source: moby, api/types/volume/cluster_volume.go; swarmkit, api/objects.proto (Volume).
 """
@@ -18,22 +18,22 @@ from skep.model.node import Topology
 from skep.model.times import ZERO_TIME, Timestamp
 
 NOT_PUBLISHED = "it is not published on this node"
-"""In the error of a task that waited for it in vain; the manager adds the reason, which the node does not have."""
+"""Part of the error of a task that waited for a volume in vain.  The manager adds the reason, unknown to the node."""
 
 GROUP_PREFIX = "group:"
-"""Of a mount's source: any volume of that group."""
+"""Prefix of a mount's source that stands for any volume of a group."""
 
 
 ENTRIES_BYTES_MAX = 960 << 10
-"""Of all entries of a volume: they are one part of the object, of at most 1 MiB."""
+"""Bytes of all entries of a volume: together they are one part of the object, which is limited to 1 MiB."""
 _ENTRY_BYTES_MAX = 12 << 10
-"""Of an entry whose driver has not answered yet."""
+"""Bytes reserved for an entry until its driver has responded."""
 _WORDS_BYTES = 700
-"""Of a later message in an entry."""
+"""Bytes reserved for a later message in an entry."""
 
 
 class VolumeScope(Enum):
-    """On how many nodes at a time a volume may be."""
+    """Whether a volume may be on one node or on several nodes at a time."""
 
     __go_name__ = "volume.Scope"
 
@@ -42,7 +42,7 @@ class VolumeScope(Enum):
 
 
 class VolumeSharing(Enum):
-    """How tasks may share a volume: not at all, all reading, one of them writing, all writing."""
+    """Sharing of a volume between tasks: none, all read, one writes, or all write."""
 
     __go_name__ = "volume.SharingMode"
 
@@ -53,7 +53,7 @@ class VolumeSharing(Enum):
 
 
 class VolumeAvailability(Enum):
-    """Pause: no new tasks; drain: its tasks end, and it is unpublished."""
+    """Availability of a volume.  Paused: no new tasks.  Drained: its tasks are stopped, and it is unpublished."""
 
     __go_name__ = "volume.Availability"
 
@@ -63,7 +63,10 @@ class VolumeAvailability(Enum):
 
 
 class PublishState(Enum):
-    """Of a volume on one node.  The first may have reached the driver's controller, the third the node's driver."""
+    """State of a volume on one node.
+
+    In ``PENDING`` the controller may have received its call already, in ``PENDING_NODE_UNPUBLISH`` the node's driver.
+    """
 
     PENDING = "pending-publish"
     PUBLISHED = "published"
@@ -87,7 +90,7 @@ class TypeBlock(ApiObject):
 
 
 class AccessMode(ApiObject):
-    """How nodes and tasks use a volume."""
+    """Use of a volume by nodes and tasks."""
 
     __go_name__: ClassVar[str | None] = "volume.AccessMode"
 
@@ -98,7 +101,7 @@ class AccessMode(ApiObject):
 
 
 class TopologyRequirement(ApiObject):
-    """Where a volume must be accessible, and where it had best be."""
+    """Topologies from which a volume must be accessible, and preferred topologies."""
 
     __go_name__: ClassVar[str | None] = "volume.TopologyRequirement"
 
@@ -107,7 +110,7 @@ class TopologyRequirement(ApiObject):
 
 
 class CapacityRange(ApiObject):
-    """In bytes; 0: no bound."""
+    """Requested capacity in bytes, with 0 for no bound."""
 
     __go_name__: ClassVar[str | None] = "volume.CapacityRange"
 
@@ -116,7 +119,7 @@ class CapacityRange(ApiObject):
 
 
 class VolumeSecret(ApiObject):
-    """The driver gets the data of the secret (``secret``: its id; in requests also its name) under ``key``."""
+    """A secret for the driver, which receives its data as ``key``.  ``secret``: its id, or in requests its name."""
 
     __go_name__: ClassVar[str | None] = "volume.Secret"
 
@@ -125,7 +128,7 @@ class VolumeSecret(ApiObject):
 
 
 class ClusterVolumeSpec(ApiObject):
-    """What a client asks for, beside name, labels and driver."""
+    """The user's settings of a cluster volume, except name, labels and driver."""
 
     __go_name__: ClassVar[str | None] = "volume.ClusterVolumeSpec"
 
@@ -138,7 +141,7 @@ class ClusterVolumeSpec(ApiObject):
 
 
 class VolumeSpec(ApiObject):
-    """A volume as its user specifies it."""
+    """The user's spec of a volume."""
 
     name: str = ""
     labels: Mapping[str, str] = always({})
@@ -152,7 +155,7 @@ class VolumeSpec(ApiObject):
 
 
 class VolumeInfo(ApiObject):
-    """A volume as its driver has made it; ``capacity_bytes`` 0: the driver does not say."""
+    """A volume as created by its driver.  ``capacity_bytes`` is 0 if the driver does not report it."""
 
     capacity_bytes: int = 0
     volume_context: Mapping[str, str] = {}
@@ -161,9 +164,9 @@ class VolumeInfo(ApiObject):
 
 
 class PublishStatus(ApiObject):
-    """A volume on one node.
+    """A volume's status on one node.
 
-    What comes after ``publish_context`` is not in Docker's API.
+    The fields after ``publish_context`` are not in Docker's API.
     """
 
     node_id: NodeId
@@ -172,19 +175,22 @@ class PublishStatus(ApiObject):
     driver_node_id: str = ""
     """The node's id in the driver."""
     is_closing: bool = False
-    """While it is published: no task gets it on that node any more, which was not sent to the node yet."""
+    """Whether no further task may get it on that node, although it is published and the node was not told yet."""
     is_doubtful: bool = False
-    """The node may have it mounted in any state: what is stored is older than what was done (``steps.doubted``)."""
+    """Whether the node's mounts are unknown, as the stored state is older than the last call (``steps.doubted``)."""
     message: str = ""
 
     @property
     def may_be_published(self) -> bool:
-        """Whether the driver may have published the volume there: it is called by its own id of the node only."""
+        """Return whether the driver may have published the volume there.
+
+        The driver is called only once ``driver_node_id`` is stored.
+        """
         return self.state is not PublishState.PENDING or bool(self.driver_node_id)
 
     @property
     def takes_tasks(self) -> bool:
-        """Whether further tasks may have the volume on that node."""
+        """Return whether further tasks may have the volume on that node."""
         return self.state in (PublishState.PENDING, PublishState.PUBLISHED) and not self.is_closing
 
 
@@ -202,32 +208,32 @@ class Volume(ApiObject):
     spec: VolumeSpec = always(VolumeSpec())
     pending_delete: bool = False
     is_creating: bool = False
-    """Whether the driver may have made it without ``info`` of it: written before the call."""
+    """Whether the driver may have created it although ``info`` is unset.  Written before the call to the driver."""
     info: VolumeInfo | None = None
     message: str = ""
-    """Why it is not created, or not deleted; empty: nothing is wrong."""
+    """Reason why the volume could not be created or deleted.  Empty without an error."""
     publish_status: tuple[PublishStatus, ...] = ()
-    """By id of the node; it says where the volume may be: an entry is written before it is published there."""
+    """Nodes where the volume may be, in the order of their ids.  An entry is written before the volume is published."""
 
     def status_on(self, node_id: NodeId) -> PublishStatus | None:
-        """Its status on a node; None: it is not there."""
+        """Return its status on a node, or None if it is not there."""
         return next((one for one in self.publish_status if one.node_id == node_id), None)
 
 
 def room_for_nodes(volume: Volume) -> int:
-    """On how many more nodes it can be published."""
+    """Return the number of further nodes on which the volume can be published."""
     return max(0, (ENTRIES_BYTES_MAX - sum(map(entry_bytes, volume.publish_status))) // _ENTRY_BYTES_MAX)
 
 
 def entry_bytes(status: PublishStatus) -> int:
-    """How large it may become."""
+    """Return the number of bytes to which the entry may grow."""
     if status.state is PublishState.PENDING:
         return _ENTRY_BYTES_MAX
     return len(msgspec.json.encode(status)) + _WORDS_BYTES
 
 
 class VolumeAssignment(ApiObject):
-    """What a node needs to use a volume: sent with its tasks, never the volume itself."""
+    """The data that a node needs to use a volume, sent with its tasks instead of the volume itself."""
 
     id: VolumeId
     volume_id: str = ""
@@ -239,7 +245,7 @@ class VolumeAssignment(ApiObject):
 
 
 def fits_topology(node: Topology | None, accessible: tuple[Topology, ...]) -> bool:
-    """Whether a node lies in one of the places from which a volume is accessible; what is not known fits.
+    """Return whether a node's topology matches one from which a volume is accessible.  Unknown topologies match.
 
     Source: swarmkit, manager/scheduler/topology.go (IsInTopology).
     """

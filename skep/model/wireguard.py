@@ -13,20 +13,20 @@ import msgspec
 
 KEY_BYTES: Final = 32
 KEYS_MAX: Final = 2
-"""Of one node: the present one and, during a rotation, the one before it."""
+"""Keys of one node: the present key and, during a rotation, the previous one."""
 PORT_MAX: Final = (1 << 16) - 1
 
 ENCRYPTION_LABEL: Final = "skep.encryption"
-"""Engine label that names the ``Method`` of a node; absent: the node does not encrypt."""
+"""Engine label with the ``Method`` of a node.  Without the label, the node does not encrypt."""
 PUBLIC_KEYS_LABEL: Final = "skep.wireguard"
 """Engine label with the node's public keys: ``KEY@PORT`` in base64, the oldest first, separated by commas.
 
-Managers and nodes of older versions pass it over: they exchange nothing on encrypted networks with nodes of this one.
+Managers and nodes of older versions ignore it: they exchange nothing on encrypted networks with nodes of this version.
 """
 
 
 class Method(Enum):
-    """What encrypts packets between nodes.  The values are shown by ``docker info`` and ``docker node inspect``."""
+    """Method of encryption between nodes.  ``docker info`` and ``docker node inspect`` show the values."""
 
     KERNEL = "kernel"
     """The kernel's WireGuard."""
@@ -42,17 +42,17 @@ class PublicKey(msgspec.Struct, frozen=True, order=True):
 
     @property
     def is_valid(self) -> bool:
-        """Whether the key has 32 bytes and the port is one."""
+        """Return whether the key has 32 bytes and the port number is valid."""
         return len(self.key) == KEY_BYTES and 0 < self.port <= PORT_MAX
 
 
 def public_keys_label(keys: Iterable[PublicKey]) -> str:
-    """The value of ``PUBLIC_KEYS_LABEL``."""
+    """Return the value of ``PUBLIC_KEYS_LABEL`` for ``keys``."""
     return ",".join(f"{b64encode(one.key).decode()}@{one.port}" for one in keys)
 
 
 def published_keys(labels: Mapping[str, str]) -> tuple[PublicKey, ...]:
-    """The keys that a node's engine labels publish, the oldest first; what is malformed is left out."""
+    """Return the keys that a node's engine labels publish, oldest first; malformed keys are ignored."""
     words = labels.get(PUBLIC_KEYS_LABEL, "").split(",")
     parsed = (_parsed(word) for word in words[:KEYS_MAX])
     return tuple(one for one in parsed if one is not None)

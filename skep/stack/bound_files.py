@@ -1,4 +1,4 @@
-"""Files beside a stack's files that its services mount: changed content updates a service, as that of a config does."""
+"""Bind-mounted files in the stack's directory: changed content updates the service, as a changed config does."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +13,13 @@ from skep.stack.reading import Report
 
 _BYTES_MAX: Final = 8 << 20
 _FILES_MAX: Final = 50
-"""Of one service."""
+"""Files of one service whose content is hashed."""
 
 
 def with_bound_files(stack: Stack, directory: Path, report: Report) -> Stack:
-    """The stack whose services have the content of files below ``directory`` that they mount in a label.
+    """Return the stack with a label on each service: hashes of the files below ``directory`` that it mounts.
 
-    Not that of directories, of files elsewhere, and of those that are not on this machine: they are the node's own.
+    Directories, files elsewhere and files that are not on this machine are left out: they belong to the node.
     """
     return replace(
         stack,
@@ -54,7 +54,7 @@ def _contents(service: StackService, directory: Path, warn: Callable[[Path, str]
                 warn(path, f"it is larger than {_BYTES_MAX >> 20} MiB")
             else:
                 name = path.relative_to(directory).as_posix()
-                # A file may hold a password, and labels are read by many: the suffix is one that is slow to guess.
+                # A file may hold a password, and many users can read labels: the hash is slow to guess.
                 yield f"{name}={versioned_name(name, path.read_bytes(), is_secret=True)[-10:]}"
         except OSError as error:
             warn(path, error.strerror or str(error))

@@ -1,4 +1,4 @@
-"""The revision of a deploy that is under way, and what happens when a newer deploy replaces it.
+"""The claim of a running deploy on its stack, until a newer deploy replaces it.
 
 The managers refuse requests of a deploy that was replaced (``manager/control/deploys.py``).
 """
@@ -36,14 +36,14 @@ class Claim:
         return {REVISION_HEADER: self._id}
 
     async def follow(self) -> bool:
-        """Return whether a newer deploy of the same content has replaced this one, and follow that from now on.
+        """Return whether a newer deploy of the same content has replaced this one, and adopt its revision.
 
-        Raises: Replaced: one of other content has.
+        Raises: Replaced: a deploy with other content has replaced this one.
         """
         try:
             config = await self._client.get(f"/configs/{self._id}", timeout_s=RESPONSE_TIMEOUT_S)
             state = str((config["Spec"].get("Labels") or {}).get(STACK_STATE, ""))
-        except NotFound:  # as the oldest of many
+        except NotFound:  # the revision was removed as the oldest of many
             state = f"{REPLACED}?"
         if not state.startswith(REPLACED):
             return False

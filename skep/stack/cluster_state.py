@@ -1,4 +1,4 @@
-"""What the cluster has and what it says of a plan: read before anything is changed."""
+"""Read the cluster's objects, and have it check a plan, before anything is changed."""
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -22,19 +22,19 @@ from skep.stack.revisions import Revision, revisions_of
 
 RESPONSE_TIMEOUT_S: Final = 30.0
 AT_ONCE: Final = 8
-"""Requests in flight."""
+"""Requests in flight at most."""
 NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
 _UNKNOWN_PATH: Final = ": only administrators may do this"
-"""How managers refuse a path that they do not know to users below administrator."""
+"""End of the managers' refusal of an unknown path to users below administrator."""
 _TOO_MUCH: Final = "too much at once"
 _NAMED_MAX: Final = 5
 """Images that one warning names."""
 
 
 async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ()) -> Existing:
-    """Return the stack's services, and everything that they may refer to: of configs those with these names.
+    """Return the stack's services, all networks and secrets, and the configs with the names ``configs``.
 
-    Configs come with their content, and those of the whole cluster can be hundreds of megabytes.
+    Configs come with their content, so the configs of the whole cluster can be hundreds of megabytes.
     """
     label = {"label": [f"{NAMESPACE}={stack}"]}
     services, networks, secrets, found = await asyncio.gather(
@@ -57,12 +57,12 @@ async def configs_named(client: Requests, names: Iterable[str]) -> list[Any]:
 
 
 def services_of(objects: Iterable[Any]) -> tuple[Service, ...]:
-    """Return services as the API gives them."""
+    """Return the services in an API response."""
     return tuple(leniently(msgspec.json.encode(one), Service) for one in objects)
 
 
 async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], None]) -> Plan:
-    """The plan, and where the cluster would run its services; a cluster that cannot say so is not an error."""
+    """Return the plan with the placement that the cluster predicts, or unchanged if the cluster cannot predict it."""
     changes = [one for one in plan.of("service", Action.CREATE, Action.UPDATE) if one.spec is not None]
     if not changes:
         return plan
@@ -85,13 +85,13 @@ async def pinned_images(
     logins: Mapping[str, str] = NO_LOGINS,
     kept: Collection[str] = (),
 ) -> dict[str, str]:
-    """Of image names, the names with the digests that their registries give; those that none gives are left out.
+    """Return image names with the digests of their registries, by image name.  Images without a digest are left out.
 
     ``logins``: by image name.  ``kept``: images that cause no warning (``kept_images``).
     """
     limit, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
 
-    async def pinned(name: str) -> tuple[str, str]:
+    async def pin(name: str) -> tuple[str, str]:
         if "@" in name:
             return name, ""
         async with limit:
@@ -136,7 +136,7 @@ async def known_revisions(client: Requests, stack: str) -> list[Revision]:
 
 
 def _unpinned(failed: Mapping[str, str]) -> str:
-    """One warning for all images that no registry gave a digest for.  ``failed``: their errors, by name."""
+    """Return one warning for all images without a digest.  ``failed``: their errors, by name."""
     (first, error), *others = sorted(failed.items())
     if not others:
         return (
@@ -152,19 +152,21 @@ def _unpinned(failed: Mapping[str, str]) -> str:
 
 
 def config_names(stack: Stack) -> set[str]:
-    """The names of the configs that the stack's services may refer to."""
+    """Return the names of the configs that the stack's services may refer to."""
     return {one.name for one in stack.configs.values()}
 
 
 def registry_auth(login: str | None) -> dict[str, str]:
-    """Return the header with which a request gives the credentials of a registry, if there are any."""
+    """Return the header that carries the registry credentials, if there are any."""
     return {"X-Registry-Auth": login} if login else {}
 
 
 async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None]) -> None:
-    """Have the managers try the whole plan without writing anything.
+    """Have the managers check the whole plan without writing anything.
 
-    Raises: Problems: everything that they would refuse; PermissionDenied: the user may not deploy this.
+    Raises:
+        Problems: the managers would refuse parts of the plan; lists all of them.
+        PermissionDenied: the user may not deploy this.
     """
     if not plan.effective:
         return
@@ -212,7 +214,7 @@ def _check_body(stack: Stack, plan: Plan) -> dict[str, Any]:
 
 
 def _sized(file: StackFile) -> dict[str, Any]:
-    """A secret or config with the size of its content in place of the content."""
+    """Return a secret or config with the size of its content in place of the content."""
     body = {key: value for key, value in file.body.items() if key != "Data"}
     return body | {"DataBytes": len(file.content or b"")}
 

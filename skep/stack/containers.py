@@ -61,14 +61,14 @@ _MODES: Final = (*_PROPAGATIONS, "ro", "rw", "nocopy", "z", "Z", "cached", "dele
 
 
 class Volumes:
-    """The top-level volumes: how a service's mounts of them look."""
+    """The top-level volumes, and the mounts that services have of them."""
 
     def __init__(self, names: dict[str, tuple[str, dict[str, str], Driver | None]]) -> None:
         self._names = names
         """Name in the file to name in the cluster, labels, and driver."""
 
     def mount(self, source: str, target: str, read_only: bool, no_copy: bool, subpath: str) -> Mount:
-        """A mount of a volume.  Raises: ValueError: no such volume."""
+        """Return a mount of a volume.  Raises: ValueError: no such volume."""
         options = VolumeOptions(no_copy=no_copy, subpath=subpath)
         if source:
             source, labels, driver = self._named(source)
@@ -82,7 +82,7 @@ class Volumes:
         )
 
     def cluster_mount(self, source: str, target: str, read_only: bool) -> Mount:
-        """A mount of a cluster volume, or of one of a group: ``group:NAME``.  Raises: ValueError: no such volume.
+        """Return a mount of a cluster volume or volume group (``group:NAME``).  Raises: ValueError: no such volume.
 
         Source: docker/cli, cli/compose/convert/volume.go (handleClusterToMount).
         """
@@ -102,7 +102,7 @@ class Volumes:
 
 
 def container_of(service: Reader, volumes: Volumes) -> ContainerSpec:
-    """All of a container but its image, secrets, configs and labels."""
+    """Return the container spec without image, secrets, configs and labels."""
     for key, why in _REFUSED.items():
         service.refuse(key, why)
     for key, why in _IGNORED.items():
@@ -145,7 +145,7 @@ def container_of(service: Reader, volumes: Volumes) -> ContainerSpec:
 
 
 def _check_links(service: Reader) -> None:
-    """A link to a service by its own name says what every network does."""
+    """Report links with an alias.  A link to a service by its own name needs nothing: every network resolves it."""
     for text in service.texts("links"):
         target, _, alias = text.partition(":")
         if alias and alias != target:
@@ -202,7 +202,7 @@ def _healthcheck(check: Reader | None) -> HealthConfig | None:
 
 
 def hosts_of(service: Reader) -> tuple[str, ...]:
-    """``extra_hosts`` of a service or a build as lines of a hosts file."""
+    """Return ``extra_hosts`` of a service or a build as lines of a hosts file."""
     made: list[str] = []
     found = service.node("extra_hosts")
     if found is not None and found.entries is not None:
@@ -290,7 +290,7 @@ def _short_mount(node: Node, volumes: Volumes) -> Mount:
     if unknown := [word for word in words if word not in _MODES]:
         raise ValueError(f"the option {unknown[0]!r} is not known: want some of {', '.join(_MODES)}")
     if not target.startswith("/"):
-        raise ValueError(f"the target {target!r} is no path from the root of the container")
+        raise ValueError(f"the target {target!r} is not an absolute path in the container")
     read_only = "ro" in words
     if read_only and "rw" in words:
         raise ValueError(f"{modes!r} is both read-only and writable")

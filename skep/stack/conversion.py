@@ -1,4 +1,4 @@
-"""A merged document as a stack."""
+"""Conversion of a merged document into a stack."""
 
 import re
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ _FILE_BYTES_MAX: Final = {"secrets": 500 * 1024, "configs": 1000 * 1024}
 
 
 def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes], report: Report) -> Stack:
-    """The stack ``name``.
+    """Return the stack ``name``.
 
     Args:
-        document: the files, merged; paths in it are absolute, and profiles have been chosen.
-        contents: of secrets and configs by ``("secrets", NAME)``, where they come from a file or the environment.
-        report: takes what is wrong and what has no effect.
+        document: the merged files, with absolute paths and without the services of unused profiles.
+        contents: contents of secrets and configs from files or the environment, by ``("secrets", NAME)``.
+        report: collects errors and warnings.
     """
     top = Reader(document, "", report)
     if not _STACK_NAME.fullmatch(name):
@@ -104,7 +104,7 @@ def _check_dependencies(stack: Stack, report: Report) -> None:
 
 
 def _check_names(stack: Stack, report: Report) -> None:
-    """Two objects of the cluster have different names; one that exists already may be named twice."""
+    """Report objects with the same name in the cluster.  An external object may be named twice."""
     for kind in ("networks", "secrets", "configs"):
         keys: dict[str, str] = {}
         objects: Mapping[str, StackNetwork | StackFile] = getattr(stack, kind)
@@ -120,7 +120,7 @@ def _check_names(stack: Stack, report: Report) -> None:
 
 
 def _check_ports(stack: Stack, report: Report) -> None:
-    """A port that is published on all nodes belongs to one service."""
+    """Report ports that two services publish on all nodes."""
     owners: dict[tuple[int, str], str] = {}
     for key, service in stack.services.items():
         endpoint = service.spec.endpoint_spec
@@ -137,7 +137,7 @@ def _check_ports(stack: Stack, report: Report) -> None:
 
 
 def _with_dependencies(service: StackService, stack: Stack) -> StackService:
-    """With a label by which the cluster keeps the order."""
+    """Return the service with the dependency label, by which the cluster orders starts."""
     found = [
         replace(one, service=stack.services[one.service].spec.name)
         for one in service.depends_on
@@ -148,7 +148,7 @@ def _with_dependencies(service: StackService, stack: Stack) -> StackService:
 
 
 def find_cycle(edges: Mapping[str, list[str]]) -> list[str]:
-    """A circle of names, the first again at its end; empty: there is none."""
+    """Return a cycle of names, with the first name again at its end, or an empty list without a cycle."""
     done: set[str] = set()
     for start in edges:
         path: list[str] = []
@@ -173,7 +173,7 @@ def find_cycle(edges: Mapping[str, list[str]]) -> list[str]:
 
 
 def _external(one: Reader) -> tuple[bool, str]:
-    """Whether the object exists already, and its name if that is given; ``external: {name: X}`` is the old form."""
+    """Return whether the object is external, and its name or "".  ``external: {name: X}`` is the old form."""
     found, name = one.node("external"), one.text("name")
     if found is None:
         return False, name
@@ -184,7 +184,7 @@ def _external(one: Reader) -> tuple[bool, str]:
     given = old.text("name")
     old.close()
     if name and given:
-        one.problem("external", "the name stands twice: write external: true, and name")
+        one.problem("external", "the name is given twice: write external: true, and name")
     return True, name or given
 
 
@@ -293,7 +293,7 @@ def _files(
 def _file(one: Reader, key: str, name: str, given: str, stack: str, content: bytes | None) -> StackFile:
     sources = [source for source in ("file", "content", "environment") if one.node(source) is not None]
     if key == "secrets":
-        one.refuse("content", "a secret's value does not belong into the file: use file or environment")
+        one.refuse("content", "a secret's value does not belong in the file: use file or environment")
     for option in ("driver", "driver_opts"):
         one.refuse(option, "the data cannot come from a driver: use file or environment")
     if len(sources) != 1 and one.node("driver") is None:

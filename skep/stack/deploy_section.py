@@ -1,4 +1,4 @@
-"""The keys below ``deploy``, and those of a container that say the same."""
+"""Conversion of the keys below ``deploy``, and of a service's older keys with the same meaning."""
 
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ def mode_name(deploy: Reader) -> str:
 
 
 def mode_of(name: str, service: Reader, deploy: Reader, *, leaves_number: bool = False) -> ServiceMode:
-    """``leaves_number``: a number of replicas that the file does not have stays open."""
+    """Return the service's mode.  ``leaves_number``: leave the number of replicas unset if the file does not set it."""
     replicas, scale = deploy.integer("replicas", 0, 100_000), service.integer("scale", 0, 100_000)
     if replicas is not None and scale is not None and replicas != scale:
         service.problem("scale", f"deploy.replicas says {replicas}")
@@ -163,7 +163,7 @@ def resources_of(service: Reader, deploy: Reader) -> ResourceRequirements | None
 
 
 def _first(*given: int | None) -> int:
-    """The first that is there; 0, which is no limit, counts as much as any."""
+    """Return the first value that is set, or 0.  A value of 0 (unlimited) counts as set."""
     return next((one for one in given if one is not None), 0)
 
 
@@ -172,7 +172,7 @@ def _nano_cpus(reader: Reader | None, key: str) -> int:
 
 
 def _quota(service: Reader) -> int:
-    """``cpu_quota`` in ``cpu_period``, both in microseconds, as processors."""
+    """Return nano-CPUs for ``cpu_quota`` in each ``cpu_period``, both in microseconds."""
     quota, period = service.integer("cpu_quota", -1), service.integer("cpu_period")
     if period and quota is None:
         service.warn("cpu_period", "without cpu_quota it changes nothing")

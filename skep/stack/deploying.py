@@ -1,6 +1,6 @@
-"""Carrying a plan out: what is new is made, services are updated in the order of their dependencies, then watched.
+"""Deployment of a plan: create new objects, change services in the order of their dependencies, then wait for them.
 
-Repeating a deploy completes one that was interrupted: each step asks for what is to be, not for what is to be done.
+Repeating a deploy completes an interrupted one, because each request states the desired state, not a change.
 """
 
 import asyncio
@@ -65,33 +65,33 @@ from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
 _TOGETHER: Final = 200
-"""Services in one request: a few megabytes at most, and no longer than a fraction of a second."""
+"""Services in one request: a few megabytes at most, handled within a fraction of a second."""
 _OTHER_CONTENT: Final = "only updates to Labels are allowed"
-"""SwarmKit's refusal of other content for a secret or a config."""
+"""SwarmKit's refusal to change the content of a secret or config."""
 _LAST_WORDS_S: Final = 5.0
-"""To ask for the state of a deploy that is interrupted."""
+"""Seconds to read the state of a deploy after an interrupt, before the command ends."""
 
 Show = Callable[[str, str], None]
-"""Takes the name of an object, and what to say of it."""
+"""Called with the name of an object and a progress text."""
 
 
 class Made(msgspec.Struct):
-    """What a deploy has created so far: its undo removes this and nothing else."""
+    """The objects that a deploy has created so far.  Its undo removes these and nothing else."""
 
     services: list[Service] = []
-    """With networks by name."""
+    """Created services, with networks by name."""
     files: list[tuple[str, str, str]] = []
-    """Networks, secrets and configs: kind, name and id."""
+    """Created networks, secrets and configs: kind, name and id."""
     revision: str = ""
-    """The id of the config that records the deploy."""
+    """Id of the config that records the deploy."""
     claim: Claim | None = None
-    """Its claim on the stack.  None: there is no revision."""
+    """The deploy's claim on the stack, or None without a revision."""
     known: frozenset[str] = frozenset()
-    """The ids of the revisions that there were before."""
+    """Ids of the revisions that existed before the deploy."""
 
 
 class Deployment:
-    """One deploy on its way."""
+    """A running deploy."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Deployment:
         """
         Args:
             logins: ``X-Registry-Auth`` by the names of images as the files have them.
-            made: gets what the deploy creates.
+            made: filled with the objects that the deploy creates.
         """
         self._made = made if made is not None else Made()
         self._client = client
@@ -115,25 +115,26 @@ class Deployment:
         self._show = show
         self._limit = asyncio.Semaphore(AT_ONCE)
         self._ids: dict[tuple[str, str], str] = {}
-        """Of secrets and configs, by kind and name."""
+        """Ids of secrets and configs, by kind and name."""
         self._reasons = Reasons(client, FAILURES_MAX)
 
     async def apply(self, wait_s: float | None, failures_max: int = FAILURES_MAX) -> None:
-        """Make the changes; then wait at most ``wait_s`` until they are true (None: do not).
+        """Apply the changes, then wait until the services run with their new spec.
 
         Args:
-            failures_max: of a task in a row, after which waiting ends; 0: it does not.
+            wait_s: seconds to wait at most, or None to return without waiting.
+            failures_max: failures of a task in a row that end the wait, or 0 to wait in spite of failures.
 
         Raises:
-            Problems: a secret is there with other content; no service was changed.
+            Problems: a secret exists with other content; no service was changed.
             Replaced: a newer deploy of the stack has replaced this one.
-            SkepError: a change was refused; those before it stay, and a repetition goes on behind them.
-            Unavailable: it did not become true in time, or waiting cannot help, with the cause.
+            SkepError: a change was refused; earlier changes stay, and a repeated deploy resumes after them.
+            Unavailable: the services did not converge in time, or waiting cannot help; has the cause.
         """
         try:
             await self._apply(wait_s, failures_max)
         except asyncio.CancelledError:
-            self._show("interrupted", f"{await self._state()}; the same command again completes it")
+            self._show("interrupted", f"{await self._state()}; rerun the command to complete it")
             raise
 
     async def _apply(self, wait_s: float | None, failures_max: int) -> None:
@@ -150,12 +151,12 @@ class Deployment:
                     await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
         except TimeoutError:
             assert wait_s is not None
-            raise Unavailable(unfinished(await self.unfinished(), wait_s)) from None
+            raise Unavailable(unfinished(await self.find_unfinished(), wait_s)) from None
 
     async def _change_services(self) -> None:
         """Create, update and remove services.
 
-        Returns also when a newer deploy of the same content does that instead.  Raises: as ``apply``.
+        Returns early if a newer deploy of the same content has taken over.  Raises: as ``apply``.
         """
         first = freeing(self._plan)
         try:
@@ -170,8 +171,8 @@ class Deployment:
                 raise
             self._show(self._stack.name, f"another deploy has the same content ({error})")
 
-    async def unfinished(self) -> dict[str, str]:
-        """Return how far the services of the plan are that do not run with their new spec, by name."""
+    async def find_unfinished(self) -> dict[str, str]:
+        """Return the progress of the plan's services that do not run with their new spec, by name."""
         progress = await self._reasons.explain(await self._looks())
         wanted = [
             one.name
@@ -185,9 +186,9 @@ class Deployment:
         }
 
     async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
-        """Remove the secrets and configs that nothing uses, of those that earlier deploys had (``former``).
+        """Remove the unused ones among the secrets and configs ``former`` of earlier deploys, except ``kept``.
 
-        Others with the stack's label stay: a deploy beside this one has just created them, or a person has.
+        Others with the stack's label stay: a concurrent deploy or a user may have just created them.
         """
         existing = await existing_of(self._client, self._stack.name, former)
         for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
@@ -195,14 +196,14 @@ class Deployment:
             for one in superseded(self._stack, kind, candidates, existing.services, kept):
                 try:
                     await self._client.delete(f"/{kind}s/{one['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
-                except SkepError:  # something uses it since a moment ago
+                except SkepError:  # a service started to use it just now
                     continue
                 self._show(one["Spec"]["Name"], f"superseded {kind} removed")
 
     # --- steps
 
     async def _update_files(self) -> None:
-        """Change labels, and have the cluster compare what nothing shows: the content of secrets with own names.
+        """Change labels, and have the cluster compare the content of unversioned secrets, which the API never shows.
 
         Source: docker/cli, cli/command/stack/deploy_composefile.go (createSecrets, createConfigs).
         """
@@ -212,7 +213,7 @@ class Deployment:
             path, is_changed = f"{kind}s", (kind, file.name) in changed
 
             def spec(present: Mapping[str, Any]) -> Mapping[str, Any]:
-                # What is kept has its own labels: it may be of another stack, or of none.
+                # An object that is kept retains its own labels: it may belong to another stack, or to none.
                 return (
                     file.body if is_changed else {**file.body, "Labels": present["Spec"].get("Labels") or {}}
                 )
@@ -222,7 +223,7 @@ class Deployment:
                     await update(self._client, path, file.name, spec, timeout_s=RESPONSE_TIMEOUT_S)
             except PermissionDenied:
                 if is_changed:
-                    raise  # else it is used as it is, without the comparison
+                    raise  # an unchanged secret is used without the comparison
             except InvalidArgument as error:
                 if _OTHER_CONTENT not in str(error):
                     raise
@@ -255,7 +256,7 @@ class Deployment:
             async with self._limit:
                 try:
                     found = await self._client.post(f"/{kind}s/create", body, timeout_s=RESPONSE_TIMEOUT_S)
-                except AlreadyExists:  # by a deploy beside this one
+                except AlreadyExists:  # a concurrent deploy created it
                     return
             if found:
                 self._made.files.append((kind, name, str(found.get("ID") or found.get("Id"))))
@@ -264,7 +265,7 @@ class Deployment:
         await all_of(create(name, body) for name, body in bodies.items())
 
     async def _learn_ids(self) -> None:
-        """Of what services refer to."""
+        """Read the ids of the secrets and configs that the services refer to."""
         containers = [
             one.spec.task_template.container_spec
             for one in self._plan.of("service", Action.CREATE, Action.UPDATE)
@@ -287,15 +288,15 @@ class Deployment:
         found = {one.name: one for one in self._plan.of("service", Action.CREATE, Action.UPDATE)}
         chosen = {name: one for name, one in self._stack.services.items() if one.spec.name in found}
         changes = {name: found[one.spec.name] for name, one in chosen.items()}
-        # In the order of their dependencies, without waiting: the cluster does that (``model/dependencies.py``), and a
-        # service that is updated must not find the earlier run of a job that is to run again.
+        # In the order of dependencies, without waiting between waves: the cluster waits (``model/dependencies.py``).
+        # The order matters because an updated service must not see the earlier run of a job that will run again.
         for wave in waves(chosen):
             left = [changes[name] for name in wave]
             for at in range(0, len(left), _TOGETHER):
                 await self._services_changed(left[at : at + _TOGETHER])
 
     async def _services_changed(self, changes: Sequence[Change]) -> None:
-        """In one request; those for which that fails, and all if the cluster has none such, each by its own."""
+        """Change services in one request, then each service that failed, or all on an older cluster, by its own."""
         body = [self._wanted(one) for one in changes if one.spec is not None]
         try:
             results = await self._client.post(
@@ -328,7 +329,7 @@ class Deployment:
         return made | ({"ID": change.id, "Version": change.version} if change.id else {})
 
     def _headers(self, change: Change | None = None) -> dict[str, str]:
-        """Headers of a request that changes services, or the one of ``change``."""
+        """Return the headers of a request that changes several services, or only the service of ``change``."""
         made = registry_auth(self._login(change)) if change is not None else {}
         return made | dict(self._made.claim.headers) if self._made.claim is not None else made
 
@@ -390,8 +391,8 @@ class Deployment:
                     f"service {change.name} exists and is not of the stack {self._stack.name}: remove or rename it"
                 )
             spec = _now_wanted(change, wanted, present)
-            # A request without a response may have done it.  Done twice, a job would run twice, and the way back of
-            # the update would lead to the same spec.
+            # An earlier request without a response may have been applied.  Applied twice, a job would run twice, and
+            # the update would roll back to the same spec.
             is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
             return None if is_done else msgspec.Raw(to_json(self._with_ids(spec)))
 
@@ -443,10 +444,10 @@ class Deployment:
         }
 
     async def _state(self) -> str:
-        """How far it came, for people."""
+        """Return the state of the deploy, for the message after an interrupt."""
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
-                texts = await self.unfinished()
+                texts = await self.find_unfinished()
         except (SkepError, OSError, TimeoutError) as error:
             return f"its state is not known ({reason_of(error)})"
         named = "; ".join(f"{name}: {text}" for name, text in texts.items())
@@ -465,10 +466,16 @@ def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> Se
 async def remove_unchanged(
     client: Requests, change: Change, headers: Mapping[str, str] | None = None
 ) -> bool:
-    """Remove a service if its spec is still ``change.before``.  ``headers``: of the removal.
+    """Remove a service if its spec is still ``change.before``.
 
-    Returns: False: it was removed already.
-    Raises: FailedPrecondition: somebody has changed it meanwhile.
+    Args:
+        headers: headers of the removal request.
+
+    Returns:
+        Whether this call removed it; False if it was removed already.
+
+    Raises:
+        FailedPrecondition: the service was changed meanwhile.
     """
     assert change.before is not None
     for attempt in range(ATTEMPTS):
@@ -499,7 +506,7 @@ def _tasks(objects: Iterable[Any]) -> list[Task]:
 
 
 async def all_of(work: Iterable[Any]) -> None:
-    """All of them, whatever becomes of each.  Raises: the error of one; Unavailable: with those of several."""
+    """Await all, even if some fail.  Raises the error if one failed, or Unavailable with all errors if several did."""
     results = await asyncio.gather(*work, return_exceptions=True)
     failed = [one for one in results if isinstance(one, BaseException)]
     if len(failed) > 1 and all(isinstance(one, SkepError) for one in failed):
@@ -509,7 +516,7 @@ async def all_of(work: Iterable[Any]) -> None:
 
 
 def _progress_of(service: Service, tasks: Sequence[Task], current: Collection[str]) -> ServiceProgress:
-    """A job with a schedule is deployed at once: whenever its runs come, they have the new spec."""
+    """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec."""
     if CRON in service.spec.labels:
         return ServiceProgress("it has a schedule", is_done=True)
     return progress_of(service, tasks, current)

@@ -1,7 +1,7 @@
-"""YAML documents as trees of nodes with their places in the files.
+"""YAML documents as trees of nodes with their positions in the files.
 
-The dialect is that of Compose: YAML 1.2 with octal numbers that begin with 0, merge keys (``<<``), and the tags
-``!reset`` and ``!override``.  A key that is written twice is an error, as is an anchor that contains itself.
+The dialect is Compose's: YAML 1.2 with octal numbers that begin with 0, merge keys (``<<``), and the tags
+``!reset`` and ``!override``.  A repeated key is an error, as is an anchor that contains itself.
 
 Source: compose-spec, spec.md; go.yaml.in/yaml v3, resolve.go (what a plain scalar is).
 """
@@ -17,14 +17,14 @@ from skep.errors import InvalidArgument
 
 FILE_BYTES_MAX: Final = 8 << 20
 _NODES_MAX: Final = 500_000
-"""With every alias counted as what it stands for: a small file can unfold to billions."""
+"""Nodes of a document with all aliases expanded, as a small file can expand to billions."""
 _DEPTH_MAX: Final = 100
 
 Scalar: TypeAlias = str | int | float | bool | None
 TAGS: Final = ("!reset", "!override")
 
 SCALAR_TAG: Final = "tag:skep,scalar"
-"""Of a scalar that is no text, in a tree for a serializer: it is written as it is."""
+"""Tag of a scalar other than text in a tree for the serializer, which writes it without quotes."""
 _TEXT_TAG: Final = "tag:yaml.org,2002:str"
 _BOOLEANS: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
@@ -46,7 +46,10 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Something wrong in a file.  ``path``: of the keys to it, ``services.web.image``; empty: of the whole file."""
+    """An error or warning at a place in a file.
+
+    ``path``: the keys down to it, as ``services.web.image``, or empty for the whole file.
+    """
 
     place: Place
     path: str
@@ -57,7 +60,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Problems(InvalidArgument):
-    """All that is wrong with the files of a stack, in their order."""
+    """All errors in the files of a stack, in the order of the files."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -67,32 +70,32 @@ class Problems(InvalidArgument):
 class Node(msgspec.Struct, frozen=True):
     """A value in a document.
 
-    ``value``: a scalar, a mapping of names to nodes, or a sequence of nodes.  ``text``: a scalar as it is written, as
-    ``1.10`` is text where text is wanted.  ``tag``: one of ``TAGS``, or empty.
+    ``value``: a scalar, a mapping of names to nodes, or a sequence of nodes.  ``text``: the scalar as written in the
+    file, so that ``1.10`` stays ``1.10`` where a text is wanted.  ``tag``: an item of ``TAGS``, or empty.
     """
 
     value: "Scalar | Mapping[str, Node] | tuple[Node, ...]"
     place: Place
     text: str = ""
     is_plain: bool = False
-    """A scalar without quotes: what variables make of it is read again as a number or a boolean."""
+    """Whether a scalar has no quotes, so that it is parsed again as a number or boolean after interpolation."""
     tag: str = ""
     keys: Mapping[str, Place] = {}
-    """Where the keys of a mapping stand."""
+    """Positions of a mapping's keys."""
 
     @property
     def entries(self) -> "Mapping[str, Node] | None":
-        """Of a mapping; None: it is none."""
+        """Return the entries of a mapping, or None for other nodes."""
         return self.value if isinstance(self.value, dict) else None
 
     @property
     def items(self) -> "tuple[Node, ...] | None":
-        """Of a sequence; None: it is none."""
+        """Return the items of a sequence, or None for other nodes."""
         return self.value if isinstance(self.value, tuple) else None
 
     @property
     def kind(self) -> str:
-        """What it is, for errors."""
+        """Return a description of the value for error texts."""
         match self.value:
             case None:
                 return "nothing"
@@ -108,7 +111,7 @@ class Node(msgspec.Struct, frozen=True):
                 return "a mapping"
 
     def plain(self) -> Any:
-        """The tree without positions: what a JSON decoder would give."""
+        """Return the tree without positions, as a JSON decoder would return it."""
         if (entries := self.entries) is not None:
             return {key: node.plain() for key, node in entries.items()}
         if (items := self.items) is not None:
@@ -116,7 +119,7 @@ class Node(msgspec.Struct, frozen=True):
         return self.value
 
     def as_yaml(self) -> yaml.Node:
-        """The tree for a YAML serializer.  Scalars have their text, with ``$$`` for each dollar sign."""
+        """Return the tree for a YAML serializer.  Scalars keep their text, with ``$$`` for each dollar sign."""
         if (entries := self.entries) is not None:
             pairs = [(_yaml_scalar(key), node.as_yaml()) for key, node in entries.items()]
             return yaml.MappingNode("tag:yaml.org,2002:map", pairs)
@@ -132,24 +135,24 @@ def _yaml_scalar(text: str) -> yaml.Node:
 
 
 def scalar(text: str, place: Place, *, is_plain: bool = False) -> Node:
-    """A node of one text; a plain one may be a number, a boolean or nothing."""
+    """Return a scalar node.  A plain text may be a number, a boolean or null."""
     return Node(resolved(text) if is_plain else text, place, text=text, is_plain=is_plain)
 
 
 def mapping(entries: Mapping[str, Node], place: Place, keys: Mapping[str, Place] | None = None) -> Node:
-    """A node of these entries; ``keys``: where the keys stand, else at their values."""
+    """Return a mapping node.  ``keys``: positions of the keys; a missing one is taken from its value."""
     return Node(entries, place, keys={name: node.place for name, node in entries.items()} | dict(keys or {}))
 
 
 def resolved(text: str) -> Scalar:
-    """What a scalar without quotes is."""
+    """Return the value of a scalar without quotes."""
     if text in _NULLS:
         return None
     if text in _BOOLEANS:
         return _BOOLEANS[text]
     if (
         text[0] not in "-+.0123456789" or len(text) > 40
-    ):  # longer digits are text: their value is quadratic work
+    ):  # more digits stay text: conversion takes quadratic time
         return text
     if _DECIMAL.fullmatch(text):
         return int(text.replace("_", ""))
@@ -162,7 +165,7 @@ def resolved(text: str) -> Scalar:
 
 
 def parse(content: bytes | str, file: str) -> Node:
-    """The mapping at the top of a document.  Raises: Problems."""
+    """Parse a document and return the mapping at its top.  Raises: Problems."""
     start = Place(file, 1, 1)
     if len(content) > FILE_BYTES_MAX:
         raise Problems(
@@ -187,7 +190,7 @@ def parse(content: bytes | str, file: str) -> Node:
         raise Problems(
             [Problem(place, "", f"this is not YAML: {_syntax_error(error, text, place)}")]
         ) from None
-    except yaml.YAMLError as error:  # characters that YAML does not allow have no mark
+    except yaml.YAMLError as error:  # errors about disallowed characters have no position
         raise Problems([Problem(start, "", f"this is not YAML: {' '.join(str(error).split())}")]) from None
     if top is None or top.value is None:
         raise Problems([Problem(start, "", "the file is empty: it has no services")])
@@ -208,7 +211,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, place: Place) -> str:
 
 
 class _Open(msgspec.Struct):
-    """A mapping or a sequence that has not ended.  ``key`` and ``key_place``: whose value comes next."""
+    """A mapping or sequence under construction.  ``key`` and ``key_place``: the key whose value comes next."""
 
     is_mapping: bool
     place: Place
@@ -224,18 +227,18 @@ class _Open(msgspec.Struct):
 
 
 class _Builder:
-    """Nodes from events, without recursion: the depth of a file is not that of the interpreter's stack."""
+    """Builds nodes from events without recursion, so that a deep file cannot exhaust the interpreter's stack."""
 
     def __init__(self, file: str) -> None:
         self._file = file
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[Node, int]] = {}
-        """With the number of nodes below."""
+        """Anchored nodes, with the number of nodes in each."""
         self._top: Node | None = None
         self._count = 0
 
     def build(self, events: Iterator[Any]) -> Node | None:
-        """The top node.  Raises: Problems; yaml.YAMLError: it is not YAML."""
+        """Return the top node.  Raises: Problems; yaml.YAMLError: the text is not YAML."""
         for event in events:
             self._handle(event)
         return self._top
@@ -277,7 +280,7 @@ class _Builder:
     def _begin_entry(self, owner: _Open, key: str, place: Place, *, is_plain: bool) -> None:
         if key in owner.entries and not (key == "<<" and is_plain):
             before = owner.keys[key]
-            self._refuse(place, f"the key {key!r} is there twice: first in line {before.line}")
+            self._refuse(place, f"the key {key!r} is repeated: it is first in line {before.line}")
         owner.key, owner.key_place = key, place
 
     def _tag(self, tag: str | None, place: Place) -> str:
@@ -319,7 +322,7 @@ class _Builder:
         if not one.is_mapping:
             self._add(Node(tuple(one.items), one.place, tag=one.tag), one.size, one.anchor)
             return
-        for merged in one.merged:  # what is written here wins over what is merged, the first over the next
+        for merged in one.merged:  # explicit entries win over merged ones, and earlier merges over later ones
             entries = merged.entries
             assert entries is not None
             for key, node in entries.items():

@@ -1,8 +1,8 @@
-"""Files of variables: ``.env``, and ``env_file`` of services.
+"""Environment files: ``.env``, and ``env_file`` of services.
 
-``NAME=value``, with ``export`` before it or not; comments begin with ``#`` at the start of a line or behind a space.
-In single quotes everything is literal; in double quotes and without quotes variables are replaced, those of the lines
-before included.  A name alone takes its value from the environment.
+A line has the form ``NAME=value`` or ``export NAME=value``.  Comments begin with ``#`` at the start of a line or after
+a space.  Text in single quotes is literal.  In other values variables are replaced, including variables of earlier
+lines.  A name without a value takes its value from the environment.
 
 Source: compose-spec, 05-services.md (env_file); compose-go, dotenv/parser.go.
 """
@@ -18,14 +18,14 @@ _ESCAPES: Final = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "
 
 
 def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> dict[str, str]:
-    """The variables in a file.
+    """Return the variables in a file.
 
     Args:
-        variables: the environment: it gives names without a value theirs, and wins in substitutions.
-        is_raw: every value is what stands behind the equals sign (``format: raw``).
+        variables: the environment; sets names without a value, and takes precedence in substitutions.
+        is_raw: take each text after the equals sign literally (``format: raw``).
 
     Raises:
-        ValueError: with the number of the line.
+        ValueError: a line is invalid; has its number.
     """
     made: dict[str, str] = {}
     lines = text.removeprefix("\ufeff").splitlines()
@@ -37,7 +37,7 @@ def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> d
             continue
         match = _NAME.match(line)
         if match is None:
-            raise ValueError(f"line {first}: want NAME=VALUE")  # what stands there may be a secret
+            raise ValueError(f"line {first}: want NAME=VALUE")  # without the line, which may have a secret
         name, rest = match[1], line[match.end() :].strip()
         if not match[2]:
             if name in variables:
@@ -57,12 +57,12 @@ def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> d
 
 
 def _is_open(text: str) -> bool:
-    """Whether the quote that begins ``text`` is not closed in it."""
+    """Return whether ``text`` begins with a quote that it does not close."""
     return text[:1] in ("'", '"') and _closing(text) < 0
 
 
 def _closing(text: str) -> int:
-    """Where the quote ends that ``text`` begins with; -1: it does not."""
+    """Return the index of the closing quote in ``text``, which begins with a quote, or -1."""
     at = 1
     while at < len(text):
         if text[at] == "\\" and text[0] == '"':
@@ -80,7 +80,7 @@ def _value(text: str, variables: Mapping[str, str]) -> str:
             raise ValueError("a quote is never closed")
         behind = text[end + 1 :].strip()
         if behind and not behind.startswith("#"):
-            raise ValueError("there is something behind the closing quote")
+            raise ValueError("unexpected text after the closing quote")
         inside = text[1:end]
         if text[0] == "'":
             return inside

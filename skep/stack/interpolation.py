@@ -1,14 +1,14 @@
-"""Variables in the values of Compose files: ``$NAME``, ``${NAME:-default}`` and their like.
+"""Interpolation of variables in the values of Compose files: ``$NAME``, ``${NAME:-default}`` and other forms.
 
-| form | gives |
+| form | result |
 |---|---|
-| ``$NAME``, ``${NAME}`` | the value; empty where there is none, with a warning |
-| ``${NAME:-text}``, ``${NAME-text}`` | ``text`` where it is unset or empty; where it is unset |
+| ``$NAME``, ``${NAME}`` | the value, or empty with a warning if NAME is unset |
+| ``${NAME:-text}``, ``${NAME-text}`` | ``text`` if NAME is unset or empty, or only if it is unset |
 | ``${NAME:?text}``, ``${NAME?text}`` | an error with ``text`` in these cases |
-| ``${NAME:+text}``, ``${NAME+text}`` | ``text`` where it is set and not empty; where it is set |
+| ``${NAME:+text}``, ``${NAME+text}`` | ``text`` if NAME is set and not empty, or if it is set at all |
 | ``$$`` | a dollar sign |
 
-``text`` may itself have variables.
+``text`` may have variables of its own.
 
 Source: compose-spec, 12-interpolation.md.
 """
@@ -25,25 +25,28 @@ _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPERATORS: Final = (":-", ":?", ":+", "-", "?", "+")
 _DEPTH_MAX: Final = 20
 _BYTES_MAX: Final = 1 << 20
-"""Of one value after substitution."""
+"""Characters of one value after substitution."""
 
 
 class Substitution:
-    """Variables, and the names of those that had no value."""
+    """Replaces variables, and records the names without a value."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
         self.missing: dict[str, None] = {}
-        """In the order of their use."""
+        """Names without a value, in the order of their use."""
 
     def text(self, text: str) -> str:
-        """``text`` with its variables replaced.  Raises: ValueError: a form is invalid, or a required value missing."""
+        """Return ``text`` with its variables replaced.
+
+        Raises: ValueError: a form is invalid, or a required variable has no value.
+        """
         made, rest = self._until(text, "", 0)
         assert not rest
         return made
 
     def _until(self, text: str, end: str, depth: int) -> tuple[str, str]:
-        """The replaced part before ``end`` (all of it if that is empty), and what comes behind ``end``."""
+        """Return the text before ``end`` (or all, if that is empty) with variables replaced, and the rest after it."""
         if depth > _DEPTH_MAX:
             raise ValueError(f"variables are nested more than {_DEPTH_MAX} levels deep")
         made: list[str] = []
@@ -68,7 +71,7 @@ class Substitution:
         return "".join(made), ""
 
     def _variable(self, text: str, depth: int) -> tuple[str, str]:
-        """What a dollar sign gives that stands before ``text``, and what comes behind."""
+        """Return the value of the variable in ``text``, which follows a dollar sign, and the rest after it."""
         if text.startswith("$"):
             return "$", text[1:]
         if match := _NAME.match(text):
@@ -99,7 +102,7 @@ class Substitution:
         is_used = has_value if operator[-1] == "+" else not has_value
         inner = (
             self if is_used else Substitution(self._variables)
-        )  # a default that is not used misses nothing
+        )  # variables in an unused default do not count as missing
         try:
             text, rest = inner._until(rest, "}", depth + 1)
         except _MissingError:
@@ -123,7 +126,7 @@ class _MissingError(ValueError):
 
 
 def _behind(text: str) -> str:
-    """What comes behind the brace that closes the one before ``text``."""
+    """Return the rest of ``text`` after the brace that closes the one before ``text``."""
     depth = 1
     for at, character in enumerate(text):
         if character == "{" and at and text[at - 1] == "$":
@@ -136,7 +139,7 @@ def _behind(text: str) -> str:
 
 
 def interpolated(node: Node, variables: Mapping[str, str], warn: Callable[[str], None]) -> Node:
-    """The tree with variables in its values replaced; keys stay.  Raises: Problems: all that failed."""
+    """Return the tree with variables in its values replaced; keys stay.  Raises: Problems: all invalid values."""
     substitution = Substitution(variables)
     problems: list[Problem] = []
     made = _tree(node, "", substitution, problems)

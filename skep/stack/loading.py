@@ -1,4 +1,4 @@
-"""The files of a stack as one document: includes, extensions, several files, variables, profiles.
+"""Load the files of a stack as one document: includes, ``extends``, several files, variables, profiles.
 
 Source: compose-spec, 13-merge.md, 14-include.md, 15-profiles.md; compose-go, loader/loader.go, loader/extends.go.
 """
@@ -21,51 +21,52 @@ from skep.stack.reading import Reader, Report
 
 _FILES_MAX: Final = 2000
 _INCLUDES_MAX: Final = 20
-"""Of files in files in files."""
+"""Depth of nested includes at most."""
 
 
 class Choices(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caller says.  ``services``: only these and what they depend on; empty: all."""
+    """The caller's options.  ``services``: load only these and their dependencies, or all if it is empty."""
 
     environment: Mapping[str, str]
     env_files: tuple[Path, ...] = ()
     reads_dotenv: bool = True
     profiles: tuple[str, ...] = ()
     directory: Path | None = None
-    """That relative paths begin at; None: that of the first file."""
+    """Base of relative paths, or None for the first file's directory."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """A merged document, the name it gives the stack, and contents of secrets and configs."""
+    """A merged document, the stack's name, and the contents of secrets and configs."""
 
     document: Node
     name: str
     contents: Mapping[tuple[str, str], bytes]
     variables: Mapping[str, str]
     directory: Path
-    """Where relative paths begin."""
+    """Base of relative paths."""
 
 
 class Files:
-    """Reads files from the disk; each must be a regular one of a sane size."""
+    """Reads regular files of a limited number and size from the disk."""
 
     def __init__(self, standard_input: str = "") -> None:
         self._standard_input = standard_input
         self._count = 0
 
     def text(self, path: Path | str) -> bytes:
-        """The content; ``-``: standard input.  Raises: InvalidArgument."""
+        """Return the content of a file, or standard input for ``-``.  Raises: InvalidArgument."""
         if str(path) == "-":
             return self._standard_input.encode()
         return self.content(Path(path), FILE_BYTES_MAX + 1)
 
     def content(self, path: Path, most: int) -> bytes:
-        """At most ``most`` bytes of a file.  Raises: InvalidArgument."""
+        """Return at most ``most`` bytes of a file.  Raises: InvalidArgument."""
         self._count += 1
         if self._count > _FILES_MAX:
             raise InvalidArgument(f"the stack has more than {_FILES_MAX} files")
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer
+            # O_NONBLOCK: a pipe without a writer would block.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             with os.fdopen(descriptor, "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise InvalidArgument(f"{path} is not a regular file")
@@ -77,7 +78,7 @@ class Files:
 
 
 def load(paths: Sequence[Path | str], choices: Choices, files: Files, report: Report) -> Loaded:
-    """All of a stack's files as one document.  Raises: Problems, InvalidArgument: they cannot be read."""
+    """Load a stack's files as one document.  Raises: Problems, InvalidArgument: the files are invalid or unreadable."""
     first = Path(paths[0])
     directory = choices.directory or (Path.cwd() if str(first) == "-" else first.absolute().parent)
     variables = _variables(directory, choices, files, report)
@@ -99,7 +100,7 @@ def load(paths: Sequence[Path | str], choices: Choices, files: Files, report: Re
 
 
 def _variables(directory: Path, choices: Choices, files: Files, report: Report) -> dict[str, str]:
-    """Those of the environment, then of the files; the environment wins."""
+    """Return the variables of the env files and the environment, which takes precedence."""
     made: dict[str, str] = {}
     paths = list(choices.env_files)
     beside = directory / ".env"
@@ -127,7 +128,7 @@ class _Loader:
         variables: Mapping[str, str],
         including: tuple[str, ...] = (),
     ) -> Node:
-        """Files that belong together, merged in their order."""
+        """Load the files of one project and merge them in their order."""
         made: Node | None = None
         for path in paths:
             one = self._file(path, directory, variables, including)
@@ -233,7 +234,7 @@ class _Loader:
         variables: Mapping[str, str],
         path: tuple[str, ...],
     ) -> Node:
-        """The service with what it extends below it; ``path``: the file, and the services on the way here."""
+        """Return the service merged over the service that it extends.  ``path``: the file, and the services so far."""
         node = services[name]
         extends = (node.entries or {}).get("extends")
         if extends is None or node.entries is None or node.tag == "!reset":
@@ -279,7 +280,7 @@ class _Loader:
 
 
 def _united(base: Node, other: Node, place: Place, report: Report) -> Node:
-    """Two documents that are both included: neither changes what the other has."""
+    """Unite two included documents.  An object that both define is an error."""
     first, second = base.entries or {}, other.entries or {}
     for section in ("services", "networks", "volumes", "secrets", "configs"):
         if section not in first or section not in second:
@@ -307,7 +308,7 @@ def _within(directory: Path, text: str) -> Path:
 
 
 def with_paths(document: Node, directory: Path) -> Node:
-    """The document with its relative paths made absolute."""
+    """Return the document with its relative paths made absolute."""
     entries = dict(document.entries or {})
     for section in ("secrets", "configs"):
         if (found := entries.get(section)) is not None and found.entries is not None:
@@ -362,7 +363,7 @@ def _build_paths(build: Node, directory: Path) -> Node:
 
 
 def _with_dockerfiles(document: Node, directory: Path) -> Node:
-    """The document with the path of each Dockerfile, which begins at its context, when files are merged."""
+    """Return the document with each Dockerfile's path made absolute, as it is relative to its build context."""
     services = (document.entries or {}).get("services")
     if services is None or services.entries is None:
         return document
@@ -382,7 +383,7 @@ def _with_dockerfile(service: Node, directory: Path) -> Node:
 
 
 def _is_remote(context: Node) -> bool:
-    """A repository, an image, an archive: not a directory of this machine."""
+    """Return whether the build context is a repository, an image or an archive instead of a local directory."""
     return "://" in context.text or context.text.startswith(("git@", "github.com/", "service:"))
 
 
@@ -401,11 +402,11 @@ def _volume_path(node: Node, directory: Path) -> Node:
     return _path_below(node, directory, "source") if kind is not None and kind.text == "bind" else node
 
 
-# --- what belongs to services --------------------------------------------------------------------------------------
+# --- services ------------------------------------------------------------------------------------------------------
 
 
 def _chosen(document: Node, profiles: Collection[str]) -> Node:
-    """Without the services of other profiles, and without what ``!reset`` removes."""
+    """Return the document without the services of other profiles and without values that ``!reset`` removes."""
     kept = without_tags(document)
     assert kept is not None
     services = (kept.entries or {}).get("services")
@@ -421,7 +422,7 @@ def _chosen(document: Node, profiles: Collection[str]) -> Node:
 
 
 def _with_environment(document: Node, variables: Mapping[str, str], files: Files, report: Report) -> Node:
-    """Services with the variables and labels of their files, and values for the names that have none."""
+    """Return the document with services' env files and label files read, and names without a value filled in."""
     services = (document.entries or {}).get("services")
     if services is None or services.entries is None:
         return document
@@ -448,7 +449,7 @@ def _environment(
         made |= {name: scalar(value, node.place) for name, value in found.items()}
     given = entries.get("environment")
     if given is not None and given.entries is None:
-        return service  # neither a mapping nor a list of texts: the conversion says so
+        return service  # neither a mapping nor a list of texts: the conversion reports it
     for name, node in (given.entries or {}).items() if given is not None else ():
         if node.value is not None:
             made[name] = node
@@ -494,7 +495,7 @@ def _labels(service: Node, path: str, files: Files, report: Report) -> Node:
 def _contents(
     document: Node, variables: Mapping[str, str], files: Files, report: Report
 ) -> dict[tuple[str, str], bytes]:
-    """Of secrets and configs that come from a file or from the environment."""
+    """Return the contents of secrets and configs that come from a file or the environment, by section and name."""
     made: dict[tuple[str, str], bytes] = {}
     for section in ("secrets", "configs"):
         found = (document.entries or {}).get(section)

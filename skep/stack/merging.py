@@ -1,7 +1,7 @@
-"""How one Compose file changes another, and how short forms become long ones before.
+"""Merge Compose files, after converting short forms into long ones.
 
-Mappings are merged, lists are joined, everything else is replaced, with the exceptions that the tables here name;
-``!reset`` removes a value, ``!override`` replaces it whole.
+Mappings are merged, lists are joined, and other values are replaced, except for the keys in this module's tables.
+``!reset`` removes a value, and ``!override`` replaces it as a whole.
 
 Source: compose-spec, 13-merge.md; compose-go, override/merge.go.
 """
@@ -23,9 +23,9 @@ _PAIRS: Final = (
     "args",
     "additional_contexts",
 )
-"""Lists of ``NAME=VALUE`` that are mappings, too: in a service, its ``deploy`` and its ``build``."""
+"""Keys of a service, its ``deploy`` and its ``build`` whose mapping may be written as a list of ``NAME=VALUE``."""
 _NAMES: Final = ("networks", "depends_on")
-"""Lists of names that are mappings, too."""
+"""Keys whose mapping may be written as a list of names."""
 _ONE_OR_LIST: Final = ("dns", "dns_search", "dns_opt", "env_file", "tmpfs", "label_file")
 _REPLACED: Final = ("command", "entrypoint", "test")
 _PORT: Final = re.compile(
@@ -34,7 +34,7 @@ _PORT: Final = re.compile(
 
 
 def canonical(document: Node) -> Node:
-    """The document with the short forms that files are merged by in their long form."""
+    """Return the document with the short forms that matter for merging converted into long forms."""
     services = (document.entries or {}).get("services")
     if services is None or services.entries is None:
         return document
@@ -70,7 +70,7 @@ def _canonical_service(service: Node) -> Node:
 
 
 def _as_mapping(key: str, node: Node) -> Node:
-    """A list of ``NAME=VALUE`` as a mapping."""
+    """Return a list of ``NAME=VALUE`` as a mapping, and other nodes unchanged."""
     if key not in _PAIRS or node.items is None or not all(isinstance(one.value, str) for one in node.items):
         return node
     made: dict[str, Node] = {}
@@ -98,7 +98,7 @@ def _named(node: Node) -> Node:
 
 
 def merged(base: Node, above: Node, path: tuple[str, ...] = ()) -> Node | None:
-    """``base`` as ``above`` changes it; None: it is removed."""
+    """Return ``base`` merged with ``above``, which takes precedence, or None if ``above`` removes it."""
     if above.tag == "!reset":
         return None
     if above.tag == "!override":
@@ -133,7 +133,7 @@ def _merged_mapping(base: Node, above: Node, path: tuple[str, ...]) -> Node:
 
 
 def without_tags(node: Node) -> Node | None:
-    """A tree without what ``!reset`` removes."""
+    """Return the tree without the values that ``!reset`` removes, or None if it removes the tree itself."""
     if node.tag == "!reset":
         return None
     if node.entries is not None:
@@ -147,7 +147,7 @@ def without_tags(node: Node) -> Node | None:
 
 
 def _joined(base: Node, above: Node, key: str) -> Node:
-    """Both lists, in which a later item takes the place of one that is the same thing."""
+    """Return both lists joined.  A later item replaces an earlier item with the same identity."""
     identity = _IDENTITIES.get(key, _itself)
     made: dict[object, Node] = {}
     for one in (*(base.items or ()), *(above.items or ())):
@@ -169,7 +169,7 @@ def _field(node: Node, *names: str) -> str:
 
 
 def _target(node: Node) -> object:
-    """Of a volume."""
+    """Return a volume mount's target."""
     if node.entries is not None:
         return _field(node, "target")
     parts = node.text.split(":")
@@ -177,7 +177,7 @@ def _target(node: Node) -> object:
 
 
 def _file(node: Node) -> object:
-    """Of a secret or config: the path in the container."""
+    """Return the path of a secret or config in the container."""
     return _field(node, "target", "source") if node.entries is not None else node.text
 
 

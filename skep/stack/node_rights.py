@@ -1,10 +1,10 @@
-"""Rights over its node that a service asks for: labels of its containers (``skep.model.rights``)."""
+"""Conversion of keys that need rights over the node into container labels (``skep.model.rights``)."""
 
 from skep.stack.reading import Reader
 
 
 def rights_labels(service: Reader, deploy: Reader) -> dict[str, str]:
-    """Labels of the container for what Docker's services have no field for."""
+    """Return container labels for the settings that Docker's services have no field for."""
     made: dict[str, str] = {}
     if service.boolean("privileged"):
         made["skep.privileged"] = "true"

@@ -1,4 +1,4 @@
-"""What a deploy of a stack would change: a pure comparison of its files with what the cluster has."""
+"""Plans: a pure comparison of a stack's files with the cluster's objects."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -22,11 +22,11 @@ from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFil
 
 _UNSET: Final = object()
 _HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
-"""Fields of references that follow from their names."""
+"""Ids in references, which follow from the names and are therefore not compared."""
 
 
 class Existing(msgspec.Struct, frozen=True, kw_only=True):
-    """What the cluster has: all networks, secrets and configs, and the services of the stack."""
+    """The cluster's networks, secrets and configs, and the services of the stack."""
 
     services: tuple[Service, ...] = ()
     networks: tuple[Mapping[str, Any], ...] = ()
@@ -35,7 +35,7 @@ class Existing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Action(Enum):
-    """What happens to an object; the value is its sign in a plan."""
+    """The action on an object.  The value is its sign in a plan."""
 
     CREATE = "+"
     UPDATE = "~"
@@ -44,7 +44,7 @@ class Action(Enum):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A field of a spec: its path, and both values as text; empty: it is not set."""
+    """A changed field of a spec: its path, and both values as text, empty if unset."""
 
     path: str
     before: str
@@ -52,7 +52,7 @@ class Difference(msgspec.Struct, frozen=True):
 
     @property
     def restarts(self) -> bool:
-        """Whether tasks are replaced for it: placement alone moves only those that no longer fit."""
+        """Return whether the change replaces all tasks.  A placement change moves only tasks that no longer fit."""
         if self.path.startswith("TaskTemplate.Placement."):
             return False
         return self.path.startswith(("TaskTemplate.", "EndpointSpec."))
@@ -66,43 +66,43 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     differences: tuple[Difference, ...] = ()
     spec: ServiceSpec | None = None
-    """Of a service that is wanted: what it is to be, without ids of what is created with it."""
+    """Desired spec of a service, without ids of objects that are created with it."""
     id: str = ""
-    """Of a service that is there."""
+    """Id of an existing service."""
     version: int = 0
-    """At which it was seen."""
+    """Version of an existing service when it was read."""
     before: ServiceSpec | None = None
-    """The spec of a service that is there, with networks by name."""
+    """Spec of an existing service, with networks by name."""
 
     @property
     def restarts(self) -> bool:
-        """Whether tasks are replaced."""
+        """Return whether the change replaces all tasks."""
         return self.action is Action.UPDATE and any(one.restarts for one in self.differences)
 
 
 class NodeShare(msgspec.Struct, frozen=True, rename="pascal"):
-    """How many tasks a node would have."""
+    """Number of tasks that a node would have."""
 
     hostname: str
     tasks: int
 
 
 class NodeRefusal(msgspec.Struct, frozen=True, rename="pascal"):
-    """Why a node takes no further task."""
+    """Reason why a node accepts no further task."""
 
     hostname: str
     reasons: tuple[str, ...]
 
 
 class Preempted(msgspec.Struct, frozen=True, rename="pascal"):
-    """How many tasks of a service with a lower priority would be stopped."""
+    """Number of tasks of a lower-priority service that would be preempted."""
 
     name: str
     tasks: int
 
 
 class Placement(msgspec.Struct, frozen=True, rename="pascal"):
-    """Where the tasks of a service would be, as the cluster's scheduler says.  ``error``: not all fit."""
+    """The scheduler's prediction of a service's placement.  ``error`` is set if not all tasks fit."""
 
     name: str
     desired: int
@@ -113,7 +113,7 @@ class Placement(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """All objects of a stack, in the order in which they are made; those that go come last."""
+    """Changes to all objects of a stack, in the order of creation, with removals last."""
 
     stack: str
     changes: tuple[Change, ...]
@@ -122,22 +122,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     former: frozenset[str] = frozenset()
     """Names of secrets and configs that the stack's services used when the plan was made."""
     placements: Mapping[str, Placement] = {}
-    """Of services that are created or updated, by name; empty: the cluster was not asked."""
+    """Predicted placements of created and updated services, by name.  Empty without a prediction."""
     images: Mapping[str, str] = {}
-    """Of image names, the names with the digest that a registry gave."""
+    """Image names with their registries' digests, by image name."""
     prune: bool = False
     only: tuple[str, ...] = ()
-    """Names in the files of the services that it is for.  Empty: all."""
+    """Services that the plan is limited to, by their names in the files.  Empty for all."""
     removable: frozenset[str] | None = None
-    """Ids of the services that ``prune`` may remove; None: all."""
+    """Ids of the services that ``prune`` may remove, or None for all."""
 
     @property
     def effective(self) -> tuple[Change, ...]:
-        """Without what stays as it is."""
+        """Return the changes without objects that stay as they are."""
         return tuple(one for one in self.changes if one.action is not Action.KEEP)
 
     def of(self, kind: str, *actions: Action) -> tuple[Change, ...]:
-        """The changes of one kind with one of these actions."""
+        """Return the changes of objects of one kind with one of these actions."""
         return tuple(one for one in self.changes if one.kind == kind and one.action in actions)
 
 
@@ -150,16 +150,16 @@ def plan_of(
     only: Collection[str] = (),
     removable: Collection[str] | None = None,
 ) -> Plan:
-    """What a deploy changes.
+    """Return the plan for a deploy.
 
     Args:
-        images: of image names, the names with the digest that a registry gave.
-        prune: services that the files no longer have are removed.
-        only: names of services in the files; empty: all.
-        removable: ids of the services that ``prune`` may remove; None: all.
+        images: image names with their registries' digests, by image name.
+        prune: remove services that the files no longer have.
+        only: limit the plan to these services, by their names in the files, or empty for all.
+        removable: ids of the services that ``prune`` may remove, or None for all.
 
     Raises:
-        Problems: an external object is not there, or a name is taken by something else.
+        Problems: an external object does not exist, or a different object has the name of one.
     """
     chosen = {name: one for name, one in stack.services.items() if not only or name in only}
     problems: list[Problem] = []
@@ -205,7 +205,7 @@ def planned_again(stack: Stack, plan: Plan, existing: Existing) -> Plan:
 
 
 def freeing(plan: Plan) -> tuple[Change, ...]:
-    """Return the removals that have to come first: of services with a published port that another one is to get."""
+    """Return the removals that come first, because they free a published port for another service."""
     wanted = {
         port for one in plan.of("service", Action.CREATE, Action.UPDATE) for port in _published(one.spec)
     }
@@ -221,7 +221,7 @@ def _published(spec: ServiceSpec | None) -> set[tuple[str, int]]:
 
 
 def removal_of(service: Service) -> Change:
-    """The removal of a service as it was seen, with networks by name."""
+    """Return the removal of ``service``, which has networks by name."""
     return Change(
         action=Action.REMOVE,
         kind="service",
@@ -233,7 +233,7 @@ def removal_of(service: Service) -> Change:
 
 
 def with_network_names(service: Service, names: Mapping[str, str]) -> Service:
-    """With the names of its networks in place of their ids."""
+    """Return the service with names of networks in place of ids."""
     template = service.spec.task_template
     networks = tuple(replace(one, target=names.get(one.target, one.target)) for one in template.networks)
     return replace(service, spec=replace(service.spec, task_template=replace(template, networks=networks)))
@@ -278,7 +278,7 @@ def _check_external(
 
 
 def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[Problem]) -> None:
-    """A network cannot be changed: what differs has to be said, not passed over."""
+    """Report how an existing network differs from the files, because networks cannot be changed."""
     body = network.body
     wanted: dict[str, Any] = {
         "Driver": body["Driver"],
@@ -326,9 +326,9 @@ def _files(
         if kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
             problems.append(other_content(kind, file))
         labels = now["Spec"].get("Labels") or {}
-        is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)  # others' are used, and stay theirs
+        is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)  # other stacks' objects are only used
         if file.is_versioned and not is_ours:
-            # Its name promises this stack's content, which nothing has compared.
+            # The hash in its name stands for this stack's content, but nothing has compared the two.
             text = f"the {kind} {file.name} is not of this stack, though it has the name of one: remove it"
             problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
         differing = tuple(_label_differences(labels, file.labels)) if is_ours else ()
@@ -337,7 +337,7 @@ def _files(
 
 
 def other_content(kind: str, file: StackFile) -> Problem:
-    """A secret or a config of that name is there, and has other content."""
+    """Return the error about an existing secret or config with the same name and other content."""
     text = (
         f"the {kind} exists with other content, which cannot be changed: leave out its name, "
         "and each content has a name of its own"
@@ -380,14 +380,17 @@ def _service(
 
 
 def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str, str]) -> ServiceSpec:
-    """With the digest of a registry; while none answers, with the one that it had, if the name is the same."""
+    """Return the spec with the image's digest.
+
+    Without a response from the registry, the service keeps its present digest, if the image name is the same.
+    """
     template = spec.task_template
     container = template.container_spec
     assert container is not None
     image = images.get(container.image, "")
     if not image and current is not None and current.spec.labels.get(IMAGE) == container.image:
         now = current.spec.task_template.container_spec
-        # The label alone would be the word of whoever updated the service last.
+        # The label alone does not suffice: the last update of the service could have set it to anything.
         image = now.image if now is not None and now.image.startswith(f"{container.image}@") else ""
     if not image:
         return spec
@@ -397,10 +400,10 @@ def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str,
 def merged(before: ServiceSpec, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
     """Return ``present`` with the differences between ``before`` and ``wanted`` applied, field by field.
 
-    Others may have changed the service since ``before`` was read: the autoscaler its number of tasks, a person another
-    field.  Lists are one field.
+    The service may have been changed since ``before`` was read: by the autoscaler its number of tasks, by a user other
+    fields.  A list is one field.
     """
-    # A file names secrets and configs, and managers add their ids: these are no difference.
+    # Files name secrets and configs, and managers add their ids: these do not count as a difference.
     unread = [_without_ids(one) for one in (before, wanted)]
     specs = (msgspec.json.decode(to_json(one)) for one in (*unread, present))
     spec = leniently(msgspec.json.encode(_merged(*specs)), ServiceSpec)
@@ -433,14 +436,14 @@ def _merged(before: Any, wanted: Any, present: Any) -> Any:
 
 
 def is_still(before: ServiceSpec, present: ServiceSpec) -> bool:
-    """Whether nobody has changed the spec since ``before``, but managers: the number of tasks, and restarts."""
+    """Return whether the spec is still ``before``, apart from the number of tasks and forced restarts."""
     force = present.task_template.force_update
     same = replace(before, task_template=replace(before.task_template, force_update=force))
     return not any(differences(with_present_number(same, present), present))
 
 
 def differences(before: ServiceSpec, after: ServiceSpec) -> Iterator[Difference]:
-    """The fields in which two specs differ, defaults filled in, lists without an order sorted."""
+    """Yield the fields in which two specs differ, with defaults filled in and unordered lists sorted."""
     old, new = dict(_flat(_comparable(before))), dict(_flat(_comparable(after)))
     for path in [*new, *(path for path in old if path not in new)]:
         if old.get(path) != new.get(path):
@@ -479,7 +482,7 @@ def _reference_key(reference: SecretReference | ConfigReference) -> tuple[str, s
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a spec; lists of texts are one leaf, and what is empty is none."""
+    """Yield path and value of each leaf of a spec.  A list of texts is one leaf; empty values are left out."""
     match value:
         case dict():
             for key, one in value.items():
@@ -505,9 +508,9 @@ def superseded(
     services: Sequence[Service],
     kept: Collection[str] = (),
 ) -> list[Mapping[str, Any]]:
-    """Secrets or configs of the stack that its files no longer have, and that no service uses nor returns to.
+    """Return the stack's secrets or configs that are not in its files, nor in a service's present or previous spec.
 
-    ``kept``: names that stay, those of earlier revisions.
+    ``kept``: names that earlier revisions need, which stay.
     """
     wanted = {one.name for one in (stack.secrets if kind == "secret" else stack.configs).values()}
     used = {
@@ -536,7 +539,7 @@ def _names_in(spec: ServiceSpec | None, kind: str) -> Iterator[str]:
 
 
 def waves(services: Mapping[str, StackService]) -> list[list[str]]:
-    """Names of services in the order of their dependencies: each wave needs only earlier ones."""
+    """Return names of services in the order of their dependencies.  Each wave depends only on earlier waves."""
     left = {
         name: {one.service for one in service.depends_on if one.service in services}
         for name, service in services.items()

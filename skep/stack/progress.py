@@ -1,4 +1,4 @@
-"""How far a service is on the way to its spec, from its tasks, and whether waiting for it can help: pure."""
+"""Progress of services towards their spec, read from their tasks, and whether waiting can help.  Pure."""
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -18,14 +18,14 @@ FAILURES_MAX: Final = 5
 """Failures of a task in a row after which a wait ends.  A start that needs another service usually works by the third
 attempt, and the delay between attempts grows, so that the tenth comes minutes later."""
 UNPREPARED_MAX: Final = 2
-"""The same where the image, the program or a mount is missing.  A registry may be unavailable once."""
+"""The same if the image, the program or a mount is missing.  A registry may be unavailable once."""
 STEADY_S: Final = 5.0
-"""How long a service has to run after a failure.  Source: docker/cli, cli/command/service/progress (verification)."""
+"""Seconds a service has to run after a failure.  Source: docker/cli, cli/command/service/progress (verification)."""
 UNPLACED_S: Final = 60.0
-"""How long no node may accept a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
+"""Seconds without a node for a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
 
 GIVEN_UP_S: Final = 1.0
-"""How long a task may be given up until a wait ends: a service that was scaled has its new tasks by then."""
+"""Seconds after a task is given up until a wait ends.  A service that was scaled has its new tasks by then."""
 
 _STUCK = (
     UpdateState.PAUSED,
@@ -44,42 +44,42 @@ class Problem(msgspec.Struct, frozen=True, rename="pascal"):
 
     kind: str = ""
     failures: int = 0
-    """In a row, in its slot."""
+    """Failures in a row in the task's slot."""
     task_id: str = msgspec.field(name="TaskID", default="")
     is_given_up: bool = False
     """Whether its restart policy allows no further attempt."""
 
 
 class ServiceProgress(msgspec.Struct, frozen=True):
-    """The state of a service on its way to its spec."""
+    """A service's progress towards its spec."""
 
     count: str
     """``1 of 2 tasks run``"""
     cause: str = ""
-    """Why not all of them do.  Empty if that is not known."""
+    """Reason why not all tasks run.  Empty if unknown."""
     is_done: bool = False
     is_stuck: bool = False
-    """Whether it does not continue by itself."""
+    """Whether it cannot converge without a user's action."""
     is_updating: bool = False
-    """Whether an update is under way, which decides what follows a failure."""
+    """Whether an update is under way, whose settings decide what follows a failure."""
     problem: Problem = Problem()
-    """As far as the tasks show one."""
+    """The worst task, as far as the tasks show one."""
 
     @property
     def text(self) -> str:
-        """The line for people."""
+        """Return the progress as one line of text."""
         return f"{self.count}: {self.cause}" if self.cause else self.count
 
 
 class Explanation(msgspec.Struct, frozen=True, rename="pascal"):
-    """Why a service is not in its desired state, as its managers say.  Those of earlier versions say nothing."""
+    """The managers' reason why a service is not in its desired state.  Empty from managers of earlier versions."""
 
     reason: str = ""
     problem: Problem | None = None
 
 
 def explanation_of(response: Any) -> Explanation:
-    """Return what the response to ``GET /skep/services/{id}/explain`` says; empty if it has another form."""
+    """Decode the response to ``GET /skep/services/{id}/explain``.  A response of another form counts as empty."""
     try:
         return msgspec.convert(response, Explanation)
     except msgspec.ValidationError:
@@ -99,11 +99,11 @@ def explained(
     """Return ``progress`` with the managers' reason, and stuck where waiting cannot help.
 
     Args:
-        current: ids of the tasks of the present spec: only their failures count.
-        failures_max: in a row; 0: nothing is too many.
-        unplaced_s: for how long no node has accepted a task.
-        given_up_s: for how long the restart policy has allowed no further attempt.
-        seen: failures of one slot since the wait began: few of the ended tasks are kept.
+        current: ids of the tasks with the present spec; only their failures count.
+        failures_max: failures in a row that make waiting hopeless, or 0 for no limit.
+        unplaced_s: seconds for which no node has accepted a task.
+        given_up_s: seconds for which the restart policy has allowed no further attempt.
+        seen: failures of one slot since the wait began, as the cluster keeps few ended tasks.
     """
     if progress.is_done or progress.is_stuck:
         return progress
@@ -136,12 +136,12 @@ def why_hopeless(problem: Problem, failures_max: int, unplaced_s: float) -> str:
 def progress_of(
     service: Service, tasks: Sequence[Task], current: Collection[str] | None = None
 ) -> ServiceProgress:
-    """Return how far ``service`` is on the way to its spec.
+    """Return the progress of ``service`` towards its spec.
 
     Args:
-        tasks: its tasks, ended ones too.
-        current: ids of the tasks that the leader leaves as they are (the filter ``_up-to-date``).  None: those of the
-            present version of the spec, or with the same template where versions are not known.
+        tasks: the service's tasks, including ended ones.
+        current: ids of the tasks that the leader leaves as they are (the filter ``_up-to-date``), or None to take the
+            tasks with the present version of the spec, or with the same template if versions are unknown.
     """
     if current is None:
         current = {task.id for task in tasks if _is_current(task, service)}
@@ -150,7 +150,7 @@ def progress_of(
         return _job(service, tasks)
     if (
         ended := _ended(service, tasks, current)
-    ) is not None:  # an update takes every early end for a failure
+    ) is not None:  # checked first, because an update counts every early end as a failure
         return ended
     update = service.update_status
     if update is not None and update.state in _STUCK:
@@ -168,31 +168,32 @@ def progress_of(
     cause = _cause(of_spec) if updated < count else ""
     problem = _problem(of_spec)
     text = f"{updated} of {count} tasks run"
-    if any(task.id not in current for task in wanted):  # slots, as an old and a new task of one may both run
+    # Slots are counted, because an old and a new task of a slot may both run.
+    if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
 
 
 def _slot(task: Task) -> Hashable:
-    """The slot of a task; one of a global service has its node."""
+    """Return the slot of a task, or the node of a global service's task."""
     return task.slot or task.node_id or task.id
 
 
 def _running(tasks: Iterable[Task]) -> int:
-    """The number of slots with a running task."""
+    """Return the number of slots with a running task."""
     return len({_slot(task) for task in tasks if task.status.state is TaskState.RUNNING})
 
 
 def _stuck(state: UpdateState, message: str, cause: str) -> str:
-    """Why an update does not go on; ``cause``: of a task, which the message may have already."""
+    """Return why an update is stuck.  ``cause``: a task's error, which the message may already contain."""
     text = message
-    if not message.startswith(("update ", "rollback ")):  # as of one that was paused by its user
+    if not message.startswith(("update ", "rollback ")):  # such as the message of a user's pause
         text = f"the update is {state.value}: {message}"
     return text if not cause or cause in text else f"{text} ({cause})"
 
 
 def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) -> ServiceProgress | None:
-    """Of a service whose tasks may end and are not started again (``restart: no``); None: it is none, or goes on."""
+    """Return the progress of a service whose tasks have ended and are not restarted (``restart: no``), or None."""
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
@@ -213,7 +214,7 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
 def _is_current(task: Task, service: Service) -> bool:
     if task.spec_version is not None and service.spec_version is not None:
         return task.spec_version == service.spec_version
-    # The API leaves out the runtime of a task that is a container.
+    # The API leaves out the runtime of container tasks.
     return replace(task.spec, runtime="") == replace(service.spec.task_template, runtime="")
 
 
@@ -241,7 +242,7 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
 
 
 def _problem(tasks: Sequence[Task]) -> Problem:
-    """The longest row of failures in a slot, as far as ended tasks are kept."""
+    """Return the longest row of failures in a slot, as far as ended tasks are kept."""
     rows: dict[Hashable, list[Task]] = {}
     for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z")):
         row = rows.setdefault(_slot(task), [])
@@ -281,9 +282,9 @@ def running_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str
 
 
 def _cause(tasks: Iterable[Task]) -> str:
-    """Why the newest task that is not well is not; empty: nothing is known.
+    """Return the newest error of an unhealthy task, or an empty text.
 
-    Without the time until its next attempt, which would be another text at every look.
+    The time until the next attempt is left out, because the text would differ at every look.
     """
     unwell = [
         task

@@ -1,4 +1,4 @@
-"""What a stack consists of, ready to be compared with a cluster."""
+"""Stacks and their parts, ready to be compared with a cluster."""
 
 import base64
 import hashlib
@@ -12,15 +12,15 @@ from skep.model.service import ServiceSpec
 from skep.stack.document import Place
 
 NAMESPACE: Final = "com.docker.stack.namespace"
-"""Docker's label of everything in a stack: its name."""
+"""Docker's label with the stack's name, on every object of a stack."""
 IMAGE: Final = "com.docker.stack.image"
 NODES_NETWORKS: Final = ("host", "none", "bridge")
-"""Names of the networks that every node has of its own."""
-"""Docker's label of a service: its image as the file has it."""
+"""Names of the networks that every node has locally."""
+"""Docker's label with a service's image as written in the file."""
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True):
-    """How an image is made: arguments of ``docker build``, and its context (a directory or a URL)."""
+    """An image build: the arguments of ``docker build``, and its context (a directory or a URL)."""
 
     context: str
     arguments: tuple[str, ...] = ()
@@ -32,14 +32,14 @@ class StackService(msgspec.Struct, frozen=True, kw_only=True):
     place: Place
     spec: ServiceSpec
     depends_on: tuple[Dependency, ...] = ()
-    """By the names in the files."""
+    """Dependencies, by the names in the files."""
     build: Build | None = None
     binds: tuple[str, ...] = ()
-    """Paths of the machine that it mounts."""
+    """Host paths that the service mounts."""
 
 
 class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
-    """A network: ``body`` as ``POST /networks/create`` has it."""
+    """A network.  ``body``: the body of ``POST /networks/create``."""
 
     place: Place
     name: str
@@ -48,7 +48,7 @@ class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StackFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret or a config.  ``content`` None: it is external.  ``is_versioned``: its name has its content in it."""
+    """A secret or config.  ``content`` is None if it is external.  ``is_versioned``: its name has a content hash."""
 
     place: Place
     name: str
@@ -60,7 +60,7 @@ class StackFile(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As ``POST /secrets/create`` and ``POST /configs/create`` have it."""
+        """Return the body of ``POST /secrets/create`` or ``POST /configs/create``."""
         made: dict[str, Any] = {"Name": self.name, "Labels": dict(self.labels)}
         if self.content is not None:
             made["Data"] = base64.b64encode(self.content).decode()
@@ -70,7 +70,7 @@ class StackFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stack(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a stack's files ask for, by the names in the files."""
+    """The desired objects of a stack, by their names in the files."""
 
     name: str
     services: Mapping[str, StackService] = {}
@@ -80,10 +80,10 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def versioned_name(name: str, content: bytes, *, is_secret: bool, settings: bytes = b"") -> str:
-    """The name of an object that never changes: other content has another name.
+    """Return a name with a hash of the content, for an immutable object: other content has another name.
 
     A secret's name must not help to guess the secret, so its suffix costs 30 ms and 16 MiB to compute for each guess.
-    ``settings``: what else the object has.
+    ``settings``: further bytes to hash, such as the object's labels.
     """
     if is_secret:
         digest = hashlib.scrypt(

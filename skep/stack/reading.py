@@ -1,7 +1,7 @@
-"""Keys of a mapping read by their type, with all problems collected and no key passed over.
+"""Typed reading of mappings, which collects all problems and ignores no key silently.
 
-The reader of a mapping reads every key that is supported; ``close`` then reports the keys of the file that were not
-read, each with the supported key that is most like it.
+The caller reads every supported key of a mapping.  ``close`` then reports the remaining keys, each with the most
+similar supported key.
 """
 
 import difflib
@@ -22,20 +22,20 @@ _FACTORS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40
 
 
 class Report:
-    """Problems of a stack's files, and warnings."""
+    """Collected errors and warnings about a stack's files."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
 
     def raise_problems(self) -> None:
-        """Raises: Problems: all there are, in the order of the files."""
+        """Raise all collected errors, in the order of the files.  Raises: Problems."""
         if self.problems:
             raise Problems(sorted(set(self.problems), key=lambda one: msgspec.structs.astuple(one.place)))
 
 
 class Reader:
-    """The keys of one mapping.  Methods give None, or what is empty, for a key that is not there or is wrong."""
+    """Reads the keys of one mapping.  For a missing or invalid key, methods return None or an empty value."""
 
     def __init__(self, node: Node, path: str, report: Report) -> None:
         self.place = node.place
@@ -53,52 +53,52 @@ class Reader:
         return key in self._entries
 
     def node(self, key: str) -> Node | None:
-        """The value of ``key``; None, too, where it is nothing."""
+        """Return the node of ``key``, or None if the key is missing or its value is null."""
         self._read[key] = None
         found = self._entries.get(key)
         return None if found is None or found.value is None else found
 
     def at(self, key: str) -> str:
-        """The path of a key."""
+        """Return the path of ``key``."""
         return f"{self.path}.{key}" if self.path else key
 
     def problem_at(self, node: Node, path: str, text: str) -> None:
-        """A value somewhere below is wrong."""
+        """Report an error in a value below this mapping."""
         self._problem(node.place, path, text)
 
     def problem(self, key: str, text: str) -> None:
-        """``key`` is wrong."""
+        """Report an error in ``key``."""
         found = self._entries.get(key)
         self._problem(found.place if found is not None else self.place, self.at(key), text)
 
     def warn(self, key: str, text: str) -> None:
-        """``key`` has no effect, or one that may be unexpected."""
+        """Warn that ``key`` has no effect, or an unexpected effect."""
         found = self._entries.get(key)
         self.report.warnings.append(
             Problem(found.place if found is not None else self.place, self.at(key), text)
         )
 
     def refuse(self, key: str, why: str) -> None:
-        """A key that is known and cannot be honoured."""
+        """Report a known key that Skep does not support, if it is present."""
         if self.node(key) is not None:
             self.problem(key, why)
 
     def ignore(self, key: str, why: str) -> None:
-        """A key that has no effect on a cluster."""
+        """Warn about a key that has no effect on a cluster, if it is present."""
         if self.node(key) is not None:
             self.warn(key, why)
 
     def skip(self, *keys: str) -> None:
-        """Keys that are read elsewhere."""
+        """Mark keys as read, because they are read elsewhere."""
         self._read.update(dict.fromkeys(keys))
 
     def text(self, key: str) -> str:
-        """A text; numbers and booleans as they are written."""
+        """Return a text; numbers and booleans as written in the file."""
         found = self.node(key)
         return self._text(found, self.at(key)) if found is not None else ""
 
     def integer(self, key: str, least: int = 0, most: int = 2**63 - 1) -> int | None:
-        """A whole number."""
+        """Return a whole number."""
         found = self.node(key)
         if found is None:
             return None
@@ -114,7 +114,7 @@ class Reader:
         return value
 
     def mode(self, key: str) -> int | None:
-        """Permissions of a file: a number as YAML reads it, or a text of octal digits."""
+        """Return file permissions: a number as YAML reads it, or a text of octal digits."""
         found = self.node(key)
         if (
             found is not None
@@ -125,7 +125,7 @@ class Reader:
         return self.integer(key, 0, 0o7777)
 
     def number(self, key: str) -> float | None:
-        """A number that is not negative."""
+        """Return a number that is not negative."""
         found = self.node(key)
         if found is None:
             return None
@@ -138,7 +138,7 @@ class Reader:
         return float(value)
 
     def boolean(self, key: str) -> bool | None:
-        """``true`` or ``false``; also as text, which is what variables give."""
+        """Return a boolean.  A quoted ``true`` or ``false`` counts too, as values of variables are texts."""
         found = self.node(key)
         if found is None:
             return None
@@ -160,7 +160,7 @@ class Reader:
         return None
 
     def duration(self, key: str) -> int | None:
-        """Nanoseconds of ``1m30s``; a number alone is seconds."""
+        """Return a duration such as ``1m30s`` in nanoseconds.  A number without a unit is in seconds."""
         found = self.node(key)
         if found is None:
             return None
@@ -172,12 +172,12 @@ class Reader:
         return value
 
     def size(self, key: str) -> int | None:
-        """Bytes of ``64m``, ``1.5gb`` or ``4096``; -1 for ``-1``."""
+        """Return the bytes of a size such as ``64m``, ``1.5gb`` or ``4096``, or -1 for ``-1``."""
         found = self.node(key)
         return self.size_of(found, self.at(key)) if found is not None else None
 
     def size_of(self, node: Node, path: str) -> int | None:
-        """As ``size``, of a node."""
+        """Return the bytes of the size in ``node``, as ``size`` does."""
         if node.text == "-1":
             return -1
         match = _SIZE.fullmatch(node.text) if isinstance(node.value, str | int | float) else None
@@ -195,7 +195,7 @@ class Reader:
         return whole
 
     def choice(self, key: str, *known: str) -> str:
-        """One of these words; empty without the key."""
+        """Return one of the ``known`` words, or an empty text without the key."""
         text = self.text(key)
         if text and text not in known:
             self.problem(key, f"{text!r} is not known: want {_either(known)}{meant_by(text, known)}")
@@ -203,7 +203,7 @@ class Reader:
         return text
 
     def words(self, key: str) -> tuple[str, ...] | None:
-        """Arguments: a list, or a text that is split as a shell would, without running one."""
+        """Return arguments: a list, or a text that is split by a shell's rules without running a shell."""
         found = self.node(key)
         if found is None:
             return None
@@ -216,7 +216,7 @@ class Reader:
             return None
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of texts, or one text."""
+        """Return a list of texts; one text alone becomes a list of one."""
         found = self.node(key)
         if found is None:
             return ()
@@ -225,7 +225,7 @@ class Reader:
         return tuple(self._text(one, f"{self.at(key)}[{at}]") for at, one in enumerate(found.items))
 
     def pairs(self, key: str, separators: str = "=") -> dict[str, str | None]:
-        """A mapping, or a list of ``NAME=VALUE``; None: a name without a value."""
+        """Return a mapping or a list of ``NAME=VALUE`` as a dict, with None for names without a value."""
         found = self.node(key)
         if found is None:
             return {}
@@ -241,16 +241,16 @@ class Reader:
         return made
 
     def labels(self, key: str) -> dict[str, str]:
-        """``pairs`` in which a name without a value has an empty one."""
+        """Return ``pairs`` with an empty text for names without a value."""
         return {name: value or "" for name, value in self.pairs(key).items()}
 
     def reader(self, key: str) -> "Reader | None":
-        """The mapping below ``key``."""
+        """Return a reader of the mapping below ``key``."""
         found = self.node(key)
         return Reader(found, self.at(key), self.report) if found is not None else None
 
     def each(self, key: str) -> "list[tuple[Node, str]]":
-        """The items of the list below ``key``, with their paths."""
+        """Return the items of the list below ``key``, with their paths."""
         found = self.node(key)
         if found is None:
             return []
@@ -260,7 +260,7 @@ class Reader:
         return [(one, f"{self.at(key)}[{at}]") for at, one in enumerate(found.items)]
 
     def named(self, key: str) -> "dict[str, Node]":
-        """The entries of the mapping below ``key``; of a list of names, entries of nothing."""
+        """Return the entries of the mapping below ``key``.  A list of names becomes entries with null values."""
         found = self.node(key)
         if found is None:
             return {}
@@ -275,12 +275,12 @@ class Reader:
         }
 
     def names(self) -> dict[str, Node]:
-        """All entries, each asked for; those of extensions (``x-``) left out."""
+        """Return all entries except extensions (``x-``), and mark them as read."""
         self._read.update(dict.fromkeys(self._entries))
         return {name: one for name, one in self._entries.items() if not name.startswith("x-")}
 
     def checked(self, key: str, make: Callable[[], T]) -> T | None:
-        """What ``make`` gives; a ValueError is a problem of ``key``."""
+        """Return the result of ``make``, or report its ValueError as an error in ``key`` and return None."""
         try:
             return make()
         except ValueError as error:
@@ -288,7 +288,7 @@ class Reader:
             return None
 
     def close(self, *, hints: dict[str, str] | None = None) -> None:
-        """Report the keys that were not read.  ``hints``: what to say of some."""
+        """Report the keys that were not read.  ``hints``: hints for some keys, in place of the most similar key."""
         for name in self._entries:
             if name in self._read or name.startswith("x-"):
                 continue
@@ -309,7 +309,7 @@ class Reader:
 
 
 def _duration(text: str) -> int | None:
-    """Go's durations, and Compose's days and weeks."""
+    """Parse Go's durations, and Compose's days and weeks, into nanoseconds."""
     match = re.fullmatch(r"(?:([0-9]{1,6})w)?(?:([0-9]{1,6})d)?(.*)", text)
     assert match is not None
     days = int(match[1] or 0) * 7 + int(match[2] or 0)
@@ -322,6 +322,6 @@ def _either(words: Sequence[str]) -> str:
 
 
 def meant_by(text: str, known: Iterable[str]) -> str:
-    """A hint with the nearest of the known words; empty: none is near."""
+    """Return a hint with the most similar known word, or an empty text without one."""
     close = difflib.get_close_matches(text, tuple(known), n=1, cutoff=0.7)
     return f": did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""A deploy with its revision: recorded before the first change, and how it ended after the last."""
+"""Deploys with a revision, which is recorded before the first change and gets the deploy's result after the last."""
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -50,7 +50,7 @@ from skep.stack.revisions import (
 )
 
 _RECORDED_WITHIN_S: Final = 60.0
-"""To get a number for a revision: of a hundred deploys that begin at the same moment each takes one in turn."""
+"""Seconds to get a number for a revision.  A hundred deploys that start together take their numbers in turn."""
 
 
 async def carry_out(
@@ -65,21 +65,17 @@ async def carry_out(
     *,
     failures_max: int = FAILURES_MAX,
 ) -> None:
-    """Deploy ``stack`` as ``plan`` says, and keep what was asked for as a revision, without ``logins``.
+    """Deploy ``stack`` as ``plan`` says, and record its desired state as a revision, without ``logins``.
 
-    Nothing is written if the managers would refuse a part of it.  The deploy replaces those of the stack that are under
-    way, and is planned again for what these have left.
+    Nothing is written if the managers would refuse a part of the plan.  The deploy replaces running deploys of the
+    stack, and is planned again for the objects that they have left.  A plan for some services only is recorded as the
+    last revision with these services changed.  It is refused while another deploy of the stack runs, because it would
+    replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
 
-    A plan for some services only is recorded as the last revision with these services. It is refused while another
-    deploy of the stack is under way, which it would replace and not complete. Without a revision to complete, nothing
-    is recorded.
+    ``made`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
-    Args:
-        made: gets what was created, for ``undo``.
-        failures_max: of a task in a row, after which waiting ends; 0: it does not.
-
-    Raises: as ``Deployment.apply``, and the revision then says why the deploy failed; Problems: the managers would
-        refuse it; Unavailable: what another deploy has created is being removed.
+    Raises: Problems: the managers would refuse the plan; Unavailable: objects of another failed deploy are being
+        removed; SkepError: as ``Deployment.apply``, and the revision then has the reason of the failure.
     """
     made = made if made is not None else Made()
     revisions = await known_revisions(client, stack.name)
@@ -96,7 +92,7 @@ async def carry_out(
     await check(client, stack, plan, warn)
     if whole is not None:
         after = revisions[-1].number if plan.only and revisions else None
-        made.revision = await _recorded(client, whole, plan, warn, after=after)
+        made.revision = await _record(client, whole, plan, warn, after=after)
     if made.revision:
         made.claim = Claim(client, asked, made.revision)
     try:
@@ -125,7 +121,7 @@ async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
 
 
 def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | None:
-    """Return the stack that the revision of a deploy describes, or None if it describes no whole stack.
+    """Return the whole stack to record as a revision, or None for some services of a stack without a revision.
 
     Raises: FailedPrecondition: the plan is for some services, and another deploy is under way.
     """
@@ -138,7 +134,10 @@ def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | N
 
 
 def _check_after(last: Revision, number: int) -> None:
-    """Raises: FailedPrecondition: ``last``, the newest revision, is another one or is being deployed."""
+    """Check that the newest revision ``last`` has this number and is not being deployed.
+
+    Raises: FailedPrecondition.
+    """
     if last.number != number or last.state == DEPLOYING:
         raise FailedPrecondition(
             f"another deploy of {last.of} is under way (revision {last.number}), and --only would replace it without "
@@ -147,7 +146,7 @@ def _check_after(last: Revision, number: int) -> None:
 
 
 async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -> Plan:
-    """The plan for what the stack has now that no other deploy changes it."""
+    """Return the plan for the stack's present objects, which no other deploy changes now."""
     existing = await existing_of(client, stack.name, config_names(stack))
     found = planned_again(stack, plan, existing)
     if [(one.action, one.name) for one in found.changes] != [(one.action, one.name) for one in plan.changes]:
@@ -158,7 +157,7 @@ async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -
 async def _end(
     client: Requests, made: Made, error: BaseException | None, warn: Callable[[str], None]
 ) -> None:
-    """Record how a deploy ended.  One that was replaced stays that.
+    """Record the result of a deploy.  A replaced deploy stays marked as replaced.
 
     Raises: Replaced: a newer deploy of other content has replaced it.
     """
@@ -170,13 +169,13 @@ async def _end(
         await made.claim.follow()
 
 
-async def _recorded(
+async def _record(
     client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None], *, after: int | None = None
 ) -> str:
-    """Return the id of the revision after all others, or an empty string if there is no room for it.
+    """Record a new revision and return its id, or an empty string if it is too large or refused by a quota.
 
     Args:
-        after: Number of the revision that this one completes, which has to be the newest. None: any.
+        after: number of the revision that this one extends and that has to be the newest, or None for any.
     """
     backoff = Backoff(0.05, 2.0)
     deadline = asyncio.get_running_loop().time() + _RECORDED_WITHIN_S
@@ -187,25 +186,29 @@ async def _recorded(
         try:
             body = body_of(stack, plan, revisions[-1].number + 1 if revisions else 1)
         except InvalidArgument as error:
-            warn(f"{error}: there will be no return to it")
+            warn(f"{error}: this deploy cannot be rolled back to")
             return ""
         try:
             made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
-        except AlreadyExists:  # by a deploy that has begun at the same moment
+        except AlreadyExists:  # a concurrent deploy took the number
             await asyncio.sleep(backoff.next_delay_s())
             continue
-        except PermissionDenied as error:  # a quota; a user without the right is refused at the first change
-            warn(f"{error}: there will be no return to it")
+        except (
+            PermissionDenied
+        ) as error:  # by a quota; a user without the right is refused at the first change
+            warn(f"{error}: this deploy cannot be rolled back to")
             return ""
         return str(made["ID"])
-    raise Unavailable(f"other deploys of {stack.name} are under way: try again when they have ended")
+    raise Unavailable(f"other deploys of {stack.name} are under way: rerun the command when they have ended")
 
 
 async def _check_no_undo(client: Requests, stack: str) -> None:
-    """Raises: Unavailable: the undo of another deploy removes what this one would build on.
+    """Check that no other deploy is being undone, because the undo removes objects that this deploy would use.
 
-    Called after this deploy's revision was recorded, as an undo reads the revisions after it has recorded itself: one
-    of the two sees the other.
+    Called after this deploy's revision was recorded.  An undo also records itself before it reads the revisions, so at
+    least one of the two sees the other.
+
+    Raises: Unavailable.
     """
     for one in await known_revisions(client, stack):
         if one.state == UNDOING:
@@ -220,9 +223,11 @@ def _undoing(revision: Revision) -> str:
 
 
 async def _complete(client: Requests, last: Revision, warn: Callable[[str], None]) -> None:
-    """Of a deploy that changed nothing: the last one asked for the same, and may have ended before it could say so.
+    """Mark the last revision as deployed, after a deploy that changed nothing.
 
-    Raises: Unavailable: what it created is being removed.
+    The last deploy had the same desired state, and may have ended before it recorded its result.
+
+    Raises: Unavailable: the objects that the last deploy created are being removed.
     """
     if last.state == DEPLOYED:
         return
@@ -233,9 +238,9 @@ async def _complete(client: Requests, last: Revision, warn: Callable[[str], None
 async def _set_state(
     client: Requests, id: str, state: str, warn: Callable[[str], None], unless: str = ""
 ) -> str:
-    """Write the state of a revision, but not over one that begins with ``unless``.
+    """Set the state of a revision, unless its state begins with ``unless``.
 
-    Gives the one that it had, empty if that is not known.
+    Returns: The state before, or an empty text if the update failed.
     """
     found = ""
 
@@ -249,7 +254,7 @@ async def _set_state(
     try:
         await update(client, "configs", id, with_state, timeout_s=RESPONSE_TIMEOUT_S)
     except SkepError as error:
-        warn(f"how the deploy ended could not be recorded: {error}")
+        warn(f"the result of the deploy could not be recorded: {error}")
         return ""
     return found
 
@@ -257,23 +262,23 @@ async def _set_state(
 async def _forget(client: Requests, revision: Revision) -> None:
     try:
         await client.delete(f"/configs/{revision.id}", timeout_s=RESPONSE_TIMEOUT_S)
-    except SkepError:  # another deploy has removed it, or the next one will
+    except SkepError:  # another deploy has removed it, or the next deploy will
         return
 
 
-# --- returns to a revision
+# --- rollbacks to a revision
 
 
 class Return(msgspec.Struct, frozen=True):
-    """A return to a revision, planned: ``client`` has the rights that it runs with."""
+    """A planned rollback to a revision.  ``client`` has the rights that it runs with."""
 
     client: Requests
     stack: Stack
     plan: Plan
     left: frozenset[str] = frozenset()
-    """Services that the revision does not have, and that may not be removed."""
+    """Services that the revision does not have and that the rollback may not remove."""
     beyond: tuple[str, ...] = ()
-    """Why the rights of the revision's writer do not suffice, a line for each service."""
+    """Reasons why the rights of the revision's writer do not suffice, a line for each service."""
 
 
 async def return_plan(
@@ -283,16 +288,19 @@ async def return_plan(
     removable: Collection[str] | None = None,
     is_admin: bool = False,
 ) -> Return:
-    """Return what a return to a revision changes, and the client to do it with.
+    """Plan a rollback to a revision, with the client to run it.
 
-    It has the rights of the revision's writer at most: whoever may write configs of the stack can write a revision.
+    The client has at most the rights of the revision's writer, because every user who may write configs of the stack
+    can write a revision.
 
     Args:
-        removable: ids of the services that may be removed if the revision does not have them; None: all.
+        removable: ids of the services that may be removed if the revision does not have them, or None for all.
         is_admin: use all rights of the client.
 
-    Raises: InvalidArgument: it cannot be read; Problems: a secret or config of it is gone; FailedPrecondition: the
-        manager cannot limit rights.
+    Raises:
+        InvalidArgument: the revision cannot be read.
+        Problems: a secret or config of the revision no longer exists.
+        FailedPrecondition: the manager cannot limit rights.
     """
     stack, limited = revision.stack(), client
     if revision.role != Binding(Role.ADMIN):
@@ -310,7 +318,7 @@ async def return_plan(
 
 
 async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
-    """What managers would not let ``client`` do, before anything is changed."""
+    """Return the parts of the plan that the managers would not permit to ``client``, before anything is changed."""
     found: list[str] = []
     for one in plan.of("service", Action.CREATE, Action.UPDATE):
         body = msgspec.Raw(to_json([one.spec]))
@@ -319,7 +327,7 @@ async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
         except PermissionDenied as error:
             found.append(f"{one.name}: {error}")
         except SkepError:
-            continue  # the change itself will say why
+            continue  # the change itself will report the error
     return tuple(found)
 
 
@@ -331,11 +339,15 @@ async def undo(
     warn: Callable[[str], None],
     made: Made | None = None,
 ) -> str:
-    """After a deploy that failed, deploy again what was deployed before; of a stack without services remove what the
-    deploy has created.
+    """Undo a failed deploy: deploy the newest deployed revision again, or remove the created objects of a new stack.
 
-    Gives a sentence on what was done.  Raises: InvalidArgument: there is no revision to return to, or it is damaged, or
-    something that it names is gone; PermissionDenied: its writer lacks the rights for it; nothing was changed then.
+    Returns:
+        A sentence about the result.
+
+    Raises:
+        InvalidArgument: the stack has no deployed revision, or it is damaged.
+        Problems: a secret or config of the revision no longer exists.
+        PermissionDenied: the writer of the revision lacks the rights for it; nothing was changed.
     """
     name, made = failed.stack, made if made is not None else Made()
     revisions = await known_revisions(client, name)
@@ -355,12 +367,12 @@ async def undo(
 
 
 def _unsure(names: Collection[str]) -> str:
-    """What an undo leaves: no response said that the deploy had created it."""
+    """Return a clause about services that an undo leaves, as no response confirmed that the deploy created them."""
     return f", but for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
 
 
 def refused(revision: Revision, beyond: Collection[str]) -> str:
-    """Why a return to a revision is refused, for people."""
+    """Return the error about a rollback that the rights of the revision's writer do not permit."""
     name, number = revision.of, revision.number
     return (
         f"revision {number} of {name} was written with the role {revision.role}, which lacks rights that it needs "
@@ -371,7 +383,7 @@ def refused(revision: Revision, beyond: Collection[str]) -> str:
 async def _unmade(
     client: Requests, name: str, made: Made, show: Show, wait_s: float, warn: Callable[[str], None]
 ) -> str:
-    """Remove what a deploy has created, unless another deploy may use it; gives a sentence."""
+    """Remove the objects that a deploy has created, unless another deploy may use them, and return a sentence on it."""
     if not (made.services or made.files or made.revision):
         return "it had created nothing"
     if made.revision and await _set_state(client, made.revision, UNDOING, warn, unless=DEPLOYED) in (

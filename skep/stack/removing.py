@@ -1,4 +1,4 @@
-"""Removal of a stack, and of what one deploy has created."""
+"""Removal of a stack, and of the objects that one deploy has created."""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +17,10 @@ _LOOK_S: Final = 0.5
 
 
 async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:
-    """Remove everything of a stack: services, and when their tasks are gone, the rest.  False: there is none.
+    """Remove a stack: its services, then, when their tasks have stopped, its other objects.
 
-    Raises: Unavailable: something is in use for longer than ``wait_s``.
+    Returns: Whether the stack had any objects.
+    Raises: Unavailable: an object was still in use after ``wait_s``.
     """
     label = {"label": [f"{NAMESPACE}={stack}"]}
     found = False
@@ -30,16 +31,16 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
             (one["Name"], one["Id"]) if kind == "network" else (one["Spec"]["Name"], one["ID"])
             for one in objects
         ]
-        await all_of(_removed(client, kind, name, id, show, wait_s) for name, id in named)
+        await all_of(_remove(client, kind, name, id, show, wait_s) for name, id in named)
         if kind == "service":
             await _wait_tasks_gone(client, label, show, stack, wait_s)
     return found
 
 
 async def unmake(client: Requests, stack: str, made: Made, show: Show, wait_s: float) -> None:
-    """Remove what a deploy has created, and nothing else.
+    """Remove the objects that a deploy has created, and nothing else.
 
-    Raises: FailedPrecondition: somebody has changed a service of it; Unavailable: something stays in use.
+    Raises: FailedPrecondition: one of the services was changed meanwhile; Unavailable: an object stays in use.
     """
     for service in made.services:
         if await remove_unchanged(client, removal_of(service)):
@@ -48,7 +49,7 @@ async def unmake(client: Requests, stack: str, made: Made, show: Show, wait_s: f
     await _wait_tasks_gone(client, label, show, stack, wait_s, {one.id for one in made.services})
     for kind in ("secret", "config", "network"):
         of_kind = [(name, id) for one, name, id in made.files if one == kind]
-        await all_of(_removed(client, kind, name, id, show, wait_s) for name, id in of_kind)
+        await all_of(_remove(client, kind, name, id, show, wait_s) for name, id in of_kind)
 
 
 async def _wait_tasks_gone(
@@ -59,15 +60,15 @@ async def _wait_tasks_gone(
     wait_s: float,
     services: Collection[str] | None = None,
 ) -> None:
-    """Return when no task of the stack, or of these services, runs: then addresses and networks are free."""
+    """Wait until no task of the stack, or of these services, runs: then addresses and networks are free."""
 
-    async def read() -> list[Any]:
+    async def read_tasks() -> list[Any]:
         tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
         return [one for one in tasks if services is None or one.get("ServiceID") in services]
 
     try:
         async with asyncio.timeout(wait_s):
-            while tasks := await persistently(read, partial(show, stack)):
+            while tasks := await persistently(read_tasks, partial(show, stack)):
                 show(stack, f"tasks that still stop: {len(tasks)}")
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
@@ -76,7 +77,7 @@ async def _wait_tasks_gone(
         ) from None
 
 
-async def _removed(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
+async def _remove(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
     deadline = asyncio.get_running_loop().time() + wait_s
     while True:
         try:

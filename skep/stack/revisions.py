@@ -1,8 +1,8 @@
-"""The revisions of a stack: what each deploy asked for, kept with the stack.
+"""Revisions of a stack: the desired state of each deploy, stored in the cluster.
 
-A revision is a config of the cluster named ``STACK_revision-N``: ``docker stack rm`` takes it with the stack, and
-everything that can read configs can read it.  It has specs and names, no content of secrets or configs; those that
-kept revisions name are kept, too.
+A revision is a config of the cluster with the name ``STACK_revision-N``, so ``docker stack rm`` removes it with the
+stack, and every program that can read configs can read it.  It has specs and names, but not the content of secrets and
+configs.  Secrets and configs that kept revisions name are kept.
 """
 
 import asyncio
@@ -25,21 +25,21 @@ from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
 
 KEPT: Final = 10
 KEPT_BYTES: Final = 512 * 1024
-"""Of a stack's revisions together, in base64: every manager has the configs of the whole cluster in memory.  A usual
-stack has 2 to 5 KB compressed, so ten revisions have room; of very large stacks only two are kept."""
+"""Bytes of a stack's revisions together, in base64, because every manager has the whole cluster's configs in memory.
+A usual stack has 2 to 5 KB compressed, so ten revisions fit.  Of very large stacks only two are kept."""
 KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
 UNDOING: Final = "rolling back"
-"""The state of a failed deploy while what it created is removed: no other deploy may build on that."""
+"""State of a failed deploy while the objects that it created are removed: no other deploy may use them."""
 _BYTES_MAX: Final = 900_000
-"""Of a revision, compressed: a config has less than 1000 KiB."""
+"""Bytes of a compressed revision, as the size of a config is limited to less than 1000 KiB."""
 _UNPACKED_MAX: Final = 64 << 20
 _CAUSE_MAX: Final = 300
 _NAME_MAX: Final = 40
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):
-    """``id`` and ``version``: of the config."""
+    """A revision of a stack.  ``id`` and ``version`` belong to its config."""
 
     number: int
     id: str
@@ -47,20 +47,20 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
     labels: Mapping[str, str]
     data: str
-    """Compressed, in base64."""
+    """The stack's desired state, compressed and in base64."""
     of: str
     """The stack that it belongs to."""
     written_by: str = ""
-    """The weakest role that has written it, as the managers recorded it.  Empty: they did not."""
+    """The weakest role that has written it, as recorded by the managers, or empty if not recorded."""
 
     @property
     def config(self) -> str:
-        """The name of the config."""
+        """Return the name of the config."""
         return _name(self.of, self.number)
 
     @property
     def role(self) -> Binding:
-        """The role whose rights suffice for what it asks for: its writer's, else that of the stack's operators."""
+        """Return the role whose rights a rollback gets: the writer's role, or operator of the stack if unknown."""
         try:
             return parse_binding(self.written_by)
         except InvalidArgument:
@@ -68,19 +68,19 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def state(self) -> str:
-        """Of the deploy."""
+        """Return the state of the deploy."""
         return self.labels.get(STACK_STATE, "")
 
     @property
     def changes(self) -> str:
-        """What the deploy changed."""
+        """Return a summary of the deploy's changes."""
         return self.labels.get(STACK_CHANGES, "")
 
     def stack(self) -> Stack:
-        """Return what it asked for.
+        """Return the desired state.
 
-        Raises: InvalidArgument: it cannot be read, or has objects of another stack: users who may write configs of one
-        stack can write anything into them.
+        Raises: InvalidArgument: the revision cannot be read, or has objects of another stack.  Users who may write
+            configs of one stack can write anything into them.
         """
         stack = self._decoded()
         if stack.name != self.of:
@@ -107,7 +107,7 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidArgument(f"revision {self.number} cannot be read: {error}") from error
 
     def is_of(self, asked: Stack) -> bool:
-        """Whether it has exactly what a deploy has ``asked`` for; false: it cannot be read."""
+        """Return whether its desired state is exactly ``asked``.  An unreadable revision counts as different."""
         try:
             return self.stack() == asked
         except InvalidArgument:
@@ -115,7 +115,7 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revision]:
-    """The revisions of a stack, the oldest first."""
+    """Return the revisions of a stack, oldest first."""
     made: list[Revision] = []
     for one in configs:
         labels = one["Spec"].get("Labels") or {}
@@ -123,7 +123,7 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
         if labels.get(NAMESPACE) != stack or not (number.isascii() and number.isdigit() and len(number) < 10):
             continue
         if one["Spec"]["Name"] != _name(stack, int(number)):
-            continue  # a name never changes, a label can: the order of revisions is that of their names
+            continue  # labels can be changed, names cannot: revisions are ordered by their names
         made.append(
             Revision(
                 of=stack,
@@ -140,10 +140,10 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
 
 
 def with_part(base: Stack, stack: Stack, only: Collection[str]) -> Stack:
-    """Return ``base`` with the services ``only`` of ``stack``, for the revision of a deploy of these.
+    """Return ``base`` with the services ``only`` of ``stack``, for the revision of a deploy of these services.
 
-    A secret or config of ``base`` with the same name in the files and other content stays beside the new one, because
-    the other services use it.
+    A secret or config of ``base`` that has other content in the files is kept in addition to the new one, because the
+    other services use it.
     """
 
     def files(before: Mapping[str, StackFile], now: Mapping[str, StackFile]) -> dict[str, StackFile]:
@@ -163,7 +163,7 @@ def with_part(base: Stack, stack: Stack, only: Collection[str]) -> Stack:
 
 
 def asked_for(stack: Stack, plan: Plan) -> Stack:
-    """What a deploy of ``stack`` asks for: with the digests of images, secrets and configs by their names."""
+    """Return the desired state of a deploy of ``stack``, with image digests, and secrets and configs by name only."""
     specs = {one.name: one.spec for one in plan.changes if one.kind == "service"}
     return replace(
         stack,
@@ -174,7 +174,7 @@ def asked_for(stack: Stack, plan: Plan) -> Stack:
 
 
 def body_of(stack: Stack, plan: Plan, number: int) -> dict[str, Any]:
-    """A revision as ``POST /configs/create`` has it.  Raises: InvalidArgument: it is too large."""
+    """Return the body of ``POST /configs/create`` for a revision.  Raises: InvalidArgument: it is too large."""
     data = gzip.compress(msgspec.json.encode(asked_for(stack, plan)), mtime=0)
     if len(data) > _BYTES_MAX:
         raise InvalidArgument(f"the stack is too large for a revision: {len(data)} bytes, compressed")
@@ -195,7 +195,7 @@ def _name(stack: str, number: int) -> str:
 
 
 def _short(name: str) -> str:
-    """A name that leaves room for the rest of a config's; no other stack has it."""
+    """Return the stack's name, cut to fit into a config's name, with a hash that keeps it unique."""
     return (
         name
         if len(name) <= _NAME_MAX
@@ -204,7 +204,7 @@ def _short(name: str) -> str:
 
 
 def _with_spec(service: StackService, spec: Any) -> StackService:
-    """With the digests of its images."""
+    """Return the service with the plan's spec, which has the image's digest."""
     return service if spec is None else replace(service, spec=spec)
 
 
@@ -213,7 +213,7 @@ def _by_name(file: StackFile) -> StackFile:
 
 
 def summary(plan: Plan) -> str:
-    """``1 created, 2 updated``."""
+    """Return a summary of the plan's changes, such as ``1 created, 2 updated``."""
     words = {"+": "created", "~": "updated", "-": "removed"}
     counts = [
         f"{count} {word}"
@@ -224,7 +224,7 @@ def summary(plan: Plan) -> str:
 
 
 def state_after(error: BaseException | None) -> str:
-    """What a deploy that has ended leaves as the state of its revision."""
+    """Return the revision's state after a deploy ended, with ``error`` if it failed."""
     if error is None:
         return DEPLOYED
     if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
@@ -234,7 +234,7 @@ def state_after(error: BaseException | None) -> str:
 
 
 def kept_of(revisions: Sequence[Revision]) -> Sequence[Revision]:
-    """Return the revisions to keep: the newest ones within both bounds, and the one that an undo returns to."""
+    """Return the revisions to keep: the newest ones within both bounds, and the newest deployed one, for an undo."""
     made: list[Revision] = []
     size = 0
     for one in reversed(revisions):
@@ -249,7 +249,7 @@ def kept_of(revisions: Sequence[Revision]) -> Sequence[Revision]:
 
 
 def names_of(revisions: Iterable[Revision]) -> set[str]:
-    """The names of secrets and configs that the revisions need; one that cannot be read needs none."""
+    """Return the names of the secrets and configs that the revisions need.  Unreadable revisions are skipped."""
     made: set[str] = set()
     for one in revisions:
         try:
@@ -261,7 +261,10 @@ def names_of(revisions: Iterable[Revision]) -> set[str]:
 
 
 def before(revisions: Sequence[Revision], number: int | None) -> Revision:
-    """The revision to return to: ``number``, or the newest deployed one before the last.  Raises: InvalidArgument."""
+    """Return the revision to roll back to: ``number``, or the newest deployed revision before the last.
+
+    Raises: InvalidArgument.
+    """
     if number is not None:
         found = [one for one in revisions if one.number == number]
         if not found:
@@ -277,7 +280,10 @@ def before(revisions: Sequence[Revision], number: int | None) -> Revision:
 def pair_of(
     revisions: Sequence[Revision], first: int | None, second: int | None
 ) -> tuple[Revision, Revision]:
-    """The revisions to compare: without numbers the last two, with one it and the last.  Raises: InvalidArgument."""
+    """Return the revisions to compare: by default the last two, or with one number that revision and the last.
+
+    Raises: InvalidArgument.
+    """
     if first is None and len(revisions) < 2:
         known = f"revision {revisions[0].number} alone" if revisions else "no revision"
         raise InvalidArgument(
@@ -289,7 +295,7 @@ def pair_of(
 
 
 def newest_deployed(revisions: Sequence[Revision]) -> Revision:
-    """What a deploy that failed changed.  Raises: InvalidArgument: there is none."""
+    """Return the newest deployed revision, which a failed deploy has changed.  Raises: InvalidArgument: none."""
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
         raise InvalidArgument("there is no earlier revision that was deployed (skep stack history STACK)")

@@ -1,4 +1,4 @@
-"""The keys of a service that make its spec."""
+"""Conversion of a service's keys into its spec."""
 
 import re
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ _PROTOCOLS: Final = ("tcp", "udp", "sctp")
 
 
 class StackObjects(msgspec.Struct, frozen=True, kw_only=True):
-    """What the services of a stack refer to, by the names in its files."""
+    """The objects that services of a stack may refer to, by their names in the files."""
 
     stack: str
     volumes: Volumes
@@ -68,7 +68,7 @@ class StackObjects(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def service_of(name: str, node: Node, objects: StackObjects, report: Report) -> StackService:
-    """The service ``name``; what is wrong with it is in ``report``."""
+    """Return the service ``name``, and add its errors and warnings to ``report``."""
     service = Reader(node, f"services.{name}", report)
     deploy = service.reader("deploy") or Reader(Node({}, node.place), service.at("deploy"), report)
     image, build = service.text("image"), _build(service)
@@ -131,9 +131,9 @@ _HINTS: Final = {
 
 
 def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What is wrong with labels, each with the key that shows it.
+    """Return errors about labels, each with the key to report it at.
 
-    ``declared``: those below ``deploy``; a schedule of ``x-skep`` is checked where it is read.
+    ``declared``: the labels below ``deploy``.  A schedule below ``x-skep`` is checked where it is read.
     """
     found: list[tuple[str, str]] = []
     for check, key in (
@@ -265,7 +265,7 @@ def _endpoint(deploy: Reader, ports: tuple[PortConfig, ...]) -> EndpointSpec | N
 
 
 def _ports(service: Reader) -> tuple[tuple[PortConfig, ...], dict[str, str]]:
-    """The published ports, and labels for addresses of the node that they answer on."""
+    """Return the published ports, and labels with the node addresses that they listen on."""
     made: dict[PortConfig, None] = {}
     labels: dict[str, str] = {}
     for node, path in service.each("ports"):
@@ -405,7 +405,10 @@ def _logging(logging: Reader | None) -> Driver | None:
 
 
 def _autoscaling(settings: Reader) -> dict[str, str]:
-    """``autoscale: 2..10``, or a mapping with ``min``, ``max`` and the targets.  Nothing of one that is wrong."""
+    """Return the labels for ``autoscale``: ``2..10``, or a mapping with ``min``, ``max`` and the targets.
+
+    An invalid setting adds no labels.
+    """
     node = settings.node("autoscale")
     if node is None:
         return {}
@@ -425,7 +428,7 @@ def _autoscaling(settings: Reader) -> dict[str, str]:
 
 
 def _checked_labels(settings: Reader, keys: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
-    """Labels of the texts at these keys, each checked at its place in the file."""
+    """Return labels with the texts at these keys, each checked at its place in the file."""
     made: dict[str, str] = {}
     for key, label in keys.items():
         if not (text := settings.text(key)):
@@ -439,7 +442,7 @@ def _checked_labels(settings: Reader, keys: Mapping[str, str], beside: Mapping[s
 
 
 def _x_skep(service: Reader, mode: str) -> dict[str, str]:
-    """Labels of the service for the settings below ``x-skep``."""
+    """Return service labels for the settings below ``x-skep``."""
     settings = service.reader("x-skep")
     if settings is None:
         return {}
@@ -467,9 +470,9 @@ def _x_skep(service: Reader, mode: str) -> dict[str, str]:
 
 
 def _cron(settings: Reader, mode: str, others: Mapping[str, str]) -> dict[str, str]:
-    """The labels of a schedule: ``cron`` is an expression, a list of them, or a mapping with settings beside them.
+    """Return the labels of a schedule: ``cron`` is an expression, a list of them, or a mapping with more settings.
 
-    ``others``: labels with which it must not be used.
+    ``others``: labels that conflict with a schedule.
     """
     node = settings.node("cron")
     if node is None:

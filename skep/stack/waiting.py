@@ -1,4 +1,4 @@
-"""Waiting until services are on their spec, with their progress shown, as long as waiting can help."""
+"""Wait until services run with their spec, show their progress, and stop when waiting cannot help."""
 
 import asyncio
 from collections import Counter
@@ -29,16 +29,16 @@ from skep.stack.progress import (
 _LOOK_S = 0.5
 _RESPONSE_TIMEOUT_S: Final = 15.0
 _EXPLAINED_MAX: Final = 5
-"""Services whose reason is read at each look: for one that waits for a node, a manager counts the cluster's tasks."""
+"""Services to explain at each look.  For a service that waits for a node, a manager counts the cluster's tasks."""
 _EXPLAINED_AFTER_S: Final = 1.0
-"""From then on also services of which nothing has failed: most run by then."""
+"""Seconds after which services without a failure are explained too.  Most services run by then."""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """A service as its tasks show it.
+    """A service's progress as its tasks show it.
 
-    ``current``: ids of the tasks of its present spec; ``failed``: of those that failed, with their slots; ``running``:
-    the same of those that run.
+    ``current``: ids of the tasks with its present spec.  ``failed`` and ``running``: slots of the failed and
+    of the running tasks among them, by task id.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def look_at(client: Requests, word: str) -> Look:
-    """Return the service that ``word`` means, as its tasks show it.  Raises: SkepError."""
+    """Return the progress of the service with the name or id ``word``, as its tasks show it.  Raises: SkepError."""
     found = await client.get(f"/services/{word}", timeout_s=_RESPONSE_TIMEOUT_S)
     filters = {"service": [found["ID"]]}
     tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -81,20 +81,20 @@ class HeldTimes:
 
 
 class Reasons:
-    """The managers' reasons why services that are waited for do not run."""
+    """Reads the managers' reasons why the services of a wait do not run."""
 
     def __init__(self, client: Requests, failures_max: int) -> None:
-        """``failures_max``: of a task in a row, after which waiting ends; 0: it does not."""
+        """``failures_max``: failures of a task in a row that end the wait, or 0 to wait in spite of failures."""
         self._client = client
         self._failures_max = failures_max
         self._times = HeldTimes()
         """Times of a service's facts and of its running tasks, on the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
-        """Tasks that were seen to have failed, by service, with their slots; None: of one that ran again since."""
+        """Slots of failed tasks, by service and task id, or None if the slot has run again since."""
         self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
-        """Return the progress of each service, with the reason of those that are not done."""
+        """Return the progress of each service, with the reason for each service that is not done."""
         now = asyncio.get_running_loop().time()
         self._began = now if self._began is None else self._began
         is_late = now - self._began >= _EXPLAINED_AFTER_S
@@ -122,7 +122,7 @@ class Reasons:
         return made
 
     def _seen(self, name: str, look: Look, now: float) -> int:
-        """How often the worst slot has failed since the wait began, or since a task of it ran for ``STEADY_S``."""
+        """Count the worst slot's failures since the wait began, or since one of its tasks ran for ``STEADY_S``."""
         failed = self._failed.setdefault(name, {})
         failed |= {id: slot for id, slot in look.failed.items() if id not in failed}
         for task, running in look.running.items():
@@ -135,12 +135,12 @@ class Reasons:
             return explanation_of(
                 await self._client.get(f"/skep/services/{id}/explain", timeout_s=_RESPONSE_TIMEOUT_S)
             )
-        except SkepError:  # an earlier version, or the service was removed a moment ago
+        except SkepError:  # an earlier version, or the service was just removed
             return Explanation()
 
 
 class Steadiness:
-    """Which services have failed since the wait began, and since when they run again."""
+    """Tracks the services that failed since the wait began, and the time since which they run again."""
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
@@ -161,11 +161,11 @@ async def wait_done(
     look: Callable[[set[str]], Awaitable[Mapping[str, ServiceProgress]]],
     show: Callable[[str, str], None],
 ) -> None:
-    """Look at the services ``names`` until all are done; ``show``: called with what each look finds.
+    """Look at the services ``names`` until all are done, and pass each service's progress to ``show``.
 
-    One that has failed meanwhile has to run for ``STEADY_S``: a look may find it in the middle of a crash loop.
+    A service that failed meanwhile has to run for ``STEADY_S``, because a look may find it in a crash loop.
 
-    Raises: Unavailable: one does not go on by itself, or waiting cannot help; what the first ``look`` raises.
+    Raises: Unavailable: a service is stuck, or waiting cannot help.  Errors of the first ``look`` are raised too.
     """
     waiting, steadiness = set(names), Steadiness()
     looked = await look(waiting) if waiting else {}
@@ -188,7 +188,7 @@ async def wait_done(
 
 
 def unfinished(texts: Mapping[str, str], wait_s: float) -> str:
-    """Return the error of a wait that took too long.  ``texts``: of the services that are not done, by name."""
+    """Return the error of a wait that took too long.  ``texts``: progress of the unfinished services, by name."""
     if not texts:
         return f"not done within {wait_s:g} s"
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())

@@ -14,7 +14,7 @@ from aiohttp import web
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.requests import filters_of
-from skep.cli.events import Stream, followed, line_of, stream_of, whole_line_of
+from skep.cli.events import Stream, follow, line_of, stream_of, whole_line_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 Reply = Callable[[str], tuple[int, bytes]]
@@ -62,7 +62,7 @@ async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[Client]:
 
 async def read(client: Client, most: int, after: str = "") -> list[Any]:
     found = []
-    async with aclosing(followed(client, {"type": ["task"]}, Stream(after=after), SystemClock())) as stream:
+    async with aclosing(follow(client, {"type": ["task"]}, Stream(after=after), SystemClock())) as stream:
         async for one in stream:
             found.append(one["Actor"]["ID"])
             if len(found) == most:
@@ -92,7 +92,7 @@ async def test_a_stream_that_breaks_goes_on_after_its_last_event(tmp_path):
 async def test_a_stream_with_an_end_ends_there(tmp_path):
     ended = Stream(since="1.000000000", until_ns=5 * 10**9)
     async with a_manager(tmp_path, lambda after: (200, event(1) + event(2))) as client:
-        found = [one["Actor"]["ID"] async for one in followed(client, {}, ended, SystemClock())]
+        found = [one["Actor"]["ID"] async for one in follow(client, {}, ended, SystemClock())]
     assert found == ["t1", "t2"]
     assert ended.query("") == {"since": "1.000000000", "until": "5.000000000"}
     assert ended.query("1-7") == {"after": "1-7", "until": "5.000000000"}

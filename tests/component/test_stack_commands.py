@@ -48,7 +48,7 @@ async def test_an_interrupted_deploy_says_its_state_and_repeating_completes_it(c
     process.send_signal(signal.SIGINT)
     _, err = await process.communicate()
     assert process.returncode == 1
-    said = "interrupted: shop_db: 0 of 1 tasks run; the same command again completes it"
+    said = "interrupted: shop_db: 0 of 1 tasks run; rerun the command to complete it"
     assert said in err.decode().splitlines()
     _, listed, _ = await cluster.run("stack", "history", "--format", "{{.Revision}} {{.State}}", "shop")
     assert listed == "1 interrupted\n"

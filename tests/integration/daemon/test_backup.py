@@ -110,11 +110,11 @@ def test_torn_foreign_and_other_files_are_refused_with_a_sentence(
     key = tmp_path / "key"
     key.write_bytes(b"k" * 32)
     cases = [
-        (content[:-100], words, "the backup is damaged or not whole"),
-        (content[: len(content) // 2], words, "the backup is damaged or not whole"),
-        (b"", words, "this file is no backup of a swarm"),
-        (b"#!/bin/sh\n" * 100, words, "this file is no backup of a swarm"),
-        (content, wrong, "the passphrase or key file is another one"),
+        (content[:-100], words, "the backup is damaged or incomplete"),
+        (content[: len(content) // 2], words, "the backup is damaged or incomplete"),
+        (b"", words, "this file is not a backup of a cluster"),
+        (b"#!/bin/sh\n" * 100, words, "this file is not a backup of a cluster"),
+        (content, wrong, "the passphrase or key file is wrong"),
     ]
     for bad, secret, sentence in cases:
         file.write_bytes(bad)

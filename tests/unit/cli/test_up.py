@@ -224,7 +224,7 @@ async def test_a_machine_of_another_cluster_is_refused_and_one_of_this_is_left(
     monkeypatch.setattr(Machine, "client", lambda _: Node("active"))
     rest = (Machine.of("m2"), "Manager", "192.0.2.1:2377", {})
     with pytest.raises(
-        FailedPrecondition, match=r"it is in another cluster \(active\): docker swarm leave there"
+        FailedPrecondition, match=r"it is in another cluster \(active\): run docker swarm leave there"
     ):
         await join(*rest, {"ours"}, Wanted(), Progress())
     await join(*rest, {"theirs"}, Wanted(), Progress())

@@ -506,7 +506,7 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w}}\nsecrets: {s: {content: x}}",
-            "f:2:24: secrets.s.content: a secret's value does not belong into the file: use file or environment",
+            "f:2:24: secrets.s.content: a secret's value does not belong in the file: use file or environment",
         ),
         (
             "services: {w: {image: w}}\nsecrets: {s: {driver: vault}}",

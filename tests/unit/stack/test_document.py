@@ -60,8 +60,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("", "f:1:1: the file is empty: it has no services"),
         ("- a", "f:1:1: the top of the file is a list, not a mapping with services"),
-        ("a: 1\nb: 2\na: 3", "f:3:1: the key 'a' is there twice: first in line 1"),
-        ("a: {b: 1, b: 2}", "f:1:11: a: the key 'b' is there twice: first in line 1"),
+        ("a: 1\nb: 2\na: 3", "f:3:1: the key 'a' is repeated: it is first in line 1"),
+        ("a: {b: 1, b: 2}", "f:1:11: a: the key 'b' is repeated: it is first in line 1"),
         (
             "a:\n\tb: 1",
             (

@@ -92,7 +92,7 @@ def test_a_file_of_variables_has_quotes_comments_and_variables() -> None:
     [
         ("A=1\n=2", "line 2: want NAME=VALUE"),
         ("A='x", "line 1: a quote is never closed"),
-        ("A='x' y", "line 1: there is something behind the closing quote"),
+        ("A='x' y", "line 1: unexpected text after the closing quote"),
         ("A=$", "line 1: a dollar sign without the name of a variable: write $$ for a dollar sign"),
     ],
 )

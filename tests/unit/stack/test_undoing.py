@@ -7,7 +7,7 @@ import pytest
 from skep.api.client import Client
 from skep.errors import InvalidArgument, PermissionDenied
 from skep.stack.planning import Existing, Plan, plan_of
-from skep.stack.recording import _recorded, undo
+from skep.stack.recording import _record, undo
 from tests.unit.stack.test_revisions import a_stack, body, config
 
 
@@ -66,5 +66,5 @@ async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> N
     warnings: list[str] = []
     stack = a_stack()
     plan = plan_of(stack, Existing(), images={}, prune=False)
-    assert await _recorded(Full(), stack, plan, warnings.append) == ""
-    assert warnings == ["the quota of shop allows 3 configs: there will be no return to it"]
+    assert await _record(Full(), stack, plan, warnings.append) == ""
+    assert warnings == ["the quota of shop allows 3 configs: this deploy cannot be rolled back to"]
