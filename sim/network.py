@@ -145,9 +145,8 @@ class Network:
             try:
                 yield
             finally:
-                if (
-                    self._listeners[address] is listener
-                ):  # keep the listener of a process that has already replaced a killed one
+                # Keep the listener of a process that has already replaced a killed one.
+                if self._listeners[address] is listener:
                     del self._listeners[address]
                 listener.close()
 
