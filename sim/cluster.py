@@ -110,7 +110,7 @@ class SimulatedCluster:
             turns_max: limit of iterations of the event loop, for a run that may not terminate.
             history_limit: see ``joined``.
             storage: the storage of cluster volumes, or None.  With storage, managers also keep a journal, evict nodes
-            and have a root.
+                and have a root.
         """
         self.storage = storage
         self.random = Random(seed)

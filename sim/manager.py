@@ -70,7 +70,7 @@ class SimulatedManager:
             poisoned: services for which every decision raises an error.  The set may change at any time.
             is_newer: whether it runs a newer version than the others.
             find_driver: returns the driver of cluster volumes on its machine.  If None, the machine has no driver, and
-            the manager keeps no journal and evicts no node.
+                the manager keeps no journal and evicts no node.
         """
         self._is_newer = is_newer
         self._find_driver = find_driver

@@ -82,7 +82,7 @@ NETWORK = "overlay"
 NETWORKS_MAX, SECRETS_MAX = 4, 2
 VOLUMES_MAX, USERS_MAX = 3, 2
 ATTEMPTS_MAX = 25
-"""Number of attempts after which a request is taken for one that is refused for good."""
+"""Number of attempts after which a request counts as refused permanently."""
 ACCESS_MODES = (
     AccessMode(mount_volume=TypeMount()),
     AccessMode(sharing=VolumeSharing.ONE_WRITER, mount_volume=TypeMount()),
@@ -96,7 +96,7 @@ class Users:
     """All users of one cluster."""
 
     def __init__(self, cluster: SimulatedCluster, extensions: Random | None = None) -> None:
-        """``extensions``: draws what Docker does not have.  None: users ask for nothing of it."""
+        """``extensions``: draws features that Docker does not have, or None for users that request none of them."""
         self._extensions = extensions
         self._cluster = cluster
         self._random = cluster.random
@@ -114,7 +114,7 @@ class Users:
             *(self._network, self._network, self._secret),
         )
         self._served_by = cluster.managers[0]
-        """The manager that the last request went to."""
+        """Manager that received the last request."""
         self._services_max = SERVICES_MAX if extensions is None else EXTENDED_SERVICES_MAX
         self._upgrades = (
             Upgrades(cluster, extensions, self._responses, self._acknowledgements)
@@ -191,9 +191,10 @@ class Users:
             task.result()
 
     async def _store(self, *, creates: bool | None = None) -> EtcdStore:
-        """The store of a random manager after a barrier; checks that it shows all acknowledged requests.
+        """Return the store of a random manager after a barrier, and check that it shows all acknowledged requests.
 
-        ``creates``: whether an object is to be created; None: the request does not make the store grow.
+        ``creates``: whether the request creates an object, or None if the request does not make the store grow.
+
         Raises: Unavailable: no manager serves, it has no quorum, or the store is nearly full.
         """
         running = [
@@ -271,7 +272,7 @@ class Users:
     async def _changed(
         self, change: Callable[[ServiceSpec], ServiceSpec], id: ServiceId | None = None
     ) -> None:
-        """``id``: None for any service."""
+        """Update the service ``id``, or any service if ``id`` is None."""
         if not (active := self._active()):
             return
         id = id or self._random.choice(active)
@@ -297,7 +298,7 @@ class Users:
         self._acknowledged(updated)
 
     async def _request_invalid(self) -> None:
-        """An invalid spec, another mode or another name."""
+        """Request an invalid spec, another mode or another name."""
         since = self._responses.present
         if self._random.random() < 0.5:
             store = await self._store(creates=True)
@@ -388,11 +389,11 @@ class Users:
         return await self._set_node(id, lambda spec: replace(spec, availability=availability))
 
     async def set_role(self, id: NodeId, role: NodeRole) -> bool | None:
-        """Returns whether the requested role of the node is now ``role``; None: that is not known."""
+        """Request a role for a node.  Return whether its desired role is now ``role``, or None if that is unknown."""
         return await self._set_node(id, lambda spec: replace(spec, role=role))
 
     async def resign(self, id: NodeId) -> None:
-        """A leaving manager requests its demotion.  Raises: SkepError: the others would lose their quorum."""
+        """Request the demotion of a leaving manager.  Raises: SkepError: the others would lose their quorum."""
         store = await self._store()
         node = store.view().get(Node, id)
         spec = replace(node.spec, role=NodeRole.WORKER)
@@ -400,12 +401,12 @@ class Users:
         await store.update(resign, id)
 
     async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool | None:
-        """Returns whether the node has the requested spec; None: that is not known."""
+        """Request a change of a node.  Return whether the node has the requested spec, or None if that is unknown."""
         since = self._responses.present
         try:
             store = await self._store()
             if id in store.view().unreadable(Node):
-                return False  # its placeholder does not show the requested spec
+                return False  # the node's placeholder does not show the requested spec
             node = store.view().get(Node, id)
             spec, version = change(node.spec), node.version.index
             self._cluster.trace.add(f"user: {id} {spec.availability.value} {dict(spec.labels)}")
@@ -429,7 +430,7 @@ class Users:
             attempts = 0
             while CRON in service.spec.labels and not self._is_suspended(service.id):
                 attempts += 1
-                if attempts > ATTEMPTS_MAX:  # it refers to something that is gone, or exceeds a new quota
+                if attempts > ATTEMPTS_MAX:  # it refers to a deleted object, or exceeds a new quota
                     await self._removed(service.id)
                 with suppress(SkepError):
                     await self._changed(_suspended, service.id)
@@ -477,7 +478,7 @@ class Users:
         await self._changed(lambda spec: with_labels(spec, {PRIORITY: priority}))
 
     async def _rotate(self) -> None:
-        """Give a service another secret in place of each that it has."""
+        """Replace each secret of a service with another one."""
         present = [one.id for one in self._cluster.view.find(Secret)]
 
         def rotated(spec: ServiceSpec) -> ServiceSpec:
@@ -520,7 +521,7 @@ class Users:
         await store.update(create_volume, spec, new_id=lambda: id, now=timestamp(self._now_ns()))
 
     async def _set_cluster(self) -> None:
-        """Allow preemption, or have lost nodes removed, or neither."""
+        """Choose at random whether the cluster allows preemption, and whether it removes lost nodes."""
         labels = {PREEMPTION: "true"} if self._random.random() < 0.7 else {}
         if self._is_heads():
             labels[FORGET_NODES] = "1m"
@@ -529,7 +530,7 @@ class Users:
         await store.update(_relabelled, labels)
 
     async def _rotate_root(self) -> None:
-        """``docker swarm ca --rotate``, perhaps while the root is being rotated."""
+        """Run ``docker swarm ca --rotate``, perhaps while the root is being rotated."""
         store = await self._store(creates=False)
         if not (found := store.view().find(Swarm)):
             raise Unavailable("this manager cannot read the cluster's settings")
@@ -546,12 +547,12 @@ class Users:
         await store.update(body, spec, found[0].version.index, Rotations())
 
     async def _upgrade(self) -> None:
-        """``skep upgrade`` of all workers."""
+        """Begin ``skep upgrade`` of all workers."""
         if self._upgrades is not None:
             self._upgrades.act()
 
     async def _user(self) -> None:
-        """Create a user, give one other roles, or remove one."""
+        """Create a user, change a user's roles, or remove a user."""
         store = await self._store(creates=True)
         now, present = timestamp(self._now_ns()), store.view().find(User)
         roles = (self._random.choice(("viewer", f"operator:{STACKS[0]}", "admin")),)
@@ -564,7 +565,7 @@ class Users:
             await store.update(remove_user, self._random.choice(present).id)
 
     async def _load(self) -> None:
-        """Let every task use more or less from now on, or nothing that is measured."""
+        """Change the CPU use of every task from now on, or stop measuring it."""
         used = self._random.choice((None, 0, 300_000_000, 1_500_000_000))
         self._cluster.nano_cpus = lambda _: used
 
@@ -579,7 +580,7 @@ class Users:
         try:
             result = await writing
         except Unavailable:
-            raise  # of unknown outcome
+            raise  # the outcome is unknown
         except SkepError as error:
             self._cluster.trace.add(f"user: refused: {error}")
             self._note(self._responses.refused(asked, status_of(error)))
@@ -588,7 +589,7 @@ class Users:
         return result
 
     def _version(self, present: int) -> int:
-        """Mostly the current version."""
+        """Return the current version in most cases, otherwise the previous one."""
         return present if self._random.random() >= LATE else present - 1
 
     # -- records ---------------------------------------------------------------------------------------------------
@@ -608,12 +609,12 @@ class Users:
         self._cluster.observer.note(self._cluster.loop.time(), violations)
 
     def _now_ns(self) -> int:
-        """Now by the clock of the manager that serves the request."""
+        """Return the current time by the clock of the manager that serves the request."""
         return self._cluster.clocks[self._served_by].now_ns()
 
 
 def forced(spec: ServiceSpec) -> ServiceSpec:
-    """The spec of ``docker service update --force``."""
+    """Return the spec that ``docker service update --force`` sends."""
     template = spec.task_template
     return replace(spec, task_template=replace(template, force_update=template.force_update + 1))
 

@@ -59,7 +59,7 @@ class Containers:
 
         Args:
             working_since: returns the start of a node's current uptime (process and machine), or infinity if it is
-            down.
+                down.
             alone_since: returns the time since which a node has reached no manager, or infinity if it reaches one.
             unreadable: returns the nodes whose values are damaged on some manager's disk.
         """

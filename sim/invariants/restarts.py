@@ -46,9 +46,8 @@ class RestartPolicies:
                 case Created(Task() as task) if task.job_iteration is None:
                     slot = self._slots.setdefault(_slot_of(task), [])
                     before = [one for one in slot if one.task.spec_version == task.spec_version]
-                    ended_at = (
-                        change.time_s if task.status.state.is_terminal else inf
-                    )  # a restored snapshot has tasks that have ended
+                    # A restored snapshot has tasks that have ended.
+                    ended_at = change.time_s if task.status.state.is_terminal else inf
                     slot.append(_Begun(task, change.time_s, change.term, ended_at))
                     service = view.lookup(Service, task.service_id)
                     is_same = service is not None and service.spec_version == task.spec_version

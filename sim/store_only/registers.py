@@ -46,7 +46,9 @@ class Registers:
             self._operations[key].append(replace(operation, returned=self._now()))
 
     async def deleted(self, key: str, work: Awaitable[bytes | None]) -> None:
-        """The removed value is not recorded: after a lost response a retry may have removed another one."""
+        """Delete a register.  The removed value is not recorded: after a lost response a retry may have removed
+        another one.
+        """
         began = self._now()
         try:
             await work
@@ -62,7 +64,7 @@ class Registers:
         self._operations[key].append(Operation(began, self._now(), expects=seen, is_seen=True))
 
     def violations(self) -> Iterable[str]:
-        """Registers whose history is not linearizable."""
+        """Yield the registers whose history is not linearizable."""
         for key, operations in sorted(self._operations.items()):
             seen = {one.expects for one in operations if one.is_seen}
             # An operation of unknown outcome whose value was never read need not have taken effect.
@@ -91,7 +93,7 @@ class Registers:
 
 
 class _IsAnother(FailedPrecondition):
-    """The register holds another value than was expected."""
+    """The register does not hold the expected value."""
 
     def __init__(self, value: bytes | None) -> None:
         super().__init__(f"it is {value!r}")
