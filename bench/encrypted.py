@@ -1,8 +1,8 @@
-"""What encrypting an overlay costs: VXLAN inside WireGuard beside plain VXLAN, between the same two containers.
+"""The cost of encrypting an overlay: VXLAN inside WireGuard compared with plain VXLAN, between the same containers.
 
-Two nodes in namespaces of this machine, in turn plain and encrypted: one TCP stream, and round trips of 64 bytes on a
-kept connection.  Both ends of everything share this machine's processors, so read the ratios; a veth between the nodes
-flatters both sides, since it carries 64 KiB at once.
+Two nodes in namespaces of this machine are alternately plain and encrypted.  Measured are one TCP stream, and round
+trips of 64 bytes on a kept connection.  Both ends share this machine's processors, so read the ratios.  A veth between
+the nodes flatters both sides, since it carries 64 KiB at once.
 """
 
 import asyncio
@@ -22,24 +22,24 @@ from skep.node.features import detect
 RATIO_MIN = {Method.KERNEL: 0.3, Method.USER_SPACE: 0.02}
 """Smallest ratio encrypted / plain of throughput that the project promises.
 
-wireguard-go of Debian 12 encrypts each packet alone; plain VXLAN here carries 64 KiB at once.
+wireguard-go of Debian 12 encrypts each packet separately, while plain VXLAN here carries 64 KiB at once.
 """
 SECONDS = 1.0
 TURNS = 3
-"""Of each kind, in a pair."""
+"""Number of turns of each kind, in one pair."""
 
 
 class Turn(NamedTuple):
-    """What one turn gave."""
+    """Result of one turn."""
 
     gigabits: float
     round_trip_us: float
     processes_s: float
-    """For a gigabyte."""
+    """Processor seconds of the processes per gigabyte."""
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Throughput and round trips."""
+    """Measure throughput and round trips."""
     return asyncio.run(_measured(pairs))
 
 
@@ -97,7 +97,7 @@ async def _turn(pair: OverlayPair, kind: str) -> Turn:
 
 
 def _processes_s(pair: OverlayPair) -> float:
-    """Processor time of both until now; the kernel's WireGuard has no processes."""
+    """Return the processor time of both processes until now.  The kernel's WireGuard has no processes."""
     found = (side.wireguard_go.process for side in (pair.a, pair.b))
     return sum(processor_s(process.pid) for process in found if process is not None)
 

@@ -1,8 +1,8 @@
-"""Names of one node: how long answers take, and what a container costs the net process.
+"""Name resolution on one node: the duration of responses, and the net process's cost per container.
 
-Containers are namespaces with a net process of the benchmark's own; questions come from a process of their own, at an
-even rate, from ten of the containers in turn.  A question counts from the moment it was due.  The process that
-asks and the net process share the machine's processors.
+Containers are namespaces with the benchmark's own net process.  Queries come from a separate process, at an even rate,
+from ten of the containers in turn.  A query's time counts from the moment it was due.  That process and the net
+process share the machine's processors.
 """
 
 import asyncio
@@ -32,7 +32,9 @@ NAMES = ("s1", "s2.front", "tasks.s3", "4.s4", "s5", "all.tasks.s6", "s7.1.t1", 
 
 
 def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> Table:
-    """A network with so many services; ``moved``: other addresses for the tasks of the first."""
+    """Return the table of a network with that many services.  ``moved``: moves the tasks of the first to other
+    addresses.
+    """
     return a_network(
         *(
             a_served(
@@ -47,7 +49,7 @@ def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> Table:
 
 
 def pss_mib(pid: int) -> float:
-    """Memory of a process: its own, and its share of what it shares."""
+    """Return the memory of a process: its own, and its part of shared pages."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
@@ -61,7 +63,7 @@ def net_pid(lab: NamesLab) -> int:
 
 
 def figures(runs: int) -> list[Figure]:
-    """Answers in ``runs`` runs of some seconds, and memory."""
+    """Measure responses in ``runs`` runs of some seconds, and memory."""
     with tempfile.TemporaryDirectory() as directory:
         return asyncio.run(_with_lab(Path(directory), runs))
 
@@ -73,7 +75,7 @@ async def _with_lab(directory: Path, runs: int) -> list[Figure]:
 
 
 async def _containers(lab: NamesLab) -> tuple[list[Resolver], float]:
-    """A resolver in each container, and what a container costs the net process, in MiB."""
+    """Return a resolver in each container, and the net process's memory per container, in MiB."""
     table = a_table()
     lab.write(table)
     resolvers: list[Resolver] = []
@@ -113,7 +115,7 @@ def _memory(mib: float) -> Figure:
 
 @asynccontextmanager
 async def names_lab(directory: Path) -> AsyncIterator[NamesLab]:
-    """A net process without containers."""
+    """Run a net process without containers."""
     paths = Paths(directory / "data", directory / "run")
     paths.run.mkdir()
     async with forks(paths) as started:

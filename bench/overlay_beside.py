@@ -1,7 +1,7 @@
-"""Overlay networks beside Docker's: one TCP stream between containers on two machines of each system, in turn.
+"""Overlay networks compared with Docker's: one TCP stream between containers on two machines, alternately.
 
-Both clusters are complete (a manager and a worker, a service with a task on each) and up at the same time.  Between the
-two skep nodes' containers there is a bare VXLAN, too, made by hand as in ``bench.overlay``.
+Both clusters are complete (a manager and a worker, a service with a task on each) and up at the same time.  Between
+the two Skep nodes' containers there is also a bare VXLAN, created by hand as in ``bench.overlay``.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from bench.packets import packet_us
 from bench.stream import gigabits
 
 DOCKER_MIN = 1.1
-"""What is promised of Docker's throughput."""
+"""Promised ratio to Docker's throughput."""
 BARE, DOCKER, SKEP = "bare VXLAN", "Docker's overlay", "overlay"
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Skep's overlay beside both."""
+    """Compare Skep's overlay with both."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory, ExitStack() as stack:
         labs = {
             DOCKER: ClusterLab("docker", Path(directory, "docker"), 1, 1),
@@ -50,7 +50,7 @@ async def _measured(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
     )
 
     def way_of(way: str) -> tuple[Path, Path, str]:
-        """From where, to where, by which address."""
+        """Return the source and target namespaces, and the target's address."""
         target, source = ends[SKEP if way == BARE else way]
         return source.netns, target.netns, "10.88.0.5" if way == BARE else target.address
 
