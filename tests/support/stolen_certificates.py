@@ -1,4 +1,4 @@
-"""The responses of a manager's ports to a client with a node's files: run inside a node's network namespace.
+"""The responses of a manager's ports to a client with a node's files.  Run it inside a node's network namespace.
 
     python -m tests.support.stolen_certificates once CERTIFICATES ADDRESS...  addresses that accept it, as JSON
     python -m tests.support.stolen_certificates hold CERTIFICATES ADDRESS     prints "open", and the time of the close
@@ -37,7 +37,7 @@ async def opened(directory: Path, address: str) -> tuple[asyncio.StreamReader, a
 
 
 async def is_taken(directory: Path, address: str) -> bool:
-    """Whether anything is answered; a certificate is refused after the handshake, with TLS 1.3."""
+    """Return whether there is any response.  With TLS 1.3 a certificate is refused after the handshake."""
     try:
         reader, writer = await opened(directory, address)
         async with asyncio.timeout(WITHIN_S):
