@@ -26,7 +26,7 @@ from typing import Any
 
 from bench import dispatching, reaching
 from bench.docker_lab import DockerLab
-from bench.figures import Figure, Sides, alternated, ratio, run_parts, side_by_side, undisturbed
+from bench.figures import Figure, Sides, alternate, ratio, run_parts, run_undisturbed, side_by_side
 from bench.machine import group_processor_s
 from bench.scenarios import (
     LOG_REPLICAS,
@@ -102,7 +102,7 @@ def exec_figures(pairs: int) -> list[Figure]:
             return await asyncio.to_thread(_took_ms, ways[way])
 
         async def one(number: int) -> dict[str, float]:
-            return await alternated(list(ways), number, TURNS, turn)
+            return await alternate(list(ways), number, TURNS, turn)
 
         def spent(lab: Lab) -> Metrics:
             before = group_processor_s(lab.cgroup)
@@ -111,7 +111,7 @@ def exec_figures(pairs: int) -> list[Figure]:
             return {"ms": (group_processor_s(lab.cgroup) - before) / EXECS * 1e3}
 
         asyncio.run(one(0))  # the first command has additional work
-        values, busy = asyncio.run(undisturbed(pairs, one))
+        values, busy = asyncio.run(run_undisturbed(pairs, one))
         processor, _ = side_by_side((docker, skep), pairs, spent)
 
     def beside(first: str, second: str) -> Sides:
@@ -213,9 +213,9 @@ def secret_figures(pairs: int) -> list[Figure]:
             return await asyncio.to_thread(_started, lab, secrets[way])
 
         async def one(number: int) -> dict[str, float]:
-            return await alternated(list(secrets), number, 1, turn)
+            return await alternate(list(secrets), number, 1, turn)
 
-        values, busy = asyncio.run(undisturbed(pairs, one))
+        values, busy = asyncio.run(run_undisturbed(pairs, one))
     sent = []
     for _ in range(pairs):
         with ProcessPoolExecutor(1, get_context("spawn")) as managers:

@@ -146,7 +146,7 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
             result: dict[str, float] = {}
 
             @asynccontextmanager
-            async def measured(step: str) -> AsyncIterator[None]:
+            async def measure_step(step: str) -> AsyncIterator[None]:
                 """Measure the wall clock of a step, and the processor time of both processes."""
                 ours, theirs, began = time.process_time(), await agents("processor"), time.monotonic()
                 yield
@@ -156,7 +156,7 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
 
             before_mib = resident_mib()
             gc_settings.configure_gc()  # as a manager does
-            async with measured("register"):
+            async with measure_step("register"):
                 await agents("register")
 
             tasks = [
@@ -169,13 +169,13 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
                 )
                 for number, id in enumerate(nodes)
             ]
-            async with measured("commit_and_assign"):
+            async with measure_step("commit_and_assign"):
                 began = time.monotonic()
                 waiting = asyncio.create_task(agents("assigned"))
                 await store.update_each(_put, tasks)
                 result["commit_s"] = time.monotonic() - began
                 await waiting
-            async with measured("status"):
+            async with measure_step("status"):
                 await agents("status")
             result["memory_manager_mib"] = resident_mib()
             result["memory_before_mib"] = before_mib

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from bench.figures import Figure, ratio, run_alone, undisturbed
+from bench.figures import Figure, ratio, run_alone, run_undisturbed
 from bench.machine import processor_s
 from bench.overlay_pair import ENCRYPTED, PLAIN, OverlayPair, overlay_pair
 from bench.stream import gigabits, round_trip_us
@@ -40,20 +40,20 @@ class Turn(NamedTuple):
 
 def figures(pairs: int) -> list[Figure]:
     """Measure throughput and round trips."""
-    return asyncio.run(_measured(pairs))
+    return asyncio.run(_measure(pairs))
 
 
-async def _measured(pairs: int) -> list[Figure]:
+async def _measure(pairs: int) -> list[Figure]:
     method = choose(detect(Path(tempfile.gettempdir()) / "skep-features"))
     if not isinstance(method, Method):
         raise SystemExit(method.reason)
     with tempfile.TemporaryDirectory() as directory, overlay_pair(Path(directory), method) as pair:
         pair.add_plain()
         async with pair.encrypting():
-            return await _compared(pair, method, pairs)
+            return await _compare(pair, method, pairs)
 
 
-async def _compared(pair: OverlayPair, method: Method, pairs: int) -> list[Figure]:
+async def _compare(pair: OverlayPair, method: Method, pairs: int) -> list[Figure]:
     async def one(number: int) -> dict[str, Turn]:
         order = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
         found: dict[str, list[Turn]] = {kind: [] for kind in order}
@@ -61,7 +61,7 @@ async def _compared(pair: OverlayPair, method: Method, pairs: int) -> list[Figur
             found[kind].append(await _turn(pair, kind))
         return {kind: Turn(*map(median, zip(*turns, strict=True))) for kind, turns in found.items()}
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
 
     def sides(which: int) -> dict[str, list[float]]:
         return {kind: [value[kind][which] for value in values] for kind in ("plain", "encrypted")}

@@ -105,7 +105,7 @@ def at_quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-async def undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[list[T], list[float]]:
+async def run_undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[list[T], list[float]]:
     """Call ``one`` with the pair's number until ``wanted`` pairs were undisturbed.  Return results and prior load.
 
     A pair that began while other work kept the machine busy is repeated, in at most twice as many pairs.  Its other
@@ -124,7 +124,7 @@ async def undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[
     return kept, busy
 
 
-async def alternated(
+async def alternate(
     ways: Sequence[K], number: int, turns: int, measure: Callable[[K], Awaitable[float]]
 ) -> dict[K, float]:
     """Measure each way in the pair ``number``: the median of short alternating turns, so that noise affects all.
@@ -233,7 +233,7 @@ def side_by_side(
             for lab in (labs if number % 2 else reversed(labs))
         }
 
-    found, busy = asyncio.run(undisturbed(pairs, one))
+    found, busy = asyncio.run(run_undisturbed(pairs, one))
     sides: dict[str, dict[str, list[float]]] = {}
     for pair in found:
         for lab in labs:

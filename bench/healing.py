@@ -42,10 +42,10 @@ class Result(msgspec.Struct):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "healing", _measured, _text)
+    measure_alone(__doc__ or "", "healing", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     objects = []
     for where in PLACES:
         with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:

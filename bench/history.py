@@ -46,10 +46,10 @@ class Result(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "history", _measured, _text)
+    measure_alone(__doc__ or "", "history", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     store = MemoryStore(SystemClock())
     half = HISTORY_DEFAULT // 2
     await _fill(store, [_change(number, half) for number in range(half)])

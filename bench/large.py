@@ -97,12 +97,12 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="keep nothing")
     is_dry = parser.parse_args().dry
     busy = noise()
-    phases = asyncio.run(measured())
+    phases = asyncio.run(measure())
     if not is_dry:
         _keep(phases, busy)
 
 
-async def measured() -> list[Phase]:
+async def measure() -> list[Phase]:
     """Run all phases, one after another on one cluster."""
     clock, held = SystemClock(), Held()
     store = MemoryStore(clock)
@@ -125,10 +125,10 @@ async def measured() -> list[Phase]:
 
 
 async def _after_that(store: MemoryStore, held: Held) -> None:
-    async with _client(store) as read:
+    async with _client(store) as read_all:
         for path in ("/nodes", "/tasks", "/services?status=true", '/tasks?filters={"service":["large"]}'):
             async with held.phase(f"GET {path}"):
-                await read(path)
+                await read_all(path)
     async with held.phase(f"{REPORTS} reports"):
         await store.update_each(_report, [TaskId(id) for id in store.view().ids(Task)[:REPORTS]])
     async with held.phase("one task of 20,000 fails"):
@@ -220,13 +220,13 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
             ClientSession(connector=UnixConnector(str(socket)), read_bufsize=1 << 20) as client,
         ):
 
-            async def read(path: str) -> None:
+            async def read_all(path: str) -> None:
                 async with client.get(f"http://manager{path}") as response:
                     assert response.status == 200, response.status
                     async for _ in response.content.iter_any():
                         pass
 
-            yield read
+            yield read_all
 
 
 HEADER = "| phase | processor, s | callbacks over 20 ms | the longest, ms | its name |\n|---|---|---|---|---|"

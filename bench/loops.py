@@ -85,13 +85,13 @@ def main() -> None:
     for services in [options.services] if options.services else SIZES:
         gc.unfreeze()
         gc.collect()
-        results.append(asyncio.run(measured(services)))
+        results.append(asyncio.run(measure(services)))
         print(_line(results[-1]), flush=True)
     if not options.services:
         _keep(results)
 
 
-async def measured(services: int) -> Result:
+async def measure(services: int) -> Result:
     """Build the cluster, take it over, and change it."""
     clock = SystemClock()
     store = MemoryStore(clock)

@@ -14,7 +14,7 @@ import time
 from ipaddress import IPv4Network
 from pathlib import Path
 
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from skep.dataplane.netns import nft_table
 from skep.dataplane.plan.gateway import HostPort, gateway_table
 from tests.support.mesh_lab import NETWORK, LabNode, MeshLab
@@ -76,10 +76,10 @@ _SERVERS = {"http": (_HTTP, 7002, 8082, 9002), "echo": (_ECHO, 7001, 8081, 9001)
 def figures(pairs: int) -> list[Figure]:
     """Measure requests and updates."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
-        return asyncio.run(_measured(Path(directory), pairs))
+        return asyncio.run(_measure(Path(directory), pairs))
 
 
-async def _measured(directory: Path, pairs: int) -> list[Figure]:
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
     async with MeshLab(directory, 3, has_ipv6=False).running() as lab:
         node = lab.nodes[2]
         task = await lab.add_task("t1", node)
@@ -108,18 +108,18 @@ async def _requests(lab: MeshLab, pairs: int) -> list[Figure]:
         for kind, (_, _, by_mesh, by_host) in _SERVERS.items():
             ends = {"direct": (lab.nodes[2], by_host), "mesh": (lab.nodes[0], by_mesh)}
 
-            async def asked(way: str, ends: dict[str, tuple[LabNode, int]] = ends) -> float:
+            async def time_requests(way: str, ends: dict[str, tuple[LabNode, int]] = ends) -> float:
                 node, port = ends[way]
                 client = await _python(lab.client, _CLIENT, node.address, str(port), str(REQUESTS))
                 async with asyncio.timeout(60):
                     output, _ = await client.communicate()
                 return float(output)
 
-            taken = await alternated(list(ends), number, TURNS, asked)
+            taken = await alternate(list(ends), number, TURNS, time_requests)
             found |= {(kind, way): value for way, value in taken.items()}
         return found
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     return [
         ratio(
             5 if limit else 0,

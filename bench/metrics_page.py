@@ -57,10 +57,10 @@ class _Known(Usage):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "metrics-page", _measured, _text)
+    measure_alone(__doc__ or "", "metrics-page", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     containers = [_container(number) for number in range(CONTAINERS)]
     clock = SystemClock()
     usage = _Known(lambda: containers, Cgroups("none"), clock)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from bench.figures import Figure, at_quantile, run_alone, undisturbed
+from bench.figures import Figure, at_quantile, run_alone, run_undisturbed
 from bench.machine import processor_s
 from skep.linux.detached import read_pid_file
 from skep.model.tables import Table
@@ -94,11 +94,11 @@ async def _containers(lab: NamesLab) -> tuple[list[Resolver], float]:
 async def _answers(lab: NamesLab, resolvers: list[Resolver], runs: int) -> list[Figure]:
     async def one(_: int) -> tuple[float, float, float]:
         before = processor_s(net_pid(lab))
-        times = await _asked([one.socket for one in resolvers[:10]], SECONDS)
+        times = await _time_queries([one.socket for one in resolvers[:10]], SECONDS)
         spent = processor_s(net_pid(lab)) - before
         return at_quantile(times, 0.5) * 1e3, at_quantile(times, 0.99) * 1e3, spent / len(times) * 1e6
 
-    values, busy = await undisturbed(runs, one)
+    values, busy = await run_undisturbed(runs, one)
     halves, slow, spent = (tuple(column) for column in zip(*values, strict=True))
     what = f"an answer at {RATE} questions a second, network of {SERVICES} services"
     return [
@@ -127,7 +127,7 @@ async def names_lab(directory: Path) -> AsyncIterator[NamesLab]:
             await lab.close()
 
 
-async def _asked(sockets: list[socket.socket], seconds: float) -> list[float]:
+async def _time_queries(sockets: list[socket.socket], seconds: float) -> list[float]:
     descriptors = [one.fileno() for one in sockets]
     words = ("ask", str(RATE), str(seconds), ",".join(map(str, descriptors)), *NAMES)
     load = await asyncio.create_subprocess_exec(

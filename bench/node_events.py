@@ -47,10 +47,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    asyncio.run(measured(is_profiled=parser.parse_args().profile))
+    asyncio.run(measure(is_profiled=parser.parse_args().profile))
 
 
-async def measured(*, is_profiled: bool) -> None:
+async def measure(*, is_profiled: bool) -> None:
     """Build the cluster, take it over, and change its nodes."""
     clock = SystemClock()
     store = MemoryStore(clock)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
@@ -47,10 +47,10 @@ class Attached(NamedTuple):
 def figures(pairs: int) -> list[Figure]:
     """Measure throughput, attaching and memory."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
-        return asyncio.run(_measured(Path(directory), pairs))
+        return asyncio.run(_measure(Path(directory), pairs))
 
 
-async def _measured(directory: Path, pairs: int) -> list[Figure]:
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
     async with OverlayLab(directory).running(2) as lab, lab.networks() as networks:
         return [
             *await _streams(lab, networks, pairs),
@@ -72,17 +72,19 @@ async def _streams(lab: OverlayLab, networks: Sequence[DataPlane], pairs: int) -
     target, source = places
     addresses = {"bare VXLAN": "10.88.0.5", "overlay": "10.101.0.5"}
 
-    async def carried(way: str) -> float:
+    async def measure_stream(way: str) -> float:
         return await asyncio.to_thread(gigabits, source, target, addresses[way], SECONDS)
 
-    async def sent(way: str) -> float:
+    async def measure_packet(way: str) -> float:
         return await asyncio.to_thread(packet_us, source, target, addresses[way])
 
     async def one(number: int) -> tuple[dict[str, float], dict[str, float]]:
         ways = list(addresses)
-        return await alternated(ways, number, TURNS, carried), await alternated(ways, number, TURNS, sent)
+        return await alternate(ways, number, TURNS, measure_stream), await alternate(
+            ways, number, TURNS, measure_packet
+        )
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     for node, network, end in zip(lab.nodes, networks, ends, strict=True):
         await node.detach(network, end)
 
@@ -119,7 +121,7 @@ async def _attaching(lab: OverlayLab, network: DataPlane, pairs: int) -> list[Fi
     await lab.apply([network])
     node = lab.nodes[0]
 
-    async def attached(head: NetworkHead, number: int) -> Attached:
+    async def measure_attach(head: NetworkHead, number: int) -> Attached:
         began, busy = time.perf_counter(), time.process_time()
         end = await node.attach(network, place(head, f"10.{_second(head)}.9.{number}/16"))
         taken = Attached((time.perf_counter() - began) * 1e3, (time.process_time() - busy) * 1e3)
@@ -127,13 +129,13 @@ async def _attaching(lab: OverlayLab, network: DataPlane, pairs: int) -> list[Fi
         return taken
 
     for head in heads.values():  # the first container creates shared objects once
-        await attached(head, 9)
+        await measure_attach(head, 9)
 
     async def one(number: int) -> dict[int, Attached]:
         taken: dict[int, list[Attached]] = {FEW: [], MANY: []}
         for turn in range(ATTACHED_PER_PAIR):
             for count in (FEW, MANY) if (number + turn) % 2 else (MANY, FEW):
-                taken[count].append(await attached(heads[count], 10 + turn))
+                taken[count].append(await measure_attach(heads[count], 10 + turn))
         middle = ATTACHED_PER_PAIR // 2
         return {
             count: Attached(
@@ -143,7 +145,7 @@ async def _attaching(lab: OverlayLab, network: DataPlane, pairs: int) -> list[Fi
             for count, all_ in taken.items()
         }
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
 
     def sides(which: int) -> dict[str, list[float]]:
         return {f"{count} services": [value[count][which] for value in values] for count in (FEW, MANY)}

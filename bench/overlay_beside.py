@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.cluster_lab import ClusterLab
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.overlay import SECONDS, THROUGHPUT_MIN, TURNS, bare_vxlan
 from bench.overlay_tasks import Placed, create_network, create_service, placed, specification, wait_running
 from bench.packets import packet_us
@@ -40,10 +40,10 @@ def figures(pairs: int) -> list[Figure]:
             service = create_service(lab, requested)
             wait_running(lab, service, 2)
             ends[way] = placed(lab, service)
-        return asyncio.run(_measured(ends, pairs))
+        return asyncio.run(_measure(ends, pairs))
 
 
-async def _measured(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
+async def _measure(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
     nodes = [end.node for end in ends[SKEP]]
     await bare_vxlan(
         [Path(node.netns) for node in nodes], [node.addr for node in nodes], [end.netns for end in ends[SKEP]]
@@ -54,17 +54,19 @@ async def _measured(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
         target, source = ends[SKEP if way == BARE else way]
         return source.netns, target.netns, "10.88.0.5" if way == BARE else target.address
 
-    async def carried(way: str) -> float:
+    async def measure_stream(way: str) -> float:
         return await asyncio.to_thread(gigabits, *way_of(way), SECONDS)
 
-    async def sent(way: str) -> float:
+    async def measure_packet(way: str) -> float:
         return await asyncio.to_thread(packet_us, *way_of(way))
 
     async def one(number: int) -> tuple[dict[str, float], dict[str, float]]:
         ways = [BARE, DOCKER, SKEP]
-        return await alternated(ways, number, TURNS, carried), await alternated(ways, number, TURNS, sent)
+        return await alternate(ways, number, TURNS, measure_stream), await alternate(
+            ways, number, TURNS, measure_packet
+        )
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
 
     def sides(which: int, *ways: str) -> dict[str, Sequence[float]]:
         return {way: [value[which][way] for value in values] for way in ways}

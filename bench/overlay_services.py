@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.docker_lab import DockerLab
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.scenarios import SCENARIOS, clear, is_bare, on_overlay, running, service, wait_for
 from bench.skep_lab import SkepLab
 from skep.playground.busybox import busybox_archive
@@ -49,7 +49,7 @@ async def _beside_docker(labs: dict[str, Any], pairs: int) -> list[Figure]:
         order = list(labs) if number % 2 else list(reversed(labs))
         return {name: await asyncio.to_thread(SCENARIOS[_SCENARIO], labs[name]) for name in order}
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     return [
         ratio(
             0 if "processor" in metric else 6,
@@ -79,10 +79,10 @@ async def _beside_many(lab: SkepLab, pairs: int) -> Figure:
         return took
 
     async def one(number: int) -> dict[int, float]:
-        return await alternated([FEW, MANY], number, _TURNS, lambda count: asyncio.to_thread(started, count))
+        return await alternate([FEW, MANY], number, _TURNS, lambda count: asyncio.to_thread(started, count))
 
     await asyncio.to_thread(started, MANY)
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     await asyncio.to_thread(clear, lab)
     return ratio(
         3,

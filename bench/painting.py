@@ -62,7 +62,7 @@ class Result(msgspec.Struct, kw_only=True):
     change_ms: list[float] = []
 
 
-async def measured() -> Result:
+async def measure() -> Result:
     """Open ``TIMES`` pages, and make as many changes while another page is open."""
     result = Result()
     spec = replace(DEFAULT_SWARM_SPEC, dispatcher=DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS))
@@ -80,9 +80,9 @@ async def measured() -> Result:
                 await asyncio.sleep(0.5)
         browser = await stack.enter_async_context(a_browser())
         for _ in range(TIMES):
-            async with _opened(lab, browser) as (page, address):
+            async with _open(lab, browser) as (page, address):
                 result.first_paint_ms.append(await _first_paint(page, address))
-        async with _opened(lab, browser) as (page, address):
+        async with _open(lab, browser) as (page, address):
             await _first_paint(page, address)
             for number in range(TIMES):
                 result.change_ms.append(await _change(page, lab.engine(), service, number))
@@ -90,7 +90,7 @@ async def measured() -> Result:
 
 
 @asynccontextmanager
-async def _opened(lab: ManagerLab, browser: Browser) -> AsyncIterator[tuple[Page, str]]:
+async def _open(lab: ManagerLab, browser: Browser) -> AsyncIterator[tuple[Page, str]]:
     """Yield an empty page, and the address that ``skep ui`` prints."""
     async with (
         skep_ui(f"unix://{lab.paths.manager_socket}") as address,
@@ -146,7 +146,7 @@ def document(result: Result, busy: float) -> str:
 
 
 def main() -> None:
-    measure_alone(__doc__ or "", "painting", measured, document)
+    measure_alone(__doc__ or "", "painting", measure, document)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ STATUSES = {
 
 async def run(count: int, address: str, token: str) -> None:
     """Join with ``count`` nodes, then run commands from standard input."""
-    pairs = await joined(count, address, token)
+    pairs = await join(count, address, token)
     await obey(Nodes(address, [client_context(pair) for pair in pairs]))
 
 
-async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
+async def join(count: int, address: str, token: str) -> Sequence[KeyPair]:
     """Get certificates from the cluster.  A machine is known by its key, so several can use one connection."""
     root_pem = await fetch_root(address, token)
     waiting = list(range(count))
@@ -57,13 +57,13 @@ async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
                 for _ in waiting[:OVER_ONE_CONNECTION]:
                     if waiting:
                         waiting.pop()
-                        pairs.append(await _joined(channel, root_pem, token))
+                        pairs.append(await _join(channel, root_pem, token))
 
     await asyncio.gather(*[ask() for _ in range(JOINING_AT_ONCE)])
     return pairs
 
 
-async def _joined(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
+async def _join(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
     key = new_private_key()
     request = pb.IssueNodeCertificateRequest(csr=signing_request(key), token=token)
     reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=RESPONSE_S)

@@ -82,7 +82,7 @@ class Result(msgspec.Struct, kw_only=True):
 def main() -> None:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that SIGTERM also removes everything
-    result = asyncio.run(measured(options))
+    result = asyncio.run(measure(options))
     text = document(result)
     if options.keep is None:
         now = datetime.now(UTC)
@@ -90,7 +90,7 @@ def main() -> None:
     print(text)
 
 
-async def measured(options: argparse.Namespace) -> Result:
+async def measure(options: argparse.Namespace) -> Result:
     """Run all phases."""
     result = Result(nodes=options.nodes, tasks=options.tasks, busy=noise())
     spec = replace(DEFAULT_SWARM_SPEC, dispatcher=DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS))

@@ -67,10 +67,10 @@ class Result(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "viewing", _measured, _text)
+    measure_alone(__doc__ or "", "viewing", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     cluster.NODES = NODES
     store = MemoryStore(SystemClock())
     services = list(cluster.all_services(TASKS // cluster.REPLICAS))
@@ -81,10 +81,10 @@ async def _measured() -> Result:
     async with _manager(store) as client:
         burst = {"none": await _burst(store)}
         wall, processor = time.perf_counter(), time.process_time()
-        content = await _read(client)
+        content = await _read_view(client)
         first_wall, first_processor = time.perf_counter() - wall, time.process_time() - processor
         again = time.perf_counter()
-        await _read(client)
+        await _read_view(client)
         again_wall = time.perf_counter() - again
         async with AsyncExitStack() as stack:
             viewer = await stack.enter_async_context(client.get("http://manager/skep/view/stream"))
@@ -160,7 +160,7 @@ async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
             following.cancel()
 
 
-async def _read(client: ClientSession) -> bytes:
+async def _read_view(client: ClientSession) -> bytes:
     async with client.get("http://manager/skep/view") as response:
         assert response.status == 200, response.status
         return await response.read()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.machine import processor_s
 from bench.names import a_table, names_lab, net_pid
 from tests.support.names_lab import NamesLab
@@ -33,10 +33,10 @@ TURNS = 5
 def figures(pairs: int) -> list[Figure]:
     """Measure the added time of a virtual address, and the speed of changes."""
     with tempfile.TemporaryDirectory() as directory:
-        return asyncio.run(_measured(Path(directory), pairs))
+        return asyncio.run(_measure(Path(directory), pairs))
 
 
-async def _measured(directory: Path, pairs: int) -> list[Figure]:
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
     async with names_lab(directory) as lab:
         return [*await _requests(lab, pairs), *await _updates(lab, pairs)]
 
@@ -58,17 +58,17 @@ async def _requests(lab: NamesLab, pairs: int) -> list[Figure]:
         found: dict[tuple[str, str], float] = {}
         for kind in KINDS:
 
-            async def asked(to: str, kind: str = kind) -> float:
+            async def time_requests(to: str, kind: str = kind) -> float:
                 client = await _end(lab, "client", "request", addresses[to], str(REQUESTS), kind)
                 output, _ = await client.communicate()
                 return median([float(one) for one in json.loads(output)]) * 1e6
 
-            taken = await alternated(list(addresses), number, TURNS, asked)
+            taken = await alternate(list(addresses), number, TURNS, time_requests)
             found |= {(kind, to): value for to, value in taken.items()}
         return found
 
     try:
-        values, busy = await undisturbed(pairs, one)
+        values, busy = await run_undisturbed(pairs, one)
     finally:
         server.kill()
         await server.wait()
@@ -99,7 +99,7 @@ async def _updates(lab: NamesLab, pairs: int) -> list[Figure]:
     async def one(_: int) -> list[tuple[float, float]]:
         return [await _change(lab, next(numbers)) for _ in range(CHANGES_PER_PAIR)]
 
-    rounds, busy = await undisturbed(pairs, one)
+    rounds, busy = await run_undisturbed(pairs, one)
     taken = [change for changes in rounds for change in changes]
     what = f"a change of one of 500 services, in {CONTAINERS} containers of one node"
     return [

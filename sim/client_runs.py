@@ -183,7 +183,7 @@ class Commands:
     def _begin(self, name: str, run: Callable[[ApiClient], Awaitable[None]]) -> ApiClient:
         client = self.client(name)
 
-        async def guarded() -> None:
+        async def run_guarded() -> None:
             try:
                 await run(client)
             except (SkepError, TimeoutError) as error:
@@ -191,7 +191,7 @@ class Commands:
             else:
                 self.outcomes.append(f"{name}: done")
 
-        task = self._cluster.loop.create_task(guarded(), name=name)
+        task = self._cluster.loop.create_task(run_guarded(), name=name)
         self._running[task] = client
         return client
 

@@ -35,11 +35,11 @@ class SimulatedCredentials:
         return held.tls_info if held is not None else TLSInfo()
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable."""
+        """Connect to the manager at ``address``.  Raises: Unavailable: not reachable."""
         # A ``MemoryChannel`` has the methods of a ``Channel``.
         return cast(
             "AbstractAsyncContextManager[Channel]",
-            self._network.connected(address, self.identity, timeout_s=timeout_s),
+            self._network.connect(address, self.identity, timeout_s=timeout_s),
         )
 
     def take_roots(self, root_pem: bytes) -> None:

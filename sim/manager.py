@@ -174,7 +174,7 @@ class SimulatedManager:
         """Connect to another manager.  Simulated connections have no bounds."""
         identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
         # A ``MemoryChannel`` has the methods of a ``Channel``.
-        return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
+        return cast("AbstractAsyncContextManager[Channel]", self._network.connect(addr, identity))
 
     async def _stand(
         self,

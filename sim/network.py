@@ -151,7 +151,7 @@ class Network:
                 listener.close()
 
     @asynccontextmanager
-    async def connected(
+    async def connect(
         self, address: str, identity: Identity, *, timeout_s: float = CONNECT_SECONDS_MAX
     ) -> "AsyncIterator[MemoryChannel]":
         """Connect to ``address``.  Raises: Unavailable: refused, not trusted, or no handshake in time."""

@@ -85,7 +85,7 @@ class Operators:
                 tx.put(a_worker(id))
             return issue(tx)
 
-        self._take(id, await self._written(joined))
+        self._take(id, await self._write(joined))
         node, (other, *_) = self._cluster.add_node(id), self._cluster.nodes.values()
         node.broken_images, node.hanging_images = other.broken_images, other.hanging_images
         node.ending_images = other.ending_images
@@ -100,7 +100,7 @@ class Operators:
         """Leave the cluster with ``swarm leave`` on the node, and ``node rm`` once it is down."""
         self._log(f"{id} leaves")
         await self._end_node(id)
-        await self._removed(id, force=False)
+        await self._remove(id, force=False)
 
     def _worker_is_removed(self) -> Coroutine[None, None, None] | None:
         id = self._choose(self._plain_workers())
@@ -111,7 +111,7 @@ class Operators:
         self._cluster.disturbances += 1
         self._cluster.workers = tuple(one for one in self._cluster.workers if one != id)
         self._log(f"{id} is removed by force")
-        await self._removed(id, force=True)
+        await self._remove(id, force=True)
         await asyncio.sleep(self._random.choice((0.1, 3.0)))
         self._log(f"{id} leaves, as it was removed")
         await self._end_node(id)
@@ -122,13 +122,13 @@ class Operators:
         self._cluster.workers = tuple(one for one in self._cluster.workers if one != id)
         await self._cluster.end_node(id)
 
-    async def _removed(self, id: NodeId, *, force: bool) -> None:
+    async def _remove(self, id: NodeId, *, force: bool) -> None:
         def removed(tx: Transaction) -> None:
             if tx.lookup(Node, id) is not None:
                 remove_node(tx, id, force=force, now_ns=self._now_ns())
 
         self._cluster.removals.add(id)
-        await self._written(removed)
+        await self._write(removed)
 
     # -- managers --------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Operators:
                 tx.put(a_manager(id))
             return self._issued(tx, id)
 
-        self._take(id, await self._written(joined))
+        self._take(id, await self._write(joined))
         self._cluster.add_machine(id)
         await self._come_in(id)
         self._cluster.changing.discard(id)
@@ -160,7 +160,7 @@ class Operators:
         voter.
         """
         self._log(f"promote {id}")
-        if await self._promoted(id):
+        if await self._promote(id):
             await _until(lambda: id in self._cluster.managers)
         self._cluster.changing.discard(id)
 
@@ -171,7 +171,7 @@ class Operators:
     async def demote(self, id: NodeId) -> None:
         """Demote a manager with ``node demote``.  A machine without a worker leaves afterwards."""
         self._log(f"demote {id}")
-        if await self._demoted(id):
+        if await self._demote(id):
             await self._end_manager(id)
         self._cluster.changing.discard(id)
 
@@ -191,9 +191,9 @@ class Operators:
         except (SkepError, TimeoutError) as error:
             self._log(f"{id} has not resigned: {error}")
         await self._stop_manager(id)
-        while not await self._demoted(id):
+        while not await self._demote(id):
             pass
-        await self._removed(id, force=True)
+        await self._remove(id, force=True)
         self._cluster.changing.discard(id)
 
     def _upgrade(self) -> Coroutine[None, None, None] | None:
@@ -210,7 +210,7 @@ class Operators:
         self._cluster.start_manager(id)
         self._cluster.changing.discard(id)
 
-    async def _promoted(self, id: NodeId) -> bool:
+    async def _promote(self, id: NodeId) -> bool:
         """Request a promotion.  Return False if it is refused.
 
         An attempt of unknown outcome may be committed at any later time, so the operator repeats it until the node's
@@ -224,7 +224,7 @@ class Operators:
             await asyncio.sleep(RETRY_S)
         return True
 
-    async def _demoted(self, id: NodeId) -> bool:
+    async def _demote(self, id: NodeId) -> bool:
         """Request a demotion.  Return False if it is refused for ``GIVEN_UP_S`` because the others would lose their
         quorum.
 
@@ -245,7 +245,7 @@ class Operators:
             await _until(lambda: id not in self._cluster.managers)
             return
         await self._stop_manager(id)
-        await self._removed(id, force=True)
+        await self._remove(id, force=True)
 
     async def _stop_manager(self, id: NodeId) -> None:
         self._cluster.managers = tuple(one for one in self._cluster.managers if one != id)
@@ -270,10 +270,10 @@ class Operators:
 
     async def _renewed_until_issued(self, id: NodeId) -> None:
         """Renew the certificate, and again if another renewal was requested meanwhile."""
-        await self._renewed(id)
+        await self._issue_certificate(id)
         while (node := self._cluster.view.lookup(Node, id)) is not None and _is_to_renew(node):
             await asyncio.sleep(RETRY_S)
-            await self._renewed(id)
+            await self._issue_certificate(id)
 
     def _issued(self, tx: Transaction, id: NodeId) -> Certificate | None:
         certificate = issue(tx)
@@ -285,7 +285,7 @@ class Operators:
         if certificate is not None:
             self._cluster.certificates.take(id, certificate)
 
-    async def _renewed(self, id: NodeId) -> None:
+    async def _issue_certificate(self, id: NodeId) -> None:
         def issued(tx: Transaction) -> tuple[NodeRole | None, Certificate | None]:
             node = tx.lookup(Node, id)
             if node is None or node.certificate is None:
@@ -294,7 +294,7 @@ class Operators:
             tx.put(replace(node, certificate=replace(node.certificate, state="issued")))
             return node.certificate.role, self._issued(tx, id)
 
-        role, certificate = await self._written(issued)
+        role, certificate = await self._write(issued)
         self._take(id, certificate)
         if id not in self._cluster.nodes:
             return  # the operator that changes the role of such a machine starts and ends its manager
@@ -386,7 +386,7 @@ class Operators:
         await store.barrier()
         return await store.update(body)
 
-    async def _written(self, body: Callable[[Transaction], T]) -> T:
+    async def _write(self, body: Callable[[Transaction], T]) -> T:
         """Commit ``body`` through any manager and return its result.  Refused attempts are retried."""
         while True:
             try:

@@ -140,7 +140,7 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
     if extensions is not None:
         _check_due_times(cluster)
     cluster.give_managers()
-    cluster.do(users.finished())
+    cluster.do(users.wait_until_finished())
     cluster.do(users.settle())
     cluster.do(users.activate_all())
     _converge(cluster)

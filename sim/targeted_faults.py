@@ -107,7 +107,7 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     cluster.run_for(UNDECIDED_S)
     cluster.poisoned.discard(service.id)
     cluster.disturb()
-    cluster.do(users.finished())
+    cluster.do(users.wait_until_finished())
     pass_time(cluster, BACK_S)
 
 

@@ -43,7 +43,7 @@ def check_planned(
     Args:
         update: called to update the service to that spec.
     """
-    planned = cluster.do(_planned(cluster.view, spec))
+    planned = cluster.do(_plan(cluster.view, spec))
     is_accepted = not planned.error and not planned.preempted
     update()
     pass_time(cluster, PLACED_S)
@@ -72,7 +72,7 @@ def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
     )
 
 
-async def _planned(view: View, spec: ServiceSpec) -> PlannedPlacement:
+async def _plan(view: View, spec: ServiceSpec) -> PlannedPlacement:
     dry_run = DryRun(view, await accounting_of(view), lambda service: service.spec.name)
     (planned,) = [step for step in dry_run.placing(spec) if step is not None]
     return planned

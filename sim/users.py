@@ -109,7 +109,7 @@ class Users:
             *(self._create,) * 2,
             *(self._scale,) * 3,
             *(self._update,) * 3,
-            *(self._rollback, self._remove, self._availability, self._read, self._read),
+            *(self._rollback, self._remove, self._availability, self._read_barrier, self._read_barrier),
             *(self._label, self._request_invalid),
             *(self._network, self._network, self._secret),
         )
@@ -138,10 +138,10 @@ class Users:
     def update(self, id: ServiceId, image: str) -> None:
         """Begin an update of a service to ``image``."""
 
-        async def updated() -> None:
-            await self._changed(partial(with_image, image=image), id)
+        async def run_update() -> None:
+            await self._change(partial(with_image, image=image), id)
 
-        self._begin(updated)
+        self._begin(run_update)
 
     def begin(self) -> None:
         """Make the first requests: create a service, or several with volumes to share and settings of the cluster."""
@@ -152,7 +152,7 @@ class Users:
         for action in actions:
             self._begin(action)
 
-    async def finished(self) -> None:
+    async def wait_until_finished(self) -> None:
         """Return when every request has its response."""
         while self._requests:
             await asyncio.wait(self._requests)
@@ -169,19 +169,19 @@ class Users:
             # A service whose creation got no response may exist.
             is_there = self._cluster.view.lookup(Service, record.id) is not None
             while not record.is_removed and (record.acknowledged or is_there):
-                await self._removed(record.id)
+                await self._request_removal(record.id)
                 await asyncio.sleep(0.1)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
     def _begin(self, action: Callable[[], Awaitable[None]]) -> None:
-        async def guarded() -> None:
+        async def run_guarded() -> None:
             try:
                 await action()
             except SkepError as error:
                 self._cluster.trace.add(f"user: {type(error).__name__}: {error}")
 
-        task = self._cluster.loop.create_task(guarded(), name=action.__name__)
+        task = self._cluster.loop.create_task(run_guarded(), name=action.__name__)
         self._requests.add(task)
         task.add_done_callback(self._done)
 
@@ -214,7 +214,7 @@ class Users:
             raise Unavailable(why)
         return store
 
-    async def _read(self) -> None:
+    async def _read_barrier(self) -> None:
         await self._store()
 
     async def _create(self) -> None:
@@ -223,7 +223,7 @@ class Users:
         since = self._responses.present
         store = await self._store(creates=True)
         id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
-        await self._created(store, since, id, self._a_spec(store))
+        await self._request_service(store, since, id, self._a_spec(store))
 
     def _a_spec(self, store: EtcdStore) -> ServiceSpec:
         view = store.view()
@@ -237,12 +237,12 @@ class Users:
         names = NAMES if self._extensions is None else (*NAMES, *MORE_NAMES)
         return a_spec(self._random.choice(names), self._random, dependencies, self._extensions)
 
-    async def _created(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
+    async def _request_service(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
         record = self._acknowledgements.requested(id, spec)
         self._cluster.trace.add(f"user: create {id} {spec.name}")
         body = partial(create_service, new_id=lambda: id, new_name=lambda: id, now=timestamp(self._now_ns()))
         try:
-            service = await self._compared(Create(id, spec), since, store.update(body, spec))
+            service = await self._compare(Create(id, spec), since, store.update(body, spec))
         except Unavailable:
             raise
         except SkepError:
@@ -260,16 +260,16 @@ class Users:
             replicas = self._random.randint(0, 6)
             return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=replicas)))
 
-        await self._changed(scaled)
+        await self._change(scaled)
 
     async def _update(self) -> None:
         def updated(spec: ServiceSpec) -> ServiceSpec:
             images = JOB_IMAGES if spec.mode.name in ("replicated-job", "global-job") else IMAGES
             return with_image(spec, self._random.choice(images))
 
-        await self._changed(updated)
+        await self._change(updated)
 
-    async def _changed(
+    async def _change(
         self, change: Callable[[ServiceSpec], ServiceSpec], id: ServiceId | None = None
     ) -> None:
         """Update the service ``id``, or any service if ``id`` is None."""
@@ -287,7 +287,7 @@ class Users:
         self._cluster.trace.add(f"user: update {id} at {version}")
         body = partial(update_service, now=timestamp(self._now_ns()))
         try:
-            updated = await self._compared(
+            updated = await self._compare(
                 Update(id, spec, version), since, store.update(body, id, spec, version)
             )
         except Unavailable:
@@ -303,9 +303,9 @@ class Users:
         if self._random.random() < 0.5:
             store = await self._store(creates=True)
             id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
-            await self._created(store, since, id, invalidated(self._a_spec(store), self._random))
+            await self._request_service(store, since, id, invalidated(self._a_spec(store), self._random))
             return
-        await self._changed(self._random.choice((self._invalidated, _of_another_mode, _renamed)))
+        await self._change(self._random.choice((self._invalidated, _of_another_mode, _renamed)))
 
     def _invalidated(self, spec: ServiceSpec) -> ServiceSpec:
         return invalidated(spec, self._random)
@@ -321,20 +321,20 @@ class Users:
         self._cluster.trace.add(f"user: rollback {id} at {version}")
         body = partial(rollback_service, now=timestamp(self._now_ns()))
         writing = store.update(body, id, service.spec, version)
-        self._acknowledged(await self._compared(Rollback(id, version), since, writing))
+        self._acknowledged(await self._compare(Rollback(id, version), since, writing))
 
     async def _remove(self) -> None:
         if active := self._active():
-            await self._removed(self._random.choice(active))
+            await self._request_removal(self._random.choice(active))
 
-    async def _removed(self, id: ServiceId) -> None:
+    async def _request_removal(self, id: ServiceId) -> None:
         record, since = self._acknowledgements.services[id], self._responses.present
         try:
             store = await self._store()
             record.is_removal_asked = True
             self._cluster.trace.add(f"user: remove {id}")
             body = partial(remove_service, now=timestamp(self._now_ns()))
-            await self._compared(Remove(id), since, store.update(body, id))
+            await self._compare(Remove(id), since, store.update(body, id))
         except Unavailable:
             return
         except SkepError:  # removed by an earlier attempt of unknown outcome
@@ -412,7 +412,7 @@ class Users:
             self._cluster.trace.add(f"user: {id} {spec.availability.value} {dict(spec.labels)}")
             if spec != node.spec:
                 writing = store.update(update_node, id, spec, version)
-                await self._compared(SetNode(id, spec, version), since, writing)
+                await self._compare(SetNode(id, spec, version), since, writing)
         except Unavailable:
             return None
         except SkepError:
@@ -431,9 +431,9 @@ class Users:
             while CRON in service.spec.labels and not self._is_suspended(service.id):
                 attempts += 1
                 if attempts > ATTEMPTS_MAX:  # it refers to a deleted object, or exceeds a new quota
-                    await self._removed(service.id)
+                    await self._request_removal(service.id)
                 with suppress(SkepError):
-                    await self._changed(_suspended, service.id)
+                    await self._change(_suspended, service.id)
                 await asyncio.sleep(0.2)
 
     async def force(self, id: ServiceId) -> None:
@@ -444,7 +444,7 @@ class Users:
             if service is None or service.spec.task_template.force_update > before:
                 return
             with suppress(SkepError):
-                await self._changed(forced, id)
+                await self._change(forced, id)
             await asyncio.sleep(0.2)
 
     def _is_suspended(self, id: ServiceId) -> bool:
@@ -471,11 +471,11 @@ class Users:
                 return replace(spec, labels={k: v for k, v in spec.labels.items() if k != CRON_SUSPEND})
             return _suspended(spec)
 
-        await self._changed(turned)
+        await self._change(turned)
 
     async def _reprioritize(self) -> None:
         priority = str(self._random.choice((0, *PRIORITIES)))
-        await self._changed(lambda spec: with_labels(spec, {PRIORITY: priority}))
+        await self._change(lambda spec: with_labels(spec, {PRIORITY: priority}))
 
     async def _rotate(self) -> None:
         """Replace each secret of a service with another one."""
@@ -490,7 +490,7 @@ class Users:
             template = replace(spec.task_template, container_spec=replace(container, secrets=secrets))
             return replace(spec, task_template=template)
 
-        await self._changed(rotated)
+        await self._change(rotated)
 
     async def _quota(self) -> None:
         """Set the quota of a stack, or remove it."""
@@ -574,7 +574,7 @@ class Users:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    async def _compared(self, request: Request, since: int, writing: Awaitable[T]) -> T:
+    async def _compare(self, request: Request, since: int, writing: Awaitable[T]) -> T:
         """Await the request, and compare its response with Docker's.  Raises: the error in the response."""
         asked = self._responses.requested(request, since)
         try:

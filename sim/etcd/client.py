@@ -47,13 +47,13 @@ class SimulatedClient(Client):
         """Do nothing, because there is no connection to close."""
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
-        async def read() -> pb.RangeResponse:
+        async def read_range() -> pb.RangeResponse:
             await asyncio.sleep(0)  # a caller that reads in a loop lets other tasks run
             if not request.serializable:
                 await self._raft.wait_readable(self._member)
             return self._as_on_disk(self._raft.kv.range(request, self._member.applied))
 
-        return await self._within(read(), timeout_s)
+        return await self._within(read_range(), timeout_s)
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
         put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
@@ -64,12 +64,12 @@ class SimulatedClient(Client):
         return await self._within(self._raft.write(self._member, request), timeout_s)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        async def compacted() -> None:
+        async def compact_later() -> None:
             await self._raft.wait_readable(self._member)
             self._raft.kv.compact(revision)
             self._raft.space.compact()
 
-        await self._within(compacted(), timeout_s)
+        await self._within(compact_later(), timeout_s)
 
     async def defragment(self) -> None:
         """Defragment the member's database, which blocks its disk meanwhile."""

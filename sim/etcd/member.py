@@ -76,7 +76,7 @@ class Member:
         self.is_campaigning = False
         """Whether its election timeout runs."""
 
-    async def reached(self, revision: int) -> None:
+    async def wait_applied(self, revision: int) -> None:
         """Return once the member has applied ``revision``."""
         if self.applied < revision:
             arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -300,7 +300,7 @@ class Raft:
                 and self._links.is_joined(member.id, leadership.member.id, Port.PEER)
                 and self._can_commit(leadership)
             ):
-                return await member.reached(self.kv.revision)
+                return await member.wait_applied(self.kv.revision)
             await self.wait_changed()
 
     async def wait_changed(self, timeout_s: float | None = None) -> None:

@@ -196,7 +196,7 @@ class StoreRun:
         """Begin a random request."""
         actions = (
             *(self._swap,) * 4,
-            *(self._read,) * 3,
+            *(self._read_register,) * 3,
             *(self._compare, self._delete, self._swap_each, self._want, self._want),
             *(self._attach, self._detach, self._remove_network),
         )
@@ -218,7 +218,7 @@ class StoreRun:
     async def _swap(self, store: EtcdStore | None = None) -> None:
         key, value = self.random.choice(REGISTERS), self._value()
         store = store or self._store()
-        await self.registers.swapped(key, value, store.update(swap, key, value))
+        await self.registers.record_swap(key, value, store.update(swap, key, value))
 
     async def _swap_each(self) -> None:
         store = self._store()
@@ -230,18 +230,18 @@ class StoreRun:
         store = self._store()
         present = store.view().lookup(Payload, key)
         expected = present.data if present is not None and self.random.random() < 0.8 else b"another"
-        await self.registers.compared(key, expected, value, store.update(compare, key, expected, value))
+        await self.registers.record_compare(key, expected, value, store.update(compare, key, expected, value))
 
     async def _delete(self) -> None:
         key, store = self.random.choice(REGISTERS), self._store()
-        await self.registers.deleted(key, store.update(delete, key))
+        await self.registers.record_delete(key, store.update(delete, key))
 
-    async def _read(self) -> None:
+    async def _read_register(self) -> None:
         key, store = self.random.choice(REGISTERS), self._store()
         began = self.loop.time()
         await store.barrier()
         found = store.view().lookup(Payload, key)
-        self.registers.read(key, began, found.data if found is not None else None)
+        self.registers.record_read(key, began, found.data if found is not None else None)
 
     async def _want(self) -> None:
         """Let one or two payloads at once need a number."""
@@ -359,7 +359,7 @@ class StoreRun:
 
     def _finish(self) -> None:
         """Wait for all requests, and check that every manager can write and read."""
-        self.do(self._ended())
+        self.do(self._wait_for_requests())
         for id in self.ids:
             store = self.managers[id].store
             try:
@@ -376,7 +376,7 @@ class StoreRun:
                     return
                 await asyncio.sleep(LOOK_S)
 
-    async def _ended(self) -> None:
+    async def _wait_for_requests(self) -> None:
         while self._requests:
             await asyncio.wait(self._requests)
 

@@ -16,7 +16,7 @@ from tests.support.registry_rig import LAYERS
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
 
-async def loaded(images: ImageStore, *names: str, layers: tuple[bytes, ...] = LAYERS) -> Image:
+async def load_image(images: ImageStore, *names: str, layers: tuple[bytes, ...] = LAYERS) -> Image:
     """Add an image of ``layers`` with these names to ``images``."""
     members = [a_file(f"{number}.tar", layer) for number, layer in enumerate(layers)]
     item = {

@@ -59,7 +59,7 @@ class BuildLab:
 
     async def docker(self, *words: str, cli: str = CLIS[0], stdin: bytes | None = None) -> Said:
         """Run the docker command against the node.  Return both its streams as the output."""
-        process = await self.started(*words, cli=cli)
+        process = await self.start(*words, cli=cli)
         try:
             async with asyncio.timeout(LIMIT_S):
                 output, _ = await process.communicate(stdin)
@@ -70,7 +70,7 @@ class BuildLab:
         assert process.returncode is not None
         return Said(process.returncode, output.decode(errors="replace"))
 
-    async def started(self, *words: str, cli: str = CLIS[0]) -> asyncio.subprocess.Process:
+    async def start(self, *words: str, cli: str = CLIS[0]) -> asyncio.subprocess.Process:
         """Start a docker command, and return its process."""
         environment = {
             "PATH": os.environ["PATH"],

@@ -41,12 +41,12 @@ class BuildRig:
         """Build a Dockerfile, and return the image's id.  Raises: SkepError."""
         await self.images.open()
 
-        async def opened() -> Path:
+        async def open_context() -> Path:
             return self.context
 
         self.progress.reset_mock()
         request = BuildRequest(dockerfile=dockerfile, is_buildkit=is_buildkit, arguments=arguments or {})
-        return (await self.builder.build(request, opened, self.progress, provider)).image_id
+        return (await self.builder.build(request, open_context, self.progress, provider)).image_id
 
     @contextmanager
     def files(self, image_id: Digest) -> Iterator[Path]:

@@ -121,7 +121,7 @@ class _Head(asyncio.Protocol):
         return head, rest
 
 
-async def _upgraded(
+async def _upgrade(
     socket: Path,
     target: str,
     headers: Sequence[tuple[str, str]],
@@ -160,7 +160,7 @@ async def session(
 
     headers = [("X-Docker-Expose-Session-Uuid", id), ("X-Docker-Expose-Session-Sharedkey", key)]
     headers += [("X-Docker-Expose-Session-Grpc-Method", method) for method in files.methods]
-    transport = await _upgraded(socket, "/session", headers, begin)
+    transport = await _upgrade(socket, "/session", headers, begin)
     try:
         yield transport
     finally:
@@ -259,7 +259,7 @@ async def control(socket: Path) -> AsyncIterator[Calls]:
         connection.connection_made(transport)
         return connection
 
-    await _upgraded(socket, "/grpc", (), begin)
+    await _upgrade(socket, "/grpc", (), begin)
     try:
         yield Calls(connection)
     finally:

@@ -33,7 +33,7 @@ class DamageRig(Protocol):
     async def damage(self, key: str) -> None:
         """Damage the value of an existing key."""
 
-    async def loaded(self) -> Store:
+    async def load(self) -> Store:
         """The store of a manager that starts now."""
 
     async def reload(self) -> None:
@@ -51,7 +51,7 @@ class MemoryDamage:
     async def damage(self, key: str) -> None:
         self.cluster.commit(Proposal(puts=((key, b'{"ID": 7, "Spec'),)), None)
 
-    async def loaded(self) -> Store:
+    async def load(self) -> Store:
         return MemoryStore(SystemClock(), self.cluster)
 
     async def reload(self) -> None:
@@ -81,7 +81,7 @@ class EtcdDamage:
         flipped[-3] ^= 1
         await self.client.put(kv.key, bytes(flipped))
 
-    async def loaded(self) -> Store:
+    async def load(self) -> Store:
         opening = open_store(self._socket, NodeId("m2"), self._key, SystemClock())
         return await self._stack.enter_async_context(opening)
 

@@ -102,7 +102,7 @@ class Host:
         code, out, err = await self.run(str(self.buildx), "build", *words, str(context), **environment)
         return code, out + err
 
-    async def inspected(self, image: str) -> Mapping[str, Any]:
+    async def inspect(self, image: str) -> Mapping[str, Any]:
         """Return ``docker image inspect`` of an image."""
         _, out, _ = await self.run(self.cli, "image", "inspect", image)
         found: list[dict[str, Any]] = json.loads(out)
@@ -121,7 +121,7 @@ class Host:
         code, output, config = 0, "", {}
         if case.config or not (case.gives or case.owned or case.lacks):
             code, output = await self.build(context, "-t", image, *options)
-            config = dict(await self.inspected(image)) if not code else {}
+            config = dict(await self.inspect(image)) if not code else {}
         if not code and (case.gives or case.owned or case.lacks):
             code, more = await self.build(context, *options, output=f"type=tar,dest={context}/result.tar")
             output += more

@@ -40,7 +40,7 @@ def put_secret(tx: Transaction, name: str) -> Secret:
 
 
 @asynccontextmanager
-async def founded(settings: MemberSettings) -> AsyncIterator[tuple[Member, EtcdStore]]:
+async def a_new_cluster(settings: MemberSettings) -> AsyncIterator[tuple[Member, EtcdStore]]:
     """Run a member with a new cluster in it, and its store."""
     async with a_member(settings).running() as member:
         with suppress(AlreadyExists):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from tests.support.overlay_lab import DUAL, INGRESS, place, shell, tried
+from tests.support.overlay_lab import DUAL, INGRESS, place, shell, try_shell
 from tests.support.secure_lab import secure_lab
 
 SECRET = NetworkHead(
@@ -104,7 +104,7 @@ async def taken_away(spaces: Mapping[str, Path], where: str) -> AsyncIterator[He
     assert len(before) > 15, "there is something to be taken away"
     for name, commands in before.items():
         for command in commands:
-            code, output = await tried(space, command)
+            code, output = await try_shell(space, command)
             assert code == 0, f"{command} (of {name}): {output}"
             began = time.monotonic()
             while (after := await inventory(space, fresh, where)).keys() != before.keys():

@@ -173,12 +173,12 @@ def place(head: NetworkHead, *addresses: str) -> EndpointConfig:
 
 async def shell(namespace: Path | str, command: str) -> str:
     """Return the output of ``command`` in a namespace.  It must succeed."""
-    code, output = await tried(namespace, command)
+    code, output = await try_shell(namespace, command)
     assert code == 0, f"{command}: {output}"
     return output
 
 
-async def tried(namespace: Path | str, command: str) -> tuple[int, str]:
+async def try_shell(namespace: Path | str, command: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
         "nsenter",
         f"--net={namespace}",
@@ -194,13 +194,13 @@ async def tried(namespace: Path | str, command: str) -> tuple[int, str]:
 
 async def reaches(source: Sandbox, address: str) -> bool:
     """Return whether one of three pings gets a response."""
-    code, _ = await tried(
+    code, _ = await try_shell(
         source.netns, f"busybox ping -c 1 -W 1 {address} || busybox ping -c 2 -W 2 {address}"
     )
     return code == 0
 
 
-async def carried(namespaces: Namespaces, server: Sandbox, client: Sandbox, address: str, size: int) -> int:
+async def carry(namespaces: Namespaces, server: Sandbox, client: Sandbox, address: str, size: int) -> int:
     """Send ``size`` bytes over TCP from ``client`` to ``address`` of ``server``.  Return how many arrive."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = await namespaces.run(

@@ -18,7 +18,7 @@ def web(*names: str) -> Table:
     return a_network(a_served("web", VIRTUAL, [BACKENDS[name] for name in names]))
 
 
-async def started(lab: NamesLab, *names: str) -> None:
+async def start_web(lab: NamesLab, *names: str) -> None:
     """Start a client that knows web's address, and all backends."""
     for id, address in BACKENDS.items():
         await lab.container(id, address)

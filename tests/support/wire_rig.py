@@ -185,7 +185,7 @@ class Cluster:
             self.port = bound.port
             await self.store.update(self._set_address)
             for loop in (self.dispatcher.run(), self.logs.run(), self.discovery.run(), self.paths.run()):
-                stack.push_async_callback(_ended, asyncio.create_task(loop))
+                stack.push_async_callback(_end, asyncio.create_task(loop))
             yield self
 
     def _services(self, certificates: CertificateService, clock: SystemClock) -> Sequence[Handler]:
@@ -223,7 +223,7 @@ class Cluster:
         try:
             yield
         finally:
-            await _ended(running)
+            await _end(running)
 
     @asynccontextmanager
     async def own_agent(self, directory: Path) -> AsyncIterator[tuple[Agent, "FakeWorker"]]:
@@ -259,7 +259,7 @@ class Cluster:
             yield
         finally:
             for one in running:
-                await _ended(one)
+                await _end(one)
 
     def _found(self, tx: Transaction) -> None:
         root_pem = self.authority.root_pem
@@ -387,7 +387,7 @@ async def an_agent_of(
             await agent.registered.wait()
         yield agent
     finally:
-        await _ended(running)
+        await _end(running)
 
 
 def pair_of(agent: Agent) -> KeyPair:
@@ -413,7 +413,7 @@ async def an_agent(
         yield agent, worker
 
 
-async def _ended(task: "asyncio.Task[None]") -> None:
+async def _end(task: "asyncio.Task[None]") -> None:
     """Cancel ``task``.  Raise its error if it failed."""
     task.cancel()
     try:
