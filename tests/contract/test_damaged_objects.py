@@ -196,7 +196,7 @@ async def test_a_manager_that_cannot_read_a_node_does_not_overwrite_its_spec_whe
     await put_all(rig.store, replace(a_node("n1"), manager_status=status), a_node("n2"))
     await rig.damage("o/node/n1")
     store = await rig.load()
-    with pytest.raises(Unavailable, match="node n1 cannot be read by this manager"):
+    with pytest.raises(Unavailable, match="the record of node n1 is unreadable on this manager"):
         await store.update(resign, NodeId("n1"))
 
 
