@@ -1,1 +1,1 @@
-"""Skep measured beside real Docker Swarm; see README.md."""
+"""Benchmarks of Skep and real Docker Swarm.  See README.md."""

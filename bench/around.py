@@ -1,13 +1,13 @@
-"""Around a running task: its logs, commands in it, health checks, secrets, a project of Compose.
+"""Features around a running task: its logs, commands in it, health checks, secrets, a Compose project.
 
-One Docker Engine and one playground node, each in namespaces of its own, in alternating pairs:
+One Docker Engine and one playground node, each in its own namespaces, in alternating pairs:
 
-* *logs*: 100 MB of 20 tasks, read by one client (``scenarios.logs``);
-* *exec*: ``true`` in a container of the node, and of another node (``reaching``);
-* *health*: containers with a probe every second, as many as two processors can probe, of one system after the other;
-* *secret*: 100 tasks with and without a secret of 500 KB; and the secret alone, with a task each, to 100 nodes
-  (``dispatching``);
-* *compose*: ``docker compose up`` of ten services by the docker command's plug-in.
+* *logs*: 100 MB of 20 tasks, read by one client (``scenarios.logs``)
+* *exec*: ``true`` in a container of the node, and of another node (``reaching``)
+* *health*: containers with a probe every second, as many as two processors can probe, one system after the other
+* *secret*: 100 tasks with and without a secret of 500 KB, and a secret of its own for each task on 100 nodes
+  (``dispatching``)
+* *compose*: ``docker compose up`` of ten services by the docker command's plugin
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from typing import Any
 
 from bench import dispatching, reaching
 from bench.docker_lab import DockerLab
-from bench.figures import Figure, Sides, alternated, ratio, run_parts, side_by_side, undisturbed
+from bench.figures import Figure, Sides, alternate, ratio, run_parts, run_undisturbed, side_by_side
 from bench.machine import group_processor_s
 from bench.scenarios import (
     LOG_REPLICAS,
@@ -45,10 +45,10 @@ from tests.support.plugins import plugin
 
 Lab = DockerLab | SkepLab
 TURNS = 5
-"""Of each way to execute a command, in a pair."""
+"""Number of runs of each way to execute a command, in one pair."""
 EXECS = 20
 PROBED = 20
-"""Two processors are not enough for 100 probes each second of either system."""
+"""Number of probed containers.  Two processors are not enough for 100 probes per second in either system."""
 SETTLED_S, WINDOW_S = 3.0, 10.0
 TASKS, SECRET_BYTES = 100, 500_000
 SERVICES = 10
@@ -57,7 +57,7 @@ SECOND_NS = 1_000_000_000
 
 @contextmanager
 def _labs(workers: int = 0) -> Iterator[tuple[DockerLab, SkepLab]]:
-    """Both systems with the same image."""
+    """Start both systems with the same image."""
     archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory, ExitStack() as stack:
         place = Path(directory)
@@ -102,7 +102,7 @@ def exec_figures(pairs: int) -> list[Figure]:
             return await asyncio.to_thread(_took_ms, ways[way])
 
         async def one(number: int) -> dict[str, float]:
-            return await alternated(list(ways), number, TURNS, turn)
+            return await alternate(list(ways), number, TURNS, turn)
 
         def spent(lab: Lab) -> Metrics:
             before = group_processor_s(lab.cgroup)
@@ -110,8 +110,8 @@ def exec_figures(pairs: int) -> list[Figure]:
                 ways["requests, Docker" if lab is docker else "requests, Skep"]()
             return {"ms": (group_processor_s(lab.cgroup) - before) / EXECS * 1e3}
 
-        asyncio.run(one(0))  # what only the first one does
-        values, busy = asyncio.run(undisturbed(pairs, one))
+        asyncio.run(one(0))  # the first command has additional work
+        values, busy = asyncio.run(run_undisturbed(pairs, one))
         processor, _ = side_by_side((docker, skep), pairs, spent)
 
     def beside(first: str, second: str) -> Sides:
@@ -167,7 +167,7 @@ def health_figures(pairs: int) -> list[Figure]:
 
 
 def _probed(lab: Lab, windows: int) -> list[Metrics]:
-    """Of each window, by the processor time of the system's control group."""
+    """Measure each window by the processor time of the system's control group."""
     check = {"Test": ["CMD", "true"], "Interval": SECOND_NS, "Timeout": 120 * SECOND_NS, "Retries": 1000}
     body = {
         "Image": lab.image,
@@ -213,9 +213,9 @@ def secret_figures(pairs: int) -> list[Figure]:
             return await asyncio.to_thread(_started, lab, secrets[way])
 
         async def one(number: int) -> dict[str, float]:
-            return await alternated(list(secrets), number, 1, turn)
+            return await alternate(list(secrets), number, 1, turn)
 
-        values, busy = asyncio.run(undisturbed(pairs, one))
+        values, busy = asyncio.run(run_undisturbed(pairs, one))
     sent = []
     for _ in range(pairs):
         with ProcessPoolExecutor(1, get_context("spawn")) as managers:
@@ -240,7 +240,7 @@ def secret_figures(pairs: int) -> list[Figure]:
 
 
 def _started(lab: SkepLab, secrets: list[Any]) -> float:
-    """Seconds until all tasks of a service run."""
+    """Return the seconds until all tasks of a service run."""
     container = {"Image": lab.image, "Command": WORKLOAD, "Secrets": secrets}
     began = time.monotonic()
     id = service(lab, "secret", TASKS, ContainerSpec=container)
@@ -263,7 +263,7 @@ def compose_figures(pairs: int) -> list[Figure]:
             return {"up": up, "down": time.monotonic() - began}
 
         for lab in labs:
-            measure(lab)  # what only the first one does
+            measure(lab)  # the first run has additional work
         sides, busy = side_by_side(labs, pairs, measure)
     return [
         ratio(6, f"docker compose up of {SERVICES} services, s", sides["up"], limit=0.5, busy=busy),
@@ -272,13 +272,13 @@ def compose_figures(pairs: int) -> list[Figure]:
 
 
 def _project(image: str) -> Mapping[str, Any]:
-    command = [word.replace("$", "$$") for word in WORKLOAD]  # a single one begins a variable of Compose's
+    command = [word.replace("$", "$$") for word in WORKLOAD]  # a single dollar sign begins a Compose variable
     one = {"image": image, "command": command}
     return {"name": "ten", "services": {f"s{number}": one for number in range(SERVICES)}}
 
 
 def _compose(lab: Lab, file: Path, *words: str) -> None:
-    """Raises: SystemExit: it failed."""
+    """Run Compose.  Raises: SystemExit: it failed."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": "/nonexistent",

@@ -1,16 +1,17 @@
-"""Images beside a Docker Engine: pulls, builds, starts of tasks and of fresh images.
+"""Images compared with a Docker Engine: pulls, builds, starts of tasks and of fresh images.
 
-One Docker Engine and one playground node, each in namespaces of its own, in alternating pairs:
+One Docker Engine and one playground node, each in its own namespaces, in alternating pairs:
 
 * *pull*: an image of 300 MB (six layers, 6,000 files, half of it compressible) from a registry on the node's own
-  loopback, until it is unpacked and listed;
-* *build*: ten steps by the classic builder, then the same again, all of it cached; BuildKit by the docker command;
-* *context*: 10,000 files of together 1 GB are sent, stored and copied, by BuildKit and by the classic builder;
-* *start*: tasks of a service until they run, and their removal (``scenarios.start``);
-* *fresh*: the first start of a container of the image that was just pulled, beside later ones;
-* *spread*: ten nodes (image stores of one process, over mutual TLS) fetch an image of 300 MB from one, all at once.
+  loopback, until it is unpacked and listed
+* *build*: ten steps by the classic builder, then the same again from the cache, and BuildKit by the docker command
+* *context*: 10,000 files with 1 GB in total are sent, stored and copied, by BuildKit and by the classic builder
+* *start*: tasks of a service until they run, and their removal (``scenarios.start``)
+* *fresh*: the first start of a container of the image that was just pulled, compared with later ones
+* *spread*: ten nodes (image stores of one process, over mutual TLS) fetch an image of 300 MB from one node, all at
+  once
 
-Before each timed part everything that was written is on the disk, so that no side waits for what the other has left.
+Before each timed part all written data is flushed to the disk, so that neither side waits for the other's writes.
 """
 
 import asyncio
@@ -45,7 +46,7 @@ PORT = 5000
 BIG = f"127.0.0.1:{PORT}/big"
 LAYERS = 6
 FILES = 1000
-"""Per layer."""
+"""Files per layer."""
 FILE_BYTES = 50_000
 LATER_STARTS = 5
 NODES = 10
@@ -56,7 +57,7 @@ Lab = DockerLab | SkepLab
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Pulls, builds and starts, with their limits."""
+    """Measure pulls, builds and starts, with their limits."""
     archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory, ExitStack() as stack:
         place = Path(directory)
@@ -78,7 +79,7 @@ def figures(pairs: int) -> list[Figure]:
 
 @contextmanager
 def _registry(lab: Lab, place: Path) -> Iterator[None]:
-    """A registry on the loopback of a lab's node; both have their files in one directory."""
+    """Run a registry on the loopback of a lab's node.  Both systems' registries have their files in one directory."""
     settings = {
         "version": "0.1",
         "log": {"level": "error", "accesslog": {"disabled": True}},
@@ -100,7 +101,7 @@ def _registry(lab: Lab, place: Path) -> Iterator[None]:
 
 
 def _push(lab: Lab) -> None:
-    """Have the image in the registry, built, compressed and pushed by the Docker Engine."""
+    """Let the Docker Engine build, compress and push the image to the registry."""
     rng = random.Random(17)
     files = {"Dockerfile": b"FROM busybox:1\n" + b"".join(b"COPY %d /%d\n" % (n, n) for n in range(LAYERS))}
     for layer in range(LAYERS):
@@ -131,26 +132,26 @@ def _docker(lab: Lab, *words: str, **variables: str) -> None:
 
 
 def _build(lab: Lab, tag: str, context: bytes) -> bytes:
-    """Build by the classic builder; what it said."""
+    """Build with the classic builder, and return its output."""
     said = lab.engine.raw("POST", f"/build?{urlencode({'t': tag, 'rm': 1})}", context, "application/x-tar")
     return _checked(lab, said)
 
 
 def _checked(lab: Lab, said: bytes) -> bytes:
-    """A stream of messages.  Raises: SystemExit: one is an error."""
+    """Return a stream of messages.  Raises: SystemExit: one is an error."""
     if b'"error"' in said:
         raise SystemExit(f"{lab.system}: {said[-500:].decode(errors='replace')}")
     return said
 
 
 def _remove(lab: Lab, tag: str) -> None:
-    """Remove an image, and what only it has."""
+    """Remove an image and its unshared layers."""
     lab.engine.raw("DELETE", f"/images/{tag}?force=1")
     lab.engine.post("/images/prune", filters={"dangling": ["true"]})
 
 
 def _timed(action: Callable[[], object]) -> float:
-    """Seconds that ``action`` takes, begun when nothing waits to be written."""
+    """Return the duration of ``action`` in seconds.  It starts when no write is pending."""
     os.sync()
     began = time.monotonic()
     action()
@@ -158,7 +159,7 @@ def _timed(action: Callable[[], object]) -> float:
 
 
 def _pulled(lab: Lab) -> Metrics:
-    """The big image is pulled, then started for the first time and again."""
+    """Pull the big image, then start it for the first time and again."""
 
     def pull() -> None:
         _checked(lab, lab.engine.raw("POST", f"/images/create?{urlencode({'fromImage': BIG, 'tag': '1'})}"))
@@ -171,7 +172,7 @@ def _pulled(lab: Lab) -> Metrics:
 
 
 def _started(lab: Lab, image: str) -> float:
-    """Seconds from the request for a container until it runs."""
+    """Return the seconds from the request for a container until it runs."""
     body = {"Image": image, "Cmd": ["sleep", "600"], "HostConfig": {"NetworkMode": "none"}}
     made: list[str] = []
 
@@ -205,15 +206,15 @@ def _pull_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Fig
 
 
 class _Builds:
-    """Ten steps, each time others."""
+    """Builds of ten steps, which differ each time."""
 
     def __init__(self, place: Path) -> None:
-        """``place``: for the context of the docker command."""
+        """``place``: directory for the docker command's build context."""
         self._directory = place / "context"
         self._numbers = count()
 
     def measure(self, lab: Lab) -> Metrics:
-        """Seconds of both builders, each for new steps and for the same again."""
+        """Return the seconds of both builders, for new steps and for the same steps again."""
         files = _context(next(self._numbers))
         context = _tar(files)
         first = _timed(lambda: _build(lab, "ten:1", context))
@@ -268,10 +269,10 @@ def _build_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Fi
 
 
 class _LargeContext:
-    """A context whose directory has another name each time, by which no builder knows it."""
+    """A context whose directory has another name each time, so that no builder has it in its cache."""
 
     def __init__(self, place: Path) -> None:
-        """``place``: for the files."""
+        """``place``: directory for the files."""
         self._numbers = count()
         self._place = place
         self._directory = place / "large"
@@ -283,7 +284,7 @@ class _LargeContext:
         (self._directory / "Dockerfile").write_text("FROM busybox:1\nCOPY . /app\n")
 
     def measure(self, lab: Lab) -> Metrics:
-        """Seconds of both builders, from the command until its image is listed."""
+        """Return the seconds of both builders, from the command until its image is listed."""
         found = {}
         for which, variable in (("BuildKit", "1"), ("classic", "0")):
             self._directory = self._directory.rename(self._place / f"large-{next(self._numbers)}")
@@ -298,7 +299,7 @@ def _context_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[
     size = CONTEXT_FILES * CONTEXT_FILE_BYTES // 1_000_000
     text = f"context of {CONTEXT_FILES} files, {size} MB"
     return [
-        # At least 0.8 of Docker's speed.
+        # This is at least 0.8 of Docker's speed.
         ratio(7, f"{text}, by BuildKit, s", sides["BuildKit"], limit=1.25, busy=busy),
         ratio(7, f"{text}, by the classic builder, s", sides["classic"], limit=1.25, busy=busy),
     ]

@@ -1,4 +1,4 @@
-"""What a cluster of three managers and two workers does when a machine is lost, beside real Docker Swarm.
+"""Recovery of a cluster of three managers and two workers from a lost machine, compared with real Docker Swarm.
 
 ::
 
@@ -6,8 +6,9 @@
     python -m bench.cluster --pairs 5 --steps form      # only init and join
     python -m bench.cluster --pairs 3 --steps update    # rolling updates
 
-Each round makes fresh machines of one system, measures, and removes them; the systems take turns, so only one is on the
-machine at a time.  A leader is lost by cutting its cable and then at once its power, so that it sends no last packet.
+Each round creates fresh machines of one system, measures, and removes them.  The systems take turns, so only one is
+on the machine at a time.  A leader is lost by cutting its cable and then at once its power, so that it sends no last
+packet.
 """
 
 import argparse
@@ -35,16 +36,16 @@ from skep.errors import SkepError
 from skep.playground.description import Node
 
 SETTLE_S = 4.0
-"""How long machines that have just been switched on are left alone: a daemon's own start is no part of init."""
+"""Seconds that new machines are left alone, because a daemon's own start does not belong to init."""
 
 REST_S, WATCHED_S = 8.0, 10.0
-"""How long a new cluster rests before its idle cost is taken, and over how long its processor time is."""
+"""Seconds a new cluster rests before its idle cost is measured, and seconds over which processor time is measured."""
 RETRY_S = 0.02
 Values = dict[str, list[float]]
 
 
 class Round:
-    """One life of one cluster.  ``values`` holds what was measured so far: ``{metric: values}``."""
+    """One cluster's lifetime.  ``values``: the measurements so far, ``{metric: values}``."""
 
     def __init__(self, lab: ClusterLab, steps: frozenset[str]) -> None:
         self.lab, self._steps = lab, steps
@@ -53,7 +54,7 @@ class Round:
         self.facts: dict[str, str] = {}
 
     def run(self) -> None:
-        """Measure everything.  Raises what goes wrong; what was measured before that counts."""
+        """Measure everything.  Errors are raised, and earlier measurements still count."""
         self._say("machines come up")
         self.lab.up()
         time.sleep(SETTLE_S)
@@ -93,7 +94,7 @@ class Round:
             self._note(f"swarm join of a {node.role} to listed ready, s", time.monotonic() - began)
 
     def _idle(self) -> None:
-        """Memory and processor share of each machine, without services."""
+        """Measure memory and processor share of each machine, without services."""
         time.sleep(REST_S)
         before = {node.name: self.lab.processor_s(node) for node in self.lab.nodes}
         began = time.monotonic()
@@ -105,7 +106,7 @@ class Round:
             self._note(f"idle {node.role}, memory (PSS), MiB", self.lab.memory_mib(node))
 
     def _alone(self) -> None:
-        """Memory of a worker while nothing else maps the same files; the cluster ends with it."""
+        """Measure a worker's memory while no other process maps the same files.  This ends the cluster."""
         left = self.lab.workers[0]
         for node in self.lab.nodes:
             if node.name != left.name:
@@ -113,7 +114,7 @@ class Round:
         self._note("idle worker alone, memory (PSS), MiB", self.lab.memory_mib(left))
 
     def _update(self) -> None:
-        """Rolling updates in both orders, on all machines."""
+        """Measure rolling updates in both orders, on all machines."""
         via = engine(self.lab.nodes[0])
         service = self._service("rolled", REPLICAS)
         for round in range(TIMES * len(ORDERS)):
@@ -125,7 +126,7 @@ class Round:
     def _lose_worker(
         self, which: int, what: str, lose: Callable[[Node], None], give_back: Callable[[Node], None]
     ) -> None:
-        """A worker goes -> the service's tasks run on the other one."""
+        """Lose a worker, and measure until the service's tasks run on the other one."""
         victim, via = self.lab.workers[which], engine(self.lab.nodes[0], RESPONSE_S)
         lost = self.lab.ids()[victim.name]
         service = self._service("standing", REPLICAS, Constraints=["node.role==worker"])
@@ -153,7 +154,7 @@ class Round:
         self._remove(service)
 
     def _lose_leader(self) -> None:
-        """The leader goes -> a survivor accepts a write -> the tasks it had run elsewhere."""
+        """Lose the leader.  Measure until a survivor accepts a write, and until its tasks run elsewhere."""
         service = self._service("standing", REPLICAS)
         leader = self.lab.leader()
         lost = self.lab.ids()[leader.name]
@@ -180,7 +181,7 @@ class Round:
         self._note("leader lost: its tasks replaced, s", time.monotonic() - began)
         self._say(f"leader {leader.name} lost: {had} of {REPLICAS} tasks were on it")
 
-    # -- what they are made of -------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _spec(self, name: str, replicas: int, **placement: Any) -> dict[str, Any]:
         return {
@@ -194,7 +195,7 @@ class Round:
         }
 
     def _service(self, name: str, replicas: int, **placement: Any) -> str:
-        """A service whose tasks all run; gives its id."""
+        """Create a service, wait until all its tasks run, and return its id."""
         via = engine(self.lab.nodes[0])
         id: str = via.post("/services/create", self._spec(name, replicas, **placement))["ID"]
         until(lambda: len(self._running(via, id)) >= replicas, f"{replicas} tasks run")
@@ -209,7 +210,7 @@ class Round:
         )
 
     def _running(self, via: Any, service: str, without: str = "") -> list[dict[str, Any]]:
-        """Tasks that run and shall, but for those of node ``without``."""
+        """Return the tasks that run and have the desired state running, except those of node ``without``."""
         tasks = answered(lambda: via.get("/tasks", filters={"service": [service]}), otherwise=[])
         return [
             task
@@ -235,7 +236,7 @@ class Round:
 
 
 class _Writes:
-    """A writer at each survivor, all trying until one of them succeeds."""
+    """Writers at all survivors, which retry until one of them succeeds."""
 
     def __init__(self, survivors: list[Node], spec: Callable[[str], dict[str, Any]]) -> None:
         self._accepted: list[tuple[float, Node, str]] = []
@@ -247,7 +248,7 @@ class _Writes:
             thread.start()
 
     def first(self, timeout_s: float) -> tuple[float, Node, str]:
-        """The time (monotonic), the manager that was used, and the service's id.  Raises: TimeoutError."""
+        """Return the time (monotonic), the manager that was used, and the service's id.  Raises: TimeoutError."""
         if not self._seen.wait(timeout_s):
             raise TimeoutError(f"no write was accepted within {timeout_s:g} s")
         return min(self._accepted, key=lambda accepted: accepted[0])
@@ -274,7 +275,7 @@ class _Writes:
 
 def main() -> None:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that SIGTERM also removes everything
     began = time.monotonic()
     values: dict[str, dict[str, list[float]]] = {}
     noises: list[float] = []
@@ -320,7 +321,7 @@ def round_minutes(seconds: float) -> float:
 
 
 def _keep_logs(lab: ClusterLab, target: Path | None, name: str) -> None:
-    """The daemons' logs of a failed round, when asked for."""
+    """Keep the daemons' logs of a failed round, if requested."""
     if target is None:
         return
     with suppress(SkepError):

@@ -1,7 +1,7 @@
-"""Machines of one system, alike in all but their daemon; three managers and two workers if nothing else is said.
+"""Machines of one system that differ only in their daemon, by default three managers and two workers.
 
-Both systems live in a playground: the same namespaces, the same network, the same way to take a machine's power or
-cable.  A machine of Docker's runs the distribution's dockerd with its default configuration.
+Both systems use a playground: the same namespaces, the same network, the same way to cut a machine's power or cable.
+Docker's machines run the distribution's dockerd with its default configuration.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from skep.playground.playground import Playground
 MANAGERS, WORKERS = 3, 2
 PORT = 2377
 RESPONSE_S = 3.0
-"""Patience with one request: without a leader dockerd does not refuse a write, it holds it."""
+"""Timeout of one request.  Without a leader dockerd does not refuse a write but holds it."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 System = Literal["docker", "skep"]
 
 
 class ClusterLab:
-    """The machines of one system; ``up`` makes them, ``init`` and ``join`` a cluster of them."""
+    """The machines of one system.  ``up`` creates them, and ``init`` and ``join`` make them a cluster."""
 
     def __init__(
         self, system: System, directory: Path, managers: int = MANAGERS, workers: int = WORKERS
@@ -37,7 +37,7 @@ class ClusterLab:
         self.image = ""
 
     def up(self) -> None:
-        """Machines that are in no swarm yet, with the image on each."""
+        """Create machines outside of a swarm, with the image on each."""
         self.down()
         managers, workers = self._size
         kinds: list[Any] = [("manager", self.system)] * managers + [("worker", self.system)] * workers
@@ -78,7 +78,7 @@ class ClusterLab:
         engine(node).post("/swarm/join", requested)
 
     def form(self) -> None:
-        """One cluster of all machines; returns when all are ready."""
+        """Form one cluster of all machines, and return when all are ready."""
         self.init()
         for node in self.nodes[1:]:
             self.join(node)
@@ -86,11 +86,11 @@ class ClusterLab:
         until(lambda: self.ready(first) == len(self.nodes), "all nodes are ready")
 
     def ids(self) -> dict[str, str]:
-        """Name of a machine -> its node id."""
+        """Return node ids by machine name."""
         return {node.name: engine(node).get("/info")["Swarm"]["NodeID"] for node in self.nodes}
 
     def ready(self, through: Node) -> int:
-        """Nodes that are ready; of managers, also reachable."""
+        """Return the number of ready nodes.  Managers must also be reachable."""
         known = engine(through).get("/nodes")
         return sum(
             one["Status"]["State"] == "ready"
@@ -99,17 +99,17 @@ class ClusterLab:
         )
 
     def leader(self) -> Node:
-        """Raises: LookupError: there is no leader."""
+        """Return the leader.  Raises: LookupError: there is no leader."""
         by_id = {id: name for name, id in self.ids().items()}
         for one in engine(self.nodes[0]).get("/nodes"):
             if (one.get("ManagerStatus") or {}).get("Leader"):
                 return next(node for node in self.nodes if node.name == by_id[one["ID"]])
         raise LookupError(f"{self.system}: no leader")
 
-    # -- what is taken from a machine, and given back --------------------------------------------------------------
+    # -- faults and their end --------------------------------------------------------------------------------------
 
     def kill(self, node: Node) -> None:
-        """SIGKILL of all its processes at once."""
+        """Kill all processes of a machine at once with SIGKILL."""
         asyncio.run(self._playground.kill(node.name))
 
     def start(self, node: Node) -> None:
@@ -118,18 +118,18 @@ class ClusterLab:
     def cable(self, node: Node, *, connected: bool) -> None:
         asyncio.run(self._playground.mend(node.name) if connected else self._playground.cut(node.name))
 
-    # -- what it costs ---------------------------------------------------------------------------------------------
+    # -- costs -----------------------------------------------------------------------------------------------------
 
     def version(self) -> str:
         response: dict[str, Any] = engine(self.nodes[0]).get("/version")
         return f"{self.system} {response['Version']}"
 
     def memory_mib(self, node: Node) -> float:
-        """PSS of the machine's daemons."""
+        """Return the PSS of the machine's daemons."""
         return memory_mib(Path(node.netns), list(node.pids))["daemons"]
 
     def processor_s(self, node: Node) -> float:
-        """Processor time of the machine's daemons until now, children that have ended included."""
+        """Return the processor time of the machine's daemons until now, including children that have ended."""
         ticks = 0
         for pid in daemons(Path(node.netns), list(node.pids)):
             with suppress(OSError):  # it has just ended
@@ -139,12 +139,12 @@ class ClusterLab:
 
 
 def engine(node: Node, timeout_s: float = 60.0) -> Engine:
-    """A connection of its own to the machine's API."""
+    """Open a separate connection to the machine's API."""
     return Engine(Path(node.endpoint.removeprefix("unix://")), timeout_s)
 
 
 def answered(ask: Callable[[], Any], otherwise: Any) -> Any:
-    """What ``ask`` gives, or ``otherwise`` while the cluster cannot answer."""
+    """Return the result of ``ask``, or ``otherwise`` while the cluster cannot respond."""
     try:
         return ask()
     except (OSError, EngineError, LookupError):
@@ -152,7 +152,7 @@ def answered(ask: Callable[[], Any], otherwise: Any) -> Any:
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0, poll_s: float = 0.02) -> None:
-    """Wait.  Raises TimeoutError with ``what`` was waited for."""
+    """Wait for ``condition``.  Raises: TimeoutError: with ``what`` in its message."""
     deadline = time.monotonic() + timeout_s
     while not answered(condition, otherwise=False):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A process of simulated agents, driven by words on its standard input, each answered with a figure."""
+"""A process of simulated agents, driven by commands on its standard input.  It responds to each with a number."""
 
 import asyncio
 import subprocess
@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import TypeAlias
 
 Ask: TypeAlias = Callable[[str], Awaitable[float]]
-"""Has the process do something and gives its figure: seconds, unless the word asks for another one."""
+"""Sends a command to the process and returns its number: seconds, unless the command is about another quantity."""
 
 
 @asynccontextmanager
 async def crowd(module: str, *arguments: str) -> AsyncIterator[Ask]:
-    """Run ``module`` until the context is left; begins when it is ready."""
+    """Run ``module`` until the context is left.  The block begins when the process is ready."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -1,10 +1,10 @@
-"""A day in production: ten stacks under load on three managers and five workers, and all that happens to a cluster.
+"""A day in production: ten stacks under load on three managers and five workers, with everything that can happen.
 
-Owners update, scale, rotate secrets and run jobs; operators rotate the root certificate, replace a worker, and upgrade
-every node from the commit before (once, in the middle); daemons are killed, machines lose power, hang or are cut off.
-After each of these the checks of the soak hold (``soak_cluster``, ``soak_networks``), nothing that was acknowledged is
-lost, and no request of a customer failed but of those that a lost machine takes along.  Memory is compared between
-calms.  The page about it is written in any case.
+Owners update, scale, rotate secrets and run jobs.  Operators rotate the root certificate, replace a worker, and
+upgrade every node from the previous commit (once, in the middle).  Daemons are killed, and machines lose power, hang
+or are cut off.  After each of these events the checks of the soak must pass (``soak_cluster``, ``soak_networks``), all
+acknowledged changes must be there, and no customer's request may have failed except those that a lost machine
+interrupts.  Memory is compared between calm phases.  The report page is always written.
 
     .venv/bin/python -m bench.day --minutes 120
 """
@@ -40,21 +40,21 @@ MANAGERS, WORKERS = 3, 5
 FAULTS, OPERATIONS = 0.25, 0.15
 """Shares of the rounds."""
 FORMER = "0.0.9"
-"""What the version is called that the day begins with."""
+"""Version number of the release that the day begins with."""
 UPGRADE_S = 3600.0
 QUIET_S = 2.0
 
 
 class Event(msgspec.Struct):
-    """Something that happened again and again."""
+    """An event that happened repeatedly."""
 
     count: int = 0
     took_s_max: float = 0.0
-    """Until everything was as wanted again."""
+    """Longest time until everything was in its desired state again."""
 
 
 class Report(msgspec.Struct):
-    """What the page says."""
+    """Content of the report page."""
 
     title: str
     events: dict[str, Event] = {}
@@ -62,13 +62,13 @@ class Report(msgspec.Struct):
     outcome: str = ""
 
     def add(self, what: str, took_s: float) -> None:
-        """An event is over."""
+        """Record the end of an event."""
         event = self.events.setdefault(what, Event())
         event.count += 1
         event.took_s_max = max(event.took_s_max, took_s)
 
     def page(self, asked: Mapping[tuple[str, bool], Asked], broken: Sequence[str], acknowledged: int) -> str:
-        """As Markdown."""
+        """Return the page as Markdown."""
         rows = [
             f"| {what} | {event.count} | {event.took_s_max:.1f} s |"
             for what, event in sorted(self.events.items())
@@ -106,7 +106,7 @@ class Day(ClusterSoak):
         upgrade: Sequence[str],
         folder: Path,
     ) -> None:
-        """``upgrade``: words of ``skep`` that upgrade all nodes.  ``folder``: for the files of the stacks."""
+        """``upgrade``: arguments of ``skep`` that upgrade all nodes.  ``folder``: directory for the stacks' files."""
 
         def stacks(engine: Callable[[], Engine], image: str, rng: random.Random) -> Stacks:
             return Stacks(engine, image, rng, self._at_a_manager, folder)
@@ -118,7 +118,7 @@ class Day(ClusterSoak):
         self._upgrade_words = upgrade
         self._upgrade_at = float("inf")
         self._new: set[str] = set()
-        """Machines that no balancer sends customers to, as they are not ready yet."""
+        """Machines to which no load balancer sends customers, because they are not ready yet."""
         self.customers = Customers(self._open, self._published)
 
     def run(self, minutes: float) -> None:
@@ -154,7 +154,7 @@ class Day(ClusterSoak):
             self._own()
 
     def _own(self) -> None:
-        """An owner changes something, with machines away or not."""
+        """Let an owner change something, with or without machines away."""
         back = self._away and self._return_some()
         began = time.monotonic()
         if not back:
@@ -164,7 +164,7 @@ class Day(ClusterSoak):
         self._over(what.split()[0], began)
 
     def _return_some(self) -> bool:
-        """Machines whose time is over come back; what they answer meanwhile is not promised."""
+        """Bring back machines whose time is over.  Their responses meanwhile are not promised."""
         self.customers.during("a machine comes back", is_promised=False)
         began = time.monotonic()
         said = self._come_back()
@@ -184,13 +184,13 @@ class Day(ClusterSoak):
             victim = self._random.choice(self._there())
             self.customers.during("a daemon is killed", is_promised=True)
             what, kind = self._kill_a_process(victim), "daemon killed"
-            if "conmon" in what or "wireguard-go" in what:  # what a container or a tunnel hangs on
+            if "conmon" in what or "wireguard-go" in what:  # containers or tunnels depend on it
                 self.customers.during("a monitor is killed", is_promised=False)
         self._settle(what)
         self._over(kind, began)
 
     def _operate(self, kind: str, work: Callable[[], None]) -> None:
-        """What operators do with all machines there."""
+        """Let operators do something while all machines are there."""
         self.customers.during("a machine comes back", is_promised=False)
         self._come_back(all_of_them=True)
         self._settle("all are back")
@@ -218,11 +218,11 @@ class Day(ClusterSoak):
         if difference := self.stacks.difference():
             return difference
         with self.customers.paused():
-            time.sleep(0.1)  # what is asked ends
+            time.sleep(0.1)  # so that running requests end
             return super()._difference()
 
     def log_situation(self) -> None:
-        """Where the tasks are and what their services do, for who looks for the cause; as far as a manager answers."""
+        """Log the locations of tasks and the states of services for an analysis, as far as a manager responds."""
         try:
             manager = self._a_manager()
             nodes = manager.get("/nodes")
@@ -247,7 +247,7 @@ class Day(ClusterSoak):
 
     def _rotate_certificates(self) -> None:
         def rotate() -> None:
-            # It waits until every etcd trusts the root of the rotation before.
+            # The command waits until every etcd trusts the root of the previous rotation.
             manager = self._a_manager(COMMAND_S)
             swarm = manager.get("/swarm")
             spec = swarm["Spec"]
@@ -260,17 +260,17 @@ class Day(ClusterSoak):
         )
 
     def _replace_a_worker(self) -> None:
-        """A worker is drained, leaves and is removed; the machine joins as a new node.
+        """Drain and remove a worker, and let the machine join as a new node.
 
-        A drain stops tasks before others are started, as Docker's does, so that a service that has all its tasks on one
-        node is away meanwhile; ``skep upgrade`` refuses such a node.
+        A drain stops tasks before their replacements start, as Docker's does.  A service with all its tasks on one
+        node is away meanwhile, and ``skep upgrade`` refuses such a node.
         """
         workers, homes = [one for one in self._there() if one.role == "worker"], self._only_homes()
         if not (others := [one for one in workers if one.name not in homes]):
             self.customers.during("node replaced that has a whole service", is_promised=False)
         node = self._random.choice(others or workers)
         self._at_a_manager("node", "drain", node.name)
-        del self._nodes[node.name]  # it is asked for nothing any more
+        del self._nodes[node.name]  # it no longer receives requests
         time.sleep(QUIET_S)
         worker = engine(node, COMMAND_S)
         worker.post("/swarm/leave")
@@ -289,7 +289,7 @@ class Day(ClusterSoak):
         self._nodes_ready()
 
     def _only_homes(self) -> set[str]:
-        """Nodes that have every task of a service."""
+        """Return the nodes that have every task of some service."""
         manager = self._a_manager()
         names = {node["ID"]: node["Description"]["Hostname"] for node in manager.get("/nodes")}
         homes: dict[str, set[str]] = {}
@@ -304,7 +304,7 @@ class Day(ClusterSoak):
             for node in self.stacks.until_answered(lambda: self._a_manager().get("/nodes"))
         }
         assert versions == {__version__}, f"versions after the upgrade: {versions}"
-        # Their processes are others now.
+        # Their processes were replaced.
         self._nodes = {node.name: node for node in self._playground.cluster().nodes}
 
     def _nodes_ready(self) -> None:
@@ -322,7 +322,9 @@ class Day(ClusterSoak):
 
 
 def day(directory: Path, minutes: float, rng: random.Random, log: Log, report: Report, earlier: str) -> None:
-    """Raises: AssertionError: something did not hold; the nodes' logs are then kept beside ``log``."""
+    """Run the day.  Raises: AssertionError: a check failed.  Then the nodes' logs are kept in the directory of
+    ``log``.
+    """
     former = package_of(earlier, directory / "package")
     (former / "skep/__init__.py").write_text(f'__version__ = "{FORMER}"\n')
     folder = directory / "versions"

@@ -1,7 +1,8 @@
-"""Ten stacks of a day in production: what their owners do with them, and the requests of their customers all along.
+"""Ten stacks of a day in production: the operations of their owners, and constant requests of their customers.
 
-Every stack has a published service and one behind it, on a network of its own, encrypted in every second stack, with a
-secret, volumes and a health check.  Owners deploy by ``skep stack deploy``; what was acknowledged is remembered.
+Every stack has a published service and one behind it on a separate network, which is encrypted in every second stack.
+It also has a secret, volumes and a health check.  Owners deploy with ``skep stack deploy``.  Acknowledged changes are
+recorded.
 """
 
 import base64
@@ -26,20 +27,20 @@ from skep.playground.description import Node
 
 STACKS = 10
 REPLICAS = (2, 3, 4)
-"""One alone would be away while its node is drained."""
+"""Replicas of a service.  A single one would be away while its node is drained."""
 KEPT_MAX = 200
-"""Configs that are kept of those made."""
+"""Number of created configs that are kept."""
 JOB_RUNS = 4
 ASKERS = 2
 PAUSE_S = 0.05
 COMMAND_S = 300.0
 FAILED_MAX = 50
-"""Failures of requests whose text is kept."""
+"""Number of failed requests whose text is kept."""
 SKEP = str(Path(sys.executable).with_name("skep"))
 
 
 def skep(node: Node, *words: str, within_s: float = COMMAND_S) -> str:
-    """What the command prints, as an operator of ``node`` gives it.  Raises: AssertionError: it failed."""
+    """Run ``skep`` as an operator of ``node``, and return its output.  Raises: AssertionError: it failed."""
     command = (SKEP, "--host", node.endpoint, *words)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=within_s)
     assert done.returncode == 0, f"skep {' '.join(words)}: {done.stderr[-800:]}"
@@ -47,7 +48,7 @@ def skep(node: Node, *words: str, within_s: float = COMMAND_S) -> str:
 
 
 class Stacks(Users):
-    """The stacks and their owners.  ``commands``: runs ``skep`` at a manager that is there."""
+    """The stacks and their owners.  ``commands``: runs ``skep`` on an available manager."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Stacks(Users):
         self._folder = folder
         self._files: dict[int, dict[str, Any]] = {}
         self.configs: list[str] = []
-        """Made and acknowledged, and not removed."""
+        """Acknowledged configs that were not removed."""
         self.acknowledged = 0
 
     def prepare(self) -> None:
@@ -75,13 +76,13 @@ class Stacks(Users):
                 self.wanted[f"day{number}_{service}"] = 2
 
     def step(self) -> str:
-        """What an owner does next."""
+        """Do the next operation of an owner, and describe it."""
         self._steps += 1
         some = (self._update_stack, self._scale_stack, self._rotate, self._run_job, self._keep_config)
         return self._random.choice(some)()
 
     def difference(self) -> str:
-        """As of users; what was acknowledged and is not there; updates that are under way."""
+        """Return the differences of users, missing acknowledged objects, and updates in progress."""
         if different := super().difference():
             return different
         names = {one["Spec"]["Name"] for one in self._engine().get("/configs")}
@@ -146,7 +147,7 @@ class Stacks(Users):
         return f"keep {name}"
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for it.  Raises: AssertionError: in vain."""
+        """Wait for ``condition``.  Raises: AssertionError: it was not met in time."""
         deadline = time.monotonic() + DEADLINE_S
         while not self.until_answered(condition):
             assert time.monotonic() < deadline, f"not within {DEADLINE_S} s: {what}"
@@ -168,7 +169,7 @@ class Stacks(Users):
 
 
 def a_stack(number: int) -> dict[str, Any]:
-    """The Compose file of a stack."""
+    """Return the Compose file of a stack."""
 
     def service(name: str) -> dict[str, Any]:
         return {
@@ -188,7 +189,7 @@ def a_stack(number: int) -> dict[str, Any]:
             },
             "deploy": {
                 "replicas": 2,
-                # Tasks that return to their data cannot be spread before an upgrade, which refuses crowded nodes.
+                # An upgrade refuses crowded nodes, and tasks that return to their data cannot be spread before it.
                 "labels": {VOLUME_AFFINITY: VolumeAffinity.NONE.value},
                 "update_config": {"order": "start-first", "parallelism": 1, "monitor": "1s"},
                 "restart_policy": {"condition": "any", "delay": "0s"},
@@ -207,20 +208,23 @@ def a_stack(number: int) -> dict[str, Any]:
 
 
 class Asked(msgspec.Struct):
-    """Requests while one thing went on."""
+    """Requests during one event."""
 
     count: int = 0
     failed: int = 0
 
 
 class Customers:
-    """Requests at published ports, all along.
+    """Sends requests to published ports all the time.
 
-    What goes on is ``during``; machines that are lost in it take requests along, so these are not promised.
+    ``during`` names the current event.  A lost machine interrupts requests, so they are not promised during such an
+    event.
     """
 
     def __init__(self, nodes: Callable[[], Sequence[Node]], services: Callable[[], Sequence[Any]]) -> None:
-        """``nodes``: those that are there; ``services``: those to be asked (``soak_networks.Service``)."""
+        """``nodes``: returns the available nodes.  ``services``: returns the services to request
+        (``soak_networks.Service``).
+        """
         self._nodes, self._services = nodes, services
         self._lock = threading.Lock()
         self._stopped, self._open = threading.Event(), threading.Event()
@@ -232,7 +236,7 @@ class Customers:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """In threads of their own."""
+        """Send requests in separate threads."""
         threads = [threading.Thread(target=self._ask_on, args=(seed,)) for seed in range(ASKERS)]
         for one in threads:
             one.start()
@@ -246,7 +250,7 @@ class Customers:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While counters of the machines are compared."""
+        """Pause while counters of the machines are compared."""
         self._open.clear()
         try:
             yield
@@ -254,11 +258,11 @@ class Customers:
             self._open.set()
 
     def during(self, what: str, *, is_promised: bool) -> None:
-        """What goes on from now on."""
+        """Set the current event."""
         self._now = (what, is_promised)
 
     def note(self, before: tuple[str, bool], after: tuple[str, bool], wrong: str) -> None:
-        """A request is over.  It is promised if it was when it began and when it ended."""
+        """Record the end of a request.  It is promised if it was both when it began and when it ended."""
         during = before if not before[1] else after
         with self._lock:
             asked = self.asked.setdefault(during, Asked())
@@ -280,8 +284,10 @@ class Customers:
 
 
 def _wrong(asking: Node, at: Node, service: Any) -> str:
-    """Why a request from one machine at another was not served; empty: it was.  While a secret is rotated its page has
-    either value."""
+    """Return why a request from one machine to another was not served, or an empty string.
+
+    During a rotation of a secret its page may have either value.
+    """
     where = f"{service.name} asked by {asking.name} at {at.name}"
     try:
         body = soak_networks.within(

@@ -1,12 +1,12 @@
-"""Thousands of simulated agents on one manager: register, one task each, its status back.
+"""Thousands of simulated agents on one manager: they register, get one task each, and report its status.
 
 ::
 
     python -m bench.dispatching --agents 500,1000,2000
 
-The figures to compare with are SwarmKit's (its dispatcher on its in-memory store, agents in the same process): here
-the store is the one in memory, too, and the agents are a second process, as SwarmKit's used both processors.  Each
-agent has a certificate and a TLS connection of its own and keeps its streams open; 50 register at a time.
+The numbers to compare with are SwarmKit's (its dispatcher on its in-memory store, agents in the same process).  Here
+the store is also in memory, and the agents are a second process, because SwarmKit's used both processors.  Each agent
+has its own certificate and TLS connection and keeps its streams open. 50 register at a time.
 """
 
 import argparse
@@ -60,7 +60,7 @@ SWARMKIT: dict[int, dict[str, float]] = {
     1000: {"register_s": 2.009, "commit_and_assign_s": 0.232, "status_s": 0.133, "memory_mib": 517},
     2000: {"register_s": 4.249, "commit_and_assign_s": 0.764, "status_s": 0.444, "memory_mib": 800},
 }
-"""Go 1.19.8, 2 processors, the commit that dockerd 20.10.24 has."""
+"""Measured with Go 1.19.8 on 2 processors, at the SwarmKit commit that dockerd 20.10.24 uses."""
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     busy = noise()
     measured = {}
-    # Each number in a process of its own: one that has served 1,000 agents has memory to spare for the next ones.
+    # Each count runs in a new process, because one that has served 1,000 agents has spare memory for the next ones.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as managers:
         for count in options.agents:
             print(f"{count} agents ...", file=sys.stderr, flush=True)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def manage(count: int, secret_bytes: int = 0) -> dict[str, float]:
-    """Be the manager's process (``measure``)."""
+    """Run as the manager's process (``measure``)."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     return asyncio.run(measure(count, secret_bytes))
 
@@ -119,7 +119,7 @@ def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
 
 
 async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
-    """Seconds and MiB, by name.  ``secret_bytes``: of a secret that every task has; 0: there is none."""
+    """Return seconds and MiB by name.  ``secret_bytes``: size of a secret that every task has, or 0 for none."""
     authority, cluster = Authority.create(), ClusterId(new_id())
     clock = SystemClock()
     store = MemoryStore(clock)
@@ -146,8 +146,8 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
             result: dict[str, float] = {}
 
             @asynccontextmanager
-            async def measured(step: str) -> AsyncIterator[None]:
-                """Wall clock of a step, and processor time of either process."""
+            async def measure_step(step: str) -> AsyncIterator[None]:
+                """Measure the wall clock of a step, and the processor time of both processes."""
                 ours, theirs, began = time.process_time(), await agents("processor"), time.monotonic()
                 yield
                 result[f"{step}_s"] = time.monotonic() - began
@@ -156,7 +156,7 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
 
             before_mib = resident_mib()
             gc_settings.configure_gc()  # as a manager does
-            async with measured("register"):
+            async with measure_step("register"):
                 await agents("register")
 
             tasks = [
@@ -169,13 +169,13 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
                 )
                 for number, id in enumerate(nodes)
             ]
-            async with measured("commit_and_assign"):
+            async with measure_step("commit_and_assign"):
                 began = time.monotonic()
                 waiting = asyncio.create_task(agents("assigned"))
                 await store.update_each(_put, tasks)
                 result["commit_s"] = time.monotonic() - began
                 await waiting
-            async with measured("status"):
+            async with measure_step("status"):
                 await agents("status")
             result["memory_manager_mib"] = resident_mib()
             result["memory_before_mib"] = before_mib
@@ -186,7 +186,7 @@ async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
 
 
 async def _template(store: MemoryStore, secret_bytes: int) -> Task:
-    """What all tasks have: a secret of this size, if any."""
+    """Return a task template, with a secret of this size if it is not 0."""
     if not secret_bytes:
         return Task(id=TaskId(""))
     secret = Secret(id=SecretId("s1"), spec=SecretSpec(name="key"))
@@ -202,7 +202,9 @@ async def _template(store: MemoryStore, secret_bytes: int) -> Task:
 
 
 def _spec() -> SwarmSpec:
-    """Heartbeats as rare as SwarmKit's: agents that all share one processor cannot be punctual to the second."""
+    """Return heartbeats as rare as SwarmKit's, because agents on one shared processor cannot be punctual to the
+    second.
+    """
     dispatcher = DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS)
     return msgspec.structs.replace(DEFAULT_SWARM_SPEC, dispatcher=dispatcher)
 

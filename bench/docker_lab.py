@@ -1,7 +1,7 @@
-"""A real Docker Engine in swarm mode, in namespaces of its own: the one Skep is measured beside.
+"""A real Docker Engine in swarm mode in its own namespaces, to compare Skep with.
 
-The engine is the distribution's, with its default configuration (overlay2, json-file logs, seccomp); only paths and the
-cgroup parent are set.  Everything it makes lies below its directory and is removed by ``down``.
+The engine is the distribution's, with its default configuration (overlay2, json-file logs, seccomp).  Only paths and
+the cgroup parent are set.  All its files are below its directory, and ``down`` removes them.
 """
 
 import os
@@ -17,7 +17,8 @@ from skep.aio.trees import discard_tree_now
 
 ADDRESS = "192.168.77.11"
 
-# dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
+# dockerd writes bridge settings through sysfs, which must show its own network namespace.  The cgroups are mounted on
+# top again.
 _START = """
 groups=/sys/fs/cgroup; [ -d $groups/cpuacct ] && groups=$groups/cpuacct
 mkdir -p $groups/{cgroup}/daemons && echo $$ > $groups/{cgroup}/daemons/cgroup.procs
@@ -35,7 +36,7 @@ class DockerLab:
     system = "docker"
 
     def __init__(self, directory: Path, name: str = "docker-beside-skep") -> None:
-        """``name``: of its network namespace and its control group; two at a time need two."""
+        """``name``: unique name of its network namespace and its control group."""
         self.directory = directory
         self.cgroup = name
         self.netns = Path("/run/netns") / name
@@ -80,7 +81,7 @@ class DockerLab:
         return f"dockerd {response['Version']}"
 
     def down(self) -> None:
-        """End dockerd and its containers, and remove every trace."""
+        """End dockerd and its containers, and remove all traces."""
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -140,7 +141,7 @@ def _cgroup_pids(cgroup: str) -> set[int]:
 
 
 def _groups(cgroup: str) -> list[Path]:
-    """Where it is: in every hierarchy of v1, or in that of v2."""
+    """Return its directories: in every hierarchy of cgroup v1, or in that of v2."""
     top = Path("/sys/fs/cgroup")
     return [*top.glob(f"*/{cgroup}"), *top.glob(cgroup)]
 

@@ -1,8 +1,8 @@
-"""What encrypting an overlay costs: VXLAN inside WireGuard beside plain VXLAN, between the same two containers.
+"""The cost of encrypting an overlay: VXLAN inside WireGuard compared with plain VXLAN, between the same containers.
 
-Two nodes in namespaces of this machine, in turn plain and encrypted: one TCP stream, and round trips of 64 bytes on a
-kept connection.  Both ends of everything share this machine's processors, so read the ratios; a veth between the nodes
-flatters both sides, since it carries 64 KiB at once.
+Two nodes in namespaces of this machine are alternately plain and encrypted.  Measured are one TCP stream, and round
+trips of 64 bytes on a kept connection.  Both ends share this machine's processors, so read the ratios.  A veth between
+the nodes flatters both sides, since it carries 64 KiB at once.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from bench.figures import Figure, ratio, run_alone, undisturbed
+from bench.figures import Figure, ratio, run_alone, run_undisturbed
 from bench.machine import processor_s
 from bench.overlay_pair import ENCRYPTED, PLAIN, OverlayPair, overlay_pair
 from bench.stream import gigabits, round_trip_us
@@ -22,38 +22,38 @@ from skep.node.features import detect
 RATIO_MIN = {Method.KERNEL: 0.3, Method.USER_SPACE: 0.02}
 """Smallest ratio encrypted / plain of throughput that the project promises.
 
-wireguard-go of Debian 12 encrypts each packet alone; plain VXLAN here carries 64 KiB at once.
+wireguard-go of Debian 12 encrypts each packet separately, while plain VXLAN here carries 64 KiB at once.
 """
 SECONDS = 1.0
 TURNS = 3
-"""Of each kind, in a pair."""
+"""Number of turns of each kind, in one pair."""
 
 
 class Turn(NamedTuple):
-    """What one turn gave."""
+    """Result of one turn."""
 
     gigabits: float
     round_trip_us: float
     processes_s: float
-    """For a gigabyte."""
+    """Processor seconds of the processes per gigabyte."""
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Throughput and round trips."""
-    return asyncio.run(_measured(pairs))
+    """Measure throughput and round trips."""
+    return asyncio.run(_measure(pairs))
 
 
-async def _measured(pairs: int) -> list[Figure]:
+async def _measure(pairs: int) -> list[Figure]:
     method = choose(detect(Path(tempfile.gettempdir()) / "skep-features"))
     if not isinstance(method, Method):
         raise SystemExit(method.reason)
     with tempfile.TemporaryDirectory() as directory, overlay_pair(Path(directory), method) as pair:
         pair.add_plain()
         async with pair.encrypting():
-            return await _compared(pair, method, pairs)
+            return await _compare(pair, method, pairs)
 
 
-async def _compared(pair: OverlayPair, method: Method, pairs: int) -> list[Figure]:
+async def _compare(pair: OverlayPair, method: Method, pairs: int) -> list[Figure]:
     async def one(number: int) -> dict[str, Turn]:
         order = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
         found: dict[str, list[Turn]] = {kind: [] for kind in order}
@@ -61,7 +61,7 @@ async def _compared(pair: OverlayPair, method: Method, pairs: int) -> list[Figur
             found[kind].append(await _turn(pair, kind))
         return {kind: Turn(*map(median, zip(*turns, strict=True))) for kind, turns in found.items()}
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
 
     def sides(which: int) -> dict[str, list[float]]:
         return {kind: [value[kind][which] for value in values] for kind in ("plain", "encrypted")}
@@ -97,7 +97,7 @@ async def _turn(pair: OverlayPair, kind: str) -> Turn:
 
 
 def _processes_s(pair: OverlayPair) -> float:
-    """Processor time of both until now; the kernel's WireGuard has no processes."""
+    """Return the processor time of both processes until now.  The kernel's WireGuard has no processes."""
     found = (side.wireguard_go.process for side in (pair.a, pair.b))
     return sum(processor_s(process.pid) for process in found if process is not None)
 

@@ -1,7 +1,7 @@
-"""A small Engine API client for measuring: standard library, one kept-alive connection, nothing system-specific.
+"""A small Engine API client for measurements: standard library, one kept connection, nothing specific to a system.
 
-Not `skep.api.client`: it is synchronous, and its own cost, which is in every figure, must be small and the same
-whichever commit is measured.
+It is not `skep.api.client`, because it is synchronous, and its own cost, which is in every result, must be small and
+the same for each measured commit.
 """
 
 import http.client
@@ -37,7 +37,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Engine:
-    """One endpoint (a unix socket).  Not for several threads."""
+    """One endpoint (a unix socket).  Not thread-safe."""
 
     def __init__(self, path: Path, timeout_s: float = 120.0) -> None:
         self.path = path
@@ -53,7 +53,9 @@ class Engine:
     def raw(
         self, method: str, path: str, body: bytes | None = None, type_: str = "application/json"
     ) -> bytes:
-        """One request; gives the body.  A kept connection that the server has closed is opened again once."""
+        """Send one request, and return the body.  A kept connection that the server has closed is opened again
+        once.
+        """
         for attempt in (1, 2):
             connection = self._connection or _UnixConnection(self.path, self._timeout_s)
             self._connection = connection
@@ -77,9 +79,9 @@ class Engine:
         raise AssertionError("unreachable")
 
     def drain(self, path: str, silence_s: float) -> tuple[int, float]:
-        """GET ``path`` on a connection of its own and throw the body away.
+        """GET ``path`` on a separate connection, and discard the body.
 
-        Gives its length and the seconds until its last byte; a stream that is silent for ``silence_s`` has ended.
+        Return its length and the seconds until its last byte.  A stream that is silent for ``silence_s`` has ended.
         """
         began = last = time.monotonic()
         received = 0
@@ -90,7 +92,7 @@ class Engine:
         return received, last - began
 
     def listen(self, path: str, window_s: float) -> bytes:
-        """What the stream ``path`` gives within ``window_s``, on a connection of its own."""
+        """Return the output of the stream ``path`` within ``window_s``, on a separate connection."""
         until = time.monotonic() + window_s
         received = []
         with suppress(TimeoutError):
@@ -113,7 +115,7 @@ class Engine:
             connection.close()
 
     def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """JSON in, JSON out.  ``query`` values that are dicts are encoded as JSON (``filters``)."""
+        """Send JSON and return JSON. ``query`` values that are dicts are encoded as JSON (``filters``)."""
         if query:
             words = {key: json.dumps(v) if isinstance(v, dict) else v for key, v in query.items()}
             path = f"{path}?{urlencode(words)}"

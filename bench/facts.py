@@ -1,7 +1,7 @@
-"""What was on while measuring, read from the running systems and never assumed.
+"""Settings during a measurement, read from the running systems and never assumed.
 
-One task is started on each system; its process shows whether seccomp filters it and which capabilities bound it,
-the API gives back its log line, and the processes of the node show whether its store syncs to disk.
+One task is started on each system.  Its process shows whether seccomp filters it and which capabilities bound it, the
+API returns its log line, and the processes of the node show whether its store syncs to disk.
 """
 
 import time
@@ -14,7 +14,7 @@ _LINE = "the log is kept"
 
 
 def facts(lab: Any) -> dict[str, str]:
-    """Facts of one running system, each a short word for the result file."""
+    """Return facts of one running system, each a short word for the result file."""
     service = lab.engine.post(
         "/services/create",
         {
@@ -65,9 +65,9 @@ def _logs(lab: Any, container: str) -> bytes:
 
 
 def fsync(netns: Path, root_pids: list[int]) -> str:
-    """Whether a machine's store syncs to disk.
+    """Return whether a machine's store syncs to disk.
 
-    Docker's raft log has no switch to turn it off; etcd's has, and shows it on its command line.
+    Docker's raft log has no option to turn it off. etcd has one, which appears on its command line.
     """
     for pid in daemons(netns, root_pids):
         try:

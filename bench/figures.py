@@ -1,7 +1,7 @@
-"""Figures with limits: the results of the network benchmarks, compared and printed in one format.
+"""Results of the network benchmarks with limits, compared and printed in one format.
 
-Each of these modules has a function that gives its figures.  It is run alone by ``run_alone``, and with all others by
-``bench.networks``.
+Each of these modules has a function that returns its results.  ``run_alone`` runs one, and ``bench.networks`` runs
+all.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _WINDOW_S = 0.3
 
 
 class System(Protocol):
-    """One of the two that are measured."""
+    """One of the two measured systems."""
 
     system: str
 
@@ -40,41 +40,41 @@ L = TypeVar("L", bound=System)
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One figure, with every value it comes from."""
+    """One result, with all values that it is computed from."""
 
     number: int
-    """Number in the list of promised figures (``bench/README.md``); 0: not promised, for information."""
+    """Number in the list of promised results (``bench/README.md``), or 0 for information only."""
     what: str
     unit: str
     values: tuple[float, ...]
-    """Of pairs: a ratio for each."""
+    """One ratio per pair."""
     quantile: float = 0.5
-    """Which of the values is judged, as a share from the smallest on."""
+    """Quantile of the values that is judged, counted from the smallest."""
     limit: float | None = None
     is_least: bool = False
-    """Whether the limit is the smallest that is allowed; else it is the largest."""
+    """Whether the limit is a minimum instead of a maximum."""
     sides: Mapping[str, tuple[float, ...]] = {}
-    """What was measured on each side of the pairs, in the unit of the measurement."""
+    """Measurements of each side of the pairs, in the unit of the measurement."""
     busy: tuple[float, ...] = ()
-    """Share of the machine that was busy with other things before each value."""
+    """Share of the machine that was busy with other work before each value."""
 
     @property
     def value(self) -> float:
-        """The one that is judged."""
+        """Return the judged value."""
         return median(self.values) if self.quantile == 0.5 else at_quantile(self.values, self.quantile)
 
     @property
     def holds(self) -> bool | None:
-        """Whether it keeps its limit; None: it has none."""
+        """Return whether the value keeps its limit, or None without a limit."""
         if self.limit is None:
             return None
         return self.value >= self.limit if self.is_least else self.value <= self.limit
 
 
 Sides: TypeAlias = Mapping[str, Sequence[float]]
-"""What each of the two gave, pair by pair."""
+"""Measurements of both sides, pair by pair."""
 Measure: TypeAlias = Callable[[int], list[Figure]]
-"""Figures of a number of pairs."""
+"""Measures a number of pairs."""
 
 
 def ratio(
@@ -86,7 +86,7 @@ def ratio(
     is_least: bool = False,
     busy: Sequence[float] = (),
 ) -> Figure:
-    """The second side by the first, pair by pair."""
+    """Return the second side divided by the first, pair by pair."""
     first, second = sides.values()
     return Figure(
         number=number,
@@ -101,15 +101,15 @@ def ratio(
 
 
 def at_quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all values do not exceed (the nearest rank)."""
+    """Return the smallest value that at least ``share`` of all values do not exceed (the nearest rank)."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-async def undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[list[T], list[float]]:
-    """``one`` (of the pair's number) until ``wanted`` pairs were not disturbed; results, and how busy it was before.
+async def run_undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[list[T], list[float]]:
+    """Call ``one`` with the pair's number until ``wanted`` pairs were undisturbed.  Return results and prior load.
 
-    A pair that began while others kept the machine busy is done again, in at most twice as many pairs; its other
-    number turns the order of its sides round, too.
+    A pair that began while other work kept the machine busy is repeated, in at most twice as many pairs.  Its other
+    number also reverses the order of its sides.
     """
     kept: list[T] = []
     busy: list[float] = []
@@ -124,13 +124,13 @@ async def undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[
     return kept, busy
 
 
-async def alternated(
+async def alternate(
     ways: Sequence[K], number: int, turns: int, measure: Callable[[K], Awaitable[float]]
 ) -> dict[K, float]:
-    """What each way takes in the pair ``number``: the median of short turns in alternation, so that noise meets all.
+    """Measure each way in the pair ``number``: the median of short alternating turns, so that noise affects all.
 
-    With few processors it also matters on which of them the two ends of a turn happen to be; a median of five forgets
-    one that happened to be otherwise.
+    With few processors it also matters on which of them the two ends of a turn happen to be.  A median of five ignores
+    one outlier.
     """
     taken: dict[K, list[float]] = {way: [] for way in ways}
     for turn in range(turns):
@@ -140,7 +140,7 @@ async def alternated(
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Markdown."""
+    """Return the results as a Markdown table."""
     rows = ["| | what | values | limit | |", "|---|---|---|---|---|"]
     for one in figures:
         spread = f"{one.value:.3g} {one.unit} ({min(one.values):.3g} .. {max(one.values):.3g}, n={len(one.values)})"
@@ -152,7 +152,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def document(title: str, now: datetime, at: str, figures: Sequence[Figure], notes: Sequence[str] = ()) -> str:
-    """The whole result for people."""
+    """Return the whole result for people."""
     busy = [share for one in figures for share in one.busy]
     lines = [
         f"# {title}, {now:%Y-%m-%d %H:%M} UTC, commit {at}",
@@ -172,7 +172,7 @@ def document(title: str, now: datetime, at: str, figures: Sequence[Figure], note
 def keep(
     title: str, subject: str, now: datetime, figures: Sequence[Figure], notes: Sequence[str] = ()
 ) -> None:
-    """Write the result, for people and for programs.  ``subject`` ends the files' names."""
+    """Write the result, for people and for programs.  ``subject``: suffix of the files' names."""
     at = commit()
     plain = [msgspec.to_builtins(one) | {"value": one.value, "holds": one.holds} for one in figures]
     result = {"date": f"{now:%Y-%m-%d %H:%M UTC}", "commit": at, "figures": plain, "notes": list(notes)}
@@ -180,7 +180,7 @@ def keep(
 
 
 def run_alone(about: str, subject: str, measure: Measure) -> None:
-    """The command of one module: measure, print, keep.  ``measure``: of the number of pairs."""
+    """Run one module as a command: measure, print, keep.  ``measure``: takes the number of pairs."""
     parser = _parser(about)
     options = parser.parse_args()
     now = _begin()
@@ -188,10 +188,10 @@ def run_alone(about: str, subject: str, measure: Measure) -> None:
 
 
 def run_parts(about: str, subject: str, parts: Mapping[str, Measure]) -> None:
-    """The command of a module of several parts, of which ``--parts`` names some.
+    """Run a module of several parts as a command.  ``--parts`` selects some.
 
-    A part that fails is named in the result, and the others go on.  It ends with 1 if a limit was missed or a part
-    failed.
+    A part that fails is named in the result, and the others continue.  The exit status is 1 if a limit was missed or a
+    part failed.
     """
     parser = _parser(about)
     parser.add_argument(
@@ -208,7 +208,7 @@ def run_parts(about: str, subject: str, parts: Mapping[str, Measure]) -> None:
 
 
 def measured_parts(parts: Mapping[str, Measure], pairs: int) -> tuple[list[Figure], list[str]]:
-    """The figures of all parts by their numbers, and what went wrong in which part."""
+    """Return the results of all parts by their numbers, and the errors of failed parts."""
     figures: list[Figure] = []
     notes: list[str] = []
     for name, measure in parts.items():
@@ -225,7 +225,7 @@ def measured_parts(parts: Mapping[str, Measure], pairs: int) -> tuple[list[Figur
 def side_by_side(
     labs: Sequence[L], pairs: int, measure: Callable[[L], Mapping[str, float]]
 ) -> tuple[Mapping[str, Sides], list[float]]:
-    """Each metric of ``measure`` by system, measured in turn; and how busy the machine was before each pair."""
+    """Measure each metric of ``measure`` alternately on both systems.  Return also the load before each pair."""
 
     async def one(number: int) -> dict[str, Mapping[str, float]]:
         return {
@@ -233,7 +233,7 @@ def side_by_side(
             for lab in (labs if number % 2 else reversed(labs))
         }
 
-    found, busy = asyncio.run(undisturbed(pairs, one))
+    found, busy = asyncio.run(run_undisturbed(pairs, one))
     sides: dict[str, dict[str, list[float]]] = {}
     for pair in found:
         for lab in labs:
@@ -250,7 +250,7 @@ def _parser(about: str) -> argparse.ArgumentParser:
 
 
 def _begin() -> datetime:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after TERM, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after SIGTERM as well
     return datetime.now(UTC)
 
 

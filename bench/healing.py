@@ -1,12 +1,12 @@
-"""How long each object that Skep has put into the kernel takes to be back when it was taken away by hand.
+"""Time until each kernel object of Skep is restored after it was removed by hand.
 
 ::
 
     .venv/bin/python -m bench.healing            # kept in results/
-    .venv/bin/python -m bench.healing --dry      # printed alone
+    .venv/bin/python -m bench.healing --dry      # only printed
 
-Two nodes with plain, encrypted and ingress networks; every object of an overlay's, an encrypted overlay's, the node's
-own and a container's namespace is taken away, one after the other.  A time includes one reading of everything there.
+Two nodes have plain, encrypted and ingress networks.  Every object in the namespaces of an overlay, an encrypted
+overlay, the node and a container is removed, one after the other.  A time includes one reading of all objects.
 """
 
 import statistics
@@ -24,7 +24,7 @@ SHOWN = 5
 
 
 class Object(msgspec.Struct):
-    """``seconds``: None: it was not back within a minute."""
+    """A kind of object.  ``seconds``: None if it was not back within a minute."""
 
     place: str
     name: str
@@ -42,10 +42,10 @@ class Result(msgspec.Struct):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "healing", _measured, _text)
+    measure_alone(__doc__ or "", "healing", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     objects = []
     for where in PLACES:
         with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:

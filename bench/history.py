@@ -1,12 +1,13 @@
-"""What ``skep history`` over an hour takes a manager whose journal is full.
+"""The cost of ``skep history`` over an hour for a manager whose journal is full.
 
 ::
 
     .venv/bin/python -m bench.history                 # kept in results/
-    .venv/bin/python -m bench.history --dry           # printed alone
+    .venv/bin/python -m bench.history --dry           # only printed
 
-As many entries as a cluster keeps by default, half of them changes and half requests, all of the same hour, in a store
-in memory.  Read are the newest page as the command asks for it, and every page of the hour, one after the other.
+The journal in a store in memory has as many entries as a cluster keeps by default, half of them changes and half
+requests, all of the same hour.  The benchmark reads the newest page as the command requests it, and then every page of
+the hour.
 """
 
 import statistics
@@ -37,7 +38,7 @@ class Result(msgspec.Struct, kw_only=True):
 
     entries: int
     newest_ms: list[float]
-    """The newest page, with the bytes that are sent."""
+    """Time of the newest page, including its transfer."""
     all_ms: list[float]
     all_pages: int
     all_processor_ms: float
@@ -45,10 +46,10 @@ class Result(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "history", _measured, _text)
+    measure_alone(__doc__ or "", "history", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     store = MemoryStore(SystemClock())
     half = HISTORY_DEFAULT // 2
     await _fill(store, [_change(number, half) for number in range(half)])
@@ -79,7 +80,7 @@ async def _page(store: MemoryStore, query: Query) -> HistoryPage:
 
 
 async def _fill(store: MemoryStore, entries: Sequence[Entry]) -> None:
-    """Write ``entries``, a chunk at a time."""
+    """Write ``entries`` in chunks."""
 
     def write(tx: Transaction, first: int) -> None:
         part = entries[first : first + ENTRIES_MAX]

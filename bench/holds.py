@@ -1,7 +1,7 @@
-"""A manager that notes what holds its loop: ``bench.thousands --holds`` runs this instead of ``skep.manager.process``.
+"""A manager that records long callbacks: ``bench.thousands --holds`` runs this instead of ``skep.manager.process``.
 
-Processor time of each callback, so that the figure is the same on a busy machine; what took 10 ms and more is written
-to ``holds.txt`` beside the manager's log, by what was called, when it ends.
+It measures each callback's processor time, so that the result is the same on a busy machine.  At its end it writes the
+callbacks that took 10 ms or more to ``holds.txt`` in the directory of the manager's log, by called function.
 """
 
 import asyncio
@@ -20,7 +20,9 @@ LONG_S = 0.01
 
 
 def run(paths: Paths) -> None:
-    """As ``process.run``.  ``PROFILE`` in the environment: also a profile of all of it, ``profile.out``."""
+    """Run as ``process.run`` does.  With ``PROFILE`` in the environment, also write a profile of everything to
+    ``profile.out``.
+    """
     holds: dict[str, list[float]] = defaultdict(list)
     run_handle = asyncio.Handle._run
 
@@ -46,7 +48,7 @@ def run(paths: Paths) -> None:
 
 
 def _collections(holds: dict[str, list[float]]) -> Callable[[str, dict[str, int]], None]:
-    """Notes what the collector of cycles takes; the callback that it interrupted has that time, too."""
+    """Record the time of the garbage collector.  It also counts for the callback that the collector interrupted."""
     began = 0.0
 
     def note(phase: str, about: dict[str, int]) -> None:

@@ -1,12 +1,12 @@
-"""What holds a manager's event loop in a cluster of 200,000 tasks, one service of which has 20,000.
+"""The longest callbacks of a manager's event loop in a cluster of 200,000 tasks, where one service has 20,000.
 
 ::
 
     .venv/bin/python -m bench.large                 # kept in results/
-    .venv/bin/python -m bench.large --dry           # printed alone
+    .venv/bin/python -m bench.large --dry           # only printed
 
-The leader's loops and the API run on a store in memory.  Measured is the processor time of single callbacks of the
-loop, so that a busy machine changes it little; the longest of each phase is named, and how many took over 20 ms.
+The leader's loops and the API run on a store in memory.  The benchmark measures the processor time of single
+callbacks, which a busy machine changes little.  It names the longest of each phase, and counts those over 20 ms.
 """
 
 import argparse
@@ -46,11 +46,13 @@ REPORTS = 20_000
 TOGETHER = 1000
 LIMIT_S = 0.02
 OWN = " measured"
-"""In the name of what this benchmark itself does between two phases."""
+"""Marks the names of this benchmark's own callbacks between two phases."""
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """Processor seconds of what the loop did in it; ``longest``: the longest callbacks, with their names."""
+    """Processor seconds of the loop's callbacks in one phase.  ``longest``: the longest callbacks, with their
+    names.
+    """
 
     name: str
     processor_s: float = 0.0
@@ -59,7 +61,7 @@ class Phase(msgspec.Struct, kw_only=True):
 
 
 class Held:
-    """Measures each callback of the loop, for the phase that is under way."""
+    """Measures each callback of the loop in the current phase."""
 
     def __init__(self) -> None:
         self.phases: list[Phase] = []
@@ -78,7 +80,7 @@ class Held:
 
     @asynccontextmanager
     async def phase(self, name: str) -> AsyncIterator[None]:
-        """Until it ends, and everything that it led to is done."""
+        """Run a phase until it ends, and all resulting work is done."""
         self.phases.append(phase := Phase(name=name))
         began = time.process_time()
         yield
@@ -95,13 +97,13 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="keep nothing")
     is_dry = parser.parse_args().dry
     busy = noise()
-    phases = asyncio.run(measured())
+    phases = asyncio.run(measure())
     if not is_dry:
         _keep(phases, busy)
 
 
-async def measured() -> list[Phase]:
-    """All phases, one after another on one cluster."""
+async def measure() -> list[Phase]:
+    """Run all phases, one after another on one cluster."""
     clock, held = SystemClock(), Held()
     store = MemoryStore(clock)
     store.cluster.commit(
@@ -123,10 +125,10 @@ async def measured() -> list[Phase]:
 
 
 async def _after_that(store: MemoryStore, held: Held) -> None:
-    async with _client(store) as read:
+    async with _client(store) as read_all:
         for path in ("/nodes", "/tasks", "/services?status=true", '/tasks?filters={"service":["large"]}'):
             async with held.phase(f"GET {path}"):
-                await read(path)
+                await read_all(path)
     async with held.phase(f"{REPORTS} reports"):
         await store.update_each(_report, [TaskId(id) for id in store.view().ids(Task)[:REPORTS]])
     async with held.phase("one task of 20,000 fails"):
@@ -190,8 +192,8 @@ def _updated(store: MemoryStore) -> int:
 
 
 async def _wait(holds: Callable[[], bool]) -> None:
-    """Return when it holds."""
-    while not holds():  # noqa: ASYNC110  to look at each commit would cost more than what is measured
+    """Return when ``holds()`` is true."""
+    while not holds():  # noqa: ASYNC110  a check at each commit would cost more than the measured work
         await asyncio.sleep(0.5)
 
 
@@ -218,20 +220,20 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
             ClientSession(connector=UnixConnector(str(socket)), read_bufsize=1 << 20) as client,
         ):
 
-            async def read(path: str) -> None:
+            async def read_all(path: str) -> None:
                 async with client.get(f"http://manager{path}") as response:
                     assert response.status == 200, response.status
                     async for _ in response.content.iter_any():
                         pass
 
-            yield read
+            yield read_all
 
 
 HEADER = "| phase | processor, s | callbacks over 20 ms | the longest, ms | its name |\n|---|---|---|---|---|"
 
 
 def line(phase: Phase) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     took, name = phase.longest[0] if phase.longest else (0.0, "")
     return f"| {phase.name} | {phase.processor_s:.2f} | {phase.over_limit} | {took * 1000:.1f} | {name} |"
 

@@ -1,15 +1,15 @@
-"""What the leader's loops cost in a large cluster: a change of one service, and taking over after a leader change.
+"""The cost of the leader's loops in a large cluster: a change of one service, and the recovery after a leader change.
 
 ::
 
     .venv/bin/python -m bench.loops                       # the curve and the recovery, kept in results/
     .venv/bin/python -m bench.loops --services 5000
 
-A store in memory holds services of 20 running tasks on 1,000 nodes; the production loops of one leader (orchestrator,
-allocator, scheduler, reaper, ...) run on it.  *Change*: services are scaled from 20 to 25, one after another, each
-until its five tasks are assigned; the figure is processor time of the whole process per change.  *Recovery*: all loops
-begin a term on this store, which has one service whose task waits since before; until that task is assigned, and until
-nothing is left to do.
+A store in memory holds services of 20 running tasks on 1,000 nodes, and the production loops of one leader
+(orchestrator, allocator, scheduler, reaper, ...) run on it. *Change*: services are scaled from 20 to 25, one after
+another, each until its five tasks are assigned.  The result is processor time of the whole process per change.
+*Recovery*: all loops begin a term on this store, which has one service with a waiting task.  Measured is the time
+until that task is assigned, and until no work is left.
 """
 
 import argparse
@@ -56,7 +56,7 @@ WAITING = ServiceId("waiting")
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured at one size; seconds unless the name says otherwise."""
+    """Results at one size, in seconds unless the name says otherwise."""
 
     services: int
     tasks: int
@@ -66,10 +66,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Function calls per change."""
     first_wall_s: float
     first_processor_s: float
-    """From the begin of the term until the waiting task is assigned."""
+    """Processor time from the start of the term until the waiting task is assigned."""
     settled_wall_s: float
     settled_processor_s: float
-    """The same until nothing is left to do."""
+    """Processor time from the start of the term until no work is left."""
     busy: float
     reference_ns: float
 
@@ -85,20 +85,20 @@ def main() -> None:
     for services in [options.services] if options.services else SIZES:
         gc.unfreeze()
         gc.collect()
-        results.append(asyncio.run(measured(services)))
+        results.append(asyncio.run(measure(services)))
         print(_line(results[-1]), flush=True)
     if not options.services:
         _keep(results)
 
 
-async def measured(services: int) -> Result:
-    """Build the cluster, take it over, change it."""
+async def measure(services: int) -> Result:
+    """Build the cluster, take it over, and change it."""
     clock = SystemClock()
     store = MemoryStore(clock)
     store.cluster.commit(proposal_of(store, [*all_nodes(), *all_services(services)]), None)
     stored = store.view().find(Service)
     store.cluster.commit(proposal_of(store, list(all_tasks(stored))), None)
-    configure_gc()  # as the manager does with what it has loaded
+    configure_gc()  # as the manager does after loading
     busy = noise()
     async for term in store.terms(NodeId("m1"), ""):
         async with AsyncExitStack() as stack:
@@ -132,7 +132,7 @@ def _loops(term: Term, clock: SystemClock) -> list:  # type: ignore[type-arg]
 
 
 async def _change_ms(store: MemoryStore, id: ServiceId) -> float:
-    """Processor time of scaling one service, until its new tasks are assigned and all is quiet again."""
+    """Return the processor time of scaling one service, until its new tasks are assigned and no work is left."""
     began = time.process_time()
 
     def scale(tx: Transaction) -> None:
@@ -147,7 +147,7 @@ async def _change_ms(store: MemoryStore, id: ServiceId) -> float:
 
 
 async def _change_calls(store: MemoryStore, id: ServiceId) -> int:
-    """How many functions are called for it."""
+    """Return the number of function calls for the same."""
     profile = cProfile.Profile()
     profile.enable()
     await _change_ms(store, id)
@@ -156,7 +156,7 @@ async def _change_calls(store: MemoryStore, id: ServiceId) -> int:
 
 
 async def _wait_assigned(store: MemoryStore, id: ServiceId, count: int) -> None:
-    """Return when so many tasks of the service have a node."""
+    """Return when ``count`` tasks of the service have a node."""
     async with store.watch(Task) as watch:
         if assigned(store, id) >= count:
             return
@@ -170,7 +170,7 @@ def assigned(store: MemoryStore, id: ServiceId) -> int:
 
 
 async def wait_settled(began: float, processor: float) -> tuple[float, float]:
-    """Seconds (wall, processor) since then, when 50 ms pass in which next to nothing is done."""
+    """Return the seconds (wall, processor) from then until 50 ms with almost no work."""
     while True:
         wall_s, processor_s = time.perf_counter() - began, time.process_time() - processor
         await asyncio.sleep(0.05)

@@ -1,8 +1,8 @@
-"""What the machine and a node's daemons consume.
+"""Resource use of the machine and of a node's daemons.
 
-Memory is PSS: pages shared by several processes are divided among them, so that sums are honest both for a forked
-Python and for a Go daemon.  A node's daemons are all processes in its namespaces that do not belong to a container
-(a process in another PID namespace does).
+Memory is PSS: pages shared by several processes are divided among them, so that sums are fair both for a forked Python
+and for a Go daemon.  A node's daemons are all processes in its namespaces that do not belong to a container (a process
+in another PID namespace does).
 """
 
 import os
@@ -13,33 +13,33 @@ from pathlib import Path
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 MONITORS = ("conmon", "containerd-shim")
 BUSY = 0.25
-"""A pair that began while more than this share of the machine was busy is run again."""
+"""A pair that began while more than this share of the machine was busy is repeated."""
 
 
 def busy_s() -> float:
-    """Processor seconds this machine has spent on anything since boot."""
+    """Return the processor seconds of this machine since boot."""
     fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / _TICKS_PER_S
 
 
 def noise(window_s: float = 0.5) -> float:
-    """Share of the machine (0 to 1) that is busy while this process waits."""
+    """Return the share of the machine (0 to 1) that is busy while this process waits."""
     before, began = busy_s(), time.monotonic()
     time.sleep(window_s)
     return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
 
 
 def is_kept(before: float, tried: int, kept: int, wanted: int) -> bool:
-    """Whether the pair ``tried`` (from 1) counts, before which ``before`` of the machine was busy.
+    """Return whether the pair ``tried`` (from 1) counts, before which ``before`` of the machine was busy.
 
-    ``kept``: those that count already, of ``wanted``.  So many pairs may be repeated as are wanted, no more.
+    ``kept``: number of pairs that count already, of ``wanted``.  At most ``wanted`` pairs are repeated.
     """
     repeated = tried - 1 - kept
     return before <= BUSY or repeated >= wanted
 
 
 def quiet(within_s: float = 3.0, most: float = 0.1) -> float:
-    """Wait, but not longer than ``within_s``, for a moment in which others leave the machine alone; how busy it is."""
+    """Wait up to ``within_s`` until the machine is idle, and return how busy it is."""
     until = time.monotonic() + within_s
     while (busy := noise()) > most and time.monotonic() < until:
         time.sleep(1)
@@ -47,19 +47,19 @@ def quiet(within_s: float = 3.0, most: float = 0.1) -> float:
 
 
 def resident_mib() -> float:
-    """Resident memory of this process at present."""
+    """Return the current resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
 def processor_s(pid: int) -> float:
-    """Processor time that a process has used."""
+    """Return the processor time of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 def group_processor_s(cgroup: str) -> float:
-    """Processor time of a control group and those below it, of which some may be gone by now."""
+    """Return the processor time of a control group and of those below it.  Some may be deleted meanwhile."""
     top = Path("/sys/fs/cgroup")
     v1 = top / "cpuacct" / cgroup / "cpuacct.usage"
     if v1.exists():
@@ -76,7 +76,7 @@ def _namespace(pid: str, kind: str) -> str | None:
 
 
 def daemons(netns: Path, root_pids: list[int]) -> Iterator[int]:
-    """Processes of the node that are no container's: in its network namespace, in the host's PID namespace."""
+    """Yield the node's processes outside of containers: in its network namespace, in the host's PID namespace."""
     inode = f"net:[{netns.stat().st_ino}]"
     host_pids = _namespace("self", "pid")
     roots = {str(pid) for pid in root_pids}
@@ -89,7 +89,7 @@ def daemons(netns: Path, root_pids: list[int]) -> Iterator[int]:
 
 
 def memory_mib(netns: Path, root_pids: list[int]) -> dict[str, float]:
-    """PSS in MiB by kind of process: ``daemons``, ``monitors`` (conmon, shims), and each command name."""
+    """Return PSS in MiB by kind of process: ``daemons``, ``monitors`` (conmon, shims), and each command name."""
     sums: dict[str, float] = {"daemons": 0.0, "monitors": 0.0}
     for pid in daemons(netns, root_pids):
         try:

@@ -1,4 +1,4 @@
-"""The production manager process with its etcd, and nothing else of a node: no node process, no containers."""
+"""The production manager process with its etcd, without the rest of a node: no node process, no containers."""
 
 import os
 import signal
@@ -23,13 +23,13 @@ from skep.security import keypair
 
 HOST = "127.0.0.1"
 PORTS = range(20_000, 30_000, 2)
-"""The manager's own and etcd's, which follows it; below those that connections are given."""
+"""Ports of the manager, each followed by etcd's.  They are below the range for outgoing connections."""
 READY_S = 60.0
 _RUN = "import sys; from pathlib import Path; from {module} import run; from skep.paths import Paths; {call}"
 
 
 class ManagerLab:
-    """One manager.  ``engine``: its API (the swarm half); ``address``: where nodes reach it."""
+    """One manager.  ``engine``: its API (the swarm half).  ``address``: where nodes reach it."""
 
     def __init__(self, directory: Path, address: str, pid: int) -> None:
         self.paths = _paths(directory)
@@ -37,12 +37,12 @@ class ManagerLab:
         self.pid = pid
 
     def engine(self) -> Engine:
-        """A connection of its own."""
+        """Open a separate connection."""
         return Engine(self.paths.manager_socket)
 
     @property
     def etcd_pid(self) -> int:
-        """Of its member.  Raises: LookupError."""
+        """Return the pid of its etcd member.  Raises: LookupError."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         for child in map(int, children):
             if Path(f"/proc/{child}/comm").read_text().strip() == "etcd":
@@ -54,12 +54,12 @@ class ManagerLab:
 def one_manager(
     directory: Path, spec: SwarmSpec, *, module: str = "skep.manager.process"
 ) -> Iterator[ManagerLab]:
-    """Found a cluster in ``directory`` and run its manager; its log is ``manager.log`` there.
+    """Create a cluster in ``directory`` and run its manager.  Its log is ``manager.log`` there.
 
     Args:
-        module: whose ``run(paths)`` is called.
+        module: module whose ``run(paths)`` is called.
 
-    Raises: TimeoutError: it does not answer.
+    Raises: TimeoutError: it does not respond.
     """
     address = _free_address()
     _write_files(_paths(directory), address, spec)
@@ -81,7 +81,7 @@ def one_manager(
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
-            process.kill()  # etcd dies with it
+            process.kill()  # etcd ends with it
             process.wait()
 
 
@@ -90,7 +90,7 @@ def _paths(directory: Path) -> Paths:
 
 
 def _write_files(paths: Paths, address: str, spec: SwarmSpec) -> None:
-    """What a node process writes for the first manager of a new cluster."""
+    """Write the files that a node process writes for the first manager of a new cluster."""
     endpoints = Endpoints(listen_addr=address, advertise_addr=address, local_addr=HOST)
     bootstrap = Bootstrap(spec=spec)
     plan = Founding(
@@ -121,7 +121,7 @@ def _write_files(paths: Paths, address: str, spec: SwarmSpec) -> None:
 
 
 def _free_address() -> str:
-    """Where neither the manager's port nor the one after it is in use.  Raises: LookupError."""
+    """Return an address where neither the manager's port nor the next one is in use.  Raises: LookupError."""
     for port in PORTS:
         try:
             for number in (port, port + 1):
@@ -148,12 +148,12 @@ def _wait_ready(lab: ManagerLab, process: "subprocess.Popen[bytes]") -> None:
 
 
 def resident_mib(pid: int) -> float:
-    """Resident memory of a process."""
+    """Return the resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def processor_s(pid: int) -> float:
-    """Processor time of a process until now."""
+    """Return the processor time of a process until now."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")

@@ -1,10 +1,10 @@
-"""The routing mesh of skep nodes: what it adds to a request beside asking the task's own node.
+"""The routing mesh of Skep nodes: the time that it adds to a request, compared with a request to the task's own node.
 
-Three nodes and a client are network namespaces on one bridge; the product's rules (``tests/support/mesh_lab.py``).
-A pair is one kept connection from the client each way, *direct* to the task on node 3 by a port in host mode of
-that node; by the *mesh* through node 1 to the same task.  A request is answered by an HTTP server in Python, of which
-the network is a small part, and by an echo, of which it is nearly all.  *Update* is
-the time from a changed table until the rules of one node are in force.
+Three nodes and a client are network namespaces on one bridge, with the product's rules
+(``tests/support/mesh_lab.py``).  A pair is one kept connection from the client in each way: *direct* to the task on
+node 3 by a port in host mode of that node, and by the *mesh* through node 1 to the same task.  The servers are an HTTP
+server in Python, where the network is a small part of the time, and an echo, where it is nearly all. *Update* is the
+time from a changed table until the rules of one node are in force.
 """
 
 import asyncio
@@ -14,17 +14,17 @@ import time
 from ipaddress import IPv4Network
 from pathlib import Path
 
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from skep.dataplane.netns import nft_table
 from skep.dataplane.plan.gateway import HostPort, gateway_table
 from tests.support.mesh_lab import NETWORK, LabNode, MeshLab
 
 REQUESTS = 1500
 TURNS = 5
-"""Of each way, in a pair."""
+"""Number of turns of each way, in one pair."""
 UPDATES = 20
 RATIO_MAX = 1.5
-"""The limit: median of the pairs' ratios of p50."""
+"""Limit of the median of the pairs' ratios of p50."""
 
 _ECHO = """
 import socket, threading
@@ -70,16 +70,16 @@ for number in range(int(sys.argv[3]) + 100):
 print(statistics.median(taken[100:]) * 1e6)
 """
 _SERVERS = {"http": (_HTTP, 7002, 8082, 9002), "echo": (_ECHO, 7001, 8081, 9001)}
-"""Program, its port, its port of the mesh, its port in host mode."""
+"""Program, its port, its port in the mesh, its port in host mode."""
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Requests and updates."""
+    """Measure requests and updates."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
-        return asyncio.run(_measured(Path(directory), pairs))
+        return asyncio.run(_measure(Path(directory), pairs))
 
 
-async def _measured(directory: Path, pairs: int) -> list[Figure]:
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
     async with MeshLab(directory, 3, has_ipv6=False).running() as lab:
         node = lab.nodes[2]
         task = await lab.add_task("t1", node)
@@ -103,23 +103,23 @@ async def _measured(directory: Path, pairs: int) -> list[Figure]:
 
 async def _requests(lab: MeshLab, pairs: int) -> list[Figure]:
     async def one(number: int) -> dict[tuple[str, str], float]:
-        """p50 in µs of each kind of server by each way."""
+        """Return p50 in µs for each kind of server and each way."""
         found: dict[tuple[str, str], float] = {}
         for kind, (_, _, by_mesh, by_host) in _SERVERS.items():
             ends = {"direct": (lab.nodes[2], by_host), "mesh": (lab.nodes[0], by_mesh)}
 
-            async def asked(way: str, ends: dict[str, tuple[LabNode, int]] = ends) -> float:
+            async def time_requests(way: str, ends: dict[str, tuple[LabNode, int]] = ends) -> float:
                 node, port = ends[way]
                 client = await _python(lab.client, _CLIENT, node.address, str(port), str(REQUESTS))
                 async with asyncio.timeout(60):
                     output, _ = await client.communicate()
                 return float(output)
 
-            taken = await alternated(list(ends), number, TURNS, asked)
+            taken = await alternate(list(ends), number, TURNS, time_requests)
             found |= {(kind, way): value for way, value in taken.items()}
         return found
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     return [
         ratio(
             5 if limit else 0,
@@ -133,7 +133,7 @@ async def _requests(lab: MeshLab, pairs: int) -> list[Figure]:
 
 
 async def _updates(lab: MeshLab) -> Figure:
-    """Tasks that come and go, on a node that has none of them."""
+    """Measure tasks that start and stop, on a node that has none of them."""
     others = [await lab.add_task(f"t{number}", lab.nodes[1]) for number in range(2, 6)]
     taken = []
     for number in range(UPDATES):

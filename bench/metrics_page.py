@@ -1,11 +1,12 @@
-"""What ``/metrics`` of a node with 1,000 containers takes, from the request to the last byte.
+"""The time for ``/metrics`` of a node with 1,000 containers, from the request to the last byte.
 
 ::
 
     .venv/bin/python -m bench.metrics_page            # kept in results/
-    .venv/bin/python -m bench.metrics_page --dry      # printed alone
+    .venv/bin/python -m bench.metrics_page --dry      # only printed
 
-The page and its server are the node's own; the containers' files of the kernel are not read, as no request reads them.
+The page and its server are the node's own.  The kernel's files of the containers are not read, as no request reads
+them.
 """
 
 import asyncio
@@ -48,7 +49,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class _Known(Usage):
-    """Usage of containers whose numbers need no reading."""
+    """Usage of containers with known numbers."""
 
     def _read(self, containers: Iterable[Container]) -> list[Used]:
         return [Used(one, _stats(number)) for number, one in enumerate(containers)]
@@ -56,10 +57,10 @@ class _Known(Usage):
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "metrics-page", _measured, _text)
+    measure_alone(__doc__ or "", "metrics-page", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     containers = [_container(number) for number in range(CONTAINERS)]
     clock = SystemClock()
     usage = _Known(lambda: containers, Cgroups("none"), clock)
@@ -72,7 +73,7 @@ async def _measured() -> Result:
         asyncio.TaskGroup() as group,
     ):
         running = group.create_task(page.run())
-        await _request_s(port)  # it has the containers read for the first time
+        await _request_s(port)  # the first request reads the containers
         took, size, processor = [], 0, time.process_time()
         for _ in range(REQUESTS):
             await asyncio.sleep(APART_S)
@@ -104,7 +105,7 @@ def _sources(usage: Usage) -> Sources:
 
 @contextmanager
 def _containers_alone() -> Any:
-    """The node's own values, some fifty lines, need a whole node: left out."""
+    """Leave out the node's own values, some fifty lines, because they need a whole node."""
     own = NodeMetrics._own
     NodeMetrics._own = lambda _self: []  # type: ignore[method-assign]
     try:

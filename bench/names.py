@@ -1,8 +1,8 @@
-"""Names of one node: how long answers take, and what a container costs the net process.
+"""Name resolution on one node: the duration of responses, and the net process's cost per container.
 
-Containers are namespaces with a net process of the benchmark's own; questions come from a process of their own, at an
-even rate, from ten of the containers in turn.  A question counts from the moment it was due.  The process that
-asks and the net process share the machine's processors.
+Containers are namespaces with the benchmark's own net process.  Queries come from a separate process, at an even rate,
+from ten of the containers in turn.  A query's time counts from the moment it was due.  That process and the net
+process share the machine's processors.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from bench.figures import Figure, at_quantile, run_alone, undisturbed
+from bench.figures import Figure, at_quantile, run_alone, run_undisturbed
 from bench.machine import processor_s
 from skep.linux.detached import read_pid_file
 from skep.model.tables import Table
@@ -32,7 +32,9 @@ NAMES = ("s1", "s2.front", "tasks.s3", "4.s4", "s5", "all.tasks.s6", "s7.1.t1", 
 
 
 def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> Table:
-    """A network with so many services; ``moved``: other addresses for the tasks of the first."""
+    """Return the table of a network with that many services.  ``moved``: moves the tasks of the first to other
+    addresses.
+    """
     return a_network(
         *(
             a_served(
@@ -47,7 +49,7 @@ def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> Table:
 
 
 def pss_mib(pid: int) -> float:
-    """Memory of a process: its own, and its share of what it shares."""
+    """Return the memory of a process: its own, and its part of shared pages."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
@@ -61,7 +63,7 @@ def net_pid(lab: NamesLab) -> int:
 
 
 def figures(runs: int) -> list[Figure]:
-    """Answers in ``runs`` runs of some seconds, and memory."""
+    """Measure responses in ``runs`` runs of some seconds, and memory."""
     with tempfile.TemporaryDirectory() as directory:
         return asyncio.run(_with_lab(Path(directory), runs))
 
@@ -73,7 +75,7 @@ async def _with_lab(directory: Path, runs: int) -> list[Figure]:
 
 
 async def _containers(lab: NamesLab) -> tuple[list[Resolver], float]:
-    """A resolver in each container, and what a container costs the net process, in MiB."""
+    """Return a resolver in each container, and the net process's memory per container, in MiB."""
     table = a_table()
     lab.write(table)
     resolvers: list[Resolver] = []
@@ -92,11 +94,11 @@ async def _containers(lab: NamesLab) -> tuple[list[Resolver], float]:
 async def _answers(lab: NamesLab, resolvers: list[Resolver], runs: int) -> list[Figure]:
     async def one(_: int) -> tuple[float, float, float]:
         before = processor_s(net_pid(lab))
-        times = await _asked([one.socket for one in resolvers[:10]], SECONDS)
+        times = await _time_queries([one.socket for one in resolvers[:10]], SECONDS)
         spent = processor_s(net_pid(lab)) - before
         return at_quantile(times, 0.5) * 1e3, at_quantile(times, 0.99) * 1e3, spent / len(times) * 1e6
 
-    values, busy = await undisturbed(runs, one)
+    values, busy = await run_undisturbed(runs, one)
     halves, slow, spent = (tuple(column) for column in zip(*values, strict=True))
     what = f"an answer at {RATE} questions a second, network of {SERVICES} services"
     return [
@@ -113,7 +115,7 @@ def _memory(mib: float) -> Figure:
 
 @asynccontextmanager
 async def names_lab(directory: Path) -> AsyncIterator[NamesLab]:
-    """A net process without containers."""
+    """Run a net process without containers."""
     paths = Paths(directory / "data", directory / "run")
     paths.run.mkdir()
     async with forks(paths) as started:
@@ -125,7 +127,7 @@ async def names_lab(directory: Path) -> AsyncIterator[NamesLab]:
             await lab.close()
 
 
-async def _asked(sockets: list[socket.socket], seconds: float) -> list[float]:
+async def _time_queries(sockets: list[socket.socket], seconds: float) -> list[float]:
     descriptors = [one.fileno() for one in sockets]
     words = ("ask", str(RATE), str(seconds), ",".join(map(str, descriptors)), *NAMES)
     load = await asyncio.create_subprocess_exec(

@@ -1,7 +1,7 @@
-"""The other ends of ``bench.names`` and ``bench.virtual``, in processes of their own.
+"""The other ends of ``bench.names`` and ``bench.virtual``, in separate processes.
 
-``ask``: questions at an even rate on sockets that were opened in containers; ``serve``: answers each byte with a byte;
-``request``: times requests.  What was measured goes to standard output as JSON: seconds, one list.
+``ask`` sends queries at an even rate on sockets that were opened in containers.  ``serve`` responds to each byte with
+a byte.  ``request`` times requests.  Results are written to standard output as JSON: seconds, one list.
 """
 
 import json
@@ -18,7 +18,7 @@ DEADLINE_S = 5.0
 
 
 def ask(descriptors: Sequence[int], rate: int, seconds: float, names: Sequence[str]) -> list[float]:
-    """Times of answers; a question that is never answered takes ``DEADLINE_S``."""
+    """Return the times of responses.  A query without a response takes ``DEADLINE_S``."""
     sockets = [socket.socket(fileno=one) for one in descriptors]
     by_descriptor = {one.fileno(): one for one in sockets}
     poll = select.epoll()
@@ -34,7 +34,8 @@ def ask(descriptors: Sequence[int], rate: int, seconds: float, names: Sequence[s
             break
         while asked < total and begun + asked / rate <= now:
             one, id = sockets[asked % len(sockets)], (asked // len(sockets)) & 0xFFFF
-            sent[one.fileno(), id] = begun + asked / rate  # when it was due: a late question is a late answer
+            # When it was due, because a late query counts as a late response.
+            sent[one.fileno(), id] = begun + asked / rate
             one.send(id.to_bytes(2, "big") + random.choice(questions))
             asked += 1
         for descriptor, _ in poll.poll(0 if asked < total else 0.01):
@@ -49,13 +50,13 @@ def ask(descriptors: Sequence[int], rate: int, seconds: float, names: Sequence[s
 
 
 def question(name: str) -> bytes:
-    """For the address of ``name``, without its id, which comes first."""
+    """Return a query for the address of ``name``, without its id, which comes first."""
     labels = b"".join(bytes((len(label),)) + label.encode() for label in name.split("."))
     return struct.pack("!HHHHH", 0x0100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
 
 
 def serve(address: str) -> None:
-    """Answer each byte, one connection after the other."""
+    """Respond to each byte, one connection after the other."""
     with socket.create_server((address, 80), backlog=128) as listening:
         print("ready", flush=True)
         while True:
@@ -67,7 +68,7 @@ def serve(address: str) -> None:
 
 
 def request(address: str, count: int, is_new: bool) -> list[float]:
-    """Times of ``count`` requests, each over a new connection or all over one."""
+    """Return the times of ``count`` requests, each over a new connection or all over one."""
     took = []
     connection = None
     for _ in range(count):
@@ -75,7 +76,7 @@ def request(address: str, count: int, is_new: bool) -> list[float]:
         if connection is None or is_new:
             connection = socket.create_connection((address, 80), timeout=DEADLINE_S)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Closed by a reset: no port is kept busy afterwards.
+            # Close with a reset, so that no port stays busy afterwards.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.sendall(b"x")
         connection.recv(1)
@@ -86,7 +87,7 @@ def request(address: str, count: int, is_new: bool) -> list[float]:
 
 
 def main(words: Sequence[str]) -> None:
-    """See the module."""
+    """Run one of the three functions in the module's docstring."""
     match words:
         case ["ask", rate, seconds, descriptors, *names]:
             took = ask([int(one) for one in descriptors.split(",")], int(rate), float(seconds), names)

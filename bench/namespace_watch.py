@@ -1,4 +1,4 @@
-"""Observes changes of the rules of virtual addresses in many namespaces, from another process than their writer."""
+"""Observes changes of virtual addresses' rules in many namespaces, from another process than their writer."""
 
 import os
 import selectors
@@ -27,14 +27,14 @@ _DESTINATION = 1
 
 
 class Watch:
-    """When the rules of virtual addresses last changed, by namespace: seconds of ``time.time``."""
+    """Time of the last change of virtual addresses' rules, by namespace, in seconds of ``time.time``."""
 
     def __init__(self, sockets: Mapping[Path, socket.socket]) -> None:
         self._heard = dict.fromkeys(sockets, 0.0)
         self._sockets = sockets
         self._selector = selectors.DefaultSelector()
         for path, opened in sockets.items():
-            # This process writes no rules: each transaction counts.
+            # This process writes no rules, so each transaction counts.
             notifications = ForeignChanges("")
             self._selector.register(opened, selectors.EVENT_READ, (path, notifications))
         self._is_over = threading.Event()
@@ -43,7 +43,7 @@ class Watch:
         self._thread.start()
 
     def wait(self, since: float, paths: Iterable[Path] | None = None, *, within_s: float = 30.0) -> float:
-        """When the last of the namespaces (none named: all) changed, once all have since then.
+        """Return the time of the last change once all namespaces (or all of ``paths``) have changed since ``since``.
 
         Raises: TimeoutError.
         """
@@ -86,7 +86,7 @@ class Watch:
 
 @contextmanager
 def watching(namespaces: Iterable[Path], name: str) -> Iterator[Watch]:
-    """Have the address of the service ``name`` used in all ``namespaces`` of containers, then watch them."""
+    """Use the address of the service ``name`` in all ``namespaces`` of containers, then watch them."""
     sockets = {}
     for path in namespaces:
         inside(path, lambda: _ask(name))
@@ -99,7 +99,7 @@ def watching(namespaces: Iterable[Path], name: str) -> Iterator[Watch]:
 
 
 def leads_to(namespace: Path, address: str) -> int:
-    """How many MAC addresses the overlay's namespace sends to the node at ``address``.  Raises: OSError."""
+    """Return how many MAC addresses the overlay's namespace sends to the node at ``address``.  Raises: OSError."""
     wanted = socket.inet_aton(address)
     body = _NEIGHBOUR.pack(netlink.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
     entries = inside(namespace, lambda: netlink.dump(netlink.GETNEIGH, body))
@@ -120,5 +120,5 @@ def _ask(name: str) -> None:
                 answer = asking.recv(_RECEIVE_BYTES)
                 if int.from_bytes(answer[6:8], "big"):
                     return
-                time.sleep(1)  # the service is not known here yet
+                time.sleep(1)  # this node does not know the service yet
     raise TimeoutError(f"{name} has no address here")

@@ -1,13 +1,13 @@
-"""All figures of networks in one run, with their limits: ``make bench-networks``.
+"""All network results in one run, with their limits: ``make bench-networks``.
 
 ::
 
     .venv/bin/python -m bench.networks                          # results/<date>-<time>-<commit>-networks.{json,md}
     .venv/bin/python -m bench.networks --pairs 2 --parts mesh,names --dry
 
-The parts run one after another, each in a process of its own, so that none measures what another has left in memory.
-One that fails or takes longer than it may is interrupted, cleans up after itself, and is named in the result; the
-others go on.  It ends with 1 if a figure missed its limit or a part failed.
+The parts run one after another, each in a separate process, so that none measures memory left by another.  A part that
+fails or takes too long is interrupted, cleans up after itself, and is named in the result.  The others continue.  The
+exit status is 1 if a result missed its limit or a part failed.
 """
 
 import argparse
@@ -38,17 +38,17 @@ PARTS = {
     "mesh": 180,
     "encrypted": 180,
 }
-"""Modules of this folder, and how many seconds each may take: several times what it takes on a quiet machine."""
+"""Seconds that each module of this folder may take: several times its duration on a quiet machine."""
 _CLEAN_UP_S = 240.0
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print and keep."""
     options = _options()
     if options.part:
         _be_part(options.part, options.pairs, Path(options.into))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after TERM, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after SIGTERM as well
     now, began = datetime.now(UTC), time.monotonic()
     figures: list[Figure] = []
     notes: list[str] = []
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _measured(part: str, pairs: int) -> tuple[list[Figure], str]:
-    """The figures of a part, measured in a process of its own, and what went wrong, if anything."""
+    """Measure a part in a separate process.  Return its results, and its error if any."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
         into = Path(directory, "figures.json")
         words = ["--part", part, "--pairs", str(pairs), "--into", str(into)]
@@ -90,7 +90,7 @@ def _measured(part: str, pairs: int) -> tuple[list[Figure], str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have it clean up, if it still runs; then nothing of it is left."""
+    """Interrupt the process so that it cleans up, if it still runs.  Then kill the rest."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGINT)
@@ -102,7 +102,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _be_part(part: str, pairs: int, into: Path) -> None:
-    """In the part's own process."""
+    """Run one part, in its own process."""
     measure = import_module(f"bench.{part}").figures
     into.write_bytes(msgspec.json.encode(measure(pairs)))
 

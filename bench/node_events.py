@@ -1,4 +1,4 @@
-"""Measure what one node event costs the leader's loops in a large cluster.
+"""Measure the cost of one node event for the leader's loops in a large cluster.
 
 ::
 
@@ -6,8 +6,8 @@
 
 A store in memory holds 5,000 nodes with 20 running tasks each: one of each of four global services, and of 320 services
 with 250 replicas.  The production loops of one leader run on it.  An *event* is one commit about one node: it describes
-itself differently, reports other slots of its volumes, goes down, or returns.  The figure is the processor time of the
-whole process from the commit until nothing is left to do, minus that of an idle process for the same time.
+itself differently, reports other slots of its volumes, fails, or returns.  The result is the processor time of the
+whole process from the commit until no work is left, minus that of an idle process for the same time.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    asyncio.run(measured(is_profiled=parser.parse_args().profile))
+    asyncio.run(measure(is_profiled=parser.parse_args().profile))
 
 
-async def measured(*, is_profiled: bool) -> None:
-    """Build the cluster, take it over, change its nodes."""
+async def measure(*, is_profiled: bool) -> None:
+    """Build the cluster, take it over, and change its nodes."""
     clock = SystemClock()
     store = MemoryStore(clock)
     store.cluster.commit(proposal_of(store, [*all_nodes(), *all_services()]), None)
@@ -63,7 +63,7 @@ async def measured(*, is_profiled: bool) -> None:
             running = await stack.enter_async_context(asyncio.TaskGroup())
             started = [running.create_task(loop.run()) for loop in loops(term, clock, new_id, Random(1))]
             await wait_settled(time.perf_counter(), time.process_time())
-            await asyncio.sleep(5)  # every loop has loaded its part
+            await asyncio.sleep(5)  # until every loop has loaded its part
             print("| event | processor, ms: median (smallest, largest) |\n|---|---|")
             for number, (name, change) in enumerate(EVENT_KINDS.items()):
                 profile = cProfile.Profile() if is_profiled else None
@@ -85,7 +85,7 @@ async def measured(*, is_profiled: bool) -> None:
 async def _cost_ms(
     store: MemoryStore, id: str, change: Callable[[Node], Node], profile: cProfile.Profile | None
 ) -> float:
-    """Processor time of one event, without what the loops do by themselves."""
+    """Return the processor time of one event, without the loops' periodic work."""
     await asyncio.sleep(0.2)
     idle_ms = await _used_ms(0.3)
     if profile is not None:

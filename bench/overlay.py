@@ -1,10 +1,10 @@
-"""Overlay networks of skep nodes: throughput beside a bare VXLAN, attaching beside many services, memory.
+"""Overlay networks of Skep nodes: throughput compared with a bare VXLAN, attaching with many services, memory.
 
-Two nodes are network namespaces on one switch, each with the production code for containers' networks.
-*Throughput*: one TCP stream from a container's namespace on one node to one on the other, by the overlay and by a VXLAN
-device that is made by hand right in the same two namespaces, in turn.  *Attach*: until a container's namespace has its
-place on a network with 5 and with 500 services, whose tasks are on the other node, in turn.  *Memory*: what the node
-process grows by for each of 100 attached containers.
+Two nodes are network namespaces on one switch, each with the production code for containers' networks. *Throughput*:
+one TCP stream from a container's namespace on one node to one on the other, alternately by the overlay and by a VXLAN
+device created by hand in the same two namespaces. *Attach*: the time until a container's namespace is attached to a
+network with 5 and with 500 services, whose tasks are on the other node, alternately. *Memory*: growth of the node
+process for each of 100 attached containers.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
@@ -32,25 +32,25 @@ FEW, MANY = 5, 500
 ATTACHED_PER_PAIR = 9
 CONTAINERS = 100
 THROUGHPUT_MIN, ATTACH_MAX, MEMORY_MB_MAX = 0.95, 1.2, 0.2
-"""What is promised: of a bare VXLAN's throughput, of attaching beside few services, per container."""
+"""Promised limits: share of a bare VXLAN's throughput, ratio to attaching with few services, memory per container."""
 TURNS = 3
-"""Of each way, in a pair."""
+"""Number of turns of each way, in one pair."""
 
 
 class Attached(NamedTuple):
-    """What attaching one container took."""
+    """Costs of attaching one container."""
 
     wall_ms: float
     processor_ms: float
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Throughput, attaching, memory."""
+    """Measure throughput, attaching and memory."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
-        return asyncio.run(_measured(Path(directory), pairs))
+        return asyncio.run(_measure(Path(directory), pairs))
 
 
-async def _measured(directory: Path, pairs: int) -> list[Figure]:
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
     async with OverlayLab(directory).running(2) as lab, lab.networks() as networks:
         return [
             *await _streams(lab, networks, pairs),
@@ -72,17 +72,19 @@ async def _streams(lab: OverlayLab, networks: Sequence[DataPlane], pairs: int) -
     target, source = places
     addresses = {"bare VXLAN": "10.88.0.5", "overlay": "10.101.0.5"}
 
-    async def carried(way: str) -> float:
+    async def measure_stream(way: str) -> float:
         return await asyncio.to_thread(gigabits, source, target, addresses[way], SECONDS)
 
-    async def sent(way: str) -> float:
+    async def measure_packet(way: str) -> float:
         return await asyncio.to_thread(packet_us, source, target, addresses[way])
 
     async def one(number: int) -> tuple[dict[str, float], dict[str, float]]:
         ways = list(addresses)
-        return await alternated(ways, number, TURNS, carried), await alternated(ways, number, TURNS, sent)
+        return await alternate(ways, number, TURNS, measure_stream), await alternate(
+            ways, number, TURNS, measure_packet
+        )
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     for node, network, end in zip(lab.nodes, networks, ends, strict=True):
         await node.detach(network, end)
 
@@ -97,9 +99,9 @@ async def _streams(lab: OverlayLab, networks: Sequence[DataPlane], pairs: int) -
 
 
 async def bare_vxlan(homes: Sequence[Path], underlays: Sequence[str], ends: Sequence[Path]) -> None:
-    """A VXLAN device, made by hand, in the namespaces of two containers: 10.88.0.5 and 10.88.0.6.
+    """Create a VXLAN device by hand in the namespaces of two containers: 10.88.0.5 and 10.88.0.6.
 
-    ``homes``, ``underlays``: namespaces and addresses of their nodes; ``ends``: the containers' namespaces.
+    ``homes``, ``underlays``: namespaces and addresses of their nodes.  ``ends``: the containers' namespaces.
     """
     for number, (home, underlay, end) in enumerate(zip(homes, underlays, ends, strict=True)):
         remote = underlays[1 - number]
@@ -112,28 +114,28 @@ async def bare_vxlan(homes: Sequence[Path], underlays: Sequence[str], ends: Sequ
 
 
 async def _attaching(lab: OverlayLab, network: DataPlane, pairs: int) -> list[Figure]:
-    """One container after another, in turn on a network with few services and on one with many."""
+    """Attach one container after another, alternately to a network with few services and to one with many."""
     heads = {FEW: a_head(2), MANY: a_head(3)}
     for count, head in heads.items():
         _tell_services(lab, head, count)
     await lab.apply([network])
     node = lab.nodes[0]
 
-    async def attached(head: NetworkHead, number: int) -> Attached:
+    async def measure_attach(head: NetworkHead, number: int) -> Attached:
         began, busy = time.perf_counter(), time.process_time()
         end = await node.attach(network, place(head, f"10.{_second(head)}.9.{number}/16"))
         taken = Attached((time.perf_counter() - began) * 1e3, (time.process_time() - busy) * 1e3)
         await node.detach(network, end)
         return taken
 
-    for head in heads.values():  # the first one makes what is there once
-        await attached(head, 9)
+    for head in heads.values():  # the first container creates shared objects once
+        await measure_attach(head, 9)
 
     async def one(number: int) -> dict[int, Attached]:
         taken: dict[int, list[Attached]] = {FEW: [], MANY: []}
         for turn in range(ATTACHED_PER_PAIR):
             for count in (FEW, MANY) if (number + turn) % 2 else (MANY, FEW):
-                taken[count].append(await attached(heads[count], 10 + turn))
+                taken[count].append(await measure_attach(heads[count], 10 + turn))
         middle = ATTACHED_PER_PAIR // 2
         return {
             count: Attached(
@@ -143,7 +145,7 @@ async def _attaching(lab: OverlayLab, network: DataPlane, pairs: int) -> list[Fi
             for count, all_ in taken.items()
         }
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
 
     def sides(which: int) -> dict[str, list[float]]:
         return {f"{count} services": [value[count][which] for value in values] for count in (FEW, MANY)}
@@ -165,7 +167,7 @@ async def _memory(lab: OverlayLab, network: DataPlane) -> Figure:
             await node.attach(network, place(head, f"10.{_second(head)}.1.{number}/16")) for number in numbers
         ]
 
-    ends = await attach(range(1, 21))  # what is loaded and kept once
+    ends = await attach(range(1, 21))  # load shared code and data once
     gc.collect()
     before = resident_mib()
     ends += await attach(range(21, 21 + CONTAINERS))
@@ -183,7 +185,7 @@ async def _memory(lab: OverlayLab, network: DataPlane) -> Figure:
 
 
 def a_head(number: int) -> NetworkHead:
-    """The network ``10.<100 + number>.0.0/16``."""
+    """Return the network ``10.<100 + number>.0.0/16``."""
     segment = Segment(f"10.{100 + number}.0.0/16", f"10.{100 + number}.255.1", 5000 + number)
     return NetworkHead(id=NetworkId(f"net{number}"), name=f"net{number}", segments=(segment,))
 
@@ -193,7 +195,7 @@ def _second(head: NetworkHead) -> str:
 
 
 def _tell_services(lab: OverlayLab, head: NetworkHead, count: int) -> None:
-    """A task of each service, on the other node."""
+    """Send a table with one task per service, on the other node."""
     addresses = [f"10.{_second(head)}.{number // 200 + 1}.{number % 200 + 1}" for number in range(count)]
     other: LabNode = lab.nodes[1]
     endpoints = {

@@ -1,7 +1,7 @@
-"""Overlay networks beside Docker's: one TCP stream between containers on two machines of each system, in turn.
+"""Overlay networks compared with Docker's: one TCP stream between containers on two machines, alternately.
 
-Both clusters are complete (a manager and a worker, a service with a task on each) and up at the same time.  Between the
-two skep nodes' containers there is a bare VXLAN, too, made by hand as in ``bench.overlay``.
+Both clusters are complete (a manager and a worker, a service with a task on each) and up at the same time.  Between
+the two Skep nodes' containers there is also a bare VXLAN, created by hand as in ``bench.overlay``.
 """
 
 import asyncio
@@ -11,19 +11,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.cluster_lab import ClusterLab
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.overlay import SECONDS, THROUGHPUT_MIN, TURNS, bare_vxlan
 from bench.overlay_tasks import Placed, create_network, create_service, placed, specification, wait_running
 from bench.packets import packet_us
 from bench.stream import gigabits
 
 DOCKER_MIN = 1.1
-"""What is promised of Docker's throughput."""
+"""Promised ratio to Docker's throughput."""
 BARE, DOCKER, SKEP = "bare VXLAN", "Docker's overlay", "overlay"
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Skep's overlay beside both."""
+    """Compare Skep's overlay with both."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory, ExitStack() as stack:
         labs = {
             DOCKER: ClusterLab("docker", Path(directory, "docker"), 1, 1),
@@ -40,31 +40,33 @@ def figures(pairs: int) -> list[Figure]:
             service = create_service(lab, requested)
             wait_running(lab, service, 2)
             ends[way] = placed(lab, service)
-        return asyncio.run(_measured(ends, pairs))
+        return asyncio.run(_measure(ends, pairs))
 
 
-async def _measured(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
+async def _measure(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
     nodes = [end.node for end in ends[SKEP]]
     await bare_vxlan(
         [Path(node.netns) for node in nodes], [node.addr for node in nodes], [end.netns for end in ends[SKEP]]
     )
 
     def way_of(way: str) -> tuple[Path, Path, str]:
-        """From where, to where, by which address."""
+        """Return the source and target namespaces, and the target's address."""
         target, source = ends[SKEP if way == BARE else way]
         return source.netns, target.netns, "10.88.0.5" if way == BARE else target.address
 
-    async def carried(way: str) -> float:
+    async def measure_stream(way: str) -> float:
         return await asyncio.to_thread(gigabits, *way_of(way), SECONDS)
 
-    async def sent(way: str) -> float:
+    async def measure_packet(way: str) -> float:
         return await asyncio.to_thread(packet_us, *way_of(way))
 
     async def one(number: int) -> tuple[dict[str, float], dict[str, float]]:
         ways = [BARE, DOCKER, SKEP]
-        return await alternated(ways, number, TURNS, carried), await alternated(ways, number, TURNS, sent)
+        return await alternate(ways, number, TURNS, measure_stream), await alternate(
+            ways, number, TURNS, measure_packet
+        )
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
 
     def sides(which: int, *ways: str) -> dict[str, Sequence[float]]:
         return {way: [value[which][way] for value in values] for way in ways}

@@ -1,11 +1,11 @@
-"""How fast a cluster's networks follow: a backend that comes or goes, on ten nodes; a node that is dead.
+"""Time until a cluster's networks follow a change: a backend that starts or stops on ten nodes, or a dead node.
 
-A manager and nine workers in a playground, complete: each node has a container that uses the service's virtual address,
-the first worker a hundred.  *A backend goes* from the moment when the manager has taken it out (its event ``drain``),
-after a request that scales the service down; it *comes* from the moment when its node sees it run.  Both until the
-kernel has announced the new rules in the last of all the containers' namespaces.  *A node is dead* from the moment when
-the API first shows it as down, after its power was cut, until no other node sends frames there and no container leads
-its service there.
+A manager and nine workers run in a playground.  Each node has a container that uses the service's virtual address, and
+the first worker has a hundred.  A backend *stops* from the moment when the manager has taken it out (its event
+``drain``), after a request that scales the service down.  It *starts* from the moment when its node sees it run.  Both
+end when the kernel has announced the new rules in the last of all the containers' namespaces.  A node is *dead* from
+the moment when the API first shows it as down, after its power was cut, until no other node sends frames there and no
+container directs its service there.
 """
 
 import json
@@ -34,7 +34,7 @@ from bench.overlay_tasks import (
 from skep.playground.description import Node
 
 WORKERS, CROWD = 9, 99
-"""The crowd is on the first worker, which has one container of the service on each node, too."""
+"""The crowd is on the first worker, which also has one container of the service, like each node."""
 BACKENDS = 3
 CHANGES_PER_PAIR, DEATHS = 5, 3
 CHANGE_MS_MAX, DEATH_S_MAX = 200.0, 1.0
@@ -42,7 +42,7 @@ _DEAD_WITHIN_S = 30.0
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Changes (``pairs`` times five of each kind), then deaths."""
+    """Measure changes (``pairs`` times five of each kind), then deaths."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory:
         lab = ClusterLab("skep", Path(directory, "skep"), 1, WORKERS)
         try:
@@ -55,7 +55,7 @@ def figures(pairs: int) -> list[Figure]:
 
 
 class Cluster:
-    """The services on it: ``web``, whose tasks come and go, and containers that use it."""
+    """The services of the cluster: ``web``, whose tasks start and stop, and containers that use it."""
 
     def __init__(self, lab: ClusterLab) -> None:
         self.lab = lab
@@ -72,22 +72,22 @@ class Cluster:
         self.wait()
 
     def wait(self) -> None:
-        """Until every service has its tasks, and no others."""
+        """Wait until every service has its tasks, and no others."""
         each, crowd = self._users
         wait_running(self.lab, each, WORKERS + 1)
         wait_running(self.lab, crowd, CROWD)
         wait_running(self.lab, self.web, BACKENDS)
 
     def users(self) -> list[Placed]:
-        """Containers that use the service."""
+        """Return the containers that use the service."""
         return [one for service in self._users for one in placed(self.lab, service)]
 
     def scale(self, replicas: int) -> None:
-        """Of the service that is used; returns when the request is answered."""
+        """Scale the service, and return when the request has its response."""
         scale(self.lab, self.web, replicas)
 
     def wait_scaled(self, replicas: int) -> None:
-        """Until so many tasks run, and those that went have left nothing."""
+        """Wait until that many tasks run, and all traces of stopped tasks are removed."""
 
         def is_so() -> bool:
             tasks = engine(self.lab.nodes[0]).get("/tasks", filters={"service": [self.web]})
@@ -96,7 +96,7 @@ class Cluster:
         until(is_so, f"{replicas} tasks of web are all there are")
 
     def taken_out(self, since: float) -> float:
-        """When the manager took a task out of use for the first time since then."""
+        """Return when the manager first took a task out of use after ``since``."""
         period = urlencode({"since": f"{since:.6f}", "until": f"{time.time():.6f}"})
         lines = engine(self.lab.nodes[0]).raw("GET", f"/events?{period}").splitlines()
         events = [json.loads(line) for line in lines]
@@ -104,7 +104,7 @@ class Cluster:
 
 
 class Change(NamedTuple):
-    """How long one change took until it was live everywhere, in ms."""
+    """Milliseconds until one change was in force everywhere."""
 
     gone: float
     gone_since_request: float
@@ -145,7 +145,7 @@ def _changes(cluster: Cluster, pairs: int) -> list[Figure]:
 
 
 def _gone_ms(cluster: Cluster, watch: Watch) -> tuple[float, float]:
-    """From its being taken out on, and from the request on."""
+    """Return the time since the backend was taken out, and since the request."""
     began = time.time()
     cluster.scale(BACKENDS - 1)
     last = watch.wait(began)
@@ -163,7 +163,7 @@ def _come_ms(cluster: Cluster, watch: Watch) -> float:
 
 
 def _seconds(stamp: str) -> float:
-    """Of ``time.time``, of a time as Docker writes it (nine digits after the point)."""
+    """Convert a time in Docker's format (nine digits after the point) to ``time.time``."""
     whole, _, fraction = stamp.removesuffix("Z").partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
@@ -192,7 +192,7 @@ def _deaths(cluster: Cluster) -> list[Figure]:
 
 
 def _death(cluster: Cluster) -> tuple[float, float]:
-    """Seconds from when a node with a backend was seen to be down until frames, and virtual addresses, have left it."""
+    """Return the seconds from a backend's node being down until no frames, and no virtual addresses, lead to it."""
     lab = cluster.lab
     victim = placed(lab, cluster.web)[0].node
     victim_id = lab.ids()[victim.name]
@@ -223,7 +223,7 @@ def _death(cluster: Cluster) -> tuple[float, float]:
 
 
 def _overlay(node: Node, network: str) -> Path:
-    """The namespace of the network on a playground's node, through the node's own mounts."""
+    """Return the network's namespace on a playground's node, through the node's own mounts."""
     return Path(f"/proc/{node.pids[0]}/root/run/skep/overlays/{network}")
 
 

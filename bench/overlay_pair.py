@@ -1,7 +1,8 @@
-"""Two nodes in namespaces of their own with a network between them: a container on each, by VXLAN, plain or encrypted.
+"""Two nodes in separate namespaces with a container on each, connected by VXLAN, plain or encrypted.
 
-What a node's overlay has is made here by hand, with ``ip``: a namespace with a bridge, and the VXLAN device that
-carries its frames as the bridge's port.  The WireGuard tunnels are the product's own (``skep.dataplane.wireguard``).
+The parts of a node's overlay are created here by hand, with ``ip``: a namespace with a bridge, and the VXLAN device
+that carries its frames as the bridge's port.  The WireGuard tunnels are the product's own
+(``skep.dataplane.wireguard``).
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from skep.paths import Paths
 
 VNI = 4097
 PLAIN, ENCRYPTED = "vx0", "vx1"
-"""The devices that carry the overlay."""
+"""Devices that carry the overlay."""
 PORT = 4789
 MTU, ENCRYPTED_MTU = 1450, 1370
 _END_S = 10.0
@@ -56,11 +57,11 @@ class WireGuardGo:
             await asyncio.shield(self.process.wait())
 
     def dismiss(self) -> None:
-        """It ends with ``run`` anyway."""
+        """Do nothing, because it ends with ``run`` anyway."""
 
 
 class Side:
-    """One node: namespaces ``node``, ``overlay`` and ``container``; its underlay and its container's addresses."""
+    """One node: namespaces ``node``, ``overlay`` and ``container``, its underlay and its container's addresses."""
 
     def __init__(self, prefix: str, number: int, directory: Path, method: Method) -> None:
         self.id = NodeId(f"node{number}")
@@ -92,7 +93,7 @@ class Side:
 
 
 class OverlayPair:
-    """Both sides, and what is between them."""
+    """Both sides, and the connection between them."""
 
     def __init__(self, a: Side, b: Side) -> None:
         self.a = a
@@ -100,7 +101,7 @@ class OverlayPair:
 
     @asynccontextmanager
     async def encrypting(self) -> AsyncIterator[None]:
-        """Both nodes have tunnels to each other, and VXLAN devices that send through them."""
+        """Create tunnels between both nodes, and VXLAN devices that send through them."""
         table = Table(
             head=NetworkHead(
                 id=NetworkId("pair"),
@@ -153,7 +154,7 @@ class OverlayPair:
         _response_for(own, other, ENCRYPTED)
 
     def carry(self, device: str) -> None:
-        """Both bridges have this device as their port, and no other."""
+        """Make this device the only port of both bridges."""
         mtu = ENCRYPTED_MTU if device == ENCRYPTED else MTU
         for own, other in ((self.a, self.b), (self.b, self.a)):
             for name in (PLAIN, ENCRYPTED):
@@ -177,7 +178,7 @@ class OverlayPair:
             sh("ip", "-n", own.container, "link", "set", "eth0", "mtu", str(mtu))
 
     def add_plain(self) -> None:
-        """The plain twin: what an unencrypted overlay has."""
+        """Add the devices of an unencrypted overlay."""
         for own, other in ((self.a, self.b), (self.b, self.a)):
             vxlan = ("type", "vxlan", "id", str(VNI), "dstport", str(PORT), "local", own.underlay)
             sh("ip", "-n", own.node, "link", "add", PLAIN, *vxlan, "nolearning", "proxy")
@@ -194,12 +195,12 @@ def _response_for(own: Side, other: Side, device: str) -> None:
 
 
 async def _nothing() -> None:
-    """No peer follows the rotation: each side has one key."""
+    """Do nothing: no peer follows the rotation, because each side has one key."""
 
 
 @contextmanager
 def overlay_pair(directory: Path, method: Method = Method.USER_SPACE) -> Iterator[OverlayPair]:
-    """Two nodes without anything that carries their overlay yet; everything is gone at the end."""
+    """Create two nodes without devices for their overlay.  Everything is removed at the end."""
     prefix = f"skx{secrets.token_hex(2)}"
     sides = [Side(prefix, number, directory, method) for number in (1, 2)]
     try:

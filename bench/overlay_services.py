@@ -1,7 +1,7 @@
-"""Services on overlay networks beside Docker's: created and removed with 20 replicas; starting beside 500 services.
+"""Services on overlay networks compared with Docker's: 20 replicas created and removed, and a start with 500 services.
 
-One node of each system, as in ``bench.run``, whose scenario this uses; for the second, one playground node with a
-network of 5 and one of 500 services, on which one task is started in turn.
+One node of each system, as in ``bench.run``, whose scenario this uses.  For the second part, one playground node has a
+network with 5 and one with 500 services, on which one task is started alternately.
 """
 
 import asyncio
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.docker_lab import DockerLab
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.scenarios import SCENARIOS, clear, is_bare, on_overlay, running, service, wait_for
 from bench.skep_lab import SkepLab
 from skep.playground.busybox import busybox_archive
 
 RATIO_MAX, BESIDE_MAX = 0.4, 1.2
-"""What is promised: of Docker's time; of starting beside few services."""
+"""Promised ratios: to Docker's time, and to a start with few services."""
 FEW, MANY = 5, 500
 _SCENARIO = "overlay20"
 _SUBNETS = {FEW: "10.120.0.0/16", MANY: "10.121.0.0/16"}
@@ -27,7 +27,7 @@ _POLL_S = 0.002
 
 
 def figures(pairs: int) -> list[Figure]:
-    """Beside Docker, then beside many services."""
+    """Compare with Docker, then with many services."""
     archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory:
         docker, skep = DockerLab(Path(directory, "docker")), SkepLab(Path(directory, "skep"), "overlays")
@@ -42,14 +42,14 @@ def figures(pairs: int) -> list[Figure]:
 
 
 async def _beside_docker(labs: dict[str, Any], pairs: int) -> list[Figure]:
-    for lab in labs.values():  # what a node loads with its first container is no part of it
+    for lab in labs.values():  # the first container of a node has additional work
         await asyncio.to_thread(SCENARIOS["start1"], lab)
 
     async def one(number: int) -> dict[str, dict[str, float]]:
         order = list(labs) if number % 2 else list(reversed(labs))
         return {name: await asyncio.to_thread(SCENARIOS[_SCENARIO], labs[name]) for name in order}
 
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     return [
         ratio(
             0 if "processor" in metric else 6,
@@ -69,7 +69,7 @@ async def _beside_many(lab: SkepLab, pairs: int) -> Figure:
             service(lab, f"idle{count}-{number}", 0, Networks=[{"Target": network}])
 
     def started(count: int) -> float:
-        """Milliseconds from the request until a task runs."""
+        """Return the milliseconds from the request until a task runs."""
         began = time.perf_counter()
         id = service(lab, "started", 1, Networks=[{"Target": networks[count]}])
         wait_for(lambda: bool(running(lab, id)), poll_s=_POLL_S)
@@ -79,10 +79,10 @@ async def _beside_many(lab: SkepLab, pairs: int) -> Figure:
         return took
 
     async def one(number: int) -> dict[int, float]:
-        return await alternated([FEW, MANY], number, _TURNS, lambda count: asyncio.to_thread(started, count))
+        return await alternate([FEW, MANY], number, _TURNS, lambda count: asyncio.to_thread(started, count))
 
     await asyncio.to_thread(started, MANY)
-    values, busy = await undisturbed(pairs, one)
+    values, busy = await run_undisturbed(pairs, one)
     await asyncio.to_thread(clear, lab)
     return ratio(
         3,

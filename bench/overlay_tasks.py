@@ -1,4 +1,4 @@
-"""Tasks on an overlay network of a cluster, the same on either system, and the namespaces that they are in."""
+"""Tasks on an overlay network of a cluster, the same on either system, and their namespaces."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ _RUNNING_S = 180.0
 
 
 class Placed(NamedTuple):
-    """A task that runs.  ``started``: when its node saw it run, as the API shows."""
+    """A running task.  ``started``: when its node saw it run, as the API shows."""
 
     id: str
     node: Node
@@ -23,7 +23,7 @@ class Placed(NamedTuple):
 
 
 def create_network(lab: ClusterLab, name: str) -> str:
-    """An overlay network; gives its id."""
+    """Create an overlay network, and return its id."""
     response: dict[str, str] = engine(lab.nodes[0]).post(
         "/networks/create", {"Name": name, "Driver": "overlay"}
     )
@@ -39,7 +39,7 @@ def specification(
     constraints: Sequence[str] = (),
     has_virtual_address: bool = True,
 ) -> dict[str, Any]:
-    """Of a service whose tasks wait for their end; ``replicas``: None is one on each node."""
+    """Return the specification of a service whose tasks idle.  ``replicas``: None for one on each node."""
     return {
         "Name": name,
         "TaskTemplate": {
@@ -53,13 +53,13 @@ def specification(
 
 
 def create_service(lab: ClusterLab, requested: dict[str, Any]) -> str:
-    """Gives its id."""
+    """Create a service, and return its id."""
     response: dict[str, str] = engine(lab.nodes[0]).post("/services/create", requested)
     return response["ID"]
 
 
 def scale(lab: ClusterLab, service: str, replicas: int) -> None:
-    """Have so many replicas of a service."""
+    """Scale a service to that many replicas."""
     through = engine(lab.nodes[0])
     now = through.get(f"/services/{service}")
     requested = now["Spec"] | {"Mode": {"Replicated": {"Replicas": replicas}}}
@@ -67,18 +67,18 @@ def scale(lab: ClusterLab, service: str, replicas: int) -> None:
 
 
 def running(lab: ClusterLab, service: str) -> list[dict[str, Any]]:
-    """Its tasks that run and are to, as the API shows."""
+    """Return its tasks that run and have the desired state running, as the API shows."""
     tasks = engine(lab.nodes[0]).get("/tasks", filters={"service": [service]})
     return [one for one in tasks if one["Status"]["State"] == one["DesiredState"] == "running"]
 
 
 def wait_running(lab: ClusterLab, service: str, count: int) -> None:
-    """Raises: TimeoutError."""
+    """Wait until that many tasks run.  Raises: TimeoutError."""
     until(lambda: len(running(lab, service)) == count, f"{count} tasks run", _RUNNING_S, 0.1)
 
 
 def placed(lab: ClusterLab, service: str) -> list[Placed]:
-    """Its running tasks, in the order of their nodes' names."""
+    """Return its running tasks, in the order of their nodes' names."""
     names = {id: name for name, id in lab.ids().items()}
     nodes = {node.name: node for node in lab.nodes}
     found = []

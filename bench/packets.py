@@ -1,7 +1,7 @@
-"""What a packet costs on its whole way from one container to another, in processor time.
+"""Processor time of a packet on its whole path from one container to another.
 
-On one machine the sender's call does all of it, since nothing on the way between namespaces waits for a device: the
-kernel works in the sender's time until the packet lies at the receiver.  So this does not depend on who else is busy.
+On one machine the sender's call does all the work, since no part of the path between namespaces waits for a device.
+The kernel works in the sender's time until the packet is at the receiver.  So other load does not change the result.
 """
 
 import socket
@@ -12,17 +12,19 @@ from skep.dataplane.netns.namespaces import inside
 
 PACKETS = 4000
 _FIRST = 200
-"""What looks up the way once is no part of it."""
+"""Number of packets that are not counted, because the first ones look up the path."""
 _PORT = 9
 _DATA = bytes(1000)
 
 
 def packet_us(source: Path, target: Path, address: str) -> float:
-    """Microseconds for a datagram of 1,000 bytes to ``address`` in ``target``.  Blocks; a thread's own business."""
+    """Return the microseconds for a datagram of 1,000 bytes to ``address`` in ``target``.  Blocks, so run it in a
+    thread.
+    """
 
     def listen() -> socket.socket:
         opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        opened.bind((address, _PORT))  # never read: packets beyond the buffer are dropped at the receiver
+        opened.bind((address, _PORT))  # never read, so packets beyond the buffer are dropped at the receiver
         return opened
 
     def send() -> float:

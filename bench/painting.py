@@ -3,14 +3,14 @@
 ::
 
     .venv/bin/python -m bench.painting                 # kept in results/
-    .venv/bin/python -m bench.painting --dry           # printed alone
+    .venv/bin/python -m bench.painting --dry           # only printed
 
-The nodes join and report over the real wire, and have no containers (``simulated_nodes``).  Each page is opened by
-a ``skep ui`` of its own.  First paint is the frame after the first one that has the hive, timed from before the browser
-asks for the address that the command prints: login, page, snapshot, frame.  A change is an update of a service's
-labels, timed from before the request until a frame with the page's state after it has been drawn: request, commit,
-view, stream and frame in one.  Changes are a second apart: after a step the view rests for fifty times as long as it
-took, so that viewers cost a manager at most 2 % of a processor.  The service is the largest, with 1,000 tasks.
+The nodes join and report over the real wire, and have no containers (``simulated_nodes``).  Each page is opened by a
+separate ``skep ui``.  First paint is the frame after the first one that has the hive.  It is timed from before the
+browser requests the address that the command prints: login, page, snapshot, frame.  A change is an update of a
+service's labels.  It is timed from before the request until a frame that shows the page's new state: request, commit,
+view, stream and frame.  Changes are a second apart: after a step the view rests for fifty times as long as it took, so
+that viewers cost a manager at most 2 % of a processor.  The service is the largest, with 1,000 tasks.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ _LOOK = """([id, version]) => {
         look();
     });
 }"""
-"""``drawn`` is resolved in the frame after that in which the page has a later version of the service."""
+"""``drawn`` is resolved in the frame after the one in which the page has a later version of the service."""
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -62,8 +62,8 @@ class Result(msgspec.Struct, kw_only=True):
     change_ms: list[float] = []
 
 
-async def measured() -> Result:
-    """Open ``TIMES`` pages, and make as many changes before the eyes of another one."""
+async def measure() -> Result:
+    """Open ``TIMES`` pages, and make as many changes while another page is open."""
     result = Result()
     spec = replace(DEFAULT_SWARM_SPEC, dispatcher=DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS))
     async with AsyncExitStack() as stack:
@@ -80,9 +80,9 @@ async def measured() -> Result:
                 await asyncio.sleep(0.5)
         browser = await stack.enter_async_context(a_browser())
         for _ in range(TIMES):
-            async with _opened(lab, browser) as (page, address):
+            async with _open(lab, browser) as (page, address):
                 result.first_paint_ms.append(await _first_paint(page, address))
-        async with _opened(lab, browser) as (page, address):
+        async with _open(lab, browser) as (page, address):
             await _first_paint(page, address)
             for number in range(TIMES):
                 result.change_ms.append(await _change(page, lab.engine(), service, number))
@@ -90,8 +90,8 @@ async def measured() -> Result:
 
 
 @asynccontextmanager
-async def _opened(lab: ManagerLab, browser: Browser) -> AsyncIterator[tuple[Page, str]]:
-    """An empty page, and the address that ``skep ui`` prints."""
+async def _open(lab: ManagerLab, browser: Browser) -> AsyncIterator[tuple[Page, str]]:
+    """Yield an empty page, and the address that ``skep ui`` prints."""
     async with (
         skep_ui(f"unix://{lab.paths.manager_socket}") as address,
         a_page(browser, may_say="404", viewport={"width": 1280, "height": 800}) as page,
@@ -123,7 +123,7 @@ async def _change(page: Page, engine: Engine, service: str, number: int) -> floa
 
 
 def document(result: Result, busy: float) -> str:
-    """The result for people."""
+    """Return the result for people."""
     now = datetime.now(UTC)
     size = f"{NODES} nodes and {TASKS:,} tasks"
     lines = [
@@ -146,7 +146,7 @@ def document(result: Result, busy: float) -> str:
 
 
 def main() -> None:
-    measure_alone(__doc__ or "", "painting", measured, document)
+    measure_alone(__doc__ or "", "painting", measure, document)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A client that asks the API all along, and what its latencies and the manager's loop lag say."""
+"""A client that sends requests to the API all the time, and the evaluation of its latencies and the manager's loop
+lag.
+"""
 
 import asyncio
 import json
@@ -12,16 +14,18 @@ from typing import Any
 from bench.engine import Engine, EngineError
 
 PAUSE_S = 0.02
-"""Between two requests."""
+"""Seconds between two requests."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share does not exceed."""
+    """Return the smallest value that this share of the values does not exceed."""
     return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
 
 
 def lag_ms(bounds_ms: Sequence[int], counts: Sequence[int], share: float = 0.999) -> float:
-    """What the lag did not exceed in so large a share of looks, rounded up to a bound; infinity: beyond all."""
+    """Return the lag that this share of samples does not exceed, rounded up to a bound, or infinity beyond all
+    bounds.
+    """
     needed, reached = math.ceil(share * sum(counts)), 0
     for bound, count in zip((*bounds_ms, math.inf), counts, strict=True):
         reached += count
@@ -31,18 +35,18 @@ def lag_ms(bounds_ms: Sequence[int], counts: Sequence[int], share: float = 0.999
 
 
 class Probe:
-    """One client with one connection: lists, looks at one service, creates one, updates it, removes it."""
+    """One client with one connection that lists, reads, creates, updates and removes services."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._created = 0
         self.failures: list[str] = []
-        """What was answered instead; how long that took is among the latencies."""
+        """Unexpected responses.  Their durations are among the latencies."""
         self._requests_ms: dict[str, list[float]] = {}
 
     @asynccontextmanager
     async def asking(self, requests_ms: dict[str, list[float]]) -> AsyncIterator[None]:
-        """Ask while the context is open; every latency is added to ``requests_ms``, by request."""
+        """Send requests while the context is open.  Every latency is added to ``requests_ms``, by request."""
         over = threading.Event()
         self._requests_ms = requests_ms
         asking = asyncio.create_task(asyncio.to_thread(self._ask, over))
@@ -78,7 +82,7 @@ class Probe:
         self._timed("DELETE /services/{id}", "DELETE", f"/services/{id}")
 
     def _timed(self, name: str, method: str, path: str, body: Any = None) -> Any:
-        """One request; the answer is decoded after the clock has stopped."""
+        """Send one request.  Its response is decoded after the clock has stopped."""
         encoded = None if body is None else json.dumps(body).encode()
         began = time.perf_counter()
         try:

@@ -1,7 +1,7 @@
-"""A command in a container, in every way: in one of this node and in one of another, and in one of a Docker Engine.
+"""A command in a container, in every way: on this node, on another node, and in a Docker Engine.
 
-The same docker command talks to both systems; ``requests`` are the three of an exec (create, start, inspect) without
-any command around them; ``runc`` is the command that both execute in the end, by itself.
+The same docker command talks to both systems.  ``requests`` are the three of an exec (create, start, inspect) without
+a command around them.  ``runc`` is the command that both finally execute, by itself.
 """
 
 import json
@@ -21,7 +21,7 @@ Ways = Mapping[str, Callable[[], None]]
 
 
 def ways(skep: Any, docker: Any) -> Ways:
-    """Each runs ``true`` in a container of its own kind.  ``skep`` has a manager and a worker."""
+    """Return functions that each run ``true`` in their kind of container.  ``skep`` has a manager and a worker."""
     here, there, beside = (*_skep_tasks(skep), _docker_container(docker))
     local = skep.engine.get(f"/tasks/{here}")["Status"]["ContainerStatus"]["ContainerID"]
     command = str(Path(sys.executable).with_name("skep"))
@@ -57,7 +57,7 @@ def ways(skep: Any, docker: Any) -> Ways:
 
 
 def _skep_tasks(lab: Any) -> tuple[str, str]:
-    """A task of the manager's node, and one of the worker."""
+    """Return a task of the manager's node, and one of the worker."""
     spec = {
         "Name": "idle",
         "TaskTemplate": {"ContainerSpec": {"Image": lab.image, "Command": _IDLE}},
@@ -92,7 +92,7 @@ def _exec(path: Path, container: str, exec: str) -> None:
 
 
 def _exchange(path: Path, method: str, target: str, body: Any = None, *, upgrade: bool = False) -> bytes:
-    """The body of one response, on a connection of its own."""
+    """Return the body of one response, on a separate connection."""
     content = json.dumps(body).encode() if body is not None else b""
     lines = [f"{method} {target} HTTP/1.1", "Host: engine", "Content-Type: application/json"]
     lines += ["Connection: Upgrade", "Upgrade: tcp"] if upgrade else ["Connection: close"]

@@ -1,4 +1,4 @@
-"""Results as a Markdown table: medians with smallest and largest, ratios, and the limit each ratio has to keep."""
+"""Results as a Markdown table: medians with smallest and largest, ratios, and the limit of each ratio."""
 
 from statistics import median
 from typing import Any
@@ -38,11 +38,13 @@ ABSOLUTE = {
     "POST /services/create, ms p50": 2.0,
     "growth by churn": 1.2,
 }
-"""Largest value of skep's own figure."""
+"""Largest value of Skep's own result."""
 
 
 def table(pairs: dict[str, dict[str, list[float]]]) -> str:
-    """``{metric: {"docker": [...], "skep": [...]}}`` -> Markdown; with ``"before"`` its values and a ratio to them."""
+    """Render ``{metric: {"docker": [...], "skep": [...]}}`` as Markdown.  ``"before"`` adds its values and a ratio to
+    them.
+    """
     beside = any("before" in values for values in pairs.values())
     rows = ["| what | Docker Swarm | Skep | ratio | limit | |", "|---|---|---|---|---|---|"]
     if beside:
@@ -58,7 +60,7 @@ def table(pairs: dict[str, dict[str, list[float]]]) -> str:
 
 
 def _beside(values: dict[str, list[float]]) -> str:
-    """Two more cells: the values of the earlier commit, and the median of each turn's ratio to them."""
+    """Return two more cells: the values of the earlier commit, and the median of each turn's ratio to them."""
     before, skep = values.get("before", []), values.get("skep", [])
     ratios = [now / then for now, then in zip(skep, before, strict=False) if then]
     return f" {_spread(before)} | {f'{median(ratios):.2f}' if ratios else '–'} |"
@@ -85,7 +87,7 @@ def _verdict(metric: str, ratio: float | None, skep: list[float]) -> str:
 
 
 def document(result: dict[str, Any]) -> str:
-    """The whole result file for people."""
+    """Return the whole result file for people."""
     lines = [f"# Skep beside Docker Swarm, {result['date']}, commit {result['commit']}", ""]
     lines += [
         f"{result['machine']}. {result['pairs']} pairs, alternating; medians (smallest .. largest, number).",

@@ -1,4 +1,4 @@
-"""Small requests to a manager, in turn: this clone, a clone of another commit beside it, and a Docker Engine.
+"""Small requests to a manager, alternately: this clone, a clone of another commit, and a Docker Engine.
 
     python -m bench.requests --rounds 60 --beside ../other-clone
 
@@ -101,7 +101,7 @@ def _table(values: Values, title: str) -> str:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value below which ``share`` of them are."""
+    """Return the value that this share of the values stays below."""
     return sorted(values)[int(len(values) * share)]
 
 

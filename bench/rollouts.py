@@ -1,4 +1,6 @@
-"""A rolling update of ten replicas, two at a time: until the new tasks run, the old ones have stopped, it is over."""
+"""A rolling update of ten replicas, two at a time, until the new tasks run, the old ones have stopped, and it has
+ended.
+"""
 
 import time
 from typing import Any
@@ -8,18 +10,18 @@ from bench.engine import Engine
 
 REPLICAS, PARALLELISM = 10, 2
 MONITOR_S = 1.0
-"""For which each new task is watched; the same wait for both systems, so it is kept short."""
+"""Seconds for which each new task is monitored.  Both systems wait equally, so it is short."""
 ORDERS = ("stop-first", "start-first")
 TIMES = 2
-"""Updates of each order, one after another: the second one finds tasks of a former one."""
+"""Consecutive updates of each order.  The second one finds tasks of a previous update."""
 POLL_S = 0.05
-"""Between two looks: a list of tasks costs both systems processor time, which is what is being measured."""
+"""Interval of polling.  A list of tasks costs both systems processor time, which is being measured."""
 _SECOND_NS = 10**9
 Metrics = dict[str, float]
 
 
 def policy(order: str) -> dict[str, Any]:
-    """An ``UpdateConfig``."""
+    """Return an ``UpdateConfig``."""
     return {
         "Parallelism": PARALLELISM,
         "Delay": 0,
@@ -31,7 +33,7 @@ def policy(order: str) -> dict[str, Any]:
 
 
 def rolling_update(via: Engine, service: str, order: str, round: int) -> Metrics:
-    """Update all tasks of ``service`` at once in this order; gives seconds since the request.
+    """Update all tasks of ``service`` at once in this order.  Return seconds since the request.
 
     Args:
         round: differs from that of every earlier update, so that tasks have to be replaced.

@@ -1,6 +1,6 @@
 """Runs the scenarios on Docker Swarm and on Skep in alternating pairs and keeps the results.
 
-With ``--beside`` a clone of an earlier commit takes its turn as well: what became slower since then shows in one run.
+With ``--beside`` a clone of an earlier commit takes its turn as well, which shows regressions since then in one run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from skep.playground.busybox import busybox_archive
 T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"
-"""What the system of an earlier commit is called in results."""
+"""Name of the earlier commit's system in results."""
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any], None]) -> dict[str, Any]:
-    """Every scenario on both systems.  ``begin`` starts a system anew."""
+    """Run every scenario on both systems.  ``begin``: restarts a system."""
     started = time.monotonic()
     known = {lab.system: facts(lab) for lab in labs}
     for system, about in known.items():
@@ -106,7 +106,9 @@ def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any]
 
 
 def _pair_text(pair: dict[str, dict[str, float]]) -> str:
-    """``create 1 to running, s: 1.2 / 0.2``: Docker's value, Skep's, that of the earlier commit if there is one."""
+    """Return ``create 1 to running, s: 1.2 / 0.2``: the values of Docker, Skep, and the earlier commit if there is
+    one.
+    """
     first, *others = pair.values()
     return "; ".join(
         f"{metric}: " + " / ".join(f"{values[metric]:.3g}" for values in (first, *others))
@@ -116,7 +118,7 @@ def _pair_text(pair: dict[str, dict[str, float]]) -> str:
 
 
 def keep(result: dict[str, Any], subject: str = "") -> None:
-    """Write the result files, for programs and for people.  ``subject`` ends their name."""
+    """Write the result files, for programs and for people.  ``subject``: suffix of their names."""
     RESULTS.mkdir(exist_ok=True)
     minute = result["date"].removesuffix(" UTC").replace(" ", "-").replace(":", "")
     text = document(result)
@@ -127,11 +129,11 @@ def keep(result: dict[str, Any], subject: str = "") -> None:
 def measure_alone(
     doc: str, subject: str, measured: Callable[[], Coroutine[Any, Any, T]], text: Callable[[T, float], str]
 ) -> None:
-    """A benchmark of Skep alone, as a command: ``--dry`` keeps nothing.
+    """Run a benchmark of only Skep as a command.  ``--dry`` keeps nothing.
 
     Args:
-        measured: gives the result, which is kept for programs.
-        text: the result for people, with the share of the machine that was busy before.
+        measured: returns the result, which is kept for programs.
+        text: renders the result for people, with the share of the machine that was busy before.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="keep nothing")
@@ -146,7 +148,7 @@ def measure_alone(
 
 
 def result_name(now: datetime, at: str, subject: str) -> str:
-    """The name of the files of a result measured ``now`` at the commit ``at``."""
+    """Return the name of the files of a result measured ``now`` at the commit ``at``."""
     return f"{now:%Y-%m-%d-%H%M}-{at}-{subject}"
 
 
@@ -157,7 +159,7 @@ def write_result(name: str, text: str, result: Any) -> None:
 
 
 def commit(top: Path = Path(__file__).parent) -> str:
-    """The short name of the commit that is checked out in the clone at ``top``."""
+    """Return the short name of the commit that is checked out in the clone at ``top``."""
     response = subprocess.run(
         ["git", "-C", str(top), "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
-"""What is timed.  Each scenario takes one lab and gives ``{metric: value}``; the unit ends the metric's name.
+"""Timed scenarios.  Each takes one lab and returns ``{metric: value}``, where the metric's name ends with its unit.
 
-A scenario starts from a node without services and leaves it so.  Tasks run a shell that leaves at once on SIGTERM,
-so that removal measures the orchestrator and not a grace period.
+A scenario starts from a node without services and leaves it so.  Tasks run a shell that exits at once on SIGTERM, so
+that removal measures the orchestrator and not a grace period.
 """
 
 import os
@@ -17,17 +17,17 @@ WORKLOAD = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $
 NOWHERE = "node.labels.bench==nowhere"
 POLL_S = 0.01
 POLL_MANY_S = 0.05
-"""Between two looks at many tasks: a list of 50 costs both systems processor time, which is what is being measured."""
+"""Interval of polling many tasks.  A list of 50 costs both systems processor time, which is being measured."""
 CHURN_BATCHES = 20
-"""Of 50 services each."""
+"""Number of batches of 50 services."""
 LOG_REPLICAS, LOG_LINES, LOG_LINE_BYTES = 20, 50_000, 100
 LOG_SILENCE_S = 15.0
-"""A stream that neither ends nor goes on for so long is given up; that time does not count."""
+"""Seconds of silence after which a log stream counts as ended.  They are not part of the result."""
 Metrics = dict[str, float]
 
 
 def service(lab: Any, name: str, replicas: int, **template: Any) -> str:
-    """Create a service; gives its id."""
+    """Create a service, and return its id."""
     spec = {
         "Name": name,
         "TaskTemplate": {"ContainerSpec": {"Image": lab.image, "Command": WORKLOAD}, **template},
@@ -43,7 +43,7 @@ def running(lab: Any, service_id: str) -> list[dict[str, Any]]:
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: float = POLL_S) -> float:
-    """Seconds until ``condition`` was seen to hold.  Raises TimeoutError."""
+    """Wait for ``condition``, and return the seconds.  Raises: TimeoutError."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > timeout_s:
@@ -53,7 +53,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: floa
 
 
 def is_bare(lab: Any) -> bool:
-    """Whether there is no container of a service."""
+    """Return whether there is no container of a service."""
     labelled = {"label": ["com.docker.swarm.service.name"]}
     return not lab.engine.get("/containers/json", all="1", filters=labelled)
 
@@ -66,7 +66,9 @@ def clear(lab: Any) -> None:
 
 
 def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
-    """The overlay network ``name``, made if it is not there; its id.  ``subnet``: empty has the system choose."""
+    """Return the id of the overlay network ``name``, created if it is missing.  ``subnet``: empty for the system's
+    choice.
+    """
     for existing in lab.engine.get("/networks"):
         if existing["Name"] == name:
             return str(existing["Id"])
@@ -78,10 +80,10 @@ def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
 
 
 def start(replicas: int, *, weighs: bool = False, overlay: str = "") -> Callable[[Any], Metrics]:
-    """Create -> all RUNNING; then removal -> containers gone.
+    """Return a scenario that measures from create to all RUNNING, then from removal to no containers.
 
-    ``weighs``: also the daemons' memory (PSS) without tasks, and what each task adds, its monitor included;
-    ``overlay``: the tasks are on the overlay network of this name.
+    ``weighs``: also measure the daemons' memory (PSS) without tasks, and the memory per task, including its monitor.
+    ``overlay``: name of the overlay network of the tasks.
     """
 
     poll_s = POLL_S if replicas < 20 else POLL_MANY_S
@@ -114,7 +116,7 @@ def start(replicas: int, *, weighs: bool = False, overlay: str = "") -> Callable
 
 
 def crash(lab: Any) -> Metrics:
-    """SIGKILL of one task's process -> a replacement is RUNNING (restart delay 0)."""
+    """Kill one task's process with SIGKILL, and measure until a replacement is RUNNING (restart delay 0)."""
     id = service(lab, "crash", 3, RestartPolicy={"Condition": "any", "Delay": 0})
     wait_for(lambda: len(running(lab, id)) >= 3)
     victim = running(lab, id)[0]
@@ -128,9 +130,10 @@ def crash(lab: Any) -> Metrics:
 
 
 def churn(lab: Any) -> Metrics:
-    """1,000 services come and go (no tasks placed) on a fresh node; memory after over before, also by process.
+    """Create and remove 1,000 services (no tasks placed) on a fresh node.  Compare memory after and before, also by
+    process.
 
-    "Before" is after a first container has come and gone: a node that has never run one has not loaded all it needs.
+    "Before" is after a first container was created and removed, because only then a node has loaded all it needs.
     """
     id = service(lab, "first", 1)
     wait_for(lambda: len(running(lab, id)) >= 1)
@@ -154,7 +157,9 @@ def churn(lab: Any) -> Metrics:
 
 
 def listing(tasks: int) -> Callable[[Any], Metrics]:
-    """Latency of ``GET /tasks`` with ``tasks`` pending tasks, and of small requests beside them."""
+    """Return a scenario for the latency of ``GET /tasks`` with ``tasks`` pending tasks, and of small requests
+    meanwhile.
+    """
 
     def scenario(lab: Any) -> Metrics:
         ids = [service(lab, f"list{n}", 10, Placement={"Constraints": [NOWHERE]}) for n in range(tasks // 10)]
@@ -173,7 +178,7 @@ def listing(tasks: int) -> Callable[[Any], Metrics]:
 
 
 def latency(lab: Any) -> Metrics:
-    """p50 of small requests on an empty node."""
+    """Measure p50 of small requests on an empty node."""
     result = {
         "GET /_ping, ms p50": _latency_ms(lab, "/_ping"),
         "GET /services, ms p50": _latency_ms(lab, "/services"),
@@ -199,7 +204,7 @@ def _latency_ms(lab: Any, path: str, times: int = 30) -> float:
 
 
 def logs(lab: Any) -> Metrics:
-    """``docker service logs`` of 100 MB that 20 tasks have written, by one client that throws it away."""
+    """Run ``docker service logs`` for 100 MB that 20 tasks have written, with one client that discards it."""
     line = "x" * (LOG_LINE_BYTES - 1)
     id = service(
         lab,
@@ -222,7 +227,7 @@ def logs(lab: Any) -> Metrics:
     received, took = lab.engine.drain(f"/services/{id}/logs?stdout=1&tail=all", LOG_SILENCE_S)
     spent = busy_s() - busy
     clear(lab)
-    lines = received / (LOG_LINE_BYTES + 8)  # each has a frame
+    lines = received / (LOG_LINE_BYTES + 8)  # each line has a frame header
     return {
         "service logs of 100 MB, s per 100 MB received": took / received * 1e8,
         "service logs of 100 MB, processor s": spent,
@@ -243,4 +248,4 @@ SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "logs": logs,
 }
 FRESH = frozenset({"churn"})
-"""Scenarios that begin on nodes of their own: what a node grows by depends on what it has been through."""
+"""Scenarios that begin on separate nodes, because a node's growth depends on its history."""

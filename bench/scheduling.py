@@ -1,14 +1,14 @@
-"""The scheduler alone, as SwarmKit's own Go benchmark measures its: from one commit of all to the last placement.
+"""The scheduler alone, as SwarmKit's own Go benchmark measures its scheduler: from one commit to the last placement.
 
 ::
 
     .venv/bin/python -m bench.scheduling                                # the table, kept in results/
     .venv/bin/python -m bench.scheduling --nodes 1000 --tasks 10000 --kind plugin
 
-One operation is theirs: a fresh store in memory, the scheduler running and watching it; one commit brings READY nodes
-and PENDING tasks without a service, and a watcher counts until it has seen each task assigned.  The clock starts
-before that commit (the objects are made and encoded before, as there the transaction's body is) and stops with the last
-task.  SwarmKit's figures include 50 ms of debouncing; Skep's scheduler does not wait.
+One operation is the same as SwarmKit's: a fresh store in memory, with the scheduler running and watching it.  One
+commit brings READY nodes and PENDING tasks without a service, and a watcher counts until it has seen each task
+assigned.  The clock starts before that commit (the objects are created and encoded before, like the transaction's body
+there) and stops with the last task.  SwarmKit's numbers include 50 ms of debouncing.  Skep's scheduler does not wait.
 
 ``plugin``: each task has a network whose plugin every third node has.  ``constraints``: a constraint that half of the
 nodes meet, reservations and a spread preference over three zones.  ``services``: the same, in services of 100 tasks
@@ -87,7 +87,7 @@ TABLE = [
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation: seconds on the wall, and of processor time."""
+    """One operation: seconds of wall-clock and of processor time."""
 
     wall_s: float
     processor_s: float
@@ -98,7 +98,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def reference_ns() -> float:
-    """Processor time of one turn of an empty loop now, the smallest of many: to compare runs of different moments."""
+    """Return the smallest processor time of one turn of an empty loop, to compare runs at different times."""
     turns, best = 20_000, float("inf")
     for _ in range(50):
         began = time.process_time_ns()
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def measured(kind: Kind, nodes: int, tasks: int, repeat: int) -> tuple[tuple[str, int, int], list[Timing]]:
-    """``repeat`` operations of one size, after one that does not count."""
+    """Run ``repeat`` operations of one size, after a warm-up."""
     timings: list[Timing] = []
     if tasks <= 10_000:
         asyncio.run(operation(kind, nodes, tasks))
@@ -144,7 +144,7 @@ def measured(kind: Kind, nodes: int, tasks: int, repeat: int) -> tuple[tuple[str
 
 
 async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
-    """Seconds (wall, processor) from the commit of ``nodes`` and ``tasks`` until all are assigned."""
+    """Return the seconds (wall, processor) from the commit of ``nodes`` and ``tasks`` until all are assigned."""
     clock = SystemClock()
     store = MemoryStore(clock)
     created = proposal_of(store, [*_nodes(kind, nodes), *_tasks(kind, tasks)])
@@ -155,8 +155,8 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
             assigned = group.create_task(_all_assigned(store, tasks))
             running = group.create_task(scheduler.run())
             for _ in range(5):
-                await asyncio.sleep(0)  # both watch
-            gc_settings.configure_gc()  # as the manager's process does when it has loaded what there is
+                await asyncio.sleep(0)  # until both watch
+            gc_settings.configure_gc()  # as the manager's process does after loading
             began, processor = time.perf_counter(), time.process_time()
             store.cluster.commit(created, None)
             await assigned
@@ -169,7 +169,7 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
 
 
 def proposal_of(store: MemoryStore, objects: Sequence[Object]) -> Proposal:
-    """One proposal for all objects; larger than a transaction may be, as SwarmKit's is."""
+    """Return one proposal for all objects, larger than a transaction may be, as SwarmKit's is."""
     puts: list[tuple[str, bytes]] = []
     for object in objects:
         tx = LocalTransaction(store.view(), time.time_ns())  # type: ignore[arg-type]
@@ -247,7 +247,9 @@ HEADER = (
 
 
 def limit_s(kind: str, nodes: int, tasks: int) -> float | None:
-    """Half of SwarmKit's time; with constraints all of it.  None where SwarmKit was not measured at that size."""
+    """Return half of SwarmKit's time, or all of it with constraints.  None for sizes without a SwarmKit
+    measurement.
+    """
     theirs = SWARMKIT_S.get(("plain" if kind in ("constraints", "services") else kind, nodes, tasks))
     if theirs is None:
         return None
@@ -255,7 +257,7 @@ def limit_s(kind: str, nodes: int, tasks: int) -> float | None:
 
 
 def line(row: tuple[str, int, int], timings: list[Timing]) -> str:
-    """One row of the table: medians, the smallest in brackets."""
+    """Return one row of the table: medians, with the smallest values in brackets."""
     kind, nodes, tasks = row
     wall = [one.wall_s for one in timings]
     processor = [one.processor_s for one in timings]

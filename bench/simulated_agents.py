@@ -1,7 +1,7 @@
 """The other process of ``bench.dispatching``: agents, each with a certificate, a TLS connection and three streams.
 
-A load generator, so that the manager is measured and not this: the protocol is the real one, but each agent makes the
-same calls in the same order, so their headers are encoded once for all.
+It is a light load generator, so that the manager is measured instead of this process.  The protocol is real, but each
+agent makes the same calls in the same order, so their headers are encoded once for all.
 """
 
 import asyncio
@@ -30,22 +30,22 @@ from skep.wire.convert.task import status_to_pb
 REGISTERING_AT_ONCE = 50
 CONNECT_SECONDS_MAX = 60.0
 WINDOW = 2**30
-"""More than an agent is ever sent."""
+"""More bytes than an agent ever receives."""
 CALLS = (methods.SESSION, methods.HEARTBEATS, methods.REVISED_ASSIGNMENTS, methods.UPDATE_TASK_STATUS)
 SESSION, HEARTBEATS, ASSIGNMENTS, STATUS = 1, 3, 5, 7
-"""Their streams: the order is part of the headers' encoding.  Later ones are statuses again."""
+"""Their streams, whose order is part of the headers' encoding.  Later streams are statuses again."""
 CLOSED = ConnectionResetError("the manager has closed the connection")
 RUNS = TaskStatus(state=TaskState.RUNNING, message="started")
 
 
 async def run(directory: Path, address: str) -> None:
-    """Do what standard input says, a word a line; each is answered with a figure (seconds, or MiB)."""
+    """Run commands from standard input, one word per line, and respond to each with a number (seconds, or MiB)."""
     crowd = _Patient(address, [client_context(keypair.load(path)) for path in sorted(directory.iterdir())])
     await obey(crowd)
 
 
 async def obey(crowd: "Crowd") -> None:
-    """Have the crowd do what standard input says."""
+    """Let the crowd run the commands from standard input."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
@@ -69,15 +69,15 @@ class Crowd:
         calls = (
             *CALLS,
             CALLS[-1],
-        )  # from the second time on the headers of a call are indices into the table
+        )  # from the second call on, the headers are indices into the table
         self.headers = [encoder.encode(_headers(address, method.path)) for method in calls]
 
     def agent(self) -> "Agent":
-        """A new one."""
+        """Return a new agent."""
         raise NotImplementedError
 
     async def obey(self, word: str) -> float | None:
-        """Execute it; None: its duration is the figure.  Raises: ValueError: unknown command."""
+        """Run a command.  Return None if its duration is the result.  Raises: ValueError: unknown command."""
         match word:
             case "register":
                 await self.register()
@@ -90,7 +90,7 @@ class Crowd:
         return None
 
     async def register(self) -> None:
-        """Connect all agents, some at a time; returns when each has its session."""
+        """Connect all agents, some at a time, and return when each has its session."""
         turn = asyncio.Semaphore(REGISTERING_AT_ONCE)
 
         async def one(tls: ssl.SSLContext) -> None:
@@ -124,7 +124,9 @@ def _headers(address: str, path: str) -> list[tuple[str, str]]:
 
 
 class Agent(asyncio.Protocol):
-    """One agent: registers when connected, then opens its other streams, and sends heartbeats at the given period."""
+    """One agent: it registers when connected, then opens its other streams, and sends heartbeats at the given
+    period.
+    """
 
     __slots__ = ("_crowd", "_messages", "_received", "_session_id", "_transport", "registered", "tls")
 
@@ -136,19 +138,19 @@ class Agent(asyncio.Protocol):
         self._crowd = crowd
         self._received = b""
         self._messages: dict[int, bytes] = {}
-        """Of each stream what has come of a message that is not complete."""
+        """Incomplete message of each stream."""
         self.registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def take_assignments(self, message: pb.AssignmentsMessage) -> None:
-        """The manager said what the node is to run."""
+        """Handle the assignments that the manager sent."""
         raise NotImplementedError
 
     def answered(self, stream_id: int) -> None:
-        """The call with statuses has ended."""
+        """Handle the end of a call with statuses."""
         raise NotImplementedError
 
     def ended(self, stream_id: int) -> None:
-        """A call has ended, which only that of the statuses may: well, if an answer came before."""
+        """Handle the end of a call.  Only the call with statuses may end, after a response."""
         assert stream_id >= STATUS, f"call {CALLS[stream_id // 2].path} has ended"
         self.answered(stream_id)
 
@@ -197,7 +199,7 @@ class Agent(asyncio.Protocol):
             self.take_assignments(skep.RevisedAssignments.FromString(message).message)
 
     def send_statuses(self, stream_id: int, states: Mapping[str, TaskStatus]) -> None:
-        """Report to the manager, in a call on a stream that no call had before."""
+        """Report to the manager, in a call on a new stream."""
         updates = [
             pb.UpdateTaskStatusRequest.TaskStatusUpdate(task_id=id, status=status_to_pb(status))
             for id, status in states.items()
@@ -224,13 +226,13 @@ class Agent(asyncio.Protocol):
 
 
 class _Patient(Crowd):
-    """Its agents wait for a task each, and report it as running on command."""
+    """Agents that wait for a task each, and report it as running on command."""
 
     def __init__(self, address: str, contexts: Sequence[ssl.SSLContext]) -> None:
         super().__init__(address, contexts)
         self._missing = len(contexts)
         self._assigned = asyncio.Event()
-        """Every agent has its task."""
+        """Set when every agent has its task."""
 
     def agent(self) -> Agent:
         return _PatientAgent(self)
@@ -266,12 +268,12 @@ class _PatientAgent(Agent):
         if self._assigned:
             return
         for change in message.changes:
-            if change.assignment.HasField("task"):  # what it needs is in the same message
+            if change.assignment.HasField("task"):  # the same message has everything that the task needs
                 self._assigned = change.assignment.task.id
                 self._patients.note_assigned()
 
     async def report(self) -> None:
-        """Say that the task runs; returns when the manager has answered."""
+        """Report that the task runs, and return when the manager has responded."""
         self.send_statuses(STATUS, {self._assigned: RUNS})
         await self._reported
 

@@ -1,7 +1,7 @@
 """The other process of ``bench.thousands``: nodes that join, and reach the desired state of every task at once.
 
-They have no containers: what is to run runs as soon as it is assigned, what is to end has ended.  As a real agent does,
-each makes one call with statuses at a time, and sends of each task only the latest.
+They have no containers.  A task runs as soon as it is assigned, and ends as soon as it should.  Like a real agent,
+each node has one call with statuses at a time, and sends only the latest status of each task.
 """
 
 import asyncio
@@ -26,25 +26,25 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel, connected
 
 JOINING_AT_ONCE, OVER_ONE_CONNECTION = 3, 100
-"""A manager has four connections without a certificate from an address, for a minute each."""
+"""A manager accepts four connections without a certificate from an address, for a minute each."""
 RESPONSE_S = 60.0
 RETURN_S = 1.0
-"""After which a node that lost its session tries again, on the average."""
+"""Average seconds after which a node that lost its session tries again."""
 ENDED = TaskStatus(state=TaskState.SHUTDOWN, message="shutdown")
 STATUSES = {
     state: TaskStatus(state=state, message=state.value) for state in (TaskState.READY, TaskState.RUNNING)
 }
-"""What becomes of a task that is to be READY, or to be RUNNING; any other desired state ends it."""
+"""Status of a task by its desired state, READY or RUNNING. Any other desired state ends it."""
 
 
 async def run(count: int, address: str, token: str) -> None:
-    """Join with so many nodes, then do what standard input says."""
-    pairs = await joined(count, address, token)
+    """Join with ``count`` nodes, then run commands from standard input."""
+    pairs = await join(count, address, token)
     await obey(Nodes(address, [client_context(pair) for pair in pairs]))
 
 
-async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
-    """Certificates from the cluster.  A machine is known by its key, so several can ask over one connection."""
+async def join(count: int, address: str, token: str) -> Sequence[KeyPair]:
+    """Get certificates from the cluster.  A machine is known by its key, so several can use one connection."""
     root_pem = await fetch_root(address, token)
     waiting = list(range(count))
     pairs: list[KeyPair] = []
@@ -57,13 +57,13 @@ async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
                 for _ in waiting[:OVER_ONE_CONNECTION]:
                     if waiting:
                         waiting.pop()
-                        pairs.append(await _joined(channel, root_pem, token))
+                        pairs.append(await _join(channel, root_pem, token))
 
     await asyncio.gather(*[ask() for _ in range(JOINING_AT_ONCE)])
     return pairs
 
 
-async def _joined(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
+async def _join(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
     key = new_private_key()
     request = pb.IssueNodeCertificateRequest(csr=signing_request(key), token=token)
     reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=RESPONSE_S)
@@ -90,9 +90,9 @@ class Nodes(Crowd):
         return _Node(self)
 
     def lost(self, node: "_Node") -> None:
-        """A node lost its session: it comes back with what it has, as often as it takes."""
+        """Let a node that lost its session return with its tasks.  Retry until it succeeds."""
         self.closed += 1
-        if node in self.agents:  # else it was lost as soon as it was registered
+        if node in self.agents:  # otherwise it was lost as soon as it was registered
             self.agents.remove(node)
         returning = asyncio.create_task(self._return(node))
         self._returning.add(returning)
@@ -134,22 +134,22 @@ class _Node(Agent):
         super().__init__(nodes)
         self._nodes = nodes
         self._states: dict[str, TaskState] = before._states if before is not None else {}
-        """The state of each task that it was assigned."""
+        """The state of each assigned task."""
         self._unsent: dict[str, TaskStatus] = {
             id: STATUSES.get(state, ENDED) for id, state in self._states.items()
         }
         self._sent: dict[str, TaskStatus] = {}
-        """What the call says that was not answered yet; empty: there is none."""
+        """Statuses in the call that has no response yet.  Empty if there is no such call."""
         self._calls = 0
         self._answered: set[int] = set()
-        """Calls with statuses that were answered and have not ended yet."""
+        """Calls with statuses that have a response but have not ended yet."""
         self._is_gone = False
         self._running: set[str] = set()
-        """Tasks of which the manager has taken that they run, and that it does not want to end."""
+        """Tasks that the manager knows as running, and does not want to end."""
 
     @property
     def running(self) -> int:
-        """How many tasks run, as the manager has it."""
+        """Return how many tasks run, as the manager knows."""
         return len(self._running)
 
     def take_assignments(self, message: pb.AssignmentsMessage) -> None:
@@ -196,7 +196,7 @@ class _Node(Agent):
             self._answered.discard(stream_id)
             self.answered(stream_id)
         else:
-            self._transport.abort()  # as an agent does: it begins another session
+            self._transport.abort()  # as an agent does, which then begins another session
 
     def _hear(self, stream_id: int, message: bytes) -> None:
         if stream_id >= STATUS:
@@ -205,7 +205,7 @@ class _Node(Agent):
             super()._hear(stream_id, message)
 
     def vanish(self) -> int:
-        """Fall silent for ever, as a machine without power; gives how many tasks ran here."""
+        """Fall silent permanently, like a machine without power.  Return how many tasks ran here."""
         self._is_gone = True
         self._transport.abort()
         return self.running

@@ -1,4 +1,4 @@
-"""A Skep playground of one manager, behind the same few attributes as ``docker_lab.DockerLab``."""
+"""A Skep playground of one manager, with the same few attributes as ``docker_lab.DockerLab``."""
 
 import json
 import subprocess
@@ -13,14 +13,14 @@ from skep.playground.description import Node
 
 
 class SkepLab:
-    """One manager in a playground.  Started and removed by the ``skep`` command, as a user would."""
+    """One manager in a playground, started and removed by the ``skep`` command as a user would."""
 
     system = "skep"
 
     def __init__(
         self, directory: Path, name: str = "bench", skep: Path | None = None, *, workers: int = 0
     ) -> None:
-        """``name``: of the playground; two at a time need two.  ``skep``: another clone's command."""
+        """``name``: unique name of the playground.  ``skep``: another clone's command."""
         self._workers = workers
         self.directory = directory
         self.name = name
@@ -34,10 +34,10 @@ class SkepLab:
         self.image = image
 
     def up_alone(self) -> None:
-        """Start the playground with the image it brings along."""
+        """Start the playground with its built-in image."""
         self.down()
         up = [self._skep, "playground", "up"]
-        # A relay is a process more, for people; commands of earlier commits have neither relay nor option.
+        # A relay is an additional process for people.  Commands of earlier commits have neither relay nor option.
         if "--no-relay" in subprocess.run([*up, "--help"], check=True, capture_output=True, text=True).stdout:
             up.append("--no-relay")
         options = [
@@ -58,7 +58,7 @@ class SkepLab:
 
     @property
     def described(self) -> Node:
-        """The node as the playground describes it."""
+        """Return the playground's description of the node."""
         return msgspec.convert(self.node, Node)
 
     @property
@@ -67,7 +67,7 @@ class SkepLab:
 
     @property
     def cgroup(self) -> str:
-        """Of the node and its containers, below every hierarchy."""
+        """Return the cgroup of the node and its containers, below every hierarchy."""
         return str(self.node["cgroup"])
 
     @property

@@ -21,7 +21,9 @@ FILES_GROWTH_MAX = 1.5
 
 
 def soak(directory: Path, minutes: float, rng: random.Random, faults: float, log: Log) -> None:
-    """Raises: AssertionError: an invariant did not hold; the node's log is then kept beside ``log``."""
+    """Run a soak.  Raises: AssertionError: an invariant was violated.  Then the node's log is kept in the directory of
+    ``log``.
+    """
     lab = SkepLab(directory, "soak")
     try:
         lab.up_alone()
@@ -105,7 +107,7 @@ class Soak:
         return [pid for pid in pids if pid]
 
     def _settle(self, what: str) -> None:
-        """Wait until the cluster is as it was wanted; say how long that took."""
+        """Wait until the cluster is in its desired state, and log how long that took."""
         began = time.monotonic()
         while difference := self._users.until_answered(self._difference):
             assert time.monotonic() - began < DEADLINE_S, f"after {what}: {difference} for {DEADLINE_S} s"

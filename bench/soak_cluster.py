@@ -1,12 +1,13 @@
 """Load and faults on three managers and three workers: machines are lost, cut off or hang, processes are killed.
 
-Faults come between rounds and last for some of them, so that services change while machines are away: of the
-managers one at most (the others have to be able to decide), of the workers one (more would start disruption mode, which
-has tests of its own).  After each round what was asked for has to run on the machines that are there, no more and no
-less; machines that are back have to give up what others took over.
+Faults begin between rounds and last for some of them, so that services change while machines are away.  At most one
+manager is away (the others must have a quorum), and at most one worker (more would start disruption mode, which has
+its own tests).  After each round exactly the requested tasks have to run on the available machines.  Machines that are
+back have to stop the tasks that others took over.
 
-Memory is compared between calms: all machines back, then the same work on each side of the comparison.  Each time the
-leader with the leader, the others with the others, since the leader alone keeps the loops' memory.
+Memory is compared between calm phases: all machines are back, then the same work is done on each side of the
+comparison.  The leader is compared with the leader, and the others with the others, since only the leader keeps the
+loops' memory.
 """
 
 import asyncio
@@ -39,15 +40,15 @@ MANAGERS_AWAY_MAX, WORKERS_AWAY_MAX = 1, 1
 AWAY_ROUNDS_MAX = 3
 MEASURE_EVERY_S = 600.0
 CALM_ROUNDS = 15
-"""Without faults before memory is taken: no manager is judged that has just been started."""
+"""Rounds without faults before memory is measured, so that no manager that has just started is judged."""
 MEMORY_GROWTH_MAX = 1.2
 RESPONSE_S = 10.0
 LATE_S = 10.0
-"""From then on a round's line says what it waited for."""
+"""Seconds after which a round's log line names the reason of the delay."""
 
 
 class Away(msgspec.Struct):
-    """A machine that is not there for a while."""
+    """A machine that is temporarily away."""
 
     node: Node
     rounds_left: int
@@ -55,7 +56,9 @@ class Away(msgspec.Struct):
 
 
 def soak(directory: Path, minutes: float, rng: random.Random, faults: float, log: Log) -> None:
-    """Raises: AssertionError: an invariant did not hold; the nodes' logs are then kept beside ``log``."""
+    """Run a soak.  Raises: AssertionError: an invariant was violated.  Then the nodes' logs are kept in the directory
+    of ``log``.
+    """
     playground = Playground(directory, "soak", lambda _: None)
     asyncio.run(playground.down())
     try:
@@ -80,7 +83,7 @@ class ClusterSoak:
         log: Log,
         users: Callable[[Callable[[], Engine], str, random.Random], Users] = Users,
     ) -> None:
-        """``faults``: share of the rounds before which one begins."""
+        """``faults``: share of the rounds before which a fault begins."""
         self._playground, self._random, self._fault_share, self._say = playground, rng, faults, log
         cluster = playground.cluster()
         self._nodes = {node.name: node for node in cluster.nodes}
@@ -90,7 +93,7 @@ class ClusterSoak:
         self._rounds = self._faults = 0
 
     def run(self, minutes: float) -> None:
-        """Do rounds for ``minutes``; measure every ten of them, or five times in a shorter run."""
+        """Do rounds for ``minutes``.  Measure every ten minutes, or five times in a shorter run."""
         every_s = min(MEASURE_EVERY_S, minutes * 60 / 5)
         began = time.monotonic()
         end, measure_at = began + minutes * 60, began + every_s
@@ -191,7 +194,9 @@ class ClusterSoak:
         return back
 
     def _bring_back(self, name: str, away: Away) -> None:
-        """A daemon may get too little of a busy processor to be up in time: it is waited for once more."""
+        """Bring a machine back.  Wait once more for a daemon that gets too little of a busy processor to be up in
+        time.
+        """
         try:
             asyncio.run(away.bring_back(name))
         except Unavailable as error:
@@ -227,7 +232,9 @@ class ClusterSoak:
         )
 
     def _calm(self) -> dict[str, list[float]]:
-        """All machines back, some work, then the memory of the daemons on each manager, MiB, by role."""
+        """Return the daemons' memory on each manager in MiB, by role, after all machines are back and have done some
+        work.
+        """
         self._come_back(all_of_them=True)
         self._settle("all are back")
         deadline = time.monotonic() + DEADLINE_S
@@ -250,7 +257,7 @@ class ClusterSoak:
         return {role: sorted(values) for role, values in found.items()}
 
     def _missing(self) -> str:
-        """Nodes that are not ready though all are back."""
+        """Return the nodes that are not ready although all are back."""
         known = self._a_manager().get("/nodes")
         lacking = [
             node["Description"]["Hostname"]
@@ -261,7 +268,7 @@ class ClusterSoak:
         return f"{' '.join(lacking)} not ready" if lacking or len(known) != len(self._nodes) else ""
 
     def _leader(self) -> str:
-        """Raises: EngineError: there is no leader at present (503, which is transient)."""
+        """Return the leader.  Raises: EngineError: there is currently no leader (503, which is transient)."""
         for node in self._a_manager().get("/nodes"):
             if (node.get("ManagerStatus") or {}).get("Leader"):
                 return str(node["Description"]["Hostname"])

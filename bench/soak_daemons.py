@@ -1,4 +1,4 @@
-"""A node's daemons as a soak sees them: which processes they are, what memory and files they hold."""
+"""A node's daemons in a soak: their processes, memory and open files."""
 
 import os
 from pathlib import Path
@@ -9,27 +9,27 @@ from bench.machine import daemons
 
 DAEMONS = ("skep-node", "skep-manager", "etcd", "skep-net", "conmon")
 VICTIMS = (*DAEMONS, "wireguard-go")
-"""What is killed; wireguard-go runs where an encrypted network is and the kernel has no WireGuard."""
+"""Processes to kill. wireguard-go runs on a node with an encrypted network if the kernel has no WireGuard."""
 GIVEN_UP = frozenset({"skep-manager", "etcd"})
-"""What the node stops restarting after five ends within a minute, as it should."""
+"""Processes that the node correctly stops restarting after five ends within a minute."""
 GIVEN_UP_KILLS_MAX = 3
-"""Of those together, on one node within that minute."""
+"""Largest number of kills of those processes, on one node within that minute."""
 ETCD_MIB_MAX = 128
-"""etcd keeps 5,000 entries of its log in memory and begins with none, so its growth by itself means nothing."""
+"""Limit of etcd's memory.  It keeps 5,000 entries of its log in memory and starts empty, so growth alone is normal."""
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What the daemons of one node hold; monitors of containers are left out."""
+    """Resources of one node's daemons, without the monitors of containers."""
 
     skep_mib: float
     etcd_mib: float
     open_files: int
     each: str
-    """For the log: every process with its memory."""
+    """Every process with its memory, for the log."""
 
 
 def pids(netns: Path, root_pids: list[int], comm: str) -> list[int]:
-    """The node's processes with that command name."""
+    """Return the node's processes with that command name."""
     found = []
     for pid in daemons(netns, root_pids):
         try:
@@ -41,8 +41,11 @@ def pids(netns: Path, root_pids: list[int], comm: str) -> list[int]:
 
 
 def held(netns: Path, root_pids: list[int]) -> Held:
-    """Memory is what each process has for itself or shares with one it was forked from, counted in full: a sum of
-    shares would change with every restart, which leaves a process without those it shares with."""
+    """Return the daemons' resources.
+
+    Memory is what each process has for itself or shares with the process it was forked from, counted in full.  A sum
+    of proportional shares would change with every restart, because a restarted process shares less.
+    """
     files, skep, etcd, each = 0, 0.0, 0.0, []
     for pid in daemons(netns, root_pids):
         try:
@@ -63,5 +66,5 @@ def held(netns: Path, root_pids: list[int]) -> Held:
 
 
 def _mebibytes(status: str, field: str) -> float:
-    """A figure of /proc/<pid>/status."""
+    """Return a value of /proc/<pid>/status in MiB."""
     return int(status.partition(f"{field}:")[2].split()[0]) / 1024

@@ -1,12 +1,12 @@
-"""What a soak checks of networks between two rounds, from where containers are.
+"""Checks of networks in a soak between two rounds, from inside containers.
 
-* **Every service answers every member.** From each container, each service that shares a network with it is resolved
-  at 127.0.0.11, and each address of the answer (one virtual address, or all tasks\' where it has none) gives the page
-  of that service, which has its secret and its volume on it. Each published port does so on every node.
+* **Every service responds to every member.** From each container, each service that shares a network with it is
+  resolved at 127.0.0.11.  Each resolved address (one virtual address, or all tasks' addresses without one) returns the
+  page of that service, which contains its secret and its volume.  Each published port does so on every node.
 * **No address twice**, among the containers of all nodes.
 * **No namespace without a container.**
-* **No counter of drops rises** while the cluster is at rest and is asked all this: of interfaces, of sockets of name
-  servers, of the kernel\'s tables of neighbours and connections.
+* **No counter of drops rises** while the cluster is at rest and receives these requests.  The counters are those of
+  interfaces, of name servers' sockets, and of the kernel's tables of neighbours and connections.
 """
 
 import base64
@@ -37,7 +37,7 @@ PORT = 80
 RESPONSE_S = 5.0
 AT_ONCE = 16
 OWN_SUBNETS = "10."
-"""What addresses on overlays begin with; those of gateway bridges are each node\'s own."""
+"""Prefix of addresses on overlays.  Those of gateway bridges are specific to each node."""
 SERVER = (
     "trap 'exit 0' TERM INT; mkdir -p /tmp/www; echo -n \"$SERVICE \" > /tmp/www/index.html;"
     f"cat /run/secrets/{SECRET} >> /tmp/www/index.html; touch /data/up && echo -n ' kept' >> /tmp/www/index.html;"
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class Service(msgspec.Struct, frozen=True):
-    """What a service was asked to be.  ``published``: 0: not."""
+    """Requested state of a service.  ``published``: 0 if it has no published port."""
 
     name: str
     networks: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Member(msgspec.Struct, frozen=True):
 
 
 def make(engine: Engine) -> None:
-    """The networks and the secret that services are given; what is there already is fine."""
+    """Create the networks and the secret of the services.  Existing ones are kept."""
     for name, options in NETWORKS.items():
         _made(engine, "/networks/create", {"Name": name, "Driver": "overlay", "Options": options})
     data = base64.b64encode(SECRET_DATA).decode()
@@ -86,12 +86,12 @@ def _made(engine: Engine, path: str, spec: dict[str, Any]) -> None:
 
 
 def secret_id(engine: Engine) -> str:
-    """Raises: EngineError."""
+    """Return the id of the secret.  Raises: EngineError."""
     return str(engine.get(f"/secrets/{SECRET}")["ID"])
 
 
 def members(nodes: Iterable[tuple[Node, Engine]]) -> list[Member]:
-    """All running containers of services.  Raises: EngineError; OSError: one has just ended."""
+    """Return all running containers of services.  Raises: EngineError, or OSError if one has just ended."""
     found = []
     for node, engine in nodes:
         for container in engine.get("/containers/json"):
@@ -103,7 +103,7 @@ def members(nodes: Iterable[tuple[Node, Engine]]) -> list[Member]:
 
 
 def faults(nodes: list[tuple[Node, Engine]], services: Mapping[str, Service]) -> str:
-    """The first thing that is not as it should be, or nothing.  Raises: EngineError, OSError."""
+    """Return the first violation, or an empty string.  Raises: EngineError, OSError."""
     present = members(nodes)
     twice = [
         f"{address} is held by {count} containers"
@@ -130,7 +130,7 @@ def _refused(
     nodes: list[tuple[Node, Engine]], present: list[Member], services: Mapping[str, Service]
 ) -> list[str]:
     running = {one.service for one in present}
-    asked: list[tuple[Path, str, Callable[[], str]]] = []  # the namespace, whose it is, the question
+    asked: list[tuple[Path, str, Callable[[], str]]] = []  # namespace, its owner, and the check
     for member in present:
         own = set(services[member.service].networks)
         asked += [
@@ -163,7 +163,7 @@ def _tried(space: Path, ask: Callable[[], str]) -> str:
 
 
 def by_name(service: Service) -> str:
-    """Why a service does not answer by its name from the present namespace; empty: it does."""
+    """Return why a service does not respond by its name from the current namespace, or an empty string if it does."""
     question = DNSRecord.question(service.name)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
         opened.settimeout(RESPONSE_S)
@@ -179,7 +179,7 @@ def by_name(service: Service) -> str:
 
 
 def page(service: Service, address: str, port: int) -> str:
-    """Why what is at ``address`` is not the service; empty: it is."""
+    """Return why the server at ``address`` is not the service, or an empty string if it is."""
     where = f"{service.name} at {address}:{port}"
     try:
         body = fetched(address, port)
@@ -189,7 +189,7 @@ def page(service: Service, address: str, port: int) -> str:
 
 
 def fetched(address: str, port: int) -> bytes:
-    """The page there.  Raises: OSError."""
+    """Return the page there.  Raises: OSError."""
     with socket.create_connection((address, port), timeout=RESPONSE_S) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
         response = b""
@@ -198,11 +198,11 @@ def fetched(address: str, port: int) -> bytes:
     return response.partition(b"\r\n\r\n")[2]
 
 
-# -- what is there -------------------------------------------------------------------------------------------------
+# -- state ---------------------------------------------------------------------------------------------------------
 
 
 def within(space: Path, work: Callable[[], T]) -> T:
-    """``work`` in a namespace, on a thread that ends with it.  Raises: OSError."""
+    """Run ``work`` in a namespace, on a thread that ends with it.  Raises: OSError."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(inside, space, work).result()
 
@@ -217,12 +217,13 @@ def _addresses() -> tuple[str, ...]:
 
 
 PINS = "/run/skep/netns/"
-"""Where a node of a playground keeps containers' namespaces.  Mounts of other programs on this machine come along when
-it is started."""
+"""Directory of containers' namespaces on a playground's node.  At its start it also inherits mounts of other
+programs.
+"""
 
 
 def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[str]:
-    """Namespaces of no container.  Those of the probes and of networks lie elsewhere."""
+    """Return namespaces without a container.  Those of the probes and of networks are in other directories."""
     found = []
     for node, engine in nodes:
         running = {one.id for one in present if one.node == node.name}
@@ -240,7 +241,7 @@ def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[
 
 
 def _drops(nodes: list[tuple[Node, Engine]], present: list[Member]) -> Counter[str]:
-    """Counters of what was dropped, by their names."""
+    """Return the counters of drops, by name."""
     found: Counter[str] = Counter()
     for name in ("arp_cache", "ndisc_cache"):
         with suppress(OSError):
@@ -255,12 +256,12 @@ def _drops(nodes: list[tuple[Node, Engine]], present: list[Member]) -> Counter[s
 
 
 def _drops_here() -> dict[str, int]:
-    """Of the present namespace."""
+    """Return the counters of the current namespace."""
     found = {}
     for line in Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]:
         name, _, counts = line.partition(":")
         words = counts.split()
-        # An interface that goes takes its count along; one that stays counts up.
+        # The count of an interface disappears with it, and the count of one that stays only rises.
         found[f"{name.strip()} dropped"] = int(words[3]) + int(words[11])
     for line in Path("/proc/thread-self/net/udp").read_text().splitlines()[1:]:
         words = line.split()
@@ -273,20 +274,20 @@ def _drops_here() -> dict[str, int]:
 
 
 def _column(path: Path, name: str) -> int:
-    """The sum of one counter over all processors."""
+    """Return the sum of one counter over all processors."""
     head, *lines = path.read_text().splitlines()
     number = head.split().index(name)
     return sum(int(line.split()[number], 16) for line in lines)
 
 
 def chosen(name: str, number: int, rng: random.Random) -> Service:
-    """A service on one or two networks; every third is published.  ``number``: no other service has it."""
+    """Return a service on one or two networks.  Every third is published.  ``number``: unique for each service."""
     networks = tuple(sorted(rng.sample(sorted(NETWORKS), rng.randint(1, 2))))
     return Service(name, networks, 20000 + number % 10000 if rng.random() < 0.34 else 0)
 
 
 def spec_of(service: Service, image: str, secret: str, rng: random.Random) -> dict[str, Any]:
-    """A service's specification without its name and mode.  ``secret``: the id of the one that all have."""
+    """Return a service's specification without its name and mode.  ``secret``: id of the secret that all have."""
     is_dnsrr = not service.published and rng.random() < 0.3
     ports = [{"TargetPort": PORT, "PublishedPort": service.published, "Protocol": "tcp"}]
     container: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What users do during a soak, and how patient they are with a cluster whose daemons are being killed."""
+"""The requests of users during a soak, and their patience with a cluster whose daemons are being killed."""
 
 import random
 import sys
@@ -12,17 +12,20 @@ from bench import soak_networks
 from bench.engine import Engine, EngineError
 
 DEADLINE_S = 120.0
-"""Until a request is taken, and until what was asked for is there."""
+"""Seconds until a request must be accepted, and until the requested state must be reached."""
 SERVICES_MAX = 8
 REPLICAS_MAX = 5
 TASKS_MAX = 20
-"""Of all services.  Each container has an entry for each other in a table of neighbours that all namespaces of a
-machine share, so all nodes of a playground.  It has 1,024 where it cannot be raised: some 30 containers fill it."""
+"""Limit of tasks of all services.
+
+Each container has an entry for each other in a table of neighbours that all namespaces of a machine share, so all
+nodes of a playground.  It has 1,024 entries where it cannot be raised, which some 30 containers fill.
+"""
 T = TypeVar("T")
 
 
 class Log:
-    """Lines with the time of day, to the file and to the terminal."""
+    """Writes lines with the time of day to the file and to the terminal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,10 +38,10 @@ class Log:
 
 
 class Users:
-    """One random step at a time; ``wanted`` is what the cluster was asked for: service name -> replicas."""
+    """Does one random step at a time.  ``wanted``: the requested replicas by service name."""
 
     def __init__(self, engine: Callable[[], Engine], image: str, rng: random.Random) -> None:
-        """``engine``: gives the endpoint for each attempt."""
+        """``engine``: returns the endpoint for each attempt."""
         self._engine, self._image, self._random = engine, image, rng
         self.wanted: dict[str, int] = {}
         self.services: dict[str, soak_networks.Service] = {}
@@ -46,12 +49,12 @@ class Users:
         self._steps = 0
 
     def prepare(self) -> None:
-        """Make what services are given: networks and a secret."""
+        """Create the networks and the secret of the services."""
         self.until_answered(lambda: soak_networks.make(self._engine()))
         self._secret = self.until_answered(lambda: soak_networks.secret_id(self._engine()))
 
     def step(self) -> str:
-        """Ask for something new; what it was."""
+        """Make a new request, and describe it."""
         self._steps += 1
         if len(self.wanted) < 2:
             return self._create()
@@ -62,7 +65,9 @@ class Users:
             self._remove(name)
 
     def difference(self) -> str:
-        """How services and running tasks differ from what was asked for, or nothing."""
+        """Return the difference between the services with running tasks and the requested state, or an empty
+        string.
+        """
         engine = self._engine()
         tasks = engine.get("/tasks")
         names = {service["ID"]: service["Spec"]["Name"] for service in engine.get("/services")}
@@ -80,7 +85,7 @@ class Users:
         return {name: replicas for name, replicas in self.wanted.items() if replicas}
 
     def until_answered(self, attempt: Callable[[], T]) -> T:
-        """Repeat while no endpoint answers, or it responds with 500 or 503."""
+        """Repeat while no endpoint responds, or it responds with 500 or 503."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             try:
@@ -137,7 +142,7 @@ class Users:
         self.until_answered(attempt)
 
     def _patiently(self, method: str, path: str, body: Any = None, *, gone_is_fine: bool = False) -> None:
-        """A request that is repeated until it was taken; one whose answer was lost may have been taken before."""
+        """Repeat a request until it is accepted.  An attempt whose response was lost may have been accepted before."""
         tries = 0
 
         def attempt() -> None:

@@ -1,7 +1,7 @@
-"""Stacks: 200 services planned and deployed, beside ``docker stack deploy`` on Docker Swarm; what the command costs.
+"""Stacks: 200 services planned and deployed, compared with ``docker stack deploy`` on Docker Swarm.
 
-Each system has a node of its own in namespaces; both commands read the same files, without asking a registry.  In the
-first file no service has a replica: what is measured is the command and its requests.  In the second each has one, and
+Each system has its own node in namespaces.  Both commands read the same files, without a request to a registry.  In
+the first file no service has a replica, which measures the command and its requests.  In the second each has one, and
 the deploy ends when all of them run.
 """
 
@@ -30,7 +30,7 @@ SKEP = str(Path(sys.executable).with_name("skep"))
 
 
 def a_file(services: int, replicas: int = 0) -> str:
-    """A Compose file that both commands read."""
+    """Return a Compose file that both commands read."""
     one = (
         "  s{number}:\n    image: {image}\n    command: sleep 600\n    environment:\n      NUMBER: '{number}'\n"
         "    networks: [front]\n    configs: [{{source: site, target: /etc/site}}]\n"
@@ -39,13 +39,13 @@ def a_file(services: int, replicas: int = 0) -> str:
     body = "".join(
         one.format(number=number, image="busybox:1", replicas=replicas) for number in range(services)
     )
-    # A virtual address for each service and one for each task: more than the /24 of the default pools has.
+    # A virtual address for each service and one for each task are more than the /24 of the default pools has.
     front = "  front:\n    ipam:\n      config: [{subnet: 10.77.0.0/20}]\n"
     return f"version: '3.8'\nservices:\n{body}networks:\n{front}configs:\n  site:\n    file: ./site\n"
 
 
 def taken_s(*command: str, cwd: Path, host: str = "", statuses: tuple[int, ...] = (0,)) -> float:
-    """Seconds of a command.  Raises: RuntimeError: it failed."""
+    """Run a command, and return its seconds.  Raises: RuntimeError: it failed."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(cwd)} | ({"DOCKER_HOST": host} if host else {})
     began = time.monotonic()
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
@@ -56,7 +56,7 @@ def taken_s(*command: str, cwd: Path, host: str = "", statuses: tuple[int, ...] 
 
 
 def figures(pairs: int) -> list[Figure]:
-    """All of them, on fresh nodes."""
+    """Measure all results, on fresh nodes."""
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory:
         folder = Path(directory)
         (folder / "compose.yaml").write_text(a_file(SERVICES))
@@ -78,7 +78,7 @@ def figures(pairs: int) -> list[Figure]:
 
 
 def _in_turns(hosts: Mapping[str, str], pairs: int, busy: list[float]) -> Iterator[str]:
-    """Both systems, ``pairs`` times, each first in every other pair; adds to ``busy`` before each pair."""
+    """Yield both systems ``pairs`` times, in alternating order.  Append the load to ``busy`` before each pair."""
     for number in range(pairs):
         busy.append(noise(0.3))
         yield from sorted(hosts, reverse=number % 2 == 1)
@@ -95,14 +95,14 @@ def _beside(folder: Path, docker: DockerLab, skep: SkepLab, pairs: int) -> list[
         again[system].append(taken_s(*deploy, cwd=folder, host=hosts[system]))
         _remove(folder, hosts[system])
     return [
-        # Half of it would be less than the command's start and what it reads (docs/decisions/0090).
+        # Half of it would be less than the command's start and its reads (docs/decisions/0090).
         ratio(1, f"deploy of {SERVICES} new services, skep / docker", first, limit=1.0, busy=busy),
         ratio(2, f"deploy of {SERVICES} services that are there, skep / docker", again, limit=0.5, busy=busy),
     ]
 
 
 def _until_running(folder: Path, docker: DockerLab, skep: SkepLab, pairs: int) -> Figure:
-    """From the command until the last of the services has its task running."""
+    """Measure from the command until every service has its task running."""
     taken: dict[str, list[float]] = {"docker": [], "skep": []}
     busy: list[float] = []
     hosts = _hosts(docker, skep)

@@ -1,8 +1,9 @@
-"""Between two containers: how fast one TCP stream goes, and how long a round trip takes.
+"""Throughput of one TCP stream between two containers, and the duration of a round trip.
 
-``python -m bench.stream serve ADDRESS``: prints the bytes of one connection and the seconds they took.
-``python -m bench.stream send ADDRESS SECONDS``: sends for that long.
-``python -m bench.stream echo ADDRESS``, ``ask ADDRESS``: small messages back and forth; prints the median in seconds.
+* ``python -m bench.stream serve ADDRESS``: prints the bytes of one connection and the seconds they took.
+* ``python -m bench.stream send ADDRESS SECONDS``: sends for that long.
+* ``python -m bench.stream echo ADDRESS``, ``ask ADDRESS``: small messages back and forth.  Prints the median in
+  seconds.
 """
 
 import socket
@@ -22,7 +23,9 @@ _START_S = 10.0
 
 
 def gigabits(source: Path, target: Path, address: str, seconds: float) -> float:
-    """Gbit/s of one stream from the namespace ``source`` to ``address`` in ``target``, as the receiver counts them."""
+    """Return the Gbit/s of one stream from the namespace ``source`` to ``address`` in ``target``, as the receiver
+    counts.
+    """
     with _server(target, "serve", address) as server:
         client = [*_inside(source), "send", address, str(seconds)]
         subprocess.run(client, check=True, timeout=seconds + _START_S)
@@ -31,7 +34,7 @@ def gigabits(source: Path, target: Path, address: str, seconds: float) -> float:
 
 
 def round_trip_us(source: Path, target: Path, address: str) -> float:
-    """Median of a small request and its answer on a kept connection, in microseconds."""
+    """Return the median of a small request and its response on a kept connection, in microseconds."""
     with _server(target, "echo", address):
         client = [*_inside(source), "ask", address]
         asked = subprocess.run(client, check=True, timeout=_START_S * 3, capture_output=True, text=True)
@@ -40,7 +43,7 @@ def round_trip_us(source: Path, target: Path, address: str) -> float:
 
 @contextmanager
 def _server(namespace: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """The other end, which listens."""
+    """Run the listening end."""
     server = subprocess.Popen([*_inside(namespace), *words], stdout=subprocess.PIPE, text=True)
     try:
         if _line(server).strip() != "ready":
@@ -61,7 +64,7 @@ def _inside(namespace: Path) -> list[str]:
 
 
 def serve(address: str) -> None:
-    """Count what one connection brings."""
+    """Count the bytes of one connection."""
     with socket.create_server((address, PORT)) as listener:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
@@ -85,7 +88,7 @@ def send(address: str, seconds: float) -> None:
 
 
 def echo(address: str) -> None:
-    """Give back what one connection brings."""
+    """Send back the bytes of one connection."""
     with socket.create_server((address, PORT)) as listener:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
@@ -97,7 +100,7 @@ def echo(address: str) -> None:
 
 
 def ask(address: str) -> None:
-    """Two thousand round trips, one after the other."""
+    """Make two thousand round trips, one after the other."""
     message = bytes(_MESSAGE_BYTES)
     took = []
     with socket.create_connection((address, PORT), timeout=_START_S) as connection:

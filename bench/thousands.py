@@ -5,10 +5,10 @@
     .venv/bin/python -m bench.thousands
     .venv/bin/python -m bench.thousands --nodes 300 --tasks 10000 --holds --keep /var/tmp/look
 
-The nodes join with a token, register, heartbeat, take tasks and report them over the real wire; they have no containers
-(``simulated_nodes``).  One after another: they register; services are created until all tasks run; nothing happens; one
-node falls silent; a service of 1,000 replicas is updated.  All along a client asks the API, one request after another.
-Event-loop lag is the manager's own measure (``/_skep/lag``).
+The nodes join with a token, register, heartbeat, take tasks and report them over the real wire.  They have no
+containers (``simulated_nodes``).  The phases follow each other: the nodes register, services are created until all
+tasks run, nothing happens, one node falls silent, and a service of 1,000 replicas is updated.  Meanwhile a client
+sends API requests, one after another.  Event-loop lag is the manager's own measure (``/_skep/lag``).
 """
 
 import argparse
@@ -43,11 +43,11 @@ STEADY_S = 30.0
 LONGEST_S = 900.0
 LIMIT_MS = 100.0
 JUDGED = ("sessions", "steady", "node loss", "update")
-"""Phases in which the limit holds; creating 100,000 tasks at once is none of them."""
+"""Phases in which the limit must be kept.  It does not apply while 100,000 tasks are created at once."""
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """What was seen in one phase.  ``requests_ms``: every latency, by request."""
+    """Observations of one phase.  ``requests_ms``: every latency, by request."""
 
     name: str
     wall_s: float = 0.0
@@ -60,12 +60,12 @@ class Phase(msgspec.Struct, kw_only=True):
 
     @property
     def lag_ms(self) -> float:
-        """p99.9, rounded up to a bound."""
+        """Return p99.9, rounded up to a bound."""
         return lag_ms(self.lag_bounds_ms, self.lag_counts)
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """``memory_mib``: by moment and process."""
+    """The whole result.  ``memory_mib``: by moment and process."""
 
     nodes: int
     tasks: int
@@ -73,16 +73,16 @@ class Result(msgspec.Struct, kw_only=True):
     phases: list[Phase] = []
     memory_mib: dict[str, dict[str, float]] = {}
     lost: int = 0
-    """Tasks of the node that was lost."""
+    """Tasks of the lost node."""
     sessions_closed: int = 0
     failures: list[str] = []
-    """Requests that were answered with an error."""
+    """Requests that got an error response."""
 
 
 def main() -> None:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is removed
-    result = asyncio.run(measured(options))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that SIGTERM also removes everything
+    result = asyncio.run(measure(options))
     text = document(result)
     if options.keep is None:
         now = datetime.now(UTC)
@@ -90,7 +90,7 @@ def main() -> None:
     print(text)
 
 
-async def measured(options: argparse.Namespace) -> Result:
+async def measure(options: argparse.Namespace) -> Result:
     """Run all phases."""
     result = Result(nodes=options.nodes, tasks=options.tasks, busy=noise())
     spec = replace(DEFAULT_SWARM_SPEC, dispatcher=DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS))
@@ -144,7 +144,7 @@ class _Run:
 
     @asynccontextmanager
     async def _phase(self, name: str) -> AsyncIterator[None]:
-        """Ask the API all along; note what the phase took."""
+        """Send API requests during a phase, and record its costs."""
         phase = Phase(name=name)
         before, began = await asyncio.to_thread(self._figures), time.monotonic()
         async with self._probe.asking(phase.requests_ms):
@@ -189,7 +189,7 @@ class _Run:
         await self._wait(are_running, "all tasks run")
 
     async def _wait(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
-        """Raises: TimeoutError."""
+        """Wait until ``holds()`` is true.  Raises: TimeoutError."""
         deadline = time.monotonic() + LONGEST_S
         while not await holds():
             if time.monotonic() > deadline:
@@ -198,7 +198,7 @@ class _Run:
 
 
 def fill(engine: Engine, tasks: int) -> str:
-    """Create services with so many tasks in all; gives the id of the largest."""
+    """Create services with ``tasks`` tasks in total, and return the id of the largest."""
     large = _created(engine, _service("large", min(LARGE, tasks)))
     missing = tasks - min(LARGE, tasks)
     for number, first in enumerate(range(0, missing, REPLICAS)):
@@ -207,12 +207,12 @@ def fill(engine: Engine, tasks: int) -> str:
 
 
 def _created(engine: Engine, spec: dict[str, Any]) -> str:
-    """Create a service; a manager that cannot write at present is asked again."""
+    """Create a service.  Retry while the manager cannot write."""
     while True:
         try:
             id: str = engine.post("/services/create", spec)["ID"]
         except EngineError as error:
-            if error.status == 409:  # what was answered with an error was done nevertheless
+            if error.status == 409:  # an earlier attempt with an error response succeeded nevertheless
                 return str(engine.get(f"/services/{spec['Name']}")["ID"])
             if error.status != 503:
                 raise
@@ -235,7 +235,7 @@ def _service(name: str, replicas: int) -> dict[str, Any]:
 
 
 def document(result: Result) -> str:
-    """The result for people."""
+    """Return the result for people."""
     now = datetime.now(UTC)
     before, full = result.memory_mib["without tasks"], result.memory_mib["with all tasks"]
     size = f"{result.nodes:,} nodes with {result.tasks:,} tasks"

@@ -1,12 +1,12 @@
-"""What the dashboard's view costs a manager with 500 nodes and 10,000 tasks.
+"""The cost of the dashboard's view for a manager with 500 nodes and 10,000 tasks.
 
 ::
 
     .venv/bin/python -m bench.viewing                 # kept in results/
-    .venv/bin/python -m bench.viewing --dry           # printed alone
+    .venv/bin/python -m bench.viewing --dry           # only printed
 
-The view and its routes run on a store in memory, read over a unix socket in the same process.  Processor times are of
-that process: the reader's are in them.
+The view and its routes run on a store in memory, read over a unix socket in the same process.  So processor times
+include the reader's.
 """
 
 import asyncio
@@ -54,23 +54,23 @@ class Result(msgspec.Struct, kw_only=True):
     first_processor_ms: float
     again_wall_ms: float
     change_ms: list[float]
-    """From the commit of one change until a viewer has it."""
+    """Time from the commit of one change until a viewer has it."""
     change_processor_ms: float
     quiet_processor: float
     """Share of a processor with a viewer while nothing happens."""
     burst: dict[str, float]
-    """Viewers -> processor seconds of ``BURST`` reports of tasks, and what follows from them."""
+    """Processor seconds of ``BURST`` task reports and their consequences, by number of viewers."""
     longest_ms: float
-    """Callback of the event loop, by the view."""
+    """Longest callback of the view in the event loop."""
     longest: str
 
 
 def main() -> None:
     """Measure, and keep the result."""
-    measure_alone(__doc__ or "", "viewing", _measured, _text)
+    measure_alone(__doc__ or "", "viewing", _measure, _text)
 
 
-async def _measured() -> Result:
+async def _measure() -> Result:
     cluster.NODES = NODES
     store = MemoryStore(SystemClock())
     services = list(cluster.all_services(TASKS // cluster.REPLICAS))
@@ -81,10 +81,10 @@ async def _measured() -> Result:
     async with _manager(store) as client:
         burst = {"none": await _burst(store)}
         wall, processor = time.perf_counter(), time.process_time()
-        content = await _read(client)
+        content = await _read_view(client)
         first_wall, first_processor = time.perf_counter() - wall, time.process_time() - processor
         again = time.perf_counter()
-        await _read(client)
+        await _read_view(client)
         again_wall = time.perf_counter() - again
         async with AsyncExitStack() as stack:
             viewer = await stack.enter_async_context(client.get("http://manager/skep/view/stream"))
@@ -116,7 +116,7 @@ async def _measured() -> Result:
 
 
 def _timed_callbacks() -> list[tuple[float, str]]:
-    """The longest callback of the loop that is the view's, kept up to date."""
+    """Record the longest callback of the view."""
     longest, run = [(0.0, "")], asyncio.Handle._run
 
     def timed(handle: Any) -> None:
@@ -160,14 +160,14 @@ async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
             following.cancel()
 
 
-async def _read(client: ClientSession) -> bytes:
+async def _read_view(client: ClientSession) -> bytes:
     async with client.get("http://manager/skep/view") as response:
         assert response.status == 200, response.status
         return await response.read()
 
 
 async def _event(viewer: ClientResponse) -> bytes:
-    """The data of the next event."""
+    """Return the data of the next event."""
     while not (line := await viewer.content.readline()).startswith(b"data:"):
         assert line, "the stream has ended"
     return line
@@ -188,7 +188,7 @@ def _report(tx: Transaction, id: str, message: str) -> None:
 
 
 async def _burst(store: MemoryStore) -> float:
-    """Processor seconds of reports about all tasks, a hundred at a time, over ``BURST_S``."""
+    """Return the processor seconds of reports about all tasks, a hundred at a time, over ``BURST_S``."""
     ids, processor = store.view().ids(Task), time.process_time()
     for start in range(0, BURST, TOGETHER):
         report = partial(_report, message=f"report at {processor}")

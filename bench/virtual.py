@@ -1,8 +1,8 @@
-"""Virtual addresses: what they add to a request, and how fast a change reaches many containers.
+"""Virtual addresses: the time that they add to a request, and how fast a change reaches many containers.
 
-Requests go from one namespace to another over a bridge, to the task's own address and to the virtual one in turn.
-Changes are sent to a net process that serves many containers, all of which use the service; when it responds, one has
-reached every namespace.
+Requests are sent from one namespace to another over a bridge, alternately to the task's own address and to the virtual
+one.  Changes are sent to a net process that serves many containers, all of which use the service.  When it responds,
+the change has reached every namespace.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.machine import processor_s
 from bench.names import a_table, names_lab, net_pid
 from tests.support.names_lab import NamesLab
@@ -27,16 +27,16 @@ KINDS = {"kept": "over a kept connection", "new": "over a new connection"}
 REQUESTS = 2000
 CONTAINERS, CHANGES_PER_PAIR = 100, 5
 TURNS = 5
-"""To each address, in a pair."""
+"""Number of turns to each address, in one pair."""
 
 
 def figures(pairs: int) -> list[Figure]:
-    """What a virtual address adds, and how fast changes are."""
+    """Measure the added time of a virtual address, and the speed of changes."""
     with tempfile.TemporaryDirectory() as directory:
-        return asyncio.run(_measured(Path(directory), pairs))
+        return asyncio.run(_measure(Path(directory), pairs))
 
 
-async def _measured(directory: Path, pairs: int) -> list[Figure]:
+async def _measure(directory: Path, pairs: int) -> list[Figure]:
     async with names_lab(directory) as lab:
         return [*await _requests(lab, pairs), *await _updates(lab, pairs)]
 
@@ -54,21 +54,21 @@ async def _requests(lab: NamesLab, pairs: int) -> list[Figure]:
     addresses = {"direct": BACKEND, "virtual": VIRTUAL}
 
     async def one(number: int) -> dict[tuple[str, str], float]:
-        """p50 in µs of each kind of connection to each address."""
+        """Return p50 in µs for each kind of connection to each address."""
         found: dict[tuple[str, str], float] = {}
         for kind in KINDS:
 
-            async def asked(to: str, kind: str = kind) -> float:
+            async def time_requests(to: str, kind: str = kind) -> float:
                 client = await _end(lab, "client", "request", addresses[to], str(REQUESTS), kind)
                 output, _ = await client.communicate()
                 return median([float(one) for one in json.loads(output)]) * 1e6
 
-            taken = await alternated(list(addresses), number, TURNS, asked)
+            taken = await alternate(list(addresses), number, TURNS, time_requests)
             found |= {(kind, to): value for to, value in taken.items()}
         return found
 
     try:
-        values, busy = await undisturbed(pairs, one)
+        values, busy = await run_undisturbed(pairs, one)
     finally:
         server.kill()
         await server.wait()
@@ -85,7 +85,7 @@ async def _requests(lab: NamesLab, pairs: int) -> list[Figure]:
 
 
 async def _updates(lab: NamesLab, pairs: int) -> list[Figure]:
-    """Until a change of one service's tasks is in the namespaces of all containers that use it."""
+    """Measure until a change of one service's tasks is in the namespaces of all containers that use it."""
     await lab.change(table := a_table())
     for number in range(CONTAINERS):
         await lab.container(f"c{number}")
@@ -99,7 +99,7 @@ async def _updates(lab: NamesLab, pairs: int) -> list[Figure]:
     async def one(_: int) -> list[tuple[float, float]]:
         return [await _change(lab, next(numbers)) for _ in range(CHANGES_PER_PAIR)]
 
-    rounds, busy = await undisturbed(pairs, one)
+    rounds, busy = await run_undisturbed(pairs, one)
     taken = [change for changes in rounds for change in changes]
     what = f"a change of one of 500 services, in {CONTAINERS} containers of one node"
     return [
@@ -122,7 +122,7 @@ async def _updates(lab: NamesLab, pairs: int) -> list[Figure]:
 
 
 async def _change(lab: NamesLab, number: int) -> tuple[float, float]:
-    """Milliseconds: until it is in force, and of the net process's processor time."""
+    """Return milliseconds until a change is in force, and of the net process's processor time."""
     changed = lab.write(a_table(moved=100 + number % 2, tasks=4 + number % 2))
     spent, begun = processor_s(net_pid(lab)), time.perf_counter()
     await lab.client.refresh([changed])
@@ -130,7 +130,7 @@ async def _change(lab: NamesLab, number: int) -> tuple[float, float]:
 
 
 async def _end(lab: NamesLab, id: str, *words: str) -> asyncio.subprocess.Process:
-    """A process in the container's namespace."""
+    """Start a process in the container's namespace."""
     enter = ("nsenter", f"--net={lab.paths.netns / id}", sys.executable, "-m", "bench.names_load")
     return await asyncio.create_subprocess_exec(*enter, *words, stdout=asyncio.subprocess.PIPE)
 

@@ -1,9 +1,9 @@
 #!/bin/bash
-# The README's two commands on bare machines: bare.sh SUITE [COMMAND...]
-# Makes a system of that suite (bookworm, trixie, noble) with nothing in it but Python, make and git, puts a fresh
-# clone of the present commit there, and runs COMMAND in it (default: make demo, make demo-down, make test).
-# A chroot with mounts and processes of its own stands for the machine; kernel and network are this one's.
-# Needs root and debootstrap.  The last line says how it ended; everything it made is removed.
+# Tests the README's commands on a bare machine: bare.sh SUITE [COMMAND...]
+# Creates a system of that suite (bookworm, trixie, noble) with only Python, make and git, adds a fresh clone of the
+# current commit, and runs COMMAND in it (default: make demo, make demo-down, make test).
+# A chroot with its own mounts and processes stands for the machine. It shares this machine's kernel and network.
+# Needs root and debootstrap.  The last line says how it ended.  All created files are removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh

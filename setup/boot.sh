@@ -1,8 +1,8 @@
 #!/bin/bash
-# Boots a machine's directory with its own systemd: boot.sh DIRECTORY NAME.  Ends with the machine, which SIGKILL to the
-# first process ends.
-# Everything of it is its own but the kernel: mounts, processes, users' names, network (one address, no way to the outside), and a
-# part of each cgroup hierarchy, called NAME.
+# Boots a machine's directory with its own systemd: boot.sh DIRECTORY NAME.  Runs until the machine ends.  Send SIGKILL
+# to its first process to end it.
+# The machine shares only the kernel.  It has its own mounts, processes, host name, network (one address, not connected to
+# the outside), and a part of each cgroup hierarchy, called NAME.
 set -euo pipefail
 
 machine=$1
@@ -10,7 +10,7 @@ name=$2
 for hierarchy in /sys/fs/cgroup $(find /sys/fs/cgroup -mindepth 1 -maxdepth 1 -type d); do
     [ -e "$hierarchy/cgroup.procs" ] && mountpoint -q "$hierarchy" || continue
     mkdir -p "$hierarchy/$name"
-    # A cpuset without processors takes no process.
+    # A cpuset without processors accepts no process.
     for file in cpuset.cpus cpuset.mems; do
         [ ! -e "$hierarchy/$file" ] || [ -e "$hierarchy/cgroup.controllers" ] || cat "$hierarchy/$file" >"$hierarchy/$name/$file"
     done

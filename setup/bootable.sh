@@ -1,8 +1,8 @@
 #!/bin/bash
-# A bare machine that boot.sh boots: bootable.sh SUITE DIRECTORY PACKAGE [FURTHER PACKAGES OF THE SUITE]
-# The suite's base system is kept in $MACHINES (/var/cache/skep-machines) and brought up to date in the copy.
-# Installs the package of skep with the archive's, asks for its version, and purges it again: what it depends on is there then.
-# bootable.sh --fetch-only ...: that is only fetched, and what it recommends, for an apt that has no way to the archive.
+# Creates a bare machine for boot.sh: bootable.sh SUITE DIRECTORY PACKAGE [FURTHER PACKAGES OF THE SUITE]
+# The suite's base system is kept in $MACHINES (/var/cache/skep-machines) and updated in the copy.
+# Installs skep's package with its dependencies, prints its version, and purges it again, so that the dependencies stay.
+# bootable.sh --fetch-only ...: only fetches dependencies and recommendations, for an apt that cannot reach the archive.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
@@ -28,7 +28,7 @@ printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
 chmod +x "$machine/usr/sbin/policy-rc.d"
 apt="DEBIAN_FRONTEND=noninteractive apt-get -q -y"
 install="$apt install --no-install-recommends"
-# There is no systemd yet.  What was fetched lasts until dpkg has run again, so that comes last.
+# There is no systemd yet.  Fetched packages last until the next run of dpkg, so fetching comes last.
 before="$install /root/skep.deb && skep --version && $apt purge skep"
 after=true
 [ -z "$is_fetched" ] || { before=true && after="$apt install --download-only /root/skep.deb"; }

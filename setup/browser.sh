@@ -1,9 +1,9 @@
 #!/bin/bash
 # Installs Chromium, in which tests drive the dashboard, and the font of its pictures: browser.sh DIRECTORY
 #
-# Only tests use it, and not every distribution has it as a package (Ubuntu's is a snap), so a machine on which it cannot be
-# had is set up nevertheless: the reason is left in DIRECTORY/browser-missing, is tried again a day later, and is why those
-# tests are skipped.
+# Only tests use it, and not every distribution has it as a package (Ubuntu's is a snap).  If it cannot be installed, set-up
+# continues without it and writes the reason to DIRECTORY/browser-missing.  Those tests are skipped with that reason, and
+# set-up tries again a day later.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
@@ -21,16 +21,16 @@ fi
 needs_root="only root can install it (sudo make setup)"
 is_root=
 [ "$(id -u)" != 0 ] || is_root=yes
-# What kept a user from it does not keep root, who is asked to try.
+# Try again as root if the last attempt failed because the user was not root.
 if [ -n "$(find "$missing" -mmin -1440 2>/dev/null)" ] && { [ -z "$is_root" ] || [ "$(cat "$missing")" != "$needs_root" ]; }; then
     exit 0
 fi
 
-# without REASON: the machine is set up, without it.
+# without REASON: continues set-up without Chromium.
 without() {
     mkdir -p "$target"
     printf '%s\n' "$1" >"$missing"
-    say "without Chromium, in which tests drive the dashboard: $1"
+    say "continuing without Chromium, which the dashboard's tests need: $1"
     exit 0
 }
 

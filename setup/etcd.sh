@@ -1,9 +1,9 @@
 #!/bin/bash
 # Places etcd, etcdctl and etcdutl, 3.5.16 or newer, in a directory: etcd.sh DIRECTORY
 #
-# They are unpacked from the distribution's packages and not installed, since installing them
-# would start an etcd of the machine's own.  apt checks their signatures with the distribution's
-# keyring; its state lives in a private directory, and the machine's mirror is asked.
+# They are unpacked from the distribution's packages but not installed, because the installation
+# would start an etcd service on the machine.  apt checks their signatures with the distribution's
+# keyring, keeps its state in a private directory, and uses the machine's mirror.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
@@ -21,7 +21,7 @@ acceptable() {
     ! at_least "$version" 3.6.0 || at_least "$version" 3.6.5
 }
 
-# Set-up may run at every make: asking the three files is all that it costs then.
+# Set-up may run at every make, and then costs only a look at the three files.
 if [ -x "$target/etcdctl" ] && [ -x "$target/etcdutl" ] && acceptable "$target/etcd"; then
     exit 0
 fi
@@ -45,7 +45,7 @@ unpack() {
     acceptable "$work/unpacked/usr/bin/etcd" && [ -x "$work/unpacked/usr/bin/etcdutl" ]
 }
 
-# place: from here on the directory has all three, each replaced in one step.
+# place: puts all three into the directory, each replaced in one step.
 place() {
     mkdir -p "$target"
     local name
@@ -56,7 +56,7 @@ place() {
     say "etcd $("$target/etcd" --version | sed -n 's/^etcd Version: //p') is in $target"
 }
 
-# _apt may not read a private directory of root's; the signatures are checked all the same.
+# The user _apt may not read root's private directory.  The signatures are still checked.
 private="-o APT::Sandbox::User=root"
 
 candidate=$(apt-cache policy etcd-server 2>/dev/null | sed -n 's/^ *Candidate: //p')

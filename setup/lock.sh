@@ -1,6 +1,6 @@
 #!/bin/bash
-# Renews the lock files from pyproject.toml (make lock).  No index is named in them:
-# whoever installs uses the index that their machine is configured for.
+# Updates the lock files from pyproject.toml (make lock).  They name no package index, so that
+# each machine uses the index that it is configured for.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile=(.venv/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header

@@ -1,4 +1,4 @@
-# Sourced by bare.sh, virtual.sh and bootable.sh: a newcomer's machine as a directory, with a fresh clone of the present commit.
+# Sourced by bare.sh, virtual.sh and bootable.sh: creates a bare machine in a directory, with a fresh clone of the current commit.
 
 # know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package) and $script (debootstrap's).
 know_suite() {
@@ -14,14 +14,14 @@ know_suite() {
     esac
 }
 
-# mirror_of DISTRIBUTION: the archive that this machine uses for it, or nothing: debootstrap knows one itself.
+# mirror_of DISTRIBUTION: prints the archive that this machine uses for it, or nothing for debootstrap's default.
 mirror_of() {
     apt-get indextargets --format '$(SITE)|$(ORIGIN)|$(COMPONENT)' 'Created-By: Packages' |
         awk -F '|' -v origin="$1" 'tolower($2) == origin && $3 == "main" { print $1; exit }'
 }
 
-# keyring_of DISTRIBUTION DIRECTORY: the file with the keys of its archive.  Where this machine lacks it, it is
-# unpacked into the directory from a package of trixie's, whose signature apt checks.
+# keyring_of DISTRIBUTION DIRECTORY: prints the file with the keys of its archive.  If this machine lacks it, it is
+# unpacked into the directory from a package of trixie, whose signature apt checks.
 keyring_of() {
     local keyring=/usr/share/keyrings/$1-archive-keyring.gpg
     if [ ! -r "$keyring" ]; then
@@ -35,7 +35,7 @@ keyring_of() {
     echo "$keyring"
 }
 
-# make_system SUITE DIRECTORY [PACKAGES]: the suite's base system, and in it python3 and PACKAGES (with commas between them).
+# make_system SUITE DIRECTORY [PACKAGES]: creates the suite's base system with python3 and PACKAGES (separated by commas).
 make_system() {
     local log=$2.log keyring suite
     know_suite "$1"
@@ -53,7 +53,7 @@ make_system() {
     rm -rf "$log" "$2.keys"
 }
 
-# place_in_network DIRECTORY: what belongs to the machine's place in its network, not to the machine.
+# place_in_network DIRECTORY: copies name servers, the settings of apt and pip, and the certificate authorities.
 place_in_network() {
     cp -L /etc/resolv.conf "$1/etc/resolv.conf"
     [ -e "$1/etc/hosts" ] || printf '127.0.0.1 localhost\n::1 localhost\n' >"$1/etc/hosts"
@@ -62,15 +62,16 @@ place_in_network() {
     cp -L /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/ca-certificates.crt"
 }
 
-# make_machine SUITE DIRECTORY: nothing in it but Python, make, git and the clone in /root/skep.
+# make_machine SUITE DIRECTORY: creates a machine with only Python, make, git and the clone in /root/skep.
 make_machine() {
     make_system "$1" "$2" make,git
     place_in_network "$2"
     git clone -q . "$2/root/skep"
 }
 
-# run_inside DIRECTORY COMMAND [WHERE]: in the clone or in WHERE, with the machine as the root of mounts and processes of their own (no chroot
-# alone, which who enters those mounts would leave); kernel and network are this machine's, its environment is not.
+# run_inside DIRECTORY COMMAND [WHERE]: runs COMMAND in the clone or in WHERE.  The machine is the root of its own mount and PID
+# namespaces, because a process that enters the mounts would leave a plain chroot.  Kernel and network are this machine's,
+# but not the environment.
 run_inside() {
     unshare --mount --pid --fork --kill-child sh -euc '
         mount --make-rprivate /

@@ -1,10 +1,10 @@
 #!/bin/bash
-# The wheel and the Debian package of the present commit: package.sh DIRECTORY [VERSION]
+# Builds the wheel and the Debian package of the current commit: package.sh DIRECTORY [VERSION]
 # Both get the version of the tag (git describe), or VERSION.  Needs .venv (setup.sh run).
 #
-# The package works on every suite whose Python is in $pythons: its environment has a directory of compiled packages for each of
-# them, and one of those that are the same for all.  pip fetches them for the other Pythons too, checked against the lock file.
-# package.sh --own DIRECTORY [VERSION] leaves the tree of the package there without what is fetched (libraries, etcd), and builds nothing.
+# The package works on every suite whose Python is in $pythons: its environment has a directory of compiled packages for each
+# Python, and one for the packages that all share.  pip fetches them for all Pythons, checked against the lock file.
+# package.sh --own DIRECTORY [VERSION] only leaves the package's tree there, without fetched parts (libraries, etcd).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
@@ -22,7 +22,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 umask 022
 
-# tagged_version: v1.2.0 is 1.2.0, four commits after it 1.2.0+4.gabc1234; without a tag that of pyproject.toml.
+# tagged_version: prints 1.2.0 for tag v1.2.0, 1.2.0+4.gabc1234 four commits later, or pyproject.toml's version without a tag.
 tagged_version() {
     local described
     if described=$(git describe --tags --match 'v[0-9]*' 2>/dev/null); then
@@ -32,8 +32,8 @@ tagged_version() {
     fi
 }
 
-# Debian sorts what begins with ~ before its absence, as a pre-release has to be.  Otherwise all three are the same word:
-# skep upgrade waits for nodes that show the version of the package.  What follows + is a commit's, with letters of its own.
+# Debian sorts a suffix that begins with ~ before the version without it, as a pre-release needs.  Otherwise all three versions
+# are the same, because skep upgrade waits for nodes that show the package's version.  A commit's suffix follows +.
 version=$(sed -E 's/^([^+a-z]*[0-9])[-.]?(a|b|rc|dev)\.?([0-9]+)/\1~\2\3/' <<<"${2:-$(tagged_version)}")
 debian_version=$version
 version=${version/"~"/}
@@ -44,10 +44,10 @@ esac
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 export SOURCE_DATE_EPOCH
 
-# put MODE SOURCE PATH: a file of the package.
+# put MODE SOURCE PATH: adds a file to the package.
 put() { install -D -m "$1" "$2" "$root$3"; }
 
-# source_tree DIRECTORY: what git knows, as it is now, with the version in it.
+# source_tree DIRECTORY: copies the tracked files in their current state, with the version in them.
 source_tree() {
     local tree
     tree=$(git stash create) # nothing, if nothing is changed
@@ -59,7 +59,7 @@ source_tree() {
         -e "s/^__date__ = .*/__date__ = \"$(git log -1 --format=%cs)\"/" "$1/skep/__init__.py"
 }
 
-# environment: a virtual environment around the machine's python3, wherever that is at: its libraries are found by version.
+# environment: creates a virtual environment for any version of the machine's python3, which finds its libraries by version.
 environment() {
     local python
     mkdir -p "$root$prefix"/{bin,lib/shared}
@@ -80,7 +80,7 @@ EOF
     ln -s "../lib/skep/bin/skep" "$root/usr/bin/skep"
 }
 
-# own_files SOURCES: what of the package is Skep's.
+# own_files SOURCES: adds Skep's own files.
 own_files() {
     local shell
     cp -r "$1/skep" "$root$prefix/lib/shared/skep"
@@ -101,10 +101,10 @@ own_files() {
     put 644 packaging/debian/copyright /usr/share/doc/skep/copyright
 }
 
-# libraries: the locked packages, those with code for one Python beside it, the others once.
+# libraries: adds the locked packages, once per Python if they have compiled code, otherwise once.
 libraries() {
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet) python wheel one options
-    # What builds packages is not needed by the built one.
+    # The built package does not need build tools.
     sed '/^setuptools==/,$d' setup/requirements.lock >"$work/lock"
     for python in $pythons; do
         options=(--no-deps --only-binary :all: --implementation cp --python-version "$python")
@@ -119,12 +119,12 @@ libraries() {
         cp -r "$work/python$python/." "$root$prefix/lib/python$python/site-packages"
     done
     "${pip[@]}" install "${options[@]}" --no-compile --no-index --target "$work/shared" "$work/wheels-shared"/*.whl </dev/null
-    # zstandard's second implementation, for interpreters other than CPython, is a quarter of everything.
+    # zstandard's second implementation, for interpreters other than CPython, is a quarter of the package's size.
     rm -rf "$work/shared/bin" "$root$prefix"/lib/python*/site-packages/{bin,zstandard/_cffi.*}
     cp -r "$work/shared/." "$root$prefix/lib/shared"
 }
 
-# etcd_programs: by decision 2, and with the package, so that an upgrade of the machine does not change the version.
+# etcd_programs: adds etcd (decision 2), so that an upgrade of the machine does not change its version.
 etcd_programs() {
     setup/etcd.sh "$venv/libexec/skep"
     local name
@@ -133,7 +133,7 @@ etcd_programs() {
     done
 }
 
-# control_files: what dpkg itself reads.
+# control_files: writes the files that dpkg reads.
 control_files() {
     local script size
     mkdir "$root/DEBIAN"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Brings the packages of packages.txt that are missing: packages.sh PYTHON DIRECTORY [run|dev]
-# (the interpreter whose modules are asked for, the directory for commands that are only unpacked)
+# Installs the missing packages of packages.txt: packages.sh PYTHON DIRECTORY [run|dev]
+# (PYTHON: the interpreter whose modules are checked.  DIRECTORY: for commands that are only unpacked.)
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
@@ -21,11 +21,11 @@ present() {
     esac
 }
 
-# first_known PACKAGE...: the first that the archive has, or the first of all (for the message).
+# first_known PACKAGE...: prints the first package that the archive has, or the first of all (for the message).
 first_known() {
     local package
     for package in "$@"; do
-        # Of a name that others only provide apt shows nothing, and calls that a success.
+        # apt shows nothing for a virtual package, and still exits with 0.
         if [ -n "$(apt-cache show --no-all-versions "$package" 2>/dev/null)" ]; then
             echo "$package"
             return
@@ -34,8 +34,8 @@ first_known() {
     echo "$1"
 }
 
-# first_released SUITE PACKAGE...: PACKAGE=VERSION of the first that the suite itself has, not only its updates.
-# (Of PACKAGE/SUITE apt takes an update where that goes by the same codename.)
+# first_released SUITE PACKAGE...: prints PACKAGE=VERSION of the first that the suite itself has, not only its updates.
+# (For PACKAGE/SUITE apt installs an update if that has the same codename.)
 first_released() {
     local suite=$1 package version
     shift
@@ -54,7 +54,7 @@ install_packages() {
     apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends "$@" </dev/null
 }
 
-# libraries_of FILE: the library packages that a package depends on and that are not installed.
+# libraries_of FILE: prints the missing library packages that a package depends on.
 libraries_of() {
     local name
     for name in $(dpkg-deb -f "$1" Depends | tr ',' '\n' | awk '$1 ~ /^(lib|zlib)/ { print $1 }'); do
@@ -62,8 +62,8 @@ libraries_of() {
     done
 }
 
-# take_out COMMAND PLACE PACKAGE: the command alone, to a place below the target, without installing its package; the
-# libraries that it needs are installed.
+# take_out COMMAND PLACE PACKAGE: unpacks only the command to a place below the target, without installing its package.
+# The libraries that it needs are installed.
 take_out() {
     local work libraries place=$target/$2
     work=$(mktemp -d)

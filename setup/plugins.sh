@@ -1,11 +1,11 @@
 #!/bin/bash
-# Places docker-buildx and docker-compose, plug-ins of the docker command, and Ansible's collection community.docker in a
+# Places docker-buildx and docker-compose, plugins of the docker command, and Ansible's collection community.docker in a
 # directory: plugins.sh DIRECTORY
 #
-# They are unpacked from signed packages of a newer suite, as etcd is (etcd.sh), and not installed: a plug-in of the
-# machine would change what its docker command does.  Only tests use them, so a machine on which they cannot be had is
-# set up nevertheless: the reason is left in DIRECTORY/plugins-missing, is tried again a day later, and is why those
-# tests are skipped.
+# They are unpacked from signed packages of a newer suite, as etcd is (etcd.sh), but not installed, because an installed
+# plugin would change the machine's docker command.  Only tests use them.  If they cannot be fetched, set-up continues
+# without them and writes the reason to DIRECTORY/plugins-missing.  Those tests are skipped with that reason, and set-up
+# tries again a day later.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
@@ -16,14 +16,14 @@ plugins="docker-buildx docker-compose"
 collection=ansible_collections/community/docker
 missing=$target/plugins-missing
 
-# works DIRECTORY: has plug-ins that run here, buildx of 0.29 and compose of 2.40 or newer, and modules for today's requests.
+# works DIRECTORY: succeeds if it has plugins that run here (buildx 0.29, compose 2.40 or newer) and current modules.
 works() {
     at_least "$(sed -n 's/^  "version": "\([0-9.]*\).*/\1/p' "$1/$collection/MANIFEST.json" 2>/dev/null)" 4.0 &&
     at_least "$("$1/docker-buildx" version 2>/dev/null | sed -n 's/^[^ ]* v\{0,1\}\([0-9.]*\).*/\1/p')" 0.29 &&
         at_least "$("$1/docker-compose" version --short 2>/dev/null | sed 's/^v//; s/[^0-9.].*//')" 2.40
 }
 
-# Set-up may run at every make: these files are all that it looks at then.
+# Set-up may run at every make, and then costs only a look at these files.
 stamp=$target/plugins-placed
 wanted=$(digest plugin-suites.txt)
 if [ -x "$target/docker-buildx" ] && [ -x "$target/docker-compose" ] && [ -d "$target/$collection" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -38,11 +38,11 @@ if [ -n "$(find "$missing" -mmin -1440 2>/dev/null)" ]; then
     exit 0
 fi
 
-# without REASON: the machine is set up, without them.
+# without REASON: continues set-up without the plugins.
 without() {
     mkdir -p "$target"
     printf '%s\n' "$1" >"$missing"
-    say "without the docker command's plug-ins and Ansible's modules, which some tests use: $1"
+    say "continuing without the docker command's plugins and Ansible's modules, which some tests need: $1"
     exit 0
 }
 
@@ -58,7 +58,7 @@ mirror=$(archive_of "$component")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# unpack: fetches the packages by $suite_options and leaves the plug-ins in $work/found.
+# unpack: fetches the packages with $suite_options and leaves the plugins in $work/found.
 unpack() {
     rm -rf "$work"/*.deb "$work/unpacked" "$work/found"
     mkdir "$work/unpacked" "$work/found"
@@ -68,7 +68,7 @@ unpack() {
     local package plugin
     for package in "$work"/*.deb; do
         case ${package##*/} in
-        # A hundred collections, of which one is used.
+        # The package has a hundred collections, and one is used.
         ansible_*) dpkg-deb --fsys-tarfile "$package" | tar -x -C "$work/unpacked" --wildcards "*/$collection" ;;
         *) dpkg-deb -x "$package" "$work/unpacked" ;;
         esac
@@ -82,7 +82,7 @@ unpack() {
 }
 
 for suite in $suites; do
-    say "fetching the docker command's plug-ins from the suite $suite"
+    say "fetching the docker command's plugins from the suite $suite"
     if use_suite "$work" "$mirror" "$suite" "$component" "$keyring" >"$work/log" 2>&1 && unpack; then
         mkdir -p "$target"
         for plugin in $plugins; do

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Makes or repairs the virtual environment: python.sh PYTHON VENV run|dev
+# Creates or repairs the virtual environment: python.sh PYTHON VENV run|dev
 #
-# Every file that pip fetches is checked against the hashes of a lock file; Skep itself is
-# installed editable from this checkout, without any network.
+# Every file that pip fetches is checked against the hashes of a lock file.  Skep itself is
+# installed editable from this checkout, without network access.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
@@ -13,7 +13,7 @@ extent=$3
 
 lock=requirements.lock
 [ "$extent" = dev ] && lock=requirements-dev.lock
-# The path is part of the key: an environment that was moved has the old path in its scripts.
+# The path is part of the key, because a moved environment has the old path in its scripts.
 key="$venv $("$python" -c 'import sys; print(sys.version)') $(digest "$lock" ../pyproject.toml python.sh)"
 stamp=$venv/.setup-$extent
 works() { "$venv/bin/python" -c 'import pip, skep' 2>/dev/null; }
@@ -21,15 +21,15 @@ works() { "$venv/bin/python" -c 'import pip, skep' 2>/dev/null; }
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ] && works; then
     exit 0
 fi
-# What dev has, run has too.
+# A dev environment is also a complete run environment.
 if [ "$extent" = run ] && [ -f "$venv/.setup-dev" ] && works; then
     bash python.sh "$python" "$venv" dev
     exit 0
 fi
 
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-    say "making the virtual environment $venv"
-    # Not `venv --clear`, which would take the unpacked programs in libexec away as well.
+    say "creating the virtual environment $venv"
+    # Not `venv --clear`, which would also remove the unpacked programs in libexec.
     rm -rf "$venv"/{bin,include,lib,lib64,pyvenv.cfg}
     "$python" -m venv "$venv" || fail "the virtual environment could not be made (above)" \
         "remove $venv and run make again"

@@ -1,8 +1,8 @@
-# Sourced by the other scripts: how set-up speaks, fails, and remembers what is done.
+# Sourced by the other scripts: messages, errors, and helpers to skip finished steps.
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-# fail WHAT HOW: what is missing, and how to get it.
+# fail PROBLEM REMEDY...: prints the problem and its remedies, and exits.
 fail() {
     printf 'setup: %s\n' "$1" >&2
     shift
@@ -10,11 +10,11 @@ fail() {
     exit 1
 }
 
-# at_least VERSION WANTED: dotted versions, compared number by number.
+# at_least VERSION WANTED: compares dotted versions number by number.
 at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 
-# digest FILE...: one word that changes whenever one of the files does.
+# digest FILE...: prints one word that changes whenever one of the files changes.
 digest() { cat "$@" | sha256sum | cut -d ' ' -f 1; }
 
-# The identity of the distribution: debian 12, ubuntu 24.04, ...
+# distribution: prints the distribution's ID.
 distribution() { (. /etc/os-release && printf '%s\n' "${ID:-unknown}"); }

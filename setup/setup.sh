@@ -1,8 +1,7 @@
 #!/bin/bash
-# All of the set-up: setup.sh run|dev.  Every step looks first and does only what is missing,
-# so running it again takes a moment.
-#   run  what Skep and its demo need        dev  the tests and their tools as well
-# PYTHON chooses the interpreter; it has to be 3.11 or newer.
+# Sets up everything: setup.sh run|dev.  Every step does only missing work, so a second run is quick.
+#   run  requirements of Skep and its demo        dev  also the tests and their tools
+# PYTHON selects the interpreter, which must be 3.11 or newer.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
@@ -31,7 +30,7 @@ fi
 ./etcd.sh "$venv/libexec/skep"
 [ "$extent" != dev ] || ./plugins.sh "$venv/libexec/skep"
 [ "$extent" != dev ] || ./browser.sh "$venv/libexec/skep"
-# A docker command that was only unpacked is reached like everything else of the environment.
+# Link a docker command that was only unpacked into the environment, like its other commands.
 if [ -x "$venv/libexec/skep/docker" ]; then
     ln -sf ../libexec/skep/docker "$venv/bin/docker"
 fi

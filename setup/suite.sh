@@ -1,17 +1,17 @@
-# Sourced by the other scripts: packages of another suite of the distribution, without touching the machine's apt.
+# Sourced by the other scripts: fetches packages of another suite, without changes to the machine's apt.
 
-# archive_of COMPONENT: the archive this machine already uses: its main suite, no updates or security suite.
+# archive_of COMPONENT: prints the archive of this machine's main suite, not of its updates or security suite.
 archive_of() {
     apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
         awk -v component="$1" '$3 == component && $2 !~ /[-\/]/ { print $1; exit }'
 }
 
-# use_suite DIRECTORY ARCHIVE SUITE COMPONENT KEYRING: apt's options for that suite alone, whose state lives in the
-# directory; in $suite_options, words without blanks that are meant to be split.  Its index is fetched.
+# use_suite DIRECTORY ARCHIVE SUITE COMPONENT KEYRING: fetches the suite's index, and sets $suite_options to apt's options
+# for only that suite, with its state in the directory.  The options are words without blanks, meant to be split.
 use_suite() {
     mkdir -p "$1"/{lists/partial,cache/archives/partial}
     echo "deb [signed-by=$5] $2 $3 $4" >"$1/sources.list"
-    # _apt may not read a private directory of root's; the signatures are checked all the same.
+    # The user _apt may not read root's private directory.  The signatures are still checked.
     suite_options="-o APT::Sandbox::User=root
         -o Dir::Etc::SourceList=$1/sources.list -o Dir::Etc::SourceParts=/dev/null
         -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null

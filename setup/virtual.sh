@@ -1,16 +1,17 @@
 #!/bin/bash
-# Commands on a machine with a kernel of its own: virtual.sh SUITE COMMAND...
-# Makes the bare machine of bare.sh, sets it up, and boots it in an emulator with the kernel of that suite: cgroups of
-# version 2 alone, AppArmor, the distribution's modules (VXLAN, IPVS, WireGuard, NFS, ...), its Docker Engine for comparison,
-# its servers of NFS and CIFS, a file system without overlays below it.
-# It has no way to the outside; what needs one is done before it boots.  Its processor is emulated, so everything takes
-# some five times as long; KVM=1 asks for the real one, which has to have virtualization of its own: on the /dev/kvm of a
-# kernel that does without (PVM), the kernels of distributions get no further than their first instructions.
-# Where this machine is busy, limits of time in tests do not hold there: ICOUNT=3 makes its clock count instructions, of 2^3 ns
-# each, whatever they take here (2 ns with ICOUNT=1: more fits into a limit, and all takes longer).
-# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (1: several, emulated in parallel, made newer kernels fall
-# over) and MEMORY_MB (4096) are its size, DEADLINE_S (3600) is how long it may run.
-# Exit code: that of the first command that failed.  Everything it made is removed.
+# Runs commands on a machine with its own kernel: virtual.sh SUITE COMMAND...
+# Creates the bare machine of bare.sh, sets it up, and boots it in an emulator with the kernel of that suite: only cgroup v2,
+# AppArmor, the distribution's modules (VXLAN, IPVS, WireGuard, NFS, ...), its Docker Engine for comparison, its NFS and CIFS
+# servers, a file system without overlays below it.
+# The machine has no network to the outside, so steps that need one run before it boots.
+# Its processor is emulated, so everything takes some five times as long.  KVM=1 uses the real processor, which must have
+# hardware virtualization: on the /dev/kvm of a kernel without it (PVM), distribution kernels stop at their first
+# instructions.
+# On a busy machine, time limits of tests are exceeded there.  ICOUNT=3 makes its clock count instructions of 2^3 ns each,
+# whatever they take here.  ICOUNT=1 counts 2 ns: more fits into a limit, and everything takes longer.
+# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  Its size is CPUS (default 1, because newer kernels crashed with
+# several that are emulated in parallel) and MEMORY_MB (default 4096).  It may run for DEADLINE_S (default 3600).
+# The exit code is that of the first command that failed.  All created files are removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
@@ -35,7 +36,7 @@ machine=$place/machine
 say "$suite: a virtual machine, commit $(git rev-parse --short HEAD)"
 make_machine "$suite" "$machine"
 say "$suite: setting it up, with the kernel of $kernel"
-# What the packages would start would run on this machine's kernel.
+# Services that the packages start would run on this machine's kernel.
 printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
 chmod +x "$machine/usr/sbin/policy-rc.d"
 packages="$kernel kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
@@ -45,7 +46,7 @@ run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommen
     fail "the machine could not be set up (above)"
 }
 
-# The first process of the machine: no service manager, just what the commands need around them.
+# The first process of the machine: instead of a service manager, only what the commands need.
 cat >"$machine/root/first" <<'EOF'
 #!/bin/bash
 export HOME=/root TERM=dumb CI=true SKEP_VIRTUAL=1 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -80,7 +81,7 @@ EOF
 chmod +x "$machine/root/first"
 printf '%s\n' "$@" >"$machine/root/commands"
 
-# An image that is as large as its content and 4 GiB to work in; its own files are unlinked as soon as they are packed.
+# Create an image as large as its content and 4 GiB of free space.  The files are unlinked as soon as they are packed.
 kernel_file=$(ls "$machine"/boot/vmlinuz-*)
 cp "$kernel_file" "${kernel_file/vmlinuz/initrd.img}" "$place"
 rm -rf "$machine/var/cache/apt/archives" "$machine/var/lib/apt/lists"

@@ -12,11 +12,11 @@ from skep.aio.clock import SystemClock
 
 TRACE_LINES = 400
 RECORDED = 100
-"""Seeds of one line of a record."""
+"""Number of seeds in one line of a record."""
 
 
 def main() -> int:
-    """Exit code 1 if a run had violations."""
+    """Simulate the requested seeds.  Return 1 if a run had violations."""
     parser = argparse.ArgumentParser(prog="python -m sim", description="Simulated clusters.")
     parser.add_argument("seed", type=int, nargs="?", help="simulate this seed only, and print its events")
     parser.add_argument("--seeds", type=int, default=200, help="number of seeds")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
-    """Simulate the seeds that the file does not have, in parts that are recorded one by one."""
+    """Simulate the seeds that the record lacks, and append each part to the record as soon as it is done."""
     record, clock = Record(args.record, "store" if args.store else "whole"), SystemClock()
     first = max(args.first, record.next_seed())
     for seeds in chunked(range(first, args.first + args.seeds), RECORDED):

@@ -1,13 +1,13 @@
-"""Commands of people and pipelines in a simulated cluster: deploys, undos and rotations, several at one time.
+"""Commands of people and pipelines in a simulated cluster: concurrent deploys, rollbacks and rotations.
 
-Each is the production coroutine on the production API (``clients``).  A command can be killed or suspended between any
-two requests, and responses can be lost; the control loops, the autoscaler among them, run on.
+Each command is the production coroutine on the production API (``clients``).  A command can be killed or suspended
+between any two requests, and responses can be lost.  The control loops, including the autoscaler, keep running.
 
-Rules, whatever happens:
+Rules that hold in every run:
 
-* nothing is removed that was there before, and that no command was asked to remove;
-* the number of tasks of an autoscaled service is the autoscaler's, also during a deploy;
-* what a command has acknowledged is there: its services, and what they refer to.
+* an object that existed before stays, unless a command was asked to remove it;
+* the autoscaler sets the number of tasks of an autoscaled service, also during a deploy;
+* services of an acknowledged command exist, with all objects they refer to.
 """
 
 import asyncio
@@ -42,24 +42,24 @@ from skep.stack.recording import carry_out, undo
 from skep.store.interface import Deleted, Updated, View
 
 PAUSE_S = 4.0
-"""The longest suspension: longer than the leader needs to act on what the command has written."""
+"""Longest suspension: longer than the leader needs to act on the command's writes."""
 _KINDS: tuple[type[Any], ...] = (Service, Secret, Config, Network)
 
 
 class Rules:
-    """Watches every commit, and knows what was acknowledged."""
+    """Watches every commit, and records which deploys were acknowledged."""
 
     def __init__(self, cluster: SimulatedCluster) -> None:
         self.violations: list[str] = []
         self._cluster = cluster
         self._before = {(kind, one.id) for kind in _KINDS for one in cluster.view.find(kind)}
-        """What was there before the commands began."""
+        """Objects that existed before the commands began."""
         self._acknowledged: set[str] = set()
-        """The names of services of deploys that succeeded."""
+        """Names of the services of successful deploys."""
         cluster.committed.watchers.append(self._check)
 
     def acknowledge(self, stack: Stack, *, is_alone: bool) -> None:
-        """A deploy of ``stack`` has succeeded.  ``is_alone``: no other command runs."""
+        """Record that a deploy of ``stack`` has succeeded.  ``is_alone``: whether no other command is running."""
         names = {one.spec.name for one in stack.services.values()}
         self._acknowledged |= names
         self.violations += self._missing(names)
@@ -67,7 +67,7 @@ class Rules:
             self.violations += self._outdated(names)
 
     def finish(self) -> None:
-        """All commands have ended.  Raises: AssertionError: a rule was broken."""
+        """Check the rules after all commands have ended.  Raises: AssertionError: a rule was broken."""
         self.violations += self._missing(self._acknowledged)
         assert not self.violations, "\n".join(self.violations)
 
@@ -118,12 +118,12 @@ class Rules:
 
 
 class Commands:
-    """Starts commands beside each other."""
+    """Starts concurrent commands."""
 
     def __init__(self, cluster: SimulatedCluster) -> None:
         self.rules = Rules(cluster)
         self.outcomes: list[str] = []
-        """How each command ended."""
+        """Result of each command."""
         self._cluster = cluster
         self._apis = Apis(cluster)
         for node in cluster.nodes.values():
@@ -131,7 +131,7 @@ class Commands:
         self._running: dict[asyncio.Task[None], ApiClient] = {}
 
     def client(self, name: str) -> ApiClient:
-        """A client that nothing happens to."""
+        """Return a client without injected faults."""
         return ApiClient(self._apis, name)
 
     def deploy(self, name: str, stack: Stack, *, undoes: bool, wait_s: float = 30.0) -> ApiClient:
@@ -161,7 +161,7 @@ class Commands:
         """Begin ``skep upgrade`` of all workers.
 
         Args:
-            broken: workers that show another version afterwards.
+            broken: workers that report another version afterwards.
         """
         means = SimulatedMeans(
             version=version, command="true", rollback="true", cluster=self._cluster, broken=frozenset(broken)
@@ -183,7 +183,7 @@ class Commands:
     def _begin(self, name: str, run: Callable[[ApiClient], Awaitable[None]]) -> ApiClient:
         client = self.client(name)
 
-        async def guarded() -> None:
+        async def run_guarded() -> None:
             try:
                 await run(client)
             except (SkepError, TimeoutError) as error:
@@ -191,7 +191,7 @@ class Commands:
             else:
                 self.outcomes.append(f"{name}: done")
 
-        task = self._cluster.loop.create_task(guarded(), name=name)
+        task = self._cluster.loop.create_task(run_guarded(), name=name)
         self._running[task] = client
         return client
 
@@ -223,7 +223,7 @@ class Commands:
 
 
 class SimulatedMeans(Means, frozen=True, kw_only=True):
-    """A version is what a worker says of itself, some seconds after its installation began."""
+    """Simulated upgrade: a worker reports the new version some seconds after its installation began."""
 
     cluster: SimulatedCluster
     broken: frozenset[str] = frozenset()
@@ -245,16 +245,16 @@ class SimulatedMeans(Means, frozen=True, kw_only=True):
 
 
 def show_version(cluster: SimulatedCluster, id: str, version: str) -> None:
-    """Have a worker say that it runs this version of Skep."""
+    """Set the Skep version that a worker reports."""
     node = cluster.nodes.get(NodeId(id))
     if node is None:
-        return  # it was removed meanwhile
+        return  # the worker was removed meanwhile
     engine = replace(node._description.engine, engine_version=version, labels={NODE_LABEL: "1"})
     node._description = replace(node._description, engine=engine)
 
 
 async def deploy(client: ApiClient, stack: Stack, *, undoes: bool, wait_s: float) -> None:
-    """``skep stack deploy``, without its files.  Raises: SkepError: it failed."""
+    """Run ``skep stack deploy`` without its files.  Raises: SkepError: it failed."""
     made = Made()
     existing = await existing_of(client, stack.name, config_names(stack))
     plan = plan_of(stack, existing, images={}, prune=False)

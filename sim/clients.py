@@ -29,20 +29,20 @@ from skep.store.interface import Store
 
 ADMIN = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
 LATENCY_S = 0.02
-"""The longest way of a request to a manager: some milliseconds in one data center."""
+"""Longest latency of a request to a manager: some milliseconds within one data center."""
 RETRY_S = 0.2
-"""Between two looks for a manager that serves."""
+"""Interval at which a client looks for a manager that serves."""
 
 
 class Apis:
-    """The API of each manager, made when a client first uses it."""
+    """The API of each manager, created when a client first uses it."""
 
     def __init__(self, cluster: SimulatedCluster) -> None:
         self.cluster = cluster
         self._made: dict[Store, web.Application] = {}
 
     def any_manager(self) -> web.Application:
-        """The API of a random manager that serves.  Raises: Unavailable: none does."""
+        """Return the API of a random manager that serves.  Raises: Unavailable: no manager serves."""
         running = self.cluster.running_managers.values()
         serving = [one for one in running if one.store is not None]
         if not serving:
@@ -75,7 +75,7 @@ class Apis:
 
 
 class ApiClient(Requests):
-    """What a command makes its requests with."""
+    """Sends the requests of one command, with injected faults."""
 
     def __init__(self, apis: Apis, name: str, identity: Identity = ADMIN) -> None:
         self._apis = apis
@@ -84,15 +84,15 @@ class ApiClient(Requests):
         self._random = apis.cluster.random
         self.is_killed = False
         self._is_gone = False
-        """It was killed, and the simulation ends it: it makes no request for its clean-up."""
+        """Whether the command was killed and the simulation ends it: it sends no request to clean up."""
         self.requests = 0
-        """How many it has begun."""
+        """Number of requests that were begun."""
         self.killed_at: int | None = None
-        """The number of the request before or after which it is killed; None: it is not."""
+        """Number of the request before or after which the command is killed, or None to let it live."""
         self.pauses: dict[int, float] = {}
-        """Numbers of requests before which it is suspended, and for how many seconds."""
+        """Seconds for which the command is suspended, by the number of the request that follows."""
         self.loses = 0.0
-        """The probability that a response is lost."""
+        """Probability that a response is lost."""
 
     async def request(
         self,
@@ -128,7 +128,7 @@ class ApiClient(Requests):
 
     async def _pass(self) -> None:
         if self.killed_at is not None and self.requests >= self.killed_at:
-            # Before the request, or after it: its response is not read then.
+            # The command is killed before the request, or after it without reading the response.
             self.is_killed = self.is_killed or self.requests > self.killed_at or self._random.random() < 0.5
         if self._is_gone:
             raise asyncio.CancelledError

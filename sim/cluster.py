@@ -64,21 +64,21 @@ from skep.store.interface import Transaction, View
 T = TypeVar("T")
 
 ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
-"""The engine that every worker reports: one with the overlay driver."""
+"""Engine that every worker reports, with the overlay driver."""
 LOOK_S = 2.0
-"""Longest interval between two looks at durations, such as that without a leader."""
+"""Longest interval between two checks of durations, such as the time without a leader."""
 STEP_S = 0.05
 """Interval at which ``run_until`` tests its condition."""
 WRAPPING_KEY = bytes(32)
 LED_S = 10.0
-"""With a majority of healthy managers there is a leader after this time."""
+"""Time within which a majority of healthy managers elects a leader."""
 SKEW_S, EXTENDED_SKEW_S = 1.0, 20.0
-"""Largest error of a machine's wall clock.  The larger one shows what compares the stamps of two machines."""
+"""Largest error of a machine's wall clock.  The larger value exposes code that compares timestamps of two machines."""
 SLOW_S = 0.2
 TIMERS_MAX = 25
-"""Timers of one idle machine: its loops, streams and deadlines."""
+"""Timers that one idle machine may have, for its loops, streams and deadlines."""
 WRITE_S = 30.0
-"""Limit for ``create`` and the other writes."""
+"""Time limit of ``create`` and of the other writes."""
 
 
 class SimulatedCluster:
@@ -101,15 +101,16 @@ class SimulatedCluster:
         history_limit: int | None = None,
         storage: SimulatedStorage | None = None,
     ) -> None:
-        """
+        """Start the managers of a new cluster.
+
         Args:
-            capacity: of each worker.
+            capacity: resources of each worker.
             latency_s: average duration of a write to the store.
             skew: whether the machines' clocks disagree.
             turns_max: limit of iterations of the event loop, for a run that may not terminate.
             history_limit: see ``joined``.
-            storage: of cluster volumes.  With it managers also keep a journal, evict nodes and have a root; None: they
-                do not.
+            storage: the storage of cluster volumes, or None.  With storage, managers also keep a journal, evict nodes
+                and have a root.
         """
         self.storage = storage
         self.random = Random(seed)
@@ -127,23 +128,23 @@ class SimulatedCluster:
         """Number of faults that are active."""
         self._disturbed_at = 0.0
         self._led_at = 0.0
-        """The last time at which there was a leader, or no majority of healthy managers."""
+        """The last time at which there was a leader, or at which most managers were unhealthy."""
         self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
         self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         self._isolation = Isolation(self.loop.time, self.links, lambda: self.nodes, lambda: self.managers)
         self.removals: set[NodeId] = set()
-        """Nodes that operators remove."""
+        """Nodes that operators are removing."""
         self.observer = self._observer()
         self.newer: set[NodeId] = set()
-        """Managers that run a newer version than the others from their next start on."""
+        """Managers that run a newer version than the others from their next start."""
         self.observer.rules += [
             UnknownFieldsAreKept(self._cannot_read),
             OnlyCopiesStay(self._stored_on, self.removals.__contains__),
         ]
         self.changing: set[NodeId] = set()
-        """Machines that join, leave or change their role; no other fault is injected into them meanwhile."""
+        """Machines that join, leave or change their role.  No other fault is injected into them meanwhile."""
         self.certificates = Certificates()
         """The certificates of all machines, in a cluster with storage."""
         self.network.accepts = self._trust_each_other
@@ -154,7 +155,7 @@ class SimulatedCluster:
         self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self._behaviour = behaviour or Behaviour()
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
-        """What a task uses now; None: its node does not measure it."""
+        """Returns a task's current CPU use, or None if its node does not measure it."""
         self.clocks: dict[NodeId, VirtualClock] = {}
         self.nodes: dict[NodeId, SimulatedNode] = {}
         for id in self.managers:
@@ -202,7 +203,7 @@ class SimulatedCluster:
         return id
 
     def update(self, name: str, change: Callable[[ServiceSpec], ServiceSpec]) -> None:
-        """Update the spec as a client would: the old one becomes the previous one."""
+        """Update the spec as a client would, which makes the old spec the previous one."""
 
         def body(tx: Transaction) -> None:
             service = tx.get(Service, name)
@@ -212,12 +213,12 @@ class SimulatedCluster:
         self.write(body)
 
     def remove(self, name: str) -> None:
-        """``service rm``."""
+        """Remove a service, as ``service rm`` does."""
         now = timestamp(self.clocks[self.managers[0]].now_ns())
         self.write(lambda tx: tx.put(replace(tx.get(Service, name), removed_at=now)))
 
     def set_availability(self, id: NodeId, availability: Availability) -> None:
-        """``node update --availability``."""
+        """Set a node's availability, as ``node update --availability`` does."""
 
         def body(tx: Transaction) -> None:
             node = tx.get(Node, id)
@@ -226,7 +227,7 @@ class SimulatedCluster:
         self.write(body)
 
     def label(self, id: NodeId, **labels: str) -> None:
-        """``node update --label-add``."""
+        """Add node labels, as ``node update --label-add`` does."""
 
         def body(tx: Transaction) -> None:
             node = tx.get(Node, id)
@@ -235,7 +236,7 @@ class SimulatedCluster:
         self.write(body)
 
     def forget(self, id: NodeId) -> None:
-        """``node rm --force``."""
+        """Remove a node, as ``node rm --force`` does."""
         self.removals.add(id)
         self.write(lambda tx: tx.delete(Node, id))
 
@@ -244,7 +245,7 @@ class SimulatedCluster:
         self.do(self._write(body))
 
     async def write_probe(self, name: str) -> None:
-        """Advance the store by one revision without changing an object; retried until it succeeds."""
+        """Advance the store by one revision without changing an object.  Retry until that succeeds."""
         while True:
             member = self.random.choice(list(self.raft.members.values()))
             try:
@@ -308,7 +309,7 @@ class SimulatedCluster:
         self.disturb()
 
     async def end_manager(self, id: NodeId) -> None:
-        """End a manager process permanently, with its etcd member, whether or not that is still a voter."""
+        """End a manager process and its etcd member permanently, whether or not the member is still a voter."""
         self.disturb()
         process = self._processes.pop(_manager(id), None)
         self.running_managers.pop(id, None)
@@ -323,7 +324,7 @@ class SimulatedCluster:
 
     @property
     def leader(self) -> NodeId:
-        """The manager that leads."""
+        """Return the manager that leads."""
         assert self.raft.current is not None, "no leader"
         return self.raft.current.member.id
 
@@ -349,16 +350,16 @@ class SimulatedCluster:
         self._manager_uptime.start(id)
 
     def crash(self, id: NodeId) -> None:
-        """kill -9 of a manager and its etcd member: its nodes connect to another one, and another one is elected."""
+        """Kill a manager and its etcd member with SIGKILL. Its nodes reconnect, and the others elect a leader."""
         self.disturb()
         self.raft.crash(id)
         self._stop(_manager(id))
         self.running_managers.pop(id, None)
 
     def kill_manager(self, id: NodeId) -> asyncio.Task[None]:
-        """The same, from within the loop: the process writes nothing more.
+        """Kill a manager and its etcd member from within the loop.  The process writes nothing after that.
 
-        Returns the task of the process, which has to be done before another one is started.
+        Return the process's task, which must be done before another process is started.
         """
         self.disturb()
         self.raft.crash(id)
@@ -396,7 +397,7 @@ class SimulatedCluster:
                 self.start_node(id)
 
     def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
-        """Power loss of a worker; with ``keeps_containers`` only its node process is killed."""
+        """Cut the power of a worker.  With ``keeps_containers``, kill only its node process."""
         self.disturb()
         self._stop(id)
         self._uptime.stop(id)
@@ -404,9 +405,9 @@ class SimulatedCluster:
             self.nodes[id].lose_power()
 
     def give_managers(self) -> None:
-        """As an operator: set the managers of nodes that have none of the present ones, and restart their processes.
+        """Set current managers on nodes that know none of them, and restart their processes, as an operator would.
 
-        Such a node was away while every manager that it knew was replaced; it says so, and what to do.
+        Such a node was away while every manager that it knew was replaced.  Its log tells the operator to do this.
         """
         for id in self.workers:
             node = self.nodes[id]
@@ -425,28 +426,28 @@ class SimulatedCluster:
 
     @property
     def view(self) -> View:
-        """The committed objects of the cluster."""
+        """Return the committed objects of the cluster."""
         return self.committed.view
 
     def is_ready(self, id: NodeId) -> bool:
-        """Whether the node's status is ready."""
+        """Return whether the node's status is ready."""
         node = self.committed.view.lookup(Node, id)
         return node is not None and node.status.state is NodeState.READY
 
     def service(self, name: str) -> Service | None:
-        """The service, removed or not, or None when its record has been deleted."""
+        """Return the service, removed or not, or None if its record was deleted."""
         return self.committed.view.lookup(Service, name)
 
     def tasks(self, name: str) -> list[Task]:
-        """All tasks of a service, history included."""
+        """Return all tasks of a service, including its history."""
         return list(self.committed.view.find(Task, service_id=name))
 
     def wanted(self, name: str) -> list[Task]:
-        """Tasks of a service whose desired state is at most running."""
+        """Return a service's tasks whose desired state is at most running."""
         return [task for task in self.tasks(name) if task.desired_state <= TaskState.RUNNING]
 
     def running(self, name: str, image: str | None = None) -> int:
-        """Number of tasks of a service (with this image) that run and should."""
+        """Return the number of a service's tasks (with this image) that run and have the desired state running."""
         return sum(
             1
             for task in self.wanted(name)
@@ -454,31 +455,33 @@ class SimulatedCluster:
         )
 
     def created(self, name: str) -> int:
-        """Number of tasks that were ever created for the service."""
+        """Return the number of tasks that were ever created for the service."""
         return self.observer.created[ServiceId(name)]
 
     def containers(self, name: str) -> int:
-        """Number of running containers of a service."""
+        """Return the number of running containers of a service."""
         return sum(
             1 for node in self.nodes.values() for task in node.containers.values() if task.service_id == name
         )
 
     def check_invariants(self, *, at_rest: bool = True) -> None:
-        """Raise AssertionError if an invariant was violated; ``at_rest``: check those of a cluster at rest too."""
+        """Raise AssertionError if an invariant was violated.  ``at_rest``: also check the invariants of a cluster at
+        rest.
+        """
         violations = list(self.observer.violations)
         if at_rest:
             violations += self.rest_violations()
         assert not violations, "\n".join(violations)
 
     def rest_violations(self) -> list[str]:
-        """Containers without a task, and tasks that are reported as running and are not."""
+        """Return containers without a task, and tasks that are reported as running but are not."""
         nodes = self.nodes.values()
         containers = [(node.id, task) for node in nodes for task in node.containers.values()]
         kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
         return list(rest_violations(self.committed.view, containers, kept))
 
     def leftovers(self) -> list[str]:
-        """State that managers keep of finished work, and surplus timers, in a cluster at rest."""
+        """Return state that managers keep of finished work, and surplus timers, in a cluster at rest."""
         found = [
             f"{id} {text}" for id, manager in self.running_managers.items() for text in manager.leftovers()
         ]
@@ -521,7 +524,9 @@ class SimulatedCluster:
                 )
 
     def run_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
-        """Let time pass until ``condition``; returns the seconds.  Raises: AssertionError: not in time."""
+        """Let time pass until ``condition``, and return the seconds.  Raises: AssertionError: not met within
+        ``within_s``.
+        """
         began = self.loop.time()
         while not condition():
             waited_s = self.loop.time() - began
@@ -530,7 +535,7 @@ class SimulatedCluster:
         return self.loop.time() - began
 
     def new_id(self) -> str:
-        """A random id of the production length, from the seed."""
+        """Return a random id of the production length, derived from the seed."""
         return base36(self.random.getrandbits(128), 25)
 
     # -- inside ------------------------------------------------------------------------------------------------
@@ -557,7 +562,7 @@ class SimulatedCluster:
         return observer
 
     def _unreadable_nodes(self) -> set[NodeId]:
-        """Nodes of which some manager's disk has damaged values."""
+        """Return nodes whose values are damaged on some manager's disk."""
         names = {
             key.removeprefix(PREFIX).decode()
             for member in self.raft.members.values()
@@ -571,11 +576,13 @@ class SimulatedCluster:
         return id in self.raft.members and bool(self.raft.members[id].corrupted)
 
     def _leaderless(self) -> Iterable[str]:
-        """A majority of healthy managers has a leader within ``LED_S``, unless the raft leader's disk hangs."""
+        """Check that a majority of healthy managers has a leader within ``LED_S``, unless the raft leader's disk
+        hangs.
+        """
         now, leads = self.loop.time(), self.raft.current
         is_led = (
             leads is None or leads.member.held is None
-        )  # one whose disk hangs stays leader in the simulation
+        )  # a member whose disk hangs stays leader in the simulation
         if (
             is_led
             and self._is_majority_healthy()
@@ -603,7 +610,7 @@ class SimulatedCluster:
         )
 
     def _calm_since(self) -> float:
-        """The end of the last fault; infinity while a fault is active."""
+        """Return the time at which the last fault ended, or infinity while a fault is active."""
         is_intact = self.links.is_intact and self._processes.keys() >= {
             *map(_manager, self.managers),
             *self.workers,
@@ -663,5 +670,5 @@ class SimulatedCluster:
 
 
 def _manager(id: NodeId) -> str:
-    """The name of a manager process; a machine may have a node process beside it."""
+    """Return the name of a manager process.  A machine may also have a node process."""
     return f"manager {id}"

@@ -1,4 +1,4 @@
-"""The committed state, to which every replica must converge, and the writer of each change."""
+"""The committed state, to which every replica must converge, and the manager that wrote each change."""
 
 from collections.abc import Callable
 
@@ -24,9 +24,9 @@ class Change(msgspec.Struct, frozen=True):
     origin: NodeId
     """The manager that proposed it."""
     leader: NodeId | None
-    """The leader before this entry, by the leader key."""
+    """Leader before this entry, according to the leader key."""
     term: int
-    """Its term, by the leader key; a manager may lead several."""
+    """Term of that leader, according to the leader key.  A manager may lead in several terms."""
     revision: int
     keys: tuple[KeyChange, ...]
     events: tuple[Event, ...]
@@ -45,11 +45,11 @@ class CommittedState:
 
     @property
     def view(self) -> State:
-        """The current state; valid until the next commit."""
+        """Return the current state, which is valid until the next commit."""
         return self._state
 
     def begin(self, cipher: Cipher) -> None:
-        """Decrypt with ``cipher`` from now on; earlier entries hold nothing encrypted."""
+        """Decrypt with ``cipher`` from now on.  Earlier entries contain no encrypted values."""
         self._cipher = cipher
 
     def take(self, origin: NodeId, revision: int, events: list[pb.Event]) -> None:
@@ -79,7 +79,7 @@ class CommittedState:
         self._state, self.leader = self.past(events), None
 
     def past(self, events: list[pb.Event]) -> State:
-        """The state after ``events``, which are those of the first revisions."""
+        """Return the state after ``events``, which are the events of the first revisions."""
         assert self._cipher is not None
         state = State()
         for revision, group in by_revision(events):

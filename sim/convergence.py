@@ -1,11 +1,11 @@
 """The state that a service has to reach after the last fault, whatever happened before.
 
-Every slot has a running task of the requested image on a suitable node, or a pending one that no node can take because
-of its constraints, a port or the limit of replicas per node.  Every run of a job is completed.  With an image that
-never works there are as many attempts as slots, and an update to it ends.
+Every slot has a running task of the requested image on a suitable node.  A task may be pending if no node can take it
+because of its constraints, a port or the limit of replicas per node.  Every run of a job is completed.  With an image
+that never works there are as many attempts as slots, and an update to it ends.
 
-An update waits until its progress deadline for as many pending tasks as its parallelism.  Slots that it has not come to
-keep their tasks meanwhile, and one whose new task an earlier update has prepared keeps that as well.
+An update waits until its progress deadline for as many pending tasks as its parallelism.  Slots that it has not
+reached keep their tasks meanwhile.  So does a slot whose new task was prepared by an earlier update.
 """
 
 from collections import Counter
@@ -28,15 +28,15 @@ from skep.model.times import ZERO_TIME, unix_ns
 from skep.store.interface import View
 
 Slot: TypeAlias = list[Task]
-"""The wanted tasks of a slot."""
+"""Tasks of a slot with a desired state of at most running."""
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
 def unmet(view: View, service: Service, given_up: int = 0, finished: Collection[str] = ()) -> Iterable[str]:
-    """What a service lacks compared with its spec.
+    """Yield the differences between a service and its spec.
 
     Args:
-        given_up: number of slots whose tasks have ended and whose restart policy allows no further one.
+        given_up: number of slots whose tasks have ended and whose restart policy allows no further task.
         finished: names of jobs that have completed and removed themselves.
     """
     if service.removed_at is not None:
@@ -97,9 +97,10 @@ def _unmet_of_service(
 def _waits_for_its_turn(
     slot: Slot, slots: Mapping[int | NodeId, Slot], waiting: Collection[Task], service: Service
 ) -> bool:
-    """Whether a task of the slot runs, the others are prepared to follow it, and the update may stop no further slot.
+    """Return whether a slot has a running task and prepared successors, and the update may stop no further slot.
 
-    In as many slots as it may stop no task runs, as no node can take theirs: a scale-up may have made these.
+    The slots that the update may stop have no running task, because no node can take their new tasks.  A scale-up may
+    have created these slots.
     """
     others = [task for task in slot if not _runs(task)]
     are_prepared = all(
@@ -124,7 +125,7 @@ def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
 
 
 def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> Iterable[str]:
-    """What a job lacks: all runs that can succeed are completed, and no task of an earlier iteration is active."""
+    """Yield what a job lacks: completed runs that can succeed, or the end of tasks of earlier iterations."""
     status, container = service.job_status, service.spec.task_template.container_spec
     assert status is not None
     tasks = view.find(Task, service_id=service.id)
@@ -134,7 +135,7 @@ def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> It
         return
     policy = service.spec.task_template.restart_policy
     if CRON in service.spec.labels or (policy is not None and policy.max_attempts):
-        return  # its present run may be of an earlier spec, or be given up in part
+        return  # the current run may be of an earlier spec, or partly given up
     present = [task for task in tasks if task.job_iteration == status.job_iteration]
     if any(_waits(task, service, view, finished) for task in present if task.is_active):
         return  # a pending task may use up the job's concurrency
@@ -148,7 +149,7 @@ def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> It
     completed = completed_on(view, service, status.job_iteration)
     asked_at = unix_ns(status.last_execution or ZERO_TIME)
     for node in nodes_of(service, tasks, _eligible(view, service)):
-        # By its timestamps a node may have joined after the job was created, if a clock was set back between.
+        # By its timestamps, a node may have joined after the job was created, if a clock was set back in between.
         if not completed[node.id] and unix_ns(node.created_at) < asked_at:
             yield f"{service.id} has not run on {node.id}"
 
@@ -173,7 +174,7 @@ def _runs(task: Task) -> bool:
 
 
 def _waits(task: Task, service: Service, view: View, finished: Collection[str]) -> bool:
-    """Whether the task has no node, and no node could take it or a service that it depends on is not ready."""
+    """Return whether the task has no node because no node can take it or a dependency of its service is not ready."""
     return task.status.state is TaskState.PENDING and (
         is_unplaceable(task, service, view) or any(missing_dependencies(service, view, finished))
     )

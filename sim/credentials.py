@@ -1,4 +1,4 @@
-"""Stands for certificates and sockets in the agent of a simulated node: an identity, and the simulated network."""
+"""Simulated credentials for a node's agent: an identity on the simulated network, without certificates and sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -30,16 +30,16 @@ class SimulatedCredentials:
 
     @property
     def tls_info(self) -> TLSInfo:
-        """The issuer of the certificate, and the trusted roots."""
+        """Return the issuer of the certificate, and the trusted roots."""
         held = self._certificates.held.get(self.identity.node_id)
         return held.tls_info if held is not None else TLSInfo()
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable."""
-        # It has the methods of a real one.
+        """Connect to the manager at ``address``.  Raises: Unavailable: not reachable."""
+        # A ``MemoryChannel`` has the methods of a ``Channel``.
         return cast(
             "AbstractAsyncContextManager[Channel]",
-            self._network.connected(address, self.identity, timeout_s=timeout_s),
+            self._network.connect(address, self.identity, timeout_s=timeout_s),
         )
 
     def take_roots(self, root_pem: bytes) -> None:
@@ -54,7 +54,7 @@ class SimulatedCredentials:
         self._renew()
 
     async def run(self, choose: ChooseManager) -> None:
-        """Nothing to renew; runs until cancelled."""
+        """Run until cancelled.  There is nothing to renew."""
         await asyncio.Event().wait()
 
 

@@ -1,4 +1,4 @@
-"""Short runs in which two features meet on purpose, where chance would take too many seeds.
+"""Short runs that combine two features, which random runs would need too many seeds to combine.
 
 They also kill mutants of the rules that they need.
 """
@@ -52,10 +52,10 @@ SOON = RestartPolicy(delay=SECOND_NS // 2)
 ONE_ATTEMPT = RestartPolicy(condition=RestartCondition.ON_FAILURE, max_attempts=1, delay=0)
 ONE = ServiceMode(replicated=ReplicatedService(replicas=1))
 LOST_S = 120.0
-"""Longer than a minute, after which the clusters here remove lost nodes."""
+"""Longer than the minute after which these clusters remove lost nodes."""
 WELL_S = 40.0
 BACK_S = 60.0
-"""Time until a node is back, in the middle between two due times."""
+"""Time until a node is back, halfway between two due times."""
 
 
 def _simulate(seed: int, act: Callable[[SimulatedCluster], None]) -> RunResult:
@@ -73,7 +73,7 @@ def _simulate(seed: int, act: Callable[[SimulatedCluster], None]) -> RunResult:
 
 
 def _cut_off_with_a_volume(cluster: SimulatedCluster) -> None:
-    """A machine that is cut off still writes to its volume when the leader removes lost nodes."""
+    """A machine that is cut off keeps writing to its volume when the leader removes lost nodes."""
     _create_database(cluster)
     cluster.write(_remove_lost_nodes)
     cluster.links.cut([_home(cluster, "db")], cluster.managers)
@@ -87,7 +87,7 @@ def _update_with_a_volume(cluster: SimulatedCluster) -> None:
 
 
 def _lost_with_the_only_data(cluster: SimulatedCluster) -> None:
-    """The node of a slot's data is lost while the service has no tasks."""
+    """The only node with a slot's data is lost while the service has no tasks."""
     id = _create_with_data(cluster)
     cluster.run_for(15.0)
     home = _home(cluster, "db")
@@ -97,7 +97,7 @@ def _lost_with_the_only_data(cluster: SimulatedCluster) -> None:
 
 
 def _ended_before_its_report(cluster: SimulatedCluster) -> None:
-    """A task ends at once, and its node is lost after the report of its data."""
+    """A task ends at once, and its node is lost after it has reported the task's data."""
     home = _end_at_once(cluster)
     _expect(cluster, "the task stays after the report", lambda: not cluster.tasks("db"))
     cluster.run_for(15.0)
@@ -105,12 +105,12 @@ def _ended_before_its_report(cluster: SimulatedCluster) -> None:
 
 
 def _lost_before_its_report(cluster: SimulatedCluster) -> None:
-    """A task ends at once, and its node is lost before the report of its data."""
+    """A task ends at once, and its node is lost before it has reported the task's data."""
     _lose(cluster, _end_at_once(cluster))
 
 
 def _end_at_once(cluster: SimulatedCluster) -> NodeId:
-    """The node of a service whose only task has ended."""
+    """Return the node of a service whose only task has ended."""
     id = _create_with_data(cluster)
     home = _home(cluster, "db")
     _update(cluster, id, lambda spec: replace(spec, mode=_replicas(0)))
@@ -119,7 +119,7 @@ def _end_at_once(cluster: SimulatedCluster) -> NodeId:
 
 
 def _create_with_data(cluster: SimulatedCluster) -> ServiceId:
-    """One task whose local data must stay."""
+    """Create a service with one task whose local data must stay."""
     mount = Mount(type="volume", source="db-{{.Task.Slot}}", target="/data")
     id = _create(cluster, with_labels(with_mount(_a_spec("db", ONE), mount), {VOLUME_AFFINITY: "required"}))
     _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
@@ -133,7 +133,7 @@ def _lose(cluster: SimulatedCluster, id: NodeId) -> None:
 
 
 def _create_database(cluster: SimulatedCluster) -> ServiceId:
-    """One task with a cluster volume that tasks cannot share."""
+    """Create a service with one task and a cluster volume that tasks cannot share."""
     spec = VolumeSpec(
         name="orders", driver=Driver(name=DRIVER), access_mode=AccessMode(mount_volume=TypeMount())
     )
@@ -149,7 +149,7 @@ def _create_database(cluster: SimulatedCluster) -> ServiceId:
 
 
 def _drained_often(cluster: SimulatedCluster) -> None:
-    """A service with few attempts whose nodes are drained one after the other."""
+    """Nodes of a service with few restart attempts are drained one after the other."""
     _create(cluster, _a_spec("web", ONE, restart=ONE_ATTEMPT))
     for _ in range(4):
         _expect(cluster, "web, which never failed, does not run", lambda: cluster.running("web") == 1)
@@ -162,7 +162,7 @@ def _drained_often(cluster: SimulatedCluster) -> None:
 
 
 def _depends_on_a_job_that_removes_itself(cluster: SimulatedCluster) -> None:
-    """All tasks end after the job that they depended on; the two may also be refused together."""
+    """All tasks end after the job they depended on.  Creating the two may also be refused."""
     once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
     _create(cluster, with_labels(_a_spec("migrate", once, image="job:1"), {JOB_TTL: "5s"}))
     spec = with_labels(_a_spec("web", ONE), {DEPENDS_ON: "migrate=service_completed_successfully"})
@@ -179,12 +179,12 @@ def _depends_on_a_job_that_removes_itself(cluster: SimulatedCluster) -> None:
 
 
 def _shrinks_under_a_quota(cluster: SimulatedCluster) -> None:
-    """A service that reserves nothing is scaled down under a quota of memory."""
+    """A service without reservations is scaled down under a memory quota."""
     stack = STACKS[0]
     id = _create(cluster, with_labels(_a_spec("web", _replicas(6)), {STACK_LABEL: stack}))
     quota, now = QuotaSpec(name=stack, memory_bytes=MEMORY_BYTES), timestamp(_now_ns(cluster))
     cluster.write(lambda tx: set_quota(tx, quota, new_id=lambda: "q", now=now))
-    cluster.run_for(1.0)  # every manager knows of it
+    cluster.run_for(1.0)  # until every manager's replica shows it
     _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
 
 
@@ -200,7 +200,7 @@ def _updated_beyond_any_node(cluster: SimulatedCluster) -> None:
 
 
 def _back_after_the_run(cluster: SimulatedCluster) -> None:
-    """A node is back after a run of a scheduled global job."""
+    """A node comes back after a run of a scheduled global job."""
     job = _a_spec("report", ServiceMode(global_job=GlobalJob()), image="job:1")
     _create(cluster, with_labels(job, {CRON: "*/2 * * * *", CRON_DEADLINE: "20s"}))
     cluster.kill_node(cluster.workers[0])
@@ -211,7 +211,7 @@ def _back_after_the_run(cluster: SimulatedCluster) -> None:
 
 
 def _removed_under_a_global_service(cluster: SimulatedCluster) -> None:
-    """A node is removed for good."""
+    """A node is removed permanently."""
     _create(cluster, _a_spec("agent", ServiceMode(global_=GlobalService())))
     _expect(cluster, "agent does not run", lambda: cluster.running("agent") == len(cluster.workers))
     gone = cluster.workers[0]
@@ -222,7 +222,7 @@ def _removed_under_a_global_service(cluster: SimulatedCluster) -> None:
 
 
 def _retried_after_a_change_of_clock(cluster: SimulatedCluster) -> None:
-    """What has failed is retried under a leader whose clock is behind the stamps of the tasks."""
+    """A failed task is retried under a leader whose clock is behind the tasks' timestamps."""
     mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=2))
     id = _create(cluster, _a_spec("job", mode, image="crashing:1", restart=ONE_ATTEMPT))
     _expect(cluster, "the job does not fail", lambda: cluster.created("job") == 4)
@@ -295,7 +295,7 @@ def _remove_lost_nodes(tx: Transaction) -> None:
 
 
 def _expect(cluster: SimulatedCluster, problem: str, condition: Callable[[], bool]) -> None:
-    """Let time pass until ``condition``.  That it is not met within ``WELL_S`` is a violation."""
+    """Let time pass until ``condition``.  It is a violation if ``condition`` is not met within ``WELL_S``."""
     until = cluster.loop.time() + WELL_S
     while not condition():
         if cluster.loop.time() > until:

@@ -1,4 +1,4 @@
-"""One fault in a cluster at rest: only the tasks that it ended are replaced, and none of them is shown as running."""
+"""One fault in a cluster at rest: only the tasks that it ended are replaced, and none of these is shown as running."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +17,14 @@ from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 
 Lost = Counter[ServiceId]
-"""Number of running tasks of each service that a fault ended."""
+"""Number of running tasks that a fault ended, by service."""
 
 LEASE_S = RECOVERY_GRACE_S + 6.0
-"""An election, two seconds until the leader adopts the session, the grace period of a leader that has just started,
-and a margin."""
+"""Time after which the lease of a dead node has expired, also if its manager died with it.
+
+It is the sum of an election, two seconds until the leader adopts the session, the grace period of a leader that has
+just started, and a margin.
+"""
 AFTERMATH_S = 20.0
 """Time after a fault until its node counts as down and the lost tasks run elsewhere."""
 LOOK_S = 0.5
@@ -30,7 +33,7 @@ BEYOND_GRACE_S = 15.0
 
 
 def one_more_fault(cluster: SimulatedCluster) -> None:
-    """Inject a fault that ends: no more tasks are created than it ended."""
+    """Inject a fault that ends.  It may create no more tasks than it ended."""
     fault = cluster.random.choice(
         (_container_ends, _process_restarts, _power_is_back, _manager_restarts, _leadership_moves, _cut_off)
     )
@@ -38,7 +41,7 @@ def one_more_fault(cluster: SimulatedCluster) -> None:
 
 
 def lose_a_node(cluster: SimulatedCluster) -> None:
-    """A node dies permanently, with the manager that has its session if the others keep their quorum."""
+    """Let a node die permanently, also the manager that has its session if the others keep their quorum."""
     _damped(cluster, _node_dies)
 
 
@@ -56,11 +59,10 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
 
 
 def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
-    """Whether the service has converged, and none of its tasks ends by itself or is stopped by its node.
+    """Return whether the service has converged, and none of its tasks ends by itself or is stopped by its node.
 
-    An autoscaled service is not steady: its number of tasks changes by itself.
-
-    Nor would a task of its present spec, which an update may not have come to.
+    An autoscaled service is not steady, because its number of tasks changes by itself.  A task with a hopeless image
+    is not steady either, also when the current spec has another image that an update has not rolled out yet.
     """
     status, container = service.update_status, service.spec.task_template.container_spec
     return (
@@ -132,7 +134,7 @@ def _leadership_moves(cluster: SimulatedCluster) -> Lost:
 
 
 def _cut_off(cluster: SimulatedCluster) -> Lost:
-    """Within the grace period no task moves; after it, each task of the node moves once."""
+    """Cut a node off.  Within the grace period no task moves, and after it each task of the node moves once."""
     id = cluster.random.choice(cluster.workers)
     lasts_s = cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S))
     lost = _on(cluster, id) if lasts_s > WITHIN_GRACE_S else Counter[ServiceId]()
@@ -143,7 +145,7 @@ def _cut_off(cluster: SimulatedCluster) -> Lost:
 
 
 def _node_dies(cluster: SimulatedCluster) -> Lost:
-    """After the lease has expired no manager shows a task as running on the node."""
+    """Let a node die.  After its lease has expired no manager shows a task as running on it."""
     id = cluster.random.choice(cluster.workers)
     lost = _on(cluster, id)
     session = cluster.view.get(Node, id).session

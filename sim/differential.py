@@ -1,9 +1,10 @@
 """Metamorphic tests: a scenario has the same final state with and without changes of leader.
 
 A scenario is generated from its seed: one service, its updates, and the times at which its containers end.  It is
-simulated twice, once with one leader, once with changes of leader.  Slots, their images and the state of the update
-must be the same.  Only the window of a restart policy may be applied less strictly: a new leader does not have the
-times of earlier restarts, so a slot may run that the old leader would have given up, but not the other way round.
+simulated twice, once with one leader, once with changes of leader.  The slots, their images and the state of the
+update must be the same.  Only the window of a restart policy may be applied less strictly, because a new leader does
+not have the times of earlier restarts.  So a slot may run that the old leader would have given up, but not the other
+way round.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,36 +37,37 @@ from skep.store.interface import Updated, View
 NAME = "web"
 NEXT = "app:2"
 APART_S = (4.0, 7.0, 20.0)
-"""Between two events: longer than a restart or a change of leader takes."""
+"""Seconds between two events: longer than a restart or a change of leader takes."""
 MOVED_S = 2.5
-"""Distance of a change of leader to the next event; their concurrency is checked by other invariants."""
+"""Seconds between a change of leader and the next event.  Other invariants check concurrent ones."""
 MOVE = -1
-"""Instead of a slot: a change of leader."""
+"""Marks a change of leader in place of a slot."""
 ESTABLISHED_S = 3.5
-"""Longer than the monitor time: whether a slot has been updated a moment before its container ends depends on the delay
-between slots, which each leader begins anew."""
+"""Longer than the monitor time.  Each leader restarts the delay between slots, so a shorter time would leave open
+whether a slot was updated just before its container ends.
+"""
 SETTLED_S = 10.0
 UPDATED_S = 200.0
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """The events of one service.  ``events``: (time in s, slot whose container ends; None: an update)."""
+    """The events of one service.  ``events``: (time in seconds, slot whose container ends or None for an update)."""
 
     spec: ServiceSpec
     events: tuple[tuple[float, int | None], ...]
     moves: tuple[float, ...]
-    """Times of the changes of leader, in the second run."""
+    """Times of the changes of leader in the second run."""
 
 
 class FinalState(msgspec.Struct, frozen=True):
-    """``slots``: the image that each slot runs; ``update``: the state of the update."""
+    """Final state of a run.  ``slots``: the image that each slot runs.  ``update``: the state of the update."""
 
     slots: dict[int, str]
     update: str
 
 
 def simulate(seed: int) -> RunResult:
-    """Simulate the scenario of ``seed`` twice, and compare."""
+    """Simulate the scenario of ``seed`` twice, and compare the final states."""
     scenario = generated(seed)
     expected, _ = run_scenario(seed, scenario, ())
     actual, trace = run_scenario(seed, scenario, scenario.moves)
@@ -79,7 +81,7 @@ def simulate(seed: int) -> RunResult:
 
 
 def generated(seed: int) -> Scenario:
-    """A random scenario."""
+    """Return a random scenario."""
     random = Random(seed)
     is_updated = random.random() < 0.5
     replicas = random.randint(1, 3 if is_updated else 2)
@@ -116,7 +118,7 @@ def generated(seed: int) -> Scenario:
 
 
 def run_scenario(seed: int, scenario: Scenario, moves: Sequence[float]) -> tuple[FinalState, list[str]]:
-    """Simulate it, with changes of leader at ``moves``; gives the final state and the trace."""
+    """Simulate a scenario with changes of leader at ``moves``.  Return the final state and the trace."""
     with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
         began = cluster.loop.time()
         running_at: dict[str, float] = {}
@@ -151,7 +153,7 @@ def run_scenario(seed: int, scenario: Scenario, moves: Sequence[float]) -> tuple
 
 
 def _settle(cluster: SimulatedCluster) -> None:
-    """Wait for the end of its update: each leader restarts the delays between slots."""
+    """Wait until the update has ended, because each leader restarts the delays between slots."""
     until = cluster.loop.time() + UPDATED_S
     while (service := cluster.service(NAME)) is not None and cluster.loop.time() < until:
         cluster.run_for(SETTLED_S)
@@ -160,7 +162,7 @@ def _settle(cluster: SimulatedCluster) -> None:
 
 
 def differences(scenario: Scenario, expected: FinalState, actual: FinalState) -> Iterable[str]:
-    """The differences that changes of leader have caused."""
+    """Yield the differences that changes of leader have caused."""
     policy = scenario.spec.task_template.restart_policy or RestartPolicy()
     kept = {
         slot: image for slot, image in actual.slots.items() if not policy.window or slot in expected.slots

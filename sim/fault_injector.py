@@ -1,4 +1,4 @@
-"""Random fault injection: faults of machines, processes, disks, clocks and the network, and their end."""
+"""Random faults of machines, processes, disks, clocks and the network, and the end of each fault."""
 
 from asyncio import Handle
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ OBJECTS, TASKS = etcd_key("o/"), etcd_key("o/task/")
 """Key prefixes of objects."""
 
 NODES_BACK_S = 3.0
-"""Time for nodes that have lost their session by a slow store to get another one."""
+"""Time in which nodes that have lost their session by a slow store get another session."""
 
 
 class ActiveFault(msgspec.Struct):
@@ -36,7 +36,7 @@ class ActiveFault(msgspec.Struct):
     until: float
     undo: Undo
     nodes: frozenset[NodeId]
-    """The affected machines; a machine has at most one fault at a time."""
+    """The affected machines.  A machine has at most one fault at a time."""
 
 
 class FaultInjector:
@@ -47,7 +47,7 @@ class FaultInjector:
         self._random: Random = cluster.random
         self._active: list[ActiveFault] = []
         self._written_at = 0.0
-        """When a disk that was slow has finished its pending writes."""
+        """Time at which a disk that was slow has finished its pending writes."""
         self._faults: tuple[Callable[[], None], ...] = (
             *(self._container_ends,) * 3,
             *(self._power_loss, self._node_process_dies, self._node_process_dies),
@@ -80,12 +80,12 @@ class FaultInjector:
             self._end_early(fault)
 
     def end_all(self) -> None:
-        """End all faults; a hanging disk only when its time is over."""
+        """End all faults.  A hanging disk recovers only when its time is over."""
         hanging = (fault.until for fault in self._active if fault.name == DISK_HANGS)
         now = self._cluster.loop.time()
         self._cluster.run_for(max(hanging, default=now) - now)
         for fault in list(self._active):
-            self._end_early(fault)  # the end of one may end another
+            self._end_early(fault)  # the end of one fault may end another
         if self._written_at > self._cluster.loop.time():
             self._cluster.run_for(self._written_at - self._cluster.loop.time() + NODES_BACK_S)
 
@@ -135,7 +135,7 @@ class FaultInjector:
             self._begin("frozen", [id], lambda: self._cluster.links.thaw(id), (0.3, 1.5, 6.0))
 
     def _manager_hangs(self) -> None:
-        """The event loop of a manager is blocked, or its process is stopped; its etcd member continues."""
+        """The event loop of a manager is blocked, or its process is stopped.  Its etcd member continues."""
         if id := self._running_manager():
             for_s = self._random.uniform(5.0, 30.0)
             undo = hang_manager(self._cluster, id, for_s=for_s)
@@ -169,7 +169,9 @@ class FaultInjector:
         self._begin("killed after a write", [id], undo)
 
     def _no_space(self) -> None:
-        """The disks of one manager or most have no space left: etcd members exit, and restart when there is space."""
+        """The disks of one manager or most managers have no space left: etcd members exit, and restart when there is
+        space.
+        """
         healthy = [id for id in self._cluster.managers if id not in self._affected()]
         number = len(healthy) // 2 + 1 if self._random.random() < 0.3 else 1
         ids = self._random.sample(healthy, min(number, len(healthy)))
@@ -206,7 +208,7 @@ class FaultInjector:
             self._begin("disk full", [id], disk.make_room)
 
     def _disk_fills(self) -> None:
-        """Containers fill a node's disk, which asks for no new tasks until there is space."""
+        """Containers fill a node's disk.  The node requests no new tasks until there is space."""
         if id := self._victim(self._cluster.workers):
             node = self._cluster.nodes[id]
             node.has_full_disk = True
@@ -217,7 +219,7 @@ class FaultInjector:
             self._begin("disk fills", [id], empty, (6.0, 20.0, 60.0))
 
     def _without_power(self, ids: Sequence[NodeId]) -> Undo:
-        """The machines stop without closing their connections."""
+        """Stop the machines without closing their connections.  Return a function that starts them again."""
         cut = self._cluster.links.cut(ids, self._machines())
         managers = [id for id in ids if id in self._cluster.managers]
         workers = [id for id in ids if id in self._cluster.nodes]
@@ -269,7 +271,7 @@ class FaultInjector:
     def _port_cut(self) -> None:
         """Managers reach each other's etcd members but not each other, or the other way round.
 
-        Between two managers, or between one and all others.
+        This affects two managers, or one manager and all others.
         """
         if len(self._cluster.managers) > 1:
             one, *others = self._random.sample(self._cluster.managers, len(self._cluster.managers))
@@ -287,7 +289,7 @@ class FaultInjector:
             self._cluster.raft.reset_connections(id)
 
     def _member_restarts(self) -> None:
-        """An etcd member restarts without its manager; at first it has applied less than before."""
+        """An etcd member restarts without its manager.  At first it has applied less than before."""
         if id := self._victim(self._cluster.managers):
             self._cluster.raft.crash(id)
             less = self._random.choice((0, 3, 20))
@@ -306,7 +308,7 @@ class FaultInjector:
     def _late_report(self) -> None:
         """A node changes its manager, and a late message to the previous manager arrives.
 
-        That manager's replica does not show the new session yet.
+        The previous manager's replica does not show the new session yet.
         """
         worker = self._victim(self._cluster.workers)
         node = self._cluster.view.lookup(Node, worker) if worker is not None else None
@@ -355,20 +357,22 @@ class FaultInjector:
         self._begin("watch lags", [], lambda: setattr(member, "watch_lag_s", 0.0), detail=member.id)
 
     def _slow_disk(self) -> None:
-        """Mostly the leader's; beyond a second, writers time out although their entries are committed."""
+        """Slow down a disk, mostly the leader's.  Beyond a second, writers time out although their entries are
+        committed.
+        """
         member = self._written_to()
         member.stall_s = self._random.choice((0.1, 1.1, 1.6))
         self._begin("disk stalls", [], partial(self._end_slow, member), (0.5, 2.0), detail=member.id)
 
     def _lastingly_slow_disk(self) -> None:
-        """Mostly the leader's, until all faults end."""
+        """Slow down a disk, mostly the leader's, until all faults end."""
         member = self._written_to()
         member.stall_s = self._random.choice((0.1, 0.4, 0.8, 1.2, 2.0, 4.0))
         detail = f"{member.id} by {member.stall_s} s"
         self._begin("disk is slow", [], partial(self._end_slow, member), (60.0, 180.0), detail=detail)
 
     def _end_slow(self, member: Member) -> None:
-        """Entries that the disk has begun to write are still slow: the fault lasts until they are written."""
+        """End the fault once the disk has written the entries that it has begun, because these are still slow."""
         cluster, took_s, member.stall_s = self._cluster, member.stall_s, 0.0
 
         def over() -> None:
@@ -380,7 +384,7 @@ class FaultInjector:
         self._written_at = cluster.loop.time() + took_s
 
     def _hanging_disk(self) -> None:
-        """For 5 to 30 s, mostly the leader's, which stays leader; it begins after the next entry.
+        """Let a disk, mostly the leader's, hang for 5 to 30 s after the next entry.  A leader stays leader.
 
         So the outcome of a write that reacts to that entry is unknown to its writer.
         """
@@ -401,7 +405,7 @@ class FaultInjector:
             self._begin(DISK_HANGS, [], undo, (10.0, 20.0), detail=member.id)
 
     def _written_to(self) -> Member:
-        """Mostly the member that leads."""
+        """Return a member to disturb, mostly the leader."""
         leads = self._cluster.raft.current
         member = self._random.choice(list(self._cluster.raft.members.values()))
         return leads.member if leads is not None and self._random.random() < 0.7 else member
@@ -409,8 +413,8 @@ class FaultInjector:
     def _corrupt_values(self) -> None:
         """A manager restarts with unreadable values on its disk, until the disk is replaced.
 
-        Other managers read and write the intact values: no object may be taken for deleted.  Heads of tasks are not
-        corrupted: without a head the service of a task is unknown, and its slot is filled again.
+        Other managers read and write the intact values, so no object may be considered deleted.  Heads of tasks are
+        not corrupted: without a head the service of a task is unknown, and its slot is filled again.
         """
         id, raft = self._running_manager(), self._cluster.raft
         keys = [
@@ -435,9 +439,9 @@ class FaultInjector:
         self._begin("corrupted values", [id], undo, (1.5, 6.0, 12.0), detail=f" {names}")
 
     def _quota_reached(self) -> None:
-        """Unrelated values fill the store; sometimes they are soon removed, sometimes most of it is history.
+        """Unrelated values fill the store.  Sometimes they are soon removed, and sometimes most of them are history.
 
-        Requests that make it grow are refused; the leader continues, and frees space as soon as it can.
+        Requests that make the store grow are refused.  The leader continues, and frees space as soon as it can.
         """
         space = self._cluster.raft.space
         if space.in_use:
@@ -502,19 +506,19 @@ class FaultInjector:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def healthy(self) -> list[NodeId]:
-        """Machines without an active fault."""
+        """Return the machines without an active fault."""
         hit = self._affected()
         return [id for id in self._machines() if id not in hit]
 
     def _machines(self) -> list[NodeId]:
-        """A manager may be a worker, too."""
+        """Return all machines once, although a manager may also be a worker."""
         return list(dict.fromkeys([*self._cluster.managers, *self._cluster.workers]))
 
     def _affected(self) -> set[NodeId]:
         return {id for fault in self._active for id in fault.nodes} | self._cluster.changing
 
     def _running_manager(self) -> NodeId | None:
-        """A healthy one, mostly the leader."""
+        """Return a healthy running manager, mostly the leader, or None."""
         leads = self._cluster.raft.current
         healthy = [id for id in self._cluster.running_managers if id not in self._cluster.nodes]
         if leads is not None and leads.member.id in healthy and self._random.random() < 0.6:

@@ -33,9 +33,10 @@ class FailingTerm:
     def __init__(
         self, term: LoopStore, poisoned: set[str], visit: Callable[[int], None] = lambda _: None
     ) -> None:
-        """
+        """Wrap a term.
+
         Args:
-            poisoned: ids of services; may change at any time.
+            poisoned: ids of services.  The set may change at any time.
             visit: called with the number of objects of each lookup.
         """
         self._term = term
@@ -104,7 +105,7 @@ class _FailingView:
 
 
 class StaleStore:
-    """A store whose view can be set to an old state, as of a manager restored from an old copy."""
+    """A store whose view can be set to an old state, as if the manager was restored from an old copy."""
 
     def __init__(self, store: Store) -> None:
         self.past: View | None = None
@@ -118,9 +119,9 @@ class StaleStore:
 
 
 def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
-    """Hang a manager process, while its etcd member continues, until the supervisor replaces both.
+    """Hang a manager process while its etcd member continues, until the supervisor replaces both.
 
-    ``for_s``: or until the process continues by itself.  Returns a function that ends the fault at once.
+    After ``for_s`` the process continues by itself.  Return a function that ends the fault at once.
     """
     cluster.disturbances += 1
     cluster.links.hang(id)

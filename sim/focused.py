@@ -1,9 +1,12 @@
 """Short runs of small clusters that focus on one part of the managers, many times cheaper than a complete run.
 
-``allocations``: services and networks are created and removed, some with the same subnet.  ``sessions``: managers fail,
-nodes change their manager, and replicas lag.  ``reports``: tasks end while nothing can be written, for less time than
-their sessions last.  ``volumes``: tasks with local volumes end, and their nodes go and come.  ``disks``: disks of nodes
-fill and empty.  Then all faults end, and the cluster must converge.
+* ``allocations``: services and networks are created and removed, some with the same subnet.
+* ``sessions``: managers fail, nodes change their manager, and replicas lag.
+* ``reports``: tasks end while nothing can be written, for less time than their sessions last.
+* ``volumes``: tasks with local volumes end, and their nodes fail and return.
+* ``disks``: disks of nodes fill and empty.
+
+Then all faults end, and the cluster must converge.
 """
 
 from collections import Counter
@@ -47,21 +50,21 @@ SUBNETS = ("", "10.9.0.0/24")
 NAMES = ("web", "api", "app")
 WELL_S = 30.0
 LAGS_S = (2.5, 4.0)
-"""Longer than the leader's timeout for a manager, and than the reconnection of a node."""
+"""Longer than the leader's timeout for a manager, and longer than a node needs to reconnect."""
 GONE_S = 8.0
 HANGS_S = (5.5, 9.0)
-"""Longer than a write is waited for."""
+"""Longer than a writer waits for a write."""
 REPLICAS = 3
 VOLUME_STEPS = 8
 DISK_STEPS = 6
 REPORTED_S = DESCRIPTION_CHECK_S
-"""A node describes itself again after so long."""
+"""Interval at which a node describes itself again."""
 SETTLED_S = 15.0
-"""Longer than what the rule on local volumes lets pass."""
+"""Longer than the tolerance of the rule on local volumes."""
 
 
 def allocations(seed: int) -> RunResult:
-    """Services and networks are created and removed."""
+    """Create and remove services and networks."""
     random = Random(seed)
     with SimulatedCluster(
         workers=2, seed=seed, behaviour=Behaviour(shutdown_s=random.choice((0.05, 0.8)))
@@ -86,7 +89,7 @@ def allocations(seed: int) -> RunResult:
 
 
 def sessions(seed: int) -> RunResult:
-    """A manager fails or a node is partitioned, while replicas lag."""
+    """Let a manager fail or a node be partitioned, while replicas lag."""
     random = Random(seed)
     with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
         action = random.choice((_lose_manager, _cut_node_off))
@@ -98,7 +101,7 @@ def sessions(seed: int) -> RunResult:
 
 
 def reports(seed: int) -> RunResult:
-    """Containers end while the disk of the only manager hangs; then its etcd is started again."""
+    """End containers while the disk of the only manager hangs, then restart its etcd."""
     random = Random(seed)
     with SimulatedCluster(managers=1, workers=2, seed=seed) as cluster:
         cluster.create(a_spec_of("web"))
@@ -109,7 +112,7 @@ def reports(seed: int) -> RunResult:
         for task in random.sample(cluster.tasks("web"), random.randint(1, REPLICAS)):
             cluster.kill_container(task)
         cluster.run_for(random.uniform(*HANGS_S))
-        cluster.raft.crash(manager)  # what waited for the disk is lost
+        cluster.raft.crash(manager)  # writes that waited for the disk are lost
         cluster.raft.resume(manager)
         cluster.raft.start(manager)
         _until(cluster, lambda: range(cluster.containers("web"), REPLICAS), "are not replaced")
@@ -117,7 +120,7 @@ def reports(seed: int) -> RunResult:
 
 
 def volumes(seed: int) -> RunResult:
-    """Tasks with local volumes are killed and updated, and their nodes go and come."""
+    """Kill and update tasks with local volumes, and let their nodes fail and return."""
     random = Random(seed)
     with SimulatedCluster(managers=1, workers=4, seed=seed) as cluster:
         names = ("kept", "returning")
@@ -138,7 +141,7 @@ def volumes(seed: int) -> RunResult:
 
 
 def disks(seed: int) -> RunResult:
-    """Disks of nodes fill and empty while tasks end and the service is scaled, until all are full, and then none."""
+    """Fill and empty disks of nodes while tasks end and the service is scaled, until all are full, and then none."""
     random = Random(seed)
     with SimulatedCluster(managers=1, workers=4, seed=seed) as cluster:
         id = cluster.create(a_spec_of("web"))
@@ -166,7 +169,7 @@ def disks(seed: int) -> RunResult:
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
 
 
-# -- of disks ------------------------------------------------------------------------------------------------------
+# -- disks ---------------------------------------------------------------------------------------------------------
 
 
 def _fill(cluster: SimulatedCluster, full: Collection[NodeId]) -> None:
@@ -189,11 +192,13 @@ def _running(cluster: SimulatedCluster) -> list[Task]:
     return [one for one in cluster.tasks("web") if one.status.state is TaskState.RUNNING]
 
 
-# -- of allocations ------------------------------------------------------------------------------------------------
+# -- allocations ---------------------------------------------------------------------------------------------------
 
 
 def _add_network(cluster: SimulatedCluster, random: Random, number: int) -> None:
-    """A network with the subnet of another one is usually refused; with concurrent requests it waits."""
+    """Create a network.  With the subnet of another network it is usually refused, and with concurrent requests it
+    waits.
+    """
     subnet = random.choice(SUBNETS)
     ipam = IPAMOptions(configs=(IPAMConfig(subnet=subnet),)) if subnet else None
     driver = Driver(name="overlay")
@@ -223,7 +228,7 @@ def _add_service(cluster: SimulatedCluster, random: Random, number: int) -> None
 
 
 def _remove_service(cluster: SimulatedCluster, random: Random, number: int) -> None:
-    """Often together with its networks, while its tasks still exist."""
+    """Remove a service, often together with its networks while its tasks still exist."""
     if services := [one for one in cluster.view.find(Service) if one.removed_at is None]:
         service = random.choice(services)
         _remove(cluster, service.id)
@@ -256,18 +261,18 @@ def _now(cluster: SimulatedCluster) -> str:
 
 
 def _request(cluster: SimulatedCluster, body: Callable[[Transaction], object]) -> None:
-    """A request that may be refused."""
+    """Send a request that may be refused."""
     try:
         cluster.write(body)
     except SkepError as error:
         cluster.trace.add(f"refused: {error}")
 
 
-# -- of reports ----------------------------------------------------------------------------------------------------
+# -- reports -------------------------------------------------------------------------------------------------------
 
 
 def a_spec_of(name: str) -> ServiceSpec:
-    """A service whose tasks are replaced soon after they have ended."""
+    """Return the spec of a service whose tasks are replaced soon after they have ended."""
     template = TaskSpec(
         container_spec=ContainerSpec(image="app:1"), restart_policy=RestartPolicy(delay=SECOND_NS // 10)
     )
@@ -275,11 +280,11 @@ def a_spec_of(name: str) -> ServiceSpec:
     return ServiceSpec(name=name, task_template=template, mode=mode)
 
 
-# -- of volumes ----------------------------------------------------------------------------------------------------
+# -- volumes -------------------------------------------------------------------------------------------------------
 
 
 def a_spec_with_volumes(name: str) -> ServiceSpec:
-    """The same, with a local volume of each slot."""
+    """Return the spec of such a service, with a local volume for each slot."""
     spec = a_spec_of(name)
     mount = Mount(type="volume", source=name + "-{{.Task.Slot}}", target="/data")
     template = replace(spec.task_template, container_spec=ContainerSpec(image="app:1", mounts=(mount,)))
@@ -293,7 +298,7 @@ def _end_task(cluster: SimulatedCluster, random: Random) -> None:
 
 
 def _lose_node(cluster: SimulatedCluster, random: Random) -> None:
-    """Until it is down."""
+    """Stop a node until it is down."""
     id = random.choice(cluster.workers)
     cut = cluster.links.cut([id], cluster.managers)
     cluster.run_until(lambda: not cluster.is_ready(id), within_s=30)
@@ -302,17 +307,20 @@ def _lose_node(cluster: SimulatedCluster, random: Random) -> None:
 
 
 def _drain_node(cluster: SimulatedCluster, random: Random) -> None:
-    """One after the other: at most one is drained."""
+    """Drain one random node and activate all others, so that at most one is drained."""
     drained = random.choice(cluster.workers)
     for id in cluster.workers:
         cluster.set_availability(id, Availability.DRAIN if id == drained else Availability.ACTIVE)
 
 
-# -- of sessions ---------------------------------------------------------------------------------------------------
+# -- sessions ------------------------------------------------------------------------------------------------------
 
 
 def _lose_manager(cluster: SimulatedCluster, random: Random) -> None:
-    """The leader's replica shows new sessions late: each node may lose one session to an adoption, but no more."""
+    """Fail a manager while the leader's replica shows new sessions late.
+
+    Each node may lose one session to an adoption, but no more.
+    """
     id = random.choice([one for one in cluster.managers if one != cluster.leader])
     cluster.raft.members[cluster.leader].watch_lag_s = random.choice(LAGS_S)
     taken: Counter[NodeId] = Counter()
@@ -335,7 +343,9 @@ def _lose_manager(cluster: SimulatedCluster, random: Random) -> None:
 
 
 def _cut_node_off(cluster: SimulatedCluster, random: Random) -> None:
-    """Until it is down; then it reconnects to any manager, of which some do not show yet that it was down."""
+    """Cut a node off until it is down.  Then it reconnects to any manager, including those that do not show yet that
+    it was down.
+    """
     id = random.choice(cluster.workers)
     for member in cluster.raft.members.values():
         member.watch_lag_s = random.choice((0.0, *LAGS_S))

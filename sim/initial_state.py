@@ -37,11 +37,11 @@ def joined(
     *,
     has_root: bool = False,
 ) -> None:
-    """Write a cluster of these nodes, with the networks that every new cluster has; managers are drained.
+    """Write a cluster of these nodes, with the networks that every new cluster has.  Managers are drained.
 
     Args:
-        history_limit: number of ended tasks of a slot that are kept; None: Docker's default.
-        has_root: whether certificates count (``roots``).
+        history_limit: number of ended tasks that are kept for each slot, or None for Docker's default.
+        has_root: whether nodes check certificates (``roots``).
     """
     spec, numbers = DEFAULT_SWARM_SPEC, count(1)
     if history_limit is not None:
@@ -66,18 +66,18 @@ def joined(
 
 
 def a_worker(id: NodeId) -> Node:
-    """A worker node as a join leaves it."""
+    """Return a worker node in the state after its join."""
     certificate = NodeCertificate(role=NodeRole.WORKER, state="issued", plane=SKEP)
     return Node(id=id, certificate=certificate)
 
 
 def a_manager(id: NodeId) -> Node:
-    """A manager node as a join leaves it, drained."""
+    """Return a drained manager node in the state after its join."""
     spec = NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN)
     certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued", plane=SKEP)
     return Node(id=id, spec=spec, description=NodeDescription(hostname=id), certificate=certificate)
 
 
 def address_of(id: NodeId) -> str:
-    """The address on which a manager listens."""
+    """Return the address on which a manager listens."""
     return f"{id}:2377"

@@ -1,7 +1,8 @@
 """Checks that the operations on one register are linearizable.
 
-They are if there is an order in which each has the result it had, and in which an operation that returned before
-another one began comes first.  An operation of unknown outcome may take effect at any time after it began, or never.
+They are linearizable if there is an order in which each operation has the result it had, and in which an operation
+that returned before another one began comes first.  An operation of unknown outcome may take effect at any time after
+it began, or never.
 
 Source: Wing & Gong, "Testing and verifying concurrent objects" (1993), with Lowe's cache of visited states.
 """
@@ -13,20 +14,20 @@ import msgspec
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation on a register, which holds a value or None.  ``returned`` infinity: its outcome is unknown."""
+    """One operation on a register, which holds a value or None.  ``returned``: infinity if the outcome is unknown."""
 
     began: float
     returned: float
     expects: str | None = None
-    """The value before it; only valid if ``is_seen``."""
+    """Value before the operation.  Only valid if ``is_seen``."""
     is_seen: bool = False
     writes: str | None = None
-    """The value after it; only valid if ``is_write``."""
+    """Value after the operation.  Only valid if ``is_write``."""
     is_write: bool = False
 
 
 def is_linearizable(operations: Sequence[Operation], first: str | None = None) -> bool:
-    """Whether the operations are linearizable for a register whose initial value is ``first``."""
+    """Return whether the operations are linearizable for a register whose initial value is ``first``."""
     ordered = sorted(operations, key=lambda one: (one.began, one.returned))
     known = sum(1 << place for place, one in enumerate(ordered) if one.returned < inf)
     tried: set[tuple[int, str | None]] = set()
@@ -44,7 +45,7 @@ def is_linearizable(operations: Sequence[Operation], first: str | None = None) -
 
 
 def _next(ordered: Sequence[Operation], done: int, value: str | None) -> list[tuple[int, str | None]]:
-    """The operations that may be next: not ``done``, and begun before any other such operation returned."""
+    """Return the operations that may be next: not ``done``, and begun before any other such operation returned."""
     left = [(place, one) for place, one in enumerate(ordered) if not done >> place & 1]
     until = min(one.returned for _, one in left)
     return [

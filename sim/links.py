@@ -19,13 +19,13 @@ class Port(Enum):
     """Ports of managers, which can be cut separately."""
 
     API = 2377
-    """For nodes and other managers."""
+    """Requests of nodes and of other managers."""
     PEER = 2378
-    """For other etcd members."""
+    """Traffic between etcd members."""
 
 
 class Cut(NamedTuple):
-    """Pairs of source and target between which packets are lost.  ``port`` None: on all ports."""
+    """Pairs of source and target between which packets are lost.  ``port``: None for all ports."""
 
     pairs: frozenset[tuple[Machine, Machine]]
     port: Port | None
@@ -37,14 +37,14 @@ class Links:
     def __init__(self) -> None:
         self.changed: list[Callable[[], None]] = []
         self.is_intact = True
-        """Whether every machine reaches every other; cached, since it is read for every message."""
+        """Whether every machine reaches every other.  Cached, because it is read for every message."""
         self._cuts: list[Cut] = []
         self._frozen: dict[Machine, asyncio.Event] = {}
         self._hung: set[Machine] = set()
         """Frozen machines of which only the manager process is stopped."""
 
     def reaches(self, source: Machine, target: Machine, port: Port = Port.API) -> bool:
-        """Whether packets of ``source`` arrive at ``target``, in a connection to ``port`` of either."""
+        """Return whether packets of ``source`` arrive at ``target``, in a connection to ``port`` of either."""
         if self.is_intact:
             return True
         if any(
@@ -54,7 +54,7 @@ class Links:
         return not any((source, target) in cut.pairs and cut.port in (None, port) for cut in self._cuts)
 
     def is_joined(self, one: Machine, other: Machine, port: Port = Port.API) -> bool:
-        """Whether each reaches the other."""
+        """Return whether each machine reaches the other."""
         return self.reaches(one, other, port) and self.reaches(other, one, port)
 
     def cut(
@@ -65,7 +65,7 @@ class Links:
         both_ways: bool = True,
         port: Port | None = None,
     ) -> Cut:
-        """Drop all packets from ``sources`` to ``targets``; returns the cut for ``mend``."""
+        """Drop all packets from ``sources`` to ``targets``.  Return the cut for ``mend``."""
         pairs = [pair for pair in product(list(sources), list(targets)) if pair[0] != pair[1]]
         back = [(target, source) for source, target in pairs] if both_ways else []
         cut = Cut(frozenset([*pairs, *back]), port)
@@ -74,7 +74,7 @@ class Links:
         return cut
 
     def mend(self, cut: Cut | None = None) -> None:
-        """Restore one cut (None: all); frozen machines stay frozen."""
+        """Restore one cut, or all cuts if ``cut`` is None.  Frozen machines stay frozen."""
         if cut is None:
             self._cuts.clear()
         else:
@@ -114,7 +114,7 @@ class Links:
 
 
 class Isolation:
-    """The times from which machines have been connected to none of certain others."""
+    """The time since which each machine has been connected to none of certain others."""
 
     def __init__(
         self,
@@ -123,7 +123,12 @@ class Isolation:
         of: Callable[[], Iterable[Machine]],
         others: Callable[[], Iterable[Machine]],
     ) -> None:
-        """``of``: the observed machines; ``others``: the ones they may reach.  Both may change."""
+        """Observe the connections of machines.
+
+        Args:
+            of: returns the observed machines, which may change.
+            others: returns the machines they may reach, which may also change.
+        """
         self._now = now
         self._links = links
         self._of = of
@@ -132,7 +137,7 @@ class Isolation:
         links.changed.append(self._update)
 
     def since(self, machine: Machine) -> float:
-        """The start of the isolation; infinity: the machine is connected to one of the others."""
+        """Return the start of the isolation, or infinity if the machine is connected to one of the others."""
         return self._since.get(machine, inf)
 
     def _update(self) -> None:
@@ -145,7 +150,7 @@ class Isolation:
 
 
 class Uptime:
-    """The times from which processes have run without interruption; a freeze interrupts them."""
+    """The time since which each process has run without interruption.  A freeze interrupts it."""
 
     def __init__(self, now: Callable[[], float], links: Links, requested_at: Callable[[], float]) -> None:
         """``requested_at``: when the entry that is being committed was proposed."""
@@ -161,7 +166,9 @@ class Uptime:
         self._since[machine] = self._began[machine] = self._now()
 
     def began(self, machine: Machine) -> float:
-        """The last start of the process; minus infinity while an entry of the previous process is being committed."""
+        """Return the last start of the process, or minus infinity while an entry of the previous process is being
+        committed.
+        """
         began = self._began[machine]
         return began if self._requested_at() >= began else -inf
 
@@ -169,7 +176,7 @@ class Uptime:
         self._since.pop(machine, None)
 
     def since(self, machine: Machine) -> float:
-        """The start of the uninterrupted uptime; infinity: not running."""
+        """Return the start of the uninterrupted uptime, or infinity if the process is not running."""
         return inf if self._links.is_frozen(machine) else self._since.get(machine, inf)
 
     def _update(self) -> None:

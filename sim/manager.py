@@ -64,27 +64,28 @@ class SimulatedManager:
         is_newer: bool = False,
         find_driver: FindDriver | None = None,
     ) -> None:
-        """
+        """Create a manager process, which ``run`` starts.
+
         Args:
-            poisoned: services for which every decision raises an error; may change at any time.
+            poisoned: services for which every decision raises an error.  The set may change at any time.
             is_newer: whether it runs a newer version than the others.
-            find_driver: the driver of cluster volumes on its machine.  None: there is none, no journal is kept, and no
-                node is evicted.
+            find_driver: returns the driver of cluster volumes on its machine.  If None, the machine has no driver, and
+                the manager keeps no journal and evicts no node.
         """
         self._is_newer = is_newer
         self._find_driver = find_driver
         self._journal: Journal | None = None
         self.store: EtcdStore | None = None
-        """None: not loaded yet."""
+        """The loaded store, or None before the first load."""
         self.members: Consensus
-        """The members of the store, set at its first load."""
+        """Members of the store, set at its first load."""
         self._shown: StaleStore | None = None
         """The store that the dispatcher reads."""
         self._dispatcher: Dispatcher | None = None
         self._logs: LogBroker | None = None
         self.leads = False
         self.loops: Sequence[Loop] = ()
-        """The loops of the current term; empty while not leader."""
+        """Control loops of the current term.  Empty while the manager does not lead."""
         self.writes = 0
         """Number of updates by these loops that are in progress."""
         self.visited = 0
@@ -120,7 +121,7 @@ class SimulatedManager:
                 self.store = None
 
     def serve_stale_state(self, past: View) -> bool:
-        """Send nodes the complete state of ``past`` from now on; returns whether the dispatcher is running."""
+        """Send nodes the complete state of ``past`` from now on.  Return whether the dispatcher is running."""
         if self.store is None or self._shown is None or self._dispatcher is None:
             return False
         present = self.store.view()
@@ -130,7 +131,7 @@ class SimulatedManager:
         return True
 
     def leftovers(self) -> Iterable[str]:
-        """State of finished work, for a manager at rest."""
+        """Yield state of finished work that a manager at rest still holds."""
         if self.store is None or self._dispatcher is None or self._logs is None:
             return ["it serves nothing"]
         return leftovers(self.store, self._dispatcher, self._logs, self.loops)
@@ -151,7 +152,7 @@ class SimulatedManager:
         usages = TaskUsages(store, self._id, dispatcher.usages, link.channel)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         if self._find_driver is not None:
-            # A source of its own: what the journal draws changes nothing for the rest of the manager.
+            # The journal has its own random source, so that its draws change nothing in the rest of the manager.
             self._journal = Journal(store, self._id, self._clock, Random(f"journal of {self._id}"))
         handlers = (
             *dispatcher.services(),
@@ -170,10 +171,10 @@ class SimulatedManager:
             group.create_task(self._stand(store, link, usages, space, presence), name=f"{self._id} election")
 
     def _connect(self, addr: str, *, bounds: object = None) -> AbstractAsyncContextManager[Channel]:
-        """A connection to another manager; simulated ones have no bounds."""
+        """Connect to another manager.  Simulated connections have no bounds."""
         identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
-        # It has the methods of a real one.
-        return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
+        # A ``MemoryChannel`` has the methods of a ``Channel``.
+        return cast("AbstractAsyncContextManager[Channel]", self._network.connect(addr, identity))
 
     async def _stand(
         self,
@@ -240,10 +241,10 @@ class SimulatedManager:
 
 
 class _NoDisk:
-    """Stands for the wrapping keys on a manager's disk: a simulated one has none."""
+    """Stands for the wrapping keys on a manager's disk.  A simulated manager has none."""
 
     async def add(self, key: bytes) -> None:
-        """Keep a key: nothing to do."""
+        """Ignore the key."""
 
 
 class _Counted:

@@ -1,6 +1,6 @@
 """Mutation tests of the simulation: named rules of the product are broken, one at a time.
 
-Each mutant replaces production functions at run time; seeds are simulated until one has a violation, which kills the
+Each mutant replaces production functions at run time.  Seeds are simulated until one has a violation, which kills the
 mutant.  A mutant that survives all seeds shows that the workload, the faults or the invariants of the simulation are
 too weak.
 
@@ -68,13 +68,13 @@ from skep.store.updates import Updater
 
 SEEDS = 200
 CROSSING_SEEDS = 3
-"""For mutants that a run on purpose finds."""
+"""Number of seeds for mutants that a run of ``crossings`` finds."""
 STORE_SEEDS = 2000
-"""For mutants of the store, with runs of the store only, which cost a twentieth."""
+"""Number of seeds for mutants of the store.  Runs of only the store cost a twentieth."""
 
 
 class Patch(msgspec.Struct, frozen=True):
-    """``owner.name`` becomes ``value``."""
+    """Replaces ``owner.name`` by ``value``."""
 
     owner: Any
     name: str
@@ -94,7 +94,7 @@ class Mutant(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The seed that killed a mutant; ``seed`` None: it survived all seeds."""
+    """The seed that killed a mutant.  ``seed``: None if the mutant survived all seeds."""
 
     mutant: str
     seed: int | None
@@ -104,7 +104,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def judge(mutant: Mutant, seeds: int | None = None) -> Verdict:
-    """Simulate seeds (``seeds`` None: the mutant's number) with the rule broken until one has a violation."""
+    """Simulate seeds with the rule broken until one has a violation.  ``seeds``: None for the mutant's number."""
     clock = SystemClock()
     began = clock.monotonic()
     seeds = mutant.seeds if seeds is None else seeds
@@ -328,7 +328,7 @@ def _forgets_removed_networks() -> list[Patch]:
     return [Patch(Allocations, "leave_network", leave_network)]
 
 
-# -- what Docker does not have -----------------------------------------------------------------------------------------
+# -- rules of features that Docker does not have --------------------------------------------------------------------
 
 
 def _counts_moves() -> list[Patch]:
@@ -514,7 +514,7 @@ def _no_difference() -> list[Patch]:
 
 
 def _decides_on_the_past() -> list[Patch]:
-    """Broken: do not wait until the replica shows an acknowledged write."""
+    """Broken: decisions do not wait until the replica shows an acknowledged write."""
 
     async def at_once(self: Updater, *_: object) -> None:
         return None
@@ -738,7 +738,7 @@ MUTANTS: tuple[Mutant, ...] = (
 
 
 def main() -> int:
-    """Print the table; exit code 1 if a mutant survived."""
+    """Print the table.  Return 1 if a mutant survived."""
     clock = SystemClock()
     began = clock.monotonic()
     sys.stdout.write(f"{'mutant':<18}{'killed by seed':>15}{'runs':>7}{'seconds':>9}  violation\n")

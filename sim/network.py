@@ -1,7 +1,8 @@
 """The simulated network: calls between nodes and managers, with the real messages and handlers, without sockets.
 
-``MemoryChannel`` has the methods of ``wire.client.Channel``; messages are encoded and framed as on a connection, errors
-are sent as statuses.  Each message takes the network's latency; order is kept.  Connections end with their listener.
+``MemoryChannel`` has the methods of ``wire.client.Channel``.  Messages are encoded and framed as on a connection, and
+errors are sent as statuses.  Each message takes the network's latency, and the order is kept.  Connections end with
+their listener.
 """
 
 import asyncio
@@ -31,13 +32,13 @@ A = TypeVar("A", bound=Message)
 FIRST_RESEND_S = 1.0
 """TCP's first timeout of a SYN."""
 GAP_S = 1e-6
-"""Distance between two arrivals in one direction: the end of a call arrives, and is processed, after its messages."""
+"""Distance between two arrivals in one direction, so that the end of a call is processed after its messages."""
 IN_FLIGHT_MAX = 100_000
-"""Limit of unread messages of one stream: more means that its reader is stuck, which is a bug."""
+"""Limit of unread messages of one stream.  More means that its reader is stuck, which is a bug."""
 
 
 class _End(msgspec.Struct, frozen=True):
-    """The end of a stream; ``error``: the reason, None for a regular end."""
+    """The end of a stream.  ``error``: the reason, or None for a regular end."""
 
     error: SkepError | None = None
 
@@ -57,13 +58,15 @@ class _Pipe(Generic[T]):
         self._direction.carry(self._arrive)
 
     def drop(self, end: _End) -> None:
-        """End the stream; messages in flight are lost."""
+        """End the stream.  Messages in flight are lost."""
         self._in_flight.clear()
         self._arrived.append(end)
         self._ready.set()
 
     async def get(self) -> T | None:
-        """The next item, None after the last.  Raises: the error that ended the stream, on every further call."""
+        """Return the next item, or None after the last.  Raises: the error that ended the stream, on every further
+        call.
+        """
         while not self._arrived:
             self._ready.clear()
             await self._ready.wait()
@@ -82,7 +85,7 @@ class _Pipe(Generic[T]):
 
 
 class Direction:
-    """From one machine to another: messages arrive later, in order, and wait while the direction is cut."""
+    """Messages from one machine to another.  They arrive later, in order, and wait while the direction is cut."""
 
     def __init__(self, network: "Network", source: Machine, target: Machine) -> None:
         self._network = network
@@ -103,7 +106,7 @@ class Direction:
             loop.call_at(self._free_at, arrive)
 
     def flush(self) -> bool:
-        """Send the waiting messages if the direction is not cut; returns whether it was not."""
+        """Send the waiting messages if the direction is not cut.  Return whether that was possible."""
         if not self._network.links.reaches(self._source, self._target):
             return False
         held, self._held = self._held, deque()
@@ -122,37 +125,36 @@ class Network:
         self.slow: dict[Machine, float] = {}
         """Additional latency of a machine's messages, in seconds."""
         self.accepts: Callable[[Machine, Machine], bool] = lambda source, target: True
-        """Whether the ends of a new connection trust each other's certificates."""
+        """Whether both ends of a new connection trust each other's certificates."""
         self.held: HeldDirections = HeldDirections()
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}
         links.changed.append(self.held.flush)
 
     def delay_s(self, source: Machine, target: Machine) -> float:
-        """The current latency of a message."""
+        """Return the current latency of a message."""
         if not self.slow:
             return self.latency_s
         return self.latency_s + self.slow.get(source, 0.0) + self.slow.get(target, 0.0)
 
     @asynccontextmanager
     async def listening(self, address: str, handlers: Iterable[Handler]) -> AsyncIterator[None]:
-        """Serve calls to ``address`` within the context; leaving it breaks every connection."""
+        """Serve calls to ``address`` within the context.  Leaving it breaks every connection."""
         async with asyncio.TaskGroup() as group:
             listener = self._listeners[address] = Listener(handlers, group)
             try:
                 yield
             finally:
-                if (
-                    self._listeners[address] is listener
-                ):  # not that of the process that has followed a killed one
+                # Keep the listener of a process that has already replaced a killed one.
+                if self._listeners[address] is listener:
                     del self._listeners[address]
                 listener.close()
 
     @asynccontextmanager
-    async def connected(
+    async def connect(
         self, address: str, identity: Identity, *, timeout_s: float = CONNECT_SECONDS_MAX
     ) -> "AsyncIterator[MemoryChannel]":
-        """A connection to ``address``.  Raises: Unavailable: refused, not trusted, or no handshake in time."""
+        """Connect to ``address``.  Raises: Unavailable: refused, not trusted, or no handshake in time."""
         source, target = identity.node_id, address.partition(":")[0]
         try:
             async with asyncio.timeout(timeout_s):
@@ -175,13 +177,13 @@ class Network:
             channel.close()
 
     def reset_connections(self, machine: Machine) -> None:
-        """Break every connection of ``machine``; new ones can be made at once."""
+        """Break every connection of ``machine``.  New ones can be made at once."""
         for channel, ends in list(self._channels.items()):
             if machine in ends:
                 channel.close()
 
     async def _wait_handshake(self, source: Machine, target: Machine) -> None:
-        """Return after a TCP handshake: lost packets are sent again, with exponential backoff."""
+        """Return after a TCP handshake.  Lost packets are sent again, with exponential backoff."""
         wait_s = FIRST_RESEND_S
         while not self.links.is_joined(source, target):
             await asyncio.sleep(wait_s)
@@ -216,7 +218,7 @@ class Listener:
         self.is_closed = False
 
     def handle(self, handler: Handler, stream: "_ServerStream", caller: Caller) -> asyncio.Task[None]:
-        """Run the handler of one call; an error of the handler ends the stream."""
+        """Run the handler of one call.  An error of the handler ends the stream."""
         task = self._group.create_task(_serve(handler, stream, caller), name=handler.method.path)
         self._handling.add(task)
         task.add_done_callback(self._handling.discard)
@@ -230,7 +232,7 @@ class Listener:
 
 
 class MemoryChannel:
-    """The client side of a connection; has the methods of ``wire.client.Channel``."""
+    """The client side of a connection, with the methods of ``wire.client.Channel``."""
 
     def __init__(
         self, address: str, listener: Listener, identity: Identity, up: Direction, down: Direction
@@ -246,7 +248,9 @@ class MemoryChannel:
         self._is_lost = False
 
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = 5.0) -> A:
-        """The response.  Raises: Unavailable: no response in time; otherwise the error in the response."""
+        """Send a request and return the response.  Raises: Unavailable: no response in time, or the error in the
+        response.
+        """
         try:
             async with asyncio.timeout(timeout_s), self.stream(method) as call:
                 await call.send(request, end=True)
@@ -258,7 +262,7 @@ class MemoryChannel:
 
     @asynccontextmanager
     async def stream(self, method: Method[Q, A]) -> "AsyncIterator[MemoryCall[Q, A]]":
-        """A streaming call; leaving the context abandons it."""
+        """Open a streaming call.  Leaving the context abandons it."""
         if self._is_lost:
             raise self._lost()
         opened = _OpenCall(_Pipe(self._up), _Pipe(self._down))
@@ -272,7 +276,7 @@ class MemoryChannel:
             self._up.carry(opened.abandon)
 
     def close(self) -> None:
-        """Break the connection from the client side: its calls end with ``Unavailable``."""
+        """Break the connection from the client side.  Its calls end with ``Unavailable``."""
         self._is_lost = True
         for opened in self._open.values():
             opened.down.drop(_End(self._lost()))
@@ -318,7 +322,7 @@ class _OpenCall:
 
 
 class MemoryCall(Generic[Q, A]):
-    """One open streaming call; has the methods of ``wire.client.Call``."""
+    """One open streaming call, with the methods of ``wire.client.Call``."""
 
     def __init__(self, method: Method[Q, A], up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self._method = method
@@ -326,13 +330,13 @@ class MemoryCall(Generic[Q, A]):
         self._down = down
 
     async def send(self, message: Q, *, end: bool = False) -> None:
-        """Send one message.  ``end``: it is the last one."""
+        """Send one message.  ``end``: whether it is the last one."""
         self._up.put(message.SerializeToString())
         if end:
             self._up.put(_End())
 
     async def receive(self) -> A | None:
-        """The next message, or None after the last.  Raises: the error that the peer sent instead."""
+        """Return the next message, or None after the last.  Raises: the error that the peer sent instead."""
         data = await self._down.get()
         return None if data is None else self._method.reply.FromString(data)
 
@@ -342,7 +346,7 @@ class MemoryCall(Generic[Q, A]):
 
 
 class _ServerStream:
-    """The stream passed to handlers; stands for ``rpc.server.ServerStream``."""
+    """The stream passed to handlers.  Stands for ``rpc.server.ServerStream``."""
 
     def __init__(self, up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self.down = down
@@ -350,7 +354,7 @@ class _ServerStream:
         self._unread = b""
 
     async def recv_data(self, length: int, within_s: float | None = None) -> bytes:
-        """Bytes of the framed requests, as from a connection; empty after the last."""
+        """Return bytes of the framed requests, as from a connection.  Empty after the last."""
         if not self._unread:
             data = await self._up.get()
             if data is None:
@@ -360,7 +364,7 @@ class _ServerStream:
         return part
 
     async def send_initial_metadata(self) -> None:
-        """Headers are not simulated."""
+        """Do nothing, because headers are not simulated."""
 
     async def send_message(self, message: Message) -> None:
         self.down.put(message.SerializeToString())

@@ -1,6 +1,7 @@
 """A simulated node: the production agent, worker and tasks on a simulated machine.
 
-The machine (its processes and its disk) outlives the node process; a power loss ends the processes and keeps the disk.
+The machine (its processes and its disk) outlives the node process.  A power loss ends the processes and keeps the
+disk.
 """
 
 import asyncio
@@ -68,20 +69,20 @@ class SimulatedNode:
         """Images whose containers end after a time in seconds, with an exit code."""
         self.machine = WatchedMachine(self)
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
-        """What the process of a task uses now; None: it is not measured."""
+        """Returns the current CPU use of a task's process, or None if it is not measured."""
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
         """The assignment of each process on the machine, for the observer."""
         self.disk = MemoryFiles()
         self._last_seen = LastSeen(clock.since_boot)
         self._seen = SeenRevision(None, identity.cluster_id)
-        """Stored on the disk too."""
+        """Highest revision that the node has seen, which is also stored on the disk."""
         self._identity = identity
         self._description = description
         self._network = network
         self._managers = managers
         self._list: ManagerList | None = None
-        """That of the running process."""
+        """Manager list of the running process."""
         self._clock = clock
         self._random = random
         self._behaviour = behaviour
@@ -91,18 +92,18 @@ class SimulatedNode:
         self.volumes = SimulatedVolumes(self._users_of_volumes, clock)
         """The cluster volumes of the running process."""
         self.has_full_disk = False
-        """Whether containers have used up the node's disk, so that it asks for no new tasks."""
+        """Whether containers have filled the node's disk, so that it requests no new tasks."""
         self.slot_volumes: dict[tuple[str, str, int], int] = {}
-        """Local volumes with the services and slots that have used them, and the creation of the last task."""
+        """Creation time of the last task that used a local volume, by volume name, service and slot."""
 
     @property
     def has_session(self) -> bool:
-        """Whether the node process runs and is registered with a manager."""
+        """Return whether the node process runs and is registered with a manager."""
         return self._registered is not None and self._registered.is_set()
 
     @property
     def containers(self) -> dict[TaskId, Task]:
-        """Tasks whose process runs on this machine, reported or not."""
+        """Return the tasks whose process runs on this machine, reported or not."""
         return {
             id: self.tasks[id].task
             for id, process in self.machine.processes.items()
@@ -111,21 +112,21 @@ class SimulatedNode:
 
     @property
     def kept(self) -> list[TaskId]:
-        """Tasks of which the machine keeps state: on its disk, or a container that may have ended."""
+        """Return the tasks whose state the machine keeps: on its disk, or as a container that may have ended."""
         remembered = (one.assigned.task.id for one in self.disk.written())
         return sorted({*remembered, *self.machine.processes})
 
     @property
     def managers(self) -> tuple[Peer, ...]:
-        """The managers in the node's list."""
+        """Return the managers in the node's list."""
         return self._list.peers if self._list is not None else self._managers
 
     def set_managers(self, managers: tuple[Peer, ...]) -> None:
-        """The setting ``managers``, for the next start."""
+        """Change the setting ``managers`` for the next start."""
         self._managers = managers
 
     async def run(self) -> None:
-        """Run the node process until cancelled; its containers continue."""
+        """Run the node process until cancelled.  Its containers continue."""
         reports = Reports()
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
         session_state = SessionState(self._clock, self._last_seen)
@@ -136,7 +137,7 @@ class SimulatedNode:
             reports=reports,
             clock=self._clock,
             session_state=session_state,
-            volumes=cast("ClusterVolumes", self.volumes),  # it has the methods that are called
+            volumes=cast("ClusterVolumes", self.volumes),  # has the methods that are called
         )
         tables = NetworkTables(
             StoredTables(None, self._clock), (), session_state, self._clock, self._random.random
@@ -197,13 +198,13 @@ class SimulatedNode:
                 yield self.tasks[id].task
 
     def lose_power(self) -> None:
-        """End every process; the disk is kept."""
+        """End every process, and keep the disk."""
         self._last_seen.forget()
         self.machine.lose_power()
 
 
 class SimulatedUsages:
-    """Averages of counters, as the production meter computes them; the counters are read with each heartbeat."""
+    """Averages of counters, as the production meter computes them.  The counters are read with each heartbeat."""
 
     def __init__(self, node: SimulatedNode, clock: Clock) -> None:
         self._node = node
@@ -216,7 +217,7 @@ class SimulatedUsages:
         self._wanted = task_ids
 
     def present(self) -> Mapping[TaskId, TaskUsage]:
-        """What is known of them."""
+        """Return the latest usage of the measured tasks."""
         now, containers = self._clock.monotonic(), self._node.containers
         readings = {
             id: kept(self._readings.get(id, ()), reading)
@@ -323,7 +324,7 @@ class _ImageController(SimulatedController):
         if self._id in self._node.machine.processes:
             await self._executor.take(
                 self._executor.behaviour.prepare_s
-            )  # the time to detect that it is already prepared
+            )  # the time to detect that the image is already prepared
         await super().prepare()
         self._node.note_local_volumes(self._task)
 
@@ -363,8 +364,8 @@ class _ImageController(SimulatedController):
 class MemoryFiles(TaskFiles):
     """The disk of a simulated machine.
 
-    While it is full, files can be removed but not written: writes are retried until there is space or the node process
-    ends.
+    While it is full, files can be removed but not written.  Writes are retried until there is space or the node
+    process ends.
     """
 
     def __init__(self) -> None:
@@ -373,7 +374,7 @@ class MemoryFiles(TaskFiles):
         self._is_full = False
 
     def load(self) -> list[RememberedTask]:
-        """The written files, at the start of a node process; pending writes are lost."""
+        """Return the written files at the start of a node process.  Pending writes are lost."""
         self._unwritten.clear()
         return self.written()
 
@@ -399,11 +400,11 @@ class MemoryFiles(TaskFiles):
         self._unwritten.clear()
 
     async def run(self) -> None:
-        """Nothing to do: writes are immediate.  Runs until cancelled."""
+        """Run until cancelled.  Writes are immediate, so there is nothing to do."""
         await asyncio.Event().wait()
 
 
 def image_of(task: Task) -> str:
-    """The image of a task."""
+    """Return the image of a task."""
     container = task.spec.container_spec
     return container.image if container else ""

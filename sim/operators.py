@@ -1,6 +1,6 @@
 """Simulated operators: machines join and leave, nodes are removed, promoted and demoted, concurrently with faults.
 
-The steps of a node (renew its certificate, join, resign before it leaves) are simulated here: they call the functions
+The steps of a node (renew its certificate, join, resign before it leaves) are simulated here.  They call the functions
 of the managers' request handlers directly.  The managers' part is production code.
 """
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 MANAGERS_MAX, WORKERS_MAX, WORKERS_MIN = 5, 6, 2
 RETRY_S = 0.2
 RESIGNED_S = 5.0
-"""Limit of a leaving manager's wait until its member is removed."""
+"""Time limit for a leaving manager's member to be removed."""
 GIVEN_UP_S = 20.0
 """Time after which a refused demotion is given up."""
 
@@ -44,7 +44,7 @@ class Operators:
     def __init__(
         self, cluster: SimulatedCluster, users: Users, healthy: Callable[[], Sequence[NodeId]]
     ) -> None:
-        """``healthy``: the machines without an active fault."""
+        """``healthy``: returns the machines without an active fault."""
         self._cluster = cluster
         self._users = users
         self._healthy = healthy
@@ -60,14 +60,14 @@ class Operators:
         cluster.committed.watchers.append(self._renew_managers)
 
     def act(self) -> None:
-        """Begin a random operation, if it is possible now."""
+        """Begin a random operation, if one is possible now."""
         action = self._random.choice(self._actions)
         if (work := action()) is not None:
             self._begin(work, action.__name__)
 
     @property
     def under_way(self) -> list[str]:
-        """Operations in progress."""
+        """Return the operations in progress."""
         return sorted(task.get_name() for task in self._busy)
 
     # -- workers ---------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Operators:
                 tx.put(a_worker(id))
             return issue(tx)
 
-        self._take(id, await self._written(joined))
+        self._take(id, await self._write(joined))
         node, (other, *_) = self._cluster.add_node(id), self._cluster.nodes.values()
         node.broken_images, node.hanging_images = other.broken_images, other.hanging_images
         node.ending_images = other.ending_images
@@ -97,21 +97,21 @@ class Operators:
         return self.leave_worker(id) if id is not None else None
 
     async def leave_worker(self, id: NodeId) -> None:
-        """``swarm leave`` on the node, and ``node rm`` once it is down."""
+        """Leave the cluster with ``swarm leave`` on the node, and ``node rm`` once it is down."""
         self._log(f"{id} leaves")
         await self._end_node(id)
-        await self._removed(id, force=False)
+        await self._remove(id, force=False)
 
     def _worker_is_removed(self) -> Coroutine[None, None, None] | None:
         id = self._choose(self._plain_workers())
         return self.remove_worker(id) if id is not None else None
 
     async def remove_worker(self, id: NodeId) -> None:
-        """``node rm --force`` while it runs, and ``swarm leave`` on the node later."""
+        """Remove a running node with ``node rm --force``, and run ``swarm leave`` on it later."""
         self._cluster.disturbances += 1
         self._cluster.workers = tuple(one for one in self._cluster.workers if one != id)
         self._log(f"{id} is removed by force")
-        await self._removed(id, force=True)
+        await self._remove(id, force=True)
         await asyncio.sleep(self._random.choice((0.1, 3.0)))
         self._log(f"{id} leaves, as it was removed")
         await self._end_node(id)
@@ -122,13 +122,13 @@ class Operators:
         self._cluster.workers = tuple(one for one in self._cluster.workers if one != id)
         await self._cluster.end_node(id)
 
-    async def _removed(self, id: NodeId, *, force: bool) -> None:
+    async def _remove(self, id: NodeId, *, force: bool) -> None:
         def removed(tx: Transaction) -> None:
             if tx.lookup(Node, id) is not None:
                 remove_node(tx, id, force=force, now_ns=self._now_ns())
 
         self._cluster.removals.add(id)
-        await self._written(removed)
+        await self._write(removed)
 
     # -- managers --------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Operators:
                 tx.put(a_manager(id))
             return self._issued(tx, id)
 
-        self._take(id, await self._written(joined))
+        self._take(id, await self._write(joined))
         self._cluster.add_machine(id)
         await self._come_in(id)
         self._cluster.changing.discard(id)
@@ -156,9 +156,11 @@ class Operators:
         return self.promote(id) if id is not None else None
 
     async def promote(self, id: NodeId) -> None:
-        """``node promote``; complete when the node has renewed its certificate and its member is a voter."""
+        """Promote a node with ``node promote``.  Complete when it has renewed its certificate and its member is a
+        voter.
+        """
         self._log(f"promote {id}")
-        if await self._promoted(id):
+        if await self._promote(id):
             await _until(lambda: id in self._cluster.managers)
         self._cluster.changing.discard(id)
 
@@ -167,9 +169,9 @@ class Operators:
         return self.demote(id) if id is not None else None
 
     async def demote(self, id: NodeId) -> None:
-        """``node demote``; a machine without a worker leaves afterwards."""
+        """Demote a manager with ``node demote``.  A machine without a worker leaves afterwards."""
         self._log(f"demote {id}")
-        if await self._demoted(id):
+        if await self._demote(id):
             await self._end_manager(id)
         self._cluster.changing.discard(id)
 
@@ -180,7 +182,7 @@ class Operators:
         return self.leave_manager(id) if id is not None else None
 
     async def leave_manager(self, id: NodeId) -> None:
-        """``swarm leave --force``: the manager resigns, and leaves even if that is refused.  Then it is removed."""
+        """Remove a manager with ``swarm leave --force``.  It resigns, and leaves even if that is refused."""
         self._log(f"manager {id} leaves")
         try:
             async with asyncio.timeout(RESIGNED_S):
@@ -189,9 +191,9 @@ class Operators:
         except (SkepError, TimeoutError) as error:
             self._log(f"{id} has not resigned: {error}")
         await self._stop_manager(id)
-        while not await self._demoted(id):
+        while not await self._demote(id):
             pass
-        await self._removed(id, force=True)
+        await self._remove(id, force=True)
         self._cluster.changing.discard(id)
 
     def _upgrade(self) -> Coroutine[None, None, None] | None:
@@ -208,11 +210,11 @@ class Operators:
         self._cluster.start_manager(id)
         self._cluster.changing.discard(id)
 
-    async def _promoted(self, id: NodeId) -> bool:
-        """Promote; returns False if it is refused.
+    async def _promote(self, id: NodeId) -> bool:
+        """Request a promotion.  Return False if it is refused.
 
-        An attempt of unknown outcome may be committed at any later time: the operator repeats it until the node is to
-        be a manager.
+        An attempt of unknown outcome may be committed at any later time, so the operator repeats it until the node's
+        desired role is manager.
         """
         may_be_committed = False
         while not (is_done := await self._users.set_role(id, NodeRole.MANAGER)):
@@ -222,10 +224,11 @@ class Operators:
             await asyncio.sleep(RETRY_S)
         return True
 
-    async def _demoted(self, id: NodeId) -> bool:
-        """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum.
+    async def _demote(self, id: NodeId) -> bool:
+        """Request a demotion.  Return False if it is refused for ``GIVEN_UP_S`` because the others would lose their
+        quorum.
 
-        An attempt of unknown outcome may be committed at any later time: as in ``_promoted``.
+        An attempt of unknown outcome may be committed at any later time, as in ``_promote``.
         """
         until, may_be_committed = self._cluster.loop.time() + GIVEN_UP_S, False
         while not (is_done := await self._users.set_role(id, NodeRole.WORKER)):
@@ -238,11 +241,11 @@ class Operators:
 
     async def _end_manager(self, id: NodeId) -> None:
         if id in self._cluster.nodes:
-            # It stays as a worker, and ends its manager after the renewal of its certificate.
+            # The node stays as a worker, and ends its manager after the renewal of its certificate.
             await _until(lambda: id not in self._cluster.managers)
             return
         await self._stop_manager(id)
-        await self._removed(id, force=True)
+        await self._remove(id, force=True)
 
     async def _stop_manager(self, id: NodeId) -> None:
         self._cluster.managers = tuple(one for one in self._cluster.managers if one != id)
@@ -256,7 +259,9 @@ class Operators:
             self._begin(self._renewed_until_issued(id), f"renew {id}")
 
     def _renew_managers(self, change: Change, _: View) -> None:
-        """Machines that run a manager only have no agent that is sent the request."""
+        """Renew certificates of machines that run only a manager, because they have no agent that receives the
+        request.
+        """
         for event in change.events:
             match event:
                 case Updated(_, Node(id=id) as node) if id not in self._cluster.nodes and _is_to_renew(node):
@@ -264,11 +269,11 @@ class Operators:
                         self._cluster.loop.call_soon(self._renew, id)
 
     async def _renewed_until_issued(self, id: NodeId) -> None:
-        """Renew the certificate, again if another renewal was requested meanwhile."""
-        await self._renewed(id)
+        """Renew the certificate, and again if another renewal was requested meanwhile."""
+        await self._issue_certificate(id)
         while (node := self._cluster.view.lookup(Node, id)) is not None and _is_to_renew(node):
             await asyncio.sleep(RETRY_S)
-            await self._renewed(id)
+            await self._issue_certificate(id)
 
     def _issued(self, tx: Transaction, id: NodeId) -> Certificate | None:
         certificate = issue(tx)
@@ -280,7 +285,7 @@ class Operators:
         if certificate is not None:
             self._cluster.certificates.take(id, certificate)
 
-    async def _renewed(self, id: NodeId) -> None:
+    async def _issue_certificate(self, id: NodeId) -> None:
         def issued(tx: Transaction) -> tuple[NodeRole | None, Certificate | None]:
             node = tx.lookup(Node, id)
             if node is None or node.certificate is None:
@@ -289,7 +294,7 @@ class Operators:
             tx.put(replace(node, certificate=replace(node.certificate, state="issued")))
             return node.certificate.role, self._issued(tx, id)
 
-        role, certificate = await self._written(issued)
+        role, certificate = await self._write(issued)
         self._take(id, certificate)
         if id not in self._cluster.nodes:
             return  # the operator that changes the role of such a machine starts and ends its manager
@@ -299,7 +304,7 @@ class Operators:
             await self._stop_manager(id)
 
     async def _come_in(self, id: NodeId) -> None:
-        """Join the managers and become a voter, as in ``membership.joining``; give up if refused."""
+        """Join the managers and become a voter, as in ``membership.joining``.  Stop if refused."""
         raft = self._cluster.raft
         while True:
             try:
@@ -338,7 +343,9 @@ class Operators:
             task.result()
 
     def _choose(self, candidates: Sequence[NodeId], *, least: int = WORKERS_MIN) -> NodeId | None:
-        """A healthy one of ``candidates``, marked as changing; None if there are not more than ``least``."""
+        """Return a healthy machine of ``candidates``, marked as changing, or None if there are not more than
+        ``least``.
+        """
         healthy = [id for id in self._healthy() if id in candidates]
         if not healthy or len(candidates) <= least:
             return None
@@ -350,11 +357,13 @@ class Operators:
         return [id for id in self._cluster.workers if id not in self._cluster.managers]
 
     def _keeps_managers(self) -> bool:
-        """Whether no manager is changing: removing two at once may lose the quorum."""
+        """Return whether no manager is changing.  Removing two at once may lose the quorum."""
         return not any(id in self._cluster.changing for id in self._cluster.managers)
 
     def _has_left_voters(self) -> bool:
-        """Whether a manager that left still has a vote: if one more leaves so, the others may lose their quorum."""
+        """Return whether a manager that left still has a vote.  If another one leaves then, the others may lose their
+        quorum.
+        """
         return any(
             member.is_voter and member.id not in self._cluster.managers
             for member in self._cluster.raft.members.values()
@@ -365,7 +374,7 @@ class Operators:
         return len(self._cluster.managers) + len(coming) >= MANAGERS_MAX
 
     def _any_manager(self) -> SimulatedManager:
-        """A random manager that serves.  Raises: Unavailable: there is none."""
+        """Return a random manager that serves.  Raises: Unavailable: no manager serves."""
         there = [one for one in self._cluster.running_managers.values() if one.store is not None]
         if not there:
             raise Unavailable("no manager serves")
@@ -377,8 +386,8 @@ class Operators:
         await store.barrier()
         return await store.update(body)
 
-    async def _written(self, body: Callable[[Transaction], T]) -> T:
-        """The result of ``body``, committed by any manager; refused attempts are retried."""
+    async def _write(self, body: Callable[[Transaction], T]) -> T:
+        """Commit ``body`` through any manager and return its result.  Refused attempts are retried."""
         while True:
             try:
                 return await self._once(body)
@@ -398,6 +407,6 @@ def _is_to_renew(node: Node) -> bool:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    """Wait until ``condition``, testing it at intervals."""
+    """Wait until ``condition`` is true, testing it at intervals."""
     for _ in iter(condition, True):
         await asyncio.sleep(RETRY_S)

@@ -1,4 +1,4 @@
-"""Random specs of services; ``invalidated`` makes one that Docker refuses.
+"""Random specs of services.  ``invalidated`` makes a spec that Docker refuses.
 
 There are few names, labels, zones and ports, so that requests conflict.
 """
@@ -55,11 +55,11 @@ HOPELESS = (BROKEN, CRASHING, HANGING)
 IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
 JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
 ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
-"""When the containers of these images end (seconds), and their exit code."""
+"""Seconds after which the containers of these images end, and their exit code."""
 
 NAMES = ("web", "api", "db", "WEB")
 MORE_NAMES = ("mail", "queue", "cache")
-"""Further names in runs with extensions, in which there are more services."""
+"""Additional names for runs with extensions, which have more services."""
 ZONE, ZONES = "zone", ("north", "south")
 HOST_PORTS = (8080, 8081)
 INGRESS_PORTS = (90, 91, 8081)
@@ -73,7 +73,7 @@ CONSTRAINTS = (
 
 
 OFF = 0.6
-"""Probability that a spec lacks one of the extensions that its mode can have.  Many specs then combine two or three."""
+"""Probability that a spec lacks an extension that its mode can have.  Many specs then combine two or three."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -94,7 +94,10 @@ class Dependencies(msgspec.Struct, frozen=True):
 def a_spec(
     name: str, random: Random, dependencies: Dependencies, extensions: Random | None = None
 ) -> ServiceSpec:
-    """The spec of a random service.  ``extensions``: draws what Docker does not have; None: there is nothing of it."""
+    """Return the spec of a random service.
+
+    ``extensions``: draws the features that Docker does not have, or None for a spec without them.
+    """
     spec = _a_plain_spec(name, random, dependencies, MODES if extensions is None else EXTENDED_MODES)
     return spec if extensions is None else extended(spec, extensions, dependencies)
 
@@ -133,7 +136,7 @@ MODES, EXTENDED_MODES = (60, 20, 10, 10), (40, 20, 20, 20)
 
 
 def a_mode(random: Random, weights: Sequence[int] = MODES) -> ServiceMode:
-    """Mostly replicated, sometimes global, sometimes a job."""
+    """Return a mode: mostly replicated, sometimes global, sometimes a job."""
     match random.choices(("replicated", "global", "job", "global job"), weights)[0]:
         case "global":
             return ServiceMode(global_=GlobalService())
@@ -147,7 +150,7 @@ def a_mode(random: Random, weights: Sequence[int] = MODES) -> ServiceMode:
 
 
 def an_update_config(random: Random) -> UpdateConfig:
-    """A random update config."""
+    """Return a random update config."""
     return UpdateConfig(
         parallelism=random.randint(0, 3),
         delay=random.choice((0, SECOND_NS // 2)),
@@ -159,7 +162,9 @@ def an_update_config(random: Random) -> UpdateConfig:
 
 
 def some_labels(random: Random) -> dict[str, str]:
-    """Sometimes a progress deadline of updates, and a policy for tasks on disconnected nodes."""
+    """Return labels that sometimes set a progress deadline of updates, and a policy for tasks on disconnected
+    nodes.
+    """
     labels = {PROGRESS_DEADLINE: "1s"} if random.random() < 0.7 else {}
     match random.choices(("", "keep", "replace", "stop"), (60, 10, 10, 20))[0]:
         case "":
@@ -172,7 +177,7 @@ def some_labels(random: Random) -> dict[str, str]:
 
 
 def a_restart_policy(random: Random, *, is_job: bool) -> RestartPolicy:
-    """Mostly without a limit."""
+    """Return a restart policy, mostly without a limit."""
     delay = random.choice((0, SECOND_NS // 2, 2 * SECOND_NS))
     condition = random.choices(
         (RestartCondition.ANY, RestartCondition.ON_FAILURE, RestartCondition.NONE), (90, 7, 3)
@@ -188,7 +193,7 @@ def a_restart_policy(random: Random, *, is_job: bool) -> RestartPolicy:
 
 
 def some_secrets(random: Random, known: Sequence[str]) -> tuple[SecretReference, ...]:
-    """Mostly none."""
+    """Return references to known secrets, mostly none."""
     if not known or random.random() < 0.8:
         return ()
     id = random.choice(known)
@@ -196,7 +201,7 @@ def some_secrets(random: Random, known: Sequence[str]) -> tuple[SecretReference,
 
 
 def some_networks(random: Random, known: Sequence[str]) -> tuple[NetworkAttachmentConfig, ...]:
-    """Often one, sometimes two."""
+    """Return attachments to known networks, often one, sometimes two."""
     if not known or random.random() < 0.6:
         return ()
     chosen = random.sample(sorted(known), min(random.choice((1, 1, 2)), len(known)))
@@ -204,7 +209,7 @@ def some_networks(random: Random, known: Sequence[str]) -> tuple[NetworkAttachme
 
 
 def a_placement(random: Random) -> Placement | None:
-    """Mostly none."""
+    """Return a placement with constraints, or mostly None."""
     constraints = (random.choice(CONSTRAINTS),) if random.random() < 0.2 else ()
     max_replicas = random.randint(1, 2) if random.random() < 0.15 else 0
     spread = PlacementPreference(spread=SpreadOver(spread_descriptor=f"node.labels.{ZONE}"))
@@ -215,7 +220,7 @@ def a_placement(random: Random) -> Placement | None:
 
 
 def some_ports(random: Random) -> EndpointSpec | None:
-    """Mostly none; otherwise one host or ingress port, with a fixed number or without."""
+    """Return one host or ingress port, with a fixed number or without, or mostly None."""
     match random.choices(("none", "host", "ingress", "any"), (70, 15, 10, 5))[0]:
         case "none":
             return None
@@ -297,7 +302,7 @@ def _a_range(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
 
 
 def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
-    """Few enough that a task which is moved a few times would use them up."""
+    """Limit the attempts to so few that a task which is moved a few times would use them up."""
     policy = RestartPolicy(
         condition=random.choice((RestartCondition.ANY, RestartCondition.ON_FAILURE)),
         delay=SECOND_NS // 2,
@@ -307,12 +312,12 @@ def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> Se
 
 
 def with_labels(spec: ServiceSpec, labels: Mapping[str, str]) -> ServiceSpec:
-    """Add ``labels`` to those of ``spec``."""
+    """Return ``spec`` with ``labels`` added to its own."""
     return replace(spec, labels={**spec.labels, **labels})
 
 
 def with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
-    """Replace the image of ``spec``."""
+    """Return ``spec`` with another image."""
     container = spec.task_template.container_spec
     assert container is not None, "only specs with a container are random"
     container = replace(container, image=image)
@@ -320,7 +325,7 @@ def with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
 
 
 def with_mount(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
-    """Add ``mount`` to those of ``spec``."""
+    """Return ``spec`` with ``mount`` added to its own."""
     container = spec.task_template.container_spec
     assert container is not None, "only specs with a container are random"
     container = replace(container, mounts=(*container.mounts, mount))
@@ -328,7 +333,7 @@ def with_mount(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
 
 
 def invalidated(spec: ServiceSpec, random: Random) -> ServiceSpec:
-    """``spec`` with one change for which Docker refuses it."""
+    """Return ``spec`` with one change for which Docker refuses it."""
     return random.choice(_INVALID)(spec)
 
 
@@ -359,7 +364,7 @@ def _negative_delay(spec: ServiceSpec) -> ServiceSpec:
 
 
 def _ratio_over_one(spec: ServiceSpec) -> ServiceSpec:
-    """A job may not have an update config at all."""
+    """Exceed a ratio.  A job may not have an update config at all."""
     return replace(spec, update_config=UpdateConfig(max_failure_ratio=1.5))
 
 

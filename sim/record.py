@@ -25,11 +25,11 @@ class Record:
         self._kind = kind
 
     def next_seed(self) -> int:
-        """The seed after the last one in the file; 0: there is none."""
+        """Return the seed after the last one in the file, or 0 if there is none."""
         return max((last + 1 for _, last, _ in self._ranges()), default=0)
 
     def failed(self) -> list[int]:
-        """The seeds that failed."""
+        """Return the seeds that failed."""
         return [seed for _, _, failed in self._ranges() for seed in failed]
 
     def add(self, seeds: Sequence[int], failed: Sequence[int], took_s: float) -> None:
@@ -40,7 +40,7 @@ class Record:
             file.write(f"{self._kind} {_commit()} {seeds[0]}..{seeds[-1]} failed: {words} ({took_s:.0f} s)\n")
 
     def summary(self) -> str:
-        """How many seeds the file has, and which failed."""
+        """Return a sentence about how many seeds the file has, and which failed."""
         lived = sum(last - first + 1 for first, last, _ in self._ranges())
         failed = self.failed()
         return f"{lived} runs recorded, {len(failed)} failed" + (f": {failed}" if failed else "")
@@ -57,7 +57,7 @@ class Record:
 
 
 def _commit() -> str:
-    """The commit of the working tree; with a plus sign if files differ from it."""
+    """Return the commit of the working tree, with a plus sign if files differ from it."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=8", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -2,9 +2,9 @@
 
 Written from Docker's API reference and documentation and from recorded responses of an engine
 (``tests/conformance/recorded/in_swarm.json``), independently of ``manager/control``, with which it shares only the
-objects.  It covers the requests of simulated users, and nothing else.
+objects.  It covers only the requests of simulated users.
 
-Statuses are those of the HTTP API.  503 is not modelled: after it the outcome is unknown.
+Statuses are those of the HTTP API. 503 is not modelled, because after it the outcome is unknown.
 """
 
 import re
@@ -19,7 +19,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
 
 BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501
-"""UNKNOWN: errors of SwarmKit that have no code: invalid constraints, and updates out of sequence."""
+"""UNKNOWN: errors of SwarmKit that have no code, such as invalid constraints and updates out of sequence."""
 
 _NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
 _CONSTRAINT = re.compile(r"\s*[a-z_][\w.]*\s*(==|!=)\s*\w[\w.-]*\s*")
@@ -36,7 +36,7 @@ class ServiceState(msgspec.Struct, frozen=True):
     previous: ServiceSpec | None
     version: int
     runs: int = 0
-    """For a job without a schedule: number of its updates."""
+    """Number of updates of a job without a schedule."""
 
 
 class State(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class State(msgspec.Struct, frozen=True):
     networks: frozenset[str] = frozenset()
     secrets: frozenset[str] = frozenset()
     quotas: Mapping[str, QuotaSpec] = {}
-    """By stack."""
+    """Quota of each stack."""
     unshared: frozenset[str] = frozenset()
     """Names of the cluster volumes that one task at a time can have."""
 
@@ -83,7 +83,10 @@ Request: TypeAlias = Create | Update | Rollback | Remove | SetNode
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """``service``: its state afterwards, except for the version; None: removed, or a request on a node."""
+    """An accepted request.  ``service``: its state afterwards, except for the version.
+
+    None after a removal or a request on a node.
+    """
 
     service: ServiceState | None = None
 
@@ -93,7 +96,7 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 def respond(state: State, request: Request) -> Accepted | Refused:
-    """The response to ``request`` in ``state``."""
+    """Return the response to ``request`` in ``state``."""
     match request:
         case Create(_, spec):
             return _created(state, spec)
@@ -113,7 +116,9 @@ def respond(state: State, request: Request) -> Accepted | Refused:
 
 
 def automatic_rollback(held: ServiceState) -> ServiceState | None:
-    """The service after an automatic rollback, which leaves no previous spec; None: its settings do not allow one."""
+    """Return the service after an automatic rollback, which leaves no previous spec, or None if its settings forbid
+    one.
+    """
     config = held.spec.update_config
     if config is None or config.failure_action is not UpdateFailureAction.ROLLBACK or held.previous is None:
         return None
@@ -121,7 +126,7 @@ def automatic_rollback(held: ServiceState) -> ServiceState | None:
 
 
 def rejection_of(spec: ServiceSpec) -> int | None:
-    """The status with which an invalid spec is refused; None: the spec is valid."""
+    """Return the status with which an invalid spec is refused, or None for a valid spec."""
     template, container = spec.task_template, spec.task_template.container_spec
     if _NAME.fullmatch(spec.name) is None or len(spec.name) > 63:
         return BAD
@@ -149,7 +154,7 @@ def rejection_of(spec: ServiceSpec) -> int | None:
 
 
 def is_job(spec: ServiceSpec) -> bool:
-    """Whether the tasks of ``spec`` run to completion."""
+    """Return whether the tasks of ``spec`` run to completion."""
     return spec.mode.replicated_job is not None or spec.mode.global_job is not None
 
 
@@ -168,7 +173,7 @@ def _created(state: State, spec: ServiceSpec) -> Accepted | Refused:
 
 
 def _is_taken(name: str, services: Iterable[ServiceState]) -> bool:
-    """Names are compared case-insensitively."""
+    """Return whether a service has this name.  Names are compared case-insensitively."""
     return any(held.spec.name.casefold() == name.casefold() for held in services)
 
 
@@ -209,7 +214,7 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
 
 
 def _conflict(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused | None:
-    """Refused: another service publishes one of its ports, or an object it refers to does not exist."""
+    """Refuse a spec if another service publishes one of its ports, or an object it refers to does not exist."""
     mine = _ports(spec)
     for other, held in state.services.items():
         theirs = _ports(held.spec)
@@ -225,7 +230,7 @@ def _conflict(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused 
 
 
 def _ports(spec: ServiceSpec) -> dict[tuple[str, int], PublishMode]:
-    """The publish modes of its ports with fixed numbers."""
+    """Return the publish modes of its ports with fixed numbers."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
     return {(port.protocol, port.published_port): port.publish_mode for port in ports if port.published_port}
 
@@ -241,7 +246,10 @@ def _mode(spec: ServiceSpec) -> tuple[bool, bool, bool]:
 
 
 def _cannot_start_first(state: State, spec: ServiceSpec, present: ServiceSpec | None) -> bool:
-    """Whether new tasks would have to run beside old ones whose cluster volume they need; a service may be scaled."""
+    """Return whether new tasks would have to run together with old ones that use their cluster volume.
+
+    A service may still be scaled.
+    """
     container, configs = spec.task_template.container_spec, (spec.update_config, spec.rollback_config)
     if container is None:
         return False
@@ -252,7 +260,7 @@ def _cannot_start_first(state: State, spec: ServiceSpec, present: ServiceSpec | 
 
 
 def _next_run(held: ServiceState) -> int:
-    """An update of a job starts a new run, unless it has a schedule."""
+    """Return the number of the next run.  An update of a job starts one, unless the job has a schedule."""
     return held.runs + 1 if is_job(held.spec) and "skep.cron" not in held.spec.labels else 0
 
 
@@ -260,7 +268,7 @@ def _next_run(held: ServiceState) -> int:
 
 
 def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> bool:
-    """Whether the stack's quota forbids ``spec``.  It never forbids what takes no more than before."""
+    """Return whether the stack's quota forbids ``spec``.  It never forbids a spec that takes no more than before."""
     stack = spec.labels.get(_STACK, "")
     if (quota := state.quotas.get(stack)) is None:
         return False
@@ -275,7 +283,7 @@ def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> boo
     ]
     grows = any(map(int.__gt__, wanted, before))
     if quota.memory_bytes and wanted[0] and not wanted[1] and grows:
-        return True  # it reserves nothing of what is bounded
+        return True  # a task without a reservation of a limited resource is refused
     for number, bound in enumerate((quota.tasks, quota.memory_bytes)):
         used = sum(one[number] for one in others)
         if bound and used + wanted[number] > bound and wanted[number] > before[number]:
@@ -284,7 +292,7 @@ def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> boo
 
 
 def _taken_by(state: State, spec: ServiceSpec) -> tuple[int, int]:
-    """The tasks of a service, and the memory that they reserve together."""
+    """Return the tasks of a service, and the memory that they reserve together."""
     job, resources = spec.mode.replicated_job, spec.task_template.resources
     if spec.mode.name in ("global", "global-job"):
         tasks = len(state.nodes)

@@ -1,8 +1,9 @@
 """Compares the responses to simulated users, and their effects, with Docker's (``reference``).
 
-Requests are concurrent, so a response is checked against all states between the request and the response: a refusal is
-correct if the reference refuses with the same status in one of them, a change if the reference makes the same change in
-the state in which it was committed.  A change of specs without a request must be a rollback that the settings allow.
+Requests are concurrent, so a response is checked against all states between the request and the response.  A refusal
+is correct if the reference refuses with the same status in one of these states.  A change is correct if the reference
+makes the same change in the state in which it was committed.  A change of specs without a request must be a rollback
+that the settings allow.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,7 +40,7 @@ from skep.store.interface import Created, Deleted, Event, Updated, View
 
 _SHARED = (VolumeSharing.READ_ONLY, VolumeSharing.ALL)
 MANUAL_ROLLBACK = "manually requested rollback"
-"""Docker's message of a rollback by request."""
+"""Docker's message for a rollback by request."""
 
 
 class PendingRequest(msgspec.Struct, eq=False):
@@ -47,11 +48,11 @@ class PendingRequest(msgspec.Struct, eq=False):
 
     request: Request
     since: int
-    """Number of the first state in which it can take effect."""
+    """Number of the first state in which the request can take effect."""
     is_done: bool = False
-    """It, or an equal one, has taken effect."""
+    """Whether this request, or an equal one, has taken effect."""
     is_acknowledged: bool = False
-    """The response has been received."""
+    """Whether the response has been received."""
 
 
 class ResponseCheck:
@@ -71,11 +72,11 @@ class ResponseCheck:
 
     @property
     def present(self) -> int:
-        """The number of the current state."""
+        """Return the number of the current state."""
         return len(self._states) - 1
 
     def requested(self, request: Request, since: int) -> PendingRequest:
-        """Record a request.  ``since``: number of the state that was current when it was made up."""
+        """Record a request.  ``since``: number of the state that was current when the user decided on it."""
         pending = PendingRequest(request, since)
         self._open.append(pending)
         return pending
@@ -89,7 +90,7 @@ class ResponseCheck:
             yield f"{_describe(pending.request)} was acknowledged and has not taken effect"
 
     def refused(self, pending: PendingRequest, status: int) -> Iterable[str]:
-        """Record a refusal: the request must never take effect."""
+        """Record a refusal.  The request must never take effect."""
         if pending.is_done:
             self._exchange(pending, self._open)
         if pending.is_done:
@@ -102,7 +103,7 @@ class ResponseCheck:
             yield f"{_describe(pending.request)} got status {status}, not {' or '.join(map(str, expected))}"
 
     def _is_refused_demotion(self, pending: PendingRequest, status: int) -> bool:
-        """Whether a demotion may be refused: that depends on the reachability of managers, which is not modelled."""
+        """Return whether a demotion may be refused, which depends on managers' reachability and is not modelled."""
         request = pending.request
         if not isinstance(request, SetNode) or status != BAD or request.spec.role is not NodeRole.WORKER:
             return False
@@ -159,7 +160,7 @@ class ResponseCheck:
                 yield f"the specs of service {new.id} were changed without a request"
 
     def _exchange(self, pending: PendingRequest, others: list[PendingRequest]) -> None:
-        """Swap ``pending`` with an equal request: which of the two took effect is unknown."""
+        """Swap ``pending`` with an equal request, because it is unknown which of the two took effect."""
         for other in others:
             if other.request == pending.request:
                 mine, its = (self._done, self._open) if pending.is_done else (self._open, self._done)
@@ -174,7 +175,7 @@ class ResponseCheck:
         if not found:
             yield f"{id} was changed without a request"
             return
-        # One of unknown outcome may ask for the same by an earlier version.
+        # A request of unknown outcome may request the same change with an earlier version.
         acceptable = (one for one in found if isinstance(respond(before, one.request), Accepted))
         pending = next(acceptable, found[0])
         self._open.remove(pending)
@@ -182,7 +183,7 @@ class ResponseCheck:
         pending.is_done = True
         expected = respond(before, pending.request)
         if expected == Refused(FORBIDDEN) and self._was_acceptable(pending):
-            return  # the quota was set while the request was under way
+            return  # the quota was set while the request was in progress
         if isinstance(expected, Refused):
             yield f"{_describe(pending.request)} has taken effect, but must be refused with {expected.status}"
         elif _unversioned(expected.service) != _unversioned(held):

@@ -23,7 +23,7 @@ from skep.store.etcd.store import store_on
 from skep.store.interface import Created, View
 
 WITHOUT_S = 5.0
-"""Time from the loss of the managers to the restore; nodes keep running."""
+"""Seconds from the loss of the managers to the restore.  Nodes keep running."""
 
 
 def restore(cluster: SimulatedCluster, revision: int) -> None:
@@ -52,8 +52,10 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
 
 
 async def _finish(cluster: SimulatedCluster, client: Client, survivor: NodeId) -> None:
-    """As ``manager.recovery.finish_recovery``: before the manager serves, else a node that it has registered would be
-    shown as unknown."""
+    """Finish the recovery before the manager serves, as ``manager.recovery.finish_recovery`` does.
+
+    Otherwise a node that it has registered would be shown as unknown.
+    """
     members = RaftMembers(client, cast("Member", NoProcess()))
     await members.count()
     async with store_on(
@@ -76,7 +78,7 @@ class StatelessObserver(Observer):
         self._record_ends(restored, committed.view)
 
     def _record_ends(self, change: Change, view: View) -> Iterable[str]:
-        """Record failures and which slots are given up.
+        """Record failures and slots that are given up.
 
         Whether restarts were allowed before the restore is not judged.
         """
@@ -85,7 +87,7 @@ class StatelessObserver(Observer):
         return ()
 
     def check_durations(self) -> None:
-        """Not checked: the start times of processes are unknown."""
+        """Skip these checks, because the start times of processes are unknown."""
 
     def container_started(self, node_id: NodeId, task: Task) -> None:
         self._trace.add(f"{node_id} starts task {task.id[:6]}")

@@ -1,7 +1,7 @@
 """Roots and certificates in a simulated cluster, whose nodes check them while the root is rotated.
 
-Roots are real, as managers keep them in the store and compare them.  A node's certificate is only what counts for
-trust: the root that issued it, and the root that has cross-signed the issuer.
+Roots are real, because managers keep them in the store and compare them.  A node's certificate has only the parts that
+decide about trust: the root that issued it, and the root that has cross-signed the issuer.
 """
 
 import asyncio
@@ -36,20 +36,23 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     """A node's certificate, with the roots that the node trusts."""
 
     issuer: str
-    """The root (PEM) that issued it."""
+    """Root (PEM) that issued it."""
     vouched_by: str = ""
-    """The root that has cross-signed the issuer.  Empty outside a rotation."""
+    """Root that has cross-signed the issuer.  Empty outside a rotation."""
     trusted: str = ""
 
     @property
     def tls_info(self) -> TLSInfo:
-        """The node's report of its certificate."""
+        """Return the node's report of its certificate."""
         return replace(tls_info(self.issuer.encode()), trust_root=self.trusted)
 
 
 @lru_cache(maxsize=64)
 def root(number: int) -> Authority:
-    """Return the root with this number, which is the same in each run: its size counts where reports are sent."""
+    """Return the root with this number.
+
+    It is the same in each run, because its size affects the reports that contain it.
+    """
     key = ec.derive_private_key(number + 1, ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ROOT_NAME)])
     builder = (
@@ -73,7 +76,7 @@ def first_certificate() -> Certificate:
 
 
 def found(tx: Transaction) -> None:
-    """Give a new cluster its first root, and its managers certificates."""
+    """Create the first root of a new cluster, and issue certificates to its managers."""
     (swarm,) = tx.find(Swarm)
     first = root(0)
     tx.put(replace(swarm, tls_info=tls_info(first.root_pem)))
@@ -102,14 +105,14 @@ def issue(tx: Transaction) -> Certificate | None:
 
 
 def describe(tx: Transaction, id: NodeId, certificate: Certificate) -> None:
-    """Write the certificate into the description of a machine that runs a manager only, which has no agent here."""
+    """Write the certificate into the description of a machine that runs only a manager, which has no agent here."""
     if (node := tx.lookup(Node, id)) is not None:
         description = replace(node.description, tls_info=_reported(certificate.tls_info))
         tx.put(replace(node, description=description))
 
 
 def _reported(info: TLSInfo) -> TLSInfo:
-    """What a manager reports.  It takes trusted roots from its store, so it never misses any."""
+    """Return a manager's report.  A manager takes trusted roots from its store, so it never misses any."""
     return replace(info, trust_root="")
 
 
@@ -118,18 +121,18 @@ class Certificates:
 
     def __init__(self) -> None:
         self.held: dict[Machine, Certificate] = {}
-        """Empty in a cluster without roots: then all trust each other."""
+        """Certificate of each machine.  Empty in a cluster without roots, where all machines trust each other."""
         self.changed: dict[Machine, asyncio.Event] = {}
         """Set when a node has a new certificate or new roots, so that it reports them."""
 
     def take(self, id: NodeId, issued: Certificate) -> None:
-        """A node has a new certificate.  The roots that it trusts stay."""
+        """Set a node's new certificate, and keep the roots that the node trusts."""
         known = self.held.get(id)
         self.held[id] = issued if known is None else replace(issued, trusted=known.trusted)
         self._changed(id)
 
     def trust(self, id: NodeId, roots: str) -> None:
-        """A manager has sent the roots to a node."""
+        """Set the roots that a manager has sent to a node."""
         known = self.held.get(id)
         if known is not None and roots and known.trusted != roots:
             self.held[id] = replace(known, trusted=roots)
@@ -143,7 +146,7 @@ class Certificates:
         """Return whether two ends of a connection trust each other.
 
         Args:
-            view_of: the view of a manager that runs, or None for other machines.
+            view_of: returns the view of a manager that runs, or None for other machines.
         """
         caller, manager = self.held.get(source), self.held.get(target)
         if caller is None or manager is None:
@@ -153,7 +156,9 @@ class Certificates:
         )
 
     def _roots_of(self, id: Machine, view: View | None) -> str:
-        """The roots that a machine trusts.  A manager reads them in its store, and keeps them for its next start."""
+        """Return the roots that a machine trusts.  A manager reads them in its store, and keeps them for its next
+        start.
+        """
         swarms = view.find(Swarm) if view is not None else []
         if swarms and swarms[0].tls_info.trust_root:
             self.trust(NodeId(id), swarms[0].tls_info.trust_root)

@@ -1,6 +1,6 @@
-"""One simulation run of a cluster: random requests and faults; then all faults end, and the cluster must converge.
+"""One simulation run of a cluster: random requests and faults.  Then all faults end, and the cluster must converge.
 
-``simulate(seed)`` returns all violations.  The same seed gives the same run.
+``simulate(seed)`` returns all violations.  The same seed produces the same run.
 """
 
 import traceback
@@ -47,16 +47,18 @@ from skep.store.state import State
 STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 EXTENDED_PAUSES_S = (*PAUSES_S, 0.2, 0.8, 5.0, 20.0)
-"""With long ones, as schedules are due every minute."""
+"""Pauses in runs with extensions.  They include long ones, because schedules are due every minute."""
 CONVERGED_S = 90.0
-"""Limit from the end of the last fault until the cluster has converged."""
+"""Time limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
-"""Iterations of the event loop in two minutes; a whole run has 24,000 on average.  Ten times that is a busy loop."""
+"""Iterations of the event loop in two minutes.  A whole run has 24,000 on average, so ten times that is a busy
+loop.
+"""
 LONGEST_WAIT_S = LONGEST_DELAY_S + 10.0
-"""Limit for leftovers of finished work to go: the longest delay between two attempts, and a margin."""
+"""Time limit for leftovers of finished work: the longest delay between two attempts, and a margin."""
 POLL_S = 0.5
 STOPPED_S = 2.0
-"""Time for the slowest container to stop, and for its report."""
+"""Seconds for the slowest container to stop and to be reported."""
 
 
 class RunResult(msgspec.Struct):
@@ -65,13 +67,13 @@ class RunResult(msgspec.Struct):
     seed: int
     violations: list[str]
     trace: list[str]
-    """The last events before the end, or before the first violation."""
+    """Last events before the end, or before the first violation."""
 
 
 def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> RunResult:
     """Run the simulation of ``seed``.
 
-    ``extends``: whether users also ask for what Docker does not have.  None: in every second run.
+    ``extends``: whether users also request features that Docker does not have.  None: in every second run.
     """
     shape = Random(seed ^ 0x5EED)
     extends = seed % 2 == 1 if extends is None else extends
@@ -102,12 +104,12 @@ def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> R
 
 
 def extended(seed: int) -> RunResult:
-    """Run the simulation of ``seed`` with users who also ask for what Docker does not have."""
+    """Run the simulation of ``seed`` with users that also request features that Docker does not have."""
     return simulate(seed, extends=True)
 
 
 def _capacity(shape: Random) -> Resources:
-    """That of each worker; often too little for all services, so that priorities matter."""
+    """Return the resources of each worker, often too few for all services, so that priorities matter."""
     return Resources(nano_cpus=4_000_000_000, memory_bytes=shape.choice((3, 6, 16)) * MEMORY_BYTES)
 
 
@@ -138,7 +140,7 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
     if extensions is not None:
         _check_due_times(cluster)
     cluster.give_managers()
-    cluster.do(users.finished())
+    cluster.do(users.wait_until_finished())
     cluster.do(users.settle())
     cluster.do(users.activate_all())
     _converge(cluster)
@@ -167,7 +169,7 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
 
 
 def _check_due_times(cluster: SimulatedCluster) -> None:
-    """Every due time is decided.  By the slowest clock, as any manager may lead."""
+    """Check that every due time is decided, by the slowest clock, because any manager may lead."""
     cluster.run_for(DECIDED_S + 2 * STOPPED_S)
     slowest_ns = min(cluster.clocks[id].now_ns() for id in cluster.managers)
     now = timestamp(slowest_ns - round(DECIDED_S * SECOND_NS))
@@ -183,7 +185,7 @@ def _pause(cluster: SimulatedCluster, injector: FaultInjector, seconds: float) -
 
 
 def _restore(cluster: SimulatedCluster, revision: int) -> None:
-    """Restore a snapshot, which is older than the state of the nodes: the cluster must converge to the snapshot."""
+    """Restore a snapshot that is older than the state of the nodes.  The cluster must converge to the snapshot."""
     restore(cluster, revision)
     _converge(cluster)
     cluster.run_for(STOPPED_S)
@@ -217,7 +219,7 @@ def _converge(cluster: SimulatedCluster) -> None:
 
 
 def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:
-    """Advance time until nothing is missing; a timeout is a violation."""
+    """Advance time until nothing is missing.  A timeout is a violation."""
     until = cluster.loop.time() + CONVERGED_S
     while lacking := list(missing()):
         if cluster.loop.time() > until:
@@ -227,13 +229,13 @@ def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> N
 
 
 def _check_quiescence(cluster: SimulatedCluster) -> None:
-    """The invariants of a cluster at rest."""
+    """Check the invariants of a cluster at rest."""
     note, now = cluster.observer.note, cluster.loop.time
     # Services with crashing containers are never at rest, so only violations that persist count.
     before, left = set(_rest_violations(cluster)), set(cluster.leftovers())
     cluster.run_for(STOPPED_S)
     note(now(), [violation for violation in _rest_violations(cluster) if violation in before])
-    # A write to a leader that is gone, or a failed decision, waits for its timeout or its next attempt.
+    # A write to a leader that has died, or a failed decision, waits for its timeout or its next attempt.
     until = now() + LONGEST_WAIT_S
     while (left := left.intersection(cluster.leftovers())) and now() < until:
         cluster.run_for(POLL_S)

@@ -20,7 +20,7 @@ from sim.run import RunResult, simulate
 Simulate = Callable[[int], RunResult]
 
 RUN_CPU_S_MAX = 300.0
-"""Processor seconds of one run; the average is below one."""
+"""Processor seconds after which one run is interrupted.  The average is below one."""
 RUNS_PER_COLLECTION = 10
 CHUNK = 25
 
@@ -37,14 +37,14 @@ def results(seeds: Iterable[int], run: Simulate = simulate) -> Iterator[RunResul
 
 
 def failures(seeds: Iterable[int], processes: int = 0, run: Simulate = simulate) -> Iterator[RunResult]:
-    """Simulate seeds in ``processes`` processes (0: one per processor); gives the runs with violations."""
+    """Simulate seeds in ``processes`` processes (0: one per processor).  Yield the runs with violations."""
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
         for found in pool.map(partial(_failed, run=run), chunked(seeds, CHUNK)):
             yield from found
 
 
 def report(result: RunResult, lines: int = 60) -> str:
-    """The violations of a run, the events before the first one, and the command to reproduce it."""
+    """Return the violations of a run, the events before the first one, and the command to reproduce it."""
     return "\n".join(
         [
             f"seed {result.seed} failed; reproduce: make sim SEED={result.seed}",
@@ -71,12 +71,12 @@ def quiet() -> Iterator[None]:
 
 
 class Endless(Exception):
-    """A run takes longer than any: one turn of its loop does not end."""
+    """A run takes too long, because one turn of its loop does not end."""
 
 
 @contextmanager
 def interrupted_if_endless() -> Iterator[None]:
-    """Raise ``Endless`` where a run is after ``RUN_CPU_S_MAX``, and every second from then on.  Main thread only."""
+    """Raise ``Endless`` in a run after ``RUN_CPU_S_MAX``, and every second from then on.  Main thread only."""
 
     def interrupt(*_: object) -> None:
         raise Endless(f"after {RUN_CPU_S_MAX:g} s of processor time")
@@ -91,7 +91,7 @@ def interrupted_if_endless() -> Iterator[None]:
 
 
 def chunked(seeds: Iterable[int], size: int) -> Iterator[list[int]]:
-    """``seeds`` in lists of ``size``."""
+    """Yield ``seeds`` in lists of ``size``."""
     rest = iter(seeds)
     while chunk := list(islice(rest, size)):
         yield chunk

@@ -1,7 +1,7 @@
 """A simulated storage system with its CSI driver, and the cluster volumes of a simulated machine.
 
-The storage does not fence, as with NFS or host paths: to unpublish a volume changes the driver's books, and whoever has
-it mounted still writes.  Who that is follows from the machines alone (``invariants.writers.SingleWriters``).
+The storage does not fence, like NFS or host paths.  Unpublishing a volume changes the driver's records, but a node
+that has it mounted can still write.  The machines alone determine the writers (``invariants.writers.SingleWriters``).
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from skep.model.volume import Volume, VolumeInfo, VolumeScope
 
 DRIVER = "disks"
 LOOK_S = 0.5
-"""Interval at which a machine checks whether a volume that is asked for is out of use."""
+"""Interval at which a machine checks whether a requested volume is out of use."""
 
 
 class SimulatedStorage:
@@ -33,7 +33,7 @@ class SimulatedStorage:
         return self
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
-        """Make a volume, once."""
+        """Create a volume.  Repeated calls return the same volume."""
         id = f"disk-{volume.id}"
         self.published.setdefault(id, set())
         return VolumeInfo(volume_id=id)
@@ -57,27 +57,27 @@ class SimulatedStorage:
         return {}
 
     async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
-        """Take a volume from a node, in the books."""
+        """Record that a volume is no longer published on a node."""
         self.published.get(volume_id, set()).discard(driver_node_id)
 
 
 class SimulatedVolumes:
-    """The cluster volumes of one node process: mounted as assigned, given up when asked for and out of use.
+    """The cluster volumes of one node process.  They are mounted as assigned, and released on request once out of use.
 
     Has the methods of ``agent.cluster_volumes.ClusterVolumes`` that the worker and the session call.
     """
 
     def __init__(self, tasks: Callable[[], Iterable[Task]], clock: Clock) -> None:
-        """``tasks``: those that have a process on the machine."""
+        """``tasks``: returns the tasks that have a process on the machine."""
         self._tasks = tasks
         self._clock = clock
         self._mounted: set[VolumeId] = set()
         self._asked: set[VolumeId] = set()
-        """Volumes that managers want back."""
+        """Volumes that managers have requested back."""
         self._changed = asyncio.Event()
 
     async def wait_ready(self) -> None:
-        """Return at once: nothing is read from a disk."""
+        """Return at once, because nothing is read from a disk."""
 
     def assign(self, change: AssignmentSet) -> None:
         """Take over the volumes of ``change``."""
@@ -94,7 +94,7 @@ class SimulatedVolumes:
             await self._changed.wait()
 
     async def take_reports(self) -> Sequence[VolumeId]:
-        """Wait for volumes that are given up; given again until ``reported``."""
+        """Wait for released volumes.  They are returned again until ``reported``."""
         while True:
             used = {VolumeId(one.id) for task in self._tasks() for one in task.volumes}
             if free := sorted(self._asked - used):
@@ -106,5 +106,5 @@ class SimulatedVolumes:
                 await self._changed.wait()
 
     def reported(self, ids: Iterable[VolumeId]) -> None:
-        """A manager has the reports."""
+        """Take note that a manager has the reports."""
         self._asked -= set(ids)

@@ -1,4 +1,4 @@
-"""Faults that are injected in the situations in which they matter."""
+"""Faults that are injected into the situations in which they matter."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Transaction, View
 
 CUT_OFF_S = 15.0
-"""Longer than any requested delay of ``skep.on-disconnect``, and than a container takes to stop."""
+"""Longer than any requested delay of ``skep.on-disconnect``, and longer than a container takes to stop."""
 BACK_S = 10.0
 """Time until a node is back and the cluster has converged."""
 LOOK_S = 0.02
@@ -29,21 +29,23 @@ ATTEMPTED_S = 0.5
 LAG_S = 3.0
 SLOW_MANAGER_S = 1.6
 SLOW_NODE_S = 0.4
-"""Chosen so that one call to the slow manager takes longer than the registration with another one (three latencies)."""
+"""Chosen so that one call to the slow manager takes longer than the registration with another one (three
+latencies).
+"""
 PATIENCE_S = (0.6, 2.0)
 """Timeout of a node for the response of a manager."""
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 FEW = 3
-"""With fewer workers the loss of one is a disruption, in which none is removed."""
+"""Number of workers up to which the loss of one is a disruption, in which none is removed."""
 LOST_S = 110.0
-"""Longer than a cluster keeps lost nodes that removes them after a minute, and than the tasks take to run elsewhere."""
+"""Longer than the minute after which lost nodes can be removed, and longer than their tasks take to run elsewhere."""
 UNDECIDED_S = 3.0
 """Longer than any requested restart delay."""
 
 
 def cut_off_for_long(cluster: SimulatedCluster) -> None:
-    """A node that has to stop its tasks is partitioned until it has; its other tasks continue."""
+    """Partition a node until it has stopped the tasks that it has to stop.  Its other tasks continue."""
     stopping = {service.id for service in cluster.view.find(Service) if _is_to_stop(service)}
     nodes = _nodes_of(
         task
@@ -105,12 +107,12 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     cluster.run_for(UNDECIDED_S)
     cluster.poisoned.discard(service.id)
     cluster.disturb()
-    cluster.do(users.finished())
+    cluster.do(users.wait_until_finished())
     pass_time(cluster, BACK_S)
 
 
 def serve_stale_state(cluster: SimulatedCluster) -> None:
-    """A manager sends its nodes a state from before the newest containers, until it restarts."""
+    """Let a manager send its nodes a state from before the newest containers, until it restarts."""
     committed, kv = cluster.committed, cluster.raft.kv
     since = max(kv.revision - cluster.random.choice(REVISIONS), 2)
     past = committed.past(kv.events(2, since))
@@ -128,7 +130,7 @@ def serve_stale_state(cluster: SimulatedCluster) -> None:
 
 
 def move_during_report(cluster: SimulatedCluster) -> None:
-    """A report reaches a slow manager after its node has moved to another one, which has not received it yet.
+    """Deliver a report to a slow manager after its node has moved to another one, which has not received it yet.
 
     The replica of the slow manager does not show the new session yet.
     """
@@ -154,14 +156,14 @@ def move_during_report(cluster: SimulatedCluster) -> None:
         cluster.kill_container(task)
     cluster.run_for(2 * SLOW_MANAGER_S)
     for one in (session.manager_id, id):
-        slow.pop(one, None)  # it may have left meanwhile
+        slow.pop(one, None)  # the machine may have left meanwhile
     member.watch_lag_s = 0.0
     cluster.disturb()
     pass_time(cluster, BACK_S)
 
 
 def lose_a_node_for_long(cluster: SimulatedCluster) -> None:
-    """A node with volumes is partitioned until a cluster that is set to do so removes lost nodes; it runs on."""
+    """Partition a running node with volumes until a cluster that is configured for it removes lost nodes."""
     if len(cluster.workers) < FEW:
         return
     using = [
@@ -181,7 +183,7 @@ def lose_a_node_for_long(cluster: SimulatedCluster) -> None:
 
 
 def end_removed_nodes(cluster: SimulatedCluster) -> None:
-    """As an operator: switch the machines off whose nodes the leader has removed."""
+    """Switch off the machines whose nodes the leader has removed, as an operator would."""
     known = {node.id for node in cluster.view.find(Node)}
     for id in [one for one in cluster.workers if one not in known and one not in cluster.changing]:
         cluster.trace.add(f"operator: {id}, which was removed, is switched off")

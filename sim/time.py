@@ -1,6 +1,6 @@
 """Virtual time: an event loop that jumps to the next timer instead of waiting for it.
 
-Every wait in a simulation is a timer of its loop, so only timers advance the clock, and an hour of simulated time takes
+Every wait in a simulation is a timer of its loop, so only timers advance the clock.  An hour of simulated time takes
 only the time of its computation.
 """
 
@@ -24,33 +24,36 @@ EPOCH_NS = 1_700_000_000 * SECOND_NS
 RESOLUTION_S = time.get_clock_info("monotonic").resolution
 JUMP_S_MAX = 24 * 3600.0
 TURNS_PERIOD_S = 120.0
-"""Time after which iterations are counted from 0 again: a run of many minutes in which containers crash has many."""
+"""Seconds after which iterations are counted from 0 again.  A run of many minutes in which containers crash has
+many.
+"""
 CANCELLED_MIN = 100
 CANCELLED_SHARE = 0.5
-"""As in asyncio's loops."""
+"""Share of cancelled timers at which the heap is cleaned up, as in asyncio's loops."""
 
 
 class Deadlock(Exception):
-    """A task waits, and there is no timer or ready callback left."""
+    """A task waits, and no timer or ready callback is left."""
 
 
 class Spinning(Exception):
-    """The limit of iterations is reached: a busy loop, in which hardly any time passes."""
+    """The limit of iterations is reached in a busy loop, in which hardly any time passes."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop on virtual time, beginning at 0.
 
-    Callbacks run in the order of asyncio's own loop, without its system calls and debugging: two thirds of the turns of
-    a run do next to nothing, so what a turn costs is a large part of the whole.
+    Callbacks run in the order of asyncio's own loop, without its system calls and debugging.  Two thirds of the turns
+    of a run do next to nothing, so the cost of a turn is a large part of the whole.
     """
 
     def __init__(self, turns_max: int | None = None, seed: int = 0) -> None:
-        """
+        """Create a loop at time 0.
+
         Args:
-            turns_max: number of iterations within ``TURNS_PERIOD_S`` after which ``Spinning`` is raised, once.  None:
-                no limit.
-            seed: of ``random``, which back-offs use that are not given a source of their own.
+            turns_max: number of iterations within ``TURNS_PERIOD_S`` after which ``Spinning`` is raised once, or None
+                for no limit.
+            seed: seed of ``random``, which back-offs without their own source use.
         """
         random.seed(seed)
         self._now = 0.0
@@ -58,7 +61,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._period_ends = TURNS_PERIOD_S
         self._due: deque[_Call] = deque()
         self._timers: list[tuple[float, _Timer]] = []
-        """A heap, as that of asyncio: timers of the same instant run in the order in which its loop would run them."""
+        """A heap like asyncio's: timers of the same instant run in the order in which its loop would run them."""
         self._cancelled_timers = 0
         self._stopping = False
         super().__init__()
@@ -114,11 +117,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return sum(not timer.cancelled() for _, timer in self._timers)
 
     def timer_cancelled(self) -> None:
-        """A timer that is still in the heap was cancelled."""
+        """Take note that a timer that is still in the heap was cancelled."""
         self._cancelled_timers += 1
 
     def _run_once(self) -> None:
-        """Run iterations of the loop until it is stopped; ``run_forever`` calls this.  Raises: Deadlock, Spinning."""
+        """Run iterations of the loop until it is stopped.  ``run_forever`` calls this.  Raises: Deadlock, Spinning."""
         due, take = self._due, self._due.popleft
         while True:
             self._forget_cancelled()
@@ -128,7 +131,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 timer = heappop(timers)[1]
                 timer.is_scheduled = False
                 due.append(timer)
-            # Only these: what they call soon runs in the next iteration.
+            # Run only these callbacks.  Callbacks that they schedule run in the next iteration.
             for _ in range(len(due)):
                 call = take()
                 if call.is_cancelled:
@@ -144,7 +147,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 return
 
     def _forget_cancelled(self) -> None:
-        """Remove cancelled timers from the head of the heap, or all when they are many, as asyncio does."""
+        """Remove cancelled timers from the head of the heap, or all of them when they are many, as asyncio does."""
         timers = self._timers
         if len(timers) > CANCELLED_MIN and self._cancelled_timers / len(timers) > CANCELLED_SHARE:
             for _, timer in timers:
@@ -175,7 +178,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 class _Call(asyncio.Handle):
-    """A callback that is due, without what a handle of asyncio has for debugging."""
+    """A callback that is due, without the debugging data of asyncio's handles."""
 
     __slots__ = ("args", "callback", "context", "is_cancelled")
 
@@ -227,11 +230,13 @@ class _Timer(_Call):
         super().cancel()
 
     def __lt__(self, other: object) -> bool:
-        return False  # asked for only when the times are equal
+        return False  # only called when the times are equal
 
 
 class _NumberedTask(asyncio.Task[Any]):
-    """A task hashed by its number instead of its address: task groups then cancel in the same order in every run."""
+    """A task hashed by its number instead of its address, so that task groups cancel in the same order in every
+    run.
+    """
 
     def __init__(self, number: int, work: Any, **rest: Any) -> None:
         self._number = number
@@ -274,7 +279,7 @@ class VirtualClock:
         return self.since_boot() - self.suspended_s
 
     def since_boot(self) -> float:
-        """Monotonic time including suspension."""
+        """Return the monotonic time including suspension."""
         return self._began_s + self._loop.time() * self._drift
 
     async def sleep(self, seconds: float) -> None:
@@ -298,4 +303,4 @@ def _wake(future: "asyncio.Future[None]") -> None:
 
 
 def _nothing() -> None:
-    """The callback of a cancelled call."""
+    """Do nothing, as the callback of a cancelled call."""

@@ -30,7 +30,7 @@ class Trace:
         self._kept.append((change.time_s, change))
 
     def lines(self) -> list[str]:
-        """The recorded events, one line each."""
+        """Return the recorded events, one line each."""
         return [f"{at:9.3f}  {_text_of(what)}" for at, what in self._kept]
 
 
@@ -76,7 +76,7 @@ def _label_of(object: msgspec.Struct) -> str:
 
 
 def _short(value: object) -> str:
-    """A short text for a value."""
+    """Return a short text for a value."""
     for name in ("state", "availability", "session_id", "mode"):
         inner = getattr(value, name, None)
         if inner is not None:

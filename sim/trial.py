@@ -1,4 +1,4 @@
-"""An update that the dry run accepts is placed, in a cluster at rest."""
+"""In a cluster at rest, an update that the dry run accepts gets nodes for all its tasks."""
 
 from collections.abc import Callable
 from random import Random
@@ -16,10 +16,10 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 PLACED_S = 25.0
-"""Limit until all new tasks have nodes.  An update replaces them one after the other, with delays."""
+"""Time limit until all new tasks have nodes.  An update replaces them one after the other, with delays."""
 
 EARLIER_LEADER_S = 75.0
-"""Time by which a new leader may take a volume from a node: calls of the leader before it have ended then."""
+"""Time by which a new leader may take a volume from a node.  The previous leader's calls have ended by then."""
 
 
 def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> None:
@@ -27,7 +27,7 @@ def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> No
     services = [one for one in cluster.view.find(Service) if _can_be_tried(cluster, one)]
     if not services:
         return
-    # A task with a cluster volume meets the one that it replaces.
+    # A task with a cluster volume competes with the task that it replaces.
     sharing = [one for one in services if any(task.volumes for task in cluster.wanted(one.id))]
     id = random.choice(sharing or services).id
     check_planned(
@@ -43,7 +43,7 @@ def check_planned(
     Args:
         update: called to update the service to that spec.
     """
-    planned = cluster.do(_planned(cluster.view, spec))
+    planned = cluster.do(_plan(cluster.view, spec))
     is_accepted = not planned.error and not planned.preempted
     update()
     pass_time(cluster, PLACED_S)
@@ -62,7 +62,7 @@ def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:
 
 
 def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
-    """Whether nothing that the dry run does not ask about decides on the placement of the service's tasks."""
+    """Return whether the dry run considers everything that decides on the placement of the service's tasks."""
     view, update = cluster.view, service.spec.update_config
     return (
         is_steady(cluster, service)
@@ -72,7 +72,7 @@ def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
     )
 
 
-async def _planned(view: View, spec: ServiceSpec) -> PlannedPlacement:
+async def _plan(view: View, spec: ServiceSpec) -> PlannedPlacement:
     dry_run = DryRun(view, await accounting_of(view), lambda service: service.spec.name)
     (planned,) = [step for step in dry_run.placing(spec) if step is not None]
     return planned

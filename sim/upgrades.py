@@ -1,9 +1,10 @@
 """Upgrades of all workers, concurrent with all other requests of users.
 
-Each is the production command.  It may be killed or suspended between any two requests, lose responses, find a node
-that does not come back, and be continued by another command.
+Each upgrade is the production command.  It may be killed or suspended between any two requests, lose responses, find a
+node that does not come back, and be continued by another command.
 
-Rules: only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready worker behind.
+Rules: only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready worker on another
+version.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ from skep.store.interface import Created, Deleted, Updated, View
 WITHIN_S = 20.0
 AT_ONCE = 2
 KILLED_BY = 60
-"""The last request at which a command is killed or suspended: an upgrade of a node takes some 30."""
+"""Last request at which a command is killed or suspended.  An upgrade of a node takes some 30 requests."""
 PAUSE_S = 20.0
 RETRY_S = 1.0
 
@@ -58,7 +59,7 @@ class Upgrades:
         self._responses = responses
         self._acknowledgements = acknowledgements
         self._eligible: dict[NodeId, float] = {}
-        """Since when nodes have been ready and have shown a version."""
+        """Time since which nodes have been ready and have shown a version."""
         cluster.committed.watchers.append(self._watch)
         self._cluster = cluster
         self._random = random
@@ -66,7 +67,7 @@ class Upgrades:
         self._running: dict[asyncio.Task[None], ApiClient] = {}
         self._numbers = 1
         self._installing: set[str] = set()
-        """Nodes that get another version now."""
+        """Nodes that are being upgraded."""
         for id in cluster.nodes:
             show_version(cluster, id, "1")
 
@@ -117,7 +118,7 @@ class Upgrades:
             self._note(self._left_behind(version, began))
 
     async def _run(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
-        """``skep upgrade --continue``."""
+        """Run ``skep upgrade --continue``."""
         means = _CheckedMeans(
             version=version,
             command="true",
@@ -138,7 +139,7 @@ class Upgrades:
         await upgrade.release()
 
     def _left_behind(self, version: str, began: float) -> Iterable[str]:
-        """Workers that could be upgraded all the time, and were not."""
+        """Yield the workers that could be upgraded all the time, but were not."""
         for id, since in self._eligible.items():
             node = self._cluster.view.get(Node, id)
             shown = node.description.engine.engine_version
@@ -189,7 +190,7 @@ class _RecordedClient(ApiClient):
 
 
 class _CheckedMeans(SimulatedMeans, frozen=True, kw_only=True):
-    """Means that check that no other node is being upgraded."""
+    """Checks on each upgrade that no other node is being upgraded."""
 
     installing: set[str]
     note: Callable[[Iterable[str]], None]
@@ -215,7 +216,7 @@ class _CheckedMeans(SimulatedMeans, frozen=True, kw_only=True):
 
 
 class _Host:
-    """Gives a command its client, as ``HostOptions`` does."""
+    """Provides a command with its client, as ``HostOptions`` does."""
 
     def __init__(self, client: ApiClient) -> None:
         self._client = client

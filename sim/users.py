@@ -82,7 +82,7 @@ NETWORK = "overlay"
 NETWORKS_MAX, SECRETS_MAX = 4, 2
 VOLUMES_MAX, USERS_MAX = 3, 2
 ATTEMPTS_MAX = 25
-"""Number of attempts after which a request is taken for one that is refused for good."""
+"""Number of attempts after which a request counts as refused permanently."""
 ACCESS_MODES = (
     AccessMode(mount_volume=TypeMount()),
     AccessMode(sharing=VolumeSharing.ONE_WRITER, mount_volume=TypeMount()),
@@ -96,7 +96,7 @@ class Users:
     """All users of one cluster."""
 
     def __init__(self, cluster: SimulatedCluster, extensions: Random | None = None) -> None:
-        """``extensions``: draws what Docker does not have.  None: users ask for nothing of it."""
+        """``extensions``: draws features that Docker does not have, or None for users that request none of them."""
         self._extensions = extensions
         self._cluster = cluster
         self._random = cluster.random
@@ -109,12 +109,12 @@ class Users:
             *(self._create,) * 2,
             *(self._scale,) * 3,
             *(self._update,) * 3,
-            *(self._rollback, self._remove, self._availability, self._read, self._read),
+            *(self._rollback, self._remove, self._availability, self._read_barrier, self._read_barrier),
             *(self._label, self._request_invalid),
             *(self._network, self._network, self._secret),
         )
         self._served_by = cluster.managers[0]
-        """The manager that the last request went to."""
+        """Manager that received the last request."""
         self._services_max = SERVICES_MAX if extensions is None else EXTENDED_SERVICES_MAX
         self._upgrades = (
             Upgrades(cluster, extensions, self._responses, self._acknowledgements)
@@ -138,10 +138,10 @@ class Users:
     def update(self, id: ServiceId, image: str) -> None:
         """Begin an update of a service to ``image``."""
 
-        async def updated() -> None:
-            await self._changed(partial(with_image, image=image), id)
+        async def run_update() -> None:
+            await self._change(partial(with_image, image=image), id)
 
-        self._begin(updated)
+        self._begin(run_update)
 
     def begin(self) -> None:
         """Make the first requests: create a service, or several with volumes to share and settings of the cluster."""
@@ -152,7 +152,7 @@ class Users:
         for action in actions:
             self._begin(action)
 
-    async def finished(self) -> None:
+    async def wait_until_finished(self) -> None:
         """Return when every request has its response."""
         while self._requests:
             await asyncio.wait(self._requests)
@@ -169,19 +169,19 @@ class Users:
             # A service whose creation got no response may exist.
             is_there = self._cluster.view.lookup(Service, record.id) is not None
             while not record.is_removed and (record.acknowledged or is_there):
-                await self._removed(record.id)
+                await self._request_removal(record.id)
                 await asyncio.sleep(0.1)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
     def _begin(self, action: Callable[[], Awaitable[None]]) -> None:
-        async def guarded() -> None:
+        async def run_guarded() -> None:
             try:
                 await action()
             except SkepError as error:
                 self._cluster.trace.add(f"user: {type(error).__name__}: {error}")
 
-        task = self._cluster.loop.create_task(guarded(), name=action.__name__)
+        task = self._cluster.loop.create_task(run_guarded(), name=action.__name__)
         self._requests.add(task)
         task.add_done_callback(self._done)
 
@@ -191,9 +191,10 @@ class Users:
             task.result()
 
     async def _store(self, *, creates: bool | None = None) -> EtcdStore:
-        """The store of a random manager after a barrier; checks that it shows all acknowledged requests.
+        """Return the store of a random manager after a barrier, and check that it shows all acknowledged requests.
 
-        ``creates``: whether an object is to be created; None: the request does not make the store grow.
+        ``creates``: whether the request creates an object, or None if the request does not make the store grow.
+
         Raises: Unavailable: no manager serves, it has no quorum, or the store is nearly full.
         """
         running = [
@@ -213,7 +214,7 @@ class Users:
             raise Unavailable(why)
         return store
 
-    async def _read(self) -> None:
+    async def _read_barrier(self) -> None:
         await self._store()
 
     async def _create(self) -> None:
@@ -222,7 +223,7 @@ class Users:
         since = self._responses.present
         store = await self._store(creates=True)
         id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
-        await self._created(store, since, id, self._a_spec(store))
+        await self._request_service(store, since, id, self._a_spec(store))
 
     def _a_spec(self, store: EtcdStore) -> ServiceSpec:
         view = store.view()
@@ -236,12 +237,12 @@ class Users:
         names = NAMES if self._extensions is None else (*NAMES, *MORE_NAMES)
         return a_spec(self._random.choice(names), self._random, dependencies, self._extensions)
 
-    async def _created(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
+    async def _request_service(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
         record = self._acknowledgements.requested(id, spec)
         self._cluster.trace.add(f"user: create {id} {spec.name}")
         body = partial(create_service, new_id=lambda: id, new_name=lambda: id, now=timestamp(self._now_ns()))
         try:
-            service = await self._compared(Create(id, spec), since, store.update(body, spec))
+            service = await self._compare(Create(id, spec), since, store.update(body, spec))
         except Unavailable:
             raise
         except SkepError:
@@ -259,19 +260,19 @@ class Users:
             replicas = self._random.randint(0, 6)
             return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=replicas)))
 
-        await self._changed(scaled)
+        await self._change(scaled)
 
     async def _update(self) -> None:
         def updated(spec: ServiceSpec) -> ServiceSpec:
             images = JOB_IMAGES if spec.mode.name in ("replicated-job", "global-job") else IMAGES
             return with_image(spec, self._random.choice(images))
 
-        await self._changed(updated)
+        await self._change(updated)
 
-    async def _changed(
+    async def _change(
         self, change: Callable[[ServiceSpec], ServiceSpec], id: ServiceId | None = None
     ) -> None:
-        """``id``: None for any service."""
+        """Update the service ``id``, or any service if ``id`` is None."""
         if not (active := self._active()):
             return
         id = id or self._random.choice(active)
@@ -286,7 +287,7 @@ class Users:
         self._cluster.trace.add(f"user: update {id} at {version}")
         body = partial(update_service, now=timestamp(self._now_ns()))
         try:
-            updated = await self._compared(
+            updated = await self._compare(
                 Update(id, spec, version), since, store.update(body, id, spec, version)
             )
         except Unavailable:
@@ -297,14 +298,14 @@ class Users:
         self._acknowledged(updated)
 
     async def _request_invalid(self) -> None:
-        """An invalid spec, another mode or another name."""
+        """Request an invalid spec, another mode or another name."""
         since = self._responses.present
         if self._random.random() < 0.5:
             store = await self._store(creates=True)
             id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
-            await self._created(store, since, id, invalidated(self._a_spec(store), self._random))
+            await self._request_service(store, since, id, invalidated(self._a_spec(store), self._random))
             return
-        await self._changed(self._random.choice((self._invalidated, _of_another_mode, _renamed)))
+        await self._change(self._random.choice((self._invalidated, _of_another_mode, _renamed)))
 
     def _invalidated(self, spec: ServiceSpec) -> ServiceSpec:
         return invalidated(spec, self._random)
@@ -320,20 +321,20 @@ class Users:
         self._cluster.trace.add(f"user: rollback {id} at {version}")
         body = partial(rollback_service, now=timestamp(self._now_ns()))
         writing = store.update(body, id, service.spec, version)
-        self._acknowledged(await self._compared(Rollback(id, version), since, writing))
+        self._acknowledged(await self._compare(Rollback(id, version), since, writing))
 
     async def _remove(self) -> None:
         if active := self._active():
-            await self._removed(self._random.choice(active))
+            await self._request_removal(self._random.choice(active))
 
-    async def _removed(self, id: ServiceId) -> None:
+    async def _request_removal(self, id: ServiceId) -> None:
         record, since = self._acknowledgements.services[id], self._responses.present
         try:
             store = await self._store()
             record.is_removal_asked = True
             self._cluster.trace.add(f"user: remove {id}")
             body = partial(remove_service, now=timestamp(self._now_ns()))
-            await self._compared(Remove(id), since, store.update(body, id))
+            await self._compare(Remove(id), since, store.update(body, id))
         except Unavailable:
             return
         except SkepError:  # removed by an earlier attempt of unknown outcome
@@ -388,11 +389,11 @@ class Users:
         return await self._set_node(id, lambda spec: replace(spec, availability=availability))
 
     async def set_role(self, id: NodeId, role: NodeRole) -> bool | None:
-        """Returns whether the requested role of the node is now ``role``; None: that is not known."""
+        """Request a role for a node.  Return whether its desired role is now ``role``, or None if that is unknown."""
         return await self._set_node(id, lambda spec: replace(spec, role=role))
 
     async def resign(self, id: NodeId) -> None:
-        """A leaving manager requests its demotion.  Raises: SkepError: the others would lose their quorum."""
+        """Request the demotion of a leaving manager.  Raises: SkepError: the others would lose their quorum."""
         store = await self._store()
         node = store.view().get(Node, id)
         spec = replace(node.spec, role=NodeRole.WORKER)
@@ -400,18 +401,18 @@ class Users:
         await store.update(resign, id)
 
     async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool | None:
-        """Returns whether the node has the requested spec; None: that is not known."""
+        """Request a change of a node.  Return whether the node has the requested spec, or None if that is unknown."""
         since = self._responses.present
         try:
             store = await self._store()
             if id in store.view().unreadable(Node):
-                return False  # its placeholder does not show the requested spec
+                return False  # the node's placeholder does not show the requested spec
             node = store.view().get(Node, id)
             spec, version = change(node.spec), node.version.index
             self._cluster.trace.add(f"user: {id} {spec.availability.value} {dict(spec.labels)}")
             if spec != node.spec:
                 writing = store.update(update_node, id, spec, version)
-                await self._compared(SetNode(id, spec, version), since, writing)
+                await self._compare(SetNode(id, spec, version), since, writing)
         except Unavailable:
             return None
         except SkepError:
@@ -429,10 +430,10 @@ class Users:
             attempts = 0
             while CRON in service.spec.labels and not self._is_suspended(service.id):
                 attempts += 1
-                if attempts > ATTEMPTS_MAX:  # it refers to something that is gone, or exceeds a new quota
-                    await self._removed(service.id)
+                if attempts > ATTEMPTS_MAX:  # it refers to a deleted object, or exceeds a new quota
+                    await self._request_removal(service.id)
                 with suppress(SkepError):
-                    await self._changed(_suspended, service.id)
+                    await self._change(_suspended, service.id)
                 await asyncio.sleep(0.2)
 
     async def force(self, id: ServiceId) -> None:
@@ -443,7 +444,7 @@ class Users:
             if service is None or service.spec.task_template.force_update > before:
                 return
             with suppress(SkepError):
-                await self._changed(forced, id)
+                await self._change(forced, id)
             await asyncio.sleep(0.2)
 
     def _is_suspended(self, id: ServiceId) -> bool:
@@ -470,14 +471,14 @@ class Users:
                 return replace(spec, labels={k: v for k, v in spec.labels.items() if k != CRON_SUSPEND})
             return _suspended(spec)
 
-        await self._changed(turned)
+        await self._change(turned)
 
     async def _reprioritize(self) -> None:
         priority = str(self._random.choice((0, *PRIORITIES)))
-        await self._changed(lambda spec: with_labels(spec, {PRIORITY: priority}))
+        await self._change(lambda spec: with_labels(spec, {PRIORITY: priority}))
 
     async def _rotate(self) -> None:
-        """Give a service another secret in place of each that it has."""
+        """Replace each secret of a service with another one."""
         present = [one.id for one in self._cluster.view.find(Secret)]
 
         def rotated(spec: ServiceSpec) -> ServiceSpec:
@@ -489,7 +490,7 @@ class Users:
             template = replace(spec.task_template, container_spec=replace(container, secrets=secrets))
             return replace(spec, task_template=template)
 
-        await self._changed(rotated)
+        await self._change(rotated)
 
     async def _quota(self) -> None:
         """Set the quota of a stack, or remove it."""
@@ -520,7 +521,7 @@ class Users:
         await store.update(create_volume, spec, new_id=lambda: id, now=timestamp(self._now_ns()))
 
     async def _set_cluster(self) -> None:
-        """Allow preemption, or have lost nodes removed, or neither."""
+        """Choose at random whether the cluster allows preemption, and whether it removes lost nodes."""
         labels = {PREEMPTION: "true"} if self._random.random() < 0.7 else {}
         if self._is_heads():
             labels[FORGET_NODES] = "1m"
@@ -529,7 +530,7 @@ class Users:
         await store.update(_relabelled, labels)
 
     async def _rotate_root(self) -> None:
-        """``docker swarm ca --rotate``, perhaps while the root is being rotated."""
+        """Run ``docker swarm ca --rotate``, perhaps while the root is being rotated."""
         store = await self._store(creates=False)
         if not (found := store.view().find(Swarm)):
             raise Unavailable("this manager cannot read the cluster's settings")
@@ -546,12 +547,12 @@ class Users:
         await store.update(body, spec, found[0].version.index, Rotations())
 
     async def _upgrade(self) -> None:
-        """``skep upgrade`` of all workers."""
+        """Begin ``skep upgrade`` of all workers."""
         if self._upgrades is not None:
             self._upgrades.act()
 
     async def _user(self) -> None:
-        """Create a user, give one other roles, or remove one."""
+        """Create a user, change a user's roles, or remove a user."""
         store = await self._store(creates=True)
         now, present = timestamp(self._now_ns()), store.view().find(User)
         roles = (self._random.choice(("viewer", f"operator:{STACKS[0]}", "admin")),)
@@ -564,7 +565,7 @@ class Users:
             await store.update(remove_user, self._random.choice(present).id)
 
     async def _load(self) -> None:
-        """Let every task use more or less from now on, or nothing that is measured."""
+        """Change the CPU use of every task from now on, or stop measuring it."""
         used = self._random.choice((None, 0, 300_000_000, 1_500_000_000))
         self._cluster.nano_cpus = lambda _: used
 
@@ -573,13 +574,13 @@ class Users:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    async def _compared(self, request: Request, since: int, writing: Awaitable[T]) -> T:
+    async def _compare(self, request: Request, since: int, writing: Awaitable[T]) -> T:
         """Await the request, and compare its response with Docker's.  Raises: the error in the response."""
         asked = self._responses.requested(request, since)
         try:
             result = await writing
         except Unavailable:
-            raise  # of unknown outcome
+            raise  # the outcome is unknown
         except SkepError as error:
             self._cluster.trace.add(f"user: refused: {error}")
             self._note(self._responses.refused(asked, status_of(error)))
@@ -588,7 +589,7 @@ class Users:
         return result
 
     def _version(self, present: int) -> int:
-        """Mostly the current version."""
+        """Return the current version in most cases, otherwise the previous one."""
         return present if self._random.random() >= LATE else present - 1
 
     # -- records ---------------------------------------------------------------------------------------------------
@@ -608,12 +609,12 @@ class Users:
         self._cluster.observer.note(self._cluster.loop.time(), violations)
 
     def _now_ns(self) -> int:
-        """Now by the clock of the manager that serves the request."""
+        """Return the current time by the clock of the manager that serves the request."""
         return self._cluster.clocks[self._served_by].now_ns()
 
 
 def forced(spec: ServiceSpec) -> ServiceSpec:
-    """The spec of ``docker service update --force``."""
+    """Return the spec that ``docker service update --force`` sends."""
     template = spec.task_template
     return replace(spec, task_template=replace(template, force_update=template.force_update + 1))
 

@@ -32,7 +32,7 @@ class UnknownFieldsAreKept:
     """A field of a newer version stays in a part of an object until that part is deleted."""
 
     def __init__(self, cannot_read: Callable[[NodeId], bool]) -> None:
-        """``cannot_read``: whether a manager has unreadable values, which it overwrites completely."""
+        """``cannot_read``: returns whether a manager has unreadable values, which it overwrites completely."""
         self._cannot_read = cannot_read
         self._written: set[str] = set()
 

@@ -1,4 +1,6 @@
-"""A run that counts the objects that the leader's loops look up for one event.  Decisions are counted, not time."""
+"""A run that counts the objects that the leader's loops look up for one event.  It counts decisions instead of
+time.
+"""
 
 from sim.cluster import SimulatedCluster
 from sim.run import RunResult
@@ -8,7 +10,7 @@ from skep.model.service import GlobalService, ReplicatedService, ServiceMode, Se
 
 FEW, MANY = 8, 32
 LOOKED_S = 10.0
-"""Time in which all loops have looked at an event."""
+"""Seconds in which all loops have processed an event."""
 
 
 def simulate(seed: int) -> RunResult:

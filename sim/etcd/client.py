@@ -24,13 +24,13 @@ from skep.store.updates import NO_LEADER
 T = TypeVar("T")
 
 STATUS_S = (0.3, 1.0)
-"""Delay of a status response while nothing changes; a change is returned at once.  Keeps idle managers cheap."""
+"""Delay of a status response while nothing changes, which keeps idle managers cheap.  A change is returned at once."""
 DEFRAGMENT_S = (0.1, 3.0)
 PEER_PORT = 2378
 RESPONSE_REVISIONS = 50
-"""Revisions that one response of a watch may hold."""
+"""Maximum number of revisions in one watch response."""
 FRAGMENTED = 0.05
-"""Probability that a response with several events has two fragments, as etcd splits one that exceeds a message."""
+"""Probability that a response with several events has two fragments. etcd splits a response that exceeds a message."""
 
 
 class SimulatedClient(Client):
@@ -44,16 +44,16 @@ class SimulatedClient(Client):
         self._last_status: tuple[int, int] | None = None
 
     async def __aexit__(self, *_: object) -> None:
-        """There is no connection to close."""
+        """Do nothing, because there is no connection to close."""
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
-        async def read() -> pb.RangeResponse:
+        async def read_range() -> pb.RangeResponse:
             await asyncio.sleep(0)  # a caller that reads in a loop lets other tasks run
             if not request.serializable:
                 await self._raft.wait_readable(self._member)
             return self._as_on_disk(self._raft.kv.range(request, self._member.applied))
 
-        return await self._within(read(), timeout_s)
+        return await self._within(read_range(), timeout_s)
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
         put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
@@ -64,15 +64,15 @@ class SimulatedClient(Client):
         return await self._within(self._raft.write(self._member, request), timeout_s)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        async def compacted() -> None:
+        async def compact_later() -> None:
             await self._raft.wait_readable(self._member)
             self._raft.kv.compact(revision)
             self._raft.space.compact()
 
-        await self._within(compacted(), timeout_s)
+        await self._within(compact_later(), timeout_s)
 
     async def defragment(self) -> None:
-        """Blocks the member's disk meanwhile."""
+        """Defragment the member's database, which blocks its disk meanwhile."""
         was_held = self._member.held is not None
         self._raft.hang(self._member.id)
         try:
@@ -174,7 +174,7 @@ class SimulatedClient(Client):
         ]
 
     def _as_on_disk(self, response: pb.RangeResponse) -> pb.RangeResponse:
-        """The values as this member's disk has them: corrupted, unless they were written again."""
+        """Return the values as this member's disk has them: corrupted, unless they were written again."""
         for kv in response.kvs if self._member.corrupted else ():
             if self._member.corrupted.get(kv.key) == kv.mod_revision and kv.value:
                 kv.value = kv.value[:-1] + bytes([kv.value[-1] ^ 1])
@@ -185,7 +185,7 @@ class SimulatedClient(Client):
         return (leadership.member.number if leadership else 0), self._member.term
 
     async def _within(self, work: Awaitable[T], timeout_s: float) -> T:
-        """The result of ``work``.  Raises: Uncertain: no response in time."""
+        """Return the result of ``work``.  Raises: Uncertain: no response in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 response = await work
@@ -204,7 +204,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 class _Response(msgspec.Struct, frozen=True):
-    """The fields of a ``pb.WatchResponse`` that ``follow`` reads; the events are not copied."""
+    """The fields of a ``pb.WatchResponse`` that ``follow`` reads.  The events are not copied."""
 
     header: _Header
     events: list[pb.Event] = []
@@ -232,14 +232,14 @@ class SimulatedWatchStream(WatchStream):
         self._is_waited_for = False
 
     def show(self, revision: int, lag_s: float) -> None:
-        """The member has applied ``revision``; the watch sends it ``lag_s`` later, in order."""
+        """Take note that the member has applied ``revision``.  The watch sends it ``lag_s`` later, in order."""
         if lag_s > 0:
             self._raft.loop.call_later(lag_s, self._show, revision)
         else:
             self._show(revision)
 
     def lose(self, reason: str) -> None:
-        """The stream breaks."""
+        """Break the stream."""
         self._lost = reason
         self._ready.set()
 
@@ -267,7 +267,7 @@ class SimulatedWatchStream(WatchStream):
         self._ready.set()
 
     def _next(self) -> list[_Response]:
-        """The next response; several are fragments of one response."""
+        """Return the fragments of the next response, usually a single one."""
         kv = self._raft.kv
         if self._sent + 1 <= kv.compacted:
             self._sent = self._shown
@@ -290,7 +290,9 @@ class SimulatedWatchStream(WatchStream):
         self._ready.set()
 
     def _is_offered(self) -> bool:
-        """Whether ``receive`` waits with an empty queue: a new response is offered to the consumer first."""
+        """Return whether ``receive`` waits with an empty queue, so that a new response is offered to the consumer
+        first.
+        """
         return (
             self._is_waited_for
             and not self._ready.is_set()

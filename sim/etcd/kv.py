@@ -13,7 +13,7 @@ from skep.store.etcd.errors import Compacted
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
-    """One revision of one key.  ``value`` None: deleted."""
+    """One revision of one key.  ``value``: None if the key was deleted."""
 
     revision: int
     create_revision: int
@@ -21,7 +21,7 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """A transaction with evaluated compares: its operations, in which nested transactions are ``Planned`` too."""
+    """A transaction with evaluated compares.  Nested transactions among its operations are also ``Planned``."""
 
     succeeded: bool
     operations: Sequence["pb.RequestOp | Planned"]
@@ -50,7 +50,7 @@ class KeyValues:
         return response
 
     def range(self, request: pb.RangeRequest, revision: int) -> pb.RangeResponse:
-        """The requested keys as of ``revision``, or of the revision in the request.
+        """Return the requested keys as of ``revision``, or of the revision in the request.
 
         Raises: Compacted.
         """
@@ -72,12 +72,12 @@ class KeyValues:
         return response
 
     def events(self, first: int, last: int) -> list[pb.Event]:
-        """The events of these revisions, in order."""
+        """Return the events of these revisions, in order."""
         return [event for events in self._events[first - 2 : last - 1] for event in events]
 
     @property
     def present(self) -> Sequence[bytes]:
-        """The existing keys, in order."""
+        """Return the existing keys, in order."""
         return [name for name in self._names if self._versions[name][-1].value is not None]
 
     def compact(self, revision: int) -> None:
@@ -85,7 +85,7 @@ class KeyValues:
         self.compacted = max(self.compacted, min(revision, self.revision))
 
     def as_of(self, revision: int) -> "KeyValues":
-        """The key space restored from a snapshot of that revision."""
+        """Return the key space restored from a snapshot of that revision."""
         restored = KeyValues()
         restored.revision, restored.compacted = revision, min(self.compacted, revision)
         restored._events = self._events[: revision - 1]

@@ -37,13 +37,13 @@ class Leadership:
         self.pending: list[Entry] = []
         self.is_over = False
         self.is_checking_quorum = False
-        """It has lost its quorum, and resigns if that lasts for an election timeout."""
+        """Whether it has lost its quorum.  It resigns if that lasts for an election timeout."""
         self.free_at = 0.0
-        """When its disk has written the entries before."""
+        """Time at which its disk has written the earlier entries."""
 
 
 class Member:
-    """One member: what its disk and memory hold."""
+    """One member, with the contents of its disk and memory."""
 
     def __init__(self, id: NodeId, number: int) -> None:
         self.id = id
@@ -64,11 +64,11 @@ class Member:
         self.stall_s = 0.0
         """Additional time that its disk takes for an entry."""
         self.held: list[tuple[Leadership, Entry]] | None = None
-        """Entries that wait for its hanging disk; None: the disk does not hang."""
+        """Entries that wait for its hanging disk, or None if the disk does not hang."""
         self.stale_until = 0.0
-        """Until then its status shows the previous leader."""
+        """Time until which its status shows the previous leader."""
         self.corrupted: dict[bytes, int] = {}
-        """Keys whose value of this revision has a flipped bit on this member's disk; every load reads it."""
+        """Keys whose value of this revision has a flipped bit on this member's disk.  Every load reads that value."""
         self.watchers: list[SimulatedWatchStream] = []
         self.waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.entries: list[Entry] = []
@@ -76,8 +76,8 @@ class Member:
         self.is_campaigning = False
         """Whether its election timeout runs."""
 
-    async def reached(self, revision: int) -> None:
-        """Return once it has applied ``revision``."""
+    async def wait_applied(self, revision: int) -> None:
+        """Return once the member has applied ``revision``."""
         if self.applied < revision:
             arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiting.append((revision, arrived))

@@ -1,13 +1,13 @@
 """Consensus without messages: the leader, the committed entries, and the progress of each member.
 
-No messages are exchanged and no log is kept: there is one history of keys (``KeyValues``), and for each member the
-revision up to which its disk holds it.  Raft's guarantees are computed from the links at each step: an entry is
-committed when more than half of the voters are connected to the leader; a member becomes leader when more than half
-of the voters would vote for it, which are those that hold no more on their disks and reach no leader.  So a partitioned
-leader commits nothing and resigns after an election timeout (check-quorum); the entries it had accepted are lost, or
-survive if the next leader had received them: their proposers cannot see which.
+No messages are exchanged and no log is kept.  There is one history of keys (``KeyValues``), and for each member the
+revision up to which its disk holds it.  Raft's guarantees are computed from the links at each step.  An entry is
+committed when more than half of the voters are connected to the leader.  A member becomes leader when more than half
+of the voters would vote for it: these reach no leader, and hold no more on their disks.  So a partitioned leader
+commits nothing and resigns after an election timeout (check-quorum).  The entries it had accepted are lost, or survive
+if the next leader had received them.  Their proposers cannot see which.
 
-Source: etcd 3.5, raft with PreVote and CheckQuorum; see docs/design/store.md.
+Source: etcd 3.5, raft with PreVote and CheckQuorum.  See docs/design/store.md.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ ELECTION_S = (0.5, 1.0)
 """Time without a leader until a member campaigns, and time without a quorum until a leader resigns."""
 
 Committed = Callable[[NodeId, int, "list[pb.Event]"], None]
-"""Called with each entry that changed keys: its proposer, its revision, its events."""
+"""Called with each entry that changed keys: its proposer, its revision and its events."""
 
 
 class Raft:
@@ -68,21 +68,21 @@ class Raft:
     # -- members -------------------------------------------------------------------------------------------
 
     def add(self, id: NodeId, *, is_voter: bool = True) -> Member:
-        """Add a member, which is not started."""
+        """Add a stopped member."""
         self._numbered += 1
         member = self.members[id] = Member(id, self._numbered)
         member.is_voter = is_voter
         return member
 
     def start(self, id: NodeId, *, less: int = 0) -> None:
-        """Start a stopped member from its disk; at first it has applied ``less`` revisions less than the disk holds."""
+        """Start a stopped member from its disk.  At first it has applied ``less`` fewer revisions than are there."""
         member = self.members[id]
         member.is_running = True
         member.applied = max(min(member.applied, member.logged - less), self.kv.compacted, 1)
         self.reevaluate()
 
     def promote(self, id: NodeId) -> bool:
-        """Make a learner a voter; returns whether it has caught up far enough."""
+        """Make a learner a voter, and return True, if it has caught up far enough."""
         member = self.members[id]
         if not member.is_running or member.applied < PROMOTED_AT * self.kv.revision:
             return False
@@ -91,22 +91,23 @@ class Raft:
         return True
 
     def remove(self, id: NodeId) -> None:
-        """Remove a member: its process ends."""
+        """Remove a member and end its process."""
         self.crash(id)
         del self.members[id]
         self.reevaluate()
 
     def restore(self, id: NodeId, revision: int) -> None:
-        """Make one member the only one, from a snapshot of ``revision``; no member is running."""
+        """Make one member the only one, from a snapshot of ``revision``.  No member may be running."""
         self.kv = self.kv.as_of(revision)
         self._older, self._orphans = [], []
         self.members = {id: Member(id, self.members[id].number)}
         self.members[id].logged = self.members[id].applied = revision
 
     def corrupt(self, id: NodeId, key: bytes) -> bool:
-        """Flip a bit of the value of ``key`` on the disk of one member; returns whether there is a value.
+        """Flip a bit of the value of ``key`` on the disk of one member.  Return whether there is a value.
 
-        Its manager reads it at the next load of the store: at a start, or after a compaction that it has missed.
+        The member's manager reads it at the next load of the store: at a start, or after a compaction that it has
+        missed.
         """
         found = self.kv.range(pb.RangeRequest(key=key), self.kv.revision).kvs
         for kv in found:
@@ -114,7 +115,7 @@ class Raft:
         return bool(found)
 
     def crash(self, id: NodeId) -> None:
-        """kill -9: pending requests fail."""
+        """Kill a member with SIGKILL, which fails its pending requests."""
         member = self.members[id]
         member.is_running = False
         for stream in list(member.watchers):
@@ -128,14 +129,14 @@ class Raft:
         self.reevaluate()
 
     def reset_connections(self, id: NodeId) -> None:
-        """Break the connections to a running member; the pending proposals continue."""
+        """Break the connections to a running member.  The pending proposals continue."""
         member = self.members[id]
         for stream in list(member.watchers):
             stream.lose("connection reset")
         self._lose_responses(member)
 
     def numbered(self, number: int) -> Member:
-        """The member with this etcd id.  Raises: NoMember."""
+        """Return the member with this etcd id.  Raises: NoMember."""
         found = [member for member in self.members.values() if member.number == number]
         if not found:
             raise error_of("etcdserver: member not found")
@@ -147,16 +148,16 @@ class Raft:
 
     @property
     def majority(self) -> int:
-        """The number of voters that is more than half."""
+        """Return the smallest number of voters that is more than half."""
         return len(self.voters) // 2 + 1
 
     @property
     def has_quorum(self) -> bool:
-        """Whether there is a leader that can commit."""
+        """Return whether there is a leader that can commit."""
         return self.current is not None and self._can_commit(self.current)
 
     def transfer(self, id: NodeId) -> bool:
-        """Transfer leadership to ``id``, as before an orderly stop; returns whether that was possible."""
+        """Transfer leadership to ``id``, as before an orderly stop.  Return whether that was possible."""
         old, member = self.current, self.members[id]
         if old is None or member is old.member or not self._votes(member, moving=True):
             return False
@@ -166,11 +167,12 @@ class Raft:
     # -- writing -------------------------------------------------------------------------------------------
 
     async def write(self, member: Member, request: pb.TxnRequest) -> pb.TxnResponse:
-        """Propose ``request`` through ``member``; returns when ``member`` has applied it.
+        """Propose ``request`` through ``member``, and return when ``member`` has applied it.
 
-        May never return, when the leader is gone or partitioned.  Raises: Uncertain: ``member`` crashed; Busy: it has
-        no leader, and raft drops the proposal; OutOfSpace: the quota is reached, and the request has a put outside of
-        a nested transaction.
+        May never return, if the leader has died or is partitioned.
+
+        Raises: Uncertain: ``member`` crashed.  Busy: it has no leader, so raft drops the proposal.  OutOfSpace: the
+        quota is reached, and the request has a put outside of a nested transaction.
         """
         await self._wait_connected(member)
         if self.space.has_alarm and any(one.HasField("request_put") for one in request.success):
@@ -192,7 +194,7 @@ class Raft:
                 member.entries.remove(entry)
 
     async def _wait_connected(self, member: Member) -> None:
-        """Raises: Uncertain: ``member`` does not run."""
+        """Fail like a refused connection if the member does not run.  Raises: Uncertain."""
         if not member.is_running:
             await asyncio.sleep(REFUSED_S)
             raise Uncertain("the store does not respond: connection refused")
@@ -204,7 +206,7 @@ class Raft:
                 entry.response_future.set_exception(Uncertain("the store does not respond: connection lost"))
 
     def hang(self, id: NodeId) -> None:
-        """Block the disk of a member until ``resume``; a leader stays leader."""
+        """Block the disk of a member until ``resume``.  A leader stays leader."""
         member = self.members[id]
         if member.held is None:
             member.held = []
@@ -288,7 +290,7 @@ class Raft:
     # -- reading -------------------------------------------------------------------------------------------
 
     async def wait_readable(self, member: Member) -> None:
-        """Return when ``member`` has applied all that was committed before this call.  May never return."""
+        """Return when ``member`` has applied everything that was committed before this call.  May never return."""
         await self._wait_connected(member)
         while True:
             leadership = member.leadership
@@ -298,7 +300,7 @@ class Raft:
                 and self._links.is_joined(member.id, leadership.member.id, Port.PEER)
                 and self._can_commit(leadership)
             ):
-                return await member.reached(self.kv.revision)
+                return await member.wait_applied(self.kv.revision)
             await self.wait_changed()
 
     async def wait_changed(self, timeout_s: float | None = None) -> None:
@@ -319,7 +321,7 @@ class Raft:
     # -- elections -----------------------------------------------------------------------------------------
 
     def reevaluate(self) -> None:
-        """After a change of members or links: update followers, detect lost leaders and quorums, resume commits."""
+        """Update followers, detect lost leaders and quorums, and resume commits, after a change of members or links."""
         if self.current is not None:
             self._lead(self.current)
         for old in list(self._older):
@@ -350,7 +352,7 @@ class Raft:
         self._advance(leadership)
 
     def _is_outdated(self, leadership: Leadership) -> bool:
-        """Whether a member of a later term reaches the leader."""
+        """Return whether a member of a later term reaches the leader."""
         others = (
             other
             for other in self._running()
@@ -427,10 +429,10 @@ class Raft:
             stream.lose("no leader")
 
     def _votes(self, candidate: Member, *, moving: bool = False) -> bool:
-        """Whether more than half of the voters would vote for ``candidate``.
+        """Return whether more than half of the voters would vote for ``candidate``.
 
-        A member writes its vote to its disk before it sends it, its own for itself as well: one whose disk hangs
-        neither votes nor wins.
+        A member writes its vote to its disk before it sends it, including the vote for itself.  So a member whose disk
+        hangs neither votes nor wins.
         """
         if not candidate.is_voter or not candidate.is_running or candidate.held is not None:
             return False

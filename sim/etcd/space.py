@@ -8,13 +8,13 @@ from skep.store.space import QUOTA_BYTES
 
 
 class Space:
-    """Bytes in use, the same on every member, and the file size of each."""
+    """Bytes in use, which are the same on every member, and each member's file size."""
 
     def __init__(self) -> None:
         self.live = 0
         """Bytes of current values."""
         self.old = 0
-        """Bytes of history, which a compaction turns into free pages."""
+        """Bytes of history.  A compaction turns them into free pages."""
         self.has_alarm = False
         self._files: dict[NodeId, int] = {}
 
@@ -23,12 +23,12 @@ class Space:
         return self.live + self.old
 
     def file(self, member: NodeId) -> int:
-        """The file size of ``member``; only a defragmentation makes it smaller."""
+        """Return the file size of ``member``, which only a defragmentation reduces."""
         self._files[member] = max(self._files.get(member, 0), self.in_use)
         return self._files[member]
 
     def fill(self, members: "tuple[NodeId, ...]", live: int, old: int) -> None:
-        """Set the size of current values and history; raises the alarm if that exceeds the quota."""
+        """Set the size of current values and history.  Raise the alarm if the total exceeds the quota."""
         self.live, self.old = live, old
         for member in members:
             self.has_alarm |= self.file(member) >= QUOTA_BYTES

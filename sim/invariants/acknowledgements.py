@@ -1,8 +1,10 @@
-"""Acknowledged requests, and what reads must show after them.
+"""Acknowledged requests, and what later reads must show.
 
-An acknowledged write is committed when its acknowledgement arrives and is undone only by later requests (or by a
-rollback that the service's settings allow); a read that begins after it shows it, on every manager; a refused request
-never takes effect; a request without a response may take effect completely or not at all, at any later time.
+* An acknowledged write is committed when its acknowledgement arrives.  Only later requests undo it, or a rollback that
+  the service's settings allow.
+* A read that begins after the acknowledgement shows the write, on every manager.
+* A refused request never takes effect.
+* A request without a response may take effect completely or not at all, at any later time.
 """
 
 from collections.abc import Iterable
@@ -25,11 +27,11 @@ class ServiceRecord(msgspec.Struct):
     specs: list[ServiceSpec]
     """All specs that were requested."""
     acknowledged: int = 0
-    """The latest acknowledged version; 0: none."""
+    """Latest acknowledged version, or 0 before the first."""
     is_refused: bool = False
     is_removal_asked: bool = False
     is_removed: bool = False
-    """Its removal was acknowledged."""
+    """Whether its removal was acknowledged."""
 
 
 class Acknowledgements:
@@ -81,7 +83,7 @@ class Acknowledgements:
             yield f"service {id} got a spec that was refused"
 
     def given(self) -> list[tuple[ServiceRecord, int]]:
-        """The acknowledged versions that a read which begins now must show."""
+        """Return the acknowledged versions that a read which begins now must show."""
         return [
             (record, record.acknowledged)
             for record in self.services.values()
@@ -89,7 +91,7 @@ class Acknowledgements:
         ]
 
     def broken(self, view: View, given: Iterable[tuple[ServiceRecord, int]]) -> Iterable[str]:
-        """The versions of ``given`` that ``view`` does not show, unless a removal was requested meanwhile."""
+        """Yield the versions of ``given`` that ``view`` does not show, unless a removal was requested meanwhile."""
         for record, version in given:
             service = view.lookup(Service, record.id)
             if record.is_removal_asked:
@@ -104,11 +106,11 @@ class Acknowledgements:
         if record is None:
             return
         if new.removed_at is not None and JOB_TTL in new.spec.labels and new.job_status is not None:
-            record.is_removal_asked = record.is_removed = True  # by its own label
+            record.is_removal_asked = record.is_removed = True  # its own label requests the removal
         if AUTOSCALE in new.spec.labels and any(
             replace(one, mode=new.spec.mode) == new.spec for one in record.specs
         ):
-            record.specs.append(new.spec)  # by autoscaling, or by a rollback that keeps its number
+            record.specs.append(new.spec)  # by autoscaling, or by a rollback that keeps the number of tasks
         if new.removed_at is not None and not record.is_removal_asked:
             yield f"service {new.id} was removed without a request"
         if new.removed_at is None and old.removed_at is not None:

@@ -41,7 +41,7 @@ class UniqueAllocations:
                 yield f"{' '.join(map(str, holding))} is held by {sorted(holders)}"
 
     def _hold(self, object: object, holdings: frozenset[Holding]) -> frozenset[Holding]:
-        """The holdings that are new."""
+        """Return the holdings that the object did not have before."""
         owner = f"{type(object).__name__} {getattr(object, 'id', '')}"
         before = self._held.get(owner, frozenset())
         if holdings == before:
@@ -55,7 +55,9 @@ class UniqueAllocations:
 
 
 def networks_are_apart(change: Change, view: View) -> Iterable[str]:
-    """No two networks share a VXLAN id or overlap; removed networks count while tasks are attached to them."""
+    """Check that no two networks share a VXLAN id or overlap.  Removed networks count while tasks are attached to
+    them.
+    """
     if not any(isinstance(_present(event), Network) for event in change.events):
         return
     networks = {network.id: network for network in view.find(Network)}
@@ -74,7 +76,7 @@ def networks_are_apart(change: Change, view: View) -> Iterable[str]:
 
 
 def allocation_violations(view: View) -> Iterable[str]:
-    """Missing allocations in a cluster at rest."""
+    """Yield the missing allocations in a cluster at rest."""
     for network in view.find(Network):
         if not network.driver_state.name:
             yield f"network {network.id} has not been allocated"
@@ -109,7 +111,7 @@ def _present(event: object) -> object:
 
 
 def holdings(object: object) -> frozenset[Holding]:
-    """The holdings of a task, service or node: ``(network, address)`` and ``(PORT, protocol, number)``."""
+    """Return the holdings of a task, service or node: ``(network, address)`` and ``(PORT, protocol, number)``."""
     match object:
         case Task() if object.status.state <= TaskState.RUNNING:
             return frozenset(_addresses(object.networks_attachments))

@@ -11,13 +11,14 @@ from skep.model.task import Task
 from skep.store.interface import Created, Updated, View
 
 KNOWN_S = 3.0
-"""A change of a node that is more recent may not have reached the leader."""
+"""A node change that is more recent than this may not have reached the leader."""
 
 
 class NoRedundantTasks:
-    """No task is created in the slot (of a job: iteration) of a task of the current spec on a healthy node.
+    """No task is created in a slot (of a job: in an iteration) that has a task of the current spec on a healthy node.
 
-    Checked only if the new task has the current spec version: then the leader's replica showed the current spec.
+    Checked only if the new task has the current spec version, because then the leader's replica showed the current
+    spec.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Rules on numbers of tasks that autoscaling writes, whoever leads."""
+"""Rules on the numbers of tasks that autoscaling writes, whichever manager leads."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,14 @@ from skep.store.interface import Deleted, Updated, View
 
 
 class AutoscalingIsCalm:
-    """Within the range, at most doubled in a step, not during an update, one change of direction per window."""
+    """Autoscaling keeps within its range, and at most doubles the number of tasks in a step.
+
+    It does not scale during an update, nor down within the window after it has scaled up.
+    """
 
     def __init__(self) -> None:
         self._added_at: dict[ServiceId, float] = {}
-        """When autoscaling last added tasks to a service."""
+        """Time at which autoscaling last added tasks to a service."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:

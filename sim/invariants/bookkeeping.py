@@ -32,14 +32,14 @@ STREAMS_MAX = 5
 
 
 class CachesMatchStore:
-    """Evaluated at intervals for a leader without a write in progress.
+    """Compares the caches of a leader without a write in progress with its store, at intervals.
 
-    A difference counts if two consecutive checks find it: the latest commit may not have been processed yet.
+    A difference counts if two consecutive checks find it, because the latest commit may not have been processed yet.
     """
 
     def __init__(self) -> None:
         self._before: dict[NodeId, tuple[int, frozenset[str]]] = {}
-        """For each leader: the revision of its store, and the differences found."""
+        """Revision of each leader's store at the last check, and the differences found."""
 
     def __call__(self, id: NodeId, loops: Iterable[object], view: View) -> Iterable[str]:
         revision, before = self._before.get(id, (0, frozenset()))
@@ -51,7 +51,9 @@ class CachesMatchStore:
 
 
 def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
-    """Differences between the caches of one leader's ``loops`` and ``view``, while no write is in progress."""
+    """Yield the differences between the caches of one leader's ``loops`` and ``view``, while no write is in
+    progress.
+    """
     for loop in loops:
         match loop:
             case Allocator():
@@ -110,7 +112,7 @@ def _held(allocations: Allocations) -> Mapping[str, object]:
 
 
 def _holding(view: View) -> Mapping[str, object]:
-    """The holders of addresses, computed from the objects without the allocator's code."""
+    """Return the holders of addresses, computed from the objects without the allocator's code."""
     objects: list[Task | Service | Node] = [*view.find(Task), *view.find(Service), *view.find(Node)]
     held: dict[str, frozenset[object]] = {}
     for one in objects:
@@ -121,7 +123,7 @@ def _holding(view: View) -> Mapping[str, object]:
 
 
 def _accounted(view: View, loop: Scheduler) -> Accounting:
-    """What the tasks hold, and the scheduler's claims for pending ones."""
+    """Return what the tasks hold, and the scheduler's claims for pending tasks."""
     fresh = Accounting()
     for node in view.find(Node):
         fresh.set_node(node)
@@ -175,7 +177,7 @@ def _differences(owner: str, has: Mapping[str, Any], should: Mapping[str, Any]) 
 def leftovers(
     store: EtcdStore, dispatcher: Dispatcher, logs: LogBroker, loops: Iterable[object]
 ) -> Iterable[str]:
-    """State of finished work that a manager at rest keeps."""
+    """Yield the state of finished work that a manager at rest keeps."""
     yield from kept_of_writes(store)
     view, sessions = store.view(), dispatcher._sessions
     for id in (*sessions._live, *sessions._absent):
@@ -207,7 +209,7 @@ def leftovers(
 
 
 def kept_of_writes(store: EtcdStore) -> Iterable[str]:
-    """State of finished writes that a store at rest keeps."""
+    """Yield the state of finished writes that a store at rest keeps."""
     batcher = store._batcher
     for name, kept in (
         ("waits", batcher._queue),

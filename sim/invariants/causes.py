@@ -1,4 +1,4 @@
-"""Rules on reasons: no update stops without one, and the history has why each task was replaced."""
+"""Rules on reasons: no update stops without a cause, and the history records why each task was replaced."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOPPED = (ROLLED_BACK, "update paused", "rollback paused")
-"""Prefixes of the leader's messages; those of users' rollbacks differ."""
+"""Prefixes of the leader's messages.  The messages of users' rollbacks differ."""
 TOLERANCE = 0.99
 """Clocks of machines run at different rates."""
 BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
@@ -23,9 +23,9 @@ class UpdateStopsHaveCauses:
 
     def __init__(self) -> None:
         self._begun: dict[tuple[ServiceId, int], float] = {}
-        """When the first task of a version was created."""
+        """Time at which the first task of a version was created."""
         self._failed: set[tuple[ServiceId, int]] = set()
-        """Versions of which a task ended by itself."""
+        """Versions with a task that ended by itself."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -52,7 +52,7 @@ class UpdateStopsHaveCauses:
 
 
 def replacements_are_recorded(change: Change, view: View) -> Iterable[str]:
-    """Each task that takes the place of an earlier one has an entry with its reason."""
+    """Check that each task which replaces an earlier one has an entry with its reason."""
     for event in change.events:
         if (
             not isinstance(event, Created)
@@ -74,9 +74,9 @@ def replacements_are_recorded(change: Change, view: View) -> Iterable[str]:
 
 
 def _is_stopped(before: Service, after: Service) -> bool:
-    """Whether the leader has stopped the update just now.
+    """Return whether the leader has stopped the update just now.
 
-    Not if only the message of an earlier stop is shown again, after the error of a decision that was shown beside it.
+    An earlier stop does not count if only its message is shown again, after the error of a decision was shown with it.
     """
     was, now = before.update_status or UpdateStatus(), after.update_status or UpdateStatus()
     is_new = (before.spec_version, was.state) != (after.spec_version, now.state)

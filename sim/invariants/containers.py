@@ -1,4 +1,4 @@
-"""Rules on containers: evaluated when a machine starts or stops one."""
+"""Rules on containers, which are evaluated when a machine starts or stops one."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -22,12 +22,15 @@ TOLERANCE = 0.99
 """Clocks of machines run at different rates."""
 DEFAULT_DELAY_S = 5.0
 STOPPING_S = 2.0
-"""Time until a node receives that its containers are to be stopped and has stopped them, with a margin."""
+"""Time until a node is told to stop its containers and has stopped them, with a margin."""
 NOTICED_S = 7.0
-"""Time until a partitioned node detects it: one heartbeat period, and the longest timeout of a response."""
+"""Time until a partitioned node notices it: one heartbeat period, and the longest timeout of a response."""
 TWICE_S = 9.0
-"""How long a slot may have two containers after the last fault: until a partitioned node has reconnected (retries of
-two seconds, a connection that takes five), received its assignments and stopped its own container."""
+"""Time for which a slot may have two containers after the last fault.
+
+By then a partitioned node has reconnected (retries of two seconds, a connection that takes five), received its
+assignments and stopped its own container.
+"""
 
 
 class Record(msgspec.Struct):
@@ -36,11 +39,11 @@ class Record(msgspec.Struct):
     task: Task
     created_at: float
     retired_at: float | None = None
-    """When its desired state passed running."""
+    """Time at which its desired state passed running."""
     failed_at: float | None = None
-    """When the store showed that it ended by itself."""
+    """Time at which the store showed that it ended by itself."""
     leaves_drained: bool = False
-    """Whether the node of the task before it in its slot was drained when it was created."""
+    """Whether the node of the slot's previous task was drained when this task was created."""
 
 
 class Containers:
@@ -52,11 +55,13 @@ class Containers:
         alone_since: Callable[[NodeId], float] = lambda _: inf,
         unreadable: Callable[[], Collection[NodeId]] = tuple,
     ) -> None:
-        """
+        """Observe containers.
+
         Args:
-            working_since: start of a node's current uptime (process and machine); infinity: it is down.
-            alone_since: the time from which a node has reached no manager; infinity: it reaches one.
-            unreadable: nodes of which a manager's disk has damaged values.
+            working_since: returns the start of a node's current uptime (process and machine), or infinity if it is
+                down.
+            alone_since: returns the time since which a node has reached no manager, or infinity if it reaches one.
+            unreadable: returns the nodes whose values are damaged on some manager's disk.
         """
         self._unreadable = unreadable
         self._working_since = working_since
@@ -66,16 +71,16 @@ class Containers:
         self._records: dict[TaskId, Record] = {}
         self._slots: dict[str, list[TaskId]] = {}
         self._twice_since: dict[str, float] = {}
-        """The time from which a slot has had more containers than allowed; infinity: reported."""
+        """Time since which a slot has had more containers than allowed, or infinity once that was reported."""
         self._reported: set[TaskId] = set()
-        """Tasks reported for running on after their node lost its managers."""
+        """Tasks that were reported because they kept running after their node lost its managers."""
         self._down_at: dict[NodeId, float] = {}
-        """When a node was last not ready."""
+        """Time at which a node was last not ready."""
         self._active_at: dict[NodeId, float] = {}
-        """When a node last became active, or was paused for a leader that cannot read it."""
+        """Time at which a node last became active, or was paused for a leader that cannot read it."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
-        """Record a commit; none is a violation by itself."""
+        """Record a commit.  No commit is a violation by itself."""
         for event in change.events:
             match event:
                 case Created(Task() as task):
@@ -98,7 +103,7 @@ class Containers:
         return ()
 
     def started(self, node_id: NodeId, task: Task, now: float, view: View) -> Iterable[str]:
-        """Check the start of a container: not beside the one it replaces, and not before the restart delay."""
+        """Check the start of a container: its predecessor has stopped, and the restart delay is over."""
         self.live[task.id] = node_id
         others = [
             self._records[id].task for id, at in self.live.items() if at == node_id and id in self._records
@@ -108,7 +113,7 @@ class Containers:
         yield from self._early(task, now)
 
     def stopped(self, node_id: NodeId, task_id: TaskId, view: View) -> Iterable[str]:
-        """Check the stop of a running container: its task is no longer wanted on that node."""
+        """Check the stop of a running container: its task must not be desired on that node."""
         task = view.lookup(Task, task_id)
         if task is None or task.node_id != node_id or not task.is_wanted:
             return
@@ -116,7 +121,9 @@ class Containers:
             yield f"{node_id} stopped the container of task {task_id}, which is to run there"
 
     def lasting(self, now: float, calm_since: float, view: View) -> Iterable[str]:
-        """Slots that have had two containers for too long (three with start-first); to be checked at intervals."""
+        """Yield the slots that have had two containers for too long (three with start-first).  Call it at
+        intervals.
+        """
         counts = Counter(_slot_of(self._records[id].task) for id in self.live)
         crowded = sorted(slot for slot, count in counts.items() if count > _containers_max(slot, view))
         self._twice_since = {slot: self._twice_since.get(slot, now) for slot in crowded}
@@ -126,7 +133,7 @@ class Containers:
                 yield f"slot {slot} has {counts[slot]} containers, {lasted_s:.1f} s after the last fault"
 
     def outlasting(self, now: float, view: View) -> Iterable[str]:
-        """Containers that a partitioned node should have stopped by itself; to be checked at intervals."""
+        """Yield the containers that a partitioned node should have stopped by itself.  Call it at intervals."""
         for task_id, node_id in sorted(self.live.items()):
             alone_s = now - max(self._alone_since(node_id), self._working_since(node_id))
             if alone_s < NOTICED_S or task_id in self._reported:
@@ -154,7 +161,7 @@ class Containers:
             record.failed_at = now
         if new.desired_state is TaskState.REMOVE:
             record.failed_at = (
-                None  # its slot is removed; one that a later scale creates has no restart delay
+                None  # its slot is removed, and a slot that a later scale-up creates has no restart delay
             )
 
     def _beside(self, task: Task, now: float, view: View) -> Iterable[str]:
@@ -178,9 +185,9 @@ class Containers:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
 
     def _must_have_stopped(self, other: Task, successor: Task, now: float, service: Service) -> bool:
-        """Whether the partitioned node of ``other`` had time to stop it before its successor started.
+        """Return whether the partitioned node of ``other`` had time to stop it before its successor started.
 
-        A node that a user has removed counts as gone, whatever the policy.
+        A node that a user has removed counts as lost, whatever the policy.
         """
         policy = disconnect_policy(service.spec.labels)
         if policy.action is not OnDisconnect.STOP or other.spec != successor.spec:
@@ -190,15 +197,16 @@ class Containers:
         )
 
     def _early(self, task: Task, now: float) -> Iterable[str]:
-        """The delay holds for a successor of the same spec; not for one of a task that failed on a drained node.
+        """Yield a violation if a successor with the same spec starts before its restart delay is over.
 
-        Nor where a global service fills a node again that has become active, or was down, since the task failed: the
-        task was retired alone, not replaced.
+        The delay does not hold for the successor of a task that failed on a drained node.  Nor does it hold where a
+        global service fills a node again that has become active, or was down, since the task failed: then the task was
+        retired alone, not replaced.
 
         Source: swarmkit, manager/orchestrator/restart/restart.go (Restart) and manager/orchestrator/global/global.go
         (reconcileOneNode).
         """
-        own = self._records.get(task.id)  # as committed: on the wire defaults are explicit
+        own = self._records.get(task.id)  # Use the committed task, because defaults are explicit on the wire.
         if own is None:
             return
         slot = self._slots[_slot_of(own.task)]
@@ -224,13 +232,13 @@ class Containers:
 
 
 def _containers_max(slot: str, view: View) -> int:
-    """Number of containers that a slot may have permanently."""
+    """Return the number of containers that a slot may have permanently."""
     service = view.lookup(Service, slot.partition("/")[0])
     return 2 if service is not None and may_start_first(service) else 1
 
 
 def _is_same(before: Task, successor: Task) -> bool:
-    """Whether both tasks have the same spec and job iteration."""
+    """Return whether both tasks have the same spec and job iteration."""
     return before.spec == successor.spec and before.job_iteration == successor.job_iteration
 
 
@@ -240,7 +248,7 @@ def _is_down(view: View, node_id: NodeId) -> bool:
 
 
 def _may_stop_alone(view: View, task: Task) -> bool:
-    """Whether the policy of its service lets a node without managers stop it."""
+    """Return whether its service's policy lets a node without managers stop the task."""
     service = view.lookup(Service, task.service_id)
     return service is not None and service.spec.labels.get(ON_DISCONNECT) == OnDisconnect.STOP.value
 

@@ -1,4 +1,6 @@
-"""Rules on needless changes: a fault causes no more tasks than it ended, and no decision is reversed needlessly."""
+"""Rules on needless changes: a fault causes no more tasks than it ended, and no decision is reversed without a
+cause.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,17 +13,18 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
 KNOWN_S = 5.0
-"""A cause up to this long before a decision counts too: the leader's replica may not have shown it yet."""
+"""A cause up to this long before a decision also counts, because the leader's replica may not have shown it yet."""
 
 
 def surplus_violations(
     fault: str, lost: Mapping[ServiceId, int], before: Counter[ServiceId], after: Counter[ServiceId]
 ) -> Iterable[str]:
-    """After one fault under steady load no more tasks are created than were lost.
+    """Check that one fault under steady load creates no more tasks than it ended.
 
     Args:
-        lost: running tasks of each steady service that the fault ended; other services are not checked.
-        before, after: number of tasks ever created, per service.
+        lost: number of running tasks that the fault ended, by steady service.  Other services are not checked.
+        before: number of tasks ever created before the fault, by service.
+        after: number of tasks ever created after it, by service.
     """
     for id, taken in lost.items():
         if (begun := after[id] - before[id]) > taken:
@@ -31,26 +34,25 @@ def surplus_violations(
 class DecisionsAreStable:
     """The leader does not reverse its own decisions on scale, restart and placement without a cause.
 
+    Causes are a new spec of the service (by a user or a rollback), a change of the task's node, the end of the task,
+    its preemption, or for a job the completion of another task of the same run.  A node that cannot take tasks, and a
+    newer run of the job, are causes however long ago they changed: a decision that was proposed before may be
+    committed much later if a disk hung meanwhile.  For the same reason a new spec counts from the creation of the task
+    on, although the task was assigned later.
 
-    Causes are: a new spec of the service (by a user or a rollback), a change of the task's node, the end of the task,
-    its preemption, or for a job the completion of another task of the same run. That a node is not there to take tasks,
-    or that a newer run of the job has begun, is one however long ago it changed: a decision that was proposed before
-    may be committed much later, when a disk hung meanwhile. For the same reason a new spec counts from the creation of
-    the task on, though it was assigned later.
-
-    Nothing in the product moves a task for another reason, so a decision stands without limit; rebalancing would need a
+    The product moves a task for no other reason, so a decision stands without limit.  Rebalancing would need a
     cool-down here.  Autoscaling changes the spec (``AutoscalingIsCalm``).
     """
 
     def __init__(self) -> None:
         self._changed_spec_at: dict[ServiceId, float] = {}
-        """When the spec of a service last changed."""
+        """Time at which the spec of a service last changed."""
         self._changed_spec_in: dict[ServiceId, int] = {}
-        """The revision of that change."""
+        """Revision of that change."""
         self._changed_at: dict[NodeId, float] = {}
         self._created_at: dict[TaskId, float] = {}
         self._decided_at: dict[TaskId, float] = {}
-        """When a task was created or assigned."""
+        """Time at which a task was created or assigned."""
         self._released: dict[tuple[str, int], tuple[int, float]] = {}
         """Slots (of a job: of an iteration) that were scaled away, with revision and time."""
 
@@ -88,7 +90,7 @@ class DecisionsAreStable:
         self._changed_spec_at[id], self._changed_spec_in[id] = change.time_s, change.revision
 
     def _filled_again(self, task: Task) -> Iterable[str]:
-        """A new task in a slot that was scaled away, without a new spec since."""
+        """Yield a violation if a task is created in a slot that was scaled away, without a new spec since."""
         released = self._released.pop(_slot_key(task), None)
         if released is None:
             return

@@ -1,4 +1,4 @@
-"""What a service depends on was there before it got nodes: by what the machines run, not by what the store says."""
+"""Dependencies run before a service gets nodes, judged by what the machines run instead of what the store says."""
 
 from collections.abc import Collection, Iterable, Iterator
 from math import inf
@@ -12,28 +12,28 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Updated, View
 
 UNNOTICED_S = 45.0
-"""For so long the end of a container may be unknown to the managers: its node is cut off, or lost with the session."""
+"""Time for which managers may not know of a container's end: its node is cut off, or lost with the session."""
 
 
 class DependenciesComeFirst:
-    """A task gets a node when its service runs already, or what the service depends on does, or has completed.
+    """A task gets a node once its service runs, or once the services that it depends on run or have completed.
 
-    Services with required dependencies only are checked.
+    Only services with required dependencies are checked.
     """
 
     def __init__(self) -> None:
         self._running: dict[TaskId, ServiceId] = {}
         self._ran: dict[ServiceId, float] = {}
-        """When the last container of a service ended."""
+        """Time at which the last container of a service ended."""
         self.finished: set[str] = set()
         """Names of jobs that have completed and removed themselves."""
 
     def started(self, task: Task) -> None:
-        """A container was started."""
+        """Record that a container was started."""
         self._running[task.id] = task.service_id
 
     def ended(self, task_id: TaskId, now: float) -> None:
-        """A container has ended."""
+        """Record that a container has ended."""
         service_id = self._running.pop(task_id, None)
         if service_id is not None:
             self._ran[service_id] = now
@@ -68,7 +68,7 @@ class DependenciesComeFirst:
             if (replicated is not None and replicated.replicas == 0) or (
                 job is not None and job.total_completions == 0
             ):
-                continue  # it has nothing to run
+                continue  # it has no tasks to run
             has_completed = any(
                 task.status.state is TaskState.COMPLETE for task in view.find(Task, service_id=service.id)
             )
@@ -86,9 +86,9 @@ class DependenciesComeFirst:
 
 
 def missing_dependencies(service: Service, view: View, finished: Collection[str]) -> Iterator[str]:
-    """What a service waits for, in a cluster at rest.
+    """Yield the dependencies that a service waits for, in a cluster at rest.
 
-    ``finished``: names of jobs that have completed and removed themselves, which nothing has to wait for.
+    ``finished``: names of jobs that have completed and removed themselves, which no service has to wait for.
     """
     for one in dependencies_of(service.spec.labels):
         found = [each for each in view.find(Service, name=one.service) if each.removed_at is None]
@@ -105,7 +105,7 @@ def missing_dependencies(service: Service, view: View, finished: Collection[str]
 
 
 def _has_completed(service: Service, view: View) -> bool:
-    """Whether every task of a service, or of a job's present run, has completed."""
+    """Return whether every task of a service, or of a job's current run, has completed."""
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     tasks = [task for task in view.find(Task, service_id=service.id) if task.job_iteration == iteration]
     job = service.spec.mode.replicated_job

@@ -1,4 +1,4 @@
-"""Rules on ``skep.on-disconnect``: when a task on a node that is down is replaced."""
+"""Rules on ``skep.on-disconnect``: when a task on a down node is replaced."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,11 @@ TOLERANCE = 0.99
 
 
 class DisconnectPolicies:
-    """A task is replaced: keep: on request only; replace: after the delay; stop: once its node must have stopped it."""
+    """A task on a down node is replaced according to its service's policy.
+
+    With ``keep`` it is replaced on request only, with ``replace`` after the delay, and with ``stop`` once its node
+    must have stopped it.
+    """
 
     def __init__(self) -> None:
         self._down_at: dict[NodeId, float] = {}
@@ -61,7 +65,7 @@ def _is_replaced(old: Task, new: Task) -> bool:
 
 
 def _has_other_cause(task: Task, service: Service, node: Node, view: View, made: set[TaskId]) -> bool:
-    """Whether the task is replaced for another reason than a node that is down."""
+    """Return whether the task is replaced for another reason than a down node."""
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
     return (
         node.status.state is not NodeState.DOWN

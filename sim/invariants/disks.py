@@ -1,4 +1,4 @@
-"""A rule on full disks: a node that has said that its disk is full gets no new task until it says otherwise."""
+"""A rule on full disks: a node that has reported a full disk gets no new task until it reports otherwise."""
 
 from collections.abc import Iterable
 from math import inf
@@ -13,21 +13,23 @@ from skep.model.task import Task
 from skep.store.interface import Created, Deleted, Updated, View
 
 KNOWN_S = 10.0
-"""A leader's replica may not show the report of a node for so long: the deadline of a write."""
+"""Time for which a leader's replica may not show a node's report: the deadline of a write."""
 
 
 def has_full_disk(node: Node) -> bool:
-    """Whether the node asks for no new tasks."""
+    """Return whether the node requests no new tasks."""
     return DISK_PRESSURE_LABEL in node.description.engine.labels
 
 
 class FullNodesGetNoNewTasks:
-    """No task is assigned to a full node but one whose slot was there before: it replaces what the node had."""
+    """A full node gets only tasks of slots that it already had, to replace the tasks there."""
 
     def __init__(self) -> None:
         self._full_since: dict[NodeId, float] = {}
         self._left: dict[tuple[str, NodeId], float] = {}
-        """When the last task of a slot was deleted from a node.  The scheduler may have decided before it knew."""
+        """Time at which the last task of a slot was deleted from a node, which the scheduler may not have known
+        yet.
+        """
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -48,7 +50,7 @@ class FullNodesGetNoNewTasks:
 
 
 def _slot(task: Task) -> str:
-    """The schema's index "slot"."""
+    """Return the task's key in the schema's index "slot"."""
     return f"{task.service_id}/{task.slot or task.node_id}"
 
 
@@ -57,7 +59,7 @@ def _is_assigned(old: Task, new: Task) -> bool:
 
 
 def _was_there(task: Task, view: View) -> bool:
-    """Whether the slot had a task on the node, or has data in its volumes."""
+    """Return whether the slot had a task on the node, or has data in its volumes."""
     slot = view.find(Task, slot=_slot(task))
     if any(one.node_id == task.node_id for one in slot if one.id != task.id):
         return True

@@ -1,4 +1,4 @@
-"""Which services have had a failure: the slots of the others are never given up."""
+"""Services that have had a failure.  Slots of other services are never given up."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ _BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 
 
 class FailedServices:
-    """The services of which a task has ended while it was to run.  Moves, drains and preemptions are no failures."""
+    """The services with a task that ended while it should run.  Moves, drains and preemptions are not failures."""
 
     def __init__(self) -> None:
         self._failed: set[ServiceId] = set()
@@ -25,16 +25,16 @@ class FailedServices:
                     if has_ended and old.is_wanted:
                         self._failed.add(task.service_id)
                 case Created(Task() as task) if task.status.state in _BY_ITSELF:
-                    # Only a restored snapshot creates a task that has ended; why it ended is not in it.
+                    # Only a restored snapshot creates a task that has ended, and it does not contain the reason.
                     self._failed.add(task.service_id)
                 case Deleted(Service() as service):
                     self._failed.discard(service.id)
         return ()
 
     def may_be_given_up(self, service: Service) -> bool:
-        """Whether slots of the service may stay without a task.
+        """Return whether slots of the service may stay without a task.
 
-        A task that is never restarted is not replaced when it loses its node either, as in SwarmKit.
+        A task that is never restarted is not replaced either when it loses its node, as in SwarmKit.
         """
         policy = service.spec.task_template.restart_policy
         is_never_restarted = policy is not None and policy.condition is RestartCondition.NONE

@@ -14,11 +14,11 @@ CALM_S = 15.0
 
 
 YOUNG_S = 2.0
-"""Less than any grace period: a manager that has just started cannot have missed a node for longer."""
+"""Shorter than any grace period.  A manager that has just started cannot have missed a node for longer."""
 
 
 class NoFalseDown:
-    """No node that runs is marked down after a calm period, nor any by a manager that has just started."""
+    """No running node is marked down after a calm period, and no node by a manager that has just started."""
 
     def __init__(
         self,
@@ -26,11 +26,12 @@ class NoFalseDown:
         up_since: Callable[[NodeId], float],
         began: Callable[[NodeId], float],
     ) -> None:
-        """
+        """Observe node statuses.
+
         Args:
-            calm_since: the end of the last fault; infinity while a fault is active.
-            up_since: the start of a node's process; infinity where none runs, as after a leave.
-            began: the start of a manager's process.
+            calm_since: returns the end of the last fault, or infinity while a fault is active.
+            up_since: returns the start of a node's process, or infinity where none runs, as after a leave.
+            began: returns the start of a manager's process.
         """
         self._calm_since = calm_since
         self._up_since = up_since
@@ -50,7 +51,7 @@ class NoFalseDown:
 
 
 def lease_violations(view: View, node_id: NodeId) -> Iterable[str]:
-    """Tasks shown as running on a node whose lease has expired."""
+    """Yield tasks shown as running on a node whose lease has expired."""
     for task in view.find(Task, node_id=node_id):
         if tasks.known_status(view, task).state is TaskState.RUNNING:
             yield f"task {task.id} is shown as running on {node_id}, whose lease has expired"

@@ -1,4 +1,4 @@
-"""Objects at rest are bounded by live ones, and refer to no object that is gone."""
+"""Rules on objects at rest: live objects bound their number, and none refers to an object that was deleted."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -16,11 +16,11 @@ from skep.store.interface import View
 from skep.store.kinds import Payload, SpecVersion
 
 EXTRA = 8
-"""Tasks of one slot beyond its history limit: wanted, stopping, and those by which an update is judged."""
+"""Tasks of one slot beyond its history limit: wanted, stopping, and those that decide on the update."""
 
 
 def unbounded_objects(view: View) -> Iterable[str]:
-    """What is left over in a cluster at rest: its objects are at most f(services, slots, nodes)."""
+    """Yield leftovers of a cluster at rest.  The number of objects is at most f(services, slots, nodes)."""
     yield from _tasks(view)
     yield from _versions(view)
     yield from _others(view)
@@ -56,7 +56,7 @@ def _tasks(view: View) -> Iterable[str]:
 
 
 def _waiting(view: View, service: Service, tasks: Sequence[Task]) -> Collection[TaskId]:
-    """Tasks that stay until their node has reported their data."""
+    """Return tasks that stay until their node has reported their data."""
     of_slot: dict[int, list[Task]] = {}
     for task in tasks:
         of_slot.setdefault(task.slot, []).append(task)
@@ -65,10 +65,10 @@ def _waiting(view: View, service: Service, tasks: Sequence[Task]) -> Collection[
 
 
 def _slots(service: Service) -> int | None:
-    """None: by nodes."""
+    """Return the number of slots, or None if it depends on the nodes."""
     mode, job = service.spec.mode, service.spec.mode.replicated_job
     if service.removed_at is not None or service.job_status is not None or job is not None:
-        return None  # a job's earlier runs may have had more
+        return None  # earlier runs of the job may have had more
     return service.spec.replicas if mode.global_ is None else None
 
 

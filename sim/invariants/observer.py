@@ -60,13 +60,14 @@ class Observer:
         isolation: Isolation,
         unreadable: Callable[[], Collection[NodeId]],
     ) -> None:
-        """
+        """Observe a cluster.
+
         Args:
-            calm_since: the end of the last fault; infinity while a fault is active.
-            uptime: of node processes.
-            manager_uptime: of manager processes.
-            isolation: of nodes from all managers.
-            unreadable: nodes of which a manager's disk has damaged values.
+            calm_since: returns the end of the last fault, or infinity while a fault is active.
+            uptime: uptime of node processes.
+            manager_uptime: uptime of manager processes.
+            isolation: isolation of nodes from all managers.
+            unreadable: returns the nodes whose values are damaged on some manager's disk.
         """
         self.containers = Containers(uptime.since, isolation.since, unreadable)
         self.restarts = RestartPolicies()
@@ -77,18 +78,18 @@ class Observer:
         self.volumes = SingleWriters()
         self.caches = CachesMatchStore()
         self.acknowledgements = Acknowledgements()
-        """Added to the rules when there are simulated users."""
+        """Rules on acknowledged requests, added when there are simulated users."""
         self.traced: list[str] = []
         """The events before the first violation."""
         self._committed = committed
         self._calm_since = calm_since
         self._trace = trace
         self.violations: list[str] = []
-        """In chronological order."""
+        """Violations in chronological order."""
         self.created: Counter[ServiceId] = Counter()
-        """Number of tasks created, per service."""
+        """Number of tasks created, by service."""
         self.started: Counter[ServiceId] = Counter()
-        """Number of containers started, per service."""
+        """Number of containers started, by service."""
         self.rules: list[Rule] = [
             tasks_move_forward,
             slots_are_filled_once,
@@ -130,7 +131,7 @@ class Observer:
             found = [f"{time_s:.3f} s: {violation}" for violation in violations]
         except (
             Exception
-        ) as error:  # otherwise it would look like a failure of the code in which the rule is evaluated
+        ) as error:  # so that a failing rule does not look like a failure of the code that evaluates it
             found = [f"{time_s:.3f} s: a rule raised {type(error).__name__}: {error}"]
         if found and not self.violations:
             self.traced = self._trace.lines()

@@ -1,4 +1,4 @@
-"""Rules on placement: suitable nodes, host ports held by one container, runs of a global job once per node."""
+"""Rules on placement: nodes are suitable, one container holds a host port, and a global job runs once per node."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def constraints_of(spec: ServiceSpec) -> tuple[str, ...]:
 
 
 def meets(constraints: Iterable[str], node: Node) -> bool:
-    """Whether ``node`` meets all ``constraints`` of the kinds that simulated users write."""
+    """Return whether ``node`` meets all ``constraints`` of the kinds that simulated users write."""
     return all(_is_met(constraint, node) for constraint in constraints)
 
 
@@ -45,13 +45,13 @@ def _is_met(constraint: str, node: Node) -> bool:
 
 
 def may_have_tasks(node: Node, spec: ServiceSpec) -> bool:
-    """Whether a task of ``spec`` may be placed on ``node``."""
+    """Return whether a task of ``spec`` may be placed on ``node``."""
     is_active = node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
     return is_active and meets(constraints_of(spec), node)
 
 
 def host_ports(spec: ServiceSpec) -> frozenset[Port]:
-    """The ports that each task of ``spec`` holds on its node."""
+    """Return the ports that each task of ``spec`` holds on its node."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
     return frozenset(
         (port.protocol, port.published_port)
@@ -61,7 +61,7 @@ def host_ports(spec: ServiceSpec) -> frozenset[Port]:
 
 
 def port_violations(node_id: NodeId, task: Task, running: Iterable[Task], view: View) -> Iterable[str]:
-    """Host ports of a container that starts on a node which another ``running`` one holds there."""
+    """Yield the host ports of a starting container that another ``running`` container holds on its node."""
     service = view.lookup(Service, task.service_id)
     ports = host_ports(service.spec) if service is not None else frozenset[Port]()
     if not ports:
@@ -73,7 +73,7 @@ def port_violations(node_id: NodeId, task: Task, running: Iterable[Task], view: 
 
 
 def global_jobs_run_once(change: Change, view: View) -> Iterable[str]:
-    """A global job has one completed run on each node, in each of its iterations."""
+    """Check that a global job has at most one completed run on each node, in each of its iterations."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new) if _has_completed(old, new):
@@ -86,7 +86,7 @@ def global_jobs_run_once(change: Change, view: View) -> Iterable[str]:
 
 
 def completed_on(view: View, service: Service, iteration: Version | None) -> Counter[NodeId]:
-    """Number of completed runs of a job's iteration, per node."""
+    """Return the number of completed runs of a job's iteration, by node."""
     return Counter(
         task.node_id
         for task in view.find(Task, service_id=service.id)
@@ -95,7 +95,7 @@ def completed_on(view: View, service: Service, iteration: Version | None) -> Cou
 
 
 def is_unplaceable(task: Task, service: Service, view: View) -> bool:
-    """Whether no node (for a global service: not its own node) can take ``task``."""
+    """Return whether no node can take ``task``.  For a global service only its own node counts."""
     homes = homes_of(task, service, view)
     return not any(
         could_take(node, task, service, view)
@@ -105,7 +105,9 @@ def is_unplaceable(task: Task, service: Service, view: View) -> bool:
 
 
 def homes_of(task: Task, service: Service, view: View) -> set[NodeId]:
-    """The nodes to which a task with ``skep.volume-affinity=required`` has to return; empty: it may get any."""
+    """Return the nodes to which a task with ``skep.volume-affinity=required`` has to return.  Empty if it may
+    get any.
+    """
     container = task.spec.container_spec
     mounts = container.mounts if container is not None and task.slot else ()
     if volume_affinity(service.spec.labels) is not VolumeAffinity.REQUIRED or not any(
@@ -138,7 +140,9 @@ def _memory_bytes(task: Task) -> int:
 
 
 def _could_have_volumes(node: Node, task: Task, service: Service, view: View) -> bool:
-    """Whether the task's cluster volumes exist, and may be used by it on ``node`` beside the tasks that have them."""
+    """Return whether the task's cluster volumes exist, and it may use them on ``node`` together with their current
+    users.
+    """
     container, update = task.spec.container_spec, service.spec.update_config
     starts_first = update is not None and update.order is UpdateOrder.START_FIRST
     own = task.service_id, task.slot or task.node_id
@@ -170,7 +174,7 @@ def _could_have_volumes(node: Node, task: Task, service: Service, view: View) ->
 
 
 def could_take(node: Node, task: Task, service: Service, view: View) -> bool:
-    """Whether ``node`` has what ``task`` needs, beside the tasks that are there."""
+    """Return whether ``node`` has what ``task`` needs, in addition to the tasks that are there."""
     if not may_have_tasks(node, service.spec) or not _could_have_volumes(node, task, service, view):
         return False
     held = [

@@ -1,4 +1,4 @@
-"""Rules on priorities: which tasks leave for others, and who has the room in the end."""
+"""Rules on priorities: which tasks are preempted, and which tasks have the resources in the end."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,24 +17,26 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Updated, View
 
 KNOWN_S = 5.0
-"""The leader's replica may not show a change for as long."""
+"""Time for which the leader's replica may not show a change."""
 AT_ONCE_S = 1.0
-"""A task that is preempted so soon after its assignment should not have been assigned."""
+"""A task that is preempted this soon after its assignment should not have been assigned."""
 
 
 class PreemptionsAreJust:
-    """A task is preempted only for one of a higher priority, where the cluster allows it, few at a time, and not just
-    after it was placed, while that one waited already."""
+    """A task is preempted only for a task of a higher priority, where the cluster allows it, and few at a time.
+
+    It is not preempted just after it was placed while the other task already waited.
+    """
 
     def __init__(self) -> None:
         self._changed_at: dict[ServiceId | None, float] = {}
-        """When priorities, or the cluster's setting (None), changed last."""
+        """Time of the last change of priorities, or of the cluster's setting (key None)."""
         self._placed_at: dict[TaskId, float] = {}
         self._refused_at: dict[TaskId, float] = {}
         self._disturbed_at = 0.0
-        """When a node changed, or a task was created, last."""
+        """Time at which a node changed or a task was created last."""
         self.count = 0
-        """Of preempted tasks."""
+        """Number of preempted tasks."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         now = change.time_s
@@ -89,7 +91,9 @@ class PreemptionsAreJust:
 
 
 def held_by_lower(view: View) -> Iterable[str]:
-    """Tasks that wait for room which tasks of lower priority have.  For a cluster at rest that allows preemption."""
+    """Yield tasks that wait for resources of tasks with lower priority, in a cluster at rest that allows
+    preemption.
+    """
     for task in view.find(Task):
         service = view.lookup(Service, task.service_id)
         if service is None or not task.is_wanted or task.status.state is not TaskState.PENDING:

@@ -12,11 +12,10 @@ from skep.store.state import State, differences
 def rest_violations(
     view: View, containers: Iterable[tuple[NodeId, Task]], kept: Iterable[tuple[NodeId, TaskId]] = ()
 ) -> Iterable[str]:
-    """Every container belongs to a task that should run on its node, every such task has a container, and objects are
-    bounded.
+    """Check a cluster at rest: the containers match the tasks that should run, and the number of objects is bounded.
 
     Args:
-        kept: tasks of which a node keeps state; it drops that when the task's record is deleted.
+        kept: tasks whose state a node keeps.  The node drops it when the task's record is deleted.
     """
     running = {task.id: node_id for node_id, task in containers}
     for id, node_id in running.items():
@@ -35,7 +34,7 @@ def rest_violations(
 
 
 def replica_violations(manager: NodeId, replica: State, committed: State) -> Iterable[str]:
-    """A replica at the last revision equals the committed state."""
+    """Check that a replica at the last revision equals the committed state."""
     if replica.revision < committed.revision:
         yield f"the replica of {manager} is at {replica.revision} of {committed.revision}"
         return

@@ -15,7 +15,7 @@ from skep.model.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
 SLACK_S = 5.0
-"""A leader may observe the times of a restart window this much later than they were committed."""
+"""A leader may see the times of a restart window this much later than they were committed."""
 
 
 class _Begun(msgspec.Struct):
@@ -28,18 +28,17 @@ class _Begun(msgspec.Struct):
 
 
 class RestartPolicies:
-    """Tasks of one slot and version of the spec follow each other as the restart policy says.
+    """Tasks of one slot and spec version follow each other as the restart policy says.
 
-    Checked at commits: no task follows one that may not be restarted, and no more than ``max_attempts`` follow tasks
-    that ended by themselves (within the window, counting those of one term); moves are not counted.  That a restart is
-    not missing is checked at rest, by ``is_given_up``.
-    Jobs are not checked.
+    Checked at commits: no task follows a task that may not be restarted, and no more than ``max_attempts`` follow
+    tasks that ended by themselves (within the window, and within one leader's term).  Moves are not counted.
+    ``is_given_up`` checks at rest that no restart is missing.  Jobs are not checked.
     """
 
     def __init__(self) -> None:
         self._slots: dict[str, list[_Begun]] = {}
         self._retired: dict[str, Version | None] = {}
-        """Version of the task that was retired last in a slot, until the next one is created there."""
+        """Spec version of the task that was retired last in a slot, until the next one is created there."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -47,7 +46,8 @@ class RestartPolicies:
                 case Created(Task() as task) if task.job_iteration is None:
                     slot = self._slots.setdefault(_slot_of(task), [])
                     before = [one for one in slot if one.task.spec_version == task.spec_version]
-                    ended_at = change.time_s if task.status.state.is_terminal else inf  # as restored
+                    # A restored snapshot has tasks that have ended.
+                    ended_at = change.time_s if task.status.state.is_terminal else inf
                     slot.append(_Begun(task, change.time_s, change.term, ended_at))
                     service = view.lookup(Service, task.service_id)
                     is_same = service is not None and service.spec_version == task.spec_version
@@ -69,7 +69,7 @@ class RestartPolicies:
                         self._retired.pop(key, None)
 
     def is_given_up(self, service: Service, key: int | NodeId) -> bool:
-        """Whether the last task of a slot ended and its policy allows no further restart."""
+        """Return whether the last task of a slot ended and its policy allows no further restart."""
         slot = self._slots.get(f"{service.id}/{key}", [])
         if not slot or not slot[-1].task.status.state.is_terminal:
             return False
@@ -86,7 +86,7 @@ class RestartPolicies:
         return sum(one.created_at > last.ended_at - window_s - SLACK_S for one in same) >= policy.max_attempts
 
     def given_up(self, service: Service) -> int:
-        """Number of slots that are given up."""
+        """Return the number of slots that are given up."""
         keys = [key.removeprefix(f"{service.id}/") for key in self._slots if key.startswith(f"{service.id}/")]
         return sum(self.is_given_up(service, NodeId(key)) for key in keys)
 
@@ -111,13 +111,16 @@ class RestartPolicies:
 
 
 def _attempts(made: list[_Begun]) -> list[_Begun]:
-    """Those of one version's tasks that follow one that ended by itself."""
+    """Return the tasks of one version whose predecessor ended by itself."""
     return [one for before, one in pairwise(made) if before.task.ended_by_itself]
 
 
 def _replaces_another_version(task: Task, change: Change) -> bool:
-    """Whether the task takes over, in one commit, from one of another version, which lost its node beside given-up
-    attempts at this one: for swarmkit, too, that is no restart of this version."""
+    """Return whether the task replaces, in one commit, a task of another version that lost its node.
+
+    The slot has given-up attempts at the task's own version.  In SwarmKit that is not a restart of this version
+    either.
+    """
     return any(
         old.is_wanted and not new.is_wanted and new.spec_version != task.spec_version
         for event in change.events
@@ -129,7 +132,7 @@ def _replaces_another_version(task: Task, change: Change) -> bool:
 
 
 def _is_final(policy: RestartPolicy, task: Task) -> bool:
-    """Whether the policy forbids a restart after this end."""
+    """Return whether the policy forbids a restart after this end."""
     match policy.condition:
         case RestartCondition.NONE:
             return True

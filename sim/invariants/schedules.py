@@ -1,6 +1,6 @@
-"""Rules on jobs with a schedule: every due time is decided once, by a run or with the reason why there is none.
+"""Rules on scheduled jobs: every due time is decided once, by a run or with the reason why it is skipped.
 
-Due times are computed here without the code that is checked: for schedules of the form ``*/N * * * *`` in UTC, where N
+Due times are computed here without the code that is checked, for schedules of the form ``*/N * * * *`` in UTC, where N
 divides an hour.
 """
 
@@ -19,12 +19,12 @@ from skep.store.interface import Created, Deleted, Updated, View
 from skep.store.kinds import spec_of
 
 DECIDED_S = 10.0
-"""A due time that is so long ago is decided, if a leader was there since."""
+"""A due time this long ago is decided if there was a leader since then."""
 _EVERY = re.compile(r"\*/([0-9]+) \* \* \* \*")
 
 
 class DueTimesAreDecidedOnce:
-    """No due time has two runs, none is passed over without a word, and no run begins for another reason."""
+    """A due time has at most one run or a reason to skip it, and no run begins without a due time or a request."""
 
     def __init__(self) -> None:
         self._started: set[tuple[str, str]] = set()
@@ -93,9 +93,9 @@ class RunsKeepTheirNodes:
 
     def __init__(self) -> None:
         self._began: dict[ServiceId, float] = {}
-        """When the present run of a job began."""
+        """Time at which the current run of a job began."""
         self._able_since: dict[NodeId, float] = {}
-        """Since when a node can take tasks."""
+        """Time since which a node can take tasks."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         now = change.time_s
@@ -119,7 +119,7 @@ class RunsKeepTheirNodes:
             return
         earlier = view.find(Task, slot=f"{task.service_id}/{task.node_id}")
         if any(one.id != task.id and one.job_iteration == task.job_iteration for one in earlier):
-            return  # it is restarted
+            return  # the run is restarted
         since = self._able_since.get(task.node_id, 0.0)
         if task.job_iteration == service.job_status.job_iteration and since > began + DECIDED_S:
             yield f"job {service.id}: {task.node_id} could take tasks {since - began:.0f} s after its run began"
@@ -137,12 +137,12 @@ def _differs(before: Node, node: Node) -> bool:
 
 
 class RetriesAreBounded:
-    """A slot of a job's run, or of its retry, has no more failures than its policy or its schedule allows attempts."""
+    """A slot of a job's run, or of its retry, has no more failures than its policy or its schedule allows."""
 
     def __init__(self) -> None:
         self._failures: Counter[tuple[ServiceId, int, int | NodeId]] = Counter()
         self._since: dict[ServiceId, set[TaskId]] = {}
-        """The tasks that a job had when its present run was retried."""
+        """Tasks that a job had when its current run was retried."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -171,7 +171,7 @@ class RetriesAreBounded:
 
 
 def _attempts_of_schedule(task: Task, view: View) -> int:
-    """Of the spec that the run has begun with; 0: that has no schedule."""
+    """Return the attempts of the spec with which the run has begun, or 0 if that spec has no schedule."""
     spec = spec_of(view, task)
     return int(spec.labels.get(CRON_MAX_ATTEMPTS, 6)) if spec is not None and CRON in spec.labels else 0
 
@@ -187,7 +187,7 @@ def _fails(was: Task, task: Task) -> bool:
 
 
 def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View) -> Iterable[str]:
-    """A reason to skip that does not hold."""
+    """Yield a violation if a reason to skip a run does not hold."""
     if "late" in start.skipped and CRON_DEADLINE not in service.spec.labels:
         yield f"{start.skipped}, and it has no deadline"
     if "going" in start.skipped:
@@ -204,7 +204,7 @@ def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View)
 
 
 def due_times(service: Service, after: str, until: str) -> list[int]:
-    """The due times of a job after one time and until another, in seconds since 1970."""
+    """Return the due times of a job after one time and until another, in seconds since 1970."""
     found = _EVERY.fullmatch(service.spec.labels[CRON])
     assert found is not None, service.spec.labels[CRON]
     period_s = int(found[1]) * 60
@@ -213,7 +213,7 @@ def due_times(service: Service, after: str, until: str) -> list[int]:
 
 
 def undecided(view: View, now: str) -> Iterable[str]:
-    """Due times that are not decided until ``now``."""
+    """Yield the due times until ``now`` that are not decided."""
     for service in view.find(Service):
         labels, job = service.spec.labels, service.job_status
         if CRON in labels and service.removed_at is None and labels.get(CRON_SUSPEND) != "true":

@@ -1,4 +1,4 @@
-"""A rule on updates: no more slots are out of service than the parallelism, whatever interrupts the update."""
+"""A rule on updates: no more slots than the parallelism are out of service, whatever interrupts the update."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,17 +18,19 @@ from skep.store.interface import Created, Deleted, Updated, View
 class UpdateParallelism:
     """An update takes no slot out of service while as many as its parallelism are already out because of updates.
 
-    A slot is out of service from the retirement of its running task for one of another spec until a task runs in it
-    again.  It no longer counts when its new task has failed or missed the progress deadline; nor does one that is
+    A slot is out of service from the retirement of its running task for a task of another spec until a task runs in it
+    again.  It no longer counts when its new task has failed or missed the progress deadline.  Nor does a slot that is
     taken out for a further attempt after a failure that the update tolerates.
     """
 
     def __init__(self) -> None:
         self._out: defaultdict[ServiceId, dict[int, float]] = defaultdict(dict)
-        """Slots that are out of service, and when their new tasks were created: the deadline counts from then."""
+        """Slots that are out of service, and the times at which their new tasks were created, where the deadline
+        begins.
+        """
         self._created: dict[TaskId, float] = {}
         self._failed: dict[ServiceId, tuple[Version | None, set[int]]] = {}
-        """The last version of which a task failed, and the slots in which one did."""
+        """Last version with a failed task, and the slots in which one failed."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -72,7 +74,7 @@ class UpdateParallelism:
 
 
 def _is_taken_out(old: Task, new: Task, view: View) -> bool:
-    """Whether the only running task of the slot was just retired, for no other reason than an update."""
+    """Return whether an update is the only reason why the only running task of the slot was just retired."""
     is_retired = old.is_wanted and new.desired_state is TaskState.SHUTDOWN
     if not is_retired or new.status.state is not TaskState.RUNNING or new.preemption is not None:
         return False
@@ -89,13 +91,13 @@ def _is_taken_out(old: Task, new: Task, view: View) -> bool:
 
 
 def _successors(task: Task, view: View) -> list[Task]:
-    """The wanted tasks of another spec in the slot."""
+    """Return the wanted tasks of another spec in the slot."""
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
     return [one for one in slot if one.is_wanted and one.spec != task.spec]
 
 
 def config_of(service: Service) -> UpdateConfig:
-    """Settings of the service's update, or of its rollback during one."""
+    """Return the settings of the service's update, or of its rollback during one."""
     status, spec = service.update_status, service.spec
     is_rollback = status is not None and status.state in ROLLBACKS
     return (spec.rollback_config if is_rollback else spec.update_config) or UpdateConfig(parallelism=1)

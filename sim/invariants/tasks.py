@@ -17,7 +17,7 @@ from skep.store.updates import DEADLINE_S
 
 
 def tasks_move_forward(change: Change, view: View) -> Iterable[str]:
-    """States only move forward; a task is assigned once, and keeps its slot."""
+    """Check that states only move forward, and that a task is assigned once and keeps its slot."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new):
@@ -36,7 +36,8 @@ def _transition_violations(old: Task, new: Task) -> Iterable[str]:
 
 
 def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
-    """A slot (of a job: in each iteration) has one task with desired state running, and at most one in reserve.
+    """Check that a slot (of a job: in each iteration) has one task with desired state running, and at most one in
+    reserve.
 
     With start-first both may have desired state running during an update.
     """
@@ -54,7 +55,7 @@ def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
 
 
 def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
-    """No more tasks of a job are active than its ``MaxConcurrent``."""
+    """Check that no more tasks of a job are active than its ``MaxConcurrent``."""
     for event in change.events:
         match event:
             case Created(Task() as task) if task.job_iteration is not None:
@@ -72,7 +73,7 @@ def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
 
 
 def names_are_unique(change: Change, view: View) -> Iterable[str]:
-    """No two services that are not removed have the same name."""
+    """Check that no two services that are not removed have the same name."""
     for event in change.events:
         match event:
             case Created(Service() as service) | Updated(_, Service() as service):
@@ -82,7 +83,7 @@ def names_are_unique(change: Change, view: View) -> Iterable[str]:
 
 
 def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
-    """No node has more resources reserved than it has, or more replicas of a service than allowed."""
+    """Check that no node has more resources reserved than it has, or more replicas of a service than allowed."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new) if new.node_id != old.node_id:
@@ -108,10 +109,11 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 class TasksAreSpread:
     """While no node changes, a task is assigned to a node with the fewest tasks of its service.
 
-    One more is allowed, and tasks that have ended within ``KNOWN_S`` count for a node that could have had the task:
-    the leader's replica may not show their ends yet.  Old tasks of slots that have a newer one do not count where the
-    task went, since they are retired when the newer ones run; the scheduler disregards those of the slots that it fills
-    at the same time.  Nor do nodes that a manager cannot read (``unreadable``).
+    A node may have one more task than the minimum.  Tasks that have ended within ``KNOWN_S`` count for a node that
+    could have had the task, because the leader's replica may not show their ends yet.  On the task's own node, old
+    tasks of slots with a newer task do not count, since they are retired when the newer tasks run.  The scheduler
+    disregards the old tasks of the slots that it fills at the same time.  Nodes that a manager cannot read
+    (``unreadable``) do not count either.
     """
 
     KNOWN_S = DEADLINE_S
@@ -123,7 +125,7 @@ class TasksAreSpread:
         self._changed_at = 0.0
         self._ended_at: dict[TaskId, float] = {}
         self._failed: set[ServiceId] = set()
-        """Services with a failed task: its node is avoided even after the task's record is deleted."""
+        """Services with a failed task, whose node is avoided even after the task's record is deleted."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -180,7 +182,7 @@ class TasksAreSpread:
 
 
 def _has_cluster_volumes(task: Task) -> bool:
-    """Whether the task needs cluster volumes, which nodes release one after the other."""
+    """Return whether the task needs cluster volumes, which nodes release one after the other."""
     container = task.spec.container_spec
     return container is not None and any(one.type == "cluster" for one in container.mounts)
 
@@ -188,7 +190,7 @@ def _has_cluster_volumes(task: Task) -> bool:
 class UpdatesKeepServing:
     """With start-first, the only running task of a slot is not retired before its replacement runs.
 
-    A task that has run for less than ``KNOWN_S``, or on a node that is back for less, may be retired: the leader's
+    A task that has run for less than ``KNOWN_S``, or on a node that is back for less, may be retired.  The leader's
     replica may not show it yet, and its disk may be slow.
     """
 
@@ -199,10 +201,11 @@ class UpdatesKeepServing:
         self._running_at: dict[TaskId, float] = {}
         self._back_at: dict[NodeId, float] = {}
         self._placed_at: dict[TaskId, float] = {}
-        """When tasks got a node that had been refused one."""
+        """Time at which a task got a node after it had been refused one."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
-        for event in change.events:  # first: one commit may have both, and tasks come before nodes in it
+        # Before the next loop: one commit may have both, and tasks come before nodes in it.
+        for event in change.events:
             match event:
                 case Updated(Node() as before, Node() as after) if not _takes_tasks(before):
                     self._back_at[after.id] = change.time_s
@@ -248,12 +251,12 @@ class UpdatesKeepServing:
 
 
 def may_start_first(service: Service) -> bool:
-    """Whether an update or rollback to or from the present spec may start the new task first."""
+    """Return whether an update or rollback to or from the current spec may start the new task first."""
     return any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
 
 
 def always_starts_first(service: Service) -> bool:
-    """Whether every update and rollback to or from the present spec starts the new task first."""
+    """Return whether every update and rollback to or from the current spec starts the new task first."""
     return all(config.order is UpdateOrder.START_FIRST for config in _configs(service))
 
 

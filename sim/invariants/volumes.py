@@ -13,24 +13,25 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
 UNNOTICED_S = 10.0
-"""What is newer need not be known to a leader whose replica lags."""
+"""A leader whose replica lags may not know changes that are newer than this."""
 FREED_S = 1.0
-"""The end of a task of another slot need not be known so soon.  Longer would leave out most placements."""
+"""Time for which a leader may not know the end of another slot's task.  A longer time would exempt most placements."""
 
 
 class LocalVolumesStay:
-    """A task gets a node that has a volume of its slot, by the slot's tasks in the store.
+    """A task gets a node that has a volume of its slot, according to the slot's tasks in the store.
 
-    With ``keep`` no other; with ``return``, the default, another only if none of these nodes can have tasks.
+    With ``keep`` it gets no other node.  With ``return``, the default, it gets another node only if none of these can
+    have tasks.
     """
 
     def __init__(self) -> None:
         self._since: dict[TaskId, float] = {}
-        """When a task had its volumes."""
+        """Time at which a task had its volumes."""
         self._able: dict[NodeId, float] = {}
-        """Since when a node has been what it is now."""
+        """Time since which a node has been in its current state."""
         self._freed: dict[NodeId, tuple[float, str]] = {}
-        """When the last task on a node ended, and its slot."""
+        """Time at which the last task on a node ended, and its slot."""
 
     def __call__(self, change: Change, view: View) -> Iterator[str]:
         for event in change.events:
@@ -85,7 +86,9 @@ class LocalVolumesStay:
         }
 
     def _was_just_freed(self, id: NodeId, task: Task, now: float) -> bool:
-        """Whether a task of another slot has just ended, so that the leader may have taken the node for a full one."""
+        """Return whether a task of another slot has just ended, so that the leader may have considered the node
+        full.
+        """
         at, slot = self._freed.get(id, (-inf, ""))
         return slot != _slot(task) and now - at < FREED_S
 
@@ -95,17 +98,18 @@ class LocalVolumesStay:
 
 
 Stored = set[tuple[str, str, int]]
-"""Names of local volumes on a machine's disk, with the service and the slot whose data they have."""
+"""Names of local volumes on a machine's disk, with the service and slot that their data belongs to."""
 
 
 class OnlyCopiesStay:
-    """The leader removes no node that has the only data of a slot whose tasks have to return to it."""
+    """The leader never removes a node that has the only data of a slot whose tasks have to return to it."""
 
     def __init__(self, stored: Callable[[NodeId], Stored], is_requested: Callable[[NodeId], bool]) -> None:
-        """
+        """Observe removals of nodes.
+
         Args:
-            stored: what the machine of a node has on its disk.
-            is_requested: whether an operator asked for the removal of a node.
+            stored: returns the volumes on the disk of a node's machine.
+            is_requested: returns whether an operator requested the removal of a node.
         """
         self._stored = stored
         self._is_requested = is_requested
@@ -128,12 +132,12 @@ class OnlyCopiesStay:
 
 
 def _slot(task: Task) -> str:
-    """The schema's index "slot"."""
+    """Return the task's key in the schema's index "slot"."""
     return f"{task.service_id}/{task.slot or task.node_id}"
 
 
 def _volumes(task: Task) -> set[str]:
-    """Names of its volumes of the driver ``local``."""
+    """Return the names of the task's volumes of the driver ``local``."""
     container = task.spec.container_spec
     mounts = container.mounts if container is not None else ()
     return {

@@ -1,4 +1,4 @@
-"""Rules on writers: of heads of tasks, of the reports of nodes, and of cluster volumes."""
+"""Rules on writers of task heads, of node reports, and of cluster volumes."""
 
 from collections.abc import Container, Iterable
 
@@ -12,7 +12,7 @@ from skep.store.keys import HEAD, parsed_object_key
 
 
 def one_leader_writes(change: Change, view: View) -> Iterable[str]:
-    """Only the leader writes or deletes the head of a task."""
+    """Check that only the leader writes or deletes the head of a task."""
     for written in change.keys:
         if written.key.startswith("o/task/") and change.origin != change.leader:
             _, id, part = parsed_object_key(written.key)
@@ -21,7 +21,7 @@ def one_leader_writes(change: Change, view: View) -> Iterable[str]:
 
 
 def session_owners_report(change: Change, view: View) -> Iterable[str]:
-    """Only the manager that has a node's session writes the node's reports, and that it is down."""
+    """Check that only the manager with a node's session writes the node's reports, and that the node is down."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new) if _is_report(old, new):
@@ -38,7 +38,7 @@ def session_owners_report(change: Change, view: View) -> Iterable[str]:
 
 
 def sessions_are_claimed(change: Change, view: View) -> Iterable[str]:
-    """A manager writes only itself as the owner of a session."""
+    """Check that a manager writes only itself as the owner of a session."""
     for event in change.events:
         match event:
             case Updated(Node() as before, Node() as after) if before.session != after.session:
@@ -48,7 +48,7 @@ def sessions_are_claimed(change: Change, view: View) -> Iterable[str]:
 
 
 def _is_report(old: Task, new: Task) -> bool:
-    """Whether the change is a report of the task's node."""
+    """Return whether the change is a report of the task's node."""
     return (
         old.status != new.status
         and bool(old.node_id)
@@ -58,7 +58,7 @@ def _is_report(old: Task, new: Task) -> bool:
 
 
 class SingleWriters:
-    """A cluster volume has the users that its access mode allows, by what the machines run, whatever the store says.
+    """A cluster volume has only the users that its access mode allows, judged by what the machines run.
 
     A machine that no manager reaches still writes.
     """
@@ -66,10 +66,10 @@ class SingleWriters:
     def __init__(self) -> None:
         self._running: dict[TaskId, tuple[NodeId, Task]] = {}
         self.given_up: Container[NodeId] = ()
-        """Nodes that operators removed: they say that nothing writes there."""
+        """Nodes that operators removed, and so declared to have no writers."""
 
     def started(self, node_id: NodeId, task: Task, view: View) -> Iterable[str]:
-        """A container was started."""
+        """Record that a container was started, and check its volumes."""
         self._running[task.id] = node_id, task
         for id in _volumes_of(task):
             volume = view.lookup(Volume, id)
@@ -82,7 +82,7 @@ class SingleWriters:
                     )
 
     def ended(self, task_id: TaskId) -> None:
-        """A container has ended."""
+        """Record that a container has ended."""
         self._running.pop(task_id, None)
 
 

@@ -1,1 +1,1 @@
-"""Simulation of the store only: managers that consist of their store, users of keys, and faults."""
+"""Simulation of only the store: managers that consist of their store, users of keys, and faults."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LASTS_S = (0.3, 1.5, 7.0)
 OVERDUE_S = 6.0
-"""A watch that lags longer than an update may take."""
+"""Lag of a watch that exceeds the time limit of an update."""
 
 
 class Faults:
@@ -41,7 +41,7 @@ class Faults:
         self._end(self._run.loop.time())
 
     def heal(self) -> None:
-        """End all faults; hanging disks when their time is over."""
+        """End all faults.  A hanging disk recovers when its time is over."""
         now = self._run.loop.time()
         hanging = [until for until, name, _ in self._lasting if name.startswith("hang")]
         self._run.run_for(max(hanging, default=now) - now)
@@ -84,7 +84,7 @@ class Faults:
             self._raft.reset_connections(id)
 
     def _hang(self) -> None:
-        """Mostly of the leader, which stays leader."""
+        """Let a disk hang, mostly the leader's.  The leader stays leader."""
         leads = self._raft.current
         id = leads.member.id if leads is not None and self._random.random() < 0.8 else self._victim()
         if id is None or id in self._hit or self._raft.members[id].held is not None:
@@ -151,7 +151,7 @@ class Faults:
         self._raft.kv.compact(revision)
 
     def _rotate(self) -> None:
-        """Not a fault: a request for a new data key."""
+        """Request a new data key, which is not a fault."""
         for manager in self._run.managers.values():
             if manager.store is not None:
                 self._run.log("user: another data key")

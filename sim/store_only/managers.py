@@ -19,12 +19,12 @@ from skep.store.kinds import Payload
 
 WRAPPING_KEY = bytes(32)
 WANT = "want-"
-"""Payloads with this prefix get a unique number from the leader."""
+"""Prefix of payloads that get a unique number from the leader."""
 RETRY_S = 0.25
 
 
 class Manager:
-    """One manager: its store, its control loop while it leads, a watcher."""
+    """One manager: its store, its control loop while it leads, and a watcher."""
 
     def __init__(
         self,
@@ -91,9 +91,9 @@ class Manager:
 
 
 class Numbers:
-    """Allocates the lowest free number to each payload that needs one; caches the holders, as the allocator does.
+    """Allocates the lowest free number to each payload that needs one, and caches the holders, as the allocator does.
 
-    As there, a payload whose write failed is retried later while the others continue.
+    As in the allocator, a payload whose write failed is retried later while the others continue.
     """
 
     def __init__(self, term: Term, clock: VirtualClock) -> None:
@@ -148,7 +148,7 @@ class Numbers:
 
 
 class Watcher:
-    """Consumes a manager's watch: each event must continue from the state before it, and none may be missing."""
+    """Consumes a manager's watch.  Each event must continue from the state before it, and none may be missing."""
 
     def __init__(self, note: Callable[[Iterable[str]], None], id: NodeId) -> None:
         self._note = note
@@ -167,7 +167,7 @@ class Watcher:
                 continue
 
     def differences(self, view: View) -> Iterable[str]:
-        """Differences between the events consumed and ``view``."""
+        """Yield the differences between the consumed events and ``view``."""
         present = {one.id: one for one in view.find(Payload)}
         for id in sorted(present.keys() | self._known.keys()):
             if present.get(id) != self._known.get(id):

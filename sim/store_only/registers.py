@@ -20,9 +20,9 @@ class Registers:
         self._now = now
         self._operations: dict[str, list[Operation]] = defaultdict(list)
 
-    async def swapped(self, key: str, value: bytes, work: Awaitable[bytes | None]) -> None:
+    async def record_swap(self, key: str, value: bytes, work: Awaitable[bytes | None]) -> None:
         operation = Operation(self._now(), inf, writes=value.decode(), is_write=True)
-        await self._finished(key, operation, work)
+        await self._await_result(key, operation, work)
 
     async def swapped_each(self, items: list[tuple[str, bytes]], work: Awaitable[Any]) -> None:
         began = self._now()
@@ -31,7 +31,9 @@ class Registers:
             operation = Operation(began, inf, writes=value.decode(), is_write=True)
             self._note(key, operation, outcome)
 
-    async def compared(self, key: str, expected: bytes, value: bytes, work: Awaitable[bytes | None]) -> None:
+    async def record_compare(
+        self, key: str, expected: bytes, value: bytes, work: Awaitable[bytes | None]
+    ) -> None:
         operation = Operation(
             self._now(), inf, expects=expected.decode(), is_seen=True, writes=value.decode(), is_write=True
         )
@@ -45,8 +47,10 @@ class Registers:
         else:
             self._operations[key].append(replace(operation, returned=self._now()))
 
-    async def deleted(self, key: str, work: Awaitable[bytes | None]) -> None:
-        """The removed value is not recorded: after a lost response a retry may have removed another one."""
+    async def record_delete(self, key: str, work: Awaitable[bytes | None]) -> None:
+        """Delete a register.  The removed value is not recorded: after a lost response a retry may have removed
+        another one.
+        """
         began = self._now()
         try:
             await work
@@ -57,12 +61,12 @@ class Registers:
         else:
             self._operations[key].append(Operation(began, self._now(), is_write=True))
 
-    def read(self, key: str, began: float, found: bytes | None) -> None:
+    def record_read(self, key: str, began: float, found: bytes | None) -> None:
         seen = found.decode() if found is not None else None
         self._operations[key].append(Operation(began, self._now(), expects=seen, is_seen=True))
 
     def violations(self) -> Iterable[str]:
-        """Registers whose history is not linearizable."""
+        """Yield the registers whose history is not linearizable."""
         for key, operations in sorted(self._operations.items()):
             seen = {one.expects for one in operations if one.is_seen}
             # An operation of unknown outcome whose value was never read need not have taken effect.
@@ -70,7 +74,7 @@ class Registers:
             if not is_linearizable(relevant):
                 yield f"the operations on {key} are not linearizable: {relevant}"
 
-    async def _finished(self, key: str, operation: Operation, work: Awaitable[bytes | None]) -> None:
+    async def _await_result(self, key: str, operation: Operation, work: Awaitable[bytes | None]) -> None:
         try:
             outcome: bytes | SkepError | None = await work
         except SkepError as error:
@@ -91,7 +95,7 @@ class Registers:
 
 
 class _IsAnother(FailedPrecondition):
-    """The register holds another value than was expected."""
+    """The register does not hold the expected value."""
 
     def __init__(self, value: bytes | None) -> None:
         super().__init__(f"it is {value!r}")

@@ -1,11 +1,11 @@
-"""A simulation run of the store only: keys instead of services, many times cheaper than a run of a whole cluster.
+"""A simulation run of only the store: keys instead of services, many times cheaper than a run of a whole cluster.
 
 Managers consist of their store on a simulated etcd: the production updates, batcher, reflector, election, cipher and
-replica.  Users swap, compare, delete and read the values of a few registers; the leader allocates numbers, as the
-allocator does; watchers consume the commits.  Then all faults end, and the responses must be linearizable, with each
-write applied once.
+replica.  Users swap, compare, delete and read the values of a few registers.  The leader allocates numbers, as the
+allocator does, and watchers consume the commits.  Then all faults end, and the responses must be linearizable, with
+each write applied once.
 
-``simulate(seed)`` returns all violations.  The same seed gives the same run.
+``simulate(seed)`` returns all violations.  The same seed produces the same run.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ REGISTERS = ("k1", "k2", "k3")
 NETWORKS = ("x1", "x2")
 LATENCY_S = 0.002
 LED_S = 10.0
-"""With a majority of healthy managers, there is a leader after this time."""
+"""Time within which a majority of healthy managers elects a leader."""
 WRITTEN_S = 10.0
 TURNS_MAX = 200_000
 LOOK_S = 0.25
@@ -67,7 +67,7 @@ REST_S = 3.0
 """Longer than any timeout of a lost response."""
 SLOW_RUNS = 0.05
 SLOWNESS_S = (0.4, 0.8, 1.2, 2.0, 4.0)
-"""Duration of an entry on slow disks; etcd's own timeout is six seconds."""
+"""Seconds that an entry takes on slow disks. etcd's own timeout is six seconds."""
 SLOW_FOR_S = 60.0
 LINES = 200
 
@@ -100,7 +100,7 @@ class StoreRun:
         self.managers: dict[NodeId, Manager] = {}
         self.registers = Registers(self.loop.time)
         self.written: Counter[bytes] = Counter()
-        """How often each value was committed; users write each value once."""
+        """Number of commits of each value.  Users write each value once."""
         self.on_next_want: Callable[[], None] | None = None
         """Called as soon as a number is requested."""
         self._clock = VirtualClock(self.loop)
@@ -110,7 +110,7 @@ class StoreRun:
         """The raft term of the last leader record."""
 
     def simulate(self, steps: int) -> None:
-        """Users and faults for some steps; then all faults end, and all checks must pass."""
+        """Run users and faults for some steps.  Then all faults end, and all checks must pass."""
         asyncio.set_event_loop(self.loop)
         for id in self.ids:
             self.raft.add(id)
@@ -159,7 +159,7 @@ class StoreRun:
         manager.task = self.loop.create_task(manager.run(), name=id)
 
     def crash(self, id: NodeId) -> Callable[[], None]:
-        """kill -9 of a manager with its member; returns a function that starts both again."""
+        """Kill a manager and its member with SIGKILL. Return a function that starts both again."""
         manager = self.managers.pop(id)
         self.raft.crash(id)
         assert manager.task is not None, "it was started"
@@ -172,7 +172,9 @@ class StoreRun:
         return start
 
     def restart_member(self, id: NodeId) -> Callable[[], None]:
-        """kill -9 of a member without its manager; returns a function that restarts it, with less applied at first."""
+        """Kill a member with SIGKILL, without its manager.  Return a function that restarts it, with less applied at
+        first.
+        """
         self.raft.crash(id)
         return lambda: self.raft.start(id, less=self.random.choice((0, 3, 20)))
 
@@ -194,7 +196,7 @@ class StoreRun:
         """Begin a random request."""
         actions = (
             *(self._swap,) * 4,
-            *(self._read,) * 3,
+            *(self._read_register,) * 3,
             *(self._compare, self._delete, self._swap_each, self._want, self._want),
             *(self._attach, self._detach, self._remove_network),
         )
@@ -207,7 +209,7 @@ class StoreRun:
         task.add_done_callback(self._requests.discard)
 
     def _store(self) -> EtcdStore:
-        """A random store.  Raises: Unavailable: no manager serves."""
+        """Return a random store.  Raises: Unavailable: no manager serves."""
         stores = [manager.store for manager in self.managers.values() if manager.store is not None]
         if not stores:
             raise Unavailable("no manager serves")
@@ -216,7 +218,7 @@ class StoreRun:
     async def _swap(self, store: EtcdStore | None = None) -> None:
         key, value = self.random.choice(REGISTERS), self._value()
         store = store or self._store()
-        await self.registers.swapped(key, value, store.update(swap, key, value))
+        await self.registers.record_swap(key, value, store.update(swap, key, value))
 
     async def _swap_each(self) -> None:
         store = self._store()
@@ -228,21 +230,21 @@ class StoreRun:
         store = self._store()
         present = store.view().lookup(Payload, key)
         expected = present.data if present is not None and self.random.random() < 0.8 else b"another"
-        await self.registers.compared(key, expected, value, store.update(compare, key, expected, value))
+        await self.registers.record_compare(key, expected, value, store.update(compare, key, expected, value))
 
     async def _delete(self) -> None:
         key, store = self.random.choice(REGISTERS), self._store()
-        await self.registers.deleted(key, store.update(delete, key))
+        await self.registers.record_delete(key, store.update(delete, key))
 
-    async def _read(self) -> None:
+    async def _read_register(self) -> None:
         key, store = self.random.choice(REGISTERS), self._store()
         began = self.loop.time()
         await store.barrier()
         found = store.view().lookup(Payload, key)
-        self.registers.read(key, began, found.data if found is not None else None)
+        self.registers.record_read(key, began, found.data if found is not None else None)
 
     async def _want(self) -> None:
-        """One or two payloads at once need a number."""
+        """Let one or two payloads at once need a number."""
         store = self._store()
         names = [f"{WANT}{next(self._numbers)}" for _ in range(self.random.choice((1, 2)))]
         await store.update_each(lambda tx, name: tx.put(Payload(id=name)), names)
@@ -317,7 +319,7 @@ class StoreRun:
         self._term = record.term
 
     def _wait_healthy(self) -> None:
-        """Let time pass until all managers are healthy; a timeout is a violation."""
+        """Let time pass until all managers are healthy.  A timeout is a violation."""
         until = self.loop.time() + LED_S
         while lacking := list(self._unhealthy()):
             if self.loop.time() > until:
@@ -326,7 +328,7 @@ class StoreRun:
             self.run_for(LOOK_S)
 
     def _unhealthy(self) -> Iterable[str]:
-        """What is missing after the end of all faults."""
+        """Yield what is unhealthy after the end of all faults."""
         if not any(manager.leads for manager in self.managers.values()):
             yield f"no leader {LED_S} s after the end of all faults"
         if silent := [id for id, manager in self.managers.items() if manager.store is None]:
@@ -336,7 +338,7 @@ class StoreRun:
             yield f"{waiting} have no number"
 
     def _slow_for_long(self) -> None:
-        """Make every disk slow for a while; writes must still be committed and numbers allocated."""
+        """Make every disk slow for a while.  Writes must still be committed and numbers allocated."""
         took_s = self.random.choice(SLOWNESS_S)
         self.log(f"fault: every entry takes {took_s} s")
         for member in self.raft.members.values():
@@ -357,7 +359,7 @@ class StoreRun:
 
     def _finish(self) -> None:
         """Wait for all requests, and check that every manager can write and read."""
-        self.do(self._ended())
+        self.do(self._wait_for_requests())
         for id in self.ids:
             store = self.managers[id].store
             try:
@@ -374,7 +376,7 @@ class StoreRun:
                     return
                 await asyncio.sleep(LOOK_S)
 
-    async def _ended(self) -> None:
+    async def _wait_for_requests(self) -> None:
         while self._requests:
             await asyncio.wait(self._requests)
 

@@ -29,7 +29,7 @@ from skep.store.etcd.orphans import write_pid
 from tests.support.etcd_calls import (
     CLOCK,
     a_fake_etcd,
-    founded,
+    a_new_cluster,
     pid_of,
     put_secret,
     until,
@@ -98,7 +98,7 @@ async def test_a_single_member_does_not_wait_for_its_own_election(
 
 async def test_a_member_that_takes_another_one_in_is_not_restarted(settings: MemberSettings) -> None:
     """And one that never comes costs nothing: writes go on."""
-    async with founded(settings) as (member, store), Client(settings.socket) as client:
+    async with a_new_cluster(settings) as (member, store), Client(settings.socket) as client:
         members = await RaftMembers(client, member).add("m2", "https://m2:2378")
         assert [(one.name, one.is_learner) for one in members] == [("m1", False), ("m2", True)]
         await store.update(put_secret, "s")
@@ -199,7 +199,7 @@ async def test_the_etcd_directory_is_for_root_alone(settings: MemberSettings) ->
 
 async def test_a_member_whose_log_is_gone_is_not_started(settings: MemberSettings) -> None:
     """It would serve every read and finish no write."""
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         await store.update(put_secret, "s")
     for file in (settings.data / "member" / "wal").iterdir():
         file.unlink()
@@ -221,7 +221,7 @@ async def test_a_member_whose_log_is_gone_is_not_started(settings: MemberSetting
 async def test_damage_ends_in_a_sentence_at_the_first_attempt(
     settings: MemberSettings, damage: str, sentence: str
 ) -> None:
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         await store.update_each(put_secret, [f"s{number}" for number in range(200)])
     (log,) = (settings.data / "member" / "wal").glob("*.wal")
     file = log if damage.startswith("log") else settings.data / "member" / "snap" / "db"
@@ -252,7 +252,7 @@ async def test_damage_ends_in_a_sentence_at_the_first_attempt(
 
 async def test_a_log_that_was_cut_is_noticed_though_etcd_runs(settings: MemberSettings) -> None:
 
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         await store.update(put_secret, "s")
     (log,) = (settings.data / "member" / "wal").glob("*.wal")
     content = log.read_bytes()

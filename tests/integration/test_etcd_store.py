@@ -28,9 +28,9 @@ from tests.support.etcd_calls import (
     CLOCK,
     KEY,
     NODE,
+    a_new_cluster,
     a_secret,
     found,
-    founded,
     freeze,
     pid_of,
     put_secret,
@@ -47,7 +47,7 @@ def settings(tmp_path: Path) -> MemberSettings:
 async def test_acknowledged_writes_survive_the_kill_of_etcd(settings: MemberSettings) -> None:
     """The store's users only see a pause; no write is lost or doubled."""
     acknowledged: list[str] = []
-    async with founded(settings) as (member, store):
+    async with a_new_cluster(settings) as (member, store):
         first = pid_of(member)
 
         async def write() -> None:
@@ -66,13 +66,13 @@ async def test_acknowledged_writes_survive_the_kill_of_etcd(settings: MemberSett
             await writing
         assert member.starts >= 4
         assert [secret.id for secret in store.view().find(Secret)] == acknowledged
-    async with founded(settings) as (_, again):
+    async with a_new_cluster(settings) as (_, again):
         assert [secret.id for secret in again.view().find(Secret)] == acknowledged
 
 
 async def test_leadership_and_its_fence_come_back_after_the_kill_of_etcd(settings: MemberSettings) -> None:
     """The new term has a new fence; the old one's writes are refused."""
-    async with founded(settings) as (member, store):
+    async with a_new_cluster(settings) as (member, store):
         terms = store.terms(NODE, "127.0.0.1:2377")
         first = await anext(terms)
         await first.update(put_secret, "before")
@@ -85,7 +85,7 @@ async def test_leadership_and_its_fence_come_back_after_the_kill_of_etcd(setting
 
 async def test_a_frozen_etcd_is_no_answer_and_no_double_write(settings: MemberSettings) -> None:
     """SIGSTOP: writes fail within their deadline; after SIGCONT everything goes on."""
-    async with founded(settings) as (member, store):
+    async with a_new_cluster(settings) as (member, store):
         await freeze(pid_of(member))
         try:
             async with asyncio.timeout(7):
@@ -133,7 +133,7 @@ async def test_a_write_during_a_short_freeze_is_written_once(settings: MemberSet
     def create(tx: Transaction) -> Secret:
         return tx.put(replace(a_secret("one"), id=SecretId(next(ids))))
 
-    async with founded(settings) as (member, store):
+    async with a_new_cluster(settings) as (member, store):
         await store.update(put_secret, "warm")
         await freeze(pid_of(member))
         async with asyncio.TaskGroup() as group:
@@ -145,7 +145,7 @@ async def test_a_write_during_a_short_freeze_is_written_once(settings: MemberSet
 
 
 async def test_values_at_rest_are_encrypted(settings: MemberSettings) -> None:
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
 
         def fill(tx: Transaction) -> None:
             tx.put(Payload(id="secret/s", data=b"correct horse battery staple"))
@@ -212,16 +212,16 @@ async def test_many_large_objects_are_loaded_page_by_page(settings: MemberSettin
         id = ConfigId(f"c{number:02}")
         return tx.put(Config(id=id, spec=ConfigSpec(name=id, data=bytes([number]) * 1000 * 1024)))
 
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         await store.update_each(put_config, range(20))
         expected = store.view().find(Config)
-    async with founded(settings) as (_, again):
+    async with a_new_cluster(settings) as (_, again):
         assert again.view().find(Config) == expected
         assert len(expected) == 20
 
 
 async def test_a_damaged_value_is_skipped_and_affects_no_other(settings: MemberSettings) -> None:
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         for name in ("a", "b", "c"):
             await store.update(put_secret, name)
         async with Client(settings.socket) as client:
@@ -231,7 +231,7 @@ async def test_a_damaged_value_is_skipped_and_affects_no_other(settings: MemberS
         await store.barrier()
         await store.update(put_secret, "d")
         assert [secret.id for secret in store.view().find(Secret)] == ["a", "b", "c", "d"]
-    async with founded(settings) as (_, again):
+    async with a_new_cluster(settings) as (_, again):
         assert [secret.id for secret in again.view().find(Secret)] == ["a", "d"]
 
 

@@ -19,7 +19,7 @@ from skep.store.etcd.initialize import cluster_in
 from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import NotLeader, Term
-from tests.support.etcd_calls import CLOCK, KEY, founded, put_secret
+from tests.support.etcd_calls import CLOCK, KEY, a_new_cluster, put_secret
 from tests.support.etcd_rig import member_settings
 
 pytestmark = pytest.mark.timeout(60)
@@ -57,7 +57,7 @@ async def lead(store: EtcdStore) -> None:
 
 
 async def test_everything_is_encrypted_anew_and_nothing_seems_to_change(settings: MemberSettings) -> None:
-    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+    async with a_new_cluster(settings) as (_, store), asyncio.TaskGroup() as group:
         await store.update_each(put_secret, SECRETS)
         leading = group.create_task(lead(store))
         before = store.view().find(Secret)
@@ -72,18 +72,18 @@ async def test_everything_is_encrypted_anew_and_nothing_seems_to_change(settings
                 break
         assert [secret for secret in store.view().find(Secret) if secret.id != "after"] == list(before)
         leading.cancel()
-    async with founded(settings) as (_, again):
+    async with a_new_cluster(settings) as (_, again):
         assert [secret for secret in again.view().find(Secret) if secret.id != "after"] == list(before)
 
 
 async def test_an_interrupted_rotation_goes_on_with_the_next_leader(settings: MemberSettings) -> None:
     """The first run ends with a new key in the ring and nothing re-encrypted: it has no leader."""
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         await store.update_each(put_secret, SECRETS)
         await store.rotate_data_key()
         assert await ring_keys(settings) == [1, 2]
         assert await data_keys(settings) == {1}
-    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+    async with a_new_cluster(settings) as (_, store), asyncio.TaskGroup() as group:
         assert len(store.view().find(Secret)) == len(SECRETS)
         leading = group.create_task(lead(store))
         await wait_rotated(settings, to=2)
@@ -94,7 +94,7 @@ async def test_an_interrupted_rotation_goes_on_with_the_next_leader(settings: Me
 async def test_a_value_that_nothing_opens_is_named_and_everything_else_is_encrypted_anew(
     settings: MemberSettings,
 ) -> None:
-    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+    async with a_new_cluster(settings) as (_, store), asyncio.TaskGroup() as group:
         await store.update_each(put_secret, SECRETS)
         damaged = keys.object_key("secret", SECRETS[7])
         async with Client(settings.socket) as client:
@@ -112,7 +112,7 @@ async def test_a_value_that_nothing_opens_is_named_and_everything_else_is_encryp
 
 
 async def test_writes_go_on_during_a_rotation_and_none_is_lost(settings: MemberSettings) -> None:
-    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+    async with a_new_cluster(settings) as (_, store), asyncio.TaskGroup() as group:
         await store.update_each(put_secret, SECRETS)
         leading = group.create_task(lead(store))
         await store.rotate_data_key()
@@ -130,7 +130,10 @@ async def test_a_manager_that_does_not_know_of_the_new_key_writes_nothing_under_
     settings: MemberSettings,
 ) -> None:
     """Its ring is older than the store's: the first attempt is refused by the store, the second is right."""
-    async with founded(settings) as (_, store), open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as late:
+    async with (
+        a_new_cluster(settings) as (_, store),
+        open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as late,
+    ):
         late._cipher.use = lambda *_: None  # type: ignore[method-assign]  # its watch brings nothing
         await store.rotate_data_key()
         del late._cipher.use
@@ -143,7 +146,7 @@ async def test_a_manager_that_does_not_know_of_the_new_key_writes_nothing_under_
 
 async def test_two_rotations_at_once_end_with_one_key(settings: MemberSettings) -> None:
     async with (
-        founded(settings) as (_, store),
+        a_new_cluster(settings) as (_, store),
         open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as other,
         asyncio.TaskGroup() as group,
     ):
@@ -174,7 +177,7 @@ async def test_the_wrapping_key_is_replaced_in_one_write_and_everything_encrypte
     """Another manager with the new key continues; with only the old one none starts."""
     new = new_wrapping_key()
     async with (
-        founded(settings) as (_, store),
+        a_new_cluster(settings) as (_, store),
         open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as other,
         asyncio.TaskGroup() as group,
     ):
@@ -200,7 +203,7 @@ async def test_the_wrapping_key_is_replaced_in_one_write_and_everything_encrypte
 
 async def test_a_term_that_is_over_replaces_no_wrapping_key(settings: MemberSettings) -> None:
     """Others may have been given another one meanwhile."""
-    async with founded(settings) as (_, store):
+    async with a_new_cluster(settings) as (_, store):
         term = await a_term(store)
         async with Client(settings.socket) as client:
             leader = (await client.range(pb.RangeRequest(key=etcd_key(keys.LEADER)))).kvs[0]
@@ -215,7 +218,7 @@ async def test_a_data_key_that_has_encrypted_enough_is_replaced(
 ) -> None:
     monkeypatch.setattr(rotation, "CHECK_S", 0.05)
     monkeypatch.setattr(rotation, "REVISIONS_PER_KEY", 20)
-    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+    async with a_new_cluster(settings) as (_, store), asyncio.TaskGroup() as group:
         leading = group.create_task(lead(store))
         for name in SECRETS[:20]:
             await store.update(put_secret, name)

@@ -1,7 +1,7 @@
-"""Tests that measure need the machine for themselves (``pytest.mark.alone``): other workers of pytest-xdist wait.
+"""Tests that measure time need the machine for themselves (``pytest.mark.alone``): other pytest-xdist workers wait.
 
-Every test holds a lock while it runs, one that is alone holds it for itself.  Who waits for that holds the door, so
-that the others do not take turns for ever.
+Every test holds a shared lock (``room``) while it runs, and such a test holds it exclusively.  A worker that waits for
+the lock holds ``door``, so that the others cannot keep it waiting by taking turns.
 """
 
 import fcntl
@@ -13,7 +13,7 @@ import pytest
 
 
 class Turns:
-    """``room`` and ``door``: two files that every worker has; nothing is written."""
+    """Locks on ``room`` and ``door``, two files that all workers share.  Nothing is written to them."""
 
     def __init__(self, room: Path, door: Path) -> None:
         self._room, self._door = room, door
@@ -29,6 +29,6 @@ class Turns:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Waiting is not counted by a test's deadline."""
+        """Wait for the lock before the test's deadline begins."""
         with self.taken(alone=item.get_closest_marker("alone") is not None):
             return (yield)

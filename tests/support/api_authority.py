@@ -1,4 +1,4 @@
-"""An authority of a user's own, as for the settings ``tls-cert``, ``tls-key`` and ``tls-ca``."""
+"""A user's own certificate authority, for the settings ``tls-cert``, ``tls-key`` and ``tls-ca``."""
 
 import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ USES = (
 
 
 class Authority:
-    """An authority that signs a server's and a client's certificate; files as dockerd's ``--tls...`` take them."""
+    """Signs the certificates of a server and a client.  Its files have the form of dockerd's ``--tls...`` options."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -31,7 +31,7 @@ class Authority:
         self.root = self._write("ca.crt", self._certificate(self._name, self._key.public_key(), is_root=True))
 
     def pair(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key of a server at 127.0.0.1."""
+        """Issue a server certificate for 127.0.0.1, and return the files of certificate and key."""
         key = ec.generate_private_key(ec.SECP256R1())
         path = self._directory / f"{name}.key"
         path.write_bytes(
@@ -53,7 +53,7 @@ class Authority:
         builder = x509.CertificateBuilder(self._name, name, key, x509.random_serial_number())
         uses = dict.fromkeys(USES, False) | {"key_cert_sign": is_root, "digital_signature": True}
         return (
-            # Python since 3.13 wants these three.
+            # Python 3.13 and later require these three extensions.
             builder.add_extension(own, critical=False)
             .add_extension(issuer, critical=False)
             .add_extension(x509.KeyUsage(**uses), critical=True)

@@ -1,4 +1,4 @@
-"""The routes of one node's containers on a unix socket, asked as clients ask them."""
+"""The routes of one node's containers on a unix socket, used by real clients."""
 
 import asyncio
 import io
@@ -36,10 +36,9 @@ class Api:
     async def send(
         self, method: str, path: str, data: Any = None, version: str = "1.41"
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        """Status, body and headers of a request with a body of bytes, or of pieces."""
-        body = (
-            io.BytesIO(data) if isinstance(data, bytes) else data
-        )  # aiohttp warns of large ones that are not
+        """Send a request with a body of bytes or of chunks.  Return status, body and headers."""
+        # aiohttp warns about large bodies of plain bytes.
+        body = io.BytesIO(data) if isinstance(data, bytes) else data
         async with self._session.request(method, f"http://node/v{version}{path}", data=body) as response:
             return response.status, await response.read(), dict(response.headers)
 
@@ -58,7 +57,7 @@ class Api:
         return self._session.ws_connect(f"http://node{path}")
 
     async def docker(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        """The docker command's exit code, output and errors."""
+        """Run the docker command, and return its exit code, output and errors."""
         process = await asyncio.create_subprocess_exec(
             *("docker", "-H", f"unix://{self.socket}", *arguments),
             env={
@@ -75,14 +74,14 @@ class Api:
 
 
 class Raw:
-    """A connection that was taken over."""
+    """A hijacked connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
         self.head = ""
 
     async def frames(self) -> list[tuple[int, bytes]]:
-        """Everything until the end, as (stream, data), pieces of one stream that follow each other joined."""
+        """Return all frames until the end as (stream, data), with consecutive chunks of one stream joined."""
         found: list[tuple[int, bytes]] = []
         while head := await self.reader.read(1):
             head += await self.reader.readexactly(7)
@@ -96,7 +95,7 @@ class Raw:
 
 @asynccontextmanager
 async def serving(directory: Path, executor: OciExecutor) -> AsyncIterator[Api]:
-    """The API of the executor's containers, at a socket in ``directory``."""
+    """Serve the API of the executor's containers on a socket in ``directory``."""
     ping = Routes()
 
     @ping.head("/_ping")

@@ -1,6 +1,6 @@
-"""Image archives for tests, built in memory: good ones, and every way of being bad that we know.
+"""Image archives for tests, built in memory: valid ones, and every kind of damage that we know.
 
-``HOSTILE`` gives each bad one a name; what a real engine says to it is recorded beside the tests.
+``HOSTILE`` names each damaged archive.  A real engine's response to each is recorded next to the tests.
 """
 
 import gzip
@@ -15,7 +15,7 @@ Member = tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]
 
 
 def a_file(name: str, content: bytes = b"", mode: int = 0o644, **fields: Any) -> Member:
-    """A regular member; ``fields`` are those of ``tarfile.TarInfo``."""
+    """Return a regular file.  ``fields``: further fields of ``tarfile.TarInfo``."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(content), mode
     for field, value in fields.items():
@@ -24,7 +24,7 @@ def a_file(name: str, content: bytes = b"", mode: int = 0o644, **fields: Any) ->
 
 
 def an_entry(name: str, type: bytes, linkname: str = "", mode: int = 0o755, **fields: Any) -> tarfile.TarInfo:
-    """A member without content: a directory, link or device (``type`` is tarfile's)."""
+    """Return a member without content: a directory, link or device.  ``type`` is a constant of ``tarfile``."""
     member = tarfile.TarInfo(name)
     member.type, member.linkname, member.mode = type, linkname, mode
     for field, value in fields.items():
@@ -33,7 +33,7 @@ def an_entry(name: str, type: bytes, linkname: str = "", mode: int = 0o755, **fi
 
 
 def a_tar(*members: Member, format: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar of ``members``, as they are: nothing is cleaned."""
+    """Return a tar archive of ``members``, without any cleaning."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for member in members:
@@ -47,7 +47,7 @@ def sha256(content: bytes) -> str:
 
 
 def a_config(*layers: bytes, **fields: Any) -> bytes:
-    """The configuration of an image with these plain layers."""
+    """Return the configuration of an image with these uncompressed layers."""
     document = {
         "architecture": "amd64",
         "os": "linux",
@@ -67,7 +67,10 @@ def a_docker_archive(
     extra: Sequence[Member] = (),
     stored: Mapping[int, bytes] | None = None,
 ) -> bytes:
-    """What ``docker save`` wrote up to 24.  ``stored`` replaces a layer's bytes without changing the digests."""
+    """Return an archive as ``docker save`` wrote it up to version 24.
+
+    ``stored`` replaces a layer's bytes without changing the digests.
+    """
     config = a_config(*layers) if config is None else config
     names = [f"{number}/layer.tar" for number in range(len(layers))]
     if manifest is None:
@@ -82,7 +85,7 @@ def a_docker_archive(
 
 
 def a_layer(*members: Member) -> bytes:
-    """A small harmless layer, with ``members`` behind it."""
+    """Return a small harmless layer, followed by ``members``."""
     return a_tar(an_entry("etc", tarfile.DIRTYPE), a_file("etc/hostname", b"box\n"), *members)
 
 
@@ -90,7 +93,7 @@ _GOOD = a_layer()
 
 
 def a_legacy_archive(tag: str = "old") -> bytes:
-    """What ``docker save`` wrote before 1.10: a directory per layer, no digests."""
+    """Return an archive as ``docker save`` wrote it before 1.10, with a directory per layer and without digests."""
     base = b'{"id":"1","created":"2015-01-01T00:00:00Z","container_config":{"Cmd":["a","<b>"]}}'
     top = (
         b'{"id":"2","parent":"1","created":"2015-01-02T00:00:00Z","docker_version":"1.9.1","os":"linux",'
@@ -110,11 +113,11 @@ GOOD: Mapping[str, Callable[[], bytes]] = {
     "legacy:1": lambda: a_legacy_archive("legacy"),
     "plain:1": lambda: a_docker_archive(_GOOD, a_tar(a_file("x", b"y")), tags=["plain:1"]),
 }
-"""By the name that it gives its image."""
+"""Valid archives by the name of their image."""
 
 
 def _headless() -> bytes:
-    """A layer whose second header is garbage."""
+    """Return a layer whose second header is garbage."""
     return _GOOD[:512] + b"\xff" * 512 + _GOOD[1024:]
 
 
@@ -194,4 +197,4 @@ HOSTILE: Mapping[str, Callable[[], bytes]] = {
     ),
     "too many layers": lambda: a_docker_archive(*(a_tar(a_file(f"f{n}", b"")) for n in range(130))),
 }
-"""By name: what makes the archive bad -> its bytes."""
+"""Damaged archives by the kind of damage."""

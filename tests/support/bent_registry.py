@@ -1,4 +1,4 @@
-"""A registry of our own that takes what is pushed, and whose every response a test may bend."""
+"""A registry that stores pushed images, and whose responses a test can replace."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from tests.support.registry_rig import LAYERS
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
 
-async def loaded(images: ImageStore, *names: str, layers: tuple[bytes, ...] = LAYERS) -> Image:
-    """An image of ``layers`` with these names."""
+async def load_image(images: ImageStore, *names: str, layers: tuple[bytes, ...] = LAYERS) -> Image:
+    """Add an image of ``layers`` with these names to ``images``."""
     members = [a_file(f"{number}.tar", layer) for number, layer in enumerate(layers)]
     item = {
         "Config": "config.json",
@@ -38,7 +38,7 @@ async def loaded(images: ImageStore, *names: str, layers: tuple[bytes, ...] = LA
 
 
 class Registry:
-    """A registry whose every response a test may bend.  Keeps what is pushed; counts what it is sent."""
+    """A registry whose responses a test can replace.  It stores pushed images, and records the requests."""
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
@@ -46,13 +46,13 @@ class Registry:
         self.uploads: dict[str, bytearray] = {}
         self.requests: list[web.Request] = []
         self.received: list[int] = []
-        """Bytes of each PATCH."""
+        """Number of bytes in each PATCH."""
         self.cut_after: list[int] = []
-        """Of the next uploads: the bytes after which the connection is closed."""
+        """Number of bytes after which the connection of each of the next uploads is closed."""
         self.bend: Respond = self._not_at_all
         self.address = ""
         self.right = ""
-        """The password, where a test wants one."""
+        """The required password.  Empty if none is required."""
 
     async def _not_at_all(self, _request: web.Request) -> web.StreamResponse | None:
         return None

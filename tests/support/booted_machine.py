@@ -1,4 +1,4 @@
-"""A bare machine of a distribution with its own systemd as first process, in namespaces and cgroups of its own."""
+"""A bare machine of a distribution that boots its own systemd, in its own namespaces and cgroups."""
 
 import os
 import re
@@ -17,15 +17,15 @@ ROOT = Path(__file__).parents[2]
 
 
 class BootedMachine:
-    """What a test does on it, as root."""
+    """Runs commands on the machine, as root."""
 
     def __init__(self, directory: Path, name: str, pid: int) -> None:
         self.directory, self._name = directory, name
         self.pid = pid
-        """Of its first process."""
+        """Pid of its first process."""
 
     def run(self, command: str, *, within_s: float = 120) -> str:
-        """What a shell command prints there, errors with it.  Raises: AssertionError: with the same."""
+        """Run a shell command there, and return its output and errors.  Raises: AssertionError: it failed."""
         done = subprocess.run(
             [
                 *("nsenter", "-t", str(self.pid), "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup"),
@@ -45,11 +45,11 @@ class BootedMachine:
         return done.stdout
 
     def client(self) -> docker.DockerClient:
-        """docker-py on its node."""
+        """Return a docker-py client of its node."""
         return docker.DockerClient(base_url=f"unix:///proc/{self.pid}/root/run/skep/skep.sock", timeout=60)
 
     def processes(self, pattern: str) -> list[int]:
-        """Its processes whose command line matches, with the pids that this machine knows them by."""
+        """Return the processes whose command line matches, with their pids as the machine sees them."""
         return [pid for pid in _pids() if self._has(pid) and re.search(pattern, _command(pid))]
 
     def _has(self, pid: int) -> bool:
@@ -70,7 +70,7 @@ def _command(pid: int) -> str:
 
 
 def build_package(directory: Path, version: str) -> Path:
-    """The Debian package of this commit, as that version."""
+    """Build the Debian package of this commit with that version number."""
     built = subprocess.run(
         [ROOT / "setup/package.sh", directory, version],
         capture_output=True,
@@ -87,11 +87,11 @@ def build_package(directory: Path, version: str) -> Path:
 def a_booted_machine(
     suite: str, directory: Path, package: Path, *, has_ssh_alone: bool = False
 ) -> Iterator[BootedMachine]:
-    """One that had ``package`` installed and purged, so that it has what this depends on.
+    """Boot a machine that has the dependencies of ``package``, because it had the package installed and purged.
 
     Args:
-        has_ssh_alone: it has an sshd instead, and what the package depends on in apt's cache: no machine here has a
-            way to an archive.
+        has_ssh_alone: install only an sshd, and put the package's dependencies into apt's cache.  No machine here can
+            reach a package archive.
     """
     machine, name = directory / suite, f"skep-test-{os.getpid()}"
     options, further = (["--fetch-only"], ["openssh-server"]) if has_ssh_alone else ([], [])
@@ -118,14 +118,14 @@ def a_booted_machine(
         yield booted
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(boot.pid, signal.SIGKILL)  # ends the first process, and so all of them
+            os.killpg(boot.pid, signal.SIGKILL)  # ends the first process, and with it all others
         boot.wait(30)
         wait_until(lambda: _cgroups_are_gone(name), "its cgroups are removed", 30)
         shutil.rmtree(machine)
 
 
 def _first_process(boot: "subprocess.Popen[bytes]") -> int:
-    """The pid of systemd, once the shells before it have become it."""
+    """Return the pid of systemd, once the shells before it have executed it."""
     assert boot.poll() is None, "setup/boot.sh has ended"
     children = Path(f"/proc/{boot.pid}/task/{boot.pid}/children").read_text().split()
     return next((int(pid) for pid in children if "/systemd " in _command(int(pid))), 0)
@@ -134,7 +134,7 @@ def _first_process(boot: "subprocess.Popen[bytes]") -> int:
 def _has_booted(boot: "subprocess.Popen[bytes]", machine: BootedMachine) -> bool:
     assert boot.poll() is None, f"the machine has ended with {boot.returncode} while it booted"
     with suppress(AssertionError):
-        # Degraded: units of the distribution that want what this machine lacks.
+        # Degraded: units of the distribution need devices that this machine lacks.
         return machine.run("systemctl is-system-running --wait || test $? = 1").strip() in (
             "running",
             "degraded",
@@ -143,7 +143,9 @@ def _has_booted(boot: "subprocess.Popen[bytes]", machine: BootedMachine) -> bool
 
 
 def _cgroups_are_gone(name: str) -> bool:
-    """Removes them; one whose processes have not quite ended is tried again."""
+    """Remove the machine's cgroups, and return whether all are removed.  A cgroup whose processes are still ending is
+    retried.
+    """
     for folder in Path("/sys/fs/cgroup").glob(f"**/{name}"):
         for path, _, _ in os.walk(folder, topdown=False):
             with suppress(OSError):

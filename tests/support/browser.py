@@ -1,4 +1,4 @@
-"""Chromium of the distribution, driven by Playwright: ``setup/browser.sh`` installs it."""
+"""The distribution's Chromium, driven by Playwright.  ``setup/browser.sh`` installs it."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from playwright.async_api import Browser, Page, async_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 NODE = Path(playwright.__file__).parent / "driver" / "node"
-"""Node comes with Playwright: what runs the unit tests of the modules."""
+"""Node.js, which comes with Playwright and runs the unit tests of the modules."""
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -30,11 +30,11 @@ MARK_FIRST_HIVE = """(function look() {
     if (globalThis.skep?.hive.frames > 0) performance.mark("first hive");
     else requestAnimationFrame(look);
 })()"""
-"""By the page's own clock, in the frame after that which drew it."""
+"""Set a mark by the page's clock, in the frame after the one in which the hive was drawn."""
 
 
 def require_chromium() -> None:
-    """A machine that cannot have it skips the test, with the reason; continuous integration fails."""
+    """Skip the test with a reason if Chromium is unavailable.  In continuous integration, fail instead."""
     if CHROMIUM.exists():
         return
     missing = Path(sys.prefix) / "libexec" / "skep" / "browser-missing"
@@ -46,7 +46,7 @@ def require_chromium() -> None:
 
 @asynccontextmanager
 async def a_browser(*flags: str) -> AsyncIterator[Browser]:
-    """Chromium, without windows."""
+    """Run headless Chromium."""
     require_chromium()
     async with async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
@@ -58,9 +58,9 @@ async def a_browser(*flags: str) -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def a_page(browser: Browser, *, may_say: str = "", **options: Any) -> AsyncIterator[Page]:
-    """A page of its own.  What it says on its console, and any error of a script, fails the test at the end.
+    """Open a new page.  Console messages and script errors fail the test at the end.
 
-    ``may_say``: except for lines with this text.
+    ``may_say``: text of console lines that are allowed.
     """
     context = await browser.new_context(**options)
     page = await context.new_page()
@@ -73,11 +73,11 @@ async def a_page(browser: Browser, *, may_say: str = "", **options: Any) -> Asyn
     finally:
         await context.close()
     unexpected = [line for line in said if not may_say or may_say not in line]
-    assert unexpected == [], unexpected  # pytest shows no values of a helper
+    assert unexpected == [], unexpected  # pytest shows no values of a helper's assertions
 
 
 async def until_true(page: Page, condition: str) -> None:
-    """Playwright's own waiting evaluates a string in the page, which its policy refuses."""
+    """Wait for a condition.  Playwright's own wait evaluates a string in the page, which the page's policy forbids."""
     async with asyncio.timeout(30):
         while not await page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 -- nothing announces it
             await asyncio.sleep(0.005)

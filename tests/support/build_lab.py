@@ -1,4 +1,4 @@
-"""A node that builds images, with the docker command beside it: real runc, a real image store, no cluster."""
+"""A node that builds images, and the docker command: real runc, a real image store, no cluster."""
 
 import asyncio
 import io
@@ -29,14 +29,14 @@ LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class Said:
-    """What a command gave."""
+    """Result of a command."""
 
     exit: int
     output: str
 
 
 class BuildLab:
-    """One node, its API at a socket."""
+    """One node with its API on a socket."""
 
     def __init__(self, root: Path, lab: Lab, engine: Engine) -> None:
         self.root = root
@@ -47,7 +47,7 @@ class BuildLab:
         self._contexts = 0
 
     def context(self, dockerfile: str, files: Mapping[str, str] | None = None) -> Path:
-        """A new directory with a Dockerfile and other files."""
+        """Create a directory with a Dockerfile and other files."""
         self._contexts += 1
         directory = self.root / f"context-{self._contexts}"
         directory.mkdir()
@@ -58,8 +58,8 @@ class BuildLab:
         return directory
 
     async def docker(self, *words: str, cli: str = CLIS[0], stdin: bytes | None = None) -> Said:
-        """Run the docker command against the node; both its streams are the output."""
-        process = await self.started(*words, cli=cli)
+        """Run the docker command against the node.  Return both its streams as the output."""
+        process = await self.start(*words, cli=cli)
         try:
             async with asyncio.timeout(LIMIT_S):
                 output, _ = await process.communicate(stdin)
@@ -70,8 +70,8 @@ class BuildLab:
         assert process.returncode is not None
         return Said(process.returncode, output.decode(errors="replace"))
 
-    async def started(self, *words: str, cli: str = CLIS[0]) -> asyncio.subprocess.Process:
-        """A docker command that runs."""
+    async def start(self, *words: str, cli: str = CLIS[0]) -> asyncio.subprocess.Process:
+        """Start a docker command, and return its process."""
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": "/nonexistent",
@@ -88,11 +88,11 @@ class BuildLab:
         )
 
     async def build(self, context: Path, *options: str, cli: str = CLIS[0]) -> Said:
-        """``docker build`` of a directory."""
+        """Run ``docker build`` for a directory."""
         return await self.docker("build", *options, str(context), cli=cli)
 
     def files(self, name: str) -> dict[str, tarfile.TarInfo]:
-        """What is in the layers of an image that its base does not have, by path."""
+        """Return the files in those layers of an image that its base does not have, by path."""
         base = set(self.images.get(BASE).chain)
         found: dict[str, tarfile.TarInfo] = {}
         for chain_id in self.images.get(name).chain:
@@ -100,17 +100,17 @@ class BuildLab:
                 found |= members(self.images.layer_store.directory(chain_id))
         return {
             path: one for path, one in found.items() if path != "etc"
-        }  # the runtime's mount points were in it
+        }  # the layer contained the runtime's mount points
 
     def text(self, name: str, path: str) -> str:
-        """Content of a file of an image."""
+        """Return the content of a file of an image."""
         for directory in self.images.layers(self.images.get(name)):
             if (directory / path).is_file():
                 return (directory / path).read_text()
         raise FileNotFoundError(path)
 
     def remains(self) -> list[str]:
-        """What builds have left: containers, mounts, files in the store's scratch directory."""
+        """Return leftovers of builds: containers, mounts, files in the store's scratch directory."""
         found = self.lab.remains() + [str(path) for path in self.images.scratch.iterdir()]
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         found += [line for line in mounts if line.split()[1].startswith(str(self.root / "images"))]
@@ -118,7 +118,7 @@ class BuildLab:
 
 
 def members(directory: Path) -> dict[str, tarfile.TarInfo]:
-    """Files below a directory, by path."""
+    """Return the files below a directory, by path."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.add(directory, arcname="")
@@ -129,7 +129,7 @@ def members(directory: Path) -> dict[str, tarfile.TarInfo]:
 
 @asynccontextmanager
 async def build_lab(root: Path, limits: Limits | None = None) -> AsyncIterator[BuildLab]:
-    """A node with ``BASE``, as long as the block runs."""
+    """Run a node with the image ``BASE``."""
     async with Lab(root).running() as lab:
         images = ImageStore(root / "images", limits=limits)
         lab.images = cast("Any", images)
@@ -149,7 +149,7 @@ async def build_lab(root: Path, limits: Limits | None = None) -> AsyncIterator[B
 
 
 def _node_routes() -> Routes:
-    """What buildx asks the node itself, which is none here."""
+    """Return the routes that buildx requests from the node process, which does not exist here."""
     routes = Routes()
 
     @routes.head("/_ping")

@@ -1,4 +1,4 @@
-"""Dockerfiles carried out by the builder itself, without containers: what is in the image then."""
+"""Runs Dockerfiles in the builder itself, without containers, to inspect the resulting image."""
 
 import io
 import tarfile
@@ -18,7 +18,7 @@ from skep.engine.images.store import ImageStore
 
 
 class BuildRig:
-    """A builder with an image store and one context.  Stages begin with scratch, and run nothing."""
+    """A builder with an image store and one context.  Its Dockerfiles start from scratch, and have no RUN."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -38,19 +38,19 @@ class BuildRig:
         provider: Provider | None = None,
         arguments: Mapping[str, str] | None = None,
     ) -> Digest:
-        """The image of a Dockerfile.  Raises: SkepError."""
+        """Build a Dockerfile, and return the image's id.  Raises: SkepError."""
         await self.images.open()
 
-        async def opened() -> Path:
+        async def open_context() -> Path:
             return self.context
 
         self.progress.reset_mock()
         request = BuildRequest(dockerfile=dockerfile, is_buildkit=is_buildkit, arguments=arguments or {})
-        return (await self.builder.build(request, opened, self.progress, provider)).image_id
+        return (await self.builder.build(request, open_context, self.progress, provider)).image_id
 
     @contextmanager
     def files(self, image_id: Digest) -> Iterator[Path]:
-        """The file system of an image while the block runs."""
+        """Extract the file system of an image while the block runs."""
         self._mounted += 1
         area = self._place / f"mounted-{self._mounted}"
         area.mkdir()
@@ -58,18 +58,18 @@ class BuildRig:
             yield root
 
     async def tree(self, dockerfile: str, **options: Any) -> Sequence[str]:
-        """The files and empty directories of an image, sorted."""
+        """Build a Dockerfile, and return the sorted files and empty directories of the image."""
         with self.files(await self.build(dockerfile, **options)) as root:
             return listed(root)
 
     @property
     def cached(self) -> int:
-        """How many steps of the last build came from the cache."""
+        """Return how many steps of the last build came from the cache."""
         return int(self.progress.cached.call_count)
 
 
 def listed(root: Path) -> Sequence[str]:
-    """Paths below ``root`` of everything but directories with something in them, sorted."""
+    """Return the sorted paths below ``root``, without directories that are not empty."""
     return [
         str(path.relative_to(root))
         for path in sorted(root.rglob("*"))
@@ -78,7 +78,7 @@ def listed(root: Path) -> Sequence[str]:
 
 
 def fill(root: Path, files: Mapping[str, str]) -> None:
-    """Write files; a name that ends with a slash is a directory, a content ``-> x`` is a link to x."""
+    """Write files.  A name with a slash at its end is a directory, and a content ``-> x`` is a link to x."""
     for name, content in files.items():
         path = root / name
         if name.endswith("/"):
@@ -92,7 +92,7 @@ def fill(root: Path, files: Mapping[str, str]) -> None:
 
 
 def a_tar(files: Mapping[str, str], mode: str = "w") -> bytes:
-    """An archive whose files belong to 7:8."""
+    """Return an archive whose files belong to 7:8."""
     output = io.BytesIO()
     with tarfile.open(fileobj=output, mode=mode) as tar:  # type: ignore[call-overload]
         for name, content in files.items():

@@ -1,4 +1,4 @@
-"""Objects for tests: say only what matters."""
+"""Objects for tests, with defaults for all fields that a test does not set."""
 
 import base64
 import ipaddress
@@ -76,7 +76,7 @@ def a_service_spec(
     ports: tuple[PortConfig, ...] = (),
     is_global: bool = False,
 ) -> ServiceSpec:
-    """A spec; ``reserve``: what each task keeps for itself; ``spread``: preferences' descriptors."""
+    """Return a spec.  ``reserve``: resources of each task.  ``spread``: descriptors of placement preferences."""
     preferences = tuple(
         PlacementPreference(spread=SpreadOver(spread_descriptor=descriptor)) for descriptor in spread
     )
@@ -107,7 +107,10 @@ def a_service(
     state: UpdateState | None = None,
     **requested: object,
 ) -> Service:
-    """A service at spec ``version``; ``requested``: see ``a_service_spec``; ``state``: of its update."""
+    """Return a service with spec ``version``.
+
+    ``requested``: see ``a_service_spec``.  ``state``: state of its update.
+    """
     return Service(
         id=ServiceId(id or name),
         version=Version(index=version),
@@ -128,7 +131,10 @@ def a_task(
     service: Service | str = "web",
     version: int = 1,
 ) -> Task:
-    """A task; later calls make younger tasks.  ``service``: whose present spec it follows, or just an id."""
+    """Return a task that is younger than those of earlier calls.
+
+    ``service``: the service whose current spec it follows, or only an id.
+    """
     number = next(_numbers)
     owner = service if isinstance(service, Service) else None
     return Task(
@@ -153,7 +159,7 @@ def a_node(
     role: NodeRole = NodeRole.WORKER,
     has: Resources | None = None,
 ) -> Node:
-    """A ready node; its hostname is its id."""
+    """Return a ready node whose hostname is its id."""
     resources = has or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
     return Node(
         id=NodeId(id),
@@ -166,7 +172,7 @@ def a_node(
 def a_docker_node(
     id: str = "d1", *, plugins: tuple[str, ...] = ("bridge", "host", "overlay"), **requested: object
 ) -> Node:
-    """A ready Docker Engine at an address of its own; ``requested``: see ``a_node``."""
+    """Return a ready Docker Engine at a unique address.  ``requested``: see ``a_node``."""
     node = a_node(id, **requested)  # type: ignore[arg-type]
     engine = EngineDescription(
         engine_version="20.10.24",
@@ -183,7 +189,7 @@ def a_docker_node(
 def an_overlay(
     name: str = "net1", *, subnet: str = "10.0.1.0/24", plane: str = "", **spec: object
 ) -> Network:
-    """An overlay network; ``subnet`` empty: nothing is allocated yet.  ``plane``: the one it belongs to."""
+    """Return an overlay network.  ``subnet``: empty before the allocation.  ``plane``: its data plane."""
     network = Network(
         id=NetworkId(name),
         spec=NetworkSpec(name=name, driver_configuration=Driver(name="overlay"), **spec),  # type: ignore[arg-type]
@@ -202,7 +208,7 @@ def an_overlay(
 
 
 def an_auth(username: str = "corp", address: str = "", **fields: str) -> str:
-    """Return an ``X-Registry-Auth`` with a password of ``username``'s; ``address``: of its registry, if it has one."""
+    """Return an ``X-Registry-Auth`` header with a user's password.  ``address``: the registry, if any."""
     known = {"username": username, "password": "s3cret", **fields}
     return base64.urlsafe_b64encode(
         json.dumps(known | ({"serveraddress": address} if address else {})).encode()
@@ -217,7 +223,7 @@ def a_cluster_volume(
     sharing: VolumeSharing = VolumeSharing.NONE,
     group: str = "",
 ) -> Volume:
-    """A volume that its driver has made; ``on``: nodes with an entry, and its state there."""
+    """Return a volume that its driver has created.  ``on``: its state on each node that has an entry."""
     return Volume(
         id=VolumeId(f"id-{name}"),
         spec=VolumeSpec(
@@ -235,6 +241,6 @@ def a_cluster_volume(
 
 
 def with_disks(node: Node) -> Node:
-    """``node`` with the driver of ``a_cluster_volume``."""
+    """Return ``node`` with the driver of ``a_cluster_volume``."""
     info = CSIInfo(plugin_name="disks", node_id=f"disks-{node.id}")
     return replace(node, description=replace(node.description, csi_info=(info,)))

@@ -1,4 +1,4 @@
-"""A client of BuildKit's protocols, as buildx is one, that can also be hostile."""
+"""A client of BuildKit's protocols that acts as buildx does, and can also be hostile."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ Tree = Sequence[tuple[pb.Stat, bytes]]
 
 
 class FileServer:
-    """Serves directories, one each time it is asked: the Dockerfile's, that of ``.dockerignore``, the context."""
+    """Serves directories, one per request: for the Dockerfile, for ``.dockerignore``, for the context."""
 
     def __init__(
         self,
@@ -46,10 +46,13 @@ class FileServer:
         receives: Sequence[pb.Packet] | None = None,
         takes: bool = True,
     ) -> None:
-        """``packets``: sent instead of the last tree, whatever is asked; then the call ends unless it ``stays``.
+        """Prepare the responses.
 
-        ``receives``: sent to an engine that offers the files of a result; None: the client takes none.  Without
-        ``takes`` it reads nothing of what follows, and the call does not end.
+        Args:
+            packets: sent instead of the last tree, whatever is requested.
+            stays: whether the call stays open after ``packets``.
+            receives: sent to an engine that offers the files of a result, or None for a client that accepts none.
+            takes: if False, the client does not read what follows, and the call stays open.
         """
         self.methods = [_DIFF_COPY] if receives is None else [_DIFF_COPY, _FILE_SEND]
         self._receives = receives or ()
@@ -58,7 +61,7 @@ class FileServer:
         self._stays = stays
         self._takes = takes
         self.requested: list[str] = []
-        """Paths of the files whose content was asked for."""
+        """Paths of the requested files."""
 
     async def handle(self, stream: ServerStream) -> None:
         if stream.request.path == _FILE_SEND:
@@ -99,7 +102,7 @@ class FileServer:
 
 
 class _Head(asyncio.Protocol):
-    """Waits for the response's head; what follows is for the next protocol."""
+    """Waits for the response's head, and leaves the rest to the next protocol."""
 
     def __init__(self) -> None:
         self._received = b""
@@ -118,13 +121,15 @@ class _Head(asyncio.Protocol):
         return head, rest
 
 
-async def _upgraded(
+async def _upgrade(
     socket: Path,
     target: str,
     headers: Sequence[tuple[str, str]],
     begin: Callable[[asyncio.Transport], asyncio.Protocol],
 ) -> asyncio.Transport:
-    """A connection with the protocol that ``begin`` gives.  Raises: ConnectionError: with the response's body."""
+    """Upgrade a connection to the protocol that ``begin`` returns.  Raises: ConnectionError: with the response's
+    body.
+    """
     transport, response = await asyncio.get_running_loop().create_unix_connection(_Head, str(socket))
     lines = [f"POST {target} HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: h2c"]
     lines += [f"{name}: {value}" for name, value in headers]
@@ -146,7 +151,7 @@ async def _upgraded(
 async def session(
     socket: Path, id: str, files: FileServer, *, key: str = ""
 ) -> AsyncIterator[asyncio.Transport]:
-    """A session that serves ``files`` while the block runs."""
+    """Run a session that serves ``files``."""
     connection = ServerConnection(files.handle)
 
     def begin(transport: asyncio.Transport) -> asyncio.Protocol:
@@ -155,7 +160,7 @@ async def session(
 
     headers = [("X-Docker-Expose-Session-Uuid", id), ("X-Docker-Expose-Session-Sharedkey", key)]
     headers += [("X-Docker-Expose-Session-Grpc-Method", method) for method in files.methods]
-    transport = await _upgraded(socket, "/session", headers, begin)
+    transport = await _upgrade(socket, "/session", headers, begin)
     try:
         yield transport
     finally:
@@ -178,7 +183,7 @@ class Calls:
 
     @contextmanager
     def stream(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Iterator[ClientStream]:
-        """A call in which both sides send; it is abandoned at the end of the block."""
+        """Open a bidirectional call.  It is abandoned at the end of the block."""
         with self._connection.stream() as stream:
             stream.begin(request_block(method, None, metadata), None, is_last=False)
             yield stream
@@ -187,7 +192,7 @@ class Calls:
         return await self.call("/moby.buildkit.v1.Control/Solve", request, pb.SolveResponse)
 
     async def status(self, ref: str) -> list[pb.StatusResponse]:
-        """All that a build reports."""
+        """Return everything that a build reports."""
         found = []
         async with asyncio.timeout(LIMIT_S):
             with self._connection.stream() as stream:
@@ -199,7 +204,7 @@ class Calls:
 
 
 class _Sending(asyncio.Transport):
-    """Sends what is written as messages of a call."""
+    """Sends written data as messages of a call."""
 
     def __init__(self, stream: ClientStream) -> None:
         super().__init__()
@@ -224,7 +229,7 @@ class _Sending(asyncio.Transport):
 
 @asynccontextmanager
 async def session_by_call(calls: Calls, id: str, files: FileServer) -> AsyncIterator[None]:
-    """A session that serves ``files`` by a call of the control connection, while the block runs."""
+    """Run a session that serves ``files`` by a call of the control connection."""
     metadata = ("x-docker-expose-session-uuid", id), ("x-docker-expose-session-grpc-method", _DIFF_COPY)
     served = ServerConnection(files.handle)
     with calls.stream("/moby.buildkit.v1.Control/Session", metadata) as stream:
@@ -247,14 +252,14 @@ async def session_by_call(calls: Calls, id: str, files: FileServer) -> AsyncIter
 
 @asynccontextmanager
 async def control(socket: Path) -> AsyncIterator[Calls]:
-    """A control connection while the block runs."""
+    """Open a control connection."""
     connection = ClientConnection(BOUNDS)
 
     def begin(transport: asyncio.Transport) -> asyncio.Protocol:
         connection.connection_made(transport)
         return connection
 
-    await _upgraded(socket, "/grpc", (), begin)
+    await _upgrade(socket, "/grpc", (), begin)
     try:
         yield Calls(connection)
     finally:

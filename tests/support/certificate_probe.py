@@ -1,10 +1,10 @@
-"""Asks managers again and again whether they take a certificate: run inside a node's network namespace.
+"""Checks repeatedly whether managers accept a certificate.  Run it inside a node's network namespace.
 
     python -m tests.support.certificate_probe CERTIFICATES ADDRESS...
 
-Says on stderr how each address answered first; ends when each has refused ten times more after it first did.  Prints
-then, as JSON, when that was (``time.time``, one clock for the whole machine) and what was answered before.  An
-address is ``ip:port`` for gRPC, ``peer:ip:port`` for etcd's peers.
+It writes the first response of each address to stderr, and ends when each address has refused ten more times after its
+first refusal.  Then it prints, as JSON, the time of that refusal (``time.time``, one clock for the whole machine) and
+the responses before it.  An address is ``ip:port`` for gRPC, ``peer:ip:port`` for etcd's peers.
 """
 
 import asyncio
@@ -35,9 +35,11 @@ async def main(certificates: str, *addresses: str) -> None:
 
 
 async def watch(address: str, pair: KeyPair, *, is_alone: bool) -> dict[str, Any]:
-    """Ask until it is settled; gives how often it was taken, when it was first refused, how, and what came then.
+    """Send requests until the result is final.
 
-    That a manager has no contact with the others counts as a refusal if it is the only one asked.
+    Return how often the certificate was accepted, the time and error of the first refusal, and how often
+    it was accepted after that.
+    If this is the only address, an error that the manager has no contact with the others counts as a refusal.
     """
     taken, refused_at, how, after = 0, None, "", []
     first = await ask(address, pair)
@@ -56,7 +58,7 @@ async def watch(address: str, pair: KeyPair, *, is_alone: bool) -> dict[str, Any
 
 
 async def ask(address: str, pair: KeyPair) -> str:
-    """``taken``, or the class of the error."""
+    """Send a request.  Return ``taken``, or the class of the error."""
     if address.startswith("peer:"):
         return await ask_peer(address.removeprefix("peer:"), pair)
     name = "PINGS" if pair.identity.role.value == "manager" else "HEARTBEAT"
@@ -71,7 +73,7 @@ async def ask(address: str, pair: KeyPair) -> str:
 
 
 async def ask_peer(address: str, pair: KeyPair) -> str:
-    """A request to etcd's peer port; with TLS 1.3 a refusal comes after the handshake, as a lost connection."""
+    """Send a request to etcd's peer port.  With TLS 1.3 a refusal comes after the handshake, as a lost connection."""
     host, port = split_address(address)
     context = client_context(pair)
     context.check_hostname = False

@@ -1,4 +1,4 @@
-"""Commands against a real manager's API, scheduler and orchestrator; only nodes are made up."""
+"""Commands against a real manager's API, scheduler and orchestrator.  Only nodes are simulated."""
 
 import asyncio
 import os
@@ -24,15 +24,15 @@ from tests.support.control_loops import leading
 from tests.support.playground_rig import SKEP
 
 HANGS = "hangs"
-"""An image whose tasks never start."""
+"""Image whose tasks never start."""
 
 
 FAILS = "fails"
-"""An image whose tasks fail at once."""
+"""Image whose tasks fail at once."""
 
 
 class Cluster:
-    """A folder with a Compose file, and a manager's API on a socket in it."""
+    """A directory with a Compose file, and a manager's API on a socket in it."""
 
     def __init__(self, folder: Path, store: Store, logs: CannedLogs) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class Cluster:
         (self.folder / "compose.yaml").write_text(text)
 
     async def start(self, *words: str, **environment: str) -> asyncio.subprocess.Process:
-        # What runs in a shell's background has ctrl-c ignored, and so would its children.
+        # A shell's background processes ignore ctrl-c, and their children inherit that.
         return await asyncio.create_subprocess_exec(
             *("env", "--default-signal=INT", SKEP, "--host", self.host, *words),
             cwd=self.folder,
@@ -54,7 +54,7 @@ class Cluster:
         )
 
     async def run(self, *words: str, **environment: str) -> tuple[int | None, str, str]:
-        """Exit code, output and errors of ``skep WORDS``."""
+        """Run ``skep WORDS``, and return exit code, output and errors."""
         process = await self.start(*words, **environment)
         out, err = await process.communicate()
         return process.returncode, out.decode(), err.decode()
@@ -70,7 +70,7 @@ class Cluster:
 
 
 def _with_plugins(tx: Transaction) -> None:
-    """The node can run what a stack has."""
+    """Add the plugins that a stack needs to the node's description."""
     (node,) = tx.find(Node)
     described = a_docker_node().description
     engine = replace(described.engine, labels={NODE_LABEL: "1"})
@@ -78,7 +78,7 @@ def _with_plugins(tx: Transaction) -> None:
 
 
 def _reported(tx: Transaction) -> None:
-    """What nodes would report of their tasks."""
+    """Write the task states that nodes would report."""
     for task in list(tx.find(Task)):
         container = task.spec.container_spec
         is_ending = task.desired_state > TaskState.RUNNING

@@ -1,4 +1,4 @@
-"""Docker Compose, of any version, in the directory of one project."""
+"""Docker Compose of any version, in the directory of one project."""
 
 import os
 import subprocess
@@ -10,7 +10,9 @@ from tests.support.playground_rig import TestNode
 
 
 class Compose:
-    """``command``: the program with what every call has; ``environment``: beside path and host."""
+    """Runs Compose.  ``command``: the program with common arguments.  ``environment``: variables besides path and
+    host.
+    """
 
     def __init__(
         self,
@@ -22,7 +24,8 @@ class Compose:
         self.directory = directory
         self._command = command
         self._environment = {
-            # docker-compose 1 runs the docker command for exec; set-up may have put it beside the interpreter only.
+            # docker-compose 1 runs the docker command for exec, and setup may have installed it only in the
+            # interpreter's directory.
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "HOME": "/nonexistent",
             "DOCKER_HOST": node.socket,
@@ -43,6 +46,6 @@ class Compose:
         return done
 
     def __call__(self, *words: str, check: bool = True) -> str:
-        """What it printed; its errors too if it may fail."""
+        """Run Compose and return its output, with its errors if it may fail."""
         done = self.run(*words, check=check)
         return done.stdout if check else done.stdout + done.stderr

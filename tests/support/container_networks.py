@@ -1,4 +1,4 @@
-"""An engine above the node's real address pools and ports, with stand-ins for the kernel, net process and managers."""
+"""An engine with the node's real address pools and ports, and stubs for the kernel, net process and managers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -33,11 +33,11 @@ OVERLAY = NetworkHead(id=NetworkId("over"), name="over", segments=(Segment("10.0
 
 
 async def nothing(*_: object) -> None:
-    """Succeeds."""
+    """Do nothing, successfully."""
 
 
 class NetPorts:
-    """The net process: it outlives the node process.  ``fails``: with what the next releases do."""
+    """Stub of the net process, which outlives the node process.  ``fails``: errors of the next releases."""
 
     def __init__(self) -> None:
         self.keys: set[tuple[str, int, str]] = set()
@@ -61,7 +61,7 @@ class NetPorts:
 
 
 class Cluster:
-    """Gives endpoints of the network ``over``."""
+    """Provides endpoints of the network ``over``."""
 
     def __init__(self) -> None:
         self._numbers = count(2)
@@ -84,7 +84,7 @@ class Cluster:
 
 
 class Wires:
-    """In the place of ``Overlays``.  ``during``: what happens once, in the middle of the next change."""
+    """Stub of ``Overlays``.  ``during``: called once, in the middle of the next change."""
 
     def __init__(self) -> None:
         self._numbers = count()
@@ -129,21 +129,21 @@ class Wires:
         return {id for _, id in self.ports}
 
     async def sweep(self) -> None:
-        """Nothing is pinned."""
+        """Do nothing, because no namespace is pinned."""
 
     def endpoints_of(self, id: ContainerId) -> tuple[Endpoint, ...]:
         return tuple(one for (_, owner), one in self.ports.items() if owner == id)
 
 
 class MemoryGateway(Gateway):
-    """Without the kernel."""
+    """A gateway without the kernel."""
 
     async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
         return IPv4Network("172.18.0.0/16"), None
 
 
 class Lab:
-    """One node process.  ``machine`` and ``ports`` are what outlives it."""
+    """One node process.  ``machine`` and ``ports`` outlive it."""
 
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch, machine: Machine, ports: NetPorts) -> None:
         self.machine, self.ports, self.cluster, self.wires = machine, ports, Cluster(), Wires()
@@ -176,7 +176,7 @@ class Lab:
             show_condition=lambda _: None,
         )
         self.engine = memory_engine(directory, machine, patch, network)
-        patch.setattr(lifecycle, "SWEEP_SECONDS", 1e9)  # what is left behind is to be seen
+        patch.setattr(lifecycle, "SWEEP_SECONDS", 1e9)  # leftovers must stay visible
         patch.setattr("skep.dataplane.gateway.apply_operations", nothing)
 
     @asynccontextmanager
@@ -194,13 +194,13 @@ class Lab:
             yield self
 
     async def run(self, name: str) -> ContainerId:
-        """A container on the bridge that publishes port 8080, and runs."""
+        """Run a container on the bridge that publishes port 8080."""
         id = await self.create(name)
         await self.engine.start(id)
         return id
 
     async def create(self, name: str, *, publishes: bool = True) -> ContainerId:
-        """A container as ``run`` has it, before its start."""
+        """Create such a container without starting it."""
         port = PublishedPort(
             protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST
         )
@@ -212,12 +212,12 @@ class Lab:
         await self.engine.networks.connect(id, EndpointRequest(network=network, address=address))
 
     async def end(self, id: ContainerId) -> None:
-        """Its process ends; return when that is recorded."""
+        """End its process, and return when that is recorded."""
         self.machine.end(id)
         await self.engine.wait(id)
 
     def held(self) -> Mapping[str, object]:
-        """What the parts of the data plane hold, with the owners, sorted."""
+        """Return what the parts of the data plane hold, with the owners, sorted."""
         pools = [pool for pools in self.endpoints._pools.values() for pool in pools]
         return {
             "addresses": sorted((str(one), owner) for pool in pools for one, owner in pool._used.items()),
@@ -228,7 +228,7 @@ class Lab:
         }
 
     def recorded(self) -> Mapping[str, object]:
-        """What the records of the containers that run say that they hold, likewise."""
+        """Return the same according to the records of the running containers."""
         runs: list[tuple[Container, Sandbox]] = [
             (one, one.sandbox) for one in self.engine.list() if one.is_running and one.sandbox is not None
         ]

@@ -16,7 +16,7 @@ from tests.support.store_rigs import FIRST
 
 @asynccontextmanager
 async def leading(store: Store) -> AsyncIterator[None]:
-    """The loops run within."""
+    """Run the loops of a leader."""
     async with aclosing(store.terms(FIRST, "127.0.0.1:2377")) as terms:
         term = await anext(terms)
         async with asyncio.TaskGroup() as group:
@@ -29,7 +29,7 @@ async def leading(store: Store) -> AsyncIterator[None]:
 
 
 async def wait_for(store: Store, condition: Callable[[], bool]) -> None:
-    """Look after each commit until ``condition``."""
+    """Wait for ``condition``, which is checked after each commit."""
     async with store.watch(Service, Task) as watch:
         if condition():
             return

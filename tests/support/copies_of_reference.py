@@ -1,6 +1,6 @@
-"""Compare images of the tests' Dockerfiles with those that another engine makes: ``python -m ... unix:///path``.
+"""Compares images of the tests' Dockerfiles with those that another engine builds: ``python -m ... unix:///path``.
 
-The engine is asked by the plug-in buildx.  What differs is printed; the exit status is 1 then.
+The other engine builds through the plugin buildx.  Differences are printed, and the exit status is 1 if there are any.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from tests.support.build_rig import BuildRig, a_tar, fill
 from tests.support.plugins import plugin
 
 Files = Mapping[str, tuple[object, ...]]
-"""Kind, permissions, owner, group and content or target by path."""
+"""Kind, permissions, owner, group, and content or target, by path."""
 
 
 def dockerfiles() -> Iterator[str]:
-    """Those of the tests of COPY, ADD, here-documents and WORKDIR."""
+    """Yield the Dockerfiles of the tests of COPY, ADD, here-documents and WORKDIR."""
     of = _parameters
     yield from (copies.on_scratch(line) for line, _ in of(copies.test_sources_are_files_of_the_context))
     refused = copies.test_what_cannot_be_copied_is_refused_in_buildkits_words
@@ -120,7 +120,7 @@ async def _ours(rig: BuildRig, text: str) -> Files | str:
 
 
 async def compare(host: str) -> int:
-    """Print what differs; the number of Dockerfiles with another result."""
+    """Print the differences.  Return the number of Dockerfiles with another result."""
     different = count = 0
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         place = Path(directory)

@@ -1,4 +1,4 @@
-"""Calls between the pauses of sliced work: the same on any machine, however busy."""
+"""Counts calls between the pauses of sliced work.  The count is the same on any machine, however busy."""
 
 import gc
 import sys
@@ -9,14 +9,14 @@ from types import FrameType
 
 
 def most_calls_between_pauses(work: Iterable[object]) -> int:
-    """Of functions, built in or not."""
+    """Return the largest number of function calls between two pauses, including built-in functions."""
     most = calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    gc.collect()  # finalizers of what earlier tests left would count
+    gc.collect()  # finalizers of objects from earlier tests would count
     gc.disable()
     sys.setprofile(count)
     try:
@@ -30,7 +30,7 @@ def most_calls_between_pauses(work: Iterable[object]) -> int:
 
 @contextmanager
 def counting_calls_of_callbacks() -> Iterator[list[int]]:
-    """Calls within each callback of the event loop, while the block runs: nothing else runs in between."""
+    """Count the calls within each callback of the event loop.  No other work runs in between."""
     counts = [0]
 
     def count(frame: FrameType, event: str, argument: object) -> None:

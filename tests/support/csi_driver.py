@@ -1,11 +1,12 @@
-"""A CSI driver as a process of its own, by another implementation of gRPC (grpcio): one storage for all nodes.
+"""A CSI driver in its own process, with another implementation of gRPC (grpcio): one storage for all nodes.
 
-``python -m tests.support.csi_driver SOCKET STORAGE NODE [ZONE]``.  ``STORAGE``: a directory that all drivers share,
-with ``state.json`` (``csi_storage``), a directory per volume, and ``faults.json``, read at each call: a method ->
+Run ``python -m tests.support.csi_driver SOCKET STORAGE NODE [ZONE]``.  ``STORAGE`` is a directory that all drivers
+share.  It has ``state.json`` (``csi_storage``), a directory per volume, and ``faults.json``, which is read at each
+call.  That file maps a method to its fault:
 
-* ``{"fail": 0.5}``: it fails that often, before or after it has done its work; ``"hang"``: seconds until it answers;
-* ``{"refuse": "..."}``: it fails with these words;
-* ``{"id": "..."}``: the id that ``CreateVolume`` says; ``"size"``: likewise; ``"zone"``: likewise.
+* ``{"fail": 0.5}``: probability that it fails, before or after its work.  ``"hang"``: seconds until it responds.
+* ``{"refuse": "..."}``: it fails with this message.
+* ``{"id": "..."}``: id that ``CreateVolume`` returns.  ``"size"`` and ``"zone"`` do the same.
 
 Volumes are mounted by bind mounts, in the mount namespace in which the driver runs.  Block volumes are loop devices on
 a file ``disk`` in the volume's directory.
@@ -130,7 +131,7 @@ class Driver:
         return pb.NodeStageVolumeResponse()
 
     def _loop(self, volume_id: str) -> Path:
-        """The file with this node's device of a block volume."""
+        """Return the file with this node's device of a block volume."""
         return self.storage / f"{volume_id}.{self.node}.loop"
 
     def node_publish_volume(self, request: Any, fault: Any) -> Any:
@@ -168,7 +169,7 @@ def _is_block(capability: Any) -> bool:
 
 
 def _is_mounted(path: str) -> bool:
-    """``os.path.ismount`` does not see a bind mount of the same file system."""
+    """Return whether a path is mounted.  ``os.path.ismount`` does not see a bind mount of the same file system."""
     return any(line.split()[4] == path for line in Path("/proc/self/mountinfo").read_text().splitlines())
 
 
@@ -200,7 +201,7 @@ METHODS = {
 
 
 def handler_of(driver: Driver, method: str) -> Any:
-    """With its faults."""
+    """Return the handler of a method, with its faults."""
     name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in method).lstrip("_")
     serve: Callable[[Any, Any], Any] = getattr(driver, name)
 

@@ -1,6 +1,6 @@
-"""A storage system as CSI drivers stand before one: what it refuses, and what it does twice without harm.
+"""A storage system behind CSI drivers, with the operations that it refuses or can safely repeat.
 
-What nobody may do to it is written down as a violation, for the test to look at.
+Forbidden operations are recorded as violations, which a test checks.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ SINGLE_NODE = (1, 2)
 
 
 class Refused(Exception):
-    """``code``: of gRPC."""
+    """A refused call.  ``code``: the gRPC code."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -20,16 +20,16 @@ class Refused(Exception):
 
 
 class Storage:
-    """Volumes by id; where the controller has published them; where nodes have mounted them."""
+    """Volumes by id, with the nodes on which the controller has published them and nodes have mounted them."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         state = state or {}
         self.volumes: dict[str, dict[str, Any]] = state.get("volumes", {})
         self.violations: list[str] = state.get("violations", [])
         self.created: list[str] = state.get("created", [])
-        """Names, each time that a volume was made anew."""
+        """Names of volumes, once per creation."""
         self.is_asked_in_doubt = False
-        """The cluster cannot know of all volumes where they are: to be refused one is no violation."""
+        """Set when the cluster cannot know where all volumes are.  Then a refused call is not a violation."""
 
     def dumped(self) -> str:
         return json.dumps(
@@ -99,7 +99,7 @@ class Storage:
             found["mounted"].pop(node, None)
 
     def published(self, name: str) -> list[str]:
-        """The nodes on which the volume of that name is published."""
+        """Return the nodes on which the volume of that name is published."""
         return sorted(
             node for one in self.volumes.values() if one["name"] == name for node in one["published"]
         )

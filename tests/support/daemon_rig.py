@@ -1,4 +1,4 @@
-"""A daemon in a network and mount namespace of its own, started and stopped by a test."""
+"""A daemon in its own network and mount namespace, started and stopped by a test."""
 
 import json
 import os
@@ -20,7 +20,7 @@ INIT = {"ListenAddr": "127.0.0.1:2377", "AdvertiseAddr": "127.0.0.1"}
 
 
 def wait_until(condition: Callable[[], T], what: str, within_s: float = 20) -> T:
-    """Poll until ``condition`` gives something true; give that back.  Fails the test after ``within_s``."""
+    """Poll until ``condition`` returns a true value, and return it.  Fail the test after ``within_s``."""
     deadline = time.monotonic() + within_s
     while True:
         if result := condition():
@@ -46,7 +46,7 @@ class DaemonRig:
     """One data and run directory, and the daemon that uses them.  Tasks are plain commands by default."""
 
     def __init__(self, directory: Path, beside: "DaemonRig | None" = None) -> None:
-        """``beside``: another daemon, whose namespaces this one shares."""
+        """``beside``: another daemon whose namespaces this daemon shares."""
         self._beside = beside
         self.data = directory / "data"
         self.run = directory / "run"
@@ -62,7 +62,7 @@ class DaemonRig:
         ]
 
     def start(self, *flags: str) -> None:
-        """Start the daemon and wait until it answers; in the namespaces of what an earlier one left, if it left any."""
+        """Start the daemon and wait until it responds.  If an earlier daemon left processes, use their namespaces."""
         home = self._home() or (self._beside and self._beside._home())
         within = (
             ["nsenter", "-t", str(home), "-n", "-m"]
@@ -80,7 +80,7 @@ class DaemonRig:
         return self.pid_of("net") or self.pid_of("manager")
 
     def refusal(self, *flags: str, before: str = "true") -> str:
-        """What a daemon that does not start says; ``before``: a command in its namespaces."""
+        """Return the message of a daemon that does not start.  ``before``: a command in its namespaces."""
         done = subprocess.run(
             ["unshare", "-n", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *self.command(*flags)],
             capture_output=True,
@@ -99,7 +99,7 @@ class DaemonRig:
             return False
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Status and decoded answer."""
+        """Send a request.  Return status and decoded body."""
         connection = Connection(self.run / "skep.sock")
         try:
             connection.request(method, path, None if body is None else json.dumps(body))
@@ -114,12 +114,12 @@ class DaemonRig:
         return self.ask("GET", path)
 
     def swarm(self) -> dict[str, Any]:
-        """The swarm section of ``/info``."""
+        """Return the swarm section of ``/info``."""
         section: dict[str, Any] = self.get("/info")[1]["Swarm"]
         return section
 
     def pid_of(self, process: str) -> int | None:
-        """The pid in a pid file, if that process lives."""
+        """Return the pid in a pid file if that process is running."""
         try:
             pid = int(json.loads((self.run / f"{process}.pid").read_text())["pid"])
         except (OSError, ValueError):
@@ -127,14 +127,14 @@ class DaemonRig:
         return pid if is_running(pid) else None
 
     def kill(self) -> None:
-        """SIGKILL for the node process alone."""
+        """Kill only the node process with SIGKILL."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(10)
         self.process = None
 
     def kill_all(self) -> None:
-        """SIGKILL for everything of the node."""
+        """Kill all processes of the node with SIGKILL."""
         self.kill()
         self._kill_its_children()
 
@@ -145,14 +145,14 @@ class DaemonRig:
                 wait_until(lambda pid=pid: not is_running(pid), f"{name} is gone")
 
     def stop(self) -> None:
-        """SIGTERM, and wait until it has ended."""
+        """Send SIGTERM, and wait until the daemon has ended."""
         if self.process is not None:
             self.process.terminate()
             assert self.process.wait(30) == 0, self.log.read_text()
             self.process = None
 
     def clean_up(self) -> None:
-        """Leave no process behind, whatever the test did."""
+        """End all processes, whatever the test did."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -167,7 +167,7 @@ class DaemonRig:
         wait_until(lambda: not self.tasks(), "the tasks, which outlive every daemon, are gone")
 
     def tasks(self) -> list[int]:
-        """Plain commands that run as tasks: they write into files of their executor."""
+        """Return the plain commands that run as tasks, which write into files of their executor."""
         place = f"{self.data}/processes/"
         return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _output(pid).startswith(place)]
 
@@ -180,7 +180,7 @@ def _output(pid: str) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has this pid and is no zombie."""
+    """Return whether a process has this pid and is not a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -189,7 +189,7 @@ def is_running(pid: int) -> bool:
 
 
 def children_named(parent: int, name: str) -> list[int]:
-    """Children of a process with this command name."""
+    """Return the children of a process with this command name."""
     pids = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name]
 

@@ -1,4 +1,4 @@
-"""A store with damaged values: in memory a value that makes no sense, in a real etcd a flipped byte."""
+"""A store with damaged values: an invalid value in memory, or a flipped byte in a real etcd."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -26,21 +26,21 @@ from tests.support.store_rigs import found
 
 
 class DamageRig(Protocol):
-    """``store`` has seen everything undamaged; ``loaded`` gives a replica that sees the store as it is now."""
+    """A store that has seen everything undamaged, and replicas that see it in its current state."""
 
     store: Store
 
     async def damage(self, key: str) -> None:
-        """Damage the value of one key, which exists."""
+        """Damage the value of an existing key."""
 
-    async def loaded(self) -> Store:
+    async def load(self) -> Store:
         """The store of a manager that starts now."""
 
     async def reload(self) -> None:
-        """Have ``store`` load everything anew."""
+        """Let ``store`` load everything again."""
 
     async def keys(self, prefix: str) -> Sequence[str]:
-        """What there is below ``prefix``."""
+        """Return the keys with this prefix."""
 
 
 class MemoryDamage:
@@ -51,7 +51,7 @@ class MemoryDamage:
     async def damage(self, key: str) -> None:
         self.cluster.commit(Proposal(puts=((key, b'{"ID": 7, "Spec'),)), None)
 
-    async def loaded(self) -> Store:
+    async def load(self) -> Store:
         return MemoryStore(SystemClock(), self.cluster)
 
     async def reload(self) -> None:
@@ -81,7 +81,7 @@ class EtcdDamage:
         flipped[-3] ^= 1
         await self.client.put(kv.key, bytes(flipped))
 
-    async def loaded(self) -> Store:
+    async def load(self) -> Store:
         opening = open_store(self._socket, NodeId("m2"), self._key, SystemClock())
         return await self._stack.enter_async_context(opening)
 

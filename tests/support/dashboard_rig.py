@@ -1,4 +1,4 @@
-"""The dashboard: ``skep ui``, and its own listener before an application that plays the node's API, and its users."""
+"""The dashboard: ``skep ui``, and its own listener before an application that stands for the node's API."""
 
 import asyncio
 import socket
@@ -22,7 +22,7 @@ ROLES = {"ann-token": "viewer", "bob-token": "operator:shop", "eve-token": "admi
 
 
 class People:
-    """Users by their tokens, and the connections that they have."""
+    """Users by their tokens, and their connections."""
 
     def __init__(self) -> None:
         self.by_credential = {Credential.of_token(word.encode(), is_login=True): word for word in ROLES}
@@ -58,7 +58,7 @@ class Clock(SystemClock):
 
 
 def user_of(request: web.Request) -> str:
-    """As whom the dashboard asks."""
+    """Return the user in whose name the dashboard sends a request."""
     return identity_of(request).name
 
 
@@ -66,7 +66,7 @@ def user_of(request: web.Request) -> str:
 async def a_dashboard_server(
     app: web.Application, authority: Authority, clock: Clock, *, allows_public: bool = False
 ) -> AsyncIterator[tuple[int, People]]:
-    """Its port on the loopback, and its users.  ``app``: the API."""
+    """Serve the dashboard.  Yield its loopback port and its users.  ``app``: the API."""
     people, numbers, tasks = People(), count(1), set[asyncio.Task[Any]]()
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
@@ -102,7 +102,7 @@ async def a_dashboard_server(
 
 @asynccontextmanager
 async def skep_ui(host: str) -> AsyncIterator[str]:
-    """The address that ``skep ui`` prints, while it runs."""
+    """Run ``skep ui``, and yield the address that it prints."""
     words = (SKEP, "--host", host, "ui", "--no-browser")
     process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
     try:

@@ -1,4 +1,4 @@
-"""The table of a network derived from all objects at once, to compare with the one that managers keep."""
+"""Computes a network's table from all objects at once, to compare it with the table that managers keep."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -26,7 +26,7 @@ V = TypeVar("V")
 
 
 def table_of(view: View, network: Network) -> Table:
-    """The whole table of ``network``, as of the view's revision; goes through all tasks."""
+    """Return the whole table of ``network``, as of the view's revision.  This reads all tasks."""
     tasks = [task for task in view.find(Task) if network.id in overlay_attachments(task)]
     unread = unread_services(view)
     services = {service.id: service for service in view.find(Service)}

@@ -1,4 +1,4 @@
-"""Dockerfiles with the results that BuildKit's reference and a real BuildKit give them."""
+"""Dockerfiles with their results according to BuildKit's reference and a real BuildKit."""
 
 import asyncio
 import io
@@ -22,28 +22,30 @@ class Case:
     files: Mapping[str, str] = field(default_factory=dict)
     """Files of the context."""
     options: tuple[str, ...] = ()
-    """Of ``docker buildx build``; ``CONTEXT`` in them is the context's directory."""
+    """Options of ``docker buildx build``.  ``CONTEXT`` in them is the context's directory."""
     gives: Mapping[str, str] = field(default_factory=dict)
-    """Files of the image, with their text."""
+    """Expected files of the image, with their text."""
     owned: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Files of the image, with mode, user and group."""
+    """Expected files of the image, with mode, user and group."""
     lacks: tuple[str, ...] = ()
-    """Files that the image does not have."""
+    """Files that the image must not have."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``docker image inspect``, by path: ``Config.Cmd``."""
+    """Expected fields of ``docker image inspect``, by path: ``Config.Cmd``."""
     fails: str = ""
-    """What the error says."""
+    """Expected text of the error.  Empty if the build succeeds."""
     shows: tuple[str, ...] = ()
-    """What the output has."""
+    """Expected texts of the output."""
     skep_says: str = ""
-    """In place of ``fails``, where Skep's words are others."""
+    """Expected error instead of ``fails``, where Skep's message differs."""
     is_beyond: bool = False
-    """Whether the reference engine at hand lacks it: Dockerfile 1.20 and later, or what needs a registry."""
+    """Whether the reference engine at hand lacks the feature: Dockerfile 1.20 and later, or a case that needs a
+    registry.
+    """
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a build gave."""
+    """Result of a build."""
 
     exit: int
     output: str
@@ -52,7 +54,7 @@ class Built:
     config: Mapping[str, Any]
 
     def field(self, path: str) -> object:
-        """A field of the image's inspection."""
+        """Return a field of the image's inspection."""
         value: Any = self.config
         for name in path.split("."):
             value = value.get(name) if value is not None else None
@@ -60,7 +62,7 @@ class Built:
 
 
 class Host:
-    """Something that builds, at a socket."""
+    """A builder on a socket."""
 
     def __init__(self, socket: str, cli: str, buildx: Path, *, options: tuple[str, ...] = ()) -> None:
         self.environment = {
@@ -74,7 +76,7 @@ class Host:
         self.options = options
 
     async def run(self, *words: str, stdin: bytes | None = None, **environment: str) -> tuple[int, str, str]:
-        """Exit code, standard output and error output of a command."""
+        """Run a command, and return exit code, standard output and error output."""
         process = await asyncio.create_subprocess_exec(
             *words,
             stdin=asyncio.subprocess.PIPE,
@@ -95,19 +97,19 @@ class Host:
     async def build(
         self, context: Path, *options: str, output: str = "", **environment: str
     ) -> tuple[int, str]:
-        """``docker buildx build``: exit code and output."""
+        """Run ``docker buildx build``, and return exit code and output."""
         words = ("--progress", "plain", *self.options, *options, *(("-o", output) if output else ()))
         code, out, err = await self.run(str(self.buildx), "build", *words, str(context), **environment)
         return code, out + err
 
-    async def inspected(self, image: str) -> Mapping[str, Any]:
-        """``docker image inspect``."""
+    async def inspect(self, image: str) -> Mapping[str, Any]:
+        """Return ``docker image inspect`` of an image."""
         _, out, _ = await self.run(self.cli, "image", "inspect", image)
         found: list[dict[str, Any]] = json.loads(out)
         return found[0] if found else {}
 
     async def carry_out(self, case: Case, context: Path, image: str) -> Built:
-        """Build a case, and look at its result."""
+        """Build a case, and inspect its result."""
         context.mkdir()
         files = {"Dockerfile": case.dockerfile.replace("BASE", "busybox:1"), **case.files}
         for name, text in files.items():
@@ -119,7 +121,7 @@ class Host:
         code, output, config = 0, "", {}
         if case.config or not (case.gives or case.owned or case.lacks):
             code, output = await self.build(context, "-t", image, *options)
-            config = dict(await self.inspected(image)) if not code else {}
+            config = dict(await self.inspect(image)) if not code else {}
         if not code and (case.gives or case.owned or case.lacks):
             code, more = await self.build(context, *options, output=f"type=tar,dest={context}/result.tar")
             output += more
@@ -133,7 +135,7 @@ class Host:
 
 
 def differences(case: Case, built: Built, *, of_skep: bool) -> list[str]:
-    """What is not as the case says."""
+    """Return the differences between the result and the case."""
     fails = (case.skep_says if of_skep else "") or case.fails
     if fails:
         if not built.exit:

@@ -1,4 +1,4 @@
-"""The rules of the Dockerfile's text, its variables and its stages, each as a case."""
+"""The rules of a Dockerfile's syntax, variables and stages, each as a case."""
 
 from tests.support.dockerfile_cases import Case
 

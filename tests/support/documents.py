@@ -1,4 +1,4 @@
-"""The documents, taken apart: their links, their shell blocks, the paths that they name."""
+"""Parses the documents: their links, their shell blocks, the paths that they name."""
 
 import re
 from pathlib import Path
@@ -17,12 +17,12 @@ _QUOTED = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
 def shell_blocks(page: str) -> list[str]:
-    """What stands in the fenced ``sh`` blocks of a page, in order."""
+    """Return the contents of a page's fenced ``sh`` blocks, in order."""
     return _BLOCK.findall((ROOT / page).read_text())
 
 
 def links(page: Path) -> list[str]:
-    """Targets of a page's links to other files, without the fragment."""
+    """Return the targets of a page's links to other files, without the fragment."""
     targets = _LINK.findall(_FENCED.sub("", page.read_text()))
     return [
         target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")
@@ -30,7 +30,7 @@ def links(page: Path) -> list[str]:
 
 
 def fragments(page: Path) -> list[tuple[Path, str]]:
-    """Headings that a page's links lead to: the other page, and the heading as GitHub spells it in addresses."""
+    """Return the headings that a page's links lead to: the other page, and the heading as in GitHub's addresses."""
     found = []
     for target in _LINK.findall(_FENCED.sub("", page.read_text())):
         path, _, heading = target.partition("#")
@@ -40,16 +40,16 @@ def fragments(page: Path) -> list[tuple[Path, str]]:
 
 
 def headings(page: Path) -> set[str]:
-    """The headings of a page, as GitHub spells them in addresses."""
+    """Return the headings of a page, as in GitHub's addresses."""
     texts = _HEADING.findall(_FENCED.sub("", page.read_text()))
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
 
 
 def quoted(page: Path) -> list[str]:
-    """What a page puts in backquotes outside of its blocks."""
+    """Return the texts in backquotes outside of a page's code blocks."""
     return _QUOTED.findall(_FENCED.sub("", page.read_text()))
 
 
 def make_targets() -> set[str]:
-    """The targets of the Makefile."""
+    """Return the targets of the Makefile."""
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Traffic between the containers of two nodes, and what an observer between the nodes sees of it."""
+"""Traffic between the containers of two nodes, and the frames that an observer between the nodes sees."""
 
 import asyncio
 import itertools
@@ -26,7 +26,7 @@ class End(NamedTuple):
 
 
 def sockets_of(source: End, target: End, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
-    """A sender in one container, a receiver in the other; not connected yet."""
+    """Return a sender in one container and a receiver in the other, not connected yet."""
     out = inside(source.namespace, lambda: socket.socket(socket.AF_INET, kind))
     into = inside(target.namespace, lambda: socket.socket(socket.AF_INET, kind))
     into.bind((target.address, PORT))
@@ -36,7 +36,7 @@ def sockets_of(source: End, target: End, kind: socket.SocketKind) -> tuple[socke
 
 
 def transfer(source: End, target: End, content: bytes) -> bytes:
-    """What arrives of ``content`` over TCP."""
+    """Send ``content`` over TCP, and return what arrives."""
     out, into = sockets_of(source, target, socket.SOCK_STREAM)
     with out, into:
         into.listen()
@@ -54,7 +54,7 @@ def transfer(source: End, target: End, content: bytes) -> bytes:
 
 @contextmanager
 def captured_in(namespace: Path, device: str) -> Iterator[list[bytes]]:
-    """All frames on a device, both ways, while the block runs; whole once it has ended."""
+    """Capture all frames on a device, in both directions.  The list is complete once the block has ended."""
 
     def opened() -> socket.socket:
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
@@ -86,7 +86,7 @@ def captured_in(namespace: Path, device: str) -> Iterator[list[bytes]]:
 
 
 def udp_to(seen: list[bytes], port: int) -> list[bytes]:
-    """The UDP payloads among the captured frames that go to ``port`` (IPv4)."""
+    """Return the UDP payloads to ``port`` (IPv4) among the captured frames."""
     return [
         frame[42:]
         for frame in seen
@@ -97,7 +97,7 @@ def udp_to(seen: list[bytes], port: int) -> list[bytes]:
 
 
 class Pings:
-    """UDP datagrams from one container to the other, one every few milliseconds, numbered."""
+    """Sends numbered UDP datagrams from one container to the other, one every few milliseconds."""
 
     def __init__(self, source: End, target: End) -> None:
         self._source = source

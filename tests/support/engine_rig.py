@@ -1,4 +1,4 @@
-"""A throw-away Docker Engine in a network namespace of its own, for tests (needs root)."""
+"""A temporary Docker Engine in its own network namespace, for tests (needs root)."""
 
 import asyncio
 import ctypes
@@ -20,7 +20,7 @@ _CLONE_NEWNET = 0x40000000
 
 @contextmanager
 def network_namespace(name: str) -> Iterator[None]:
-    """Move this process into a fresh namespace with one address, ``ADDRESS``; everything it starts goes with it."""
+    """Move this process and its children into a new namespace with one address, ``ADDRESS``."""
     here = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     _run("ip", "netns", "add", name)
     try:
@@ -44,7 +44,7 @@ def network_namespace(name: str) -> Iterator[None]:
 
 
 class Engine:
-    """A running dockerd.  Its socket, data and pid file lie in a directory of its own."""
+    """A running dockerd.  Its socket, data and pid file are in its own directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -55,11 +55,11 @@ class Engine:
         return f"unix://{self.directory}/d.sock"
 
     def log(self) -> str:
-        """Everything the engine wrote, debugging included."""
+        """Return the engine's log, including debug messages."""
         return (self.directory / "log").read_text(errors="replace")
 
     async def docker(self, *arguments: str, timeout_s: float = 30, check: bool = True) -> str:
-        """Run a docker command against this engine; gives its output."""
+        """Run a docker command against this engine, and return its output."""
         process = await asyncio.create_subprocess_exec(
             *("docker", "-H", self.host, *arguments),
             stdout=subprocess.PIPE,
@@ -76,7 +76,7 @@ class Engine:
         return text
 
     async def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the engine and wait until it responds."""
         command = (
             f"mount --make-rprivate /; exec dockerd --debug --data-root {self.directory}/data"
             f" --exec-root {self.directory}/exec -H {self.host} --pidfile {self.directory}/d.pid"
@@ -89,7 +89,7 @@ class Engine:
         await self.wait_for(lambda output: "Server" in output, "version", within_s=40)
 
     async def wait_for(self, condition: Callable[[str], bool], *arguments: str, within_s: float = 30) -> None:
-        """Repeat a docker command until its output is as wanted."""
+        """Repeat a docker command until its output meets ``condition``."""
         async with asyncio.timeout(within_s):
             while not condition(await self.docker(*arguments, check=False)):
                 assert self._process is not None
@@ -97,7 +97,7 @@ class Engine:
                 await asyncio.sleep(0.2)
 
     async def stop(self) -> None:
-        """Stop it, containers included, and wait until it is gone."""
+        """Stop the engine and its containers, and wait until it has ended."""
         if self._process is None or self._process.returncode is not None:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -106,10 +106,12 @@ class Engine:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
-        (self.directory / "d.pid").unlink(missing_ok=True)  # a left-over one keeps the engine from starting
+        (self.directory / "d.pid").unlink(
+            missing_ok=True
+        )  # a left-over pid file keeps the engine from starting
 
     async def import_image(self) -> None:
-        """Make ``IMAGE`` from the machine's busybox."""
+        """Create ``IMAGE`` from the machine's busybox."""
         root = self.directory / "root"
         (root / "bin").mkdir(parents=True)
         for name in ("etc", "tmp", "run", "proc", "sys", "dev"):
@@ -124,7 +126,7 @@ class Engine:
 
 @asynccontextmanager
 async def an_engine() -> AsyncIterator[Engine]:
-    """An engine in the present network namespace, with an image; nothing is left of it afterwards."""
+    """Run an engine with an image in the current network namespace, and clean up afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="skep-engine-", dir="/var/tmp"))
     engine = Engine(directory)
     try:

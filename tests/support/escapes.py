@@ -1,4 +1,6 @@
-"""Attempts to get out of a container, and how each ended: the same for any engine that runs Python in one."""
+"""Attempts to escape from a container, and their outcomes.  They work with any engine that runs Python in a
+container.
+"""
 
 import errno
 import json
@@ -7,7 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 Python = Callable[..., Awaitable[Any]]
-"""What a script with these arguments printed, as JSON, in a container of its own; keywords are those of ``WAYS``."""
+"""Runs a script with these arguments in a new container, and returns its JSON output.  Keywords are those of
+``WAYS``.
+"""
 
 EPERM, ENOSYS, EROFS, ESRCH = errno.EPERM, errno.ENOSYS, errno.EROFS, errno.ESRCH
 NEW_USER, NEW_NET, NEW_NS = 0x10000000, 0x40000000, 0x00020000
@@ -155,7 +159,7 @@ WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 async def outcomes(python: Python, victim: int) -> dict[str, str]:
-    """How each attempt ended: the name of its error, or what it gave.  ``victim``: a process of the machine."""
+    """Return how each attempt ended: the name of its error, or its result.  ``victim``: a process of the machine."""
     asked = json.dumps({name: (number, arguments) for name, (number, arguments, _) in CALLS.items()})
     found: dict[str, str] = {}
     for way, options in WAYS.items():
@@ -183,14 +187,14 @@ def _of_files(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _word(outcome: object) -> str:
-    """Of an error its name; what a call gave is as good as any other number."""
+    """Return an error's name, or "done" for any number that a call returned."""
     if isinstance(outcome, str):
         return "done" if outcome.startswith("gave") else outcome
     return errno.errorcode.get(outcome, str(outcome)) if isinstance(outcome, int) else str(outcome)
 
 
 def lead_etc_out(tree: Path, outside: Path) -> None:
-    """Make /etc of an image a link to a directory of the machine, which has a file that engines mount over."""
+    """Replace /etc of an image by a link to a directory of the machine, with a file that engines mount over."""
     outside.mkdir()
     (outside / "hosts").write_text("of the machine")
     (tree / "etc").rename(tree / "etc-of-the-image")
@@ -205,7 +209,7 @@ WRITE_TO_ETC: Final = (
 
 
 def is_as_it_was(outside: Path) -> bool:
-    """Whether nothing came through the link of ``lead_etc_out``."""
+    """Return whether nothing was changed through the link of ``lead_etc_out``."""
     content = (outside / "hosts").read_text()
     return content == "of the machine" and [path.name for path in outside.iterdir()] == ["hosts"]
 
@@ -215,7 +219,7 @@ SPOIL_GROUPS: Final = f"echo g:x:{ABSURD_NUMBER}:root >> /etc/group"
 
 
 def spoil_users(tree: Path) -> None:
-    """Put users and groups with absurd numbers and names before those of an image."""
+    """Insert users and groups with absurd numbers and names before those of an image."""
     passwd, group = tree / "etc/passwd", tree / "etc/group"
     passwd.write_text(f"x:x:{ABSURD_NUMBER}:0::/:/bin/sh\n{'y' * 10_000}\n" + passwd.read_text())
     group.write_text(f"x:x:{ABSURD_NUMBER}:alice\n" + group.read_text())

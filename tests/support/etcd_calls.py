@@ -1,4 +1,4 @@
-"""Short words for tests of the etcd process and of the store on it."""
+"""Helpers for tests of the etcd process and of the store on it."""
 
 import asyncio
 import os
@@ -40,8 +40,8 @@ def put_secret(tx: Transaction, name: str) -> Secret:
 
 
 @asynccontextmanager
-async def founded(settings: MemberSettings) -> AsyncIterator[tuple[Member, EtcdStore]]:
-    """A running member with a cluster in it, and its store."""
+async def a_new_cluster(settings: MemberSettings) -> AsyncIterator[tuple[Member, EtcdStore]]:
+    """Run a member with a new cluster in it, and its store."""
     async with a_member(settings).running() as member:
         with suppress(AlreadyExists):
             await initialize(settings.socket, KEY, CLOCK, found)
@@ -56,7 +56,9 @@ def pid_of(member: Member) -> int:
 
 
 async def freeze(pid: int) -> None:
-    """SIGSTOP, and return when every thread stands still: the signal alone stops them one after another, later."""
+    """Stop a process with SIGSTOP, and return when every thread has stopped.  The signal alone stops them one after
+    another.
+    """
     os.kill(pid, signal.SIGSTOP)
     tasks = Path(f"/proc/{pid}/task")
     await until(
@@ -65,7 +67,7 @@ async def freeze(pid: int) -> None:
 
 
 async def until(holds: Callable[[], object]) -> None:
-    """Return when ``holds()``; the test's own deadline bounds it."""
+    """Return when ``holds()`` is true.  The test's own deadline limits the wait."""
     while not holds():  # noqa: ASYNC110 - processes announce nothing
         await asyncio.sleep(0.005)
 
@@ -75,7 +77,7 @@ async def wait_ended(pid: int) -> None:
 
 
 def a_fake_etcd(path: Path, script: str) -> Binary:
-    """A program in place of etcd; it says the version of a good one."""
+    """Write a program that stands for etcd and reports a supported version."""
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return Binary(path, (3, 5, 30))

@@ -1,4 +1,4 @@
-"""A real etcd member for tests, its certificates, and a relay by which its connection can be disturbed."""
+"""A real etcd member for tests, its certificates, and a relay that can disturb its connection."""
 
 import asyncio
 import datetime
@@ -21,7 +21,7 @@ from skep.store.etcd.member import Member
 
 
 def free_port() -> int:
-    """A free port of 127.0.0.1."""
+    """Return a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def peer_files(directory: Path, name: str = "m1", role: str = MANAGER_NAME) -> PeerFiles:
-    """A CA and a node certificate with ``role`` among its names, written below ``directory``."""
+    """Write a CA and a node certificate with ``role`` among its names below ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-ca")])
@@ -72,7 +72,7 @@ def peer_files(directory: Path, name: str = "m1", role: str = MANAGER_NAME) -> P
 
 
 def member_settings(root: Path, *, name: str = "m1") -> MemberSettings:
-    """A member alone in its cluster, without fsync, below ``root``."""
+    """Return settings of a single-member cluster below ``root``, without fsync."""
     return MemberSettings(
         name=name,
         directory=root / name / "etcd",
@@ -85,12 +85,12 @@ def member_settings(root: Path, *, name: str = "m1") -> MemberSettings:
 
 
 def a_member(settings: MemberSettings) -> Member:
-    """Not yet running: ``async with a_member(settings).running():``."""
+    """Return a member that is not running yet: ``async with a_member(settings).running():``."""
     return Member(settings, find_binary(), SystemClock(), Backoff(0.02, 0.2))
 
 
 class Relay:
-    """Stands between a client and etcd's socket: cuts, and loses a request or replies."""
+    """Stands between a client and etcd's socket.  It can cut connections, and lose a request or replies."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -115,15 +115,15 @@ class Relay:
         self._drop()
 
     def lose_request_with(self, content: bytes) -> None:
-        """Break the connection instead of passing on the next request that has ``content``."""
+        """Break the connection instead of forwarding the next request that has ``content``."""
         self._request_to_lose = content
 
     def swallow_replies(self) -> None:
-        """Pass requests on, but nothing back, until ``mend``."""
+        """Forward requests but not their responses, until ``mend``."""
         self._swallows_replies = True
 
     def mend(self) -> None:
-        """Undo whatever disturbs.  A connection with holes in it is broken for good."""
+        """End all disturbances.  A connection with lost data is closed."""
         if self._swallows_replies:
             self._drop()
         self._is_cut = self._swallows_replies = False
@@ -151,7 +151,7 @@ class Relay:
             finally:
                 here.transport.abort()
         except (ConnectionError, FileNotFoundError):
-            return  # etcd is not there at the moment
+            return  # etcd is not running at the moment
         finally:
             self._writers.discard(writer)
             writer.transport.abort()

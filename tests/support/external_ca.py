@@ -1,4 +1,6 @@
-"""External certificate authorities with mutual TLS: one that lies when it is told to, and the cfssl program."""
+"""External certificate authorities with mutual TLS: a fake that can issue wrong certificates, and the cfssl
+program.
+"""
 
 import json
 import ssl
@@ -31,7 +33,7 @@ USES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 class Certificate(msgspec.Struct, kw_only=True):
-    """What the authority signs; a lie changes it."""
+    """Fields of the certificate to sign, which ``lie`` can change."""
 
     key: Any
     subject: list[tuple[str, str]]
@@ -49,7 +51,7 @@ class Certificate(msgspec.Struct, kw_only=True):
             content_commitment=False, data_encipherment=False, key_agreement=False, crl_sign=False,
             encipher_only=False, decipher_only=False,
         )  # fmt: skip
-        written = _ASN1Type.PrintableString  # as by Go
+        written = _ASN1Type.PrintableString  # the type that Go writes
         attributes = [x509.NameAttribute(NAMES[name], value, _type=written) for name, value in self.subject]
         builder = (
             x509.CertificateBuilder()
@@ -74,9 +76,9 @@ class Certificate(msgspec.Struct, kw_only=True):
 class ExternalAuthority:
     """Signs with the key of ``root`` for callers with a certificate of one of the roots ``trusted``.
 
-    ``requests`` are the bodies it was sent, ``callers`` the common names of those who sent them.
+    ``requests`` are the received bodies, and ``callers`` the common names of their senders.
 
-    ``lie`` changes a certificate before it is signed; ``respond`` replaces the whole response.
+    ``lie`` changes a certificate before it is signed.  ``respond`` replaces the whole response.
     """
 
     def __init__(self, root: Authority, *trusted: Authority) -> None:
@@ -89,7 +91,7 @@ class ExternalAuthority:
         self.url = ""
 
     async def sign(self, request: web.Request) -> web.StreamResponse:
-        """``POST /api/v1/cfssl/sign``."""
+        """Handle ``POST /api/v1/cfssl/sign``."""
         body = await request.json()
         self.requests.append(body)
         peer = request.transport.get_extra_info("peercert") if request.transport else None
@@ -106,7 +108,7 @@ class ExternalAuthority:
         )
 
     def signed(self, body: dict[str, Any]) -> bytes:
-        """What was requested, changed by ``lie``."""
+        """Sign the requested certificate, changed by ``lie``."""
         csr = x509.load_pem_x509_csr(body["certificate_request"].encode())
         now = datetime.now(UTC)
         names = [(key, value) for name in body["subject"]["names"] for key, value in name.items()]
@@ -125,7 +127,7 @@ class ExternalAuthority:
 
     @asynccontextmanager
     async def serving(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator["ExternalAuthority"]:
-        """Serve until left."""
+        """Serve until the block ends."""
         app = web.Application()
         app.router.add_post("/api/v1/cfssl/sign", self.sign)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -151,7 +153,7 @@ class ExternalAuthority:
 
 
 def server_certificate(root: Authority, host: str) -> tuple[bytes, bytes]:
-    """A certificate and its key (PEM) for a server at the address ``host``."""
+    """Return a certificate and its key (PEM) for a server at the address ``host``."""
     key = new_private_key()
     now = datetime.now(UTC)
     builder = (
@@ -192,7 +194,9 @@ CONFIG = {
 def cfssl_command(
     directory: Path, host: str, port: int, root: Authority, trusted: Sequence[Authority]
 ) -> list[str]:
-    """``cfssl serve`` with this root, for callers with certificates of the roots ``trusted``; its files are written."""
+    """Return ``cfssl serve`` with this root, for callers with certificates of the roots ``trusted``.  Write its
+    files.
+    """
     certificate, key = server_certificate(root, host)
     files = {
         "root.crt": root.root_pem,

@@ -1,4 +1,4 @@
-"""What a session of a node serves: a worker without containers."""
+"""A worker without containers, for tests of a node's session."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -17,14 +17,14 @@ from skep.wire.client import Channel
 
 
 def a_session() -> SessionState:
-    """The state of a node that has a session: a manager replaces its tasks."""
+    """Return the state of a node with a session, in which a manager may replace its tasks."""
     state = SessionState(SystemClock())
     state.begin(cast("Channel", None))  # no call is made
     return state
 
 
 class FakeWorker:
-    """Records its assignments, and sends the reports it is given.  Sink and log source in one."""
+    """Records its assignments, and sends prepared reports.  Serves as sink and as log source."""
 
     def __init__(self) -> None:
         self.reports = Reports()
@@ -36,7 +36,9 @@ class FakeWorker:
         self.more_lines = asyncio.Event()
         self.closed_logs = 0
         self.ends_its_past = False
-        """Whether followers get an empty batch after what there was; nodes of earlier versions send none."""
+        """Whether followers get an empty batch after the existing lines.  Nodes of earlier versions do not send
+        one.
+        """
 
     async def assign(self, change: AssignmentSet) -> None:
         self.sets.append(change)

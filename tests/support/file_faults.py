@@ -1,4 +1,4 @@
-"""Calls of the system on files below a directory, of which chosen ones fail: whatever Python code makes them."""
+"""Injects errors into chosen system calls on files below a directory, whatever Python code makes them."""
 
 import asyncio
 import errno
@@ -27,8 +27,10 @@ _BY_DESCRIPTOR = ("write", "fsync", "fchmod", "ftruncate")
 
 
 class Faults:
-    """Which calls fail.  Counts those on files below ``directory``, and in a process with nothing else to do on all
-    descriptors; from the call ``first`` on, ``count`` of them fail with ``number``.
+    """Chooses the calls that fail.
+
+    It counts calls on files below ``directory``, and in a process without other work on all descriptors.  From the
+    call ``first`` on, ``count`` calls fail with the error ``number``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -64,7 +66,7 @@ class Faults:
 
 @contextmanager
 def file_faults(directory: Path) -> Iterator[Faults]:
-    """Every such call of this process goes through the ``Faults`` inside the block."""
+    """Pass all such calls of this process through ``Faults`` inside the block."""
     faults = Faults(directory)
 
     def faulty(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,19 +86,19 @@ def file_faults(directory: Path) -> Iterator[Faults]:
 
 
 Life = Callable[[Path, Faults], Awaitable[None]]
-"""What happens below a directory: faults come from its beginning on, until it calls ``Faults.end``."""
+"""Work below a directory.  Faults are injected from its start until it calls ``Faults.end``."""
 
 
 async def walk(
     directory: Path, life: Life, *, template: Path | None = None, count: int = 1, step: int = 1
 ) -> int:
-    """Have the n-th call on a file fail, for every ``step``-th n and with one error after the other.
+    """Let the n-th call on a file fail, for every ``step``-th n and with one error after the other.
 
     Args:
-        template: what lies in each life's directory at its beginning.
-        count: so many calls fail from there on.
+        template: initial content of each life's directory.
+        count: number of consecutive calls that fail.
 
-    Returns: how many calls a life without a fault makes.
+    Returns: number of calls that a life without a fault makes.
     """
     numbers = itertools.cycle(ERRNOS)
     for n in itertools.count(0, step):

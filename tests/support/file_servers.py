@@ -1,4 +1,4 @@
-"""File servers on the loopback of this machine, from the distribution's packages: the kernel's NFS server and Samba."""
+"""File servers on this machine's loopback, from the distribution's packages: the kernel's NFS server and Samba."""
 
 import subprocess
 import time
@@ -15,27 +15,27 @@ _NFSD = Path("/proc/fs/nfsd")
 
 
 class Share(NamedTuple):
-    """A directory that a server gives out: the options of a volume for it, and the type that mount(8) shows."""
+    """A directory that a server shares: a volume's options for it, and the type that mount(8) shows."""
 
     directory: Path
     options: Mapping[str, str]
     shown: str
 
     def with_option(self, old: str, new: str) -> dict[str, str]:
-        """The volume's options with another word in ``o``."""
+        """Return the volume's options with another word in ``o``."""
         assert old in self.options["o"]
         return {**self.options, "o": self.options["o"].replace(old, new)}
 
 
 def nfs_threads(count: int) -> None:
-    """So many threads respond to clients; with none the server is away: connections are refused."""
+    """Set the number of threads that serve clients.  With 0 the server is away, and connections are refused."""
     words = ["rpc.nfsd", "--grace-time", "10", "--lease-time", "10"] if count else ["rpc.nfsd"]
     subprocess.run([*words, str(count)], check=True, timeout=60)
 
 
 @contextmanager
 def nfs_server(directory: Path) -> Iterator[Mapping[str, Share]]:
-    """``directory`` by versions 3 and 4."""
+    """Share ``directory`` by NFS versions 3 and 4."""
     directory.mkdir()
     exported = "rw,no_root_squash,no_subtree_check,insecure,fsid=0"
     with ExitStack() as stack:
@@ -50,10 +50,11 @@ def nfs_server(directory: Path) -> Iterator[Mapping[str, Share]]:
         stack.enter_context(_running("rpc.mountd", "--foreground"))
         nfs_threads(4)
         stack.callback(nfs_threads, 0)
-        for program in ("100003", "100005"):  # NFS, and what gives out the first handle of version 3
+        # NFS, and the program that returns the first handle of version 3.
+        for program in ("100003", "100005"):
             ask = ("rpcinfo", "-t", "127.0.0.1", program, "3")
             _wait(lambda ask=ask: _calls(*ask), f"program {program} responds")  # type: ignore[misc]
-        # As in Docker's documents, but for the locks of version 3, which would need one more daemon.
+        # As in Docker's documents, except for the locks of version 3, which would need one more daemon.
         third = {"type": "nfs", "o": "addr=127.0.0.1,rw,nolock", "device": f":{directory}"}
         fourth = {"type": "nfs", "o": "addr=localhost,rw,nfsvers=4,timeo=20,retrans=1", "device": ":/"}
         yield {"nfs 3": Share(directory, third, "nfs"), "nfs 4": Share(directory, fourth, "nfs4")}
@@ -61,7 +62,7 @@ def nfs_server(directory: Path) -> Iterator[Mapping[str, Share]]:
 
 @contextmanager
 def samba(directory: Path, state: Path) -> Iterator[Share]:
-    """``directory`` as the share ``files``, for the user ``root`` with a password of its own."""
+    """Share ``directory`` as ``files``, for the user ``root`` with a password."""
     directory.mkdir()
     state.mkdir()
     kept = ("private dir", "lock directory", "state directory", "cache directory", "pid directory")
@@ -86,7 +87,7 @@ def samba(directory: Path, state: Path) -> Iterator[Share]:
 
 @contextmanager
 def _running(*command: str) -> Iterator[None]:
-    # In a group of its own: smbd ends the whole group that it was started in.
+    # In its own process group, because smbd ends the whole group that it was started in.
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
             yield

@@ -1,4 +1,4 @@
-"""What of a playground can be seen on the machine: before, while it is up, and after."""
+"""Traces of a playground on the machine, before it, while it is up, and afterwards."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Machine(NamedTuple):
-    """What a playground could leave on a machine.  Entries of other playgrounds are left out."""
+    """Everything that a playground could leave on a machine.  Entries of other playgrounds are left out."""
 
     interfaces: frozenset[str]
     namespaces: frozenset[str]
@@ -21,7 +21,7 @@ class Machine(NamedTuple):
     files: frozenset[str]
 
     def more_than(self, other: "Machine") -> dict[str, object]:
-        """What is here and not in ``other``, by kind; empty if nothing is."""
+        """Return the entries that ``other`` does not have, by kind.  Empty if there are none."""
         more: dict[str, object] = {
             kind: sorted(getattr(self, kind) - getattr(other, kind))
             for kind in ("interfaces", "namespaces", "mounts", "cgroups", "files")
@@ -31,7 +31,7 @@ class Machine(NamedTuple):
 
 
 def machine(playground: str, *directories: Path) -> Machine:
-    """The machine now.  ``directories``: where files are looked for."""
+    """Return the machine's current state.  ``directories``: where to look for files."""
     return Machine(
         interfaces=frozenset(line.split(": ")[1] for line in _output("ip", "-o", "link").splitlines()),
         namespaces=frozenset(
@@ -47,7 +47,7 @@ def machine(playground: str, *directories: Path) -> Machine:
 
 
 def _ours(names: "list[str]", playground: str) -> list[str]:
-    """Without what other playgrounds and tests beside this one made, which may come and go meanwhile."""
+    """Return the names without those of other playgrounds and concurrent tests, which may change meanwhile."""
     others = ("skep-", "/pytest-")
     return [name for name in names if playground in name or not any(other in name for other in others)]
 
@@ -69,7 +69,7 @@ def _output(*command: str) -> str:
 
 
 class Inhabitants(NamedTuple):
-    """Processes by pid and start time, and the namespaces that they live in."""
+    """Processes by pid and start time, and their namespaces."""
 
     processes: frozenset[tuple[int, int]]
     namespaces: frozenset[str]
@@ -78,7 +78,7 @@ class Inhabitants(NamedTuple):
 
 
 def inhabitants(playground: str) -> Inhabitants:
-    """Everything that lives on the nodes of a playground: in their namespaces, their cgroups, and holders."""
+    """Return all processes on the nodes of a playground: in their namespaces, their cgroups, and holders."""
     seen_at = int(float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK"))
     own = {os.readlink(link) for link in Path("/proc/self/ns").iterdir()}
     netns = {
@@ -101,9 +101,9 @@ def inhabitants(playground: str) -> Inhabitants:
 
 
 def survivors(before: Inhabitants) -> Inhabitants:
-    """Which of those processes still exist, and which of those namespaces still have one of their processes.
+    """Return the processes that still exist, and the namespaces that still have one of them.
 
-    The kernel gives the number of a namespace that has gone to the next one, which may be another test's.
+    The kernel reuses the number of a deleted namespace, possibly for another test's.
     """
     processes = {(pid, started) for pid, started in before.processes if start_ticks_of(pid) == started}
     alive = set()

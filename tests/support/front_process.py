@@ -1,8 +1,8 @@
-"""A front, or a manager behind it, as a process of its own that a test can kill, stop or starve.
+"""A front, or a manager behind it, in its own process that a test can kill, stop or starve.
 
     python -m tests.support.front_process {front|manager} DIRECTORY [DESCRIPTORS]
 
-The manager answers ``/nodes`` with its pid, ``/tasks/hang`` never, and ``/tasks/begin`` with the beginning of a
+The manager responds to ``/nodes`` with its pid, never to ``/tasks/hang``, and to ``/tasks/begin`` with an incomplete
 response.
 """
 
@@ -46,7 +46,7 @@ async def _run(role: str, directory: Path) -> None:
 async def process(
     role: str, directory: Path, descriptors: int = 0
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process in that role, ready; killed at the end if it has not ended."""
+    """Start a process in that role, and wait until it is ready.  It is killed at the end if it still runs."""
     arguments = [sys.executable, "-m", __name__, role, str(directory), str(descriptors)]
     child = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
     try:

@@ -1,4 +1,4 @@
-"""A front on a socket of its own, with a manager and an engine behind it that a test plays."""
+"""A front on its own socket, with a simulated manager and engine behind it."""
 
 import asyncio
 import socket
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 class Owned:
-    """A node that made the container ``ours``."""
+    """A node that created the container ``ours``."""
 
     has_docker_engine = True
     has_volumes = False
@@ -72,7 +72,7 @@ async def application(answer: Answer, **options: Any) -> AsyncIterator[web.AppRu
 
 
 class Rig:
-    """A front on a socket of its own, with a manager and an engine behind it."""
+    """A front on its own socket, with a manager and an engine behind it."""
 
     def __init__(self, directory: Path) -> None:
         self.socket = directory / "api.sock"
@@ -87,7 +87,9 @@ class Rig:
     async def front(
         self, answer: Answer | None = None, tls: ApiTls | None = None, ping: Ping = no_ping
     ) -> AsyncIterator[None]:
-        """``answer``: the node's own handler; by default it returns the path and the size of the request."""
+        """Run the front.  ``answer``: the node's own handler.  By default it returns the path and the size of the
+        request.
+        """
 
         async def here(request: web.Request) -> web.StreamResponse:
             response = web.json_response({"here": request.path, "bytes": len(await request.read())})
@@ -112,7 +114,7 @@ class Rig:
 
     @asynccontextmanager
     async def manager(self, answer: Answer) -> AsyncIterator[None]:
-        """A manager that serves what the front passes.  ``connections``: how many that were."""
+        """Run a manager that serves forwarded requests.  ``connections``: number of connections so far."""
         async with application(answer, **HOOKS) as runner:
             assert runner.server is not None
             serve = runner.server

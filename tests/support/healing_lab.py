@@ -1,7 +1,6 @@
-"""Whatever the kernel holds in a namespace of Skep's is taken away, one by one, until each is back.
+"""Removes every kernel object in Skep's namespaces, one by one, and waits until each is back.
 
-What there is to take away is asked of the kernel, not of a list: a new kind of object is found here before it is
-missed.
+The objects are listed by the kernel instead of a fixed list, so that a new kind of object is tested automatically.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from tests.support.overlay_lab import DUAL, INGRESS, place, shell, tried
+from tests.support.overlay_lab import DUAL, INGRESS, place, shell, try_shell
 from tests.support.secure_lab import secure_lab
 
 SECRET = NetworkHead(
@@ -42,21 +41,23 @@ LISTINGS = (
 )
 PLACES = ("overlay", "encrypted", "home", "container")
 PATIENCE_SECONDS = 60.0
-"""Until something is taken for lost, on a crowded machine: on any other all is back within 5 s (``bench.healing``)."""
+"""Seconds until an object counts as lost, on a busy machine.  Otherwise all are back within 5 s
+(``bench.healing``).
+"""
 FOLLOWS = frozenset(
     {"mtu", "forwarding", "accept_redirects", "mc_forwarding", "stable_secret", "nf_conntrack_count"}
 )
-"""Settings that follow others, as the kernel writes ``accept_redirects`` with ``ip_forward``, or cannot be written."""
+"""Settings that follow others, as the kernel writes ``accept_redirects`` with ``ip_forward``, or are read-only."""
 
 
 Inventory = dict[str, list[str]]
-"""What there is, each with all that matters of it, and the commands that take it away."""
+"""Objects with all their relevant properties, and the commands that remove each."""
 
 
 class Healed(NamedTuple):
-    """One object was taken away by ``command``.
+    """One object was removed by ``command``.
 
-    ``seconds``: until everything was as before; None: it was not, and ``difference`` is what differed.
+    ``seconds``: time until everything was restored, or None if it was not.  Then ``difference`` shows what differs.
     """
 
     name: str
@@ -67,7 +68,9 @@ class Healed(NamedTuple):
 
 @asynccontextmanager
 async def healing_lab(directory: Path) -> AsyncIterator[Mapping[str, Path]]:
-    """Two nodes, with a container each on plain, encrypted and ingress networks: namespaces of the first, by name."""
+    """Run two nodes, each with a container on plain, encrypted and ingress networks.  Yield the first's namespaces by
+    name.
+    """
     async with secure_lab(directory, 2) as secure:
         lab, networks = secure.lab, secure.networks
         ends = []
@@ -94,14 +97,14 @@ async def healing_lab(directory: Path) -> AsyncIterator[Mapping[str, Path]]:
 
 
 async def taken_away(spaces: Mapping[str, Path], where: str) -> AsyncIterator[Healed]:
-    """Take away every object in one of the namespaces of ``healing_lab``, one after the other."""
+    """Remove every object in one of the namespaces of ``healing_lab``, one after the other."""
     space = spaces[where]
     fresh = await fresh_settings(spaces["home"])
     before = await steady(space, fresh, where)
     assert len(before) > 15, "there is something to be taken away"
     for name, commands in before.items():
         for command in commands:
-            code, output = await tried(space, command)
+            code, output = await try_shell(space, command)
             assert code == 0, f"{command} (of {name}): {output}"
             began = time.monotonic()
             while (after := await inventory(space, fresh, where)).keys() != before.keys():
@@ -114,7 +117,7 @@ async def taken_away(spaces: Mapping[str, Path], where: str) -> AsyncIterator[He
 
 
 async def steady(space: Path, fresh: dict[str, str], where: str) -> Inventory:
-    """What there is when nothing changes any more."""
+    """Return the inventory once it no longer changes."""
     found = await inventory(space, fresh, where)
     deadline = time.monotonic() + 10
     while (again := await inventory(space, fresh, where)) != found:
@@ -124,11 +127,14 @@ async def steady(space: Path, fresh: dict[str, str], where: str) -> Inventory:
 
 
 async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory:
-    """All objects of ours; empty: they changed meanwhile.  In the node's own namespace others have some, too."""
+    """Return all objects of ours, or an empty inventory if they changed meanwhile.
+
+    The node's own namespace also has objects of others.
+    """
     listed = await shell(space, "; echo @@; ".join(f"{one} 2>/dev/null" for one in LISTINGS))
     try:
         parts = [json.loads(text) if text.strip() else [] for text in listed.split("@@\n")]
-    except json.JSONDecodeError:  # an interface went while it was listed
+    except json.JSONDecodeError:  # an interface was removed while it was listed
         return {}
     links, addresses, routes4, routes6, rules4, rules6, neighbours4, neighbours6, fdb, nft = parts
     ours = {one["ifname"] for one in links if is_ours(one["ifname"], where)}
@@ -141,7 +147,7 @@ async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory
         if one["ifname"] in ours:
             for held in one["addr_info"]:
                 if where == "home" and held["scope"] == "link":
-                    continue  # IPv6 on it is the machine's own setting
+                    continue  # its IPv6 setting belongs to the machine
                 text = f"{held['local']}/{held['prefixlen']} dev {one['ifname']}"
                 found[f"address {text} {held['scope']}"] = [f"ip addr del {text}"]
     for version, routes in ((4, routes4), (6, routes6)):
@@ -244,7 +250,7 @@ def rule_tables(listed: Any) -> Inventory:
 
 
 def read_settings() -> dict[str, str]:
-    """The settings of the present namespace that a network can have."""
+    """Return those settings of the current namespace that a network can have."""
     found = {}
     for setting in SETTINGS:
         root = Path("/proc/sys", setting)
@@ -258,7 +264,7 @@ def read_settings() -> dict[str, str]:
 
 
 async def fresh_settings(home: Path) -> dict[str, str]:
-    """The objects of a fresh namespace."""
+    """Return the settings of a new namespace."""
     spaces = Namespaces(home.parent)
     space = await spaces.create("fresh", {})
     try:
@@ -271,7 +277,9 @@ async def fresh_settings(home: Path) -> dict[str, str]:
 def changed_settings(
     settings: dict[str, str], fresh: dict[str, str], ours: Iterable[str], where: str
 ) -> Inventory:
-    """Settings that differ from what a new namespace has; those of an interface, from what any new one here has."""
+    """Return settings that differ from those of a new namespace.  For an interface: from those of any new interface
+    here.
+    """
     found: Inventory = {}
     for name, value in settings.items():
         words = name.split("/")

@@ -1,4 +1,4 @@
-"""A server's end of an HTTP/2 connection in memory, with another implementation (h2) as its client."""
+"""The server side of an HTTP/2 connection in memory, with another implementation (h2) as its client."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -22,7 +22,7 @@ REQUEST = (
 
 
 class Wire(asyncio.Transport):
-    """What the server writes; ``is_reading``: whether it reads."""
+    """The bytes that the server writes.  ``is_reading_now``: whether it reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Wire(asyncio.Transport):
 
 
 class Rig:
-    """A server's connection with a client of h2 at its other end."""
+    """A server's connection with an h2 client at its other end."""
 
     def __init__(self) -> None:
         self.calls: list[ServerStream] = []
@@ -71,11 +71,11 @@ class Rig:
         await stream.send_status()
 
     async def wait_for_nothing(self, stream: ServerStream) -> None:
-        """A handler that neither reads nor answers."""
+        """Handle a stream without reading or responding."""
         await asyncio.Event().wait()
 
     async def turn(self) -> list[Event]:
-        """Transfer bytes in both directions until none are left; returns the events of the client."""
+        """Transfer bytes in both directions until none are left.  Return the events of the client."""
         received: list[Event] = []
         while True:
             if data := self.client.data_to_send():
@@ -93,14 +93,14 @@ class Rig:
                 return received
 
     def open(self, *, end: bool = False, **other: str) -> int:
-        """Open a stream.  ``other``: headers that are not as in ``REQUEST``; their names without colon or hyphen."""
+        """Open a stream.  ``other``: headers that differ from ``REQUEST``, with names without colon or hyphen."""
         stream_id = self.client.get_next_available_stream_id()
         headers = [(name, other.get(name.strip(":").replace("-", "_"), value)) for name, value in REQUEST]
         self.client.send_headers(stream_id, headers, end_stream=end)
         return stream_id
 
     def say(self, raw: bytes) -> None:
-        """Send bytes that h2 would not."""
+        """Send bytes that h2 would not send."""
         self.connection.data_received(self.client.data_to_send() + raw)
 
 
@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[bytes, Code]] = {
         Code.ENHANCE_YOUR_CALM,
     ),
     "headers that unfold": (
-        # One of 4,000 bytes that is said once and meant a hundred times.
+        # A header of 4,000 bytes that is sent once and referenced a hundred times.
         frames.frame(HEADERS, 4, 1, b"\x40\x01a\x7f" + b"\xa1\x1e" + b"b" * 4000 + b"\xbe" * 100),
         Code.COMPRESSION_ERROR,
     ),
@@ -150,4 +150,4 @@ BROKEN: dict[str, tuple[bytes, Code]] = {
     "a ping of a stream": (frames.frame(frames.PING, 0, 1, b"12345678"), Code.PROTOCOL_ERROR),
     "a push": (frames.frame(frames.PUSH_PROMISE, 4, 1, b"12345"), Code.PROTOCOL_ERROR),
 }
-"""What neither end of a connection may say: raw frames, and the code that the other end ends it with."""
+"""Raw frames that violate the protocol, and the code with which the other end closes the connection."""

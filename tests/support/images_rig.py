@@ -1,4 +1,4 @@
-"""Nodes of one cluster in this process, each with images of its own, which they exchange over mutual TLS."""
+"""Nodes of one cluster in this process, each with its own images, which they exchange over mutual TLS."""
 
 import asyncio
 import gzip
@@ -44,11 +44,11 @@ from tests.support.wire_rig import Cluster, until
 
 CLOCK = SystemClock()
 APP = "localhost:1/app:1"
-"""Of a registry that is not there."""
+"""Image of a registry that does not exist."""
 
 
 class SlowPort(ImagePort):
-    """One that responds to questions about manifests after ``delay_s``."""
+    """Responds to requests for manifests after ``delay_s``."""
 
     delay_s = 0.0
 
@@ -60,7 +60,7 @@ class SlowPort(ImagePort):
 
 
 class ImageNode:
-    """A node: its images, and what it has sent of them."""
+    """A node with its images, and a record of the images it has sent."""
 
     def __init__(self, root: Path, pair: KeyPair, on_event: Callable[[ImageEvent], None]) -> None:
         self.pair = pair
@@ -77,9 +77,9 @@ class ImageNode:
 
 
 class ImageCluster:
-    """A manager, which says who has what, and nodes; see ``image_cluster``.
+    """A manager, which knows where each image is, and nodes.  See ``image_cluster``.
 
-    ``shares_images``: workers may read images of which they have no task.
+    ``shares_images``: whether workers may read images for which they have no task.
     """
 
     def __init__(self, root: Path, *, shares_images: bool = True) -> None:
@@ -117,7 +117,7 @@ class ImageCluster:
         root: Path | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
     ) -> ImageNode:
-        """One more node, a worker unless ``pair`` is a manager's; ready, and known to the manager."""
+        """Add a node, a worker unless ``pair`` is a manager's.  It is ready, and known to the manager."""
         node = ImageNode(root or self._root / new_id(), pair or self.cluster.pair(new_id()), on_event)
         await node.images.open()
         channel = await self._stack.enter_async_context(
@@ -141,7 +141,7 @@ class ImageCluster:
         await self.cluster.store.update(lambda tx: tx.put(known))
 
     async def run_service(self, image: str, *nodes: ImageNode) -> None:
-        """A service of ``image`` with a task on each of ``nodes``."""
+        """Create a service of ``image`` with a task on each of ``nodes``."""
         template = TaskSpec(container_spec=ContainerSpec(image=image))
         service = a_service(new_id(), spec=ServiceSpec(name=new_id(), task_template=template))
         tasks = [
@@ -156,7 +156,7 @@ class ImageCluster:
         await self.cluster.store.update(put)
 
     async def remove_tasks(self, node: ImageNode) -> None:
-        """The tasks of the node are gone, history and all."""
+        """Delete the tasks of the node, including its history."""
 
         def remove(tx: Transaction) -> None:
             for task in tx.find(Task, node_id=node.id):
@@ -168,7 +168,7 @@ class ImageCluster:
         tx.put(Swarm(id=self.cluster.id, spec=SwarmSpec(labels={SHARE_IMAGES: "true"})))
 
     async def forget(self, node: ImageNode) -> None:
-        """The node is removed from the cluster."""
+        """Remove the node from the cluster."""
         await self.cluster.store.update(lambda tx: tx.delete(Node, node.id))
 
 
@@ -178,7 +178,7 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 
 class MadeImage(msgspec.Struct, frozen=True):
-    """An image as a registry has it."""
+    """An image in the form that a registry stores."""
 
     config: bytes
     blobs: tuple[bytes, ...]
@@ -189,12 +189,12 @@ class MadeImage(msgspec.Struct, frozen=True):
 
     @property
     def digests(self) -> Sequence[str]:
-        """Of its layers as they travel."""
+        """Return the digests of its compressed layers."""
         return [sha256(blob) for blob in self.blobs]
 
 
 def an_image(*sizes: int) -> MadeImage:
-    """An image with a layer of random bytes of each size."""
+    """Return an image with a layer of random bytes of each size."""
     layers = [a_tar(a_file(f"data-{number}", os.urandom(size))) for number, size in enumerate(sizes)]
     return MadeImage(
         a_config(*layers), tuple(gzip.compress(layer, compresslevel=0, mtime=0) for layer in layers)
@@ -202,7 +202,9 @@ def an_image(*sizes: int) -> MadeImage:
 
 
 async def give(node: ImageNode, made: MadeImage, name: str = APP, *, with_manifest: bool = False) -> Image:
-    """``node`` has the image: as if it were built or loaded there, or (``with_manifest``) pulled from its registry."""
+    """Add an image to ``node`` as if it were built or loaded there, or (``with_manifest``) pulled from its
+    registry.
+    """
     images = node.images
     diff_ids = msgspec.json.decode(made.config)["rootfs"]["diff_ids"]
     async with images.workspace("test") as directory:

@@ -1,9 +1,10 @@
-"""A manager's responses to a client with one node's files that claims to be another: run inside a node's namespace.
+"""A manager's responses to a client that claims to be another node.  Run it inside a node's namespace.
 
     python -m tests.support.impostor CERTIFICATES MANAGER HOSTNAME NETWORK ATTACHMENT
 
-It opens a session as a Docker Engine with that hostname and all labels that a network may ask for, asks for a place on
-the network, and gives the attachment, another node's, back.  Prints the errors as JSON; empty: it was done.
+It uses one node's files to open a session as a Docker Engine with that hostname and all labels that a network may
+require.  It requests an attachment to the network, and releases the attachment of another node.  It prints the errors
+as JSON, which are empty if the manager allowed it.
 """
 
 import asyncio

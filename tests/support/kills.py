@@ -1,4 +1,4 @@
-"""Killing the processes of a node, one kind or several at one moment."""
+"""Kills the processes of a node, one kind or several at one moment."""
 
 import os
 import signal
@@ -7,16 +7,16 @@ from itertools import combinations
 from tests.support.playground_rig import TestNode, wait_until
 
 COMMANDS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "conmon": "conmon"}
-"""Kind -> its command name.  Of ``conmon`` there is one per container."""
+"""Command name of each kind.  There is one ``conmon`` per container."""
 
 PAIRS = tuple(combinations(COMMANDS, 2))
 
 
 def strike(node: TestNode, *kinds: str) -> dict[str, set[int]]:
-    """SIGKILL every process of these kinds, and wait until all are gone: kind -> the pids they had.
+    """Kill every process of these kinds, and wait until all have ended.  Return their pids by kind.
 
-    All are stopped first, so that none sees another one end; children go before their parents, since what is stopped
-    and loses its parent is woken by the kernel.
+    All are stopped first, so that none sees another one end.  Children are killed before their parents, because the
+    kernel wakes a stopped process that loses its parent.
     """
     struck = {kind: set(node.pids(COMMANDS[kind])) for kind in kinds}
     assert all(struck.values()), f"{struck} among {sorted(set(node.processes()))}"
@@ -32,7 +32,7 @@ def strike(node: TestNode, *kinds: str) -> dict[str, set[int]]:
 
 
 def wait_started_again(node: TestNode, struck: dict[str, set[int]]) -> None:
-    """Wait until there is a new process in place of each kind; a monitor is not replaced, its container runs on."""
+    """Wait until each kind has a new process.  A monitor is not replaced, because its container keeps running."""
     for kind in set(struck) - {"conmon"}:
         wait_until(
             lambda kind=kind: set(node.pids(COMMANDS[kind])) - struck[kind],  # type: ignore[misc]

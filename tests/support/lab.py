@@ -1,7 +1,7 @@
-"""Images of the talks' larger stacks: small ones of the distribution's programs under the names in the files.
+"""Images of the talks' larger stacks: small images of the distribution's programs with the names in the files.
 
-Rsyslog is in place of Fluentd and Elasticsearch, busybox's web server in place of Kibana and of the applications;
-RabbitMQ and HAProxy are themselves.
+Rsyslog stands for Fluentd and Elasticsearch, and busybox's web server for Kibana and the applications.  RabbitMQ and
+HAProxy are real.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ done
 
 
 def efk_images() -> Sequence[Archive]:
-    """Elasticsearch, Fluentd, Filebeat and Kibana."""
+    """Return images for Elasticsearch, Fluentd, Filebeat and Kibana."""
     rsyslog = (["rsyslog"], ["usr/sbin/rsyslogd", "usr/lib/*/rsyslog"])
     index = {"usr/share/elasticsearch/data/index": File(b"")}
     search = {"w/cgi-bin/search": script(SEARCH)}
@@ -80,7 +80,7 @@ def efk_images() -> Sequence[Archive]:
 
 
 def shop_images() -> Sequence[Archive]:
-    """RabbitMQ, HAProxy, and the applications of the shop."""
+    """Return images for RabbitMQ, HAProxy, and the applications of the shop."""
     erlang = [f"erlang-{name}" for name in ERLANG.split()]
     tools = (["amqp-tools"], ["usr/bin/amqp-*"])
     return (

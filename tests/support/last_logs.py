@@ -1,4 +1,4 @@
-"""What the nodes of playgrounds said last: shown with a test that fails, because the playground does not outlive it."""
+"""Last log lines of playground nodes, shown with a failed test, because the playground does not outlive it."""
 
 import json
 from collections import deque
@@ -10,18 +10,18 @@ _LONGEST = 400
 _QUIET = frozenset({"debug", "info"})
 
 live: dict[str, Path] = {}
-"""Playgrounds that are up now: name -> directory."""
+"""Directories of the running playgrounds, by name."""
 ended: dict[str, str] = {}
-"""What was said in those that ended in the middle of a test."""
+"""Last log lines of playgrounds that ended in the middle of a test."""
 
 
 def of(directory: Path) -> str:
-    """Warnings and worse of each node, the last of them."""
+    """Return the last warnings and errors of each node."""
     return "\n".join(line for log in sorted(directory.glob("*/skep.log")) for line in _of_node(log))
 
 
 def reported() -> Iterator[tuple[str, str]]:
-    """Name and words of each playground; those of ended ones once."""
+    """Yield name and log lines of each playground.  Those of ended ones are yielded once."""
     for name, directory in live.items():
         yield name, of(directory)
     while ended:
@@ -36,7 +36,7 @@ def _of_node(log: Path) -> list[str]:
 
 
 def _is_loud(line: str) -> bool:
-    """Whether it is no message of our own that says that all is well."""
+    """Return whether the line is worth showing: not one of our own messages with a low level."""
     try:
         said = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What log drivers send to, in the test's own event loop."""
+"""Receivers for log drivers, in the test's own event loop."""
 
 import asyncio
 import gzip
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Answer = Callable[[bytes], bytes]
-"""What is sent back for what was received; empty: nothing."""
+"""Returns the response to received data.  Empty for no response."""
 
 
 class Datagrams(asyncio.DatagramProtocol):
-    """Datagrams in the order in which they came."""
+    """Records datagrams in the order in which they came."""
 
     def __init__(self) -> None:
         self.received: list[bytes] = []
@@ -27,7 +27,7 @@ class Datagrams(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def datagrams(address: "Path | int") -> AsyncIterator[Datagrams]:
-    """A receiver at a path, or at a port of the loopback."""
+    """Receive datagrams at a path, or at a port of the loopback."""
     family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_DGRAM)
     bound.setblocking(False)
@@ -42,7 +42,7 @@ async def datagrams(address: "Path | int") -> AsyncIterator[Datagrams]:
 
 
 class Streams:
-    """What came over connections, joined.  ``reading``: cleared, nothing is read from then on."""
+    """Records the joined data of all connections.  Clear ``reading`` to stop reading."""
 
     def __init__(self, response: Answer) -> None:
         self.received = b""
@@ -79,7 +79,7 @@ class Streams:
 async def streams(
     address: "Path | int", response: Answer = lambda _: b"", tls: Any = None
 ) -> AsyncIterator[Streams]:
-    """A server at a path, or at a port of the loopback."""
+    """Serve connections at a path, or at a port of the loopback."""
     found = Streams(response)
     if isinstance(address, Path):
         server = await asyncio.start_unix_server(found.serve, address)
@@ -93,17 +93,17 @@ async def streams(
 
 
 def free_port() -> int:
-    """A port of the loopback that is free for TCP and UDP at the moment."""
+    """Return a port of the loopback that is currently free for TCP and UDP."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
-# --- what was sent --------------------------------------------------------------------------------------------------
+# --- received data --------------------------------------------------------------------------------------------------
 
 
 def gelf_messages(received: list[bytes]) -> list[dict[str, Any]]:
-    """Of datagrams, which may be chunks, compressed or not."""
+    """Decode GELF datagrams, which may be chunks, compressed or not."""
     chunks: dict[bytes, dict[int, bytes]] = {}
     found = []
     for data in received:
@@ -122,14 +122,14 @@ def gelf_messages(received: list[bytes]) -> list[dict[str, Any]]:
 
 
 class Moment(NamedTuple):
-    """A time of the forward protocol with its nanoseconds."""
+    """A time in the forward protocol, with nanoseconds."""
 
     seconds: int
     nanoseconds: int
 
 
 def fluentd_messages(received: bytes) -> list[list[Any]]:
-    """``[tag, time, record, option]`` each; strings are bytes, as they need not be UTF-8."""
+    """Decode ``[tag, time, record, option]`` messages.  Strings are bytes, because they may not be UTF-8."""
     stream, found = io.BytesIO(received), []
     with suppress(EOFError):
         while True:
@@ -138,7 +138,7 @@ def fluentd_messages(received: bytes) -> list[list[Any]]:
 
 
 def _unpacked(stream: io.BytesIO) -> Any:
-    """One value of those that the forward protocol has.  Raises: EOFError."""
+    """Decode one value of the forward protocol's types.  Raises: EOFError."""
 
     def number(size: int) -> int:
         return int.from_bytes(taken(size), "big")
@@ -179,7 +179,7 @@ def _unpacked(stream: io.BytesIO) -> Any:
 
 
 def journal_fields(datagram: bytes) -> dict[str, bytes]:
-    """Of one entry in the journal's native protocol."""
+    """Return the fields of one entry in the journal's native protocol."""
     found: dict[str, bytes] = {}
     while datagram:
         line, _, rest = datagram.partition(b"\n")

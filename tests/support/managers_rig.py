@@ -1,4 +1,4 @@
-"""Short words for tests of several managers."""
+"""Helpers for tests of several managers."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ LEADER, REACHABLE, UNREACHABLE, WORKER = "leader", "reachable", "unreachable", "
 
 
 def roles(seen_by: TestNode) -> dict[str, str]:
-    """Host name -> what ``node ls`` shows as MANAGER STATUS, in lower case; empty: this one does not answer.
+    """Return the MANAGER STATUS of ``node ls`` in lower case, by host name.  Empty if this node does not respond.
 
-    A machine that joined twice is listed twice; it has the role of the entry that manages.
+    A machine that joined twice is listed twice.  It has the role of the entry that manages.
     """
     try:
         nodes = seen_by.client().api.nodes()
@@ -31,14 +31,14 @@ def _status(node: Mapping[str, object]) -> str:
 
 
 def leader(seen_by: TestNode) -> str:
-    """Host name of the leader; empty: there is none."""
+    """Return the host name of the leader.  Empty if there is none."""
     leading = [name for name, status in roles(seen_by).items() if status == LEADER]
     assert len(leading) <= 1, f"several lead: {leading}"
     return leading[0] if leading else ""
 
 
 def wait_managers(seen_by: TestNode, *names: str) -> str:
-    """Wait until exactly ``names`` manage, all of them answer, and one leads; gives that one."""
+    """Wait until exactly ``names`` are managers, all respond, and one leads.  Return the leader."""
 
     def settled() -> str:
         shown = {name: status for name, status in roles(seen_by).items() if status != WORKER}
@@ -49,17 +49,17 @@ def wait_managers(seen_by: TestNode, *names: str) -> str:
 
 
 def others(name: str, *names: str) -> list[str]:
-    """``names`` without ``name``."""
+    """Return ``names`` without ``name``."""
     return [one for one in names if one != name]
 
 
 def write(node: TestNode, name: str) -> None:
-    """Something that stays: a secret, created through this node."""
+    """Create a secret through this node, as a write that stays."""
     node.client().api.create_secret(name, b"content")
 
 
 def can_write(node: TestNode, name: str) -> bool:
-    """Whether a write through this node is accepted now."""
+    """Return whether a write through this node is accepted now."""
     try:
         write(node, name)
     except (DockerException, RequestException):
@@ -68,5 +68,5 @@ def can_write(node: TestNode, name: str) -> bool:
 
 
 def secrets(node: TestNode) -> set[str]:
-    """Names of all secrets, as this node shows them."""
+    """Return the names of all secrets, as this node shows them."""
     return {secret["Spec"]["Name"] for secret in node.client().api.secrets()}

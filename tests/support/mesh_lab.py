@@ -1,6 +1,6 @@
-"""Machines of network namespaces for tests of the routing mesh: nodes, tasks on their ingress network, and clients.
+"""Network namespaces as machines for tests of the routing mesh: nodes, tasks on their ingress network, and clients.
 
-What the overlay does for containers is done here by ``ip`` commands, so that the mesh is tested by itself.
+``ip`` commands replace the overlay for containers, so that the mesh is tested by itself.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ CLIENT, CLIENT_IPV6 = "192.0.2.100", "2001:db8::100"
 
 
 class LabTask:
-    """A task's namespace with servers that answer with its name and who asked."""
+    """A task's namespace with servers that respond with its name and the client's address."""
 
     def __init__(self, name: str, node: "LabNode", number: int, *, has_ipv6: bool) -> None:
         self.name = name
@@ -87,7 +87,7 @@ class LabTask:
         )
 
     async def serve(self, port: int = 80) -> None:
-        """TCP and UDP, IPv4 and IPv6."""
+        """Serve TCP and UDP over IPv4 and IPv6."""
         loop = asyncio.get_running_loop()
         for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
             tcp, udp = await self.node.lab.places.run(self.netns, _server_sockets, family, any_address, port)
@@ -100,7 +100,7 @@ class LabTask:
             server.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A line for each line: who I am, who asked, what was asked."""
+        """Respond to each line with the task's name, the client's address, and the line."""
         with suppress(ConnectionError):
             while line := await reader.readline():
                 peer = writer.get_extra_info("peername")[0]
@@ -129,7 +129,7 @@ class LabNode:
         self.mesh = self.new_mesh()
 
     def new_mesh(self) -> Mesh:
-        """A mesh without what the one before has learned, as after a restart of the node process."""
+        """Create a mesh without the state of the previous one, as after a restart of the node process."""
         self.healer.close()
         self.healer = self._new_healer()
         scope = Scope(has_own_routes=False)
@@ -149,7 +149,7 @@ class LabNode:
 
     @asynccontextmanager
     async def relaying(self) -> AsyncIterator[None]:
-        """The relays of this node, which the net process has otherwise."""
+        """Run the relays of this node, which usually run in the net process."""
         with ThreadPoolExecutor(1) as thread:
 
             def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
@@ -167,7 +167,7 @@ class LabNode:
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Have this node's mesh retry what failed, and follow addresses that move."""
+        """Let this node's mesh retry failures, and follow addresses that move."""
         running = asyncio.create_task(self.mesh.run())
         try:
             yield
@@ -176,7 +176,7 @@ class LabNode:
             await asyncio.wait([running])
 
     async def nft(self, text: str) -> str:
-        """What another program on the node does to nftables."""
+        """Change nftables as another program on the node would."""
         return await self.lab.places.run(self.netns, nft.run, text)
 
     @asynccontextmanager
@@ -198,13 +198,13 @@ class MeshLab:
         self.root = root
         self.has_ipv6 = has_ipv6
         self.has_ways_out_ipv6 = False
-        """Of the tasks that are added from now on."""
+        """Whether tasks that are added from now on have a default route for IPv6."""
         self.places = Namespaces(root / "ns")
         self.ports: tuple[TablePort, ...] = ()
         self.tasks: list[LabTask] = []
         self.nodes = [LabNode(self, number) for number in range(1, node_count + 1)]
         self.known = list(self.nodes)
-        """Those that are in the table."""
+        """Nodes in the table."""
         self.client = self.places.path("client")
         self._revision = 0
 
@@ -222,7 +222,7 @@ class MeshLab:
         )
 
     def publish(self, *ports: tuple[str, int, int], **options: Any) -> None:
-        """Protocol, published port, target port."""
+        """Publish ports, each with protocol, published port and target port."""
         self.ports = tuple(
             TablePort(
                 protocol=protocol, published=published, target=target, options=PublishOptions(**options)
@@ -231,13 +231,13 @@ class MeshLab:
         )
 
     async def spread(self) -> None:
-        """All nodes get to know the present table."""
+        """Send the current table to all nodes."""
         self._revision += 1
         for node in self.nodes:
             await node.mesh.apply(node.id, {NETWORK: self.table()}, frozenset({NETWORK}))
 
     async def add_task(self, name: str, node: LabNode) -> LabTask:
-        """A task that serves on port 80, its way back written; in the table with the next ``spread``."""
+        """Create a task that serves on port 80, with its return route.  The next ``spread`` adds it to the table."""
         task = LabTask(name, node, 10 + len(self.tasks), has_ipv6=self.has_ipv6)
         await self.places.create(name, _BARE)
         await self._connect_task(task)
@@ -247,7 +247,7 @@ class MeshLab:
         return task
 
     async def join(self, task: LabTask) -> None:
-        """As the node does when it connects a container, or finds one of an earlier process again."""
+        """Connect a task as the node does for a new container, or for a container of an earlier process."""
         last = task.addresses[0].rpartition(".")[2]
         endpoint = IngressEndpoint(
             "eth0", f"172.18.0.{last}", f"fd12::{last}" if self.has_ways_out_ipv6 else ""
@@ -259,13 +259,15 @@ class MeshLab:
         await node.mesh.reply_routing.add(ContainerId(task.name), reconciler, endpoint)
 
     async def ask(self, address: str, port: int, protocol: str = "tcp", *, timeout_s: float = 3.0) -> str:
-        """The task that answers the client, and the source address it saw: ``t1 192.0.2.100``.  Raises: OSError."""
+        """Return the task that responds to the client, and the source address it saw: ``t1 192.0.2.100``.  Raises:
+        OSError.
+        """
         return await self.places.run(self.client, ask, address, port, protocol, timeout_s)
 
     async def ask_on(
         self, node: LabNode, address: str, port: int, protocol: str = "tcp", *, timeout_s: float = 3.0
     ) -> str:
-        """The same, with a node as the client."""
+        """Return the same for a node as the client."""
         return await self.places.run(node.netns, ask, address, port, protocol, timeout_s)
 
     async def in_client(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -317,7 +319,7 @@ class MeshLab:
                 *(f"addr add {address}/64 dev skep-ingress nodad" for address in node.ingress[1:]),
                 f"link add vx type vxlan id 4096 dstport 4789 local {node.address} nolearning proxy",
                 "link set vx master skep-ingress mtu 1450 up",
-                # the gateway bridge, with a default route that leads nowhere near the clients
+                # the gateway bridge, with a default route that does not lead to the clients
                 "link add skep-gw type bridge mcast_snooping 0",
                 "link set skep-gw up",
                 "addr add 172.18.0.1/16 dev skep-gw",
@@ -368,11 +370,11 @@ class MeshLab:
         await self.shell(node.id, " && ".join(commands))
 
     async def batch(self, name: str, *commands: str) -> None:
-        """``ip`` commands in the namespace ``name``."""
+        """Run ``ip`` commands in the namespace ``name``."""
         await self.shell(name, "ip -batch -", "\n".join(commands))
 
     async def shell(self, name: str, command: str, stdin: str = "") -> None:
-        """A command line in the namespace ``name``."""
+        """Run a command line in the namespace ``name``."""
         process = await asyncio.create_subprocess_exec(
             "nsenter",
             f"--net={self.places.path(name)}",
@@ -387,7 +389,7 @@ class MeshLab:
 
 
 def ask(address: str, port: int, protocol: str = "tcp", timeout_s: float = 3.0) -> str:
-    """One question from the present namespace; the answer without its echo."""
+    """Send one line from the current namespace.  Return the response without its echo."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     with socket.socket(family, kind) as client:

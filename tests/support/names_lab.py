@@ -1,4 +1,4 @@
-"""A net process with containers to serve: namespaces on one switch, backends that say who they are, a DNS client."""
+"""A net process with containers to serve: namespaces on one switch, backends that send their name, a DNS client."""
 
 import asyncio
 import os
@@ -35,10 +35,10 @@ BRIDGE = "switch"
 
 @asynccontextmanager
 async def forks(paths: Paths) -> AsyncIterator[StartedZygote]:
-    """Starts net processes on demand."""
+    """Run a zygote that starts net processes on demand."""
 
     def run(_: Sequence[str]) -> None:
-        # what pytest captures into is closed in a forked process
+        # pytest closes its capture file in a forked process
         sys.stdout = sys.stderr = Path(os.environ.get("SKEP_TEST_LOG", os.devnull)).open("a")  # noqa: SIM115
         process.run(paths)
 
@@ -51,7 +51,7 @@ async def forks(paths: Paths) -> AsyncIterator[StartedZygote]:
 
 @asynccontextmanager
 async def net(paths: Paths, started: StartedZygote) -> AsyncIterator[NetClient]:
-    """A supervised net process for the block; it is stopped at its end."""
+    """Run a supervised net process.  It is stopped at the end of the block."""
     supervisor = Supervisor(
         "net",
         paths,
@@ -91,11 +91,11 @@ class NamesLab:
 
     @property
     def zygote_pid(self) -> int:
-        """Of the process that forks net processes."""
+        """Return the pid of the process that forks net processes."""
         return self._zygote.pid
 
     async def start_process(self) -> ProcessIdentity:
-        """Start a net process; it takes over from the one before, if there is one."""
+        """Start a net process, which takes over from the previous one if there is one."""
         started = identify(await self._zygote.fork("net", ()))
         assert started is not None
         self._processes.append(started)
@@ -103,14 +103,14 @@ class NamesLab:
         return started
 
     async def replace_process(self) -> None:
-        """The next net process takes over from the present one."""
+        """Start another net process, which takes over from the current one."""
         before = self._processes[-1]
         await self.start_process()
         await wait_end(before)
-        await self.client.listing()  # until now the one before may have answered
+        await self.client.listing()  # until now the previous process may have responded
 
     async def container(self, id: str, *addresses: str) -> Path:
-        """A namespace with ``addresses``, on the network."""
+        """Create a namespace with ``addresses`` on the network."""
         path = await self.namespaces.create(id, {"net/ipv4/conf/all/rp_filter": "0"})
         await self.namespaces.run(path, shell, "ip link set lo up")
         if addresses:
@@ -129,19 +129,19 @@ class NamesLab:
         await self.namespaces.run(path, shell, "; ".join(["ip link set eth0 up", *lines]))
 
     def write(self, table: Table) -> NetworkId:
-        """The table as the node process writes it."""
+        """Write the table as the node process does."""
         self.paths.tables.mkdir(exist_ok=True)
         replace_file(self.paths.tables / table.head.id, msgspec.msgpack.encode(table), is_durable=False)
         return table.head.id
 
     async def change(self, table: Table) -> None:
-        """Another version of a table, as the node process tells it."""
+        """Send another version of a table, as the node process does."""
         await self.client.refresh([self.write(table)])
 
     async def serve(
         self, id: str, *tables: Table, servers: Sequence[NameServer] = (), single_labels: bool = True
     ) -> None:
-        """Names in the container's namespace."""
+        """Serve names in the container's namespace."""
         await self.client.serve(
             Named(
                 id=id,
@@ -153,20 +153,20 @@ class NamesLab:
         )
 
     async def open(self, id: str, kind: socket.SocketKind, family: int = socket.AF_INET) -> socket.socket:
-        """A socket in the container's namespace."""
+        """Open a socket in the container's namespace."""
         opened = await self.namespaces.run(self.paths.netns / id, socket.socket, family, kind)
         opened.setblocking(False)
         self._opened.append(opened)
         return opened
 
     async def resolver(self, id: str, kind: socket.SocketKind = socket.SOCK_DGRAM) -> "Resolver":
-        """A DNS client in the container."""
+        """Create a DNS client in the container."""
         opened = await self.open(id, kind)
         await asyncio.wait_for(asyncio.get_running_loop().sock_connect(opened, ("127.0.0.11", 53)), ANSWER_S)
         return Resolver(opened)
 
     async def backend(self, id: str, address: str, port: int = 80) -> None:
-        """The container says its name, over TCP to each line and over UDP to each packet."""
+        """Let the container respond with its name to each TCP line and to each UDP packet."""
 
         def bound(kind: socket.SocketKind) -> socket.socket:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -190,18 +190,18 @@ class NamesLab:
         self._backends.append(transport)
 
     async def connect(self, id: str, address: str, port: int = 80) -> "Conversation":
-        """A TCP connection from the container."""
+        """Open a TCP connection from the container."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         opened = await self.open(id, socket.SOCK_STREAM, family)
         await asyncio.wait_for(asyncio.get_running_loop().sock_connect(opened, (address, port)), ANSWER_S)
         return Conversation(opened)
 
     async def nft(self, id: str, text: str) -> str:
-        """What the nft command says in the container's namespace."""
+        """Return the output of the nft command in the container's namespace."""
         return await self.namespaces.run(self.paths.netns / id, shell, f"nft '{text}'")
 
     async def dns_port(self, id: str) -> int:
-        """Where the container's questions go, over UDP."""
+        """Return the port that receives the container's DNS queries over UDP."""
         rules = await self.nft(id, "list chain ip skep_names out")
         return int(rules.split("udp dport 53 dnat to 127.0.0.11:")[1].split()[0])
 
@@ -217,7 +217,7 @@ class NamesLab:
 
 
 class Resolver:
-    """Asks, and has an independent reader read the answer.  One question at a time."""
+    """Sends one query at a time, and parses the response with an independent library."""
 
     def __init__(self, opened: socket.socket) -> None:
         self.socket = opened
@@ -255,13 +255,13 @@ class Resolver:
 
 
 class Conversation:
-    """A TCP connection to a backend, which answers lines."""
+    """A TCP connection to a backend, which responds to lines."""
 
     def __init__(self, opened: socket.socket) -> None:
         self.socket = opened
 
     async def say(self, line: str = "hello") -> list[str]:
-        """(backend, source address it saw, the line)."""
+        """Send a line.  Return the backend, the source address it saw, and the line."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(ANSWER_S):
             await loop.sock_sendall(self.socket, f"{line}\n".encode())
@@ -280,14 +280,14 @@ class _SaysItsName(asyncio.DatagramProtocol):
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]], *, within_s: float = 5.0) -> None:
-    """Return once ``condition`` holds; it is one of other processes, or of the kernel."""
+    """Return once ``condition`` is true.  It depends on other processes, or on the kernel."""
     async with asyncio.timeout(within_s):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
 def shell(command: str) -> str:
-    """Run it in the namespace of the calling thread; what it says."""
+    """Run a command in the calling thread's namespace, and return its output."""
     done = subprocess.run(["/bin/sh", "-ec", command], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

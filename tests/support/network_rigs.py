@@ -1,6 +1,6 @@
 """A node's ``/networks`` and ``/volumes`` with a real manager behind it.
 
-Tasks, containers and the gateway bridge are made up.
+Tasks, containers and the gateway bridge are stubs.
 """
 
 from collections.abc import AsyncIterator
@@ -48,7 +48,7 @@ class AMember(msgspec.Struct):
 
 
 class AWorkload(msgspec.Struct):
-    """Tasks and containers, and what is known of their networks."""
+    """Tasks and containers, and their known networks."""
 
     assigned: dict[TaskId, AssignedTask] = {}
     states: dict[TaskId, TaskStatus] = {}
@@ -73,7 +73,7 @@ class AWorkload(msgspec.Struct):
 
 
 class AGateway:
-    """The gateway bridge without a kernel; the real one is tested in namespaces."""
+    """The gateway bridge without a kernel.  The real bridge is tested in namespaces."""
 
     bridge = "skep-gw"
 
@@ -91,7 +91,7 @@ class AGateway:
 
 
 class Rig(msgspec.Struct):
-    """A node and what it asks."""
+    """A node and its requests."""
 
     client: TestClient[Any, Any]
     manager: ManagerApi

@@ -1,4 +1,4 @@
-"""A worker above real containers' files, with a runtime and a network that are in memory."""
+"""A worker with real container files, and a runtime and a network in memory."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -30,11 +30,11 @@ from skep.model.task_end import TaskEnd
 from tests.support.stub_engine import NoImages
 
 Fault = Callable[[str, str], None]
-"""Called with a verb and the container's id before each call: raises what it is to meet."""
+"""Called with a verb and the container's id before each call.  Raises the error that the call should meet."""
 
 
 def _none(verb: str, id: str) -> None:
-    """Nothing goes wrong."""
+    """Raise no error."""
 
 
 class QuickClock(SystemClock):
@@ -45,7 +45,7 @@ class QuickClock(SystemClock):
 
 
 class Machine:
-    """What lives on when the node process ends: processes, and the network's record of them."""
+    """State that outlives the node process: processes, and the network's record of them."""
 
     def __init__(self) -> None:
         self.ended: dict[str, asyncio.Event] = {}
@@ -63,7 +63,7 @@ class Machine:
 
 
 class MemoryRuntime:
-    """In the place of ``Runtime``."""
+    """Stub of ``Runtime``."""
 
     def __init__(self, machine: Machine, bundles: Bundles, cgroups: Cgroups) -> None:
         self._machine = machine
@@ -71,7 +71,7 @@ class MemoryRuntime:
         self.cgroups = cgroups
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, because nothing is held."""
 
     async def create(self, container: Container) -> Started:
         self._machine.fault("create", container.id)
@@ -114,7 +114,7 @@ class MemoryRuntime:
 
 
 class MemoryNetwork:
-    """In the place of ``ContainerNetwork``."""
+    """Stub of ``ContainerNetwork``."""
 
     host_gateway = ""
 
@@ -129,7 +129,7 @@ class MemoryNetwork:
         return Sandbox(netns="")
 
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
-        """There are no names."""
+        """Do nothing, because there are no names."""
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         self._machine.fault("restore", "")
@@ -143,7 +143,7 @@ class MemoryNetwork:
         return ()
 
     async def sweep(self) -> None:
-        """Nothing is held for no container."""
+        """Do nothing, because everything belongs to a container."""
 
     async def detach(self, container_id: ContainerId, endpoint: Sandbox) -> None:
         self._machine.fault("detach", container_id)
@@ -153,9 +153,10 @@ class MemoryNetwork:
 def memory_engine(
     directory: Path, machine: Machine, patch: pytest.MonkeyPatch, network: Networking | None = None
 ) -> Engine:
-    """Containers whose files lie below ``directory``; nothing is mounted, and signals end processes of ``machine``.
+    """Return an engine with its files below ``directory``.  Nothing is mounted, and signals end processes of
+    ``machine``.
 
-    ``network``: None: one in memory.
+    ``network``: None for a network in memory.
     """
     patch.setattr(overlay, "mount_layers", lambda *_: None)
     patch.setattr(syscalls, "unmount_if_mounted", lambda *_: None)
@@ -190,7 +191,7 @@ def new_container(name: str, **labels: str) -> NewContainer:
 
 
 class EngineExecutor:
-    """The least executor above ``Engine``."""
+    """A minimal executor on top of ``Engine``."""
 
     name = "oci"
 
@@ -215,7 +216,7 @@ class EngineExecutor:
 
 
 class ContainerController:
-    """One task's container."""
+    """Controls one task's container."""
 
     def __init__(self, engine: Engine, task: AssignedTask) -> None:
         self._engine = engine
@@ -250,7 +251,7 @@ class ContainerController:
         return TaskExit(exit_code=container.exit_code)
 
     async def fetch_end(self) -> TaskEnd | None:
-        """Nothing more is known than the exit code."""
+        """Return None, because only the exit code is known."""
         return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
@@ -262,7 +263,7 @@ class ContainerController:
         await self.shutdown()
 
     async def update(self, task: AssignedTask) -> None:
-        """There are no limits."""
+        """Do nothing, because there are no limits."""
 
     async def remove(self) -> None:
         container = self._container()

@@ -1,6 +1,6 @@
-"""A small collector of traces: writes each request's body as one line to a file.
+"""A small collector of traces.  It writes each request's body as one line to a file.
 
-``python otlp_receiver.py PORT FILE`` serves until it is killed; it may run in another network namespace.
+``python otlp_receiver.py PORT FILE`` serves until it is killed.  It may run in another network namespace.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Receiver(ThreadingHTTPServer):
-    """``statuses``: answered one after the other; 200 when none is left."""
+    """Receives traces.  ``statuses``: statuses of the next responses, followed by 200."""
 
     daemon_threads = True
 
@@ -38,13 +38,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     def do_GET(self) -> None:
-        """What a client that follows a redirection of its POST asks for."""
+        """Handle the request of a client that follows a redirect of its POST."""
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not on stderr."""
+        """Do not log to stderr."""
 
 
 if __name__ == "__main__":

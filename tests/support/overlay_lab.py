@@ -1,4 +1,4 @@
-"""Nodes for tests of overlay networks: each a namespace with containers' namespaces, joined by an underlay."""
+"""Nodes for tests of overlay networks: each a namespace with containers' namespaces, connected by an underlay."""
 
 import asyncio
 import socket
@@ -37,7 +37,7 @@ INGRESS = NetworkHead(
 
 
 class LabNode:
-    """One machine with the networking of its containers; a new ``network`` is what a restarted process makes."""
+    """One machine with its containers' networking.  A restarted process creates a new ``network``."""
 
     def __init__(self, root: Path, id: NodeId, home: Path, underlay: str) -> None:
         self.id = id
@@ -52,7 +52,7 @@ class LabNode:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[DataPlane]:
-        """A node process: takes over what is there, and leaves it."""
+        """Run a node process, which takes over existing state and leaves it at the end."""
         ports = OwnReservations(self.namespaces)
         network = a_data_plane(self.paths, self.namespaces, ports, encryption=self.encryption)
         self.network = network
@@ -66,7 +66,7 @@ class LabNode:
             ports.close()
 
     async def attach(self, network: DataPlane, *places: EndpointConfig) -> Sandbox:
-        """A container's namespace."""
+        """Create a container's namespace."""
         id = new_container_id()
         self.endpoints[id] = await network.containers.attach(a_container(id, places))
         return self.endpoints[id]
@@ -79,7 +79,7 @@ class LabNode:
 def a_container(
     id: ContainerId, endpoints: tuple[EndpointConfig, ...], ports: tuple[PublishedPort, ...] = ()
 ) -> SandboxConfig:
-    """A task's container."""
+    """Return the configuration of a task's container."""
     mode = NetworkMode.NETWORKS if endpoints else NetworkMode.BRIDGE
     return SandboxConfig(id=id, name=id, mode=mode, endpoints=endpoints, ports=ports)
 
@@ -96,7 +96,7 @@ class OverlayLab:
 
     @asynccontextmanager
     async def running(self, count: int) -> AsyncIterator["OverlayLab"]:
-        """``count`` nodes with a cable each to one bridge."""
+        """Create ``count`` nodes, each connected to one bridge."""
         wire = await self._spaces.create("wire", {})
         try:
             await shell(wire, "ip link add sw type bridge mcast_snooping 0 && ip link set sw up")
@@ -129,12 +129,12 @@ class OverlayLab:
 
     @asynccontextmanager
     async def networks(self) -> AsyncIterator[list[DataPlane]]:
-        """A node process on each node."""
+        """Run a node process on each node."""
         async with AsyncExitStack() as stack:
             yield [await stack.enter_async_context(node.running()) for node in self.nodes]
 
     def tell(self, head: NetworkHead, *, ingress_addresses: Mapping[str, str] | None = None) -> Table:
-        """The table of a network with all containers as they are attached at present."""
+        """Return the table of a network with all containers that are currently attached."""
         own = ingress_addresses or {}
         nodes = {
             one.id: TableNode(
@@ -158,11 +158,11 @@ class OverlayLab:
         return table
 
     def id_of(self, network: DataPlane) -> NodeId:
-        """Of the node whose networks these are."""
+        """Return the id of the node that has these networks."""
         return next(one.id for one in self.nodes if one.network is network)
 
     async def apply(self, networks: Sequence[DataPlane], *ids: NetworkId) -> None:
-        """Every node gets the tables; ``ids``: changed ones."""
+        """Apply the tables on every node.  ``ids``: changed tables."""
         for network in networks:
             await network.overlays.apply(self.id_of(network), self.tables, frozenset(ids or self.tables))
 
@@ -172,13 +172,13 @@ def place(head: NetworkHead, *addresses: str) -> EndpointConfig:
 
 
 async def shell(namespace: Path | str, command: str) -> str:
-    """What ``command`` prints in a namespace; it has to succeed."""
-    code, output = await tried(namespace, command)
+    """Return the output of ``command`` in a namespace.  It must succeed."""
+    code, output = await try_shell(namespace, command)
     assert code == 0, f"{command}: {output}"
     return output
 
 
-async def tried(namespace: Path | str, command: str) -> tuple[int, str]:
+async def try_shell(namespace: Path | str, command: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
         "nsenter",
         f"--net={namespace}",
@@ -193,15 +193,15 @@ async def tried(namespace: Path | str, command: str) -> tuple[int, str]:
 
 
 async def reaches(source: Sandbox, address: str) -> bool:
-    """Whether one of three pings is answered."""
-    code, _ = await tried(
+    """Return whether one of three pings gets a response."""
+    code, _ = await try_shell(
         source.netns, f"busybox ping -c 1 -W 1 {address} || busybox ping -c 2 -W 2 {address}"
     )
     return code == 0
 
 
-async def carried(namespaces: Namespaces, server: Sandbox, client: Sandbox, address: str, size: int) -> int:
-    """Bytes that arrive of ``size`` sent over TCP from ``client`` to ``address``, which is the ``server``'s."""
+async def carry(namespaces: Namespaces, server: Sandbox, client: Sandbox, address: str, size: int) -> int:
+    """Send ``size`` bytes over TCP from ``client`` to ``address`` of ``server``.  Return how many arrive."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = await namespaces.run(
         Path(server.netns), lambda: socket.create_server((address, 7000), family=family)

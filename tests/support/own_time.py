@@ -1,11 +1,11 @@
-"""A clock for tests of how long something takes, on machines that have other things to do."""
+"""A clock for tests of durations on machines that also do other work."""
 
 import time
 from pathlib import Path
 
 
 def own_time() -> float:
-    """Seconds of the monotonic clock, without those that this thread stood in line for a core.
+    """Return seconds of the monotonic clock, without the time in which this thread waited for a core.
 
     Source: Linux, Documentation/scheduler/sched-stats.rst (``/proc/PID/schedstat``).
     """

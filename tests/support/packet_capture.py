@@ -1,4 +1,4 @@
-"""Frames as they pass on an interface of another network namespace (what tcpdump would show)."""
+"""Captures frames on an interface of another network namespace, as tcpdump does."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 _CLONE_NEWNET = 0x40000000
 _ETH_P_ALL = 3
 _OUTGOING = 4
-"""PACKET_OUTGOING: on loopback each frame is seen twice, going out and coming in."""
+"""PACKET_OUTGOING: on loopback each frame is seen twice, outgoing and incoming."""
 _FRAME_BYTES_MAX = 1 << 17
 
 
@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
 @contextmanager
 def captured_on_loopback(netns: str) -> Iterator[list[Segment]]:
-    """TCP segments on ``lo`` of ``netns`` while the block runs; the list grows meanwhile."""
+    """Capture TCP segments on ``lo`` of ``netns``.  The list grows while the block runs."""
     capture = _socket_inside(netns)
     capture.settimeout(0.1)
     segments: list[Segment] = []
@@ -52,7 +52,7 @@ def captured_on_loopback(netns: str) -> Iterator[list[Segment]]:
 
 
 def _socket_inside(netns: str) -> socket.socket:
-    """A raw socket on ``lo`` of ``netns``; made by a thread that goes there, which no other thread follows."""
+    """Return a raw socket on ``lo`` of ``netns``.  A separate thread enters the namespace to create it."""
     made: list[socket.socket] = []
 
     def make() -> None:

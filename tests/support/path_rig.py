@@ -1,4 +1,4 @@
-"""Probes without a network: what they find is said by a test."""
+"""Probes without a network.  A test sets their results."""
 
 import asyncio
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ class ScriptedProbes:
 
     @property
     def peers(self) -> set[str]:
-        """The peers in the last targets."""
+        """Return the peers in the last targets."""
         last = self.requests[-1] if self.requests else None
         return {peer.node_id for peer in last.peers} if last is not None else set()
 

@@ -1,4 +1,4 @@
-"""What tests of probes need beside ``overlay_lab``: targets for all pairs, and servers at the ports that are asked."""
+"""Additions to ``overlay_lab`` for tests of probes: targets for all pairs, and servers at the probed ports."""
 
 import asyncio
 import socket
@@ -16,7 +16,10 @@ CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT = 2377, 2378, 7946, 4789
 
 
 def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
-    """As the others are told of it.  ``has_ports``: of a manager that carries encrypted networks, and gossips."""
+    """Return the node as the others' targets have it.
+
+    ``has_ports``: for a manager that carries encrypted networks, and gossips.
+    """
     return PathPeer(
         node_id=node.id,
         hostname=f"host-{node.id}",
@@ -29,7 +32,7 @@ def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
 
 
 def set_all_targets(lab: OverlayLab, networks: list[DataPlane], *, has_ports: bool = False) -> None:
-    """Everybody probes everybody."""
+    """Let every node probe every other node."""
     peers = [a_peer(node, has_ports=has_ports) for node in lab.nodes]
     for node, network in zip(lab.nodes, networks, strict=True):
         network.prober.set_targets(
@@ -40,7 +43,7 @@ def set_all_targets(lab: OverlayLab, networks: list[DataPlane], *, has_ports: bo
 async def report_until(
     network: DataPlane, peer: LabNode, fits: Callable[[PathReport], bool], within_s: float = 30.0
 ) -> PathReport:
-    """The first report on ``peer`` that ``fits``."""
+    """Return the first report on ``peer`` that ``fits``."""
     report: PathReport | None = None
     try:
         async with asyncio.timeout(within_s):
@@ -53,13 +56,13 @@ async def report_until(
 
 
 def failing(report: PathReport) -> dict[PathCheck, str]:
-    """Port by check."""
+    """Return the ports of failed checks, by check."""
     return {one.check: one.port for one in report.failing}
 
 
 @asynccontextmanager
 async def served_ports(lab: OverlayLab, root: Path) -> AsyncIterator[None]:
-    """On each node: TLS at the control port and at etcd's, and a server at the gossip port."""
+    """Serve TLS at each node's control port and etcd's port, and run a server at its gossip port."""
     files = peer_files(root)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)

@@ -1,4 +1,4 @@
-"""A real dockerd for tests, in namespaces and a cgroup of its own; nothing is left of it."""
+"""A real dockerd for tests, in its own namespaces and cgroup, which is removed completely."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ exec dockerd --data-root {dir}/data --exec-root {dir}/run --pidfile {dir}/docker
 
 @contextmanager
 def plain_engine() -> Iterator[Path]:
-    """A dockerd in no swarm, without images.  Gives its socket."""
+    """Run a dockerd outside of a swarm, without images.  Yield its socket."""
     directory = Path(tempfile.mkdtemp(prefix="skep-plain-", dir="/var/tmp"))
     with engine_in(directory, "unshare", "-n", before="ip link set lo up") as socket:
         yield socket
@@ -33,11 +33,11 @@ def plain_engine() -> Iterator[Path]:
 
 @contextmanager
 def engine_in(directory: Path, *enter: str, before: str) -> Iterator[Path]:
-    """A dockerd with all its files in ``directory``, whose name is its cgroup's.  Gives its socket.
+    """Run a dockerd with all its files in ``directory``, whose name is its cgroup's.  Yield its socket.
 
     Args:
-        enter: the command that brings it into its network namespace; mounts are its own in any case.
-        before: what a shell does there first.
+        enter: command that enters its network namespace.  It always has its own mount namespace.
+        before: shell commands that run there first.
     """
     for part in ("etc", "data", "run"):
         (directory / part).mkdir()

@@ -1,4 +1,4 @@
-"""A playground for tests, and what a test may do to it: run docker, look at processes, kill, wait."""
+"""A playground for tests, and a test's operations on it: run docker, look at processes, kill, wait."""
 
 import json
 import os
@@ -28,28 +28,28 @@ UNPACKED = Path(sys.prefix) / "libexec/skep"
 
 
 def docker_version(cli: str) -> str:
-    """``28.2.2`` of ``Docker version 28.2.2, build e6534b4``."""
+    """Return the version: ``28.2.2`` for ``Docker version 28.2.2, build e6534b4``."""
     said = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=120, check=True).stdout
     return said.split()[2].strip(",").partition("+")[0]
 
 
 def _docker_commands() -> tuple[str, ...]:
-    """One of each version, the distribution's release first."""
+    """Return one command per version, the distribution's release first."""
     places = (str(UNPACKED / "release/docker"), str(UNPACKED / "docker"), shutil.which("docker"))
     found = {docker_version(cli): cli for cli in reversed(places) if cli and os.access(cli, os.X_OK)}
     return tuple(reversed(found.values()))
 
 
 CLIS = _docker_commands() or ("docker",)
-"""The docker commands of this machine: the distribution's, and what is on the path where that is another one."""
+"""The docker commands of this machine: the distribution's, and the one on the path if that differs."""
 
 IMAGE = "busybox:1"
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
-"""A command that stays idle and leaves at once on SIGTERM."""
+"""Command that idles, and exits at once on SIGTERM."""
 
 
 def wait_until(condition: Callable[[], T], what: str, within_s: float = 30) -> T:
-    """Poll until ``condition`` gives something true; give that back.  Fails the test after ``within_s``."""
+    """Poll until ``condition`` returns a true value, and return it.  Fail the test after ``within_s``."""
     deadline = time.monotonic() + within_s
     while True:
         if result := condition():
@@ -76,7 +76,7 @@ class TestNode:
         return str(self.description["endpoint"])
 
     def client(self) -> docker.DockerClient:
-        """docker-py on this node's socket."""
+        """Return a docker-py client on this node's socket."""
         return docker.DockerClient(base_url=self.socket, timeout=60)
 
     def docker(
@@ -97,11 +97,13 @@ class TestNode:
         return done
 
     def pids(self, comm: str) -> list[int]:
-        """Processes of this node's network namespace with this command name (``/proc/PID/comm``), oldest first."""
+        """Return the processes of this node's network namespace with this command name (``/proc/PID/comm``), oldest
+        first.
+        """
         return sorted(pid for pid, name in self.processes() if name == comm)
 
     def processes(self) -> Iterator[tuple[int, str]]:
-        """(pid, comm) of everything in this node's network namespace that is no zombie."""
+        """Yield (pid, comm) of all processes in this node's network namespace, except zombies."""
         inode = f"net:[{os.stat(self.description['netns']).st_ino}]"
         for entry in os.listdir("/proc"):
             try:
@@ -114,7 +116,7 @@ class TestNode:
                 continue
 
     def kill(self, pid: int) -> None:
-        """SIGKILL one process of this node."""
+        """Kill one process of this node with SIGKILL."""
         os.kill(pid, signal.SIGKILL)
 
 
@@ -127,7 +129,7 @@ class TestCluster:
         self.directory, self.name = directory, name
 
     def up(self, **counts: int) -> subprocess.CompletedProcess[str]:
-        """``up(managers=1, docker_workers=2)``: as many of each; else one manager and nothing more."""
+        """Start nodes: ``up(managers=1, docker_workers=2)``.  Without arguments, start only one manager."""
         words = ({"managers": 1, "workers": 0} | counts).items()
         return self.skep(
             "up", "--no-relay", *(f"--{name.replace('_', '-')}={count}" for name, count in words)
@@ -137,7 +139,7 @@ class TestCluster:
         self.skep("down")
 
     def skep(self, verb: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``skep playground VERB ...`` on this playground."""
+        """Run ``skep playground VERB ...`` on this playground."""
         where = ["--dir", str(self.directory), "--name", self.name]
         command = [SKEP, "playground", verb, *where, *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -153,7 +155,7 @@ class TestCluster:
         return TestNode(self, name)
 
     def nodes(self) -> list[TestNode]:
-        """All there are, in the order in which they came."""
+        """Return all nodes in the order of their creation."""
         return [self.node(one["name"]) for one in self.description["nodes"]]
 
 
@@ -161,10 +163,10 @@ class TestCluster:
 def a_playground(
     name: str, *, configured: Mapping[str, str] = MappingProxyType({}), **counts: int
 ) -> Iterator[TestCluster]:
-    """A playground of a test's or a module's own, removed afterwards.
+    """Run a playground for one test or module, and remove it afterwards.
 
     Args:
-        configured: node -> its ``skep.toml``.
+        configured: content of ``skep.toml``, by node.
         counts: see ``TestCluster.up``.
     """
     with _directory() as directory:
@@ -186,7 +188,7 @@ def a_playground(
 
 @contextmanager
 def no_playground_yet(name: str) -> Iterator[TestCluster]:
-    """A playground that is not up; whatever is made of it is removed."""
+    """Return a playground that is not up.  It is removed afterwards."""
     with _directory() as directory:
         cluster = _named(directory / "playground", name)
         try:
@@ -209,27 +211,27 @@ def _named(directory: Path, name: str) -> TestCluster:
 
 
 def nodes_by_name(seen_by: TestNode) -> dict[str, dict[str, Any]]:
-    """All nodes that have described themselves, as this one shows them."""
+    """Return all nodes that have described themselves, as this node shows them."""
     shown: list[dict[str, Any]] = seen_by.client().api.nodes()
     return {node["Description"]["Hostname"]: node for node in shown if "Hostname" in node["Description"]}
 
 
 def ready(seen_by: TestNode) -> set[str]:
-    """Names of the nodes that are ready."""
+    """Return the names of the nodes that are ready."""
     return {name for name, node in nodes_by_name(seen_by).items() if node["Status"]["State"] == "ready"}
 
 
 def remove_stacks(node: TestNode) -> None:
-    """Those of the docker command, and all services."""
+    """Remove the docker command's stacks, and all services."""
     for stack in node.docker("stack", "ls", "--format", "{{.Name}}").stdout.split():
         node.docker("stack", "rm", stack)
     remove_services(node)
 
 
 def remove_services(node: TestNode) -> None:
-    """All there are; returns when no task is left, because what they ran on the nodes of the cluster is killed.
+    """Remove all services, and return when no task is left.  Their containers on the cluster's nodes are killed.
 
-    A program that takes no notice of SIGTERM (``sleep``) would hold every test up for its ten seconds of grace.
+    A program that ignores SIGTERM (``sleep``) would otherwise delay every test by its ten seconds of grace.
     """
     api = node.client().api
     for service in api.services():
@@ -245,7 +247,7 @@ def remove_services(node: TestNode) -> None:
 
 
 def kill_containers(node: TestNode) -> None:
-    """Those that run on ``node``, without any grace."""
+    """Kill the containers that run on ``node``, without any grace period."""
     api = node.client().api
     for container in api.containers():
         with suppress(APIError):  # it has ended by itself
@@ -253,7 +255,7 @@ def kill_containers(node: TestNode) -> None:
 
 
 def running(node: TestNode, service: str) -> list[dict[str, Any]]:
-    """Tasks of ``service`` that run and are wanted."""
+    """Return the running tasks of ``service`` whose desired state is running."""
     tasks: list[dict[str, Any]] = node.client().api.tasks(filters={"service": service})
     return [t for t in tasks if t["Status"]["State"] == "running" and t["DesiredState"] == "running"]
 
@@ -270,18 +272,18 @@ def wait_running(node: TestNode, service: str, count: int, within_s: float = 30)
 
 
 def containers(node: TestNode, service: str) -> list[dict[str, Any]]:
-    """Running containers of ``service`` on this node."""
+    """Return the running containers of ``service`` on this node."""
     label = f"com.docker.swarm.service.name={service}"
     response: list[dict[str, Any]] = node.client().api.containers(filters={"label": label})
     return response
 
 
 def container_pids(node: TestNode, service: str) -> dict[str, int]:
-    """Container id -> pid of its first process."""
+    """Return the pid of each container's first process, by container id."""
     api = node.client().api
     found: dict[str, int] = {}
     for container in containers(node, service):
-        with suppress(NotFound):  # it went while the list was read
+        with suppress(NotFound):  # it was removed while the list was read
             found[container["Id"]] = api.inspect_container(container["Id"])["State"]["Pid"]
     return found
 
@@ -289,6 +291,6 @@ def container_pids(node: TestNode, service: str) -> dict[str, int]:
 def create(
     node: TestNode, name: str, replicas: int = 1, *options: str, command: Sequence[str] = IDLE
 ) -> None:
-    """``docker service create`` in the background."""
+    """Run ``docker service create`` in the background."""
     words = ["--detach", "--name", name, "--replicas", str(replicas), *options, IMAGE, *command]
     node.docker("service", "create", *words)

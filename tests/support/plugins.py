@@ -1,4 +1,4 @@
-"""The docker command's plug-ins of today, as ``setup/plugins.sh`` places them."""
+"""The docker command's current plugins, as ``setup/plugins.sh`` installs them."""
 
 import json
 import sys
@@ -10,9 +10,9 @@ _PLACE = Path(sys.prefix) / "libexec" / "skep"
 
 
 def plugin(name: str) -> Path:
-    """``docker-buildx``, ``docker-compose`` or ``ansible_collections``.
+    """Return the path of ``docker-buildx``, ``docker-compose`` or ``ansible_collections``.
 
-    A machine that cannot have them skips the test, with the reason.
+    A machine without them skips the test, with the reason.
     """
     if not (_PLACE / name).exists():
         missing = _PLACE / "plugins-missing"
@@ -22,7 +22,7 @@ def plugin(name: str) -> Path:
 
 
 def let_find(home: Path, name: str) -> None:
-    """A docker command with this home directory has the plug-in ``name`` (``plugin``)."""
+    """Make the plugin ``name`` (``plugin``) available to a docker command with this home directory."""
     (home / ".docker").mkdir(exist_ok=True)
     config = {"cliPluginsExtraDirs": [str(plugin(name).parent)]}
     (home / ".docker" / "config.json").write_text(json.dumps(config))

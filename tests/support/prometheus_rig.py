@@ -16,34 +16,36 @@ _READ = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=1
 
 
 class Prometheus:
-    """``inside``: what runs a command in its namespace (``nsenter ...``)."""
+    """Runs Prometheus.  ``inside``: the command that enters its namespace (``nsenter ...``)."""
 
     def __init__(self, inside: Sequence[str]) -> None:
         self._inside = inside
 
     def fetched(self, url: str) -> str:
-        """What is at ``url`` as seen from there; empty: nothing answers."""
+        """Return the content at ``url`` as seen from there.  Empty without a response."""
         command = [*self._inside, sys.executable, "-c", _READ, url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         return done.stdout if done.returncode == 0 else ""
 
     def asked(self, path: str) -> Any:
-        """A response of Prometheus' own API; None: it does not answer yet."""
+        """Return a response of Prometheus' own API, or None if it does not respond yet."""
         text = self.fetched(f"http://127.0.0.1:9090/api/v1/{path}")
         return json.loads(text)["data"] if text else None
 
     def targets(self) -> int:
-        """How many targets it has found."""
+        """Return the number of targets it has found."""
         return len((self.asked("targets") or {}).get("activeTargets", ()))
 
     def fired(self) -> set[str]:
-        """Names of the alerts that fire."""
+        """Return the names of the firing alerts."""
         alerts = (self.asked("alerts") or {"alerts": []})["alerts"]
         return {one["labels"]["alertname"] for one in alerts if one["state"] == "firing"}
 
     @contextmanager
     def running(self, folder: Path) -> Iterator[None]:
-        """The packaged files, but for the times: an alert may not wait for minutes in a test."""
+        """Run Prometheus with the packaged files, but shorter times, because a test cannot wait minutes for an
+        alert.
+        """
         rules = [line for line in RULES.read_text().splitlines() if not line.strip().startswith("for:")]
         (folder / "skep-alerts.yml").write_text("\n".join(rules))
         packaged = (ROOT / "packaging/prometheus/prometheus.yml").read_text()

@@ -1,4 +1,4 @@
-"""docs/promises.md, read: its rows, what they name, and whether the named tests ran and passed."""
+"""Reads docs/promises.md: its rows, the tests that they name, and whether these tests ran and passed."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ HARDENING = ROOT / "docs" / "conformance" / "hardening.md"
 
 
 class Outcomes:
-    """How the tests of a session ended, by id without parameters."""
+    """Outcomes of a session's tests, by id without parameters."""
 
     def __init__(self) -> None:
         self.passed: set[str] = set()
@@ -22,24 +22,24 @@ class Outcomes:
         self.left_out: set[str] = set()
 
     def add(self, id: str, *, phase: str, has_passed: bool, has_failed: bool) -> None:
-        """What one phase of a test (``setup``, ``call``, ``teardown``) came to."""
+        """Record the result of one phase of a test (``setup``, ``call``, ``teardown``)."""
         if has_failed:
             self.failed.add(bare(id))
         elif phase == "call" and has_passed:
             self.passed.add(bare(id))
 
     def leave_out(self, ids: Iterable[str]) -> None:
-        """These do not run, because they are slow."""
+        """Record that these tests do not run, because they are slow."""
         self.left_out |= {bare(id) for id in ids}
 
 
 def bare(id: str) -> str:
-    """The id of a test without its parameters."""
+    """Return the id of a test without its parameters."""
     return id.partition("[")[0]
 
 
 def rows(page: Path = PROMISES) -> list[list[str]]:
-    """The cells of every row of the page's tables: the promise, what shows it."""
+    """Return the cells of every row of the page's tables: the promise, and the tests that show it."""
     lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [
@@ -50,17 +50,19 @@ def rows(page: Path = PROMISES) -> list[list[str]]:
 
 
 def shown_by(row: list[str]) -> list[str]:
-    """What stands in backquotes in the row's second cell."""
+    """Return the texts in backquotes in the row's second cell."""
     return re.findall(r"`([^`]+)`", row[1])
 
 
 def named_tests() -> list[str]:
-    """Ids of all tests that the page names, and files of tests of which it means every one."""
+    """Return the ids of all tests that the page names, and the test files that it names as a whole."""
     return sorted({name for row in rows() for name in shown_by(row) if name.startswith("tests/")})
 
 
 def not_shown(names: Collection[str], outcomes: Outcomes) -> list[str]:
-    """Those of ``names`` that neither passed nor were left out as slow; of a file or folder: some test of it failed."""
+    """Return those ``names`` that neither passed nor were left out as slow.  A file or folder fails with any of its
+    tests.
+    """
 
     def ran_well(name: str) -> bool:
         def is_meant(test: str) -> bool:
@@ -73,7 +75,7 @@ def not_shown(names: Collection[str], outcomes: Outcomes) -> list[str]:
 
 
 def exists(name: str) -> bool:
-    """Whether a file or (``path::function`` or ``path::Class::method``) a test is there."""
+    """Return whether a file or a test (``path::function`` or ``path::Class::method``) exists."""
     path, *inside = name.split("::")
     file = ROOT / path
     if not inside:

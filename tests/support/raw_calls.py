@@ -1,4 +1,4 @@
-"""Requests written by hand to a unix socket: what no client library would send can be sent, too."""
+"""Sends handwritten requests to a unix socket, including requests that no client library would send."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ def connected(path: str, timeout_s: float = 30) -> socket.socket:
 
 
 def received(connection: socket.socket) -> Answered:
-    """What comes until the other end closes; status 0: nothing."""
+    """Return everything that arrives until the other end closes.  Status 0: nothing arrived."""
     data = b""
     while part := connection.recv(65536):
         data += part
@@ -34,7 +34,7 @@ def received(connection: socket.socket) -> Answered:
 
 
 def call(path: str, request: str, body: bytes = b"", timeout_s: float = 30) -> Answered:
-    """``call(path, "GET /info")``.  The connection carries this request alone."""
+    """Send ``call(path, "GET /info")`` on a new connection."""
     length = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
     head = f"{request} HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n{length}\r\n"
     with closing(connected(path, timeout_s)) as connection:

@@ -1,4 +1,6 @@
-"""An image as a registry keeps it: configuration, layers, manifest; and Debian's docker-registry to keep it in."""
+"""An image in the form that a registry stores: configuration, layers, manifest.  Debian's docker-registry stores
+it.
+"""
 
 import asyncio
 import gzip
@@ -25,7 +27,7 @@ BLOBS = tuple(gzip.compress(layer, mtime=0) for layer in LAYERS)
 CONFIG = a_config(*LAYERS)
 
 HTPASSWD = "user:$2b$04$HJKnD8v/sWk9MFUCbP3J4.rX23aRxVokR1XHDgzEN2rxLL2Q72x3y"
-"""The name ``user`` with the password ``secret``, as docker-registry reads it."""
+"""The name ``user`` with the password ``secret``, in the format of docker-registry."""
 HTPASSWD_NEXT = "user:$2b$04$efiU.xNt8gsmC0opyjdd6.gpplbkG3bffmzfuEOD80uU6sYuoJ5Om"
 """The same name with the password ``next``."""
 
@@ -46,7 +48,7 @@ def a_manifest(
 
 
 def registry_program() -> str:
-    """The path of docker-registry."""
+    """Return the path of docker-registry."""
     program = shutil.which("docker-registry", path=SEARCHED)
     assert program is not None, "docker-registry is not installed: make setup"
     return program
@@ -54,7 +56,7 @@ def registry_program() -> str:
 
 @asynccontextmanager
 async def docker_registry(directory: Path, *, auth: Mapping[str, object] | None = None) -> AsyncIterator[str]:
-    """Debian's docker-registry, responding, with its files below ``directory``; gives its address."""
+    """Run Debian's docker-registry with its files below ``directory``.  Yield its address once it responds."""
     directory.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,7 +82,7 @@ async def docker_registry(directory: Path, *, auth: Mapping[str, object] | None 
 
 @asynccontextmanager
 async def guarded_registry(directory: Path) -> AsyncIterator[str]:
-    """The same for the name ``user`` with the password ``secret`` only."""
+    """Run a registry that requires the name ``user`` with the password ``secret``."""
     directory.mkdir(parents=True)
     (directory / "htpasswd").write_text(HTPASSWD + "\n")
     basic = {"htpasswd": {"realm": "tests", "path": str(directory / "htpasswd")}}
@@ -99,7 +101,7 @@ async def _wait_until_it_responds(address: str) -> None:
 
 
 def registry_image(name: str = "registry:1") -> bytes:
-    """An archive of docker-registry with the libraries that it is linked to, for ``docker load``."""
+    """Return an archive of docker-registry with its shared libraries, for ``docker load``."""
     entries: dict[str, Entry] = {
         **asyncio.run(applets(Path(find("busybox")))),
         "etc/group": GROUP,

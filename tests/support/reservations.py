@@ -1,4 +1,4 @@
-"""Ports that this process holds itself, in place of the net process."""
+"""Port reservations held by this process instead of the net process."""
 
 import socket
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from skep.dataplane.protocol import Reservation
 
 
 class OwnReservations:
-    """Reservations of this process in the node's own namespace; they end with it."""
+    """Reservations of this process in the node's own namespace.  They end with the process."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
@@ -32,14 +32,14 @@ class OwnReservations:
         return tuple(self._sockets)
 
     def sockets(self) -> list[tuple[Reservation, socket.socket]]:
-        """What is held, with the sockets."""
+        """Return the reservations with their sockets."""
         return [
             (Reservation(protocol, port, address=address), opened)
             for (protocol, port, address), opened in self._sockets.items()
         ]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all reservations."""
         for opened in self._sockets.values():
             opened.close()
         self._sockets.clear()

@@ -1,4 +1,4 @@
-"""Rolling updates of a service on ``World``: its specs, what is wanted of it, and how far an update is."""
+"""Rolling updates of a service on ``World``: its specs, its desired tasks, and the progress of an update."""
 
 from skep.model.service import (
     RestartPolicy,
@@ -19,7 +19,7 @@ def a_spec(image: str = "app:1", *, replicas: int = 4, update: UpdateConfig | No
 
 
 def a_world(update: UpdateConfig | None = None, *, replicas: int = 4) -> World:
-    """All replicas of app:1 run on n1."""
+    """Return a world in which all replicas of app:1 run on n1."""
     service = a_service(spec=a_spec(update=update, replicas=replicas))
     world = World(service, nodes=[a_node("n1")])
     for slot in range(1, replicas + 1):
@@ -46,7 +46,7 @@ def message(world: World) -> str:
 
 
 def advance(world: World) -> None:
-    """What was decided comes about: successors are prepared, retired tasks stop, wanted ones run."""
+    """Carry out the decisions: successors are prepared, retired tasks stop, desired tasks run."""
     world.settle()
     world.prepare_all()
     world.settle()

@@ -1,4 +1,4 @@
-"""A root of the test's own: with its key, certificates can be issued in the past."""
+"""A root whose key the test has, so that it can issue certificates in the past."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ class Earlier(SystemClock):
 
 
 def expire(certificates: Path, root: Authority, *, days_ago: float) -> KeyPair:
-    """Replace the key pair in a directory by one that expired ``days_ago``; gives it."""
+    """Replace the key pair in a directory by one that expired ``days_ago``, and return it."""
     pair = keypair.load(certificates)
     then = Authority.load(root.key_pem, root.root_pem, Earlier(timedelta(days=days_ago + 1)))
     key = new_private_key()

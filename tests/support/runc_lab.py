@@ -1,4 +1,4 @@
-"""A node's executor for tests: real runc and conmon, in a network namespace and a cgroup of its own."""
+"""A node's executor for tests: real runc and conmon, in its own network namespace and cgroup."""
 
 import asyncio
 import os
@@ -73,7 +73,7 @@ _APPLETS = (
 
 
 def busybox_tree(directory: Path) -> Path:
-    """A root file system of busybox with a few users."""
+    """Create a root file system of busybox with a few users."""
     (directory / "bin").mkdir(parents=True)
     (directory / "etc").mkdir()
     (directory / "tmp").mkdir()
@@ -126,7 +126,7 @@ def a_data_plane(
     endpoints: ClusterEndpoints | None = None,
     encryption: Options = NO_ENCRYPTION,
 ) -> DataPlane:
-    """Networks of a node without a net process."""
+    """Return a node's networks without a net process."""
     clock = SystemClock()
     host = Host(paths=paths, namespaces=namespaces, clock=clock, rng=random.random)
     net = NetProcess(ports, OwnReservations(namespaces))
@@ -134,14 +134,14 @@ def a_data_plane(
 
 
 def no_cluster() -> ClusterAttachments:
-    """Of a node that is in no swarm."""
+    """Return the attachments of a node outside of a swarm."""
     return ClusterAttachments(SessionRequests(SessionState(SystemClock())))
 
 
 def an_executor(
     paths: Paths, images: Any, cgroup_parent: str, namespaces: Namespaces, ports: OwnReservations
 ) -> OciExecutor:
-    """Containers and networks of a node that is in no swarm."""
+    """Return the containers and networks of a node outside of a swarm."""
     attachments = no_cluster()
     plane = a_data_plane(paths, namespaces, ports, attachments)
     config = EngineConfig(starts_max=2 * (os.cpu_count() or 1), hostname="lab")
@@ -155,12 +155,12 @@ def an_executor(
         clock,
         cgroup_parent=cgroup_parent,
         cdi_directories=(paths.data.parent / "cdi",),
-        apis=ApiSockets((), paths.run, NO_API._server),  # whose files no container mounts, as of a daemon
+        apis=ApiSockets((), paths.run, NO_API._server),  # no container mounts these files, as with a daemon
     )
 
 
 class Lab:
-    """One machine: directories, a network namespace and cgroups of its own, on which executors come and go."""
+    """One machine: directories, a network namespace and cgroups, on which executors can be replaced."""
 
     def __init__(self, root: Path) -> None:
         self.paths = Paths(root / "data", root / "run")
@@ -172,7 +172,7 @@ class Lab:
         self._ports: OwnReservations | None = None
 
     def executor(self) -> OciExecutor:
-        """A new executor, as a restarted node process makes one; the ports of the one before are let go."""
+        """Create an executor, as a restarted node process does.  The previous one's ports are released."""
         namespaces = Namespaces(self.paths.netns, self.home)
         if self._ports is not None:
             self._ports.close()
@@ -181,7 +181,7 @@ class Lab:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Lab"]:
-        """The machine from its first moment to the last; whatever still runs is removed then."""
+        """Run the machine.  Remaining processes and files are removed at the end."""
         await self._homes.create("node", {})
         async with self._homes.netlink(self.home) as home:
             await home.link("set", index=1, state="up")
@@ -197,13 +197,13 @@ class Lab:
                 self._ports.close()
             unmount_if_mounted(self.paths.secrets)
             await _destroy_pins(self.paths.probes)
-            await _destroy_pins(self.paths.overlays)  # the next process would
+            await _destroy_pins(self.paths.overlays)  # as the next process would
             remove_cgroups(self.cgroup_parent)
             await self._homes.destroy("node")
             self._homes.close()
 
     def remains(self) -> list[str]:
-        """What is left of containers: directories, mounts, namespaces, cgroups, links, rules."""
+        """Return leftovers of containers: directories, mounts, namespaces, cgroups, links, rules."""
         found = [str(path) for path in (*_entries(self.paths.containers), *_entries(self.paths.netns))]
         found += [str(path) for path in _entries(self.paths.runc)]
         found += [
@@ -211,7 +211,7 @@ class Lab:
             for line in Path("/proc/self/mounts").read_text().splitlines()
             if self._is_container_mount(line)
         ]
-        for group in (f"{self.cgroup_parent}/ctr/*/", f"*/{self.cgroup_parent}/ctr/*/"):  # v2; v1
+        for group in (f"{self.cgroup_parent}/ctr/*/", f"*/{self.cgroup_parent}/ctr/*/"):  # cgroup v2, then v1
             found += [str(path) for path in Path("/sys/fs/cgroup").glob(group)]
         return found
 
@@ -220,7 +220,7 @@ class Lab:
         return target.startswith((str(self.paths.containers), str(self.paths.netns)))
 
     async def in_home(self, *command: str) -> str:
-        """Output of a command in the node's network namespace."""
+        """Return the output of a command in the node's network namespace."""
         process = await asyncio.create_subprocess_exec(
             "nsenter",
             f"--net={self.home}",
@@ -233,13 +233,13 @@ class Lab:
 
 
 def remove_cgroups(parent: str) -> None:
-    """Remove a node's own cgroups, once no container and no monitor is left in them."""
+    """Remove a node's own cgroups, once they contain no container and no monitor."""
     for root in cgroups.Cgroups(parent)._all_roots():
         cgroups._remove_tree(root / parent)
 
 
 def with_defaults(images: TreeImages, defaults: ContainerDefaults) -> None:
-    """Give the lab's image other defaults."""
+    """Set other defaults for the lab's image."""
     images.image = msgspec.structs.replace(images.image, config=ImageConfig(config=defaults))
 
 
@@ -255,5 +255,5 @@ async def _destroy_pins(directory: Path) -> None:
 
 
 def is_root() -> bool:
-    """Whether runc can work at all."""
+    """Return whether runc can work at all."""
     return os.geteuid() == 0

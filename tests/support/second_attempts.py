@@ -6,11 +6,11 @@ import pytest
 import pytest_timeout
 
 REAL = ("tests/browser/", "tests/component/", "tests/contract/", "tests/integration/")
-"""Folders whose tests wait for processes, sockets and kernels; what all others do is decided by their code alone."""
+"""Folders whose tests wait for processes, sockets and kernels.  The code alone decides on all other tests."""
 
 
 class SecondAttempts:
-    """A plug-in: marks what may be repeated, where the run repeats anything; keeps the deadlines."""
+    """A plugin that marks repeatable tests, in runs that repeat tests, and keeps the deadlines."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: Sequence[pytest.Item]) -> None:
@@ -21,7 +21,7 @@ class SecondAttempts:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        # pytest-timeout takes a test's timer away at its first failure, so a test that was repeated would have none.
+        # pytest-timeout removes a test's timer at its first failure, so a repeated test would have none.
         if getattr(item, "execution_count", 1) > 1:
             settings = pytest_timeout._get_item_settings(item)
             item.config.pluginmanager.hook.pytest_timeout_set_timer(item=item, settings=settings)

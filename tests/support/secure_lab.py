@@ -26,7 +26,7 @@ SECURE_TWO = msgspec.structs.replace(TWO_SUBNETS, is_encrypted=True)
 
 
 class WireGuardGo:
-    """wireguard-go in a node's namespace, started again when it ends, as its supervisor does.
+    """wireguard-go in a node's namespace, restarted when it ends, as its supervisor does.
 
     It outlives ``run``, unless it was dismissed.
     """
@@ -64,11 +64,11 @@ class WireGuardGo:
         self._is_dismissed = True
 
     def stop(self) -> None:
-        """It is not started again when it ends."""
+        """Do not restart it when it ends."""
         self._may_run.clear()
 
     def resume(self) -> None:
-        """It is."""
+        """Restart it again when it ends."""
         self._may_run.set()
 
     def kill(self) -> None:
@@ -82,7 +82,7 @@ class WireGuardGo:
 
 
 class SecureLab:
-    """An overlay lab whose nodes encrypt.  ``processes``: wireguard-go's, by node and slot."""
+    """An overlay lab whose nodes encrypt.  ``processes``: wireguard-go processes by node and slot."""
 
     def __init__(self, lab: OverlayLab, options: Callable[[Options], Options] = lambda one: one) -> None:
         self.lab = lab
@@ -99,7 +99,7 @@ class SecureLab:
         self._stacks: list[AsyncExitStack] = []
 
     async def begin(self) -> None:
-        """A node process on each node."""
+        """Start a node process on each node."""
         for node in self.lab.nodes:
             self._stacks.append(AsyncExitStack())
             self.networks.append(await self._stacks[-1].enter_async_context(node.running()))
@@ -117,12 +117,12 @@ class SecureLab:
         return known
 
     async def stop(self, number: int) -> None:
-        """End one node's process; what it supervises goes on."""
+        """End one node's process.  Its supervised processes continue."""
         await self._stacks[number].aclose()
 
 
 async def encrypt(lab: OverlayLab, networks: Sequence[DataPlane]) -> None:
-    """An encrypted network on all nodes, which have to be able to."""
+    """Create an encrypted network on all nodes, which must support encryption."""
     lab.tell(SECURE_TWO)
     await lab.apply(networks, SECURE_TWO.id)
 
@@ -141,7 +141,7 @@ async def secure_lab(
 
 
 async def wait_reaches(source, address: str, within_s: float = 10.0) -> float:  # type: ignore[no-untyped-def]
-    """Seconds until ``address`` answers."""
+    """Return the seconds until ``address`` responds."""
     began = CLOCK.monotonic()
     async with asyncio.timeout(within_s):
         while not await reaches(source, address):

@@ -1,4 +1,4 @@
-"""Short words for tests of services in a simulated cluster."""
+"""Helpers for tests of services in a simulated cluster."""
 
 from msgspec.structs import replace
 

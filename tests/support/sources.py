@@ -1,4 +1,4 @@
-"""Python files of the project, parsed once for all tests that look at them."""
+"""Python files of the project, parsed once for all tests that inspect them."""
 
 import ast
 import gc
@@ -8,10 +8,10 @@ from pathlib import Path
 
 @cache
 def parsed(path: Path) -> ast.Module:
-    """The syntax tree of a file, which no test changes.
+    """Return the syntax tree of a file, which no test may change.
 
-    Garbage is collected after it: a finalizer that formats a traceback parses too, and within a parse that is an
-    error in Python 3.11 (gh-106905).
+    Garbage is collected afterwards: a finalizer that formats a traceback also parses, and nested parsing is an error
+    in Python 3.11 (gh-106905).
     """
     was_enabled = gc.isenabled()
     gc.disable()

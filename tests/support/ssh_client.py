@@ -1,4 +1,4 @@
-"""OpenSSH's client with settings of a test's own, whatever those of the user are."""
+"""OpenSSH's client with the test's own settings, independent of the user's."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from tests.support.playground_rig import wait_until
 
 
 def write_client(folder: Path, server: str, host_key: str) -> dict[str, str]:
-    """An ``ssh`` that knows one server, and is let in there by the key ``folder/user``.
+    """Write an ``ssh`` command that knows one server and logs in with the key ``folder/user``.
 
-    Gives the environment of a client elsewhere, whose ``ssh`` is that one.
+    Return the environment in which a client finds this command.
 
     Args:
         server: its name in ``known_hosts``: ``192.0.2.1``, or ``[192.0.2.1]:2222``.
@@ -33,7 +33,10 @@ def write_client(folder: Path, server: str, host_key: str) -> dict[str, str]:
 def a_forwarded_socket(
     folder: Path, remote: str, *destination: str, environment: Mapping[str, str], within: Sequence[str] = ()
 ) -> Iterator[str]:
-    """``ssh -L``: the URL of a socket here that is ``remote`` there.  ``within``: a command that runs ssh elsewhere."""
+    """Run ``ssh -L``, and yield the URL of a local socket that leads to ``remote``.
+
+    ``within``: a command that runs ssh elsewhere.
+    """
     local = folder / "forwarded.sock"
     options = ("-N", "-o", "ExitOnForwardFailure=yes", "-L", f"{local}:{remote}")
     with subprocess.Popen([*within, "ssh", *options, *destination], env=environment) as tunnel:
@@ -41,4 +44,4 @@ def a_forwarded_socket(
             wait_until(local.exists, "the socket is forwarded")
             yield f"unix://{local}"
         finally:
-            tunnel.kill()  # a SIGTERM that comes just before ssh polls is lost
+            tunnel.kill()  # a SIGTERM just before ssh polls is lost

@@ -1,4 +1,4 @@
-"""Small images of what the distribution has, under the names that stack files use."""
+"""Small images of the distribution's programs, with the names that stack files use."""
 
 import asyncio
 import tempfile
@@ -17,7 +17,7 @@ _CREATED = "2020-01-01T00:00:00Z"
 
 
 def script(text: str) -> File:
-    """A program of the image, for busybox's shell."""
+    """Return a program of the image, for busybox's shell."""
     return File(f"#!/bin/sh\n{text}".encode(), 0o755)
 
 
@@ -28,7 +28,7 @@ def image(
     packages: Sequence[str] = (),
     paths: Sequence[str] = (),
 ) -> Archive:
-    """Busybox with ``entries``, and what is at ``paths`` of Debian packages, with its libraries.
+    """Return an image of busybox with ``entries``, and the files at ``paths`` of Debian packages with their libraries.
 
     Args:
         paths: patterns of programs and folders, without a leading slash.
@@ -62,7 +62,7 @@ async def _image(
 
 
 def _unpacked(pattern: str, directory: Path) -> dict[str, Entry]:
-    """The programs at ``pattern``, and all that is below the folders there."""
+    """Return the programs at ``pattern``, and everything below the folders there."""
     root = directory / "root"
     found: dict[str, Entry] = {}
     places = sorted(root.glob(pattern))
@@ -81,7 +81,7 @@ def _unpacked(pattern: str, directory: Path) -> dict[str, Entry]:
 
 
 def load(node: TestNode, directory: Path, *archives: Archive) -> None:
-    """Load images into one node; others fetch them from it."""
+    """Load images into one node.  Other nodes fetch them from it."""
     for archive in archives:
         file = directory / f"{archive.image_id[-12:]}.tar"
         file.write_bytes(archive.data)

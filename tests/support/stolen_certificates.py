@@ -1,4 +1,4 @@
-"""The responses of a manager's ports to a client with a node's files: run inside a node's network namespace.
+"""The responses of a manager's ports to a client with a node's files.  Run it inside a node's network namespace.
 
     python -m tests.support.stolen_certificates once CERTIFICATES ADDRESS...  addresses that accept it, as JSON
     python -m tests.support.stolen_certificates hold CERTIFICATES ADDRESS     prints "open", and the time of the close
@@ -22,7 +22,7 @@ PEER_REQUEST = b"GET /version HTTP/1.1\r\nHost: m\r\n\r\n"
 MANAGER_REQUEST = frames.PREFACE + frames.settings({})
 
 
-async def opened(directory: Path, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(directory: Path, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -37,9 +37,9 @@ async def opened(directory: Path, address: str) -> tuple[asyncio.StreamReader, a
 
 
 async def is_taken(directory: Path, address: str) -> bool:
-    """Whether anything is answered; a certificate is refused after the handshake, with TLS 1.3."""
+    """Return whether there is any response.  With TLS 1.3 a certificate is refused after the handshake."""
     try:
-        reader, writer = await opened(directory, address)
+        reader, writer = await connect(directory, address)
         async with asyncio.timeout(WITHIN_S):
             response = await reader.read(100)
         writer.close()
@@ -49,7 +49,7 @@ async def is_taken(directory: Path, address: str) -> bool:
 
 
 async def hold(directory: Path, address: str) -> None:
-    reader, _ = await opened(directory, address)
+    reader, _ = await connect(directory, address)
     assert await reader.read(100)
     sys.stdout.write("open\n")
     sys.stdout.flush()

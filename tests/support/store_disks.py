@@ -1,4 +1,4 @@
-"""The store of a manager on a file system of its own."""
+"""The store of a manager on a separate file system."""
 
 import shutil
 import subprocess
@@ -10,13 +10,13 @@ from tests.support.playground_rig import TestCluster, TestNode
 
 
 def store_of(node: TestNode) -> Path:
-    """The directory of its etcd."""
+    """Return the directory of its etcd."""
     return Path(node.description["state_dir"]) / "manager/etcd"
 
 
 @contextmanager
 def mounted(path: Path, *words: str | Path) -> Iterator[None]:
-    """``mount WORDS PATH``."""
+    """Run ``mount WORDS PATH`` for the block."""
     subprocess.run(["mount", *words, path], check=True)
     try:
         yield
@@ -26,7 +26,7 @@ def mounted(path: Path, *words: str | Path) -> Iterator[None]:
 
 @contextmanager
 def store_on_a_disk(cluster: TestCluster, name: str, *words: str | Path) -> Iterator[Path]:
-    """The store of a manager lies on what ``mount WORDS`` mounts, from its next start on; afterwards it is off."""
+    """Mount a manager's store with ``mount WORDS`` from its next start.  Afterwards the manager is stopped."""
     store = store_of(cluster.node(name))
     kept = store.with_name("kept")
     cluster.skep("kill", name)

@@ -1,4 +1,4 @@
-"""A cluster of two managers' stores, in memory and on a real etcd, with the same handles to disturb it."""
+"""A cluster of two managers' stores, in memory and on a real etcd, with the same faults."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,7 +27,7 @@ FIRST, SECOND = NodeId("m1"), NodeId("m2")
 
 
 class Rig(Protocol):
-    """``store`` is the manager under test; ``other`` is another manager's replica of the same cluster."""
+    """``store`` is the manager under test.  ``other`` is another manager's replica of the same cluster."""
 
     store: Store
     other: Store
@@ -36,26 +36,26 @@ class Rig(Protocol):
         """Make another manager the leader without notifying ``store``."""
 
     def lose_request(self) -> None:
-        """The next write of ``store`` gets lost before it is stored."""
+        """Lose the next write of ``store`` before it is stored."""
 
     def lose_reply(self) -> None:
-        """The next write of ``store`` is stored, and its answer gets lost; then ``mend``."""
+        """Store the next write of ``store``, and lose its response.  Call ``mend`` afterwards."""
 
     def cut_store(self) -> None:
-        """``store`` reaches no quorum any more."""
+        """Cut ``store`` off from the quorum."""
 
     def cut_other(self) -> None:
         """Stop the watch of ``other``."""
 
     def mend(self) -> None:
-        """Connections work again."""
+        """Restore the connections."""
 
     async def compact(self) -> None:
-        """Forget all history."""
+        """Compact the whole history."""
 
 
 def found(tx: Transaction) -> None:
-    """What every rig's cluster begins with."""
+    """Create the initial objects of every rig's cluster."""
     tx.put(Swarm(id=ClusterId("cluster")))
 
 
@@ -112,7 +112,7 @@ class EtcdRig:
         await self.client.put(name, cipher.encrypt(name, record))
 
     async def give_up_leadership(self) -> None:
-        """Let the next candidate lead: both have one member, whose term of raft stays the same."""
+        """Let the next candidate lead.  Both have one member, so the raft term stays the same."""
         name = etcd_key(keys.LEADER)
         cipher = Cipher((await cluster_in(self.client)).ring, self._key)
         await self.client.put(

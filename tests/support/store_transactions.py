@@ -1,4 +1,4 @@
-"""Short words for what the store's contract tests do all the time."""
+"""Helpers that the store's contract tests share."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -43,7 +43,7 @@ def change(tx: Transaction, kind: type[T], id: str, **fields: Any) -> T:
 
 
 async def eventually(holds: Callable[[], object]) -> None:
-    """Return when ``holds()``; the test's own deadline bounds it."""
+    """Return when ``holds()`` is true.  The test's own deadline limits the wait."""
     while not holds():  # noqa: ASYNC110 - a replica announces no single revision to outsiders
         await asyncio.sleep(0.005)
 
@@ -63,7 +63,7 @@ def using(
     networks: tuple[str, ...] = (),
     ports: tuple[PortConfig, ...] = (),
 ) -> Service:
-    """A service that refers to objects by id."""
+    """Return a service that refers to objects by id."""
     container = ContainerSpec(
         image="busybox",
         secrets=tuple(SecretReference(secret_id=SecretId(id)) for id in secrets),

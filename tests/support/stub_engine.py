@@ -1,4 +1,4 @@
-"""An engine of which runc, the disk and the network are stubs: a test decides when a process ends and what fails."""
+"""An engine with stubs for runc, the disk and the network.  A test decides when a process ends and what fails."""
 
 import asyncio
 import errno
@@ -23,21 +23,21 @@ from skep.model.times import timestamp
 
 ID = ContainerId("c" * 64)
 NO_PROCESS = 2**30
-"""A pid that the kernel gives to none."""
+"""A pid that the kernel never assigns."""
 
 
 def disk_full() -> OSError:
-    """A new one each time, as its traceback grows where it is raised."""
+    """Return a new error each time, because its traceback grows where it is raised."""
     return OSError(errno.ENOSPC, "No space left on device")
 
 
 def a_process(number: int = 0) -> ProcessName:
-    """Signals to it reach nothing."""
+    """Return a process that receives no signals."""
     return ProcessName(NO_PROCESS + number, 1, "no boot")
 
 
 def a_container(**fields: Any) -> Container:
-    """A plain one that runs, unless ``fields`` are others."""
+    """Return a plain running container, unless ``fields`` change that."""
     present: dict[str, Any] = {
         "state": ContainerState.RUNNING,
         "process": a_process(),
@@ -49,7 +49,7 @@ def a_container(**fields: Any) -> Container:
 
 
 class StubBundles:
-    """In the place of ``Bundles``.  ``is_full``: nothing can be written."""
+    """Stub of ``Bundles``.  ``is_full``: whether all writes fail."""
 
     def __init__(self, *containers: Container) -> None:
         self.saved = {one.id: one for one in containers}
@@ -85,8 +85,10 @@ class StubBundles:
 
 
 class StubRuntime:
-    """In the place of ``Runtime``: ``end`` ends the process.  ``during``: what happens in ``runc pause|resume``;
-    ``frozen``: calls of both."""
+    """Stub of ``Runtime``, in which ``end`` ends the process.
+
+    ``during``: called in ``runc pause|resume``.  ``frozen``: calls of both.
+    """
 
     def __init__(self, bundles: StubBundles) -> None:
         self.bundles, self.cgroups = bundles, SimpleNamespace()
@@ -98,7 +100,7 @@ class StubRuntime:
         self._exits.put_nowait(Ended(exit_code))
 
     async def wait(self, container: Container) -> Ended:
-        if container.process is None:  # as runc's
+        if container.process is None:  # as runc does
             return Ended(255, error="its exit code is not known")
         return await self._exits.get()
 
@@ -127,7 +129,7 @@ class StubRuntime:
 
 
 class StubImages:
-    """In the place of ``ImageStore``: it has none."""
+    """Stub of ``ImageStore`` without images."""
 
     def lookup(self, word: str) -> None:
         pass
@@ -137,7 +139,7 @@ class StubImages:
 
 
 class StubNetwork:
-    """In the place of the data plane: it has everything at once."""
+    """Stub of the data plane that provides everything at once."""
 
     predefined_ids: Mapping[str, str] = {}
 
@@ -158,14 +160,14 @@ class StubNetwork:
 
 
 class NoImages:
-    """In the place of ``ImageStore``."""
+    """Stub of ``ImageStore``."""
 
     async def sweep(self, in_use: object) -> None:
         pass
 
 
 class StubEngine:
-    """The engine with its stubs, and what was done with its container."""
+    """The engine with its stubs, and a record of operations on its container."""
 
     def __init__(self, clock: Clock, directory: Path, *containers: Container) -> None:
         self.bundles = StubBundles(*containers)
@@ -180,7 +182,7 @@ class StubEngine:
         )
 
     async def end(self, exit_code: int = 0) -> None:
-        """Its process ends; return when the engine has recorded that."""
+        """End its process, and return when the engine has recorded that."""
         self.runtime.end(exit_code)
         await self.engine.wait(ID)
 
@@ -189,7 +191,7 @@ Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
 
 
 def on_virtual_time(body: Body, directory: Path, *containers: Container, within_s: float = 3600) -> None:
-    """Run a test's ``body`` with an engine that has ``containers``; ``within_s``: of virtual time."""
+    """Run a test's ``body`` with an engine that has ``containers``.  ``within_s``: virtual time."""
     loop = VirtualLoop()
 
     async def whole() -> None:
@@ -205,7 +207,7 @@ def on_virtual_time(body: Body, directory: Path, *containers: Container, within_
 
 @asynccontextmanager
 async def restart_policies(stubs: StubEngine) -> AsyncIterator[None]:
-    """They are carried out until the block ends."""
+    """Run the restart policies until the block ends."""
     monitoring = asyncio.create_task(stubs.engine.run_restart_policies())
     try:
         yield

@@ -1,4 +1,4 @@
-"""Tables of networks for tests: say only what matters."""
+"""Tables of networks for tests, with defaults for all fields that a test does not set."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,7 +17,7 @@ def a_network(
     is_ingress: bool = False,
     containers: Iterable[TableEndpoint] = (),
 ) -> Table:
-    """The table of network ``id-<name>``."""
+    """Return the table of network ``id-<name>``."""
     endpoints = [one for _, tasks in services for one in tasks] + list(containers)
     return Table(
         head=NetworkHead(
@@ -44,7 +44,7 @@ def a_served(
     starting: Sequence[str] = (),
     unhealthy: Sequence[str] = (),
 ) -> tuple[TableService, Sequence[TableEndpoint]]:
-    """Service ``id-<name>`` and its tasks, one per address: serving, then not yet running, then unhealthy."""
+    """Return service ``id-<name>`` and its tasks, one per address: serving, then not yet running, then unhealthy."""
     virtual_ips = (virtual_ip,) if isinstance(virtual_ip, str) else tuple(virtual_ip)
     id = ServiceId(f"id-{name}")
     kinds = [*((one, True, True) for one in tasks), *((one, False, False) for one in starting)]
@@ -65,7 +65,7 @@ def a_served(
 
 
 def a_container(name: str, address: str, *, aliases: Sequence[str] = ()) -> TableEndpoint:
-    """A container that no service has."""
+    """Return a container without a service."""
     return TableEndpoint(
         task_id=TaskId(name),
         node_id=NODE,
@@ -78,7 +78,7 @@ def a_container(name: str, address: str, *, aliases: Sequence[str] = ()) -> Tabl
 
 
 def a_member(id: str = "n1") -> SessionState:
-    """A node that is ``id`` of a cluster, without a session."""
+    """Return the state of a node that is a member of a cluster as ``id``, without a session."""
     state = SessionState(SystemClock())
     state.join(NodeId(id))
     return state

@@ -1,4 +1,4 @@
-"""A command on a terminal of its own, as a person would use it."""
+"""A command on its own terminal, as a person would use it."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class Terminal:
-    """The person's side."""
+    """The person's side of a terminal."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", descriptor: int) -> None:
         self.process = process
@@ -24,11 +24,11 @@ class Terminal:
         os.write(self._descriptor, text.encode())
 
     def resize(self, rows: int, columns: int) -> None:
-        """Draw the window to another size; only a session with this terminal as its own notices."""
+        """Resize the window.  Only a session with this terminal as its own notices."""
         fcntl.ioctl(self._descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def wait_shown(self, text: str, within_s: float = 20) -> None:
-        """Read until ``text`` is on the screen.  Fails the test after ``within_s``."""
+        """Read until ``text`` is on the screen.  Fail the test after ``within_s``."""
         deadline = time.monotonic() + within_s
         while text not in self.shown:
             left = deadline - time.monotonic()
@@ -36,17 +36,17 @@ class Terminal:
             if select.select([self._descriptor], [], [], left)[0]:
                 try:
                     self.shown += os.read(self._descriptor, 4096).decode(errors="replace")
-                except OSError as error:  # its other end is closed
+                except OSError as error:  # the command's end is closed
                     raise AssertionError(f"ended without {text!r}: {self.shown!r}") from error
 
     def wait_end(self, within_s: float = 20) -> int:
-        """Its exit code."""
+        """Wait for the command's end, and return its exit code."""
         return self.process.wait(within_s)
 
 
 @contextmanager
 def terminal(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Terminal]:
-    """``command`` on a terminal while the context is open."""
+    """Run ``command`` on a terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""Snapshots for ``skep top``, and a cluster that only shows one and writes down what it is asked to do."""
+"""Snapshots for ``skep top``, and a cluster that shows one and records requests."""
 
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from skep.top.watching import Publish
 
 
 class StillCluster:
-    """``snapshot`` and nothing that changes it."""
+    """Shows ``snapshot``, which never changes."""
 
     name = "unix:///run/skep/skep.sock"
 
@@ -39,7 +39,9 @@ class StillCluster:
 
 
 def a_node(name: str, **changes: Any) -> Mapping[str, Any]:
-    """A ready worker; ``changes``: of ``state``, ``message``, ``availability``, ``role``, ``leader``, ``load``."""
+    """Return a ready worker.  ``changes``: ``state``, ``message``, ``availability``, ``role``, ``leader``,
+    ``load``.
+    """
     manager = {"Leader": bool(changes.get("leader")), "Reachability": "reachable"}
     return {
         "ID": f"id-{name}",
@@ -65,7 +67,7 @@ def a_node(name: str, **changes: Any) -> Mapping[str, Any]:
 
 
 def a_service(name: str, running: int = 2, wanted: int = 2, **changes: Any) -> Mapping[str, Any]:
-    """A replicated service; ``changes``: ``image``, ``mode``, ``update``, ``previous``, ``settings``."""
+    """Return a replicated service.  ``changes``: ``image``, ``mode``, ``update``, ``previous``, ``settings``."""
     spec = {
         "Name": name,
         "Labels": {},
@@ -88,7 +90,7 @@ def a_service(name: str, running: int = 2, wanted: int = 2, **changes: Any) -> M
 
 
 def a_task(service: str, slot: int, node: str = "", **changes: Any) -> Task:
-    """A running task; ``changes``: ``state``, ``desired``, ``err``, ``message``."""
+    """Return a running task.  ``changes``: ``state``, ``desired``, ``err``, ``message``."""
     raw = {
         "ID": f"id-{service}-{slot}-{node}" + changes.get("suffix", ""),
         "ServiceID": f"id-{service}",
@@ -112,7 +114,7 @@ def a_snapshot(
     tasks: tuple[Task, ...] = (),
     **more: Any,
 ) -> Snapshot:
-    """Loaded and live."""
+    """Return a snapshot that is loaded and live."""
     return Snapshot(
         nodes={node["ID"]: node for node in nodes},
         services={service["ID"]: service for service in services},
@@ -122,7 +124,7 @@ def a_snapshot(
 
 
 def a_shop() -> Snapshot:
-    """Three nodes of which one is down, and services of which two are not as wanted."""
+    """Return three nodes of which one is down, and services of which two are degraded."""
     crash = 'exit 3, last line "panic: no database at db:5432"; crash loop, 4 failures in a row'
     update = {"State": "updating", "Message": "update in progress"}
     return a_snapshot(

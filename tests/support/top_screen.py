@@ -1,4 +1,4 @@
-"""The picture of ``skep top`` in the guide: ``python -m tests.support.top_screen`` writes it anew."""
+"""The picture of ``skep top`` in the guide.  ``python -m tests.support.top_screen`` writes it."""
 
 import asyncio
 import re
@@ -9,12 +9,12 @@ from tests.support.top_clusters import StillCluster, a_shop
 
 PICTURE = Path(__file__).parents[2] / "docs/guide/skep-top.svg"
 PAINTED = ("shop/web:2.1", "Quit")
-"""Of the last row of the table, and of the keys below, which are painted later."""
+"""Texts in the last row of the table and in the key bar, which are painted last."""
 _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 
 
 async def picture() -> str:
-    """The first screen; without fonts from another site, which a reader's browser would fetch."""
+    """Return the first screen, without fonts from another site that a reader's browser would fetch."""
     app = TopApp(StillCluster(a_shop()))
     async with app.run_test(size=(110, 20)) as pilot:
         before, present = "", app.export_screenshot(title="skep top")

@@ -8,10 +8,10 @@ import pytest
 
 
 class ShownTracebacks:
-    """Gives each entry of a failure's traceback a line.
+    """Sets a line for each entry of a failure's traceback.
 
-    A time limit raises wherever the process is, also at an instruction that belongs to no line.  pytest computes with
-    the line (``_pytest/_code/code.py``, ``TracebackEntry.lineno``), and the whole run would end with an internal error.
+    A time limit can raise at any instruction, including one without a line. pytest computes with the line
+    (``_pytest/_code/code.py``, ``TracebackEntry.lineno``), so the whole run would end with an internal error.
     """
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -26,9 +26,9 @@ class ShownTracebacks:
 
 
 def with_lines(traceback: TracebackType | None) -> TracebackType | None:
-    """The same traceback; where an entry has no line it has the first one of its function."""
+    """Return the same traceback, with the function's first line for entries without a line."""
     entries: list[TracebackType] = []
-    while traceback is not None:  # a recursion that went too deep has a thousand
+    while traceback is not None:  # a recursion that is too deep has a thousand entries
         entries.append(traceback)
         traceback = traceback.tb_next
     for entry in reversed(entries):
@@ -40,7 +40,7 @@ def with_lines(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def related(error: BaseException | None) -> Iterator[BaseException]:
-    """``error``, what it was raised from or during, and the members of groups; each once."""
+    """Yield ``error``, its causes and contexts, and the members of groups, each once."""
     waiting, seen = [error], set[int]()
     while waiting:
         one = waiting.pop()

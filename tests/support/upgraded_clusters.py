@@ -1,4 +1,4 @@
-"""A made-up cluster that is upgraded: its API, and means that install at once."""
+"""A simulated cluster that is upgraded: its API, and means that install at once."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,17 +12,19 @@ from skep.errors import Unavailable
 
 
 class UpgradedCluster(Requests):
-    """Nodes with one version; tasks of its one service move at once from what is drained."""
+    """Nodes with one version.  Tasks of its one service move at once from a drained node."""
 
     def __init__(self, *names: str, version: str, leader: str = "m1", replicas: int = 0) -> None:
-        """``names``: those of managers begin with m.  ``replicas``: of the service; 0: there is none."""
+        """``names``: node names, where managers start with m.  ``replicas``: replicas of the service, or 0 for no
+        service.
+        """
         self.nodes = {name: self._node(name, version, is_leader=name == leader) for name in names}
         self.swarm: dict[str, Any] = {"Version": {"Index": 1}, "Spec": {"Labels": {}}}
         self._replicas = replicas
         self.level = 1
-        """Of the data."""
+        """Level of the data."""
         self.supported = 1
-        """By the version that the managers have; a new one supports one more."""
+        """Data level that the managers' version supports.  A new version supports one more."""
 
     @staticmethod
     def _node(name: str, version: str, *, is_leader: bool) -> dict[str, Any]:
@@ -104,18 +106,18 @@ class UpgradedCluster(Requests):
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
-        """As of ``HostOptions``."""
+        """Return the client, as ``HostOptions`` does."""
         yield cast("Client", self)
 
 
 class Installing(Means, frozen=True, kw_only=True):
-    """Installs at once; ``breaks``: what goes down with it; ``refuses``: what ssh does not reach."""
+    """Installs at once.  ``breaks``: nodes that fail with it.  ``refuses``: nodes that ssh does not reach."""
 
     cluster: UpgradedCluster
     breaks: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
     level: int = 1
-    """Of the data afterwards."""
+    """Level of the data afterwards."""
 
     async def check(self, node: Member) -> None:
         if node.name in self.refuses:

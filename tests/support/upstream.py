@@ -1,4 +1,4 @@
-"""Name servers for tests, on the node, with configurable answers."""
+"""Name servers for tests, on the node, with configurable responses."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -11,7 +11,7 @@ from skep.dataplane.protocol import NameServer
 
 @asynccontextmanager
 async def upstream(answer: Callable[[DNSRecord], bytes | None]) -> AsyncIterator[NameServer]:
-    """A name server on the node, over UDP and TCP, that says what ``answer`` gives; None: nothing."""
+    """Run a name server over UDP and TCP that sends the result of ``answer``, or nothing for None."""
 
     class Datagrams(asyncio.DatagramProtocol):
         def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Two versions of Skep side by side: which one each node of a playground runs, and how it changes.
+"""Two versions of Skep side by side: the version of each playground node, and how it changes.
 
 ``python -m tests.support.versions DIRECTORY NAME FOLDER NODE VERSION`` changes a node of the playground NAME.
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def package_of(commit: str, folder: Path) -> Path:
-    """``folder`` with the package as it was at ``commit``."""
+    """Write the package as of ``commit`` to ``folder``, and return ``folder``."""
     archive = subprocess.run(
         ["git", "-C", str(ROOT), "archive", commit, "skep"], capture_output=True, check=False
     )
@@ -35,9 +35,9 @@ def package_of(commit: str, folder: Path) -> Path:
 
 
 class Versions:
-    """Which version each node of a playground runs: its daemon is started by a launcher that reads it from a file.
+    """The version of each playground node.  A launcher reads it from a file and starts the daemon.
 
-    Each version has an environment of its own: this one's libraries, another package.
+    Each version has its own environment: this one's libraries, another package.
     """
 
     def __init__(self, folder: Path, earlier: Path) -> None:
@@ -58,11 +58,11 @@ class Versions:
         self._write("all", is_present=False)
 
     def set(self, name: str, *, is_present: bool) -> None:
-        """What ``name`` runs from its next start on."""
+        """Set the version that ``name`` runs from its next start."""
         self._write(name, is_present=is_present)
 
     def check(self, node: TestNode, *, is_present: bool) -> None:
-        """The node's processes are of this version."""
+        """Check that the node's processes have this version."""
         wanted = str(self._environments[is_present])
         found = {
             comm: Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
@@ -77,12 +77,12 @@ class Versions:
 
 
 def _environment(folder: Path, package: Path) -> Path:
-    """A virtual environment with the libraries of this one and the package below ``package``."""
+    """Create a virtual environment with the libraries of this one and the package below ``package``."""
     real = Path(sys.prefix)
     library = next((real / "lib").glob("python3*")).name
     packages = folder / "lib" / library / "site-packages"
     packages.mkdir(parents=True)
-    # Lines of its own: files like this one are not read in folders that come by such a line.
+    # These lines are written here, because path files like this one are not read in folders that such a line adds.
     (packages / "packages.pth").write_text(f"{package}\n{real}/lib/{library}/site-packages\n")
     (folder / "bin").mkdir()
     (folder / "bin/python").symlink_to((real / "bin/python").resolve())
@@ -95,7 +95,7 @@ def _environment(folder: Path, package: Path) -> Path:
 
 
 def restart(cluster: TestCluster, name: str) -> None:
-    """End the node's processes, but not its containers, as an upgrade of the package does; it is started again."""
+    """End the node's processes, but not its containers, as an upgrade of the package does.  They are restarted."""
     node = cluster.node(name)
     ends = cluster.directory / name / "ends"
     before = len(ends.read_text().splitlines()) if ends.exists() else 0
@@ -112,7 +112,7 @@ def answers(node: TestNode) -> bool:
 
 
 def main(directory: str, name: str, folder: str, node: str, version: str) -> None:
-    """Change a node."""
+    """Change the version of a node."""
     (Path(folder) / node).write_text(str(Path(folder) / version))
     restart(TestCluster(Path(directory), name), node)
 

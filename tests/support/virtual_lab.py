@@ -1,4 +1,4 @@
-"""A client of service web, at 10.0.1.2, and three backends of it, in real namespaces."""
+"""A client of service web, at 10.0.1.2, and three backends, in real namespaces."""
 
 import asyncio
 import socket
@@ -14,12 +14,12 @@ CLIENT = "10.0.1.5"
 
 
 def web(*names: str) -> Table:
-    """Service web, served by these."""
+    """Return the table of service web with these backends."""
     return a_network(a_served("web", VIRTUAL, [BACKENDS[name] for name in names]))
 
 
-async def started(lab: NamesLab, *names: str) -> None:
-    """A client that knows web's address, and all backends."""
+async def start_web(lab: NamesLab, *names: str) -> None:
+    """Start a client that knows web's address, and all backends."""
     for id, address in BACKENDS.items():
         await lab.container(id, address)
         await lab.backend(id, address)
@@ -34,7 +34,7 @@ async def client_has(lab: NamesLab, table: Table) -> None:
 
 
 async def flow(lab: NamesLab, address: str = VIRTUAL, id: str = "client") -> socket.socket:
-    """A UDP socket of the container's, connected."""
+    """Return a connected UDP socket of the container."""
     opened = await lab.open(id, socket.SOCK_DGRAM, socket.AF_INET6 if ":" in address else socket.AF_INET)
     opened.connect((address, 80))
     return opened
@@ -48,7 +48,7 @@ async def say(flow: socket.socket) -> list[str]:
 
 
 async def who(lab: NamesLab, count: int) -> Counter[str]:
-    """Who answers that many new connections."""
+    """Count the backends that respond to that many new connections."""
     found: Counter[str] = Counter()
     for _ in range(count):
         conversation = await lab.connect("client", VIRTUAL)

@@ -1,4 +1,6 @@
-"""Objects that a control loop reads from the store: their number is the same on any machine, however busy."""
+"""Counts the objects that a control loop reads from the store.  The number is the same on any machine, however
+busy.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager

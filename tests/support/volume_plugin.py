@@ -1,4 +1,4 @@
-"""A volume plug-in for tests, by Docker's protocol on a unix socket: directories, and a record of all calls."""
+"""A volume plugin for tests, with Docker's protocol on a unix socket: directories, and a record of all calls."""
 
 import asyncio
 import json
@@ -11,7 +11,10 @@ from aiohttp import web
 
 
 class TestPlugin:
-    """``volumes``: name -> options.  ``answers``: what it says instead, by method: text, or None to say nothing."""
+    """A volume plugin.
+
+    ``volumes``: options by name.  ``answers``: text to send instead, by method, or None to send nothing.
+    """
 
     __test__ = False
 
@@ -40,7 +43,7 @@ class TestPlugin:
 
     @property
     def methods(self) -> list[str]:
-        """What it was asked, in order, without the handshake and looks."""
+        """Return the received calls in order, without the handshake and lookups."""
         looks = ("Plugin.Activate", "VolumeDriver.Capabilities", "VolumeDriver.Get", "VolumeDriver.Path")
         return [
             method.partition(".")[2]

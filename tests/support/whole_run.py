@@ -1,4 +1,4 @@
-"""At the end of a whole run (``--whole``) every test that docs/promises.md names has to have passed in it.
+"""At the end of a whole run (``--whole``), every test that docs/promises.md names must have passed.
 
 With several workers (pytest-xdist) each runs a part of the tests, so their controller compares.
 """
@@ -14,7 +14,7 @@ _LEFT_OUT = "skep_left_out"
 
 
 class WholeRun:
-    """Records how tests ended; after the last one, fails the run if a named test did not pass."""
+    """Records outcomes of tests.  After the last one it fails the run if a named test did not pass."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -31,7 +31,7 @@ class WholeRun:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """A worker has ended."""
+        """Merge the outcomes of a worker that has ended."""
         self._outcomes.leave_out(getattr(node, "workeroutput", {}).get(_LEFT_OUT, ()))
 
     @pytest.hookimpl(trylast=True)

@@ -1,4 +1,4 @@
-"""Every call of the protocol, made with an empty request: for tests of who may make it."""
+"""Makes every call of the protocol with an empty request, to test which role may make it."""
 
 import asyncio
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ METHODS = {
     for name, method in sorted(vars(methods).items())
     if isinstance(method, Unary | ServerStream | ClientStream | BothStream)
 }
-"""Constant of ``wire.methods`` -> method."""
+"""Methods by the name of their constant in ``wire.methods``."""
 
 GUARDED = {name: method for name, method in METHODS.items() if method.access is not Access.OPEN}
-"""Those that need a certificate."""
+"""Methods that require a certificate."""
 
 PATIENCE_S = 3.0
 
 
 async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None = None) -> SkepError | None:
-    """Call a method with an empty request; gives the error, or None for an answer (or a stream that stays open)."""
+    """Call a method with an empty request.  Return the error, or None for a response (or a stream that stays open)."""
     method = METHODS[name]
     if metadata is not None:
         channel = _Forging(channel, metadata)
@@ -56,7 +56,7 @@ class _Forging(Channel):
 
 
 async def all_calls(address: str, pair: KeyPair) -> Mapping[str, str]:
-    """Name of every guarded call -> class of its error with this certificate; ``answered`` if there was none."""
+    """Return the class of each guarded call's error with this certificate, by name, or ``answered``."""
     outcome = {}
     for name in GUARDED:
         try:

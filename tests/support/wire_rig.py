@@ -1,4 +1,4 @@
-"""A manager's gRPC half on loopback, with a store in memory, and nodes that talk to it over real mTLS."""
+"""A manager's gRPC services on loopback, with a store in memory, and nodes that connect over real mTLS."""
 
 import asyncio
 import secrets
@@ -91,7 +91,7 @@ MANAGER_ID = NodeId("manager0000000000000000m1")
 
 
 class Cluster:
-    """One manager with its store.  ``serving`` runs it; the store outlives it, as etcd does."""
+    """One manager with its store.  ``serving`` runs it, and the store outlives it as etcd does."""
 
     def __init__(self, *, heartbeat_s: float = 0.2, host: str = "127.0.0.1") -> None:
         self.id = ClusterId(new_id())
@@ -128,7 +128,7 @@ class Cluster:
         return self.view.get(Node, id)
 
     def pair(self, node_id: str, role: NodeRole = NodeRole.WORKER, cluster: str = "") -> KeyPair:
-        """A key pair signed by this cluster's root, whatever the store knows."""
+        """Return a key pair signed by this cluster's root, whether or not the store knows the node."""
         key = new_private_key()
         identity = Identity(node_id=NodeId(node_id), cluster_id=ClusterId(cluster or self.id), role=role)
         return KeyPair(
@@ -185,7 +185,7 @@ class Cluster:
             self.port = bound.port
             await self.store.update(self._set_address)
             for loop in (self.dispatcher.run(), self.logs.run(), self.discovery.run(), self.paths.run()):
-                stack.push_async_callback(_ended, asyncio.create_task(loop))
+                stack.push_async_callback(_end, asyncio.create_task(loop))
             yield self
 
     def _services(self, certificates: CertificateService, clock: SystemClock) -> Sequence[Handler]:
@@ -203,7 +203,7 @@ class Cluster:
 
     @property
     def path_parts(self) -> Sequence[ProbeStreams | Diagnostics]:
-        """Of an older manager: none."""
+        """Return the parts for paths, or none for an older manager."""
         return (self.paths, self.diagnostics) if self.knows_paths else ()
 
     def make_discovery(self, clock: SystemClock) -> Discovery:
@@ -212,7 +212,7 @@ class Cluster:
         )
 
     def channel(self, manager: NodeId) -> Channel:
-        """The link to another manager; this one has none."""
+        """Return the link to another manager, which this manager does not have."""
         raise Unavailable(f"manager {manager} cannot be reached")
 
     @asynccontextmanager
@@ -223,11 +223,11 @@ class Cluster:
         try:
             yield
         finally:
-            await _ended(running)
+            await _end(running)
 
     @asynccontextmanager
     async def own_agent(self, directory: Path) -> AsyncIterator[tuple[Agent, "FakeWorker"]]:
-        """The agent of the manager's own machine, whose certificate the manager serves with."""
+        """Run the agent of the manager's own machine, whose certificate the manager serves with."""
         pair = self.pair(MANAGER_ID, NodeRole.MANAGER)
         async with an_agent(self, pair, directory) as own, self.kept_up(directory):
             yield own
@@ -239,7 +239,7 @@ class Cluster:
         peers: PeerFiles | None = None,
         on_expiry: Callable[[Expiry], None] = lambda _: None,
     ) -> AsyncIterator[None]:
-        """The manager's care for certificates, with its own key pair in ``directory``."""
+        """Run the manager's certificate renewal, with its own key pair in ``directory``."""
         clock = SystemClock()
         updater = CertificateUpdater(
             self.store,
@@ -259,7 +259,7 @@ class Cluster:
             yield
         finally:
             for one in running:
-                await _ended(one)
+                await _end(one)
 
     def _found(self, tx: Transaction) -> None:
         root_pem = self.authority.root_pem
@@ -285,12 +285,12 @@ class Cluster:
         tx.put(msgspec.structs.replace(node, manager_status=ManagerStatus(leader=True, addr=self.address)))
 
     async def until(self, condition: Callable[[View], object], within_s: float = 10.0) -> None:
-        """Wait for the store to show something."""
+        """Wait until the store shows something."""
         await until(lambda: condition(self.view), within_s)
 
 
 def with_all_methods(handlers: Sequence[Handler]) -> Sequence[Handler]:
-    """``handlers``, and one that answers UNIMPLEMENTED for each method they leave out: who may call is asked first."""
+    """Return ``handlers``, and one that responds UNIMPLEMENTED to all other methods, after the check of access."""
     served = {handler.method.path for handler in handlers}
 
     async def refuse(_request: Any, _caller: Caller) -> Any:
@@ -301,14 +301,14 @@ def with_all_methods(handlers: Sequence[Handler]) -> Sequence[Handler]:
 
 
 async def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
-    """Wait for a condition that nothing announces."""
+    """Wait for a condition that has no event."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 -- the store's view announces nothing to a test
             await asyncio.sleep(0.005)
 
 
 async def a_worker(cluster: Cluster, directory: Path) -> KeyPair:
-    """The key pair of a node that joined."""
+    """Return the key pair of a node that joined."""
     pair = await join(cluster.address, cluster.swarm.join_tokens.worker, SystemClock())
     keypair.save(pair, directory)
     return pair
@@ -320,14 +320,14 @@ async def put(cluster: Cluster, *objects: msgspec.Struct) -> None:
 
 
 def service_task(node: NodeId) -> tuple[Service, Task]:
-    """A service with a task that was just assigned to ``node``."""
+    """Return a service with a task that was just assigned to ``node``."""
     service = a_service(f"web{new_id()[:6]}")
     return service, a_task(new_id(), node=node, service=service, state=TaskState.ASSIGNED)
 
 
 @asynccontextmanager
 async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[Channel, str]]:
-    """A connection with a registered session, by hand: gives the channel and the session's id."""
+    """Open a connection and register a session without an agent.  Yield the channel and the session's id."""
     async with (
         connected(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
@@ -360,7 +360,7 @@ async def an_agent_of(
     paths: ProbeSource | None = None,
     containers: ContainerAccess | None = None,
 ) -> AsyncIterator[Agent]:
-    """An agent with a fake worker, registered with one of ``managers``."""
+    """Run an agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
     credentials = KeyPairCredentials(directory, SystemClock(), random)
     agent = Agent(
@@ -387,11 +387,11 @@ async def an_agent_of(
             await agent.registered.wait()
         yield agent
     finally:
-        await _ended(running)
+        await _end(running)
 
 
 def pair_of(agent: Agent) -> KeyPair:
-    """The key pair that an agent has now."""
+    """Return the current key pair of an agent."""
     assert isinstance(agent._credentials, KeyPairCredentials)
     return agent._credentials.pair
 
@@ -406,15 +406,15 @@ async def an_agent(
     tables: TableSink | None = None,
     paths: ProbeSource | None = None,
 ) -> AsyncIterator[tuple[Agent, FakeWorker]]:
-    """An agent with a fake worker, registered with the cluster's manager."""
+    """Run an agent with a fake worker, registered with the cluster's manager."""
     worker = worker or FakeWorker()
     peers = [Peer(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, directory, worker, Random(1), load, tables, paths) as agent:
         yield agent, worker
 
 
-async def _ended(task: "asyncio.Task[None]") -> None:
-    """Cancel ``task``; a failure of its own comes out."""
+async def _end(task: "asyncio.Task[None]") -> None:
+    """Cancel ``task``.  Raise its error if it failed."""
     task.cancel()
     try:
         await task

@@ -11,23 +11,25 @@ from skep.model.wireguard import PublicKey
 
 
 def numbered_keys(start: int = 1) -> Callable[[], bytes]:
-    """Makes private keys that are numbered."""
+    """Return a function that makes numbered private keys."""
     numbers = count(start)
     return lambda: (8 * next(numbers)).to_bytes(32, "little")
 
 
 def a_pair(number: int, slot: int = 0) -> KeyPair:
-    """A key pair that is the same for the same number."""
+    """Return the key pair for a number."""
     return KeyPair(private=(8 * number).to_bytes(32, "little"), slot=slot, made_at=0.0)
 
 
 def published(pair: KeyPair) -> PublicKey:
-    """What the owner of ``pair`` publishes."""
+    """Return the key that the owner of ``pair`` publishes."""
     return PublicKey(pair.public, own_port(pair.slot, DEFAULT_DATA_PATH_PORT))
 
 
 def a_secure_table(nodes: dict[str, tuple[KeyPair, ...]], *, vni: int = 4097, name: str = "secure") -> Table:
-    """An encrypted network; node ``n1`` is at 192.0.2.1, and so on; ``nodes``: their key pairs."""
+    """Return the table of an encrypted network.  Node ``n1`` is at 192.0.2.1, and so on.  ``nodes``: their key
+    pairs.
+    """
     return Table(
         head=NetworkHead(
             id=NetworkId(name),

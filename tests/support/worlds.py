@@ -1,4 +1,4 @@
-"""A service with its tasks and nodes on which orchestration decisions are applied: no store, no loop, no clock."""
+"""A service with its tasks and nodes, to which orchestration decisions are applied, without store, loop and clock."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -26,7 +26,7 @@ from skep.store.schema import SCHEMA_BY_TYPE
 
 
 class World:
-    """Holds one service; time stands still unless ``now`` is moved."""
+    """Holds one service.  Time stands still unless ``now`` is changed."""
 
     def __init__(self, service: Service, tasks: Iterable[Task] = (), nodes: Iterable[Node] = ()) -> None:
         self.service = service
@@ -42,7 +42,7 @@ class World:
         self.silence_s = 0.0
         self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
-        """Tasks of which nothing is reported."""
+        """Tasks without reports."""
         self._numbers = count(1)
 
     # -- decisions ---------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class World:
         return [step for step in steps if not isinstance(step, Recheck)]
 
     def apply(self, changes: Sequence[Change]) -> None:
-        """Apply with the orchestrator's own transactions."""
+        """Apply changes with the orchestrator's own transactions."""
         for change in changes:
             apply(
                 self,
@@ -87,7 +87,7 @@ class World:
             )  # type: ignore[arg-type]
 
     def settle(self) -> int:
-        """Decide and apply until nothing changes; how many rounds that took."""
+        """Decide and apply until nothing changes.  Return the number of rounds."""
         for rounds in range(50):
             changes = self.changes()
             if not changes:
@@ -95,35 +95,35 @@ class World:
             self.apply(changes)
         raise AssertionError("it never settles")
 
-    # -- what happens ------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------------------
 
     def report(self, task_id: str, state: TaskState, end: TaskEnd | None = None) -> None:
-        """The task's agent reports a state."""
+        """Report a state, as the task's agent does."""
         task = self.tasks[TaskId(task_id)]
         if task.id in self.held:
             return
         self.put(replace(task, status=replace(task.status, state=state, end=end)))
 
     def run_all(self) -> None:
-        """Every wanted task that is allowed to comes to run."""
+        """Run every desired task that is allowed to run."""
         for task in list(self.tasks.values()):
             if task.desired_state is TaskState.RUNNING and not task.status.state.is_terminal:
                 self.report(task.id, TaskState.RUNNING)
 
     def prepare_all(self) -> None:
-        """Every task that is to be prepared is ready."""
+        """Prepare every task whose desired state is ready."""
         for task in list(self.tasks.values()):
             if task.desired_state is TaskState.READY and task.status.state < TaskState.READY:
                 self.report(task.id, TaskState.READY)
 
     def stop_all(self) -> None:
-        """Every retired task has stopped."""
+        """Stop every retired task."""
         for task in list(self.tasks.values()):
             if task.desired_state > TaskState.RUNNING and not task.status.state.is_terminal:
                 self.report(task.id, TaskState.SHUTDOWN)
 
     def update(self, spec: ServiceSpec) -> None:
-        """The user updates the service."""
+        """Update the service, as a user does."""
         self.put(replace(self.service, previous_spec=self.service.spec, spec=spec, update_status=None))
 
     # -- the part of a transaction that changes need -------------------------------------------------------------
@@ -140,7 +140,7 @@ class World:
     get = lookup
 
     def rely_on(self, kind: type[Any], id: str, *parts: str) -> Any:
-        """One object at a time is written here, so nothing can change meanwhile."""
+        """Read an object.  Only one object is written at a time here, so nothing can change meanwhile."""
         assert {HEAD, *SCHEMA_BY_TYPE[kind].parts} >= {*parts}
         return self.lookup(kind, id)
 
@@ -148,7 +148,7 @@ class World:
         return {}
 
     def rely_on_all(self, kind: type[Any]) -> None:
-        """The same."""
+        """Do nothing, for the same reason."""
 
     def damaged(self, kind: type[Any]) -> Mapping[str, Mapping[str, str]]:
         return {id: {"status": "damaged"} for id in self.unknown} if kind is Task else {}

@@ -1,4 +1,4 @@
-"""A zygote for a test, which is its node process."""
+"""A zygote for a test, which acts as its node process."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from skep.node.supervision.zygote import Children, Entry, Preparation, Zygote, s
 
 
 class StartedZygote(Zygote):
-    """The test's end."""
+    """The test's end of a zygote."""
 
     def __init__(self, connection: socket.socket, pid: int, held: int) -> None:
         super().__init__(connection)
@@ -19,7 +19,7 @@ class StartedZygote(Zygote):
         self._held = held
 
     def end(self) -> None:
-        """Let it go and wait for its end; what it forked goes on."""
+        """Release the zygote and wait for its end.  Its forked processes continue."""
         self.close()
         os.close(self._held)
         with suppress(ChildProcessError):
@@ -29,7 +29,7 @@ class StartedZygote(Zygote):
 def start(
     entries: Mapping[str, Entry], preparations: Mapping[str, Preparation] = MappingProxyType({})
 ) -> StartedZygote:
-    """Fork one.  It ends when the test lets it go, or ends."""
+    """Fork a zygote.  It ends when the test releases it, or ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ended, held = os.pipe()
     pid = os.fork()

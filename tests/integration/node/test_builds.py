@@ -341,7 +341,7 @@ async def test_a_request_that_cannot_be_built_is_refused(node: BuildLab) -> None
 
 async def test_a_build_ends_with_its_client(node: BuildLab) -> None:
     context = node.context("FROM busybox:1\nRUN echo begun; sleep 600\n")
-    client = await node.started("build", "-t", "mine", str(context))
+    client = await node.start("build", "-t", "mine", str(context))
     assert client.stdout is not None
     while (
         line := await client.stdout.readline()

@@ -163,7 +163,7 @@ async def test_the_same_epoch_gives_the_same_image_and_another_carries_out_no_st
     code, output = await host.build(context, "-t", "two:1", SOURCE_DATE_EPOCH="1700000001")
     assert code == 0, output
     assert output.count("CACHED") >= 3, output
-    assert (await host.inspected("two:1"))["Created"] == "2023-11-14T22:13:21Z"
+    assert (await host.inspect("two:1"))["Created"] == "2023-11-14T22:13:21Z"
 
 
 @pytest.mark.usefixtures("only_here")

@@ -8,7 +8,7 @@ import pytest
 from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.methods import Refusal
 from skep.errors import FailedPrecondition
-from tests.support.overlay_lab import carried, place, reaches, shell
+from tests.support.overlay_lab import carry, place, reaches, shell
 from tests.support.secure_lab import SECURE_DUAL, SECURE_TWO, secure_lab, wait_reaches
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest.mark.timeout(60)]
@@ -27,7 +27,7 @@ async def test_both_versions_of_ip_inside_and_between(tmp_path: Path, is_v6: boo
         await wait_reaches(one, "10.0.4.6")
         await wait_reaches(one, "fd04::6")
         for address in ("10.0.4.6", "fd04::6"):
-            assert await carried(lab.nodes[0].namespaces, other, one, address, SIZE) == SIZE
+            assert await carry(lab.nodes[0].namespaces, other, one, address, SIZE) == SIZE
         shown = await shell(one.netns, "ip -d link show eth0")
         assert f"mtu {1338 if is_v6 else 1370} " in shown
         sockets = await shell(lab.nodes[0].home, "ss -Huan")

@@ -12,7 +12,7 @@ from skep.dataplane.netns.checksums import offloads, set_offloads
 from skep.dataplane.plan.probe import address_of
 from skep.model.paths import PathCheck, ProbeTargets
 from skep.model.sandbox import Sandbox
-from tests.support.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
+from tests.support.overlay_lab import WEB, LabNode, OverlayLab, carry, place, reaches, shell
 from tests.support.paths_lab import a_peer, report_until, set_all_targets
 
 TEN_MEGABYTES = 10 << 20
@@ -87,15 +87,15 @@ async def test_a_router_with_a_smaller_mtu_is_found_and_overlays_follow(lab: Ove
         ends = await two_ends(lab, networks, 0, 1, 2)
         assert [await mtu_of(end) for end in ends] == [1450] * 3, "nothing was measured yet"
         with pytest.raises(TimeoutError):
-            await carried(lab.nodes[0].namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES)
+            await carry(lab.nodes[0].namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES)
         set_all_targets(lab, networks)
         report = await report_until(networks[0], lab.nodes[2], lambda one: one.mtu > 0)
         assert report.mtu == 1400
         assert (await report_until(networks[0], lab.nodes[1], lambda one: one.mtu > 0)).mtu == 1500
         await until_mtu(ends, 1350)
         namespaces = lab.nodes[0].namespaces
-        assert await carried(namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES) == TEN_MEGABYTES
-        assert await carried(namespaces, ends[0], ends[2], "10.0.1.5", TEN_MEGABYTES) == TEN_MEGABYTES
+        assert await carry(namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES) == TEN_MEGABYTES
+        assert await carry(namespaces, ends[0], ends[2], "10.0.1.5", TEN_MEGABYTES) == TEN_MEGABYTES
         large = [one for one in report.findings if one.check is PathCheck.LARGE_PACKETS]
         assert not large[0].is_failing
         assert "packets of up to 1400 bytes arrive at host-n3" in large[0].detail
@@ -201,7 +201,7 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         namespaces = first.namespaces
         assert await reaches(ends[0], "10.0.1.6"), "pings have checksums of their own"
         with pytest.raises(TimeoutError):
-            await carried(namespaces, ends[1], ends[0], "10.0.1.6", TEN_MEGABYTES)
+            await carry(namespaces, ends[1], ends[0], "10.0.1.6", TEN_MEGABYTES)
         set_all_targets(lab, networks)
         report = await report_until(
             networks[0], second, lambda one: any("wrong checksums" in f.detail for f in one.findings)
@@ -211,8 +211,8 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         async with asyncio.timeout(10):
             while await namespaces.run(device, offloads, "vx4097"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert await carried(namespaces, ends[1], ends[0], "10.0.1.6", TEN_MEGABYTES) == TEN_MEGABYTES
-        assert await carried(namespaces, ends[0], ends[1], "10.0.1.5", TEN_MEGABYTES) == TEN_MEGABYTES
+        assert await carry(namespaces, ends[1], ends[0], "10.0.1.6", TEN_MEGABYTES) == TEN_MEGABYTES
+        assert await carry(namespaces, ends[0], ends[1], "10.0.1.5", TEN_MEGABYTES) == TEN_MEGABYTES
         assert networks[0].prober.warnings()
         assert networks[1].prober.warnings() == ()
         assert await namespaces.run(second.paths.overlays / WEB.id, offloads, "vx4097")

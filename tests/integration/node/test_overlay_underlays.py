@@ -16,7 +16,7 @@ from tests.support.overlay_lab import (
     TWO_SUBNETS,
     WEB,
     OverlayLab,
-    carried,
+    carry,
     place,
     reaches,
     shell,
@@ -45,7 +45,7 @@ async def test_nodes_on_two_routed_networks(lab: OverlayLab) -> None:
         lab.tell(WEB)
         await lab.apply(networks)
         assert await reaches(one, "10.0.1.6")
-        assert await carried(first.namespaces, other, one, "10.0.1.6", 1 << 20) == 1 << 20
+        assert await carry(first.namespaces, other, one, "10.0.1.6", 1 << 20) == 1 << 20
 
 
 async def test_the_mtu_follows_the_underlay_and_the_option(lab: OverlayLab) -> None:
@@ -64,7 +64,7 @@ async def test_the_mtu_follows_the_underlay_and_the_option(lab: OverlayLab) -> N
         assert "mtu 1350" in await shell(end.netns, "ip link show eth0")
         assert "mtu 1200" in await shell(end.netns, "ip link show eth1")
         await shell(end.netns, "busybox ping -c 1 -W 2 -s 1322 10.0.1.6")
-        assert await carried(lab.nodes[0].namespaces, other, end, "10.0.1.6", 1 << 20) == 1 << 20
+        assert await carry(lab.nodes[0].namespaces, other, end, "10.0.1.6", 1 << 20) == 1 << 20
 
 
 async def test_another_port_and_another_address_of_a_node(lab: OverlayLab) -> None:

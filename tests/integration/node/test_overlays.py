@@ -26,11 +26,11 @@ from tests.support.overlay_lab import (
     WEB,
     OverlayLab,
     a_container,
-    carried,
+    carry,
     place,
     reaches,
     shell,
-    tried,
+    try_shell,
 )
 
 TEN_MEGABYTES = 10 << 20
@@ -56,7 +56,7 @@ async def test_containers_of_three_nodes_reach_each_other(lab: OverlayLab) -> No
             for other in (*ends, near):
                 assert await reaches(end, other.endpoints[0].address)
         namespaces = lab.nodes[0].namespaces
-        assert await carried(namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES) == TEN_MEGABYTES
+        assert await carry(namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES) == TEN_MEGABYTES
         assert "mtu 1450" in await shell(ends[0].netns, "ip link show eth0")
 
 
@@ -122,7 +122,7 @@ async def test_both_versions_of_ip(tmp_path: Path, is_v6: bool) -> None:
         assert await reaches(one, "10.0.4.6")
         assert await reaches(one, "fd04::6")
         namespaces = lab.nodes[0].namespaces
-        assert await carried(namespaces, other, one, "fd04::6", TEN_MEGABYTES) == TEN_MEGABYTES
+        assert await carry(namespaces, other, one, "fd04::6", TEN_MEGABYTES) == TEN_MEGABYTES
         assert f"mtu {1430 if is_v6 else 1450}" in await shell(one.netns, "ip link show eth0")
 
 
@@ -256,14 +256,14 @@ async def test_a_container_cannot_pretend_to_be_another(lab: OverlayLab) -> None
             assert await reaches(bad, target)
         await shell(bad.netns, "ip addr add 10.0.1.77/24 dev eth0")
         for target in ("10.0.1.6", "10.0.1.7"):
-            assert (await tried(bad.netns, f"busybox ping -c 1 -W 1 -I 10.0.1.77 {target}"))[0] != 0
+            assert (await try_shell(bad.netns, f"busybox ping -c 1 -W 1 -I 10.0.1.77 {target}"))[0] != 0
             assert await reaches(bad, target), "under its own address it does"
         # It answers for an unused address; no other container receives that.
         assert not await reaches(near, "10.0.1.77")
         assert not await reaches(far, "10.0.1.77")
         mac = mac_of(IPv4Address("10.0.1.6"))
         await shell(bad.netns, f"ip addr del 10.0.1.77/24 dev eth0; ip link set eth0 address {mac}")
-        assert (await tried(bad.netns, "busybox ping -c 1 -W 1 10.0.1.7"))[0] != 0
+        assert (await try_shell(bad.netns, "busybox ping -c 1 -W 1 10.0.1.7"))[0] != 0
         assert await reaches(near, "10.0.1.7"), "who has that address is not disturbed"
 
 
@@ -287,8 +287,8 @@ async def test_strangers_and_containers_send_no_vxlan(lab: OverlayLab) -> None:
             received = "cat /proc/net/dev | grep eth0 | awk '{print $3}'"
             await shell(stranger.home, "ip link set lo up")
             before = int(await shell(end.netns, received))
-            await tried(stranger.home, forged.format(to=target, local=f"local {stranger.underlay}"))
-            await tried(sender.netns, forged.format(to=target, local=""))
+            await try_shell(stranger.home, forged.format(to=target, local=f"local {stranger.underlay}"))
+            await try_shell(sender.netns, forged.format(to=target, local=""))
             assert int(await shell(end.netns, received)) - before == 0
             assert await reaches(sender, "10.0.1.5"), "the nodes' own frames pass"
         finally:

@@ -20,7 +20,7 @@ from skep.dataplane.probe.packets import (
     encode_response,
 )
 from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
-from tests.support.overlay_lab import OverlayLab, shell, tried
+from tests.support.overlay_lab import OverlayLab, shell, try_shell
 from tests.support.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
 from tests.support.secure_lab import SecureLab, encrypt
 
@@ -216,7 +216,7 @@ async def test_nothing_is_left_at_the_end_and_the_next_process_goes_on(lab: Over
             assert "4789" in await shell(first.home, listing)
         inside = first.paths.probes / "probe"
         device = await shell(inside, "ip -o link show probe")
-        code, _ = await tried(inside, "ss -uanlH | grep -q 4787")
+        code, _ = await try_shell(inside, "ss -uanlH | grep -q 4787")
         assert code != 0, "without a process there is no answer"
         async with first.running() as one:
             set_all_targets(lab, [one, other])

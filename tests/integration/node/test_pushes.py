@@ -24,7 +24,7 @@ from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from tests.conftest import SEARCHED
 from tests.support.archives import a_file, a_layer, a_tar, sha256
-from tests.support.bent_registry import Registry, Respond, loaded
+from tests.support.bent_registry import Registry, Respond, load_image
 from tests.support.playground_rig import CLIS
 from tests.support.registry_rig import BLOBS, CONFIG, LAYERS, a_manifest, docker_registry, guarded_registry
 
@@ -76,7 +76,7 @@ async def registry(tmp_path: Path) -> AsyncIterator[str]:
 async def test_what_is_pushed_is_pulled_elsewhere_with_the_same_id(
     images: ImageStore, registry: str, tmp_path: Path
 ):
-    image = await loaded(images, f"{registry}/team/app:1")
+    image = await load_image(images, f"{registry}/team/app:1")
     reported = await pushed(images, f"{registry}/team/app:1")
     _, headers, manifest = await asked(registry, "/v2/team/app/manifests/1")
     digest = headers["Docker-Content-Digest"]
@@ -93,7 +93,7 @@ async def test_what_is_pushed_is_pulled_elsewhere_with_the_same_id(
 
 @needs_registry
 async def test_a_layer_goes_up_once_and_is_mounted_from_another_repository(images: ImageStore, registry: str):
-    image = await loaded(images, f"{registry}/team/app:1", f"{registry}/team/copy:2")
+    image = await load_image(images, f"{registry}/team/app:1", f"{registry}/team/copy:2")
     await pushed(images, f"{registry}/team/app:1")
     first = images.get(image.id).digests[0].digest
     assert set(steps(await pushed(images, f"{registry}/team/app:1"))) == {"Preparing", "Layer already exists"}
@@ -106,8 +106,8 @@ async def test_a_layer_goes_up_once_and_is_mounted_from_another_repository(image
 
 @needs_registry
 async def test_all_tags_are_pushed(images: ImageStore, registry: str):
-    await loaded(images, f"{registry}/app:1", f"{registry}/app:2", f"{registry}/other:9")
-    await loaded(images, f"{registry}/app:3", layers=(*LAYERS, a_tar(a_file("more", b"x"))))
+    await load_image(images, f"{registry}/app:1", f"{registry}/app:2", f"{registry}/other:9")
+    await load_image(images, f"{registry}/app:3", layers=(*LAYERS, a_tar(a_file("more", b"x"))))
     reported = await pushed(images, f"{registry}/app")
     tags = json.loads((await asked(registry, "/v2/app/tags/list"))[2])["tags"]
     assert sorted(tags) == ["1", "2", "3"]
@@ -138,7 +138,7 @@ async def test_a_pulled_image_is_pushed_by_the_manifest_it_came_with(
 @needs_registry
 async def test_a_layer_that_is_kept_in_another_form_is_sent_as_gzip(images: ImageStore, registry: str):
     """Engines before 23.0 unpack nothing newer."""
-    image = await loaded(images, f"{registry}/app:1")
+    image = await load_image(images, f"{registry}/app:1")
     await pushed(images, f"{registry}/app:1")
     manifest = json.loads((await asked(registry, "/v2/app/manifests/1"))[2])
     for descriptor, layer, chain_id in zip(manifest["layers"], LAYERS, image.chain, strict=True):
@@ -159,7 +159,7 @@ async def test_a_registry_with_passwords_is_logged_in_to_pushed_to_and_pulled_fr
 ):
     async with guarded_registry(tmp_path / "guarded") as address:
         known, wrong = auth(username="user", password="secret"), auth(username="user", password="wrong")
-        await loaded(images, f"{address}/app:1")
+        await load_image(images, f"{address}/app:1")
         async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
 
             async def logged_in(password: str) -> tuple[int, Mapping[str, str]]:
@@ -203,7 +203,7 @@ async def test_docker_pushes_logs_in_and_out(images: ImageStore, cli: str, tmp_p
     try:
         await web.UnixSite(server, tmp_path / "api.sock").start()
         async with guarded_registry(tmp_path / "guarded") as address:
-            await loaded(images, f"{address}/team/app:1", f"{address}/team/app:2")
+            await load_image(images, f"{address}/team/app:1", f"{address}/team/app:2")
             status, output = await docker("push", f"{address}/team/app:1")
             assert (status, output.splitlines()[-1]) == (1, "no basic auth credentials")
             words = ("login", "-u", "user", "--password-stdin", address)
@@ -250,7 +250,7 @@ async def _manifest(address: str, digest: str) -> bytes:
     ],
 )
 async def test_what_cannot_be_pushed_has_dockers_words(images: ImageStore, name: str, error: str):
-    await loaded(images, "127.0.0.1:1/app:1")
+    await load_image(images, "127.0.0.1:1/app:1")
     with pytest.raises(SkepError) as refused:
         await pushed(images, name)
     assert str(refused.value) == error
@@ -283,7 +283,7 @@ DATA = os.urandom(3 << 20)
 
 async def with_a_large_layer(images: ImageStore, name: str) -> bytes:
     """An image with one layer that compresses to three pieces; gives the layer's blob."""
-    image = await loaded(images, name, layers=(a_tar(a_file("data", DATA)),))
+    image = await load_image(images, name, layers=(a_tar(a_file("data", DATA)),))
     return (await images.layer_store.blob(image.chain[0])).path.read_bytes()
 
 
@@ -385,7 +385,7 @@ async def test_a_registry_that_never_responds_ends_the_push(
 async def test_a_registry_that_stores_something_else_is_an_error(
     images: ImageStore, bent: Registry, path: str
 ):
-    await loaded(images, f"{bent.address}/app:1")
+    await load_image(images, f"{bent.address}/app:1")
 
     async def lie(request: web.Request) -> web.StreamResponse | None:
         if request.method == "PUT" and path in request.path:
@@ -400,7 +400,7 @@ async def test_a_registry_that_stores_something_else_is_an_error(
 
 
 async def test_a_blob_that_the_registry_has_in_another_size_is_sent(images: ImageStore, bent: Registry):
-    image = await loaded(images, f"{bent.address}/app:1")
+    image = await load_image(images, f"{bent.address}/app:1")
 
     async def lie(request: web.Request) -> web.StreamResponse | None:
         return web.Response(body=b"short") if request.method == "HEAD" else None
@@ -414,7 +414,7 @@ async def test_a_blob_that_the_registry_has_in_another_size_is_sent(images: Imag
 async def test_a_registry_that_wants_fewer_requests_is_left_alone_for_as_long_as_it_says(
     images: ImageStore, bent: Registry, monkeypatch: pytest.MonkeyPatch
 ):
-    await loaded(images, f"{bent.address}/app:1", layers=LAYERS[:1])
+    await load_image(images, f"{bent.address}/app:1", layers=LAYERS[:1])
     waits: list[float] = []
     sleep = asyncio.sleep
 
@@ -450,7 +450,7 @@ async def test_a_registry_that_wants_fewer_requests_is_left_alone_for_as_long_as
 async def test_a_refusal_has_dockers_words_and_is_not_repeated(
     images: ImageStore, bent: Registry, status: int, code: str, message: str
 ):
-    await loaded(images, f"{bent.address}/app:1", layers=LAYERS[:1])
+    await load_image(images, f"{bent.address}/app:1", layers=LAYERS[:1])
 
     async def refuse(request: web.Request) -> web.StreamResponse | None:
         if request.method != "POST":
@@ -466,7 +466,7 @@ async def test_a_refusal_has_dockers_words_and_is_not_repeated(
 
 
 async def test_a_token_without_the_right_to_push_is_a_denial(images: ImageStore, bent: Registry):
-    await loaded(images, f"{bent.address}/app:1", layers=LAYERS[:1])
+    await load_image(images, f"{bent.address}/app:1", layers=LAYERS[:1])
 
     async def refuse(request: web.Request) -> web.StreamResponse | None:
         if request.path == "/token":
@@ -500,7 +500,7 @@ def guarded_by_tokens(registry: Registry, scopes: list[list[str]]) -> Respond:
 
 
 async def test_a_token_is_asked_for_with_the_right_to_push(images: ImageStore, bent: Registry):
-    await loaded(images, f"{bent.address}/app:1")
+    await load_image(images, f"{bent.address}/app:1")
     scopes: list[list[str]] = []
     bent.bend = guarded_by_tokens(bent, scopes)
     await pushed(images, f"{bent.address}/app:1", auth(username="user", password="secret"))
@@ -524,7 +524,7 @@ async def test_a_login_gives_the_token_that_stands_for_the_password(images: Imag
 async def test_credentials_are_not_sent_where_a_registry_sends_its_uploads(
     images: ImageStore, bent: Registry
 ):
-    await loaded(images, f"{bent.address}/app:1")
+    await load_image(images, f"{bent.address}/app:1")
     known = aiohttp.encode_basic_auth("user", "secret")
     async with Registry().serving() as store:
 
@@ -552,7 +552,7 @@ async def test_credentials_are_not_sent_where_a_registry_sends_its_uploads(
             return web.Response(status=401, headers={"WWW-Authenticate": challenge})
 
         store.bend = wants_to_know
-        await loaded(images, f"{bent.address}/app:2", layers=(a_layer(),))
+        await load_image(images, f"{bent.address}/app:2", layers=(a_layer(),))
         with pytest.raises(SkepError, match="unauthorized"):
             await pushed(images, f"{bent.address}/app:2", auth(username="user", password="secret"))
         assert not any(request.path == "/token" for request in store.requests)
@@ -580,7 +580,7 @@ async def test_a_token_server_that_never_ends_ends_the_login(images: ImageStore,
 async def test_uploads_are_followed_to_where_a_redirect_leads_with_their_content(
     images: ImageStore, bent: Registry
 ):
-    await loaded(images, f"{bent.address}/app:1")
+    await load_image(images, f"{bent.address}/app:1")
 
     async def redirect(request: web.Request) -> web.StreamResponse | None:
         if request.method == "PATCH" and "moved" not in request.query:
@@ -593,7 +593,7 @@ async def test_uploads_are_followed_to_where_a_redirect_leads_with_their_content
 
 
 async def test_pushes_of_the_same_image_at_once_share_the_transfer(images: ImageStore, bent: Registry):
-    image = await loaded(images, *(f"{bent.address}/app:{tag}" for tag in range(5)))
+    image = await load_image(images, *(f"{bent.address}/app:{tag}" for tag in range(5)))
     await asyncio.gather(*(pushed(images, f"{bent.address}/app:{tag}") for tag in range(5)))
     assert len(bent.received) == len(image.chain) + 1
     assert sorted(bent.manifests) == ["0", "1", "2", "3", "4"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from bench import report
-from bench.figures import Figure, alternated, at_quantile, measured_parts, ratio, side_by_side
+from bench.figures import Figure, alternate, at_quantile, measured_parts, ratio, side_by_side
 from bench.machine import is_kept
 
 
@@ -37,7 +37,7 @@ async def test_each_way_has_as_many_turns_first() -> None:
         asked.append(way)
         return float(len(asked))
 
-    found = await alternated(["a", "b"], 1, 4, turn)
+    found = await alternate(["a", "b"], 1, 4, turn)
     assert asked == ["a", "b", "b", "a"] * 2
     assert found["a"] == found["b"] == 4.5
 

@@ -11,11 +11,11 @@ import pytest
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import Conversation, NamesLab, net_process, shell, wait_until
 from tests.support.tables import a_network, a_served
-from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, started, web, who
+from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, start_web, web, who
 
 
 async def test_connections_are_spread_evenly_and_keep_the_source_address(lab: NamesLab) -> None:
-    await started(lab, "b11", "b12", "b13")
+    await start_web(lab, "b11", "b12", "b13")
     found: Counter[str] = Counter()
     for _ in range(600):
         opened = await flow(lab)
@@ -30,13 +30,13 @@ async def test_connections_are_spread_evenly_and_keep_the_source_address(lab: Na
 
 
 async def test_a_ping_is_answered(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     ping = f"busybox ping -c 1 -W 2 {VIRTUAL}"
     assert "1 packets received" in await lab.namespaces.run(lab.paths.netns / "client", shell, ping)
 
 
 async def test_a_backend_reaches_itself(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     await lab.serve("b11", web("b11"))
     await (await lab.resolver("b11")).addresses("web")
     conversation = await lab.connect("b11", VIRTUAL)
@@ -47,7 +47,7 @@ async def test_a_backend_reaches_itself(lab: NamesLab) -> None:
 async def test_connections_stay_when_their_backend_stops_serving_and_new_ones_go_elsewhere(
     lab: NamesLab,
 ) -> None:
-    await started(lab, "b11", "b12")
+    await start_web(lab, "b11", "b12")
     open_now: list[tuple[Conversation, str]] = []
     for _ in range(10):
         conversation = await lab.connect("client", VIRTUAL)
@@ -61,7 +61,7 @@ async def test_connections_stay_when_their_backend_stops_serving_and_new_ones_go
 
 
 async def test_udp_flows_leave_a_backend_that_goes(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     flows = [await flow(lab) for _ in range(5)]
     assert {(await say(one))[0] for one in flows} == {"b11"}
     await lab.change(web("b11", "b12", "b13"))
@@ -71,7 +71,7 @@ async def test_udp_flows_leave_a_backend_that_goes(lab: NamesLab) -> None:
 
 
 async def test_udp_flows_leave_a_backend_that_went_while_the_process_was_away(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     opened = await flow(lab)
     assert (await say(opened))[0] == "b11"
     crashed = net_process(lab.paths)
@@ -90,7 +90,7 @@ async def test_udp_flows_leave_a_backend_that_went_while_the_process_was_away(la
 
 
 async def test_without_backends_connections_are_refused_at_once(lab: NamesLab) -> None:
-    await started(lab)
+    await start_web(lab)
     async with asyncio.timeout(0.5):
         with pytest.raises(ConnectionRefusedError):
             await lab.connect("client", VIRTUAL)
@@ -121,7 +121,7 @@ async def test_both_families_have_virtual_addresses(lab: NamesLab) -> None:
 
 async def test_rules_lead_every_protocol(lab: NamesLab) -> None:
     """SCTP too, which this machine may not have."""
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     rules = await lab.nft("client", "list table ip skep_virtual")
     assert "protocol" not in rules
     assert "dnat to ip daddr . numgen random mod 1 map @backends" in rules
@@ -196,7 +196,7 @@ async def connections(lab: NamesLab) -> list[list[str]]:
 
 
 async def test_idle_and_half_closed_connections_are_remembered(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     conversation = await lab.connect("client", VIRTUAL)
     await conversation.say()
     ((_, _, seconds, state, *_),) = await connections(lab)
@@ -213,7 +213,7 @@ async def test_idle_and_half_closed_connections_are_remembered(lab: NamesLab) ->
 async def test_a_connection_that_is_forgotten_is_reset_not_silent(lab: NamesLab) -> None:
     """With times of a second in place of ours.  Only the client's own namespace can have answered: its only
     backend still knows the connection."""
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     client = lab.paths.netns / "client"
     conversation = await lab.connect("client", VIRTUAL)
     await conversation.say()
@@ -236,7 +236,7 @@ async def test_a_connection_idle_for_a_thousand_seconds_and_one_half_closed_for_
     lab: NamesLab,
 ) -> None:
     """In real time: here the time is what is tested."""
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     idle = await lab.connect("client", VIRTUAL)
     await idle.say()
     begun = asyncio.get_running_loop().time()

@@ -17,7 +17,7 @@ from skep.errors import Unavailable
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process, wait_until
 from tests.support.tables import a_network, a_served
-from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_has, started, web, who
+from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_has, start_web, web, who
 
 
 async def test_rules_that_are_left_from_a_crash_are_replaced(lab: NamesLab) -> None:
@@ -33,7 +33,7 @@ async def test_rules_that_are_left_from_a_crash_are_replaced(lab: NamesLab) -> N
 
 
 async def test_serving_and_forgetting_leaves_nothing_behind(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     path = Path(f"/proc/{net_process(lab.paths).pid}/fd")
     table = web("b11", "b12")
     counts = []
@@ -78,7 +78,7 @@ async def _has_settled(path: Path, counts: list[int]) -> bool:
     ],
 )
 async def test_foreign_changes_of_rules_are_repaired(lab: NamesLab, harm: str) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     conversation = await lab.connect("client", VIRTUAL)
     await conversation.say()
     before = await rules_of(lab)
@@ -109,7 +109,7 @@ async def eventually_repaired(lab: NamesLab, times: int) -> None:
 
 
 async def test_tables_of_others_are_left_alone_and_our_own_changes_are_no_repairs(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     others = "table ip mine { chain out { type filter hook output priority 0; counter; }; }"
     await lab.nft("client", f"add {others}")
     theirs = await lab.nft("client", "list table ip mine")
@@ -128,7 +128,7 @@ async def test_tables_of_others_are_left_alone_and_our_own_changes_are_no_repair
 
 
 async def test_the_next_process_goes_on_with_what_was_loaded(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     conversation = await lab.connect("client", VIRTUAL)
     await conversation.say()
     await lab.replace_process()
@@ -183,7 +183,7 @@ async def test_five_hundred_services_are_loaded_and_repaired_whole(lab: NamesLab
 
 
 async def test_a_container_that_is_gone_holds_no_change_up(lab: NamesLab) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     await lab.container("other", "10.0.1.6")
     await lab.serve("other", web("b11"))
     await (await lab.resolver("other")).ask("web")
@@ -209,7 +209,7 @@ async def test_changes_reach_many_namespaces_together(lab: NamesLab) -> None:
 async def test_a_container_that_has_the_table_to_itself_fails_changes_of_its_own_networks_alone(
     lab: NamesLab,
 ) -> None:
-    await started(lab, "b11")
+    await start_web(lab, "b11")
     back = a_network(a_served("api", "10.0.2.2", ["10.0.2.3"]), name="back")
     lab.write(back)
     await lab.container("other")

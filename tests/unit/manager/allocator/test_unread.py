@@ -97,7 +97,7 @@ async def test_of_which_networks_they_may_be(
     for key in keys:
         await rig.damage("o/" + key.format(version=version.index))
     assert known(rig.store.view()) == {}, "they were read before"
-    view = (await rig.loaded()).view()
+    view = (await rig.load()).view()
     assert known(view) == expected
     for owner, networks in expected.items():
         for network in (NET, OTHER, INGRESS):
@@ -113,7 +113,7 @@ async def test_the_addresses_of_a_task_that_has_ended_are_free() -> None:
     old = rig.store.view().get(Task, "old")
     await put(rig.store, replace(old, status=TaskStatus(state=SHUTDOWN)))
     await rig.damage("o/task/old.networks")
-    assert known((await rig.loaded()).view()) == {}
+    assert known((await rig.load()).view()) == {}
 
 
 @asynccontextmanager
@@ -132,7 +132,7 @@ def is_released(store: Store, id: str) -> Callable[[], bool]:
 async def test_a_task_waits_for_an_address_until_the_owner_of_unread_ones_has_ended() -> None:
     rig = await a_rig()
     await rig.damage("o/task/old.networks")
-    store = await rig.loaded()
+    store = await rig.load()
     async with allocating(store):
         for id, network in (("db", NET), ("elsewhere", OTHER)):
             await a_task_of(store, a_spec(id, network), id, status=TaskStatus(state=NEW))
@@ -157,7 +157,7 @@ async def test_a_task_keeps_the_addresses_that_are_stored_though_it_counts_as_ne
     await put(rig.store, replace(rig.store.view().get(Service, "db"), endpoint=Endpoint(virtual_ips=virtual)))
     for key in ("o/task/old.networks", "o/task/db.status"):
         await rig.damage(key)
-    store = await rig.loaded()
+    store = await rig.load()
     async with allocating(store) as allocator:
         await a_task_of(store, a_spec("next", NET), "next", status=TaskStatus(state=NEW))
         await wait_for(store, lambda: bool(store.view().get(Task, "next").status.err))
@@ -168,7 +168,7 @@ async def test_unread_addresses_of_services_and_nodes_are_replaced_before_others
     rig = await a_rig()
     for key in ("o/service/web.endpoint", "o/node/n1.attachments"):
         await rig.damage(key)
-    store = await rig.loaded()
+    store = await rig.load()
     await a_task_of(store, a_spec("db", NET), "db", status=TaskStatus(state=NEW))
     async with allocating(store):
         await wait_for(store, lambda: bool(store.view().get(Service, "web").endpoint.virtual_ips))
@@ -184,7 +184,7 @@ async def test_of_several_unread_addresses_none_is_given_to_another_owner() -> N
         service = rig.store.view().get(Service, id)
         await put(rig.store, replace(service, endpoint=Endpoint(virtual_ips=virtual)))
         await rig.damage(f"o/service/{id}.endpoint")
-    store = await rig.loaded()
+    store = await rig.load()
     async with allocating(store):
         await wait_for(store, lambda: all(one.endpoint.virtual_ips for one in store.view().find(Service)))
     given = [one.endpoint.virtual_ips[0].addr for one in store.view().find(Service)]
@@ -204,7 +204,7 @@ async def test_a_task_without_a_spec_is_not_released_and_does_not_go_back(is_sta
     await rig.damage(f"o/spec/web/{old.spec_version.index}")
     if not is_status_read:
         await rig.damage("o/task/old.status")
-    store = await rig.loaded()
+    store = await rig.load()
     async with allocating(store):
         if is_status_read:
             await wait_for(store, lambda: store.view().get(Task, "old").status.err == UNKNOWN_SPEC)

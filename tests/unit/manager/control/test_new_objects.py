@@ -84,7 +84,7 @@ async def test_a_task_whose_spec_cannot_be_read_may_have_any_right() -> None:
     old = await updated_twice(rig.store)
     assert old.spec_version is not None
     await rig.damage(f"o/spec/web/{old.spec_version.index}")
-    view = (await rig.loaded()).view()
+    view = (await rig.load()).view()
     assert known_task(view, view.get(Task, old.id)).machine_rights == "a spec that cannot be read"
 
 

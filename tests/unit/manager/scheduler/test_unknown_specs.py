@@ -35,7 +35,7 @@ async def a_leader_with_an_unreadable_version(spec: ServiceSpec, **fields: objec
     other = replace(spec, task_template=a_service_spec("web", image="other:2").task_template)
     await rig.store.update(lambda tx: tx.put(replace(tx.get(Service, "web"), spec=other)))
     await rig.damage(f"o/spec/web/{web.spec_version.index}")
-    store = await rig.loaded()
+    store = await rig.load()
     assert has_unknown_spec(store.view(), store.view().get(Task, "old"))
     return store
 
