@@ -106,7 +106,7 @@ async def pinned_images(
                 failed[name] = str(error)
                 return name, ""
 
-    found = await asyncio.gather(*(pinned(name) for name in sorted(set(names))))
+    found = await asyncio.gather(*(pin(name) for name in sorted(set(names))))
     if unknown := {name: error for name, error in failed.items() if name not in kept}:
         warn(_unpinned(unknown))
     return {name: image for name, image in found if image}
