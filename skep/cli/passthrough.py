@@ -25,7 +25,7 @@ NOUNS = frozenset(f"{_OBJECTS} {_ACTIONS}".split())
 
 
 def command(*nouns: str) -> click.Command:
-    """A command that executes docker with every argument behind ``nouns`` unchanged, ``--help`` included."""
+    """Return a command that executes docker with every argument behind ``nouns`` unchanged, ``--help`` included."""
 
     @click.command(
         nouns[-1],
