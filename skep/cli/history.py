@@ -132,7 +132,7 @@ async def _export(pages: AsyncIterator[Sequence[Mapping[str, Any]]], file: IO[by
 
 
 def lines_of(page: Mapping[str, Any], screen: Screen, now: datetime) -> Iterator[str]:
-    """The table, oldest first, times in the zone of ``now``."""
+    """Yield the table, oldest first, with times in the zone of ``now``."""
     if not page["Entries"]:
         yield "nothing is known of this time" if page["Total"] else "nothing is known yet"
         return

@@ -107,5 +107,5 @@ class _Port:
 
 
 def failure_of(port: int, error: SkepError) -> str:
-    """The line about a connection that was not made; its reason is a node's."""
+    """Return the line about a failed connection, whose reason comes from a node."""
     return printable(f"connection to port {port}: {error}")

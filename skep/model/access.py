@@ -32,7 +32,7 @@ class Role(IntEnum):
 
     @property
     def word(self) -> str:
-        """The role in the spelling for users."""
+        """Return the role in the spelling for users."""
         return self.name.lower()
 
 
@@ -92,17 +92,17 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_admin(self) -> bool:
-        """Whether it has all rights."""
+        """Return whether the identity has all rights."""
         return self.role_in(EVERY_STACK) is Role.ADMIN
 
     @property
     def is_user(self) -> bool:
-        """Whether it is a user that the cluster knows."""
+        """Return whether the identity is a user that the cluster knows."""
         return self.origin in (Origin.CERTIFICATE, Origin.TOKEN)
 
     @property
     def stacks(self) -> frozenset[str]:
-        """The stacks to which it is bound.  Irrelevant for an identity with a role in the cluster."""
+        """Return the stacks to which the identity is bound.  Irrelevant for an identity with a role in the cluster."""
         return frozenset(binding.stack for binding in self.bindings) - {EVERY_STACK}
 
     def role_in(self, stack: str) -> Role | None:

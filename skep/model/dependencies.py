@@ -37,7 +37,7 @@ class Condition(Enum):
 
     @property
     def words(self) -> str:
-        """The words after ``waits for db``."""
+        """Return the words after ``waits for db``."""
         match self:
             case Condition.STARTED:
                 return "to be started"

@@ -39,10 +39,10 @@ def base36(number: int, width: int) -> str:
 
 
 def new_id() -> str:
-    """A new object id from the system's random source."""
+    """Return a new object id from the system's random source."""
     return base36(secrets.randbits(128), ID_LENGTH)
 
 
 def new_container_id() -> ContainerId:
-    """A new container id: 64 hexadecimal characters."""
+    """Return a new container id: 64 hexadecimal characters."""
     return ContainerId(secrets.token_hex(32))

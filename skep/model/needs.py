@@ -78,7 +78,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether other tasks may be refused something because of it, whatever they need."""
+        """Return whether a task with this need may block other tasks, whatever they need."""
         return bool(self.nano_cpus or self.memory_bytes or self.generic or self.host_ports or self.volumes)
 
 

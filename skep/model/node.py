@@ -200,7 +200,7 @@ class CutOff(ApiObject):
 
     @property
     def networks(self) -> str:
-        """The networks that need this check, for messages: ``overlay networks``."""
+        """Return the networks that need this check, for messages: ``overlay networks``."""
         return "encrypted overlay networks" if self.check == PathCheck.ENCRYPTED else "overlay networks"
 
     @property
@@ -245,13 +245,13 @@ class Node(ApiObject):
 
     @property
     def has_joined_as_manager(self) -> bool:
-        """Whether it is a manager that has finished joining."""
+        """Return whether the node is a manager that has finished joining."""
         status = self.manager_status
         return status is not None and status.reachability is not Reachability.UNKNOWN
 
     @property
     def is_reachable_manager(self) -> bool:
-        """Whether it is a manager that the leader reaches."""
+        """Return whether the node is a manager that the leader reaches."""
         status = self.manager_status
         return status is not None and status.reachability is Reachability.REACHABLE
 

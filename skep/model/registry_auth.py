@@ -60,7 +60,7 @@ def address_of(header: str) -> str:
 
 
 def has_credentials(header: str) -> bool:
-    """Whether there is a password or a token in ``header``."""
+    """Return whether ``header`` has a password or a token."""
     return any(_text(header, name) for name in ("username", "identitytoken", "registrytoken"))
 
 

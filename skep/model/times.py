@@ -38,7 +38,7 @@ _PATTERN = re.compile(
 
 
 def timestamp(unix_ns: int) -> Timestamp:
-    """The time ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
+    """Return the time ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
     seconds, nanoseconds = divmod(unix_ns, SECOND_NS)
     fraction = f".{nanoseconds:09d}".rstrip("0").rstrip(".") if nanoseconds else ""
     return Timestamp(f"{_second(seconds)}{fraction}Z")
@@ -50,7 +50,7 @@ def _second(unix_s: int) -> str:
 
 
 def moment(unix_ns: int) -> datetime:
-    """The same time as a ``datetime`` in UTC; exact to the microsecond."""
+    """Return the same time as a ``datetime`` in UTC; exact to the microsecond."""
     return datetime.fromtimestamp(unix_ns / SECOND_NS, UTC)
 
 
@@ -74,7 +74,7 @@ def unix_ns(stamp: str) -> int:
 
 
 def duration_ns(text: str) -> int | None:
-    """A Go duration (``1h30m``) in nanoseconds, less than 2**63; None if it is invalid."""
+    """Return a Go duration (``1h30m``) in nanoseconds, less than 2**63, or None if it is invalid."""
     sign = -1 if text.startswith("-") else 1
     rest = text[1:] if text.startswith(("-", "+")) else text
     if rest == "0":
