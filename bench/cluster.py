@@ -210,7 +210,7 @@ class Round:
         )
 
     def _running(self, via: Any, service: str, without: str = "") -> list[dict[str, Any]]:
-        """Return the tasks that run and have the desired state running, except those of node ``without``."""
+        """Return the tasks that run and have the desired state running, except the tasks of node ``without``."""
         tasks = answered(lambda: via.get("/tasks", filters={"service": [service]}), otherwise=[])
         return [
             task

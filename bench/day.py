@@ -3,8 +3,8 @@
 Owners update, scale, rotate secrets and run jobs.  Operators rotate the root certificate, replace a worker, and
 upgrade every node from the previous commit (once, in the middle).  Daemons are killed, and machines lose power, hang
 or are cut off.  After each of these events the checks of the soak must pass (``soak_cluster``, ``soak_networks``), all
-acknowledged changes must be there, and no customer's request may have failed except those that a lost machine
-interrupts.  Memory is compared between calm phases.  The report page is always written.
+acknowledged changes must be there, and no customer's request may have failed, unless a lost machine interrupted it.
+Memory is compared between calm phases.  The report page is always written.
 
     .venv/bin/python -m bench.day --minutes 120
 """

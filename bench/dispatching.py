@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     busy = noise()
     measured = {}
-    # Each count runs in a new process, because one that has served 1,000 agents has spare memory for the next ones.
+    # Each count runs in a new process, because after 1,000 agents a process has spare memory for the next ones.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as managers:
         for count in options.agents:
             print(f"{count} agents ...", file=sys.stderr, flush=True)

@@ -141,7 +141,7 @@ def _cgroup_pids(cgroup: str) -> set[int]:
 
 
 def _groups(cgroup: str) -> list[Path]:
-    """Return its directories: in every hierarchy of cgroup v1, or in that of v2."""
+    """Return its directories: in every hierarchy of cgroup v1, or in the one of v2."""
     top = Path("/sys/fs/cgroup")
     return [*top.glob(f"*/{cgroup}"), *top.glob(cgroup)]
 

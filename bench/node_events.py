@@ -7,7 +7,7 @@
 A store in memory holds 5,000 nodes with 20 running tasks each: one of each of four global services, and of 320 services
 with 250 replicas.  The production loops of one leader run on it.  An *event* is one commit about one node: it describes
 itself differently, reports other slots of its volumes, fails, or returns.  The result is the processor time of the
-whole process from the commit until no work is left, minus that of an idle process for the same time.
+whole process from the commit until no work is left, minus an idle process's for the same time.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def rolling_update(via: Engine, service: str, order: str, round: int) -> Metrics
     """Update all tasks of ``service`` at once in this order.  Return seconds since the request.
 
     Args:
-        round: differs from that of every earlier update, so that tasks have to be replaced.
+        round: differs from every earlier update's number, so that tasks have to be replaced.
     """
     before = via.get(f"/services/{service}")
     spec = before["Spec"]

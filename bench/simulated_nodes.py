@@ -139,7 +139,7 @@ class _Node(Agent):
             id: STATUSES.get(state, ENDED) for id, state in self._states.items()
         }
         self._sent: dict[str, TaskStatus] = {}
-        """Statuses in the call that has no response yet.  Empty if there is no such call."""
+        """Statuses in the call that has no response yet.  Empty without such a call."""
         self._calls = 0
         self._answered: set[int] = set()
         """Calls with statuses that have a response but have not ended yet."""

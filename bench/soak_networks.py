@@ -5,7 +5,7 @@
   page of that service, which contains its secret and its volume.  Each published port does so on every node.
 * **No address twice**, among the containers of all nodes.
 * **No namespace without a container.**
-* **No counter of drops rises** while the cluster is at rest and receives these requests.  The counters are those of
+* **No counter of drops rises** while the cluster is at rest and receives these requests.  They count drops of
   interfaces, of name servers' sockets, and of the kernel's tables of neighbours and connections.
 """
 
@@ -261,7 +261,7 @@ def _drops_here() -> dict[str, int]:
     for line in Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]:
         name, _, counts = line.partition(":")
         words = counts.split()
-        # The count of an interface disappears with it, and the count of one that stays only rises.
+        # The count of an interface disappears with it, and the count of a remaining interface only rises.
         found[f"{name.strip()} dropped"] = int(words[3]) + int(words[11])
     for line in Path("/proc/thread-self/net/udp").read_text().splitlines()[1:]:
         words = line.split()

@@ -269,7 +269,7 @@ async def deploy(client: ApiClient, stack: Stack, *, undoes: bool, wait_s: float
 
 
 def label_of(stack: str) -> dict[str, str]:
-    """The label of everything in a stack."""
+    """Return the label that all objects of a stack have."""
     return {NAMESPACE: stack}
 
 

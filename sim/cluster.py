@@ -541,7 +541,7 @@ class SimulatedCluster:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        """Let time pass until ``work`` is done.  Raises: its error, or that of a process that failed meanwhile."""
+        """Let time pass until ``work`` is done.  Raises: its error, or the error of a process that failed meanwhile."""
         result = self.loop.run_until_complete(work)
         for task in self._processes.values():
             if task.done() and not task.cancelled():

@@ -149,7 +149,7 @@ def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> It
     completed = completed_on(view, service, status.job_iteration)
     asked_at = unix_ns(status.last_execution or ZERO_TIME)
     for node in nodes_of(service, tasks, _eligible(view, service)):
-        # By its timestamps, a node may have joined after the job was created, if a clock was set back in between.
+        # A node's timestamps may say that it joined after the job was created, if a clock was set back in between.
         if not completed[node.id] and unix_ns(node.created_at) < asked_at:
             yield f"{service.id} has not run on {node.id}"
 

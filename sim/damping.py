@@ -33,7 +33,7 @@ BEYOND_GRACE_S = 15.0
 
 
 def one_more_fault(cluster: SimulatedCluster) -> None:
-    """Inject a fault that ends.  It may create no more tasks than it ended."""
+    """Inject a fault that ends.  It may not create more tasks than it ended."""
     fault = cluster.random.choice(
         (_container_ends, _process_restarts, _power_is_back, _manager_restarts, _leadership_moves, _cut_off)
     )

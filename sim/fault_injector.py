@@ -198,7 +198,7 @@ class FaultInjector:
             self._begin("suspended", [id], wake, (1.5, 6.0))
 
     def _disk_full(self) -> None:
-        """A node cannot write to its disk; its process may restart meanwhile."""
+        """A node cannot write to its disk.  Its process may restart meanwhile."""
         if id := self._victim(self._cluster.workers):
             disk = self._cluster.nodes[id].disk
             disk.fill()

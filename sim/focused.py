@@ -319,7 +319,7 @@ def _drain_node(cluster: SimulatedCluster, random: Random) -> None:
 def _lose_manager(cluster: SimulatedCluster, random: Random) -> None:
     """Fail a manager while the leader's replica shows new sessions late.
 
-    Each node may lose one session to an adoption, but no more.
+    Each node may lose one session to an adoption, but not more.
     """
     id = random.choice([one for one in cluster.managers if one != cluster.leader])
     cluster.raft.members[cluster.leader].watch_lag_s = random.choice(LAGS_S)
@@ -343,8 +343,8 @@ def _lose_manager(cluster: SimulatedCluster, random: Random) -> None:
 
 
 def _cut_node_off(cluster: SimulatedCluster, random: Random) -> None:
-    """Cut a node off until it is down.  Then it reconnects to any manager, including those that do not show yet that
-    it was down.
+    """Cut a node off until it is down.  Then it reconnects to any manager, including managers that do not show yet
+    that it was down.
     """
     id = random.choice(cluster.workers)
     for member in cluster.raft.members.values():

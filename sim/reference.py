@@ -4,7 +4,7 @@ Written from Docker's API reference and documentation and from recorded response
 (``tests/conformance/recorded/in_swarm.json``), independently of ``manager/control``, with which it shares only the
 objects.  It covers only the requests of simulated users.
 
-Statuses are those of the HTTP API. 503 is not modelled, because after it the outcome is unknown.
+Statuses are the HTTP API's. 503 is not modelled, because after it the outcome is unknown.
 """
 
 import re
@@ -268,7 +268,9 @@ def _next_run(held: ServiceState) -> int:
 
 
 def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> bool:
-    """Return whether the stack's quota forbids ``spec``.  It never forbids a spec that takes no more than before."""
+    """Return whether the stack's quota forbids ``spec``.  It never forbids a spec that does not take more than
+    before.
+    """
     stack = spec.labels.get(_STACK, "")
     if (quota := state.quotas.get(stack)) is None:
         return False

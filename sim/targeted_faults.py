@@ -91,7 +91,7 @@ def restart_before_it_runs(cluster: SimulatedCluster) -> None:
 def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     """Revert an update that cannot succeed while no decision is made on its service.
 
-    The next decision finds a slot with a task of the current spec, and a younger one that has failed.
+    The next decision finds a slot with a task of the current spec, and a younger task that has failed.
     """
     steady = [one for one in cluster.view.find(Service) if _is_updatable(one) and is_steady(cluster, one)]
     if not steady:

@@ -113,7 +113,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._now += seconds
 
     def timers(self) -> int:
-        """Number of pending timers."""
+        """Return the number of pending timers."""
         return sum(not timer.cancelled() for _, timer in self._timers)
 
     def timer_cancelled(self) -> None:

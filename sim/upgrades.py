@@ -175,7 +175,7 @@ class Upgrades:
 
 
 class _RecordedClient(ApiClient):
-    """A client whose updates are recorded as requests, as those of users are."""
+    """A client whose updates are recorded as requests, like users' updates."""
 
     def __init__(self, apis: Apis, name: str, record: Callable[[str, str, int, Any], None]) -> None:
         super().__init__(apis, name)

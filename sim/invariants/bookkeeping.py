@@ -28,7 +28,7 @@ from skep.store.etcd.store import EtcdStore
 from skep.store.interface import View
 
 STREAMS_MAX = 5
-"""Streams of one session: its messages, its assignments, and those of tables, keys and probes."""
+"""Streams of one session: its messages, its assignments, its tables, its keys and its probes."""
 
 
 class CachesMatchStore:

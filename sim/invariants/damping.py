@@ -1,4 +1,4 @@
-"""Rules on needless changes: a fault causes no more tasks than it ended, and no decision is reversed without a
+"""Rules on needless changes: a fault does not cause more tasks than it ended, and no decision is reversed without a
 cause.
 """
 
@@ -19,7 +19,7 @@ KNOWN_S = 5.0
 def surplus_violations(
     fault: str, lost: Mapping[ServiceId, int], before: Counter[ServiceId], after: Counter[ServiceId]
 ) -> Iterable[str]:
-    """Check that one fault under steady load creates no more tasks than it ended.
+    """Check that one fault under steady load does not create more tasks than it ended.
 
     Args:
         lost: number of running tasks that the fault ended, by steady service.  Other services are not checked.

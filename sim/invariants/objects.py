@@ -16,7 +16,7 @@ from skep.store.interface import View
 from skep.store.kinds import Payload, SpecVersion
 
 EXTRA = 8
-"""Tasks of one slot beyond its history limit: wanted, stopping, and those that decide on the update."""
+"""Tasks of one slot beyond its history limit: wanted, stopping, and tasks that decide on the update."""
 
 
 def unbounded_objects(view: View) -> Iterable[str]:

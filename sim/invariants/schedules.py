@@ -137,7 +137,7 @@ def _differs(before: Node, node: Node) -> bool:
 
 
 class RetriesAreBounded:
-    """A slot of a job's run, or of its retry, has no more failures than its policy or its schedule allows."""
+    """A slot of a job's run, or of its retry, has at most the failures that its policy or its schedule allows."""
 
     def __init__(self) -> None:
         self._failures: Counter[tuple[ServiceId, int, int | NodeId]] = Counter()

@@ -1,4 +1,4 @@
-"""A rule on updates: no more slots than the parallelism are out of service, whatever interrupts the update."""
+"""A rule on updates: at most as many slots as the parallelism are out of service, whatever interrupts the update."""
 
 from collections import defaultdict
 from collections.abc import Iterable

@@ -55,7 +55,7 @@ def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
 
 
 def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
-    """Check that no more tasks of a job are active than its ``MaxConcurrent``."""
+    """Check that at most ``MaxConcurrent`` tasks of a job are active."""
     for event in change.events:
         match event:
             case Created(Task() as task) if task.job_iteration is not None:
@@ -107,7 +107,7 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 
 
 class TasksAreSpread:
-    """While no node changes, a task is assigned to a node with the fewest tasks of its service.
+    """A task is assigned to a node with the fewest tasks of its service, while no node changes.
 
     A node may have one more task than the minimum.  Tasks that have ended within ``KNOWN_S`` count for a node that
     could have had the task, because the leader's replica may not show their ends yet.  On the task's own node, old
@@ -188,7 +188,7 @@ def _has_cluster_volumes(task: Task) -> bool:
 
 
 class UpdatesKeepServing:
-    """With start-first, the only running task of a slot is not retired before its replacement runs.
+    """The only running task of a slot is not retired before its replacement runs, with start-first.
 
     A task that has run for less than ``KNOWN_S``, or on a node that is back for less, may be retired.  The leader's
     replica may not show it yet, and its disk may be slow.

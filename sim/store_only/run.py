@@ -328,7 +328,7 @@ class StoreRun:
             self.run_for(LOOK_S)
 
     def _unhealthy(self) -> Iterable[str]:
-        """Yield what is unhealthy after the end of all faults."""
+        """Yield the unhealthy parts after the end of all faults."""
         if not any(manager.leads for manager in self.managers.values()):
             yield f"no leader {LED_S} s after the end of all faults"
         if silent := [id for id, manager in self.managers.items() if manager.store is None]:

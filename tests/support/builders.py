@@ -131,7 +131,7 @@ def a_task(
     service: Service | str = "web",
     version: int = 1,
 ) -> Task:
-    """Return a task that is younger than those of earlier calls.
+    """Return a task that is younger than the tasks of earlier calls.
 
     ``service``: the service whose current spec it follows, or only an id.
     """

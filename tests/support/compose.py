@@ -10,8 +10,8 @@ from tests.support.playground_rig import TestNode
 
 
 class Compose:
-    """Runs Compose.  ``command``: the program with common arguments.  ``environment``: variables besides path and
-    host.
+    """Runs Compose.  ``command``: the program with common arguments.  ``environment``: further variables, in addition
+    to path and host.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Compares images of the tests' Dockerfiles with those that another engine builds: ``python -m ... unix:///path``.
+"""Compares images of the tests' Dockerfiles with another engine's images of them: ``python -m ... unix:///path``.
 
 The other engine builds through the plugin buildx.  Differences are printed, and the exit status is 1 if there are any.
 """

@@ -34,7 +34,7 @@ class DamageRig(Protocol):
         """Damage the value of an existing key."""
 
     async def load(self) -> Store:
-        """The store of a manager that starts now."""
+        """Return the store of a manager that starts now."""
 
     async def reload(self) -> None:
         """Let ``store`` load everything again."""

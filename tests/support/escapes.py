@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 Python = Callable[..., Awaitable[Any]]
-"""Runs a script with these arguments in a new container, and returns its JSON output.  Keywords are those of
+"""Runs a script with these arguments in a new container, and returns its JSON output.  Keywords are the options in
 ``WAYS``.
 """
 
@@ -219,7 +219,7 @@ SPOIL_GROUPS: Final = f"echo g:x:{ABSURD_NUMBER}:root >> /etc/group"
 
 
 def spoil_users(tree: Path) -> None:
-    """Insert users and groups with absurd numbers and names before those of an image."""
+    """Insert users and groups with absurd numbers and names before the entries of an image."""
     passwd, group = tree / "etc/passwd", tree / "etc/group"
     passwd.write_text(f"x:x:{ABSURD_NUMBER}:0::/:/bin/sh\n{'y' * 10_000}\n" + passwd.read_text())
     group.write_text(f"x:x:{ABSURD_NUMBER}:alice\n" + group.read_text())

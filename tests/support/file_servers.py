@@ -54,7 +54,7 @@ def nfs_server(directory: Path) -> Iterator[Mapping[str, Share]]:
         for program in ("100003", "100005"):
             ask = ("rpcinfo", "-t", "127.0.0.1", program, "3")
             _wait(lambda ask=ask: _calls(*ask), f"program {program} responds")  # type: ignore[misc]
-        # As in Docker's documents, except for the locks of version 3, which would need one more daemon.
+        # The options are as in Docker's documents, except for the locks of version 3, which would need one more daemon.
         third = {"type": "nfs", "o": "addr=127.0.0.1,rw,nolock", "device": f":{directory}"}
         fourth = {"type": "nfs", "o": "addr=localhost,rw,nfsvers=4,timeo=20,retrans=1", "device": ":/"}
         yield {"nfs 3": Share(directory, third, "nfs"), "nfs 4": Share(directory, fourth, "nfs4")}

@@ -21,7 +21,7 @@ class Machine(NamedTuple):
     files: frozenset[str]
 
     def more_than(self, other: "Machine") -> dict[str, object]:
-        """Return the entries that ``other`` does not have, by kind.  Empty if there are none."""
+        """Return the entries that ``other`` does not have, by kind. Empty without such entries."""
         more: dict[str, object] = {
             kind: sorted(getattr(self, kind) - getattr(other, kind))
             for kind in ("interfaces", "namespaces", "mounts", "cgroups", "files")
@@ -47,7 +47,7 @@ def machine(playground: str, *directories: Path) -> Machine:
 
 
 def _ours(names: "list[str]", playground: str) -> list[str]:
-    """Return the names without those of other playgrounds and concurrent tests, which may change meanwhile."""
+    """Return the names without the names of other playgrounds and concurrent tests, which may change meanwhile."""
     others = ("skep-", "/pytest-")
     return [name for name in names if playground in name or not any(other in name for other in others)]
 

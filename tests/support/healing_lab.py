@@ -277,9 +277,7 @@ async def fresh_settings(home: Path) -> dict[str, str]:
 def changed_settings(
     settings: dict[str, str], fresh: dict[str, str], ours: Iterable[str], where: str
 ) -> Inventory:
-    """Return settings that differ from those of a new namespace.  For an interface: from those of any new interface
-    here.
-    """
+    """Return settings that differ from a new namespace's, or for an interface from any new interface's here."""
     found: Inventory = {}
     for name, value in settings.items():
         words = name.split("/")

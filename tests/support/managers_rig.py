@@ -31,7 +31,7 @@ def _status(node: Mapping[str, object]) -> str:
 
 
 def leader(seen_by: TestNode) -> str:
-    """Return the host name of the leader.  Empty if there is none."""
+    """Return the host name of the leader. Empty without a leader."""
     leading = [name for name, status in roles(seen_by).items() if status == LEADER]
     assert len(leading) <= 1, f"several lead: {leading}"
     return leading[0] if leading else ""

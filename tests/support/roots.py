@@ -22,7 +22,7 @@ class Earlier(SystemClock):
 
 
 def expire(certificates: Path, root: Authority, *, days_ago: float) -> KeyPair:
-    """Replace the key pair in a directory by one that expired ``days_ago``, and return it."""
+    """Replace the key pair in a directory by a pair that expired ``days_ago``, and return the pair."""
     pair = keypair.load(certificates)
     then = Authority.load(root.key_pem, root.root_pem, Earlier(timedelta(days=days_ago + 1)))
     key = new_private_key()

@@ -290,7 +290,7 @@ class Cluster:
 
 
 def with_all_methods(handlers: Sequence[Handler]) -> Sequence[Handler]:
-    """Return ``handlers``, and one that responds UNIMPLEMENTED to all other methods, after the check of access."""
+    """Return ``handlers``, and a handler that responds UNIMPLEMENTED to all others, after the access check."""
     served = {handler.method.path for handler in handlers}
 
     async def refuse(_request: Any, _caller: Caller) -> Any:
