@@ -404,7 +404,7 @@ def _accepts_all() -> list[Patch]:
 
     def placing(self: dry_run.DryRun, specs: ServiceSpec) -> Iterator[dry_run.PlannedPlacement | None]:
         for step in real(self, specs):
-            yield replace(step, refusal="") if step is not None else None
+            yield replace(step, error="") if step is not None else None
 
     return [Patch(dry_run.DryRun, "placing", placing)]
 

@@ -201,7 +201,7 @@ async def test_secrets_are_named_or_given_by_id_and_are_kept_while_a_volume_need
     ("body", "message"),
     [
         (a_body(""), "meta: name must be provided"),
-        (a_body("x" * 129), "has at most 128 bytes"),
+        (a_body("x" * 129), "can have at most 128 bytes"),
         ({**a_body(), "Driver": ""}, "driver must be specified"),
         (a_body(AccessMode=None), "AccessMode must not be nil"),
         (a_body(AccessMode={}), "Volume AccessMode must specify either Mount or Block access type"),

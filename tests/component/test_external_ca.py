@@ -211,10 +211,10 @@ async def test_an_update_that_is_not_about_certificates_needs_no_authority(clust
 ANOTHER_KEY = new_private_key().public_key()
 LIES: dict[str, tuple[Callable[[Certificate], object], str]] = {
     "another key": (lambda it: setattr(it, "key", ANOTHER_KEY), "it is for another key"),
-    "another node": (lambda it: it.subject.__setitem__(-1, ("CN", "n1")), "its subject is another one"),
-    "another role": (lambda it: it.subject.__setitem__(0, ("OU", "swarm-manager")), "its subject is another"),
-    "another cluster": (lambda it: it.subject.__setitem__(1, ("O", "c1")), "its subject is another one"),
-    "two roles": (lambda it: it.subject.insert(0, ("OU", "swarm-manager")), "its subject is another one"),
+    "another node": (lambda it: it.subject.__setitem__(-1, ("CN", "n1")), "its subject differs"),
+    "another role": (lambda it: it.subject.__setitem__(0, ("OU", "swarm-manager")), "its subject differs"),
+    "another cluster": (lambda it: it.subject.__setitem__(1, ("O", "c1")), "its subject differs"),
+    "two roles": (lambda it: it.subject.insert(0, ("OU", "swarm-manager")), "its subject differs"),
     "no names": (lambda it: setattr(it, "hosts", []), "it lacks the name"),
     "a manager's name": (lambda it: setattr(it, "hosts", [*it.hosts, "swarm-manager"]), "not requested"),
     "an authority": (lambda it: setattr(it, "is_authority", True), "it may sign certificates"),

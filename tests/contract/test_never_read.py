@@ -267,9 +267,9 @@ def test_history_stays_and_nodes_with_tasks_stay_when_their_settings_cannot_be_r
 @pytest.mark.parametrize(
     ("damaged", "words"),
     [
-        (("volume", "id-orders", "publish"), "where cluster volume id-orders is cannot be read"),
-        (("volume", "id-orders", ""), "where cluster volume id-orders is cannot be read"),
-        (("node", "n1", "status"), "what it has cannot be read"),
+        (("volume", "id-orders", "publish"), "where cluster volume id-orders is published is unreadable"),
+        (("volume", "id-orders", ""), "where cluster volume id-orders is published is unreadable"),
+        (("node", "n1", "status"), "its record in the store is unreadable"),
         (("service", "web", ""), "services cannot be read"),
     ],
 )

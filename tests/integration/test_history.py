@@ -94,7 +94,7 @@ def test_scale_a_kill_and_a_failed_update_are_recorded_and_the_state_before_is_s
     assert [one["Image"] for one in now["Cluster"]["Services"] if one["Name"] == "told"] == ["busybox:none"]
     late = skep(m1, "status", "--at", "600 days ago", check=False)
     assert late.returncode == 1
-    assert "is not kept any more" in late.stderr
+    assert "is no longer in the store" in late.stderr
 
     exported = tmp_path / "history.ndjson"
     skep(m1, "history", "--export", str(exported))

@@ -271,7 +271,7 @@ REFUSED_CLUSTER_NETWORK = {
     "EnableIPv4": "IPv4 cannot be disabled",
 }
 REFUSED_BRIDGE_NETWORK = {
-    "Driver": "none of driver macvlan",
+    "Driver": "not driver macvlan",
     "Scope": "invalid scope: nosuch",
     "Ingress": "Ingress network can only be global scope network",
     "ConfigOnly": "configuration network can only contain network specific fields",

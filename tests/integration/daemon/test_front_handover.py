@@ -260,7 +260,7 @@ async def test_a_manager_that_hangs_holds_up_its_requests_alone(
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.05):
                     status, body = await client.response()
-                    assert (status, b"takes no more" in body) == (503, True)
+                    assert (status, b"accepts no more" in body) == (503, True)
                     refused += 1
                     continue
             clients.append(client)
