@@ -21,6 +21,7 @@ MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
 MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 
@@ -207,7 +208,7 @@ def unmount_if_mounted(target: Path) -> None:
     """
     while True:
         try:
-            unmount(target)
+            unmount(target, MNT_DETACH | _UMOUNT_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 return

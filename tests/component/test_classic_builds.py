@@ -17,6 +17,7 @@ from skep.aio.slots import Slots
 from skep.api.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
+from skep.engine.build.remote_builds import is_of_git
 from skep.engine.images.store import ImageStore
 from tests.support.archives import a_file, a_tar
 from tests.support.wire_rig import until
@@ -166,3 +167,16 @@ async def test_an_address_that_gives_no_context_fails_the_build(
 ) -> None:
     found, said = await rig.post(b"", remote=remote)
     assert (found, text in said, "pa55word" in said) == (status, True, False), said
+
+
+@pytest.mark.parametrize(
+    ("address", "is_repository"),
+    [
+        ("github.com/user/app", True),
+        ("https://github.com/user/app.git#main:web", True),
+        ("https://github.com/user/app/archive/main.tar.gz", False),
+        ("https://example.com/app.tar", False),
+    ],
+)
+def test_an_archive_of_a_site_with_repositories_is_downloaded(address: str, is_repository: bool) -> None:
+    assert is_of_git(address) is is_repository

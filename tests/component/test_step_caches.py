@@ -1,7 +1,7 @@
 """Caches of build steps: what one node exports, another one finds; sources that lie change nothing."""
 
 import json
-from base64 import b64decode, urlsafe_b64encode
+from base64 import b64decode, b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -378,12 +378,13 @@ async def test_an_image_with_odd_records_is_a_warning(one: Node, two: Node) -> N
     built = await one.build(inline=True, tag="app:1")
     content = json.loads(one.images.config_file(one.images.get(built.image_id)).read_bytes())
     assert json.loads(b64decode(content[INLINE_CACHE]))[0]["digest"].startswith("sha256:")
-    for cache in ("!", "AA==", "W10=", 7):
+    nested = b64encode(b'[{"x":' + b"[" * 1000 + b"]" * 1000 + b"}]").decode()
+    for cache in ("!", "AA==", "W10=", 7, nested):
         await one.images.add(
             json.dumps({**content, INLINE_CACHE: cache}).encode(), (parse_reference("odd:1"),)
         )
         await one.build(of_registry("odd:1"))
-    assert len(one.warnings) == 3, "an empty list is no fault"
+    assert len(one.warnings) == 4, "an empty list is no fault"
 
 
 async def test_buildkits_own_records_are_read_and_fit_no_step(one: Node) -> None:

@@ -31,11 +31,12 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
 
     Raises: SkepError: it cannot be fetched, or has no Dockerfile.
     """
+    is_repository = is_of_git(address)
     address = f"https://{address}" if address.startswith(_WITHOUT_SCHEME) else address
     files, fetched = directory / "files", directory / "fetched"
     for one in (files, fetched):
         one.mkdir(mode=0o700)
-    if is_git(address) or address.startswith(f"https://{_WITHOUT_SCHEME}"):
+    if is_repository:
         source = await Repository(address_of(address), files, limits, None).fetch()
         files = source.root / source.resolved
     elif is_remote(address):
@@ -51,6 +52,11 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
     else:
         raise Untranslated(f"remoteURL ({redacted(address)}) could not be recognized as URL")
     return await asyncio.to_thread(read_dockerfile, files, name), files
+
+
+def is_of_git(address: str) -> bool:
+    """Whether the address is a repository.  An archive of a site with repositories is a download."""
+    return address.startswith(_WITHOUT_SCHEME) or is_git(address)
 
 
 def _text_of(file: Source) -> str:

@@ -141,11 +141,14 @@ def history_sources(images: ImageStore, names: Sequence[str]) -> tuple[StepSourc
 def image_source(images: ImageStore, image: Image, name: str) -> StepSource | None:
     """Return the steps in the configuration of an image.  None if it has none.  Blocks.
 
-    Raises: SkepError; OSError; ValueError: the configuration is malformed.
+    Raises: InvalidArgument: the configuration is missing or malformed.
     """
-    content = images.config_file(image).read_bytes()
-    layers = [CacheLayer(blob=id, size=0, diff_id=id) for id in image.config.diff_ids]
-    table = _table_of_image(content, layers)
+    try:
+        content = images.config_file(image).read_bytes()
+        layers = [CacheLayer(blob=id, size=0, diff_id=id) for id in image.config.diff_ids]
+        table = _table_of_image(content, layers)
+    except _BAD as error:
+        raise InvalidArgument(f"the cache in image {name} is malformed: {error}") from error
     return ImageSteps(images, name, table) if table is not None else None
 
 
