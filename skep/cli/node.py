@@ -246,7 +246,10 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
-        body = {"Node": name, "RequestedBy": by, **({"KeepContainers": True} if keep else {})}
+        # Former names too, for managers of earlier versions.
+        body: dict[str, Any] = {"Node": name, "RequestedBy": by, "By": by}
+        if keep:
+            body |= {"KeepContainers": True, "Keep": True}
         state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
@@ -282,9 +285,9 @@ class _Progress:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
-            click.echo(_CONTAINERS[bool(state.get("KeepContainers"))])
+            click.echo(_CONTAINERS[bool(state.get("KeepContainers") or state.get("KeepsContainers"))])
             return True
-        self.note(state["WaitingFor"])
+        self.note(str(state.get("WaitingFor") or state.get("WaitsFor") or ""))
         return False
 
     def note(self, reason: str) -> None:

@@ -41,6 +41,7 @@ from skep.model.encoding import ApiObject
 from skep.model.labels import (
     DRAIN,
     EXEC,
+    FORMER_VOLUMES,
     JOB_TTL,
     LAST_LINES,
     ON_DISCONNECT,
@@ -179,7 +180,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
         *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
         *SCHEDULE_LABELS,
         *(DRAIN, JOB_TTL, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
-        *(PUBLISH_NOT_READY, VOLUME_AFFINITY),
+        *(PUBLISH_NOT_READY, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
     # The other service has to belong to the stack.

@@ -68,7 +68,7 @@ PUBLISH_NOT_READY = "skep.publish-not-ready"
 
 VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
-_FORMER_VOLUMES = "skep.volumes"
+FORMER_VOLUMES = "skep.volumes"
 _FORMER_VALUES = {"return": "preferred", "keep": "required", "spread": "none"}
 """The label and its values in specs of earlier versions; the present label wins."""
 
@@ -349,7 +349,7 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 
 
 def _volume_affinity(labels: Mapping[str, str]) -> VolumeAffinity:
-    if VOLUME_AFFINITY not in labels and (former := labels.get(_FORMER_VOLUMES)) is not None:
+    if VOLUME_AFFINITY not in labels and (former := labels.get(FORMER_VOLUMES)) is not None:
         labels = {VOLUME_AFFINITY: _FORMER_VALUES.get(former, former)}
     return _choice(labels, VOLUME_AFFINITY, VolumeAffinity.PREFERRED)
 

@@ -112,7 +112,10 @@ def warnings(features: Features) -> tuple[str, ...]:
 
 def labels(features: Features) -> Mapping[str, str]:
     """Return the engine labels for missing features."""
-    return {f"skep.missing.{name}": "true" for name in sorted(features.missing)}
+    # The former name too: services of earlier versions have constraints with it.
+    return {
+        f"skep.{word}.{name}": "true" for word in ("missing", "without") for name in sorted(features.missing)
+    }
 
 
 def detect(data_dir: Path, nft: str = "nft") -> Features:

@@ -38,6 +38,7 @@ from skep.stack.removing import unmake
 from skep.stack.revisions import (
     DEPLOYED,
     UNDOING,
+    UNDOINGS,
     Revision,
     asked_for,
     body_of,
@@ -163,7 +164,7 @@ async def _end(
     """
     if not made.revision:
         return
-    found = await _set_state(client, made.revision, state_after(error), warn, unless=REPLACED)
+    found = await _set_state(client, made.revision, state_after(error), warn, unless=(REPLACED,))
     is_known = isinstance(error, Replaced) or not isinstance(error, SkepError | None)
     if found.startswith(REPLACED) and made.claim is not None and not is_known:
         await made.claim.follow()
@@ -211,7 +212,7 @@ async def _check_no_undo(client: Requests, stack: str) -> None:
     Raises: Unavailable.
     """
     for one in await known_revisions(client, stack):
-        if one.state == UNDOING:
+        if one.state in UNDOINGS:
             raise Unavailable(_undoing(one))
 
 
@@ -231,14 +232,14 @@ async def _complete(client: Requests, last: Revision, warn: Callable[[str], None
     """
     if last.state == DEPLOYED:
         return
-    if await _set_state(client, last.id, DEPLOYED, warn, unless=UNDOING) == UNDOING:
+    if await _set_state(client, last.id, DEPLOYED, warn, unless=UNDOINGS) in UNDOINGS:
         raise Unavailable(_undoing(last))
 
 
 async def _set_state(
-    client: Requests, id: str, state: str, warn: Callable[[str], None], unless: str = ""
+    client: Requests, id: str, state: str, warn: Callable[[str], None], unless: tuple[str, ...] = ()
 ) -> str:
-    """Set the state of a revision, unless its state begins with ``unless``.
+    """Set the state of a revision, unless its state begins with one of ``unless``.
 
     Returns: The state before, or an empty text if the update failed.
     """
@@ -248,7 +249,7 @@ async def _set_state(
         nonlocal found
         spec = config["Spec"]
         found = str(spec["Labels"].get(STACK_STATE, ""))
-        is_kept = bool(unless) and found.startswith(unless)
+        is_kept = found.startswith(unless)
         return None if is_kept else {**spec, "Labels": {**spec["Labels"], STACK_STATE: state}}
 
     try:
@@ -386,7 +387,7 @@ async def _unmade(
     """Remove the objects that a deploy has created, unless another deploy may use them, and return a sentence on it."""
     if not (made.services or made.files or made.revision):
         return "it had created nothing"
-    if made.revision and await _set_state(client, made.revision, UNDOING, warn, unless=DEPLOYED) in (
+    if made.revision and await _set_state(client, made.revision, UNDOING, warn, unless=(DEPLOYED,)) in (
         "",
         DEPLOYED,
     ):

@@ -30,6 +30,8 @@ A usual stack has 2 to 5 KB compressed, so ten revisions fit.  Of very large sta
 KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
 UNDOING: Final = "rolling back"
+UNDOINGS: Final = (UNDOING, "being undone")
+"""The state and its former name, which commands of earlier versions write."""
 """State of a failed deploy while the objects that it created are removed: no other deploy may use them."""
 _BYTES_MAX: Final = 900_000
 """Bytes of a compressed revision, as the size of a config is limited to less than 1000 KiB."""

@@ -9,7 +9,7 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 4
+LEVEL: Final = 5
 """The newest level that this version can read."""
 
 CLUSTER_VOLUMES: Final = 2
@@ -23,6 +23,10 @@ JOURNAL: Final = 3
 
 SCHEDULES: Final = 4
 """From this level on jobs may have schedules: a leader of a lower level would run them at once, and never again."""
+
+VOLUME_AFFINITIES: Final = 5
+"""From this level on services may have the label ``skep.volume-affinity``: a leader of a lower level knows only its
+former name, and would start the tasks of a slot without their data."""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -17,7 +18,7 @@ from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import OF_A_MANAGER, Eviction, begin, eviction_of
 from skep.manager.keys import StoreKeys, WrappingKeys, save_wrapping_keys
-from skep.manager.routes.evictions import shown
+from skep.manager.routes.evictions import EvictionBody, shown
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
     ManagerStatus,
@@ -296,3 +297,11 @@ async def test_a_manager_that_comes_in_meanwhile_has_the_key_before_it_is_used(s
     async with led(store, keys, others):
         await until(lambda: present(store).next_step is None)
     assert others.kept[OTHER] == others.kept[late] == [store.wrapping_key]
+
+
+@pytest.mark.parametrize("names", [("RequestedBy", "KeepContainers"), ("By", "Keep")])
+async def test_commands_of_earlier_versions_keep_containers_too(names):
+    body = msgspec.json.decode(
+        msgspec.json.encode({"Node": "n", names[0]: "ann", names[1]: True}), type=EvictionBody
+    )
+    assert (body.user, body.is_kept) == ("ann", True)

@@ -9,10 +9,13 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
+from skep.manager.control.services import create_service
 from skep.manager.manager_status import write_manager_status
 from skep.manager.membership.loop import lowest_level, write_level
-from skep.model.ids import NodeId
+from skep.model.ids import NodeId, new_id
+from skep.model.labels import VOLUME_AFFINITY
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.model.times import Timestamp
 from skep.store import keys
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
@@ -20,8 +23,9 @@ from skep.store.etcd.initialize import initialize
 from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
-from skep.store.level import LEVEL
-from tests.support.builders import a_node
+from skep.store.level import LEVEL, VOLUME_AFFINITIES
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service_spec
 from tests.support.etcd_rig import a_member, member_settings
 from tests.support.store_rigs import Rig, found
 
@@ -103,3 +107,19 @@ async def test_a_manager_ends_when_the_others_write_what_it_does_not_know(socket
     with pytest.raises(FailedPrecondition, match="upgrade this manager"):
         async with open_store(socket, NodeId("m1"), key, clock):
             pass
+
+
+async def test_a_label_that_an_older_leader_does_not_know_waits_for_all_managers() -> None:
+    """It would start the tasks of a slot without their data."""
+    store = MemoryStore(SystemClock())
+    spec = replace(a_service_spec("db"), labels={VOLUME_AFFINITY: "required"})
+    now = Timestamp("2026-11-24T09:30:00Z")
+
+    async def try_create() -> None:
+        await store.update(create_service, spec, new_id=new_id, new_name=lambda: "", now=now)
+
+    await store.update(lambda tx: tx.raise_level(VOLUME_AFFINITIES - 1))
+    with pytest.raises(FailedPrecondition, match=r"use skep\.volumes"):
+        await try_create()
+    await store.update(lambda tx: tx.raise_level(VOLUME_AFFINITIES))
+    await try_create()

@@ -31,6 +31,7 @@ from skep.manager.removal import hide_service
 from skep.manager.trust import trusted_after
 from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
+from skep.model.labels import FORMER_VOLUMES, VOLUME_AFFINITY
 from skep.model.meta import Version
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
@@ -51,7 +52,7 @@ from skep.model.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
-from skep.store.level import SCHEDULES
+from skep.store.level import SCHEDULES, VOLUME_AFFINITIES
 
 AuthSource = Literal["spec", "previous-spec"]
 """Source of the registry credentials of an update that has no credentials."""
@@ -269,11 +270,14 @@ def _present(tx: Transaction, id: ServiceId) -> Service:
 
 
 def _check_level(view: View, spec: ServiceSpec) -> None:
-    """Refuse a schedule while a manager is too old: as the leader, it would run the job at once.  Raises:
-    FailedPrecondition.
-    """
+    """Refuse labels that an older manager would not honor as the leader.  Raises: FailedPrecondition."""
     if CRON in spec.labels and view.level < SCHEDULES:
         raise FailedPrecondition("schedules need managers of this version: upgrade the others first")
+    if VOLUME_AFFINITY in spec.labels and view.level < VOLUME_AFFINITIES:
+        raise FailedPrecondition(
+            f"{VOLUME_AFFINITY} needs managers of this version: use {FORMER_VOLUMES} (return, keep, spread) until all "
+            "managers are upgraded"
+        )
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:

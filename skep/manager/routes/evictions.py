@@ -26,6 +26,19 @@ class EvictionBody(ApiObject):
     requested_by: str = ""
     keep_containers: bool = False
     """Keep the node's containers running alongside their replacements."""
+    by: str = ""
+    keep: bool = False
+    """Former names of the two fields, which commands of earlier versions send."""
+
+    @property
+    def user(self) -> str:
+        """The user who requests the eviction."""
+        return self.requested_by or self.by
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the node's containers keep running."""
+        return self.keep_containers or self.keep
 
 
 class ShownStep(ApiObject):
@@ -57,9 +70,9 @@ async def evict(request: web.Request) -> web.StreamResponse:
     """Start an eviction, or resume an interrupted one."""
     manager = manager_of(request)
     body = await read_json(request, EvictionBody)
-    by = "".join(filter(str.isprintable, body.requested_by))[:BY_CHARACTERS_MAX] or "a client of the API"
+    by = "".join(filter(str.isprintable, body.user))[:BY_CHARACTERS_MAX] or "a client of the API"
     eviction = await manager.update(
-        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.keep_containers
+        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.is_kept
     )
     log.warning(
         "eviction requested",

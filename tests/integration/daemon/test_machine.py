@@ -135,7 +135,9 @@ def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) 
     assert rig.ask("POST", "/v1.41/swarm/init", INIT)[0] == 200
     (node,) = rig.get("/v1.41/nodes")[1]
     labels = node["Description"]["Engine"].get("Labels") or {}
-    without = {name: value for name, value in labels.items() if name.startswith("skep.missing.")}
+    without = {
+        name: value for name, value in labels.items() if name.startswith(("skep.missing.", "skep.without."))
+    }
     assert without == features.labels(found)
 
 

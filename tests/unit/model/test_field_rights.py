@@ -19,6 +19,7 @@ from skep.model.field_rights import (
     SERVICE_LABELS,
     admin_rights,
 )
+from skep.model.labels import FORMER_VOLUMES
 from skep.model.network import NetworkSpec
 from skep.model.secret import ConfigSpec, SecretSpec
 from skep.model.service import ServiceSpec
@@ -63,7 +64,8 @@ def test_every_field_of_every_spec_has_a_class():
 )
 def test_every_label_has_a_class(targets, classes):
     documented = {label.name for label in LABELS if label.target in targets}
-    assert documented == {name for one in classes for name in one}
+    former = {FORMER_VOLUMES}  # on the page of renamed labels
+    assert documented == {name for one in classes for name in one} - former
 
 
 def test_every_log_option_has_a_class():
@@ -238,3 +240,8 @@ def test_what_only_an_administrator_may_give_a_network(spec, only_admin):
 )
 def test_a_registry_on_the_machine_itself(image, is_local):
     assert is_loopback_registry(image) is is_local
+
+
+@pytest.mark.parametrize("name", ["skep.volume-affinity", "skep.volumes"])
+def test_operators_keep_services_with_the_former_name_of_a_label(name):
+    assert list(admin_rights(ServiceSpec(name="db", labels={name: "keep"}))) == []

@@ -12,7 +12,8 @@ def test_a_machine_that_can_everything_says_nothing() -> None:
 
 def test_what_is_missing_is_a_warning_with_its_consequence_and_a_label() -> None:
     poor = Features(missing={"vxlan": "Operation not supported", "wireguard": "Unknown device type"})
-    assert labels(poor) == {"skep.missing.vxlan": "true", "skep.missing.wireguard": "true"}
+    words = ("missing.vxlan", "missing.wireguard", "without.vxlan", "without.wireguard")
+    assert labels(poor) == {f"skep.{word}": "true" for word in words}
     reported = warnings(poor)
     assert reported[0] == (
         "WARNING: No vxlan support (Operation not supported): overlay networks do not reach other nodes"
