@@ -84,7 +84,7 @@ DAMAGES: list[tuple[str, Callable[[bytes], bytes], str]] = [
     (
         "another header",
         lambda file: file.replace(b'"Salt":"', b'"Salt":"', 1)[:60] + b"x" + file[61:],
-        "is no backup|passphrase",
+        "is not a backup|passphrase",
     ),
 ]
 
@@ -112,7 +112,7 @@ def test_pieces_do_not_change_places() -> None:
 
 def test_a_wrong_key_is_distinguished_from_damage() -> None:
     file, _ = a_file()
-    with pytest.raises(InvalidArgument, match="passphrase or key file is another one"):
+    with pytest.raises(InvalidArgument, match="passphrase or key file is wrong"):
         opened(file, b"x" * 32)
 
 
