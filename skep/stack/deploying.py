@@ -57,9 +57,7 @@ from skep.stack.progress import (
     FAILURES_MAX,
     UP_TO_DATE,
     ServiceProgress,
-    failed_by_slot,
     progress_of,
-    running_by_slot,
 )
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
@@ -433,14 +431,9 @@ class Deployment:
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
         return {
-            one.spec.name: Look(
-                id=one.id,
-                progress=_progress_of(one, by_service.get(one.id, ()), current),
-                current=current,
-                failed=failed_by_slot(by_service.get(one.id, ()), current),
-                running=running_by_slot(by_service.get(one.id, ()), current),
-            )
+            one.spec.name: Look.of(one.id, _progress_of(one, found, current), found, current)
             for one in services_of(services)
+            for found in (by_service.get(one.id, ()),)
         }
 
     async def _state(self) -> str:

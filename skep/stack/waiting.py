@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -47,6 +47,17 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     failed: Mapping[str, Hashable] = {}
     running: Mapping[str, Hashable] = {}
 
+    @classmethod
+    def of(cls, id: str, progress: ServiceProgress, tasks: Sequence[Task], current: frozenset[str]) -> "Look":
+        """Return the look at a service with ``tasks``, of which those in ``current`` have its present spec."""
+        return cls(
+            id=id,
+            progress=progress,
+            current=current,
+            failed=failed_by_slot(tasks, current),
+            running=running_by_slot(tasks, current),
+        )
+
 
 async def look_at(client: Requests, word: str) -> Look:
     """Return the progress of the service with the name or id ``word``, as its tasks show it.  Raises: SkepError."""
@@ -57,13 +68,7 @@ async def look_at(client: Requests, word: str) -> Look:
     current = frozenset(str(one["ID"]) for one in present)
     shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
     progress = progress_of(leniently(msgspec.json.encode(found), Service), shown, current)
-    return Look(
-        id=found["ID"],
-        progress=progress,
-        current=current,
-        failed=failed_by_slot(shown, current),
-        running=running_by_slot(shown, current),
-    )
+    return Look.of(found["ID"], progress, shown, current)
 
 
 class HeldTimes:
