@@ -17,7 +17,7 @@ from skep.aio.slots import Slots
 from skep.api.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
-from skep.engine.build.remote_builds import is_of_git
+from skep.engine.build.remotes import repository_address
 from skep.engine.images.store import ImageStore
 from tests.support.archives import a_file, a_tar
 from tests.support.wire_rig import until
@@ -179,4 +179,4 @@ async def test_an_address_that_gives_no_context_fails_the_build(
     ],
 )
 def test_an_archive_of_a_site_with_repositories_is_downloaded(address: str, is_repository: bool) -> None:
-    assert is_of_git(address) is is_repository
+    assert bool(repository_address(address)) is is_repository

@@ -11,13 +11,11 @@ from skep.api.errors import Untranslated
 from skep.engine.build.context import read_dockerfile
 from skep.engine.build.copies import is_archive
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
-from skep.engine.build.remotes import Download, KnownAnswers, is_git, is_remote, redacted
+from skep.engine.build.remotes import Download, KnownAnswers, is_remote, redacted, repository_address
 from skep.engine.build.repositories import Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.images.workers import Limits, unpack
 from skep.errors import InvalidArgument
-
-_WITHOUT_SCHEME = "github.com/"
 
 
 async def fetch_context(address: str, directory: Path, limits: Limits, name: str) -> tuple[str, Path]:
@@ -31,13 +29,11 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
 
     Raises: SkepError: it cannot be fetched, or has no Dockerfile.
     """
-    is_repository = is_of_git(address)
-    address = f"https://{address}" if address.startswith(_WITHOUT_SCHEME) else address
     files, fetched = directory / "files", directory / "fetched"
     for one in (files, fetched):
         one.mkdir(mode=0o700)
-    if is_repository:
-        source = await Repository(address_of(address), files, limits, None).fetch()
+    if repository := repository_address(address):
+        source = await Repository(address_of(repository), files, limits, None).fetch()
         files = source.root / source.resolved
     elif is_remote(address):
         room = max(min(limits.archive_bytes_max, limits.room_on(fetched)), 0)
@@ -52,11 +48,6 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
     else:
         raise Untranslated(f"remoteURL ({redacted(address)}) could not be recognized as URL")
     return await asyncio.to_thread(read_dockerfile, files, name), files
-
-
-def is_of_git(address: str) -> bool:
-    """Whether the address is a repository.  An archive of a site with repositories is a download."""
-    return address.startswith(_WITHOUT_SCHEME) or is_git(address)
 
 
 def _text_of(file: Source) -> str:

@@ -53,6 +53,13 @@ class Remote(Protocol):
         """Return the source as files.  Raises: SkepError: it cannot be fetched, or differs from the resolved one."""
 
 
+def repository_address(address: str) -> str:
+    """Return the address of a context that is a repository, with its scheme.  Empty if it is not a repository."""
+    if address.startswith("github.com/"):
+        return f"https://{address}"
+    return address if is_git(address) else ""
+
+
 def is_git(source: str) -> bool:
     """Return whether a source is a git repository: a git or ssh address, or a web address that ends with ``.git``."""
     if _HTTP.match(source):

@@ -100,6 +100,12 @@ class Results:
         """Layers of the stage so far."""
         return self.position.image.chain if self.position.image is not None else ()
 
+    @property
+    def diff_ids(self) -> tuple[str, ...]:
+        """Digests of the stage's layers as tar files, bottom first."""
+        image = self.position.image
+        return tuple(image.config.diff_ids) if image is not None else ()
+
     def change(
         self,
         state: StageState,
@@ -148,7 +154,7 @@ class Results:
         image = self.position.image
         wanted = WantedStep(
             key=change.key.shared,
-            diff_ids=tuple(image.config.diff_ids) if image is not None else (),
+            diff_ids=self.diff_ids,
             config=image.content if image is not None else None,
             command=tuple(change.container.get("Cmd") or ()),
             adds_layer=change.adds_layer,
@@ -167,8 +173,7 @@ class Results:
         chain = self.chain
         try:
             if found.diff_id:
-                image = self.position.image
-                chain = chain_ids((*(image.config.diff_ids if image is not None else ()), found.diff_id))
+                chain = chain_ids((*self.diff_ids, found.diff_id))
                 await self._bases.stack.enter_async_context(self._images.pin(chain))
                 await source.fetch(found, chain[-1])
             await self._commit(change, diff_id=found.diff_id, chain=chain, created=found.created)

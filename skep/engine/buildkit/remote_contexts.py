@@ -18,7 +18,7 @@ from yarl import URL
 
 from skep.engine.build.copies import is_archive
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, is_git, redacted
+from skep.engine.build.remotes import Download, KnownAnswers, redacted, repository_address
 from skep.engine.build.repositories import Address, Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.buildkit import buildkit_pb2 as pb
@@ -57,8 +57,8 @@ async def remote_context(
     """
     async with AsyncExitStack() as stack:
         place = await stack.enter_async_context(contexts.scratch())
-        if is_git(address) or address.startswith("github.com/"):
-            found = _repository_at(address, keeps_git_dir=keeps_git_dir)
+        if repository := repository_address(address):
+            found = _repository_at(repository, keeps_git_dir=keeps_git_dir)
             source = await Repository(found, place, contexts.limits, provider).fetch()
             yield source.root / source.resolved, ""
             return
@@ -82,8 +82,6 @@ async def remote_context(
 
 
 def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
-    if address.startswith("github.com/"):
-        address = f"https://{address}"
     found = address_of(address)
     return msgspec.structs.replace(found, keep_git_dir=keeps_git_dir or found.keep_git_dir)
 
