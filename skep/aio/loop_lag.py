@@ -20,13 +20,17 @@ from skep.aio.clock import Clock
 log = structlog.get_logger()
 
 PERIOD_S = 0.05
-"""Interval between measurements.  A delay is measured from the next one on."""
+"""Interval between measurements while the thread works.  A delay is measured from the next one on."""
+
+PERIOD_AT_REST_S = 0.5
+"""The same while the thread is idle.  Twenty measurements a second are a tenth of what an idle manager computes."""
+
+IDLE_SHARE = 0.1
+"""Share of a processor below which a thread is idle.  One callback of ``LATE_S`` is above it in either interval."""
 
 LATE_S = 0.1
 """Lag from which on it is logged."""
 
-CHECK_S = 2 * PERIOD_S
-"""Interval between checks of the watching thread."""
 
 FRAMES_MAX = 8
 """Stack frames in a log line."""
@@ -57,13 +61,16 @@ class LoopLag:
     async def run(self, clock: Clock) -> None:
         """Measure until cancelled.  Logs a lag of ``LATE_S``, with its cause and the loop's stack."""
         with StackWatch() as watch, ThreadTimes() as times:
-            spent = times.read()
+            spent, period_s = times.read(), PERIOD_S
             while True:
                 before = clock.monotonic()
-                await clock.sleep(PERIOD_S)
-                lag_s = clock.monotonic() - before - PERIOD_S
+                await clock.sleep(period_s)
+                lag_s = clock.monotonic() - before - period_s
                 self.note(lag_s)
-                stood, last, spent = watch.turn(), spent, times.read()
+                last, spent = spent, times.read()
+                is_idle = lag_s < LATE_S and spent[0] - last[0] < IDLE_SHARE * period_s
+                period_s = PERIOD_AT_REST_S if is_idle else PERIOD_S
+                stood = watch.turn(period_s)
                 if lag_s >= LATE_S:
                     _tell(lag_s, spent[0] - last[0], spent[1] - last[1], stood)
 
@@ -126,6 +133,7 @@ class StackWatch:
         self.stood: tuple[str, ...] = ()
         """The stack when the thread was first found late, innermost frame first.  Empty if it was not late."""
         self._turns = 0
+        self._period_s = PERIOD_S
         self._watched = threading.get_ident()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loop lag", daemon=True)
@@ -140,15 +148,19 @@ class StackWatch:
         self._stopped.set()
         self._thread.join()
 
-    def turn(self) -> tuple[str, ...]:
-        """Return the recorded stack, if the watched thread was late.  The watched thread calls it."""
+    def turn(self, period_s: float) -> tuple[str, ...]:
+        """Return the recorded stack, if the watched thread was late.
+
+        The watched thread calls it, again after ``period_s``.
+        """
         self._turns += 1
+        self._period_s = period_s
         stood, self.stood = self.stood, ()
         return stood
 
     def _run(self) -> None:
         seen = -1
-        while not self._stopped.wait(CHECK_S):
+        while not self._stopped.wait(2 * self._period_s):
             if self._turns == seen and not self.stood:
                 self.stood = stack_of(sys._current_frames().get(self._watched))
             seen = self._turns

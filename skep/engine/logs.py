@@ -218,13 +218,17 @@ class LogRotation:
         self._containers = containers
         self._rotations = Rounds("log not rotated", clock, longest_s=_ROTATION_RETRY_S_MAX)
         self._compressions = Rounds("rotated log not compressed", clock)
+        self._is_active = False
+        """Whether a log was checked in the last round, so that its retries may have to be forgotten in the next."""
 
     async def run(self) -> None:
         """Check the sizes of all logs every second until cancelled."""
         while True:
             await self._clock.sleep(CHECK_S)
             bounded = [one for one in self._containers() if one.is_running and one.config.log.max_size_bytes]
-            await asyncio.to_thread(self._check, bounded)
+            if bounded or self._is_active:
+                await asyncio.to_thread(self._check, bounded)
+            self._is_active = bool(bounded)
 
     def rotate(self, container: Container) -> None:
         """Start a new file if the current one has reached its size, and compress older ones.  One call at a time."""

@@ -41,7 +41,7 @@ KEPT_S = 1.0
 _MANAGER_S = 4.0
 """Shorter than Prometheus' own limit of ten seconds."""
 _NET_S = 2.0
-_LAG_PERIOD_S = 0.25
+_LAG_PERIOD_S = 1.0
 
 
 class Sources(NamedTuple):

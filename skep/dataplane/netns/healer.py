@@ -32,7 +32,7 @@ GATHERING_SECONDS = 0.05
 RETRY_SECONDS_MAX = 60.0
 """Longest pause between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
-ROUND_SECONDS_MIN = 2.0
+ROUND_SECONDS_MIN = 5.0
 """Shortest time of a round.  A node with few namespaces spends less than ``SHARE``, and unreported changes are still
 repaired within seconds."""
 SHARE = 0.02

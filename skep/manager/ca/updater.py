@@ -36,7 +36,7 @@ from skep.store.kinds import Revocation
 
 log = structlog.get_logger(__name__)
 
-CHECK_EVERY_S = 1.0
+CHECK_EVERY_S = 5.0
 """Seconds between two checks of the node's files.  Most changes come with a commit, and are handled at once."""
 
 WARN_EVERY_S = 24 * 3600.0

@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 CHECK_S = 0.2
 """Seconds between checks for lost managers."""
+CHECK_ALONE_S = 2.0
+"""The same for a single manager: there are only sessions of managers that were removed."""
 LONGEST_RETRY_S = 2.0
 """Maximum seconds between attempts after a failed write."""
 KEEP_S, KEEP_S_MAX = 4.0, 60.0
@@ -129,11 +131,13 @@ class Adoption:
     async def run(self) -> None:
         """Check for lost managers until cancelled."""
         backoff = Backoff(CHECK_S, LONGEST_RETRY_S, rng=self._random.random)
+        is_alone = False
         while True:
-            await self._clock.sleep(CHECK_S)
+            await self._clock.sleep(CHECK_ALONE_S if is_alone else CHECK_S)
             now = self._clock.monotonic()
             view = self._term.view()
             silent, nodes = self._silent(now), view.find(Node)
+            is_alone = all(node.manager_status is None or node.id == self._own for node in nodes)
             living = self._living.living(nodes, silent, now)
             unknown = [NodeId(id) for id, parts in view.damaged(Node).items() if "manager" in parts]
             found = orphans(nodes, silent.keys() - living, self._own, unknown)

@@ -76,8 +76,10 @@ from skep.wire.service import Handler, both_stream, server_stream, unary
 
 log = structlog.get_logger(__name__)
 
-TICK_S = 0.2
-"""Seconds between checks for silent nodes."""
+TICK_S, TICK_S_MAX = 0.2, 0.5
+"""Minimum and maximum seconds between checks for silent nodes."""
+TICKS_PER_PERIOD = 10
+"""Checks in a heartbeat period, so that a node is marked down at most a thirtieth of its grace too late."""
 CURRENT_CHECK_S = 0.5
 """Seconds between checks for a quorum."""
 CURRENT_WITHIN_S = 2.0
@@ -428,7 +430,8 @@ class Dispatcher:
     async def _find_silent(self) -> None:
         """Mark nodes down that were silent for their grace period."""
         while True:
-            await self._clock.sleep(TICK_S)
+            tick_s = min(max(self._period_s / TICKS_PER_PERIOD, TICK_S), TICK_S_MAX)
+            await self._clock.sleep(tick_s)
             now = self._clock.monotonic()
             self._set_period()
             missed = self._sessions.missed(self._time.seconds, self._period_s)
@@ -437,8 +440,8 @@ class Dispatcher:
                 missed=missed,
                 is_without_quorum=not self.is_current(),
             )
-            is_counted = self._is_current and not self._is_suspended(now)
-            self._time = self._time.after(now, TICK_S, is_current=is_counted)
+            is_counted = self._is_current and not self._is_suspended(now, tick_s)
+            self._time = self._time.after(now, tick_s, is_current=is_counted)
             missed += self._reports.missed_elsewhere(now)
             silent = self._sessions.silent(self._time.seconds, with_others=missed > 1)
             if silent:
@@ -460,11 +463,11 @@ class Dispatcher:
                 log.info("heartbeats of a node that is marked down: reverting", node=id)
                 await revert(self._store, self._sessions, SilentNode(node_id=id, session_id=session.id))
 
-    def _is_suspended(self, now: float) -> bool:
+    def _is_suspended(self, now: float, tick_s: float) -> bool:
         """Whether missed heartbeats are ignored: thousands of nodes reconnect, and some were sent ``RetryLater``."""
         is_overloaded = self._reports.is_overloaded_anywhere(now)
         self._suspension_left_s = suspension_left(
-            self._suspension_left_s, TICK_S, is_overloaded=is_overloaded
+            self._suspension_left_s, tick_s, is_overloaded=is_overloaded
         )
         return is_overloaded and self._suspension_left_s > 0
 

@@ -98,6 +98,7 @@ class ManagerLink:
         self._channels: dict[NodeId, Channel] = {}
         self._beside: SharedConnections | None = None
         self._changed = asyncio.Event()
+        self._has_peers = asyncio.Event()
         self._wanted_now = asyncio.Event()
         """Set to ping every other manager at once, and then replaced."""
         self._answered = asyncio.Event()
@@ -160,6 +161,10 @@ class ManagerLink:
             if node.id != self._own and node.manager_status is not None and node.manager_status.addr
         }
         self._last_seen.expect(self._peers, self._time.seconds)
+        if self._peers:
+            self._has_peers.set()
+        else:
+            self._has_peers.clear()
         self._changed.set()
 
     def _on_commit(self, commit: Commit) -> None:
@@ -175,7 +180,9 @@ class ManagerLink:
             await self._connect_all(group)
 
     async def _live(self) -> None:
+        """Advance the own time, which only the silence of others is measured in."""
         while True:
+            await self._has_peers.wait()
             await self._clock.sleep(TICK_S)
             self._time = self._time.after(self._clock.monotonic(), TICK_S)
 

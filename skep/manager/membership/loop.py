@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
 """Seconds between checks: lost managers and learners cause no commits, so they are polled."""
+CHECK_ALONE_S = 5.0
+"""The same for a single manager, which can lose no other.  A node that shall become one causes a commit."""
 LONGEST_RETRY_S = 5.0
 """Maximum seconds between attempts after an error."""
 SOUND_S = 30.0
@@ -80,11 +82,12 @@ class Managers:
         self._clock = clock
         self._learners = Learners()
         self._kept = ""
+        self._is_alone = False
         self._sound_since: float | None = None
         """When all managers' nodes were first seen ready, in monotonic seconds, or None while one is not."""
 
     async def run(self) -> None:
-        """Reconcile at every change of a manager, and twice a second, until cancelled."""
+        """Reconcile at every change of a manager, and periodically, until cancelled."""
         changed = asyncio.Event()
 
         await run_informer(
@@ -99,7 +102,7 @@ class Managers:
         backoff = Backoff(CHECK_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_S):
+                async with asyncio.timeout(CHECK_ALONE_S if self._is_alone else CHECK_S):
                     await changed.wait()
             changed.clear()
             try:
@@ -122,7 +125,9 @@ class Managers:
             )
             await self._term.update(write_reachability, change)
         await self._raise_level(view, now)
-        overdue, steps = self._decide(await self._consensus.all(), reachable)
+        members = await self._consensus.all()
+        overdue, steps = self._decide(members, reachable)
+        self._is_alone = len(members) == 1 and not steps
         if overdue or any(isinstance(step, Withdraw) for step in steps):
             # Removing a member is not fenced, and this manager's state may be old: decide again with a quorum's
             # members, after the store has confirmed this term.  The order matters: a node is recorded before it

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 POLL_S = 1.0
 """Period of requests, and the deadline of each."""
-_REQUEST = b"GET /_skep/lag HTTP/1.1\r\nHost: manager\r\nConnection: close\r\n\r\n"
+_REQUEST = b"HEAD /_skep/lag HTTP/1.1\r\nHost: manager\r\n\r\n"
 
 Responds = Callable[[], Awaitable[bool | None]]
 HandOver = Callable[[], Awaitable[object]]
@@ -26,9 +26,11 @@ async def wait_manager_hung(
     paths: Paths, hand_over: Callable[[Path], Awaitable[object]], clock: Clock
 ) -> str:
     """Return why to kill this node's manager process.  ``hand_over`` is called with the socket of its member."""
-    return await wait_hung(
-        partial(responds, paths.manager_socket), partial(hand_over, paths.etcd_socket), clock
-    )
+    probe = ManagerProbe(paths.manager_socket)
+    try:
+        return await wait_hung(probe.responds, partial(hand_over, paths.etcd_socket), clock)
+    finally:
+        probe.close()
 
 
 async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> str:
@@ -64,18 +66,44 @@ async def _hand_over(hand_over: HandOver) -> None:
         log.warning("leadership not handed over", reason=str(error))
 
 
-async def responds(socket: Path) -> bool | None:
-    """Return whether the HTTP server at ``socket`` responds, or None if nothing listens there."""
-    try:
-        async with asyncio.timeout(POLL_S):
-            reader, writer = await asyncio.open_unix_connection(str(socket))
-            try:
-                writer.write(_REQUEST)
-                return bool(await reader.read(1))
-            finally:
-                writer.close()
-    except (FileNotFoundError, ConnectionRefusedError):
-        return None
-    except (TimeoutError, OSError):
-        # OSError: connections are not accepted, and the backlog is full.
-        return False
+class ManagerProbe:
+    """Sends requests to the HTTP server at ``socket`` over one connection, which is opened again after a failure.
+
+    A new connection for each request would be a tenth of what an idle manager computes.
+    """
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def responds(self) -> bool | None:
+        """Return whether the server responds, or None if nothing listens there."""
+        try:
+            async with asyncio.timeout(POLL_S):
+                try:
+                    await self._ask()
+                except (EOFError, ConnectionError):
+                    await self._ask()  # the server that had the connection has ended, or closed it
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except (TimeoutError, OSError, EOFError):
+            # OSError: connections are not accepted, and the backlog is full.
+            return False
+        return True
+
+    async def _ask(self) -> None:
+        """Read the head of one response, which has no body."""
+        try:
+            reader, writer = self._streams or await asyncio.open_unix_connection(str(self._socket))
+            self._streams = reader, writer
+            writer.write(_REQUEST)
+            await reader.readuntil(b"\r\n\r\n")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None

@@ -7,7 +7,7 @@ ends a term.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from secrets import token_hex
 
@@ -40,15 +40,28 @@ LEADER_POLL_S = 0.5
 """The same for the leader.  Until it notices that it has lost leadership, the fence refuses its writes."""
 
 
+LEADER_POLL_ALONE_S = 2.0
+"""The same for the leader of a single member, which cannot lose leadership to another."""
+
+
 class Election:
     """One manager's candidacy.  ``win_terms`` yields its terms."""
 
-    def __init__(self, client: Client, cipher: Cipher, node_id: NodeId, addr: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        client: Client,
+        cipher: Cipher,
+        node_id: NodeId,
+        addr: str,
+        clock: Clock,
+        is_only_member: Callable[[], bool],
+    ) -> None:
         self._client = client
         self._cipher = cipher
         self._node_id = node_id
         self._addr = addr
         self._clock = clock
+        self._is_only_member = is_only_member
         self._nonce = ""
         """Nonce of a write of the leader key without a response.  Empty if all were answered."""
         self._timeout = AdaptiveTimeout()
@@ -85,7 +98,7 @@ class Election:
             await self._clock.sleep(CANDIDATE_POLL_S)
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(LEADER_POLL_S):
+            async with asyncio.timeout(LEADER_POLL_ALONE_S if self._is_only_member() else LEADER_POLL_S):
                 await term.wait_lost()
 
     async def _claim(self, raft_term: int) -> TermState | None:

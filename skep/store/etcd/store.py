@@ -92,7 +92,7 @@ class EtcdStore(Updater):
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
         """Yield terms.  The election runs as a task of the store's group, and ends with the iterator."""
-        election = Election(self._client, self._cipher, node_id, addr, self._clock)
+        election = Election(self._client, self._cipher, node_id, addr, self._clock, self._is_only_member)
         terms: asyncio.Queue[TermState] = asyncio.Queue()
 
         async def hold_elections() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.node.supervision import responses
-from skep.node.supervision.responses import responds, wait_hung
+from skep.node.supervision.responses import ManagerProbe, wait_hung
 
 
 async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:
@@ -18,14 +20,55 @@ async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:
         writer.close()
 
     async with await asyncio.start_unix_server(refuse, tmp_path / "sock"):
-        assert await responds(tmp_path / "sock") is True
+        with probing(tmp_path / "sock") as probe:
+            assert [await probe.responds() for _ in range(3)] == [True] * 3, "each on a new connection"
+
+
+async def test_one_connection_carries_all_requests(tmp_path: Path) -> None:
+    heads: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        while True:
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+
+    connections: list[asyncio.StreamWriter] = []
+    async with await asyncio.start_unix_server(answer, tmp_path / "sock"):
+        with probing(tmp_path / "sock") as probe:
+            assert [await probe.responds() for _ in range(5)] == [True] * 5
+            assert (len(connections), len(heads)) == (1, 5)
+            connections[0].close()
+            assert await probe.responds() is True, "a closed connection is not a hung server"
+            assert len(connections) == 2
+
+
+async def test_a_server_that_falls_silent_and_returns_is_asked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "POLL_S", 0.1)
+    is_silent = False
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            if not is_silent:
+                writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    async with await asyncio.start_unix_server(answer, tmp_path / "sock"):
+        with probing(tmp_path / "sock") as probe:
+            assert await probe.responds() is True
+            is_silent = True
+            assert [await probe.responds() for _ in range(3)] == [False] * 3
+            is_silent = False
+            assert await probe.responds() is True
 
 
 async def test_where_none_listens_nothing_is_said(tmp_path: Path) -> None:
-    assert await responds(tmp_path / "sock") is None
-    with socket.socket(socket.AF_UNIX) as left_over:
-        left_over.bind(str(tmp_path / "sock"))
-    assert await responds(tmp_path / "sock") is None
+    with probing(tmp_path / "sock") as probe:
+        assert await probe.responds() is None
+        with socket.socket(socket.AF_UNIX) as left_over:
+            left_over.bind(str(tmp_path / "sock"))
+        assert await probe.responds() is None
 
 
 async def test_a_process_that_stands_still_does_not_answer_also_when_its_queue_is_full(
@@ -35,7 +78,17 @@ async def test_a_process_that_stands_still_does_not_answer_also_when_its_queue_i
     with socket.socket(socket.AF_UNIX) as stopped:
         stopped.bind(str(tmp_path / "sock"))
         stopped.listen(2)
-        assert [await responds(tmp_path / "sock") for _ in range(6)] == [False] * 6
+        with probing(tmp_path / "sock") as probe:
+            assert [await probe.responds() for _ in range(6)] == [False] * 6
+
+
+@contextmanager
+def probing(path: Path) -> Iterator[ManagerProbe]:
+    probe = ManagerProbe(path)
+    try:
+        yield probe
+    finally:
+        probe.close()
 
 
 def test_one_that_is_silent_hands_over_and_is_past_help() -> None:
