@@ -63,6 +63,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._timers: list[tuple[float, _Timer]] = []
         """A heap like asyncio's: timers of the same instant run in the order in which its loop would run them."""
         self._cancelled_timers = 0
+        self.wakeups = 0
+        """Number of timers that have run."""
         self._stopping = False
         super().__init__()
         numbers = count()
@@ -130,6 +132,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             while timers and timers[0][0] < until:
                 timer = heappop(timers)[1]
                 timer.is_scheduled = False
+                self.wakeups += 1
                 due.append(timer)
             # Run only these callbacks.  Callbacks that they schedule run in the next iteration.
             for _ in range(len(due)):
