@@ -1,8 +1,10 @@
 """Rules of the house that linters do not know."""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 from tests.support.sources import parsed
@@ -17,6 +19,10 @@ PARAMETERS_MAX = 7
 """More in a constructor says that a value object or a layer is missing."""
 UNDOCUMENTED_MAX = 0.05
 """The share of public classes and functions without a docstring.  It only falls, to 0.05."""
+WORDLESS_MAX = 238
+"""Tuning constants without a reason.  The number only falls."""
+TUNING = re.compile(r"_(S|MS|NS|SECONDS|BYTES|MIB|MAX|MIN|SIZE|LENGTH|LINES|TRIES|SHARE|PERIOD|TIMEOUT)\b")
+"""Names of constants that somebody chose, other than numbers of a protocol."""
 GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
 
 CLOCK = {
@@ -234,3 +240,44 @@ def test_what_others_use_is_documented() -> None:
     ]
     undocumented = [name for name, text in public if not text]
     assert len(undocumented) <= UNDOCUMENTED_MAX * len(public), undocumented
+
+
+def test_tuning_constants_have_a_reason() -> None:
+    wordless = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {name}"
+        for path, tree in modules()
+        for node, name in wordless_constants(path.read_text().splitlines(), tree)
+        if TUNING.search(name)
+    ]
+    assert len(wordless) <= WORDLESS_MAX, wordless
+
+
+def wordless_constants(lines: Sequence[str], tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Numbers of a module that have neither a docstring nor a comment."""
+    for node, following in zip_longest(tree.body, tree.body[1:]):
+        match node:
+            case (
+                ast.Assign(targets=[target], value=value)
+                | ast.AnnAssign(target=target, value=ast.expr() as value)
+            ):
+                name = ast.unparse(target)
+                has_words = (
+                    isinstance(following, ast.Expr)
+                    or "#" in lines[node.end_lineno - 1]
+                    or lines[node.lineno - 2].lstrip().startswith("#")
+                )
+                if name.upper() == name and is_number(value) and not has_words:
+                    yield node, name
+
+
+def is_number(value: ast.expr) -> bool:
+    match value:
+        case ast.Constant(value=int() | float()):
+            return not isinstance(value.value, bool)
+        case ast.UnaryOp(operand=operand):
+            return is_number(operand)
+        case ast.BinOp(left=left, right=right):
+            return is_number(left) or is_number(right)
+        case ast.Tuple(elts=elements):
+            return bool(elements) and all(map(is_number, elements))
+    return False

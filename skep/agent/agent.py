@@ -39,6 +39,7 @@ from skep.wire.convert.node import role_from_pb
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
+"""Seconds before the first attempt after a lost session: most losses are a manager that restarts."""
 LONGEST_RETRY_S = 2.0
 """Delays in seconds before the next attempt at a session."""
 UNREACHED_S = 10.0

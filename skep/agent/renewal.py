@@ -40,6 +40,7 @@ EARLIEST = 0.5
 LATEST = 0.8
 """Shares of a certificate's life between which it is renewed, as in SwarmKit."""
 FIRST_RETRY_S = 1.0
+"""Seconds before a failed renewal is repeated.  It begins long before the certificate's end."""
 LONGEST_RETRY_S = 300.0
 """Delays in seconds before a failed renewal is repeated."""
 LOOK_AGAIN_S = 3600.0

@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 _AHEAD_MAX = 512
 """Lines that were read but not taken.  A slow reader then pauses the reading of all its tasks."""
 _BATCH_LINES_MAX, _BATCH_BYTES_MAX = 512, 128 << 10
+"""Lines and bytes of one message.  A message of gRPC may have 4 MiB by default, and one line 16 KiB."""
 _STREAMS = {LogStream.STDOUT: Stream.STDOUT, LogStream.STDERR: Stream.STDERR}
 _BACK = {stream: name for name, stream in _STREAMS.items()}
 

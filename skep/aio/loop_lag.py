@@ -36,6 +36,7 @@ FRAMES_MAX = 8
 """Stack frames in a log line."""
 
 BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+"""Upper bounds of the histogram's buckets."""
 
 
 class Lag(msgspec.Struct, frozen=True, rename="pascal"):

@@ -36,14 +36,21 @@ from skep.model.unknown import leniently
 
 MAGIC = b"SKEP-BACKUP-1\n"
 PIECE_BYTES = 256 * 1024
+"""Plain bytes that are encrypted and authenticated at a time, so that a backup of any size needs little memory."""
 KEY_HEADER = "X-Skep-Backup-Key"
 KEY_FILE_BYTES_MIN = 32
+"""As long as the key: a shorter file could be guessed sooner than the key."""
 
 _KEY_BYTES = 32
+"""AES-256."""
 _PREFIX_BYTES = 7
+"""The random part of a nonce.  Its other bytes are the piece's number and the mark of the last piece."""
 _SALT_BYTES = 16
+"""Source: RFC 9106, section 3.1, which recommends 128 bits for password hashing."""
 _HEADER_BYTES_MAX = 1024
+"""Far more than a header has.  A file that claims more is no backup."""
 _FRAME_BYTES_MAX = PIECE_BYTES + 16
+"""A piece with the tag of AES-GCM."""
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**16, 8, 1
 
 NOT_A_BACKUP = "this file is not a backup of a cluster"

@@ -35,7 +35,9 @@ T = TypeVar("T")
 _LOCAL_TIMEOUT_S = 5.0
 """Timeout of requests to a process on this machine, in seconds."""
 _CONNECT_S = 10.0
+"""Seconds to connect.  A lost SYN is sent again after one and three seconds."""
 _LINE_BYTES_MAX = 4 * 1024 * 1024
+"""Longest line of a JSON stream.  An event has the labels of its object, which may be large."""
 
 
 class Response(msgspec.Struct, frozen=True):

@@ -10,9 +10,11 @@ from skep.aio.tls import may_half_close
 from skep.api.framing import HEAD_BYTES_MAX, Malformed
 
 _BUFFER_BYTES_MAX = 256 * 1024
+"""Received bytes that wait for a slow reader."""
 CHECK_S = 5.0
 """Seconds between two checks whether a client that has closed its direction is still connected."""
 LINGER_BYTES_MAX = 256 * 1024 * 1024
+"""Bytes of a refused request's body that are read, so that the client gets the response and no reset."""
 LINGER_S = 5.0
 """Limits for reading the rest of a request whose response was sent.
 

@@ -12,7 +12,9 @@ import msgspec
 from skep.errors import InvalidArgument
 
 HEAD_BYTES_MAX = 64 * 1024
+"""Longest head of a request, which is far above what clients send."""
 _LINE_BYTES_MAX = 4096
+"""Longest line with the size of a chunk, with its extensions."""
 
 
 class Malformed(InvalidArgument):

@@ -29,6 +29,7 @@ _BATCH = 512
 _GATHER_S = 1.0
 """Seconds between the first span and its batch."""
 _SENT_WITHIN_S = 10.0
+"""Seconds for one export.  Source: the default of OTEL_EXPORTER_OTLP_TIMEOUT."""
 _AGAIN = (429, 502, 503, 504)
 """Status codes after which a batch is sent again.  Source: OTLP's specification, Retryable Response Codes."""
 

@@ -44,10 +44,12 @@ A body without a length is a stream and has no limit.
 IDLE_S = 300.0
 """Seconds between two requests of a client on another machine.  A local client has no limit, as with Docker."""
 CHECK_S = 5.0
+"""Seconds between checks of the limits of all connections.  The limits are minutes."""
 SMALL_BODY = 64 * 1024
 _BUFFER_BYTES_MAX = 256 * 1024
 """Bytes of requests that were sent ahead."""
 _READ_BYTES = 64 * 1024
+"""Bytes that are read from one connection at a time."""
 _CLOSED_S = 0.02
 """Seconds before the node process is woken because connections have ended, so that it is not while clients
 reconnect.

@@ -19,11 +19,13 @@ from skep.api.ssh import Destination, forward_socket
 from skep.errors import InvalidArgument, Unavailable, reason_of
 
 CONNECT_S = 10.0
+"""Seconds to connect.  A lost SYN is sent again after one and three seconds."""
 HEAD_S = 30.0
 """Seconds for a response's head.  A manager waits 10 s for a node."""
 WRITE_S = 60.0
 """Seconds for the host to read written data."""
 READ_BYTES = 64 * 1024
+"""One read of a stream, as large as a socket's usual buffer."""
 
 Body: TypeAlias = bytes | AsyncIterable[bytes]
 Opener: TypeAlias = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]

@@ -19,10 +19,13 @@ from skep.errors import InvalidArgument, Unavailable
 
 _SOCKET = "/run/skep/skep.sock"
 _CONNECT_S = 10
+"""Seconds that ssh may take to connect to one address."""
 _READY_S = 60.0
 """Seconds for the connection, in which a user may have to type a passphrase."""
 _END_S = 5.0
+"""Seconds for ssh to end after SIGTERM, before it is killed."""
 _LOOK_S = 0.02
+"""Seconds between looks for the socket, which ssh creates without a notice."""
 
 
 class Destination(msgspec.Struct, frozen=True, kw_only=True):

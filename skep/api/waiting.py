@@ -10,7 +10,9 @@ from skep.errors import Unavailable
 T = TypeVar("T")
 
 _FIRST_S: Final = 0.5
+"""Seconds before the first repetition: a new leader is elected in about a second."""
 _LONGEST_S: Final = 5.0
+"""Longest pause.  A person waits, so a manager that has returned is found soon."""
 
 
 async def persistently(read: Callable[[], Awaitable[T]], show: Callable[[str], Any]) -> T:

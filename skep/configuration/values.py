@@ -19,6 +19,7 @@ from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
 STORE_QUOTA_MIN, STORE_QUOTA_MAX = 16 * 1024**2, 64 * 1024**3
+"""Smallest and largest quota of the store."""
 
 _HOST_AND_PORT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")

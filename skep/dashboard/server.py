@@ -58,9 +58,11 @@ from skep.model.addresses import is_public
 log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
+"""Open connections of all browsers together."""
 OF_SOURCE_MAX: Final = 64
 """Connections of logged-in browsers: of all, and from one address."""
 STRANGERS_MAX: Final = 256
+"""Connections that have not logged in, so that users get one while strangers come in numbers."""
 STRANGERS_OF_SOURCE_MAX: Final = 32
 """Connections of browsers that are not logged in.  A browser opens six at a time for the login page."""
 LOGOUT: Final = "/skep/ui/logout"

@@ -17,10 +17,13 @@ from skep.api.raw import Exchange, RawClient, json
 from skep.errors import InvalidArgument, SkepError, Unavailable
 
 _MESSAGE_BYTES_MAX: Final = 64 * 1024
+"""Longest input: a paste that is larger is sent in parts by the page."""
 _TAKES_S: Final = 60.0
 """Seconds for the page to read written data."""
 _HEARTBEAT_S: Final = 30.0
+"""Seconds between pings.  Proxies close connections that are idle for 60 s."""
 _WORDS_MAX: Final = 64
+"""Words of the command that a terminal runs."""
 _SIDE_MAX: Final = 1000
 """Rows or columns of a terminal."""
 _HANG_UP: Final = b"\x03\x04"

@@ -24,6 +24,7 @@ from skep.linux.descriptors import set_aside_descriptor
 log = structlog.get_logger()
 
 _TIMEOUT_S = 5.0
+"""Seconds for one message between two processes of a node, which takes less than a millisecond."""
 _SOCKETS_PER_MESSAGE = 200
 """The kernel passes at most 253 descriptors in one message (``SCM_MAX_FD``)."""
 

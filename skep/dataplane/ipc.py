@@ -14,9 +14,13 @@ from skep.errors import Unavailable
 from skep.linux.unix_sockets import private_socket
 
 LENGTH_BYTES = 4
+"""Size of the length before each message."""
 DEADLINE_S = 10.0
+"""Seconds for one request."""
 _FIRST_RETRY_S = 0.02
+"""Seconds before the first new attempt: the process on the other side takes a tenth of a second to start."""
 _RETRY_S_MAX = 0.5
+"""Longest pause, so that containers wait little for a process that has come back."""
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """Handles one connection."""

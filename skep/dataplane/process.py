@@ -50,6 +50,7 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _PREDECESSOR_ENDS_S = 5.0
+"""Seconds in which an earlier process ends once it has handed over its sockets."""
 
 
 class Ports(NamedTuple):

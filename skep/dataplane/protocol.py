@@ -14,6 +14,7 @@ from skep.dataplane.ipc import framed
 from skep.model.ids import NetworkId, TaskId
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
+"""Longest message: the names of some ten thousand tasks."""
 
 
 class Reservation(msgspec.Struct, frozen=True):

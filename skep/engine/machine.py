@@ -19,7 +19,9 @@ from skep.model.encoding import ApiObject, GoInt
 CONTAINER: Final = "container:"
 """Prefix of a mode that shares another container's namespace."""
 SWAPPINESS_MAX: Final = 100
+"""Source: moby, daemon/daemon_unix.go."""
 _NAME_MAX: Final = 255
+"""Source: NAME_MAX of Linux."""
 _PATH_MAX: Final = 2048
 """Characters.  The kernel's limit is 4096 including the mount point before, and the container's id and files after."""
 

@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 ATTACHMENTS_MAX = 1000
 """Maximum number of one node's plain containers on cluster networks."""
 CONTAINER_ID_CHARACTERS_MAX = 128
+"""Twice the length of Docker's ids."""
 ALIASES_MAX = 32
 """Names of one container on a network."""
 ALIAS_CHARACTERS_MAX = 253

@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 PORT = 53
 RESPONSE_S = 0.5
+"""Seconds for an answer from the same machine."""
 UNANSWERED_MAX = 3
 """Names of one network without a response, after which its other names are skipped."""
 REPEAT_S = 1.0

@@ -17,14 +17,20 @@ NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 
 QUERY_BYTES_MAX = 4096
 """Longer datagrams are refused without parsing.  Over TCP a longer message ends the connection."""
 UDP_BYTES_MIN = 512
+"""What every client accepts.  Source: RFC 1035, section 4.2.1."""
 UDP_BYTES_MAX = 4096
+"""Largest answer over UDP.  Source: RFC 6891, section 6.2.5, which recommends 4096."""
 TCP_BYTES_MAX = 65535
+"""The length before a message over TCP has two bytes.  Source: RFC 1035, section 4.2.2."""
 _HEADER = struct.Struct("!HHHHHH")
 _RECORD = struct.Struct("!HHIH")
 _QR, _OPCODE, _TC, _RD, _RA, _CD = 0x8000, 0x7800, 0x0200, 0x0100, 0x0080, 0x0010
 _NAME_BYTES_MAX = 255
+"""Source: RFC 1035, section 2.3.4."""
 _LABEL_BYTES_MAX = 63
+"""Source: RFC 1035, section 2.3.4.  The two highest bits of a length mark a pointer."""
 _OPT_BYTES = 11
+"""An OPT record without options: the root's name, type, class, time to live and length."""
 _ADDRESS_BYTES = {A: 4, AAAA: 16}
 
 

@@ -37,8 +37,11 @@ log = structlog.get_logger()
 SERVERS_MAX = 3
 """Source: moby, libnetwork/resolver.go (maxExtDNS)."""
 IN_FLIGHT_MAX = 1024
+"""Questions to other servers that wait.  Source: moby, libnetwork/resolver.go (maxConcurrent)."""
 IN_FLIGHT_PER_CONTAINER_MAX = 256
+"""The same for one container, so that one that floods leaves room for others."""
 ATTEMPT_S = 1.3
+"""Seconds for one server, so that three attempts end before ``DEADLINE_S``."""
 DEADLINE_S = 4.0
 """Deadline of all attempts together, because C libraries repeat a query after 5 s."""
 UNRESPONSIVE_S = 10.0
@@ -46,6 +49,7 @@ UNRESPONSIVE_S = 10.0
 CONTAINERS_MIN = 3
 """Number of containers to which a server did not respond before it counts as unresponsive for the others."""
 _KNOWN_SERVERS_MAX = 1000
+"""Servers whose silence is remembered.  Containers may name any."""
 
 
 class NameServer(msgspec.Struct, frozen=True):

@@ -40,6 +40,7 @@ from skep.model.tables import Table
 log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
+"""Seconds between attempts to publish ports, for instance until another program has released one."""
 OBSTACLES_S = 15.0
 """Period of reading other firewalls' rules for ones that block forwarding."""
 _ADDRESSES_S = 2.0

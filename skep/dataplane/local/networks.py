@@ -40,8 +40,11 @@ log = structlog.get_logger()
 
 _PREDEFINED = {"bridge": "bridge", "host": "host", "none": "null"}
 _CONFIGURATIONS_MAX = 1000
+"""Networks with ``--config-only`` on one node.  All are in one file, which each change writes."""
 _BRIDGES_MAX = 1000
+"""Bridge networks on one node, which its kernel keeps in memory."""
 _LEFT_MAX = 32
+"""Removed networks of clusters that are remembered, for containers that still name them."""
 
 
 class GatewayBridge(Protocol):

@@ -18,7 +18,9 @@ _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
 _DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _RECEIVE_BYTES = 1 << 18
+"""One read.  A kernel's dump comes in pieces of at most 32 KiB."""
 _TIMEOUT_S = 5.0
+"""Seconds for the kernel's next piece."""
 
 SYSCTLS = {
     # An idle connection is tracked for as long as its ends keep it.

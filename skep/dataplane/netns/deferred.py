@@ -11,6 +11,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 
 PAUSE_SECONDS = 0.2
+"""Pause between changes, which collects those that come together."""
 
 Settle = Callable[[], Awaitable[None]]
 

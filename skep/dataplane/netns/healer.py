@@ -32,6 +32,7 @@ GATHERING_SECONDS = 0.05
 RETRY_SECONDS_MAX = 60.0
 """Longest pause between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
+"""Shortest pause between two namespaces, so that requests come in between."""
 ROUND_SECONDS_MIN = 5.0
 """Shortest time of a round.  A node with few namespaces spends less than ``SHARE``, and unreported changes are still
 repaired within seconds."""
@@ -49,6 +50,7 @@ _GROUPS = (
 )
 _NEIGHBOUR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
 _BYTES_MAX = 1 << 16
+"""One read of reports, which the kernel sends in pieces of at most 32 KiB."""
 
 
 def processor_seconds() -> float:

@@ -27,6 +27,7 @@ T = TypeVar("T")
 LIMITS = {"gc_thresh3": 65536, "gc_thresh2": 32768, "gc_thresh1": 8192}
 """The hard limit first, so that the others never exceed it."""
 WATCH_SECONDS = 10.0
+"""Seconds between looks at the kernel's count of overflows."""
 CALM_SECONDS = 300.0
 """Time without an overflow after which the condition is cleared."""
 _SPACES = (Path("/proc/thread-self/ns/net"), Path("/proc/1/ns/net"))

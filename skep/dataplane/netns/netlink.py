@@ -41,11 +41,15 @@ ERROR, DONE = 2, 3
 """Message types: an error number (0 is an acknowledgement), and the end of a dump."""
 _INTERRUPTED = 0x10
 _DUMP_TRIES = 8
+"""Attempts at a listing that changes while it is read: the kernel marks it as inconsistent."""
 _REPLY_BYTES = 1 << 17
+"""One read.  The kernel's pieces have at most 32 KiB."""
 _RECEIVE_BYTES = 4 << 20
+"""Bytes of reports that the kernel keeps for a busy process.  Beyond that it drops them, and says so."""
 _BATCH = 64
 """Messages sent before their responses are read.  The responses must fit into the socket."""
 _DEADLINE_S = 10
+"""Seconds for a response: many devices that are removed at once hold the kernel's lock."""
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _TYPE_MASK = 0x3FFF

@@ -20,8 +20,10 @@ _TABLE_ATTRIBUTE = 1
 _GENERATION_PROCESS_NAME = 3
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _BUFFER_BYTES = 1 << 20
+"""Bytes of reports that the kernel keeps for a busy process."""
 _SO_RCVBUFFORCE = 33
 _READS_MAX = 64
+"""Reads in one turn of the loop, so that a flood of changes holds up nothing else."""
 
 
 def open_notifications() -> socket.socket:

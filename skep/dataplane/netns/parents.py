@@ -21,6 +21,7 @@ from skep.errors import Unavailable
 from skep.model.tables import ParentLink
 
 _DEADLINE_S = 10.0
+"""Seconds for a listing of devices."""
 
 
 class ParentDevices:

@@ -30,6 +30,7 @@ OVERHEAD_V4, OVERHEAD_V6 = 50, 70
 """Bytes that VXLAN adds around a packet: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
 IPV6_MTU_MIN = 1280
+"""Source: RFC 8200, section 5."""
 LOOPBACK, LOOPBACK_MTU = "lo", 65536
 """The kernel's own MTU of the loopback device."""
 

@@ -21,9 +21,11 @@ DEVICE = "probe"
 PORT = 4787
 """UDP and TCP port inside the namespace, where nothing else uses ports."""
 IP_UDP_BYTES = 28
+"""Heads of IPv4 and UDP."""
 _NETWORK = 10 << 24
 _HOSTS = (1 << 24) - 2
 _LENGTH = 8
+"""Prefix length of the nodes' addresses for probes."""
 
 
 def number_of(node: NodeId) -> int:
@@ -91,6 +93,7 @@ def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | N
 PEERS_MAX = 512
 """Maximum number of peers that a node probes."""
 _PORT_MAX = (1 << 16) - 1
+"""A port has 16 bits."""
 
 
 def sound(targets: ProbeTargets) -> ProbeTargets:

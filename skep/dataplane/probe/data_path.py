@@ -40,12 +40,15 @@ from skep.model.paths import PathFinding, PathPeer, ProbeTargets
 log = structlog.get_logger()
 
 SMALL_TRIES = 3
+"""Packets of a periodic probe.  One that is lost on a busy network is no failure."""
 THOROUGH_TRIES = 10
+"""Packets of a probe that a person asked for, which shows a loss of 10 %."""
 REQUESTED_S = 25.0
 """A peer sends requests every ten seconds."""
 CHECK_BYTES = 1 << 18
 """Bytes of a TCP transfer that tests whether large segments arrive, which needs many of them."""
 _TRIAL_TRIES = 5
+"""Packets that decide whether checksums by the network card arrive."""
 
 
 class DataPath:

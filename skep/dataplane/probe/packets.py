@@ -19,12 +19,14 @@ REQUEST, RESPONSE = 1, 2
 REQUEST_BYTES_MIN = 256
 """Size of the smallest request, which is as long as the longest response."""
 PAIRS_MAX = 32
+"""Path MTUs in one response."""
 
 _MAGIC, _VERSION = b"skpp", 1
 _HEADER = struct.Struct("!4sBBHQ")
 _MTU = struct.Struct("!H")
 _PAIR = struct.Struct("!IH")
 _MTU_MAX = (1 << 16) - 1
+"""The field has 16 bits."""
 
 
 class PeerMeasurements(msgspec.Struct, frozen=True):

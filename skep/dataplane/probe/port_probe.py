@@ -25,9 +25,12 @@ from skep.model.reserved_ports import WIREGUARD_OFFSET
 
 TRIES = 2
 TRY_S = 2.0
+"""Seconds for one attempt, in which a lost SYN is sent again once."""
 _PAUSE_S = 0.2
+"""Seconds between attempts."""
 _TLS_HANDSHAKE, _TLS_ALERT = 22, 21
 _RECORD_BYTES = 5
+"""The head of a TLS record."""
 _ICMP_ECHO = struct.Struct(">BBHHH")
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 

@@ -31,6 +31,7 @@ WAIT_S = 1.0
 _SO_NO_CHECK = 11
 _IP_MTU_DISCOVER, _PROBE = 10, 3
 _DATAGRAM_BYTES_MAX = 1 << 16
+"""No datagram is longer."""
 _DATAGRAMS_PER_TURN = 64
 _RESPONSE_BURST, _RESPONSES_PER_S = 200, 100
 """Limits for each peer.  The search for a path MTU sends 27 requests within a second."""

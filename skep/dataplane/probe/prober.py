@@ -28,6 +28,7 @@ from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, PathReport, ProbeTargets
 
 PERIOD_S = 10.0
+"""Seconds between probes of a path that works."""
 RECHECK_S = 4.0
 """Period after a verdict that may be due to random loss."""
 URGENT_S = 2.0
@@ -48,10 +49,13 @@ def pause_s(peers: int, random: float, *, is_settled: bool, is_urgent: bool = Fa
 log = structlog.get_logger()
 
 DIAGNOSTICS_S = 15.0
+"""Seconds for probes that a person waits for."""
 AT_ONCE = 16
 """Peers that are probed at the same time."""
 _TEMPORARY_S = 2 * DIAGNOSTICS_S
+"""Seconds for which peers are probed that only a person's request named."""
 _RETRY_S_MAX = 5.0
+"""Longest pause after an error of the probe namespace."""
 
 
 class SavedState(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ from skep.linux.filewatch import FileWatch
 log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 0.05, 30.0
+"""Seconds between attempts to listen at a port, for instance until another program has released it."""
 
 _ANY_IPV4 = "0.0.0.0"
 _Key = tuple[str, str, int]

@@ -20,8 +20,11 @@ CONNECTIONS_MAX = 1024
 HALF_CLOSED_S = 3600.0
 """Time for which the open direction of a half-closed connection may be idle."""
 _CONNECT_S = 3.0
+"""Seconds to connect to a container of this machine or of the next."""
 _ATTEMPTS_MAX = 3
+"""Backends that one connection tries.  More would make a client wait that has given up."""
 _BUFFER_BYTES = 64 * 1024
+"""Bytes in each direction that wait for the other side."""
 _BACKLOG = 512
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
 """Detects vanished peers.  An idle peer keeps its connection."""

@@ -18,6 +18,7 @@ IDLE_S = 90.0
 """Idle time after which a session may end.  Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go
 (UDPConnTrackTimeout)."""
 _DATAGRAM_BYTES_MAX = 65535
+"""No datagram is longer."""
 _AT_ONCE_MAX = 64
 """Datagrams read before other work of the event loop."""
 _CONTROL_BYTES = socket.CMSG_SPACE(20)

@@ -27,8 +27,11 @@ from skep.model.tables import Table, TableSet, changed, difference, keeping_unre
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
+"""Seconds before the first new attempt to apply a table."""
 LONGEST_RETRY_S = 10.0
+"""Longest pause.  A container waits for the network that failed."""
 REREAD_S = 10.0
+"""Seconds for which a table that cannot be read is read again."""
 
 NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
 

@@ -30,6 +30,7 @@ LOST_SECONDS = 5.0
 FRESH_SECONDS = 6.0
 """Age of a session at which probes are no longer used.  Its manager first has to detect failed nodes itself."""
 LOOK_SECONDS = 1.0
+"""Seconds between looks at the reports of probes."""
 
 
 class Session(Protocol):

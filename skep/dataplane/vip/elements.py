@@ -35,7 +35,9 @@ _EDGE = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_SUBSYSTEM))
 _BEGIN, _END = (netlink.request(kind, 0, _EDGE) for kind in (0x10, 0x11))
 """Start and end of a batch.  The messages between them are one transaction."""
 _TIMEOUT_S = 5.0
+"""Seconds for the kernel's response to one change of a set."""
 _REPLY_BYTES = 1 << 16
+"""One read.  The kernel's pieces have at most 32 KiB."""
 
 
 class ElementSocket:

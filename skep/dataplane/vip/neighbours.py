@@ -17,6 +17,7 @@ _INCOMPLETE, _STALE = 0x01, 0x04
 _HEADER = struct.Struct("=BBHiHBB")
 _UNUSED_MAC = bytes.fromhex("02ffffffffff")
 _TIMEOUT_S = 2.0
+"""Seconds for the kernel's response."""
 
 
 def flush_pending(addresses: Collection[str]) -> None:

@@ -32,7 +32,9 @@ _COMMAND, _MODE, _AT_ONCE = 1, 2, 5
 _BIND, _COPY_PACKET = 1, 2
 _PAYLOAD = 9
 _TIMEOUT_S = 2.0
+"""Seconds for the kernel's response."""
 _READS_MAX = 64
+"""Reads in one turn of the loop, so that a flood of first packets holds up nothing else."""
 
 
 def on_demand_tables(subnets: Iterable[IPv4Network | IPv6Network]) -> tuple[NftTable, ...]:

@@ -25,7 +25,9 @@ from skep.errors import Unavailable
 SOCKETS = Path("/var/run/wireguard")
 """Folder of wireguard-go's sockets, compiled into it."""
 _REPLY_S_MAX = 5.0
+"""Seconds for wireguard-go's response."""
 _REPLY_BYTES_MAX = 1 << 24
+"""Longest response, which lists thousands of peers."""
 
 
 class Devices(Protocol):

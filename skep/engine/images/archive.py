@@ -33,7 +33,9 @@ from skep.errors import InvalidArgument, NotFound
 T = TypeVar("T")
 
 _DOCUMENT_BYTES_MAX = 8 << 20
+"""Longest JSON document of an archive, which is read into memory."""
 _CHUNK_BYTES = 1 << 20
+"""Bytes that are copied at a time."""
 
 _OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"

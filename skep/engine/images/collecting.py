@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 AGE_S_MIN = 600.0
 """Seconds that a fetched or used image is kept, since its container may not have started yet."""
 PERIOD_S = 60.0
+"""Seconds between collections of unused images."""
 LONGEST_S = 300.0
 """Longest pause between two attempts while the managers cannot be reached."""
 

@@ -25,6 +25,7 @@ _NEW_NAMESPACES: Final = 0x00020000 | 0x08000000 | 0x40000000
 """CLONE_NEWNS, -IPC and -NET."""
 
 _DESCRIPTORS_MAX = 256
+"""Descriptors that are closed in the worker: more than the process has open when it forks."""
 _OPAQUE = b"trusted.overlay.opaque"
 _ELSEWHERE = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
 _SET, _GET = b"x", b"?"

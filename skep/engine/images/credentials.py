@@ -24,11 +24,17 @@ from skep.engine.images.registry import Credentials
 log = structlog.get_logger()
 
 _DEADLINE_S = 30.0
+"""Seconds for a credential helper, which may ask a cloud's service."""
 _END_S = 5.0
+"""Seconds for a helper to end after SIGTERM, before it is killed."""
 _OUTPUT_BYTES_MAX = 1 << 20
+"""Longest answer of a helper.  A token has some kilobytes."""
 _KEPT_S = 30.0
+"""Seconds for which an answer is used again, so that the layers of one image ask once."""
 _KEPT_MAX = 256
+"""Answers that are kept."""
 _PROBLEM_LENGTH_MAX = 300
+"""Characters of a helper's error that are shown."""
 _NONE_STORED = "credentials not found in native keychain"
 _TOKEN_USER = "<token>"
 """User name that marks the secret as an identity token."""

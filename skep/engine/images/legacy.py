@@ -21,6 +21,7 @@ Find = Callable[[Path, str], Path]
 """Returns the regular file at a path within a directory.  Raises: InvalidArgument."""
 
 _DOCUMENT_BYTES_MAX = 8 << 20
+"""Longest JSON document of an archive, which is read into memory."""
 _GONE = ("id", "parent", "Size", "parent_id", "layer_id", "throwaway")
 
 

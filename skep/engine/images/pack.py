@@ -29,7 +29,9 @@ from skep.engine.images.confinement import Helper, confine
 from skep.linux import roots
 
 _CHUNK_BYTES = 1 << 20
+"""Bytes that are copied at a time."""
 _MEMORY_BYTES_MAX = 2 << 30
+"""Address space of the worker that packs, which reads what users wrote."""
 _PR_SET_PDEATHSIG = 1
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"

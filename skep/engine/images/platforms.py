@@ -36,6 +36,7 @@ _AMD64_LEVELS = (
 )
 """CPU flags of each level from v2 on, with the kernel's names.  Source: x86-64 psABI; go-archvariant."""
 _OFFERED_MAX = 16
+"""Platforms that an error lists."""
 
 
 class Platform(msgspec.Struct, frozen=True):

@@ -48,9 +48,12 @@ K = TypeVar("K")
 
 _ATTEMPTS = 5
 _BACKOFF_S = 0.5
+"""Seconds before the first new attempt at a layer."""
 _CONFIG_BYTES_MAX = 8 << 20
+"""Longest configuration of an image, which is read into memory."""
 _MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
+"""Bytes between two progress messages.  Source: moby, pkg/progress (512 KiB)."""
 
 
 class Repository(Protocol):

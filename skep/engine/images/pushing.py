@@ -42,7 +42,9 @@ from skep.errors import InvalidArgument, NotFound, SkepError
 _UPLOADS_MAX = 5
 """Docker's max-concurrent-uploads."""
 _MOUNTS_MAX = 3
+"""Repositories from which a push tries to mount a layer."""
 _REPORT_BYTES = 512 << 10
+"""Bytes between two progress messages.  Source: moby, pkg/progress (512 KiB)."""
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _CONFIG_TYPES = {
     DOCKER_MANIFEST: "application/vnd.docker.container.image.v1+json",

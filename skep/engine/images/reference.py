@@ -21,6 +21,7 @@ DEFAULT_TAG = "latest"
 _LEGACY_DEFAULT_DOMAIN = "index.docker.io"
 _OFFICIAL_PREFIX = "library/"
 _NAME_LENGTH_MAX = 255
+"""Source: distribution, reference/reference.go (NameTotalLengthMax)."""
 
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"  # Docker's `[-]*` would backtrack exponentially here
 _DOMAIN_COMPONENT = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"

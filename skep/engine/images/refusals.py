@@ -15,7 +15,9 @@ from skep.errors import InvalidArgument
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """Errors of decoding a response that is not JSON of the expected form, or nested too deeply."""
 _ERROR_BYTES_MAX = 64 << 10
+"""Bytes of a registry's error that are read."""
 _RETRY_AFTER_S_MAX = 60.0
+"""Longest pause that a registry may ask for: beyond that the pull fails, and says why."""
 
 
 def status_text(status: int) -> str:

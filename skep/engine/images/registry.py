@@ -49,8 +49,9 @@ _REDIRECTS_WITH_BODY = frozenset({307, 308})
 """Redirects that keep method and content.  After the others, Go would send a GET."""
 _REDIRECTS_MAX = 10
 """Same limit as in Go."""
-_TOKEN_BYTES_MAX = 1 << 20
+_TOKEN_BYTES_MAX = 1 << 20  # of a token server's response
 _TAG_PAGES_MAX = 1000
+"""Pages of a list of tags.  A registry that always names a next page would never end."""
 BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 """A blob may take any time as long as bytes keep coming."""
 SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)

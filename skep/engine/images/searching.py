@@ -24,7 +24,9 @@ from skep.errors import InvalidArgument, SkepError
 
 LIMIT_DEFAULT = 25
 _LIMIT_MAX = 100
+"""Source: moby, registry/search.go."""
 _RESPONSE_BYTES_MAX = 4 << 20
+"""Longest response to a search, which is read into memory."""
 _INDEX = "https://index.docker.io"
 
 

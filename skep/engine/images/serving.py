@@ -42,11 +42,13 @@ UPLOADS_OF_LAYER_MAX = 3
 UPLOADS_OF_NODE_MAX = 3
 """Number of simultaneous uploads to one node: as many as a node fetches at once, and half of all."""
 PIECE_BYTES = 512 << 10
+"""Bytes of one message to another node."""
 STALLED_S = 60.0
 """Seconds after which a node that receives nothing of a blob loses its slot."""
 BYTES_PER_S_MIN = 32 << 10
 """Slowest rate, after a first minute, at which a node keeps its slot: half of what a node expects of senders."""
 ARRIVING_AFTER_S = 0.5
+"""Seconds after which another node asks again for a layer that is still arriving here."""
 
 
 class Upload(Enum):

@@ -41,8 +41,11 @@ FAILURES_MAX = 2
 ROUNDS_WITHOUT_MAX = 3
 """Consecutive rounds in which no node has a blob, or is about to have it, before the fetch fails."""
 DISTRUST_S = 3600.0
+"""Seconds for which a node that sent wrong bytes is not asked."""
 DISTRUSTED_MAX = 256
+"""Nodes that are remembered."""
 PAUSE_S, PAUSE_S_MAX = 0.1, 2.0
+"""Seconds between two attempts to find a node with a layer."""
 
 
 class Source(Protocol):

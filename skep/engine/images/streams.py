@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
 _CHUNK_BYTES = 1 << 20
+"""Bytes that are read at a time."""
 _XZ_MEMORY_BYTES_MAX = 256 << 20
+"""Memory that a compressed stream may ask for.  ``xz -9`` needs 65 MiB."""
 _ZSTD_WINDOW_BYTES_MAX = 128 << 20
+"""Window that a compressed stream may ask for.  Source: zstd, which refuses larger ones by default."""
 
 
 class Malformed(Exception):

@@ -31,8 +31,11 @@ from skep.engine.images.streams import Malformed, plain_chunks
 from skep.linux.trees import remove_tree, walk
 
 _CHUNK_BYTES = 1 << 20
+"""Bytes that are copied at a time."""
 _SPACE_CHECK_BYTES = 64 << 20
+"""Bytes written between two looks at the disk's free space."""
 _MEMORY_BYTES_MAX = 2 << 30
+"""Address space of the worker that unpacks, which reads what strangers wrote."""
 _PR_SET_PDEATHSIG = 1
 _HEADER_BYTES_MAX = 1 << 20
 """Size of a long name or a PAX header, as in Go."""

@@ -32,9 +32,11 @@ log = structlog.get_logger()
 
 _ATTEMPTS = 5
 _PIECE_BYTES = 1 << 20
+"""Bytes that are sent at a time."""
 _PROGRESS_S = 60.0
 """Longest time in which a registry accepts no byte, or does not respond to the last one."""
 _CANCEL_S = 5.0
+"""Seconds for the request that ends a failed upload.  The registry forgets it by itself, too."""
 _SENDING = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
 """A blob may take any time as long as bytes keep flowing.  ``_PROGRESS_S`` is the longest pause."""
 _COMMITTING = aiohttp.ClientTimeout(total=300.0, sock_connect=10.0)

@@ -24,6 +24,7 @@ RECHECK_S = 5.0
 """Seconds after which nodes that did not renew are requested again during a rotation."""
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
+"""Seconds between attempts to write a certificate that could not be written."""
 SWEEP_S = 3600.0
 """Seconds between two deletions of expired revocations."""
 

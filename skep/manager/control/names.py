@@ -9,8 +9,10 @@ from skep.errors import InvalidArgument
 
 _DNS_NAME = re.compile(r"[a-zA-Z0-9](?:[-_]*[A-Za-z0-9]+)*")
 _DNS_NAME_LENGTH_MAX = 63
+"""Source: RFC 1035, section 2.3.4: a service's name is one label."""
 _FILE_NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_.]*[a-zA-Z0-9])?")
 _FILE_NAME_LENGTH_MAX = 64
+"""Source: swarmkit, manager/controlapi/common.go (isValidConfigOrSecretName)."""
 
 
 def check_dns_name(name: str) -> None:

@@ -43,6 +43,7 @@ _NANO_CPUS_MIN = 1_000_000
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
 """Smallest memory limit or reservation, as in SwarmKit."""
 _PORT_MAX = 65535
+"""A port has 16 bits."""
 _SIGN_BIT = 2**63 - 1
 """Decoding limits larger numbers to this value.  SwarmKit reads them as negative."""
 
@@ -278,6 +279,7 @@ def _check_endpoint(endpoint: EndpointSpec | None) -> None:
 
 
 _NAME_LENGTH_MAX = 255
+"""Source: distribution, reference/reference.go (NameTotalLengthMax)."""
 
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|[-]+)[a-z0-9]+)*"
 _DOMAIN_PART = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
