@@ -12,6 +12,7 @@ import msgspec
 DEFAULT_DATA = Path("/var/lib/skep")
 DEFAULT_RUN = Path("/run/skep")
 SOCKET_PATH_BYTES_MAX = 107
+"""Source: sun_path of sockaddr_un, without the byte that ends it."""
 
 
 class Paths(msgspec.Struct, frozen=True):

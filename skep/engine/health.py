@@ -29,6 +29,7 @@ from skep.model.ids import ContainerId
 from skep.model.times import SECOND_NS, timestamp, unix_ns
 
 _INTERVAL_NS = 30 * SECOND_NS
+"""Docker's defaults of a health check.  Source: moby, daemon/health.go."""
 _START_INTERVAL_NS = 5 * SECOND_NS
 _TIMEOUT_NS = 30 * SECOND_NS
 _RETRIES = 3

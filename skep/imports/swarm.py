@@ -21,6 +21,7 @@ from skep.model.unknown import Unknown
 from skep.stack.project import NAMESPACE
 
 _RESPONSE_TIMEOUT_S: Final = 30.0
+"""Seconds for one list of the other cluster."""
 _FILE_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
 REST: Final = "services"
 """Name of the stack for services without a stack, unless a stack already has this name."""

@@ -23,6 +23,7 @@ R = TypeVar("R")
 K = TypeVar("K", bound=str)
 
 FIRST_DELAY_S = 0.5
+"""Seconds before an object that failed is decided again."""
 LONGEST_DELAY_S = 60.0
 """Longest delay in seconds before a failing decision is repeated."""
 UNAVAILABLE_S_MAX = 5.0

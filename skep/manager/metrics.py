@@ -27,6 +27,7 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Store
 
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+"""Upper bounds of the histogram's buckets: starts take from a tenth of a second to minutes of pulling."""
 _STORE_S = 2.0
 """Seconds to wait for the store's figures.  A page without them is better than none."""
 _STARTING_MAX = 100_000

@@ -16,6 +16,7 @@ ROLE_HEADER: Final = "X-Skep-Role"
 REVISION_HEADER: Final = "X-Skep-Revision"
 """Request header: the request changes a service only while the deploy with this revision, a config, is current."""
 TOKEN_BYTES_MAX: Final = 512
+"""Longest token that is compared."""
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
 

@@ -28,9 +28,12 @@ CPU_DEFAULT: Final = 70
 CPU_MAX: Final = 1000
 """A task without a limit can use more than it reserves, or more than one processor."""
 DOWN_AFTER_DEFAULT_S: Final = 300.0
+"""Seconds of low load before a service shrinks.  Source: Kubernetes' default for its autoscaler."""
 DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX = 15.0, 24 * 3600.0
+"""Smallest and largest value.  Usage is averaged over 10 s, so a shorter time sees one average only."""
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
+"""A usage above it is no usage of a machine."""
 _MEMORY_BYTES_MAX: Final = 1 << 50
 """Upper limit for plausible values: no machine has more."""
 _RANGE: Final = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")

@@ -12,7 +12,9 @@ DISK_SPACE: Final = "disk-space"
 DISK_PRESSURE: Final = "disk-pressure"
 """The node's own disk is full, so it gets no new tasks."""
 CHARACTERS_MAX: Final = 300
+"""Characters of one condition."""
 CONDITIONS_MAX: Final = 16
+"""Conditions of one node."""
 
 
 def condition_label(name: str) -> str:

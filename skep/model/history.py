@@ -16,7 +16,9 @@ from skep.model.times import Timestamp
 
 STACK_LABEL = "com.docker.stack.namespace"
 MESSAGE_CHARACTERS_MAX = 500
+"""Characters of one entry.  The history keeps ten thousand."""
 NAME_CHARACTERS_MAX = 100
+"""Characters of each name in an entry."""
 PATH_CHARACTERS_MAX = 200
 """An entry takes less than 1 KiB, except with names of many bytes per character."""
 MASK = "***"

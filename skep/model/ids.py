@@ -27,6 +27,7 @@ IdSource = Callable[[], str]
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _PAIRS = [first + second for first in _DIGITS for second in _DIGITS]
 ID_LENGTH = 25
+"""Source: swarmkit, identity/randomid.go: 128 bits in base 36."""
 
 
 def base36(number: int, width: int) -> str:

@@ -21,11 +21,13 @@ E = TypeVar("E", bound=Enum)
 HEARTBEAT_GRACE = "skep.heartbeat-grace"
 """On the cluster: how long a silent skep node counts as alive (``5s``).  Default: three heartbeat periods."""
 GRACE_S_MAX = 3600.0
+"""Longest grace that can be configured."""
 
 FORGET_NODES = "skep.forget-nodes"
 MAINTENANCE = "skep.maintenance"
 """On the cluster: how long a failed worker is kept before it is removed (``24h``).  Unset: forever."""
 FORGET_S_MIN, FORGET_S_MAX = 60.0, 90 * 24 * 3600.0
+"""Smallest and largest value of ``skep.forget-nodes``."""
 
 ON_DISCONNECT = "skep.on-disconnect"
 ON_DISCONNECT_DELAY = "skep.on-disconnect-delay"
@@ -55,12 +57,14 @@ DRAIN = "skep.drain"
 """On services: how long a stopping task waits until no new connections arrive, and the same time again for its last
 connections to end."""
 DEFAULT_DRAIN_S = 1.0
+"""Seconds in which connections leave a task before it is stopped."""
 
 LAST_LINES = "skep.last-lines"
 """On services and on the cluster: number of last output lines that are kept with an ended task."""
 HISTORY = "skep.history"
 """On the cluster: number of history entries that are kept.  ``0`` keeps none."""
 HISTORY_DEFAULT, HISTORY_MAX = 10_000, 100_000
+"""Entries of the history, and the most that a label may ask for."""
 WORKER_READS = "skep.worker-reads"
 """On the cluster: ``true`` lets workers' APIs show its services, tasks, nodes, networks and events."""
 PUBLISH_NOT_READY = "skep.publish-not-ready"
@@ -102,6 +106,7 @@ LABEL_NODE_ID = "com.docker.swarm.node.id"
 """Other labels of a task's container, as in Docker."""
 
 DELAY_S_MAX = 365 * 24 * 3600.0
+"""A delay of more than a year is a mistake."""
 
 DISCONNECT_LABELS = (ON_DISCONNECT, ON_DISCONNECT_DELAY)
 _SENT = (*DISCONNECT_LABELS, DRAIN, LAST_LINES)

@@ -17,6 +17,7 @@ VXLAN_OPTION: Final = "com.docker.network.driver.overlay.vxlanid_list"
 """Comma-separated numbers: one per IPv4 subnet in their order; IPv6 subnets share the first."""
 ENCRYPTED_OPTION: Final = "encrypted"
 VXLAN_ID_MAX: Final = PROBE_VNI - 1
+"""The highest number of a network.  The one above it is for probes."""
 
 
 def options_of(network: Network) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from skep.model.ids import NetworkId, NodeId
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DETAIL_CHARACTERS_MAX = 300
+"""Characters of a finding that a node may report."""
 PROBE_VNI = (1 << 24) - 1
 """VXLAN id of probes, the largest possible; never allocated to a network."""
 MTU_MIN = 576

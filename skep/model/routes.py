@@ -18,6 +18,7 @@ ROUTES_LABEL: Final = "skep.routes"
 ROUTES_MAX: Final = 64
 """Maximum number of a node's routes that are reported and read, the widest first."""
 _LABEL_CHARACTERS_MAX = 8192
+"""Characters of a node's label that are read.  Nodes are not trusted."""
 
 Subnet: TypeAlias = IPv4Network | IPv6Network
 

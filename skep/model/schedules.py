@@ -37,9 +37,11 @@ SCHEDULE_LABELS: Final = (
 
 JOB_MODES: Final = ("replicated-job", "global-job")
 EXPRESSIONS_MAX: Final = 10
+"""Cron expressions of one service."""
 CHARACTERS_MAX: Final = 250
 """Characters of one expression."""
 DEADLINE_S_MAX: Final = 365 * 24 * 3600.0
+"""A deadline of more than a year is a mistake."""
 MAX_ATTEMPTS_DEFAULT: Final = 6
 """Kubernetes' default of ``backoffLimit``.  Without a limit, a command that always fails would delay all later runs."""
 MAX_ATTEMPTS_MAX: Final = 1000
@@ -65,6 +67,7 @@ _LOCAL_ZONES: Final = ("localtime", "posixrules", "Factory")
 _TRIED_FROM: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Start of the search for a due time.  Every possible date occurs in the fifty years that are searched."""
 _FIRST_WINDOW_S: Final = 3600
+"""Seconds before the end that are searched first for the last time.  The window grows."""
 
 
 class Concurrency(Enum):

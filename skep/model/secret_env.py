@@ -15,6 +15,7 @@ SECRET_ENV_LABEL = "skep.secret-env"
 PLUGIN = ("Secret", "skep-env")
 """Plugin that nodes with support for it report.  Tasks of such a service run only on these nodes."""
 VARIABLES_MAX = 64
+"""Variables of one service that come from secrets."""
 VALUE_BYTES_MAX = 64 << 10
 """Bytes of a value.  The kernel's limit for a variable with its name is 128 KiB."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")

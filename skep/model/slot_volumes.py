@@ -24,7 +24,9 @@ FORGOTTEN_LABEL: Final = "skep.forgotten-volumes"
 """Label of a node's spec with its local volumes that were given up while it was down, each with the time up to which
 its use counts as forgotten."""
 FORGOTTEN_MAX: Final = 500
+"""Forgotten volumes that a service remembers."""
 LABEL_CHARACTERS_MAX: Final = 32 * 1024
+"""Characters of a node's label that are read.  Nodes are not trusted."""
 _WORD = re.compile(r"([a-zA-Z0-9][\w.-]+)=([a-zA-Z0-9][\w-]*)\.([0-9]{1,9})@([0-9]{1,15})", re.ASCII)
 _FORGOTTEN = re.compile(r"([a-zA-Z0-9][\w.-]+)@([0-9]{1,15})", re.ASCII)
 _MILLISECOND_NS = 1_000_000

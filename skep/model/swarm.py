@@ -12,6 +12,7 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 DEFAULT_POOL: Final = ("10.0.0.0/8",)
 DEFAULT_SUBNET_SIZE: Final = 24
+"""Source: the default of ``docker swarm init --default-addr-pool-mask-length``."""
 DEFAULT_DATA_PATH_PORT: Final = 4789
 """Default UDP port of VXLAN, as in Docker."""
 RENEW_WINDOW_LABEL = "skep.renew-window"

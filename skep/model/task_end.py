@@ -14,16 +14,21 @@ from skep.model.encoding import ApiObject, always, to_json
 from skep.model.times import ZERO_TIME, Timestamp
 
 LAST_LINES_MAX = 20
+"""Last lines of output that are kept of a task's end."""
 LAST_LINES_BYTES_MAX = 4096
 """Bytes of all kept lines together, encoded."""
 HEALTH_OUTPUT_BYTES_MAX = 1024
+"""Bytes of the output of the last health check."""
 HEALTH_COMMAND_BYTES_MAX = 256
+"""Bytes of the health check's command."""
 SIGNALED = 128
 """Shells and Docker report the signal that ended a process as 128 plus its number."""
 _SHOWN_CHARACTERS_MAX = 200
+"""Characters of a line that a sentence quotes."""
 SEQUENCE = re.compile(r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]")
 """A control sequence of a terminal, as for a color."""
 _WORD_CHARACTERS_MAX = 32
+"""Longest word that names a cause or a signal."""
 
 
 class EndCause(Enum):

@@ -16,6 +16,7 @@ RESERVED_LABEL: Final = "skep.reserved-ports"
 PORTS_MAX = 1000
 """Ports in the label, the lowest ones of each protocol."""
 _LABEL_CHARACTERS_MAX = 16 * 1024
+"""Characters of a node's label that are read.  Nodes are not trusted."""
 _REMEMBERED_CHARACTERS_MAX = 512
 """Longer labels are not cached: a node that reports a new label every second would fill the memory with them."""
 

@@ -12,9 +12,11 @@ from typing import Final
 import msgspec
 
 KEY_BYTES: Final = 32
+"""A key of Curve25519."""
 KEYS_MAX: Final = 2
 """Keys of one node: the present key and, during a rotation, the previous one."""
 PORT_MAX: Final = (1 << 16) - 1
+"""A port has 16 bits."""
 
 ENCRYPTION_LABEL: Final = "skep.encryption"
 """Engine label with the ``Method`` of a node.  Without the label, the node does not encrypt."""

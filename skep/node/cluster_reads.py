@@ -14,8 +14,11 @@ from skep.wire import skep_pb2 as skep
 FIRST_S_MAX = 5.0
 """Time limit until the manager's response starts."""
 BODY_S_MAX = 30.0
+"""Seconds for a whole response of a manager."""
 BODY_BYTES_MAX = 64 << 20
+"""Longest response of a manager, which is read into memory."""
 LINE_BYTES_MAX = 1 << 20
+"""Longest line of a stream of a manager."""
 
 
 class ClusterReads:

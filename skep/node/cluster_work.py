@@ -18,7 +18,9 @@ from skep.node.conditions import Conditions
 log = structlog.get_logger()
 
 _REMOVAL_TIMEOUT_S = 60.0
+"""Seconds in which the containers of a node that leaves are removed."""
 _RELEASE_TIMEOUT_S = 5.0
+"""Seconds in which an endpoint is released.  A manager also notices that its container is gone."""
 
 
 class NodeWork:

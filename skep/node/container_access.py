@@ -49,6 +49,7 @@ log = structlog.get_logger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 CONNECT_S_MAX = 5.0
+"""Seconds to connect to a node of the cluster."""
 EVENTS = "/events"
 EVENT_BYTES_MAX = 128 << 10
 """Managers do not accept a much longer event.  Labels and command lines can be long."""

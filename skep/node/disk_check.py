@@ -16,6 +16,7 @@ from skep.linux.files import replace_file
 from skep.node.conditions import Conditions
 
 PERIOD_S = 5.0
+"""Seconds between writes that show that the disk works."""
 HANG_S = 10.0
 """A write that takes longer is reported."""
 _PROBE = ".writable"

@@ -39,11 +39,13 @@ STEP_PERCENT = 2
 """A condition shows another percentage only if it differs by this much, because each is a write of the node's
 description."""
 PERIOD_S = 15.0
+"""Seconds between measurements, in which a fast disk is filled by some gigabytes."""
 SILENT_S = 5.0
 """Time after which an unresponsive disk is left out, such as a network file system without its server."""
 SOURCES_MAX = 200
 """Mounts of containers that are measured, each in a thread of its own."""
 _NAMED_MAX = 3
+"""Directories that one sentence names."""
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):

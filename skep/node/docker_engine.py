@@ -25,7 +25,9 @@ from skep.errors import NotFound, SkepError
 log = structlog.get_logger()
 
 _TIMEOUT_S = 3.0
+"""Seconds for a response of an engine, which takes milliseconds."""
 _VERSION_PERIOD_S = 30.0
+"""Seconds between looks at the engine's version, which changes with an upgrade."""
 
 
 class Handler(Protocol):

@@ -26,7 +26,9 @@ log = structlog.get_logger()
 KEPT = 1024
 """Past events that a client can request (Docker keeps 256)."""
 BEHIND_MAX = 1024
+"""Events that wait for one slow reader."""
 READERS_MAX = 256
+"""Clients that read the events of one node."""
 READER = "X-Skep-Reader"
 """A header of requests that are answered for a container with read-only access."""
 SUBSCRIBE_S = 5.0

@@ -26,6 +26,7 @@ _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 _CGROUP2_MAGIC = 0x63677270
 _COMMAND_TIMEOUT_S = 5.0
+"""Seconds for one command that shows what the machine can do."""
 
 WANTED_CAPABILITIES = {
     0: "CAP_CHOWN",

@@ -30,8 +30,11 @@ from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 
 _FREE_BYTES_MIN = 256 * 1024 * 1024
+"""Free bytes that etcd needs for its first log files, of 64 MiB each."""
 _CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
+"""Source: swarmkit, ca/certificates.go (MinNodeCertExpiration)."""
 _PEER_PORT_TRIES = 20
+"""Ports that are tried for etcd before the command gives up."""
 
 _LISTEN_FAILED = "manager stopped: failed to listen on remote API address: listen tcp"
 _REASONS = {

@@ -17,6 +17,7 @@ from skep.api.swarm_requests import Interface, Interfaces
 from skep.errors import Unavailable
 
 _TIMEOUT_S = 5.0
+"""Seconds for a listing of the machine's addresses."""
 _KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
 """Kinds of links that carry containers.  A veth is not included: a machine that is a container has its own address on
 one."""

@@ -67,9 +67,11 @@ from skep.security.locking import KeyLock, parsed_unlock_key
 log = structlog.get_logger()
 
 _FOUNDING_TIMEOUT_S = 60.0
+"""Seconds for ``init``, with etcd on a slow disk."""
 _JOIN_TIMEOUT_S = 20.0
 """Docker's swarmConnectTimeout."""
 _MARK_POLL_S = 0.2
+"""Seconds between looks for the mark that another process writes."""
 _LOOK_S = 2.0
 """Limit for reading the machine before the first session.  Later descriptions include slower parts."""
 

@@ -41,7 +41,9 @@ KEPT_S = 1.0
 _MANAGER_S = 4.0
 """Shorter than Prometheus' own limit of ten seconds."""
 _NET_S = 2.0
+"""Seconds for the figures of the network process.  Without them, the others are served."""
 _LAG_PERIOD_S = 1.0
+"""Seconds between measurements of the loop's delay."""
 
 
 class Sources(NamedTuple):

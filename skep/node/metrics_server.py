@@ -29,10 +29,13 @@ log = structlog.get_logger()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _CONNECTIONS_MAX = 64
+"""Connections in all.  A scraper needs one."""
 _CONNECTIONS_OF_SOURCE_MAX = 32
+"""Connections of one address."""
 _AT_ONCE = 4
 """Pages that are made at the same time."""
 _IDLE_S = 75.0
+"""Seconds for which an idle connection stays open, so that a scraper's every minute needs no new one."""
 _PRIVATE = (".internal", ".local", ".localhost", ".home.arpa", ".test")
 """Suffixes of names that nobody can register."""
 

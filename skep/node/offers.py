@@ -27,6 +27,7 @@ from skep.model.used_ports import UsedPort
 log = structlog.get_logger()
 
 READ_EVERY_S = 5.0
+"""Seconds between readings of the files that name a node's resources."""
 
 _Times: TypeAlias = tuple[tuple[str, int, int], ...]
 

@@ -16,6 +16,7 @@ from skep.linux.processes import stat_of
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_EVERY_S = 5.0
+"""Seconds between looks.  A zombie costs one entry in the kernel's table."""
 
 
 def adopt_orphans() -> None:

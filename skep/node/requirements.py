@@ -16,6 +16,7 @@ from skep.node.features import file_system_type
 
 OVERLAYFS_MAGIC = 0x794C7630
 _TIMEOUT_S = 10.0
+"""Seconds for a program to say its version."""
 _DOCKERS_OWN = ("engine-id", "overlay2", "containerd")
 
 Version = tuple[int, ...]

@@ -23,6 +23,7 @@ log = structlog.get_logger()
 SAMPLE_S = 5.0
 """Period of reading."""
 WINDOW_S = 10.0
+"""Seconds over which usage is averaged."""
 VALID_S = 3 * SAMPLE_S
 """Age from which a reading is not reported."""
 TASKS_MAX = 1000
@@ -30,6 +31,7 @@ TASKS_MAX = 1000
 _AT_ONCE = 25
 """Containers that are read before other work of the event loop."""
 _PAUSE_S = 0.01
+"""Pause between two tasks, so that the node serves requests in between."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ FIRST_PORT, PORTS_TRIED = 8080, 100
 _CREATE_WITHIN_S = 120
 """Deadline of a docker command, which waits for the service's tasks."""
 _RESPONSE_TIMEOUT_S = 10
+"""Seconds for one response of the demo's service."""
 
 
 async def demo(playground: Playground) -> None:

@@ -4,6 +4,7 @@ from skep.api.client import Client
 from skep.errors import FailedPrecondition, SkepError
 
 _RESPONSE_TIMEOUT_S = 2.0
+"""Seconds for one response of an engine that starts."""
 
 
 async def is_up(endpoint: str) -> bool:

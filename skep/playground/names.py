@@ -27,6 +27,7 @@ _WORD = re.compile(r"[a-z][a-z0-9]{0,15}")
 _FIRST_HOST = 11
 _LAST_HOST = 250
 SUBNETS_MAX = 50
+"""Networks of one playground, which are numbered in its addresses."""
 
 
 def check_name(name: str) -> str:

@@ -39,6 +39,7 @@ _LOOK_S = 1.0
 _ASK_S = 2.0
 """Deadline of one request to a manager."""
 _READY_WITHIN_S = 20
+"""Seconds in which the relay begins to serve."""
 _PORTS_MAX = 256
 """Published ports that are relayed."""
 

@@ -22,16 +22,20 @@ END_HEADERS = 0x4
 _PADDED, _PRIORITY = 0x8, 0x20
 
 HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 2, 3, 4
+"""Settings.  Source: RFC 9113, section 6.5.2."""
 MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = 5, 6
+"""Settings.  Source: RFC 9113, section 6.5.2."""
 
 WINDOW = 65_535
 """Default window of a stream and of a connection, in bytes."""
 WINDOW_MAX = 2**31 - 1
+"""Source: RFC 9113, section 6.9.1."""
 
 FRAME_BYTES = 16_384
 """Default size limit of a payload.  Skep never raises its own limit."""
 
 STREAM_ID_MAX = 2**31 - 1
+"""Source: RFC 9113, section 5.1.1."""
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """The first bytes of a client connection."""

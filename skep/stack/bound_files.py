@@ -12,6 +12,7 @@ from skep.stack.project import Stack, StackService, versioned_name
 from skep.stack.reading import Report
 
 _BYTES_MAX: Final = 8 << 20
+"""Bytes of a file that a node can get with a task."""
 _FILES_MAX: Final = 50
 """Files of one service whose content is hashed."""
 

@@ -21,6 +21,7 @@ from skep.stack.project import NAMESPACE, Stack, StackFile
 from skep.stack.revisions import Revision, revisions_of
 
 RESPONSE_TIMEOUT_S: Final = 30.0
+"""Seconds for one list of the cluster's objects."""
 AT_ONCE: Final = 8
 """Requests in flight at most."""
 NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})

@@ -16,9 +16,11 @@ import yaml
 from skep.errors import InvalidArgument
 
 FILE_BYTES_MAX: Final = 8 << 20
+"""Bytes of one file, which is parsed in memory."""
 _NODES_MAX: Final = 500_000
 """Nodes of a document with all aliases expanded, as a small file can expand to billions."""
 _DEPTH_MAX: Final = 100
+"""Levels of nested values.  Python's own stack ends at a thousand calls."""
 
 Scalar: TypeAlias = str | int | float | bool | None
 TAGS: Final = ("!reset", "!override")

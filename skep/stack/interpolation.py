@@ -24,6 +24,7 @@ from skep.stack.document import Node, Problem, Problems, scalar
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPERATORS: Final = (":-", ":?", ":+", "-", "?", "+")
 _DEPTH_MAX: Final = 20
+"""Levels of nested variables."""
 _BYTES_MAX: Final = 1 << 20
 """Characters of one value after substitution."""
 

@@ -36,8 +36,11 @@ UNDOINGS: Final = (UNDOING, "being undone")
 _BYTES_MAX: Final = 900_000
 """Bytes of a compressed revision, as the size of a config is limited to less than 1000 KiB."""
 _UNPACKED_MAX: Final = 64 << 20
+"""Bytes of a revision after decompression.  The store is not trusted with more."""
 _CAUSE_MAX: Final = 300
+"""Characters of the cause that a revision keeps."""
 _NAME_MAX: Final = 40
+"""Characters of the stack's name within a config's name, which may have 64."""
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,7 +27,9 @@ from skep.stack.progress import (
 )
 
 _LOOK_S = 0.5
+"""Seconds between looks at the services."""
 _RESPONSE_TIMEOUT_S: Final = 15.0
+"""Seconds for one look."""
 _EXPLAINED_MAX: Final = 5
 """Services to explain at each look.  For a service that waits for a node, a manager counts the cluster's tasks."""
 _EXPLAINED_AFTER_S: Final = 1.0

@@ -26,6 +26,7 @@ from skep.top.watching import Cluster
 LOG_LINES_MAX = 2000
 """Log lines that the view keeps."""
 _HEADLINES_MAX = 3
+"""Lines of the headline."""
 _LOGS_S = 0.2
 """Seconds between two repaints of the logs."""
 _LOG_BATCH, _LOG_REST_S = 500, 0.02

@@ -8,6 +8,7 @@ from skep.model.node import plain_message
 from skep.top.snapshot import Snapshot, tasks_of
 
 _LISTED_MAX = 100
+"""Tasks that the panel lists."""
 
 HELP = (
     "1 to 5, tab      services, tasks, nodes, events, logs",

@@ -57,6 +57,7 @@ NODE_BYTES_MAX = 2 * NODE_LIMITS.connection_window
 """Maximum buffered request bytes of one node on all its connections.  A connection that exceeds them is closed."""
 
 ANONYMOUS_MAX = 64
+"""Connections without a certificate, which join or renew theirs."""
 ANONYMOUS_PER_SOURCE_MAX = 4
 """Maximum anonymous connections, in total and from one address."""
 ANONYMOUS_SECONDS_MAX = 60.0

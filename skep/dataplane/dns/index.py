@@ -18,6 +18,7 @@ from skep.model.ids import ServiceId
 from skep.model.tables import Table, TableEndpoint
 
 _IPV4_BYTES = 4
+"""Bytes of a packed IPv4 address."""
 _TASKS, _ALL_TASKS = "tasks.", "all.tasks."
 
 

@@ -23,6 +23,7 @@ _PUBLIC, _FLAGS, _ENDPOINT, _KEEPALIVE, _HANDSHAKE, _ALLOWED = 1, 3, 4, 5, 6, 9
 _REMOVE, _REPLACE_ALLOWED = 1, 2
 _REPLACE_PEERS = 1
 _IP_FAMILY, _IP_ADDRESS, _IP_LENGTH = 1, 2, 3
+"""WGALLOWEDIP_A_FAMILY, _IPADDR and _CIDR_MASK."""
 _HEADER = struct.Struct("=BBxx")
 _PEERS_AT_ONCE = 100
 """Peers in one message.  An attribute has at most 64 KiB."""

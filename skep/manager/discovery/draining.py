@@ -29,6 +29,7 @@ WAIT_S = 2.0
 CALL_SECONDS_MAX = WAIT_S + 1.0
 """Timeout of a request to another manager, with a second for the network."""
 FIRST_RETRY_S = 0.02
+"""Seconds before the first new attempt: a task that stops waits for it."""
 LONGEST_RETRY_S = 0.5
 """Limits of the backoff between requests to another manager."""
 CACHED_MAX = 10_000

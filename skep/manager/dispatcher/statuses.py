@@ -21,8 +21,11 @@ from skep.store.interface import Transaction
 STATUS_BYTES_MAX = 16 * 1024
 """Maximum bytes of an encoded status, which the store keeps for every task."""
 MESSAGE_BYTES_MAX = 1024
+"""Bytes of a status's message that are stored.  Each task has one."""
 ERR_BYTES_MAX = 2048
+"""Bytes of a status's error that are stored."""
 CONTAINER_ID_BYTES_MAX = 128
+"""Twice the length of Docker's ids."""
 
 
 def bounded(status: TaskStatus, lines_max: int = LAST_LINES_MAX) -> TaskStatus:

@@ -7,6 +7,7 @@ from skep.model.container import ContainerSpec
 from skep.model.service import ServiceSpec
 
 _NAMES_MAX = 5
+"""Names that one line lists."""
 _NAMED = frozenset({"image", "env", "secrets", "configs", "labels"})
 
 

@@ -47,6 +47,7 @@ PING_S = 0.5
 RESPONSE_SECONDS_MAX = 1.5
 """Seconds to wait for the answer to a ping.  Shorter than ``last_seen.SILENT_S``."""
 FIRST_RETRY_S = 0.1
+"""Seconds before the first new attempt to connect to a manager."""
 LONGEST_RETRY_S = 1.0
 """Longest retry delay in seconds.  Short, because a manager that returns must be seen before it counts as silent."""
 RELAYS_MAX = 80

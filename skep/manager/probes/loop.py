@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 PAUSE_S = 1.0
 """Seconds to wait after a change.  Both ends report a broken link, and all nodes behind it report a broken switch."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
+"""Seconds between attempts to write what probes found."""
 AT_ONCE = 100
 """Nodes written in one batch."""
 AT_ONCE_PATHS = 2_000

@@ -29,8 +29,10 @@ NETWORKS_MAX = 6
 NEIGHBOURS_ON_NETWORK = 2
 """Neighbors on each side of a node, on the ring of a network."""
 PEERS_MAX = 2 * (NEIGHBOURS + NETWORKS_MAX * NEIGHBOURS_ON_NETWORK)
+"""Nodes that one node probes in a large cluster."""
 
 _DIGEST_BYTES = 8
+"""Enough that two nodes rarely have the same."""
 
 
 class Ring:

@@ -30,6 +30,7 @@ RUNS_MAX = 500
 LINES_MAX = 100
 """Last lines of one run that a request may ask for."""
 DEFAULT_LINES = 3
+"""Last lines of output of each task."""
 LINE_BYTES_MAX = 4096
 """Bytes of one line in the response."""
 LOGS_SECONDS_MAX = 10.0

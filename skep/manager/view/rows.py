@@ -33,9 +33,13 @@ STACK_LABEL = "com.docker.stack.namespace"
 _TEXT_MAX = 500
 """Characters of a reason or an error.  An error may contain a megabyte of a container's output."""
 _LABELS_MAX = 32
+"""Labels of an object in one row."""
 _FAILING_MAX = 50
+"""Failing paths of a node in one row."""
 _VOLUMES_MAX = 100
+"""Volumes of a node in one row."""
 _REVISIONS_MAX = 20
+"""Revisions of a stack in one row."""
 _NANO = 1e9
 
 

@@ -34,10 +34,12 @@ HEAD_S = 30.0
 DOCUMENT_S = 60.0
 """Limit for a document to be answered, and for the container to read it."""
 DOCUMENT_BYTES_MAX = 64 << 20
+"""Longest document that is rewritten, and for that read into memory."""
 _DOCUMENTS_MAX, _OWN_DOCUMENTS_MAX = 16, 2
 """Documents that are read and redacted at the same time, of all containers and of one.  Each may be long and take
 long."""
 _HANG_UP_POLL_S = 1.0
+"""Seconds between looks whether the client has hung up, while the engine is asked."""
 _DROPPED = (b"keep-alive", b"upgrade", b"http2-settings", b"expect", b"accept-encoding", b"te", b"trailer")
 
 Dispatch = Callable[[socket.socket, Identity], None]

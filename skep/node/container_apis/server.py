@@ -28,6 +28,7 @@ log = structlog.get_logger()
 _BURST, _PER_S = 100.0, 50.0
 """Rate of one container's connections.  With limited access each carries one request."""
 _RATE_PAUSE_S = 0.02
+"""Seconds between looks whether the next request is allowed."""
 
 
 class _Listener(NamedTuple):

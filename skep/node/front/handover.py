@@ -18,11 +18,15 @@ from skep.errors import Unavailable
 from skep.model.access import Identity
 
 _CONNECT_WAIT_S = 5.0
+"""Seconds for which a connection waits for a manager that starts."""
 _WAITING_MAX = 256
+"""Connections that wait."""
 _QUEUED_MAX = 256
 """Packets that may queue for a manager process that does not read."""
 _FIRST_RETRY_S = 0.02
+"""Seconds before the manager is tried again for the first time."""
 _RETRY_S_MAX = 0.5
+"""Longest pause between two attempts."""
 _NO_MANAGER = (
     "This node is not a swarm manager. Manager is being prepared or has trouble connecting to the cluster."
 )

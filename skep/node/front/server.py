@@ -47,7 +47,9 @@ routing.  Further ones are closed."""
 _TCP_CONNECTIONS_MAX = 2048
 """TCP connections, whichever process serves them.  Counted separately, so that they never fill root's socket."""
 _TCP_PER_SOURCE_MAX = 512
+"""Connections of one address, behind which there may be many clients."""
 STRANGERS_MAX = 256
+"""Connections that have not shown a certificate."""
 STRANGERS_PER_SOURCE_MAX = 32
 """TCP connections without an identity: of clients without a certificate, until the head of their request has a
 token.  More than a few are open only while several clients behind one address connect at the same moment."""
@@ -60,6 +62,7 @@ _IDLE_S = 300.0
 _ACCEPTED_AT_ONCE = 64
 """Connections accepted before other work of the event loop."""
 _FIRST_BYTES = 64 * 1024
+"""Bytes that decide where a connection belongs."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
 """Detects TCP clients that vanish without closing.  The values are Docker's, which are Go's defaults."""
 

@@ -13,6 +13,7 @@ from skep.api.framing import Request
 from skep.errors import Unavailable
 
 _CONNECT_TIMEOUT_S = 10.0
+"""Seconds to connect to the server behind."""
 
 
 async def splice(client: Connection, request: Request, engine_socket: Path) -> None:

@@ -30,6 +30,7 @@ log = structlog.get_logger()
 SILENT_S = 10.0
 """Time for which the last users from the manager process are valid.  It sends them every 2 s."""
 _CHECK_S = 1.0
+"""Seconds between looks at the users' certificates that were revoked."""
 _NAME_MAX = 128
 """Characters of a name in a client's certificate that are shown."""
 _USERS = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, USER_UNIT)]

@@ -24,6 +24,7 @@ from skep.node.cluster_reads import ClusterReads
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
 _MANAGER_WAIT_S = 5.0
+"""Seconds for which a request waits for this node's manager, which starts."""
 _FORWARDED_HEADERS = ("Content-Type", "X-Skep-Stale")
 FROM_A_WORKER = (
     "Cannot create a multi-host network from a worker node. Please create the network from a manager node."

@@ -5,11 +5,16 @@ from collections.abc import Sequence
 import msgspec
 
 CRASHES_MAX = 5
+"""Crashes within ``CRASH_WINDOW_S`` after which a process is not started again."""
 CRASH_WINDOW_S = 60.0
+"""Seconds in which crashes are counted."""
 _FIRST_DELAY_S = 0.1
+"""Seconds before the first new start."""
 _GROWTH = 3.0
 _DELAY_S_MAX = 10.0
+"""Longest pause between two starts."""
 _STEPS_MAX = 10
+"""Growths of the pause.  The longest is reached before."""
 
 
 class StartAgain(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 STOP_GRACE_S = 15.0
+"""Seconds for a process to end after SIGTERM, before it is killed."""
 _LASTING_S = 15.0
 """A process that has run for this long lacks no resource."""
 _RETRY_SECONDS_MAX = 5.0

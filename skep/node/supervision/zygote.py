@@ -47,7 +47,9 @@ Preparation = Callable[[], None]
 """Work that can be done before the arguments are known."""
 
 _MESSAGE_BYTES_MAX = 64 * 1024
+"""Longest message between the zygote and its parent."""
 _RESPONSE_TIMEOUT_S = 10.0
+"""Seconds for a fork, which takes milliseconds."""
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -41,6 +41,7 @@ QUEUE_MAX = 10_000
 """Maximum proposals in the queue.  More are refused, so that a stalled store does not exhaust the memory."""
 
 BATCH_PROPOSALS_MAX = 100
+"""Writes in one transaction."""
 BATCH_BYTES_MAX = 1024 * 1024
 """Limits of a batch, below etcd's 1.5 MiB per request."""
 ETCD_OPERATIONS_MAX = MAX_OPERATIONS - 1
@@ -50,10 +51,12 @@ IN_FLIGHT_MAX = 2
 """Entries in flight at a time."""
 
 SLOW_S = 0.25
+"""Seconds for an entry, from which on the disk counts as slow."""
 IN_FLIGHT_MAX_SLOW = 8
 """Entries in flight while an entry takes ``SLOW_S``: otherwise a write would wait for two entries in a row."""
 
 EPOCH_BYTES = 16
+"""Random bytes that no other writer chooses."""
 
 YIELD_EVERY = 25
 """Proposals encrypted and encoded between two returns to the event loop."""

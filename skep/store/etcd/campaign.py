@@ -27,6 +27,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.flags import MemberSettings
 
 RESPONSE_S = 1.0
+"""Seconds for the own member, on the same machine, to accept the message."""
 OLDEST_PEER = "3.0.0"
 """The oldest peer version that the request announces to support."""
 

@@ -23,8 +23,11 @@ from skep.errors import FailedPrecondition, SkepError
 
 _LAYOUT = b"\x01"
 _NONCE_BYTES = 12
+"""A nonce of AES-GCM."""
 _HEADER_BYTES = 1 + 4 + _NONCE_BYTES
+"""Version, number of the key, and nonce."""
 KEY_BYTES = 32
+"""AES-256."""
 WRAPPING_KEYS_MAX = 16
 """Maximum wrapping keys that are kept.  Older ones, of failed replacements, are dropped."""
 

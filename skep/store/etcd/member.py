@@ -39,6 +39,7 @@ from skep.store.etcd.requests import PREFIX
 log = structlog.get_logger()
 
 SOCKET_PATH_BYTES_MAX = 107
+"""Source: sun_path of sockaddr_un, without the byte that ends it."""
 FRESH_BYTES = 200 * 1024 * 1024
 """Free space that a new member needs: it preallocates 123 MB of log."""
 
@@ -46,13 +47,18 @@ KNOWN_BYTES = 80 * 1024 * 1024
 """Free space that a member with data needs for the next file of its log."""
 
 POLL_S = 0.01
+"""Seconds between looks whether etcd serves.  A start takes 40 ms."""
 PROBE_S = 5.0
+"""Seconds for the first write."""
 DEADLINES_S = 1.0
 """Seconds between passes that set the timeouts of etcd's new connections.  A pass takes 0.2 ms."""
 STOP_S = 5.0
+"""Seconds for etcd to end after a signal, before the next one."""
 NO_SPACE = "no space left on device"
 CRASHES_MAX = 5
+"""Ends within ``CRASHES_WITHIN_S`` after which the manager gives up."""
 CRASHES_WITHIN_S = 60.0
+"""Seconds in which ends are counted."""
 
 
 class MemberFailed(SkepError):

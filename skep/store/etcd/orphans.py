@@ -21,7 +21,9 @@ from skep.linux.processes import boot_id, open_pidfd, start_ticks_of
 log = structlog.get_logger()
 
 END_S = 5.0
+"""Seconds for an etcd of an earlier process to end."""
 POLL_S = 0.02
+"""Seconds between looks whether it has ended."""
 
 
 @contextmanager

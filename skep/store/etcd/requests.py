@@ -28,6 +28,7 @@ def etcd_key(key: str) -> bytes:
 
 
 MARKER_BYTES = 16
+"""Random bytes by which a write is found again."""
 
 
 class Marker(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ from skep.store.leadership import TermState
 log = structlog.get_logger()
 
 BATCH_KEYS_MAX = 50
+"""Values that are encrypted again in one transaction."""
 BATCH_BYTES_MAX = 512 * 1024
 """Limits of the values re-encrypted in one raft entry."""
 PAUSE_S = 0.01

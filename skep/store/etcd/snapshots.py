@@ -31,10 +31,12 @@ from skep.store.etcd.member import Member
 log = structlog.get_logger()
 
 HASH_BYTES = 32
+"""The SHA-256 at the end of a snapshot."""
 REVISIONS_BETWEEN = 1_000_000_000
 """Added to the snapshot's revision in a restored store."""
 
 _RESTORE_S = 120.0
+"""Seconds for etcdutl to restore a snapshot of the largest size."""
 
 
 async def take_snapshot(socket: Path, to: Path) -> None:

@@ -29,8 +29,11 @@ from skep.wire.convert.values import (
 )
 
 _TEXT_CHARACTERS_MAX = 4096
+"""Characters that are read of a text of a node, which is not trusted."""
 _PORTS_MAX = 1024
+"""Ports that are read of a task's status."""
 _NS_MAX = 2**63 - 1
+"""The largest time that the store's format has."""
 
 
 def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
