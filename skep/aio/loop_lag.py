@@ -23,7 +23,7 @@ PERIOD_S = 0.05
 """Interval between measurements while the thread works.  A delay is measured from the next one on."""
 
 PERIOD_AT_REST_S = 0.5
-"""The same while the thread is idle.  Twenty measurements a second are a tenth of what an idle manager computes."""
+"""The same while the thread is idle.  Twenty measurements a second took a tenth of an idle manager's time."""
 
 IDLE_SHARE = 0.1
 """Share of a processor below which a thread is idle.  One callback of ``LATE_S`` is above it in either interval."""

@@ -39,7 +39,7 @@ PIECE_BYTES = 256 * 1024
 """Plain bytes that are encrypted and authenticated at a time, so that a backup of any size needs little memory."""
 KEY_HEADER = "X-Skep-Backup-Key"
 KEY_FILE_BYTES_MIN = 32
-"""As long as the key: a shorter file could be guessed sooner than the key."""
+"""The length of the key.  A shorter file could be guessed sooner."""
 
 _KEY_BYTES = 32
 """AES-256."""
@@ -48,7 +48,7 @@ _PREFIX_BYTES = 7
 _SALT_BYTES = 16
 """Source: RFC 9106, section 3.1, which recommends 128 bits for password hashing."""
 _HEADER_BYTES_MAX = 1024
-"""Far more than a header has.  A file that claims more is no backup."""
+"""Far more than a header has.  Another file was given if it claims more."""
 _FRAME_BYTES_MAX = PIECE_BYTES + 16
 """A piece with the tag of AES-GCM."""
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**16, 8, 1

@@ -33,7 +33,7 @@ DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX = 15.0, 24 * 3600.0
 """Smallest and largest value.  Usage is averaged over 10 s, so a shorter time sees one average only."""
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
-"""A usage above it is no usage of a machine."""
+"""No machine has more, so a larger usage is wrong."""
 _MEMORY_BYTES_MAX: Final = 1 << 50
 """Upper limit for plausible values: no machine has more."""
 _RANGE: Final = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")

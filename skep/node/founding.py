@@ -34,7 +34,7 @@ _FREE_BYTES_MIN = 256 * 1024 * 1024
 _CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 """Source: swarmkit, ca/certificates.go (MinNodeCertExpiration)."""
 _PEER_PORT_TRIES = 20
-"""Ports that are tried for etcd before the command gives up."""
+"""Ports that are tried for etcd before the command fails."""
 
 _LISTEN_FAILED = "manager stopped: failed to listen on remote API address: listen tcp"
 _REASONS = {

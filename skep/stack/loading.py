@@ -20,7 +20,7 @@ from skep.stack.merging import canonical, merged, without_tags
 from skep.stack.reading import Reader, Report
 
 _FILES_MAX: Final = 2000
-"""Files of one stack, with those that it includes."""
+"""Files of one stack, including all that it includes."""
 _INCLUDES_MAX: Final = 20
 """Depth of nested includes at most."""
 

@@ -14,7 +14,7 @@ from skep.stack.planning import removal_of
 from skep.stack.project import NAMESPACE
 
 _LOOK_S: Final = 0.5
-"""Seconds between looks at what is left."""
+"""Seconds between looks at the remaining objects."""
 
 
 async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:

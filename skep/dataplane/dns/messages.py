@@ -17,7 +17,7 @@ NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 
 QUERY_BYTES_MAX = 4096
 """Longer datagrams are refused without parsing.  Over TCP a longer message ends the connection."""
 UDP_BYTES_MIN = 512
-"""What every client accepts.  Source: RFC 1035, section 4.2.1."""
+"""Every client accepts so many.  Source: RFC 1035, section 4.2.1."""
 UDP_BYTES_MAX = 4096
 """Largest answer over UDP.  Source: RFC 6891, section 6.2.5, which recommends 4096."""
 TCP_BYTES_MAX = 65535

@@ -39,7 +39,7 @@ SERVERS_MAX = 3
 IN_FLIGHT_MAX = 1024
 """Questions to other servers that wait.  Source: moby, libnetwork/resolver.go (maxConcurrent)."""
 IN_FLIGHT_PER_CONTAINER_MAX = 256
-"""The same for one container, so that one that floods leaves room for others."""
+"""The same for one container, so that a flood of its questions leaves room for others."""
 ATTEMPT_S = 1.3
 """Seconds for one server, so that three attempts end before ``DEADLINE_S``."""
 DEADLINE_S = 4.0

@@ -11,7 +11,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 
 PAUSE_SECONDS = 0.2
-"""Pause between changes, which collects those that come together."""
+"""Pause between changes, in which further changes are collected."""
 
 Settle = Callable[[], Awaitable[None]]
 

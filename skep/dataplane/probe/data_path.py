@@ -40,7 +40,7 @@ from skep.model.paths import PathFinding, PathPeer, ProbeTargets
 log = structlog.get_logger()
 
 SMALL_TRIES = 3
-"""Packets of a periodic probe.  One that is lost on a busy network is no failure."""
+"""Packets of a periodic probe.  A busy network loses one at times."""
 THOROUGH_TRIES = 10
 """Packets of a probe that a person asked for, which shows a loss of 10 %."""
 REQUESTED_S = 25.0

@@ -36,7 +36,7 @@ _COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _UNPACKERS_MAX = 3
 """Number of workers.  Decompression uses one core in each."""
 _PATIENCE_S = 60.0
-"""Seconds after which a slow layer gives its slot to another one."""
+"""Seconds after which a slow layer leaves its slot to others."""
 _SLOW_UNPACKERS_MAX = 6
 """Number of additional workers, which replace workers with slots held for longer than the patience."""
 

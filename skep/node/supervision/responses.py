@@ -69,7 +69,7 @@ async def _hand_over(hand_over: HandOver) -> None:
 class ManagerProbe:
     """Sends requests to the HTTP server at ``socket`` over one connection, which is opened again after a failure.
 
-    A new connection for each request would be a tenth of what an idle manager computes.
+    A new connection for each request would take a tenth of an idle manager's time.
     """
 
     def __init__(self, socket: Path) -> None:

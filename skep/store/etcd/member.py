@@ -56,7 +56,7 @@ STOP_S = 5.0
 """Seconds for etcd to end after a signal, before the next one."""
 NO_SPACE = "no space left on device"
 CRASHES_MAX = 5
-"""Ends within ``CRASHES_WITHIN_S`` after which the manager gives up."""
+"""Ends within ``CRASHES_WITHIN_S`` after which the manager fails."""
 CRASHES_WITHIN_S = 60.0
 """Seconds in which ends are counted."""
 
