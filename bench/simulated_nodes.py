@@ -13,8 +13,8 @@ from contextlib import suppress
 
 from bench.simulated_agents import STATUS, Agent, Crowd, obey
 from skep.agent.certificates import fetch_root
+from skep.model.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, NodeDescription
-from skep.model.planes import NODE_LABEL
 from skep.model.service import Platform, Resources
 from skep.model.task import TaskState, TaskStatus
 from skep.security.identity import ROOT_NAME

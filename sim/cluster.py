@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
+from sim.certificates import Certificates, first_certificate
 from sim.committed import CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
@@ -33,7 +34,6 @@ from sim.links import Isolation, Links, Machine, Port, Uptime
 from sim.manager import SimulatedManager
 from sim.network import Network
 from sim.node import SimulatedNode, image_of
-from sim.roots import Certificates, first_certificate
 from sim.storage import DRIVER, SimulatedStorage
 from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import cast
 
+from sim.certificates import Certificates
 from sim.network import Network
-from sim.roots import Certificates
 from skep.agent.renewal import ChooseManager
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import TLSInfo

@@ -11,9 +11,9 @@ from typing import Protocol, cast
 
 from msgspec.structs import replace
 
+from sim.certificates import Certificates
 from sim.credentials import NoLogs, SimulatedCredentials
 from sim.network import Network
-from sim.roots import Certificates
 from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from sim.certificates import root
 from sim.cluster import SimulatedCluster
 from sim.random_specs import (
     IMAGES,
@@ -33,7 +34,6 @@ from sim.random_specs import (
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
-from sim.roots import root
 from sim.storage import DRIVER
 from sim.upgrades import Upgrades
 from skep.api.errors import status_of

@@ -20,8 +20,8 @@ from skep.aio.failures import retry
 from skep.aio.groups import first_alone
 from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family
+from skep.api.handover_server import HOOKS, PassedConnections, begin_response
 from skep.api.otlp import exporter_to
-from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
 from skep.bootstrap import ManagerConfig
 from skep.csi.drivers import Drivers
@@ -82,7 +82,7 @@ from skep.manager.view.loop import ClusterView
 from skep.manager.worker_reads import WorkerReads
 from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
-from skep.model.readable import names_from
+from skep.model.name_generator import names_from
 from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.rpc.client import Bounds
 from skep.security.keypair import KeyPair

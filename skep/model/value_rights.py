@@ -19,6 +19,7 @@ from skep.model.container import (
     SeccompOpts,
     Ulimit,
 )
+from skep.model.data_planes import PLANE_OPTION
 from skep.model.encoding import ApiObject
 from skep.model.images import registry_of
 from skep.model.meta import Driver
@@ -29,7 +30,6 @@ from skep.model.network import (
     subnet_of,
 )
 from skep.model.overlays import ENCRYPTED_OPTION, VXLAN_OPTION
-from skep.model.planes import PLANE_OPTION
 from skep.model.rights import rights_of, rights_text
 from skep.model.service import (
     NetworkAttachmentConfig,

@@ -19,11 +19,11 @@ from skep.manager.gossip.keys import ROTATION_S, rotated
 from skep.manager.gossip.relay import Relay
 from skep.manager.gossip.rotation import step
 from skep.manager.loops import loops
+from skep.model.data_planes import DOCKER, SKEP
 from skep.model.gossip import GossipKeys, decoded_keys
 from skep.model.ids import new_id
 from skep.model.network import Network
 from skep.model.node import Node, NodeCertificate, NodeState
-from skep.model.planes import DOCKER, SKEP
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.security.keypair import KeyPair

@@ -19,7 +19,7 @@ from skep.manager.dispatcher.registration import Registration, take_session
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.membership.service import resign
 from skep.manager.routes import application
-from skep.manager.routes.shown import damage_of
+from skep.manager.routes.representations import damage_of
 from skep.manager.routes.warnings import damage_warnings
 from skep.model.container import ContainerSpec, SecretReference
 from skep.model.ids import ClusterId, NetworkId, NodeId, SecretId, SessionId

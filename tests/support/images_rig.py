@@ -23,10 +23,10 @@ from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.manager.image_directory import ImageDirectory
 from skep.model.container import ContainerSpec
+from skep.model.data_planes import IMAGES_LABEL
 from skep.model.ids import new_id
 from skep.model.labels import SHARE_IMAGES
 from skep.model.node import EngineDescription, Node, NodeRole
-from skep.model.planes import IMAGES_LABEL
 from skep.model.service import ServiceSpec, TaskSpec
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Task

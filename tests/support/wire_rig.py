@@ -48,6 +48,7 @@ from skep.manager.logbroker.broker import LogBroker
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.manager.tunnels import Tunnels
+from skep.model.data_planes import NODE_LABEL, PATHS_LABEL
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
     EngineDescription,
@@ -58,7 +59,6 @@ from skep.model.node import (
     NodeRole,
     NodeSpec,
 )
-from skep.model.planes import NODE_LABEL, PATHS_LABEL
 from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState

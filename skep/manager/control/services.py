@@ -33,9 +33,9 @@ from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
 from skep.model.labels import FORMER_VOLUMES, VOLUME_AFFINITY
 from skep.model.meta import Version
+from skep.model.name_generator import NameSource, free_name
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
-from skep.model.readable import NameSource, free_name
 from skep.model.rights import allowed_by, rights_of, rights_text
 from skep.model.schedules import CRON
 from skep.model.secret import Config, Secret

@@ -7,11 +7,11 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.model.data_planes import DATA_PATH_LABEL, underlay_of
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
-from skep.model.planes import DATA_PATH_LABEL, underlay_of
 from skep.model.service import (
     Endpoint,
     EndpointVirtualIP,

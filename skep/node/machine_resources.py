@@ -31,7 +31,7 @@ READ_EVERY_S = 5.0
 _Times: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
-class Offers(msgspec.Struct, frozen=True, kw_only=True):
+class MachineResources(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's resources at one moment."""
 
     devices: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Offers(msgspec.Struct, frozen=True, kw_only=True):
     """Ports on which programs of this machine listen."""
 
 
-class OfferReader:
+class ResourceReader:
     """Reads the machine's resources and keeps the last result.
 
     ``configuration`` returns the present configuration, which may be reloaded.
@@ -61,7 +61,7 @@ class OfferReader:
         self._proc = proc
         self._device_times: _Times | None = None
         self._cdi_times: _Times | None = None
-        self.present = Offers()
+        self.present = MachineResources()
         self._unread: set[str] = set()
 
     async def refresh(self) -> None:
@@ -79,7 +79,7 @@ class OfferReader:
             await self._clock.sleep(READ_EVERY_S)
             await self.refresh()
 
-    def read(self, before: Offers) -> Offers:
+    def read(self, before: MachineResources) -> MachineResources:
         """Return the present resources.  ``before`` is the last result.  Blocks, so call it in a thread."""
         configuration = self.configuration()
         if configuration.executor != "oci":
@@ -89,7 +89,7 @@ class OfferReader:
         else:
             devices = self._devices(before.devices)
             cdi_devices = self._described_devices(configuration.cdi_spec_dirs, before.cdi_devices)
-        return Offers(
+        return MachineResources(
             devices=devices,
             cdi_devices=cdi_devices,
             routes=self._routes(before.routes),

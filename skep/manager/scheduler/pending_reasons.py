@@ -11,11 +11,11 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, result_in_slices
 from skep.manager.failures import ERROR_CHARACTERS_MAX, Failures
 from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.decision_writer import TOGETHER, is_already_shown, is_pending, write_decisions
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups
 from skep.manager.scheduler.placement import Refusal, reasoning
 from skep.manager.scheduler.requirements import Requirements
-from skep.manager.scheduler.writes import TOGETHER, is_already_shown, is_pending, write_decisions
 from skep.model.ids import TaskId
 from skep.model.task import Task
 from skep.model.times import timestamp

@@ -1,4 +1,4 @@
-"""The allocator's changes (grants): each is data first, and one small transaction when it is applied."""
+"""The allocator's changes.  Each is data first, and one small transaction when it is applied."""
 
 from typing import TypeAlias, assert_never
 
@@ -59,12 +59,12 @@ class Explain(msgspec.Struct, frozen=True):
     reason: str
 
 
-Grant: TypeAlias = AllocateSubnets | Claim | AllocateEndpoint | AttachNode | Release | Explain
+Change: TypeAlias = AllocateSubnets | Claim | AllocateEndpoint | AttachNode | Release | Explain
 
 
-def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
-    """Write ``grant``, unless its preconditions no longer hold."""
-    match grant:
+def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
+    """Write ``change``, unless its preconditions no longer hold."""
+    match change:
         case AllocateSubnets(wanted_network):
             network = tx.lookup(Network, wanted_network.id)
             if network is not None and not is_allocated(network):
@@ -94,12 +94,12 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
             if task is not None and task.status.state is TaskState.NEW and task.status.err != reason:
                 tx.put(replace(task, status=replace(task.status, timestamp=now, err=reason)))
         case _:
-            assert_never(grant)
+            assert_never(change)
 
 
-def key_of(grant: Grant) -> str:
-    """Return the work queue's key to retry if the grant was not written."""
-    match grant:
+def key_of(change: Change) -> str:
+    """Return the work queue's key to retry if the change was not written."""
+    match change:
         case AllocateSubnets(network) | Claim(network):
             return network_key(network.id)
         case AttachNode(node_id):
@@ -109,7 +109,7 @@ def key_of(grant: Grant) -> str:
         case Release(task) | Explain(task):
             return task.service_id
         case _:
-            assert_never(grant)
+            assert_never(change)
 
 
 NETWORK = "network/"

@@ -2,10 +2,18 @@
 
 from msgspec.structs import replace
 
+from skep.model.data_planes import (
+    DOCKER,
+    NODE_LABEL,
+    PLANE_OPTION,
+    SKEP,
+    is_docker_node,
+    plane_of,
+    plane_of_node,
+)
 from skep.model.meta import Driver
 from skep.model.network import NetworkSpec
 from skep.model.node import EngineDescription, NodeCertificate
-from skep.model.planes import DOCKER, NODE_LABEL, PLANE_OPTION, SKEP, is_docker_node, plane_of, plane_of_node
 from tests.support.builders import a_docker_node, a_node, an_overlay
 
 

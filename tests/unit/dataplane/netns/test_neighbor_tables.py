@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.netns.neighbours import (
+from skep.dataplane.netns.neighbor_tables import (
     CALM_SECONDS,
     LIMITS,
     WATCH_SECONDS,

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.model.constraints import is_satisfied
 from skep.model.service import EndpointSpec, Placement, TaskSpec
 from skep.model.task import Task

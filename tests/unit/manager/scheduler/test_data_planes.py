@@ -6,8 +6,8 @@ from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.placement import Placed, place
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.manager.scheduler.spread import Choices
+from skep.model.data_planes import DOCKER, SKEP
 from skep.model.network import Network
-from skep.model.planes import DOCKER, SKEP
 from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.dispatcher.repeats import AT_ONCE, PER_S, RepeatedReports
+from skep.manager.dispatcher.repeated_reports import AT_ONCE, PER_S, RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.model.ids import NodeId, SessionId, TaskId

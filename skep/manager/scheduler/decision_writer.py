@@ -12,10 +12,10 @@ from skep.manager.scheduler.placement import Assignment, Refusal
 from skep.manager.scheduler.preemption import Preempt, is_leaving
 from skep.manager.scheduler.requirements import overlays_of
 from skep.manager.scheduler.volumes import still_fits
+from skep.model.data_planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeState
-from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.model.volume import Volume

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.allocator.allocations import node_owner, service_owner
 from skep.manager.allocator.loop import Allocator
-from skep.manager.allocator.unread import Unread, check_known, unread_addresses
+from skep.manager.allocator.unreadable_addresses import Unread, check_known, unread_addresses
 from skep.model.ids import new_id
 from skep.model.network import Network
 from skep.model.service import Endpoint, EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec

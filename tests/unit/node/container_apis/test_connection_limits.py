@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.model.ids import ContainerId
-from skep.node.container_apis.places import Decision, Evict, decide
+from skep.node.container_apis.connection_limits import Decision, Evict, decide
 
 A, B, C = (ContainerId(one * 64) for one in "abc")
 

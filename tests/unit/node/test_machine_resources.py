@@ -10,8 +10,8 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
-from skep.node import offers
-from skep.node.offers import OfferReader
+from skep.node import machine_resources
+from skep.node.machine_resources import ResourceReader
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append("cdi")
         return [f"vendor.com/class={path.stem}" for one in directories for path in one.iterdir()]
 
-    monkeypatch.setattr(offers, "device_paths", devices)
-    monkeypatch.setattr(offers, "described", described)
+    monkeypatch.setattr(machine_resources, "device_paths", devices)
+    monkeypatch.setattr(machine_resources, "described", described)
     return found
 
 
@@ -42,7 +42,7 @@ async def test_devices_are_read_in_a_thread_and_again_only_when_they_have_change
     for path in (dev, dev / "serial", cdi):
         path.mkdir()
         os.utime(path, (1, 1))
-    reader = OfferReader(SystemClock(), lambda: Configuration(cdi_spec_dirs=(cdi,)), dev)
+    reader = ResourceReader(SystemClock(), lambda: Configuration(cdi_spec_dirs=(cdi,)), dev)
     for _ in range(3):
         await reader.refresh()
     assert walks == ["devices", "cdi"]
@@ -61,7 +61,7 @@ async def test_devices_are_read_in_a_thread_and_again_only_when_they_have_change
 
 
 async def test_a_node_without_containers_reads_no_devices(tmp_path: Path, walks: list[str]) -> None:
-    reader = OfferReader(SystemClock(), lambda: Configuration(executor="process"), tmp_path)
+    reader = ResourceReader(SystemClock(), lambda: Configuration(executor="process"), tmp_path)
     await reader.refresh()
     assert walks == []
     assert reader.present.devices == ()
@@ -74,7 +74,7 @@ async def test_devices_are_offered_again_when_containers_run_again(tmp_path: Pat
     (dev / "ttyUSB0").touch()
     (cdi / "gpu.json").write_text("{}")
     configured = [Configuration(executor=name, cdi_spec_dirs=(cdi,)) for name in ("oci", "process", "oci")]
-    reader = OfferReader(SystemClock(), lambda: configured[0], dev)
+    reader = ResourceReader(SystemClock(), lambda: configured[0], dev)
     found = []
     while configured:
         await reader.refresh()
