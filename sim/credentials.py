@@ -34,7 +34,7 @@ class SimulatedCredentials:
         held = self._certificates.held.get(self.identity.node_id)
         return held.tls_info if held is not None else TLSInfo()
 
-    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: not reachable."""
         # A ``MemoryChannel`` has the methods of a ``Channel``.
         return cast(

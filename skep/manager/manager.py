@@ -91,7 +91,7 @@ from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import NotLeader, Term
-from skep.wire.client import BOUNDS, Channel, connected
+from skep.wire.client import BOUNDS, Channel, open_channel
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler
 
@@ -327,7 +327,7 @@ class Manager:
 
     def _connected(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
         """Connect to another manager with this manager's certificate."""
-        return connected(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
+        return open_channel(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
 
     async def _lead_when_elected(self) -> None:
         terms = self._store.terms(self._config.node_id, self._config.advertise_addr)

@@ -45,7 +45,7 @@ from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.neighbor_tables import NeighbourTables
+from skep.dataplane.netns.neighbor_tables import NeighborTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -64,7 +64,7 @@ from skep.engine.images.store import ImageStore
 from skep.engine.usage import Usage
 from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
-from skep.model.conditions import NEIGHBOURS
+from skep.model.conditions import NEIGHBORS
 from skep.model.ids import NodeId, new_container_id, new_id
 from skep.model.meta import Driver
 from skep.model.node import NodeRole
@@ -390,7 +390,7 @@ class Node:
             tables=self._tables,
             probes=self._probes,
             seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
-            tunnels=tunnel_host(self._engine, self._events, credentials.connected),
+            tunnels=tunnel_host(self._engine, self._events, credentials.connect),
             volumes=self._cluster_volumes,
             usages=self._usages,
             serve_images=partial(self._image_sharing.exchange, credentials, node),
@@ -577,7 +577,7 @@ class Node:
         if self._exporter is not None:
             run(self._exporter.run, "export of traces")
         if self._data_plane is not None:
-            run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
+            run(NeighborTables(conditions.reporter(NEIGHBORS), clock).run, "neighbor tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
         if self._engine_images is not None:

@@ -33,7 +33,7 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Call, Channel, connected
+from skep.wire.client import Call, Channel, open_channel
 from skep.wire.convert.node import description_to_pb
 from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
@@ -56,7 +56,7 @@ async def an_engines_session(
     joined = replace(node.certificate or NodeCertificate(), plane=DOCKER)
     await put(cluster, replace(node, certificate=joined))
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
         description = description_to_pb(a_docker_node().description)
@@ -103,7 +103,7 @@ async def test_an_engine_gets_the_gossip_keys_and_each_rotation(cluster: Cluster
 async def test_a_skep_node_gets_no_gossip_key(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
         await call.send(pb.SessionRequest(description=description_to_pb(describe())), end=True)

@@ -35,7 +35,7 @@ _COUNTERS = Path("/proc/thread-self/net/stat")
 _TABLES = {"ipv4": "arp_cache", "ipv6": "ndisc_cache"}
 
 
-class NeighbourTables:
+class NeighborTables:
     """Raises the limits, and reports overflows as a node condition."""
 
     def __init__(
@@ -65,11 +65,11 @@ class NeighbourTables:
         except OSError as error:
             refusal = error.strerror or str(error)
         if refusal:
-            log.warning("limits of the neighbour table not raised", reason=refusal)
+            log.warning("limits of the neighbor table not raised", reason=refusal)
         try:
             await self._watch(refusal)
         except (OSError, ValueError) as error:  # an older kernel does not count overflows
-            log.warning("kernel does not count neighbour table overflows", reason=str(error))
+            log.warning("kernel does not count neighbor table overflows", reason=str(error))
 
     async def _watch(self, refusal: str) -> None:
         known, overflowed_at = await asyncio.to_thread(self._count), 0.0
@@ -88,7 +88,7 @@ def message_of(refusal: str) -> str:
     """Return the condition's text.  ``refusal`` is why the limits could not be raised, or empty if they were."""
     why = f", which this node could not raise ({refusal})" if refusal else ""
     return (
-        "the kernel's table of neighbours overflows, so connections between containers fail at random: "
+        "the kernel's table of neighbors overflows, so connections between containers fail at random: "
         f"raise net.ipv4.neigh.default.gc_thresh3 and net.ipv6.neigh.default.gc_thresh3{why}"
     )
 

@@ -44,7 +44,7 @@ def _pending(connection: socket.socket, family: int) -> Iterator[tuple[int, byte
             if type_ == netlink.DONE:
                 return
             if type_ == netlink.ERROR:
-                raise OSError(netlink.error_number(body), "neighbours cannot be listed")
+                raise OSError(netlink.error_number(body), "neighbors cannot be listed")
             _, _, _, interface, state, _, _ = _HEADER.unpack_from(body)
             address = dict(netlink.attributes(body[_HEADER.size :])).get(_DESTINATION)
             if state & _INCOMPLETE and address is not None:

@@ -283,7 +283,7 @@ def _check_level(view: View, spec: ServiceSpec) -> None:
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
     """Check that the cluster allows the rights that the spec requests.  Raises: PermissionDenied.
 
-    Tasks like those of ``present`` are not checked again, so a service can be scaled when the cluster allows less than
+    Tasks like the present ones are not checked again, so a service can be scaled when the cluster allows less than
     before.
     """
     kinds = rights_of(spec.task_template.container_spec).kinds

@@ -1,4 +1,4 @@
-"""Limits and overflows of the kernel's tables of neighbours."""
+"""Limits and overflows of the kernel's tables of neighbors."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from skep.dataplane.netns.neighbor_tables import (
     CALM_SECONDS,
     LIMITS,
     WATCH_SECONDS,
-    NeighbourTables,
+    NeighborTables,
     at_machine,
     overflows,
     raised,
 )
-from skep.model.conditions import NEIGHBOURS, condition_label, network_conditions
+from skep.model.conditions import NEIGHBORS, condition_label, network_conditions
 from skep.model.node import EngineDescription, NodeDescription
 from skep.node.conditions import Conditions
 
@@ -98,8 +98,8 @@ async def watched(*numbers: int, refusal: str = "") -> Conditions:
     conditions = Conditions(clock)
     each = counts(*numbers)
     with pytest.raises((Ended, RuntimeError)):
-        await NeighbourTables(
-            conditions.reporter(NEIGHBOURS), clock, raise_limits=lambda: refusal, count=lambda: next(each)
+        await NeighborTables(
+            conditions.reporter(NEIGHBORS), clock, raise_limits=lambda: refusal, count=lambda: next(each)
         ).run()
     return conditions
 
@@ -108,7 +108,7 @@ async def test_an_overflow_is_a_condition_within_one_look() -> None:
     assert not (await watched(7, 7, 7)).present()
     present = (await watched(7, 8, refusal="gc_thresh3: Permission denied")).present()
     assert WATCH_SECONDS <= 15, "it is reported within 30 s, of which the description takes 10"
-    assert "gc_thresh3: Permission denied" in present[NEIGHBOURS]
+    assert "gc_thresh3: Permission denied" in present[NEIGHBORS]
 
 
 async def test_it_is_over_when_nothing_has_overflowed_for_a_while() -> None:
@@ -118,6 +118,6 @@ async def test_it_is_over_when_nothing_has_overflowed_for_a_while() -> None:
 
 
 def test_managers_read_it_off_the_nodes_description() -> None:
-    labels = {condition_label(NEIGHBOURS): "it overflows", condition_label("disk"): "full"}
+    labels = {condition_label(NEIGHBORS): "it overflows", condition_label("disk"): "full"}
     assert network_conditions(NodeDescription(engine=EngineDescription(labels=labels))) == ("it overflows",)
     assert network_conditions(NodeDescription()) == ()
