@@ -48,7 +48,8 @@ def _pages(target: str, docs: Path) -> Iterator[Any]:
     if path.is_dir():
         if target.strip("/") != "design":  # its pages have a table of their own
             name = target.strip("/").capitalize()
-            yield {name: [str(page.relative_to(docs)) for page in sorted(path.glob("*.md"))]}
+            pages = sorted(path.glob("*.md"), key=lambda page: (page.name != "README.md", page.name))
+            yield {name: [str(page.relative_to(docs)) for page in pages]}
     elif target.endswith(".md"):
         place = path.resolve()
         yield (
