@@ -66,7 +66,7 @@ unit: setup ## pure tests, seconds
 contract: setup ## one suite per interface, on each of its implementations (store, executors)
 	@$(PYTEST) tests/contract
 
-component: setup ## one part with its real neighbours
+component: setup ## one part with its real neighbors
 	@$(PYTEST) tests/component
 
 sim: setup ## simulated clusters on virtual time; SEEDS=10000 for more seeds, SEED=7 for one with its events

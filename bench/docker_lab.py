@@ -31,7 +31,7 @@ exec {dockerd} --data-root {dir}/root --exec-root {dir}/run --pidfile {dir}/dock
 
 
 class DockerLab:
-    """One manager.  ``up`` returns when the swarm is initialised and the image loaded."""
+    """One manager.  ``up`` returns when the swarm is initialized and the image loaded."""
 
     system = "docker"
 
@@ -49,7 +49,7 @@ class DockerLab:
         return [self._process.pid] if self._process else []
 
     def up(self, archive: bytes, image: str) -> None:
-        """Start dockerd, load ``archive`` and initialise the swarm.  Raises TimeoutError after 60 s."""
+        """Start dockerd, load ``archive`` and initialize the swarm.  Raises TimeoutError after 60 s."""
         self.down()
         dockerd = shutil.which("dockerd", path="/usr/sbin:/usr/bin:/sbin:/bin")
         if dockerd is None:

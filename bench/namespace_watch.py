@@ -22,7 +22,7 @@ _ANSWER_S = 5.0
 _RECEIVE_BYTES = 1 << 16
 _TRIES = 3
 _TABLES = {f"{family} {NAME}" for family in FAMILIES}
-_NEIGHBOUR = struct.Struct("=BBHiHBB")
+_NEIGHBOR = struct.Struct("=BBHiHBB")
 _DESTINATION = 1
 
 
@@ -101,10 +101,10 @@ def watching(namespaces: Iterable[Path], name: str) -> Iterator[Watch]:
 def leads_to(namespace: Path, address: str) -> int:
     """Return how many MAC addresses the overlay's namespace sends to the node at ``address``.  Raises: OSError."""
     wanted = socket.inet_aton(address)
-    body = _NEIGHBOUR.pack(netlink.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
+    body = _NEIGHBOR.pack(netlink.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
     entries = inside(namespace, lambda: netlink.dump(netlink.GETNEIGH, body))
     return sum(
-        bytes(dict(netlink.attributes(entry[_NEIGHBOUR.size :])).get(_DESTINATION, b"")) == wanted
+        bytes(dict(netlink.attributes(entry[_NEIGHBOR.size :])).get(_DESTINATION, b"")) == wanted
         for _, entry in entries
     )
 

@@ -190,8 +190,8 @@ class OverlayPair:
 
 def _response_for(own: Side, other: Side, device: str) -> None:
     sh("ip", "-n", own.overlay, "link", "set", device, "up")
-    neighbour = (other.address, "lladdr", other.mac_text, "dev", device, "nud", "permanent")
-    sh("ip", "-n", own.overlay, "neigh", "replace", *neighbour)
+    neighbor = (other.address, "lladdr", other.mac_text, "dev", device, "nud", "permanent")
+    sh("ip", "-n", own.overlay, "neigh", "replace", *neighbor)
 
 
 async def _nothing() -> None:

@@ -75,10 +75,8 @@ class Probe:
         self._timed("GET /services", "GET", "/services")
         id = self._timed("POST /services/create", "POST", "/services/create", spec)["ID"]
         version = self._timed("GET /services/{id}", "GET", f"/services/{id}")["Version"]["Index"]
-        labelled = {**spec, "Labels": {"updated": "1"}}
-        self._timed(
-            "POST /services/{id}/update", "POST", f"/services/{id}/update?version={version}", labelled
-        )
+        labeled = {**spec, "Labels": {"updated": "1"}}
+        self._timed("POST /services/{id}/update", "POST", f"/services/{id}/update?version={version}", labeled)
         self._timed("DELETE /services/{id}", "DELETE", f"/services/{id}")
 
     def _timed(self, name: str, method: str, path: str, body: Any = None) -> Any:

@@ -54,8 +54,8 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: floa
 
 def is_bare(lab: Any) -> bool:
     """Return whether there is no container of a service."""
-    labelled = {"label": ["com.docker.swarm.service.name"]}
-    return not lab.engine.get("/containers/json", all="1", filters=labelled)
+    labeled = {"label": ["com.docker.swarm.service.name"]}
+    return not lab.engine.get("/containers/json", all="1", filters=labeled)
 
 
 def clear(lab: Any) -> None:

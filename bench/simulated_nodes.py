@@ -13,8 +13,8 @@ from contextlib import suppress
 
 from bench.simulated_agents import STATUS, Agent, Crowd, obey
 from skep.agent.certificates import fetch_root
+from skep.model.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, NodeDescription
-from skep.model.planes import NODE_LABEL
 from skep.model.service import Platform, Resources
 from skep.model.task import TaskState, TaskStatus
 from skep.security.identity import ROOT_NAME
@@ -23,7 +23,7 @@ from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 
 JOINING_AT_ONCE, OVER_ONE_CONNECTION = 3, 100
 """A manager accepts four connections without a certificate from an address, for a minute each."""
@@ -51,7 +51,7 @@ async def join(count: int, address: str, token: str) -> Sequence[KeyPair]:
 
     async def ask() -> None:
         while waiting:
-            async with connected(
+            async with open_channel(
                 address, joining_context(root_pem), ROOT_NAME, timeout_s=RESPONSE_S
             ) as channel:
                 for _ in waiting[:OVER_ONE_CONNECTION]:

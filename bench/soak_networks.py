@@ -6,7 +6,7 @@
 * **No address twice**, among the containers of all nodes.
 * **No namespace without a container.**
 * **No counter of drops rises** while the cluster is at rest and receives these requests.  They count drops of
-  interfaces, of name servers' sockets, and of the kernel's tables of neighbours and connections.
+  interfaces, of name servers' sockets, and of the kernel's tables of neighbors and connections.
 """
 
 import base64

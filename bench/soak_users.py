@@ -18,7 +18,7 @@ REPLICAS_MAX = 5
 TASKS_MAX = 20
 """Limit of tasks of all services.
 
-Each container has an entry for each other in a table of neighbours that all namespaces of a machine share, so all
+Each container has an entry for each other in a table of neighbors that all namespaces of a machine share, so all
 nodes of a playground.  It has 1,024 entries where it cannot be raised, which some 30 containers fill.
 """
 T = TypeVar("T")

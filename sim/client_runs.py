@@ -26,9 +26,9 @@ from skep.cli.upgrade_plan import Member
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.tasks import is_up_to_date
 from skep.model.autoscaling import AUTOSCALE
+from skep.model.data_planes import NODE_LABEL
 from skep.model.ids import NodeId
 from skep.model.network import Network
-from skep.model.planes import NODE_LABEL
 from skep.model.schedules import CRON
 from skep.model.secret import Config, Secret
 from skep.model.service import Service

@@ -24,7 +24,7 @@ from skep.manager.events import ClusterEvents
 from skep.manager.routes import ManagerApi, application
 from skep.manager.routes.access import MANAGER
 from skep.model.access import ALL, Identity, Origin
-from skep.model.readable import names_from
+from skep.model.name_generator import names_from
 from skep.store.interface import Store
 
 ADMIN = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)

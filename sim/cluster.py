@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
+from sim.certificates import Certificates, first_certificate
 from sim.committed import CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
@@ -33,12 +34,11 @@ from sim.links import Isolation, Links, Machine, Port, Uptime
 from sim.manager import SimulatedManager
 from sim.network import Network
 from sim.node import SimulatedNode, image_of
-from sim.roots import Certificates, first_certificate
 from sim.storage import DRIVER, SimulatedStorage
 from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace
 from sim.versions import UnknownFieldsAreKept
-from skep.agent.executor.simulated import Behaviour
+from skep.agent.executor.simulated import Behavior
 from skep.agent.managers import Peer
 from skep.errors import Unavailable
 from skep.model.ids import NodeId, ServiceId, base36
@@ -93,7 +93,7 @@ class SimulatedCluster:
         managers: int = 1,
         workers: int = 3,
         seed: int = 0,
-        behaviour: Behaviour | None = None,
+        behavior: Behavior | None = None,
         capacity: Resources | None = None,
         latency_s: float = 0.002,
         skew: bool = False,
@@ -153,7 +153,7 @@ class SimulatedCluster:
         self._skew = skew
         self._skew_s = SKEW_S if storage is None else EXTENDED_SKEW_S
         self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
-        self._behaviour = behaviour or Behaviour()
+        self._behavior = behavior or Behavior()
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
         """Returns a task's current CPU use, or None if its node does not measure it."""
         self.clocks: dict[NodeId, VirtualClock] = {}
@@ -277,7 +277,7 @@ class SimulatedCluster:
             tuple(Peer(manager, address_of(manager)) for manager in self.managers),
             clock=self.clocks[id],
             random=self.random,
-            behaviour=self._behaviour,
+            behavior=self._behavior,
             certificates=self.certificates,
             renew=lambda: self.renew(id),
         )

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import cast
 
+from sim.certificates import Certificates
 from sim.network import Network
-from sim.roots import Certificates
 from skep.agent.renewal import ChooseManager
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import TLSInfo
@@ -34,7 +34,7 @@ class SimulatedCredentials:
         held = self._certificates.held.get(self.identity.node_id)
         return held.tls_info if held is not None else TLSInfo()
 
-    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: not reachable."""
         # A ``MemoryChannel`` has the methods of a ``Channel``.
         return cast(

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.run import RunResult
-from skep.agent.executor.simulated import Behaviour
+from skep.agent.executor.simulated import Behavior
 from skep.agent.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError
 from skep.manager.control.networks import remove_network
@@ -67,7 +67,7 @@ def allocations(seed: int) -> RunResult:
     """Create and remove services and networks."""
     random = Random(seed)
     with SimulatedCluster(
-        workers=2, seed=seed, behaviour=Behaviour(shutdown_s=random.choice((0.05, 0.8)))
+        workers=2, seed=seed, behavior=Behavior(shutdown_s=random.choice((0.05, 0.8)))
     ) as cluster:
         for number in range(STEPS):
             action = random.choice(

@@ -5,8 +5,9 @@ from itertools import count
 
 from msgspec.structs import replace
 
-from sim.roots import found
+from sim.certificates import found
 from skep.manager.control.networks import first_networks
+from skep.model.data_planes import SKEP
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import (
     Availability,
@@ -20,7 +21,6 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
-from skep.model.planes import SKEP
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.times import ZERO_TIME
 from skep.store.interface import Transaction
@@ -41,7 +41,7 @@ def joined(
 
     Args:
         history_limit: number of ended tasks that are kept for each slot, or None for Docker's default.
-        has_root: whether nodes check certificates (``roots``).
+        has_root: whether nodes check certificates (``certificates``).
     """
     spec, numbers = DEFAULT_SWARM_SPEC, count(1)
     if history_limit is not None:

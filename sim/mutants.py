@@ -35,13 +35,13 @@ from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.orchestrator import held_places, jobs, observed_times, restart, situation, update
+from skep.manager.orchestrator import decision_inputs, held_places, jobs, observed_times, restart, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import SlotKey
 from skep.manager.orchestrator.reaper import loop as reaper_loop
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
-from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
@@ -273,7 +273,7 @@ def _anywhere() -> list[Patch]:
 
 
 def _always_replaced() -> list[Patch]:
-    return [Patch(situation, "policy_on", lambda node, service: DisconnectPolicy())]
+    return [Patch(decision_inputs, "policy_on", lambda node, service: DisconnectPolicy())]
 
 
 def _never_stopped() -> list[Patch]:
@@ -384,7 +384,7 @@ def _ignores_disks() -> list[Patch]:
 
 
 def _tries_runs_without_end() -> list[Patch]:
-    return [Patch(situation, "max_attempts_of", lambda labels: 0)]
+    return [Patch(decision_inputs, "max_attempts_of", lambda labels: 0)]
 
 
 def _waits_for_nothing() -> list[Patch]:

@@ -11,15 +11,15 @@ from typing import Protocol, cast
 
 from msgspec.structs import replace
 
+from sim.certificates import Certificates
 from sim.credentials import NoLogs, SimulatedCredentials
 from sim.network import Network
-from sim.roots import Certificates
 from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent
 from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
-from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
+from skep.agent.executor.simulated import Behavior, Machine, SimulatedController, SimulatedExecutor
 from skep.agent.last_seen import LastSeen
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.reports import Reports
@@ -55,7 +55,7 @@ class SimulatedNode:
         *,
         clock: VirtualClock,
         random: Random,
-        behaviour: Behaviour,
+        behavior: Behavior,
         certificates: Certificates,
         renew: Callable[[], None],
     ) -> None:
@@ -85,7 +85,7 @@ class SimulatedNode:
         """Manager list of the running process."""
         self._clock = clock
         self._random = random
-        self._behaviour = behaviour
+        self._behavior = behavior
         self._certificates = certificates
         self._renew = renew
         self._registered: asyncio.Event | None = None
@@ -128,7 +128,7 @@ class SimulatedNode:
     async def run(self) -> None:
         """Run the node process until cancelled.  Its containers continue."""
         reports = Reports()
-        executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
+        executor = ImageExecutor(self, self._clock, self._random, self._behavior)
         session_state = SessionState(self._clock, self._last_seen)
         self.volumes = SimulatedVolumes(self._users_of_volumes, self._clock)
         worker = Worker(
@@ -288,8 +288,8 @@ class WatchedMachine(Machine):
 class ImageExecutor(SimulatedExecutor):
     """An executor whose containers behave as their image is configured on the node."""
 
-    def __init__(self, node: SimulatedNode, clock: Clock, rng: Random, behaviour: Behaviour) -> None:
-        super().__init__(clock, rng, node.machine, behaviour)
+    def __init__(self, node: SimulatedNode, clock: Clock, rng: Random, behavior: Behavior) -> None:
+        super().__init__(clock, rng, node.machine, behavior)
         self.node = node
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
@@ -323,7 +323,7 @@ class _ImageController(SimulatedController):
             await self._node.volumes.wait_mounted(self._task.task)
         if self._id in self._node.machine.processes:
             await self._executor.take(
-                self._executor.behaviour.prepare_s
+                self._executor.behavior.prepare_s
             )  # the time to detect that the image is already prepared
         await super().prepare()
         self._node.note_local_volumes(self._task)

@@ -11,12 +11,12 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from sim.certificates import Certificate, describe, issue
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.etcd.client import PEER_PORT
 from sim.initial_state import a_manager, a_worker, address_of
 from sim.manager import SimulatedManager
-from sim.roots import Certificate, describe, issue
 from sim.users import Users
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.rotation import ROTATE

@@ -4,7 +4,7 @@ Written from Docker's API reference and documentation and from recorded response
 (``tests/conformance/recorded/in_swarm.json``), independently of ``manager/control``, with which it shares only the
 objects.  It covers only the requests of simulated users.
 
-Statuses are the HTTP API's. 503 is not modelled, because after it the outcome is unknown.
+Statuses are the HTTP API's. 503 is not modeled, because after it the outcome is unknown.
 """
 
 import re

@@ -103,7 +103,7 @@ class ResponseCheck:
             yield f"{_describe(pending.request)} got status {status}, not {' or '.join(map(str, expected))}"
 
     def _is_refused_demotion(self, pending: PendingRequest, status: int) -> bool:
-        """Return whether a demotion may be refused, which depends on managers' reachability and is not modelled."""
+        """Return whether a demotion may be refused, which depends on managers' reachability and is not modeled."""
         request = pending.request
         if not isinstance(request, SetNode) or status != BAD or request.spec.role is not NodeRole.WORKER:
             return False

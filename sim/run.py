@@ -33,7 +33,7 @@ from sim.targeted_faults import (
 )
 from sim.trial import try_an_update
 from sim.users import Users
-from skep.agent.executor.simulated import Behaviour
+from skep.agent.executor.simulated import Behavior
 from skep.manager.failures import LONGEST_DELAY_S
 from skep.model.ids import NodeId
 from skep.model.labels import allows_preemption
@@ -77,14 +77,14 @@ def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> R
     """
     shape = Random(seed ^ 0x5EED)
     extends = seed % 2 == 1 if extends is None else extends
-    behaviour = Behaviour(
+    behavior = Behavior(
         prepare_s=shape.choice((0.02, 0.1)), start_s=0.05, shutdown_s=shape.choice((0.05, 0.3, 1.0))
     )
     cluster = SimulatedCluster(
         managers=shape.choice((1, 3, 3, 3, 5)),
         workers=shape.randint(2, 5),
         seed=seed,
-        behaviour=behaviour,
+        behavior=behavior,
         skew=True,
         turns_max=TURNS_MAX,
         history_limit=shape.choice((None, 0, 1, 3)),

@@ -30,10 +30,10 @@ from skep.cli.upgrade_plan import Member
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.nodes import NodeUpdateBody, node_spec
 from skep.manager.control.services import with_network_ids
+from skep.model.data_planes import NODE_LABEL
 from skep.model.ids import NodeId, ServiceId
 from skep.model.labels import MAINTENANCE
 from skep.model.node import Node, NodeRole, NodeState
-from skep.model.planes import NODE_LABEL
 from skep.model.service import ServiceSpec
 from skep.model.swarm import Swarm
 from skep.store.interface import Created, Deleted, Updated, View

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from sim.certificates import root
 from sim.cluster import SimulatedCluster
 from sim.random_specs import (
     IMAGES,
@@ -33,7 +34,6 @@ from sim.random_specs import (
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
-from sim.roots import root
 from sim.storage import DRIVER
 from sim.upgrades import Upgrades
 from skep.api.errors import status_of
@@ -380,10 +380,10 @@ class Users:
         """Set the zone label of a node, or remove it."""
         zone = self._random.choice((*ZONES, ""))
 
-        def labelled(spec: NodeSpec) -> NodeSpec:
+        def labeled(spec: NodeSpec) -> NodeSpec:
             return replace(spec, labels={ZONE: zone} if zone else {})
 
-        await self._set_node(self._random.choice(self._cluster.workers), labelled)
+        await self._set_node(self._random.choice(self._cluster.workers), labeled)
 
     async def _set_availability(self, id: NodeId, availability: Availability) -> bool | None:
         return await self._set_node(id, lambda spec: replace(spec, availability=availability))
@@ -527,7 +527,7 @@ class Users:
             labels[FORGET_NODES] = "1m"
         store = await self._store(creates=False)
         self._cluster.trace.add(f"user: the cluster has {labels}")
-        await store.update(_relabelled, labels)
+        await store.update(_relabeled, labels)
 
     async def _rotate_root(self) -> None:
         """Run ``docker swarm ca --rotate``, perhaps while the root is being rotated."""
@@ -623,7 +623,7 @@ def _suspended(spec: ServiceSpec) -> ServiceSpec:
     return with_labels(spec, {CRON_SUSPEND: "true"}) if CRON in spec.labels else spec
 
 
-def _relabelled(tx: Transaction, labels: Mapping[str, str]) -> None:
+def _relabeled(tx: Transaction, labels: Mapping[str, str]) -> None:
     if not (found := tx.find(Swarm)):
         raise Unavailable("this manager cannot read the cluster's settings")
     (swarm,) = found

@@ -59,6 +59,31 @@ def test_the_index_leads_to_every_page() -> None:
     assert {index.parent / folder for folder in apart} <= reached
 
 
+def test_the_index_of_decisions_has_every_record_once_with_its_title() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = re.findall(r"^\* \[(.+)\]\((.+)\)", (folder / "README.md").read_text(), re.MULTILINE)
+    records = [
+        (record.read_text().partition("\n")[0].removeprefix("# "), record.name)
+        for record in sorted(folder.glob("[0-9]*.md"))
+    ]
+    assert sorted(index, key=lambda entry: entry[1]) == records
+
+
+def test_every_record_has_a_number_of_its_own_and_a_name_from_its_title() -> None:
+    """The words of the name are words of the title, in its order: ``0003-task-states.md`` is "3. Task states: ..."."""
+    records = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    numbers = [int(record.name[:4]) for record in records]
+    assert sorted(set(numbers)) == numbers
+    titles = {record.name: record.read_text().partition("\n")[0] for record in records}
+    assert [name for name, title in titles.items() if not is_named_after(title, name)] == []
+
+
+def is_named_after(title: str, name: str) -> bool:
+    number, *words = name.removesuffix(".md").split("-")
+    rest = iter(re.findall(r"[a-z0-9]+", title.lower().replace(",000", "000")))
+    return title.startswith(f"# {int(number)}. ") and all(word in rest for word in words)
+
+
 @pages
 def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
     words = [

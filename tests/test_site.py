@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from docs.site.hooks import BESIDE, linked, navigation
+from docs.site.hooks import OUTSIDE, linked, navigation
 from tests.support.documents import PAGES, ROOT
 
 _LOADED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"' >]+)""")
@@ -39,7 +39,7 @@ def test_every_page_of_the_repository_is_on_the_site(site: Path) -> None:
 
 def _built(page: Path) -> str:
     name = str(page.relative_to(ROOT))
-    uri = BESIDE.get(name) or str(Path(name).relative_to("docs"))
+    uri = OUTSIDE.get(name) or str(Path(name).relative_to("docs"))
     return uri.replace("README.md", "index.md").replace(".md", ".html")
 
 

@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).parents[2]
-BESIDE: Final = {
+OUTSIDE: Final = {
     "README.md": "readme.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
@@ -36,7 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def navigation(index: str, docs: Path) -> Iterator[Any]:
     """A section for each heading of the index, with the pages of its table; folders with all of their pages."""
-    yield {"Skep": ["README.md", BESIDE["README.md"], BESIDE["CHANGELOG.md"], BESIDE["SECURITY.md"]]}
+    yield {"Skep": ["README.md", OUTSIDE["README.md"], OUTSIDE["CHANGELOG.md"], OUTSIDE["SECURITY.md"]]}
     for section in index.split("\n## ")[1:]:
         title, _, text = section.partition("\n")
         pages = [page for target in _ROW.findall(text) for page in _pages(target, docs)]
@@ -48,26 +48,27 @@ def _pages(target: str, docs: Path) -> Iterator[Any]:
     if path.is_dir():
         if target.strip("/") != "design":  # its pages have a table of their own
             name = target.strip("/").capitalize()
-            yield {name: [str(page.relative_to(docs)) for page in sorted(path.glob("*.md"))]}
+            pages = sorted(path.glob("*.md"), key=lambda page: (page.name != "README.md", page.name))
+            yield {name: [str(page.relative_to(docs)) for page in pages]}
     elif target.endswith(".md"):
         place = path.resolve()
         yield (
             str(place.relative_to(docs))
             if place.is_relative_to(docs)
-            else BESIDE[str(place.relative_to(ROOT))]
+            else OUTSIDE[str(place.relative_to(ROOT))]
         )
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages beside ``docs``."""
-    for source, name in BESIDE.items():
+    for source, name in OUTSIDE.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The page with links that lead somewhere on the site."""
-    sources = {name: source for source, name in BESIDE.items()}
+    sources = {name: source for source, name in OUTSIDE.items()}
     uri = page.file.src_uri
     return linked(markdown, PurePosixPath(sources.get(uri, f"docs/{uri}")), PurePosixPath(uri))
 
@@ -86,8 +87,8 @@ def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
             page = place.relative_to("docs")
             if (ROOT / place).is_dir():
                 return text
-        elif str(place) in BESIDE:
-            page = PurePosixPath(BESIDE[str(place)])
+        elif str(place) in OUTSIDE:
+            page = PurePosixPath(OUTSIDE[str(place)])
         else:
             return text if text.startswith("`") else f"`{place}`"
         if text.endswith(".md"):

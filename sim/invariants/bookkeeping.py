@@ -16,9 +16,9 @@ from skep.manager.failures import Failures
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.accounting import Accounting, holds_resources, usage_in
+from skep.manager.scheduler.decision_writer import is_pending
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.preemptor import claim_id
-from skep.manager.scheduler.writes import is_pending
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import NodeId
 from skep.model.node import Node

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from sim.committed import Change
 from sim.invariants.placement import constraints_of, meets
-from skep.manager.orchestrator.situation import ROLLBACKS
+from skep.manager.orchestrator.decision_inputs import ROLLBACKS
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Version

@@ -83,7 +83,7 @@ class Credentials(Protocol):
     def tls_info(self) -> TLSInfo:
         """Trusted roots, and the issuer of the certificate."""
 
-    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
 
     def take_roots(self, root_pem: bytes) -> None:
@@ -219,7 +219,7 @@ class Agent:
         try:
             timeout_s = self._managers.connect_timeout(peer)
             address = self._managers.address_of(peer)
-            async with self._credentials.connected(address, timeout_s=timeout_s) as channel:
+            async with self._credentials.connect(address, timeout_s=timeout_s) as channel:
                 is_connected = True
                 self._managers.require_manager(peer, channel.peer)
                 self._channel = channel
@@ -296,9 +296,9 @@ class Agent:
             self._credentials.want_renewal()
         self._credentials.take_role(role_from_pb(message.node.role))
 
-    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """Open one more connection to a manager with this node's certificate.  Raises: Unavailable."""
-        return self._credentials.connected(address, timeout_s=timeout_s)
+        return self._credentials.connect(address, timeout_s=timeout_s)
 
     def accept_revision(self, revision: Revision) -> None:
         """Accept a manager's revision.  Raises: FailedPrecondition: the manager lags behind this node."""

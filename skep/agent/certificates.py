@@ -19,7 +19,7 @@ from skep.security.tokens import check_root, parse_token
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 from skep.wire.convert.node import availability_to_pb
 
 ISSUE_SECONDS_MAX = 20.0
@@ -48,7 +48,7 @@ async def fetch_root(address: str, token: str) -> bytes:
         InvalidArgument, FailedPrecondition, Unavailable: See ``join``.
     """
     expected = parse_token(token)
-    async with connected(address, unverified_context(), ROOT_NAME) as channel:
+    async with open_channel(address, unverified_context(), ROOT_NAME) as channel:
         reply = await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
     check_root(expected, reply.certificate)
     return reply.certificate
@@ -81,7 +81,7 @@ async def renew_expired(address: str, pair: KeyPair) -> KeyPair:
     request = skep.RenewExpiredRequest(
         certificate=pair.certificate_pem, csr=csr, signature=proof_of(pair, csr)
     )
-    async with connected(address, joining_context(pair.root_pem), ROOT_NAME) as channel:
+    async with open_channel(address, joining_context(pair.root_pem), ROOT_NAME) as channel:
         reply = await channel.call(methods.RENEW_EXPIRED, request, timeout_s=ISSUE_SECONDS_MAX)
     renewed = KeyPair(certificate_pem=reply.certificate, key_pem=private_pem(key), root_pem=reply.roots)
     if renewed.identity.node_id != pair.identity.node_id:
@@ -100,7 +100,7 @@ async def _request(
 ) -> KeyPair:
     key = await asyncio.to_thread(new_private_key)
     csr = signing_request(key)
-    async with connected(address, context, name) as channel:
+    async with open_channel(address, context, name) as channel:
         request = pb.IssueNodeCertificateRequest(
             csr=csr, token=token, availability=availability_to_pb(availability)
         )

@@ -31,7 +31,7 @@ from skep.security.tls import ServerTls, client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 from skep.wire.server import serve
 from skep.wire.service import Handler, server_stream, unary
 
@@ -179,7 +179,7 @@ class ImagePort:
 
 
 class ClusterSources:
-    """The other nodes as sources of images.  Implements ``spreading.Neighbours``."""
+    """The other nodes as sources of images.  Implements ``spreading.Neighbors``."""
 
     def __init__(self, session: SessionState) -> None:
         self._session = session
@@ -289,7 +289,7 @@ class NodeSource:
                 present = self._pair()
                 role = NodeRole.MANAGER if self.is_manager else NodeRole.WORKER
                 self._channel = await self._stack.enter_async_context(
-                    connected(self._addr, client_context(present), ROLE_NAMES[role], bounds=BOUNDS)
+                    open_channel(self._addr, client_context(present), ROLE_NAMES[role], bounds=BOUNDS)
                 )
             return self._channel
 

@@ -32,7 +32,7 @@ from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.security.trust import tls_info_of
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 
 log = structlog.get_logger(__name__)
 
@@ -103,9 +103,9 @@ class KeyPairCredentials:
         """Trusted roots, and the issuer of the certificate."""
         return tls_info_of(self.pair)
 
-    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
-        return connected(address, client_context(self.pair), MANAGER_NAME, timeout_s=timeout_s)
+        return open_channel(address, client_context(self.pair), MANAGER_NAME, timeout_s=timeout_s)
 
     def want_renewal(self) -> None:
         """Renew the certificate as soon as possible."""

@@ -158,7 +158,7 @@ class SessionHost(Protocol):
         ``period_s`` is the period of heartbeats, or 0 before the first one.
         """
 
-    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """Open one more connection to a manager, for streams beyond the session's limit.  Raises: Unavailable."""
 
     @property
@@ -215,7 +215,7 @@ class Session:
         self._describe = describe
         self._description_changed = description_changed
         self._rng = rng
-        self._publisher = LogPublisher(channel, services.logs, host.connected)
+        self._publisher = LogPublisher(channel, services.logs, host.connect)
         self._tables = TableStream(channel, services.tables) if services.tables is not None else None
         self._probes = ProbeStream(channel, services.probes) if services.probes is not None else None
         self._id = ""

@@ -15,7 +15,7 @@ import structlog
 
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import isolate, log_error, retry
-from skep.linux.files import BESIDE, sync_directory, write_new
+from skep.linux.files import NEW_SUFFIX, sync_directory, write_new
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, TaskStatus
 from skep.model.unknown import leniently
@@ -101,9 +101,9 @@ class TaskFiles:
         if task is None:
             path.unlink(missing_ok=True)
             return
-        beside = path.with_suffix(BESIDE)
-        write_new(beside, msgspec.json.encode(task), mode=0o600)
-        beside.rename(path)
+        unfinished = path.with_suffix(NEW_SUFFIX)
+        write_new(unfinished, msgspec.json.encode(task), mode=0o600)
+        unfinished.rename(path)
 
 
 def read_tasks(directory: Path) -> list[RememberedTask]:

@@ -7,9 +7,9 @@ import hashlib
 from typing import Any
 
 from skep.api.networks import SWARM, SubnetBody
+from skep.model.data_planes import is_overlay
 from skep.model.meta import Driver
 from skep.model.network import IPAMOptions, Network, is_ingress
-from skep.model.planes import is_overlay
 
 
 def known_driver(network: Network) -> Driver:

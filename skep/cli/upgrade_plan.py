@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
+from skep.model.data_planes import NODE_LABEL
 from skep.model.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
-from skep.model.planes import NODE_LABEL
 from skep.model.service import TaskSpec
 from skep.model.slot_volumes import local_volumes
 

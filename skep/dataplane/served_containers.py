@@ -21,7 +21,7 @@ from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.protocol import Label, NameCounts, Named, Waiting
 from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.linux.files import BESIDE, is_no_file
+from skep.linux.files import NEW_SUFFIX, is_no_file
 from skep.model.ids import NetworkId
 from skep.paths import Paths
 
@@ -126,7 +126,7 @@ class ServedContainers:
     def _take(self, path: Path) -> None:
         if path.name in self._served:
             return
-        record = None if path.name.endswith(BESIDE) else _read(path)
+        record = None if path.name.endswith(NEW_SUFFIX) else _read(path)
         if record is None or not record.is_same_namespace():
             discard_tree_now(path)  # it may be a directory
             return

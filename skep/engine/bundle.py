@@ -59,8 +59,8 @@ from skep.engine.users import identity
 from skep.engine.volumes import Part
 from skep.errors import Unavailable
 from skep.linux import syscalls
+from skep.linux.confined_root import Bind
 from skep.linux.name_files import hosts_file, resolver_file
-from skep.linux.roots import Bind
 from skep.linux.trees import walk
 from skep.model.ids import ContainerId
 from skep.model.sandbox import NetworkMode

@@ -71,7 +71,7 @@ from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import Mount
 from skep.model.ids import ContainerId, new_container_id
 from skep.model.meta import Driver
-from skep.model.readable import NameSource, names_from
+from skep.model.name_generator import NameSource, names_from
 from skep.model.sandbox import Sandbox
 from skep.model.times import timestamp
 

@@ -29,7 +29,7 @@ from skep.engine.images.pack import Output, Packer, give_up_imports
 from skep.engine.images.streams import Malformed
 from skep.engine.images.untar import LimitExceeded, PlainStream, Unpacker
 from skep.engine.images.untar import Settings as UntarSettings
-from skep.linux import roots
+from skep.linux import confined_root
 from skep.linux.trees import remove_tree
 
 _PR_SET_PDEATHSIG = 1
@@ -61,7 +61,7 @@ class Settings:
     spare_bytes: int
     path: str = "/"
     """Path in the container, as requested."""
-    binds: list[roots.Bind] = field(default_factory=list)
+    binds: list[confined_root.Bind] = field(default_factory=list)
     """Mounts inside the root."""
     keeps_kinds: bool = False
     """Whether ``write`` refuses to replace a directory by a file, or a file by a directory."""
@@ -250,9 +250,9 @@ def _say(result: dict[str, Any]) -> None:
 
 
 def _act(settings: Settings) -> None:
-    binds = [roots.Bind(*bind) for bind in settings.binds]
+    binds = [confined_root.Bind(*bind) for bind in settings.binds]
     is_reading = settings.action in ("stat", "read", "export")
-    root = roots.enter(settings.root, binds, read_only=is_reading)
+    root = confined_root.enter(settings.root, binds, read_only=is_reading)
     helper = confine(root)
     give_up_imports()
     path = absolute(settings.path)

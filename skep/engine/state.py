@@ -20,7 +20,7 @@ from skep.engine.container import (
 )
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from skep.model.ids import ContainerId
-from skep.model.readable import NameSource, free_name
+from skep.model.name_generator import NameSource, free_name
 from skep.model.times import ZERO_TIME
 
 

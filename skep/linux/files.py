@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-BESIDE = ".new"
+NEW_SUFFIX = ".new"
 """Suffix of unfinished files.  The next attempt overwrites what a crash leaves."""
 
 
@@ -17,7 +17,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: b
         mode: Applies from the first byte on, so a secret is never readable by others.
         is_durable: Whether it survives a power loss.  False saves two syncs for files that a reboot discards anyway.
     """
-    temporary = path.with_name(path.name + BESIDE)
+    temporary = path.with_name(path.name + NEW_SUFFIX)
     try:
         write_new(temporary, content, mode=mode, is_synced=is_durable)
         os.replace(temporary, path)

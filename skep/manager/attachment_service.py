@@ -17,10 +17,10 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
 from skep.model.attaching import require_attachable, require_share, require_subnets
+from skep.model.data_planes import plane_of, plane_of_node
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.planes import plane_of, plane_of_node
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp

@@ -1,8 +1,8 @@
 """The cluster object of a store, and the managers that have not applied its root CA yet."""
 
 from skep.errors import FailedPrecondition, Unavailable
+from skep.model.data_planes import data_path_port
 from skep.model.node import Node, NodeState
-from skep.model.planes import data_path_port
 from skep.model.reserved_ports import ReservedPorts, of_cluster
 from skep.model.swarm import Swarm
 from skep.security.trust import root_digest

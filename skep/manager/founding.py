@@ -8,6 +8,7 @@ from skep.linux.routes import read_routes
 from skep.manager.ca.admission import issued_certificate
 from skep.manager.control.swarm import found_swarm
 from skep.model.addresses import host_of
+from skep.model.data_planes import SKEP
 from skep.model.ids import IdSource
 from skep.model.node import (
     EngineDescription,
@@ -18,7 +19,6 @@ from skep.model.node import (
     NodeSpec,
     Reachability,
 )
-from skep.model.planes import SKEP
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp

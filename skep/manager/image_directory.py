@@ -16,11 +16,11 @@ from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.ca.caller_check import check_caller, is_manager
 from skep.model.addresses import host_of, joined
+from skep.model.data_planes import IMAGES_LABEL, usable_address
 from skep.model.ids import ClusterId, NodeId
 from skep.model.labels import shares_images
 from skep.model.needs import images_of
 from skep.model.node import Node, NodeRole, NodeState
-from skep.model.planes import IMAGES_LABEL, usable_address
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState

@@ -26,7 +26,7 @@ from skep.security.identity import ROLE_NAMES
 from skep.store.etcd.peers import Peer
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 
 log = structlog.get_logger(__name__)
 
@@ -144,7 +144,7 @@ async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> in
     with suppress(SkepError, TimeoutError, OSError):
         async with (
             asyncio.timeout(RESPONSE_S),
-            connected(addr, context, ROLE_NAMES[NodeRole.MANAGER]) as channel,
+            open_channel(addr, context, ROLE_NAMES[NodeRole.MANAGER]) as channel,
             channel.stream(methods.PINGS) as call,
         ):
             await call.send(

@@ -20,8 +20,8 @@ from skep.aio.failures import retry
 from skep.aio.groups import first_alone
 from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family
+from skep.api.handover_server import HOOKS, PassedConnections, begin_response
 from skep.api.otlp import exporter_to
-from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
 from skep.bootstrap import ManagerConfig
 from skep.csi.drivers import Drivers
@@ -82,7 +82,7 @@ from skep.manager.view.loop import ClusterView
 from skep.manager.worker_reads import WorkerReads
 from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
-from skep.model.readable import names_from
+from skep.model.name_generator import names_from
 from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.rpc.client import Bounds
 from skep.security.keypair import KeyPair
@@ -91,7 +91,7 @@ from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import NotLeader, Term
-from skep.wire.client import BOUNDS, Channel, connected
+from skep.wire.client import BOUNDS, Channel, open_channel
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler
 
@@ -327,7 +327,7 @@ class Manager:
 
     def _connected(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
         """Connect to another manager with this manager's certificate."""
-        return connected(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
+        return open_channel(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
 
     async def _lead_when_elected(self) -> None:
         terms = self._store.terms(self._config.node_id, self._config.advertise_addr)

@@ -22,9 +22,9 @@ from skep.aio.groups import errors_as_they_are, first_alone
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import Actor, Message
 from skep.manager.tunnels import Tunnels
+from skep.model.data_planes import is_docker_node
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
-from skep.model.planes import is_docker_node
 from skep.model.times import SECOND_NS
 from skep.store.interface import View
 from skep.wire.tunnel import Tunnel

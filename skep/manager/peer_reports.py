@@ -1,7 +1,7 @@
 """Reports that managers send each other with their pings: overload, and missed heartbeats of their nodes.
 
 *Overload*: More nodes reconnect to a manager than it can register at once.  Those nodes are alive.  They were sent
-``RetryLater``, perhaps by another manager than the one that would mark them down.  Therefore missed heartbeats do not
+``RetryLater``, perhaps by a manager that does not judge them.  Therefore missed heartbeats do not
 count while any manager is overloaded.
 
 *Missed heartbeats*: Nodes that fail at once are spread over the managers, so each manager may miss only one.  A manager

@@ -65,7 +65,7 @@ def dropped_warnings(view: View, service: Service, given: str, kept: str) -> lis
 def follow_rollback(tx: Transaction, service: Service) -> None:
     """Select the credentials of ``service`` for its rollback, before it returns to its previous spec.
 
-    The newest ones stay, because those of the previous spec may have expired (Docker returns to them).  If the previous
+    The newest ones stay, because the previous spec's may have expired (Docker returns to them).  If the previous
     image has another registry, which the newest ones do not match, the credentials of the previous spec return with it.
     """
     assert service.previous_spec is not None, "a rollback needs a previous spec"

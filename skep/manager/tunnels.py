@@ -26,9 +26,9 @@ from skep.errors import (
 )
 from skep.manager.node_session import NodeSession, StreamSignal
 from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
+from skep.model.data_planes import is_docker_node
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
-from skep.model.planes import is_docker_node
 from skep.model.task import Task, TaskState
 from skep.rpc.errors import LOST_PEER
 from skep.store.interface import Store, View

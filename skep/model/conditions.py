@@ -5,8 +5,8 @@ from typing import Final
 from skep.model.node import NodeDescription
 
 _PREFIX: Final = "skep.condition."
-NEIGHBOURS: Final = "neighbor-table"
-"""The kernel's neighbour table overflows."""
+NEIGHBORS: Final = "neighbor-table"
+"""The kernel's neighbor table overflows."""
 DISK_SPACE: Final = "disk-space"
 """A disk of the node, or a disk that its containers write to, is nearly full."""
 DISK_PRESSURE: Final = "disk-pressure"
@@ -44,5 +44,5 @@ def disk_pressure(description: NodeDescription) -> str:
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:
     """Return the network conditions that a node reports."""
-    reported = description.engine.labels.get(condition_label(NEIGHBOURS), "")
+    reported = description.engine.labels.get(condition_label(NEIGHBORS), "")
     return (reported[:CHARACTERS_MAX],) if reported else ()

@@ -11,9 +11,9 @@ from typing import Final, TypeAlias
 from msgspec.structs import replace
 
 from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_label, is_condition
+from skep.model.data_planes import NODE_LABEL
 from skep.model.encoding import to_json
 from skep.model.node import EngineDescription, NodeDescription
-from skep.model.planes import NODE_LABEL
 from skep.model.rights import CDI_LABEL, DEVICES_LABEL, MORE
 from skep.model.routes import ROUTES_LABEL
 from skep.model.service import Platform

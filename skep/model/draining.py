@@ -1,6 +1,6 @@
 """Decides when a task starts to drain: it must stop, and may have connections."""
 
-from skep.model.planes import is_overlay
+from skep.model.data_planes import is_overlay
 from skep.model.task import Task, TaskState
 
 

@@ -36,6 +36,7 @@ from skep.model.container import (
     Ulimit,
     VolumeOptions,
 )
+from skep.model.data_planes import PLANE_OPTION
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.encoding import ApiObject
 from skep.model.labels import (
@@ -64,7 +65,6 @@ from skep.model.network import (
     NetworkSpec,
 )
 from skep.model.network import ConfigReference as NetworkConfigReference
-from skep.model.planes import PLANE_OPTION
 from skep.model.rights import RIGHT_LABELS
 from skep.model.schedules import SCHEDULE_LABELS
 from skep.model.secret import ConfigSpec, SecretSpec

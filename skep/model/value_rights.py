@@ -19,6 +19,7 @@ from skep.model.container import (
     SeccompOpts,
     Ulimit,
 )
+from skep.model.data_planes import PLANE_OPTION
 from skep.model.encoding import ApiObject
 from skep.model.images import registry_of
 from skep.model.meta import Driver
@@ -29,7 +30,6 @@ from skep.model.network import (
     subnet_of,
 )
 from skep.model.overlays import ENCRYPTED_OPTION, VXLAN_OPTION
-from skep.model.planes import PLANE_OPTION
 from skep.model.rights import rights_of, rights_text
 from skep.model.service import (
     NetworkAttachmentConfig,
@@ -145,7 +145,7 @@ def ulimits(limits: tuple[Ulimit, ...], root: ApiObject) -> Iterator[str]:
 
 
 def _nice(limit: Ulimit, _root: ApiObject) -> bool:
-    """Above 20, where a process may be preferred to those of the machine."""
+    """Above 20, where a process may be preferred to the machine's processes."""
     return all(0 <= one <= _NICE_OF_ALL for one in (limit.soft, limit.hard))
 
 

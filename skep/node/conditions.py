@@ -93,5 +93,5 @@ class Conditions:
             for name, one in list(self._conditions.items()):
                 if one.cleared_at is not None and one.cleared_at <= oldest:
                     del self._conditions[name]
-            labelled = sorted(self._conditions.items())[:CONDITIONS_MAX]
-            return {condition_label(name): one.message for name, one in labelled}
+            labeled = sorted(self._conditions.items())[:CONDITIONS_MAX]
+            return {condition_label(name): one.message for name, one in labeled}

@@ -10,9 +10,9 @@ from skep.configuration.configuration import Configuration
 from skep.engine.container import Container
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.drivers import log_drivers
+from skep.model.data_planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.description_size import SIZE_CONDITION, size_condition, within_size
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.model.planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
 from skep.model.routes import ROUTES_LABEL, routes_label
 from skep.model.secret_env import PLUGIN as SECRET_ENV
@@ -22,7 +22,7 @@ from skep.model.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.node.conditions import Conditions
 from skep.node.features import Features, labels
 from skep.node.machine import Machine
-from skep.node.offers import OfferReader
+from skep.node.machine_resources import ResourceReader
 
 _PLUGINS = (
     *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "ipvlan", "macvlan", "null")),
@@ -128,7 +128,7 @@ class NodeDescriber:
         self,
         machine: Machine,
         features: Features,
-        offers: OfferReader,
+        offers: ResourceReader,
         conditions: Conditions,
         further_labels: Callable[[], Mapping[str, str]],
         *,

@@ -2,7 +2,7 @@
 
 Both have a store of their own: services run from this node's, plain containers and builds from the engine's.  An image
 of the other store is copied when it is needed.  Which images a build needs is not known before it runs.  It
-gets all images that users have loaded, tagged or pulled here, without those that the node has fetched for its tasks.
+gets all images that users have loaded, tagged or pulled here, but not images that the node has fetched for its tasks.
 
 A name means the image in the store where it changed last.  ``theirs_is_newer`` compares the engine's image of a name
 with its image at the last check.  A name that has moved in the engine is removed from this node's image at once

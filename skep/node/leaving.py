@@ -20,7 +20,7 @@ from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 
 log = structlog.get_logger()
 
@@ -69,7 +69,7 @@ async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
     """
     for manager in managers:
         try:
-            async with connected(manager, client_context(pair), MANAGER_NAME) as channel:
+            async with open_channel(manager, client_context(pair), MANAGER_NAME) as channel:
                 await channel.call(methods.RESIGN, pb.ResignRequest(), timeout_s=RESIGN_TIMEOUT_S)
         except SkepError as error:
             log.warning("not removed from the managers", manager=manager, reason=str(error))

@@ -45,7 +45,7 @@ from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.neighbours import NeighbourTables
+from skep.dataplane.netns.neighbor_tables import NeighborTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -64,7 +64,7 @@ from skep.engine.images.store import ImageStore
 from skep.engine.usage import Usage
 from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
-from skep.model.conditions import NEIGHBOURS
+from skep.model.conditions import NEIGHBORS
 from skep.model.ids import NodeId, new_container_id, new_id
 from skep.model.meta import Driver
 from skep.model.node import NodeRole
@@ -93,13 +93,13 @@ from skep.node.image_sharing import ImageSharing
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode
+from skep.node.machine_resources import ResourceReader
 from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
 from skep.node.metrics import NodeMetrics, Sources
 from skep.node.metrics_server import metrics_routes, serving_metrics
-from skep.node.offers import OfferReader
 from skep.node.own_ports import OwnPorts
-from skep.node.parts import run_after, run_part, wait_briefly
+from skep.node.part_runner import run_after, run_part, wait_briefly
 from skep.node.reaping import reap_orphans
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
@@ -170,7 +170,7 @@ class Node:
             self._paths.written, containers, lambda: self._configuration, environment.conditions, self._clock
         )
         self._usages = TaskUsageMeter(containers, Cgroups(configuration.cgroup_parent), self._clock)
-        self._offers = OfferReader(self._clock, lambda: self._configuration)
+        self._offers = ResourceReader(self._clock, lambda: self._configuration)
         self._describer = NodeDescriber(
             environment.machine,
             environment.features,
@@ -390,7 +390,7 @@ class Node:
             tables=self._tables,
             probes=self._probes,
             seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
-            tunnels=tunnel_host(self._engine, self._events, credentials.connected),
+            tunnels=tunnel_host(self._engine, self._events, credentials.connect),
             volumes=self._cluster_volumes,
             usages=self._usages,
             serve_images=partial(self._image_sharing.exchange, credentials, node),
@@ -577,7 +577,7 @@ class Node:
         if self._exporter is not None:
             run(self._exporter.run, "export of traces")
         if self._data_plane is not None:
-            run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
+            run(NeighborTables(conditions.reporter(NEIGHBORS), clock).run, "neighbor tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
         if self._engine_images is not None:

@@ -12,7 +12,7 @@ import msgspec
 from skep.api.backups import Manifest, Opener, RestorePlan
 from skep.api.swarm_requests import Endpoints, Interfaces, founding
 from skep.errors import SkepError
-from skep.linux.files import BESIDE, write_new
+from skep.linux.files import NEW_SUFFIX, write_new
 from skep.model.addresses import host_of, parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
@@ -39,16 +39,16 @@ async def receive(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> M
     Raises: InvalidArgument: not a backup, damaged, or encrypted with another key.
     """
     opener = Opener(key)
-    beside = snapshot.with_name(snapshot.name + BESIDE)
-    write_new(beside, b"", mode=0o600)
+    unfinished = snapshot.with_name(snapshot.name + NEW_SUFFIX)
+    write_new(unfinished, b"", mode=0o600)
     try:
-        with beside.open("ab") as file:
+        with unfinished.open("ab") as file:
             async for piece in pieces:
                 file.write(opener.feed(piece))
         manifest = opener.check_whole()
-        beside.rename(snapshot)
+        unfinished.rename(snapshot)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     return manifest
 

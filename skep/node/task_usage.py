@@ -44,8 +44,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kept(readings: Sequence[Reading], new: Reading) -> tuple[Reading, ...]:
-    """Return ``readings`` with a new one, the oldest first, without those that the average over the window does not
-    need.
+    """Return ``readings`` with a new one, the oldest first, without readings that the average over the window does
+    not need.
 
     A new container, or a counter that decreased, starts again.
     """

@@ -1,1 +1,1 @@
-"""Protobuf without generated modules: those of a new protoc refuse older runtimes."""
+"""Protobuf without generated modules, because modules of a new protoc refuse older runtimes."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from skep.errors import FailedPrecondition, NotFound
-from skep.linux.files import BESIDE, replace_file, sync_directory, write_new
+from skep.linux.files import NEW_SUFFIX, replace_file, sync_directory, write_new
 from skep.security.identity import Identity, identity_of
 from skep.security.keys import load_private_key
 from skep.security.locking import KeyLock
@@ -82,7 +82,7 @@ def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _complete(directory, lock)
-    temporary = directory / (CERTIFICATE_FILE + BESIDE)
+    temporary = directory / (CERTIFICATE_FILE + NEW_SUFFIX)
     replace_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
     write_new(temporary, pair.certificate_pem, mode=0o644)
     if lock is None:
@@ -113,7 +113,7 @@ def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
         (directory / CERTIFICATE_FILE).stat()
     except FileNotFoundError as error:
         raise NotFound(f"this node has no certificate ({error.filename} is missing)") from error
-    for name in (CERTIFICATE_FILE, CERTIFICATE_FILE + BESIDE):
+    for name in (CERTIFICATE_FILE, CERTIFICATE_FILE + NEW_SUFFIX):
         try:
             found = (directory / name).read_bytes()
             return KeyPair(certificate_pem=found, key_pem=key_pem, root_pem=root_pem)
@@ -125,7 +125,7 @@ def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
 
 def _complete(directory: Path, lock: KeyLock | None) -> None:
     """Finish a save that was interrupted between its two renames.  Only writers call it: readers change nothing."""
-    temporary = directory / (CERTIFICATE_FILE + BESIDE)
+    temporary = directory / (CERTIFICATE_FILE + NEW_SUFFIX)
     if not temporary.exists():
         return
     try:

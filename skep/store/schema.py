@@ -16,12 +16,12 @@ from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, PortTaken, SkepError
 from skep.model.addresses import is_subnet
+from skep.model.data_planes import claimed_underlay, is_overlay
 from skep.model.history import stack_of
 from skep.model.needs import references_of
 from skep.model.network import Network, subnet_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.overlays import vxlan_ids
-from skep.model.planes import claimed_underlay, is_overlay
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service, UpdateState, UpdateStatus

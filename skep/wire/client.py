@@ -106,7 +106,7 @@ class Channel:
 
 
 @asynccontextmanager
-async def connected(
+async def open_channel(
     address: str,
     tls: ssl.SSLContext,
     name: str,

@@ -12,7 +12,7 @@ from skep.security.tls import ServerTls, client_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.server import serve
 from skep.wire.service import unary
 from tests.support.wire_rig import Cluster, until
@@ -23,7 +23,7 @@ async def answer(_: pb.HeartbeatRequest, _caller: Caller) -> pb.HeartbeatRespons
 
 
 async def call(address: str, pair: KeyPair) -> None:
-    async with connected(address, client_context(pair), "swarm-manager") as channel:
+    async with open_channel(address, client_context(pair), "swarm-manager") as channel:
         await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest())
 
 
@@ -55,7 +55,7 @@ async def test_a_server_that_ends_closes_its_connections_at_once():
         async with cluster.serving():
             await cluster.store.update(lambda tx: tx.put(Node(id=pair.identity.node_id)))
             channel = await stack.enter_async_context(
-                connected(cluster.address, client_context(pair), "swarm-manager")
+                open_channel(cluster.address, client_context(pair), "swarm-manager")
             )
             call = await stack.enter_async_context(channel.stream(methods.LISTEN_SUBSCRIPTIONS))
             await call.send(pb.ListenSubscriptionsRequest(), end=True)

@@ -180,7 +180,7 @@ async def test_a_device_that_takes_a_files_place_is_not_read(tmp_path: Path) -> 
     changes = a_directory(tmp_path / "changes")
     os.mknod(changes / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     script = (
-        "import os, sys; from skep.linux.roots import enter; place = enter(sys.argv[1], read_only=True)\n"
+        "import os, sys; from skep.linux.confined_root import enter; place = enter(sys.argv[1], read_only=True)\n"
         "try: os.open(place + '/null', os.O_RDONLY)\n"
         "except PermissionError: print('refused')"
     )

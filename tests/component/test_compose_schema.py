@@ -1,4 +1,4 @@
-"""No key of the published Compose schema is unknown: it is honoured, refused by name, or said to have no effect.
+"""No key of the published Compose schema is unknown: it is honored, refused by name, or said to have no effect.
 
 The schema is the one that Compose's own program has in it.
 """
@@ -111,7 +111,7 @@ CANDIDATES: tuple[Any, ...] = (
     "CMD", "false", "127.0.0.1", "gpu", "always", {"kind": "gpu", "value": "2"},
 )  # fmt: skip
 """Values, of which each key takes some."""
-BESIDE: dict[str, dict[str, Any]] = {
+NEW_SUFFIX: dict[str, dict[str, Any]] = {
     "services": {"image": "w"},
     "secrets": {"file": "f"},
     "configs": {"file": "f"},
@@ -131,10 +131,10 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """What stands in a mapping for a key of it to mean something; with a key behind it, for that key."""
 for _limit in ("read_bps", "read_iops", "write_bps", "write_iops"):
-    BESIDE[f"services.blkio_config.device_{_limit}[]"] = {"path": "/dev/a", "rate": "10"}
+    NEW_SUFFIX[f"services.blkio_config.device_{_limit}[]"] = {"path": "/dev/a", "rate": "10"}
 for _section in ("secrets", "configs"):
     for _source in ("file", "content", "environment", "driver", "external"):
-        BESIDE[f"{_section}.{_source}"] = {}
+        NEW_SUFFIX[f"{_section}.{_source}"] = {}
 JOINED = {"env_file", "label_file", "extends", "profiles"}
 """Keys that are read when files are joined (``skep/stack/loading.py``)."""
 AS_IT_IS = {
@@ -191,7 +191,7 @@ ABSENT = "absent"
 
 
 def beside(path: str, key: str) -> dict[str, Any]:
-    return BESIDE.get(f"{path}.{key}", BESIDE.get(path, {}))
+    return NEW_SUFFIX.get(f"{path}.{key}", NEW_SUFFIX.get(path, {}))
 
 
 def stack_from(section: str, document: dict[str, Any]) -> tuple[str, Report]:

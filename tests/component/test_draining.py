@@ -26,7 +26,7 @@ from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
 from tests.support.tables import a_member
@@ -250,7 +250,7 @@ async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_
     own = client_context(cluster.pair(MANAGER_ID, NodeRole.MANAGER))
     async with (
         a_second_manager(cluster) as address,
-        connected(address, own, MANAGER_NAME) as link,
+        open_channel(address, own, MANAGER_NAME) as link,
         two_nodes(cluster, tmp_path, Peer(SECOND, address)) as (first, second),
     ):
         task = await a_used_task(cluster, first, second, LONG)

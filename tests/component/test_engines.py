@@ -19,11 +19,11 @@ from skep.manager.gossip.keys import ROTATION_S, rotated
 from skep.manager.gossip.relay import Relay
 from skep.manager.gossip.rotation import step
 from skep.manager.loops import loops
+from skep.model.data_planes import DOCKER, SKEP
 from skep.model.gossip import GossipKeys, decoded_keys
 from skep.model.ids import new_id
 from skep.model.network import Network
 from skep.model.node import Node, NodeCertificate, NodeState
-from skep.model.planes import DOCKER, SKEP
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.security.keypair import KeyPair
@@ -33,7 +33,7 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Call, Channel, connected
+from skep.wire.client import Call, Channel, open_channel
 from skep.wire.convert.node import description_to_pb
 from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
@@ -56,7 +56,7 @@ async def an_engines_session(
     joined = replace(node.certificate or NodeCertificate(), plane=DOCKER)
     await put(cluster, replace(node, certificate=joined))
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
         description = description_to_pb(a_docker_node().description)
@@ -103,7 +103,7 @@ async def test_an_engine_gets_the_gossip_keys_and_each_rotation(cluster: Cluster
 async def test_a_skep_node_gets_no_gossip_key(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
         await call.send(pb.SessionRequest(description=description_to_pb(describe())), end=True)

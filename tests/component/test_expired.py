@@ -25,7 +25,7 @@ from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.support.wire_rig import CLOCK, Cluster, a_worker, an_agent, pair_of, put
 
 
@@ -129,7 +129,7 @@ async def test_a_renewal_without_the_key_is_refused(cluster, tmp_path):
     thief = expired(cluster, pair.identity, days_ago=10)
     forged = proof_of(thief, csr)
     replayed = proof_of(pair, signing_request(new_private_key()))
-    async with connected(cluster.address, joining_context(pair.root_pem), "swarm-ca") as channel:
+    async with open_channel(cluster.address, joining_context(pair.root_pem), "swarm-ca") as channel:
         for signature in (b"", forged, replayed):
             request = skep.RenewExpiredRequest(certificate=pair.certificate_pem, csr=csr, signature=signature)
             with pytest.raises(PermissionDenied, match="does not belong to the caller"):

@@ -25,8 +25,8 @@ from skep.engine.volume_plugins import VolumePlugins
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
-from skep.node import offers
-from skep.node.offers import OfferReader, Offers
+from skep.node import machine_resources
+from skep.node.machine_resources import MachineResources, ResourceReader
 from tests.support.file_faults import Faults, walk
 from tests.support.oci_rig import QuickClock
 from tests.support.volume_plugin import TestPlugin
@@ -56,19 +56,22 @@ async def test_offers_of_a_machine_that_cannot_be_read_are_not_taken_for_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        offers, "is_listed", lambda path: path.endswith("usb0")
+        machine_resources, "is_listed", lambda path: path.endswith("usb0")
     )  # else only what is below /dev
     a_machine(tmp_path / "template")
 
     async def life(place: Path, faults: Faults) -> None:
         os.mknod(place / "dev/serial/usb0", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         configuration = Configuration(cdi_spec_dirs=(place / "cdi",))
-        reader = OfferReader(QuickClock(), lambda: configuration, place / "dev", place / "proc")
+        reader = ResourceReader(QuickClock(), lambda: configuration, place / "dev", place / "proc")
         await reader.refresh()
         first = reader.present
         await reader.refresh()
-        for name in Offers.__struct_fields__:
-            assert getattr(first, name) in (getattr(Offers(), name), getattr(reader.present, name)), name
+        for name in MachineResources.__struct_fields__:
+            assert getattr(first, name) in (
+                getattr(MachineResources(), name),
+                getattr(reader.present, name),
+            ), name
         faults.end()
         await reader.refresh()
         present = reader.present
@@ -96,7 +99,7 @@ async def test_what_never_can_be_read_keeps_no_other_from_being_found(
     tmp_path: Path, plugin: TestPlugin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Links that lead to themselves, here: of a plug-in that is badly installed, or a mount that is broken."""
-    monkeypatch.setattr(offers, "is_listed", lambda path: path.endswith("usb0"))
+    monkeypatch.setattr(machine_resources, "is_listed", lambda path: path.endswith("usb0"))
     a_machine(tmp_path / "template")
     place = tmp_path / "template"
     for loop in ("sockets/bad.sock", "specs/worse", "dev/serial/broken", "cdi/broken.json"):
@@ -106,7 +109,7 @@ async def test_what_never_can_be_read_keeps_no_other_from_being_found(
     await plugins.scan()
     assert plugins.drivers == ["disks", "named"]
     configuration = Configuration(cdi_spec_dirs=(place / "cdi",))
-    reader = OfferReader(QuickClock(), lambda: configuration, place / "dev", place / "proc")
+    reader = ResourceReader(QuickClock(), lambda: configuration, place / "dev", place / "proc")
     await reader.refresh()
     assert reader.present.devices == (f"{place}/dev/serial/usb0",)
     assert reader.present.cdi_devices == ("vendor.com/gpu=one",)

@@ -10,8 +10,8 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.model.data_planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.ids import NodeId
-from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.tables import NetworkHead, Table, TableNode, TableSet, whole
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep

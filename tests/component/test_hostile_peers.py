@@ -21,7 +21,7 @@ from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import connected, split_address
+from skep.wire.client import open_channel, split_address
 from skep.wire.server import NODE_CONNECTIONS_MAX
 from tests.support.wire_calls import METHODS, call
 from tests.support.wire_rig import Cluster, a_session, a_worker, put, service_task, until
@@ -37,7 +37,7 @@ async def cluster():
 
 async def is_served(cluster: Cluster, pair: KeyPair) -> bool:
     """Whether a node with a certificate gets an answer."""
-    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
         return isinstance(await call(channel, "HEARTBEAT"), NotFound)
 
 
@@ -116,7 +116,7 @@ async def a_stranger(cluster: Cluster, address: str) -> asyncio.StreamWriter:
 async def asks_for_the_root(cluster: Cluster) -> None:
     """What a machine does first that joins."""
     context = joining_context(cluster.authority.root_pem)
-    async with asyncio.timeout(5), connected(cluster.address, context, "swarm-ca") as channel:
+    async with asyncio.timeout(5), open_channel(cluster.address, context, "swarm-ca") as channel:
         await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
 
 
@@ -140,7 +140,7 @@ async def test_strangers_of_one_address_are_few(cluster):
 async def test_a_stranger_that_never_calls_is_ended_soon(cluster, monkeypatch):
     monkeypatch.setattr("skep.wire.server.ANONYMOUS_SILENT_SECONDS_MAX", 0.05)
     context = joining_context(cluster.authority.root_pem)
-    async with connected(cluster.address, context, "swarm-ca") as channel:
+    async with open_channel(cluster.address, context, "swarm-ca") as channel:
         await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
         silent = await a_stranger(cluster, "127.0.0.9")
         await until(lambda: cluster.bound.connections == 1)
@@ -153,7 +153,7 @@ async def test_what_a_lost_connection_held_is_counted_no_more(cluster, tmp_path,
     monkeypatch.setattr("skep.wire.server.NODE_BYTES_MAX", 128 * 1024)
     pair = await a_worker(cluster, tmp_path)
     path, padding = METHODS["LISTEN_SUBSCRIPTIONS"].path, b"\xfa\x01\xc0\xb8\x02" + bytes(40_000)
-    async with connected(cluster.address, client_context(pair), "swarm-manager") as kept:
+    async with open_channel(cluster.address, client_context(pair), "swarm-manager") as kept:
         assert isinstance(await call(kept, "HEARTBEAT"), NotFound)
         for _ in range(5):
             deaf, writer = await a_deaf_client(cluster, pair)
@@ -233,7 +233,7 @@ async def test_a_message_of_a_gibibyte_is_refused_when_its_length_is_said(cluste
     before = resident_bytes()
     endless = methods.ClientStream(method.path, method.request, method.reply)
     async with (
-        connected(cluster.address, context, "swarm-manager") as channel,
+        open_channel(cluster.address, context, "swarm-manager") as channel,
         channel.stream(endless) as stream,
     ):
         await announce(stream, 1 << 30)

@@ -25,7 +25,7 @@ from skep.rpc.client import ClientStream
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 from tests.support.archives import sha256
 from tests.support.bent_registry import Registry, Respond
 from tests.support.images_rig import APP, CLOCK, ImageCluster, ImageNode, MadeImage, an_image, give
@@ -111,9 +111,11 @@ async def test_who_is_no_node_of_the_cluster_gets_nothing(cluster: ImageCluster)
     never_joined = authority.pair(new_id())
     of_another_cluster = authority.pair(new_id(), cluster="another")
     for pair in (removed.pair, never_joined, of_another_cluster):
-        async with connected(address, client_context(pair), "swarm-manager") as channel:
+        async with open_channel(address, client_context(pair), "swarm-manager") as channel:
             await _refused(channel, made)
-    async with connected(address, joining_context(authority.authority.root_pem), "swarm-manager") as channel:
+    async with open_channel(
+        address, joining_context(authority.authority.root_pem), "swarm-manager"
+    ) as channel:
         await _refused(channel, made)
     assert cluster.manager.served.copies(made.digests[0]) == 0
 
@@ -131,7 +133,7 @@ async def test_a_worker_reads_the_images_of_its_own_tasks_only(strict: ImageClus
     worker, elsewhere = await strict.add(), await strict.add()
     await strict.run_service(APP, worker)
     await strict.run_service("localhost:1/other:1", elsewhere)
-    async with connected(strict.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+    async with open_channel(strict.manager.address, client_context(worker.pair), "swarm-manager") as channel:
         for target in ("localhost:1/other:1", sha256(other.manifest), sha256(other.config)):
             with pytest.raises(PermissionDenied, match="has no task of this image"):
                 await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=target))
@@ -160,7 +162,7 @@ async def test_a_fetch_may_outlast_its_task(strict: ImageCluster) -> None:
     await give(strict.manager, made)
     worker = await strict.add()
     await strict.run_service(APP, worker)
-    async with connected(strict.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+    async with open_channel(strict.manager.address, client_context(worker.pair), "swarm-manager") as channel:
         await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=APP))
         await strict.remove_tasks(worker)
         await _ask_for(channel, made.digests[1])
@@ -193,7 +195,7 @@ async def test_one_node_takes_half_of_the_places_at_most(cluster: ImageCluster) 
 async def test_without_a_manager_to_ask_a_node_gives_nothing(cluster: ImageCluster) -> None:
     worker = await cluster.add()
     cluster.manager.session.end()
-    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+    async with open_channel(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
         with pytest.raises(Unavailable, match="no manager"):
             await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=APP))
 
@@ -272,7 +274,7 @@ async def test_a_node_sends_a_layer_to_few_others_at_one_time(cluster: ImageClus
     made = an_image(20_000_000)
     await give(cluster.manager, made)
     worker = await cluster.add()
-    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+    async with open_channel(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
         request = skep.ImageBlobRequest(digest=made.digests[0], last_resort=True)
         streams = [channel.stream(methods.IMAGE_BLOB) for _ in range(COPIES_MAX + 1)]
         calls = [await stream.__aenter__() for stream in streams]
@@ -298,7 +300,7 @@ async def test_nodes_that_take_nothing_give_their_places_to_others(
     await give(source, made, with_manifest=True)
     await cluster.run_service(at_digest(made), source)
     async with (
-        connected(source.address, client_context(stalled.pair), "swarm-worker") as channel,
+        open_channel(source.address, client_context(stalled.pair), "swarm-worker") as channel,
         AsyncExitStack() as stack,
     ):
         request = skep.ImageBlobRequest(digest=made.digests[0], last_resort=True)
@@ -350,7 +352,7 @@ async def test_a_node_that_gives_a_wrong_manifest_is_passed_over(
 
 async def test_what_is_no_image_is_refused(cluster: ImageCluster) -> None:
     worker = await cluster.add()
-    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+    async with open_channel(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
         for target in ("", "../../etc/shadow", "sha256:" + "0" * 64, "Upper", "x" * 5000):
             with pytest.raises(SkepError):
                 await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=target))
@@ -450,7 +452,7 @@ async def test_a_digest_is_given_under_a_name_that_its_image_has(cluster: ImageC
     worker = await cluster.add()
     with pytest.raises(RegistryError, match="connection refused"):
         await worker.images.pull(f"localhost:1/another@{sha256(made.manifest)}")
-    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+    async with open_channel(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
         request = skep.ImageManifestRequest(target=f"localhost:1/another@{sha256(made.manifest)}")
         with pytest.raises(NotFound):
             await channel.call(methods.IMAGE_MANIFEST, request)

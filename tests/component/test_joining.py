@@ -9,16 +9,16 @@ from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
+from skep.model.data_planes import DOCKER, SKEP
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeRole
-from skep.model.planes import DOCKER, SKEP
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, signing_request
 from skep.security.tls import client_context, joining_context
 from skep.security.tokens import join_token
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.support.wire_rig import Cluster, a_worker
 
 CLOCK = SystemClock()
@@ -69,7 +69,7 @@ async def test_an_engine_with_the_manager_token_is_refused_with_a_sentence(clust
     request = pb.IssueNodeCertificateRequest(
         csr=signing_request(new_private_key()), token=cluster.swarm.join_tokens.manager
     )
-    async with connected(cluster.address, context, "swarm-ca") as channel:
+    async with open_channel(cluster.address, context, "swarm-ca") as channel:
         with pytest.raises(FailedPrecondition, match="Docker engines as workers only"):
             await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
 
@@ -80,9 +80,11 @@ async def test_which_kind_of_node_it_is_was_decided_when_it_joined(cluster, tmp_
     request = pb.IssueNodeCertificateRequest(
         csr=signing_request(new_private_key()), token=cluster.swarm.join_tokens.worker
     )
-    async with connected(cluster.address, joining_context(cluster.authority.root_pem), "swarm-ca") as channel:
+    async with open_channel(
+        cluster.address, joining_context(cluster.authority.root_pem), "swarm-ca"
+    ) as channel:
         reply = await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
-    async with connected(cluster.address, client_context(ours), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(ours), "swarm-manager") as channel:
         renewal = pb.IssueNodeCertificateRequest(csr=request.csr)
         await channel.call(methods.ISSUE_NODE_CERTIFICATE, renewal)  # as an engine does
 
@@ -111,7 +113,7 @@ async def test_a_removed_node_cannot_renew(cluster, tmp_path):
 async def test_a_request_that_cannot_be_read_gets_no_certificate(cluster, csr):
     token = cluster.swarm.join_tokens.worker
     context = joining_context(cluster.authority.root_pem)
-    async with connected(cluster.address, context, "swarm-ca") as channel:
+    async with open_channel(cluster.address, context, "swarm-ca") as channel:
         with pytest.raises(InvalidArgument, match="certificate request"):
             await channel.call(
                 methods.ISSUE_NODE_CERTIFICATE, pb.IssueNodeCertificateRequest(csr=csr, token=token)

@@ -24,7 +24,7 @@ from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.server import serve
 from tests.support.wire_rig import Cluster, FakeWorker, a_worker, an_agent_of, put, service_task, until
 
@@ -46,7 +46,7 @@ class Manager:
         self.link = ManagerLink(
             self.store,
             self.id,
-            lambda addr, **bounds: connected(addr, tls, MANAGER_NAME, **bounds),
+            lambda addr, **bounds: open_channel(addr, tls, MANAGER_NAME, **bounds),
             clock,
             Random(1),
         )
@@ -126,7 +126,7 @@ async def test_a_worker_has_no_part_in_the_link(cluster: Cluster, tmp_path: Path
     pair = await a_worker(cluster, tmp_path)
     async with (
         Manager(cluster, 1).serving() as one,
-        connected(one.address, client_context(pair), MANAGER_NAME) as channel,
+        open_channel(one.address, client_context(pair), MANAGER_NAME) as channel,
     ):
         async with channel.stream(methods.PINGS) as pings:
             await pings.send(skep.Ping(node_id=pair.identity.node_id))
@@ -147,7 +147,7 @@ async def test_a_caller_that_is_no_manager_gets_the_incarnation_and_is_not_belie
     async with Manager(cluster, 1).serving() as one:
         one.link._incarnation.observe = lambda manager, _: bool(observe_incarnation.append(manager))
         async with (
-            connected(one.address, client_context(minted), MANAGER_NAME) as channel,
+            open_channel(one.address, client_context(minted), MANAGER_NAME) as channel,
             channel.stream(methods.PINGS) as pings,
         ):
             await pings.send(skep.Ping(incarnation=1 << 40, node_id=one.id))

@@ -20,7 +20,7 @@ from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.support.builders import a_node
 from tests.support.wire_rig import Cluster, Random, a_worker, an_agent, until
 
@@ -40,7 +40,7 @@ async def test_a_refusal_has_a_retry_time_and_counts_as_a_failure_for_older_node
     monkeypatch.setattr(admission, "AT_ONCE_MAX", 0)
     monkeypatch.setattr(admission, "HOLD_S", 0.01)
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
         await call.send(pb.SessionRequest(), end=True)

@@ -19,7 +19,7 @@ from skep.store.kinds import Payload
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.support.builders import a_task
 from tests.support.wire_calls import GUARDED
 from tests.support.wire_rig import Cluster, a_session, a_worker, an_agent, put, service_task, until
@@ -93,7 +93,7 @@ async def attempt(cluster: Cluster, pair: KeyPair, name: str, session_id: str) -
     method = GUARDED[name]
     request = method.request(session_id=session_id)
     try:
-        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
             if isinstance(method, methods.Unary):
                 return await channel.call(method, request)
             async with channel.stream(method) as call:
@@ -153,7 +153,7 @@ async def test_logs_are_taken_from_nodes_that_were_asked_for_them_only(cluster, 
         await until(lambda: worker.queries)
         (subscription,) = cluster.logs._subscriptions
         async with (
-            connected(cluster.address, client_context(thief), "swarm-manager") as channel,
+            open_channel(cluster.address, client_context(thief), "swarm-manager") as channel,
             channel.stream(methods.PUBLISH_LOGS) as call,
         ):
             await call.send(pb.PublishLogsMessage(subscription_id=subscription), end=True)
@@ -169,7 +169,7 @@ async def test_another_nodes_place_on_a_network_cannot_be_given_up(cluster, vict
         spec=TaskSpec(network_attachment_spec=NetworkAttachmentSpec(container_id="c")),
     )
     await put(cluster, place)
-    async with connected(cluster.address, client_context(thief), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(thief), "swarm-manager") as channel:
         with pytest.raises((PermissionDenied, NotFound)):
             await channel.call(methods.DETACH_NETWORK, pb.DetachNetworkRequest(attachment_id=place.id))
     assert cluster.view.get(Task, TaskId(place.id)).desired_state is TaskState.RUNNING

@@ -22,7 +22,7 @@ from skep.security import keypair
 from skep.security.tls import client_context
 from skep.security.trust import root_digest
 from skep.store.kinds import Payload, Revocation
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.component.test_root_rotation import rotate, rotated
 from tests.support.wire_calls import call
 from tests.support.wire_rig import CLOCK, MANAGER_ID, Cluster, a_worker, an_agent, put, until
@@ -153,7 +153,7 @@ async def test_what_was_had_in_a_managers_name_while_two_roots_were_trusted_is_t
         pair = pair.with_root(root)
         serial = f"{pair.certificate.serial_number:x}"
         await until(lambda serial=serial: serial in revoked(etcd.directory))
-        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
             for name in ("HEARTBEAT", "PINGS"):
                 assert "is not the node's" in str(await call(channel, name))
         with pytest.raises(PermissionDenied, match="is not the node's"):

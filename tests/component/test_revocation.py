@@ -17,7 +17,7 @@ from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.store.kinds import Revocation
 from skep.wire import server
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.methods import Access
 from tests.support.wire_calls import GUARDED, call
 from tests.support.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
@@ -62,7 +62,7 @@ async def refused(cluster: Cluster, pair: KeyPair, names: Sequence[str]) -> list
     """Those of the calls that this certificate may not make."""
     found = []
     for name in names:
-        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
             if isinstance(await call(channel, name), PermissionDenied):
                 found.append(name)
     return found
@@ -72,7 +72,7 @@ async def test_a_removed_nodes_certificate_is_refused_at_every_call(cluster, tmp
     pair = await a_worker(cluster, tmp_path)
     await removed(cluster, pair)
     assert await refused(cluster, pair, FOR_NODES) == FOR_NODES
-    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
         assert "was removed from the swarm" in str(await call(channel, "HEARTBEAT"))
 
 
@@ -88,7 +88,7 @@ async def test_a_manager_that_was_minted_is_refused_at_every_call_of_managers(cl
     """A former manager has the root's key, and can make certificates for nodes that do not exist."""
     monkeypatch.setattr("skep.manager.ca.caller_check.UNKNOWN_S", 0.05)
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
-    async with connected(cluster.address, client_context(minted), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(minted), "swarm-manager") as channel:
         assert isinstance(await call(channel, "GET_UNLOCK_KEY"), Unavailable)
     await asyncio.sleep(0.1)
     assert await refused(cluster, minted, FOR_MANAGERS) == FOR_MANAGERS
@@ -112,7 +112,7 @@ async def test_open_connections_of_a_removed_node_end_at_once(cluster, tmp_path)
 async def test_open_connections_of_a_demoted_manager_end_and_those_of_others_stay(cluster, tmp_path):
     pair, worker = await a_manager(cluster), await a_worker(cluster, tmp_path)
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager"),
+        open_channel(cluster.address, client_context(pair), "swarm-manager"),
         a_session(cluster, worker) as (channel, _),
     ):
         before = cluster.bound.connections
@@ -128,7 +128,7 @@ async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_
     async with AsyncExitStack() as stack:
         for pair in (manager, *pairs):
             tls = client_context(pair)
-            channel = await stack.enter_async_context(connected(cluster.address, tls, "swarm-manager"))
+            channel = await stack.enter_async_context(open_channel(cluster.address, tls, "swarm-manager"))
             await call(channel, "HEARTBEAT")
         await until(lambda: cluster.bound.connections >= 4)
         monkeypatch.setattr(
@@ -164,7 +164,7 @@ async def test_a_manager_cut_off_answers_no_node_because_it_may_have_been_remove
     monkeypatch.setattr(cluster.store, "barrier", silent.wait)
     await until(lambda: not cluster.dispatcher.is_current(), within_s=3)
     for name in FOR_NODES:
-        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
             error = await call(channel, name)
             assert isinstance(error, Unavailable)
             assert "lost contact" in str(error)
@@ -181,13 +181,13 @@ async def test_forged_words_about_the_caller_are_not_believed(cluster, tmp_path)
         "remote_addr": "127.0.0.1",
         "redirect": "127.0.0.1:2377",
     }
-    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
         for name in FOR_MANAGERS:
             assert isinstance(await call(channel, name, forged), PermissionDenied)
         error = await call(channel, "HEARTBEAT", forged)
         assert "node not registered" in str(error)
     stranger = joining_context(cluster.authority.root_pem)
-    async with connected(cluster.address, stranger, "swarm-manager") as channel:
+    async with open_channel(cluster.address, stranger, "swarm-manager") as channel:
         for name in FOR_NODES[:3]:
             assert isinstance(await call(channel, name, forged), PermissionDenied)
 

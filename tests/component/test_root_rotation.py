@@ -21,7 +21,7 @@ from skep.model.times import timestamp
 from skep.security.tls import client_context
 from skep.security.trust import is_issued_by, root_digest, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.support.wire_calls import call
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
 
@@ -219,7 +219,7 @@ async def test_connections_outlive_a_rotation_but_none_that_an_eviction_asked_fo
         await put(cluster, Payload(id=EVICTION_ID, data=eviction.encode()))
     async with (
         cluster.own_agent(tmp_path / "manager"),
-        connected(cluster.address, client_context(forged), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(forged), "swarm-manager") as channel,
     ):
         await rotate(cluster)
         await rotated(cluster)

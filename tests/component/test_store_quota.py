@@ -102,7 +102,7 @@ async def create_config(rig: Rig, number: int) -> ConfigId:
     return id
 
 
-def labelled(tx: Transaction, number: int) -> None:
+def labeled(tx: Transaction, number: int) -> None:
     web = tx.get(Service, "web")
     tx.put(replace(web, spec=replace(web.spec, labels={"n": f"{number}"})))
 
@@ -117,12 +117,12 @@ async def test_configs_made_and_removed_again_and_again_never_fill_the_store(
             try:
                 id = await create_config(rig, made)
             except ResourceExhausted:
-                await rig.store.update(labelled, made)  # the cluster itself goes on
+                await rig.store.update(labeled, made)  # the cluster itself goes on
                 await asyncio.sleep(0.1)
                 continue
             made += 1
             await rig.store.update(LocalTransaction.delete, Config, id)
-        await rig.store.update(labelled, made)
+        await rig.store.update(labeled, made)
         await wait_until(rig, lambda space: space.share < REFUSE_AT and space.size < QUOTA)
         assert not (await rig.store.space()).has_alarm
         await create_config(rig, made + 1)
@@ -136,11 +136,11 @@ async def test_an_alarm_about_space_stops_nothing_and_ends_by_itself(
         with pytest.raises(OutOfSpace):
             await rig.fill()
         assert (await rig.store.space()).has_alarm
-        await rig.store.update(labelled, 1)
+        await rig.store.update(labeled, 1)
         await rig.client.put(b"/skep/v1/w/m1", b"")  # a ticket is moved
         await rig.member.restart(rig.member.settings)  # and the member comes up again
         async with asyncio.timeout(10):
-            await rig.store.update(labelled, 2)
+            await rig.store.update(labeled, 2)
         async with kept(rig, monkeypatch):
             await wait_until(rig, lambda space: not space.has_alarm)
         await rig.raw_put(0)

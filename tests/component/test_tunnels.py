@@ -23,7 +23,7 @@ from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.security.tls import client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from tests.support.builders import a_task
 from tests.support.fake_worker import FakeWorker
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, until
@@ -202,7 +202,7 @@ async def test_a_worker_opens_no_tunnel_to_another_node(cluster, containers, tmp
             )
         )
     )
-    async with connected(cluster.address, client_context(other), "swarm-manager") as channel:
+    async with open_channel(cluster.address, client_context(other), "swarm-manager") as channel:
         async with channel.stream(methods.RELAY_TUNNEL) as call:
             await call.send(skep.TunnelPiece(request=request))
             with pytest.raises(PermissionDenied):

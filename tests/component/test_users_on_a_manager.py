@@ -50,7 +50,7 @@ def running(id: str, service: Service) -> Task:
     return replace(a_task(id, service=service, node="n1"), status=status)
 
 
-def labelled(service: Service, labels: Mapping[str, str]) -> Service:
+def labeled(service: Service, labels: Mapping[str, str]) -> Service:
     return replace(service, spec=replace(service.spec, labels=labels))
 
 
@@ -152,7 +152,7 @@ async def test_an_operator_gets_no_file_of_the_machine_by_a_log_driver(
 
 async def test_an_operator_gets_no_container_that_runs_with_rights_its_service_had_once(rig: Rig) -> None:
     bind = (Mount(type="bind", source="/", target="/host"),)
-    made = labelled(a_service("shop_x"), SHOP)
+    made = labeled(a_service("shop_x"), SHOP)
     assert made.spec.task_template.container_spec is not None
     template = replace(
         made.spec.task_template, container_spec=replace(made.spec.task_template.container_spec, mounts=bind)
@@ -179,7 +179,7 @@ async def test_an_operator_gets_no_container_that_runs_with_rights_its_service_h
 async def test_no_environment_and_no_process_of_others_is_among_the_processes_of_a_container(
     rig: Rig, role: str
 ) -> None:
-    service = await rig.api.store.update(put, labelled(a_service("shop_web"), SHOP))
+    service = await rig.api.store.update(put, labeled(a_service("shop_web"), SHOP))
     await rig.api.store.update(put, running("t1", service))
     top = "GET /v1.41/skep/tasks/t1/container/top"
     for arguments in ("eww", "-eo%20etimes=PID,args", "-eorss=PID%20-oargs%20eww", "-ef&ps_args=e"):
@@ -191,7 +191,7 @@ async def test_no_environment_and_no_process_of_others_is_among_the_processes_of
 
 
 async def test_an_operator_of_a_stack_gets_no_volume_of_another_one_by_a_placeholder(rig: Rig) -> None:
-    await rig.api.store.update(put, labelled(a_service("shop_eu_web"), {STACK_LABEL: "shop_eu"}))
+    await rig.api.store.update(put, labeled(a_service("shop_eu_web"), {STACK_LABEL: "shop_eu"}))
 
     async def create(source: str) -> tuple[int, str, bool]:
         container = {
@@ -259,9 +259,9 @@ async def test_an_operator_changes_a_service_whose_log_driver_an_administrator_c
 
 async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: Rig) -> None:
     room = Resources(memory_bytes=4 << 30)
-    batch = labelled(a_service("blog_db", reserve=room), {STACK_LABEL: "blog"})
+    batch = labeled(a_service("blog_db", reserve=room), {STACK_LABEL: "blog"})
     important = {**SHOP, "skep.priority": "10"}  # an administrator gave it
-    shop = labelled(a_service("shop_web", reserve=room), important)
+    shop = labeled(a_service("shop_web", reserve=room), important)
     (swarm,) = rig.api.store.view().find(Swarm)
     await rig.api.store.update(
         put, replace(swarm, spec=replace(swarm.spec, labels={"skep.preemption": "true"}))
@@ -304,7 +304,7 @@ async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: R
 
 async def test_the_last_output_of_a_failure_is_for_users_of_its_stack_only(rig: Rig) -> None:
     """The reason ends with it, so it has the same right as logs and ``Status.End``."""
-    blog = labelled(a_service("blog_db"), {STACK_LABEL: "blog"})
+    blog = labeled(a_service("blog_db"), {STACK_LABEL: "blog"})
     end = TaskEnd(cause="exit", lines=(KeptLine(text="s3cret"),))
     container = ContainerStatus(container_id="c1", exit_code=3)
     status = TaskStatus(state=TaskState.FAILED, end=end, container_status=container)
@@ -396,7 +396,7 @@ async def test_a_connection_has_one_request_of_a_token_also_if_it_asks_for_an_up
 async def test_what_a_user_below_administrator_brings_into_a_container(
     rig: Rig, label: str, request_: str, body: Any, refusal: str
 ) -> None:
-    made = labelled(a_service("shop_x"), SHOP)
+    made = labeled(a_service("shop_x"), SHOP)
     labels = {"skep.exec": label} if label else {}
     container = replace(made.spec.task_template.container_spec or ContainerSpec(), labels=labels)
     template = replace(made.spec.task_template, container_spec=container)
@@ -463,7 +463,7 @@ async def test_what_reaches_beyond_a_stack_is_an_administrators(
 
 
 async def test_a_plan_needs_the_rights_of_its_deploy(rig: Rig) -> None:
-    theirs = labelled(a_service("blog_web"), {STACK_LABEL: "blog"})
+    theirs = labeled(a_service("blog_web"), {STACK_LABEL: "blog"})
     await rig.api.store.update(put, theirs)
     ours = {"Services": [{"Spec": a_spec()}]}
     moved = {"Services": [{"Spec": a_spec(), "ID": theirs.id, "Version": 1}]}
@@ -482,7 +482,7 @@ async def test_a_plan_needs_the_rights_of_its_deploy(rig: Rig) -> None:
 
 async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
     for name, labels in (("payments_api", {STACK_LABEL: "payments"}), ("database", SHOP)):
-        await rig.api.store.update(put, labelled(a_service(name), labels))
+        await rig.api.store.update(put, labeled(a_service(name), labels))
 
     async def created(name: str) -> tuple[int, str]:
         spec = a_spec()
@@ -550,7 +550,7 @@ async def test_the_data_of_an_operator_leaves_the_store_to_others(rig: Rig) -> N
 async def test_an_operator_has_no_thousands_of_services_without_tasks(rig: Rig) -> None:
     for number in range(1_000):
         made = replace(a_service(f"shop_{number}", replicas=0), id=ServiceId(f"s{number}"))
-        await rig.api.store.update(put, labelled(made, SHOP))
+        await rig.api.store.update(put, labeled(made, SHOP))
     status, text, _ = await rig.exchange("operator:shop", "POST /services/create", a_spec())
     assert (status, "has 1000 services and may have 1000 without a quota" in text) == (403, True), text
     present = rig.api.store.view().resolve(Service, "shop_7")
@@ -560,7 +560,7 @@ async def test_an_operator_has_no_thousands_of_services_without_tasks(rig: Rig) 
 
 async def test_an_operator_signals_the_containers_of_its_stack_and_no_others(rig: Rig) -> None:
     for name, stack in (("shop_web", "shop"), ("blog_web", "blog")):
-        service = await rig.api.store.update(put, labelled(a_service(name), {STACK_LABEL: stack}))
+        service = await rig.api.store.update(put, labeled(a_service(name), {STACK_LABEL: stack}))
         await rig.api.store.update(put, running(f"t{stack}", service))
     kill = "POST /skep/tasks/{}/container/kill?signal=HUP"
     assert (await rig.exchange("operator:shop", kill.format("tshop")))[0] == NO_NODE

@@ -15,7 +15,7 @@ from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.volume import Volume, VolumeSpec
 from skep.store.kinds import Payload
-from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labelled, rig
+from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labeled, rig
 from tests.support.builders import a_service
 from tests.support.store_transactions import put
 
@@ -82,7 +82,7 @@ async def test_a_plan_does_not_tell_what_other_stacks_have(rig: Rig, kind: str) 
         Config(id=ConfigId("c" * 25), spec=ConfigSpec(name="blog_there", labels=blog)),
         Network(id=NetworkId("n" * 25), spec=NetworkSpec(name="blog_there", labels=blog)),
         Volume(id=VolumeId("v" * 25), spec=VolumeSpec(name="blog_there", labels=blog)),
-        labelled(a_service("blog_there"), blog),
+        labeled(a_service("blog_there"), blog),
     ):
         await rig.api.store.update(put, one)
     words = ["blog_there", "blog_none"]
@@ -119,7 +119,7 @@ async def test_a_plan_uses_what_it_creates_and_what_its_stack_has(rig: Rig) -> N
 
 
 async def test_an_id_of_a_service_of_another_stack_is_as_an_unknown_one(rig: Rig) -> None:
-    theirs = labelled(replace(a_service("blog_web"), id=ServiceId("w" * 25)), {STACK_LABEL: "blog"})
+    theirs = labeled(replace(a_service("blog_web"), id=ServiceId("w" * 25)), {STACK_LABEL: "blog"})
     await rig.api.store.update(put, theirs)
     for id in (theirs.id, "x" * 25):
         for body in (
@@ -138,7 +138,7 @@ async def test_a_revision_of_another_stack_tells_nothing_to_any_request(rig: Rig
     labels = {STACK_LABEL: "blog", "skep.stack.revision": "7", "skep.stack.state": "interrupted"}
     revision = Config(id=ConfigId("r" * 25), spec=ConfigSpec(name="blog_r", labels=labels, data=b"x"))
     await rig.api.store.update(put, revision)
-    await rig.api.store.update(put, labelled(replace(a_service("shop_old"), id=ServiceId("o" * 25)), SHOP))
+    await rig.api.store.update(put, labeled(replace(a_service("shop_old"), id=ServiceId("o" * 25)), SHOP))
     version = rig.api.store.view().get(Service, "o" * 25).version.index
     change = {"Spec": a_spec() | {"Name": "shop_old"}, "ID": "o" * 25, "Version": version}
     requests: list[tuple[str, Any]] = [

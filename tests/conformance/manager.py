@@ -18,6 +18,7 @@ from skep.manager.routes import ManagerApi, application
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import TLSInfo
+from skep.model.name_generator import names_from
 from skep.model.node import (
     ManagerStatus,
     Node,
@@ -28,7 +29,6 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
-from skep.model.readable import names_from
 from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens, Swarm
 from skep.model.times import timestamp
 from skep.store.etcd.cipher import new_wrapping_key

@@ -19,7 +19,7 @@ from skep.manager.dispatcher.registration import Registration, take_session
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.membership.service import resign
 from skep.manager.routes import application
-from skep.manager.routes.shown import damage_of
+from skep.manager.routes.representations import damage_of
 from skep.manager.routes.warnings import damage_warnings
 from skep.model.container import ContainerSpec, SecretReference
 from skep.model.ids import ClusterId, NetworkId, NodeId, SecretId, SessionId
@@ -297,8 +297,8 @@ async def test_names_and_uses_that_cannot_be_read_hold_all_the_same_and_are_mend
         await store.update(lambda tx: tx.delete(Secret, secret.id))
     with pytest.raises(AlreadyExists):
         await store.update(lambda tx: tx.put(a_service("web", id="second")))
-    labelled = replace(spec, labels={"a": "b"})
-    await store.update(lambda tx: tx.put(replace(tx.get(Service, "web"), spec=labelled)))
+    labeled = replace(spec, labels={"a": "b"})
+    await store.update(lambda tx: tx.put(replace(tx.get(Service, "web"), spec=labeled)))
     again = await rig.load()
     with pytest.raises(AlreadyExists):
         await again.update(lambda tx: tx.put(a_service("web", id="second")))

@@ -12,7 +12,7 @@ import pytest
 
 from skep.agent.executor.interface import Controller, Executor, Rejected
 from skep.agent.executor.process import ProcessExecutor
-from skep.agent.executor.simulated import Behaviour, Machine, SimulatedExecutor
+from skep.agent.executor.simulated import Behavior, Machine, SimulatedExecutor
 from skep.aio.clock import SystemClock
 from skep.model.container import ContainerSpec
 from skep.model.ids import ServiceId, TaskId, new_id
@@ -36,16 +36,16 @@ class Machines:
     """A machine of one kind, and the executors that one after the other work on it."""
 
     def __init__(
-        self, make: Callable[[Behaviour], Executor], stack: AsyncExitStack, *, is_real: bool = True
+        self, make: Callable[[Behavior], Executor], stack: AsyncExitStack, *, is_real: bool = True
     ) -> None:
         self._make = make
         self._stack = stack
         self._is_real = is_real
 
-    async def executor(self, behaviour: Behaviour | None = None) -> Executor:
-        """A new executor on the same machine.  ``behaviour`` tells a simulated one what the commands would
+    async def executor(self, behavior: Behavior | None = None) -> Executor:
+        """A new executor on the same machine.  ``behavior`` tells a simulated one what the commands would
         do."""
-        executor = self._make(behaviour or Behaviour())
+        executor = self._make(behavior or Behavior())
         await self._stack.enter_async_context(executor.running())
         return executor
 
@@ -84,7 +84,7 @@ async def machines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
             case _:
                 machine = Machine()
                 yield Machines(
-                    lambda behaviour: SimulatedExecutor(SystemClock(), random.Random(1), machine, behaviour),
+                    lambda behavior: SimulatedExecutor(SystemClock(), random.Random(1), machine, behavior),
                     stack,
                     is_real=False,
                 )
@@ -98,7 +98,7 @@ async def started(executor: Executor, task: AssignedTask) -> Controller:
 
 
 async def test_a_task_runs_and_ends_with_its_exit_code(machines: Machines) -> None:
-    executor = await machines.executor(Behaviour(run_s=0.1, exit_code=7))
+    executor = await machines.executor(Behavior(run_s=0.1, exit_code=7))
     controller = await started(executor, a_task("sh", "-c", "sleep 0.1; exit 7"))
     ended = await controller.wait()
     assert (ended.exit_code, ended.message) == (7, "task: non-zero exit (7)")
@@ -106,7 +106,7 @@ async def test_a_task_runs_and_ends_with_its_exit_code(machines: Machines) -> No
 
 
 async def test_success_has_no_message(machines: Machines) -> None:
-    executor = await machines.executor(Behaviour(run_s=0.05))
+    executor = await machines.executor(Behavior(run_s=0.05))
     controller = await started(executor, a_task("true"))
     ended = await controller.wait()
     assert (ended.exit_code, ended.message) == (0, "")
@@ -188,7 +188,7 @@ async def test_a_new_executor_adopts_what_runs(machines: Machines) -> None:
 
 async def test_an_unobserved_end_is_reported_afterwards(machines: Machines) -> None:
     task = a_task("sh", "-c", "exit 5")
-    first = await started(await machines.executor(Behaviour(run_s=0.05, exit_code=5)), task)
+    first = await started(await machines.executor(Behavior(run_s=0.05, exit_code=5)), task)
     await first.wait()
     second = (await machines.executor()).controller(task)
     await second.prepare()
@@ -222,7 +222,7 @@ async def test_many_tasks_at_once_stay_apart(machines: Machines) -> None:
 
 
 async def test_a_task_without_a_container_spec_is_rejected(machines: Machines) -> None:
-    executor = await machines.executor(Behaviour(rejected=1.0))
+    executor = await machines.executor(Behavior(rejected=1.0))
     task = a_task("true")
     bare = msgspec.structs.replace(task, task=msgspec.structs.replace(task.task, spec=TaskSpec()))
     with pytest.raises(Rejected):

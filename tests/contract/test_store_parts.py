@@ -34,10 +34,10 @@ async def test_the_version_grows_with_the_spec_and_only_with_it(store: Store) ->
     reported = await store.update(change, Node, "n1", status=replace(first.status, message="fine"))
     assert reported.version == first.version
     assert reported.updated_at == first.updated_at
-    relabelled = await store.update(change, Node, "n1", spec=replace(first.spec, labels={"a": "b"}))
-    assert relabelled.version > first.version
-    assert relabelled.created_at == first.created_at
-    assert store.view().get(Node, "n1") == relabelled
+    relabeled = await store.update(change, Node, "n1", spec=replace(first.spec, labels={"a": "b"}))
+    assert relabeled.version > first.version
+    assert relabeled.created_at == first.created_at
+    assert store.view().get(Node, "n1") == relabeled
 
 
 async def test_a_version_is_never_below_a_revision_its_writer_had_seen(store: Store) -> None:

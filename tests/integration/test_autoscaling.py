@@ -98,7 +98,7 @@ def test_busy_tasks_become_more_and_idle_ones_fewer(pair: TestCluster, load: Pat
     assert "skep_autoscale_services 1" in metrics
 
 
-def test_labels_that_cannot_be_honoured_are_refused_in_words(pair: TestCluster) -> None:
+def test_labels_that_cannot_be_honored_are_refused_in_words(pair: TestCluster) -> None:
     m1 = pair.node("m1")
 
     def refusal(*options: str) -> str:

@@ -243,7 +243,7 @@ def test_the_manager_comes_back_to_workers_that_went_on(trio: TestCluster, m1: T
     assert {name: container_pids(trio.node(name), "web") for name in ("w1", "w2")} == before
 
 
-def test_tasks_leave_a_node_that_was_labelled_anew_but_not_while_it_is_paused(
+def test_tasks_leave_a_node_that_was_labeled_anew_but_not_while_it_is_paused(
     trio: TestCluster, m1: TestNode
 ) -> None:
     first, other = node_id(m1, "w1"), node_id(m1, "w2")

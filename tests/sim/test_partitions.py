@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.agent.executor.simulated import Behaviour
+from skep.agent.executor.simulated import Behavior
 from skep.manager.control import swarm as control
 from skep.manager.control.tasks import known_status
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
@@ -124,8 +124,8 @@ def test_a_node_process_started_while_cut_off_stops_its_tasks_as_early_as_any(se
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_node_that_is_cut_off_stops_containers_that_take_their_time(seed: int) -> None:
-    slowly = Behaviour(shutdown_s=4.0)
-    with SimulatedCluster(managers=3, workers=3, seed=seed, behaviour=slowly) as cluster:
+    slowly = Behavior(shutdown_s=4.0)
+    with SimulatedCluster(managers=3, workers=3, seed=seed, behavior=slowly) as cluster:
         settle(cluster, a_spec(on_disconnect="stop", on_disconnect_delay="5s"))
         cut_off(cluster, [LOST])
         assert most_containers(cluster, 30) == REPLICAS, "no task ran twice"

@@ -3,10 +3,10 @@
 import pytest
 from msgspec.structs import replace
 
+from sim.certificates import root
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.operators import Operators
-from sim.roots import root
 from sim.storage import SimulatedStorage
 from sim.users import Users
 from skep.errors import FailedPrecondition, Unavailable

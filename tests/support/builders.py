@@ -9,6 +9,7 @@ from itertools import count
 from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec
+from skep.model.data_planes import PLANE_OPTION
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.meta import Driver, Version
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
@@ -24,7 +25,6 @@ from skep.model.node import (
     NodeState,
     NodeStatus,
 )
-from skep.model.planes import PLANE_OPTION
 from skep.model.service import (
     EndpointSpec,
     GlobalService,

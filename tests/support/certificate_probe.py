@@ -19,7 +19,7 @@ from skep.errors import PermissionDenied, SkepError
 from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
-from skep.wire.client import connected, split_address
+from skep.wire.client import open_channel, split_address
 from tests.support.wire_calls import call
 
 AGAIN = 10
@@ -63,7 +63,7 @@ async def ask(address: str, pair: KeyPair) -> str:
         return await ask_peer(address.removeprefix("peer:"), pair)
     name = "PINGS" if pair.identity.role.value == "manager" else "HEARTBEAT"
     try:
-        async with connected(address, client_context(pair), "swarm-manager") as channel:
+        async with open_channel(address, client_context(pair), "swarm-manager") as channel:
             error = await call(channel, name)
     except SkepError as unreachable:
         error = unreachable

@@ -13,8 +13,8 @@ from skep.api.raw import RawClient
 from skep.api.requests import PlainRequests
 from skep.api.server import runner
 from skep.manager.routes import application
+from skep.model.data_planes import NODE_LABEL
 from skep.model.node import Node
-from skep.model.planes import NODE_LABEL
 from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store, Transaction

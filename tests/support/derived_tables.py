@@ -11,10 +11,10 @@ from skep.manager.discovery.derive import (
     service_on,
     unread_services,
 )
+from skep.model.data_planes import claimed_underlay, data_path_port
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.overlays import head_of
-from skep.model.planes import claimed_underlay, data_path_port
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.tables import Table

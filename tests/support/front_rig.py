@@ -13,7 +13,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
-from skep.api.passed import HOOKS, PassedConnections, begin_response
+from skep.api.handover_server import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import NotFound
 from skep.model.access import Identity

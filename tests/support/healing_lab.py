@@ -136,7 +136,7 @@ async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory
         parts = [json.loads(text) if text.strip() else [] for text in listed.split("@@\n")]
     except json.JSONDecodeError:  # an interface was removed while it was listed
         return {}
-    links, addresses, routes4, routes6, rules4, rules6, neighbours4, neighbours6, fdb, nft = parts
+    links, addresses, routes4, routes6, rules4, rules6, neighbors4, neighbors6, fdb, nft = parts
     ours = {one["ifname"] for one in links if is_ours(one["ifname"], where)}
     bridges = {one["ifname"] for one in links if one.get("linkinfo", {}).get("info_kind") == "bridge"} & ours
     found: Inventory = {}
@@ -162,10 +162,10 @@ async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory
                 found[f"rule {version} {text} {one.get('fwmark')} {one['table']}"] = [
                     f"ip -{version} rule del {text} lookup {one['table']}"
                 ]
-    for one in (*neighbours4, *neighbours6):
+    for one in (*neighbors4, *neighbors6):
         if one.get("dev") in ours:
             text = f"{one['dst']} dev {one['dev']}"
-            found[f"neighbour {text} {one['lladdr']}"] = [f"ip neigh del {text}"]
+            found[f"neighbor {text} {one['lladdr']}"] = [f"ip neigh del {text}"]
     for one in fdb:
         if one["ifname"] in ours and (one["state"] == "static" or "dst" in one):
             found |= forwarding(one)

@@ -23,10 +23,10 @@ from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.manager.image_directory import ImageDirectory
 from skep.model.container import ContainerSpec
+from skep.model.data_planes import IMAGES_LABEL
 from skep.model.ids import new_id
 from skep.model.labels import SHARE_IMAGES
 from skep.model.node import EngineDescription, Node, NodeRole
-from skep.model.planes import IMAGES_LABEL
 from skep.model.service import ServiceSpec, TaskSpec
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Task
@@ -35,7 +35,7 @@ from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.interface import Transaction
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.server import serve
 from tests.support.archives import a_config, a_file, a_tar, sha256
 from tests.support.builders import a_node, a_service, a_task
@@ -121,7 +121,7 @@ class ImageCluster:
         node = ImageNode(root or self._root / new_id(), pair or self.cluster.pair(new_id()), on_event)
         await node.images.open()
         channel = await self._stack.enter_async_context(
-            connected(self._address, client_context(node.pair), MANAGER_NAME)
+            open_channel(self._address, client_context(node.pair), MANAGER_NAME)
         )
         node.session.join(node.id)
         node.session.begin(channel)

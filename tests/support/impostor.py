@@ -20,7 +20,7 @@ from skep.security import keypair
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.convert.node import description_to_pb
 
 WITHIN_S = 10.0
@@ -33,7 +33,10 @@ async def main(certificates: Path, manager: str, hostname: str, network: str, at
         config=pb.NetworkAttachmentConfig(target=network), container_id="of-an-impostor"
     )
     tls = client_context(keypair.load(certificates))
-    async with connected(manager, tls, MANAGER_NAME) as channel, channel.stream(methods.SESSION) as session:
+    async with (
+        open_channel(manager, tls, MANAGER_NAME) as channel,
+        channel.stream(methods.SESSION) as session,
+    ):
         await session.send(pb.SessionRequest(description=said), end=True)
         assert await session.receive() is not None
         attach = channel.call(methods.ATTACH_NETWORK, place, timeout_s=WITHIN_S)

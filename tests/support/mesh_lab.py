@@ -328,7 +328,7 @@ class MeshLab:
         for node in self.nodes:
             for other in self.nodes:
                 if other is not node:
-                    await self._neighbour(node, other.ingress, other.address)
+                    await self._neighbor(node, other.ingress, other.address)
 
     async def _connect_task(self, task: LabTask) -> None:
         mac = mac_of(IPv4Address(task.addresses[0]))
@@ -358,9 +358,9 @@ class MeshLab:
         )
         for node in self.nodes:
             if node is not task.node:
-                await self._neighbour(node, task.addresses, task.node.address)
+                await self._neighbor(node, task.addresses, task.node.address)
 
-    async def _neighbour(self, node: LabNode, addresses: Sequence[str], underlay: str) -> None:
+    async def _neighbor(self, node: LabNode, addresses: Sequence[str], underlay: str) -> None:
         mac = mac_of(IPv4Address(addresses[0]))
         commands = [
             f"bridge fdb replace {mac} dev vx dst {underlay} self permanent",

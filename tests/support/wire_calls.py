@@ -8,7 +8,7 @@ from skep.rpc.headers import request_block
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.wire import methods
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 from skep.wire.methods import A, Access, BothStream, ClientStream, Method, Q, ServerStream, Unary
 
 METHODS = {
@@ -60,7 +60,7 @@ async def all_calls(address: str, pair: KeyPair) -> Mapping[str, str]:
     outcome = {}
     for name in GUARDED:
         try:
-            async with connected(address, client_context(pair), "swarm-manager") as channel:
+            async with open_channel(address, client_context(pair), "swarm-manager") as channel:
                 error = await call(channel, name)
         except SkepError as refused:
             error = refused

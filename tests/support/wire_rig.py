@@ -48,6 +48,7 @@ from skep.manager.logbroker.broker import LogBroker
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.manager.tunnels import Tunnels
+from skep.model.data_planes import NODE_LABEL, PATHS_LABEL
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
     EngineDescription,
@@ -58,7 +59,6 @@ from skep.model.node import (
     NodeRole,
     NodeSpec,
 )
-from skep.model.planes import NODE_LABEL, PATHS_LABEL
 from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
@@ -78,7 +78,7 @@ from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.client import Channel, connected
+from skep.wire.client import Channel, open_channel
 from skep.wire.methods import Unary
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler, unary
@@ -329,7 +329,7 @@ def service_task(node: NodeId) -> tuple[Service, Task]:
 async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[Channel, str]]:
     """Open a connection and register a session without an agent.  Yield the channel and the session's id."""
     async with (
-        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
         await call.send(pb.SessionRequest(), end=True)
@@ -375,7 +375,7 @@ async def an_agent_of(
             load=load,
             tables=tables,
             probes=paths,
-            tunnels=TunnelHost(containers, credentials.connected) if containers is not None else None,
+            tunnels=TunnelHost(containers, credentials.connect) if containers is not None else None,
         ),
         clock=SystemClock(),
         random=random,

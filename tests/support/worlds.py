@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Change, Recheck, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.enforcement import overcommitted
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.situation import Situation
 from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.meta import Version
 from skep.model.node import Node

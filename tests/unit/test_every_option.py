@@ -2,7 +2,7 @@
 
 Each row sets one field to a value that means something, in what a service or ``docker run`` sends. The walk goes the
 whole way: the manager's checks, the wire, the agent's request, the engine's configuration, the runtime's specification.
-What differs from the same request without the field is honoured; an error that names the option refuses it; what does
+What differs from the same request without the field is honored; an error that names the option refuses it; what does
 neither is irrelevant for the reason here.
 """
 
@@ -391,7 +391,7 @@ def outcomes(found: Any, path: str, refused: Mapping[str, str]) -> None:
     """``found``: with the field, and without."""
     before, after = found
     if path in refused:
-        assert isinstance(after, str), "it is honoured: take it out of the table"
+        assert isinstance(after, str), "it is honored: take it out of the table"
         assert refused[path] in after
     elif path in IRRELEVANT:
         assert after == before, "it has an effect: take it out of the table"
@@ -419,19 +419,19 @@ def both(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", CONTAINER)
-def test_an_option_of_a_services_containers_is_honoured_or_refused(path, both):
+def test_an_option_of_a_services_containers_is_honored_or_refused(path, both):
     value, base = CONTAINER[path]
     outcomes(both(of_service, base, path, value), path, REFUSED)
 
 
 @pytest.mark.parametrize("path", HOST)
-def test_an_option_of_the_host_is_honoured_or_refused(path, both):
+def test_an_option_of_the_host_is_honored_or_refused(path, both):
     value, base = HOST[path]
     outcomes(both(lambda body, at: of_body(hosted(body), at), base, path, value), path, REFUSED_HOST)
 
 
 @pytest.mark.parametrize("path", BODY)
-def test_an_option_of_a_plain_container_is_honoured_or_refused(path, both):
+def test_an_option_of_a_plain_container_is_honored_or_refused(path, both):
     value, base = BODY[path]
     outcomes(both(of_body, base, path, value), path, REFUSED_BODY)
 

@@ -493,7 +493,7 @@ def outcome(walk: Walk, path: str) -> str:
     """What becomes of an option, as the reference says it."""
     if path in walk.refused:
         return f"refused: `{walk.refused[path]}`"
-    return f"no effect: {walk.irrelevant[path]}" if path in walk.irrelevant else "honoured"
+    return f"no effect: {walk.irrelevant[path]}" if path in walk.irrelevant else "honored"
 
 
 def named_as_in_the_api(walk: Walk, path: str) -> str:
@@ -513,12 +513,12 @@ def rows_of_the_api() -> Iterator[str]:
     ("walk", "path"),
     [pytest.param(walk, path, id=f"{walk.title}-{path}") for walk in WALKS for path in walk.rows],
 )
-def test_an_option_of_an_object_is_honoured_or_refused(walk: Walk, path: str, tmp_path: Path) -> None:
+def test_an_option_of_an_object_is_honored_or_refused(walk: Walk, path: str, tmp_path: Path) -> None:
     value, base = walk.rows[path]
     before = walk.give(base, tmp_path / "before")
     after = walk.give(set_in(base, path, value), tmp_path / "after")
     if path in walk.refused:
-        assert isinstance(after, str), "it is honoured: take it out of the table"
+        assert isinstance(after, str), "it is honored: take it out of the table"
         assert walk.refused[path] in after
     elif path in walk.irrelevant:
         assert repr(after) == repr(before).replace("/before/", "/after/"), "it has an effect: take it out"

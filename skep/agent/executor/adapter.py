@@ -20,11 +20,11 @@ from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptio
 from skep.gotemplate import Struct
 from skep.model import templates
 from skep.model.container import ContainerSpec, Mount, Privileges
+from skep.model.data_planes import driver_of, is_overlay
 from skep.model.history import stack_of
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
-from skep.model.planes import driver_of, is_overlay
 from skep.model.publishing import publish_options
 from skep.model.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
 from skep.model.sandbox import EndpointConfig, PublishedPort

@@ -44,10 +44,10 @@ from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux import mounting
 from skep.linux.name_files import RESOLVER
 from skep.model import templates
+from skep.model.data_planes import driver_of, is_overlay
 from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID, last_lines
 from skep.model.network import Network
-from skep.model.planes import driver_of, is_overlay
 from skep.model.rights import ALL_RIGHTS, Right
 from skep.model.sandbox import as_requested
 from skep.model.slot_volumes import created_ms

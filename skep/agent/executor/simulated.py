@@ -20,7 +20,7 @@ from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
 
 
-class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
+class Behavior(msgspec.Struct, frozen=True, kw_only=True):
     """Durations (seconds, each spread by up to half) and failure probabilities (0 to 1)."""
 
     prepare_s: float = 0.05
@@ -78,12 +78,12 @@ class SimulatedExecutor:
         clock: Clock,
         rng: random.Random,
         machine: Machine | None = None,
-        behaviour: Behaviour | None = None,
+        behavior: Behavior | None = None,
     ) -> None:
         self.clock = clock
         self.rng = rng
         self.machine = machine or Machine()
-        self.behaviour = behaviour or Behaviour()
+        self.behavior = behavior or Behavior()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -134,8 +134,8 @@ class SimulatedController:
         """Wait for the configured time.  Rejects the task with the configured probability."""
         if self._id in self._executor.machine.processes:
             return
-        await self._executor.take(self._executor.behaviour.prepare_s)
-        if self._executor.rng.random() < self._executor.behaviour.rejected:
+        await self._executor.take(self._executor.behavior.prepare_s)
+        if self._executor.rng.random() < self._executor.behavior.rejected:
             raise Rejected("the simulated node has no such image")
         self._executor.machine.new_process(self._id)
 
@@ -143,7 +143,7 @@ class SimulatedController:
         """Start the process."""
         process = self._require()
         if not process.started:
-            await self._executor.take(self._executor.behaviour.start_s)
+            await self._executor.take(self._executor.behavior.start_s)
             process.started = True
         observed = self.observed()
         assert observed is not None
@@ -151,11 +151,11 @@ class SimulatedController:
 
     async def wait(self) -> TaskExit:
         """Wait until the process has ended.  With ``run_s`` it ends by itself after about that time."""
-        process, behaviour = self._require(), self._executor.behaviour
-        if behaviour.run_s is None:
+        process, behavior = self._require(), self._executor.behavior
+        if behavior.run_s is None:
             await process.ended.wait()
         elif process.exit_code is None:
-            await self._run_for(process, behaviour.run_s)
+            await self._run_for(process, behavior.run_s)
         code = process.exit_code or 0
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
@@ -168,7 +168,7 @@ class SimulatedController:
         process = self._executor.machine.processes.get(self._id)
         if process is not None and process.exit_code is None:
             if process.started:
-                await self._executor.take(self._executor.behaviour.shutdown_s)
+                await self._executor.take(self._executor.behavior.shutdown_s)
             process.end(143)
 
     async def terminate(self) -> None:
@@ -187,8 +187,8 @@ class SimulatedController:
     async def _run_for(self, process: Process, seconds: float) -> None:
         """Let a process run for about ``seconds``, unless it ends earlier."""
         await wait_first(self._executor.take(seconds), process.ended.wait())
-        behaviour = self._executor.behaviour
-        process.end(1 if self._executor.rng.random() < behaviour.crashed else behaviour.exit_code)
+        behavior = self._executor.behavior
+        process.end(1 if self._executor.rng.random() < behavior.crashed else behavior.exit_code)
 
     def _require(self) -> Process:
         process = self._executor.machine.processes.get(self._id)

@@ -48,7 +48,7 @@ _GROUPS = (
     netlink.GROUP_RULE4,
     netlink.GROUP_RULE6,
 )
-_NEIGHBOUR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
+_NEIGHBOR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
 _BYTES_MAX = 1 << 16
 """One read of reports, which the kernel sends in pieces of at most 32 KiB."""
 
@@ -118,7 +118,7 @@ class Healer:
     async def _open(self, reconciler: NetnsReconciler) -> None:
         groups = list(_GROUPS)
         if not reconciler.scope.is_container:  # a container's neighbors are its own matter
-            groups.append(netlink.GROUP_NEIGHBOUR)
+            groups.append(netlink.GROUP_NEIGHBOR)
         path = reconciler.path
         opened = await self._namespaces.run(path, netlink.open_listener, socket.NETLINK_ROUTE, groups)
         if self._keep(reconciler, opened):
@@ -272,6 +272,6 @@ class Healer:
 
 def _concerns(reconciler: NetnsReconciler, kind: int, body: memoryview) -> bool:
     """Return whether a report can mean a deviation.  Neighbors of other devices change all the time."""
-    if kind in _NEIGHBOUR_MESSAGES and reconciler.indices is not None:
+    if kind in _NEIGHBOR_MESSAGES and reconciler.indices is not None:
         return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in reconciler.indices
     return True

@@ -3,7 +3,7 @@
 A network of 500 services has thousands of entries.  A general library takes 0.1 ms for each because it makes an object
 for every attribute.  This module takes 10 us.  Blocking calls work in the calling thread's network namespace.
 
-Source: linux, include/uapi/linux/{netlink,rtnetlink,neighbour,if_link}.h, linux/netfilter/nfnetlink.h.
+Source: linux, include/uapi/linux/{netlink,rtnetlink,neighbor,if_link}.h, linux/netfilter/nfnetlink.h.
 """
 
 import errno
@@ -21,7 +21,7 @@ BYTE_ORDER = sys.byteorder
 NETFILTER = 12
 """The netlink protocol of nftables, connection tracking and logged packets."""
 GROUP_NFTABLES = 7
-GROUP_LINK, GROUP_NEIGHBOUR = 1, 3
+GROUP_LINK, GROUP_NEIGHBOR = 1, 3
 GROUP_ROUTE4, GROUP_RULE4, GROUP_ROUTE6, GROUP_RULE6 = 7, 8, 11, 19
 GROUP_ADDRESS4, GROUP_ADDRESS6 = 5, 9
 

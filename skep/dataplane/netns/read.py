@@ -222,7 +222,7 @@ def _entries(links: dict[int, Link]) -> Iterable[Entry]:
                 elif index in bridges and state & _PERMANENT and not flags & _NTF_SELF and _VLAN not in found:
                     yield Entry(EntryKind.OWN, bridges[index], mac)
             elif state & _PERMANENT and index in devices:
-                yield Entry(EntryKind.NEIGHBOUR, devices[index], mac, address)
+                yield Entry(EntryKind.NEIGHBOR, devices[index], mac, address)
 
 
 def _sysctls(names: Iterable[str]) -> dict[str, str]:

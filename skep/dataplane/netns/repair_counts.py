@@ -13,7 +13,7 @@ log = structlog.get_logger()
 _ENTRIES = {
     EntryKind.FORWARD: "forwarding",
     EntryKind.PORT: "bridge entry",
-    EntryKind.NEIGHBOUR: "neighbour",
+    EntryKind.NEIGHBOR: "neighbor",
     EntryKind.OWN: "bridge entry",
 }
 
@@ -21,7 +21,7 @@ _ENTRIES = {
 class Repairs:
     """Repairs since the process started, by kind.
 
-    The kinds are link, address, route, rule, forwarding, bridge entry, neighbour, sysctl, rules and namespace."""
+    The kinds are link, address, route, rule, forwarding, bridge entry, neighbor, sysctl, rules and namespace."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

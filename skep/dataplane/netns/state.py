@@ -63,7 +63,7 @@ class EntryKind(IntEnum):
     """VXLAN: frames for ``mac`` are sent to the node at ``address``."""
     PORT = 2
     """Bridge: frames for ``mac`` leave by this port.  ``address`` is empty."""
-    NEIGHBOUR = 3
+    NEIGHBOR = 3
     """``address`` (IPv4 or IPv6) has ``mac``: the device's response to a container that asks."""
     OWN = 4
     """Bridge: frames for ``mac`` are for the bridge itself.  The kernel makes the entry with the bridge's address."""

@@ -363,7 +363,7 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
             tolerated.append(_PRESENT)
     for number, fine in zip(netlink.send_changes(requests), tolerated, strict=True):
         if number and number not in fine:
-            raise OSError(number, f"entry of a neighbour: {os.strerror(number)}")
+            raise OSError(number, f"entry of a neighbor: {os.strerror(number)}")
 
 
 def entry_message(entry: Entry, index: int) -> bytes:

@@ -3,7 +3,7 @@
 An overlay network has one bridge on a node, however many subnets it has, and one VXLAN device for each subnet's VXLAN
 id.  The devices of an encrypted network send from the namespace of the WireGuard tunnels
 (``skep.dataplane.wireguard``).  Everything is configured in advance: where frames for an address are sent (``FORWARD``,
-``PORT``), and the answer to a container that asks for an address (``NEIGHBOUR``).  Nothing is flooded and nothing is
+``PORT``), and the answer to a container that asks for an address (``NEIGHBOR``).  Nothing is flooded and nothing is
 learned, and an address in no table is unreachable.  An endpoint is on the device of the subnet that contains its first
 address.  All subnets of a network are on-link for each of its containers, so that frames between them need no router.
 """
@@ -320,7 +320,7 @@ def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iter
     yield Entry(EntryKind.PORT, device, mac)
     yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
     for address in addresses:
-        yield Entry(EntryKind.NEIGHBOUR, device, mac, plain_address(address))
+        yield Entry(EntryKind.NEIGHBOR, device, mac, plain_address(address))
 
 
 def _one_device_each(

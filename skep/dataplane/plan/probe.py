@@ -67,7 +67,7 @@ def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | N
     for address, peer in reached(targets).items():
         mac = mac_of(IPv4Address(address))
         entries.add(Entry(EntryKind.FORWARD, DEVICE, mac, plain_address(peer.data_path)))
-        entries.add(Entry(EntryKind.NEIGHBOUR, DEVICE, mac, address))
+        entries.add(Entry(EntryKind.NEIGHBOR, DEVICE, mac, address))
     return State(
         links={
             DEVICE: Link(

@@ -50,7 +50,7 @@ from skep.engine.images.layers import Layer, Layers
 from skep.engine.images.reference import Reference, parse_any, parse_reference
 from skep.engine.images.workers import Limits
 from skep.errors import InvalidArgument, NotFound, Unavailable
-from skep.linux.files import BESIDE, is_no_file, replace_file
+from skep.linux.files import NEW_SUFFIX, is_no_file, replace_file
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 
 log = structlog.get_logger()
@@ -447,7 +447,7 @@ class LocalImages:
         except OSError as error:
             unread = error
         for file in sorted((self._root / "configs").iterdir()):
-            if file.suffix == BESIDE:
+            if file.suffix == NEW_SUFFIX:
                 discard_tree_now(file)
                 continue
             unread = self._read_image(file, layers_are_known=unread is None) or unread

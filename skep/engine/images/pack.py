@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skep.engine.images.confinement import Helper, confine
-from skep.linux import roots
+from skep.linux import confined_root
 
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
@@ -340,7 +340,7 @@ def _compressed(path: str) -> Any:
 def _packed(settings: Settings) -> dict[str, object]:
     content = _compressed(settings.content)
     output = Output(content.write, settings.bytes_max)
-    helper = confine(roots.enter(settings.root, read_only=not settings.removes))
+    helper = confine(confined_root.enter(settings.root, read_only=not settings.removes))
     give_up_imports()
     packer = Packer(
         output,

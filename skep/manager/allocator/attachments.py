@@ -14,9 +14,9 @@ import msgspec
 
 from skep.manager.allocator.addresses import NoAddress
 from skep.manager.allocator.subnets import has_addresses, is_allocated
+from skep.model.data_planes import is_overlay
 from skep.model.ids import NetworkId
 from skep.model.network import Network
-from skep.model.planes import is_overlay
 from skep.model.service import NetworkAttachmentConfig, ServiceSpec
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.store.interface import View

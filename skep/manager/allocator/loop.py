@@ -22,15 +22,15 @@ from skep.manager.allocator.attachments import (
     overlays_of,
     spec_or_template,
 )
-from skep.manager.allocator.grants import (
+from skep.manager.allocator.changes import (
     NETWORK,
     NODE,
     AllocateEndpoint,
     AllocateSubnets,
     AttachNode,
+    Change,
     Claim,
     Explain,
-    Grant,
     Release,
     apply,
     key_of,
@@ -40,18 +40,18 @@ from skep.manager.allocator.grants import (
 from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments, occupies_networks
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
-from skep.manager.allocator.unread import Unread, check_known
+from skep.manager.allocator.unreadable_addresses import Unread, check_known
 from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.allocator.waiting import Waiting
 from skep.manager.cluster import reserved_ports_of
 from skep.manager.failures import Failures, for_each_isolated, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.work_queue import WorkQueue
+from skep.model.data_planes import is_docker_node, is_overlay
 from skep.model.ids import IdSource, NetworkId, ServiceId
 from skep.model.labels import priority_of
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.planes import is_docker_node, is_overlay
 from skep.model.routes import differ_in_routes, routes_of, routes_of_all
 from skep.model.service import Service
 from skep.model.swarm import Swarm
@@ -292,14 +292,14 @@ class Allocator:
             releases = chain.from_iterable(self._releases(id, known) for id in services)
             await self._commit("releases", releases)
 
-    def _claims(self, id: NetworkId) -> list[Grant]:
+    def _claims(self, id: NetworkId) -> list[Change]:
         """Return the claims of a network that the store has not accepted yet."""
         network = self._term.view().lookup(Network, id)
         if network is None or self._failures.write_failure(CLAIMS, network_key(id)) is None:
             return []
         return [Claim(network)]
 
-    def _subnets(self, id: NetworkId) -> list[Grant]:
+    def _subnets(self, id: NetworkId) -> list[Change]:
         """Return the allocation of a network that has none yet."""
         view = self._term.view()
         network, swarms = view.lookup(Network, id), view.find(Swarm)
@@ -308,7 +308,7 @@ class Allocator:
         if "allocation" in view.damaged(Network).get(id, ()):
             return []  # its allocation is unreadable: with another one its tasks would be on two networks
         pools, length = swarms[0].default_addr_pool, swarms[0].subnet_size
-        grants: list[Grant] = []
+        changes: list[Change] = []
         with self._failures.caught(network_key(id)):
             try:
                 given = allocated(
@@ -329,10 +329,10 @@ class Allocator:
                 self._allocations.enter_network(
                     given
                 )  # at once: the next network of this batch must get another subnet
-                grants = [AllocateSubnets(given)]
-        return grants
+                changes = [AllocateSubnets(given)]
+        return changes
 
-    def _endpoint(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
+    def _endpoint(self, service_id: ServiceId, networks: Networks) -> list[Change]:
         """Return the endpoint of a service, if it has to change."""
         view = self._term.view()
         service = view.lookup(Service, service_id)
@@ -363,7 +363,7 @@ class Allocator:
                 return [AllocateEndpoint(service, endpoint)]
         return []
 
-    def _attached_node(self, node_id: str, networks: Networks) -> list[Grant]:
+    def _attached_node(self, node_id: str, networks: Networks) -> list[Change]:
         """Return a node's own attachments, if they have to change."""
         view = self._term.view()
         node = view.lookup(Node, node_id)
@@ -423,8 +423,8 @@ class Allocator:
             return (self._allocations.allocate(owner, network),)
         return self._allocations.allocate_all(owner, network)
 
-    def _releases(self, service_id: ServiceId, networks: Networks) -> Iterator[list[Grant]]:
-        """Yield a grant for each of the service's new tasks: its release to the scheduler, or its reason to wait."""
+    def _releases(self, service_id: ServiceId, networks: Networks) -> Iterator[list[Change]]:
+        """Yield a change for each of the service's new tasks: its release to the scheduler, or its reason to wait."""
         key = f"tasks of {service_id}"
         with self._failures.caught(key):
             for id in self._waiting.due(service_id, self._is_full):
@@ -447,7 +447,7 @@ class Allocator:
         network = self._term.view().lookup(Network, id)
         return network is not None and self._allocations.addresses.is_full(network)
 
-    def _release(self, view: View, task: Task, networks: Networks) -> Grant:
+    def _release(self, view: View, task: Task, networks: Networks) -> Change:
         if has_unknown_spec(view, task):
             return Explain(task, UNKNOWN_SPEC)
         spec = spec_or_template(view, task)
@@ -483,29 +483,29 @@ class Allocator:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    async def _commit(self, what: str, decided: Iterable[list[Grant]]) -> None:
-        """Write each grant in its own transaction, in as few raft entries as possible."""
-        grants: list[Grant] = []
+    async def _commit(self, what: str, decided: Iterable[list[Change]]) -> None:
+        """Write each change in its own transaction, in as few raft entries as possible."""
+        changes: list[Change] = []
         slices = TimeSlices(self._clock)
         for some in decided:
-            grants += some
+            changes += some
             await slices.yield_if_due()
-        if not grants:
+        if not changes:
             return
         now = timestamp(self._clock.now_ns())
 
-        def write(tx: Transaction, grant: Grant) -> None:
-            apply(tx, grant, now)
+        def write(tx: Transaction, change: Change) -> None:
+            apply(tx, change, now)
 
-        results = await write_each(self._term, write, grants)
-        for grant in grants:
+        results = await write_each(self._term, write, changes)
+        for change in changes:
             await slices.yield_if_due()
-            # Whatever the result, resync with the store: a grant that was not written is not allocated.
-            self._resync(grant)
-        self._failures.requeue_failed(self._queue, what, zip(map(key_of, grants), results, strict=True))
+            # Whatever the result, resync with the store: a change that was not written is not allocated.
+            self._resync(change)
+        self._failures.requeue_failed(self._queue, what, zip(map(key_of, changes), results, strict=True))
 
-    def _resync(self, grant: Grant) -> None:
-        match grant:
+    def _resync(self, change: Change) -> None:
+        match change:
             case AllocateSubnets(network):
                 current = self._term.view().lookup(Network, network.id)
                 if current is not None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from skep.manager.allocator.addresses import has_ipv6
 from skep.manager.allocator.attachments import Networks, wanted_networks
 from skep.manager.allocator.subnets import has_addresses
+from skep.model.data_planes import is_overlay
 from skep.model.ids import NetworkId
 from skep.model.network import Network
-from skep.model.planes import is_overlay
 from skep.model.service import EndpointVirtualIP, Service
 
 DNS_ROUND_ROBIN = "dnsrr"

@@ -22,9 +22,9 @@ from skep.manager.ca.admission import (
 from skep.manager.ca.authority import root_bundle_of
 from skep.manager.ca.signing import CertificateSigner
 from skep.manager.cluster import cluster_of
+from skep.model.data_planes import DOCKER, SKEP
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Availability
-from skep.model.planes import DOCKER, SKEP
 from skep.model.times import moment
 from skep.security.expiry import proven_identity
 from skep.security.identity import Identity

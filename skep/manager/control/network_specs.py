@@ -17,10 +17,10 @@ from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
 from skep.model.addresses import Address, is_subnet, parsed
 from skep.model.attaching import ATTACH_LABEL, attach_constraints
+from skep.model.data_planes import PLANE_OPTION, PLANES
 from skep.model.meta import Driver
 from skep.model.network import MTU_OPTION, MTUS, IPAMConfig, NetworkSpec, subnet_of
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, is_number
-from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
 SUBNETS_MAX = 64

@@ -16,6 +16,7 @@ from skep.manager.control.network_specs import (
 )
 from skep.manager.control.quotas import check_network_quota
 from skep.manager.job_runs import runs_with
+from skep.model.data_planes import is_overlay
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
 from skep.model.network import (
@@ -29,7 +30,6 @@ from skep.model.network import (
 )
 from skep.model.node import Node
 from skep.model.overlays import vxlan_ids
-from skep.model.planes import is_overlay
 from skep.model.routes import Subnet, overlap, route_overlaps
 from skep.model.service import PublishMode, Service
 from skep.model.task import Task

@@ -12,11 +12,11 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
 from skep.manager.revocation import revoke
+from skep.model.data_planes import is_docker_node
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
-from skep.model.planes import is_docker_node
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
 

@@ -33,9 +33,9 @@ from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
 from skep.model.labels import FORMER_VOLUMES, VOLUME_AFFINITY
 from skep.model.meta import Version
+from skep.model.name_generator import NameSource, free_name
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
-from skep.model.readable import NameSource, free_name
 from skep.model.rights import allowed_by, rights_of, rights_text
 from skep.model.schedules import CRON
 from skep.model.secret import Config, Secret
@@ -283,7 +283,7 @@ def _check_level(view: View, spec: ServiceSpec) -> None:
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
     """Check that the cluster allows the rights that the spec requests.  Raises: PermissionDenied.
 
-    Tasks like those of ``present`` are not checked again, so a service can be scaled when the cluster allows less than
+    Tasks like the present ones are not checked again, so a service can be scaled when the cluster allows less than
     before.
     """
     kinds = rights_of(spec.task_template.container_spec).kinds

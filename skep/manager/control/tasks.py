@@ -54,7 +54,7 @@ def is_up_to_date(view: View, task: Task) -> bool:
         return False
     if task.spec.placement == service.spec.task_template.placement or not task.node_id:
         return True
-    # A changed placement replaces only the tasks whose nodes no longer fit (``orchestrator/dirty.py``).
+    # A changed placement replaces only the tasks whose nodes no longer fit (``orchestrator/outdated_tasks.py``).
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return node is not None and is_satisfied(constraints, node)
 

@@ -19,18 +19,18 @@ from collections.abc import Iterable, Mapping
 
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.labels import publishes_not_ready
-from skep.model.network import Network
-from skep.model.node import Node, NodeSession, NodeState
-from skep.model.overlays import is_encrypted
-from skep.model.planes import (
+from skep.model.data_planes import (
     claimed_underlay,
     holder,
     is_docker_node,
     is_overlay,
     underlay_of,
 )
+from skep.model.ids import NetworkId, ServiceId
+from skep.model.labels import publishes_not_ready
+from skep.model.network import Network
+from skep.model.node import Node, NodeSession, NodeState
+from skep.model.overlays import is_encrypted
 from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
 from skep.model.tables import TableEndpoint, TableNode, TablePort, TableService

@@ -22,12 +22,12 @@ from skep.manager.discovery.derive import (
 from skep.manager.discovery.table_sessions import TableSessions
 from skep.manager.discovery.versioned_table import VersionedTable, counted
 from skep.manager.failures import isolated, object_id
+from skep.model.data_planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
 from skep.model.node import Node, NodeSession
 from skep.model.overlays import head_of
-from skep.model.planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task

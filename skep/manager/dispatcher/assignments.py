@@ -22,11 +22,11 @@ from msgspec.structs import replace
 
 from skep.manager.trust import trust_of
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
+from skep.model.data_planes import is_docker_node, is_overlay
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
 from skep.model.labels import DRAIN, sent_labels
 from skep.model.needs import images_of
 from skep.model.node import Node
-from skep.model.planes import is_docker_node, is_overlay
 from skep.model.registry_auth import address_of, is_for
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service

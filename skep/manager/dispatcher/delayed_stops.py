@@ -19,11 +19,11 @@ from skep.manager.cluster import etcds_behind
 from skep.manager.dispatcher.assignments import affects_node
 from skep.manager.dispatcher.sessions import Sessions
 from skep.manager.failures import isolated
+from skep.model.data_planes import is_docker_node
 from skep.model.draining import begins_to_drain
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import drain_s
 from skep.model.node import Node
-from skep.model.planes import is_docker_node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task

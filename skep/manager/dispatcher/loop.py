@@ -40,7 +40,7 @@ from skep.manager.dispatcher.registration import (
     describe_node,
     take_session,
 )
-from skep.manager.dispatcher.repeats import RepeatedReports
+from skep.manager.dispatcher.repeated_reports import RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
 from skep.manager.dispatcher.streams import AssignmentStreams
@@ -51,11 +51,11 @@ from skep.manager.informer import run_informer
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.manager.volume_index import VolumeIndex
 from skep.model.autoscaling import TaskUsage
+from skep.model.data_planes import is_docker_node
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId, VolumeId
 from skep.model.labels import last_lines
 from skep.model.node import Node, NodeState, differ_in_load_alone
-from skep.model.planes import is_docker_node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus

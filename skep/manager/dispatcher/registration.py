@@ -10,10 +10,10 @@ from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.dispatcher.slot_reports import with_seen_volumes
 from skep.manager.revocation import removal_of
 from skep.model.addresses import host_of, parsed
+from skep.model.data_planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
 from skep.model.description_size import within_size
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
-from skep.model.planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Revocation

@@ -22,8 +22,8 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.manager.informer import run_informer
+from skep.model.data_planes import is_docker_node
 from skep.model.node import Node, NodeState
-from skep.model.planes import is_docker_node
 from skep.model.reserved_ports import GOSSIP_PORT
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 

@@ -21,7 +21,7 @@ from skep.security.tls import MANAGER_NAME, client_context
 from skep.store.etcd.peers import Peer
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.methods import Unary
 
 log = structlog.get_logger(__name__)
@@ -108,7 +108,7 @@ class JoiningManager:
         while True:
             for manager in self._managers:
                 try:
-                    async with connected(manager, client_context(self._pair), MANAGER_NAME) as channel:
+                    async with open_channel(manager, client_context(self._pair), MANAGER_NAME) as channel:
                         return await channel.call(method, request, timeout_s=timeout_s)
                 except Unavailable as error:
                     log.debug(

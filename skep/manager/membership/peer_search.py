@@ -22,7 +22,7 @@ from skep.security.tls import MANAGER_NAME
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.client import connected
+from skep.wire.client import open_channel
 from skep.wire.methods import Access
 from skep.wire.service import Handler, unary
 
@@ -96,7 +96,7 @@ class PeerSearch:
 
     async def _announce(self, addr: str) -> None:
         try:
-            async with connected(addr, self._tls(), MANAGER_NAME) as channel:
+            async with open_channel(addr, self._tls(), MANAGER_NAME) as channel:
                 reply = await channel.call(
                     methods.ANNOUNCE, pb.AnnounceRequest(addr=self._addr), timeout_s=ANNOUNCE_S
                 )

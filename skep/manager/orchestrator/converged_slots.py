@@ -7,9 +7,9 @@ slots.
 """
 
 from skep.aio.time_slices import STEP, SlicedWork
-from skep.manager.orchestrator.dirty import is_same
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.enforcement import violates_constraints
-from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.outdated_tasks import is_same
 from skep.model.meta import Version
 from skep.model.service import UNDER_WAY
 from skep.model.task import Task, TaskState

@@ -25,10 +25,10 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.converged_slots import converged_slots
-from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key
+from skep.manager.orchestrator.outdated_tasks import is_dirty
 from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
-from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import (
     Slot,
     group_by_node,

@@ -4,7 +4,7 @@ from collections import Counter
 
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
 from skep.model.needs import Needs, holds_of, host_ports, kind_and_amount, may_block, needs_of

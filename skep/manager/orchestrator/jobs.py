@@ -40,9 +40,9 @@ from skep.manager.orchestrator.changes import (
     Step,
     cause_to_leave,
 )
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replicated import check_number
 from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps, stopped_at
-from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import (
     Slot,
     first_state,

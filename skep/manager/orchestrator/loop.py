@@ -25,13 +25,13 @@ from skep.manager.orchestrator.changes import (
     fallback_for,
 )
 from skep.manager.orchestrator.convergence import deciding_all, deciding_some
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.due_slots import DueSlots, SlotKey, slot_key
 from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
-from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.work_queue import WorkQueue
 from skep.model.dependencies import DEPENDS_ON, dependencies_of

@@ -36,9 +36,9 @@ from skep.manager.orchestrator.changes import (
     Step,
     cause_to_leave,
 )
-from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.outdated_tasks import is_dirty
 from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
 from skep.model.labels import drain_s

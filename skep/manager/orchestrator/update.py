@@ -3,7 +3,7 @@
 An update has no state of its own: its progress is read from the slots.
 
 * A slot is *outdated* if a wanted task in it (or its last task, which ended for good) was made from a spec that
-  requires another task (``dirty``).
+  requires another task (``outdated_tasks``).
 * An updated slot has a *lead*: the first task of the current version, unless it was stopped before it ran because its
   node was lost or drained.  The lead is *settled* once it was observed running or ended.  Until then, and for the
   update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that this
@@ -60,11 +60,11 @@ from skep.manager.orchestrator.changes import (
     SetUpdateStatus,
     Step,
 )
-from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
 from skep.manager.orchestrator.held_places import blocks, excludes, holds
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.outdated_tasks import is_dirty
 from skep.manager.orchestrator.restart import is_held
-from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import (
     Slot,
     age,

@@ -14,10 +14,10 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, RetryLater, SkepError, Unavailable
 from skep.manager.probes.streams import ProbeStreams
+from skep.model.data_planes import is_docker_node, probes_paths
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.paths import DiagnosticsResult
-from skep.model.planes import is_docker_node, probes_paths
 from skep.rpc.errors import LOST_PEER
 from skep.store.interface import Store
 from skep.wire import methods

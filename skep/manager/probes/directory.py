@@ -7,10 +7,10 @@ from msgspec.structs import replace
 
 from skep.manager.probes.plan import Plan
 from skep.model.addresses import joined
+from skep.model.data_planes import is_docker_node, probes_paths, underlay_of
 from skep.model.ids import NetworkId, NodeId
 from skep.model.node import Node, NodeState
 from skep.model.paths import PathPeer, ProbeTargets
-from skep.model.planes import is_docker_node, probes_paths, underlay_of
 from skep.model.reserved_ports import GOSSIP_PORT
 
 GOSSIP_PEERS_MAX = 24

@@ -22,13 +22,13 @@ from skep.model.ids import NetworkId, NodeId
 
 ALL_PAIRS_MAX = 24
 """Nodes up to which all pairs are probed."""
-NEIGHBOURS = 4
+NEIGHBORS = 4
 """Neighbors on each side of a node, on the ring of all nodes."""
 NETWORKS_MAX = 6
 """Networks of a node whose rings it joins."""
-NEIGHBOURS_ON_NETWORK = 2
+NEIGHBORS_ON_NETWORK = 2
 """Neighbors on each side of a node, on the ring of a network."""
-PEERS_MAX = 2 * (NEIGHBOURS + NETWORKS_MAX * NEIGHBOURS_ON_NETWORK)
+PEERS_MAX = 2 * (NEIGHBORS + NETWORKS_MAX * NEIGHBORS_ON_NETWORK)
 """Nodes that one node probes in a large cluster."""
 
 _DIGEST_BYTES = 8
@@ -81,10 +81,10 @@ class Plan:
             return ()
         if len(self._nodes) <= ALL_PAIRS_MAX:
             return tuple(sorted(self._nodes - {node}))
-        peers = set(self._ring.beside(node, NEIGHBOURS))
+        peers = set(self._ring.beside(node, NEIGHBORS))
         for network in self._networks[node]:
             if (ring := self._rings.get(network)) is not None:
-                peers.update(ring.beside(node, NEIGHBOURS_ON_NETWORK))
+                peers.update(ring.beside(node, NEIGHBORS_ON_NETWORK))
         return tuple(sorted(peers - {node}))
 
 

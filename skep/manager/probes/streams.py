@@ -25,10 +25,10 @@ from skep.manager.probes.directory import (
 )
 from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
 from skep.manager.probes.records import WRITTEN_MAX, PathRecord, record_paths
+from skep.model.data_planes import data_path_port, probes_paths
 from skep.model.ids import NetworkId, NodeId
 from skep.model.node import FailingPath, Node
 from skep.model.paths import DiagnosticsRequest, NetworkNames, PathCheck, PathPeer, PathReport, ProbeTargets
-from skep.model.planes import data_path_port, probes_paths
 from skep.model.swarm import Swarm
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.wire import methods

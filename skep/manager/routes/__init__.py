@@ -6,7 +6,7 @@
 
 from aiohttp import web
 
-from skep.api.passed import is_passed
+from skep.api.handover_server import is_passed
 from skep.api.server import ApiVersion
 from skep.api.server import application as engine_application
 from skep.api.versions import NEWEST

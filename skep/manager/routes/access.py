@@ -26,8 +26,8 @@ from skep.manager.task_usages import no_usages
 from skep.model.autoscaling import TaskUsage
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
+from skep.model.name_generator import NameSource
 from skep.model.paths import DiagnosticsResult
-from skep.model.readable import NameSource
 from skep.model.swarm import CAConfig, Swarm
 from skep.model.task import Task
 from skep.model.times import Timestamp, timestamp

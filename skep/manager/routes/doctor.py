@@ -7,11 +7,11 @@ from skep.api.server import JsonLines, Routes, flag
 from skep.errors import InvalidArgument
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.conditions import network_conditions
+from skep.model.data_planes import is_docker_node
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.paths import DiagnosticsResult, PathFinding, PathReport
-from skep.model.planes import is_docker_node
 from skep.store.interface import View
 
 routes = Routes()

@@ -57,7 +57,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/events")
 async def stream_all_events(request: web.Request) -> web.StreamResponse:
-    """Send all events, including those of tasks, each with its cursor.
+    """Send all events, also of tasks, each with its cursor.
 
     ``after`` resumes after the event with that cursor.  ``since`` starts with the kept events of that time.  ``nodes``
     adds the events of containers, images and volumes, of ``all`` nodes or of the nodes with these names.

@@ -17,7 +17,7 @@ from skep.manager.explanations import ServiceExplanation, explain_autoscaling, e
 from skep.manager.quotas import replicas_within_quota
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.placement import accounting_of, names_for
-from skep.manager.routes.shown import damage_of, service_status, slot_in, with_damage
+from skep.manager.routes.representations import damage_of, service_status, slot_in, with_damage
 from skep.manager.scheduler.explain import (
     NodeVerdict,
     ServiceNames,

@@ -20,7 +20,7 @@ from skep.api.server import (
 from skep.errors import InvalidArgument
 from skep.manager.control import files as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
-from skep.manager.routes.shown import has_labels
+from skep.manager.routes.representations import has_labels
 from skep.model.encoding import ApiObject
 from skep.model.labels import STACK_REVISION
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec

@@ -14,7 +14,7 @@ from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.control.tasks import known_status
 from skep.manager.journal.reading import LIMIT_MAX, TIME_MAX, Query, page
 from skep.manager.routes.access import current_view, manager_of, past_of
-from skep.manager.routes.shown import problems_of, service_status, shown_node, shown_service
+from skep.manager.routes.representations import problems_of, service_status, shown_node, shown_service
 from skep.model.access import EVERY_STACK, Identity, Role
 from skep.model.encoding import ApiObject, always
 from skep.model.history import Kind, without_credentials

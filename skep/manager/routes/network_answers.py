@@ -14,11 +14,11 @@ from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts
 from skep.manager.allocator.addresses import usage_of
 from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
-from skep.manager.routes.shown import damage_of
+from skep.manager.routes.representations import damage_of
+from skep.model.data_planes import is_overlay
 from skep.model.ids import NodeId
 from skep.model.network import Network, is_ingress
 from skep.model.node import Node
-from skep.model.planes import is_overlay
 from skep.model.routes import route_overlaps
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm

@@ -21,7 +21,7 @@ from skep.api.server import (
 )
 from skep.manager.control import nodes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
-from skep.manager.routes.shown import has_labels, problems_of, shown_node
+from skep.manager.routes.representations import has_labels, problems_of, shown_node
 from skep.model.node import Node, NodeRole
 from skep.store.interface import View
 

@@ -16,8 +16,8 @@ from aiohttp import web
 from skep.api.connection import Connection
 from skep.api.container_requests import ExecRequest, ExecStart, Forwarded, forwarded, query_of, why_not
 from skep.api.framing import path_of
+from skep.api.handover_server import take_over
 from skep.api.identity import identity_of
-from skep.api.passed import take_over
 from skep.api.responses import Hijacked
 from skep.api.server import Routes, json_response, read_body, read_json
 from skep.api.tunnelling import join_client

@@ -31,15 +31,15 @@ from skep.manager.control.deploys import fenced, require_current
 from skep.manager.control.new_objects import stack_of
 from skep.manager.registry_auth import dropped_warnings, shown_auth
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
-from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
+from skep.manager.routes.representations import has_labels, problems_of, service_status, shown_service
 from skep.manager.service_warnings import placement_warnings
 from skep.model.access import REVISION_HEADER
 from skep.model.container import ContainerSpec, Mount
+from skep.model.data_planes import is_overlay
 from skep.model.encoding import ApiObject
 from skep.model.ids import ServiceId
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.planes import is_overlay
 from skep.model.secret_env import secret_env_warning
 from skep.model.service import Service, ServiceSpec
 from skep.store.interface import Transaction, View

@@ -15,7 +15,7 @@ from skep.manager.control import pools
 from skep.manager.control import swarm as control
 from skep.manager.control.pools import PoolChange
 from skep.manager.routes.access import ManagerApi, current_view, manager_of, strict_flag, version_parameter
-from skep.manager.routes.shown import shown_swarm
+from skep.manager.routes.representations import shown_swarm
 from skep.model.swarm import JoinTokens, SwarmSpec, UnlockRequest
 from skep.model.times import moment
 from skep.security.locking import shown_unlock_key

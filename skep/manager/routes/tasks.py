@@ -15,7 +15,7 @@ from skep.api.server import Filters, Routes, json_list_response, json_response
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.informer import batches_of
 from skep.manager.routes.access import current_view, manager_of
-from skep.manager.routes.shown import has_labels, shown_task
+from skep.manager.routes.representations import has_labels, shown_task
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState

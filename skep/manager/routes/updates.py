@@ -5,7 +5,7 @@ from aiohttp import web
 from skep.api.server import Routes, json_response
 from skep.manager.control import updates as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
-from skep.manager.routes.shown import problems_of, shown_service
+from skep.manager.routes.representations import problems_of, shown_service
 from skep.model.service import Service
 
 routes = Routes()

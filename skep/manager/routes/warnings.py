@@ -8,9 +8,8 @@ from skep.api.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.ca.expiry import expiring
 from skep.manager.routes.access import manager_of
-from skep.manager.routes.shown import damage_of
-from skep.model.node import Node, NodeState
-from skep.model.planes import (
+from skep.manager.routes.representations import damage_of
+from skep.model.data_planes import (
     DATA_PATH_LABEL,
     REFUSED_DATA_PATH_LABEL,
     claimed_underlay,
@@ -18,6 +17,7 @@ from skep.model.planes import (
     is_docker_node,
     usable_address,
 )
+from skep.model.node import Node, NodeState
 from skep.model.times import moment
 from skep.store.interface import Store, View
 from skep.store.schema import SCHEMAS

@@ -16,10 +16,10 @@ from skep.manager.resources import GenericStock
 from skep.manager.scheduler.load import MeanLoad
 from skep.manager.scheduler.requirements import Requirements
 from skep.manager.scheduler.volumes import VolumeUses
+from skep.model.data_planes import is_docker_node
 from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.needs import ClusterMount, HostPort, Usage, holds_of, host_ports
 from skep.model.node import Node
-from skep.model.planes import is_docker_node
 from skep.model.rights import Right, allowed_by
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState

@@ -6,10 +6,10 @@ from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.conditions import disk_pressure
 from skep.model.constraints import meets
+from skep.model.data_planes import is_docker_node
 from skep.model.labels import IGNORE_PATHS
 from skep.model.needs import kind_and_amount
 from skep.model.node import NodeState
-from skep.model.planes import is_docker_node
 from skep.model.rights import missing_devices, rights_text
 
 _CPU_NANO = 1_000_000_000

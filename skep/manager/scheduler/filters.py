@@ -17,11 +17,11 @@ from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.conditions import DISK_PRESSURE_LABEL
 from skep.model.constraints import meets
+from skep.model.data_planes import DOCKER, SKEP, plane_of_node
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, EnginePlugin, NodeState
 from skep.model.node_refusals import NodeRefusal, refusals_text
-from skep.model.planes import DOCKER, SKEP, plane_of_node
 from skep.model.rights import missing_devices
 from skep.model.service import Platform
 

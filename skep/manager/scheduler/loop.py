@@ -3,9 +3,9 @@
 Tasks of one service and version have the same requirements and are decided together as a *group*.  A global service's
 task has its node already and is a group of its own.  So is a task that returns to the node with its slot's volumes,
 while that node can run it or is worth waiting for.  A refused group is decided again when a change could help: a node
-event, or the end of a task.  Its tasks show the reason a moment later (``texts``).  A group that waits for another
-service (``dependencies``) is decided again when that service changes.  If the cluster allows it, tasks with a lower
-priority are preempted for a refused group (``preemption``).
+event, or the end of a task.  Its tasks show the reason a moment later (``pending_reasons``).  A group that waits for
+another service (``dependencies``) is decided again when that service changes.  If the cluster allows it, tasks with a
+lower priority are preempted for a refused group (``preemption``).
 """
 
 import asyncio
@@ -23,9 +23,11 @@ from skep.manager.failures import Failures
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
+from skep.manager.scheduler.decision_writer import Decision, is_pending, shows, write_decisions
 from skep.manager.scheduler.dependencies import FoundWaits, Waiting, Waits
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
+from skep.manager.scheduler.pending_reasons import Texts, Why
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, leaving, placing
 from skep.manager.scheduler.preemption import Preempt
 from skep.manager.scheduler.preemptor import Preemptor
@@ -33,8 +35,6 @@ from skep.manager.scheduler.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.staying import confirmed, staying
-from skep.manager.scheduler.texts import Texts, Why
-from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_affinity

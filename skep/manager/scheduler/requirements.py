@@ -6,13 +6,13 @@ from typing import TypeAlias
 import msgspec
 
 from skep.model.constraints import Constraint, parsed
+from skep.model.data_planes import is_overlay, plane_of
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Version
 from skep.model.needs import ClusterMount, HostPort, cluster_mounts, host_ports, reservations_of
 from skep.model.network import Network
 from skep.model.overlays import is_encrypted
 from skep.model.paths import PathCheck
-from skep.model.planes import is_overlay, plane_of
 from skep.model.rights import MachineRights, rights_of
 from skep.model.secret_env import PLUGIN as SECRET_ENV_PLUGIN
 from skep.model.secret_env import SECRET_ENV_LABEL

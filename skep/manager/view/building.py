@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_service
 from skep.manager.reasons import Kind, loop_ends_ns
-from skep.manager.routes.shown import service_status
+from skep.manager.routes.representations import service_status
 from skep.manager.view.rows import (
     STACK_LABEL,
     Counts,

@@ -12,14 +12,14 @@ from msgspec import UNSET, UnsetType
 from skep.errors import InvalidArgument
 from skep.manager.control.tasks import known_status
 from skep.manager.reasons import Kind, failure_of, problem_of
-from skep.manager.routes.shown import path_message, slot_in
+from skep.manager.routes.representations import path_message, slot_in
 from skep.model.conditions import condition_messages
+from skep.model.data_planes import driver_of
 from skep.model.history import masked, masked_text
 from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.network import Network, is_ingress
 from skep.model.node import Node, NodeState, plain_message
 from skep.model.overlays import is_encrypted
-from skep.model.planes import driver_of
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service, UpdateStatus
 from skep.model.slot_volumes import slot_volumes_of

@@ -19,9 +19,9 @@ from skep.engine.container import Container
 from skep.engine.engine import Engine
 from skep.model.ids import ContainerId
 from skep.model.rights import ApiAccess
+from skep.node.container_apis.connection_limits import Decision, decide
 from skep.node.container_apis.exchange import Dispatch, Exchanges
 from skep.node.container_apis.peers import Peer, peer_of
-from skep.node.container_apis.places import Decision, decide
 
 log = structlog.get_logger()
 

@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 _BACKLOG = 1024
 _CONNECTIONS_MAX = 4096
-"""Connections on Unix sockets, counting those that the manager process or the engine serves and those that wait for
+"""Connections on Unix sockets, including connections that the manager process or the engine serves, or that wait for
 routing.  Further ones are closed."""
 _TCP_CONNECTIONS_MAX = 2048
 """TCP connections, whichever process serves them.  Counted separately, so that they never fill root's socket."""

@@ -8,10 +8,10 @@ from skep.api.network_form import endpoint_id
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.local.objects import LocalNetwork
 from skep.engine.container import Container
+from skep.model.data_planes import is_overlay
 from skep.model.ids import TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import Network
-from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 
 

@@ -21,7 +21,7 @@ from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree, discard_tree_now
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.commands import communicate
-from skep.linux.files import BESIDE, sync_directory
+from skep.linux.files import NEW_SUFFIX, sync_directory
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.client import Client
 from skep.store.etcd.damage import Damaged, head_of, is_database
@@ -56,8 +56,8 @@ async def save_snapshot(chunks: AsyncIterator[bytes], to: Path) -> None:
     Raises:
         FailedPrecondition: They are not a complete snapshot.
     """
-    beside = to.with_name(to.name + BESIDE)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    unfinished = to.with_name(to.name + NEW_SUFFIX)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         check = Verified()
         async for chunk in chunks:
@@ -66,7 +66,7 @@ async def save_snapshot(chunks: AsyncIterator[bytes], to: Path) -> None:
         check.check()
         file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())
-    os.replace(beside, to)
+    os.replace(unfinished, to)
     sync_directory(to.parent)
 
 
@@ -168,8 +168,8 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
 
 
 def _etcdutl(binary: Binary) -> Path:
-    beside = binary.path.with_name("etcdutl")
-    found = str(beside) if beside.exists() else shutil.which("etcdutl")
+    unfinished = binary.path.with_name("etcdutl")
+    found = str(unfinished) if unfinished.exists() else shutil.which("etcdutl")
     if found is None:
         raise FailedPrecondition(
             "etcdutl, which restores a store, is missing: install it (Debian: etcd-client)"

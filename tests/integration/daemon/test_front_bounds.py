@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.api import connection, passed
+from skep.api import connection, handover_server
 from skep.api.connection import Connection
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
@@ -34,7 +34,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short limits for what clients may take, in both processes."""
     for module, name in (
         *((server, "_REQUEST_TIMEOUT_S"), (server, "_IDLE_S")),
-        *((passed, "CHECK_S"), (passed, "REQUEST_S"), (passed, "IDLE_S")),
+        *((handover_server, "CHECK_S"), (handover_server, "REQUEST_S"), (handover_server, "IDLE_S")),
     ):
         monkeypatch.setattr(module, name, 0.05)
 

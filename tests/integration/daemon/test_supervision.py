@@ -81,7 +81,7 @@ async def wait_started(supervised: Supervisor) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_the_failure_of_a_neighbour_ends_no_process_and_the_next_supervisor_adopts_it(
+async def test_the_failure_of_a_neighbor_ends_no_process_and_the_next_supervisor_adopts_it(
     paths: Paths, forks: Forks
 ) -> None:
     first = supervising(paths, forks)

@@ -200,7 +200,7 @@ async def test_packets_that_only_pass_through_are_not_led_away(lab: MeshLab) -> 
         assert connection.getpeername()[0] == "198.51.100.2"
 
 
-async def test_a_neighbour_reaches_neither_the_loopback_of_a_node_nor_a_task_directly(lab: MeshLab) -> None:
+async def test_a_neighbor_reaches_neither_the_loopback_of_a_node_nor_a_task_directly(lab: MeshLab) -> None:
     await spread_tasks(lab, 1)
     await lab.batch("client", f"route add 10.0.0.0/24 via {lab.nodes[0].address}")
     with pytest.raises(TimeoutError):

@@ -35,7 +35,7 @@ def cluster() -> Iterator[TestCluster]:
 def hostnames(addresses: Iterable[str]) -> dict[str, str]:
     """Address -> what the server there is called.
 
-    Asked again once: the kernel keeps 1,024 neighbours for all namespaces of a machine (``gc_thresh3``), a playground's
+    Asked again once: the kernel keeps 1,024 neighbors for all namespaces of a machine (``gc_thresh3``), a playground's
     nodes together, and each connection between two containers takes two; when they are used up it waits seconds.
     """
     found = {}

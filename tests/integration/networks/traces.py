@@ -21,7 +21,7 @@ _LISTINGS = {
     "routes": "ip route show table all",
     "routes of IPv6": "ip -6 route show table all",
     "rules of routes": "ip rule",
-    "neighbours": "ip neighbour show nud permanent",
+    "neighbors": "ip neighbor show nud permanent",
     "forwarding": "bridge fdb show",
     "rules": "nft list ruleset",
 }

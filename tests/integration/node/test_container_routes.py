@@ -169,7 +169,7 @@ async def test_an_ended_container_refuses_what_needs_a_process(api: Api, run: Ru
 # --- output -----------------------------------------------------------------------------------------------------
 
 
-async def test_what_old_clients_give_is_honoured_or_refused(api: Api, run: Runner):
+async def test_what_old_clients_give_is_honored_or_refused(api: Api, run: Runner):
     container = await run.start("sleep", "100", plain=PlainOptions())
     other = await run.create("sleep", "100", name="other", init=True, plain=PlainOptions())
 

@@ -117,9 +117,9 @@ async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(
         until_it_serves = f"for i in $(seq 100); do {ask} && break; sleep 0.05; done"
         assert "staff" in await lab.in_home("busybox", "sh", "-c", until_it_serves)
         try_once = f"{ask} || echo nobody"
-        neighbour = await run.output("sh", "-c", try_once, endpoints=places(6))
+        neighbor = await run.output("sh", "-c", try_once, endpoints=places(6))
         stranger = await lab.in_home("nsenter", f"--net={outside}", "busybox", "sh", "-c", try_once)
-        for received in (neighbour, stranger):
+        for received in (neighbor, stranger):
             assert "nobody" in received
             assert "staff" not in received
 

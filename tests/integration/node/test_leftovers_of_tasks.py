@@ -141,9 +141,9 @@ async def test_the_removal_of_a_starting_container_disturbs_no_other(
     lab: Lab, executor: OciExecutor, turns: int
 ) -> None:
     """What watches it must not meet a record that is gone: in the same group, that ended all containers' keeping."""
-    neighbour = executor.controller(a_task("sleep", "60", slot=1))
-    await neighbour.prepare()
-    await neighbour.start()
+    neighbor = executor.controller(a_task("sleep", "60", slot=1))
+    await neighbor.prepare()
+    await neighbor.start()
     task = a_task("sleep", "60")
     controller = executor.controller(task)
     await controller.prepare()
@@ -154,6 +154,6 @@ async def test_the_removal_of_a_starting_container_disturbs_no_other(
     await asyncio.wait([starting])
     starting.exception()
     await eventually(lambda: len(executor.engine.list()) == 1, "the other one is left")
-    assert neighbour.observed() is not None
-    await neighbour.terminate()
-    await neighbour.wait()
+    assert neighbor.observed() is not None
+    await neighbor.terminate()
+    await neighbor.wait()

@@ -131,9 +131,9 @@ NAMELESS = "0" * 64
     ("path", "pruned"),
     [
         ("/v1.42/volumes/prune", [NAMELESS]),
-        ("/v1.41/volumes/prune", [NAMELESS, "free", "labelled"]),
-        ('/v1.42/volumes/prune?filters={"all":["true"]}', [NAMELESS, "free", "labelled"]),
-        ('/v1.42/volumes/prune?filters={"all":["1"],"label":["a=b"]}', ["labelled"]),
+        ("/v1.41/volumes/prune", [NAMELESS, "free", "labeled"]),
+        ('/v1.42/volumes/prune?filters={"all":["true"]}', [NAMELESS, "free", "labeled"]),
+        ('/v1.42/volumes/prune?filters={"all":["1"],"label":["a=b"]}', ["labeled"]),
         ('/v1.42/volumes/prune?filters={"all":["1"],"label!":["a"]}', [NAMELESS, "free"]),
     ],
 )
@@ -141,7 +141,7 @@ async def test_unused_volumes_are_pruned_as_the_filters_and_the_version_say(
     api: Api, volumes: Volumes, path: str, pruned: list[str]
 ) -> None:
     (volumes.ensure(NAMELESS) / "file").write_bytes(b"12345")
-    volumes.ensure("labelled", {"a": "b"})
+    volumes.ensure("labeled", {"a": "b"})
     report = await (await api.post(path)).json()
     assert report == {"VolumesDeleted": pruned, "SpaceReclaimed": 5 if NAMELESS in pruned else 0}
     assert "used" in volumes.names()

@@ -90,7 +90,7 @@ class Host:
     def response_timeout_s(self, period_s: float) -> float:
         return 5.0
 
-    def connected(self, address: str, *, timeout_s: float) -> Any:
+    def connect(self, address: str, *, timeout_s: float) -> Any:
         raise AssertionError("there are no logs")
 
     async def wait_stopping(self) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from skep.agent.executor.interface import Controller, Rejected, Running
-from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
+from skep.agent.executor.simulated import Behavior, Machine, SimulatedController, SimulatedExecutor
 from skep.agent.task_files import TaskFiles
 from skep.agent.worker import Worker, stop_reason
 from skep.aio.clock import SystemClock
@@ -23,7 +23,7 @@ from skep.model.service import Limits, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
 from tests.support.fake_worker import a_session
 
-QUICK = Behaviour(prepare_s=0.0, start_s=0.0, shutdown_s=0.0)
+QUICK = Behavior(prepare_s=0.0, start_s=0.0, shutdown_s=0.0)
 RUNNING = TaskState.RUNNING
 DEADLINE_S = 30
 """Generous: it is meant for what never comes, not for what comes late on a busy machine."""
@@ -80,10 +80,10 @@ class Reports:
 class Node:
     """A node with a disk and a machine, on which workers come and go."""
 
-    def __init__(self, directory: Path, behaviour: Behaviour = QUICK) -> None:
+    def __init__(self, directory: Path, behavior: Behavior = QUICK) -> None:
         self.directory = directory
         self.machine = Machine()
-        self.behaviour = behaviour
+        self.behavior = behavior
         self.reports = Reports()
         self.controllers: dict[str, type[SimulatedController]] = {}
 
@@ -113,7 +113,7 @@ class ChoosingExecutor(SimulatedExecutor):
     """Gives some tasks a controller of another kind."""
 
     def __init__(self, node: Node) -> None:
-        super().__init__(SystemClock(), random.Random(1), node.machine, node.behaviour)
+        super().__init__(SystemClock(), random.Random(1), node.machine, node.behavior)
         self._kinds: Mapping[str, type[SimulatedController]] = node.controllers
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
@@ -391,7 +391,7 @@ async def test_new_limits_reach_a_running_task_once(node: Node) -> None:
         assert node.reports.states("a").count(RUNNING) == 1
 
 
-class Relabelled(SimulatedController):
+class Relabeled(SimulatedController):
     updates: tuple[Mapping[str, str], ...] = ()
 
     async def update(self, task: AssignedTask) -> None:
@@ -400,7 +400,7 @@ class Relabelled(SimulatedController):
 
 async def test_labels_that_change_while_a_task_runs_take_effect_without_a_restart(node: Node) -> None:
     """Also after a restart of the node process.  The controller gets what it needs at the task's end."""
-    node.controllers["a"] = Relabelled
+    node.controllers["a"] = Relabeled
     stops = {ON_DISCONNECT: "stop", ON_DISCONNECT_DELAY: "20s"}
     kept = {**stops, LAST_LINES: "3"}
     async with node.working() as worker:
@@ -412,16 +412,16 @@ async def test_labels_that_change_while_a_task_runs_take_effect_without_a_restar
             assert not stop_reason(task, 19.0)
             assert stop_reason(task, 20.0)
         async with asyncio.timeout(DEADLINE_S):
-            while not Relabelled.updates:  # noqa: ASYNC110
+            while not Relabeled.updates:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        assert Relabelled.updates == (kept,)
+        assert Relabeled.updates == (kept,)
         assert node.reports.states("a").count(RUNNING) == 1
     async with node.working() as worker:
         await worker.wait_ready()
         assert worker.tasks()[TaskId("a")].service_labels == kept
 
 
-class SlowToStart(Relabelled):
+class SlowToStart(Relabeled):
     updates: tuple[Mapping[str, str], ...] = ()
     begins: asyncio.Event
 

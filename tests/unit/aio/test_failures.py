@@ -53,11 +53,11 @@ async def test_any_error_is_contained_logged_with_its_traceback_and_reported(err
     reported: list[Exception] = []
     with capture_logs() as lines:
         async with asyncio.TaskGroup() as group:
-            neighbour = group.create_task(asyncio.sleep(0, "alive"))
+            neighbor = group.create_task(asyncio.sleep(0, "alive"))
             group.create_task(
                 isolate(failing(error)(), "probe failed", on_error=reported.append, container="c")
             )
-    assert neighbour.result() == "alive"
+    assert neighbor.result() == "alive"
     assert reported == [error]
     assert [(line["event"], line["container"]) for line in lines] == [("probe failed", "c")]
     assert lines[0]["exc_info"] is error

@@ -112,11 +112,11 @@ def test_without_a_node_it_is_one_line() -> None:
 
 
 def test_network_problems_of_a_node_are_problems() -> None:
-    results = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
+    results = [WELL[0] | {"Conditions": ["the kernel's table of neighbors overflows"]}, WELL[1]]
     lines = list(shown(results, Screen()))
     assert lines[0] == "2 nodes, 1 pair: 1 node with a problem of its own"
     assert lines[-2:] == [
         "What nodes report of themselves:",
-        "  m1: the kernel's table of neighbours overflows",
+        "  m1: the kernel's table of neighbors overflows",
     ]
     assert [has_problem(result) for result in results] == [True, False]

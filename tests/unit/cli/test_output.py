@@ -95,7 +95,7 @@ def test_a_narrow_terminal_cuts_the_last_column_and_colours_only_terminals() -> 
     assert Screen(columns=12).fitted("one two three four", indent=2) == ["one two", "  three four"]
 
 
-def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert Screen.present(is_wide=False).has_colours
     monkeypatch.setenv("NO_COLOR", "1")

@@ -80,12 +80,12 @@ def test_values_that_the_docker_command_always_sends_are_accepted() -> None:
         ({"SecurityOpt": ["writable-cgroups=1"]}, "--security-opt writable-cgroups"),
     ],
 )
-def test_an_option_that_is_not_honoured_is_refused_by_its_name(host: dict[str, Any], option: str) -> None:
+def test_an_option_that_is_not_honored_is_refused_by_its_name(host: dict[str, Any], option: str) -> None:
     with pytest.raises(Unimplemented, match=option):
         everything(host)
 
 
-def test_options_of_a_network_that_are_not_honoured_are_refused_too() -> None:
+def test_options_of_a_network_that_are_not_honored_are_refused_too() -> None:
     with pytest.raises(Unimplemented, match="--link-local-ip"):
         body(endpoints={"net1": {"IPAMConfig": {"LinkLocalIPs": ["169.254.1.1"]}}})
     for links in ({"Links": ["a:b"]}, {"Links": ["a:b"], "NetworkMode": "none"}):

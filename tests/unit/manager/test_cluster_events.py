@@ -104,11 +104,11 @@ def test_an_update_of_a_service_names_what_changed():
     ],
 )
 def test_a_secret_or_config_has_events_of_its_life_and_of_its_labels(type, made):
-    labelled = replace(made, spec=replace(made.spec, labels={"team": "red"}))
+    labeled = replace(made, spec=replace(made.spec, labels={"team": "red"}))
     for event, action in (
         (Created(made), "create"),
-        (Updated(made, labelled), "update"),
-        (Deleted(labelled), "remove"),
+        (Updated(made, labeled), "update"),
+        (Deleted(labeled), "remove"),
     ):
         assert reported(event) == [(type, action, {"name": "key"})]
 

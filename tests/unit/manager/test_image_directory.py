@@ -17,9 +17,9 @@ from skep.manager.image_directory import (
     needed_images,
 )
 from skep.model.container import ContainerSpec
+from skep.model.data_planes import IMAGES_LABEL
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeRole, NodeState
-from skep.model.planes import IMAGES_LABEL
 from skep.model.service import Service, ServiceSpec, TaskSpec
 from skep.model.task import Task, TaskState
 from skep.security.identity import Identity

@@ -23,7 +23,7 @@ from skep.model.service import (
 from tests.support.builders import a_service_spec
 
 
-def labelled(replicas: int | None = 1, **labels: str) -> ServiceSpec:
+def labeled(replicas: int | None = 1, **labels: str) -> ServiceSpec:
     named = {f"skep.{name.replace('__', '.').replace('_', '-')}": value for name, value in labels.items()}
     return replace(a_service_spec(replicas=replicas), labels=named)
 
@@ -64,9 +64,9 @@ def test_a_service_without_the_label_is_not_autoscaled_nor_one_with_a_label_that
         ({"autoscale__cpu": "50"}, "the label skep.autoscale.cpu needs skep.autoscale"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_in_words(labels: dict[str, str], words: str) -> None:
+def test_what_cannot_be_honored_is_refused_in_words(labels: dict[str, str], words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
-        check_autoscaling(labelled(**labels))
+        check_autoscaling(labeled(**labels))
 
 
 @pytest.mark.parametrize(
@@ -79,31 +79,31 @@ def test_what_cannot_be_honoured_is_refused_in_words(labels: dict[str, str], wor
 )
 def test_global_services_and_jobs_are_not_autoscaled(mode: ServiceMode) -> None:
     with pytest.raises(InvalidArgument, match=f"is for replicated services, not for a {mode.name} one"):
-        check_autoscaling(replace(labelled(autoscale="1..2"), mode=mode))
+        check_autoscaling(replace(labeled(autoscale="1..2"), mode=mode))
 
 
 def test_a_spec_without_a_number_gets_the_fewest_and_later_keeps_what_there_is() -> None:
-    open_spec = settled(labelled(None, autoscale="2..10"))
+    open_spec = settled(labeled(None, autoscale="2..10"))
     assert open_spec.mode.replicated is not None
     assert open_spec.mode.replicated.replicas is None
     assert with_number_kept(open_spec, None).replicas == 2
     assert with_number_kept(open_spec, a_service_spec(replicas=7)).replicas == 7
     assert with_number_kept(open_spec, a_service_spec(replicas=50)).replicas == 10
     assert with_number_kept(open_spec, a_service_spec(replicas=0)).replicas == 0, "off by hand"
-    assert with_number_kept(labelled(5, autoscale="2..10"), a_service_spec(replicas=7)).replicas == 5
+    assert with_number_kept(labeled(5, autoscale="2..10"), a_service_spec(replicas=7)).replicas == 5
 
 
 def test_without_autoscaling_a_missing_number_is_one_as_in_docker() -> None:
-    spec = settled(labelled(None))
+    spec = settled(labeled(None))
     assert with_number_kept(spec, a_service_spec(replicas=7)) == spec
     assert spec.replicas == 1
 
 
 def test_a_file_does_not_reset_the_number_while_autoscaling_stays_on() -> None:
-    file = labelled(3, autoscale="2..10")
-    assert with_present_number(file, labelled(8, autoscale="2..20")).replicas == 8
-    assert with_present_number(file, labelled(8)).replicas == 3
-    assert with_present_number(labelled(3), labelled(8, autoscale="2..20")).replicas == 3
+    file = labeled(3, autoscale="2..10")
+    assert with_present_number(file, labeled(8, autoscale="2..20")).replicas == 8
+    assert with_present_number(file, labeled(8)).replicas == 3
+    assert with_present_number(labeled(3), labeled(8, autoscale="2..20")).replicas == 3
 
 
 @pytest.mark.parametrize("usage", [(-1, 0), (0, -1), (1 << 62, 0), (0, 1 << 51)])

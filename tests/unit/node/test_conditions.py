@@ -9,7 +9,7 @@ from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.cli.status import node_rows
 from skep.manager.events import messages_of
-from skep.manager.routes.shown import Problems, shown_node
+from skep.manager.routes.representations import Problems, shown_node
 from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
 from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
 from skep.node.cluster_work import NodeWork

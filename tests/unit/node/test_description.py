@@ -14,7 +14,7 @@ from skep.node.conditions import Conditions
 from skep.node.description import NodeDescriber, within_bounds
 from skep.node.features import Features
 from skep.node.machine import Machine
-from skep.node.offers import OfferReader
+from skep.node.machine_resources import ResourceReader
 
 MACHINE = Machine(
     hostname="w1",
@@ -28,7 +28,7 @@ MACHINE = Machine(
 
 
 def described(features: Features) -> NodeDescription:
-    offers = OfferReader(SystemClock(), Configuration)
+    offers = ResourceReader(SystemClock(), Configuration)
     conditions = Conditions(SystemClock())
     return NodeDescriber(
         MACHINE, features, offers, conditions, dict, image_port=lambda: 0, has_probes=False

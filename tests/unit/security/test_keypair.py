@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from skep.errors import FailedPrecondition, NotFound
-from skep.linux.files import BESIDE
+from skep.linux.files import NEW_SUFFIX
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.security import keypair
@@ -114,7 +114,7 @@ def test_a_save_after_a_broken_one_can_break_too(tmp_path, monkeypatch):
     replace = os.replace
 
     def broken(source, target):
-        if str(target).endswith(keypair.CERTIFICATE_FILE) and str(source).endswith(BESIDE):
+        if str(target).endswith(keypair.CERTIFICATE_FILE) and str(source).endswith(NEW_SUFFIX):
             raise OSError("crash")
         replace(source, target)
 
@@ -125,7 +125,7 @@ def test_a_save_after_a_broken_one_can_break_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
 
     def write_nothing(*_words, **_more):
-        (tmp_path / (keypair.CERTIFICATE_FILE + BESIDE)).unlink(missing_ok=True)
+        (tmp_path / (keypair.CERTIFICATE_FILE + NEW_SUFFIX)).unlink(missing_ok=True)
         raise OSError("crash")
 
     monkeypatch.setattr("skep.security.keypair.write_new", write_nothing)

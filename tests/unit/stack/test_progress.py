@@ -74,17 +74,17 @@ def a_task(
     )
 
 
-RUNS, BESIDE = a_task(TaskState.RUNNING), a_task(TaskState.RUNNING)
+RUNS, NEW_SUFFIX = a_task(TaskState.RUNNING), a_task(TaskState.RUNNING)
 FAILED = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="no such file")
 
 
 @pytest.mark.parametrize(
     ("tasks", "text", "is_done"),
     [
-        ([RUNS, BESIDE], "2 of 2 tasks run", True),
+        ([RUNS, NEW_SUFFIX], "2 of 2 tasks run", True),
         ([RUNS], "1 of 2 tasks run", False),
         ([RUNS, a_task(TaskState.STARTING), FAILED], "1 of 2 tasks run: no such file", False),
-        ([RUNS, BESIDE, FAILED], "2 of 2 tasks run", True),
+        ([RUNS, NEW_SUFFIX, FAILED], "2 of 2 tasks run", True),
         ([RUNS, a_task(TaskState.SHUTDOWN, TaskState.SHUTDOWN, err="killed")], "1 of 2 tasks run", False),
         (
             [RUNS, a_task(TaskState.PENDING, err="no suitable node")],
@@ -135,7 +135,7 @@ def test_failures_in_a_row_are_those_of_one_slot_since_it_last_ran() -> None:
 
 def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> None:
     under_way = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
-    assert not progress_of(under_way, [RUNS, BESIDE]).is_done
+    assert not progress_of(under_way, [RUNS, NEW_SUFFIX]).is_done
     paused = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.PAUSED, message="too many failed"))
     found = progress_of(paused, [RUNS, FAILED])
     assert (found.text, found.is_stuck) == ("the update is paused: too many failed (no such file)", True)

@@ -71,7 +71,7 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
         ("autoscale: {max: 2, down-after: 1s}", "want a duration from 15s to 24h"),
     ],
 )
-def test_autoscaling_that_cannot_be_honoured_is_refused_at_its_place(text: str, problem: str) -> None:
+def test_autoscaling_that_cannot_be_honored_is_refused_at_its_place(text: str, problem: str) -> None:
     _, report = read(f"services: {{web: {{image: w, x-skep: {{{text}}}}}}}")
     (found,) = report.problems
     assert problem in str(found)

@@ -121,7 +121,7 @@ class Reaper:
                     if old.desired_state != new.desired_state or new.status.state.is_terminal:
                         self._queue.add((_slot_key(new),))
                 case Created(Service() as readable):
-                    # A new one has no tasks. Tasks of one that could not be read are decided now.
+                    # A new service has no tasks. Tasks of a service that was unreadable are decided now.
                     tasks = self._term.view().find(Task, service_id=readable.id)
                     self._queue.add(_slot_key(task) for task in tasks)
                 case Created(SpecVersion() as version):

@@ -8,10 +8,10 @@ sends its report some seconds after the task, and managers accept it only for sl
 from collections.abc import Callable, Iterable
 
 from skep.manager.orchestrator.reaper.kept_nodes import has_cut_report
+from skep.model.data_planes import is_docker_node
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Node
-from skep.model.planes import is_docker_node
 from skep.model.service import Service
 from skep.model.slot_volumes import (
     FORGOTTEN_LABEL,

@@ -238,7 +238,7 @@ async def test_a_container_may_have_a_name_server_of_its_own(lab: NamesLab) -> N
 
 
 async def test_queries_from_outside_the_namespace_are_ignored(lab: NamesLab) -> None:
-    """A neighbour sends packets for the loopback address, to a container that routes such packets."""
+    """A neighbor sends packets for the loopback address, to a container that routes such packets."""
     received: list[str] = []
 
     def noted(question: DNSRecord) -> bytes:

@@ -145,7 +145,7 @@ def states(draw: st.DrawFn) -> State:
             if link.kind == "vxlan":
                 node, address = draw(st.sampled_from(NODES)), f"10.0.0.{draw(st.integers(2, 4))}"
                 entries[(name, mac)] = Entry(EntryKind.FORWARD, name, mac, node)
-                entries[(name, address)] = Entry(EntryKind.NEIGHBOUR, name, mac, address)
+                entries[(name, address)] = Entry(EntryKind.NEIGHBOR, name, mac, address)
     addresses = {
         Address(draw(st.sampled_from(sorted(bridges))), f"10.0.{number}.1/24")
         for number in draw(st.sets(st.integers(0, 3)))
@@ -226,7 +226,7 @@ def test_a_vxlan_with_other_numbers_is_made_anew_with_all_that_is_on_it(change: 
 
 
 def test_a_changed_device_is_not_set_to_the_address_it_has() -> None:
-    """The kernel forgets a device's neighbours when its address is set, to the same one even."""
+    """The kernel forgets a device's neighbors when its address is set, to the same one even."""
     link = Link(name="probe", kind="vxlan", mtu=1450, mac="02:42:0a:00:00:01", offloads=True)
     smaller = msgspec.structs.replace(link, mtu=1350)
     (change,) = difference(State(links={"probe": smaller}), State(links={"probe": link}))

@@ -272,7 +272,7 @@ async def test_deferred_repairs_run_once_and_a_failure_delays_no_other_namespace
         (Put(Route("br0", "10.0.0.0/24")), "route"),
         (Put(Entry(EntryKind.FORWARD, "vx", "02:42:0a:00:00:05", "192.0.2.1")), "forwarding"),
         (Put(Entry(EntryKind.PORT, "vx", "02:42:0a:00:00:05")), "bridge entry"),
-        (Put(Entry(EntryKind.NEIGHBOUR, "vx", "02:42:0a:00:00:05", "10.0.0.5")), "neighbour"),
+        (Put(Entry(EntryKind.NEIGHBOR, "vx", "02:42:0a:00:00:05", "10.0.0.5")), "neighbor"),
     ],
 )
 def test_repairs_are_counted_by_kind(operation: AddLink | SetSysctl | Put, kind: str) -> None:

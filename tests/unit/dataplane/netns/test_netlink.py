@@ -33,5 +33,5 @@ def test_entries_are_written_as_the_kernel_takes_them() -> None:
     assert (bytes(found[2]).hex(":"), socket.inet_ntoa(found[1])) == (MAC, "192.0.2.7")
     port = entry_message(Entry(EntryKind.PORT, "vs1", MAC), 4)
     assert NDMSG.unpack_from(port) == (7, 4, 0x40, 0x04, 0), "static: permanent would be the bridge itself"
-    neighbour = entry_message(Entry(EntryKind.NEIGHBOUR, "vx1", MAC, "fd00::5"), 5)
-    assert NDMSG.unpack_from(neighbour) == (socket.AF_INET6, 5, 0x80, 0, 0)
+    neighbor = entry_message(Entry(EntryKind.NEIGHBOR, "vx1", MAC, "fd00::5"), 5)
+    assert NDMSG.unpack_from(neighbor) == (socket.AF_INET6, 5, 0x80, 0, 0)

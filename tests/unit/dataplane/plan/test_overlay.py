@@ -64,7 +64,7 @@ def test_a_remote_endpoint_has_its_three_entries_on_the_device_of_its_subnet() -
     assert found.entries == {
         Entry(EntryKind.FORWARD, "vx4098", mac, "192.0.2.2"),
         Entry(EntryKind.PORT, "vx4098", mac),
-        Entry(EntryKind.NEIGHBOUR, "vx4098", mac, "10.0.2.5"),
+        Entry(EntryKind.NEIGHBOR, "vx4098", mac, "10.0.2.5"),
     }
     assert sorted(found.links) == ["br0", "vx4097", "vx4098"]
     assert found.addresses == {Address("br0", "10.0.1.1/24"), Address("br0", "10.0.2.1/24")}
@@ -118,11 +118,11 @@ def test_nodes_with_another_version_of_ip_are_left_out() -> None:
     assert remote_entries(table, ME, Underlay("fd09::1")) == frozenset()
 
 
-def test_both_versions_are_neighbours_on_one_device() -> None:
+def test_both_versions_are_neighbors_on_one_device() -> None:
     segments = (Segment("10.0.1.0/24", "10.0.1.1", 4097), Segment("fd01::/64", "fd01::1", 4097))
     head = msgspec.structs.replace(HEAD, segments=segments)
     found = state(a_table((OTHER, "10.0.1.5 FD01:0::5"), head=head))
-    assert {one.address for one in found.entries if one.kind is EntryKind.NEIGHBOUR} == {
+    assert {one.address for one in found.entries if one.kind is EntryKind.NEIGHBOR} == {
         "10.0.1.5",
         "fd01::5",
     }
@@ -230,6 +230,6 @@ def test_every_mac_has_one_place_and_is_where_the_table_says(
         assert link is None or link.startswith("vx") == (node != ME)
         assert link is not None or node == ME, "who is elsewhere is always reached"
     for entry in found.entries:
-        if entry.kind is EntryKind.NEIGHBOUR:
+        if entry.kind is EntryKind.NEIGHBOR:
             assert by_mac[entry.mac] == entry.link
             assert ip_address(entry.address)

@@ -44,7 +44,7 @@ def test_a_peer_has_its_entries_and_the_device_never_fragments() -> None:
     assert (link.vxlan.vni, link.vxlan.is_whole) == (PROBE_VNI, True)
     assert {(one.kind, one.address) for one in state.entries} == {
         (EntryKind.FORWARD, "192.0.2.2"),
-        (EntryKind.NEIGHBOUR, address_of(NodeId("two"))),
+        (EntryKind.NEIGHBOR, address_of(NodeId("two"))),
     }
     assert difference(state, state) == []
     assert difference(state, State()) != []

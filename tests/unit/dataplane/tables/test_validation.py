@@ -66,7 +66,7 @@ def test_whatever_is_said_rules_are_made_of_addresses_and_numbers_only(
     rules = vxlan_filter({NET: table}, NodeId("n1"), ["br0"])
     assert all(ELEMENT.fullmatch(element) for _, element in rules.elements)
     assert ("peers4", "192.168.0.2 . 4096") in rules.elements
-    remote_entries(table, NodeId("n1"), Underlay("192.168.0.1"))  # and routes and neighbours can be made
+    remote_entries(table, NodeId("n1"), Underlay("192.168.0.1"))  # and routes and neighbors can be made
     for one in table.services.values():
         assert all(text == str(ip_address(text)) and "%" not in text for text in one.virtual_ips)
 

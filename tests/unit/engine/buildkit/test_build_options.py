@@ -23,7 +23,7 @@ from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unimplemen
 from skep.model.container import Ulimit
 
 
-def test_every_option_that_is_honoured_reaches_the_build() -> None:
+def test_every_option_that_is_honored_reaches_the_build() -> None:
     build = asked(
         "dockerfile.v0",
         {

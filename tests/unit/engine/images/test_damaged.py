@@ -1,4 +1,4 @@
-"""Images of which something cannot be read any more: their layers stay, and their neighbours work."""
+"""Images of which something cannot be read any more: their layers stay, and their neighbors work."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from skep.errors import NotFound
 from tests.support.archives import a_config
 
 BASE, APP, OTHER = b"base", b"app", b"other"
-DAMAGED, NEIGHBOUR = a_config(BASE, APP), a_config(BASE, OTHER)
+DAMAGED, NEIGHBOR = a_config(BASE, APP), a_config(BASE, OTHER)
 
 
 def chain_of(*layers: bytes) -> tuple[Digest, ...]:
@@ -48,7 +48,7 @@ def layers_on_disk(root: Path) -> set[str]:
 @pytest.fixture
 async def root(tmp_path: Path) -> Path:
     """A store with two images on a common layer."""
-    images = {"damaged:1": (DAMAGED, BASE, APP), "neighbour:1": (NEIGHBOUR, BASE, OTHER)}
+    images = {"damaged:1": (DAMAGED, BASE, APP), "neighbor:1": (NEIGHBOR, BASE, OTHER)}
     for name, (config, *layers) in images.items():
         for chain_id, content in zip(chain_of(*layers), layers, strict=True):
             directory = tmp_path / "layers" / hex_of(chain_id)
@@ -96,12 +96,12 @@ async def test_a_damaged_configuration_does_not_make_its_layers_look_unused(
         store.get("damaged:1")
 
 
-async def test_the_neighbours_of_a_damaged_image_come_and_go(root: Path) -> None:
+async def test_the_neighbors_of_a_damaged_image_come_and_go(root: Path) -> None:
     damage(root, cut)
     store = await opened(root, Reports())
-    assert store.layers(store.get("neighbour:1"))
-    await store.tag("neighbour:1", parse_reference("further:1"))
-    await store.remove(digest_of(NEIGHBOUR), force=True, users=list)
+    assert store.layers(store.get("neighbor:1"))
+    await store.tag("neighbor:1", parse_reference("further:1"))
+    await store.remove(digest_of(NEIGHBOR), force=True, users=list)
     assert store.images() == ()
     assert layers_on_disk(root) == CHAINS, "it is not known which of them the damaged image has"
 
@@ -110,11 +110,11 @@ async def test_a_damaged_image_that_comes_again_is_whole(root: Path) -> None:
     damage(root, cut)
     reports = Reports()
     store = await opened(root, reports)
-    await store.remove("neighbour:1", users=list)
+    await store.remove("neighbor:1", users=list)
     await store.add(DAMAGED)
     assert reports[-1] == ""
     assert store.get("damaged:1").id == digest_of(DAMAGED)
-    assert layers_on_disk(root) == {*chain_of(BASE, APP)}, "those of its neighbour are deleted now"
+    assert layers_on_disk(root) == {*chain_of(BASE, APP)}, "those of its neighbor are deleted now"
 
 
 @pytest.mark.parametrize("word", [digest_of(DAMAGED), hex_of(digest_of(DAMAGED))[:12], "damaged:1"])
@@ -125,7 +125,7 @@ async def test_a_damaged_image_is_removed_by_id_or_name(root: Path, word: str) -
     await store.remove(word, users=list)
     assert reports[-1] == ""
     assert layers_on_disk(root) == {*chain_of(BASE, OTHER)}
-    assert [one.id for one in (await opened(root, Reports())).images()] == [digest_of(NEIGHBOUR)]
+    assert [one.id for one in (await opened(root, Reports())).images()] == [digest_of(NEIGHBOR)]
 
 
 async def test_a_damaged_image_is_not_removed_while_a_container_runs(root: Path) -> None:
@@ -148,5 +148,5 @@ async def test_an_image_that_lacks_a_layer_keeps_the_others(root: Path) -> None:
     store = await opened(root, reports)
     assert layers_on_disk(root) == CHAINS
     assert "2 images" in reports[-1], "both stand on it"
-    await store.remove("neighbour:1", users=list)
+    await store.remove("neighbor:1", users=list)
     assert layers_on_disk(root) == {*chain_of(BASE, APP)}

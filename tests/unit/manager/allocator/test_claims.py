@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import AlreadyExists, SkepError, Unavailable
-from skep.manager.allocator.grants import Claim
+from skep.manager.allocator.changes import Claim
 from skep.manager.allocator.loop import Allocator
 from skep.manager.failures import LONGEST_DELAY_S, UNAVAILABLE_S_MAX
 from skep.model.meta import Driver

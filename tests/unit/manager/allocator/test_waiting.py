@@ -15,7 +15,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
 from skep.manager.allocator import loop as allocator_module
 from skep.manager.allocator.addresses import _Pool
-from skep.manager.allocator.grants import Release
+from skep.manager.allocator.changes import Release
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.subnets import allocated
 from skep.model import routes

@@ -182,7 +182,7 @@ async def test_a_removed_secret_is_gone(store):
         await store.update(remove_secret, SecretId("nosuch"))
 
 
-async def test_configs_are_created_labelled_and_removed(store):
+async def test_configs_are_created_labeled_and_removed(store):
     config = await store.update(create_config, ConfigSpec(name="c1", data=b"x"), new_id=new_id, now=NOW)
     with pytest.raises(AlreadyExists, match="config c1 already exists"):
         await store.update(create_config, ConfigSpec(name="c1", data=b"x"), new_id=new_id, now=NOW)

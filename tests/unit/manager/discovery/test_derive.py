@@ -7,11 +7,11 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.model.data_planes import DATA_PATH_LABEL, underlay_of
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
-from skep.model.planes import DATA_PATH_LABEL, underlay_of
 from skep.model.service import (
     Endpoint,
     EndpointVirtualIP,
@@ -110,8 +110,8 @@ def test_from_its_assignment_until_it_has_ended_and_serving_while_it_runs_and_is
 def test_a_task_that_is_not_healthy_yet_has_names_where_its_service_wants_that(
     label: str, state: TaskState, desired: TaskState, expected: bool
 ) -> None:
-    labelled = replace(WEB, spec=replace(WEB.spec, labels={"skep.publish-not-ready": label}))
-    found = endpoint(a_task("t1", node="n1", state=state, desired=desired, service=WEB), labelled)
+    labeled = replace(WEB, spec=replace(WEB.spec, labels={"skep.publish-not-ready": label}))
+    found = endpoint(a_task("t1", node="n1", state=state, desired=desired, service=WEB), labeled)
     assert found.is_named_early is expected
     assert found.is_serving is (state is TaskState.RUNNING)
 
@@ -166,8 +166,8 @@ def test_ports_of_the_mesh_and_every_node_are_on_the_ingress_network_alone() -> 
     host = PortConfig(target_port=81, published_port=8081, publish_mode=PublishMode.HOST)
     service = published(host, mesh)
     own = (NetworkAttachment(network=INGRESS, addresses=("10.0.0.9/24",)),)
-    labelled = replace(service, spec=replace(service.spec, labels={"skep.publish.8080.local": "true"}))
-    (port,) = derived(INGRESS, labelled).services[service.id].ports
+    labeled = replace(service, spec=replace(service.spec, labels={"skep.publish.8080.local": "true"}))
+    (port,) = derived(INGRESS, labeled).services[service.id].ports
     assert port.options.prefers_local, "labels say how"
     nodes = [
         replace(a_skep_node("n1"), attachments=own),

@@ -12,11 +12,11 @@ from skep.aio.clock import SystemClock
 from skep.manager.discovery import versioned_table
 from skep.manager.discovery.derive import is_publishing, overlay_attachments, table_session
 from skep.manager.discovery.network_tables import KINDS, NetworkTables
+from skep.model.data_planes import NODE_LABEL, is_docker_node
 from skep.model.ids import NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeSession, NodeState
-from skep.model.planes import NODE_LABEL, is_docker_node
 from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
 from skep.model.swarm import Swarm
 from skep.model.tables import Table, changed

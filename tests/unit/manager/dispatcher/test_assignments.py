@@ -178,7 +178,7 @@ async def test_a_changed_desired_state_is_sent_and_a_report_is_not():
     assert not change.complete
 
 
-def labelled(service: Service, **labels: str) -> Service:
+def labeled(service: Service, **labels: str) -> Service:
     return replace(service, spec=replace(service.spec, labels=labels))
 
 
@@ -188,18 +188,18 @@ async def test_a_label_that_takes_effect_on_a_running_task_is_sent_when_it_chang
     store = await store_with(service, a_task("t1", node="n1", service=service), a_task("t2", node="n1"))
     _, sent = everything(store.view(), N1)
     for labels in ({name: "1"}, {name: "2"}, {}):
-        await put(store, labelled(service, **labels))
+        await put(store, labeled(service, **labels))
         change, sent = difference(store.view(), N1, sent, ["t1"])
         assert [(one.task.id, one.service_labels) for one in change.tasks] == [("t1", labels)]
         assert difference(store.view(), N1, sent, ["t1"])[0] is None
         _, fresh = everything(store.view(), N1)
         assert {id: labels for id, labels in fresh.labels.items() if id == "t1"} == sent.labels
-    await put(store, labelled(service, tier="front"))
+    await put(store, labeled(service, tier="front"))
     assert difference(store.view(), N1, sent, ["t1", "t2"])[0] is None
 
 
 async def test_labels_of_a_service_that_cannot_be_read_stay_as_they_were_sent():
-    service, cluster = labelled(a_service(), **{ON_DISCONNECT: "stop"}), MemoryCluster()
+    service, cluster = labeled(a_service(), **{ON_DISCONNECT: "stop"}), MemoryCluster()
     task = a_task("t1", node="n1", service=service)
     store = MemoryStore(SystemClock(), cluster)
     await put(store, service, task)

@@ -20,7 +20,7 @@ from tests.support.damage_rigs import put_all
 WEB = a_service("web")
 
 
-def labelled(**labels: str) -> Service:
+def labeled(**labels: str) -> Service:
     return replace(WEB, spec=replace(WEB.spec, labels=labels))
 
 
@@ -52,7 +52,7 @@ async def test_the_nodes_of_tasks_that_have_not_ended_are_woken() -> None:
         a_task("pending", service=WEB, state=TaskState.PENDING),
         a_task("other", node="n1", service="db"),
     )
-    rig.labels.on_update(WEB, labelled(**{ON_DISCONNECT: "stop"}))
+    rig.labels.on_update(WEB, labeled(**{ON_DISCONNECT: "stop"}))
     await rig.run()
     assert sorted(rig.woken) == [("n1", "t1"), ("n2", "t2")]
 
@@ -61,7 +61,7 @@ async def test_the_nodes_of_tasks_that_have_not_ended_are_woken() -> None:
 async def test_labels_that_nodes_do_not_go_by_wake_none(labels: dict[str, str]) -> None:
     rig = Rig()
     await put_all(rig.store, WEB, a_task("t1", node="n1", service=WEB))
-    rig.labels.on_update(WEB, labelled(**labels))
+    rig.labels.on_update(WEB, labeled(**labels))
     await rig.run()
     assert rig.woken == []
 

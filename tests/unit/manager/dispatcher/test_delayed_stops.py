@@ -52,7 +52,7 @@ def drain(
     return asyncio.run(run())
 
 
-def labelled(seconds: str) -> Service:
+def labeled(seconds: str) -> Service:
     return replace(WEB, spec=replace(WEB.spec, labels={"skep.drain": seconds}))
 
 
@@ -62,9 +62,9 @@ def test_the_stop_of_a_serving_task_is_held_back_for_a_second_or_as_its_service_
 ) -> None:
     task = on(NET, desired=desired)
     assert drain(task) == 1.0
-    assert drain(task, labelled("5s")) == 5.0
-    assert drain(task, labelled("0s")) == 0.0
-    assert drain(task, labelled("nonsense")) == 1.0
+    assert drain(task, labeled("5s")) == 5.0
+    assert drain(task, labeled("0s")) == 0.0
+    assert drain(task, labeled("nonsense")) == 1.0
 
 
 def test_a_task_without_traffic_stops_at_once() -> None:

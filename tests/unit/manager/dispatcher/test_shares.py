@@ -42,7 +42,7 @@ def test_only_managers_that_can_take_sessions_count_and_only_nodes_that_are_ther
     assert held([], M1) == {M1: 0}
 
 
-def test_weights_favour_managers_with_fewer_nodes():
+def test_weights_favor_managers_with_fewer_nodes():
     assert weights({M1: 4, M2: 1, M3: 0}) == {M1: WEIGHT_HEAVY, M2: WEIGHT, M3: WEIGHT_LIGHT}
     assert weights({M1: 2, M2: 2, M3: 1}) == {M1: WEIGHT, M2: WEIGHT, M3: WEIGHT}
     assert weights({M1: 7}) == {M1: WEIGHT}

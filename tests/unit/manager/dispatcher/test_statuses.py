@@ -19,11 +19,11 @@ from skep.manager.dispatcher.registration import (
 from skep.manager.dispatcher.statuses import STATUS_BYTES_MAX, Report, bounded, newer_status, record_status
 from skep.manager.routes.warnings import data_path_warnings
 from skep.model.conditions import condition_messages
+from skep.model.data_planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
 from skep.model.description_size import DESCRIPTION_BYTES_MAX
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
-from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
 from skep.model.service import PortConfig
 from skep.model.task import ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp

@@ -54,7 +54,7 @@ async def test_managers_are_searched_at_their_own_ports(monkeypatch: pytest.Monk
             all_called.set()
         raise Unavailable("nothing listens")
 
-    monkeypatch.setattr("skep.manager.membership.peer_search.connected", connected)
+    monkeypatch.setattr("skep.manager.membership.peer_search.open_channel", connected)
     async with asyncio.TaskGroup() as group:
         searching = group.create_task(search.search())
         await all_called.wait()

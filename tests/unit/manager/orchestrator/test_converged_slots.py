@@ -12,7 +12,7 @@ from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.orchestrator import convergence, restart
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, Step
 from skep.manager.orchestrator.converged_slots import converged_slots
-from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.slots import Slot
 from skep.model.ids import NodeId, TaskId
 from skep.model.meta import Version

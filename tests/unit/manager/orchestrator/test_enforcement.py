@@ -25,7 +25,7 @@ from tests.support.worlds import World
 NORTH = a_service("web", constraints=("node.labels.zone == north",))
 
 
-def test_a_task_leaves_a_node_that_was_labelled_anew() -> None:
+def test_a_task_leaves_a_node_that_was_labeled_anew() -> None:
     task = a_task(service=NORTH, node="n1")
     world = World(NORTH, [task], [a_node("n1", labels={"zone": "north"})])
     assert world.steps() == []
@@ -63,7 +63,7 @@ def test_a_task_that_is_not_restarted_leaves_without_a_successor() -> None:
     assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task, cause=Cause.NODE_IS_UNFIT)]
 
 
-def test_a_global_service_leaves_a_node_that_was_labelled_anew() -> None:
+def test_a_global_service_leaves_a_node_that_was_labeled_anew() -> None:
     service = a_service("agent", is_global=True, constraints=("node.labels.zone == north",))
     task = a_task(slot=0, service=service, node="n1")
     assert World(service, [task], [a_node("n1")]).steps() == [

@@ -64,7 +64,7 @@ def away(id: str, how: str) -> Node:
     return replace(ready(id), spec=replace(ready(id).spec, labels={"without": "backup"}))
 
 
-AWAY = ("down", "drained", "unlabelled")
+AWAY = ("down", "drained", "unlabeled")
 
 
 def a_world(

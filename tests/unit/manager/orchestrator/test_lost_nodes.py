@@ -9,7 +9,7 @@ from skep.errors import InvalidArgument
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import AT_ONCE, removable
 from skep.manager.orchestrator.reaper.node_loop import remove_lost
-from skep.manager.routes.shown import problems_of, shown_node
+from skep.manager.routes.representations import problems_of, shown_node
 from skep.model.conditions import condition_label
 from skep.model.container import ContainerSpec, Mount
 from skep.model.description_size import SIZE_CONDITION

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.probes.avoidance import avoidances, avoided
+from skep.model.data_planes import NODE_LABEL, PATHS_LABEL
 from skep.model.ids import NodeId
 from skep.model.node import Availability, CutOff, EngineDescription, FailingPath, Node, NodeState, NodeStatus
-from skep.model.planes import NODE_LABEL, PATHS_LABEL
 from skep.model.times import timestamp
 from tests.support.builders import a_docker_node, a_node
 

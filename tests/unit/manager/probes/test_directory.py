@@ -4,10 +4,10 @@ from msgspec.structs import replace
 
 from skep.manager.probes.directory import changes_directory, directory_of, managers_for, targets_for
 from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
+from skep.model.data_planes import PATHS_LABEL
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
 from skep.model.paths import PathPeer
-from skep.model.planes import PATHS_LABEL
 
 
 def a_node(name: str, number: int = 1, manager: ManagerStatus | None = None) -> Node:

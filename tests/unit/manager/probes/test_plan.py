@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.probes.plan import ALL_PAIRS_MAX, NEIGHBOURS, PEERS_MAX, Plan
+from skep.manager.probes.plan import ALL_PAIRS_MAX, NEIGHBORS, PEERS_MAX, Plan
 from skep.model.ids import NetworkId, NodeId
 
 
@@ -36,7 +36,7 @@ def test_pairs_are_the_same_from_both_ends_and_no_node_has_too_many(
     peers = {id: plan.peers(id) for id in nodes(count)}
     for id, theirs in peers.items():
         assert id not in theirs
-        assert 2 * NEIGHBOURS <= len(theirs) <= PEERS_MAX
+        assert 2 * NEIGHBORS <= len(theirs) <= PEERS_MAX
         assert all(id in peers[other] for other in theirs)
 
 
@@ -50,7 +50,7 @@ def test_nodes_that_share_a_small_network_probe_each_other_however_large_the_clu
 def test_a_node_that_joins_changes_the_peers_of_few() -> None:
     before, after = Plan(nodes(1000), {}), Plan(nodes(1001), {})
     changed = [id for id in nodes(1000) if before.peers(id) != after.peers(id)]
-    assert len(changed) == 2 * NEIGHBOURS
+    assert len(changed) == 2 * NEIGHBORS
 
 
 def test_all_managers_work_out_the_same() -> None:

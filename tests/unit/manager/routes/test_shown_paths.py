@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from skep.manager.routes.shown import Problems, shown_node
+from skep.manager.routes.representations import Problems, shown_node
 from skep.model.ids import NodeId
 from skep.model.labels import IGNORE_PATHS
 from skep.model.node import CutOff, FailingPath, NodeState

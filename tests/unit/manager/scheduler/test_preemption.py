@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.decision_writer import DecisionWriter
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.groups import group_of
 from skep.manager.scheduler.preemption import (
@@ -27,7 +28,6 @@ from skep.manager.scheduler.preemption import (
 from skep.manager.scheduler.preemptor import STOPPING_S, Preemptor
 from skep.manager.scheduler.priorities import Priorities
 from skep.manager.scheduler.requirements import Requirements, requirements_of
-from skep.manager.scheduler.writes import DecisionWriter
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import ClusterId, NodeId, TaskId, VolumeId
 from skep.model.labels import PREEMPTION, PRIORITY

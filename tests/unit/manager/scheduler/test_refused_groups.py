@@ -12,10 +12,10 @@ from skep.aio.clock import SystemClock
 from skep.manager.failures import Failures
 from skep.manager.scheduler import filters, group_queue, loop, placement, spread
 from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.decision_writer import TOGETHER, write_decisions
 from skep.manager.scheduler.groups import Groups
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.scheduler.texts import Texts, Why
-from skep.manager.scheduler.writes import TOGETHER, write_decisions
+from skep.manager.scheduler.pending_reasons import Texts, Why
 from skep.model.ids import new_id
 from skep.model.labels import PRIORITY
 from skep.model.node import Availability, Node

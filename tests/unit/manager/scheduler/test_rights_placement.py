@@ -8,8 +8,8 @@ from skep.manager.scheduler.placement import place
 from skep.manager.scheduler.requirements import requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.container import ContainerSpec
+from skep.model.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, Node
-from skep.model.planes import NODE_LABEL
 from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import Service
 from skep.model.task import TaskState

@@ -16,8 +16,8 @@ from skep.aio.time_slices import SlicedWork
 from skep.manager import failures
 from skep.manager.scheduler import dependencies, filters, placement, spread
 from skep.manager.scheduler.accounting import Account
+from skep.manager.scheduler.decision_writer import Decision, DecisionWriter
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.scheduler.writes import Decision, DecisionWriter
 from skep.model.container import Mount
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import NodeId, VolumeId, new_id

@@ -1,0 +1,52 @@
+"""Sends packets to a virtual address that are queued for the resolution of a neighbor that does not exist.
+
+A packet sent before the rules of the address existed waits three seconds for the neighbor's MAC address and then fails.
+TCP does not retransmit while it waits.  The neighbor entry therefore gets an unused MAC address, and the next attempt
+reaches a backend.
+"""
+
+import socket
+import struct
+from collections.abc import Collection, Iterator
+
+from skep.dataplane.netns import netlink
+from skep.dataplane.plan.vip import is_ipv6
+
+_DESTINATION, _LINK_ADDRESS = 1, 2
+_INCOMPLETE, _STALE = 0x01, 0x04
+_HEADER = struct.Struct("=BBHiHBB")
+_UNUSED_MAC = bytes.fromhex("02ffffffffff")
+_TIMEOUT_S = 2.0
+"""Seconds for the kernel's response."""
+
+
+def flush_pending(addresses: Collection[str]) -> None:
+    """Send the packets queued for ``addresses``, in the calling thread's namespace.  Blocks.  Raises: OSError."""
+    for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
+        packed = {
+            socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
+        }
+        with netlink.open_socket(socket.NETLINK_ROUTE, _TIMEOUT_S) as connection:
+            for interface, address in list(_pending(connection, family)):
+                if address in packed:
+                    body = _HEADER.pack(family, 0, 0, interface, _STALE, 0, 0)
+                    body += netlink.attribute(_DESTINATION, address)
+                    body += netlink.attribute(_LINK_ADDRESS, _UNUSED_MAC)
+                    connection.send(netlink.request(netlink.NEWNEIGH, netlink.ACK | netlink.REPLACE, body))
+                    connection.recv(1 << 12)  # ignore an error: the neighbor may have been removed
+
+
+def _pending(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:
+    """Yield interface and address of each neighbor that is being resolved."""
+    head = _HEADER.pack(family, 0, 0, 0, 0, 0, 0)
+    connection.send(netlink.request(netlink.GETNEIGH, netlink.DUMP, head))
+    while True:
+        for type_, body in netlink.messages(connection.recv(1 << 16)):
+            if type_ == netlink.DONE:
+                return
+            if type_ == netlink.ERROR:
+                raise OSError(netlink.error_number(body), "neighbors cannot be listed")
+            _, _, _, interface, state, _, _ = _HEADER.unpack_from(body)
+            address = dict(netlink.attributes(body[_HEADER.size :])).get(_DESTINATION)
+            if state & _INCOMPLETE and address is not None:
+                yield interface, address

@@ -1,0 +1,126 @@
+"""The allocator's changes.  Each is data first, and one small transaction when it is applied."""
+
+from typing import TypeAlias, assert_never
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.manager.allocator.subnets import is_allocated
+from skep.manager.failures import ERROR_CHARACTERS_MAX
+from skep.model.ids import NodeId
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.service import Endpoint, Service
+from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction
+
+PENDING = "pending task scheduling"
+"""Message of a task between the allocator and the scheduler, in swarmkit's words."""
+
+
+class AllocateSubnets(msgspec.Struct, frozen=True):
+    """Set a network's driver state and subnets.  ``network`` is the result."""
+
+    network: Network
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Write the claim keys of a network that a leader without such keys (an earlier version) allocated."""
+
+    network: Network
+
+
+class AllocateEndpoint(msgspec.Struct, frozen=True):
+    """Set a service's ports and virtual addresses."""
+
+    service: Service
+    endpoint: Endpoint
+
+
+class AttachNode(msgspec.Struct, frozen=True):
+    """Set a node's own attachments to networks."""
+
+    node_id: NodeId
+    attachments: tuple[NetworkAttachment, ...]
+
+
+class Release(msgspec.Struct, frozen=True):
+    """Set the attachments of a task and pass it on to the scheduler."""
+
+    task: Task
+    attachments: tuple[NetworkAttachment, ...] = ()
+
+
+class Explain(msgspec.Struct, frozen=True):
+    """Write the reason for waiting to a task."""
+
+    task: Task
+    reason: str
+
+
+Change: TypeAlias = AllocateSubnets | Claim | AllocateEndpoint | AttachNode | Release | Explain
+
+
+def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
+    """Write ``change``, unless its preconditions no longer hold."""
+    match change:
+        case AllocateSubnets(wanted_network):
+            network = tx.lookup(Network, wanted_network.id)
+            if network is not None and not is_allocated(network):
+                state, addresses = wanted_network.driver_state, wanted_network.ipam_options
+                tx.put(replace(network, driver_state=state, ipam_options=addresses))
+        case Claim(wanted_network):
+            network = tx.lookup(Network, wanted_network.id)
+            if network is not None:
+                tx.put(network)
+        case AllocateEndpoint(wanted, endpoint):
+            service = tx.lookup(Service, wanted.id)
+            if service is not None and service.spec_version == wanted.spec_version:
+                tx.put(replace(service, endpoint=endpoint))
+        case AttachNode(node_id, attachments):
+            node = tx.lookup(Node, node_id)
+            if node is not None:
+                tx.put(replace(node, attachments=attachments))
+        case Release(wanted_task, attachments):
+            task = tx.lookup(Task, wanted_task.id)
+            if task is not None and task.status.state is TaskState.NEW:
+                status = TaskStatus(timestamp=now, state=TaskState.PENDING, message=PENDING)
+                tx.put(replace(task, status=status, networks_attachments=attachments))
+        case Explain(wanted_task, reason):
+            task, reason = tx.lookup(Task, wanted_task.id), reason[:ERROR_CHARACTERS_MAX]
+            if "status" in tx.damaged(Task).get(wanted_task.id, ()):
+                return  # it counts as NEW and may be PENDING: a state never moves back
+            if task is not None and task.status.state is TaskState.NEW and task.status.err != reason:
+                tx.put(replace(task, status=replace(task.status, timestamp=now, err=reason)))
+        case _:
+            assert_never(change)
+
+
+def key_of(change: Change) -> str:
+    """Return the work queue's key to retry if the change was not written."""
+    match change:
+        case AllocateSubnets(network) | Claim(network):
+            return network_key(network.id)
+        case AttachNode(node_id):
+            return node_key(node_id)
+        case AllocateEndpoint(service):
+            return service.id
+        case Release(task) | Explain(task):
+            return task.service_id
+        case _:
+            assert_never(change)
+
+
+NETWORK = "network/"
+NODE = "node/"
+
+
+def network_key(id: str) -> str:
+    """Return the work queue's key of a network.  The keys of services are their bare ids."""
+    return f"{NETWORK}{id}"
+
+
+def node_key(id: str) -> str:
+    """Return the work queue's key of a node."""
+    return f"{NODE}{id}"
