@@ -162,7 +162,7 @@ def labels() -> str:
         *paragraph(
             "`skep.publish.host-ip` and its like hold for all ports of a service, `skep.publish.8080.host-ip` for port",
             "8080, and `skep.publish.8080/udp.host-ip` for one of two ports with that number.",
-            "More: [networks](../guide/networks.md).",
+            "More: [publish ports](../guide/ports.md).",
         ),
         *paragraph(
             "Containers of tasks carry Docker's labels: `com.docker.swarm.node.id`, `com.docker.swarm.service.id`,",
@@ -187,7 +187,7 @@ def rights() -> str:
             "each `skep.*` label has a class: *container* stays in the containers of the stack, *node* reaches the",
             "machine, *cluster* reaches other stacks. The last column says which values only an administrator may",
             "give. A field or label that is not listed is an administrator's. A refusal names the field or label.",
-            "More: [users, roles and quotas](../guide/access.md).",
+            "More: [what a role allows](../guide/roles.md).",
         ),
     ]
     labels_of = {

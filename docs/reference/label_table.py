@@ -227,7 +227,7 @@ LABELS = (
         "the services that this one waits for before its first task starts, with Compose's conditions: "
         "`service_started`, `service_healthy`, `service_completed_successfully`; `+restart`: an update of that service "
         "restarts this one, `+optional`: it is not waited for if it is not there or fails "
-        "([stacks](../guide/stacks.md#dependencies))",
+        "([Compose files](../guide/compose.md#start-services-in-order))",
     ),
     Label(
         LabelTarget.SERVICE,
