@@ -253,13 +253,14 @@ def cli() -> str:
         "",
         _NOTICE,
         *paragraph(
-            "You find here the help of every command, as `skep --help` and `skep COMMAND --help` print it.",
-            "You can also use every docker command: `skep service ls` runs `docker service ls` on the same node.",
+            "`skep --help` and `skep COMMAND --help` print the same.",
+            "Any other first word that the docker command knows is run by docker against the same node:",
+            "`skep service ls` is `docker service ls`.",
         ),
         *paragraph(
-            "Commands that list or show objects take `-o wide|json|yaml`, `--format TEMPLATE` (a Go template, or",
-            "docker's `json` and `table TEMPLATE`) and `--watch`. On a terminal, the output has colors and its lines are",
-            "cut to the width. In a pipe it has neither. `NO_COLOR` turns colors off. See the [screens](screens.md).",
+            "What lists or shows takes `-o wide|json|yaml`, `--format TEMPLATE` (a Go template, or docker's `json` and",
+            "`table TEMPLATE`) and `--watch`. Colours and lines cut to the width are for terminals; what is piped is",
+            "plain and whole. `NO_COLOR` turns colours off. [screens.md](screens.md) shows what they look like.",
         ),
         "## Exit codes",
         "",
@@ -702,7 +703,7 @@ def events() -> str:
             "### Resume after a cursor",
             "",
             *paragraph(
-                "`skep events` (`GET /skep/events`) shows the events of the cluster with those of tasks, from any",
+                "`skep events` (`GET /skep/events`) shows the events of the cluster and of its tasks, from any",
                 "manager. Each event has a `Cursor`. With `--after CURSOR` you resume after that event, at the same",
                 "manager or another one. You miss no event, but can get the events of one change twice. If Skep no",
                 "longer has all events since the cursor, you get an error.",

@@ -65,7 +65,9 @@ class LabelTarget(Enum):
     SECRET = "`skep secret rotate` writes it, and `skep config rotate` for configs."
     REVISION = "`skep stack deploy` writes them on the configs that are the revisions of a stack."
     NODE = "Set them with `docker node update --label-add NAME=VALUE NODE`."
-    CLUSTER = "Set them with the named command, or in `Spec.Labels` of `POST /swarm/update`. docker has no flag for them."
+    CLUSTER = (
+        "Set them with the named command, or in `Spec.Labels` of `POST /swarm/update`. docker has no flag."
+    )
     ENGINE = (
         "You cannot set them. Read them in `Description.Engine.EngineLabels` of `docker node inspect`, and use them in "
         "placement constraints as `engine.labels.NAME`."
@@ -296,8 +298,7 @@ LABELS = (
                 SECRET_ENV_LABEL,
                 "`VARIABLE=TARGET`, separated by commas",
                 "",
-                "Secrets of the service, by their targets, that are also environment variables. Inspect output and "
-                "execs do not have them.",
+                "Secrets that are also environment variables, by their targets. Not in inspect output or execs.",
             ),
             (
                 "skep.privileged",
@@ -309,8 +310,7 @@ LABELS = (
                 "skep.devices",
                 "`/dev/a`, `/dev/a:/dev/b:rwm`, `vendor.com/class=name`, separated by commas",
                 "none",
-                "Devices, directories of devices, and CDI devices of vendors. Tasks run on nodes that have them (right "
-                "`devices`).",
+                "Devices, directories of them, and CDI devices. Tasks run on nodes that have them (right `devices`).",
             ),
             (
                 "skep.device-rules",
@@ -606,7 +606,7 @@ LABELS = (
         "skep.ports",
         "`tcp=22,80 udp=53`",
         "",
-        "Ports that plain containers and other programs of the machine use. Host-mode ports of services avoid the node.",
+        "Ports that plain containers and other programs of the machine use. Host-mode ports of services avoid it.",
     ),
     Label(
         LabelTarget.ENGINE,

@@ -21,8 +21,8 @@ plain HTTP on `metrics-addr` ([configuration](configuration.md)), as with a Dock
 a dashboard.
 
 `GET /sd` on `metrics-addr` lists all nodes for `http_sd_configs`, with the same port for each. The labels are
-`__meta_skep_node_id`, `_name`, `_role`, `_leader`, `_availability`, `_state`, and `_label_KEY` for each node label. On a
-worker you need `skep cluster worker-reads on`. You can also use Prometheus' discovery of Docker Swarm.
+`__meta_skep_node_id`, `_name`, `_role`, `_leader`, `_availability`, `_state`, and `_label_KEY` for each node label. On
+a worker you need `skep cluster worker-reads on`. You can also use Prometheus' discovery of Docker Swarm.
 """
 _OF_MANAGERS = """
 Every manager counts the whole cluster, so use `max by`, not `sum`. Names that begin with `swarm_` come from SwarmKit.
