@@ -465,7 +465,7 @@ LABELS = (
         HISTORY,
         f"`0` to `{HISTORY_MAX}`",
         f"`{HISTORY_DEFAULT}`",
-        "How many entries `skep history` keeps, half of them for requests. `0` keeps none and removes the present "
+        "How many entries `skep history` keeps, half of them for requests. `0` keeps none and removes the current "
         "ones.",
     ),
     Label(
