@@ -66,17 +66,16 @@ def configuration() -> str:
             "",
             _NOTICE,
             *paragraph(
-                f"The daemon reads flags, then `{DEFAULT_TOML}` (`--config FILE` names another file), then Docker's",
-                f"`{DEFAULT_DAEMON_JSON}` (`--daemon-json FILE`; `--daemon-json ''` reads none).",
-                "The first of them that has a setting decides it.",
-                "A key that does not exist is refused;",
-                "keys of `daemon.json` that Skep does not use are named in the log.",
+                f"Write the settings of a node into `{DEFAULT_TOML}`, or give them as flags of `skep daemon`.",
+                "The daemon reads flags first, then this file (`--config FILE` names another one), then Docker's",
+                f"`{DEFAULT_DAEMON_JSON}` (`--daemon-json FILE`, or `--daemon-json ''` for none). The first that has a",
+                "setting decides it. The daemon refuses a key that does not exist. It logs keys of `daemon.json` that",
+                "it does not use.",
             ),
             *paragraph(
-                "A flag whose key is a plural may be repeated; in TOML it is a list.",
-                "*restart*: with `no`, `systemctl reload skep` (SIGHUP) takes over a change.",
-                "The daemon logs which changes it took over and which need a restart.",
-                "Containers run on during a restart of the daemon.",
+                "If the last column says `no`, run `systemctl reload skep` (SIGHUP) after a change. Otherwise run",
+                "`systemctl restart skep`. Containers keep running. After a reload, the log says which changes",
+                "need a restart. You can repeat a flag whose key is a plural. In TOML such a key is a list.",
             ),
             *table(head, rows),
             "",
@@ -92,7 +91,8 @@ def configuration() -> str:
             'store-quota = "8GiB"',
             "```",
             "",
-            "Settings of the cluster, not of a node, are Docker's: `docker swarm update --help`.",
+            "To change settings of the whole cluster, see `docker swarm update --help` and",
+            "[labels of the cluster](labels.md#the-cluster).",
             "",
         ]
     )
@@ -138,10 +138,9 @@ def labels() -> str:
         "",
         _NOTICE,
         *paragraph(
-            "What Docker's API has no field for is a label that begins with `skep.`,",
-            "so that every Docker client can set and read it.",
-            "A duration is written as in Docker: `500ms`, `30s`, `5m`, `2h`.",
-            "A value that cannot be read is refused with the request.",
+            "You set Skep's own features with labels that begin with `skep.`, because Docker's API has no fields for",
+            "them. Every Docker client can set and read them. Write durations as in Docker: `500ms`, `30s`, `5m`,",
+            "`2h`. If a value is wrong, the request is refused.",
         ),
     ]
     for target in LabelTarget:
@@ -160,9 +159,9 @@ def labels() -> str:
             lines += [*table(("label", "values", "default", "effect"), rows), ""]
     lines += [
         *paragraph(
-            "`skep.publish.host-ip` and its like hold for all ports of a service, `skep.publish.8080.host-ip` for port",
-            "8080, and `skep.publish.8080/udp.host-ip` for one of two ports with that number.",
-            "More: [networks](../guide/networks.md).",
+            "Labels like `skep.publish.host-ip` apply to all ports of a service, `skep.publish.8080.host-ip` to port",
+            "8080, and `skep.publish.8080/udp.host-ip` to one of two ports with that number.",
+            "More: [publish ports](../guide/ports.md).",
         ),
         *paragraph(
             "Containers of tasks carry Docker's labels: `com.docker.swarm.node.id`, `com.docker.swarm.service.id`,",
@@ -184,10 +183,10 @@ def rights() -> str:
         _NOTICE,
         *paragraph(
             "Users with the role `operator` create and change services, networks, secrets and configs. Each field and",
-            "each `skep.*` label has a class: *container* stays in the containers of the stack, *node* reaches the",
-            "machine, *cluster* reaches other stacks. The last column says which values only an administrator may",
-            "give. A field or label that is not listed is an administrator's. A refusal names the field or label.",
-            "More: [users, roles and quotas](../guide/access.md).",
+            "each `skep.*` label has a class: *container* affects the stack's containers only, *node* reaches the",
+            "machine, *cluster* reaches other stacks. The last column says which values only administrators may set.",
+            "If a field or label is not listed, only administrators may set it. An error names the field or label.",
+            "More: [what a role allows](../guide/roles.md).",
         ),
     ]
     labels_of = {
@@ -210,7 +209,7 @@ def rights() -> str:
         lines += [f"## {title}", "", *table(("name", "class", "only administrators"), rows), ""]
     limits = ((f"`{name}`", sentence_of(bound)) for name, bound in sorted(value_rights.ULIMITS.items()))
     lines += ["## Ulimits", "", *table(("name", "only administrators"), limits), ""]
-    lines += ["Other ulimits are an administrator's.", ""]
+    lines += ["Only administrators may set other ulimits.", ""]
     return "\n".join(lines)
 
 
@@ -290,9 +289,9 @@ def cli() -> str:
 
 
 EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
-    (0, "", "Done; what was looked at is as wanted."),
-    (1, "", "It failed, or found a problem; the reason is on stderr."),
-    (2, "", "It was called wrongly: an unknown option, a missing argument."),
+    (0, "", "The command succeeded and found no problem."),
+    (1, "", "The command failed or found a problem. The reason is on stderr."),
+    (2, "", "Wrong usage: an unknown option or a missing argument."),
     (2, "skep stack plan", "Something would change."),
     (1, "skep stack plan", "The files are wrong, or the managers would refuse something."),
     (
@@ -306,10 +305,10 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
     (3, "skep version --all", "Nodes have different versions."),
     (2, "skep upgrade", "With --dry-run: the upgrade is blocked."),
     (3, "skep reboot-lock status", "A lock is overdue."),
-    ("any", "skep exec", "That of the command in the container."),
-    ("any", "skep run", "That of the container."),
-    ("any", "skep attach", "That of the container."),
-    ("any", "skep service ls", "That of docker, for all of docker's commands."),
+    ("any", "skep exec", "Exit code of the command in the container."),
+    ("any", "skep run", "Exit code of the container."),
+    ("any", "skep attach", "Exit code of the container."),
+    ("any", "skep service ls", "Exit code of docker, for all of docker's commands."),
 )
 """Code, command (none: every command), meaning."""
 
@@ -430,7 +429,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit(
             "what a node reports of itself",
             "skep.model.description_size:DESCRIPTION_BYTES_MAX",
-            "cut; a condition of the node says what",
+            "cut, and a condition of the node says what",
             "bytes",
         ),
         Limit("past events kept", "skep.manager.events:KEPT", "forgotten, the oldest first"),
@@ -438,13 +437,13 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit(
             "the history, compressed",
             "skep.manager.journal.chunks:BYTES_MAX",
-            "the oldest entries go",
+            "the oldest entries are removed",
             "bytes",
         ),
         Limit(
             "entries of the history that are not written yet, of a manager",
             "skep.manager.journal.pending:PENDING_MAX",
-            "the oldest are dropped; an entry says how many",
+            "the oldest are dropped, and an entry says how many",
         ),
         Limit("entries in one response", "skep.manager.journal.reading:LIMIT_MAX", "refused"),
         Limit("values of an earlier state that are read", "skep.store.etcd.past:KEYS_MAX", "refused"),
@@ -468,7 +467,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit(
             "execs of a container, ended ones included",
             "skep.engine.execs:EXECS_MAX",
-            "the oldest that ended is forgotten; refused if all run",
+            "the oldest ended one is forgotten, or refused if all run",
         ),
         Limit("execs that start at one moment", "skep.engine.execs:STARTS_MAX", "wait"),
         Limit("results of health checks kept", "skep.engine.health:LOG_MAX", "forgotten, the oldest first"),
@@ -521,7 +520,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit(
             "crashes of a manager in a row",
             "skep.node.supervision.restart:CRASHES_MAX",
-            "it stays stopped; `docker info` says why",
+            "it stays stopped, and `docker info` says why",
         ),
         Limit("within", "skep.node.supervision.restart:CRASH_WINDOW_S", "", "s"),
     ),
@@ -535,13 +534,13 @@ def limits() -> str:
         "",
         _NOTICE,
         *paragraph(
-            "What is bounded, and what happens beyond. Times that have a setting or a label are in",
-            "[configuration.md](configuration.md) and [labels.md](labels.md).",
+            "You find here the largest sizes, numbers and times that Skep accepts, and the effect of going beyond.",
+            "Times that you can set are in [configuration](configuration.md) and [labels](labels.md).",
         ),
     ]
     for title, entries in LIMITS.items():
         rows = [(entry.subject, shown(entry), entry.beyond) for entry in entries]
-        lines += [f"## {title}", "", *table(("what", "limit", "beyond it"), rows), ""]
+        lines += [f"## {title}", "", *table(("subject", "limit", "beyond it"), rows), ""]
     return "\n".join(lines)
 
 
@@ -605,19 +604,19 @@ CLUSTER_EVENTS = (
     ClusterEvent(
         ("task",),
         ("drain",),
-        "the task leaves the load balancing and will be stopped (*Skep*; for proxies)",
+        "the task leaves load balancing and will be stopped (*Skep*, for proxies)",
         ("_drain",),
     ),
     ClusterEvent(
         ("swarm",),
         ("suspend", "resume"),
-        "replacement of tasks is suspended because many nodes went down at once, and goes on (*Skep*)",
+        "replacement of tasks is suspended because many nodes went down at once, or resumes (*Skep*)",
         ("_dockers",),
     ),
     ClusterEvent(
         ("task",),
         ("create", "start", "die", "reject", "lost", "remove"),
-        "*Skep*, by `skep events` and with the filter `type=task` only; `start`: its process runs and is healthy; "
+        "*Skep*, only in `skep events` and with the filter `type=task`. `start`: its process runs and is healthy. "
         "`lost`: its node is down or was removed",
         ("_task",),
     ),
@@ -628,8 +627,8 @@ CLUSTER_EVENTS = (
     ClusterEvent(
         ("volume",),
         ("create", "remove", "update"),
-        "*Skep*, of cluster volumes, by `skep events` and with the filter `type=volume` only; `update`: its "
-        "availability, the nodes that have it, or what its driver said changed",
+        "cluster volumes (*Skep*), only in `skep events` and with the filter `type=volume`. `update`: its "
+        "availability, its nodes or its driver's message changed",
         ("_volume_changes",),
     ),
 )
@@ -684,38 +683,54 @@ def events() -> str:
             "",
             _NOTICE,
             *paragraph(
-                "`docker events`, or `GET /events` with its filters, `since` and `until`. A node's stream has",
-                "the events of the cluster, of its own containers and images, and of a Docker Engine beside it.",
-                "*Skep*: not in Docker.",
+                "You read events with `docker events`, or with `GET /events` and its filters, `since` and `until`. A",
+                "node's stream has the events of the cluster, of the node's containers and images, and of a Docker",
+                "Engine on the same machine. Events that Docker does not have are marked *Skep*.",
             ),
             *paragraph(
-                f"A node keeps the last {node_events.KEPT:,} events in memory, a manager {manager_events.KEPT:,};",
-                f"`since` reaches no further back. A client that is more than {manager_events.BEHIND_MAX:,} events",
-                "behind loses its stream, so that no stream has gaps.",
+                f"A node keeps the last {node_events.KEPT:,} events in memory, a manager {manager_events.KEPT:,}. With",
+                f"`since` you can read no older ones. If your client is more than {manager_events.BEHIND_MAX:,} events",
+                "behind, its stream ends, so that no stream has gaps.",
             ),
             "## The cluster",
             "",
-            *paragraph("`scope` is `swarm`. Every manager derives them from the same commits."),
-            *table(("type", "action", "when", "attributes beside `name`"), cluster_rows),
+            *paragraph("`scope` is `swarm`. Every manager derives these events from the same commits."),
+            *table(("type", "action", "when", "attributes in addition to `name`"), cluster_rows),
             "",
-            *paragraph("`NAME.*` stands for `NAME.old` and `NAME.new`; only what changed is there."),
             *paragraph(
-                "`skep events` (`GET /skep/events`) shows them with those of tasks, from any manager. Each has a",
-                "`Cursor`; `--after CURSOR` goes on behind that event, at this manager or another, and is refused",
-                "if events in between are not kept any more. Events of one change may come twice then, none is missed.",
+                "`NAME.*` stands for `NAME.old` and `NAME.new`. An event has these attributes only for what changed.",
             ),
+            "### Resume after a cursor",
+            "",
             *paragraph(
-                "`skep events --nodes all` (or names of nodes) has those of containers, images and volumes of nodes",
-                f"among them, at any manager, with the attributes `{from_nodes.ID}` and `{from_nodes.NAME}`.",
-                "The cursor then has a part for each node; a node goes on after it, also after a break of its own",
-                "connection. Messages of type `stream` report the connection to a node: `connect` (its events follow),",
-                "`disconnect` (they cannot be read, with the `reason`), `gap` (not all that follow are kept, or an",
-                "event is longer than 128 KiB).",
-                f"At most {from_nodes.NODES_MAX} nodes, and {from_nodes.STREAMS_MAX} such clients of a manager.",
-                "`docker events --filter scope=swarm --filter type=container` (`image`, `volume`) shows the same to",
-                "every client; without the scope it shows this node's, as in Docker. Docker Engines among the nodes,",
-                "and beside a node, are not read. Clients of workers do not see them: they have the command",
-                "lines of every `docker exec`.",
+                "`skep events` (`GET /skep/events`) shows the events of the cluster and of its tasks, from any",
+                "manager. Each event has a `Cursor`. With `--after CURSOR` you resume after that event, at the same",
+                "manager or another one. You miss no event, but can get the events of one change twice. If Skep no",
+                "longer has all events since the cursor, you get an error.",
+            ),
+            "### Events of all nodes",
+            "",
+            *paragraph(
+                "`skep events --nodes all` (or names of nodes) also shows the events of the nodes' containers, images",
+                f"and volumes, from any manager. They have the attributes `{from_nodes.ID}` and `{from_nodes.NAME}`.",
+                "The cursor has a part for each node, so each node resumes after its own last event. Messages of type",
+                "`stream` report the connection to a node:",
+            ),
+            *table(
+                ("action", "meaning"),
+                (
+                    ("`connect`", "The node's events follow."),
+                    ("`disconnect`", "They cannot be read. `reason` says why."),
+                    ("`gap`", "Some events are missing: they are too old, or one is longer than 128 KiB."),
+                ),
+            ),
+            "",
+            *paragraph(
+                f"You can read at most {from_nodes.NODES_MAX} nodes, and a manager has at most",
+                f"{from_nodes.STREAMS_MAX} such clients. Any client gets the same with `docker events --filter",
+                "scope=swarm --filter type=container` (or `image`, `volume`). Without the scope, you see this node's",
+                "events, as in Docker. Events of Docker Engines are not included. Clients of workers do not see these",
+                "events, because they have the command lines of every `docker exec`.",
             ),
             "## Containers",
             "",
@@ -729,16 +744,28 @@ def events() -> str:
             "## Volumes",
             "",
             *paragraph(
-                "`scope` is `local`: `create` and `destroy` with `driver`; `mount` and `unmount` when a container",
-                "with it starts and has ended, with `driver` and `container`, and with `destination`, `read/write`",
-                "and `propagation`; `prune` with `reclaimed`.",
+                "`scope` is `local`.",
             ),
+            *table(
+                ("action", "when", "attributes"),
+                (
+                    ("`create`, `destroy`", "", "`driver`"),
+                    (
+                        "`mount`, `unmount`",
+                        "a container with the volume starts or has ended",
+                        "`driver`, `container`, `destination`, `read/write`, `propagation`",
+                    ),
+                    ("`prune`", "", "`reclaimed`"),
+                ),
+            ),
+            "",
             "## Networks of the node",
             "",
             *paragraph(
-                "`scope` is `local`: `create` and `destroy`; `connect` and `disconnect` with `container` when a",
-                "container starts and has ended, or is connected and disconnected while it runs. Each has `name` and",
-                "`type` (the driver). Containers of tasks have them for their networks.",
+                "`scope` is `local`. The actions are `create` and `destroy`, and `connect` and `disconnect` with the",
+                "attribute `container` when a container starts and ends, or is connected and disconnected while it",
+                "runs. Each event has `name` and `type` (the driver). Containers of tasks have these events for their",
+                "networks.",
             ),
         ]
     )
@@ -851,9 +878,10 @@ def api_errors() -> str:
             "",
             _NOTICE,
             *paragraph(
-                "Every error of the API has a JSON body with one key, `message`. An expected error has one of the",
+                "You find here what a status of the API means. Every error has a JSON body with one key, `message`.",
+                "An expected error has one of the",
                 "classes below (`skep/errors.py`, `skep/api/errors.py`), which determines its status. Any other",
-                "exception is a 500 with a short text; its traceback is in the log.",
+                "exception is a 500 with a short text, and its traceback is in the log.",
             ),
             *paragraph(
                 "Errors of the swarm half have Docker's form, `rpc error: code = CODE desc = TEXT`, with the code of",

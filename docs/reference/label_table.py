@@ -54,19 +54,23 @@ from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 class LabelTarget(Enum):
     """The kind of object with a label; the value is a sentence on how to set or read it."""
 
-    SERVICE = "`docker service create --label NAME=VALUE`, `docker service update --label-add`."
-    CONTAINER = (
-        "`docker service create --container-label NAME=VALUE`, `docker service update --container-label-add`: what the "
-        "containers of a service are given of their nodes, as far as the cluster allows it (`skep.allow`)."
+    SERVICE = (
+        "Set them with `docker service create --label NAME=VALUE` or `docker service update --label-add`."
     )
-    NETWORK = "`docker network create --label NAME=VALUE`."
-    SECRET = "Written by `skep secret rotate`; by `skep config rotate` likewise for configs."
-    REVISION = "Written by `skep stack deploy` on the configs that are the revisions of a stack."
-    NODE = "`docker node update --label-add NAME=VALUE NODE`."
-    CLUSTER = "`Spec.Labels` of `POST /swarm/update`; docker has no flag for it."
+    CONTAINER = (
+        "Set them with `docker service create --container-label NAME=VALUE` or `docker service update "
+        "--container-label-add`. Labels with a right take effect if the cluster allows that right (`skep.allow`)."
+    )
+    NETWORK = "Set them with `docker network create --label NAME=VALUE`."
+    SECRET = "`skep secret rotate` writes it, and `skep config rotate` for configs."
+    REVISION = "`skep stack deploy` writes them on the configs that are the revisions of a stack."
+    NODE = "Set them with `docker node update --label-add NAME=VALUE NODE`."
+    CLUSTER = (
+        "Set them with the named command, or in `Spec.Labels` of `POST /swarm/update`. docker has no flag."
+    )
     ENGINE = (
-        "Read-only, in `Description.Engine.EngineLabels` of `docker node inspect`; "
-        "placement constraints see them as `engine.labels.NAME`."
+        "You cannot set them. Read them in `Description.Engine.EngineLabels` of `docker node inspect`, and use them in "
+        "placement constraints as `engine.labels.NAME`."
     )
 
 
@@ -88,203 +92,204 @@ LABELS = (
         STACK_FILES,
         "`FILE=HASH,...`",
         "none",
-        "written by `skep stack deploy`: the files beside the Compose file that the service mounts, so that changed "
-        "content updates it",
+        "Files next to the Compose file that the service mounts. Changed content updates the service. `skep stack "
+        "deploy` writes it.",
     ),
     Label(
         LabelTarget.CONTAINER,
         EXEC,
         "`any`, `user`, `none`",
         "`any`",
-        "limits `skep exec`, `attach`, `cp` and `kill` for users below administrator: `user` runs commands as the "
-        "container's user only and copies no files in, `none` refuses all four",
+        "Limits `skep exec`, `attach`, `cp` and `kill` for users below administrator. With `user`, commands run as the "
+        "container's user only, and no files are copied in. `none` refuses all four.",
     ),
     Label(
         LabelTarget.SERVICE,
         ON_DISCONNECT,
         "`replace`, `keep`, `stop`",
         "`replace`",
-        "what becomes of tasks on a node that lost all managers: others replace them; they keep their slots for as "
-        "long as the node exists; the node stops them, and only then others replace them. A node that was removed "
-        "counts as gone: its tasks are replaced at once",
+        "Tasks on a node that lost all managers. `replace`: other tasks replace them. `keep`: they keep their slots as "
+        "long as the node exists. `stop`: the node stops them, and other tasks replace them after that. The tasks of a "
+        "removed node are replaced at once.",
     ),
     Label(
         LabelTarget.SERVICE,
         ON_DISCONNECT_DELAY,
         "duration",
-        "`0s`; with `stop` `30s`",
-        "time before that: with `replace` since the node is down, with `stop` since a manager last heard it",
+        "`0s`, with `stop` `30s`",
+        "Time before that. It starts when the node is down (`replace`), or with the last heartbeat that a manager got "
+        "(`stop`).",
     ),
     Label(
         LabelTarget.SERVICE,
         PROGRESS_DEADLINE,
         "duration",
         "`10m`",
-        "how long an update waits for one task to run or to end before it has failed; the "
-        "time in which it waits for other services (`skep.depends-on`), or for the task before it to stop, does not "
-        "count, and it has the deadline once more when it is then started; a wait for a service that does not exist, "
-        "or for a job that has failed, counts",
+        "How long an update waits for a task to run or to end. Then the update has failed. Time in which the task "
+        "waits for other services (`skep.depends-on`), or for the previous task to stop, does not count, and the "
+        "deadline starts again afterwards. Time in which it waits for a missing service or a failed job counts.",
     ),
     Label(
         LabelTarget.SERVICE,
         JOB_TTL,
         "duration",
         "kept",
-        "how long a job that has ended is kept before it is removed with its tasks; it stays as long as a service "
-        "requires it (`skep.depends-on`); not for one with a schedule",
+        "How long Skep keeps an ended job before it removes the job with its tasks. A job that a service requires "
+        "(`skep.depends-on`) stays. Not for jobs with a schedule.",
     ),
     Label(
         LabelTarget.SERVICE,
         CRON,
-        "five fields of cron, `@hourly`, `@daily` and others; several separated by `;`",
+        "five fields of cron, `@hourly`, `@daily` and others, several separated by `;`",
         "none",
-        "when the job runs, in its time zone ([tutorial](../tutorials/periodic.md)); it does not run when it is "
-        "created, and an update is for the next run",
+        "When the job runs, in its time zone ([tutorial](../tutorials/periodic.md)). It does not run when you create "
+        "it, and an update applies to the next run.",
     ),
     Label(
         LabelTarget.SERVICE,
         CRON_TIME_ZONE,
         "IANA name: `Europe/Berlin`",
         "`UTC`",
-        "what the fields of `skep.cron` mean",
+        "Time zone of `skep.cron`.",
     ),
     Label(
         LabelTarget.SERVICE,
         CRON_CONCURRENCY,
         "`forbid`, `replace`",
         "`forbid`",
-        "what becomes of a run that is due while the one before is still going: it is skipped, or the one before is "
-        "stopped first",
+        "A run that is due while the previous one still runs. `forbid` skips it. `replace` stops the previous run "
+        "first.",
     ),
     Label(
         LabelTarget.SERVICE,
         CRON_DEADLINE,
         "duration, at least `1s`",
         "none",
-        "how late a run may begin that was due while no manager led; with `global-job` it holds for each node: a task "
-        "that has no room until then is given up",
+        "How late a run may start if no manager led when it was due. With `global-job`, also how long each node's task "
+        "may wait for space before it is given up.",
     ),
     Label(
         LabelTarget.SERVICE,
         CRON_SUSPEND,
         "`true`, `false`",
         "`false`",
-        "`true`: the schedule is paused; what is due meanwhile is not caught up",
+        "`true` pauses the schedule. Runs that are due meanwhile do not start later.",
     ),
     Label(
         LabelTarget.SERVICE,
         CRON_MAX_ATTEMPTS,
         f"`0` to `{MAX_ATTEMPTS_MAX}`",
         f"`{MAX_ATTEMPTS_DEFAULT}`",
-        "how often a failed task of a run is started again before the run fails, if the restart policy has no "
-        "`max_attempts`; `0`: no limit",
+        "How often a failed task of a run is started again before the run fails, if the restart policy has no "
+        "`max_attempts`. `0` means no limit.",
     ),
     Label(
         LabelTarget.SERVICE,
         DRAIN,
         "duration",
         "`1s`",
-        "how long a task that is to stop waits for nodes that may still send it connections, and then again for its "
-        "last connection to end",
+        "How long a stopping task waits for nodes that may still send it connections, then again for its last "
+        "connection to end.",
     ),
     Label(
         LabelTarget.SERVICE,
         LAST_LINES,
         "`0` to `20`",
         "`20`",
-        "how many last lines of output are kept with a task that ended; `0` for output that holds secrets",
+        "How many of its last lines of output Skep keeps with an ended task. Use `0` if the output has secrets.",
     ),
     Label(
         LabelTarget.SERVICE,
         PRIORITY,
         f"`-{PRIORITY_MAX}` to `{PRIORITY_MAX}`",
         "`0`",
-        "where room is short, tasks of services with a higher one are placed first; above 0 not by operators of single "
-        "stacks",
+        "When nodes have too little space, tasks with a higher priority are placed first. Operators of single stacks "
+        "cannot set it above 0.",
     ),
     Label(
         LabelTarget.SERVICE,
         VOLUME_AFFINITY,
         "`preferred`, `required`, `none`",
         "`preferred`",
-        "where a task goes whose slot has data in a local volume of a node: to that node if it can run the task, else "
-        "to another one; to that node only, for which it waits; to any node, as in Docker",
+        "Node of a task whose slot has data in a local volume. `preferred`: the node with the data if it can run the "
+        "task, else another one. `required`: only that node, for which the task waits. `none`: any node, as in "
+        "Docker.",
     ),
     Label(
         LabelTarget.SERVICE,
         PUBLISH_NOT_READY,
         "`true`, `false`",
         "`false`",
-        "`true`: the names of tasks (`tasks.SERVICE`, `SLOT.SERVICE`, and `SERVICE` with `--endpoint-mode dnsrr`) "
-        "resolve before the tasks are healthy, for software that needs its peers to become so; virtual addresses and "
-        "published ports reach healthy tasks only",
+        "With `true`, the names of tasks (`tasks.SERVICE`, `SLOT.SERVICE`, and `SERVICE` with `--endpoint-mode dnsrr`) "
+        "resolve before the tasks are healthy, for software that needs its peers to become healthy. Virtual addresses "
+        "and published ports still reach healthy tasks only.",
     ),
     Label(
         LabelTarget.SERVICE,
         DEPENDS_ON,
         "`NAME=CONDITION[+restart][+optional],...`",
         "none",
-        "the services that this one waits for before its first task starts, with Compose's conditions: "
-        "`service_started`, `service_healthy`, `service_completed_successfully`; `+restart`: an update of that service "
-        "restarts this one, `+optional`: it is not waited for if it is not there or fails "
-        "([stacks](../guide/stacks.md#dependencies))",
+        "Services that this one waits for before its first task starts, with Compose's conditions: `service_started`, "
+        "`service_healthy`, `service_completed_successfully`. With `+restart`, an update of that service restarts this "
+        "one. With `+optional`, this one does not wait if that service is missing or fails "
+        "([Compose files](../guide/compose.md#start-services-in-order)).",
     ),
     Label(
         LabelTarget.SERVICE,
         AUTOSCALE,
         "`2..10`",
         "off",
-        "the fewest and the most tasks of a replicated service, between which their number follows what they use "
-        "([autoscaling](../guide/autoscaling.md))",
+        "The least and the most tasks of a replicated service. Within this range, their number follows their load "
+        "([autoscaling](../guide/autoscaling.md)).",
     ),
     Label(
         LabelTarget.SERVICE,
         AUTOSCALE_CPU,
         "`1` to `1000`, percent",
-        "`70`; without, if there is a target of memory",
-        "target: processor time of a task, of its limit, else of its reservation, else of one processor",
+        "`70`, or no target if you set one for memory",
+        "Target CPU use of a task, in percent of its limit, else of its reservation, else of one CPU.",
     ),
     Label(
         LabelTarget.SERVICE,
         AUTOSCALE_MEMORY,
         "`1` to `100`, percent",
         "none",
-        "target: memory of a task, of its limit, which it needs",
+        "Target memory use of a task, in percent of its limit. The service needs a memory limit.",
     ),
     Label(
         LabelTarget.SERVICE,
         AUTOSCALE_DOWN_AFTER,
         "duration, `15s` to `24h`",
         "`5m`",
-        "how long fewer tasks have to suffice before there are fewer",
+        "How long fewer tasks must suffice before Skep removes tasks.",
     ),
     Label(
         LabelTarget.SERVICE,
         f"{_PUBLISH}.host-ip",
         "IP address",
         "all",
-        "the only address of a node that the port answers on",
+        "The only address on each node that the port answers on.",
     ),
     Label(
         LabelTarget.SERVICE,
         f"{_PUBLISH}.affinity",
         "`none`, `client-ip`",
         "`none`",
-        "`client-ip`: one client always reaches the same task, as long as that is healthy",
+        "With `client-ip`, a client always reaches the same task while that task is healthy.",
     ),
     Label(
         LabelTarget.SERVICE,
         f"{_PUBLISH}.local",
         "`true`, `false`",
         "`false`",
-        "`true`: a node with healthy tasks of its own sends connections to those only",
+        "With `true`, a node that has healthy tasks of the service sends connections only to those.",
     ),
     Label(
         LabelTarget.SERVICE,
         f"{_PUBLISH}.proxy-protocol",
         "`none`, `v1`, `v2`",
         "`none`",
-        "each TCP connection begins with a PROXY protocol header that names its client",
+        "Each TCP connection begins with a PROXY protocol header that names its client.",
     ),
     *(
         Label(LabelTarget.CONTAINER, name, values, default, effect)
@@ -293,72 +298,77 @@ LABELS = (
                 SECRET_ENV_LABEL,
                 "`VARIABLE=TARGET`, separated by commas",
                 "",
-                "secrets of the service, by their targets, that are variables, too; not in inspect output nor execs",
+                "Secrets that are also environment variables, by their targets. Not in inspect output or execs.",
             ),
             (
                 "skep.privileged",
                 "`true`, `false`",
                 "`false`",
-                "as `docker run --privileged` (right `privileged`)",
+                "As `docker run --privileged` (right `privileged`).",
             ),
             (
                 "skep.devices",
                 "`/dev/a`, `/dev/a:/dev/b:rwm`, `vendor.com/class=name`, separated by commas",
                 "none",
-                "devices, directories, and what vendors describe (CDI), on nodes that have it (right `devices`)",
+                "Devices, directories of them, and CDI devices. Tasks run on nodes that have them (right `devices`).",
             ),
             (
                 "skep.device-rules",
                 "`c 188:* rwm`, separated by commas",
                 "none",
-                "as `--device-cgroup-rule` (right `devices`)",
+                "As `docker run --device-cgroup-rule` (right `devices`).",
             ),
             (
                 "skep.gpus",
                 "`all`, a number, `device=NAME,...`",
                 "none",
-                "GPUs by CDI, not counted (right `gpus`)",
+                "GPUs by CDI. The scheduler does not count them (right `gpus`).",
             ),
             (
                 API_LABEL,
                 "`read`, `inspect`, `full`",
                 "`read`",
-                "what it may call on the API's socket, if it mounts that: [API access](../guide/api-access.md)",
+                "Access to the API, if the container mounts its socket ([API access](../guide/api-access.md)).",
             ),
-            ("skep.pid", "`host`", "its own", "the node's processes (right `namespaces`)"),
-            ("skep.ipc", "`host`", "its own", "the node's shared memory (right `namespaces`)"),
-            ("skep.uts", "`host`", "its own", "the node's host name (right `namespaces`)"),
+            ("skep.pid", "`host`", "separate", "Uses the node's processes (right `namespaces`)."),
+            ("skep.ipc", "`host`", "separate", "Uses the node's shared memory (right `namespaces`)."),
+            ("skep.uts", "`host`", "separate", "Uses the node's host name (right `namespaces`)."),
             (
                 "skep.shm-size",
                 "size: `256m`",
                 "`64m`",
-                "size of /dev/shm (right `resources`, as all that follow)",
+                "Size of `/dev/shm` (right `resources`, as for all further labels).",
             ),
             (
                 "skep.cpu-shares",
                 "`2` to `262144`",
                 "`1024`",
-                "share of the processors beside other containers",
+                "CPU weight relative to other containers.",
             ),
-            ("skep.cpuset-cpus", "`0-3,5`", "all", "processors that it runs on"),
-            ("skep.cpuset-mems", "`0,1`", "all", "memory nodes that it uses"),
-            ("skep.memory-swap", "size; `-1`: no limit", "twice the limit", "memory and swap together"),
-            ("skep.memory-swappiness", "`0` to `100`", "the kernel's", "on cgroups v1"),
-            ("skep.blkio-weight", "`10` to `1000`", "the kernel's", "share of block devices"),
+            ("skep.cpuset-cpus", "`0-3,5`", "all", "CPUs that the container may use."),
+            ("skep.cpuset-mems", "`0,1`", "all", "Memory nodes that the container may use."),
+            (
+                "skep.memory-swap",
+                "size, or `-1` for no limit",
+                "twice the limit",
+                "Memory and swap together.",
+            ),
+            ("skep.memory-swappiness", "`0` to `100`", "the kernel's", "Swappiness, on cgroups v1 only."),
+            ("skep.blkio-weight", "`10` to `1000`", "the kernel's", "Weight of block I/O."),
             (
                 "skep.device-read-bps",
                 "`/dev/sda:1m`, separated by commas",
                 "none",
-                "bytes read in a second at most",
+                "Bytes read in a second at most.",
             ),
-            ("skep.device-write-bps", "likewise", "none", "bytes written in a second at most"),
+            ("skep.device-write-bps", "as above", "none", "Bytes written in a second at most."),
             (
                 "skep.device-read-iops",
                 "`/dev/sda:1000`, separated by commas",
                 "none",
-                "reads in a second at most",
+                "Reads in a second at most.",
             ),
-            ("skep.device-write-iops", "likewise", "none", "writes in a second at most"),
+            ("skep.device-write-iops", "as above", "none", "Writes in a second at most."),
         )
     ),
     Label(
@@ -366,123 +376,128 @@ LABELS = (
         "skep.attach",
         "constraints, separated by commas",
         "any node",
-        "nodes whose plain containers may join an attachable network: `node.labels.*`, `node.role` and `node.id` only",
+        "Nodes whose plain containers may join an attachable network. You can use `node.labels.*`, `node.role` and "
+        "`node.id`.",
     ),
     Label(
         LabelTarget.NETWORK,
         "skep.data-plane",
         "`skep`, `docker`",
         "by its first task",
-        "the kind of nodes that the overlay is for; as a driver option (`--opt`) too",
+        "Kind of nodes that the overlay is for. Also a driver option (`--opt`).",
     ),
     Label(
         LabelTarget.NETWORK,
         "skep.allow-overlap",
         "`true`",
         "refused",
-        "take a subnet that some node already reaches by itself; as a driver option (`--opt`) too",
+        "Allows a subnet that a node already reaches outside of the cluster. Also a driver option (`--opt`).",
     ),
     Label(
         LabelTarget.SECRET,
         ROTATION_OF,
         "a name",
         "",
-        "the first version of a secret or config, on every later version",
+        "Name of the first version of a secret or config, on every later version.",
     ),
     Label(
         LabelTarget.REVISION,
         STACK_REVISION,
         "a number",
         "",
-        "the config is this revision of its stack, and no service's",
+        "Number of the revision that the config holds. No service uses the config.",
     ),
     Label(
         LabelTarget.REVISION,
         STACK_STATE,
         "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`, `rolling back`, `replaced by revision N`",
         "",
-        "how its deploy ended",
+        "How its deploy ended.",
     ),
-    Label(LabelTarget.REVISION, STACK_CHANGES, "`2 created, 1 updated`", "", "what its deploy changed"),
+    Label(
+        LabelTarget.REVISION, STACK_CHANGES, "`2 created, 1 updated`", "", "Objects that its deploy changed."
+    ),
     Label(
         LabelTarget.NODE,
         IGNORE_PATHS,
         "`true`",
         "`false`",
-        "the node gets tasks on overlay networks although other nodes do not reach it",
+        "The node gets tasks on overlay networks although other nodes do not reach it.",
     ),
     Label(
         LabelTarget.NODE,
         FORGOTTEN_LABEL,
         "`VOLUME@TIME ...`",
         "none",
-        "local volumes of the node that were given up (`skep volume forget`): use up to then attracts no task",
+        "Local volumes of the node that you gave up with `skep volume forget`. Use before that time attracts no task.",
     ),
     Label(
         LabelTarget.CLUSTER,
         HEARTBEAT_GRACE,
         "duration, at most `1h`",
         "three heartbeats",
-        "how long a silent skep node counts as alive (`skep cluster grace`)",
+        "How long a silent skep node counts as alive (`skep cluster grace`).",
     ),
     Label(
         LabelTarget.CLUSTER,
         FORGET_NODES,
         "duration, `1m` to `2160h`",
         "never",
-        "how long a worker that is down is kept, unless something would be lost with it (`skep cluster forget-nodes`)",
+        "How long Skep keeps a worker that is down. It stays longer if its removal would lose something (`skep cluster "
+        "forget-nodes`).",
     ),
     Label(
         LabelTarget.CLUSTER,
         LAST_LINES,
         "`0` to `20`",
         "`20`",
-        "how many last lines of output managers keep with a task that ended, of any service",
+        "How many of its last lines of output managers keep with an ended task of any service.",
     ),
     Label(
         LabelTarget.CLUSTER,
         MAINTENANCE,
         "JSON",
         "",
-        "which nodes are away on purpose; written by `skep reboot-lock` and `skep upgrade`",
+        "Nodes that are away on purpose. `skep reboot-lock` and `skep upgrade` write it.",
     ),
     Label(
         LabelTarget.CLUSTER,
         HISTORY,
         f"`0` to `{HISTORY_MAX}`",
         f"`{HISTORY_DEFAULT}`",
-        "how many entries of `skep history` are kept, half of them for requests; `0`: none, and those there are go",
+        "How many entries `skep history` keeps, half of them for requests. `0` keeps none and removes the current "
+        "ones.",
     ),
     Label(
         LabelTarget.CLUSTER,
         WORKER_READS,
         "`true`, `false`",
         "`false`",
-        "`true`: clients of a worker's API may read services, tasks, nodes, networks and events, the environment of "
-        "services among them (`skep cluster worker-reads`)",
+        "With `true`, clients of a worker's API may read services with their environment, tasks, nodes, networks and "
+        "events (`skep cluster worker-reads`).",
     ),
     Label(
         LabelTarget.CLUSTER,
         SHARE_IMAGES,
         "`true`, `false`",
         "`false`",
-        "`true`: every node may read the images of every other node, also for `docker pull` on a worker; otherwise "
-        "a worker reads the images of its own tasks only (`skep cluster share-images`)",
+        "With `true`, every node may read the images of every other node, also for `docker pull` on a worker. "
+        "Otherwise a worker reads only the images that its tasks need (`skep cluster share-images`).",
     ),
     Label(
         LabelTarget.CLUSTER,
         PREEMPTION,
         "`true`, `false`",
         "`false`",
-        "`true`: where a task of a higher priority finds no room, tasks of lower ones are stopped for it "
-        "(`skep cluster preemption`)",
+        "With `true`, Skep stops tasks of lower priority if a task of higher priority finds no space (`skep cluster "
+        "preemption`).",
     ),
     Label(
         LabelTarget.CLUSTER,
         "skep.renew-window",
-        "duration; `0`: never",
+        "duration, or `0` for never",
         "`720h`",
-        "how long after its expiry the certificate of a node can be renewed",
+        "How long after its expiry a node can renew its certificate.",
     ),
     Label(
         LabelTarget.CLUSTER,
@@ -490,129 +505,130 @@ LABELS = (
         "`none`, `all`, or some of `privileged`, `devices`, `gpus`, `namespaces`, `resources`, `api`, `api-inspect`, "
         "separated by commas",
         "`none`",
-        "rights over their nodes that services may ask for by labels of their containers (`skep cluster allow`)",
+        "Rights over their nodes that services get by labels of their containers (`skep cluster allow`).",
     ),
     Label(
         LabelTarget.CLUSTER,
         ALLOW_MACHINE_LOGS,
         "`true`, `false`",
         "`false`",
-        "`true`: services of users below the administrator may log to loopback, link-local and node addresses, and by "
-        "the log drivers `journald` and `syslog` to the machine's own log",
+        "With `true`, services of users below administrator may log to loopback, link-local and node addresses, and "
+        "with the log drivers `journald` and `syslog` to the machine's log.",
     ),
     Label(
         LabelTarget.CLUSTER,
         ALLOW_CREDENTIAL_HELPERS,
-        "`STACK=REPOSITORY`, separated by commas; `*`: every stack",
+        "`STACK=REPOSITORY`, separated by commas, `*` for every stack",
         "none",
-        "images that nodes may pull with their own credentials (`credential-helpers`) for services of users below the "
-        "administrator: these repositories and those below them",
+        "Repositories, with those below them, whose images nodes may pull with the node's credentials "
+        "(`credential-helpers`) for services of users below administrator.",
     ),
-    Label(LabelTarget.ENGINE, "skep.node", "`true`", "", "this is a skep node, not a Docker Engine"),
+    Label(LabelTarget.ENGINE, "skep.node", "`true`", "", "The node is a skep node, not a Docker Engine."),
     Label(
         LabelTarget.ENGINE,
         "skep.condition.NAME",
         "a sentence",
         "",
-        "something is wrong with the node: `apparmor`, `description-size`, `disk`, `disk-pressure`, "
+        "Something is wrong with the node. NAME is one of `apparmor`, `description-size`, `disk`, `disk-pressure`, "
         "`disk-space`, `encrypted-networks`, "
-        "`images`, `manager`, `manager-unreachable`, `neighbor-table`, `networks`, `restore`, `store-full`, `swarm`",
+        "`images`, `manager`, `manager-unreachable`, `neighbor-table`, `networks`, `restore`, `store-full`, `swarm`.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.missing.NAME",
         "`true`",
         "",
-        "the kernel lacks something: `bridge`, `ipv6-egress`, `nftables`, `overlayfs`, `route-localnet`, `seccomp`, "
-        "`tun`, `veth`, `vxlan`, `wireguard` and others",
+        "The kernel lacks a feature: `bridge`, `ipv6-egress`, `nftables`, `overlayfs`, `route-localnet`, `seccomp`, "
+        "`tun`, `veth`, `vxlan`, `wireguard` and others.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.encryption",
         "`kernel` or `wireguard-go`",
         "",
-        "what encrypts overlay networks on the node, WireGuard both; absent: it refuses tasks on encrypted networks",
+        "WireGuard implementation that encrypts overlay networks on the node. Without the label, the node refuses "
+        "tasks on encrypted networks.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.wireguard",
         "`KEY@PORT`, at most two, separated by commas",
         "",
-        "the node's public WireGuard keys in base64, the oldest first, each with its UDP port",
+        "The node's public WireGuard keys in base64, the oldest first, each with its UDP port.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.data-path-addr",
         "IP address",
         "",
-        "the address that VXLAN leaves from and arrives at",
+        "Address that the node sends and receives VXLAN on.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.data-path-addr.refused",
         "IP address",
         "",
-        "the same, where a manager refused it: it belongs to another node",
+        "The same address, if a manager refused it because it belongs to another node.",
     ),
     Label(
         LabelTarget.ENGINE,
         ALLOW_LABEL,
         "rights, separated by commas",
         "",
-        "rights over itself that the node gives tasks (its setting `allow`)",
+        "Rights over the node that tasks can get there (its setting `allow`).",
     ),
     Label(
         LabelTarget.ENGINE,
         DEVICES_LABEL,
         "paths, separated by commas",
         "",
-        "the node's devices, without terminals, loop devices and disks by name; `...` at the end: there are more",
+        "The node's devices, without terminals, loop devices and disks by name. It ends with `...` if the list is cut.",
     ),
     Label(
         LabelTarget.ENGINE,
         CDI_LABEL,
         "`vendor.com/class=name`, separated by commas",
         "",
-        "the devices that descriptions on the node name (CDI)",
+        "CDI devices that the node has specs for.",
     ),
     Label(
-        LabelTarget.ENGINE, "skep.paths", "`1`", "", "the node probes other nodes and answers their probes"
+        LabelTarget.ENGINE, "skep.paths", "`1`", "", "The node probes other nodes and answers their probes."
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.images-port",
         "port number",
         "",
-        "the TCP port at which the node serves its images to other nodes of the cluster",
+        "TCP port at which the node serves its images to other nodes of the cluster.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.ports",
         "`tcp=22,80 udp=53`",
         "",
-        "ports that plain containers and other programs of the machine use; host-mode ports are published elsewhere",
+        "Ports that plain containers and other programs of the machine use. Host-mode ports of services avoid it.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.reserved-ports",
         "`tcp=2376,2377 udp=4789`",
         "",
-        "ports that the node's daemon uses; in the whole cluster, only administrators publish on those of managers",
+        "Ports that the node's daemon uses. Only administrators publish on a manager's, in the whole cluster.",
     ),
     Label(
         LabelTarget.ENGINE,
         SLOT_VOLUMES_LABEL,
         "`VOLUME=SERVICE.SLOT@TIME ...`",
         "",
-        "which slots of services have used the node's local volumes, the latest first (milliseconds, when the task was "
-        "created)",
+        "Slots of services that have used the node's local volumes, the latest first. TIME is when the task was "
+        "created, in milliseconds.",
     ),
     Label(
         LabelTarget.ENGINE,
         "skep.routes",
         "`SUBNET=INTERFACE ...`",
         "",
-        "networks that the machine reaches by itself; new overlays avoid them",
+        "Networks that the machine reaches outside of the cluster. New overlays avoid them.",
     ),
 )
 """In the order of the reference page."""

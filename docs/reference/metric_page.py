@@ -15,34 +15,35 @@ from skep.node import metrics as node_metrics
 
 _NOTICE = "<!-- Written by `make reference`; edit the code, or docs/reference/metric_page.py. -->"
 _HEAD = """
-`GET /metrics` on the API's hosts, and by plain HTTP on `metrics-addr` ([configuration.md](configuration.md)), as a
-Docker Engine has it there: the node, its containers, and its manager process where it has one. Whoever reaches
-`metrics-addr` reads it; nothing can be changed there. [packaging/prometheus/](../../packaging/prometheus/) has a
-configuration and alert rules, [packaging/grafana/](../../packaging/grafana/) a dashboard.
+You read the metrics of a node, its containers and its manager process with `GET /metrics`: on the API's hosts, and by
+plain HTTP on `metrics-addr` ([configuration](configuration.md)), as with a Docker Engine. Everyone who reaches
+`metrics-addr` can read them, and change nothing. [Monitor](../guide/monitoring.md) has the steps, with alert rules and
+a dashboard.
 
-`GET /sd` on `metrics-addr` is the list of all nodes for `http_sd_configs`, with the same port for each: labels
-`__meta_skep_node_id`, `_name`, `_role`, `_leader`, `_availability`, `_state`, and `_label_KEY` for each of its
-labels. On a worker it needs `skep cluster worker-reads on`. Prometheus' discovery of Docker Swarm works as well.
+`GET /sd` on `metrics-addr` lists all nodes for `http_sd_configs`, with the same port for each. The labels are
+`__meta_skep_node_id`, `_name`, `_role`, `_leader`, `_availability`, `_state`, and `_label_KEY` for each node label. On
+a worker you need `skep cluster worker-reads on`. You can also use Prometheus' discovery of Docker Swarm.
 """
 _OF_MANAGERS = """
-Every manager counts the whole cluster: use `max by`, not `sum`. Names that begin with `swarm_` are
-SwarmKit's, those with `etcd_` etcd's, of the manager's own member.
+Every manager counts the whole cluster, so use `max by`, not `sum`. Names that begin with `swarm_` come from SwarmKit.
+Names that begin with `etcd_` come from etcd, and have the values of the manager's member.
 """
 _OF_CONTAINERS = """
-Names are cAdvisor's. Labels: `name` (of the container), `image`, `service`, `task`, `stack`; the last three are empty
-for plain containers; those of networks have `interface`, too. Sampled every ten seconds while there are requests.
+The names come from cAdvisor. The labels are `name` (the container's), `image`, `service`, `task` and `stack`. The last
+three are empty for plain containers. Network metrics also have `interface`. While there are requests, the values are
+sampled every ten seconds.
 """
 _NOT_THERE = {
-    "builder_builds_*": "not counted: an engine counts builds by its old builder only, and none by BuildKit",
+    "builder_builds_*": "not counted: an engine counts builds by its old builder only, and no builds by BuildKit",
     "engine_daemon_host_info_functions_seconds": "not measured: `/info` is made from what the node has in memory, "
     "and a question to its manager",
     "engine_daemon_network_actions_seconds": "not measured: a container gets its networks as it starts, which "
     "`engine_daemon_container_actions_seconds` has",
-    "logger_*": "not counted: conmon writes the logs of containers and counts nothing; a full disk is a condition of "
+    "logger_*": "not counted: conmon writes the logs of containers and counts nothing. A full disk is a condition of "
     "the node (`skep_node_condition`)",
     "swarm_raft_*": "consensus is etcd's: `etcd_disk_wal_fsync_duration_seconds`, "
     "`etcd_disk_backend_commit_duration_seconds`",
-    "swarm_store_*": "there is no store in memory with a lock: reads take none, and writes are etcd's; "
+    "swarm_store_*": "Skep has no store in memory with a lock: reads take none, and etcd does the writes. "
     "`skep_event_loop_lag_seconds` shows a manager that is late",
 }
 """What a Docker Engine shows and Skep does not, and why."""
@@ -84,7 +85,7 @@ def metrics() -> str:
     for title, found in sections.items():
         lines += [title, "", *_table(found)]
         lines.append(below.get(title, ""))
-    lines += ["## What only an engine has", "", "| name | instead |", "|---|---|"]
+    lines += ["## Metrics that only an engine has", "", "| name | instead |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, why in _NOT_THERE.items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -119,7 +120,7 @@ def _of_etcd() -> Iterator[Metric]:
 
 
 def _table(found: tuple[Metric, ...]) -> Iterator[str]:
-    yield "| name | kind | labels | what |"
+    yield "| name | kind | labels | meaning |"
     yield "|---|---|---|---|"
     for one in found:
         labels = ", ".join(f"`{label}`" for label in one.labels)

@@ -192,7 +192,7 @@ def peer_addr(value: Any) -> str:
 
 
 def listening_addr(value: Any) -> tuple[str, int]:
-    """An IP address with a port; ``:port`` means every address."""
+    """An IP address with a port, or ``:port`` for every address."""
     written = text(value)
     host, _, digits = written.rpartition(":")
     try:
@@ -236,7 +236,7 @@ def cgroup_parent(value: Any) -> str:
 
 
 def labels(values: Any) -> Mapping[str, str]:
-    """``key=value``; the value may contain blanks and further equals signs."""
+    """``key=value``, whose value may contain blanks and further equals signs."""
     result: dict[str, str] = {}
     for written in _texts(values):
         key, separator, value = written.partition("=")
@@ -248,7 +248,7 @@ def labels(values: Any) -> Mapping[str, str]:
 
 
 def generic_resources(values: Any) -> tuple[GenericResource, ...]:
-    """``gpu=4`` (a number) or ``gpu=UUID1`` (one named unit); several are joined with commas.
+    """``gpu=4`` (a number) or ``gpu=UUID1`` (one named unit), several joined with commas.
 
     Source: swarmkit, api/genericresource/parse.go.
     """

@@ -116,7 +116,7 @@ _NAMES = (
           lambda one: one.memory_stats.usage),
     _Name("container_memory_working_set_bytes", "gauge", "Memory in use without what can be reclaimed at once.",
           _working_set),
-    _Name("container_spec_memory_limit_bytes", "gauge", "The memory limit; without one, the node's memory.",
+    _Name("container_spec_memory_limit_bytes", "gauge", "The memory limit, or without one the node's memory.",
           lambda one: one.memory_stats.limit),
     _Name("container_memory_limit_hits_total", "counter", "Times that the memory limit was reached.",
           lambda one: one.memory_stats.failcnt),

@@ -145,7 +145,7 @@ def ulimits(limits: tuple[Ulimit, ...], root: ApiObject) -> Iterator[str]:
 
 
 def _nice(limit: Ulimit, _root: ApiObject) -> bool:
-    """Above 20, where a process may be preferred to the machine's processes."""
+    """Above 20, which lets a process run before processes of the machine."""
     return all(0 <= one <= _NICE_OF_ALL for one in (limit.soft, limit.hard))
 
 

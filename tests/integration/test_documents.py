@@ -30,7 +30,7 @@ RUN_ELSEWHERE = {
     ("README.md", 0): "tests/integration/test_demo.py; `make test` is what runs this test",
     ("docs/guide/access.md", 0): "tests/integration/daemon/test_users.py",
     ("docs/guide/access.md", 1): "tests/integration/daemon/test_users.py",
-    ("docs/guide/access.md", 2): "tests/integration/daemon/test_users.py",
+    ("docs/guide/quotas.md", 0): "tests/integration/daemon/test_users.py",
     ("bench/README.md", 0): "`make bench`; its results are kept",
     ("bench/README.md", 1): "run by hand before a release; its results are kept",
     ("bench/README.md", 2): "run by hand before a release; its results are kept",
@@ -43,8 +43,11 @@ RUN_ELSEWHERE = {
 TUTORIALS = ("docs/guide/start.md", "docs/tutorials/")
 """Beginnings of pages of which ``test_tutorials.py`` runs every block."""
 
+BACKUP = "docs/guide/backup.md"
 RECOVERY = "docs/guide/recovery.md"
+KEYS = "docs/guide/keys.md"
 NETWORKS = "docs/guide/networks.md"
+PORTS = "docs/guide/ports.md"
 DOCTOR = "docs/guide/doctor.md"
 INSTALL = "docs/guide/install.md"
 UPGRADE = "docs/guide/upgrade.md"
@@ -56,6 +59,7 @@ MIGRATE = "docs/guide/migrate.md"
 IMAGES = "docs/guide/images.md"
 SECRETS = "docs/guide/secrets.md"
 VOLUMES = "docs/guide/volumes.md"
+CSI = "docs/guide/csi.md"
 DEVICES = "docs/guide/devices.md"
 STACKS = "docs/guide/stacks.md"
 LOGS = "docs/guide/logs.md"
@@ -123,14 +127,18 @@ def test_no_block_is_forgotten() -> None:
     }
     run_here = {
         *(("README.md", 1), ("README.md", 2), ("docs/tour.md", 0)),
-        *((RECOVERY, number) for number in range(5)),
-        *((NETWORKS, number) for number in range(5)),
+        *((BACKUP, number) for number in range(2)),
+        (RECOVERY, 0),
+        *((KEYS, number) for number in range(2)),
+        *((NETWORKS, number) for number in range(4)),
+        (PORTS, 0),
         *((DOCTOR, number) for number in range(3)),
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
         *((STATUS, number) for number in range(3)),
         *((NODES, number) for number in range(3)),
-        *((VOLUMES, number) for number in range(3)),
+        *((VOLUMES, number) for number in range(2)),
+        (CSI, 0),
         *((IMAGES, number) for number in range(2)),
         *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES)),
         *((STACKS, number) for number in range(5)),
@@ -264,7 +272,8 @@ def test_the_guide_to_devices(own_cluster: TestCluster, checkout: Path) -> None:
 
 def test_the_guide_to_volumes(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    volume, slots, cluster = shell_blocks(VOLUMES)
+    volume, slots = shell_blocks(VOLUMES)
+    (cluster,) = shell_blocks(CSI)
     assert '"type": "tmpfs"' in run(volume, checkout, **where)
     assert "db: " in run(slots, checkout, **where)
     assert "10240" in in_task(m1, "worker", "df", "-k", "/scratch")
@@ -346,15 +355,16 @@ def test_the_tours_service(m1: TestNode, checkout: Path) -> None:
 
 def test_the_guide_to_networks(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    services, beside, port, room, encrypted = shell_blocks(NETWORKS)
+    services, attached, encrypted, addresses = shell_blocks(NETWORKS)
+    (port,) = shell_blocks(PORTS)
     run(services, checkout, **where)
     wait_running(m1, "api", 3)
     wait_running(m1, "cli", 1)
-    run(beside, checkout, **where)
+    run(attached, checkout, **where)
     assert m1.docker("ps", "-aq", "--filter", "name=probe").stdout == ""
     run(port, checkout, **where)
     wait_running(m1, "web", 1)
-    assert run(room, checkout, **where).split()[-1] == "2"
+    assert run(addresses, checkout, **where).split()[-1] == "2"
     run(encrypted, checkout, **where)
 
 
@@ -374,9 +384,11 @@ def test_the_guide_to_the_doctor(own_cluster: TestCluster, checkout: Path) -> No
 
 @pytest.mark.slow
 def test_the_recovery_guide(own_cluster: TestCluster, checkout: Path) -> None:
-    """One manager: locked, backed up, lost, restored, forced.  What ran runs on while it is locked."""
+    """One manager: locked, backed up, lost, restored, forced.  Its containers keep running while it is locked."""
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    backup, restore, force, lock, unlock = shell_blocks(RECOVERY)
+    backup, restore = shell_blocks(BACKUP)
+    lock, unlock = shell_blocks(KEYS)
+    (force,) = shell_blocks(RECOVERY)
     create(m1, "web", 2)
     wait_running(m1, "web", 2)
     run(lock, checkout, **where)

@@ -336,12 +336,12 @@ REFUSED_BODY = {
 
 IRRELEVANT = {
     "Privileges.SELinuxContext.Disable": "containers have no SELinux labels in any case",
-    "Mounts.0.Consistency": "of Docker Desktop's shared folders; no engine on Linux acts on it",
+    "Mounts.0.Consistency": "for shared folders of Docker Desktop, no engine on Linux acts on it",
     "ContainerIDFile": "the client writes the file",
-    "ConsoleSize": "of Windows; on Linux the client resizes the terminal",
-    "ArgsEscaped": "of Windows",
-    "OnBuild": "of images: a build reads it",
-    "Shell": "of images: a build reads it",
+    "ConsoleSize": "for Windows, on Linux the client resizes the terminal",
+    "ArgsEscaped": "for Windows",
+    "OnBuild": "for images, only a build reads it",
+    "Shell": "for images, only a build reads it",
 }
 
 

@@ -289,10 +289,10 @@ REFUSED_VOLUME = {
     "DriverOpts[size]": "quota size requested but no quota support",
     "DriverOpts[any other]": 'invalid option: "x"',
 }
-_DEFAULT_IPAM = "of other IPAM drivers: the driver `default` reads none, as in an engine"
+_DEFAULT_IPAM = "for other IPAM drivers, the driver `default` reads none, as in an engine"
 IRRELEVANT_CLUSTER_NETWORK = {
     "IPAM.Options": _DEFAULT_IPAM,
-    "Options[any other]": "ignored by an engine's driver `overlay` too",
+    "Options[any other]": "an engine's driver `overlay` also ignores them",
 }
 IRRELEVANT_BRIDGE_NETWORK = {"IPAM.Options": _DEFAULT_IPAM}
 _ENDPOINT = "NetworkingConfig.EndpointsConfig.n"
@@ -309,7 +309,7 @@ FILLED_IN: dict[str, Row] = {
     f"{_ENDPOINT}.DNSNames": (["x"], _ON_N),
 }
 """Of a plain container's endpoint: what an engine responds with."""
-_SENT_BACK = dict.fromkeys(FILLED_IN, "filled in by an engine; clients that copy a response send it back")
+_SENT_BACK = dict.fromkeys(FILLED_IN, "an engine fills it in, and clients that copy a response send it back")
 
 
 def set_in(body: Mapping[str, Any], path: str, value: Any) -> Any:
@@ -448,7 +448,7 @@ WALKS = (
         of_bridge_network,
     ),
     Walk("Volumes", "VolumeCreateOptions.", VOLUME, REFUSED_VOLUME, {}, of_volume),
-    Walk("What an engine fills in", "", FILLED_IN, {}, _SENT_BACK, of_containers.of_body),
+    Walk("Fields that an engine fills in", "", FILLED_IN, {}, _SENT_BACK, of_containers.of_body),
 )
 """Those that are walked here."""
 

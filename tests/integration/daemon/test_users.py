@@ -168,8 +168,9 @@ def test_a_browser_is_the_user_whose_token_logged_it_in(cluster: Cluster, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_guide_to_access(rig: DaemonRig, tmp_path: Path) -> None:
-    certificates, *blocks = shell_blocks("docs/guide/access.md")
+def test_the_guides_to_access_and_quotas(rig: DaemonRig, tmp_path: Path) -> None:
+    certificates, users = shell_blocks("docs/guide/access.md")
+    (quotas,) = shell_blocks("docs/guide/quotas.md")
     subprocess.run(
         ["sh", "-euc", certificates],
         cwd=tmp_path,
@@ -179,7 +180,7 @@ def test_the_guide_to_access(rig: DaemonRig, tmp_path: Path) -> None:
     )
     files = (tmp_path / name for name in ("ca.pem", "server.pem", "server-key.pem"))
     cluster = Cluster(rig, tmp_path, *files)
-    block = "\n".join(blocks)
+    block = users + quotas
     docker = tmp_path / "bin" / "docker"
     docker.parent.mkdir()
     docker.symlink_to(CLIS[-1])
