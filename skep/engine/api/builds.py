@@ -20,6 +20,7 @@ from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.queries import integer
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
+from skep.engine.build.addresses import redacted, redacted_errors
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
 from skep.engine.build.remote_builds import fetch_context
@@ -60,6 +61,10 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
     template = _template(request, builder)
 
     async def build(report: Report) -> None:
+        with redacted_errors():
+            await build_and_report(report)
+
+    async def build_and_report(report: Report) -> None:
         kept = _KeptMessages()
         shown = _ClassicProgress(kept.add if is_quiet else report)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
@@ -180,7 +185,7 @@ class _ClassicProgress:
         self._say(f"Removing intermediate container {short(container_id)}\n")
 
     def warning(self, step: Step, text: str) -> None:
-        self._say(f"\x1b[91m[WARNING]: {text}\n\x1b[0m")
+        self._say(f"\x1b[91m[WARNING]: {redacted(text)}\n\x1b[0m")
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
         if image_id is not None:

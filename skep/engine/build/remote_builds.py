@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 from skep.api.errors import Untranslated
+from skep.engine.build.addresses import redacted_address
 from skep.engine.build.context import read_dockerfile
 from skep.engine.build.copies import is_archive
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
-from skep.engine.build.remotes import Download, KnownAnswers, is_remote, redacted, repository_address
+from skep.engine.build.remotes import Download, KnownAnswers, is_remote, repository_address
 from skep.engine.build.repositories import Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.images.workers import Limits, unpack
@@ -46,7 +47,7 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
         finally:
             os.close(descriptor)
     else:
-        raise Untranslated(f"remoteURL ({redacted(address)}) could not be recognized as URL")
+        raise Untranslated(f"remoteURL ({redacted_address(address)}) could not be recognized as URL")
     return await asyncio.to_thread(read_dockerfile, files, name), files
 
 

@@ -6,7 +6,7 @@ node (``step_records``).
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.engine.build import copies
+from skep.engine.build.addresses import redacted
 from skep.engine.build.bases import Bases
 from skep.engine.build.cache import StepCache, key_of
 from skep.engine.build.config import StageState
@@ -210,7 +211,7 @@ class Results:
         step = child.Step(
             created=created,
             diff_id=diff_id,
-            created_by=line or " ".join(change.container.get("Cmd", ())),
+            created_by=redacted(line or " ".join(change.container.get("Cmd") or ())),
             author=change.state.author,
             comment=BUILDKIT if line else "",
         )
@@ -218,7 +219,7 @@ class Results:
             parent.content if parent is not None else None,
             step,
             options_of(change.state.config),
-            more={} if line else {"container_config": change.container},
+            more={} if line else {"container_config": _shown(change.container)},
             platform={"architecture": here.architecture, "os": here.os},
         )
         if len(content) > _CONFIG_BYTES_MAX:
@@ -240,6 +241,11 @@ class Results:
             created=made.config.created or "",
         )
         self.position = Position(state=change.state, image=msgspec.structs.replace(made, link=key))
+
+
+def _shown(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of a step's container for the image, whose users may read the command."""
+    return {**container, "Cmd": [*map(redacted, container["Cmd"])]} if container.get("Cmd") else container
 
 
 def options_of(config: ContainerDefaults) -> dict[str, Any]:

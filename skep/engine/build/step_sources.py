@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+from skep.engine.build.addresses import redacted
 from skep.engine.build.interface import FoundStep, StepSource, WantedStep
 from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, CacheLayer, StepTable
 from skep.engine.images import child, pulling
@@ -119,7 +120,11 @@ class HistorySteps:
             return None
         layers = tuple(self._config.diff_ids)
         entry, count = own[len(before)], len(step.diff_ids)
-        if entry.created_by != " ".join(step.command) or layers[:count] != tuple(step.diff_ids):
+        command = " ".join(step.command)
+        # The history of this engine has no passwords of addresses.  Two commands that differ in one may have other
+        # files, so only a step without a layer is found by the rest.
+        shown = redacted(command) if step.adds_layer is False else command
+        if entry.created_by not in (command, shown) or layers[:count] != tuple(step.diff_ids):
             return None
         if step.adds_layer not in (None, not entry.empty_layer):
             return None

@@ -16,9 +16,10 @@ from pathlib import Path
 import msgspec
 from yarl import URL
 
+from skep.engine.build.addresses import check_address, redacted_address
 from skep.engine.build.copies import is_archive
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, redacted, repository_address
+from skep.engine.build.remotes import Download, KnownAnswers, repository_address
 from skep.engine.build.repositories import Address, Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.buildkit import buildkit_pb2 as pb
@@ -63,7 +64,10 @@ async def remote_context(
             yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
-            raise Unimplemented(f"a build context at this address is not supported: {redacted(address)}")
+            raise Unimplemented(
+                f"a build context at this address is not supported: {redacted_address(address)}"
+            )
+        check_address(address)
         if URL(address).host == _UPLOAD_HOST:
             pieces = _read_upload(session, URL(address), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")

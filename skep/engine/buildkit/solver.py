@@ -21,11 +21,11 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
+from skep.engine.build.addresses import redacted, redacted_address, redacted_errors
 from skep.engine.build.checks import EnvOf
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
 from skep.engine.build.interface import BuildRequest, BuildResult, Builds, OpenContext, StepSource
 from skep.engine.build.patterns import ignored_patterns
-from skep.engine.build.remotes import redacted
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.caches import Caches
@@ -101,10 +101,13 @@ class Job:
             ref=self.request.ref,
             frontend=self.request.frontend,
             frontend_attrs={
-                name: redacted(value) if name.partition(":")[0] == "context" else value
+                name: redacted_address(value) if name == "context" else redacted(value)
                 for name, value in self.request.frontend_attrs.items()
             },
-            exporters=self.request.exporters,
+            exporters=[
+                pb.Exporter(type=one.type, attrs={name: redacted(value) for name, value in one.attrs.items()})
+                for one in self.request.exporters
+            ],
             exporter_response=self.response,
             num_cached_steps=counts.cached,
             num_total_steps=counts.total,
@@ -168,14 +171,15 @@ class Solver:
         session = await self._sessions.get(job.request.session)
         response = pb.BridgeSolveResponse()
         inputs = {name: image_of(one) for name, one in request.frontend_inputs.items()}
-        wanted = asked(request.frontend, request.frontend_opt, inputs)
         try:
-            if wanted.request:
-                found = await run_unless(self._respond(job, session, wanted), job.ended.wait())
-                response.result.metadata.update(found)
-                return response
-            work = self._build(job, session, wanted, request.frontend_opt)
-            image = await run_unless(work, job.ended.wait())
+            with redacted_errors():
+                wanted = asked(request.frontend, request.frontend_opt, inputs)
+                if wanted.request:
+                    found = await run_unless(self._respond(job, session, wanted), job.ended.wait())
+                    response.result.metadata.update(found)
+                    return response
+                work = self._build(job, session, wanted, request.frontend_opt)
+                image = await run_unless(work, job.ended.wait())
         except Preempted as error:
             raise Unavailable(f"job {ref} has ended") from error
         response.result.ref.id = secrets.token_hex(12)
@@ -221,9 +225,10 @@ class Solver:
             self._record(job)
             async with self._begun:
                 self._begun.notify_all()
-            yield job
+            with redacted_errors():
+                yield job
         except BaseException as error:
-            job.error = str(error) or "canceled"
+            job.error = redacted(str(error)) or "canceled"
             raise
         finally:
             job.ended_ns = self._clock.now_ns()
