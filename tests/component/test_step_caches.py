@@ -415,3 +415,20 @@ async def test_the_classic_builder_finds_steps_in_the_history_of_an_image(
     again = await two.build(also=sources, is_buildkit=False)
     assert two.cached[-3:] == LAST_STAGE[:3]
     assert two.text(again, "second") == "changed"
+
+
+async def test_the_image_that_was_built_is_pushed_whatever_has_its_tag_by_then(
+    one: Node, two: Node, registry: str
+) -> None:
+    names = [parse_reference(f"{registry}/{name}") for name in ("app:1", "app:2", "other:1")]
+    built = await one.build(tag=str(names[0]))
+    other = await one.build(dockerfile="FROM scratch\nCOPY second /only\n", tag=str(names[0]))
+    assert one.images.resolve(str(names[0])) == one.images.get(other.image_id)
+    digest = await one.caches.push(one.vertices, one.provider, built.image_id, names)
+    for name in names:
+        pulled = await two.images.pull(str(name))
+        assert pulled.id == built.image_id
+        assert digest in {reference.digest for reference in pulled.digests}
+    await one.images.prune(lambda image: image.id == built.image_id, users=tuple)
+    with pytest.raises(NotFound, match=f"No such image: {built.image_id}"):
+        await one.caches.push(one.vertices, one.provider, built.image_id, names)

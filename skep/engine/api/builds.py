@@ -25,10 +25,10 @@ from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
 from skep.engine.build.remote_builds import fetch_context
 from skep.engine.build.step_sources import history_sources
+from skep.engine.build.targets import tags_of
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest, short
 from skep.engine.images.progress import Message, Report
-from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.limits import nano_cpus_of
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.container import Ulimit
@@ -202,7 +202,7 @@ def _template(request: web.Request, builder: Builder) -> BuildRequest:
     cpu_quota = integer(request, "cpuquota", 0)
     return BuildRequest(
         dockerfile="",
-        tags=_tags(query.getall("t", [])),
+        tags=tags_of(query.getall("t", []), Untranslated),
         target=query.get("target", ""),
         arguments=_decoded(query.get("buildargs") or "{}", dict[str, str | None], "build args"),
         labels=_decoded(query.get("labels") or "{}", dict[str, str], "labels"),
@@ -245,19 +245,6 @@ def _refuse(request: web.Request) -> None:
     for name, nothing in _REFUSED.items():
         if query.get(name, "") not in ("", nothing):
             raise Unimplemented(f"docker build: {name} is not supported")
-
-
-def _tags(texts: list[str]) -> tuple[Reference, ...]:
-    """Parse the tags.  Source: moby 20.10, builder/builder-next/tag.go (sanitizeRepoAndTags)."""
-    found: dict[Reference, None] = {}
-    for text in texts:
-        if not text:
-            continue
-        reference = parse_reference(text)
-        if reference.digest:
-            raise Untranslated("build tag cannot contain a digest")
-        found[reference.with_default_tag()] = None
-    return tuple(found)
 
 
 def _decoded(text: str, type: type[T], what: str) -> T:

@@ -18,7 +18,7 @@ from skep.engine.buildkit.content import ClientStore
 from skep.engine.buildkit.options import CacheEntry, is_true
 from skep.engine.buildkit.progress import Vertices
 from skep.engine.buildkit.sessions import Session
-from skep.engine.images.progress import Message
+from skep.engine.images.digest import Digest
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Repository
 from skep.engine.images.store import ImageStore
@@ -94,18 +94,19 @@ class Caches:
                     response |= {"cache.manifest": descriptor} if descriptor else {}
         return response
 
-    async def push(self, vertices: Vertices, provider: Provider, tags: Sequence[Reference]) -> str:
-        """Push an image under its tags and return the digest of its manifest.  Raises: SkepError."""
-        digests: list[str] = []
+    async def push(
+        self, vertices: Vertices, provider: Provider, image_id: Digest, tags: Sequence[Reference]
+    ) -> Digest:
+        """Push an image under its tags, and return the digest of its manifest.  Raises: SkepError.
 
-        def note(message: Message) -> None:
-            if isinstance(message.aux, Mapping) and "Digest" in message.aux:
-                digests.append(str(message.aux["Digest"]))
-
+        Another build may have taken the tags since.
+        """
+        digest = image_id
         for tag in tags:
             with vertices.doing(f"pushing {tag.familiar}"):
-                await self._images.push(tag, await provider.credentials(tag.domain), note)
-        return digests[0]
+                auth = await provider.credentials(tag.domain)
+                digest = await self._images.push_image(image_id, tag, auth)
+        return digest
 
     async def _export(
         self, session: Session, provider: Provider, entry: CacheEntry, result: BuildResult

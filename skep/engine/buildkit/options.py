@@ -9,9 +9,9 @@ from enum import Enum
 import msgspec
 
 from skep.engine.build.interface import StepLimits
-from skep.engine.build.targets import context_name, parse_epoch
+from skep.engine.build.targets import context_name, parse_epoch, tags_of
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.images.reference import Reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.model.container import Ulimit
 
@@ -296,12 +296,17 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
             left = {name for name, value in attributes.items() if value} - known
             if left:
                 raise Unimplemented(f"output option {min(left)} is not supported")
-            names = attributes.get("name", "").split(",")
+            tags = tags_of(attributes.get("name", "").split(","))
+            is_pushed = is_true(attributes.get("push", ""))
+            if is_pushed and not tags:
+                raise InvalidArgument("tag is needed when pushing to registry")
             return Exported(
                 output=Output.IMAGE,
-                tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
+                tags=tags,
                 rewrites_times=is_true(attributes.get("rewrite-timestamp", "")),
-                is_pushed=_is_pushed(attributes),
+                # buildx leaves the push of ``moby`` to workers with a snapshotter since 0.11.  Earlier versions push
+                # by the engine's API afterwards, and then find everything in the registry.
+                is_pushed=is_pushed,
             )
         if kind not in (Output.LOCAL.value, Output.TAR.value):
             raise Unimplemented(f'exporter "{kind}" could not be found')
@@ -310,14 +315,6 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 raise Unimplemented(f"output option {name} is not supported")
         return Exported(output=Output(kind))
     return Exported()
-
-
-def _is_pushed(attributes: Mapping[str, str]) -> bool:
-    """Return whether the image is pushed.  Raises: InvalidArgument: it has no name."""
-    is_pushed = is_true(attributes.get("push", ""))
-    if is_pushed and not attributes.get("name"):
-        raise InvalidArgument("tag is needed when pushing to registry")
-    return is_pushed
 
 
 def check_network(build: Asked, entitlements: Sequence[str]) -> None:

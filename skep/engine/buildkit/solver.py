@@ -262,7 +262,8 @@ class Solver:
             response = self._exported(job, image)
             if job.exported.is_pushed:
                 provider = ClientProvider(session, self.contexts.scratch)
-                pushed = await self._caches.push(job.vertices, provider, job.exported.tags)
+                tags = job.exported.tags
+                pushed = await self._caches.push(job.vertices, provider, image, tags)
                 response = {**response, "containerimage.digest": pushed}
         elif job.exported.output is not Output.NONE:
             await self._send(job, session, image)

@@ -166,9 +166,22 @@ def test_other_outputs_are_refused_by_name(exporters: list[tuple[str, dict[str, 
 
 def test_a_push_needs_a_name() -> None:
     assert not exported([("image", {"name": "a", "push": "false"})]).is_pushed
-    assert exported([("moby", {"name": "a", "push": "true"})]).is_pushed
-    with pytest.raises(InvalidArgument, match="tag is needed when pushing to registry"):
-        exported([("image", {"push": "true"})])
+    for kind in ("image", "moby"):  # the node says that it has a snapshotter, so buildx leaves the push to it
+        assert exported([(kind, {"name": "a", "push": "true"})]).is_pushed
+    for name in ("", ",", ",,"):
+        with pytest.raises(InvalidArgument, match="tag is needed when pushing to registry"):
+            exported([("image", {"name": name, "push": "true"})])
+
+
+def test_the_names_of_an_image_are_tags() -> None:
+    names = exported([("image", {"name": ",a,a:latest,,docker.io/library/a:latest,b:1,"})]).tags
+    assert names == (parse_reference("a:latest"), parse_reference("b:1"))
+    for name in (f"a@sha256:{'0' * 64}", f"b:1,a:1@sha256:{'0' * 64}"):
+        with pytest.raises(InvalidArgument, match="build tag cannot contain a digest"):
+            exported([("image", {"name": name})])
+    for name in ("A", "a b", "a, b", "https://a/b", "a:", "0" * 64):
+        with pytest.raises(InvalidArgument):
+            exported([("moby", {"name": name})])
 
 
 def test_the_hosts_network_needs_its_entitlement() -> None:
