@@ -84,8 +84,8 @@ BUILDS_MAX = 16
 """Number of simultaneous builds.  Further ones wait."""
 WAITING_MAX = 64
 """Number of waiting builds.  Further ones are refused."""
-_CONFIG_BYTES_MAX = 1 << 20
-_BUILDKIT = "buildkit.dockerfile.v0"
+_PLAIN_CHARACTERS_MAX = 4096
+"""Length of an instruction without variables that is expanded at once.  A thread takes longer than its quotes."""
 
 
 class Builder(Builds):
@@ -357,8 +357,10 @@ class Build:
                 await self._change(step, ready)
 
     async def _expand(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
+        given, text = self._request.arguments, instruction.text
+        if "$" not in text and not instruction.heredocs and len(text) <= _PLAIN_CHARACTERS_MAX:
+            return expanded(instruction, variables, self._stages.escape, self._budget, given)
         # In a thread: patterns in substitutions may take seconds of computation.
-        given = self._request.arguments
         return await asyncio.to_thread(
             expanded, instruction, variables, self._stages.escape, self._budget, given
         )
