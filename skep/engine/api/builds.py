@@ -24,7 +24,7 @@ from skep.engine.build.addresses import redacted, redacted_errors
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
 from skep.engine.build.remote_builds import fetch_context
-from skep.engine.build.step_sources import history_sources
+from skep.engine.build.step_sources import SOURCES_MAX, history_sources
 from skep.engine.build.targets import tags_of
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest, short
@@ -36,6 +36,7 @@ from skep.model.container import Ulimit
 _REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": "", "cgroupparent": ""}
 """Options that are not supported, and the neutral value of each."""
 _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
+_TOO_MANY_SOURCES = f"[Warning] {{}} cache sources are not used: a build has at most {SOURCES_MAX}\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
 """Registries in one request's credentials."""
@@ -66,7 +67,8 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
 
     async def build_and_report(report: Report) -> None:
         kept = _KeptMessages()
-        shown = _ClassicProgress(kept.add if is_quiet else report)
+        say = kept.add if is_quiet else report
+        shown = _ClassicProgress(say)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
         # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
         async with builder.slots.hold(), builder.images.workspace("context") as directory:
@@ -82,7 +84,10 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
                     await drain(request)
                     raise
                 text, open_context, known = await received.dockerfile(), received.directory, received.known
-            wanted = msgspec.structs.replace(template, dockerfile=text)
+            sources = template.step_sources
+            wanted = msgspec.structs.replace(template, dockerfile=text, step_sources=sources[:SOURCES_MAX])
+            if len(sources) > SOURCES_MAX:
+                say(Message(stream=_TOO_MANY_SOURCES.format(len(sources) - SOURCES_MAX)))
             if keeps_containers and not is_quiet:  # docker-py's default
                 report(Message(stream=_ALWAYS_REMOVED))
             try:

@@ -7,6 +7,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from skep.aio.trees import discard_tree
 from skep.api.errors import Untranslated
 from skep.engine.build.addresses import redacted_address
 from skep.engine.build.context import read_dockerfile
@@ -46,6 +47,7 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
             await unpack(descriptor, files, limits=limits, is_layer=True, has_whiteouts=False)
         finally:
             os.close(descriptor)
+        await discard_tree(fetched)  # the build needs the files only, and may take hours
     else:
         raise Untranslated(f"remoteURL ({redacted_address(address)}) could not be recognized as URL")
     return await asyncio.to_thread(read_dockerfile, files, name), files

@@ -100,6 +100,11 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
     attrs: Mapping[str, str] = {}
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """Type and attributes, to tell entries apart."""
+        return (self.type, *(text for pair in sorted(self.attrs.items()) for text in pair))
+
+    @property
     def name(self) -> str:
         """Name for messages: an image, a directory or the type."""
         attrs = self.attrs

@@ -36,7 +36,6 @@ from skep.engine.buildkit.filesync import Selection
 from skep.engine.buildkit.history import History
 from skep.engine.buildkit.options import (
     Asked,
-    CacheEntry,
     Exported,
     Output,
     Source,
@@ -346,12 +345,10 @@ class Solver:
         self, job: Job, session: Session, build: Asked, provider: ClientProvider
     ) -> tuple[StepSource, ...]:
         """Open the sources of ``--cache-from``.  They never fail a build."""
-        entries: list[CacheEntry] = []
-        # buildx names the same sources in both places.
-        for entry in (*build.cache_sources, *job.cache_imports):
-            entries += [entry] if entry not in entries else []
         if not build.use_cache:
             return ()
+        # buildx names the same sources in both places.
+        entries = (*build.cache_sources, *job.cache_imports)
         return await self._caches.sources(job.vertices, session, provider, entries)
 
     async def _respond(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:

@@ -8,7 +8,7 @@ Source: moby 20.10, distribution/{push,push_v2}.go, distribution/xfer/upload.go.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 from weakref import WeakValueDictionary
@@ -181,10 +181,7 @@ class _Push:
         self._pushed[diff_id] = blob
 
     async def _blob(self, upload: Upload, id: str = "") -> str:
-        """Send a blob unless the registry has it.  Return the text for the progress.
-
-        Of two simultaneous pushes of one blob, the second finds the first one's upload.
-        """
+        """Send a blob unless the registry has it.  Return the text for the progress."""
         reported = 0
 
         def sent(count: int) -> None:
@@ -198,15 +195,36 @@ class _Push:
                 whole = max(round(seconds), 1)
                 self._report(step(id, f"Retrying in {whole} second{'' if whole == 1 else 's'}"))
 
-        key = f"{self._name} {upload.digest}"
-        lock = _blobs.get(key)
-        if lock is None:
-            lock = _blobs[key] = asyncio.Lock()
-        async with lock:
-            if await run_with_retries(lambda: has_blob(self._repository, upload.digest, upload.size)):
-                return "Layer already exists"
-            mounted = await send(self._repository, upload, sent, waiting)
-        return f"Mounted from {mounted}" if mounted else "Pushed"
+        return await put_blob(self._repository, self._name, upload, sent, waiting)
+
+
+async def put_blob(
+    repository: Repository,
+    name: Reference,
+    upload: Upload,
+    report: Callable[[int], None] = lambda _: None,
+    waiting: Callable[[float], None] = lambda _: None,
+) -> str:
+    """Send a blob unless the repository has it.  Return the text for the progress.
+
+    Of two simultaneous uploads of one blob, the second finds the first one's.
+
+    Args:
+        name: Name of the repository, without a tag.
+        report: Called with the number of bytes sent.
+        waiting: Called with the seconds until the next attempt after a network failure.
+
+    Raises: Refused, InvalidArgument, RegistryError.
+    """
+    key = f"{name} {upload.digest}"
+    lock = _blobs.get(key)
+    if lock is None:
+        lock = _blobs[key] = asyncio.Lock()
+    async with lock:
+        if await run_with_retries(lambda: has_blob(repository, upload.digest, upload.size)):
+            return "Layer already exists"
+        mounted = await send(repository, upload, report, waiting)
+    return f"Mounted from {mounted}" if mounted else "Pushed"
 
 
 async def put_manifest(repository: Repository, tag: Reference, manifest: Document) -> None:
