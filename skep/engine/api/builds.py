@@ -20,7 +20,7 @@ from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.queries import integer
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
-from skep.engine.build.addresses import redacted, redacted_errors
+from skep.engine.build.addresses import shown, shown_errors
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
 from skep.engine.build.remote_builds import fetch_context
@@ -62,13 +62,13 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
     template = _template(request, builder)
 
     async def build(report: Report) -> None:
-        with redacted_errors():
+        with shown_errors():
             await build_and_report(report)
 
     async def build_and_report(report: Report) -> None:
         kept = _KeptMessages()
         say = kept.add if is_quiet else report
-        shown = _ClassicProgress(say)
+        progress = _ClassicProgress(say)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
         # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
         async with builder.slots.hold(), builder.images.workspace("context") as directory:
@@ -91,7 +91,7 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
             if keeps_containers and not is_quiet:  # docker-py's default
                 report(Message(stream=_ALWAYS_REMOVED))
             try:
-                result = await builder.build_in_slot(wanted, open_context, shown, known=known)
+                result = await builder.build_in_slot(wanted, open_context, progress, known=known)
             except SkepError:
                 kept.give(report)
                 raise
@@ -190,7 +190,7 @@ class _ClassicProgress:
         self._say(f"Removing intermediate container {short(container_id)}\n")
 
     def warning(self, step: Step, text: str) -> None:
-        self._say(f"\x1b[91m[WARNING]: {redacted(text)}\n\x1b[0m")
+        self._say(f"\x1b[91m[WARNING]: {shown(text)}\n\x1b[0m")
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
         if image_id is not None:

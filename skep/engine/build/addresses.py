@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from skep.engine.build.dockerfile import readable
 from skep.errors import InvalidArgument, SkepError
 
 _MASK = "xxxxx"
@@ -97,13 +98,18 @@ def ambiguity(address: str) -> str:
     return f"the address has more than one @; {_HINT}" if parts.userinfo and "@" in parts.rest else ""
 
 
+def shown(text: str) -> str:
+    """Return a text as messages may have it: without passwords of addresses, and without bytes that are not UTF-8."""
+    return readable(redacted(text))
+
+
 @contextmanager
-def redacted_errors() -> Iterator[None]:
-    """Remove users and passwords of addresses from expected errors of the block."""
+def shown_errors() -> Iterator[None]:
+    """Change the texts of expected errors of the block as ``shown`` does."""
     try:
         yield
     except SkepError as error:
-        error.args = tuple(redacted(one) if isinstance(one, str) else one for one in error.args)
+        error.args = tuple(shown(one) if isinstance(one, str) else one for one in error.args)
         raise
 
 

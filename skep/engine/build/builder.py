@@ -18,7 +18,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.slots import Slots
 from skep.engine.build import copies, runs, targets
-from skep.engine.build.addresses import redacted, redacted_errors
+from skep.engine.build.addresses import redacted, shown_errors
 from skep.engine.build.bases import Bases
 from skep.engine.build.cache import CacheMounts, StepCache
 from skep.engine.build.config import (
@@ -136,7 +136,7 @@ class Builder(Builds):
 
         ``known``: Remembered content of the context.  The context is opened only where this content is not enough.
         """
-        with redacted_errors():
+        with shown_errors():
             parsed = await asyncio.to_thread(parse, request.dockerfile)
             stages = targets.chosen(await asyncio.to_thread(stages_of, parsed), request)
             targets.require_platform(request.platform)
@@ -250,7 +250,7 @@ class Build:
         step = self._next_step(instruction)
         self._progress.started(step)
         try:
-            with redacted_errors():
+            with shown_errors():
                 if isinstance(instruction, From):
                     await self._begin_stage(step, instruction)
                 else:

@@ -42,7 +42,7 @@ class Source(msgspec.Struct, frozen=True):
     session: str = ""
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One build, as far as it is known before its Dockerfile is read."""
 
     filename: str = "Dockerfile"
@@ -111,7 +111,9 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
         return attrs.get("ref") or attrs.get("src") or attrs.get("dest") or self.type
 
 
-def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> Asked:
+def parse_options(
+    frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None
+) -> BuildOptions:
     """Parse the options of a request.
 
     ``inputs``: Images that are results of other builds, by their names in the attributes.
@@ -131,7 +133,7 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
     use_cache, stages = _use_cache(left)
     has_own_dockerfile = "dockerfilekey" in left
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
-    build = Asked(
+    build = BuildOptions(
         filename=left.pop("filename", "") or "Dockerfile",
         context=Source(context, sessions.get(context, "")),
         dockerfile=Source(dockerfile, sessions.get(dockerfile, "")),
@@ -322,7 +324,7 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
     return Exported()
 
 
-def check_network(build: Asked, entitlements: Sequence[str]) -> None:
+def check_network(build: BuildOptions, entitlements: Sequence[str]) -> None:
     """Check the use of the host's network.  Raises: PermissionDenied, in BuildKit's words: it is not granted."""
     if build.network == "host" and "network.host" not in entitlements:
         raise PermissionDenied("network.host is not allowed")

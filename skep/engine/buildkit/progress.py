@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from skep.engine.build.addresses import redacted
+from skep.engine.build.addresses import shown
 from skep.engine.build.interface import Step
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.container import Stream
@@ -109,7 +109,7 @@ class Vertices:
 
     def figure(self, vertex: str, id: str, current: int, total: int = 0, *, done: bool = False) -> None:
         """Report the progress of a transfer within a vertex, in bytes."""
-        id = redacted(id)
+        id = shown(id)
         status = pb.VertexStatus(id=id, vertex=vertex, name=id, current=current, total=total)
         status.timestamp.FromNanoseconds(self._now_ns())
         status.started.CopyFrom(self._vertices[vertex].started)
@@ -120,8 +120,8 @@ class Vertices:
     def warn(self, vertex: str, text: str, detail: Sequence[str] = (), url: str = "") -> None:
         """Add a warning for the author of the Dockerfile."""
         self.counts.warnings += 1
-        warning = pb.VertexWarning(vertex=vertex, level=1, short=redacted(text).encode(), url=url)
-        warning.detail.extend(redacted(line).encode() for line in detail)
+        warning = pb.VertexWarning(vertex=vertex, level=1, short=shown(text).encode(), url=url)
+        warning.detail.extend(shown(line).encode() for line in detail)
         self._log.add(pb.StatusResponse(warnings=[warning]))
 
     def fail_open(self, reason: str) -> None:
@@ -189,7 +189,7 @@ class Vertices:
 
     def _begin(self, key: str, name: str) -> str:
         digest = self._digest(key)
-        vertex = self._vertices[digest] = pb.Vertex(digest=digest, name=redacted(name))
+        vertex = self._vertices[digest] = pb.Vertex(digest=digest, name=shown(name))
         vertex.started.FromNanoseconds(self._now_ns())
         self._report(vertex)
         return digest
@@ -199,7 +199,7 @@ class Vertices:
         if vertex is None or vertex.HasField("completed"):
             return
         vertex.completed.FromNanoseconds(self._now_ns())
-        vertex.error = redacted(error)
+        vertex.error = shown(error)
         self._report(vertex)
 
     def _report(self, vertex: pb.Vertex) -> None:

@@ -12,7 +12,7 @@ from skep.engine.build.addresses import (
     parts_of,
     redacted,
     redacted_address,
-    redacted_errors,
+    shown_errors,
 )
 from skep.errors import InvalidArgument, NotFound
 
@@ -155,5 +155,5 @@ def test_an_address_whose_password_ends_the_host_is_refused() -> None:
 
 
 def test_errors_keep_their_kind() -> None:
-    with pytest.raises(NotFound, match=r"^no https://xxxxx:xxxxx@h$"), redacted_errors():
+    with pytest.raises(NotFound, match=r"^no https://xxxxx:xxxxx@h$"), shown_errors():
         raise NotFound("no https://u:p@h")
