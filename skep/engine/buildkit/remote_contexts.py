@@ -72,14 +72,14 @@ async def remote_context(
             )
         check_address(address)
         if URL(address).host == _UPLOAD_HOST:
-            pieces = _counted(_read_upload(session, URL(address)), progress)
+            pieces = _count_bytes(_read_upload(session, URL(address)), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
         else:
             file = await Download(
                 address, "", place, contexts.accepted_on(place), KnownAnswers(), provider
             ).fetch()
             (place / file.resolved).rename(place / _FILE)
-        yield await _unpacked(contexts, place, stack)
+        yield await _unpack_if_archive(contexts, place, stack)
 
 
 @asynccontextmanager
@@ -91,12 +91,15 @@ async def uploaded_context(
         place = await stack.enter_async_context(contexts.scratch())
         async with open_upload() as pieces:
             await spool(
-                _counted(pieces, progress), place / _FILE, contexts.accepted_on(place), "the build context"
+                _count_bytes(pieces, progress),
+                place / _FILE,
+                contexts.accepted_on(place),
+                "the build context",
             )
-        yield await _unpacked(contexts, place, stack)
+        yield await _unpack_if_archive(contexts, place, stack)
 
 
-async def _unpacked(contexts: Contexts, place: Path, stack: AsyncExitStack) -> tuple[Path, str]:
+async def _unpack_if_archive(contexts: Contexts, place: Path, stack: AsyncExitStack) -> tuple[Path, str]:
     """Unpack the file in ``place`` if it is an archive.  Return as ``remote_context`` yields."""
     if not await asyncio.to_thread(_is_context_archive, place):
         return place, _FILE
@@ -113,7 +116,7 @@ def _is_context_archive(place: Path) -> bool:
     return is_compressed or is_archive(Source(place, _FILE, _FILE, False, ""))
 
 
-async def _counted(pieces: AsyncIterator[bytes], progress: Callable[[int], None]) -> AsyncIterator[bytes]:
+async def _count_bytes(pieces: AsyncIterator[bytes], progress: Callable[[int], None]) -> AsyncIterator[bytes]:
     """Yield the pieces, and report their bytes so far."""
     size = 0
     async for piece in pieces:

@@ -382,7 +382,7 @@ class Solver:
     async def _remote(
         self, job: Job, session: Session, build: BuildOptions, provider: ClientProvider, stack: AsyncExitStack
     ) -> tuple[Path, str] | None:
-        """Fetch a context outside the client's directories, as ``remote_context`` does.  None if there is none."""
+        """Fetch a context outside the client's directories, as ``remote_context`` does.  None without one."""
         if not build.remote and job.upload is None:
             return None
         with job.vertices.doing("[internal] load remote build context") as vertex:

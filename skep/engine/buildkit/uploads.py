@@ -23,7 +23,7 @@ _WAIT_S = 15.0
 """Seconds for the second of the two requests to come.  The client sends them at once."""
 
 OpenUpload = Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes]]]
-"""Opens the upload of a build.  Raises: InvalidArgument: there is none."""
+"""Opens the upload of a build.  Raises: InvalidArgument: it does not come."""
 
 
 class _Meeting:
