@@ -6,7 +6,7 @@ Source: moby 20.10, api/server/router/session, api/server/router/grpc, builder/b
 import asyncio
 import secrets
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from skep.engine.buildkit.sessions import SILENT_S, SessionInfo, Sessions
 from skep.engine.buildkit.solver import Solver
 from skep.engine.buildkit.uploads import PREFIX, OpenUpload, Uploads
 from skep.engine.images.progress import Message, failure
-from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable, Unimplemented
 from skep.rpc.status import CallFailed
 
 
@@ -173,7 +173,15 @@ async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
 
 async def _receive_upload(uploads: Uploads, id: str, request: web.Request) -> web.StreamResponse:
     """Pass an archive to the build ``id``, and respond when the build has read it."""
-    await uploads.offer(id, pieces_of(request, silent_s=SILENT_S))
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            async for piece in pieces_of(request, silent_s=SILENT_S):
+                yield piece
+        except (OSError, web.RequestPayloadError) as error:  # the build is another request, which can show it
+            raise Unavailable("the client ended the upload of the build context early") from error
+
+    await uploads.offer(id, pieces())
     await drain(request)
     return web.Response()
 
