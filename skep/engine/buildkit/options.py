@@ -8,6 +8,7 @@ from enum import Enum
 
 import msgspec
 
+from skep.engine.build.addresses import redacted_address
 from skep.engine.build.interface import StepLimits
 from skep.engine.build.targets import context_name, parse_epoch, tags_of
 from skep.engine.buildkit import buildkit_pb2 as pb
@@ -108,7 +109,7 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
     def name(self) -> str:
         """Name for messages: an image, a directory or the type."""
         attrs = self.attrs
-        return attrs.get("ref") or attrs.get("src") or attrs.get("dest") or self.type
+        return redacted_address(attrs.get("ref") or attrs.get("src") or attrs.get("dest") or self.type)
 
 
 def parse_options(

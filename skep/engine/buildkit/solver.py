@@ -105,7 +105,7 @@ class Job:
             ref=self.request.ref,
             frontend=self.request.frontend,
             frontend_attrs={
-                name: redacted_address(value) if name == "context" else redacted(value)
+                name: redacted_address(value) if name in ("context", "cache-from") else redacted(value)
                 for name, value in self.request.frontend_attrs.items()
             },
             exporters=[

@@ -8,6 +8,7 @@ from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, History
 from skep.engine.buildkit.options import (
+    CacheEntry,
     Output,
     Source,
     check_entitlements,
@@ -319,3 +320,9 @@ def test_a_result_of_a_build_is_a_context_of_another() -> None:
         image_of(pb.Definition(**{"def": [other]}))
     with pytest.raises(InvalidArgument, match="cannot be decoded"):
         image_of(pb.Definition(**{"def": [b"\xff"]}))
+
+
+def test_a_cache_with_a_password_in_its_name_is_shown_without_it() -> None:
+    for ref in ("u:pa55@h/cache:1", "https://u:pa55@h/cache:1"):
+        assert CacheEntry("registry", {"ref": ref}).name.endswith("xxxxx:xxxxx@h/cache:1")
+    assert CacheEntry("local", {"src": "a/b@c"}).name == "a/b@c"
