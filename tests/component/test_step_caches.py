@@ -584,3 +584,29 @@ async def test_histories_that_lie_change_nothing(one: Node, two: Node) -> None:
 async def test_an_image_is_a_source_once(one: Node) -> None:
     await one.build(tag="app:1", is_buildkit=False)
     assert len(history_sources(one.images, ["app:1", "app:1", "docker.io/library/app:1"] * 100)) == 1
+
+
+async def test_no_cache_gives_copy_an_empty_layer(one: Node, two: Node) -> None:
+    """The layer is what its digests say, so nothing but the rule refuses it."""
+    dockerfile = "FROM scratch\nCOPY first /first\n"
+    built, artifact = await one.build(dockerfile=dockerfile), Artifact()
+    await export_steps(one.images, built.records, artifact, media_type=OCI_MANIFEST)
+    empty = bytes(1024)
+    assert digest_of(empty) == EMPTY_LAYER
+    artifact.blobs[EMPTY_LAYER] = empty
+    artifact.manifest_bytes = artifact.manifest_bytes.replace(
+        json.loads(artifact.manifest_bytes)["layers"][0]["digest"].encode(), EMPTY_LAYER.encode()
+    )
+    manifest = json.loads(artifact.manifest_bytes)
+    manifest["layers"][0]["size"] = len(empty)
+    artifact.manifest_bytes = json.dumps(manifest).encode()
+
+    def lie(config: dict[str, Any]) -> None:
+        config["layers"][0] |= {"blob": EMPTY_LAYER, "annotations": {"diffID": EMPTY_LAYER}}
+
+    artifact.change(lie)
+    source = await read_source(two.images, artifact, "latest")
+    assert source is not None
+    again = await two.build(also=(source,), dockerfile=dockerfile)
+    assert two.cached == []
+    assert two.text(again, "first") == "first"
