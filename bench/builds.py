@@ -1,6 +1,6 @@
 """Images compared with a Docker Engine: pulls, builds, starts of tasks and of fresh images.
 
-One Docker Engine and one playground node, each in its own namespaces, in alternating pairs:
+One Docker Engine and one playground node, each in its own namespaces, in alternating pairs.  ``--parts`` selects some:
 
 * *pull*: an image of 300 MB (six layers, 6,000 files, half of it compressible) from a registry on the node's own
   loopback, until it is unpacked and listed
@@ -33,7 +33,7 @@ from statistics import median
 from urllib.parse import urlencode
 
 from bench.docker_lab import DockerLab
-from bench.figures import Figure, Sides, ratio, run_alone, side_by_side
+from bench.figures import Figure, Sides, ratio, run_parts, side_by_side
 from bench.scenarios import Metrics, clear, start
 from bench.skep_lab import SkepLab
 from skep.engine.images.reference import parse_reference
@@ -56,8 +56,9 @@ CONTEXT_FILE_BYTES = 100_000
 Lab = DockerLab | SkepLab
 
 
-def figures(pairs: int) -> list[Figure]:
-    """Measure pulls, builds and starts, with their limits."""
+@contextmanager
+def _labs() -> Iterator[tuple[Path, Sequence[Lab]]]:
+    """Run both systems with the image busybox, and yield a directory for files and the systems."""
     archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory, ExitStack() as stack:
         place = Path(directory)
@@ -66,15 +67,35 @@ def figures(pairs: int) -> list[Figure]:
             stack.callback(lab.down)
             lab.up(archive.data, archive.image_id)
             clear(lab)
+        yield place, labs
+
+
+def _pulls(pairs: int) -> list[Figure]:
+    with _labs() as (place, labs), ExitStack() as stack:
+        for lab in labs:
             stack.enter_context(_registry(lab, place))
         _push(labs[0])
-        return [
-            *_pull_figures(*side_by_side(labs, pairs, _pulled)),
-            *_build_figures(*side_by_side(labs, pairs, _Builds(place).measure)),
-            *_context_figures(*side_by_side(labs, pairs, _LargeContext(place).measure)),
-            *_start_figures(labs, pairs),
-            *asyncio.run(_spread_figures(place / "spread")),
-        ]
+        return _pull_figures(*side_by_side(labs, pairs, _pulled))
+
+
+def _builds(pairs: int) -> list[Figure]:
+    with _labs() as (place, labs):
+        return _build_figures(*side_by_side(labs, pairs, _Builds(place).measure))
+
+
+def _contexts(pairs: int) -> list[Figure]:
+    with _labs() as (place, labs):
+        return _context_figures(*side_by_side(labs, pairs, _LargeContext(place).measure))
+
+
+def _starts(pairs: int) -> list[Figure]:
+    with _labs() as (_, labs):
+        return _start_figures(labs, pairs)
+
+
+def _spread(_: int) -> list[Figure]:
+    with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory:
+        return asyncio.run(_spread_figures(Path(directory)))
 
 
 @contextmanager
@@ -345,4 +366,5 @@ async def _spread_figures(place: Path) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    run_alone(__doc__, "builds", figures)
+    parts = {"pull": _pulls, "build": _builds, "context": _contexts, "start": _starts, "spread": _spread}
+    run_parts(__doc__, "builds", parts)

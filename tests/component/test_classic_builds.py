@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -180,3 +181,31 @@ async def test_an_address_that_gives_no_context_fails_the_build(
 )
 def test_an_archive_of_a_site_with_repositories_is_downloaded(address: str, is_repository: bool) -> None:
     assert bool(repository_address(address)) is is_repository
+
+
+async def test_the_archive_of_a_context_is_not_kept_during_the_build(
+    rig: Rig, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Path] = []
+    run = rig.builder.build_in_slot
+
+    async def noting(*words: Any, **options: Any) -> Any:
+        found.extend(path for path in rig.scratch.rglob("*") if path.is_file())
+        return await run(*words, **options)
+
+    monkeypatch.setattr(rig.builder, "build_in_slot", noting)
+    status, said = await rig.post(b"", remote=f"{address}/c.tar.gz", dockerfile="Other")
+    assert (status, "Successfully built" in said) == (200, True), said
+    assert [path.name for path in sorted(found)] == ["Other", "file"]
+
+
+async def test_further_cache_sources_are_left_out(rig: Rig) -> None:
+    names = []
+    for number in range(18):
+        content = a_tar(a_file("Dockerfile", b"FROM scratch\nENV A=%d\n" % number))
+        await rig.post(content, t=f"image:{number}")
+        names.append(f"image:{number}")
+    for query in ({}, {"q": "1"}):
+        status, said = await rig.post(CONTEXT, cachefrom=json.dumps(names), **query)
+        warning = "[Warning] 2 cache sources are not used: a build has at most 16"
+        assert (status, warning in said) == (200, not query)

@@ -255,8 +255,27 @@ async def test_a_password_of_an_address_is_in_the_header_only(
         assert "us%40er" not in text
 
 
-@pytest.mark.parametrize("url", ["https://user:pass/word@h/r.git", "https://[::1/r.git", "https:///r.git"])
+@pytest.mark.parametrize("url", ["https://user:pa55/w0rd@h/r.git", "https://[::1/r.git", "https:///r.git"])
 def test_a_wrong_address_is_an_error_without_its_password(url: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="invalid git address") as failure:
         address_of(f"{url}#-x")
-    assert "word" not in str(failure.value)
+    assert "w0rd" not in str(failure.value)
+
+
+@pytest.mark.parametrize("scheme", ["https", "git", "ssh"])
+@pytest.mark.parametrize("password", ["pa55/w0rd", "pa55@in/w0rd", "pa55/w0@rd"])
+def test_a_password_that_would_be_a_host_is_refused(scheme: str, password: str) -> None:
+    """Git would get the rest as host or path, in its arguments and errors."""
+    with pytest.raises(InvalidArgument, match=r"^invalid git address: .*@h/r.git: .*%2F") as failure:
+        address_of(f"{scheme}://user:{password}@h/r.git")
+    assert not any(part in str(failure.value) for part in ("pa55", "in/", "w0", "rd@"))
+
+
+async def test_gits_errors_have_no_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submodule's address comes from the repository, and a long error is cut."""
+    script = f"echo 'fatal: clone of https://ann:pa55{'pa55' * 300}@h/x into y' >&2\nexit 1\n"
+    replace_git(monkeypatch, tmp_path / "bin", script)
+    with pytest.raises(Unavailable) as failure:
+        await repository_at("https://h/r.git", tmp_path / "tree").fetch()
+    assert "pa55" not in str(failure.value)
+    assert "into y" in str(failure.value)

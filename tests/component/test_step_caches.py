@@ -1,6 +1,8 @@
 """Caches of build steps: what one node exports, another one finds; sources that lie change nothing."""
 
+import asyncio
 import json
+import os
 from base64 import b64decode, b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -10,24 +12,27 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from aiohttp import web
 
 from skep.aio.clock import SystemClock
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, StepSource, WantedStep
 from skep.engine.build.step_exports import export_steps
-from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, StepTable
-from skep.engine.build.step_sources import history_sources, read_source
+from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, StepTable, is_time
+from skep.engine.build.step_sources import SOURCES_MAX, HistorySteps, Pace, history_sources, read_source
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.caches import SOURCES_MAX, Caches
+from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.options import CacheEntry
 from skep.engine.buildkit.progress import BuildLog, Vertices
-from skep.engine.images.child import INLINE_CACHE
+from skep.engine.images.child import EMPTY_LAYER, INLINE_CACHE
 from skep.engine.images.digest import digest_of
+from skep.engine.images.image import parse_config
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import OCI_MANIFEST, Document
 from skep.engine.images.store import ImageStore
 from skep.engine.images.uploads import Upload
 from skep.errors import InvalidArgument, NotFound, SkepError
+from tests.support.bent_registry import Registry
 from tests.support.registry_rig import docker_registry, guarded_registry
 
 pytestmark = pytest.mark.needs("root")
@@ -321,6 +326,22 @@ def give_odd_times(config: dict[str, Any]) -> None:
         record["layers"][0]["createdAt"] = "yesterday" * 1000
 
 
+def give_impossible_times(config: dict[str, Any]) -> None:
+    """Times look like times."""
+    for record, time in zip(
+        config["records"],
+        ["2026-13-01T00:00:00Z", "2026-02-30T00:00:00Z", "2026-01-01T24:61:61Z", "0000-01-01T00:00:00Z"] * 2,
+        strict=False,
+    ):
+        record["layers"][0]["createdAt"] = time
+
+
+def name_empty_layers(config: dict[str, Any]) -> None:
+    """The layers of COPY have no files."""
+    for layer in config["layers"]:
+        layer["annotations"]["diffID"] = EMPTY_LAYER
+
+
 def give_odd_digests(config: dict[str, Any]) -> None:
     """Blobs have names that are no digests."""
     for layer in config["layers"]:
@@ -328,7 +349,11 @@ def give_odd_digests(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "lie", [swap_layers, swap_parents, tie_rings, point_nowhere, give_odd_times, give_odd_digests]
+    "lie",
+    [
+        *(swap_layers, swap_parents, tie_rings, point_nowhere),
+        *(give_odd_times, give_impossible_times, give_odd_digests, name_empty_layers),
+    ],
 )
 async def test_records_that_lie_change_nothing(
     one: Node, two: Node, lie: Callable[[dict[str, Any]], None]
@@ -341,6 +366,8 @@ async def test_records_that_lie_change_nothing(
     again = await two.build(also=(source,))
     assert not any(text.startswith("COPY") for text in two.cached), "steps without files may be right"
     assert [two.text(again, name) for name in ("first", "tool", "second")] == ["first", "tool", "second"]
+    config = json.loads(two.images.config_file(two.images.get(again.image_id)).read_bytes())
+    assert all(is_time(entry["created"]) for entry in config["history"])
 
 
 @pytest.mark.parametrize(
@@ -352,6 +379,7 @@ async def test_records_that_lie_change_nothing(
         b"[" * 100_000,
         b'{"records": [{"digest": 1}]}',
         b'{"records": [' + b"{}," * 20_000 + b"{}]}",
+        b'{"records": [], "x": [' + b"{}," * 300_000 + b"{}]}",
         b" " * (CONFIG_BYTES_MAX + 1),
     ],
 )
@@ -368,10 +396,15 @@ async def test_records_that_cannot_be_read_are_refused(one: Node, content: bytes
 async def test_sources_that_are_not_there_are_warnings(one: Node, registry: str) -> None:
     sources = [of_registry(f"{registry}/gone:1"), of_registry("127.0.0.1:1/gone:1"), of_registry("bad//name")]
     sources += [of_registry(""), CacheEntry("s3"), CacheEntry("local", {"src": "/x"})]
-    sources += [of_registry("127.0.0.1:1/gone:1")] * SOURCES_MAX
-    await one.build(*sources)
-    assert len(one.warnings) == len(sources)
+    await one.build(*sources, *sources * SOURCES_MAX)
+    assert len(one.warnings) == len(sources), "each source is read once"
     assert all(text.startswith("cache source ") for text in one.warnings)
+
+
+async def test_further_sources_are_one_warning(one: Node) -> None:
+    await one.build(*[CacheEntry("s3", {"bucket": f"{number}"}) for number in range(100 * SOURCES_MAX)])
+    assert len(one.warnings) == SOURCES_MAX + 1
+    assert one.warnings[-1] == "1584 cache sources are not used: a build has at most 16 cache sources"
 
 
 async def test_an_image_with_odd_records_is_a_warning(one: Node, two: Node) -> None:
@@ -415,3 +448,165 @@ async def test_the_classic_builder_finds_steps_in_the_history_of_an_image(
     again = await two.build(also=sources, is_buildkit=False)
     assert two.cached[-3:] == LAST_STAGE[:3]
     assert two.text(again, "second") == "changed"
+
+
+async def test_the_image_that_was_built_is_pushed_whatever_has_its_tag_by_then(
+    one: Node, two: Node, registry: str
+) -> None:
+    names = [parse_reference(f"{registry}/{name}") for name in ("app:1", "app:2", "other:1")]
+    built = await one.build(tag=str(names[0]))
+    other = await one.build(dockerfile="FROM scratch\nCOPY second /only\n", tag=str(names[0]))
+    assert one.images.resolve(str(names[0])) == one.images.get(other.image_id)
+    digest = await one.caches.push(one.vertices, one.provider, built.image_id, names)
+    for name in names:
+        pulled = await two.images.pull(str(name))
+        assert pulled.id == built.image_id
+        assert digest in {reference.digest for reference in pulled.digests}
+    await one.images.prune(lambda image: image.id == built.image_id, users=tuple)
+    with pytest.raises(NotFound, match=f"No such image: {built.image_id}"):
+        await one.caches.push(one.vertices, one.provider, built.image_id, names)
+
+
+class SlowArtifact(Artifact):
+    """A cache whose layers come as a test lets them."""
+
+    def __init__(self, send: Callable[[bytes], AsyncIterator[bytes]]) -> None:
+        super().__init__()
+        self.send = send
+
+    @asynccontextmanager
+    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        content = self.blobs[digest]
+        if content.startswith(b"{"):
+            async with super().blob(digest, start) as found:
+                yield found
+        else:
+            yield 0, self.send(content)
+
+
+async def nothing(_: bytes) -> AsyncIterator[bytes]:
+    """Send nothing, for ever."""
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def bytewise(content: bytes) -> AsyncIterator[bytes]:
+    """Send a byte now and then."""
+    for number in range(len(content)):
+        yield content[number : number + 1]
+        await asyncio.sleep(0.01)
+
+
+async def in_halves(content: bytes) -> AsyncIterator[bytes]:
+    """Send half of a large layer at once, and the rest after more than two seconds."""
+    half = len(content) // 2
+    yield content[:half]
+    if half > 1 << 20:
+        await asyncio.sleep(2.5)
+    yield content[half:]
+
+
+async def slow_source(one: Node, two: Node, send: Any, pace: Pace) -> tuple[BuildResult, StepSource]:
+    """A cache with a layer of 3 MB, as another node reads it."""
+    for node in (one, two):
+        (node.context / "first").write_bytes(LARGE)
+    built, artifact = await one.build(), SlowArtifact(send)
+    await export_steps(one.images, built.records, artifact, media_type=OCI_MANIFEST)
+    source = await read_source(two.images, artifact, "latest", pace)
+    assert source is not None
+    return built, source
+
+
+LARGE = os.urandom(3 << 20)
+
+
+@pytest.mark.parametrize("send", [nothing, bytewise])
+async def test_a_source_that_sends_too_slowly_is_given_up(one: Node, two: Node, send: Any) -> None:
+    built, source = await slow_source(one, two, send, Pace(silent_s=0.5))
+    async with asyncio.timeout(60):
+        again = await two.build(also=(source,))
+    assert two.cached == [], "the source is asked for one layer only"
+    assert two.text(again, "second") == "second"
+    (warning,) = two.warnings
+    assert warning.startswith("cache source a lie is not used: layer ")
+    assert warning.endswith(" arrives at less than 1048576 bytes per second")
+    assert list(two.images.scratch.iterdir()) == [], "nothing is left, and the disk is free"
+    artifact = Artifact()  # the locks of the layers are free
+    await export_steps(one.images, built.records, artifact, media_type=OCI_MANIFEST)
+    good = await read_source(two.images, artifact, "latest")
+    assert good is not None
+    await two.images.prune(lambda _: True, users=tuple)
+    async with asyncio.timeout(60):
+        await two.build(also=(good,))
+    assert two.cached[-4:] == LAST_STAGE
+
+
+async def test_a_source_may_pause_if_it_is_fast_on_average(one: Node, two: Node) -> None:
+    assert (Pace().seconds_for(0), Pace().seconds_for(60 << 20)) == (60, 120)
+    built, source = await slow_source(one, two, in_halves, Pace(silent_s=2, bytes_per_s=100_000))
+    again = await two.build(also=(source,))
+    assert two.cached[-4:] == LAST_STAGE
+    assert again.image_id == built.image_id
+
+
+async def test_an_export_survives_a_failure_of_the_registry(one: Node, two: Node) -> None:
+    """As a push: the first question for each blob fails."""
+    failed: set[str] = set()
+
+    async def fail_once(request: web.Request) -> web.StreamResponse | None:
+        if request.method != "HEAD" or request.path in failed:
+            return None
+        failed.add(request.path)
+        return web.Response(status=503)
+
+    async with Registry().serving() as registry:
+        registry.bend = fail_once
+        await one.export(await one.build(), ref=f"{registry.address}/cache:1", mode="max")
+        assert failed
+        await two.build(of_registry(f"{registry.address}/cache:1"))
+        assert two.cached[-4:] == LAST_STAGE
+
+
+async def test_histories_that_lie_change_nothing(one: Node, two: Node) -> None:
+    built = await one.build(is_buildkit=False, tag="app:1")
+    image = two.images
+    config = json.loads(one.images.config_file(one.images.get(built.image_id)).read_bytes())
+    for entry in config["history"]:
+        entry["created"] = "yesterday"
+    config["rootfs"]["diff_ids"][0] = EMPTY_LAYER
+    found = HistorySteps(image, "a lie", parse_config(json.dumps(config).encode()))
+    again = await two.build(also=(found,), is_buildkit=False)
+    assert not any(text.startswith("COPY") for text in two.cached)
+    again_config = json.loads(two.images.config_file(two.images.get(again.image_id)).read_bytes())
+    assert all(is_time(entry["created"]) for entry in again_config["history"])
+
+
+async def test_an_image_is_a_source_once(one: Node) -> None:
+    await one.build(tag="app:1", is_buildkit=False)
+    assert len(history_sources(one.images, ["app:1", "app:1", "docker.io/library/app:1"] * 100)) == 1
+
+
+async def test_no_cache_gives_copy_an_empty_layer(one: Node, two: Node) -> None:
+    """The layer is what its digests say, so nothing but the rule refuses it."""
+    dockerfile = "FROM scratch\nCOPY first /first\n"
+    built, artifact = await one.build(dockerfile=dockerfile), Artifact()
+    await export_steps(one.images, built.records, artifact, media_type=OCI_MANIFEST)
+    empty = bytes(1024)
+    assert digest_of(empty) == EMPTY_LAYER
+    artifact.blobs[EMPTY_LAYER] = empty
+    artifact.manifest_bytes = artifact.manifest_bytes.replace(
+        json.loads(artifact.manifest_bytes)["layers"][0]["digest"].encode(), EMPTY_LAYER.encode()
+    )
+    manifest = json.loads(artifact.manifest_bytes)
+    manifest["layers"][0]["size"] = len(empty)
+    artifact.manifest_bytes = json.dumps(manifest).encode()
+
+    def lie(config: dict[str, Any]) -> None:
+        config["layers"][0] |= {"blob": EMPTY_LAYER, "annotations": {"diffID": EMPTY_LAYER}}
+
+    artifact.change(lie)
+    source = await read_source(two.images, artifact, "latest")
+    assert source is not None
+    again = await two.build(also=(source,), dockerfile=dockerfile)
+    assert two.cached == []
+    assert two.text(again, "first") == "first"

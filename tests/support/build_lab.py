@@ -28,7 +28,7 @@ LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """Result of a command."""
 
     exit: int
@@ -57,9 +57,11 @@ class BuildLab:
             path.write_text(content)
         return directory
 
-    async def docker(self, *words: str, cli: str = CLIS[0], stdin: bytes | None = None) -> Said:
+    async def docker(
+        self, *words: str, cli: str = CLIS[0], stdin: bytes | None = None, is_buildkit: bool = False
+    ) -> CommandResult:
         """Run the docker command against the node.  Return both its streams as the output."""
-        process = await self.start(*words, cli=cli)
+        process = await self.start(*words, cli=cli, is_buildkit=is_buildkit)
         try:
             async with asyncio.timeout(LIMIT_S):
                 output, _ = await process.communicate(stdin)
@@ -68,15 +70,17 @@ class BuildLab:
                 process.kill()
                 await process.wait()
         assert process.returncode is not None
-        return Said(process.returncode, output.decode(errors="replace"))
+        return CommandResult(process.returncode, output.decode(errors="replace"))
 
-    async def start(self, *words: str, cli: str = CLIS[0]) -> asyncio.subprocess.Process:
+    async def start(
+        self, *words: str, cli: str = CLIS[0], is_buildkit: bool = False
+    ) -> asyncio.subprocess.Process:
         """Start a docker command, and return its process."""
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": "/nonexistent",
             "DOCKER_HOST": f"unix://{self.socket}",
-            "DOCKER_BUILDKIT": "0",
+            "DOCKER_BUILDKIT": "1" if is_buildkit else "0",
             "DOCKER_API_VERSION": "1.41",
         }
         return await asyncio.create_subprocess_exec(
@@ -87,7 +91,7 @@ class BuildLab:
             env=environment,
         )
 
-    async def build(self, context: Path, *options: str, cli: str = CLIS[0]) -> Said:
+    async def build(self, context: Path, *options: str, cli: str = CLIS[0]) -> CommandResult:
         """Run ``docker build`` for a directory."""
         return await self.docker("build", *options, str(context), cli=cli)
 

@@ -20,14 +20,15 @@ from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.queries import integer
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
+from skep.engine.build.addresses import shown, shown_errors
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
 from skep.engine.build.remote_builds import fetch_context
-from skep.engine.build.step_sources import history_sources
+from skep.engine.build.step_sources import SOURCES_MAX, history_sources
+from skep.engine.build.targets import tags_of
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest, short
 from skep.engine.images.progress import Message, Report
-from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.limits import nano_cpus_of
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.container import Ulimit
@@ -35,6 +36,7 @@ from skep.model.container import Ulimit
 _REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": "", "cgroupparent": ""}
 """Options that are not supported, and the neutral value of each."""
 _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
+_TOO_MANY_SOURCES = f"[Warning] {{}} cache sources are not used: a build has at most {SOURCES_MAX}\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
 """Registries in one request's credentials."""
@@ -60,8 +62,13 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
     template = _template(request, builder)
 
     async def build(report: Report) -> None:
+        with shown_errors():
+            await build_and_report(report)
+
+    async def build_and_report(report: Report) -> None:
         kept = _KeptMessages()
-        shown = _ClassicProgress(kept.add if is_quiet else report)
+        say = kept.add if is_quiet else report
+        progress = _ClassicProgress(say)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
         # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
         async with builder.slots.hold(), builder.images.workspace("context") as directory:
@@ -77,11 +84,14 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
                     await drain(request)
                     raise
                 text, open_context, known = await received.dockerfile(), received.directory, received.known
-            wanted = msgspec.structs.replace(template, dockerfile=text)
+            sources = template.step_sources
+            wanted = msgspec.structs.replace(template, dockerfile=text, step_sources=sources[:SOURCES_MAX])
+            if len(sources) > SOURCES_MAX:
+                say(Message(stream=_TOO_MANY_SOURCES.format(len(sources) - SOURCES_MAX)))
             if keeps_containers and not is_quiet:  # docker-py's default
                 report(Message(stream=_ALWAYS_REMOVED))
             try:
-                result = await builder.build_in_slot(wanted, open_context, shown, known=known)
+                result = await builder.build_in_slot(wanted, open_context, progress, known=known)
             except SkepError:
                 kept.give(report)
                 raise
@@ -180,7 +190,7 @@ class _ClassicProgress:
         self._say(f"Removing intermediate container {short(container_id)}\n")
 
     def warning(self, step: Step, text: str) -> None:
-        self._say(f"\x1b[91m[WARNING]: {text}\n\x1b[0m")
+        self._say(f"\x1b[91m[WARNING]: {shown(text)}\n\x1b[0m")
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
         if image_id is not None:
@@ -197,7 +207,7 @@ def _template(request: web.Request, builder: Builder) -> BuildRequest:
     cpu_quota = integer(request, "cpuquota", 0)
     return BuildRequest(
         dockerfile="",
-        tags=_tags(query.getall("t", [])),
+        tags=tags_of(query.getall("t", []), Untranslated),
         target=query.get("target", ""),
         arguments=_decoded(query.get("buildargs") or "{}", dict[str, str | None], "build args"),
         labels=_decoded(query.get("labels") or "{}", dict[str, str], "labels"),
@@ -240,19 +250,6 @@ def _refuse(request: web.Request) -> None:
     for name, nothing in _REFUSED.items():
         if query.get(name, "") not in ("", nothing):
             raise Unimplemented(f"docker build: {name} is not supported")
-
-
-def _tags(texts: list[str]) -> tuple[Reference, ...]:
-    """Parse the tags.  Source: moby 20.10, builder/builder-next/tag.go (sanitizeRepoAndTags)."""
-    found: dict[Reference, None] = {}
-    for text in texts:
-        if not text:
-            continue
-        reference = parse_reference(text)
-        if reference.digest:
-            raise Untranslated("build tag cannot contain a digest")
-        found[reference.with_default_tag()] = None
-    return tuple(found)
 
 
 def _decoded(text: str, type: type[T], what: str) -> T:

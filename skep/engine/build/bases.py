@@ -1,6 +1,6 @@
 """Images that a build starts from, copies from, or results in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -11,7 +11,7 @@ from skep.engine.build.interface import BuildRequest, Progress, Step
 from skep.engine.build.stage import Made
 from skep.engine.build.targets import parse_epoch
 from skep.engine.images import child
-from skep.engine.images.digest import is_digest
+from skep.engine.images.digest import Digest, is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
@@ -33,7 +33,18 @@ class Bases:
         self.request = request
         self._inputs = inputs
         self.progress = progress
-        self.stack = stack
+        self._stack = stack
+        self._pin: Callable[[Digest], None] | None = None
+        self._pinned: set[Digest] = set()
+
+    async def pin(self, chain: Sequence[Digest]) -> None:
+        """Keep layers, present or future, for the rest of the build."""
+        if self._pin is None:  # one for all layers, since the store looks for unneeded layers after each
+            self._pin = await self._stack.enter_async_context(self.images.pinning())
+        for chain_id in chain:
+            if chain_id not in self._pinned:
+                self._pinned.add(chain_id)
+                self._pin(chain_id)
 
     async def pull(self, step: Step, name: str) -> Made:
         """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
@@ -50,11 +61,10 @@ class Bases:
 
     async def keep(self, image: Image) -> Made:
         """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
-        await self.stack.enter_async_context(self.images.pin(image.chain))
+        chain = tuple(image.chain)
+        await self.pin(chain)
         content = self.images.config_file(image).read_bytes()
-        return Made(
-            id=image.id, content=content, config=image.config, chain=tuple(image.chain), link=image.id
-        )
+        return Made(id=image.id, content=content, config=image.config, chain=chain, link=image.id)
 
     async def limit_times(self, made: Made, inherited: int, arguments: Mapping[str, str]) -> Made:
         """Return the image with all times limited to ``SOURCE_DATE_EPOCH``.

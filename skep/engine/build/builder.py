@@ -18,6 +18,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.slots import Slots
 from skep.engine.build import copies, runs, targets
+from skep.engine.build.addresses import redacted, shown_errors
 from skep.engine.build.bases import Bases
 from skep.engine.build.cache import CacheMounts, StepCache
 from skep.engine.build.config import (
@@ -39,7 +40,6 @@ from skep.engine.build.instructions import (
     From,
     Healthcheck,
     Instruction,
-    OnBuild,
     Run,
     Stage,
     Stages,
@@ -57,7 +57,7 @@ from skep.engine.build.interface import (
     Step,
 )
 from skep.engine.build.mounts import parse_mount
-from skep.engine.build.remotes import KnownAnswers, redacted
+from skep.engine.build.remotes import KnownAnswers
 from skep.engine.build.repositories import Fetching
 from skep.engine.build.results import Change, Results, options_of
 from skep.engine.build.sources import digest_of
@@ -84,8 +84,8 @@ BUILDS_MAX = 16
 """Number of simultaneous builds.  Further ones wait."""
 WAITING_MAX = 64
 """Number of waiting builds.  Further ones are refused."""
-_CONFIG_BYTES_MAX = 1 << 20
-_BUILDKIT = "buildkit.dockerfile.v0"
+_PLAIN_CHARACTERS_MAX = 4096
+"""Length of an instruction without variables that is expanded at once.  A thread takes longer than its quotes."""
 
 
 class Builder(Builds):
@@ -136,9 +136,10 @@ class Builder(Builds):
 
         ``known``: Remembered content of the context.  The context is opened only where this content is not enough.
         """
-        parsed = await asyncio.to_thread(parse, request.dockerfile)
-        stages = targets.chosen(await asyncio.to_thread(stages_of, parsed), request)
-        targets.require_platform(request.platform)
+        with shown_errors():
+            parsed = await asyncio.to_thread(parse, request.dockerfile)
+            stages = targets.chosen(await asyncio.to_thread(stages_of, parsed), request)
+            targets.require_platform(request.platform)
         async with AsyncExitStack() as stack:
             workspace = await stack.enter_async_context(self.images.workspace("build"))
             build = Build(self, request, stages, Inputs(context, provider, known), progress, workspace, stack)
@@ -222,7 +223,7 @@ class Build:
         return Step(
             number=self._steps,
             total=self._stages.steps,
-            text=redacted(instruction.text) if isinstance(instruction, Copy | OnBuild) else instruction.text,
+            text=redacted(instruction.text),
             stage=self._stage,
             stage_name=stage.base.name,
         )
@@ -249,10 +250,11 @@ class Build:
         step = self._next_step(instruction)
         self._progress.started(step)
         try:
-            if isinstance(instruction, From):
-                await self._begin_stage(step, instruction)
-            else:
-                await self._carry_out(step, instruction)
+            with shown_errors():
+                if isinstance(instruction, From):
+                    await self._begin_stage(step, instruction)
+                else:
+                    await self._carry_out(step, instruction)
         except Exception as error:
             self._progress.failed(step, error)
             raise
@@ -355,8 +357,10 @@ class Build:
                 await self._change(step, ready)
 
     async def _expand(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
+        given, text = self._request.arguments, instruction.text
+        if "$" not in text and not instruction.heredocs and len(text) <= _PLAIN_CHARACTERS_MAX:
+            return expanded(instruction, variables, self._stages.escape, self._budget, given)
         # In a thread: patterns in substitutions may take seconds of computation.
-        given = self._request.arguments
         return await asyncio.to_thread(
             expanded, instruction, variables, self._stages.escape, self._budget, given
         )
@@ -431,7 +435,7 @@ class Build:
         config = msgspec.structs.replace(
             state.config, cmd=(*state.shell, f"#(nop) {copies.shown_copy(copy, digest)}")
         )
-        line = f"{redacted(copy.text)} # buildkit" if self._request.is_buildkit else ""
+        line = f"{copy.text} # buildkit" if self._request.is_buildkit else ""
         more = copies.key_of_options(copy)
         return self._results.change(state, options_of(config), line, *more, adds_layer=True)
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,19 @@ STEPS_MAX = 20_000
 """Number of step results in the index.  The oldest are dropped first."""
 
 
-def key_of(parent: str, container_config: Mapping[str, Any], author: str) -> str:
-    """Return the step's key in the index."""
-    parts = [parent, container_config, author]
+def keys_of(parents: Sequence[str], container_config: Mapping[str, Any], author: str) -> Sequence[str]:
+    """Return the keys of a step on top of each of the parents: an id, or the key of another step.
+
+    A key is the hash of a JSON array of parent, configuration and author.  The latter two are encoded once.
+    """
     try:
-        content = msgspec.json.encode(parts, order="deterministic")
+        config = msgspec.json.encode(container_config, order="deterministic")
+        ends = b",%b,%b]" % (config, msgspec.json.encode(author))
+        contents = [b"[%b%b" % (msgspec.json.encode(parent), ends) for parent in parents]
     except UnicodeEncodeError:  # a name is not UTF-8: escape it, as json does
-        content = json.dumps(parts, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()
+        parts = ([parent, container_config, author] for parent in parents)
+        contents = [json.dumps(one, sort_keys=True).encode() for one in parts]
+    return [hashlib.sha256(content).hexdigest() for content in contents]
 
 
 class StepCache:

@@ -7,6 +7,7 @@ Source: buildkit, util/gitutil/git_cli.go.
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import stat
@@ -15,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from skep.aio.trees import walk_tree
+from skep.engine.build.addresses import redacted
 from skep.engine.images.workers import Limits
 from skep.errors import ResourceExhausted, Unavailable, Unimplemented
 from skep.linux.trees import walk
@@ -94,7 +96,7 @@ class Git:
         except TimeoutError as error:
             raise Unavailable(f"git {words[0]} took longer than {_DEADLINE_S:.0f} seconds") from error
         if process.returncode:
-            text = errors.decode(errors="replace").strip()
+            text = redacted(errors.decode(errors="replace").strip())
             if process.returncode == -signal.SIGXFSZ or f"died of signal {signal.SIGXFSZ:d}" in text:
                 raise ResourceExhausted(f"{self._shown} has more than {self._limits.archive_bytes_max} bytes")
             raise Unavailable(f"failed to fetch {self._shown}: git stderr:\n{text}")
@@ -161,11 +163,16 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 async def _last(stream: asyncio.StreamReader, size: int) -> bytes:
-    """Read a stream to its end and return its last bytes."""
-    content = b""
+    """Read a stream to its end and return its last bytes, without the rest of a word.
+
+    Half an address would have no scheme, so its password would not be recognized.
+    """
+    content, is_cut = b"", False
     while piece := await stream.read(_READ_BYTES):
-        content = (content + piece)[-size:]
-    return content
+        content += piece
+        is_cut |= len(content) > size
+        content = content[-size:]
+    return re.sub(rb"^\S*", b"", content) if is_cut else content
 
 
 def _environment() -> Mapping[str, str]:

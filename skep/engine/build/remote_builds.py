@@ -7,11 +7,13 @@ import asyncio
 import os
 from pathlib import Path
 
+from skep.aio.trees import discard_tree
 from skep.api.errors import Untranslated
+from skep.engine.build.addresses import redacted_address
 from skep.engine.build.context import read_dockerfile
 from skep.engine.build.copies import is_archive
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
-from skep.engine.build.remotes import Download, KnownAnswers, is_remote, redacted, repository_address
+from skep.engine.build.remotes import Download, KnownAnswers, is_remote, repository_address
 from skep.engine.build.repositories import Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.images.workers import Limits, unpack
@@ -45,8 +47,9 @@ async def fetch_context(address: str, directory: Path, limits: Limits, name: str
             await unpack(descriptor, files, limits=limits, is_layer=True, has_whiteouts=False)
         finally:
             os.close(descriptor)
+        await discard_tree(fetched)  # the build needs the files only, and may take hours
     else:
-        raise Untranslated(f"remoteURL ({redacted(address)}) could not be recognized as URL")
+        raise Untranslated(f"remoteURL ({redacted_address(address)}) could not be recognized as URL")
     return await asyncio.to_thread(read_dockerfile, files, name), files
 
 

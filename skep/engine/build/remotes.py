@@ -23,6 +23,7 @@ import msgspec
 from yarl import URL
 
 from skep.aio.failures import describe_error
+from skep.engine.build.addresses import ambiguity, check_address, parts_of, redacted, redacted_address
 from skep.engine.build.interface import Provider
 from skep.engine.build.sources import Source
 from skep.engine.images.endpoints import client_context, proxy_for
@@ -38,8 +39,6 @@ _TIMEOUT = aiohttp.ClientTimeout(total=3600, sock_connect=30, sock_read=60)
 """An hour is enough for the largest context that a node accepts, at 36 MB/s."""
 _PIECE_BYTES = 1 << 20
 _KNOWN_MAX = 256
-_MASK = "xxxxx"
-_REST_OF_ADDRESS = re.compile(r"""://([^\s"']*)""")
 _UNNAMED = "__unnamed__"
 
 
@@ -70,28 +69,6 @@ def is_git(source: str) -> bool:
 def is_remote(source: str) -> bool:
     """Return whether ADD fetches a source."""
     return _HTTP.match(source) is not None or is_git(source)
-
-
-def redacted(text: str) -> str:
-    """Return a text without users and passwords in its addresses: ``https://xxxxx:xxxxx@host/``.
-
-    Source: buildkit, util/urlutil/redact.go (RedactCredentials).
-    """
-
-    return _REST_OF_ADDRESS.sub(lambda found: "://" + _without_userinfo(found[1]), text)
-
-
-def _without_userinfo(rest: str) -> str:
-    """Mask user and password at the start of an address without its scheme."""
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    host, separator, port = authority.partition(":")
-    if "@" not in authority and separator and not host.startswith("[") and port.strip("0123456789"):
-        # A slash in the password ends the host too early, and the text after its colon is not a port.
-        authority = rest[: rest.rfind("@") + 1]
-    userinfo, at, _ = authority.rpartition("@")
-    user, colon, password = userinfo.partition(":")
-    masked = (_MASK if user else "") + colon + (_MASK if password else "")
-    return masked + rest[len(userinfo) :] if at else rest
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -143,6 +120,7 @@ class Download(Remote):
             raise InvalidArgument(
                 "invalid checksum digest length" if is_sha256 else "unsupported digest algorithm"
             )
+        check_address(url)
         self._expected = found[1] if found else ""
         self._url = url
         self._directory = directory
@@ -154,7 +132,8 @@ class Download(Remote):
         try:
             name = posixpath.basename(unquote(URL(url).raw_path).rstrip("/"))
         except ValueError as error:
-            raise InvalidArgument(f"invalid URL {redacted(url)}: {redacted(str(error))}") from error
+            reason = "" if parts_of(url).userinfo else f": {error}"  # a reason may name the user and password
+            raise InvalidArgument(f"invalid URL {self._shown}{reason}") from error
         self._name = _UNNAMED if name in ("", ".", "..") or "\0" in name else name
 
     async def resolve(self) -> str:
@@ -186,7 +165,8 @@ class Download(Remote):
                     )
                 digest = await self._keep(response)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise Unavailable(f"failed to load {self._shown}: {redacted(describe_error(error))}") from error
+            reason = ambiguity(self._url) or redacted(describe_error(error))
+            raise Unavailable(f"failed to load {self._shown}: {reason}") from error
         if digest != (self._digest or digest):
             raise InvalidArgument(
                 f"digest mismatch for {self._shown}: sha256:{digest} (expected: sha256:{self._digest})"
@@ -248,7 +228,7 @@ class Download(Remote):
     @property
     def _shown(self) -> str:
         """Address without user and password."""
-        return redacted(self._url)
+        return redacted_address(self._url)
 
 
 def _write(descriptor: int, piece: bytes, hashed: "hashlib._Hash") -> None:

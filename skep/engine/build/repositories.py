@@ -17,10 +17,11 @@ from urllib.parse import parse_qs, unquote_to_bytes, urlsplit, urlunsplit
 
 import msgspec
 
+from skep.engine.build.addresses import ambiguity, check_address, parts_of, redacted_address
 from skep.engine.build.git import Git
 from skep.engine.build.instructions import Copy
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote, redacted
+from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote
 from skep.engine.build.sources import Source
 from skep.engine.build.trees import Tree
 from skep.engine.images.workers import Limits
@@ -49,6 +50,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 def address_of(source: str) -> Address:
     """Parse an address with its fragment (``#ref:directory``) or query.  Raises: InvalidArgument."""
+    check_address(source, "git address")
     remote, _, fragment = source.partition("#")
     remote, _, query = remote.partition("?")
     ref, _, subdir = fragment.partition(":")
@@ -71,7 +73,9 @@ def address_of(source: str) -> Address:
     except ValueError:
         host = ""
     if not host or any(value.startswith("-") for value in (address.remote, address.ref, address.checksum)):
-        raise InvalidArgument(f"invalid git address: {redacted(source)}")
+        raise InvalidArgument(f"invalid git address: {redacted_address(source)}")
+    if hint := ambiguity(remote):
+        raise InvalidArgument(f"invalid git address: {redacted_address(source)}: {hint}")
     return address
 
 
@@ -105,7 +109,7 @@ class Repository(Remote):
     def __init__(self, address: Address, directory: Path, limits: Limits, provider: Provider | None) -> None:
         """``directory``: An empty directory for the working tree."""
         self._address = address
-        self._program = Git(directory, limits, redacted(address.remote))
+        self._program = Git(directory, limits, redacted_address(address.remote))
         self._directory = directory
         self._provider = provider
         self._commit = ""
@@ -140,7 +144,9 @@ class Repository(Remote):
         with Tree(self._directory) as tree:
             resolved = tree.resolve(address.subdir)
             if not (self._directory / resolved).is_dir():
-                raise InvalidArgument(f"invalid subdir {address.subdir} of {redacted(address.remote)}")
+                raise InvalidArgument(
+                    f"invalid subdir {address.subdir} of {redacted_address(address.remote)}"
+                )
         return Source(self._directory, address.subdir, resolved, True, digest)
 
     async def _find_commit(self) -> None:
@@ -163,7 +169,9 @@ class Repository(Remote):
             ]
             commit = next((found[name] for name in names if name in found), "")
             if not _SHA.fullmatch(commit):
-                raise InvalidArgument(f"repository {redacted(address.remote)} does not contain ref {ref}")
+                raise InvalidArgument(
+                    f"repository {redacted_address(address.remote)} does not contain ref {ref}"
+                )
         if not commit.startswith(address.checksum):
             raise InvalidArgument(f"expected checksum to match {address.checksum}, got {commit}")
         self._commit = commit
@@ -200,11 +208,12 @@ class Repository(Remote):
         A user and password in the address come first, then the secrets GIT_AUTH_HEADER and GIT_AUTH_TOKEN for the
         host. Those for every host are sent over TLS only.
         """
-        parts = urlsplit(self._address.remote)
-        if parts.password is not None:
-            return _basic(unquote_to_bytes(parts.username or "") + b":" + unquote_to_bytes(parts.password))
+        user, colon, password = parts_of(self._address.remote).userinfo.partition(":")
+        if colon:
+            return _basic(unquote_to_bytes(user) + b":" + unquote_to_bytes(password))
         if self._provider is None:
             return ""
+        parts = urlsplit(self._address.remote)
         for suffix in (f".{parts.hostname}", *([""] if parts.scheme == "https" else [])):
             if (header := await self._provider.secret(f"GIT_AUTH_HEADER{suffix}")) is not None:
                 return header.decode("latin-1").strip()
@@ -237,9 +246,9 @@ def _header_for(remote: str, header: str) -> Mapping[str, str]:
 
 def _bare(remote: str) -> str:
     """Return an address without its password, and without its user unless it is an ssh address."""
-    if remote.startswith("ssh://"):
-        return re.sub(r"^(ssh://[^/?#:@]*):[^/?#]*@", r"\1@", remote)
-    return re.sub(r"^([a-z]+://)[^/?#]*@", r"\1", remote)
+    scheme, userinfo, rest = parts_of(remote)
+    user = userinfo.partition(":")[0] if scheme == "ssh://" else ""
+    return f"{scheme}{user}@{rest}" if user else scheme + rest
 
 
 class Fetching:

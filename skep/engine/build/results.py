@@ -6,16 +6,17 @@ node (``step_records``).
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from skep.aio.clock import Clock
 from skep.engine.build import copies
+from skep.engine.build.addresses import redacted
 from skep.engine.build.bases import Bases
-from skep.engine.build.cache import StepCache, key_of
+from skep.engine.build.cache import StepCache, keys_of
 from skep.engine.build.config import StageState
 from skep.engine.build.interface import FoundStep, Step, StepRecord, StepSource, WantedStep
 from skep.engine.build.stage import Made, Position
@@ -123,10 +124,9 @@ class Results:
             kind += (f"epoch={self._request.epoch_s}",)
         options = {**container, "": [*kind, *more]} if kind or any(more) else container
         image = self.position.image
-        key = StepKey(
-            local=key_of(self.position.image_id, options, state.author),
-            shared=key_of(image.link if image is not None else "", options, state.author),
-        )
+        link = image.link if image is not None else ""
+        local, shared = keys_of((self.position.image_id, link), options, state.author)
+        key = StepKey(local=local, shared=shared)
         return Change(state=state, container=container, key=key, line=line, adds_layer=adds_layer)
 
     async def take_cached(self, step: Step, change: Change) -> bool:
@@ -174,7 +174,7 @@ class Results:
         try:
             if found.diff_id:
                 chain = chain_ids((*self.diff_ids, found.diff_id))
-                await self._bases.stack.enter_async_context(self._images.pin(chain))
+                await self._bases.pin(chain)
                 await source.fetch(found, chain[-1])
             await self._commit(change, diff_id=found.diff_id, chain=chain, created=found.created)
         except (SkepError, OSError) as error:
@@ -210,7 +210,7 @@ class Results:
         step = child.Step(
             created=created,
             diff_id=diff_id,
-            created_by=line or " ".join(change.container.get("Cmd", ())),
+            created_by=redacted(line or " ".join(change.container.get("Cmd") or ())),
             author=change.state.author,
             comment=BUILDKIT if line else "",
         )
@@ -218,12 +218,12 @@ class Results:
             parent.content if parent is not None else None,
             step,
             options_of(change.state.config),
-            more={} if line else {"container_config": change.container},
+            more={} if line else {"container_config": _shown(change.container)},
             platform={"architecture": here.architecture, "os": here.os},
         )
         if len(content) > _CONFIG_BYTES_MAX:
             raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
-        await self._bases.stack.enter_async_context(self._images.pin(chain))
+        await self._bases.pin(chain)
         image = await self._images.add(
             content, parent=parent.id if parent is not None else "", is_step=self._request.is_buildkit
         )
@@ -236,10 +236,15 @@ class Results:
         self.records[key] = StepRecord(
             key=key,
             parent=before.link if before is not None else "",
-            diff_ids=tuple(map(Digest, made.config.diff_ids)),
+            diff_ids=cast("tuple[Digest, ...]", tuple(made.config.diff_ids)),
             created=made.config.created or "",
         )
         self.position = Position(state=change.state, image=msgspec.structs.replace(made, link=key))
+
+
+def _shown(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of a step's container for the image, whose users may read the command."""
+    return {**container, "Cmd": [*map(redacted, container["Cmd"])]} if container.get("Cmd") else container
 
 
 def options_of(config: ContainerDefaults) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import msgspec
 from skep.engine.build.interface import StepRecord
 from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, CacheLayer, cache_config
 from skep.engine.images.digest import Digest, chain_ids, digest_of
-from skep.engine.images.pushing import layer_type, put_manifest
+from skep.engine.images.pushing import layer_type, put_blob, put_manifest
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import (
     DOCKER_LIST,
@@ -23,7 +23,7 @@ from skep.engine.images.registry import (
     Repository,
 )
 from skep.engine.images.store import ImageStore
-from skep.engine.images.uploads import Upload, has_blob, send
+from skep.engine.images.uploads import Upload
 from skep.errors import InvalidArgument
 
 
@@ -46,8 +46,7 @@ class RegistryDestination:
 
     async def put(self, upload: Upload) -> None:
         """See ``Destination``."""
-        if not await has_blob(self._repository, upload.digest, upload.size):
-            await send(self._repository, upload)
+        await put_blob(self._repository, self._reference.repository, upload)
 
     async def put_manifest(self, document: Document) -> None:
         """See ``Destination``."""

@@ -17,18 +17,22 @@ from typing import Any
 import msgspec
 
 from skep.engine.build.interface import FoundStep, StepRecord, WantedStep
+from skep.engine.images.child import EMPTY_LAYER
 from skep.engine.images.digest import Digest, chain_ids, is_digest
+from skep.engine.images.manifests import Descriptor
 from skep.errors import InvalidArgument
+from skep.model.times import ZERO_TIME, unix_ns
 
 CACHE_CONFIG_TYPE = "application/vnd.buildkit.cacheconfig.v0"
 CONFIG_BYTES_MAX = 4 << 20
 """Four times BuildKit's limit.  A build has at most 1,000 steps, and each takes some 200 bytes."""
 _RECORDS_MAX = 20_000
 _LAYERS_MAX = 20_000
+_OBJECTS_MAX = 250_000
+"""Number of JSON objects.  They are counted before they are decoded, since decoded ones take ten times the memory."""
 _RESULTS_MAX = 16
 """Largest number of results of one record, and of records of one step."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", re.ASCII)
-_NO_TIME = "0001-01-01T00:00:00Z"
 
 
 class CacheLayer(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +93,7 @@ def _layer(layer: CacheLayer, parent: int, created: str) -> dict[str, Any]:
         "mediaType": layer.media_type,
         "diffID": layer.diff_id,
         "size": layer.size,
-        "createdAt": created or _NO_TIME,
+        "createdAt": created or ZERO_TIME,
     }
     return {"blob": layer.blob, "parent": parent, "annotations": about}
 
@@ -100,7 +104,7 @@ def _encoded(records: Sequence[StepRecord], tops: Mapping[str, int]) -> list[dic
     for record in records:
         one: dict[str, Any] = {"digest": f"sha256:{record.key}"}
         if tops[record.key] >= 0:
-            one["layers"] = [{"layer": tops[record.key], "createdAt": record.created or _NO_TIME}]
+            one["layers"] = [{"layer": tops[record.key], "createdAt": record.created or ZERO_TIME}]
         if record.parent in numbers:
             one["inputs"] = [[{"link": numbers[record.parent]}]]
         found.append(one)
@@ -132,6 +136,15 @@ class _Config(msgspec.Struct, frozen=True):
     records: tuple[_Record, ...] | None = None
 
 
+def is_time(text: str) -> bool:
+    """Return whether a text is a time in UTC, as the configuration of an image has it."""
+    try:
+        unix_ns(text)
+    except InvalidArgument:
+        return False
+    return _TIME.fullmatch(text) is not None
+
+
 class StepTable:
     """Results of steps in one cache."""
 
@@ -148,17 +161,20 @@ class StepTable:
     @classmethod
     def of_image(cls, cache: bytes, layers: Sequence[CacheLayer]) -> "StepTable":
         """Read the cache in an image's configuration.  Raises: ValueError; InvalidArgument."""
+        _check_size(cache)
         records = msgspec.json.decode(cache, type=tuple[_Record, ...])
         return cls([(layer, number - 1) for number, layer in enumerate(layers)], records)
 
     @classmethod
-    def of_config(cls, content: bytes, sizes: Mapping[str, int]) -> "StepTable":
+    def of_config(cls, content: bytes, blobs: Sequence[Descriptor]) -> "StepTable":
         """Read the configuration of a cache artifact.
 
-        ``sizes``: Sizes of the blobs in the artifact's manifest, by their digests.
+        ``blobs``: Blobs in the artifact's manifest.
 
         Raises: ValueError; InvalidArgument.
         """
+        _check_size(content)
+        sizes = {blob.digest: blob.size for blob in blobs}
         config = msgspec.json.decode(content, type=_Config)
         layers = [
             (
@@ -181,7 +197,7 @@ class StepTable:
         for result in self._results.get(step.key, ()):
             layers = self._chain(result.layer, len(step.diff_ids) + 1)
             diff_ids = tuple(layer.diff_id for layer in layers)
-            if not layers or not _TIME.fullmatch(result.created_at):
+            if not layers or not is_time(result.created_at):
                 continue
             if diff_ids == step.diff_ids and step.adds_layer is not True:
                 return FoundStep(created=result.created_at)
@@ -203,5 +219,12 @@ class StepTable:
         return found[::-1]
 
 
+def _check_size(content: bytes) -> None:
+    if content.count(b"{") > _OBJECTS_MAX:
+        raise InvalidArgument(f"a cache has more than {_OBJECTS_MAX} objects")
+
+
 def _is_whole(layer: CacheLayer) -> bool:
-    return is_digest(layer.diff_id) and is_digest(layer.blob) and layer.size >= 0
+    """Return whether a layer can be fetched.  An empty one is not a layer of an image."""
+    is_layer = is_digest(layer.diff_id) and layer.diff_id != EMPTY_LAYER
+    return is_layer and is_digest(layer.blob) and layer.size >= 0

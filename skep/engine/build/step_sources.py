@@ -8,20 +8,27 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+import msgspec
+
+from skep.engine.build.addresses import redacted
 from skep.engine.build.interface import FoundStep, StepSource, WantedStep
-from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, CacheLayer, StepTable
+from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, CacheLayer, StepTable, is_time
 from skep.engine.images import child, pulling
-from skep.engine.images.digest import Digest, parse_digest
+from skep.engine.images.digest import Digest, parse_digest, short
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.manifests import Descriptor, Manifest, decoded
 from skep.engine.images.platforms import choose
+from skep.engine.images.progress import Message
 from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import NOT_JSON
 from skep.engine.images.store import ImageStore
-from skep.errors import InvalidArgument, SkepError
+from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.model.times import ZERO_TIME
 
 T = TypeVar("T")
 
+SOURCES_MAX = 16
+"""Number of sources of a build, each of which may take ``READ_S``."""
 READ_S = 60.0
 """Seconds to read the records of a source.  A slower source is left out, since the build waits for it."""
 _IMAGE_CONFIG_BYTES_MAX = 8 << 20
@@ -55,13 +62,30 @@ class RegistryPlace:
         return await self._images.at_registry(self._reference, self._auth, action)
 
 
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """Slowest download of a layer that a build waits for.
+
+    A source that sends a byte now and then would keep the build, the layer's lock and the reserved disk for hours.
+    """
+
+    silent_s: float = 60.0
+    """Seconds without a byte: for the connection, a login, and waits that a busy registry asks for."""
+    bytes_per_s: int = 1 << 20
+    """Average rate.  At less than 1 MiB/s, most steps are faster than their layer."""
+
+    def seconds_for(self, received_bytes: int) -> float:
+        """Return the seconds from the start in which more than ``received_bytes`` have to arrive."""
+        return self.silent_s + received_bytes / self.bytes_per_s
+
+
 class FetchedSteps:
     """Steps whose layers are fetched from a place."""
 
-    def __init__(self, images: ImageStore, place: Place, table: StepTable) -> None:
+    def __init__(self, images: ImageStore, place: Place, table: StepTable, pace: Pace) -> None:
         self._images = images
         self._place = place
         self._table = table
+        self._pace = pace
 
     @property
     def name(self) -> str:
@@ -73,42 +97,65 @@ class FetchedSteps:
         return self._table.find(step)
 
     async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
-        """See ``StepSource``."""
-        descriptor = Descriptor(digest=found.blob, size=found.size)
+        """See ``StepSource``.  Raises: Unavailable: the layer arrives too slowly."""
+        if self._images.layer_store.get(chain_id) is not None:
+            return
+        descriptor, start_s = (
+            Descriptor(digest=found.blob, size=found.size),
+            asyncio.get_running_loop().time(),
+        )
+
+        def note(message: Message) -> None:
+            if message.status == "Download complete":  # unpacking has limits of its own
+                deadline.reschedule(None)
+            elif message.status == "Downloading" and message.progress_detail is not None:
+                until_s = start_s + self._pace.seconds_for(message.progress_detail.current)
+                deadline.reschedule(max(until_s, deadline.when() or 0.0))
 
         async def fetch(repository: pulling.Repository) -> None:
-            await pulling.fetch_layer(self._images, repository, descriptor, chain_id, found.diff_id)
+            await pulling.fetch_layer(self._images, repository, descriptor, chain_id, found.diff_id, note)
 
-        if self._images.layer_store.get(chain_id) is None:
-            await self._place.at(fetch)
+        try:
+            async with asyncio.timeout(self._pace.silent_s) as deadline:
+                await self._place.at(fetch)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"layer {short(found.blob)} arrives at less than {self._pace.bytes_per_s} bytes per second"
+            ) from error
 
 
-class ImageSteps:
-    """Steps in the configuration of an image of this node."""
+class _LocalSteps:
+    """Steps of an image of this node, whose layers are here."""
 
-    def __init__(self, images: ImageStore, name: str, table: StepTable) -> None:
+    def __init__(self, images: ImageStore, name: str) -> None:
         self._images = images
         self.name = name
-        self._table = table
-
-    def find(self, step: WantedStep) -> FoundStep | None:
-        """See ``StepSource``."""
-        return self._table.find(step)
 
     async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
         """Raises: NotFound: the image was removed."""
         self._images.layer_store.directory(chain_id)
 
 
-class HistorySteps:
+class ImageSteps(_LocalSteps):
+    """Steps in the configuration of an image of this node."""
+
+    def __init__(self, images: ImageStore, name: str, table: StepTable) -> None:
+        super().__init__(images, name)
+        self._table = table
+
+    def find(self, step: WantedStep) -> FoundStep | None:
+        """See ``StepSource``."""
+        return self._table.find(step)
+
+
+class HistorySteps(_LocalSteps):
     """Steps in the history of an image of this node, as the classic builder compares them: by their commands.
 
     Source: moby 20.10, image/cache/cache.go (ImageCache.GetCache, isValidParent, isValidConfig).
     """
 
     def __init__(self, images: ImageStore, name: str, config: ImageConfig) -> None:
-        self._images = images
-        self.name = name
+        super().__init__(images, name)
         self._config = config
 
     def find(self, step: WantedStep) -> FoundStep | None:
@@ -119,23 +166,30 @@ class HistorySteps:
             return None
         layers = tuple(self._config.diff_ids)
         entry, count = own[len(before)], len(step.diff_ids)
-        if entry.created_by != " ".join(step.command) or layers[:count] != tuple(step.diff_ids):
+        command = " ".join(step.command)
+        # The history of this engine has no passwords of addresses.  Two commands that differ in one may have other
+        # files, so only a step without a layer is found by the rest.
+        shown = redacted(command) if step.adds_layer is False else command
+        if entry.created_by not in (command, shown) or layers[:count] != tuple(step.diff_ids):
             return None
         if step.adds_layer not in (None, not entry.empty_layer):
             return None
+        created = entry.created if is_time(entry.created or "") else None
+        found = FoundStep(created=created or ZERO_TIME)
         if entry.empty_layer:
-            return FoundStep(created=entry.created or "")
-        return FoundStep(created=entry.created or "", diff_id=layers[count]) if count < len(layers) else None
-
-    async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
-        """Raises: NotFound: the image was removed."""
-        self._images.layer_store.directory(chain_id)
+            return found
+        if count == len(layers) or layers[count] == child.EMPTY_LAYER:
+            return None
+        return msgspec.structs.replace(found, diff_id=layers[count])
 
 
 def history_sources(images: ImageStore, names: Sequence[str]) -> tuple[StepSource, ...]:
-    """Return the images of ``--cache-from`` of a classic build that are on this node."""
-    found = [(name, images.lookup(name)) for name in names]
-    return tuple(HistorySteps(images, name, image.config) for name, image in found if image is not None)
+    """Return the images of ``--cache-from`` of a classic build that are on this node, each one once."""
+    found: dict[Digest, StepSource] = {}
+    for name in names:
+        if (image := images.lookup(name)) is not None:
+            found.setdefault(image.id, HistorySteps(images, name, image.config))
+    return tuple(found.values())
 
 
 def image_source(images: ImageStore, image: Image, name: str) -> StepSource | None:
@@ -152,10 +206,12 @@ def image_source(images: ImageStore, image: Image, name: str) -> StepSource | No
     return ImageSteps(images, name, table) if table is not None else None
 
 
-async def read_source(images: ImageStore, place: Place, target: str) -> StepSource | None:
+async def read_source(
+    images: ImageStore, place: Place, target: str, pace: Pace | None = None
+) -> StepSource | None:
     """Read the records of a cache artifact, or of an image.  None if the image has none.
 
-    ``target``: Tag or digest of its manifest.
+    ``target``: Tag or digest of its manifest.  ``pace``: Slowest download of a layer.
 
     Raises: InvalidArgument: it is missing, refused, slow or malformed.
     """
@@ -169,7 +225,7 @@ async def read_source(images: ImageStore, place: Place, target: str) -> StepSour
     except _BAD as error:
         reason = f"no response in {READ_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
         raise InvalidArgument(reason) from error
-    return FetchedSteps(images, place, table) if table is not None else None
+    return FetchedSteps(images, place, table, pace or Pace()) if table is not None else None
 
 
 async def _table(repository: pulling.Repository, target: str, bytes_max: int) -> StepTable | None:
@@ -192,21 +248,25 @@ async def _table_of_manifest(repository: pulling.Repository, manifest: Manifest)
     if config.media_type == CACHE_CONFIG_TYPE:
         return await _table_of_artifact(repository, config, manifest.layers)
     content = await pulling.small_blob(repository, config.digest, _IMAGE_CONFIG_BYTES_MAX)
-    diff_ids = parse_config(content).diff_ids
-    if len(diff_ids) != len(manifest.layers):
-        raise InvalidArgument("the manifest does not match the image's configuration")
-    layers = [
-        CacheLayer(blob=layer.digest, size=layer.size, diff_id=diff_id)
-        for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)
-    ]
-    return _table_of_image(content, layers)
+
+    def read() -> StepTable | None:
+        diff_ids = parse_config(content).diff_ids
+        if len(diff_ids) != len(manifest.layers):
+            raise InvalidArgument("the manifest does not match the image's configuration")
+        layers = [
+            CacheLayer(blob=layer.digest, size=layer.size, diff_id=diff_id)
+            for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)
+        ]
+        return _table_of_image(content, layers)
+
+    return await asyncio.to_thread(read)
 
 
 async def _table_of_artifact(
     repository: pulling.Repository, config: Descriptor, blobs: Sequence[Descriptor]
 ) -> StepTable:
     content = await pulling.small_blob(repository, config.digest, CONFIG_BYTES_MAX)
-    return StepTable.of_config(content, {blob.digest: blob.size for blob in blobs})
+    return await asyncio.to_thread(StepTable.of_config, content, blobs)
 
 
 def _table_of_image(config: bytes, layers: Sequence[CacheLayer]) -> StepTable | None:

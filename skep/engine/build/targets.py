@@ -1,6 +1,6 @@
 """Target of a build: the last stage, the stages that it depends on, the platform.  Pure."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -9,8 +9,8 @@ from skep.engine.build.interface import BuildRequest
 from skep.engine.build.mounts import mount_origin
 from skep.engine.build.substitution import Budget, substituted
 from skep.engine.images.platforms import parse_platform, this_platform
-from skep.engine.images.reference import parse_reference
-from skep.errors import InvalidArgument, Unimplemented
+from skep.engine.images.reference import Reference, parse_reference
+from skep.errors import InvalidArgument, SkepError, Unimplemented
 
 _EPOCH_S_MAX = 253_402_300_799
 """End of the year 9999, the last that RFC 3339 can represent."""
@@ -40,6 +40,25 @@ def chosen(stages: Stages, request: BuildRequest) -> Stages:
     )
     target = msgspec.structs.replace(target, instructions=(*target.instructions, *labels))
     return msgspec.structs.replace(stages, stages=(*stages.stages[:last], target))
+
+
+def tags_of(names: Iterable[str], refusal: type[SkepError] = InvalidArgument) -> tuple[Reference, ...]:
+    """Return the tags of an image's names, each one once.  Empty names do not count.
+
+    Args:
+        refusal: Error for a name with a digest.
+
+    Raises: InvalidArgument: a name is not valid.
+
+    Source: moby 20.10, builder/builder-next/tag.go (sanitizeRepoAndTags).
+    """
+    found: dict[Reference, None] = {}
+    for name in filter(None, names):
+        reference = parse_reference(name)
+        if reference.digest:
+            raise refusal("build tag cannot contain a digest")
+        found[reference.with_default_tag()] = None
+    return tuple(found)
 
 
 def automatic_arguments(stages: Stages, target: str) -> Mapping[str, str]:

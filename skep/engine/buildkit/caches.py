@@ -13,19 +13,17 @@ from collections.abc import Mapping, Sequence
 from skep.engine.build.interface import BuildResult, Provider, StepSource
 from skep.engine.build.step_exports import RegistryDestination, export_steps
 from skep.engine.build.step_records import chosen
-from skep.engine.build.step_sources import RegistryPlace, image_source, read_source
+from skep.engine.build.step_sources import SOURCES_MAX, RegistryPlace, image_source, read_source
 from skep.engine.buildkit.content import ClientStore
 from skep.engine.buildkit.options import CacheEntry, is_true
 from skep.engine.buildkit.progress import Vertices
 from skep.engine.buildkit.sessions import Session
-from skep.engine.images.progress import Message
+from skep.engine.images.digest import Digest
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Repository
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, SkepError
 
-SOURCES_MAX = 16
-"""Sources of one build.  Further ones are left out with a warning, since each may take a minute."""
 _INLINE = "inline"
 _PLACES = {"registry": "registry", "local": "client directory"}
 
@@ -39,18 +37,21 @@ class Caches:
     async def sources(
         self, vertices: Vertices, session: Session, provider: Provider, entries: Sequence[CacheEntry]
     ) -> tuple[StepSource, ...]:
-        """Return the usable sources.  The build gets a warning for each of the others."""
+        """Return the usable sources, each one once.  The build gets warnings for the others."""
         found: list[StepSource] = []
-        for number, entry in enumerate(entries):
+        distinct = list({entry.key: entry for entry in entries}.values())
+        for entry in distinct[:SOURCES_MAX]:
             with vertices.doing(f"importing cache manifest from {entry.name}") as vertex:
                 try:
-                    if number >= SOURCES_MAX:
-                        raise InvalidArgument(f"a build has at most {SOURCES_MAX} cache sources")
                     source = await self._source(session, provider, entry)
                 except (SkepError, OSError, ValueError) as error:
                     vertices.warn(vertex, f"cache source {entry.name} is not used: {error}")
                 else:
                     found += [source] if source is not None else []
+        if further := distinct[SOURCES_MAX:]:
+            with vertices.doing("importing further cache manifests") as vertex:
+                text = f"a build has at most {SOURCES_MAX} cache sources"
+                vertices.warn(vertex, f"{len(further)} cache sources are not used: {text}")
         return tuple(found)
 
     async def _source(self, session: Session, provider: Provider, entry: CacheEntry) -> StepSource | None:
@@ -94,18 +95,19 @@ class Caches:
                     response |= {"cache.manifest": descriptor} if descriptor else {}
         return response
 
-    async def push(self, vertices: Vertices, provider: Provider, tags: Sequence[Reference]) -> str:
-        """Push an image under its tags and return the digest of its manifest.  Raises: SkepError."""
-        digests: list[str] = []
+    async def push(
+        self, vertices: Vertices, provider: Provider, image_id: Digest, tags: Sequence[Reference]
+    ) -> Digest:
+        """Push an image under its tags, and return the digest of its manifest.  Raises: SkepError.
 
-        def note(message: Message) -> None:
-            if isinstance(message.aux, Mapping) and "Digest" in message.aux:
-                digests.append(str(message.aux["Digest"]))
-
+        Another build may have taken the tags since.
+        """
+        digest = image_id
         for tag in tags:
             with vertices.doing(f"pushing {tag.familiar}"):
-                await self._images.push(tag, await provider.credentials(tag.domain), note)
-        return digests[0]
+                auth = await provider.credentials(tag.domain)
+                digest = await self._images.push_image(image_id, tag, auth)
+        return digest
 
     async def _export(
         self, session: Session, provider: Provider, entry: CacheEntry, result: BuildResult

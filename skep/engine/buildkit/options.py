@@ -8,10 +8,11 @@ from enum import Enum
 
 import msgspec
 
+from skep.engine.build.addresses import redacted_address
 from skep.engine.build.interface import StepLimits
-from skep.engine.build.targets import context_name, parse_epoch
+from skep.engine.build.targets import context_name, parse_epoch, tags_of
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.images.reference import Reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.model.container import Ulimit
 
@@ -42,7 +43,7 @@ class Source(msgspec.Struct, frozen=True):
     session: str = ""
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One build, as far as it is known before its Dockerfile is read."""
 
     filename: str = "Dockerfile"
@@ -100,13 +101,20 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
     attrs: Mapping[str, str] = {}
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """Type and attributes, to tell entries apart."""
+        return (self.type, *(text for pair in sorted(self.attrs.items()) for text in pair))
+
+    @property
     def name(self) -> str:
         """Name for messages: an image, a directory or the type."""
         attrs = self.attrs
-        return attrs.get("ref") or attrs.get("src") or attrs.get("dest") or self.type
+        return redacted_address(attrs.get("ref") or attrs.get("src") or attrs.get("dest") or self.type)
 
 
-def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> Asked:
+def parse_options(
+    frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None
+) -> BuildOptions:
     """Parse the options of a request.
 
     ``inputs``: Images that are results of other builds, by their names in the attributes.
@@ -126,7 +134,7 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
     use_cache, stages = _use_cache(left)
     has_own_dockerfile = "dockerfilekey" in left
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
-    build = Asked(
+    build = BuildOptions(
         filename=left.pop("filename", "") or "Dockerfile",
         context=Source(context, sessions.get(context, "")),
         dockerfile=Source(dockerfile, sessions.get(dockerfile, "")),
@@ -296,12 +304,17 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
             left = {name for name, value in attributes.items() if value} - known
             if left:
                 raise Unimplemented(f"output option {min(left)} is not supported")
-            names = attributes.get("name", "").split(",")
+            tags = tags_of(attributes.get("name", "").split(","))
+            is_pushed = is_true(attributes.get("push", ""))
+            if is_pushed and not tags:
+                raise InvalidArgument("tag is needed when pushing to registry")
             return Exported(
                 output=Output.IMAGE,
-                tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
+                tags=tags,
                 rewrites_times=is_true(attributes.get("rewrite-timestamp", "")),
-                is_pushed=_is_pushed(attributes),
+                # buildx leaves the push of ``moby`` to workers with a snapshotter since 0.11.  Earlier versions push
+                # by the engine's API afterwards, and then find everything in the registry.
+                is_pushed=is_pushed,
             )
         if kind not in (Output.LOCAL.value, Output.TAR.value):
             raise Unimplemented(f'exporter "{kind}" could not be found')
@@ -312,15 +325,7 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
     return Exported()
 
 
-def _is_pushed(attributes: Mapping[str, str]) -> bool:
-    """Return whether the image is pushed.  Raises: InvalidArgument: it has no name."""
-    is_pushed = is_true(attributes.get("push", ""))
-    if is_pushed and not attributes.get("name"):
-        raise InvalidArgument("tag is needed when pushing to registry")
-    return is_pushed
-
-
-def check_network(build: Asked, entitlements: Sequence[str]) -> None:
+def check_network(build: BuildOptions, entitlements: Sequence[str]) -> None:
     """Check the use of the host's network.  Raises: PermissionDenied, in BuildKit's words: it is not granted."""
     if build.network == "host" and "network.host" not in entitlements:
         raise PermissionDenied("network.host is not allowed")

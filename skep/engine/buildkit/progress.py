@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from skep.engine.build.addresses import shown
 from skep.engine.build.interface import Step
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.container import Stream
@@ -108,6 +109,7 @@ class Vertices:
 
     def figure(self, vertex: str, id: str, current: int, total: int = 0, *, done: bool = False) -> None:
         """Report the progress of a transfer within a vertex, in bytes."""
+        id = shown(id)
         status = pb.VertexStatus(id=id, vertex=vertex, name=id, current=current, total=total)
         status.timestamp.FromNanoseconds(self._now_ns())
         status.started.CopyFrom(self._vertices[vertex].started)
@@ -118,8 +120,8 @@ class Vertices:
     def warn(self, vertex: str, text: str, detail: Sequence[str] = (), url: str = "") -> None:
         """Add a warning for the author of the Dockerfile."""
         self.counts.warnings += 1
-        warning = pb.VertexWarning(vertex=vertex, level=1, short=text.encode(), url=url)
-        warning.detail.extend(line.encode() for line in detail)
+        warning = pb.VertexWarning(vertex=vertex, level=1, short=shown(text).encode(), url=url)
+        warning.detail.extend(shown(line).encode() for line in detail)
         self._log.add(pb.StatusResponse(warnings=[warning]))
 
     def fail_open(self, reason: str) -> None:
@@ -187,7 +189,7 @@ class Vertices:
 
     def _begin(self, key: str, name: str) -> str:
         digest = self._digest(key)
-        vertex = self._vertices[digest] = pb.Vertex(digest=digest, name=name)
+        vertex = self._vertices[digest] = pb.Vertex(digest=digest, name=shown(name))
         vertex.started.FromNanoseconds(self._now_ns())
         self._report(vertex)
         return digest
@@ -197,7 +199,7 @@ class Vertices:
         if vertex is None or vertex.HasField("completed"):
             return
         vertex.completed.FromNanoseconds(self._now_ns())
-        vertex.error = error
+        vertex.error = shown(error)
         self._report(vertex)
 
     def _report(self, vertex: pb.Vertex) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import msgspec
 from yarl import URL
 
+from skep.engine.build.addresses import check_address, redacted_address
 from skep.engine.build.copies import is_archive
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, redacted, repository_address
+from skep.engine.build.remotes import Download, KnownAnswers, repository_address
 from skep.engine.build.repositories import Address, Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.buildkit import buildkit_pb2 as pb
@@ -26,11 +27,14 @@ from skep.engine.buildkit import sessions
 from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.filesend import spool
 from skep.engine.buildkit.sessions import Session
+from skep.engine.buildkit.uploads import OpenUpload
 from skep.errors import InvalidArgument, Unimplemented
 
 _PULL = "/moby.upload.v1.Upload/Pull"
 _UPLOAD_HOST = "buildkit-session"
 _HTTP = re.compile(r"https?://")
+_COMPRESSED = (b"BZh", b"\x1f\x8b\x08", b"\xfd7zXZ\x00")
+"""Source: buildkit, frontend/dockerui/context.go (isArchive)."""
 _FILE = "context"
 """File name of a Dockerfile that is alone in its context."""
 
@@ -63,22 +67,62 @@ async def remote_context(
             yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
-            raise Unimplemented(f"a build context at this address is not supported: {redacted(address)}")
+            raise Unimplemented(
+                f"a build context at this address is not supported: {redacted_address(address)}"
+            )
+        check_address(address)
         if URL(address).host == _UPLOAD_HOST:
-            pieces = _read_upload(session, URL(address), progress)
+            pieces = _count_bytes(_read_upload(session, URL(address)), progress)
             await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
         else:
             file = await Download(
                 address, "", place, contexts.accepted_on(place), KnownAnswers(), provider
             ).fetch()
             (place / file.resolved).rename(place / _FILE)
-        if not await asyncio.to_thread(is_archive, Source(place, _FILE, _FILE, False, "")):
-            yield place, _FILE
-            return
-        root = await stack.enter_async_context(contexts.scratch())
-        await contexts.unpack(place / _FILE, root)
-        await asyncio.to_thread(os.unlink, place / _FILE)
-        yield root, ""
+        yield await _unpack_if_archive(contexts, place, stack)
+
+
+@asynccontextmanager
+async def uploaded_context(
+    contexts: Contexts, open_upload: OpenUpload, progress: Callable[[int], None] = lambda _: None
+) -> AsyncIterator[tuple[Path, str]]:
+    """Receive an upload of docker 20.10 while the block runs.  See ``remote_context``."""
+    async with AsyncExitStack() as stack:
+        place = await stack.enter_async_context(contexts.scratch())
+        async with open_upload() as pieces:
+            await spool(
+                _count_bytes(pieces, progress),
+                place / _FILE,
+                contexts.accepted_on(place),
+                "the build context",
+            )
+        yield await _unpack_if_archive(contexts, place, stack)
+
+
+async def _unpack_if_archive(contexts: Contexts, place: Path, stack: AsyncExitStack) -> tuple[Path, str]:
+    """Unpack the file in ``place`` if it is an archive.  Return as ``remote_context`` yields."""
+    if not await asyncio.to_thread(_is_context_archive, place):
+        return place, _FILE
+    root = await stack.enter_async_context(contexts.scratch())
+    await contexts.unpack(place / _FILE, root)
+    await asyncio.to_thread(os.unlink, place / _FILE)
+    return root, ""
+
+
+def _is_context_archive(place: Path) -> bool:
+    """Return whether the file in ``place`` is a tar, or compressed: a damaged archive is not a Dockerfile."""
+    with (place / _FILE).open("rb") as file:
+        is_compressed = file.read(6).startswith(_COMPRESSED)
+    return is_compressed or is_archive(Source(place, _FILE, _FILE, False, ""))
+
+
+async def _count_bytes(pieces: AsyncIterator[bytes], progress: Callable[[int], None]) -> AsyncIterator[bytes]:
+    """Yield the pieces, and report their bytes so far."""
+    size = 0
+    async for piece in pieces:
+        size += len(piece)
+        progress(size)
+        yield piece
 
 
 def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
@@ -86,16 +130,15 @@ def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
     return msgspec.structs.replace(found, keep_git_dir=keeps_git_dir or found.keep_git_dir)
 
 
-async def _read_upload(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:
+async def _read_upload(session: Session, url: URL) -> AsyncIterator[bytes]:
     """Yield the client's upload for an address of its own.  Raises: SkepError."""
     metadata = [("urlpath", url.path), ("urlhost", url.host or "")]
-    size = 0
+    is_empty = True
     async with session.stream(_PULL, metadata, silent_s=sessions.SILENT_S) as messages:
         await messages.end()
         while (data := await messages.receive()) is not None:
             piece = pb.BytesMessage.FromString(data).data
-            size += len(piece)
-            progress(size)
+            is_empty &= not piece
             yield piece
-    if not size:
+    if is_empty:
         raise InvalidArgument("the client has uploaded an empty context")

@@ -16,7 +16,7 @@ from skep.engine.build.dockerfile import Line, Parsed, parse
 from skep.engine.build.instructions import Arg, Run, Stages, stages_of
 from skep.engine.build.mounts import parse_mount
 from skep.engine.build.substitution import Budget, substituted
-from skep.engine.buildkit.options import Asked, check_syntax
+from skep.engine.buildkit.options import BuildOptions, check_syntax
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 
 _VERSION = "1.0.0"
@@ -28,7 +28,7 @@ _REQUESTS = {
 }
 
 
-def findings(text: str, build: Asked, env_of: EnvOf, *, all_stages: bool = False) -> Sequence[Finding]:
+def findings(text: str, build: BuildOptions, env_of: EnvOf, *, all_stages: bool = False) -> Sequence[Finding]:
     """Return the findings of the checks of a Dockerfile.
 
     Args:
@@ -47,7 +47,7 @@ def findings(text: str, build: Asked, env_of: EnvOf, *, all_stages: bool = False
     return Checks(parsed, stages, build.arguments, automatic, env_of, choice).run(needed)
 
 
-def findings_of_build(text: str, build: Asked, env_of: EnvOf) -> tuple[Sequence[Finding], str]:
+def findings_of_build(text: str, build: BuildOptions, env_of: EnvOf) -> tuple[Sequence[Finding], str]:
     """Return the findings before a build, and the error if they fail the build.  Empty if they do not.
 
     Raises: InvalidArgument: the choice of checks cannot be read; Unimplemented: the Dockerfile has another language.
@@ -64,7 +64,7 @@ def findings_of_build(text: str, build: Asked, env_of: EnvOf) -> tuple[Sequence[
     return found, f"lint violation found for rules: {rules}" if choice.is_error and found else ""
 
 
-def answer(text: str, build: Asked, request: str, env_of: EnvOf) -> Mapping[str, bytes]:
+def answer(text: str, build: BuildOptions, request: str, env_of: EnvOf) -> Mapping[str, bytes]:
     """Return the response to a request, as metadata of a result.
 
     Raises: Unimplemented: the request is unknown; InvalidArgument: the Dockerfile cannot be read.
@@ -77,7 +77,7 @@ def answer(text: str, build: Asked, request: str, env_of: EnvOf) -> Mapping[str,
         return _result(requests, "".join(f"{one['name']}\n" for one in requests))
     if request == "frontend.lint":
         return _lint(text, build, env_of)
-    given: dict[str, Callable[[str, Asked], Mapping[str, Any]]] = {
+    given: dict[str, Callable[[str, BuildOptions], Mapping[str, Any]]] = {
         "frontend.targets": _targets,
         "frontend.outline": _outline,
     }
@@ -94,7 +94,7 @@ def _result(document: object, text: str, **more: str) -> Mapping[str, bytes]:
     return {**found, **{f"result.{name}": value.encode() for name, value in more.items()}}
 
 
-def _lint(text: str, build: Asked, env_of: EnvOf) -> Mapping[str, bytes]:
+def _lint(text: str, build: BuildOptions, env_of: EnvOf) -> Mapping[str, bytes]:
     """Check a Dockerfile.  Its errors are part of the response."""
     error, found = "", list[Finding]()
     try:
@@ -126,7 +126,7 @@ def _location(first: int, last: int) -> Mapping[str, object]:
     return {"ranges": [{"start": {"line": first}, "end": {"line": last}}]}
 
 
-def base_names(text: str, build: Asked) -> Collection[str]:
+def base_names(text: str, build: BuildOptions) -> Collection[str]:
     """Return the base images and stages of a Dockerfile's stages.  Empty if it cannot be read."""
     try:
         stages = stages_of(parse(text))
@@ -139,7 +139,7 @@ def base_names(text: str, build: Asked) -> Collection[str]:
         return ()
 
 
-def _global_arguments(stages: Stages, build: Asked) -> Arguments:
+def _global_arguments(stages: Stages, build: BuildOptions) -> Arguments:
     """Return the arguments before the first FROM.  Raises: InvalidArgument."""
     automatic = targets.automatic_arguments(stages, build.target)
     arguments, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
@@ -151,7 +151,7 @@ def _global_arguments(stages: Stages, build: Asked) -> Arguments:
     return arguments
 
 
-def _needed(stages: Stages, build: Asked) -> Sequence[int]:
+def _needed(stages: Stages, build: BuildOptions) -> Sequence[int]:
     """Return the stages that the target needs.  Raises: InvalidArgument."""
     last = _target(stages, build)
     chosen = msgspec.structs.replace(stages, stages=stages.stages[: last + 1])
@@ -160,7 +160,7 @@ def _needed(stages: Stages, build: Asked) -> Sequence[int]:
     return sorted(targets.needed(chosen, arguments, Budget(), contexts))
 
 
-def _target(stages: Stages, build: Asked) -> int:
+def _target(stages: Stages, build: BuildOptions) -> int:
     last = stages.index(build.target) if build.target else len(stages.stages) - 1
     if last is None or last < 0:
         raise InvalidArgument(f"target stage {build.target} could not be found")
@@ -175,7 +175,7 @@ def _described(line: Line, name: str) -> str:
     return ""
 
 
-def _targets(text: str, build: Asked) -> Mapping[str, Any]:
+def _targets(text: str, build: BuildOptions) -> Mapping[str, Any]:
     parsed = parse(text)
     stages = stages_of(parsed)
     lines = {line.number: line for line in parsed.lines}
@@ -194,7 +194,7 @@ def _targets(text: str, build: Asked) -> Mapping[str, Any]:
     return {"targets": found, "sources": [b64encode(text.encode()).decode()]}
 
 
-def _outline(text: str, build: Asked) -> Mapping[str, Any]:
+def _outline(text: str, build: BuildOptions) -> Mapping[str, Any]:
     """Return arguments, secrets and ssh agents of the target."""
     parsed = parse(text)
     stages = stages_of(parsed)
@@ -238,7 +238,7 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(
-    parsed: Parsed, stages: Stages, build: Asked, automatic: Mapping[str, str], needed: Sequence[int]
+    parsed: Parsed, stages: Stages, build: BuildOptions, automatic: Mapping[str, str], needed: Sequence[int]
 ) -> Sequence[tuple[Arg, Mapping[str, str]]]:
     """Return the declarations that the target uses, with their values.
 

@@ -6,7 +6,8 @@ Source: moby 20.10, api/server/router/session, api/server/router/grpc, builder/b
 import asyncio
 import secrets
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
 from skep.api.responses import Hijacked
-from skep.api.server import JsonLines
+from skep.api.server import JsonLines, flag
 from skep.api.tables import Table
 from skep.engine.api.hijack import upgrade
+from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.caches import Caches
@@ -26,10 +28,11 @@ from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.control import Control
 from skep.engine.buildkit.filesend import image_archive
 from skep.engine.buildkit.serving import CONNECTIONS_MAX, LIMITS, connection
-from skep.engine.buildkit.sessions import SessionInfo, Sessions
+from skep.engine.buildkit.sessions import SILENT_S, SessionInfo, Sessions
 from skep.engine.buildkit.solver import Solver
+from skep.engine.buildkit.uploads import PREFIX, OpenUpload, Uploads
 from skep.engine.images.progress import Message, failure
-from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable, Unimplemented
 from skep.rpc.status import CallFailed
 
 
@@ -40,6 +43,7 @@ class BuildKit:
         self.sessions = sessions
         self.solver = solver
         self.control = control
+        self.uploads = Uploads()
         self.connections = 0
         self.running: dict[str, asyncio.Task[object]] = {}
         """Builds of docker 20.10 by the client's ids."""
@@ -129,17 +133,32 @@ async def cancel_build(buildkit: BuildKit, request: web.Request) -> web.StreamRe
 
 
 async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
-    """Handle ``POST /build?version=2``: a build with a session, as in docker 20.10."""
-    wanted = solve_request(request.query, secrets.token_hex(12))
+    """Handle ``POST /build?version=2``: a build with a session, as in docker 20.10, or the upload of its context."""
     id = request.query.get("buildid", "")
+    if id.startswith(f"{PREFIX}:"):
+        return await _receive_upload(buildkit.uploads, id.removeprefix(f"{PREFIX}:"), request)
+    has_upload = request.query.get("remote") == PREFIX
+    upload = partial(buildkit.uploads.take, id) if has_upload else None
+    try:
+        wanted = solve_request(request.query, secrets.token_hex(12))
+    except SkepError:
+        if has_upload:  # otherwise the client would show that nothing takes its upload
+            with suppress(SkepError):
+                async with buildkit.uploads.take(id):
+                    pass
+        raise
+    is_quiet = flag(request, "q")
     lines = JsonLines(request)
     async with asyncio.TaskGroup() as group:
-        work = group.create_task(_outcome(buildkit.solver, wanted), name="build")
+        work = group.create_task(_outcome(buildkit.solver, wanted, upload), name="build")
         buildkit.running[id] = work
         try:
             async with lines:
                 await _show(buildkit.solver, wanted.ref, work, lines)
-                await lines.send(await work)
+                last = await work
+                await lines.send(last)
+                if is_quiet and last.aux and last.aux["ID"]:  # the client prints the output of a quiet build
+                    await lines.send(Message(stream=f"{last.aux['ID']}\n"))
         except (ConnectionError, asyncio.CancelledError):
             work.cancel()
             if work.cancelled() or work.cancelling():
@@ -147,7 +166,24 @@ async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
             raise
         finally:
             buildkit.running.pop(id, None)
+            if has_upload:
+                buildkit.uploads.end(id)
     return lines.response
+
+
+async def _receive_upload(uploads: Uploads, id: str, request: web.Request) -> web.StreamResponse:
+    """Pass an archive to the build ``id``, and respond when the build has read it."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            async for piece in pieces_of(request, silent_s=SILENT_S):
+                yield piece
+        except (OSError, web.RequestPayloadError) as error:  # the build is another request, which can show it
+            raise Unavailable("the client ended the upload of the build context early") from error
+
+    await uploads.offer(id, pieces())
+    await drain(request)
+    return web.Response()
 
 
 async def _show(solver: Solver, ref: str, work: "asyncio.Task[Message]", lines: JsonLines) -> None:
@@ -161,10 +197,10 @@ async def _show(solver: Solver, ref: str, work: "asyncio.Task[Message]", lines: 
         await lines.send(Message(id="moby.buildkit.trace", aux=trace))
 
 
-async def _outcome(solver: Solver, wanted: pb.SolveRequest) -> Message:
+async def _outcome(solver: Solver, wanted: pb.SolveRequest, upload: OpenUpload | None) -> Message:
     """Return the last line of a build's response."""
     try:
-        response = await solver.solve(wanted)
+        response = await solver.solve(wanted, upload)
     except (SkepError, CallFailed) as error:
         return failure(str(error))
     return Message(id="moby.image.id", aux={"ID": response.get("containerimage.digest", "")})
@@ -179,16 +215,11 @@ def solve_request(query: Any, ref: str) -> pb.SolveRequest:
         if query.get(name, "") not in ("", "0", "false", "null", "[]", "default"):
             raise Unimplemented(f"build option {name} is not supported")
     remote = query.get("remote", "client-session")
-    if remote == "upload-request":
-        raise Unimplemented(
-            "a context on standard input is not supported for docker 20.10: use docker buildx build, or"
-            " DOCKER_BUILDKIT=0"
-        )
     outputs = _json(query, "outputs", list[_Output]) or [_Output(type="moby")]
     request = pb.SolveRequest(ref=ref, session=query.get("session", ""), frontend="dockerfile.v0")
     attributes = request.frontend_attrs
     attributes.update(_attributes(query))
-    if remote != "client-session":
+    if remote not in ("client-session", PREFIX):
         attributes["context"] = remote
     for name, value in (_json(query, "buildargs", dict[str, str | None]) or {}).items():
         if value is not None:

@@ -21,11 +21,11 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
+from skep.engine.build.addresses import redacted, redacted_address, shown, shown_errors
 from skep.engine.build.checks import EnvOf
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
 from skep.engine.build.interface import BuildRequest, BuildResult, Builds, OpenContext, StepSource
 from skep.engine.build.patterns import ignored_patterns
-from skep.engine.build.remotes import redacted
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.caches import Caches
@@ -35,21 +35,21 @@ from skep.engine.buildkit.filesend import OpenArchive, send_archive, send_tree, 
 from skep.engine.buildkit.filesync import Selection
 from skep.engine.buildkit.history import History
 from skep.engine.buildkit.options import (
-    Asked,
-    CacheEntry,
+    BuildOptions,
     Exported,
     Output,
     Source,
-    asked,
     cache_entries,
     check_entitlements,
     check_network,
     exported,
+    parse_options,
 )
 from skep.engine.buildkit.progress import BuildLog, Vertices
 from skep.engine.buildkit.provider import ClientProvider
-from skep.engine.buildkit.remote_contexts import remote_context
+from skep.engine.buildkit.remote_contexts import remote_context, uploaded_context
 from skep.engine.buildkit.sessions import Session, Sessions
+from skep.engine.buildkit.uploads import OpenUpload
 from skep.engine.images.digest import Digest
 from skep.errors import (
     AlreadyExists,
@@ -78,8 +78,12 @@ _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 class Job:
     """One build from its request to its end."""
 
-    def __init__(self, request: pb.SolveRequest, now_ns: Callable[[], int]) -> None:
+    def __init__(
+        self, request: pb.SolveRequest, now_ns: Callable[[], int], upload: OpenUpload | None = None
+    ) -> None:
+        """``upload``: Opens the archive of the context, if the client uploads one."""
         self.request = request
+        self.upload = upload
         self.log = BuildLog()
         self.vertices = Vertices(request.ref, self.log, now_ns)
         self.exported = Exported()
@@ -101,10 +105,13 @@ class Job:
             ref=self.request.ref,
             frontend=self.request.frontend,
             frontend_attrs={
-                name: redacted(value) if name.partition(":")[0] == "context" else value
+                name: redacted_address(value) if name in ("context", "cache-from") else redacted(value)
                 for name, value in self.request.frontend_attrs.items()
             },
-            exporters=self.request.exporters,
+            exporters=[
+                pb.Exporter(type=one.type, attrs={name: redacted(value) for name, value in one.attrs.items()})
+                for one in self.request.exporters
+            ],
             exporter_response=self.response,
             num_cached_steps=counts.cached,
             num_total_steps=counts.total,
@@ -144,9 +151,12 @@ class Solver:
 
     # -- calls of clients ---------------------------------------------------------------------------------------------
 
-    async def solve(self, request: pb.SolveRequest) -> Mapping[str, str]:
-        """Run a build and return the exporter's response.  Raises: SkepError; nothing is tagged then."""
-        async with self._job(request) as job:
+    async def solve(self, request: pb.SolveRequest, upload: OpenUpload | None = None) -> Mapping[str, str]:
+        """Run a build and return the exporter's response.  Raises: SkepError; nothing is tagged then.
+
+        ``upload``: See ``Job``.
+        """
+        async with self._job(request, upload) as job:
             _check(request)
             session = await self._sessions.get(request.session)
             try:
@@ -168,14 +178,15 @@ class Solver:
         session = await self._sessions.get(job.request.session)
         response = pb.BridgeSolveResponse()
         inputs = {name: image_of(one) for name, one in request.frontend_inputs.items()}
-        wanted = asked(request.frontend, request.frontend_opt, inputs)
         try:
-            if wanted.request:
-                found = await run_unless(self._respond(job, session, wanted), job.ended.wait())
-                response.result.metadata.update(found)
-                return response
-            work = self._build(job, session, wanted, request.frontend_opt)
-            image = await run_unless(work, job.ended.wait())
+            with shown_errors():
+                wanted = parse_options(request.frontend, request.frontend_opt, inputs)
+                if wanted.request:
+                    found = await run_unless(self._respond(job, session, wanted), job.ended.wait())
+                    response.result.metadata.update(found)
+                    return response
+                work = self._build(job, session, wanted, request.frontend_opt)
+                image = await run_unless(work, job.ended.wait())
         except Preempted as error:
             raise Unavailable(f"job {ref} has ended") from error
         response.result.ref.id = secrets.token_hex(12)
@@ -210,20 +221,21 @@ class Solver:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _job(self, request: pb.SolveRequest) -> AsyncIterator[Job]:
+    async def _job(self, request: pb.SolveRequest, upload: OpenUpload | None) -> AsyncIterator[Job]:
         if request.ref in self._jobs or request.ref in self._ended:
             raise AlreadyExists(f"job ID {request.ref} exists")
         if len(self._jobs) >= JOBS_MAX:
             raise ResourceExhausted(f"there are {JOBS_MAX} builds already")
-        job = self._jobs[request.ref] = Job(request, self._clock.now_ns)
+        job = self._jobs[request.ref] = Job(request, self._clock.now_ns, upload)
         try:
             job.exported = exported(_exporters(request))
             self._record(job)
             async with self._begun:
                 self._begun.notify_all()
-            yield job
+            with shown_errors():
+                yield job
         except BaseException as error:
-            job.error = str(error) or "canceled"
+            job.error = shown(str(error)) or "canceled"
             raise
         finally:
             job.ended_ns = self._clock.now_ns()
@@ -246,7 +258,7 @@ class Solver:
     async def _run(self, job: Job, session: Session) -> Mapping[str, str]:
         request = job.request
         if request.frontend:
-            build = asked(request.frontend, request.frontend_attrs)
+            build = parse_options(request.frontend, request.frontend_attrs)
             image: Digest | None = await self._build(job, session, build, request.frontend_attrs)
         else:
             image = _returned(job, await job.returned)
@@ -257,7 +269,8 @@ class Solver:
             response = self._exported(job, image)
             if job.exported.is_pushed:
                 provider = ClientProvider(session, self.contexts.scratch)
-                pushed = await self._caches.push(job.vertices, provider, job.exported.tags)
+                tags = job.exported.tags
+                pushed = await self._caches.push(job.vertices, provider, image, tags)
                 response = {**response, "containerimage.digest": pushed}
         elif job.exported.output is not Output.NONE:
             await self._send(job, session, image)
@@ -296,7 +309,9 @@ class Solver:
 
     # -- one build ----------------------------------------------------------------------------------------------------
 
-    async def _build(self, job: Job, session: Session, build: Asked, attributes: Mapping[str, str]) -> Digest:
+    async def _build(
+        self, job: Job, session: Session, build: BuildOptions, attributes: Mapping[str, str]
+    ) -> Digest:
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for the job's record
         if build.request:
@@ -337,18 +352,16 @@ class Solver:
         return result.image_id
 
     async def _step_sources(
-        self, job: Job, session: Session, build: Asked, provider: ClientProvider
+        self, job: Job, session: Session, build: BuildOptions, provider: ClientProvider
     ) -> tuple[StepSource, ...]:
         """Open the sources of ``--cache-from``.  They never fail a build."""
-        entries: list[CacheEntry] = []
-        # buildx names the same sources in both places.
-        for entry in (*build.cache_sources, *job.cache_imports):
-            entries += [entry] if entry not in entries else []
         if not build.use_cache:
             return ()
+        # buildx names the same sources in both places.
+        entries = (*build.cache_sources, *job.cache_imports)
         return await self._caches.sources(job.vertices, session, provider, entries)
 
-    async def _respond(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
+    async def _respond(self, job: Job, session: Session, build: BuildOptions) -> Mapping[str, bytes]:
         """Respond to a request that does not build.  Raises: SkepError."""
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
@@ -358,7 +371,7 @@ class Solver:
         env_of = await self._envs(text, build)
         return await asyncio.to_thread(requests.answer, text, build, build.request, env_of)
 
-    async def _envs(self, text: str, build: Asked) -> EnvOf:
+    async def _envs(self, text: str, build: BuildOptions) -> EnvOf:
         """Read the variables of the base images here: the image store belongs to the event loop's thread."""
         names = await asyncio.to_thread(requests.base_names, text, build)
         return {name: self._builds.env_of(name) for name in names}.get
@@ -367,13 +380,15 @@ class Solver:
         return await self._sessions.get(source.session) if source.session else session
 
     async def _remote(
-        self, job: Job, session: Session, build: Asked, provider: ClientProvider, stack: AsyncExitStack
+        self, job: Job, session: Session, build: BuildOptions, provider: ClientProvider, stack: AsyncExitStack
     ) -> tuple[Path, str] | None:
-        """Fetch a context outside the client's directories, as ``remote_context`` does.  None if there is none."""
-        if not build.remote:
+        """Fetch a context outside the client's directories, as ``remote_context`` does.  None without one."""
+        if not build.remote and job.upload is None:
             return None
         with job.vertices.doing("[internal] load remote build context") as vertex:
             progress = partial(job.vertices.figure, vertex, "transferring context:")
+            if job.upload is not None:
+                return await stack.enter_async_context(uploaded_context(self.contexts, job.upload, progress))
             return await stack.enter_async_context(
                 remote_context(
                     self.contexts,
@@ -386,7 +401,7 @@ class Solver:
             )
 
     async def _definition(
-        self, job: Job, session: Session, build: Asked, remote: tuple[Path, str] | None = None
+        self, job: Job, session: Session, build: BuildOptions, remote: tuple[Path, str] | None = None
     ) -> "_Definition":
         """Read the Dockerfile.  Raises: SkepError: neither the client nor a remote context has it."""
         if remote is not None and not build.has_own_dockerfile:
@@ -408,7 +423,7 @@ class Solver:
             await self._check_text(job, vertex, build, definition.text)
         return definition
 
-    async def _check_text(self, job: Job, vertex: str, build: Asked, text: str) -> None:
+    async def _check_text(self, job: Job, vertex: str, build: BuildOptions, text: str) -> None:
         """Report check findings as warnings.  Raises: InvalidArgument: the checks are configured to fail the build."""
         if build.request:
             return  # the response has the findings
@@ -490,7 +505,7 @@ def _read_in(root: Path, name: str, bytes_max: int) -> str | None:
 
 
 def _request(
-    build: Asked, export: Exported, dockerfile: str, *, has_host_network: bool = False
+    build: BuildOptions, export: Exported, dockerfile: str, *, has_host_network: bool = False
 ) -> BuildRequest:
     return BuildRequest(
         dockerfile=dockerfile,

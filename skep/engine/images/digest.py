@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NewType
 
 from skep.errors import InvalidArgument
@@ -70,6 +71,9 @@ def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
     return tuple(chain)
 
 
+@lru_cache(
+    maxsize=16_384
+)  # some 5 MB; the store needs the chains of all images whenever a layer may be removed
 def chain_id_above(below: str | None, diff_id: str) -> Digest:
     """Return the id of the layer ``diff_id`` on top of the chain ``below``.  None for the lowest layer."""
     return Digest(diff_id) if below is None else digest_of(f"{below} {diff_id}".encode())

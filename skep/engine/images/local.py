@@ -351,18 +351,18 @@ class LocalImages:
         self._require_catalog()
         chain = below.chain if below is not None else ()
         top = chain[-1] if chain else None
-        async with self.pin(chain), self._pinning() as pin:
+        async with self.pin(chain), self.pinning() as pin:
             yield await self.layer_store.add_changes(changes, below=top, pin=pin, without=without, take=take)
 
     @asynccontextmanager
     async def layer_of_archive(self, archive: AsyncIterable[bytes]) -> AsyncIterator[Layer]:
         """Make a bottom layer of a tar, and keep it while the block runs.  Raises: as ``Layers.add``."""
         self._require_catalog()
-        async with self._pinning() as pin:
+        async with self.pinning() as pin:
             yield await self.layer_store.add_archive(archive, pin=pin)
 
     @asynccontextmanager
-    async def _pinning(self) -> AsyncIterator[Callable[[Digest], None]]:
+    async def pinning(self) -> AsyncIterator[Callable[[Digest], None]]:
         """Yield a function that pins a layer until the end of the block, as soon as its id is known."""
         pinned: list[Digest] = []
 

@@ -191,9 +191,14 @@ async def small_blob(repository: Repository, digest: str, bytes_max: int) -> byt
 
 
 async def fetch_layer(
-    images: LocalImages, repository: Repository, descriptor: Descriptor, chain_id: Digest, diff_id: str
+    images: LocalImages,
+    repository: Repository,
+    descriptor: Descriptor,
+    chain_id: Digest,
+    diff_id: str,
+    report: Report = quiet,
 ) -> None:
-    """Fetch one layer into the store, unless it is there.  The caller pins its chain.
+    """Fetch one layer into the store, unless it is there.  The caller pins its chain, and bounds the time.
 
     Raises: InvalidArgument: it is not the layer ``diff_id``; UnpackFailed; as ``Repository.blob``.
     """
@@ -201,8 +206,8 @@ async def fetch_layer(
         if images.layer_store.get(chain_id) is not None:
             return
         try:
-            path = await _download(repository, images, descriptor, directory / "layer", quiet)
-            await _unpack(images, path, descriptor, chain_id, diff_id, quiet)
+            path = await _download(repository, images, descriptor, directory / "layer", report)
+            await _unpack(images, path, descriptor, chain_id, diff_id, report)
         finally:
             images.arriving.discard(descriptor.digest)
 

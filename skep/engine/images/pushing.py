@@ -8,7 +8,7 @@ Source: moby 20.10, distribution/{push,push_v2}.go, distribution/xfer/upload.go.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ from skep.engine.images.image import Image
 from skep.engine.images.layers import Blob
 from skep.engine.images.local import LocalImages
 from skep.engine.images.manifests import Manifest, decoded
-from skep.engine.images.progress import Message, Report, step, transfer
+from skep.engine.images.progress import Message, Report, quiet, step, transfer
 from skep.engine.images.pulling import run_with_retries
 from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import NOT_JSON
@@ -86,21 +86,49 @@ async def push(
         raise NotFound(f"tag does not exist: {reference.familiar}")
     if not tags:
         raise NotFound(f"no tags to push for {name}")
-    wanted = [reference] if reference.tag else sorted(tags)
+    wanted = {tag: tags[tag] for tag in ([reference] if reference.tag else sorted(tags))}
+    await _push_tags(images, policy, wanted, credentials, report)
 
-    async def send_all(repository: Repository) -> None:
-        push = _Push(images, repository, reference.repository, report)
-        for tag in wanted:
-            await push.tag(tag, tags[tag])
+
+async def push_image(
+    images: LocalImages,
+    policy: Policy,
+    image: Image,
+    tag: Reference,
+    credentials: Credentials,
+    report: Report = quiet,
+) -> Digest:
+    """Push an image under a tag, whatever the tag names here, and return the digest of its manifest.
+
+    Raises: as ``push``.
+    """
+    (digest,) = await _push_tags(images, policy, {tag: image}, credentials, report)
+    return digest
+
+
+async def _push_tags(
+    images: LocalImages,
+    policy: Policy,
+    wanted: Mapping[Reference, Image],
+    credentials: Credentials,
+    report: Report,
+) -> Sequence[Digest]:
+    """Push images under tags of one repository, and return the digests of their manifests."""
+    name = next(iter(wanted)).repository
+
+    async def send_all(repository: Repository) -> Sequence[Digest]:
+        push = _Push(images, repository, name, report)
+        return [await push.tag(tag, image) for tag, image in wanted.items()]
 
     try:
         async with AsyncExitStack() as stack:
-            for tag in wanted:
-                await stack.enter_async_context(images.pin(tags[tag].chain))
-            await at_endpoints(policy, reference.repository, credentials, send_all, to_push=True)
+            for image in wanted.values():
+                await stack.enter_async_context(images.pin(image.chain))
+            digests = await at_endpoints(policy, name, credentials, send_all, to_push=True)
     except NoCredentials as error:
         raise Refused(error.cause) from error
-    images.announce("push", name, name)
+    images.announce("push", name.familiar_name, name.familiar_name)
+    return digests
 
 
 class _Push:
@@ -115,8 +143,8 @@ class _Push:
         self._pushed: dict[str, Blob] = {}
         """Layers that the registry has, by digest of their plain tars."""
 
-    async def tag(self, tag: Reference, image: Image) -> None:
-        """Send the missing blobs of ``image``, then its manifest under ``tag``."""
+    async def tag(self, tag: Reference, image: Image) -> Digest:
+        """Send the missing blobs of ``image``, then its manifest under ``tag``.  Return the manifest's digest."""
         config = await asyncio.to_thread(self._images.config_file(image).read_bytes)
         layers = dict(zip(image.config.diff_ids, image.chain, strict=True))
         for diff_id in reversed(layers):
@@ -134,6 +162,7 @@ class _Push:
             await self._images.add(config, (self._name.with_digest(manifest.digest),))
         result = {"Tag": tag.tag, "Digest": manifest.digest, "Size": len(manifest.content)}
         self._report(Message(aux=result))
+        return manifest.digest
 
     async def _layer(self, diff_id: str, chain_id: Digest) -> None:
         id = short(diff_id)
@@ -154,10 +183,7 @@ class _Push:
         self._pushed[diff_id] = blob
 
     async def _blob(self, upload: Upload, id: str = "") -> str:
-        """Send a blob unless the registry has it.  Return the text for the progress.
-
-        Of two simultaneous pushes of one blob, the second finds the first one's upload.
-        """
+        """Send a blob unless the registry has it.  Return the text for the progress."""
         reported = 0
 
         def sent(count: int) -> None:
@@ -171,15 +197,36 @@ class _Push:
                 whole = max(round(seconds), 1)
                 self._report(step(id, f"Retrying in {whole} second{'' if whole == 1 else 's'}"))
 
-        key = f"{self._name} {upload.digest}"
-        lock = _blobs.get(key)
-        if lock is None:
-            lock = _blobs[key] = asyncio.Lock()
-        async with lock:
-            if await run_with_retries(lambda: has_blob(self._repository, upload.digest, upload.size)):
-                return "Layer already exists"
-            mounted = await send(self._repository, upload, sent, waiting)
-        return f"Mounted from {mounted}" if mounted else "Pushed"
+        return await put_blob(self._repository, self._name, upload, sent, waiting)
+
+
+async def put_blob(
+    repository: Repository,
+    name: Reference,
+    upload: Upload,
+    report: Callable[[int], None] = lambda _: None,
+    waiting: Callable[[float], None] = lambda _: None,
+) -> str:
+    """Send a blob unless the repository has it.  Return the text for the progress.
+
+    Of two simultaneous uploads of one blob, the second finds the first one's.
+
+    Args:
+        name: Name of the repository, without a tag.
+        report: Called with the number of bytes sent.
+        waiting: Called with the seconds until the next attempt after a network failure.
+
+    Raises: Refused, InvalidArgument, RegistryError.
+    """
+    key = f"{name} {upload.digest}"
+    lock = _blobs.get(key)
+    if lock is None:
+        lock = _blobs[key] = asyncio.Lock()
+    async with lock:
+        if await run_with_retries(lambda: has_blob(repository, upload.digest, upload.size)):
+            return "Layer already exists"
+        mounted = await send(repository, upload, report, waiting)
+    return f"Mounted from {mounted}" if mounted else "Pushed"
 
 
 async def put_manifest(repository: Repository, tag: Reference, manifest: Document) -> None:

@@ -194,13 +194,23 @@ class ImageStore(LocalImages):
 
     async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
         """Push an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""
-        credentials, helper = (
-            _credentials_for(reference.domain, auth),
-            self.policy.helpers.get(reference.domain),
-        )
-        if not credentials and helper:
-            credentials = (await self._helpers.provide(helper, reference.domain)).credentials
+        credentials = await self._credentials_to_push(reference.domain, auth)
         await pushing.push(self, self.policy, reference, credentials, report)
+
+    async def push_image(self, image_id: Digest, tag: Reference, auth: str) -> Digest:
+        """Push an image under a tag, whatever the tag names here, and return the digest of its manifest.
+
+        Raises: NotFound: the image was removed; as ``pushing.push``.
+        """
+        image = self.get(image_id)
+        credentials = await self._credentials_to_push(tag.domain, auth)
+        return await pushing.push_image(self, self.policy, image, tag, credentials)
+
+    async def _credentials_to_push(self, domain: str, auth: str) -> Credentials:
+        credentials, helper = _credentials_for(domain, auth), self.policy.helpers.get(domain)
+        if not credentials and helper:
+            credentials = (await self._helpers.provide(helper, domain)).credentials
+        return credentials
 
     async def _with_credentials(
         self,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from skep.engine.images.listing import ImageFilter, select
-from tests.support.build_lab import BASE, LIMIT_S, BuildLab, Said, build_lab
+from tests.support.build_lab import BASE, LIMIT_S, BuildLab, CommandResult, build_lab
 from tests.support.playground_rig import CLIS, wait_until
 from tests.support.plugins import let_find
 
@@ -73,7 +73,7 @@ async def started(
     )
 
 
-async def built(lab: BuildLab, context: Path, *options: str, **environment: str) -> Said:
+async def built(lab: BuildLab, context: Path, *options: str, **environment: str) -> CommandResult:
     """``DOCKER_BUILDKIT=1 docker build`` of a directory."""
     process = await started(lab, context, "--progress", "plain", *options, **environment)
     try:
@@ -84,7 +84,7 @@ async def built(lab: BuildLab, context: Path, *options: str, **environment: str)
             process.kill()
             await process.wait()
     assert process.returncode is not None
-    return Said(process.returncode, output.decode(errors="replace"))
+    return CommandResult(process.returncode, output.decode(errors="replace"))
 
 
 STAGES = f"""
@@ -250,3 +250,23 @@ async def test_an_unknown_session_and_another_protocol_are_refused(lab: BuildLab
             await loop.sock_sendall(connection, head)
             async with asyncio.timeout(LIMIT_S):
                 assert text in await loop.sock_recv(connection, 4096)
+
+
+@pytest.mark.parametrize("is_buildkit", [True, False], ids=["buildkit", "classic"])
+async def test_no_password_of_an_address_is_in_steps_errors_and_history(
+    lab: BuildLab, is_buildkit: bool
+) -> None:
+    address = "https://ann:pa55/w0rd'x@h.invalid/x"
+    run = f'RUN echo "{address}" "https://v:pa55@i,https://w:pa55@j" > /x\n'
+    for dockerfile in (f"ARG U\n{run}", f"ARG U\n{run}RUN true {address} && exit 3\n"):
+        context = lab.context(f"FROM {BASE}\n{dockerfile}")
+        words = ("build", "--build-arg", f"U={address}", "-t", "kept", str(context))
+        said = await (built(lab, context, *words[1:-1]) if is_buildkit else lab.docker(*words))
+        assert "h.invalid" in said.output, said.output
+        assert "pa55" not in said.output
+        assert "w0rd" not in said.output
+    image = lab.images.get("kept")
+    assert lab.text("kept", "x").count("pa55") == 3
+    config = lab.images.config_file(image).read_text()
+    assert "xxxxx:xxxxx@h.invalid" in config
+    assert "pa55" not in config

@@ -174,6 +174,43 @@ async def test_a_context_comes_by_standard_input(lab: BuildLab, content: bytes, 
     assert listed(layer(lab, "in")) == names
 
 
+@pytest.mark.parametrize("is_buildkit", [True, False], ids=["buildkit", "classic"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", ""])
+async def test_a_context_of_docker_20_comes_by_standard_input(
+    lab: BuildLab, mode: str, is_buildkit: bool
+) -> None:
+    """With BuildKit, an archive comes in a request of its own, beside the build's.  As with the engine."""
+    files = {"Dockerfile": "FROM scratch\n", "Other": ALL, "d/x": "x"}
+    content = a_tar(files, mode) if mode else b"FROM scratch\nENV A=b\n"
+    words = ("build", "-q", *(("-f", "Other") if mode else ()), "-t", "in", "-")
+    said = await lab.docker(*words, stdin=content, is_buildkit=is_buildkit)
+    assert (said.exit, said.output) == (0, f"{lab.images.get('in').id}\n"), said.output
+    assert "d/x" in listed(layer(lab, "in")) if mode else lab.images.get("in").chain == ()
+    assert lab.remains() == []
+
+
+@pytest.mark.parametrize("is_buildkit", [True, False], ids=["buildkit", "classic"])
+@pytest.mark.parametrize(
+    ("content", "words", "text"),
+    [
+        (a_tar({"x": "x"}), [], "Dockerfile"),
+        (a_tar({"Dockerfile": ALL}), ["-f", "nosuch"], "nosuch"),
+        (a_tar({"Dockerfile": ALL}, "w:gz")[:60], [], "unexpected EOF"),
+        (a_tar({"Dockerfile": ALL}), ["--isolation", "hyperv"], "solation"),
+        (b"\xb5\xff\xfe not text\n", [], "dockerfile parse error line 1: unknown instruction: "),
+        (b"", [], "o"),
+    ],
+)
+async def test_a_wrong_context_of_docker_20_is_an_error(
+    lab: BuildLab, content: bytes, words: Sequence[str], text: str, is_buildkit: bool
+) -> None:
+    said = await lab.docker("build", *words, "-", stdin=content, is_buildkit=is_buildkit)
+    assert said.exit == 1, said.output
+    assert text in said.output
+    assert "got itself in trouble" not in said.output
+    assert lab.remains() == []
+
+
 async def test_without_a_context_files_cannot_be_copied(lab: BuildLab) -> None:
     exit, output = await piped(lab, b"FROM scratch\nCOPY file /\n")
     assert exit != 0

@@ -11,6 +11,7 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.engine.build.builder import Builder
 from skep.engine.build.config import expanded
+from skep.engine.build.instructions import Instruction
 from skep.engine.build.interface import BuildRequest
 from skep.engine.images.store import ImageStore
 
@@ -18,11 +19,11 @@ from skep.engine.images.store import ImageStore
 async def test_variables_are_substituted_outside_of_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = set[int]()
+    threads = dict[str, int]()
 
-    def noted(*arguments: Any) -> Any:
-        threads.add(threading.get_ident())
-        return expanded(*arguments)
+    def noted(instruction: Instruction, *arguments: Any) -> Any:
+        threads[instruction.text] = threading.get_ident()
+        return expanded(instruction, *arguments)
 
     monkeypatch.setattr("skep.engine.build.builder.expanded", noted)
     images = ImageStore(tmp_path / "images")
@@ -36,5 +37,5 @@ async def test_variables_are_substituted_outside_of_the_event_loop(
     built = await Builder(engine, tmp_path / "builds", SystemClock()).build(request, no_context, MagicMock())
     env = images.get(built.image_id).config.defaults.env or ()
     assert env[1:] == ("A=aaaa", "B=bbbb")
-    assert threads
-    assert threading.get_ident() not in threads
+    assert set(threads) == {"ENV A=aaaa", "ENV B=${A//a/b}"}
+    assert threads["ENV B=${A//a/b}"] != threading.get_ident()

@@ -1,18 +1,51 @@
 """Directories of ``RUN --mount=type=cache``: which step has which, and what a prune takes."""
 
 import asyncio
+import hashlib
+import json
 import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from skep.aio.trees import discard_tree
 from skep.engine.build import cache
-from skep.engine.build.cache import CacheKey, CacheMounts, StepCache
+from skep.engine.build.cache import CacheKey, CacheMounts, StepCache, keys_of
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
 from skep.linux.files import replace_file
+
+texts = st.text(st.characters(exclude_categories=())) | st.sampled_from(["", "sha256:ab", "a\udcffb", '"\\é'])
+configs = st.dictionaries(
+    texts, texts | st.lists(texts) | st.dictionaries(texts, texts) | st.none(), max_size=4
+)
+
+
+@given(st.lists(texts, min_size=1, max_size=3), configs, texts)
+def test_keys_are_hashes_of_an_array(parents: list[str], config: dict[str, Any], author: str) -> None:
+    """Nodes of two versions share the index and caches, so the bytes stay, also of names that are not UTF-8."""
+
+    def hashed(parts: list[Any]) -> str:
+        try:
+            content = msgspec.json.encode(parts, order="deterministic")
+        except UnicodeEncodeError:
+            content = json.dumps(parts, sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    keys = keys_of(parents, config, author)
+    if len(parents) == 1 or all(parent.isascii() for parent in parents):
+        assert keys == [hashed([parent, config, author]) for parent in parents]
+
+
+def test_keys_of_earlier_versions_are_found() -> None:
+    config = {"Cmd": ["/bin/sh", "-c", "#(nop) ", "ENV A=b"], "Env": ["A=b"]}
+    keys = (*keys_of(["sha256:ab", ""], config, "me"), *keys_of([""], {"Cmd": ["a\udcffb"]}, ""))
+    assert [key[:16] for key in keys] == ["dc1d81d8b21ef6d5", "06ba7f17cbf43283", "65f92b36a6c36c71"]
 
 
 async def test_private_directories_of_three_steps_at_once_are_three(tmp_path: Path) -> None:

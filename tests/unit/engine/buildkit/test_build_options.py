@@ -8,13 +8,14 @@ from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, History
 from skep.engine.buildkit.options import (
+    CacheEntry,
     Output,
     Source,
-    asked,
     check_entitlements,
     check_network,
     check_syntax,
     exported,
+    parse_options,
 )
 from skep.engine.buildkit.routes import solve_request
 from skep.engine.images.digest import Digest
@@ -24,7 +25,7 @@ from skep.model.container import Ulimit
 
 
 def test_every_option_that_is_honored_reaches_the_build() -> None:
-    build = asked(
+    build = parse_options(
         "dockerfile.v0",
         {
             "filename": "other/Dockerfile",
@@ -92,7 +93,7 @@ def test_every_option_that_is_honored_reaches_the_build() -> None:
 )
 def test_what_is_not_done_is_refused_by_name(attributes: dict[str, str], text: str) -> None:
     with pytest.raises(Unimplemented) as error:
-        asked("dockerfile.v0", attributes)
+        parse_options("dockerfile.v0", attributes)
     assert text in str(error.value)
 
 
@@ -111,7 +112,7 @@ def test_what_is_not_done_is_refused_by_name(attributes: dict[str, str], text: s
 )
 def test_values_that_cannot_be_read_are_invalid(attributes: dict[str, str]) -> None:
     with pytest.raises(InvalidArgument):
-        asked("dockerfile.v0", attributes)
+        parse_options("dockerfile.v0", attributes)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_values_that_cannot_be_read_are_invalid(attributes: dict[str, str]) -> N
 )
 def test_dockers_own_front_end_is_ours(image: str) -> None:
     check_syntax(image)
-    asked("gateway.v0", {"source": image, "cmdline": image})
+    parse_options("gateway.v0", {"source": image, "cmdline": image})
 
 
 @pytest.mark.parametrize(
@@ -166,15 +167,28 @@ def test_other_outputs_are_refused_by_name(exporters: list[tuple[str, dict[str, 
 
 def test_a_push_needs_a_name() -> None:
     assert not exported([("image", {"name": "a", "push": "false"})]).is_pushed
-    assert exported([("moby", {"name": "a", "push": "true"})]).is_pushed
-    with pytest.raises(InvalidArgument, match="tag is needed when pushing to registry"):
-        exported([("image", {"push": "true"})])
+    for kind in ("image", "moby"):  # the node says that it has a snapshotter, so buildx leaves the push to it
+        assert exported([(kind, {"name": "a", "push": "true"})]).is_pushed
+    for name in ("", ",", ",,"):
+        with pytest.raises(InvalidArgument, match="tag is needed when pushing to registry"):
+            exported([("image", {"name": name, "push": "true"})])
+
+
+def test_the_names_of_an_image_are_tags() -> None:
+    names = exported([("image", {"name": ",a,a:latest,,docker.io/library/a:latest,b:1,"})]).tags
+    assert names == (parse_reference("a:latest"), parse_reference("b:1"))
+    for name in (f"a@sha256:{'0' * 64}", f"b:1,a:1@sha256:{'0' * 64}"):
+        with pytest.raises(InvalidArgument, match="build tag cannot contain a digest"):
+            exported([("image", {"name": name})])
+    for name in ("A", "a b", "a, b", "https://a/b", "a:", "0" * 64):
+        with pytest.raises(InvalidArgument):
+            exported([("moby", {"name": name})])
 
 
 def test_the_hosts_network_needs_its_entitlement() -> None:
-    build = asked("dockerfile.v0", {"force-network-mode": "host"})
+    build = parse_options("dockerfile.v0", {"force-network-mode": "host"})
     check_network(build, ["network.host"])
-    check_network(asked("dockerfile.v0", {}), [])
+    check_network(parse_options("dockerfile.v0", {}), [])
     with pytest.raises(PermissionDenied, match=r"network\.host is not allowed"):
         check_network(build, [])
 
@@ -198,7 +212,7 @@ def test_entitlements_that_are_not_given_are_refused_by_name() -> None:
 
 
 def test_sources_and_places_of_caches_are_known_by_name_and_never_refused() -> None:
-    build = asked(
+    build = parse_options(
         "dockerfile.v0",
         {
             "cache-from": "busybox,gone:1",
@@ -218,18 +232,18 @@ def test_arguments_that_mean_something_to_the_builder_are_arguments_too() -> Non
         "BUILDKIT_DOCKERFILE_CHECK": "skip=all",
         "BUILDKIT_SYNTAX": "dockerfile.v0",
     }
-    build = asked("dockerfile.v0", {f"build-arg:{name}": value for name, value in given.items()})
+    build = parse_options("dockerfile.v0", {f"build-arg:{name}": value for name, value in given.items()})
     assert build.arguments == given
     assert (build.epoch_s, build.hostname, build.cache_namespace) == (1700000000, "box", "mine")
     assert (build.checks, build.has_syntax) == ("skip=all", True)
-    assert asked("dockerfile.v0", {"hostname": "other"}).hostname == "other"
+    assert parse_options("dockerfile.v0", {"hostname": "other"}).hostname == "other"
 
 
 @pytest.mark.parametrize(
     "name", ["alpine", "alpine:latest", "docker.io/library/alpine", "index.docker.io/alpine"]
 )
 def test_a_named_context_stands_for_every_spelling_of_an_image(name: str) -> None:
-    build = asked("dockerfile.v0", {f"context:{name}": "docker-image://busybox:1"})
+    build = parse_options("dockerfile.v0", {f"context:{name}": "docker-image://busybox:1"})
     assert build.images == {"alpine": "busybox:1"}
 
 
@@ -239,7 +253,7 @@ def test_times_are_rewritten_where_the_export_asks_for_it() -> None:
 
 
 def test_stages_may_be_built_without_the_cache() -> None:
-    build = asked("dockerfile.v0", {"no-cache": "One,two"})
+    build = parse_options("dockerfile.v0", {"no-cache": "One,two"})
     assert (build.use_cache, build.stages_without_cache) == (True, ("one", "two"))
 
 
@@ -284,7 +298,6 @@ def test_the_request_of_docker_20_becomes_buildkits() -> None:
         ({"squash": "1"}, "build option squash is not supported"),
         ({"securityopt": '["x"]'}, "build option securityopt is not supported"),
         ({"networkmode": "mine"}, 'network mode "mine" not supported by buildkit'),
-        ({"remote": "upload-request"}, "a context on standard input is not supported"),
         ({"buildargs": "{"}, "invalid value of buildargs"),
     ],
 )
@@ -298,7 +311,7 @@ def test_a_result_of_a_build_is_a_context_of_another() -> None:
     id = Digest("sha256:" + "a" * 64)
     definition = pb.Definition.FromString(definition_of(id).SerializeToString())
     assert image_of(definition) == id
-    build = asked(
+    build = parse_options(
         "dockerfile.v0", {"context:base": "input:base-target"}, {"base-target": image_of(definition)}
     )
     assert build.images == {"base": id}
@@ -307,3 +320,9 @@ def test_a_result_of_a_build_is_a_context_of_another() -> None:
         image_of(pb.Definition(**{"def": [other]}))
     with pytest.raises(InvalidArgument, match="cannot be decoded"):
         image_of(pb.Definition(**{"def": [b"\xff"]}))
+
+
+def test_a_cache_with_a_password_in_its_name_is_shown_without_it() -> None:
+    for ref in ("u:pa55@h/cache:1", "https://u:pa55@h/cache:1"):
+        assert CacheEntry("registry", {"ref": ref}).name.endswith("xxxxx:xxxxx@h/cache:1")
+    assert CacheEntry("local", {"src": "a/b@c"}).name == "a/b@c"
