@@ -163,7 +163,9 @@ def explain_task(
         state=task.status.state,
         desired_state=task.desired_state,
         since=task.status.timestamp,
-        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node, slot, nodes, now_ns),
+        summary=_with_verdicts(task, verdicts, nodes or {})
+        if verdicts
+        else summary(task, node, slot, nodes, now_ns),
         message=task.status.message,
         err=task.status.err,
         node_id=task.node_id,
@@ -310,13 +312,15 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
+def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node]) -> str:
     if task.status.err.startswith(WAITS_FOR):
         return f"it {task.status.err}"
     willing = sum(not one.reasons for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
-    return task.status.err or f"none of {len(verdicts)} nodes can take it"
+    if not task.status.err:
+        return f"none of {len(verdicts)} nodes can take it"
+    return problem_of(task, (), nodes).reason
 
 
 def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem]) -> tuple[str, str, bool]:
