@@ -47,7 +47,7 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
 
 
 def closest_node(requirements: Requirements, accounting: Accounting) -> str:
-    """Return the node that comes closest to the resources that a task needs, and what it has left.
+    """Return the node that comes closest to the resources that a task needs, with its free amounts.
 
     Only nodes that refuse the task for their resources alone count.  The text is empty if there is none.
     """
