@@ -22,6 +22,7 @@ from skep.manager.reasons import (
     hostname,
     last_failure,
     loop_ends_ns,
+    name_of,
     problem_of,
     problems_of,
     slot_of,
@@ -434,7 +435,7 @@ def explain_update(
     new = [task for task in wanted if is_new(task)]
     slots = set(map(slot_of, wanted))
     done = {slot_of(task) for task in new if task.status.state is TaskState.RUNNING}
-    step = f"{len(done)} of {len(slots)} tasks are new"
+    step = f"{len(done)} of {len(slots)} tasks are new" if slots else "its tasks have ended"
     leads = [task for task in new if task.status.state is not TaskState.RUNNING]
     if not leads:
         is_last = len(done) == len(slots)
@@ -448,7 +449,7 @@ def explain_update(
     due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
     return UpdateExplanation(
         step=step,
-        waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
+        waiting_for=f"task {name_of(first, service, nodes)}: {summary(first, nodes.get(first.node_id))}",
         deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
     )
 

@@ -146,7 +146,8 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         slot: Tasks of the same slot in any order, with or without ``task``.
         nodes: Known nodes.  If these are all nodes of the cluster, the reason may name the largest.
     """
-    kind, words = _present(task, nodes)
+    slot = tuple(slot)
+    kind, words = _present(task, slot, nodes)
     last = last_failure(task, slot) if kind is Kind.PROGRESSING else None
     restart = task.restart or Restart()
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
@@ -237,7 +238,7 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
     )
 
 
-def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
+def _present(task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
     """Return what currently blocks an active task, or how far its start has come."""
     status = task.status
     where = hostname(nodes.get(task.node_id), task)
@@ -262,7 +263,7 @@ def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
         case TaskState.READY:
             if task.desired_state is not TaskState.READY:
                 return Kind.PROGRESSING, f"{where} starts it"
-            return Kind.PROGRESSING, "it is prepared and waits for its turn to start"
+            return Kind.PROGRESSING, f"{where} has prepared it; {_turn(task, slot)}"
         case TaskState.STARTING:
             return Kind.PROGRESSING, f"{where} {_starting(task)}{because(status.err)}"
         case TaskState.UNKNOWN:
@@ -271,6 +272,13 @@ def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
             return Kind.PROGRESSING, f"it runs on {where}"
         case _:
             return failure_of(task)
+
+
+def _turn(task: Task, slot: Iterable[Task]) -> str:
+    """Return what a prepared task waits for before it starts."""
+    if any(one.id != task.id and not one.status.state.is_terminal for one in slot):
+        return "it starts when the task before it has stopped"
+    return "it waits for its turn to start"
 
 
 def _starting(task: Task) -> str:

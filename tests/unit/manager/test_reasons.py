@@ -437,3 +437,10 @@ def test_a_start_waits_for_a_health_check_only_if_there_may_be_one(test: tuple[s
     task = a_task(service=service, node="m1", state=TaskState.STARTING)
     task = replace(task, spec=replace(task.spec, container_spec=container))
     assert explained(task, service=service).reason == words
+
+
+def test_a_prepared_task_waits_for_the_one_before_it_to_stop() -> None:
+    old = a_task("t1", service=WEB, slot=1, node="m1", desired=TaskState.SHUTDOWN)
+    new = a_task("t2", service=WEB, slot=1, node="m1", state=READY, desired=READY)
+    assert explained(old, new).reason == "m1 has prepared it; it starts when the task before it has stopped"
+    assert explained(new).reason == "m1 has prepared it; it waits for its turn to start"
