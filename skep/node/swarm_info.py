@@ -105,7 +105,7 @@ def local_section(
 
 
 def _address(node: LocalNode, managers: Sequence[Peer]) -> str:
-    """Return the node's address: the advertised one, the one where it listens, or the one that managers see.
+    """Return the node's advertised address, else its listen address, else the source address towards a manager.
 
     A worker that joined without an address listens on all of them.  Source: moby 20.10, daemon/cluster/noderunner.go
     (actualLocalAddr is the source address of a connection to a manager).

@@ -147,7 +147,7 @@ def relay_port(published: Port, backends: tuple[tuple[str, int], ...]) -> RelayP
         address=_LOOPBACK,
         port=number,
         backends=backends,
-        # docker sends the requests of one command, such as those of exec, on several connections, and containers and
+        # docker sends the requests of one command, such as docker exec, on several connections, and containers and
         # execs are known to their own node only.
         is_sticky=published == (API_PORT, "tcp"),
     )
