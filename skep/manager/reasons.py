@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
-from skep.manager.unmet_needs import too_large, unmet_needs
+from skep.manager.unmet_needs import too_large, with_needs
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.history import masked_text
@@ -390,8 +390,7 @@ def _no_node(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
     """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
     if largest := too_large(task, nodes.values()):
         return Kind.TOO_LARGE, largest
-    needs = unmet_needs(task)
-    return Kind.NO_NODE, f"{task.status.err}; it needs {needs}" if needs else task.status.err
+    return Kind.NO_NODE, with_needs(task)
 
 
 # -- services --------------------------------------------------------------------------------------------------------

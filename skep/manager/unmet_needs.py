@@ -43,9 +43,12 @@ def too_large(task: Task, nodes: Collection[Node]) -> str:
     return ""
 
 
-def unmet_needs(task: Task) -> str:
-    """Return what a pending ``task`` needs, as far as its error names the kind of need, or an empty text."""
-    return ", ".join(_needs(task, node_refusals_in(task.status.err)))
+def with_needs(task: Task) -> str:
+    """Return the error of a pending ``task`` that no node takes, and what it needs of the kinds that the error
+    names.
+    """
+    needs = ", ".join(_needs(task, node_refusals_in(task.status.err)))
+    return f"{task.status.err}; it needs {needs}" if needs else task.status.err
 
 
 def _needs(task: Task, refusals: Collection[NodeRefusal]) -> Iterator[str]:
