@@ -44,9 +44,7 @@ def too_large(task: Task, nodes: Collection[Node]) -> str:
 
 
 def with_needs(task: Task) -> str:
-    """Return the error of a pending ``task`` that no node takes, and what it needs of the kinds that the error
-    names.
-    """
+    """Return the error of a pending ``task`` that no node takes, with its needs of the kinds that the error names."""
     needs = ", ".join(_needs(task, node_refusals_in(task.status.err)))
     return f"{task.status.err}; it needs {needs}" if needs else task.status.err
 
