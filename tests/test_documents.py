@@ -222,6 +222,16 @@ def test_every_rule_for_files_in_dockerfiles_has_a_test_that_exists() -> None:
     assert [name for name in named if not exists(name)] == []
 
 
+def test_every_situation_that_operators_met_has_a_test_that_exists() -> None:
+    page = ROOT / "docs" / "conformance" / "operators.md"
+    rows = [line.split("|") for line in page.read_text().splitlines() if line.startswith("| ")]
+    found = [cells for cells in rows if cells[-2].strip() != "shown by"]
+    assert [int(cells[1]) for cells in found if len(cells) == 5] == [*range(1, 35)]
+    assert [cells[1] for cells in found if "`tests/" not in cells[-2]] == []
+    named = re.findall(r"`(tests/[^`]+)`", page.read_text())
+    assert [name for name in named if not exists(name)] == []
+
+
 def test_every_scenario_has_a_test_or_a_reason() -> None:
     page = ROOT / "docs" / "conformance" / "orchestration.md"
     rows = [line.split("|") for line in page.read_text().splitlines() if line.startswith("|")]

@@ -211,9 +211,17 @@ class Connection(asyncio.Protocol):
         return connected
 
     def end(self) -> None:
-        """Close our direction.  The other end may continue to send."""
-        if not self.is_lost and self.transport.can_write_eof():
+        """Close our direction once sent data has left.  The other end may continue to send.
+
+        Over TLS both directions are closed, as OpenSSL reads nothing after its own close_notify.  Without a close, a
+        client that waits for the end of the output would wait forever.
+        """
+        if self.is_lost:
+            return
+        if self.transport.can_write_eof():
             self.transport.write_eof()
+        else:
+            self.close()
 
     async def refuse(self, response: bytes) -> None:
         """Send a last response, if the other end may still read it, and close."""

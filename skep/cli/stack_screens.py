@@ -13,13 +13,22 @@ from skep.model.labels import STACK_FILES
 from skep.model.needs import host_ports
 from skep.model.task_end import printable
 from skep.stack.document import SCALAR_TAG, Node, Problem, resolved
-from skep.stack.planning import Action, Change, Difference, Placement, Plan, differences
+from skep.stack.planning import (
+    Action,
+    Change,
+    Difference,
+    NodeRefusal,
+    Placement,
+    Plan,
+    differences,
+)
 from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import IMAGE, Stack
 from skep.stack.revisions import Revision
 
 _COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
 _IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
+_CONSTRAINTS = "TaskTemplate.Placement.Constraints"
 _VALUE_MAX = 60
 """Characters of a value in a plan."""
 _UNBROKEN: Final = 1 << 20
@@ -201,9 +210,14 @@ def placement_lines(placement: Placement) -> list[str]:
         return [click.style(f"would be refused: {printable(placement.error)}", fg="red")]
     head = f"does not fit: {fitting} of {counted(placement.desired, 'task')} would run{where}"
     lines = [click.style(head, fg="red"), *preempts, f"  {printable(placement.error)}"]
-    for one in placement.verdicts[:_NODES_MAX]:
-        lines += [printable(f"  {one.hostname}: {reason}") for reason in one.reasons]
-    return lines
+    return lines + [printable(f"  {name}: {reason}") for name, reason in _refusals(placement.verdicts)]
+
+
+def _refusals(verdicts: Sequence[NodeRefusal]) -> list[tuple[str, str]]:
+    """Return each node's reasons, or the common reasons once if they are the same on all nodes."""
+    if len(verdicts) > 1 and len({one.reasons for one in verdicts}) == 1:
+        return [(f"all {len(verdicts)} nodes", reason) for reason in verdicts[0].reasons]
+    return [(one.hostname, reason) for one in verdicts[:_NODES_MAX] for reason in one.reasons]
 
 
 def revisions(found: Sequence[Revision], now: float) -> Shown:
@@ -229,7 +243,10 @@ def _note(change: Change) -> str:
     if change.action is not Action.UPDATE:
         return ""
     if not change.restarts:
-        return "   no task is restarted"
+        moves = any(each.path.startswith(_CONSTRAINTS) for each in change.differences)
+        return (
+            "   only tasks on nodes that no longer fit are replaced" if moves else "   no task is restarted"
+        )
     config = change.spec.update_config if change.spec is not None else None
     at_once = config.parallelism if config is not None else 1
     order = (

@@ -14,7 +14,7 @@ from skep.cli.formatting import age, counted, duration
 from skep.cli.moments import moment_or_revision
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.quorum import STALE, clock_time, no_leader, quorum_of, way_out
-from skep.errors import SkepError
+from skep.errors import PermissionDenied, SkepError
 from skep.model.node import plain_message
 from skep.model.task_end import printable
 from skep.model.times import SECOND_NS, unix_ns
@@ -174,7 +174,7 @@ async def _status(host: HostOptions) -> Status:
             return Status(health="healthy" if is_part else "degraded", node=tuple(about_node(info)))
         is_led = bool(quorum["HasLeader"])
         notes = [] if is_led else list(no_leader(quorum))
-        node = [*about_node(info, shows_error=is_led), await _store(client)]
+        node = [*about_node(info, shows_error=is_led), *filter(None, [await _store(client)])]
         cluster: Cluster | None = None
         try:
             cluster = await _cluster(client, info, {} if is_led else STALE)
@@ -243,10 +243,12 @@ def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
     return msgspec.structs.replace(cluster, as_of=quorum["Since"], leader="", nodes=tuple(rows))
 
 
-async def _store(client: Requests) -> Row:
-    """Return the fill level of this manager's store."""
+async def _store(client: Requests) -> Row | None:
+    """Return the fill level of this manager's store, or None for a user without the right to see it."""
     try:
         response = await client.get("/skep/cluster/store", timeout_s=_RESPONSE_TIMEOUT_S)
+    except PermissionDenied:  # users of single stacks do not see the cluster's store
+        return None
     except SkepError as error:
         return "store", f"not known: {error}"
     return "store", f"{response['Summary']}, file {response['Size'] >> 20} MiB"

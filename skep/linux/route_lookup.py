@@ -4,12 +4,14 @@ import socket
 import struct
 import sys
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, NamedTuple
 
 _RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
 _HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
 _LOCAL: Final = 2
+_ANY_PORT: Final = 9
+"""The discard port.  Connecting a UDP socket only chooses the route."""
 _OWN_TYPES: Final = frozenset({_LOCAL, 3, 4})
 """RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
 _RESPONSE_BYTES: Final = 4096
@@ -60,3 +62,17 @@ def route_to(address: IPv4Address | IPv6Address) -> Route:
                 device = socket.if_indextoname(int.from_bytes(response[at + 4 : at + 8], sys.byteorder))
         at += max(-(-size // 4) * 4, 4)
     return Route(type, device)
+
+
+def source_address(host: str) -> str:
+    """Return the own address from which packets go to ``host``, which is an IP address, or an empty text without a
+    route.  Sends nothing.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with (
+        suppress(OSError, ValueError),
+        socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe,
+    ):
+        probe.connect((str(ip_address(host)), _ANY_PORT))
+        return str(probe.getsockname()[0])
+    return ""

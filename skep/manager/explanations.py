@@ -22,6 +22,7 @@ from skep.manager.reasons import (
     hostname,
     last_failure,
     loop_ends_ns,
+    name_of,
     problem_of,
     problems_of,
     slot_of,
@@ -163,7 +164,9 @@ def explain_task(
         state=task.status.state,
         desired_state=task.desired_state,
         since=task.status.timestamp,
-        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node, slot, nodes, now_ns),
+        summary=_with_verdicts(task, verdicts, nodes or {})
+        if verdicts
+        else summary(task, node, slot, nodes, now_ns),
         message=task.status.message,
         err=task.status.err,
         node_id=task.node_id,
@@ -310,13 +313,15 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
+def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node]) -> str:
     if task.status.err.startswith(WAITS_FOR):
         return f"it {task.status.err}"
     willing = sum(not one.reasons for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
-    return task.status.err or f"none of {len(verdicts)} nodes can take it"
+    if not task.status.err:
+        return f"none of {len(verdicts)} nodes can take it"
+    return problem_of(task, (), nodes).reason
 
 
 def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem]) -> tuple[str, str, bool]:
@@ -430,7 +435,7 @@ def explain_update(
     new = [task for task in wanted if is_new(task)]
     slots = set(map(slot_of, wanted))
     done = {slot_of(task) for task in new if task.status.state is TaskState.RUNNING}
-    step = f"{len(done)} of {len(slots)} tasks are new"
+    step = f"{len(done)} of {len(slots)} tasks are new" if slots else "its tasks have ended"
     leads = [task for task in new if task.status.state is not TaskState.RUNNING]
     if not leads:
         is_last = len(done) == len(slots)
@@ -444,7 +449,7 @@ def explain_update(
     due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
     return UpdateExplanation(
         step=step,
-        waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
+        waiting_for=f"task {name_of(first, service, nodes)}: {summary(first, nodes.get(first.node_id))}",
         deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
     )
 

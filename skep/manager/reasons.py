@@ -18,12 +18,12 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
+from skep.manager.unmet_needs import too_large, with_needs
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.history import masked_text
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
-from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
@@ -55,6 +55,10 @@ class Kind(Enum):
     REJECTED = "rejected"
     """The node cannot prepare the task's image, mounts or networks."""
     NO_NODE = "no-node"
+    TOO_LARGE = "too-large"
+    """No node of the cluster is as large as the task needs."""
+    NOT_ALLOCATED = "not-allocated"
+    """A network has no address left for the task, or another service has its port."""
     NODE_LOST = "node-lost"
     """The node is down."""
     WAITING = "waiting"
@@ -65,12 +69,22 @@ class Kind(Enum):
     @property
     def is_failure(self) -> bool:
         """Whether a task failed, so that waiting alone may not help."""
-        return self not in (Kind.NO_NODE, Kind.NODE_LOST, Kind.WAITING, Kind.PROGRESSING)
+        return self.weight == 0
 
     @property
     def weight(self) -> int:
         """Rank of the cause.  The lowest is shown first."""
-        return {Kind.NO_NODE: 1, Kind.NODE_LOST: 2, Kind.WAITING: 3, Kind.PROGRESSING: 4}.get(self, 0)
+        return _WEIGHTS.get(self, 0)
+
+
+_WEIGHTS: Final[Mapping[Kind, int]] = {
+    Kind.TOO_LARGE: 1,
+    Kind.NO_NODE: 1,
+    Kind.NOT_ALLOCATED: 1,
+    Kind.NODE_LOST: 2,
+    Kind.WAITING: 3,
+    Kind.PROGRESSING: 4,
+}
 
 
 class Problem(ApiObject):
@@ -113,11 +127,12 @@ class Problem(ApiObject):
         if self.failures >= LOOP_FROM:
             since = f" since {self.since[11:19]} UTC" if self.since != ZERO_TIME else ""
             where = f", the last on {self.node}" if self.node else ""
-            parts.append(f"crash loop, {self.failures} failures in a row{since}{where}")
-        if self.next_attempt:
-            parts.append(f"next attempt at {self.next_attempt[11:19]} UTC")
+            course = "gave up after" if self.is_given_up else "crash loop,"
+            parts.append(f"{course} {self.failures} failures in a row{since}{where}")
         elif self.is_given_up:
             parts.append("not restarted, by its restart policy")
+        if self.next_attempt:
+            parts.append(f"next attempt at {self.next_attempt[11:19]} UTC")
         return "; ".join(parts)
 
 
@@ -131,7 +146,8 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         slot: Tasks of the same slot in any order, with or without ``task``.
         nodes: Known nodes.  If these are all nodes of the cluster, the reason may name the largest.
     """
-    kind, words = _present(task, nodes)
+    slot = tuple(slot)
+    kind, words = _present(task, slot, nodes)
     last = last_failure(task, slot) if kind is Kind.PROGRESSING else None
     restart = task.restart or Restart()
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
@@ -222,7 +238,7 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
     )
 
 
-def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
+def _present(task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
     """Return what currently blocks an active task, or how far its start has come."""
     status = task.status
     where = hostname(nodes.get(task.node_id), task)
@@ -230,10 +246,10 @@ def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
             return Kind.WAITING, f"it {status.err}"
         case TaskState.PENDING if status.err:
-            return Kind.NO_NODE, _too_large(task, nodes) or status.err
+            return _no_node(task, nodes)
         case TaskState.NEW:
             return (
-                (Kind.WAITING, status.err)
+                (Kind.NOT_ALLOCATED, status.err)
                 if status.err
                 else (Kind.PROGRESSING, "it waits for its networks and ports")
             )
@@ -247,15 +263,31 @@ def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
         case TaskState.READY:
             if task.desired_state is not TaskState.READY:
                 return Kind.PROGRESSING, f"{where} starts it"
-            return Kind.PROGRESSING, "it is prepared and waits for its turn to start"
+            return Kind.PROGRESSING, f"{where} has prepared it; {_turn(task, slot)}"
         case TaskState.STARTING:
-            return Kind.PROGRESSING, f"{where} waits for it to become healthy{because(status.err)}"
+            return Kind.PROGRESSING, f"{where} {_starting(task)}{because(status.err)}"
         case TaskState.UNKNOWN:
             return Kind.NODE_LOST, status.err or f"{where} is down"
         case TaskState.RUNNING:
             return Kind.PROGRESSING, f"it runs on {where}"
         case _:
             return failure_of(task)
+
+
+def _turn(task: Task, slot: Iterable[Task]) -> str:
+    """Return what a prepared task waits for before it starts."""
+    if any(one.id != task.id and not one.status.state.is_terminal for one in slot):
+        return "it starts when the task before it has stopped"
+    return "it waits for its turn to start"
+
+
+def _starting(task: Task) -> str:
+    """Return what a node does with a task whose process it has started.  Only the node knows the image's check."""
+    container = task.spec.container_spec
+    check = container.healthcheck if container is not None else None
+    if check is None or not check.test:
+        return "starts it, or waits for the health check of its image"
+    return "starts it" if check.test[0] == "NONE" else "waits for it to become healthy"
 
 
 def failure_of(task: Task) -> tuple[Kind, str]:
@@ -354,22 +386,11 @@ def _size(size: int) -> str:
     return f"{size / (1 << 20):g} MiB" if size % (1 << 20) == 0 else f"{size / (1 << 20):.1f} MiB"
 
 
-def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
-    """Return that no node is as large as a pending task needs, or an empty text if it waits for another reason."""
-    resources = task.spec.resources
-    needs = resources.reservations if resources is not None else None
-    if needs is None or not nodes or NodeRefusal.RESOURCES not in node_refusals_in(task.status.err):
-        return ""
-    by_name = sorted(nodes.values(), key=lambda node: (node.description.hostname, node.id))
-    cpus = max(by_name, key=lambda node: node.description.resources.nano_cpus)
-    if needs.nano_cpus > (most := cpus.description.resources.nano_cpus):
-        wanted, largest = f"{needs.nano_cpus / 1e9:g} CPUs", f"{most / 1e9:g}"
-        return f"needs {wanted}; the largest node, {cpus.description.hostname or cpus.id}, has {largest}"
-    memory = max(by_name, key=lambda node: node.description.resources.memory_bytes)
-    if needs.memory_bytes > (most := memory.description.resources.memory_bytes):
-        wanted, largest = f"{needs.memory_bytes >> 20} MiB of memory", f"{most >> 20} MiB"
-        return f"needs {wanted}; the largest node, {memory.description.hostname or memory.id}, has {largest}"
-    return ""
+def _no_node(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
+    """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
+    if largest := too_large(task, nodes.values()):
+        return Kind.TOO_LARGE, largest
+    return Kind.NO_NODE, with_needs(task)
 
 
 # -- services --------------------------------------------------------------------------------------------------------

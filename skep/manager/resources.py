@@ -23,7 +23,11 @@ class GenericStock:
     def has(self, wanted: GenericResource) -> bool:
         """Return whether the amount of ``wanted`` is free."""
         kind, amount = kind_and_amount(wanted)
-        return max(self._counts.get(kind, 0), len(self._names.get(kind, ()))) >= amount
+        return self.free(kind) >= amount
+
+    def free(self, kind: str) -> int:
+        """Return how much of the resource ``kind`` a task could get."""
+        return max(self._counts.get(kind, 0), len(self._names.get(kind, ())))
 
     def holds(self, given: GenericResource) -> bool:
         """Return whether the resource that was assigned to a task exists and is free."""

@@ -14,12 +14,14 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client import Client
 from skep.errors import SkepError
+from skep.linux.route_lookup import source_address
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.node.local import LocalNode
 
 log = structlog.get_logger()
 
+_UNSPECIFIED = frozenset({"", "0.0.0.0", "::"})
 NO_SWARM = "This node is not part of a swarm"
 IN_A_SWARM = (
     'This node is already part of a swarm. Use "docker swarm leave" to leave this swarm and join another one.'
@@ -97,9 +99,22 @@ def local_section(
     }
     if node is not None:
         section["NodeID"] = node.node_id
-        section["NodeAddr"] = host_of(node.advertise_addr) or node.local_addr
+        section["NodeAddr"] = _address(node, managers)
         section["RemoteManagers"] = tuple(managers) or node.managers or None
     return section
+
+
+def _address(node: LocalNode, managers: Sequence[Peer]) -> str:
+    """Return the node's advertised address, else its listen address, else the source address towards a manager.
+
+    A worker that joined without an address listens on all of them.  Source: moby 20.10, daemon/cluster/noderunner.go
+    (actualLocalAddr is the source address of a connection to a manager).
+    """
+    own = host_of(node.advertise_addr) or node.local_addr
+    if own not in _UNSPECIFIED:
+        return own
+    found = (source_address(host_of(one.addr)) for one in (*managers, *node.managers))
+    return next(filter(None, found), own)
 
 
 async def cluster_section(manager_api: Client) -> dict[str, Any]:

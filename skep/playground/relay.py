@@ -140,6 +140,20 @@ def targets(
     return {port: tuple(sorted(found[port])) for port in sorted(found)[:_PORTS_MAX]}
 
 
+def relay_port(published: Port, backends: tuple[tuple[str, int], ...]) -> RelayPort:
+    """Return the relay of one published port."""
+    number, protocol = published
+    return RelayPort(
+        protocol=protocol,
+        address=_LOOPBACK,
+        port=number,
+        backends=backends,
+        # docker sends the requests of one command, such as docker exec, on several connections, and containers and
+        # execs are known to their own node only.
+        is_sticky=published == (API_PORT, "tcp"),
+    )
+
+
 class PortRelay:
     """The relay process of one playground."""
 
@@ -169,14 +183,13 @@ class PortRelay:
             self._relays.pop(published).close(ends_connections=True)
             del self._ports[published]
         for published, backends in wanted.items():
-            number, protocol = published
-            port = RelayPort(protocol=protocol, address=_LOOPBACK, port=number, backends=backends)
+            port = relay_port(published, backends)
             if (relay := self._relays.get(published)) is not None:
                 relay.update(port)
                 continue
             listener = _listener(published)
             self._ports[published] = listener.getsockname()[1]
-            if protocol == "udp":
+            if port.protocol == "udp":
                 self._relays[published] = UdpRelay(
                     port, listener, self._clock, self._random.random, partial(inside, switch)
                 )

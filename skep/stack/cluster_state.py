@@ -103,6 +103,8 @@ async def pinned_images(
                     timeout_s=RESPONSE_TIMEOUT_S,
                 )
                 return name, f"{name}@{found['Descriptor']['digest']}"
+            except PermissionDenied:  # the managers refuse the deploy itself, with its own reason
+                return name, ""
             except (SkepError, KeyError, TypeError) as error:
                 failed[name] = str(error)
                 return name, ""

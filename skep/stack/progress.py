@@ -1,5 +1,6 @@
 """Progress of services towards their spec, read from their tasks, and whether waiting can help.  Pure."""
 
+import math
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -23,6 +24,14 @@ STEADY_S: Final = 5.0
 """Seconds a service has to run after a failure.  Source: docker/cli, cli/command/service/progress (verification)."""
 UNPLACED_S: Final = 60.0
 """Seconds without a node for a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
+TOO_LARGE_S: Final = 10.0
+"""The same if no node is as large as the task needs.  A node that has just joined has reported its size by then."""
+UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
+    "no-node": (UNPLACED_S, "no node has accepted a task for {s:.0f} s"),
+    "too-large": (TOO_LARGE_S, "no node can accept a task"),
+    "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
+}
+"""Seconds until a wait ends, and its words, by the kind of the problem."""
 
 GIVEN_UP_S: Final = 1.0
 """Seconds after a task is given up until a wait ends.  A service that was scaled has its new tasks by then."""
@@ -60,6 +69,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     is_done: bool = False
     is_stuck: bool = False
     """Whether it cannot converge without a user's action."""
+    is_final: bool = False
+    """Whether its tasks have ended as intended, so that none can fail again."""
     is_updating: bool = False
     """Whether an update is under way, whose settings decide what follows a failure."""
     problem: Problem = Problem()
@@ -101,7 +112,7 @@ def explained(
     Args:
         current: ids of the tasks with the present spec; only their failures count.
         failures_max: failures in a row that make waiting hopeless, or 0 for no limit.
-        unplaced_s: seconds for which no node has accepted a task.
+        unplaced_s: seconds for which a task has waited for a node, or for its networks and ports.
         given_up_s: seconds for which the restart policy has allowed no further attempt.
         seen: failures of one slot since the wait began, as the cluster keeps few ended tasks.
     """
@@ -128,9 +139,8 @@ def why_hopeless(problem: Problem, failures_max: int, unplaced_s: float) -> str:
     bound = min(UNPREPARED_MAX, failures_max) if problem.kind in _UNPREPARED else failures_max
     if problem.failures >= bound:
         return f"{problem.failures} failures in a row" if problem.failures > 1 else "failed"
-    if problem.kind == "no-node" and unplaced_s >= UNPLACED_S:
-        return f"no node has accepted a task for {unplaced_s:.0f} s"
-    return ""
+    bound_s, words = UNPLACED.get(problem.kind, (math.inf, ""))
+    return words.format(s=unplaced_s) if unplaced_s >= bound_s else ""
 
 
 def progress_of(
@@ -200,7 +210,7 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
     current = [task for task in tasks if task.id in present]
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)
     if complete and complete == service.spec.replicas:
-        return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True)
+        return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True, is_final=True)
     is_failed = any(task.status.state in _FAILED for task in current)
     if (
         policy.condition is RestartCondition.NONE
@@ -232,7 +242,7 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     )
     text = f"{complete} of {count} tasks completed"
     if complete >= count and (count or job is not None):
-        return ServiceProgress(text, is_done=True)
+        return ServiceProgress(text, is_done=True, is_final=True)
     policy = service.spec.task_template.restart_policy
     failed = [task for task in current if task.status.state in _FAILED]
     is_given_up = policy is not None and policy.condition is RestartCondition.NONE

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -16,6 +16,7 @@ from skep.model.task import Task
 from skep.model.unknown import leniently
 from skep.stack.progress import (
     STEADY_S,
+    UNPLACED,
     UP_TO_DATE,
     Explanation,
     ServiceProgress,
@@ -32,6 +33,8 @@ _RESPONSE_TIMEOUT_S: Final = 15.0
 """Seconds for one look."""
 _EXPLAINED_MAX: Final = 5
 """Services to explain at each look.  For a service that waits for a node, a manager counts the cluster's tasks."""
+_OTHERS_MAX: Final = 5
+"""Other services whose causes an error names.  It should fit a screen."""
 _EXPLAINED_AFTER_S: Final = 1.0
 """Seconds after which services without a failure are explained too.  Most services run by then."""
 
@@ -122,7 +125,9 @@ class Reasons:
                 explanation,
                 current=looks[name].current,
                 failures_max=self._failures_max,
-                unplaced_s=self._times.held_s((name, "no-node"), now, holds=problem.kind == "no-node"),
+                unplaced_s=max(
+                    self._times.held_s((name, kind), now, holds=problem.kind == kind) for kind in UNPLACED
+                ),
                 given_up_s=self._times.held_s((name, "given up"), now, holds=problem.is_given_up),
                 seen=seen[name],
             )
@@ -160,7 +165,7 @@ class Steadiness:
             if found.problem.failures:
                 self._failed.add(name)
             return False
-        return name not in self._failed or done_s >= STEADY_S
+        return found.is_final or name not in self._failed or done_s >= STEADY_S
 
 
 async def wait_done(
@@ -182,7 +187,7 @@ async def wait_done(
             if name not in waiting:
                 continue
             if found.is_stuck:
-                raise Unavailable(f"{name}: {found.text} (skep explain {name})")
+                raise Unavailable(_stuck(name, looked, waiting))
             is_steady = steadiness.is_steady(name, found, now)
             show(
                 name, found.text if is_steady or not found.is_done else f"{found.text} again after a failure"
@@ -192,6 +197,20 @@ async def wait_done(
         if waiting:
             await asyncio.sleep(_LOOK_S)
             looked = await persistently(partial(look, waiting), partial(show, "managers"))
+
+
+def _stuck(name: str, looked: Mapping[str, ServiceProgress], waiting: Collection[str]) -> str:
+    """Return the error of a wait that the service ``name`` has ended.  It names the causes of the others too, so that
+    one deploy shows all of them.
+    """
+    error = f"{name}: {looked[name].text} (skep explain {name})"
+    others = [
+        f"{other}: {found.text}"
+        for other, found in looked.items()
+        if other != name and other in waiting and not found.is_done and found.cause
+    ]
+    more = f"; and {len(others) - _OTHERS_MAX} more" if len(others) > _OTHERS_MAX else ""
+    return f"{error}; also not done: {'; '.join(others[:_OTHERS_MAX])}{more}" if others else error
 
 
 def unfinished(texts: Mapping[str, str], wait_s: float) -> str:

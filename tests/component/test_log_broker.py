@@ -96,7 +96,7 @@ async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
         async for _ in cluster.logs.subscribe(LogQuery(services=(service.id,))):
             pass
     assert f"node {pair.identity.node_id} is not available" in str(caught.value)
-    assert "task t-nowhere has not been scheduled" in str(caught.value)
+    assert f"task {service.spec.name}.1 has not been scheduled" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def target_of(view: View, word: str) -> Task:
     service, slot = _service_and_slot(view, word)
     if service is None:
         try:
-            return view.resolve(Task, word.rpartition(".")[2])
+            return _by_id(view, word)
         except NotFound as error:
             raise NotFound(
                 f"no such service or task: {word} (skep service ls; skep service ps SERVICE)"
@@ -87,11 +87,25 @@ def task_named(view: View, word: str) -> Task:
         return task
     service, slot = _service_and_slot(view, word)
     if service is None or not slot:
-        return view.resolve(Task, word.rpartition(".")[2])
+        return _by_id(view, word)
     tasks = [task for task in view.find(Task, service_id=service.id) if _is_at(view, task, slot)]
     if not tasks:
-        return view.resolve(Task, word.rpartition(".")[2])
+        return _by_id(view, word)
     return max(tasks, key=lambda task: (task.is_wanted, task.created_at, task.id))
+
+
+def _by_id(view: View, word: str) -> Task:
+    """Return the task with the id or id prefix ``word``, or the task of the container with the name ``word``.
+
+    A container's name ends with the whole id.  With a prefix, a mistyped ``wbe.2`` would be any task whose id begins
+    with 2, and ``skep exec`` would run there.  Raises: NotFound; InvalidArgument: several tasks have the prefix.
+    """
+    name, _, id = word.rpartition(".")
+    if not name:
+        return view.resolve(Task, word)
+    if (task := view.lookup(Task, TaskId(id))) is not None:
+        return task
+    raise NotFound(f"task {word} not found")
 
 
 def _service_and_slot(view: View, word: str) -> tuple[Service | None, str]:

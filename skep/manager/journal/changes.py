@@ -163,6 +163,8 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
         how = words or f"{failed}: {end_of(new)}"
         if action == "stop" and new.preemption is not None:
             how = f"{how}: {new.preemption.words}"
+        elif action == "stop" and new.status.end is not None:
+            how = f"{how}: {end_of(new)}"
         where = f" on {entry.node}" if entry.node else ""
         yield replace(entry, message=f"task {entry.name}{where} {how}")
 

@@ -27,6 +27,7 @@ from skep.manager.logbroker.selection import (
     is_removed,
     kept_lines,
     matches,
+    node_name,
     selected,
     shortfall,
 )
@@ -138,7 +139,8 @@ class LogBroker:
                 await self._wait_update(subscription)
             if instead := self._instead(subscription, subscription.take_silent()):
                 yield instead
-            missing = shortfall(selected(self._store.view(), query), subscription.reasons)
+            view = self._store.view()
+            missing = shortfall(view, selected(view, query), subscription.reasons)
             if missing:
                 raise IncompleteLogs(missing)
         finally:
@@ -268,7 +270,9 @@ class LogBroker:
                         subscription.finish(node_id)
                         subscription.lose(node_id)
                     else:
-                        subscription.finish(node_id, f"node {node_id} is not available")
+                        subscription.finish(
+                            node_id, f"node {node_name(self._store.view(), node_id)} is not available"
+                        )
                 case manager:
                     elsewhere[manager, subscription.is_resumed(node_id)].append(node_id)
         for (manager, _), nodes in elsewhere.items():
@@ -303,7 +307,9 @@ class LogBroker:
         if self._group is None:
             for node_id in nodes:
                 subscription.sources[node_id] = None
-                subscription.finish(node_id, f"node {node_id} is not available")
+                subscription.finish(
+                    node_id, f"node {node_name(self._store.view(), node_id)} is not available"
+                )
             return
         query = subscription.remaining(nodes)
         relay = _Relay(manager, nodes)

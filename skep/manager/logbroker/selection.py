@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from skep.model.ids import NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node
+from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import unix_ns
 from skep.store.interface import View
@@ -106,8 +107,22 @@ def _absence(view: View, node_id: NodeId) -> str:
     if is_removed(view, node_id):
         revocation = view.lookup(Revocation, node_id)
         return f"node {(revocation.hostname if revocation is not None else '') or node_id} was removed"
+    return f"node {node_name(view, node_id)} does not answer"
+
+
+def node_name(view: View, node_id: NodeId) -> str:
+    """Return the node's host name, or its id without one."""
     node = view.lookup(Node, node_id)
-    return f"node {(node.description.hostname if node is not None else '') or node_id} does not answer"
+    return (node.description.hostname if node is not None else "") or node_id
+
+
+def _task_name(view: View, id: TaskId) -> str:
+    """Return a name like ``web.2``, or the id of a task without a slot or service."""
+    task = view.lookup(Task, id)
+    service = view.lookup(Service, task.service_id) if task is not None else None
+    if task is None or service is None or not task.slot:
+        return id
+    return f"{service.spec.name}.{task.slot}"
 
 
 def _tasks(view: View, query: LogQuery) -> Collection[Task]:
@@ -128,11 +143,11 @@ def matches(query: LogQuery, task: Task) -> bool:
     return task.service_id in query.services or task.id in query.tasks or task.node_id in query.nodes
 
 
-def shortfall(selection: Selection, reasons: list[str]) -> str:
-    """Return why a stream of logs is incomplete, in SwarmKit's words, or an empty text."""
+def shortfall(view: View, selection: Selection, reasons: list[str]) -> str:
+    """Return why a stream of logs is incomplete, in SwarmKit's words but with names, or an empty text."""
     missing = [
         *reasons,
-        *(f"task {id} has not been scheduled" for id in sorted(selection.unscheduled)),
+        *(f"task {_task_name(view, id)} has not been scheduled" for id in sorted(selection.unscheduled)),
     ]
     if not missing:
         return ""

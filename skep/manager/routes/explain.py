@@ -117,7 +117,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
 def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:
     """Add what other services have reserved if that is the reason, and how priorities affect the waiting task.
 
-    Rows of ``skep status`` have no such figures: they need a count of the cluster's tasks.
+    Rows of the dashboard and of ``skep top`` have no such figures: they need a count of the cluster's tasks.
     """
     reason, summary = explanation.reason, explanation.summary
     if found.closest and NodeRefusal.RESOURCES in node_refusals_in(reason):

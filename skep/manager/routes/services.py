@@ -32,7 +32,7 @@ from skep.manager.control.new_objects import stack_of
 from skep.manager.registry_auth import dropped_warnings, shown_auth
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.representations import has_labels, problems_of, service_status, shown_service
-from skep.manager.service_warnings import placement_warnings
+from skep.manager.service_warnings import spec_warnings
 from skep.model.access import REVISION_HEADER
 from skep.model.container import ContainerSpec, Mount
 from skep.model.data_planes import is_overlay
@@ -111,7 +111,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     )
     view = manager.store.view()
     warnings = room_warnings(view, service) if control.names_networks(spec) else []
-    warnings += [*_secret_warnings(spec), *placement_warnings(spec, view.find(Node))]
+    warnings += [*_secret_warnings(spec), *spec_warnings(spec, view.find(Node))]
     warnings += dropped_warnings(view, service, auth, "")
     return json_response({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
 
@@ -158,7 +158,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     warnings = []
     if changed is not None:
         warnings = room_warnings(view, changed) + _secret_warnings(changed.spec)
-        warnings += [*placement_warnings(changed.spec, view.find(Node))]
+        warnings += [*spec_warnings(changed.spec, view.find(Node))]
         warnings += dropped_warnings(view, changed, auth, kept)
     return json_response({"Warnings": warnings or None})
 
@@ -228,7 +228,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
         if isinstance(result, SkepError):
             error = shown_error(identity_of(request), result)
             return ServiceChanged(error=str(error) or type(error).__name__)
-        warnings = [*placement_warnings(result.spec, after.find(Node))]
+        warnings = [*spec_warnings(result.spec, after.find(Node))]
         warnings += dropped_warnings(after, result, one.registry_auth, kept.get(one.id, ""))
         return ServiceChanged(id=result.id, warnings=tuple(warnings))
 

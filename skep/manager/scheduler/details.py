@@ -38,7 +38,16 @@ def shortages(requirements: Requirements, account: Account, copies: int) -> str:
 
 def amounts_missing(requirements: Requirements, account: Account) -> str:
     """Return the resources of which the node has too little left, with both amounts."""
-    return "; ".join(_shortages(requirements, account))
+    return "; ".join(
+        f"{wanted} requested, {free} not reserved" for wanted, free, _ in _shortages(requirements, account)
+    )
+
+
+def amounts_left(requirements: Requirements, account: Account) -> str:
+    """Return what the node has left of the resources of which it has too little."""
+    return (
+        ", ".join(f"{free} {unit}" for _, free, unit in _shortages(requirements, account)) + " not reserved"
+    )
 
 
 def unmet_constraints(requirements: Requirements, account: Account, copies: int) -> str:
@@ -113,14 +122,15 @@ def cluster_volumes(requirements: Requirements, account: Account, copies: int) -
     return chosen if isinstance(chosen, str) else ""
 
 
-def _shortages(requirements: Requirements, account: Account) -> Iterator[str]:
+def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[str, str, str]]:
+    """Yield the wanted amount with its unit, the amount that is left, and the unit."""
     if requirements.nano_cpus > account.free_nano_cpus:
         wanted, free = requirements.nano_cpus / _CPU_NANO, max(account.free_nano_cpus, 0) / _CPU_NANO
-        yield f"{wanted:g} CPUs requested, {free:g} not reserved"
+        yield f"{wanted:g} CPUs", f"{free:g}", "CPUs"
     if requirements.memory_bytes > account.free_memory_bytes:
         wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE
-        yield f"{wanted:.0f} MiB of memory requested, {free:.0f} not reserved"
+        yield f"{wanted:.0f} MiB of memory", f"{free:.0f}", "MiB of memory"
     for resource in requirements.generic:
         if not account.generic.has(resource):
             kind, amount = kind_and_amount(resource)
-            yield f"{amount} of {kind} requested, fewer are available"
+            yield f"{amount} {kind}", f"{max(account.generic.free(kind), 0)}", kind

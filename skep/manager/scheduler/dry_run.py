@@ -28,6 +28,7 @@ from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confir
 from skep.manager.scheduler.preemption import Nomination, Occupants, making_nominations, reserve_candidate
 from skep.manager.scheduler.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.spread import Choices
+from skep.manager.unmet_needs import too_large, with_needs
 from skep.model.constraints import is_satisfied
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
@@ -148,13 +149,20 @@ class DryRun:
             name=spec.name,
             desired=len(homes),
             nodes=tuple(shares),
-            error=refusal.reason if refusal is not None else "",
+            error=self._reason(refusal) if refusal is not None else "",
             preempted=tuple(
                 Preempted(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
             ),
             verdicts=tuple(verdicts),
         )
+
+    def _reason(self, refusal: Refusal) -> str:
+        """Return why no node takes a task, in the words that its service has after the deploy."""
+        status = replace(refusal.task.status, err=refusal.reason)
+        task = replace(refusal.task, status=status)
+        nodes = [account.node for account in self._accounting.accounts.values()]
+        return too_large(task, nodes) or with_needs(task)
 
     def _service(self, spec: ServiceSpec) -> Service:
         for one in self._view.find(Service, name=spec.name):

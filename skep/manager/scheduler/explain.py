@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources, usage_in
-from skep.manager.scheduler.details import amounts_missing
+from skep.manager.scheduler.details import amounts_left
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.preemption import AT_ONCE, Candidate, Occupants, making_nominations
 from skep.manager.scheduler.priorities import Priorities
@@ -47,7 +47,7 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
 
 
 def closest_node(requirements: Requirements, accounting: Accounting) -> str:
-    """Return which node comes closest to the resources that a task needs, and how much of them is not reserved there.
+    """Return the node that comes closest to the resources that a task needs, with its free amounts.
 
     Only nodes that refuse the task for their resources alone count.  The text is empty if there is none.
     """
@@ -65,7 +65,7 @@ def closest_node(requirements: Requirements, accounting: Accounting) -> str:
         found, key=lambda account: (_missing(requirements, account), account.node.description.hostname)
     )
     name = best.node.description.hostname or best.node.id
-    return f"{name} comes closest: {amounts_missing(requirements, best)}"
+    return f"{name} comes closest: {amounts_left(requirements, best)}"
 
 
 def _missing(requirements: Requirements, account: Account) -> tuple[int, float]:

@@ -10,8 +10,10 @@ from typing import TypeVar, cast
 import pytest
 
 from skep.aio import tls
+from skep.api.connection import Connection
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
+from skep.node.front.splice import relay
 from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
@@ -197,3 +199,32 @@ async def test_a_client_that_has_closed_its_direction_still_gets_the_response(
         protocol.transport.close()
         ours.close()
         await protocol.lost.wait()
+
+
+async def test_the_end_of_an_upgraded_exchange_reaches_a_client_that_keeps_its_direction_open() -> None:
+    """Only Go's clients send close_notify when they have no input.  ``skep exec`` waits for the end of the output."""
+    authority = Authority.create()
+    context = ServerTls(a_pair(authority, "m1", NodeRole.MANAGER)).front
+    wanted = client_context(a_pair(authority, "n1", NodeRole.WORKER))
+    client, upstream = Connection(), Streams()
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        connecting = asyncio.ensure_future(
+            asyncio.open_connection(*listener.getsockname(), ssl=wanted, server_hostname=MANAGER_NAME)
+        )
+        accepted, _ = await loop.sock_accept(listener)
+        await tls.accept(lambda: client, accepted, context, handshake_s=10)
+        reader, writer = await connecting
+    manager = await Connection.over(ours)
+    await loop.connect_accepted_socket(lambda: upstream, theirs)
+    async with asyncio.timeout(20):
+        relaying = asyncio.ensure_future(relay(client, manager, b"start", is_one_exchange=False))
+        assert await upstream.ends[0].readexactly(5) == b"start"
+        upstream.ends[1].write(b"output")
+        upstream.ends[1].close()
+        assert await reader.read() == b"output"
+        writer.close()
+        await relaying
+    assert client.is_lost

@@ -7,12 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.explanations import ServiceExplanation, explain_service
+from skep.manager.explanations import ServiceExplanation, explain_service, explain_task
 from skep.manager.reasons import Kind, Problem
+from skep.manager.scheduler.explain import NodeVerdict
 from skep.model.container import ContainerSpec, HealthConfig
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
-from skep.model.service import Resources, Service, UpdateState, UpdateStatus
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    Placement,
+    Platform,
+    Resources,
+    Service,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, KeptLine, TaskEnd
 from skep.model.times import SECOND_NS, Timestamp, timestamp
@@ -296,7 +306,9 @@ def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> No
     found = explained(task, service=service, nodes=(small, large))
     assert found.reason == "needs 16 CPUs; the largest node, m1, has 2"
     enough = a_node("w2", has=Resources(nano_cpus=32 * 10**9, memory_bytes=2 << 30))
-    assert explained(task, service=service, nodes=(small, enough)).reason == refused
+    assert explained(task, service=service, nodes=(small, enough)).reason == (
+        f"{refused}; it needs 16 CPUs, 1024 MiB of memory"
+    )
     tight = a_service("web", reserve=Resources(memory_bytes=4 << 30))
     task = replace(task, spec=tight.spec.task_template)
     assert explained(task, service=tight, nodes=(small, large)).reason == (
@@ -344,3 +356,91 @@ def test_the_reason_is_the_same_whatever_the_next_attempt_is_at(
     if state is not TaskState.UNKNOWN:
         assert found.reason == 'exit 1, last line "boom: no db"'
     assert not found.is_healthy
+
+
+@pytest.mark.parametrize(
+    ("refusal", "placement", "generic", "offered", "reason"),
+    [
+        (
+            "scheduling constraints not satisfied on 2 nodes",
+            Placement(constraints=("node.labels.disk == ssd", "node.role == worker")),
+            0,
+            0,
+            "{refused}; it needs node.labels.disk == ssd, node.role == worker",
+        ),
+        (
+            "max replicas per node limit exceed",
+            Placement(max_replicas=1),
+            0,
+            0,
+            "{refused}; it needs at most 1 of its service per node",
+        ),
+        (
+            "unsupported platform on 2 nodes",
+            Placement(platforms=(Platform(os="linux", architecture="arm64"),)),
+            0,
+            0,
+            "{refused}; it needs linux/arm64",
+        ),
+        ("insufficient resources on 2 nodes", Placement(), 2, 0, "needs 2 gpu; no node has any"),
+        ("insufficient resources on 2 nodes", Placement(), 2, 1, "needs 2 gpu; the largest node, m1, has 1"),
+        ("insufficient resources on 2 nodes", Placement(), 2, 4, "{refused}; it needs 2 gpu"),
+        ("missing plugin on 2 nodes", Placement(), 0, 0, "{refused}"),
+    ],
+)
+def test_a_task_that_no_node_takes_names_what_it_needs(
+    refusal: str, placement: Placement, generic: int, offered: int, reason: str
+) -> None:
+    def gpus(amount: int) -> Resources:
+        one = GenericResource(discrete_resource_spec=DiscreteResource(kind="gpu", value=amount))
+        return Resources(generic_resources=(one,) if amount else ())
+
+    refused = f"no suitable node ({refusal})"
+    service = a_service("web", reserve=gpus(generic))
+    template = replace(service.spec.task_template, placement=placement)
+    service = replace(service, spec=replace(service.spec, task_template=template))
+    task = a_task(service=service, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    nodes = (a_node("m1", has=gpus(offered)), a_node("w1", has=Resources()))
+    found = explained(task, service=service, nodes=nodes)
+    assert found.reason == reason.format(refused=refused)
+    verdicts = [NodeVerdict(node_id=NodeId("m1"), hostname="m1", reasons=("refused",))]
+    own = explain_task(task, None, verdicts, (), {node.id: node for node in nodes})
+    assert own.summary == found.reason, "the task and its service have one reason"
+
+
+def test_a_task_that_is_given_up_is_in_no_crash_loop() -> None:
+    found = Problem(failures=7, node="w2", since=Timestamp("2026-11-27T00:36:00Z"), is_given_up=True)
+    assert found.restart_summary == "gave up after 7 failures in a row since 00:36:00 UTC, the last on w2"
+
+
+def test_a_task_without_addresses_is_not_called_a_wait_for_another_service() -> None:
+    task = a_task(service=WEB, state=TaskState.NEW)
+    words = "no available IPv4 addresses on this network's address pools: tiny"
+    task = replace(task, status=replace(task.status, err=words), node_id=NodeId(""))
+    found = explained(task).problem
+    assert found is not None
+    assert (found.kind, found.reason) == (Kind.NOT_ALLOCATED.value, words)
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [
+        (("CMD", "true"), "m1 waits for it to become healthy"),
+        (("NONE",), "m1 starts it"),
+        ((), "m1 starts it, or waits for the health check of its image"),
+    ],
+)
+def test_a_start_waits_for_a_health_check_only_if_there_may_be_one(test: tuple[str, ...], words: str) -> None:
+    service = a_service("web")
+    container = ContainerSpec(image="w", healthcheck=HealthConfig(test=test) if test else None)
+    task = a_task(service=service, node="m1", state=TaskState.STARTING)
+    task = replace(task, spec=replace(task.spec, container_spec=container))
+    assert explained(task, service=service).reason == words
+
+
+def test_a_prepared_task_waits_for_the_one_before_it_to_stop() -> None:
+    old = a_task("t1", service=WEB, slot=1, node="m1", desired=TaskState.SHUTDOWN)
+    new = a_task("t2", service=WEB, slot=1, node="m1", state=READY, desired=READY)
+    assert explained(old, new).reason == "m1 has prepared it; it starts when the task before it has stopped"
+    assert explained(new).reason == "m1 has prepared it; it waits for its turn to start"

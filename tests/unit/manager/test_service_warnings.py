@@ -1,8 +1,10 @@
 """Warnings of what a service's spec can never do."""
 
 import pytest
+from msgspec.structs import replace
 
-from skep.manager.service_warnings import placement_warnings
+from skep.manager.service_warnings import label_warnings, placement_warnings
+from skep.model.container import ContainerSpec
 from skep.model.service import PortConfig, PublishMode, ServiceSpec, UpdateConfig, UpdateOrder
 from tests.support.builders import a_node, a_service_spec
 
@@ -36,3 +38,38 @@ START_FIRST = UpdateConfig(order=UpdateOrder.START_FIRST)
 )
 def test_what_can_never_work_is_said_at_once(spec: ServiceSpec, words: list[str]) -> None:
     assert list(placement_warnings(spec, [a_node("n1"), a_node("n2")])) == words
+
+
+@pytest.mark.parametrize(
+    ("service", "container", "words"),
+    [
+        (
+            {"skep.cron": "@hourly", "skep.publish.80/tcp.local": "true", "com.example": "x"},
+            {"skep.exec": "none"},
+            [],
+        ),
+        (
+            {"skep.corn": "@hourly", "skep.zzzz": ""},
+            {},
+            [
+                "unknown label skep.corn: it has no effect, did you mean skep.cron?",
+                "unknown label skep.zzzz: it has no effect",
+            ],
+        ),
+        (
+            {"skep.exec": "none"},
+            {"skep.drain": "5s", "skep.publish.local": "true"},
+            [
+                "label skep.exec has no effect on a service: it is a label of the container",
+                "label skep.drain has no effect on a container: it is a label of the service",
+                "label skep.publish.local has no effect on a container: it is a label of the service",
+            ],
+        ),
+    ],
+)
+def test_a_label_of_ours_that_has_no_effect_is_named(
+    service: dict[str, str], container: dict[str, str], words: list[str]
+) -> None:
+    spec = a_service_spec()
+    template = replace(spec.task_template, container_spec=ContainerSpec(image="w", labels=container))
+    assert list(label_warnings(replace(spec, labels=service, task_template=template))) == words

@@ -48,7 +48,7 @@ def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:
     found = reported(updated(), done, lead, predecessor, old, new=("t1", "t2"))
     assert found == UpdateExplanation(
         step="1 of 3 tasks are new",
-        waiting_for="task t2: no suitable node",
+        waiting_for="task web.2: no suitable node",
         deadline=Timestamp("2026-01-31T12:00:40Z"),  # and ten seconds for its predecessor to stop
     )
 
@@ -67,7 +67,7 @@ def test_the_one_that_waits_for_longest_is_named() -> None:
     later = [replace(task, created_at=Timestamp("2026-01-31T12:00:05Z")) for task in tasks[:2]]
     found = reported(updated(), *later, tasks[2], new=("t1", "t2", "t3"))
     assert found is not None
-    assert found.waiting_for.startswith("task t3: ")
+    assert found.waiting_for.startswith("task web.3: ")
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,13 @@ def test_people_read_it_in_one_line() -> None:
     found = explain_service(updated(), slots(RUNNING, PENDING, RUNNING), wanted=3, nodes={}, now_ns=0)
     now = unix_ns(Timestamp("2026-01-31T12:00:00Z")) / SECOND_NS
     lines = list(about_service("web", msgspec.json.decode(to_json(found)), now))
-    assert "  update: 2 of 3 tasks are new; it waits for task t2: it waits for a node, for 40 s more" in lines
+    assert (
+        "  update: 2 of 3 tasks are new; it waits for task web.2: it waits for a node, for 40 s more" in lines
+    )
+
+
+def test_an_update_of_a_service_whose_tasks_have_ended_counts_none() -> None:
+    ended = replace(slots(TaskState.COMPLETE)[0], desired_state=TaskState.SHUTDOWN)
+    found = reported(updated(), ended, new=("t1",))
+    assert found is not None
+    assert (found.step, found.waiting_for) == ("its tasks have ended", "the monitor time of the last step")

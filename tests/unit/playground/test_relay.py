@@ -4,9 +4,10 @@ import os
 
 from msgspec.structs import replace
 
+from skep.dataplane.proxy.relays import backend_order
 from skep.linux.processes import start_ticks_of
 from skep.playground.description import Cluster, Node
-from skep.playground.relay import targets
+from skep.playground.relay import relay_port, targets
 
 
 def a_node(name: str, addr: str, *, is_up: bool = True) -> Node:
@@ -58,3 +59,12 @@ def test_the_api_of_managers_with_tls_is_relayed() -> None:
     assert targets(CLUSTER, NODES, [], []) == {}
     served = replace(CLUSTER, tls=True, nodes=(*CLUSTER.nodes, worker))
     assert targets(served, NODES, [], []) == {(2376, "tcp"): (("a1", 2376), ("a2", 2376))}
+
+
+def test_the_api_of_managers_is_one_managers_as_long_as_it_answers() -> None:
+    """A command of docker sends its requests on several connections, and an exec is known to its own node only."""
+    backends = (("a1", 2376), ("a2", 2376), ("a3", 2376))
+    api, web = relay_port((2376, "tcp"), backends), relay_port((8080, "tcp"), backends)
+    orders = {backend_order(api, "127.0.0.1", lambda at=at: at) for at in (0.0, 0.4, 0.9)}
+    assert len(orders) == 1
+    assert len({backend_order(web, "127.0.0.1", lambda at=at: at) for at in (0.0, 0.4, 0.9)}) == 3

@@ -76,3 +76,10 @@ async def test_a_registry_that_does_not_respond_is_named_for_images_that_it_may_
 def test_an_image_matters_if_one_of_its_services_is_new() -> None:
     wanted = [a_service_spec(name, image="app:1") for name in ("shop_web", "shop_api")]
     assert kept_images(wanted, [a_service("shop_web", image="app:1")]) == set()
+
+
+async def test_a_user_without_the_right_to_ask_a_registry_gets_the_refusal_of_the_deploy_alone() -> None:
+    warnings: list[str] = []
+    client = Refusing(PermissionDenied("vv may not GET /distribution/app:1/json"))
+    assert await pinned_images(client, ["app:1"], warnings.append, kept=set()) == {}
+    assert warnings == []

@@ -385,3 +385,19 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
         "        no suitable node (insufficient resources)",
         "        n1: insufficient resources: 2 CPUs requested, 1 not reserved",
     ]
+    alike = replace(full, verdicts=(*refused, NodeRefusal("n2", refused[0].reasons)))
+    assert [unstyle(line) for line in placement_lines(alike)][2:] == [
+        "  all 2 nodes: insufficient resources: 2 CPUs requested, 1 not reserved",
+    ]
+
+
+def test_a_plan_says_which_tasks_a_changed_constraint_replaces() -> None:
+    """Only those whose node does not meet it, which the update moves."""
+    before, after = (
+        f"services: {{web: {{image: w, deploy: {{placement: {{{placement}}}}}}}}}"
+        for placement in ("constraints: []", "constraints: [node.labels.disk == ssd]")
+    )
+    made = plan(after, deployed(a_stack(before)))
+    assert "  ~ service shop_web   only tasks on nodes that no longer fit are replaced" in [
+        unstyle(line) for line in lines_of(made)
+    ]

@@ -27,6 +27,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.stack.progress import (
     FAILURES_MAX,
     GIVEN_UP_S,
+    TOO_LARGE_S,
     UNPLACED_S,
     Explanation,
     Problem,
@@ -256,6 +257,10 @@ def test_the_time_until_the_next_attempt_is_no_cause() -> None:
         ("start-failed", 2, 0.0, True),
         ("no-node", 0, UNPLACED_S - 1, False),
         ("no-node", 0, UNPLACED_S, True),
+        ("not-allocated", 0, UNPLACED_S - 1, False),
+        ("not-allocated", 0, UNPLACED_S, True),
+        ("too-large", 0, TOO_LARGE_S - 1, False),
+        ("too-large", 0, TOO_LARGE_S, True),
         ("waiting", 0, 900.0, False),
         ("progressing", 0, 900.0, False),
     ],

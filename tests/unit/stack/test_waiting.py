@@ -57,6 +57,34 @@ async def test_what_does_not_go_on_is_an_error_that_names_the_next_step_and_is_n
     assert shown == []
 
 
+async def test_an_error_has_the_causes_of_all_services_that_are_not_done() -> None:
+    stuck = ServiceProgress("0 of 1 tasks run", "no node can accept a task: needs 16 CPUs", is_stuck=True)
+    looks = {
+        "db": ServiceProgress("0 of 1 tasks run", "exit 1"),
+        "web": stuck,
+        "ok": ServiceProgress("1 of 1 tasks run", is_done=True),
+        "new": ServiceProgress("0 of 1 tasks run"),
+    }
+
+    async def look(_names: set[str]) -> dict[str, ServiceProgress]:
+        return looks
+
+    words = r"needs 16 CPUs \(skep explain web\); also not done: db: 0 of 1 tasks run: exit 1$"
+    with pytest.raises(Unavailable, match=words):
+        await wait_done(list(looks), look, lambda *_: None)
+    looks |= {f"s{number}": ServiceProgress("0 of 1 tasks run", "exit 2") for number in range(7)}
+    with pytest.raises(Unavailable, match=r"s3: 0 of 1 tasks run: exit 2; and 3 more$"):
+        await wait_done(list(looks), look, lambda *_: None)
+
+
+def test_a_job_that_completes_after_a_failure_is_done_at_once() -> None:
+    steadiness = Steadiness()
+    failing = ServiceProgress("2 of 3 tasks completed", "exit 1", problem=Problem(failures=1))
+    assert not steadiness.is_steady("job", failing, 1.0)
+    done = ServiceProgress("3 of 3 tasks completed", is_done=True, is_final=True)
+    assert steadiness.is_steady("job", done, 1.5)
+
+
 class Explaining(Client):
     """Explains services.  ``explanations``: by id; one that is missing is not found."""
 

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, NotFound
-from skep.manager.control.targets import Target, target_of
+from skep.manager.control.targets import Target, target_of, task_named
 from skep.model.ids import ServiceId
 from skep.model.task import Task, TaskState
 from skep.store.memory import MemoryStore
@@ -93,3 +93,16 @@ async def test_of_two_tasks_in_a_slot_the_newest_that_is_wanted_is_meant(store, 
     stops = replace(store.view().get(Task, "two-again"), desired_state=TaskState.SHUTDOWN)
     await store.update(lambda tx: tx.put(stops))
     assert target_of(store.view(), word).id == "two", "though the other one runs still"
+
+
+@pytest.mark.parametrize("word", ["wbe.t", "web.t", "web.tw", "web.9.t", "agent.t", "gone.1.t"])
+@pytest.mark.parametrize("find", [target_of, task_named])
+def test_a_mistyped_name_is_no_prefix_of_a_task_of_another_service(view, find, word):
+    """Only one task has an id that begins with ``tw``, and ``skep exec`` would run in its container."""
+    with pytest.raises((NotFound, FailedPrecondition)):
+        find(view, word)
+
+
+@pytest.mark.parametrize("find", [target_of, task_named])
+def test_a_task_has_its_id_a_prefix_of_it_and_the_name_of_its_container(view, find):
+    assert [find(view, word).id for word in ("two", "tw", "web.2", "web.2.two", "gone.2.two")] == ["two"] * 5

@@ -21,8 +21,8 @@ from skep.model.node import (
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Autoscaled, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, Preemption, Task, TaskState, TaskStatus
-from skep.model.task_end import TaskEnd
-from skep.model.times import Timestamp
+from skep.model.task_end import EndCause, TaskEnd
+from skep.model.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Event, Updated
 from skep.store.kinds import Payload
 from skep.store.state import State
@@ -109,6 +109,15 @@ def test_a_task_that_left_for_another_one_says_for_which() -> None:
     ((action, message),) = told(stopped, a_service("web"), a_node("n1"))
     assert action == "stop"
     assert message.endswith("was stopped: preempted by a task of shop, priority 10")
+
+
+def test_a_task_that_was_killed_at_its_stop_says_so() -> None:
+    last = a_task("t1", service="web", node="n1")
+    killed = TaskEnd(cause=EndCause.STOP_TIMEOUT.value, grace=3 * SECOND_NS)
+    ((_, message),) = told(Updated(last, replace(last, status=at(TaskState.SHUTDOWN, end=killed))))
+    assert message.endswith("was stopped: killed: it did not end within 3 s of its stop signal")
+    ((_, message),) = told(Updated(last, replace(last, status=at(TaskState.SHUTDOWN))))
+    assert message.endswith("was stopped")
 
 
 def test_a_task_that_an_update_replaces_has_an_entry_with_both_images() -> None:

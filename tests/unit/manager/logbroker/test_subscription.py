@@ -9,7 +9,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import TaskState
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 N1 = NodeId("n1")
 
@@ -33,11 +33,17 @@ async def test_a_query_means_tasks_by_service_by_id_and_by_node():
     assert matches(LogQuery(services=(ServiceId("db"),)), view.find(type(tasks[0]), node_id="n2")[0])
 
 
-def test_what_is_missing_is_said_in_swarmkits_words():
-    assert shortfall(Selection(), []) == ""
-    assert shortfall(Selection(unscheduled=frozenset({TaskId("t1")})), ["node n1 is not available"]) == (
+async def test_what_is_missing_is_said_in_swarmkits_words_with_names():
+    web, store = a_service("web"), MemoryStore(SystemClock())
+    await store.update(
+        lambda tx: [tx.put(one) for one in (web, a_task("t1", service=web, slot=2), a_node("n1"))]
+    )
+    view = store.view()
+    assert shortfall(view, Selection(), []) == ""
+    waiting = Selection(unscheduled=frozenset({TaskId("t1"), TaskId("gone")}))
+    assert shortfall(view, waiting, ["node n1 is not available"]) == (
         "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
-        "node n1 is not available, task t1 has not been scheduled"
+        "node n1 is not available, task gone has not been scheduled, task web.2 has not been scheduled"
     )
 
 

@@ -45,9 +45,9 @@ def test_a_service_that_waits_for_reserved_memory_names_the_node_that_comes_clos
     )
     used = (a_task("d1", service=db, node="n1"), a_task("d2", service=db, node="n2"))
     found = asyncio.run(explained(small, large, db, *used, *a_pending_task(800 * MIB)))
-    figures = "n2 comes closest: 800 MiB of memory requested, 600 not reserved"
-    assert found["Reason"] == f"{REFUSED}; {figures}"
-    assert found["Summary"] == f"{REFUSED}; {figures}; 0 of 1 tasks run"
+    words = f"{REFUSED}; it needs 800 MiB of memory; n2 comes closest: 600 MiB of memory not reserved"
+    assert found["Reason"] == words
+    assert found["Summary"] == f"{words}; 0 of 1 tasks run"
 
 
 def test_figures_are_not_shown_for_nodes_that_other_filters_refuse() -> None:
@@ -58,4 +58,4 @@ def test_figures_are_not_shown_for_nodes_that_other_filters_refuse() -> None:
         a_pending_task(800 * MIB, constraints=("node.hostname==n2",)),
     )
     found = asyncio.run(explained(node, db, used, *waiting))
-    assert found["Reason"] == REFUSED
+    assert found["Reason"] == f"{REFUSED}; it needs 800 MiB of memory"

@@ -104,6 +104,9 @@ async def test_what_no_node_meets_is_named(cluster) -> None:
     assert shares(north) == {"n1": 2}
     assert shares(nowhere) == {}
     assert nowhere["Error"].startswith("no suitable node (scheduling constraints not satisfied on 2 nodes")
+    assert nowhere["Error"].endswith("; it needs node.labels.zone==west")
+    (huge,) = await asked(cluster, a_spec("c", memory=64 * GIB))
+    assert huge["Error"] == "needs 65536 MiB of memory; the largest node, n1, has 4096 MiB"
 
 
 async def test_a_global_service_is_on_the_nodes_that_meet_its_constraints(cluster) -> None:
