@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
@@ -196,15 +197,22 @@ class Engine:
     def counts(self) -> Counts:
         """Return the number of containers by state, of images, and of health probes."""
         probes = self._lifecycle.health
-        states = [one.state for one in self.list()]
+        return replace(
+            self.counts_of(self.list()),
+            images=len(self.images.images()),
+            health_checks=probes.count,
+            failed_health_checks=probes.failures,
+        )
+
+    def counts_of(self, containers: Collection[Container]) -> Counts:
+        """Return the number of ``containers`` by state, and of their images."""
+        states = [one.state for one in containers]
         running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
         return Counts(
             running=running,
             paused=paused,
             stopped=len(states) - running - paused,
-            images=len(self.images.images()),
-            health_checks=probes.count,
-            failed_health_checks=probes.failures,
+            images=len({one.image_id for one in containers}),
         )
 
     def find_by_label(self, label: str, value: str) -> Container | None:

@@ -11,7 +11,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import PortTaken, SkepError, Unavailable
+from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.dependents import requiring, restart_dependents
 from skep.manager.job_runs import settled
 from skep.manager.orchestrator.enforcement import is_unfit
@@ -151,8 +151,8 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
     """
     if not isinstance(change, RollBack):
         return None
-    is_others = isinstance(error, PortTaken) and error.stack != stack_of(change.service.spec.labels)
-    why = error.unnamed if isinstance(error, PortTaken) and is_others else str(error)
+    is_others = isinstance(error, NamesAnother) and error.stack != stack_of(change.service.spec.labels)
+    why = error.unnamed if isinstance(error, NamesAnother) and is_others else str(error)
     message = _paused_instead(change.message, why)
     return SetUpdateStatus(change.service, UpdateState.PAUSED, message)
 
