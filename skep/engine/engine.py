@@ -198,21 +198,10 @@ class Engine:
         """Return the number of containers by state, of images, and of health probes."""
         probes = self._lifecycle.health
         return replace(
-            self.counts_of(self.list()),
+            Counts.of(self.list()),
             images=len(self.images.images()),
             health_checks=probes.count,
             failed_health_checks=probes.failures,
-        )
-
-    def counts_of(self, containers: Collection[Container]) -> Counts:
-        """Return the number of ``containers`` by state, and of their images."""
-        states = [one.state for one in containers]
-        running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
-        return Counts(
-            running=running,
-            paused=paused,
-            stopped=len(states) - running - paused,
-            images=len({one.image_id for one in containers}),
         )
 
     def find_by_label(self, label: str, value: str) -> Container | None:

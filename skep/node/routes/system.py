@@ -128,7 +128,7 @@ class NodeSystem:
         engine, counts = self._engine, Counts()
         if not sees(identity, ""):
             seen = engine.list() if engine is not None else ()
-            return engine.counts_of([one for one in seen if sees(identity, one.stack)]) if engine else counts
+            return Counts.of([one for one in seen if sees(identity, one.stack)])
         if engine is not None:
             counts = engine.counts()
         if self._docker is not None:
