@@ -100,8 +100,8 @@ class _FailingView:
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
         return self._view.damaged(kind)
 
-    def resolve(self, kind: type[T], word: str) -> T:
-        return self._view.resolve(kind, word)
+    def resolve(self, kind: type[T], word: str, among: Callable[[T], bool] | None = None) -> T:
+        return self._view.resolve(kind, word, among)
 
 
 class StaleStore:

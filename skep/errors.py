@@ -6,6 +6,7 @@ An error is raised by meaning, with a message that a user can act on.  Status co
 import os
 import re
 import ssl
+from typing import Self
 
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
@@ -18,26 +19,38 @@ class InvalidArgument(SkepError):
     """The request can never work."""
 
 
-class PortTaken(InvalidArgument):
-    """Another service publishes the port, and the message names it."""
+class FailedPrecondition(SkepError):
+    """The request does not fit the current state of its objects."""
+
+
+class NamesAnother(SkepError):
+    """The message names another object, which some users may not see."""
 
     def __init__(self, message: str, *, stack: str = "", unnamed: str = "") -> None:
         """
         Args:
-            stack: Stack of the other service, or an empty string.
-            unnamed: The same message without the other service, for users who may not see it.
+            stack: Stack of the other object, or an empty string.
+            unnamed: The same message without the other object, for users who may not see it.
         """
         super().__init__(message)
         self.stack = stack
         self.unnamed = unnamed or message
 
-    def prefixed(self, prefix: str) -> "PortTaken":
+    def prefixed(self, prefix: str) -> Self:
         """Return the error with ``prefix`` before both messages."""
-        return PortTaken(f"{prefix}{self}", stack=self.stack, unnamed=f"{prefix}{self.unnamed}")
+        return type(self)(f"{prefix}{self}", stack=self.stack, unnamed=f"{prefix}{self.unnamed}")
+
+    def without_name(self) -> Self:
+        """Return the error for users who may not see the other object."""
+        return type(self)(self.unnamed, stack=self.stack)
 
 
-class FailedPrecondition(SkepError):
-    """The request does not fit the current state of its objects."""
+class PortTaken(NamesAnother, InvalidArgument):
+    """Another service publishes the port."""
+
+
+class SubnetTaken(NamesAnother, FailedPrecondition):
+    """Another network has addresses of the subnet."""
 
 
 class Unauthenticated(SkepError):

@@ -8,10 +8,11 @@ from sim.committed import Change
 from sim.invariants.disks import has_full_disk
 from sim.invariants.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
+from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Updated, View
 from skep.store.updates import DEADLINE_S
 
@@ -114,6 +115,10 @@ class TasksAreSpread:
     tasks of slots with a newer task do not count, since they are retired when the newer tasks run.  The scheduler
     disregards the old tasks of the slots that it fills at the same time.  Nodes that a manager cannot read
     (``unreadable``) do not count either.
+
+    A task with cluster volumes is compared among the nodes that could have had the same volumes.  A node that is
+    releasing a volume, or was within ``KNOWN_S``, cannot have it: a release may take minutes and cannot be taken back,
+    so the scheduler does not wait for it.
     """
 
     KNOWN_S = DEADLINE_S
@@ -126,6 +131,8 @@ class TasksAreSpread:
         self._ended_at: dict[TaskId, float] = {}
         self._failed: set[ServiceId] = set()
         """Services with a failed task, whose node is avoided even after the task's record is deleted."""
+        self._released_at: dict[tuple[str, NodeId], float] = {}
+        """Last time at which a node was releasing a volume."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -134,6 +141,10 @@ class TasksAreSpread:
                     self._ended_at.setdefault(ended.id, change.time_s)
                     if ended.status.state in (TaskState.FAILED, TaskState.REJECTED):
                         self._failed.add(ended.service_id)
+                case Updated(Volume() as earlier, Volume() as later):
+                    for status in (*earlier.publish_status, *later.publish_status):
+                        if not status.takes_tasks:
+                            self._released_at[later.id, status.node_id] = change.time_s
                 case Created(Node()):
                     self._changed_at = change.time_s
                 case Updated(Node() as before, Node() as after) if (
@@ -151,7 +162,6 @@ class TasksAreSpread:
         if (
             reservations(task) != Resources()
             or has_placement(task)
-            or _has_cluster_volumes(task)
             or service is None
             or host_ports(service.spec)
         ):
@@ -169,7 +179,10 @@ class TasksAreSpread:
         nodes = [
             node.id
             for node in view.find(Node)
-            if _takes_tasks(node) and not has_full_disk(node) and node.id not in unreadable
+            if _takes_tasks(node)
+            and not has_full_disk(node)
+            and node.id not in unreadable
+            and all(self._can_have(view, VolumeId(one.id), node, now) for one in task.volumes)
         ]
         if not nodes:
             return
@@ -180,11 +193,18 @@ class TasksAreSpread:
                 f"while a node has {least}"
             )
 
-
-def _has_cluster_volumes(task: Task) -> bool:
-    """Return whether the task needs cluster volumes, which nodes release one after the other."""
-    container = task.spec.container_spec
-    return container is not None and any(one.type == "cluster" for one in container.mounts)
+    def _can_have(self, view: View, id: VolumeId, node: Node, now: float) -> bool:
+        """Whether the node could have had the volume.  Limits of drivers and volumes count as full."""
+        volume = view.lookup(Volume, id)
+        if volume is None or volume.spec.group or volume.spec.access_mode.scope is VolumeScope.SINGLE:
+            return False
+        driver = volume.spec.driver.name
+        if not any(
+            one.plugin_name == driver and not one.max_volumes_per_node for one in node.description.csi_info
+        ):
+            return False
+        is_released = all(one.takes_tasks for one in volume.publish_status if one.node_id == node.id)
+        return is_released and now - self._released_at.get((id, node.id), -inf) > self.KNOWN_S
 
 
 class UpdatesKeepServing:
@@ -195,13 +215,10 @@ class UpdatesKeepServing:
     """
 
     KNOWN_S = DEADLINE_S
-    JUST_S = 1.0
 
     def __init__(self) -> None:
         self._running_at: dict[TaskId, float] = {}
         self._back_at: dict[NodeId, float] = {}
-        self._placed_at: dict[TaskId, float] = {}
-        """Time at which a task got a node after it had been refused one."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         # Before the next loop: one commit may have both, and tasks come before nodes in it.
@@ -211,18 +228,14 @@ class UpdatesKeepServing:
                     self._back_at[after.id] = change.time_s
         for event in change.events:
             match event:
-                case Updated(Task() as old, Task() as new) if (
-                    old.status.err and not old.node_id and new.node_id
-                ):
-                    self._placed_at[new.id] = change.time_s
                 case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
                     known_at = max(self._running_at.get(new.id, -inf), self._back_at.get(new.node_id, -inf))
                     if change.time_s - known_at > self.KNOWN_S:
-                        yield from self._violations(view, new, change.time_s)
+                        yield from self._violations(view, new)
                 case Updated(Task() as old, Task() as new) if new.status.state is TaskState.RUNNING:
                     self._running_at.setdefault(new.id, change.time_s)
 
-    def _violations(self, view: View, new: Task, now: float) -> Iterable[str]:
+    def _violations(self, view: View, new: Task) -> Iterable[str]:
         service = view.lookup(Service, new.service_id)
         node = view.lookup(Node, new.node_id)
         if service is None or service.removed_at is not None or not always_starts_first(service):
@@ -235,10 +248,7 @@ class UpdatesKeepServing:
         successors = [one for one in slot if one.is_wanted]
         differs = any(successor.spec != new.spec for successor in successors)
         refused = any(
-            (successor.status.state is TaskState.PENDING and successor.status.err)
-            # The leader stops the old task while its scheduler finds a node that has just become free.
-            or now - self._placed_at.get(successor.id, -inf) < self.JUST_S
-            for successor in successors
+            successor.status.state is TaskState.PENDING and successor.status.err for successor in successors
         )
         if refused or not meets(constraints_of(service.spec), node):
             return  # its replacement needs its resources, or its node no longer meets the constraints

@@ -24,7 +24,7 @@ from skep.api.permissions import (
     why_not_image,
     why_not_ps,
 )
-from skep.errors import PermissionDenied, PortTaken
+from skep.errors import NamesAnother, PermissionDenied
 from skep.model.access import EVERY_STACK, Identity, Role
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -73,7 +73,7 @@ async def respond_if_authorized(
         raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
     try:
         response = await handler(request)
-    except PortTaken as error:
+    except NamesAnother as error:
         raise shown_error(identity, error) from error
     if rule.scope is Scope.LIST and identity.role_in(EVERY_STACK) is None and response.status == 200:
         assert isinstance(response, web.Response), "lists are documents"

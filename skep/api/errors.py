@@ -13,10 +13,10 @@ from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
+    NamesAnother,
     NotFound,
     OutOfSequence,
     PermissionDenied,
-    PortTaken,
     ResourceExhausted,
     RetryLater,
     SkepError,
@@ -118,7 +118,7 @@ def rpc_errors() -> Iterator[None]:
             raise
         class_, code = found
         prefix = f"rpc error: code = {code} desc = "
-        if isinstance(error, PortTaken):  # still to be shown without the name of the other service
+        if isinstance(error, NamesAnother):  # still to be shown without the name of the other object
             raise error.prefixed(prefix) from error
         raise class_(f"{prefix}{error}") from error
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from skep.errors import InvalidArgument, PortTaken, SkepError
+from skep.errors import NamesAnother, SkepError
 from skep.model.access import EVERY_STACK, Identity, Role
 from skep.model.rights import ApiAccess
 from skep.model.value_rights import image_rights
@@ -139,9 +139,9 @@ def sees(identity: Identity, stack: str) -> bool:
 
 
 def shown_error(identity: Identity, error: SkepError) -> SkepError:
-    """Return ``error`` without the name of a service that ``identity`` may not see."""
-    if isinstance(error, PortTaken) and not sees(identity, error.stack):
-        return InvalidArgument(error.unnamed)
+    """Return ``error`` without the name of an object that ``identity`` may not see."""
+    if isinstance(error, NamesAnother) and not sees(identity, error.stack):
+        return error.without_name()
     return error
 
 

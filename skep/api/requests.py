@@ -11,6 +11,7 @@ from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
+from skep.api.former_names import with_present_names
 from skep.api.raw import RawClient
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 from skep.model.access import ROLE_HEADER
@@ -53,15 +54,16 @@ class Requests(ABC):
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
-        """Return the decoded response to ``GET path``.
+        """Return the decoded response to ``GET path``, with the present names of its fields.
 
         Raises:
             SkepError: The error of the response's status.
             Unavailable: There was no response.
         """
-        return await self.request(
+        found = await self.request(
             "GET", path, filters=filters, query=query, headers=headers, timeout_s=timeout_s
         )
+        return with_present_names(path, found)
 
     async def post(
         self,
@@ -72,8 +74,12 @@ class Requests(ABC):
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
-        """Return the decoded response to ``POST path`` with ``body`` as JSON.  Raises: the errors of ``get``."""
-        return await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
+        """Return the decoded response to ``POST path`` with ``body`` as JSON, as ``get`` does.
+
+        Raises: the errors of ``get``.
+        """
+        found = await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
+        return with_present_names(path, found)
 
     async def delete(self, path: str, *, timeout_s: float | None = None, **query: str) -> Any:
         """Return the decoded response to ``DELETE path``.  Raises: the errors of ``get``."""

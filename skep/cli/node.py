@@ -285,9 +285,9 @@ class _Progress:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
-            click.echo(_CONTAINERS[bool(state.get("KeepContainers") or state.get("KeepsContainers"))])
+            click.echo(_CONTAINERS[bool(state.get("KeepContainers"))])
             return True
-        self.note(str(state.get("WaitingFor") or state.get("WaitsFor") or ""))
+        self.note(str(state.get("WaitingFor") or ""))
         return False
 
     def note(self, reason: str) -> None:

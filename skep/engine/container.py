@@ -5,9 +5,9 @@ API's ``docker ps`` and ``docker inspect`` render it.  It holds no secrets excep
 environment.  Other versions read the records, so serialized field names never change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -442,6 +442,18 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     images: int = 0
     health_checks: int = 0
     failed_health_checks: int = 0
+
+    @classmethod
+    def of(cls, containers: Collection[Container]) -> Self:
+        """Return the number of ``containers`` by state, and of their images."""
+        states = [one.state for one in containers]
+        running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
+        return cls(
+            running=running,
+            paused=paused,
+            stopped=len(states) - running - paused,
+            images=len({one.image_id for one in containers}),
+        )
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})

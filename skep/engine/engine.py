@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
@@ -196,12 +197,8 @@ class Engine:
     def counts(self) -> Counts:
         """Return the number of containers by state, of images, and of health probes."""
         probes = self._lifecycle.health
-        states = [one.state for one in self.list()]
-        running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
-        return Counts(
-            running=running,
-            paused=paused,
-            stopped=len(states) - running - paused,
+        return replace(
+            Counts.of(self.list()),
             images=len(self.images.images()),
             health_checks=probes.count,
             failed_health_checks=probes.failures,

@@ -74,7 +74,7 @@ VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
 FORMER_VOLUMES = "skep.volumes"
 _FORMER_VALUES = {"return": "preferred", "keep": "required", "spread": "none"}
-"""The label and its values in specs of earlier versions; the present label wins."""
+"""The label and its values in specs of earlier versions.  In a spec with both labels, the present one wins."""
 
 PRIORITY = "skep.priority"
 """On services: tasks of a higher priority are placed first if resources are short.  Default 0."""
@@ -90,7 +90,7 @@ ALLOW_CREDENTIAL_HELPERS = "skep.allow-credential-helpers"
 """On the cluster: ``STACK=REPOSITORY,...``: images for which services of users below the administrator may use the
 nodes' credential helpers."""
 _FORMER_ALLOW_HELPERS = "skep.allow-helpers"
-"""The label in clusters of earlier versions; the present one wins."""
+"""The label in clusters of earlier versions.  If both exist, the present one wins."""
 
 EXEC = "skep.exec"
 """On containers: commands and files that users below administrator may bring into them (``ExecPolicy``)."""
@@ -311,6 +311,7 @@ def allows_worker_reads(labels: Mapping[str, str]) -> bool:
 
 def check_service_labels(labels: Mapping[str, str]) -> None:
     """Check the ``skep.*`` labels of a service.  Raises: InvalidArgument."""
+    _check_former(labels, FORMER_VOLUMES, VOLUME_AFFINITY, _FORMER_VALUES)
     if EXEC in labels:
         raise InvalidArgument(
             f"the label {EXEC} counts on containers only: give it with --container-label, not with --label"
@@ -341,8 +342,29 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
     _check_switch(labels, PREEMPTION)
     _check_switch(labels, SHARE_IMAGES)
     _check_switch(labels, ALLOW_MACHINE_LOGS)
+    _check_former(labels, _FORMER_ALLOW_HELPERS, ALLOW_CREDENTIAL_HELPERS)
     allowed_repositories(labels)
     allowed_rights(labels.get(ALLOW_LABEL, ""))
+
+
+def _check_former(
+    labels: Mapping[str, str], former: str, present: str, values: Mapping[str, str] | None = None
+) -> None:
+    """Check that a label's former name and its present one, given together, have the same value.
+
+    Args:
+        values: Present values by former value.
+
+    Raises: InvalidArgument.
+    """
+    if former not in labels or present not in labels:
+        return
+    old, new = labels[former], labels[present]
+    if (values or {}).get(old, old) != new:
+        raise InvalidArgument(
+            f"the labels {former}={old} and {present}={new} contradict each other: {former} is the former name of "
+            f"{present}. Remove {former}"
+        )
 
 
 def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:

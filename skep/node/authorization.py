@@ -13,10 +13,11 @@ from aiohttp import web
 from skep.api.authorization import stack_label_of
 from skep.api.identity import IDENTITY_HEADER, identity_of, packed
 from skep.api.networks import NetworkBody
-from skep.api.permissions import STACK_LABEL, Facts, Known, Rule, Scope
+from skep.api.permissions import STACK_LABEL, Facts, Known, NewObject, Rule, Scope, sees
 from skep.api.server import read_json
 from skep.engine.engine import Engine
 from skep.errors import NotFound, PermissionDenied
+from skep.model.access import Identity
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.visible_containers import visible_container
 
@@ -34,7 +35,9 @@ class NodeObjects:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
                 raise PermissionDenied("only administrators may create networks of one node")
-            return Facts()  # the manager that receives the request checks it
+            # The manager that receives the request checks it.  Names of the node's networks are compared before that,
+            # so a user must not try names of other stacks.
+            return Facts(new=(NewObject(name=body.name, stack=body.labels.get(STACK_LABEL, "")),))
         key = "id" if "id" in request.match_info else "name"
         word = request.match_info[key]
         match rule.kind:
@@ -42,7 +45,7 @@ class NodeObjects:
                 container = visible_container(self._engine, identity_of(request), word)
                 known = Known(id=container.id, stack=container.stack)
             case "volume":
-                known = self._volume(word)
+                known = self._volume(identity_of(request), word)
             case "network":
                 known = await self._network(request, word)
             case kind:
@@ -59,11 +62,13 @@ class NodeObjects:
         except NotFound:  # it was removed meanwhile
             return ""
 
-    def _volume(self, word: str) -> Known:
+    def _volume(self, identity: Identity, word: str) -> Known:
+        """Return a volume.  Raises: NotFound: ``identity`` sees no such volume."""
         labels = self._engine.volumes.labels(word) if self._engine is not None else None
-        if labels is None:
+        stack = labels.get(STACK_LABEL, "") if labels is not None else ""
+        if labels is None or not sees(identity, stack):
             raise NotFound(f"get {word}: no such volume")
-        return Known(id=word, stack=labels.get(STACK_LABEL, ""))
+        return Known(id=word, stack=stack)
 
     async def _network(self, request: web.Request, word: str) -> Known:
         """Ask the manager for a network.

@@ -191,6 +191,8 @@ class TaskContainers:
             else self._engine.execs.get(subject["id"]).container_id
         )
         if id != container.id:
+            if subject["kind"] == "exec":  # the same as for a missing one
+                raise NotFound(f"No such exec instance: {subject['id']}")
             raise PermissionDenied(f"the request is not about container {container.id}")
 
 

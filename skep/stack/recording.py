@@ -70,8 +70,8 @@ async def carry_out(
 
     Nothing is written if the managers would refuse a part of the plan.  The deploy replaces running deploys of the
     stack, and is planned again for the objects that they have left.  A plan for some services only is recorded as the
-    last revision with these services changed.  It is refused while another deploy of the stack runs, because it would
-    replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
+    last deployed revision with these services changed.  It is refused while another deploy of the stack runs, because
+    it would replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
 
     ``made`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
@@ -92,7 +92,8 @@ async def carry_out(
         return
     await check(client, stack, plan, warn)
     if whole is not None:
-        after = revisions[-1].number if plan.only and revisions else None
+        newest = revisions[-1].number if revisions else 0
+        after = newest if plan.only else None
         made.revision = await _record(client, whole, plan, warn, after=after)
     if made.revision:
         made.claim = Claim(client, asked, made.revision)
@@ -124,14 +125,19 @@ async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
 def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | None:
     """Return the whole stack to record as a revision, or None for some services of a stack without a revision.
 
+    The other services are recorded as they were last deployed.  A revision whose deploy failed or was interrupted has
+    content that never ran, and the new revision will be marked as deployed.
+
     Raises: FailedPrecondition: the plan is for some services, and another deploy is under way.
     """
     if not plan.only:
         return stack
-    if not revisions:
-        return with_part(Stack(name=stack.name), stack, plan.only) if plan.is_new else None
-    _check_after(revisions[-1], revisions[-1].number)
-    return with_part(revisions[-1].stack(), stack, plan.only)
+    if not revisions and not plan.is_new:
+        return None
+    if revisions:
+        _check_after(revisions[-1], revisions[-1].number)
+    deployed = next((one for one in reversed(revisions) if one.state == DEPLOYED), None)
+    return with_part(deployed.stack() if deployed else Stack(name=stack.name), stack, plan.only)
 
 
 def _check_after(last: Revision, number: int) -> None:
@@ -176,12 +182,13 @@ async def _record(
     """Record a new revision and return its id, or an empty string if it is too large or refused by a quota.
 
     Args:
-        after: number of the revision that this one extends and that has to be the newest, or None for any.
+        after: number of the revision that has to be the newest, 0 if there must be none, or None for any.
     """
     backoff = Backoff(0.05, 2.0)
     deadline = asyncio.get_running_loop().time() + _RECORDED_WITHIN_S
     while asyncio.get_running_loop().time() < deadline:
         revisions = await known_revisions(client, stack.name)
+        # Also after 0: another first deploy may have recorded its part meanwhile.
         if after is not None and revisions:
             _check_after(revisions[-1], after)
         try:

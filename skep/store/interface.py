@@ -69,15 +69,18 @@ class View(Protocol):
         Such a part keeps its last readable value, or its defaults.  Writing it repairs it.
         """
 
-    def resolve(self, kind: type[T], word: str) -> T:
+    def resolve(self, kind: type[T], word: str, among: Callable[[T], bool] | None = None) -> T:
         """Return the object that ``word`` names: by full id, name, or unique prefix of an id (Docker's order).
 
         Removed services, which are still stored as owners of their tasks, are not found.
 
+        Args:
+            among: Returns whether an object takes part.  The result is the same as if the others did not exist.
+
         Raises:
             NotFound: "service web not found".
             InvalidArgument: "... is ambiguous (2 matches found)".
-            Unavailable: It is unreadable.
+            Unavailable: It is unreadable.  Not raised with ``among``, which cannot judge such an object.
         """
 
 

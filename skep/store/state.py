@@ -6,7 +6,7 @@ publishes the events.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -14,7 +14,7 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
@@ -88,8 +88,8 @@ class State:
     def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:
         return self.table_by_type[kind].damaged
 
-    def resolve(self, kind: type[T], word: str) -> T:
-        found: T = resolved(self, self.table_by_type[kind], word)
+    def resolve(self, kind: type[T], word: str, among: Callable[[T], bool] | None = None) -> T:
+        found: T = resolved(self, self.table_by_type[kind], word, among)
         return found
 
     def ids_with_prefix(self, kind: type[msgspec.Struct], prefix: str) -> Sequence[str]:
@@ -257,11 +257,12 @@ def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, prese
             del lists[key]
 
 
-def resolved(view: Any, table: Table, word: str) -> Any:
+def resolved(view: Any, table: Table, word: str, among: Callable[[Any], bool] | None = None) -> Any:
     """Return the object that ``word`` names: by id, name, or unique prefix of an id.
 
     Args:
         view: The state, or a transaction over it, with ``lookup``, ``find`` and ``ids_with_prefix``.
+        among: See ``interface.View.resolve``.
 
     Raises:
         NotFound: No object matches.
@@ -272,20 +273,26 @@ def resolved(view: Any, table: Table, word: str) -> Any:
     """
     schema = table.schema
     kind: type[Any] = schema.type
+
+    def is_found(one: Any) -> bool:
+        return one is not None and not schema.is_hidden(one) and (among is None or among(one))
+
     exact = view.lookup(kind, word)
-    if exact is not None and not schema.is_hidden(exact):
+    if is_found(exact):
         return exact
     found: list[Any] = []
     if kind is Task:
         found = _tasks_named(view, word)
     elif "name" in schema.indexes:
         found = list(view.find(kind, name=word))
+    if among is not None:
+        found = list(filter(among, found))
     if not found and word:
         candidates = (view.lookup(kind, id) for id in view.ids_with_prefix(kind, word))
-        found = [one for one in candidates if one is not None and not schema.is_hidden(one)]
+        found = list(filter(is_found, candidates))
     match found:
         case []:
-            raise table.missing(word)
+            raise table.missing(word) if among is None else NotFound(f"{schema.name} {word} not found")
         case [one]:
             return one
     raise InvalidArgument(f"{schema.name} {word} is ambiguous ({len(found)} matches found)")

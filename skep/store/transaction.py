@@ -114,8 +114,8 @@ class LocalTransaction:
     def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:
         return self._state.damaged(kind)
 
-    def resolve(self, kind: type[T], word: str) -> T:
-        found: T = resolved(self, self._state.table_by_type[kind], word)
+    def resolve(self, kind: type[T], word: str, among: Callable[[T], bool] | None = None) -> T:
+        found: T = resolved(self, self._state.table_by_type[kind], word, among)
         return found
 
     def ids_with_prefix(self, kind: type[msgspec.Struct], prefix: str) -> Sequence[str]:

@@ -14,6 +14,7 @@ from skep.manager.cluster import etcds_behind
 from skep.manager.control.swarm import Rotations, rotate_root, update_swarm
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
 from skep.model.ids import NodeId, new_id
+from skep.model.meta import TLSInfo
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus, Reachability
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
@@ -150,6 +151,24 @@ async def test_a_rotation_does_not_begin_before_every_etcd_trusts_the_root_of_th
     trusted = root_digest(cluster.swarm.tls_info.trust_root.encode())
     await put(cluster, replace(behind, peer_roots=trusted))
     await rotate(cluster)
+    assert cluster.swarm.root_rotation_in_progress
+
+
+async def test_an_eviction_begins_no_rotation_that_a_node_would_not_survive(cluster):
+    """Such a node joined since the root before, and accepts the managers by a certificate of that root."""
+    node, former = cluster.node(MANAGER_ID), TLSInfo(trust_root="the root before")
+    description = replace(node.description, tls_info=former)
+    behind = replace(node, description=description, status=NodeStatus(state=NodeState.READY))
+    await put(cluster, behind)
+    with pytest.raises(Unavailable, match=f"nodes have not yet taken the root of the last .*: {MANAGER_ID}"):
+        await cluster.store.update(rotate_root, datetime.now(UTC))
+    await put(cluster, replace(behind, status=NodeStatus(state=NodeState.DOWN)))
+    with pytest.raises(FailedPrecondition, match=f"unavailable nodes .*: {MANAGER_ID}. Start them"):
+        await cluster.store.update(rotate_root, datetime.now(UTC))
+    assert not cluster.swarm.root_rotation_in_progress
+    taken = replace(description, tls_info=cluster.swarm.tls_info)
+    await put(cluster, replace(behind, description=taken))
+    await cluster.store.update(rotate_root, datetime.now(UTC))
     assert cluster.swarm.root_rotation_in_progress
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from skep.errors import FailedPrecondition
 from skep.model.network import Network
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
@@ -372,6 +373,59 @@ async def test_a_deploy_of_a_part_is_a_revision_of_the_whole_stack(cluster: Clus
     assert images == {"web": "busybox:2", "db": "busybox"}
     assert (await cluster.deploy("--only", "web"))[0] == 0
     assert await listed(cluster) == "1 deployed\n2 deployed\n", "nothing was changed"
+
+
+async def recorded_images(cluster: Cluster) -> dict[str, str]:
+    """The images in the newest revision."""
+    async with cluster.requests() as client:
+        recorded = (await known_revisions(client, "shop"))[-1].stack()
+    containers = {name: one.spec.task_template.container_spec for name, one in recorded.services.items()}
+    return {name: one.image.partition("@")[0] for name, one in containers.items() if one is not None}
+
+
+async def test_a_deploy_of_a_part_after_a_failed_deploy_records_nothing_that_failed(cluster: Cluster) -> None:
+    cluster.write(FILE % "busybox")
+    assert (await cluster.deploy())[0] == 0
+    cluster.write(f"name: shop\nservices: {{web: {{image: 'busybox:2'}}, db: {{image: {FAILS}}}}}\n")
+    assert (await cluster.deploy("--timeout", "20s"))[0] == 1
+    cluster.write(f"name: shop\nservices: {{web: {{image: 'busybox:3'}}, db: {{image: {FAILS}}}}}\n")
+    code, _, err = await cluster.deploy("--only", "web")
+    assert code == 0, err
+    states = (await listed(cluster)).splitlines()
+    assert states[1].startswith("2 failed")
+    assert states[2] == "3 deployed"
+    assert await recorded_images(cluster) == {"web": "busybox:3", "db": "busybox"}
+
+
+async def test_a_part_of_a_stack_whose_first_deploy_failed_is_recorded_alone(cluster: Cluster) -> None:
+    cluster.write(FILE % FAILS)
+    assert (await cluster.deploy("--timeout", "20s"))[0] == 1
+    cluster.write(f"name: shop\nservices: {{web: {{image: 'busybox:2'}}, db: {{image: {FAILS}}}}}\n")
+    code, _, err = await cluster.deploy("--only", "web")
+    assert code == 0, err
+    assert await recorded_images(cluster) == {"web": "busybox:2"}
+
+
+async def test_of_two_first_deploys_of_parts_one_is_refused(cluster: Cluster) -> None:
+    """Both have read that there is no revision.  The second one's record would lack the first one's services."""
+    made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, Report())
+    async with cluster.requests() as one, cluster.requests() as other:
+        existing = await existing_of(one, "shop")
+        plans = [plan_of(made, existing, images={}, prune=False, only=[name]) for name in ("web", "db")]
+        ends = await asyncio.gather(
+            *(
+                carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail)
+                for client, plan in zip((one, other), plans, strict=True)
+            ),
+            return_exceptions=True,
+        )
+    refused = [end for end in ends if end is not None]
+    assert len(refused) == 1, ends
+    assert isinstance(refused[0], FailedPrecondition), ends
+    assert "another deploy of shop is under way" in str(refused[0])
+    assert await listed(cluster) == "1 deployed\n"
+    images = await recorded_images(cluster)
+    assert cluster.names() == [f"shop_{name}" for name in images]
 
 
 async def test_a_deploy_of_a_part_is_refused_while_another_deploy_is_under_way(cluster: Cluster) -> None:

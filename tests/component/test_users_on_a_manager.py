@@ -558,6 +558,16 @@ async def test_an_operator_has_no_thousands_of_services_without_tasks(rig: Rig) 
     assert (await rig.exchange("operator:shop", update, a_spec() | {"Name": "shop_7"}))[0] == 200
 
 
+async def test_a_task_that_never_had_a_container_is_refused_with_its_state(rig: Rig) -> None:
+    service = await rig.api.store.update(put, labeled(a_service("shop_web"), SHOP))
+    task = a_task("t1", service=service, node="n1", state=TaskState.SHUTDOWN)
+    await rig.api.store.update(put, replace(task, status=replace(task.status, container_status=None)))
+    for request in ("GET {}/container/json", "GET {}/container/logs?stdout=1", "POST {}/container/exec"):
+        body = {"Cmd": ["id"]} if request.startswith("POST") else None
+        status, text, _ = await rig.exchange("operator:shop", request.format("/skep/tasks/t1"), body)
+        assert (status, "task t1 is not running: it is shutdown" in text) == (400, True), text
+
+
 async def test_an_operator_signals_the_containers_of_its_stack_and_no_others(rig: Rig) -> None:
     for name, stack in (("shop_web", "shop"), ("blog_web", "blog")):
         service = await rig.api.store.update(put, labeled(a_service(name), {STACK_LABEL: stack}))
@@ -565,8 +575,9 @@ async def test_an_operator_signals_the_containers_of_its_stack_and_no_others(rig
     kill = "POST /skep/tasks/{}/container/kill?signal=HUP"
     assert (await rig.exchange("operator:shop", kill.format("tshop")))[0] == NO_NODE
     assert any(entry.message.endswith(": HUP") for entry in rig.journal.entries), rig.journal.entries
-    for role, task in (("operator:shop", "tblog"), ("viewer:shop", "tshop"), ("viewer", "tshop")):
+    for role, task in (("viewer:shop", "tshop"), ("viewer", "tshop")):
         assert (await rig.exchange(role, kill.format(task)))[0] == 403, role
+    assert (await rig.exchange("operator:shop", kill.format("tblog")))[0] == 404
 
 
 @pytest.mark.parametrize("role", ["viewer", "operator", "viewer:shop"])

@@ -20,6 +20,9 @@ from tests.support.playground_rig import (
 
 pytestmark = pytest.mark.timeout(240)
 
+DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
+"""Command that ignores SIGTERM."""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TestCluster]:
@@ -40,7 +43,8 @@ def test_a_drained_node_is_empty_when_the_command_ends_and_a_lost_one_is_forgott
     cluster: TestCluster,
 ) -> None:
     m1 = cluster.node("m1")
-    create(m1, "web", 4, "--stop-grace-period", "2s")
+    # They stop at the end of their grace period.  The command prints the tasks that it finds at its first look.
+    create(m1, "web", 4, "--stop-grace-period", "5s", command=DEAF)
     tasks = wait_running(m1, "web", 4, 60)
     worker = nodes_by_name(m1)["w1"]["ID"]
     assert {task["NodeID"] for task in tasks} > {worker}

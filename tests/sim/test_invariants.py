@@ -30,11 +30,12 @@ from skep.model.service import (
     TaskSpec,
     UpdateOrder,
 )
-from skep.model.task import TaskState, TaskStatus
+from skep.model.task import TaskState, TaskStatus, VolumeAttachment
+from skep.model.volume import PublishState, VolumeScope, VolumeSharing
 from skep.store.state import State
 from skep.store.transaction import LocalTransaction
 from tests.sim.histories import LEADER, OTHER, W1, W2, W3, History, a_node, a_run, a_service, a_task
-from tests.support.builders import a_service_spec
+from tests.support.builders import a_cluster_volume, a_service_spec, with_disks
 
 
 def test_a_state_that_goes_back_is_rejected() -> None:
@@ -116,6 +117,36 @@ def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
     assert len(history.violations) == 1
 
 
+@pytest.mark.parametrize(
+    ("on", "released_s", "is_wrong"),
+    [
+        ({}, 0.0, True),
+        ({"w2": PublishState.PUBLISHED}, 0.0, True),
+        ({"w2": PublishState.PENDING_NODE_UNPUBLISH}, 0.0, False),
+        ({"w2": PublishState.PENDING_NODE_UNPUBLISH}, 0.1, False),
+        ({"w2": PublishState.PENDING_NODE_UNPUBLISH}, TasksAreSpread.KNOWN_S + 1, True),
+    ],
+)
+def test_tasks_with_cluster_volumes_are_spread_over_the_nodes_that_can_have_them(
+    on: dict[str, PublishState], released_s: float, is_wrong: bool
+) -> None:
+    """``released_s``: seconds since the node has released the volume, or 0 if that is not over."""
+    history = History(TasksAreSpread(frozenset))
+    nodes = [with_disks(a_node(W1)), with_disks(a_node(W2))]
+    history.put(*nodes, a_service(), *(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
+    volume = a_cluster_volume(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL)
+    history.put(volume)
+    history.put(a_cluster_volume(on=on, scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL))
+    history.after(10)
+    if released_s:
+        history.put(volume)
+        history.after(released_s)
+    for slot in (1, 2, 3):
+        task = a_task(f"t{slot}", slot=slot, node="w1", state=TaskState.ASSIGNED)
+        history.put(replace(task, volumes=(VolumeAttachment(id=volume.id, source="orders", target="/d"),)))
+    assert bool(history.violations) is is_wrong
+
+
 @pytest.mark.parametrize(("known_s", "is_wrong"), [(0.1, False), (TasksAreSpread.KNOWN_S + 1, True)])
 def test_an_end_that_the_leader_may_not_have_seen_does_not_make_another_node_the_fuller_one(
     known_s: float, is_wrong: bool
@@ -184,19 +215,16 @@ def test_with_start_first_a_task_that_has_just_started_may_be_stopped() -> None:
     assert history.violations == []
 
 
-@pytest.mark.parametrize(("after_s", "is_wrong"), [(0.5, False), (2.0, True)])
-def test_with_start_first_a_task_may_be_stopped_while_a_node_becomes_free(
-    after_s: float, *, is_wrong: bool
-) -> None:
-    """The leader has decided to stop it for a successor that was refused every node."""
+def test_with_start_first_no_task_is_stopped_whose_refused_successor_has_got_a_node() -> None:
+    """Not even a moment later: the leader decides to stop it for a successor that was refused every node."""
     history = History(UpdatesKeepServing())
     old = a_task("old", node="w1", state=TaskState.RUNNING)
     history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), old)
     new = a_task("new", image="app:2", state=TaskState.PENDING)
     history.put(replace(new, status=replace(new.status, err="no suitable node")))
     history.put(a_task("new", image="app:2", node="w2", state=TaskState.ASSIGNED))
-    history.after(after_s).put(replace(old, desired_state=TaskState.SHUTDOWN))
-    assert bool(history.violations) is is_wrong
+    history.after(0.1).put(replace(old, desired_state=TaskState.SHUTDOWN))
+    assert history.violations
 
 
 def test_a_slot_that_is_removed_waits_for_no_replacement() -> None:

@@ -109,6 +109,9 @@ class MemoryRuntime:
         self._machine.fault("update", container.id)
         return ()
 
+    def expect_exec(self) -> None:
+        """Do nothing, because no program is prepared."""
+
     def reopen_log(self, id: ContainerId) -> None:
         self._machine.fault("reopen", id)
 

@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.api.filters import Filters
 from skep.engine.api.network_settings import networks
 from skep.engine.container import Container, ContainerState
-from skep.engine.images.image import Image
+from skep.engine.images.digest import Digest, hex_of
+from skep.engine.images.reference import Reference, parse_any
 from skep.errors import InvalidArgument
 from skep.model.labels import LABEL_TASK_ID
 
@@ -39,11 +41,46 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """Ids of the predefined networks by name."""
 
 
-def ancestors(words: Sequence[str], lookup: Callable[[str], Image | None]) -> frozenset[str] | None:
-    """Return the ids of the images in an ``ancestor`` filter.  Names without an image are ignored."""
+def ancestors(words: Sequence[str], image_id: Callable[[str], str]) -> frozenset[str] | None:
+    """Return the ids of the images in an ``ancestor`` filter.  Names without an image are ignored.
+
+    Args:
+        image_id: Returns the id of the image with a name, or an empty string.
+    """
     if not words:
         return None
-    return frozenset(image.id for word in words if (image := lookup(word)) is not None)
+    return frozenset(filter(None, map(image_id, words)))
+
+
+def image_id_among(containers: Sequence[Container]) -> Callable[[str], str]:
+    """Return ``image_id`` for users who do not see the node's images.
+
+    Only images of ``containers`` are known: by id, prefix of an id, or the name with which a container was created.
+    """
+
+    by_name = {name: one.image_id for one in containers for name in _full_names(one.image)}
+
+    def image_id(word: str) -> str:
+        digits = word.removeprefix("sha256:")
+        ids = {one.image_id for one in containers if digits and hex_of(one.image_id).startswith(digits)}
+        named = (by_name[name] for name in _full_names(word)[:1] if name in by_name)
+        return next(named, ids.pop() if len(ids) == 1 else "")
+
+    return image_id
+
+
+def _full_names(word: str) -> Sequence[str]:
+    """Return the full names of an image: the decisive name first, then the other names in ``word``."""
+    try:
+        named = parse_any(word)
+    except InvalidArgument:
+        return ()
+    if not isinstance(named, Reference):
+        return (named,)
+    by_tag = replace(named, digest=Digest("")).with_default_tag()
+    if not named.digest:
+        return (str(by_tag),)
+    return (str(named.with_digest(named.digest)), *([str(by_tag)] if named.tag else []))
 
 
 def select(containers: Sequence[Container], selection: Selection) -> Sequence[Container]:

@@ -6,7 +6,7 @@ Source: moby 20.10, api/server/router/container/container_routes.go.
 """
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from aiohttp import web
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.trees import walk_tree
 from skep.api.errors import NotModified, Untranslated
+from skep.api.identity import identity_of
+from skep.api.permissions import sees
 from skep.api.server import (
     Filters,
     JsonLines,
@@ -30,7 +32,7 @@ from skep.api.server import (
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.engine.api import container_responses
-from skep.engine.api.container_listing import Selection, ancestors, select
+from skep.engine.api.container_listing import Selection, ancestors, image_id_among, select
 from skep.engine.api.container_output import output_routes
 from skep.engine.api.exec import exec_routes
 from skep.engine.api.files import file_routes
@@ -48,6 +50,7 @@ from skep.engine.container import (
 )
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
+from skep.engine.images.local import LocalImages
 from skep.engine.images.platforms import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
@@ -116,15 +119,20 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
 @_table.get("/containers/json")
 async def list_containers(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker ps``: one line per container.  ``limit`` n selects the n newest, running or not."""
-    filters = Filters.of(request)
+    filters, containers = Filters.of(request), served.engine.list()
+    image_id: Callable[[str], str] = partial(_image_id, served.engine.images)
+    if not sees(identity_of(request), ""):
+        # As if there were no others: filters refer to containers and images, and the limit counts containers.
+        containers = [one for one in containers if sees(identity_of(request), one.stack)]
+        image_id = image_id_among(containers)
     selection = Selection(
         filters=filters,
         all=flag(request, "all"),
         limit=_limit(request),
-        ancestors=ancestors(filters["ancestor"], served.engine.images.lookup),
+        ancestors=ancestors(filters["ancestor"], image_id),
         network_ids=served.engine.network_ids,
     )
-    found = select(served.engine.list(), selection)
+    found = select(containers, selection)
     has_size, now_ns, lines = flag(request, "size"), served.clock.now_ns(), []
     for number, container in enumerate(found, 1):
         size = await _sizes(served, container) if has_size else {}
@@ -134,6 +142,11 @@ async def list_containers(served: Served, request: web.Request) -> web.StreamRes
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # lets other requests run
     return json_list_response(lines)
+
+
+def _image_id(images: LocalImages, word: str) -> str:
+    image = images.lookup(word)
+    return image.id if image is not None else ""
 
 
 @_table.get("/containers/{id}/json")

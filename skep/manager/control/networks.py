@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from skep.api.networks import PREDEFINED_LABEL
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
+from skep.api.permissions import STACK_LABEL
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SubnetTaken, Unavailable
 from skep.manager.control.network_specs import (
     SUBNETS_MAX,
     check_network_spec,
@@ -189,9 +190,11 @@ def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]
         for theirs in subnets_of(other) if other.id != network.id else ():
             for mine in wanted:
                 if overlap(mine, theirs):
-                    raise FailedPrecondition(
-                        "Pool overlaps with other one on this address space: "
-                        f"{mine} and {theirs} of network {other.spec.name}"
+                    overlaps = f"Pool overlaps with other one on this address space: {mine}"
+                    raise SubnetTaken(
+                        f"{overlaps} and {theirs} of network {other.spec.name}",
+                        stack=other.spec.labels.get(STACK_LABEL, ""),
+                        unnamed=f"{overlaps} and a network of another stack",
                     )
     driver = network.spec.driver_configuration
     allowed = {**network.spec.labels, **(driver.options if driver is not None else {})}.get(OVERLAP_LABEL)

@@ -1,17 +1,17 @@
 """Facts about new objects that decide whether a user may create them: stack, used objects, requested rights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 from msgspec.structs import replace
 
 from skep.api.networks import PREDEFINED_LABEL
-from skep.api.permissions import STACK_LABEL, Known, NewObject
+from skep.api.permissions import STACK_LABEL, Known, NewObject, sees
 from skep.errors import SkepError
 from skep.manager.control.reserved_ports import reserved_ports
 from skep.manager.trust import machine_log, trusted_of
-from skep.model.access import EVERY_STACK
+from skep.model.access import EVERY_STACK, Identity
 from skep.model.container import ContainerSpec
 from skep.model.dependencies import dependencies_of
 from skep.model.field_rights import admin_rights
@@ -46,27 +46,42 @@ def stacks_of(view: View) -> frozenset[str]:
     return frozenset(found - {"", EVERY_STACK})
 
 
-def new_service(view: View, spec: ServiceSpec) -> NewObject:
-    """Return the facts about a service to create or update."""
+def visible_to(view: View, identity: Identity) -> Callable[[Any], bool] | None:
+    """Return whether ``identity`` sees an object of a stack, for ``View.resolve``.  None if it sees every object.
+
+    Without it, a name or prefix of another stack's object would have an answer different from a missing object's.
+    """
+    if sees(identity, ""):
+        return None
+
+    def is_visible(one: Any) -> bool:
+        owner = view.lookup(Service, one.service_id) if isinstance(one, Task) else one
+        return owner is not None and sees(identity, stack_of(owner.spec.labels))
+
+    return is_visible
+
+
+def new_service(view: View, spec: ServiceSpec, among: Callable[[Any], bool] | None = None) -> NewObject:
+    """Return the facts about a service to create or update.  For ``among`` see ``visible_to``."""
     container = spec.task_template.container_spec or ContainerSpec()
     return NewObject(
         name=spec.name,
         stack=stack_of(spec.labels),
         machine_rights=machine_rights(view, spec, _present(view, spec.name)),
         raised_priority=_raised_priority(view, spec),
-        uses=tuple(_uses(view, spec, container)),
+        uses=tuple(_uses(view, spec, container, among)),
         volumes=tuple(mount.source for mount in container.mounts if mount.type == "volume" and mount.source),
     )
 
 
-def planned_service(view: View, spec: ServiceSpec) -> NewObject:
+def planned_service(view: View, spec: ServiceSpec, among: Callable[[Any], bool] | None = None) -> NewObject:
     """Return the facts about a planned service.
 
     The objects that it refers to need not exist yet, and a service with its name may exist.  Secrets and configs are
     found by their names, as in the deploy, whatever ids the spec has.
     """
     container = spec.task_template.container_spec or ContainerSpec()
-    new = new_service(view, spec)
+    new = new_service(view, spec, among)
     uses = [one for one in new.uses if one[0] not in ("secret", "config")]
     uses += [
         ("secret", _by_name(view, Secret, one.secret_name), one.secret_name) for one in container.secrets
@@ -143,29 +158,36 @@ def _network_of_machine(view: View, target: str) -> str:
     The docker command sends ids.
     """
     try:
-        spec = view.resolve(Network, target).spec
+        return view.resolve(Network, target, lambda one: PREDEFINED_LABEL in one.spec.labels).spec.name
     except SkepError:
         return ""
-    return spec.name if PREDEFINED_LABEL in spec.labels else ""
 
 
-def _uses(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[tuple[str, Known | None, str]]:
+def _uses(
+    view: View, spec: ServiceSpec, container: ContainerSpec, among: Callable[[Any], bool] | None
+) -> Iterator[tuple[str, Known | None, str]]:
     for attachment in (*spec.task_template.networks, *spec.networks):
-        yield "network", _named(view, Network, attachment.target), attachment.target
+        yield "network", _named(view, Network, attachment.target, among), attachment.target
     for secret in container.secrets:
         yield "secret", _by_id(view.lookup(Secret, secret.secret_id)), secret.secret_name
     for config in container.configs:
         yield "config", _by_id(view.lookup(Config, config.config_id)), config.config_name
     for mount in container.mounts:
         if mount.type == "cluster":
+            # The scheduler resolves the name later, among the volumes of all stacks.
             yield "volume", _named(view, Volume, mount.source), mount.source
     for one in dependencies_of(spec.labels):
         yield "service", _by_id(_present(view, one.service)), one.service
 
 
-def _named(view: View, kind: type[Network] | type[Volume], word: str) -> Known | None:
+def _named(
+    view: View,
+    kind: type[Network] | type[Volume],
+    word: str,
+    among: Callable[[Any], bool] | None = None,
+) -> Known | None:
     try:
-        return _by_id(view.resolve(kind, word))
+        return _by_id(view.resolve(kind, word, among))
     except SkepError:
         return None
 

@@ -206,8 +206,13 @@ def names_networks(spec: ServiceSpec) -> bool:
     return bool(spec.task_template.networks or spec.networks)
 
 
-def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
+def with_network_ids(
+    view: View, spec: ServiceSpec, among: Callable[[Network], bool] | None = None
+) -> ServiceSpec:
     """Return ``spec`` with network ids in place of names or id prefixes.
+
+    Args:
+        among: See ``View.resolve``.
 
     Raises:
         Untranslated: A network does not exist.
@@ -215,17 +220,19 @@ def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
     """
     template = spec.task_template
     if template.networks:
-        networks = _resolved(view, template.networks)
+        networks = _resolved(view, template.networks, among)
         return replace(spec, task_template=replace(template, networks=networks))
-    return replace(spec, networks=_resolved(view, spec.networks)) if spec.networks else spec
+    return replace(spec, networks=_resolved(view, spec.networks, among)) if spec.networks else spec
 
 
 def _resolved(
-    view: View, attachments: Iterable[NetworkAttachmentConfig]
+    view: View,
+    attachments: Iterable[NetworkAttachmentConfig],
+    among: Callable[[Network], bool] | None,
 ) -> tuple[NetworkAttachmentConfig, ...]:
     try:
         return tuple(
-            replace(attachment, target=view.resolve(Network, attachment.target).id)
+            replace(attachment, target=view.resolve(Network, attachment.target, among).id)
             for attachment in attachments
         )
     except NotFound as error:

@@ -113,13 +113,18 @@ def update_swarm(
     if swarm.version != Version(index=version):
         raise OutOfSequence
     if rooted.rotation is not None and rooted.rotation != swarm.rotation:
-        _check_all_can_return(tx, swarm)
-        _check_nodes(tx, swarm)
-        _check_etcds(tx)
+        _check_rotation(tx, swarm)
     tokens = _rotated(swarm, rotations, new_id)
     is_locked = spec.encryption_config.auto_lock_managers
     _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=rotations.unlock_key, new_key=new_key)
     return tx.put(replace(rooted, spec=spec, join_tokens=tokens))
+
+
+def _check_rotation(tx: Transaction, swarm: Swarm) -> None:
+    """Check that no node would be lost by another rotation.  Raises: FailedPrecondition, Unavailable."""
+    _check_all_can_return(tx, swarm)
+    _check_nodes(tx, swarm)
+    _check_etcds(tx)
 
 
 def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
@@ -170,9 +175,12 @@ def _names(nodes: Iterable[Node]) -> str:
 
 
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:
-    """Start a rotation to a new root, as ``docker swarm ca --rotate`` does.  Raises: Unavailable (``update_swarm``)."""
+    """Start a rotation to a new root, as ``docker swarm ca --rotate`` does.
+
+    Raises: FailedPrecondition, Unavailable (``update_swarm``).
+    """
     swarm = tx.get(Swarm, cluster_of(tx).id)
-    _check_etcds(tx)
+    _check_rotation(tx, swarm)
     present = swarm.spec.ca_config
     ca_config = replace(present, force_rotate=present.force_rotate + 1)
     rooted = _with_root(tx, swarm, ca_config, now, new_root, Prepared())

@@ -1,6 +1,6 @@
 """Finds the task that a user names to reach its container: by a service, one of its slots, or a task."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -41,7 +41,11 @@ class Target(ApiObject):
         )
 
 
-def target_of(view: View, word: str) -> Task:
+Among = Callable[[Service | Task], bool]
+"""Returns whether a service or task takes part (``View.resolve``)."""
+
+
+def target_of(view: View, word: str, among: Among | None = None) -> Task:
     """Return the task that ``word`` names.
 
     ``word`` is a task's id or a prefix of it, ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` for a global service, or
@@ -53,12 +57,12 @@ def target_of(view: View, word: str) -> Task:
         FailedPrecondition: None of the service's tasks runs there.
         InvalidArgument: The word is ambiguous.
     """
-    if (task := view.lookup(Task, TaskId(word))) is not None:
+    if (task := _by_id(view, word, among)) is not None:
         return task
-    service, slot = _service_and_slot(view, word)
+    service, slot = _service_and_slot(view, word, among)
     if service is None:
         try:
-            return _by_id(view, word)
+            return _by_prefix(view, word, among)
         except NotFound as error:
             raise NotFound(
                 f"no such service or task: {word} (skep service ls; skep service ps SERVICE)"
@@ -74,7 +78,7 @@ def target_of(view: View, word: str) -> Task:
     return min(running, key=lambda task: (task.slot, task.node_id, -task.version.index))
 
 
-def task_named(view: View, word: str) -> Task:
+def task_named(view: View, word: str, among: Among | None = None) -> Task:
     """Return the task that ``word`` names, in any state.
 
     ``word`` is the same as in ``target_of``, but for a slot the result is the wanted or newest task.
@@ -83,37 +87,42 @@ def task_named(view: View, word: str) -> Task:
         NotFound: The service or task does not exist.
         InvalidArgument: The word is ambiguous.
     """
-    if (task := view.lookup(Task, TaskId(word))) is not None:
+    if (task := _by_id(view, word, among)) is not None:
         return task
-    service, slot = _service_and_slot(view, word)
+    service, slot = _service_and_slot(view, word, among)
     if service is None or not slot:
-        return _by_id(view, word)
+        return _by_prefix(view, word, among)
     tasks = [task for task in view.find(Task, service_id=service.id) if _is_at(view, task, slot)]
     if not tasks:
-        return _by_id(view, word)
+        return _by_prefix(view, word, among)
     return max(tasks, key=lambda task: (task.is_wanted, task.created_at, task.id))
 
 
-def _by_id(view: View, word: str) -> Task:
-    """Return the task with the id or id prefix ``word``, or the task of the container with the name ``word``.
+def _by_id(view: View, id: str, among: Among | None) -> Task | None:
+    task = view.lookup(Task, TaskId(id))
+    return task if task is not None and (among is None or among(task)) else None
+
+
+def _by_prefix(view: View, word: str, among: Among | None) -> Task:
+    """Return the task with the id prefix ``word``, or the task of the container with the name ``word``.
 
     A container's name ends with the whole id.  With a prefix, a mistyped ``wbe.2`` would be any task whose id begins
     with 2, and ``skep exec`` would run there.  Raises: NotFound; InvalidArgument: several tasks have the prefix.
     """
     name, _, id = word.rpartition(".")
     if not name:
-        return view.resolve(Task, word)
-    if (task := view.lookup(Task, TaskId(id))) is not None:
+        return view.resolve(Task, word, among)
+    if (task := _by_id(view, id, among)) is not None:
         return task
     raise NotFound(f"task {word} not found")
 
 
-def _service_and_slot(view: View, word: str) -> tuple[Service | None, str]:
+def _service_and_slot(view: View, word: str, among: Among | None) -> tuple[Service | None, str]:
     """Return the service at the start of ``word`` and the text after its name, or None if it names no service."""
     name, _, slot = word.partition(".")
     for candidate, rest in ((word, ""), (name, slot)):
         try:
-            return view.resolve(Service, candidate), rest
+            return view.resolve(Service, candidate, among), rest
         except NotFound:
             continue
     return None, ""

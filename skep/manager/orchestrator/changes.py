@@ -11,7 +11,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import PortTaken, SkepError, Unavailable
+from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.dependents import requiring, restart_dependents
 from skep.manager.job_runs import settled
 from skep.manager.orchestrator.enforcement import is_unfit
@@ -62,6 +62,8 @@ class RetireTask(msgspec.Struct, frozen=True):
     Attributes:
         successor: The task that takes over.  If it has ended meanwhile, unseen by the leader, nothing is written.
         is_due: Whether the slot is filled again once its node takes tasks.
+        is_refused: The successor was refused every node because of this task.  If it has a node meanwhile, nothing is
+            written: the update goes on with both.
         service: The service at the time of the decision (``decided_for``).  If its spec has changed since, nothing is
             written.
     """
@@ -72,6 +74,7 @@ class RetireTask(msgspec.Struct, frozen=True):
     is_due: bool = False
     cause: Cause | None = None
     service: Service | None = None
+    is_refused: bool = False
 
 
 class ReplaceTask(msgspec.Struct, frozen=True):
@@ -151,8 +154,8 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
     """
     if not isinstance(change, RollBack):
         return None
-    is_others = isinstance(error, PortTaken) and error.stack != stack_of(change.service.spec.labels)
-    why = error.unnamed if isinstance(error, PortTaken) and is_others else str(error)
+    is_others = isinstance(error, NamesAnother) and error.stack != stack_of(change.service.spec.labels)
+    why = error.unnamed if isinstance(error, NamesAnother) and is_others else str(error)
     message = _paused_instead(change.message, why)
     return SetUpdateStatus(change.service, UpdateState.PAUSED, message)
 
@@ -193,12 +196,12 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
-        case RetireTask(task, desired, successor, is_due, cause, service):
+        case RetireTask(task, desired, successor, is_due, cause, service, is_refused):
             if service is not None and not _is_current_at_commit(tx, service):
                 return
             if cause is not None and _has_passed(tx, cause, task):
                 return
-            if successor is None or _can_take_over(tx, successor):
+            if successor is None or _can_take_over(tx, successor, is_refused=is_refused):
                 _retire(tx, task.id, desired, now, is_due)
         case ReplaceTask(task, successor, cause):
             if cause is not None and _has_passed(tx, cause, task):
@@ -353,10 +356,12 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
     assert_never(cause)
 
 
-def _can_take_over(tx: Transaction, successor: TaskId) -> bool:
-    """Whether the task is still active when the transaction is committed."""
+def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> bool:
+    """Whether the task is still active, and still without a node if it was refused, at the commit."""
     task = tx.rely_on(Task, successor, "status")
-    return task is not None and task.is_active
+    if task is None or not task.is_active:
+        return False
+    return not is_refused or task.status.state <= TaskState.PENDING
 
 
 def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_due: bool = False) -> bool:

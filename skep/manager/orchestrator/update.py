@@ -210,7 +210,11 @@ class _Rollout:
         elif self._may_take_over(view):
             active = [task for task in view.current if task.is_active]
             successor = max(active, key=lambda task: task.status.state.number)
-            yield from (replace(step, successor=successor.id) for step in _retired(view.outdated))
+            is_refused = not any(map(self._is_ready, view.current))
+            yield from (
+                replace(step, successor=successor.id, is_refused=is_refused)
+                for step in _retired(view.outdated)
+            )
         if len(view.current) > 1:
             best = max(view.current, key=lambda task: (task.desired_state.number, *self._progress(task)))
             yield from (RetireTask(task) for task in view.current if task is not best)
@@ -393,8 +397,12 @@ class _Rollout:
         """
         if self._starts_first:
             return any(excludes(old, task, self._situation) for old in serving)
-        is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
-        return is_prepared or any(blocks(old, task, self._situation) for old in serving)
+        return self._is_ready(task) or any(blocks(old, task, self._situation) for old in serving)
+
+    def _is_ready(self, task: Task) -> bool:
+        """Whether ``task`` runs, or (stop-first) is prepared to run."""
+        least = TaskState.RUNNING if self._starts_first else TaskState.READY
+        return least <= task.status.state <= TaskState.RUNNING
 
     def _settled_at(self, view: _SlotView) -> float | None:
         """Return when the slot's lead began to run, ended or was overdue.

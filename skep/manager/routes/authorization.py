@@ -10,11 +10,12 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import TimeSlices
 from skep.api.authorization import stack_label_of
+from skep.api.identity import identity_of
 from skep.api.networks import NetworkBody
-from skep.api.permissions import Facts, Known, NewObject, Rule, Scope
+from skep.api.permissions import Facts, Known, NewObject, Rule, Scope, sees
 from skep.api.server import read_json
 from skep.api.service_form import settled
-from skep.errors import PermissionDenied, ResourceExhausted
+from skep.errors import NotFound, PermissionDenied, ResourceExhausted
 from skep.manager.control.new_objects import (
     known_service,
     known_task,
@@ -23,6 +24,7 @@ from skep.manager.control.new_objects import (
     planned_service,
     stack_of,
     stacks_of,
+    visible_to,
 )
 from skep.manager.control.targets import target_of, task_named
 from skep.manager.quotas import Usage, UserBounds, usage_of_file, usage_of_network
@@ -32,6 +34,7 @@ from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.placement import read_planned
 from skep.manager.routes.services import ServiceChange, read_changes, read_spec
 from skep.manager.routes.stack_checks import SizedConfig, SizedSecret, read_check
+from skep.model.access import Identity
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
@@ -63,10 +66,12 @@ class ClusterObjects:
         # Check the settled spec, which is stored: a user may write a protocol differently.
         bodies = tuple(settled(one) if isinstance(one, ServiceSpec) else one for one in bodies)
         view = await current_view(request)
+        identity = identity_of(request)
+        among = visible_to(view, identity)
         known = None
         if rule.scope in (Scope.OBJECT, Scope.CHANGE):
             key = "id" if "id" in request.match_info else "name"
-            known = _known(view, rule.kind, request.match_info[key])
+            known = _known(view, rule.kind, request.match_info[key], identity)
             request.match_info[key] = known.id
         is_new = rule.scope is Scope.NEW
         is_placement = _path(request).endswith("/placement")
@@ -75,11 +80,12 @@ class ClusterObjects:
         """Number of services per stack that the bodies so far create."""
         bounds, slices, new = UserBounds(view), TimeSlices(SystemClock()), []
         for one in bodies:
-            new.append(
-                _planned_or_new(view, one, added, bounds, is_plan=is_plan, is_new=is_new and not is_placement)
-                if isinstance(one, ServiceSpec)
-                else _new_object(view, one, bounds, is_new=is_new)
-            )
+            if isinstance(one, ServiceSpec):
+                found = planned_service(view, one, among) if is_plan else new_service(view, one, among)
+                is_counted = is_new and not is_placement
+                new.append(_bounded(view, one, found, added, bounds) if is_counted else found)
+            else:
+                new.append(_new_object(view, one, bounds, is_new=is_new))
             await slices.yield_if_due()
         return Facts(known=known, new=tuple(new), stacks=stacks_of(view))
 
@@ -91,25 +97,34 @@ class ClusterObjects:
         return stack_of(service.spec.labels) if service is not None else ""
 
 
-def _known(view: View, kind: str, word: str) -> Known:
-    """Return the object that a path names.  Raises: NotFound, InvalidArgument, FailedPrecondition."""
+def _known(view: View, kind: str, word: str, identity: Identity) -> Known:
+    """Return the object that a path names.  An object that ``identity`` does not see is answered as a missing one.
+
+    Raises:
+        NotFound, InvalidArgument, FailedPrecondition: No such object, several, or none that fits.
+    """
+    among = visible_to(view, identity)
     match kind:
         case "stack":
+            if not sees(identity, word):
+                raise NotFound(f"stack {word} has no quota")
             return Known(id=word, stack=word)
         case "service":
-            return known_service(view, view.resolve(Service, word))
-        case "task" | "target":
-            return known_task(view, target_of(view, word) if kind == "target" else task_named(view, word))
+            return known_service(view, view.resolve(Service, word, among))
+        case "task":
+            return known_task(view, task_named(view, word, among))
+        case "target":
+            return known_task(view, target_of(view, word, among))
         case _:
-            found = view.resolve(_KINDS[kind], word)
+            found = view.resolve(_KINDS[kind], word, among)
             return Known(id=found.id, stack=stack_of(found.spec.labels))
 
 
-def _planned_or_new(
-    view: View, spec: ServiceSpec, added: Counter[str], bounds: UserBounds, *, is_plan: bool, is_new: bool
+def _bounded(
+    view: View, spec: ServiceSpec, new: NewObject, added: Counter[str], bounds: UserBounds
 ) -> NewObject:
-    new = planned_service(view, spec) if is_plan else new_service(view, spec)
-    if not is_new or any(one.removed_at is None for one in view.find(Service, name=spec.name)):
+    """Return ``new`` with its excess over the number of services that a stack may have without a quota."""
+    if any(one.removed_at is None for one in view.find(Service, name=spec.name)):
         return new
     added[new.stack] += 1
     return replace(new, excess=bounds.refusal(new.stack, Usage(services=added[new.stack])))
@@ -159,8 +174,12 @@ async def _stack(request: web.Request) -> tuple[Any, ...]:
     view, stacks = await current_view(request), {stack_of(one.labels) for one in wanted.bodies}
     for id in (*wanted.removed, *(one.id for one in wanted.services if one.id)):
         service = view.lookup(Service, id)
-        # Use the same refusal for both cases, so that it does not reveal which ids exist.
-        if service is None or stack_of(service.spec.labels) not in stacks:
+        # Use the same refusal for all cases, so that it does not reveal which ids exist.
+        if (
+            service is None
+            or stack_of(service.spec.labels) not in stacks
+            or not sees(identity_of(request), stack_of(service.spec.labels))
+        ):
             raise PermissionDenied(f"service {id} does not belong to the stack")
     await _checked_changes(request, wanted.services)
     return wanted.bodies
@@ -170,13 +189,18 @@ async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange
     """Return the specs of service changes after a check of the services' stack and rights.
 
     Raises:
+        NotFound: The client sees no such service.
         PermissionDenied: A service would move to another stack, or has rights on its machine.
     """
     view, slices = await current_view(request), TimeSlices(SystemClock())
+    among = visible_to(view, identity_of(request))
     for change in changes:
         await slices.yield_if_due()
-        # Updates of services by this path are by id.  The handler refuses an unknown id.
-        if change.id and (service := view.lookup(Service, change.id)) is not None:
+        # Updates of services by this path are by id.
+        service = view.lookup(Service, change.id) if change.id else None
+        if change.id and among is not None and (service is None or not among(service)):
+            raise NotFound(f"service {change.id} not found")
+        if service is not None:
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
                 raise PermissionDenied(f"service {change.spec.name} cannot be moved to another stack")
             if why := known_service(view, service).machine_rights:

@@ -21,7 +21,7 @@ from skep.api.identity import identity_of
 from skep.api.responses import Hijacked
 from skep.api.server import Routes, json_response, read_body, read_json
 from skep.api.tunnelling import join_client
-from skep.errors import InvalidArgument, PermissionDenied, SkepError
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, SkepError
 from skep.manager.control.targets import Target, target_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.audit import client_of, record_reached
@@ -29,7 +29,7 @@ from skep.model.container import ContainerSpec
 from skep.model.encoding import to_json
 from skep.model.history import masked_text
 from skep.model.service import ServiceSpec
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.store.kinds import spec_of
 from skep.wire.tunnel import Tunnel
 
@@ -66,9 +66,12 @@ async def find_target(request: web.Request) -> web.StreamResponse:
 async def reach_container(request: web.Request) -> web.StreamResponse:
     """Forward a request of the Engine API below ``/containers/ID``."""
     task = await _task(request)
-    assert task.status.container_status is not None, "target_of returns tasks with a container"
-    rest = request.path.rpartition("/")[2]
-    return await _forward(request, task, f"/containers/{task.status.container_status.container_id}/{rest}")
+    status, rest = task.status, request.path.rpartition("/")[2]
+    if status.container_status is None and status.state is not TaskState.RUNNING:
+        raise FailedPrecondition(f"task {task.id} is not running: it is {status.state.value}")
+    # A running task without a container is a plain process.  The tunnel refuses it with the reason.
+    container = status.container_status.container_id if status.container_status is not None else ""
+    return await _forward(request, task, f"/containers/{container}/{rest}")
 
 
 @routes.post("/skep/tasks/{id}/exec/{exec:[0-9a-f]+}/start")

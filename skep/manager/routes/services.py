@@ -28,7 +28,7 @@ from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.control.deploys import fenced, require_current
-from skep.manager.control.new_objects import stack_of
+from skep.manager.control.new_objects import stack_of, visible_to
 from skep.manager.registry_auth import dropped_warnings, shown_auth
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.representations import has_labels, problems_of, service_status, shown_service
@@ -98,7 +98,8 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     spec = await read_spec(request)
     auth = request.headers.get("X-Registry-Auth", "")
     if control.names_networks(spec):  # otherwise only the transaction reads from the store
-        spec = control.with_network_ids(await current_view(request), spec)
+        view = await current_view(request)
+        spec = control.with_network_ids(view, spec, visible_to(view, identity_of(request)))
     await manager.require_room(creates=True)
     service = await manager.update(
         fenced(control.create_service, deploy_of(request), stack_of(spec.labels)),
@@ -133,7 +134,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     spec = await read_spec(request)
     version = version_parameter(request, "service")
     view = await current_view(request)
-    spec = settled(control.with_network_ids(view, spec))
+    spec = settled(control.with_network_ids(view, spec, visible_to(view, identity_of(request))))
     service = view.resolve(Service, request.match_info["id"])
     auth_from = control.auth_source(request.query.get("registryAuthFrom", ""), service)
     auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service.id)
@@ -195,11 +196,12 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     await manager.require_room(creates=any(not one.id for one in changes))
     view = await current_view(request)
     now, by_admin, revision = manager.now(), identity_of(request).is_admin, deploy_of(request)
+    among = visible_to(view, identity_of(request))
 
     def change(tx: Transaction, one: ServiceChange) -> Service:
         if revision:
             require_current(tx, revision, stack_of(one.spec.labels))
-        spec = settled(control.with_network_ids(view, one.spec))
+        spec = settled(control.with_network_ids(view, one.spec, among))
         if one.id:
             return control.update_service(
                 tx,

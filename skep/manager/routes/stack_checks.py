@@ -17,7 +17,7 @@ from skep.api.service_form import UNRECOGNIZED, settled
 from skep.errors import AlreadyExists, InvalidArgument, OutOfSequence, SkepError
 from skep.manager.control import files as file_control
 from skep.manager.control import networks, services
-from skep.manager.control.new_objects import stack_of
+from skep.manager.control.new_objects import stack_of, visible_to
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange
@@ -106,7 +106,7 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
 
 async def _refusals(wanted: StackCheck, manager: ManagerApi, identity: Identity) -> list[StackRefusal]:
     tx, made, slices = manager.store.rehearsal(), [], TimeSlices(SystemClock())
-    for kind, name, stack, attempt in _attempts(wanted, manager, by_admin=identity.is_admin):
+    for kind, name, stack, attempt in _attempts(wanted, manager, identity):
         await slices.yield_if_due()
         try:
             attempt(tx)
@@ -149,8 +149,8 @@ Attempt = tuple[str, str, str, Callable[[Transaction], object]]
 """Kind, name and stack of an object, and the attempted change."""
 
 
-def _attempts(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> Iterator[Attempt]:
-    new_id, now = manager.new_id, manager.now()
+def _attempts(wanted: StackCheck, manager: ManagerApi, identity: Identity) -> Iterator[Attempt]:
+    new_id, now, by_admin = manager.new_id, manager.now(), identity.is_admin
 
     def network(tx: Transaction, one: NetworkBody) -> None:
         check_name(one.name)
@@ -164,7 +164,8 @@ def _attempts(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> Ite
         file_control.create_config(tx, one.spec, new_id=new_id, now=now)
 
     def service(tx: Transaction, one: ServiceChange) -> None:
-        spec = with_file_ids(tx, settled(services.with_network_ids(tx, one.spec)))
+        among = visible_to(tx, identity)
+        spec = with_file_ids(tx, settled(services.with_network_ids(tx, one.spec, among)))
         if one.id:
             services.update_service(tx, one.id, spec, one.version, now=now, by_admin=by_admin)
         else:

@@ -11,7 +11,9 @@ from typing import TypeAlias
 from aiohttp import web
 
 from skep.api.errors import Untranslated
+from skep.api.identity import identity_of
 from skep.api.server import Filters, Routes, json_list_response, json_response
+from skep.manager.control.new_objects import visible_to
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.informer import batches_of
 from skep.manager.routes.access import current_view, manager_of
@@ -38,7 +40,8 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
         "name", "id", "label", "service", "node", "desired-state", "_up-to-date", "runtime"
     )
     view = await current_view(request)
-    pieces, conditions = _search(view, filters, manager_of(request).store.view)
+    among = visible_to(view, identity_of(request))
+    pieces, conditions = _search(view, filters, manager_of(request).store.view, among)
     tasks: list[Task] = []
     for piece in pieces:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
@@ -57,15 +60,20 @@ async def inspect_task(request: web.Request) -> web.StreamResponse:
 
 
 def _search(
-    view: View, filters: Filters, present: Callable[[], View]
+    view: View,
+    filters: Filters,
+    present: Callable[[], View],
+    among: Callable[[Service | Task], bool] | None,
 ) -> tuple[Iterator[Sequence[Task]], Sequence[Condition]]:
     """Return the tasks to search, in pieces, and the conditions for each.  ``present`` returns the current view.
+
+    A service that ``among`` leaves out is answered as a missing one.
 
     Raises:
         NotFound, InvalidArgument: A filter names no service or node.
         Untranslated: A state is unknown.
     """
-    services = {view.resolve(Service, word).id for word in filters["service"]}
+    services = {view.resolve(Service, word, among).id for word in filters["service"]}
     nodes = {view.resolve(Node, word).id for word in filters["node"]}
     states = {_state(word) for word in filters["desired-state"] if word}
     if services:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 
 from skep.api.framing import is_for_manager, path_of
+from skep.api.permissions import sees
 from skep.engine.engine import Engine
 from skep.errors import NotFound
 from skep.model.access import Identity
@@ -106,8 +107,21 @@ class _Rule(msgspec.Struct, frozen=True):
     decide: Callable[[_Request, str], Destination]
 
 
-def route(method: str, target: str, ownership: Ownership) -> Destination:
-    """Return which process answers ``method`` on ``target`` (path and query as sent)."""
+def route(method: str, target: str, ownership: Ownership, identity: Identity | None = None) -> Destination:
+    """Return which process answers ``method`` on ``target`` (path and query as sent).
+
+    Args:
+        identity: The client, or None on a Unix socket of the node.
+    """
+    found = _route(method, target, ownership)
+    if found is Destination.ENGINE and identity is not None and not sees(identity, ""):
+        # Users of single stacks get the answer of a node without an engine.  A refusal of the engine's objects would
+        # tell them which objects are the node's.
+        return Destination.HERE
+    return found
+
+
+def _route(method: str, target: str, ownership: Ownership) -> Destination:
     path = path_of(target)
     if is_for_manager(path):
         return Destination.MANAGER

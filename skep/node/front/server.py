@@ -386,7 +386,7 @@ class Front:
         ):
             raw = with_target(raw, target)
             request = read_head(raw)
-        match route(request.method, request.target, self._ownership):
+        match route(request.method, request.target, self._ownership, identity):
             case Destination.MANAGER:
                 if (reason := self._membership.manager_refusal()) is not None:
                     if is_readable(request.method, path_of(request.target)):

@@ -16,6 +16,8 @@ import structlog
 from aiohttp import web
 
 from skep.api.framing import path_of
+from skep.api.identity import identity_of
+from skep.api.permissions import sees
 from skep.api.responses import ChunkedResponse
 from skep.api.server import Filters, JsonLines, Routes, common_headers, json_response
 from skep.api.tables import Table
@@ -25,6 +27,7 @@ from skep.configuration.configuration import Configuration
 from skep.engine.container import Counts
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
+from skep.model.access import Identity
 from skep.model.times import SECOND_NS, timestamp
 from skep.node import features, info
 from skep.node.cluster_reads import ClusterReads
@@ -100,13 +103,13 @@ class NodeSystem:
         node = msgspec.structs.replace(self._node, engine=self._docker.version)
         return info.version(node, str(self.newest_version))
 
-    async def info(self) -> Mapping[str, Any]:
-        """Return ``/info`` of this node, its membership, and the Docker Engine if there is one."""
+    async def info(self, identity: Identity) -> Mapping[str, Any]:
+        """Return ``/info`` of this node, its membership, and the Docker Engine if there is one.
+
+        The counts are of the containers that ``identity`` sees, and of their images.
+        """
         swarm = await self._membership.info()
-        counts = self._engine.counts() if self._engine is not None else Counts()
-        if self._docker is not None:
-            own = [one.id for one in self._engine.images.images()] if self._engine is not None else ()
-            counts += await self._docker.counts(own)
+        counts = await self._counts(identity)
         shown = info.info(
             self._node,
             counts=counts,
@@ -120,6 +123,18 @@ class NodeSystem:
         )
         shown["Plugins"]["Volume"] += volume_drivers(self._engine)
         return shown
+
+    async def _counts(self, identity: Identity) -> Counts:
+        engine, counts = self._engine, Counts()
+        if not sees(identity, ""):
+            seen = engine.list() if engine is not None else ()
+            return Counts.of([one for one in seen if sees(identity, one.stack)])
+        if engine is not None:
+            counts = engine.counts()
+        if self._docker is not None:
+            own = [one.id for one in engine.images.images()] if engine is not None else ()
+            counts += await self._docker.counts(own)
+        return counts
 
     async def stream_events(
         self,
@@ -222,7 +237,7 @@ async def show_version(system: NodeSystem, request: web.Request) -> web.StreamRe
 @_table.get("/info")
 async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Handle ``docker info``."""
-    return json_response(await system.info())
+    return json_response(await system.info(identity_of(request)))
 
 
 @_table.get("/events")

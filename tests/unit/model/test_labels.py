@@ -79,3 +79,13 @@ def test_labels_of_earlier_versions_still_count_and_the_present_ones_win(
     assert allowed_repositories({**old, ALLOW_CREDENTIAL_HELPERS: "shop=r.example/b"}) == {
         "shop": ("r.example/b",)
     }
+
+
+def test_a_former_label_beside_the_present_one_must_not_contradict_it() -> None:
+    check_service_labels({"skep.volumes": "keep", "skep.volume-affinity": "required"})
+    with pytest.raises(InvalidArgument, match=r"skep.volumes=keep and skep.volume-affinity=none contradict"):
+        check_service_labels({"skep.volumes": "keep", "skep.volume-affinity": "none"})
+    same = {"skep.allow-helpers": "shop=r.example/a", ALLOW_CREDENTIAL_HELPERS: "shop=r.example/a"}
+    check_swarm_labels(same)
+    with pytest.raises(InvalidArgument, match=r"Remove skep.allow-helpers"):
+        check_swarm_labels({**same, ALLOW_CREDENTIAL_HELPERS: "shop=r.example/b"})

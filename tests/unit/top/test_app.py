@@ -3,10 +3,12 @@
 import asyncio
 import time
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from textual.css.query import NoMatches
 from textual.pilot import Pilot
+from textual.screen import Screen
 from textual.widgets import Input, Static
 
 from skep.errors import FailedPrecondition
@@ -43,6 +45,24 @@ async def settled(pilot: Pilot[None]) -> str:
                 before = text
 
 
+async def shown(pilot: Pilot[None], words: str) -> None:
+    """Wait until the screen has these words.  Keys that follow are then for what they describe."""
+    assert isinstance(pilot.app, TopApp)
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(NoMatches):
+                if words in screen_of(pilot.app):
+                    return
+            await pilot.pause()
+
+
+async def opened(pilot: Pilot[None], dialog: type[Screen[Any]]) -> None:
+    """Wait until a dialog has the focus: keys before that are for the table below it."""
+    async with asyncio.timeout(10):
+        while not isinstance(pilot.app.screen, dialog) or pilot.app.screen.focused is None:
+            await pilot.pause()
+
+
 async def answered(pilot: Pilot[None]) -> str:
     """The screen after what was confirmed is done."""
     await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "action"])
@@ -67,16 +87,18 @@ async def test_scaling_asks_says_what_it_would_do_and_does_it() -> None:
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await settled(pilot)
         await pilot.press("end", "s")
+        await opened(pilot, Ask)
         await pilot.press("backspace", "x", "enter")
-        assert "a number of replicas, or +N or -N" in screen_of(app)
+        await shown(pilot, "a number of replicas, or +N or -N")
         await pilot.press("backspace", "5", "enter")
-        assert "2 tasks more will be started" in screen_of(app)
+        await opened(pilot, Confirm)
+        await shown(pilot, "2 tasks more will be started")
         assert cluster.performed == []
         await pilot.press("y")
-        text = await answered(pilot)
+        await answered(pilot)
         (action,) = cluster.performed
         assert (action.id, action.title) == ("id-web", "Scale web from 3 to 5 replicas?")
-        assert "web is scaled to 5" in text
+        await shown(pilot, "web is scaled to 5")
 
 
 @pytest.mark.parametrize("key", ["enter", "n", "escape"])
@@ -86,10 +108,12 @@ async def test_a_stray_key_confirms_nothing(key: str) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await settled(pilot)
         await pilot.press("3", "down", "d")
-        await pilot.pause()
-        assert "Drain m1?" in screen_of(app)
+        await opened(pilot, Confirm)
+        await shown(pilot, "Drain m1?")
         await pilot.press(key)
-        assert "Drain m1?" not in screen_of(app)
+        async with asyncio.timeout(10):
+            while isinstance(app.screen, Confirm):
+                await pilot.pause()
         assert cluster.performed == []
 
 
@@ -100,10 +124,11 @@ async def test_what_the_cluster_refuses_is_said() -> None:
     async with app.run_test(size=(100, 24), notifications=True) as pilot:
         await settled(pilot)
         await pilot.press("3", "end", "d")
-        await pilot.pause()
+        await opened(pilot, Confirm)
         await pilot.press("y")
-        text = await answered(pilot)
-        assert "no [b]way[/b]" in text
+        await answered(pilot)
+        await shown(pilot, "no [b]way[/b]")
+        text = screen_of(app)
         assert "[red]x[/red]]0;owned[@click=app.quit]go[/]" in text
 
 
@@ -112,7 +137,7 @@ async def test_a_service_without_a_previous_spec_is_not_rolled_back() -> None:
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await settled(pilot)
         await pilot.press("end", "r")
-        assert "service web does not have a previous" in await answered(pilot)
+        await shown(pilot, "service web does not have a previous")
 
 
 async def test_the_filter_narrows_every_view_and_escape_clears_it() -> None:
@@ -120,11 +145,11 @@ async def test_the_filter_narrows_every_view_and_escape_clears_it() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await settled(pilot)
         await pilot.press("2", "slash", *"web", "enter")
-        text = screen_of(app)
+        text = await settled(pilot)
         assert "web.3" in text
         assert "api.1" not in text
         await pilot.press("escape")
-        assert "api.1" in screen_of(app)
+        await shown(pilot, "api.1")
         assert not app.query_one("#filter", Input).has_class("shown")
 
 

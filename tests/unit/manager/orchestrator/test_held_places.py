@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from skep.manager.orchestrator.changes import RetireTask
+from skep.model.ids import NodeId
 from skep.model.service import PortConfig, PublishMode, Resources, UpdateConfig, UpdateOrder
 from skep.model.task import TaskState
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -21,9 +23,13 @@ def an_update_that_is_refused(
     order: UpdateOrder,
     nodes: int = 1,
     before: dict[str, Any] | None = None,
+    settles: bool = True,
     **requested: Any,
 ) -> World:
-    """Both tasks of app:1, which requested what ``before`` has, run on the nodes in turn; no node takes app:2."""
+    """Both tasks of app:1, which requested what ``before`` has, run on the nodes in turn; no node takes app:2.
+
+    ``settles``: whether the orchestrator has decided after that.
+    """
     update = UpdateConfig(parallelism=1, order=order)
     old = a_service_spec(
         image="app:1", replicas=2, update=update, **{**requested, "constraints": (), **(before or {})}
@@ -37,7 +43,8 @@ def an_update_that_is_refused(
     for new in wanted(world, "app:2"):
         status = replace(new.status, state=TaskState.PENDING, err=f"no suitable node ({refusal})")
         world.put(replace(new, status=status))
-    world.settle()
+    if settles:
+        world.settle()
     return world
 
 
@@ -111,3 +118,18 @@ def test_a_constraint_that_no_node_meets_stops_no_task_whatever_it_holds(order: 
     refusal = "host-mode port already in use on 1 node; scheduling constraints not satisfied on 1 node"
     world = an_update_that_is_refused(refusal, order=order, nodes=2, constraints=met, **requested)
     assert len(wanted(world, "app:1")) == 1
+
+
+@pytest.mark.parametrize("order", [UpdateOrder.START_FIRST, UpdateOrder.STOP_FIRST])
+def test_an_old_task_goes_on_if_its_refused_successor_has_just_got_a_node(order: UpdateOrder) -> None:
+    """The scheduler writes that between the decision and its write, for example because a node has joined."""
+    refusal = "no suitable node (max replicas per node limit exceed)"
+    world = an_update_that_is_refused(refusal, order=order, nodes=2, settles=False, max_replicas=1)
+    changes = world.changes()
+    (stopped,) = [one for one in changes if isinstance(one, RetireTask)]
+    (new,) = wanted(world, "app:2")
+    assert stopped.successor == new.id
+    placed = replace(new.status, state=TaskState.ASSIGNED, err="")
+    world.put(replace(new, node_id=NodeId("n9"), status=placed))
+    world.apply(changes)
+    assert stopped.task.id in {task.id for task in wanted(world, "app:1")}

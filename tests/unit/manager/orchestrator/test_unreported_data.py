@@ -24,6 +24,7 @@ from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.damage_rigs import damage
 
 REMOVE = TaskState.REMOVE
 CREATED = ContainerStatus(container_id="c1")
@@ -99,6 +100,27 @@ def test_nothing_waits_for_a_report_that_never_comes_or_need_not_come() -> None:
     assert waits(task, node=reporting(**SKEP), service=keeping(**{VOLUME_AFFINITY: "preferred"})) == []
     removed = replace(SERVICE, removed_at=Timestamp("2026-01-01T00:00:00Z"))
     assert waits(task, node=reporting(**SKEP), service=removed) == []
+
+
+@pytest.mark.parametrize("parts", [("",), ("status",), ("", "status")])
+async def test_a_node_whose_record_cannot_be_read_is_not_taken_for_a_removed_one(
+    store: MemoryStore, parts: tuple[str, ...]
+) -> None:
+    """The store shows it with the defaults of the unreadable parts, like a node that has not reported."""
+    at = created_ms(store.view().get(Task, "t1"))
+    for part in parts:
+        damage(store.cluster, "node", "n1", part)
+    later = MemoryStore(SystemClock(), store.cluster)
+    reaper = asyncio.create_task(Reaper(later, SystemClock(), a_new_id, Random(1)).run())
+    idle = a_task("idle2", slot=3, service=SERVICE, state=TaskState.NEW, desired=REMOVE)
+    await later.update(lambda tx: tx.put(idle))
+    await gone(later, "idle2")
+    assert later.view().lookup(Task, "t1") is not None
+    # The node registers again, and its record is written as a whole.
+    await later.update(lambda tx: tx.put(reporting(f"data-2=web.2@{at}", **SKEP)))
+    await gone(later, "t1")
+    reaper.cancel()
+    await asyncio.wait([reaper])
 
 
 @pytest.fixture
