@@ -1,7 +1,6 @@
 /** The page: what is open, when it is drawn again, keys. */
 
 import { Cluster, KINDS } from "./cluster.js";
-import { Colours } from "./colours.js";
 import { Live } from "./live.js";
 import { Hive } from "./hive.js";
 import { Journal } from "./journal.js";
@@ -17,7 +16,7 @@ import { patch } from "./dom.js";
 import { PAGES } from "./pages.js";
 import { showHelp } from "./help.js";
 import { showSearch } from "./search_box.js";
-import { clean, compareNames } from "./text.js";
+import { clean } from "./text.js";
 
 const TICK_MS = 5000;
 const PAST_AFTER_MS = 150;
@@ -31,7 +30,6 @@ class App {
   logs = new Logs(this);
   terminal = new Terminal();
   journal = new Journal(get, () => this.invalidate());
-  colours = new Colours();
   resources = new Resources(() => this.invalidate());
   samples = new Samples();
   diagnostics = new Diagnostics(stream, () => this.invalidate());
@@ -50,7 +48,6 @@ class App {
   notice = "";
   theme = savedTheme();
   #frame = 0;
-  #servicesVersion = -1;
   #drawnVersion = -1;
   #prefersDark = matchMedia("(prefers-color-scheme: dark)");
   #chord = "";
@@ -58,7 +55,7 @@ class App {
   #pastAsked = 0;
 
   constructor() {
-    this.hive = new Hive(this.cluster, this.colours, (kind, id) => this.open(kind, id));
+    this.hive = new Hive(this.cluster, (kind, id) => this.open(kind, id));
     this.stream = new Live(this.cluster, {
       changed: () => this.invalidate(),
       status: (state, reason) => {
@@ -110,11 +107,6 @@ class App {
     this.realNow = Date.now();
     this.now = this.past ?? this.realNow;
     if (this.#present.cursor !== "") void this.journal.refresh(this.#present.version, this.realNow);
-    const { services } = this.cluster.versions;
-    if (services !== this.#servicesVersion) {
-      this.#servicesVersion = services;
-      this.colours.assign([...this.cluster.all("services")].sort((a, b) => compareNames(a.name, b.name)));
-    }
     const { page, kind, id } = this.route;
     const title = id && KINDS.includes(kind) ? this.cluster.name(kind, id) : PAGES.find(({ name }) => name === page).title;
     document.title = clean(`${title} · ${this.cluster.info.name || "Skep"}`);
@@ -154,13 +146,8 @@ class App {
   #show(cluster) {
     this.cluster = cluster;
     this.hive.cluster = cluster;
-    this.#servicesVersion = -1;
     this.#drawnVersion = -1;
     this.invalidate();
-  }
-
-  colour(service) {
-    return this.colours.of(service, this.isDark);
   }
 
   get isDark() {
@@ -169,7 +156,7 @@ class App {
 
   applyTheme() {
     document.documentElement.dataset.theme = this.isDark ? "dark" : "light";
-    this.hive.theme(this.isDark);
+    this.hive.theme();
     this.#drawnVersion = -1;
     this.invalidate();
   }

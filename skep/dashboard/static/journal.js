@@ -1,4 +1,4 @@
-/** What happened: the leader's journal, or Docker's events where a manager keeps none.  No DOM here. */
+/** The events of the last hour: the leader's journal, or Docker's events if a manager keeps none.  No DOM here. */
 
 import { instant } from "./text.js";
 
@@ -32,6 +32,8 @@ function targetOf(type, id) {
 /** The entries that are kept, newest first; asked for again when the cluster has changed. */
 export class Journal {
   entries = [];
+  /** Whether the first answer has arrived. */
+  isRead = false;
   error = "";
   /** From here on the cluster can be shown as it was (milliseconds), or null. */
   oldestState = null;
@@ -57,6 +59,7 @@ export class Journal {
     this.#version = version;
     try {
       this.#merge(await this.#newer(now), now);
+      this.isRead = true;
       this.error = "";
     } catch (error) {
       this.error = error.message;

@@ -39,7 +39,7 @@ export class Scenes {
   #nodes = new Map();
 
   /**
-   * `{radius, nodes: [{row, x, y, size, ring, cells}], waiting: cells, cells: {task id: cell}, moves}`, a cell being
+   * Returns `{radius, nodes: [{row, x, y, size, ring, cells}], waiting: cells, cells: {task id: cell}, moves}`, a cell being
    * `{task, phase, x, y, size, node}` and a move `{cell, from: {x, y, size} | null}` or `{gone: cell}`.  A node in which
    * nothing has changed is the same object as in the scene before.
    */
