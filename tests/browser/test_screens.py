@@ -15,8 +15,18 @@ from tests.support.dashboard_rig import Clock, a_dashboard_server
 
 pytestmark = pytest.mark.chromium
 
-SLOWEST_TASK_MS = 1500
-"""Longest time for which the page of a large cluster may not respond, on two busy cores."""
+SHOWN_AFTER_MS = """async (place) => {
+    const begin = performance.now();
+    location.hash = `#/${place}`;
+    const frame = () => new Promise((done) => requestAnimationFrame(done));
+    while (skep.route.page !== place) await frame();
+    await frame();
+    await frame();
+    return Math.round(performance.now() - begin);
+}"""
+"""Milliseconds until a page is drawn."""
+SHOWN_MAX_MS = 1500
+"""Longest time until a page of a large cluster is drawn, on two busy cores."""
 ELEMENTS_MAX = 4000
 LONG = "a-name-that-goes-on-" * 10
 
@@ -290,21 +300,14 @@ async def test_five_thousand_nodes_leave_the_page_responsive() -> None:
     """No page holds an element for each node, and none keeps the browser busy for long."""
     cluster = make(5000, 20_000, services=200)
     async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
-        await page.add_init_script(
-            "globalThis.longTasks = []; new PerformanceObserver((list) => longTasks.push(...list.getEntries()"
-            ".map(({ duration }) => duration))).observe({ type: 'longtask', buffered: true })"
-        )
         await page.goto(url)
         await until_true(page, "skep.hive.frames > 0")
         slowest = {}
-        for place in PAGES:
-            await page.evaluate("longTasks.length = 0")
-            await page.goto(f"{url}#/{place}")
-            await page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)))")
-            slowest[place] = await page.evaluate("Math.max(0, ...longTasks)")
+        for place in (*PAGES[1:], PAGES[0]):
+            slowest[place] = await page.evaluate(SHOWN_AFTER_MS, place)
             assert await page.evaluate("document.querySelectorAll('*').length") < ELEMENTS_MAX, place
         print(slowest)
-        assert max(slowest.values()) < SLOWEST_TASK_MS, slowest
+        assert max(slowest.values()) < SHOWN_MAX_MS, slowest
         await page.keyboard.press("/")
         await page.keyboard.type("w4321")
-        await expect(page.get_by_role("option").first).to_contain_text("w4321")
+        await expect(page.locator("#found li").first).to_contain_text("w4321")

@@ -231,7 +231,7 @@ function servicesPage(app) {
     empty: emptyState(app, "No services yet. This command starts one, on port 8080 of every node.", COMMANDS.service),
     columns: [
       { key: "name", title: "Name", cell: (service) => [serviceGlyph(service), named(service.name, service.reason)], sort: byName },
-      { key: "replicas", title: "Tasks", cell: replicas, sort: (service) => progress(service).done / (progress(service).of || 1) },
+      { key: "replicas", title: "Tasks", kind: "full", cell: replicas, sort: (service) => progress(service).done / (progress(service).of || 1) },
       { key: "state", title: "State", cell: serviceState, sort: (service) => service.state },
       { key: "image", title: "Image", kind: "mono", cell: (service) => imageName(service.image), sort: (service) => service.image },
       { key: "ports", title: "Ports", kind: "wide", cell: (service) => portsText(service.ports, app.cluster.tasksOf("service", service.id)) },
@@ -470,7 +470,7 @@ function secretsPage(app) {
       { key: "name", title: "Name", cell: byName, sort: byName },
       { key: "kind", title: "Kind", cell: (row) => row.kind.slice(0, -1), sort: (row) => row.kind },
       { key: "version", title: "Version", kind: "wide", cell: (row) => place(row) || h("span", { class: "quiet" }, "1 of 1"), sort: (row) => `${familyOf(row)} ${row.created_at}` },
-      { key: "uptake", title: "In use by", cell: (row) => uptakeText(app, row) },
+      { key: "uptake", title: "In use by", kind: "full", cell: (row) => uptakeText(app, row) },
       { key: "created", title: "Created", kind: "number roomy", cell: (row) => ago(app, row.created_at), sort: (row) => -row.created_at },
       { key: "stack", title: "Stack", kind: "wide", cell: (row) => row.stack, sort: (row) => row.stack },
       { key: "services", title: "Services", kind: "rest", cell: (row) => links(app, "services", row.services), sort: (row) => row.services.length },

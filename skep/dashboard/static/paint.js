@@ -7,6 +7,8 @@ import { percent, short } from "./text.js";
 const HALF_ROOT3 = Math.sqrt(3) / 2;
 const NODE_FILL = 0.965;
 const CELL_FILL = 0.9;
+/** Shapes in one path: the browser's time for a path grows faster than its length. */
+const PATH_MAX = 500;
 /** Smaller cells are drawn as squares. */
 const SQUARE_BELOW = 1.6;
 /** Pixels from which a cell has room for its task's name, and a node for its own. */
@@ -37,15 +39,13 @@ class Batches {
   draw(context, scale) {
     for (const { look, at } of this.#batches.values()) {
       context.globalAlpha = look.alpha;
-      context.beginPath();
-      for (let i = 0; i < at.length; i += 3) look.shape(context, at[i], at[i + 1], at[i + 2], scale);
-      if (look.fill) {
-        context.fillStyle = look.fill;
-        context.fill();
-      } else {
-        context.strokeStyle = look.stroke;
-        context.lineWidth = look.width / scale;
-        context.stroke();
+      if (look.fill) context.fillStyle = look.fill;
+      else Object.assign(context, { strokeStyle: look.stroke, lineWidth: look.width / scale });
+      for (let first = 0; first < at.length; first += 3 * PATH_MAX) {
+        context.beginPath();
+        for (let i = first; i < Math.min(at.length, first + 3 * PATH_MAX); i += 3) look.shape(context, at[i], at[i + 1], at[i + 2], scale);
+        if (look.fill) context.fill();
+        else context.stroke();
       }
     }
     context.globalAlpha = 1;
