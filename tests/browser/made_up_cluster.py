@@ -254,6 +254,7 @@ def in_every_state() -> MadeUpCluster:
     nodes[6] |= {"availability": "pause"}
     nodes[3] |= {"reason": "disk 96 % full"}
     services = list(cluster.rows["services"].values())
+    services[3] |= {"state": "degraded", "reason": "its update is paused"}
     services[3]["update"] = {
         "state": "paused",
         "message": "update paused due to failure or early termination of task",

@@ -24,7 +24,7 @@ SHOW = """async (place) => {
 }"""
 """Opens a page and waits until it is drawn."""
 SHOWN_MAX_S = 0.28
-"""Processor time of the page's thread until a page of a large cluster is drawn.  The hive takes 0.14 s, and 0.33 s in one path."""
+"""Processor time of the page's thread until a page is drawn.  The hive takes 0.14 s, and 0.33 s as one path."""
 ELEMENTS_MAX = 4000
 LONG = "a-name-that-goes-on-" * 10
 

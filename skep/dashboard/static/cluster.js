@@ -181,8 +181,8 @@ export function problems(cluster, now = Date.now()) {
   if (suspended) add("bad", "Tasks of lost nodes are not replaced", suspended);
   for (const warning of warnings) if (warning !== leaderless) add("warn", withoutPrefix(warning), "");
   for (const node of cluster.all("nodes")) {
-    if (node.state !== "ready") add("bad", `${node.name} is ${node.state}`, lastHeard(node, now), ["nodes", node.id]);
-    else if (node.reason) add("warn", node.name, node.reason, ["nodes", node.id]);
+    if (node.state !== "ready") add("bad", node.state === "unknown" ? `The state of ${node.name} is unknown` : `${node.name} is ${node.state}`, lastHeard(node, now), ["nodes", node.id]);
+    else if (node.reason) add("warn", `Node ${node.name}`, node.reason, ["nodes", node.id]);
   }
   for (const service of [...cluster.all("services")].filter(({ state, update }) => state !== "healthy" || isPaused(update)).sort(byUrgency)) {
     const level = service.state === "degraded" || isPaused(service.update) ? "bad" : "busy";

@@ -166,9 +166,9 @@ function hiveTable(app) {
       const key = `${task.service} ${phase(task)}`;
       groups.set(key, [...(groups.get(key) ?? []), task]);
     }
-    return [...groups.values()].map((group, i) => {
+    return [...groups.values()].map((group) => {
       const slots = group.filter((task) => task.slot).map((task) => task.slot).sort((a, b) => a - b).join(", ");
-      return [i > 0 && ", ", taskGlyph(group[0]), " ", link(app, "services", group[0].service), slots ? `.${slots}` : "", phase(group[0]) === "running" ? "" : ` (${phase(group[0])})`];
+      return h("span", {}, taskGlyph(group[0]), " ", link(app, "services", group[0].service), slots ? `.${slots}` : "", phase(group[0]) === "running" ? "" : ` (${phase(group[0])})`);
     });
   };
   const waiting = tasks.get("") ?? [];
