@@ -47,7 +47,7 @@ export function nodeActions(app, node) {
 }
 
 /**
- * A dialog that shows `lines` (and what `more(redraw)` gives) and then does `act()`.
+ * A dialog that shows `lines` and the content of `more(redraw)`, and calls `act()` when the user confirms.
  * `canAct()`: whether the button is enabled.
  */
 function confirmDialog({ title, verb, lines, more, act, canAct = () => true, isDanger = false }) {
@@ -80,14 +80,14 @@ function confirmDialog({ title, verb, lines, more, act, canAct = () => true, isD
   });
 }
 
-/** Tasks of a service by node. */
+/** The number of a service's tasks by node. */
 function tasksByNode(app, service) {
   const numbers = new Map();
   for (const task of app.cluster.tasksOf("service", service.id)) if (!isEnded(task)) numbers.set(task.node, (numbers.get(task.node) ?? 0) + 1);
   return numbers;
 }
 
-/** Reads the service, changes its spec and writes it back at the version that was read. */
+/** Reads the service, changes its spec, and writes it back at the version that was read. */
 async function changeService(id, change, query = "") {
   const service = await get(`services/${id}`);
   await post(`services/${id}/update?version=${service.Version.Index}${query}`, change(service.Spec));

@@ -1,8 +1,8 @@
-/** Requests of the Engine API, relative to the page; each has a deadline and its errors say what the cluster said. */
+/** Requests of the Engine API, relative to the page.  Each has a deadline, and its errors have the cluster's message. */
 
 const DEADLINE_S = 20;
 
-/** An answer that is not a success. */
+/** A response with an error status, or none (status 0). */
 export class ApiError extends Error {
   constructor(status, message) {
     super(message);
@@ -39,7 +39,7 @@ export const post = (path, body) =>
     body: body === undefined ? undefined : JSON.stringify(body),
   });
 
-/** Calls `take(chunk)` with each piece (Uint8Array) of a stream until it ends or `signal` aborts; returns the content type. */
+/** Calls `take(chunk, type)` with each chunk (Uint8Array) of a stream and its content type, until it ends or `signal` aborts. */
 export async function stream(path, signal, take) {
   const response = await fetch(`../${path}`, { signal });
   const type = response.headers.get("Content-Type") ?? "";

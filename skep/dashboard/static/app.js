@@ -1,4 +1,4 @@
-/** The page: what is open, when it is drawn again, keys. */
+/** The page: its address, when it is drawn, and its keys. */
 
 import { Cluster, KINDS } from "./cluster.js";
 import { Live } from "./live.js";
@@ -23,9 +23,9 @@ const PAST_AFTER_MS = 150;
 const THEMES = ["auto", "light", "dark"];
 
 class App {
-  /** What is shown: the cluster as it is, or as it was. */
+  /** The cluster that is shown, of the present or of an earlier time. */
   cluster = new Cluster();
-  /** The moment that is shown (milliseconds), null for the present. */
+  /** The time that is shown (milliseconds), or null for the present. */
   past = null;
   logs = new Logs(this);
   terminal = new Terminal();
@@ -33,18 +33,18 @@ class App {
   resources = new Resources(() => this.invalidate());
   samples = new Samples();
   diagnostics = new Diagnostics(stream, () => this.invalidate());
-  /** The user who is logged in; no name with `skep ui`. */
+  /** The user who is logged in, without a name with `skep ui`. */
   session = { user: "", roles: [], by_login: false };
-  /** What the page shows of the connection. */
+  /** The state of the connection. */
   live = { state: "connecting", reason: "" };
-  /** Ages are counted from here: the present, or the moment that is shown. */
+  /** The time from which ages are counted: the present, or the time that is shown. */
   now = Date.now();
   realNow = Date.now();
   route = { page: "hive", kind: "", id: "", tab: "" };
   scrolled = { top: 0, height: 800 };
-  /** What pages remember while they are open: filters, drafts. */
+  /** State of pages, such as filters, while the dashboard is open. */
   memory = new Map();
-  /** What could not be shown, until the next page. */
+  /** An error that is shown until the next page is opened. */
   notice = "";
   theme = savedTheme();
   #frame = 0;
@@ -78,7 +78,7 @@ class App {
     void this.#readSession();
   }
 
-  /** Hidden, too, so that nothing is missing of the last hour. */
+  /** Runs while the page is hidden, so that the charts have no gaps. */
   #tick() {
     this.samples.take(this.#present, Date.now());
     this.invalidate();
@@ -93,7 +93,7 @@ class App {
     }
   }
 
-  /** The page is drawn again in the next frame; a hidden one when it is seen again. */
+  /** Draws the page in the next frame, or when it becomes visible. */
   invalidate() {
     if (this.#frame === 0 && !document.hidden) {
       this.#frame = requestAnimationFrame(() => {
@@ -122,7 +122,7 @@ class App {
     }
   }
 
-  /** Shows the cluster as it was at a moment (milliseconds), or as it is (null). */
+  /** Shows the cluster at an earlier time (milliseconds), or at present (null). */
   async showPast(at) {
     this.past = at;
     this.#pastAsked += 1;
@@ -167,7 +167,7 @@ class App {
     this.applyTheme();
   }
 
-  /** The address of something's panel beside the present page. */
+  /** The address of an object's panel next to the present page. */
   href(kind, id, tab = "") {
     return `#/${this.route.page}/${kind}/${encodeURIComponent(id)}${tab ? `/${tab}` : ""}`;
   }
@@ -238,5 +238,5 @@ function decode(text) {
 
 const app = new App();
 app.start();
-// For the tests, and for people who look for it in the console.
+// For tests, and for debugging in the console.
 globalThis.skep = app;

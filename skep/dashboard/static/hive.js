@@ -1,4 +1,4 @@
-/** The hive: nodes as hexagons with their tasks as cells.  Two canvases: what stays, and over it what moves. */
+/** The hive: nodes as hexagons with their tasks as cells.  A canvas for still shapes, and one above it for moving ones. */
 
 import { Scenes, at } from "./scene.js";
 import { Painter } from "./paint.js";
@@ -17,24 +17,24 @@ const isInPlace = (node, before) => before !== undefined && before.x === node.x 
 
 const ease = (t) => (t < 0.5 ? 4 * t ** 3 : 1 - (-2 * t + 2) ** 3 / 2);
 
-/** The element `element` with the drawing in it; `open(kind, id)` is called for what is chosen. */
+/** Draws into `element`, and calls `open(kind, id)` for a chosen node or task. */
 export class Hive {
   element = document.createElement("div");
   #still = document.createElement("canvas");
   #moving = document.createElement("canvas");
   #tip = document.createElement("div");
-  /** What is drawn. */
+  /** The cluster that is drawn. */
   cluster;
   #open;
   #scenes = new Scenes();
   #scene = null;
   #painter = null;
-  /** The nodes as they are drawn, null: nothing is; and those that have to be drawn again. */
+  /** The drawn nodes, or null if everything has to be drawn, and the nodes to draw again. */
   #drawn = null;
   #due = new Set();
   #moves = [];
   #view = { scale: 1, x: 0, y: 0 };
-  /** The view in which the still picture was drawn. */
+  /** The view of the still canvas. */
   #painted = { scale: 1, x: 0, y: 0 };
   #sharpen = 0;
   #pointed = { node: null, cell: null };
@@ -43,7 +43,7 @@ export class Hive {
   #selected = null;
   #frame = 0;
   #calm = matchMedia("(prefers-reduced-motion: reduce)");
-  /** How many frames were drawn: what the performance test reads. */
+  /** Number of drawn frames, for tests of speed. */
   frames = 0;
 
   constructor(cluster, open) {
@@ -77,33 +77,33 @@ export class Hive {
       }
     }
     this.element.setAttribute("aria-label", this.#summary());
-    // The first picture is drawn in the frame that shows the page: the next frame may be a tenth of a second away.
+    // The first frame shows the hive at once, as the next one may be a tenth of a second away.
     if (this.frames === 0) this.#draw(now);
     else this.#ask();
   }
 
-  /** Dims the tasks of all services but one; null: of none. */
+  /** Dims the tasks of all services except one, or of none for null. */
   highlight(service) {
     if (this.#highlight === service) return;
     this.#highlight = service;
     this.#redraw();
   }
 
-  /** Draws a ring around what the panel shows, `{kind, id}` or null. */
+  /** Draws a ring around the object in the panel, `{kind, id}` or null. */
   select(selected) {
     if (this.#selected?.id === selected?.id) return;
     this.#selected = selected;
     this.#ask();
   }
 
-  /** Takes the colours of the page's theme. */
+  /** Reads the colors of the page's theme. */
   theme() {
     const style = getComputedStyle(document.documentElement);
     const ink = Object.fromEntries(INKS.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
     ink.onCell = ink["on-cell"];
     ink.font = style.getPropertyValue("--font").trim();
     this.#painter = new Painter(ink, {
-      // Without its stack: in a cell there is room for a word.
+      // Without its stack, as a cell has room for one word.
       name: (service) => {
         const row = this.cluster.get("services", service);
         return row?.stack && row.name.startsWith(`${row.stack}_`) ? row.name.slice(row.stack.length + 1) : (row?.name ?? "");
@@ -118,7 +118,7 @@ export class Hive {
     this.#redraw();
   }
 
-  /** Zooms by a factor, keeping the middle or a point of the element where it is. */
+  /** Zooms by a factor around the middle or a point of the element. */
   zoom(factor, x = this.element.clientWidth / 2, y = this.element.clientHeight / 2) {
     const scale = Math.min(ZOOM_MAX, Math.max(1, this.#view.scale * factor));
     const ratio = scale / this.#view.scale;
@@ -127,7 +127,7 @@ export class Hive {
 
   #move(scale, x, y) {
     const { clientWidth: width, clientHeight: height } = this.element;
-    // The comb stays in sight: its edges are not pulled further in than the element's own.
+    // The hive always fills the element.
     this.element.classList.toggle("zoomed", scale > 1);
     this.#view = {
       scale,
@@ -135,7 +135,7 @@ export class Hive {
       y: Math.min(0, Math.max(height - height * scale, y)),
     };
     if (this.#scene === null || this.#scene.cells.size < SHARP_AT_ONCE) return this.#redraw();
-    // Many cells: the picture that there is is moved, and drawn sharply when the hand rests.
+    // With many cells the old picture is moved and scaled, and drawn again when the pointer rests.
     const ratio = scale / this.#painted.scale;
     this.#still.style.transform = `translate(${this.#view.x - this.#painted.x * ratio}px, ${this.#view.y - this.#painted.y * ratio}px) scale(${ratio})`;
     clearTimeout(this.#sharpen);
@@ -156,7 +156,7 @@ export class Hive {
     if (this.#fitCanvases()) this.update();
   }
 
-  /** Gives the canvases the size of the element; whether they had another one. */
+  /** Fits the canvases to the element, and returns whether their size changed. */
   #fitCanvases() {
     const ratio = Math.min(2, devicePixelRatio);
     const width = Math.round(this.element.clientWidth * ratio);
@@ -350,7 +350,7 @@ export class Hive {
     element.addEventListener("blur", () => this.#ask());
   }
 
-  /** Where in the element an event happened; its own offset is that of the child below the pointer. */
+  /** The place of an event in the element.  Its own offset is relative to the child below the pointer. */
   #offset(event) {
     const box = this.element.getBoundingClientRect();
     return { offsetX: event.clientX - box.left, offsetY: event.clientY - box.top };
@@ -411,7 +411,7 @@ export class Hive {
     event.stopPropagation();
   }
 
-  /** Goes to the nearest node in a direction. */
+  /** Moves the focus to the nearest node in a direction. */
   #step(dx, dy) {
     const { nodes } = this.#scene;
     const here = nodes[this.#focused];

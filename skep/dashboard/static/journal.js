@@ -29,13 +29,13 @@ function targetOf(type, id) {
   return KINDS[type] && id ? [KINDS[type], id] : null;
 }
 
-/** The entries that are kept, newest first; asked for again when the cluster has changed. */
+/** The entries, newest first, fetched again when the cluster has changed. */
 export class Journal {
   entries = [];
   /** Whether the first answer has arrived. */
   isRead = false;
   error = "";
-  /** From here on the cluster can be shown as it was (milliseconds), or null. */
+  /** The earliest time that the page can show (milliseconds), or null. */
   oldestState = null;
   #ask;
   #changed;
@@ -44,13 +44,13 @@ export class Journal {
   #version = -1;
   #busy = false;
 
-  /** `ask(path)` gives the answer's JSON, or its text where that is none. */
+  /** `ask(path)` returns the answer's JSON. */
   constructor(ask, changed) {
     this.#ask = ask;
     this.#changed = changed;
   }
 
-  /** Reads what is new if the cluster's `version` is another than last time, at most every two seconds. */
+  /** Fetches new entries if the cluster's `version` has changed, at most every two seconds. */
   async refresh(version, now) {
     if (this.#busy || version === this.#version) return;
     if (now - this.#asked < AGAIN_MS) return;
@@ -69,7 +69,7 @@ export class Journal {
   }
 
   async #newer(now) {
-    // A little is read twice: entries of one moment may become visible one after the other.
+    // Five seconds overlap, because entries of one moment may become visible one after the other.
     const since = Math.floor(((this.entries[0]?.at ?? now - SPAN_MS) - 5000) / 1000);
     if (this.#hasHistory) {
       try {
@@ -94,7 +94,7 @@ export class Journal {
   }
 }
 
-/** How many entries of which level are in each of `count` equal parts of the time from `from` to `to`. */
+/** The number of entries by level in each of `count` equal parts of the time from `from` to `to`. */
 export function histogram(entries, from, to, count) {
   const parts = Array.from({ length: count }, () => ({ quiet: 0, warn: 0, bad: 0 }));
   for (const { at, level } of entries) {

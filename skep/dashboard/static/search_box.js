@@ -1,4 +1,4 @@
-/** The search: `/` opens it, arrows choose, Enter goes there. */
+/** The search dialog: `/` opens it, arrows choose, Enter opens a result. */
 
 import { h } from "./dom.js";
 import { openDialog } from "./dialogs.js";

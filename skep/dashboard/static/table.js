@@ -1,4 +1,4 @@
-/** Lists as tables.  Long ones hold only the rows in sight. */
+/** Lists as tables.  Long tables hold only the visible rows. */
 
 import { h } from "./dom.js";
 import { compareNames } from "./text.js";
@@ -7,7 +7,7 @@ const ROW_HEIGHT = 34;
 const WHOLE_UP_TO = 150;
 const BEYOND = 12;
 
-/** What each table on the page is sorted by: `{table: {column, down}}`. */
+/** The sort order of each table: `{table: {column, down}}`. */
 const sorting = new Map();
 
 /**
@@ -72,7 +72,7 @@ function spacer(key, rows, columns) {
   return h("tr", { key, class: "spacer", "aria-hidden": "true" }, cell);
 }
 
-/** Rows in the order asked for, in the order they came where nothing was. */
+/** Rows in the chosen order, or as they came. */
 export function inOrder(rows, columns, sort) {
   const column = sort && columns.find(({ key }) => key === sort.column);
   if (!column) return rows;
