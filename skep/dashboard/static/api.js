@@ -15,7 +15,7 @@ async function request(path, options) {
   try {
     response = await fetch(`../${path}`, { ...options, signal: AbortSignal.timeout(DEADLINE_S * 1000) });
   } catch (error) {
-    throw new ApiError(0, error.name === "TimeoutError" ? `no answer within ${DEADLINE_S} s` : "no connection");
+    throw new ApiError(0, error.name === "TimeoutError" ? `no response within ${DEADLINE_S} s` : "no connection");
   }
   const text = await response.text();
   let body = null;
@@ -24,7 +24,7 @@ async function request(path, options) {
   } catch {
     body = null;
   }
-  if (!response.ok) throw new ApiError(response.status, body?.message ?? `the answer was ${response.status}`);
+  if (!response.ok) throw new ApiError(response.status, body?.message ?? `the request failed with status ${response.status}`);
   return body;
 }
 
@@ -45,7 +45,7 @@ export async function stream(path, signal, take) {
   const type = response.headers.get("Content-Type") ?? "";
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    throw new ApiError(response.status, body?.message ?? `the answer was ${response.status}`);
+    throw new ApiError(response.status, body?.message ?? `the request failed with status ${response.status}`);
   }
   const reader = response.body.getReader();
   for (;;) {

@@ -91,7 +91,7 @@ async function reasonOf(url) {
       await response.body?.cancel();
       return "the stream ended";
     }
-    return (await response.json().catch(() => null))?.message ?? `the answer was ${response.status}`;
+    return (await response.json().catch(() => null))?.message ?? `the request failed with status ${response.status}`;
   } catch {
     return "no connection";
   }

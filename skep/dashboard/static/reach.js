@@ -42,7 +42,7 @@ export class JsonLines {
   take(piece) {
     const parts = (this.#rest + this.#decoder.decode(piece, { stream: true })).split("\n");
     this.#rest = parts.pop();
-    if (this.#rest.length > LINE_MAX) throw new Error("the answer is too long");
+    if (this.#rest.length > LINE_MAX) throw new Error("the response is too long");
     for (const part of parts) if (part.trim() !== "") this.lines.push(JSON.parse(part));
   }
 }

@@ -48,7 +48,7 @@ export class Terminal {
     if (this.#task !== task.id) {
       this.#end();
       this.#task = task.id;
-      this.#offer("Runs in the task's container, with its rights.");
+      this.#offer("Runs a command in the task's container.");
     }
     return this.#box;
   }
@@ -88,7 +88,7 @@ export class Terminal {
     this.#socket = socket;
     this.#screen = new Screen(rows, columns, (text) => this.#send(text));
     this.#decoder = new TextDecoder();
-    let end = "The connection has ended.";
+    let end = "The connection was closed.";
     socket.addEventListener("open", () => this.#fit());
     socket.addEventListener("message", ({ data }) => {
       if (socket !== this.#socket) return;
@@ -182,9 +182,9 @@ export class Terminal {
 function ended(data) {
   try {
     const message = JSON.parse(data);
-    return message.error ?? `It ended with exit code ${message.exit_code}.`;
+    return message.error ?? `The command ended with exit code ${message.exit_code}.`;
   } catch {
-    return "The connection has ended.";
+    return "The connection was closed.";
   }
 }
 
