@@ -376,7 +376,7 @@ function stacksPage(app) {
       { key: "name", title: "Name", cell: (stack) => stack.name, sort: byName },
       { key: "revision", title: "Revision", kind: "number roomy", cell: (stack) => (stack.revision === null ? "–" : String(stack.revision)), sort: (stack) => stack.revision ?? 0 },
       { key: "state", title: "State", cell: (stack) => stackState(services(stack)) },
-      { key: "deployed", title: "Last deploy", kind: "roomy", cell: (stack) => (stack.revisions?.[0] ? [deployState(stack.revisions?.[0]), " ", h("span", { class: "quiet" }, stack.revisions?.[0].changes)] : h("span", { class: "quiet" }, "not recorded")), sort: (stack) => -(stack.revisions?.[0]?.created_at ?? 0) },
+      { key: "deployed", title: "Last deploy", kind: "roomy full", cell: (stack) => (stack.revisions?.[0] ? [deployState(stack.revisions?.[0]), " ", h("span", { class: "quiet" }, stack.revisions?.[0].changes)] : h("span", { class: "quiet" }, "not recorded")), sort: (stack) => -(stack.revisions?.[0]?.created_at ?? 0) },
       { key: "services", title: "Services", kind: "rest", cell: (stack) => links(app, "services", stack.services), sort: (stack) => stack.services.length },
     ],
   });
