@@ -331,7 +331,7 @@ def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem
     """
     if running + done >= wanted and not problems:
         if done:
-            return f"{done} of {wanted} tasks done" + (f", {running} run" if running else ""), "", True
+            return f"{done} of {wanted} tasks done" + (f", {running} running" if running else ""), "", True
         return f"{running} of {wanted} tasks run: healthy", "", True
     count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
     if not problems:
@@ -372,9 +372,9 @@ def _of_job(
         last = summary(slot[-1], nodes.get(slot[-1].node_id))
         text = f"FAILED: {last}; {where}{others} gave up after {attempts}; {completed}"
         return text, f"failed: {last}", False
-    progress = f"{completed}, {running} run"
+    progress = f"{completed}, {running} running"
     if not problems:
-        return progress, f"{running} run" if running else "its tasks are not created yet", False
+        return progress, f"{running} running" if running else "its tasks are not created yet", False
     worst = problems[0]
     return "; ".join(filter(None, (worst.reason, worst.restart_summary, progress))), worst.reason, False
 

@@ -231,6 +231,54 @@ def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) 
     return cluster
 
 
+def in_every_state() -> MadeUpCluster:
+    """A small cluster with a task in each phase and a node in each state, under light, medium and heavy load."""
+    cluster = make(9, 60)
+    tasks = list(cluster.rows["tasks"].values())
+    spoiled: list[Row] = [
+        {"state": "pending", "node": "", "error": "no suitable node (insufficient resources on 9 nodes)"},
+        {"state": "preparing"},
+        {"health": "unhealthy"},
+        {"desired_state": "shutdown"},
+        {"state": "complete"},
+        {"state": "failed", "error": "task: non-zero exit (1)"},
+        {"state": "unknown"},
+    ]
+    for task, changes in zip(tasks[::4], spoiled, strict=False):
+        task |= changes
+    nodes = list(cluster.rows["nodes"].values())
+    for node, load in zip(nodes, (0.2, 0.8, 0.95, 0.0), strict=False):
+        node["load"] = load
+    nodes[4] |= {"state": "down", "reason": "heartbeat failure", "last_heartbeat_at": cluster.now - 90}
+    nodes[5] |= {"state": "unknown", "reason": "the managers have no leader"}
+    nodes[6] |= {"availability": "pause"}
+    nodes[3] |= {"reason": "disk 96 % full"}
+    services = list(cluster.rows["services"].values())
+    services[3] |= {"state": "degraded", "reason": "its update is paused"}
+    services[3]["update"] = {
+        "state": "paused",
+        "message": "update paused due to failure or early termination of task",
+        "started_at": cluster.now - 400,
+        "completed_at": 0,
+    }
+    services[4] |= {"mode": "replicated-job", "running": 0, "completed": 6, "total": 6}
+    cluster.info |= {"warnings": ["WARNING: the store is 92 % full"]}
+    cluster.log("node", "pressure", nodes[3], "node m4 has little disk left", "warning")
+    return cluster
+
+
+def without_services(nodes: int) -> MadeUpCluster:
+    """A cluster in which nothing was started yet."""
+    cluster = make(nodes, 3)
+    for kind in KINDS:
+        if kind != "nodes":
+            cluster.rows[kind].clear()
+    for row in cluster.rows["nodes"].values():
+        row |= {"failing_checks": [], "volumes": []}
+    cluster.history.clear()
+    return cluster
+
+
 def _networks(cluster: MadeUpCluster) -> None:
     for name, encrypted in (("ingress", False), ("shop_front", False), ("shop_back", True)):
         row = {

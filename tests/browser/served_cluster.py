@@ -128,8 +128,13 @@ def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
                 "Summary": cluster.rows["tasks"][id]["error"],
                 "End": {"Cause": "out-of-memory", "Lines": lines},
             }
-        case ["skep", "services" | "tasks", id, "explain"]:
-            return {"Summary": "It is as it should be.", "Reasons": [], "Failures": []}
+        case ["skep", "services", id, "explain"]:
+            row = cluster.rows["services"][id]
+            summary = row["reason"] or f"{row['running']} of {row['desired']} tasks run"
+            found = {"Summary": summary, "Reasons": [], "Failures": [], "Running": row["running"]}
+            return {**found, "Desired": row["desired"], "Reason": row["reason"]}
+        case ["skep", "tasks", id, "explain"]:
+            return {"Summary": f"{cluster.rows['tasks'][id]['state']} as desired"}
         case ["tasks"]:
             return []
         case ["skep", "ui", "session"]:

@@ -26,11 +26,11 @@ async def test_what_is_behind_the_lists() -> None:
             "32768, 32769→9000 (host)"
         )
         await page.goto(f"{url}#/networks")
-        reach = page.get_by_label("paths between nodes")
+        reach = page.get_by_label("Paths between nodes")
         await expect(reach).to_contain_text("2 paths fail")
         await expect(reach).to_contain_text("m1 → m2 4789/udp (overlay)")
         await reach.get_by_role("button", name="Probe now").click()
-        await expect(reach).to_contain_text("everything responds; the slowest way back took 1.5 ms")
+        await expect(reach).to_contain_text("all respond, slowest round trip 1.5 ms")
         await page.goto(f"{url}#/stacks/stacks/shop")
         await expect(page.locator("aside")).to_contain_text(
             "failed: service shop_api: task: non-zero exit (1)"
@@ -50,7 +50,7 @@ async def test_what_is_behind_the_lists() -> None:
             "d", re.compile("M.*L.*L")
         )
         await expect(page.locator("aside")).to_contain_text("% since")
-        await expect(page.locator("aside")).to_contain_text("Does not reach")
+        await expect(page.locator("aside")).to_contain_text("Unreachable nodes")
 
 
 async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:
@@ -62,7 +62,7 @@ async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:
             "aria-label", _starts("Map of 5 nodes with 24 tasks")
         )
         await expect(page.locator(".live")).to_have_text("live")
-        assert await _drawn_colours(page) > 5
+        assert await _drawn_colours(page) > 3
         await _sees_a_change(page, cluster)
         await _goes_back(page)
         await _finds_by_address(page, cluster)
@@ -77,7 +77,7 @@ async def _sees_a_change(page: Page, cluster: MadeUpCluster) -> None:
         "aria-label", _contains("1 node not ready")
     )
     cluster.heal()
-    await expect(page.locator(f".legend a[href$='{service['id']}']")).to_have_text(
+    await expect(page.locator(f".services a[href$='{service['id']}']")).to_have_text(
         f"{service['desired']}/{service['desired']}"
     )
 
@@ -87,7 +87,7 @@ async def _goes_back(page: Page) -> None:
     await page.get_by_role("slider", name="Time shown").focus()
     await page.keyboard.press("PageDown")
     await expect(map).to_have_attribute("aria-label", _starts("Map of 2 nodes"))
-    await expect(page.locator(".banner.past")).to_contain_text("as it was at")
+    await expect(page.locator(".banner.past")).to_contain_text("This is the cluster at")
     await page.get_by_role("button", name="Back to now").click()
     await expect(map).to_have_attribute("aria-label", _starts("Map of 5 nodes"))
 

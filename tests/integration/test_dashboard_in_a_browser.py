@@ -71,7 +71,7 @@ async def test_a_node_is_drained_and_promoted_from_the_page(swarm: TestCluster, 
         await _of_node(page, "w1")
         await page.get_by_role("button", name="Drain", exact=True).click()
         dialog = page.get_by_role("dialog", name="Drain w1")
-        await expect(dialog).to_contain_text("Tasks are stopped here and started on the other 2 nodes: web")
+        await expect(dialog).to_contain_text("Tasks stop here and start on the other 2 nodes: web")
         await page.screenshot(path=place / "real-drain.png")
         await dialog.get_by_role("button", name="Drain").click()
         await expect(dialog).to_be_hidden()
@@ -83,9 +83,7 @@ async def test_a_node_is_drained_and_promoted_from_the_page(swarm: TestCluster, 
 
         await page.get_by_role("button", name="Promote", exact=True).click()
         dialog = page.get_by_role("dialog", name="Promote w1")
-        await expect(dialog).to_contain_text(
-            "There will be 2 managers; the cluster will survive the loss of 0."
-        )
+        await expect(dialog).to_contain_text("The cluster will have 2 managers and survive the loss of 0.")
         await page.screenshot(path=place / "real-promote.png")
         await dialog.get_by_role("button", name="Promote").click()
         await expect(dialog).to_be_hidden()
@@ -103,7 +101,7 @@ async def _of_node(page: Page, name: str) -> None:
 
 
 def _replicas(page: Page):  # type: ignore[no-untyped-def]
-    return page.locator(".legend li", has_text="web").locator("> a")
+    return page.locator(".services li", has_text="web").locator("> a")
 
 
 async def _scale(page: Page, replicas: int) -> None:

@@ -1,48 +1,54 @@
-/** Actions: each shows what it would do and is confirmed before anything is sent. */
+/** Actions.  Each shows its effects first, and sends nothing until the user confirms. */
 
 import { get, post } from "./api.js";
 import { h } from "./dom.js";
 import { isEnded } from "./cluster.js";
 import { dialogHead, openDialog } from "./dialogs.js";
 import { button } from "./parts.js";
-import { course, difference, quorumAfter, restarted, scaled, whenDrained, withImage } from "./plans.js";
+import { course, difference, missingRole, quorumAfter, restarted, scaled, whenDrained, withImage } from "./plans.js";
 import { count, imageName } from "./text.js";
 
 const REPLICAS_MAX = 100_000;
 const PREVIEW_AFTER_MS = 250;
 
-/** The buttons of a service. */
+/** The buttons of a service, the most likely one first, those that undo something last. */
 export function serviceActions(app, service) {
   if (app.past !== null) return [];
+  const needed = missingRole(app.session, { role: "operator", stack: service.stack });
+  if (needed) return [h("p", { class: "quiet" }, needed)];
   const isUpdating = service.update?.state === "updating" || service.update?.state === "rollback_started";
   const isPaused = service.update?.state?.endsWith("paused");
+  const isJob = service.mode.endsWith("-job");
+  const primary = { kind: "primary" };
   return [
-    service.mode === "replicated" && button("Scale", () => scaleDialog(app, service)),
-    !service.mode.endsWith("-job") && button("Update image", () => imageDialog(app, service)),
-    !service.mode.endsWith("-job") && button("Restart", () => specDialog(app, service, { title: `Restart ${service.name}`, verb: "Restart", change: restarted })),
-    service.can_roll_back && button("Roll back", () => rollBackDialog(app, service)),
-    isUpdating && button("Pause", () => simpleDialog(app, { title: `Pause the update of ${service.name}`, verb: "Pause", lines: ["No further task is replaced until it is resumed."], path: `skep/services/${service.id}/update/pause` })),
-    isPaused && button("Resume", () => simpleDialog(app, { title: `Resume the update of ${service.name}`, verb: "Resume", lines: ["The next tasks are replaced."], path: `skep/services/${service.id}/update/resume` })),
+    isUpdating && button("Pause update", () => simpleDialog(app, { title: `Pause the update of ${service.name}`, verb: "Pause", lines: ["No more tasks are replaced until you resume the update."], path: `skep/services/${service.id}/update/pause` }), primary),
+    isPaused && button("Resume update", () => simpleDialog(app, { title: `Resume the update of ${service.name}`, verb: "Resume", lines: ["The update replaces the remaining tasks."], path: `skep/services/${service.id}/update/resume` }), primary),
+    service.mode === "replicated" && button("Scale", () => scaleDialog(app, service), isUpdating || isPaused ? {} : primary),
+    !isJob && button("Update image", () => imageDialog(app, service)),
+    !isJob && button("Restart", () => specDialog(app, service, { title: `Restart ${service.name}`, verb: "Restart", change: restarted })),
+    service.can_roll_back && button("Roll back", () => rollBackDialog(app, service), { kind: "undo" }),
   ];
 }
 
 /** The buttons of a node. */
 export function nodeActions(app, node) {
   if (app.past !== null) return [];
+  const needed = missingRole(app.session, { role: "admin" });
+  if (needed) return [h("p", { class: "quiet" }, needed)];
   const isActive = node.availability === "active";
   const isManager = node.role === "manager";
   return [
-    isActive
-      ? button("Drain", () => drainDialog(app, node))
-      : button("Activate", () => nodeDialog(app, node, { title: `Activate ${node.name}`, verb: "Activate", lines: ["It takes tasks again. Tasks that run elsewhere stay there; global services start one here."], change: { Availability: "active" } })),
-    isActive && button("Pause", () => nodeDialog(app, node, { title: `Pause ${node.name}`, verb: "Pause", lines: ["Its tasks stay; it takes no new ones."], change: { Availability: "pause" } })),
-    isManager ? button("Demote", () => roleDialog(app, node, "worker")) : button("Promote", () => roleDialog(app, node, "manager")),
+    !isActive && button("Activate", () => nodeDialog(app, node, { title: `Activate ${node.name}`, verb: "Activate", lines: ["The node accepts tasks again. Running tasks stay where they are. Global services start a task here."], change: { Availability: "active" } }), { kind: "primary" }),
+    isActive && button("Pause scheduling", () => nodeDialog(app, node, { title: `Pause scheduling on ${node.name}`, verb: "Pause", lines: ["The node accepts no new tasks. Its tasks keep running."], change: { Availability: "pause" } })),
+    !isManager && button("Promote", () => roleDialog(app, node, "manager")),
+    node.availability !== "drain" && button("Drain", () => drainDialog(app, node), { kind: "undo" }),
+    isManager && button("Demote", () => roleDialog(app, node, "worker"), { kind: "undo" }),
   ];
 }
 
 /**
- * A dialog that shows `lines` (and what `more(redraw)` gives) and then does `act()`.
- * `canAct()`: whether the button may be pressed now.
+ * A dialog that shows `lines` and the content of `more(redraw)`, and calls `act()` when the user confirms.
+ * `canAct()`: whether the button is enabled.
  */
 function confirmDialog({ title, verb, lines, more, act, canAct = () => true, isDanger = false }) {
   let error = "";
@@ -74,20 +80,20 @@ function confirmDialog({ title, verb, lines, more, act, canAct = () => true, isD
   });
 }
 
-/** Tasks of a service by node. */
+/** The number of a service's tasks by node. */
 function tasksByNode(app, service) {
   const numbers = new Map();
   for (const task of app.cluster.tasksOf("service", service.id)) if (!isEnded(task)) numbers.set(task.node, (numbers.get(task.node) ?? 0) + 1);
   return numbers;
 }
 
-/** Reads the service, changes its spec and writes it back at the version that was read. */
+/** Reads the service, changes its spec, and writes it back at the version that was read. */
 async function changeService(id, change, query = "") {
   const service = await get(`services/${id}`);
   await post(`services/${id}/update?version=${service.Version.Index}${query}`, change(service.Spec));
 }
 
-/** Where the tasks of a changed spec would be, asked of the scheduler. */
+/** Where the scheduler would place the tasks of a changed spec. */
 class Preview {
   text = "…";
   rows = [];
@@ -95,7 +101,7 @@ class Preview {
   #timer = null;
   #asked = 0;
 
-  /** Asks after a short while without another question; `redraw` when the answer is there. */
+  /** Asks the scheduler when the input has rested for a moment, and calls `redraw` with the answer. */
   ask(id, change, before, redraw) {
     this.#asked += 1;
     const mine = this.#asked;
@@ -110,7 +116,7 @@ class Preview {
         this.text = "";
       } catch (error) {
         if (mine !== this.#asked) return;
-        this.text = `Where its tasks would be is not known: ${error.message}`;
+        this.text = `No preview: ${error.message}`;
       }
       redraw();
     }, PREVIEW_AFTER_MS);
@@ -120,10 +126,10 @@ class Preview {
     if (this.text) return h("p", { class: "quiet" }, this.text);
     return h("div", { class: "preview", "aria-live": "polite" },
       this.refusal && h("p", { class: "note bad" }, this.refusal),
-      this.rows.length === 0 && !this.refusal && h("p", { class: "quiet" }, "No node gets more or fewer tasks."),
+      this.rows.length === 0 && !this.refusal && h("p", { class: "quiet" }, "No change on any node."),
       h("ul", { class: "plain" }, this.rows.slice(0, 12).map(({ node, hostname, before, after }) =>
         h("li", { key: node, class: after > before ? "more" : "fewer" }, h("b", {}, after > before ? `+${after - before}` : `−${before - after}`), ` ${hostname || app.cluster.name("nodes", node)} `, h("span", { class: "quiet" }, `${before} → ${after}`)))),
-      this.rows.length > 12 && h("p", { class: "quiet" }, `and ${this.rows.length - 12} more nodes`));
+      this.rows.length > 12 && h("p", { class: "quiet" }, `and ${count(this.rows.length - 12, "more node")}`));
   }
 }
 
@@ -156,7 +162,7 @@ function scaleDialog(app, service) {
           h("input", { id: "replicas", type: "number", min: "0", max: String(REPLICAS_MAX), value: String(replicas), autofocus: true, oninput: (event) => set(event.target.valueAsNumber) }),
           h("button", { type: "button", "aria-label": "One more", onclick: () => set(replicas + 1) }, "+"),
           h("span", { class: "quiet" }, `now ${service.desired}`)),
-        h("h3", {}, "What it would do"),
+        h("h3", {}, "Effect"),
         preview.show(app),
       ];
     },
@@ -188,7 +194,7 @@ function imageDialog(app, service) {
           image = event.target.value;
           redraw();
         } })),
-        h("h3", {}, "What it would do"),
+        h("h3", {}, "Effect"),
         h("p", {}, h("code", {}, imageName(service.image)), " → ", h("code", {}, imageName(image) || "…")),
         h("p", {}, plan),
       ];
@@ -233,7 +239,7 @@ function rollBackDialog(app, service) {
     title: `Roll back ${service.name}`,
     verb: "Roll back",
     isDanger: true,
-    lines: () => ["The service gets the spec that it had before its last update; its tasks are replaced as its rollback configuration says."],
+    lines: () => ["The service returns to the spec before its last update. Tasks are replaced one after the other or as its rollback configuration says."],
     act: () => changeService(service.id, (spec) => spec, "&rollback=previous"),
     more: (redraw) => {
       if (isFirst) {
@@ -248,7 +254,7 @@ function rollBackDialog(app, service) {
   });
 }
 
-/** What differs between two specs, by path; values of environment and of what is long are not shown. */
+/** The differences between two specs, by path.  Environment variables, labels and long values are not shown. */
 function changesOf(from, to) {
   const found = [];
   const walk = (a, b, path) => {
@@ -299,9 +305,9 @@ function drainDialog(app, node) {
     isDanger: true,
     change: { Availability: "drain" },
     lines: [
-      move.length > 0 ? `Tasks are stopped here and started on the other ${count(others, "node")}: ${move.join(", ")}.` : "No task has to go to another node.",
-      end.length > 0 && `Of global services the task here ends: ${end.join(", ")}.`,
-      others === 0 && "No other node takes tasks: they would wait.",
+      move.length > 0 ? `Tasks stop here and start on ${others === 1 ? "the other node" : `the other ${count(others, "node")}`}: ${move.join(", ")}.` : "No task moves to another node.",
+      end.length > 0 && `Tasks of global services end: ${end.join(", ")}.`,
+      others === 0 && "No other node accepts tasks, so they stay pending.",
     ].filter(Boolean),
   });
 }
@@ -315,7 +321,7 @@ function roleDialog(app, node, role) {
     verb,
     isDanger: role === "worker",
     canAct: () => managers >= 1,
-    lines: () => [`There will be ${count(managers, "manager")}; the cluster will survive the loss of ${survives}.`, ...(warning ? [warning] : [])],
+    lines: () => [`The cluster will have ${count(managers, "manager")} and survive the loss of ${survives}.`, ...(warning ? [warning] : [])],
     act: () => changeNode(node.id, { Role: role }),
   });
 }

@@ -1,8 +1,8 @@
-/** Requests of the Engine API, relative to the page; each has a deadline and its errors say what the cluster said. */
+/** Requests of the Engine API, relative to the page.  Each has a deadline, and its errors have the cluster's message. */
 
 const DEADLINE_S = 20;
 
-/** An answer that is not a success. */
+/** A response with an error status, or none (status 0). */
 export class ApiError extends Error {
   constructor(status, message) {
     super(message);
@@ -15,7 +15,7 @@ async function request(path, options) {
   try {
     response = await fetch(`../${path}`, { ...options, signal: AbortSignal.timeout(DEADLINE_S * 1000) });
   } catch (error) {
-    throw new ApiError(0, error.name === "TimeoutError" ? `no answer within ${DEADLINE_S} s` : "no connection");
+    throw new ApiError(0, error.name === "TimeoutError" ? `no response within ${DEADLINE_S} s` : "no connection");
   }
   const text = await response.text();
   let body = null;
@@ -24,7 +24,7 @@ async function request(path, options) {
   } catch {
     body = null;
   }
-  if (!response.ok) throw new ApiError(response.status, body?.message ?? `the answer was ${response.status}`);
+  if (!response.ok) throw new ApiError(response.status, body?.message ?? `the request failed with status ${response.status}`);
   return body;
 }
 
@@ -39,13 +39,13 @@ export const post = (path, body) =>
     body: body === undefined ? undefined : JSON.stringify(body),
   });
 
-/** Calls `take(chunk)` with each piece (Uint8Array) of a stream until it ends or `signal` aborts; returns the content type. */
+/** Calls `take(chunk, type)` with each chunk (Uint8Array) of a stream and its content type, until it ends or `signal` aborts. */
 export async function stream(path, signal, take) {
   const response = await fetch(`../${path}`, { signal });
   const type = response.headers.get("Content-Type") ?? "";
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    throw new ApiError(response.status, body?.message ?? `the answer was ${response.status}`);
+    throw new ApiError(response.status, body?.message ?? `the request failed with status ${response.status}`);
   }
   const reader = response.body.getReader();
   for (;;) {

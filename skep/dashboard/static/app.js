@@ -1,7 +1,6 @@
-/** The page: what is open, when it is drawn again, keys. */
+/** The page: its address, when it is drawn, and its keys. */
 
 import { Cluster, KINDS } from "./cluster.js";
-import { Colours } from "./colours.js";
 import { Live } from "./live.js";
 import { Hive } from "./hive.js";
 import { Journal } from "./journal.js";
@@ -17,40 +16,38 @@ import { patch } from "./dom.js";
 import { PAGES } from "./pages.js";
 import { showHelp } from "./help.js";
 import { showSearch } from "./search_box.js";
-import { clean, compareNames } from "./text.js";
+import { clean } from "./text.js";
 
 const TICK_MS = 5000;
 const PAST_AFTER_MS = 150;
 const THEMES = ["auto", "light", "dark"];
 
 class App {
-  /** What is shown: the cluster as it is, or as it was. */
+  /** The cluster that is shown, of the present or of an earlier time. */
   cluster = new Cluster();
-  /** The moment that is shown (milliseconds), null for the present. */
+  /** The time that is shown (milliseconds), or null for the present. */
   past = null;
   logs = new Logs(this);
   terminal = new Terminal();
   journal = new Journal(get, () => this.invalidate());
-  colours = new Colours();
   resources = new Resources(() => this.invalidate());
   samples = new Samples();
   diagnostics = new Diagnostics(stream, () => this.invalidate());
-  /** The user who is logged in; no name with `skep ui`. */
+  /** The user who is logged in, without a name with `skep ui`. */
   session = { user: "", roles: [], by_login: false };
-  /** What the page shows of the connection. */
+  /** The state of the connection. */
   live = { state: "connecting", reason: "" };
-  /** Ages are counted from here: the present, or the moment that is shown. */
+  /** The time from which ages are counted: the present, or the time that is shown. */
   now = Date.now();
   realNow = Date.now();
   route = { page: "hive", kind: "", id: "", tab: "" };
   scrolled = { top: 0, height: 800 };
-  /** What pages remember while they are open: filters, drafts. */
+  /** State of pages, such as filters, while the dashboard is open. */
   memory = new Map();
-  /** What could not be shown, until the next page. */
+  /** An error that is shown until the next page is opened. */
   notice = "";
   theme = savedTheme();
   #frame = 0;
-  #servicesVersion = -1;
   #drawnVersion = -1;
   #prefersDark = matchMedia("(prefers-color-scheme: dark)");
   #chord = "";
@@ -58,7 +55,7 @@ class App {
   #pastAsked = 0;
 
   constructor() {
-    this.hive = new Hive(this.cluster, this.colours, (kind, id) => this.open(kind, id));
+    this.hive = new Hive(this.cluster, (kind, id) => this.open(kind, id));
     this.stream = new Live(this.cluster, {
       changed: () => this.invalidate(),
       status: (state, reason) => {
@@ -81,7 +78,7 @@ class App {
     void this.#readSession();
   }
 
-  /** Hidden, too, so that nothing is missing of the last hour. */
+  /** Runs while the page is hidden, so that the charts have no gaps. */
   #tick() {
     this.samples.take(this.#present, Date.now());
     this.invalidate();
@@ -96,7 +93,7 @@ class App {
     }
   }
 
-  /** The page is drawn again in the next frame; a hidden one when it is seen again. */
+  /** Draws the page in the next frame, or when it becomes visible. */
   invalidate() {
     if (this.#frame === 0 && !document.hidden) {
       this.#frame = requestAnimationFrame(() => {
@@ -110,11 +107,6 @@ class App {
     this.realNow = Date.now();
     this.now = this.past ?? this.realNow;
     if (this.#present.cursor !== "") void this.journal.refresh(this.#present.version, this.realNow);
-    const { services } = this.cluster.versions;
-    if (services !== this.#servicesVersion) {
-      this.#servicesVersion = services;
-      this.colours.assign([...this.cluster.all("services")].sort((a, b) => compareNames(a.name, b.name)));
-    }
     const { page, kind, id } = this.route;
     const title = id && KINDS.includes(kind) ? this.cluster.name(kind, id) : PAGES.find(({ name }) => name === page).title;
     document.title = clean(`${title} · ${this.cluster.info.name || "Skep"}`);
@@ -130,7 +122,7 @@ class App {
     }
   }
 
-  /** Shows the cluster as it was at a moment (milliseconds), or as it is (null). */
+  /** Shows the cluster at an earlier time (milliseconds), or at present (null). */
   async showPast(at) {
     this.past = at;
     this.#pastAsked += 1;
@@ -154,13 +146,8 @@ class App {
   #show(cluster) {
     this.cluster = cluster;
     this.hive.cluster = cluster;
-    this.#servicesVersion = -1;
     this.#drawnVersion = -1;
     this.invalidate();
-  }
-
-  colour(service) {
-    return this.colours.of(service, this.isDark);
   }
 
   get isDark() {
@@ -169,7 +156,7 @@ class App {
 
   applyTheme() {
     document.documentElement.dataset.theme = this.isDark ? "dark" : "light";
-    this.hive.theme(this.isDark);
+    this.hive.theme();
     this.#drawnVersion = -1;
     this.invalidate();
   }
@@ -180,7 +167,7 @@ class App {
     this.applyTheme();
   }
 
-  /** The address of something's panel beside the present page. */
+  /** The address of an object's panel next to the present page. */
   href(kind, id, tab = "") {
     return `#/${this.route.page}/${kind}/${encodeURIComponent(id)}${tab ? `/${tab}` : ""}`;
   }
@@ -251,5 +238,5 @@ function decode(text) {
 
 const app = new App();
 app.start();
-// For the tests, and for people who look for it in the console.
+// For tests, and for debugging in the console.
 globalThis.skep = app;

@@ -1,6 +1,6 @@
-/** The cluster as the last snapshot and the changes since then say.  No DOM here. */
+/** The cluster: the last snapshot with all later changes applied.  No DOM here. */
 
-import { clockTime } from "./text.js";
+import { age, clockTime, count } from "./text.js";
 
 export const KINDS = ["nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets", "configs"];
 
@@ -10,19 +10,19 @@ const WRONG = new Set(["failed", "rejected", "orphaned"]);
 export const isEnded = (task) => ENDED.has(task.state);
 export const isWrong = (task) => WRONG.has(task.state);
 
-/** How a task is drawn and named: `waiting`, `starting`, `running`, `unhealthy`, `stopping`, `done`, `failed` or `unknown`. */
+/** How a task is drawn and named: `pending`, `starting`, `running`, `unhealthy`, `stopping`, `completed`, `failed` or `unknown`. */
 export function phase(task) {
   if (task.state === "unknown") return "unknown";
   if (isWrong(task)) return "failed";
-  if (ENDED.has(task.state)) return "done";
+  if (ENDED.has(task.state)) return "completed";
   if (task.state === "running") {
     if (task.desired_state !== "running" && task.desired_state !== "complete") return "stopping";
     return task.health === "unhealthy" ? "unhealthy" : "running";
   }
-  return task.node ? "starting" : "waiting";
+  return task.node ? "starting" : "pending";
 }
 
-/** What is known of a cluster, by kind and id, with the indexes that pages ask for. */
+/** The rows of a cluster by kind and id, with indexes. */
 export class Cluster {
   cursor = "";
   info = { id: "", name: "", managers: { total: 0, reachable: 0, leader: "" }, warnings: [], replacement_suspended: "" };
@@ -94,12 +94,12 @@ export class Cluster {
     return this.by("tasks", field).get(id) ?? [];
   }
 
-  /** The name of a row, or the beginning of the id of one that is gone. */
+  /** The name of a row, or the start of its id if it was removed. */
   name(kind, id) {
     return this.#rows[kind].get(id)?.name ?? (id ? id.slice(0, 12) : "–");
   }
 
-  /** `web.2` of a task, `web.HOST` where there is one on each node. */
+  /** The name of a task as in Docker: `web.2`, or `web.HOST` for a global service. */
   taskName(task) {
     const service = this.#rows.services.get(task.service);
     const name = service?.name ?? (task.service ? task.service.slice(0, 12) : "container");
@@ -116,67 +116,116 @@ export class Cluster {
   }
 }
 
-/** How many tasks are as they should be, `{done, of, isJob}`: of a job, or of a service whose tasks end, those that completed. */
+/**
+ * How far a service is, `{done, of, isJob}`: completed tasks of a job or of a service whose tasks end, else running
+ * tasks.
+ */
 export function progress({ mode, running, desired, completed = 0, total = 0 }) {
   if (mode.endsWith("-job")) return { done: completed, of: total || desired, isJob: true };
   if (completed > 0 && running === 0) return { done: completed, of: desired, isJob: true };
   return { done: running, of: desired, isJob: false };
 }
 
-/** `2/3`, or `6/6 done`. */
+/** `2/3`, or `6/6 completed`. */
 export function replicasText(service) {
   const { done, of, isJob } = progress(service);
-  return `${done}/${of}${isJob ? " done" : ""}`;
+  return `${done}/${of}${isJob ? " completed" : ""}`;
+}
+
+/** `2/3 running`, or `6/6 completed`. */
+function progressInWords(service) {
+  const { done, of, isJob } = progress(service);
+  return `${done}/${of} ${isJob ? "completed" : "running"}`;
 }
 
 const URGENCY = { degraded: 0, converging: 1, healthy: 2 };
 
-/** Services that need someone first, those that have for longest before others, then by name. */
+/** Orders services: degraded ones first, the oldest problem before others, then by name. */
 export function byUrgency(a, b) {
   return URGENCY[a.state] - URGENCY[b.state] || (a.state === "healthy" ? 0 : (a.since || Infinity) - (b.since || Infinity) || 0) || (a.name < b.name ? -1 : 1);
 }
 
-/** Why a node is not well, and when it was last heard. */
+/** `drained` or `paused` of a node that accepts no tasks, else `active`. */
+export const availabilityText = ({ availability }) => ({ drain: "drained", pause: "paused" })[availability] ?? availability;
+
+/** Why a node is not ready, and when its last heartbeat was. */
 export function lastHeard(node, now) {
-  return [node.reason, node.last_heartbeat_at && `last heard ${clockTime(node.last_heartbeat_at, now)}`].filter(Boolean).join("; ");
+  const at = node.last_heartbeat_at;
+  return [node.reason, at && `last heartbeat ${clockTime(at, now)} (${age(at, now)} ago)`].filter(Boolean).join(", ");
+}
+
+/** The manager's warnings start with a word for terminals. */
+const withoutPrefix = (warning) => warning.replace(/^WARNING: /, "");
+
+/**
+ * What needs attention or is in progress: `{level: "bad"|"warn"|"busy", title, detail, target}`, problems first, then
+ * warnings, then changes in progress.  The target is `[kind, id]` or null.
+ */
+export function problems(cluster, now = Date.now()) {
+  const found = { bad: [], warn: [], busy: [] };
+  const add = (level, title, detail, target = null) => found[level].push({ level, title, detail, target });
+  const { managers, warnings, replacement_suspended: suspended } = cluster.info;
+  // Between two leaders the row has none for a moment; the warning comes only if none is found.
+  const leaderless = managers.leader === "" ? warnings.find((warning) => warning.includes("no leader since")) : undefined;
+  if (leaderless) add("bad", "No leader", `${withoutPrefix(leaderless)}; containers keep running, changes wait`);
+  if (managers.reachable < managers.total) {
+    const spare = managers.reachable - (Math.floor(managers.total / 2) + 1);
+    add(
+      spare > 0 ? "warn" : "bad",
+      `${managers.total - managers.reachable} of ${count(managers.total, "manager")} unreachable`,
+      spare > 0
+        ? `the cluster survives the loss of ${spare} more`
+        : spare === 0 ? "if one more is lost, no change is possible" : "too few for a majority",
+    );
+  }
+  if (suspended) add("bad", "Tasks of lost nodes are not replaced", suspended);
+  for (const warning of warnings) if (warning !== leaderless) add("warn", withoutPrefix(warning), "");
+  for (const node of cluster.all("nodes")) {
+    if (node.state !== "ready") add("bad", node.state === "unknown" ? `The state of ${node.name} is unknown` : `${node.name} is ${node.state}`, lastHeard(node, now), ["nodes", node.id]);
+    else if (node.reason) add("warn", `Node ${node.name}`, node.reason, ["nodes", node.id]);
+  }
+  for (const service of [...cluster.all("services")].filter(({ state, update }) => state !== "healthy" || isPaused(update)).sort(byUrgency)) {
+    const level = service.state === "degraded" || isPaused(service.update) ? "bad" : "busy";
+    add(level, `${service.name} ${progressInWords(service)}`, service.reason || service.update?.message || "", ["services", service.id]);
+  }
+  for (const volume of cluster.all("volumes")) {
+    if (volume.reason) add("warn", `Volume ${volume.name}`, volume.reason, ["volumes", volume.id]);
+  }
+  return [...found.bad, ...found.warn, ...found.busy];
+}
+
+const isPaused = (update) => update?.state?.endsWith("paused") ?? false;
+
+/** `2 problems, 1 warning` of what `problems()` found, without changes in progress. */
+export function attentionInWords(found) {
+  const number = (level) => found.filter((one) => one.level === level).length;
+  return [[number("bad"), "problem"], [number("warn"), "warning"]].filter(([value]) => value > 0).map(([value, word]) => count(value, word)).join(", ");
 }
 
 /**
- * What an operator should look at, worst first: `{level: "bad"|"warn", title, detail, target}`, the target
- * being `[kind, id]` or null.
+ * The verdict on the whole cluster, `{level, word, title, detail}` with `level` as of a badge, from what `problems()`
+ * found.  A lost node comes before the services that it degrades, as it is their cause.
  */
-export function problems(cluster) {
-  const found = [];
-  const add = (level, title, detail, target = null) => found.push({ level, title, detail, target });
-  const { managers, warnings, replacement_suspended: suspended } = cluster.info;
-  if (managers.reachable < managers.total) {
-    const quorum = Math.floor(managers.total / 2) + 1;
-    const spare = managers.reachable - quorum;
-    add(
-      spare > 0 ? "warn" : "bad",
-      `${managers.total - managers.reachable} of ${managers.total} managers unreachable`,
-      spare > 0 ? `the cluster survives the loss of ${spare} more` : "the loss of one more stops every change",
-    );
+export function headline(cluster, [first]) {
+  if (first === undefined) {
+    const services = cluster.size("services");
+    const title = services === 0 ? "no services yet" : `${services === 1 ? "the service is" : `all ${count(services, "service")} are`} in the desired state`;
+    return { level: "good", word: "Healthy", title, detail: "" };
   }
-  if (suspended) add("bad", "Lost nodes' tasks are not replaced", suspended);
-  for (const warning of warnings) add("warn", warning, "");
-  for (const node of cluster.all("nodes")) {
-    if (node.state !== "ready") add("bad", `${node.name} is ${node.state}`, lastHeard(node, Date.now()), ["nodes", node.id]);
-    else if (node.reason) add("warn", node.name, node.reason, ["nodes", node.id]);
-  }
-  for (const service of [...cluster.all("services")].sort(byUrgency)) {
-    const target = ["services", service.id];
-    const paused = service.update?.state?.endsWith("paused");
-    if (service.state === "degraded" || paused) {
-      add("bad", `${service.name} ${replicasText(service)}`, service.reason || service.update?.message || "", target);
-    } else if (service.state === "converging") {
-      add("warn", `${service.name} ${replicasText(service)}`, service.reason || service.update?.message || "", target);
-    }
-  }
-  for (const volume of cluster.all("volumes")) {
-    if (volume.reason) add("warn", `volume ${volume.name}`, volume.reason, ["volumes", volume.id]);
-  }
-  return found.sort((a, b) => (a.level === b.level ? 0 : a.level === "bad" ? -1 : 1));
+  const { level, title, detail } = first;
+  if (level === "bad") return { level, word: "Degraded", title, detail };
+  if (level === "warn") return { level, word: "Healthy", title: `but ${title}`, detail };
+  return { level: "warn", word: "Converging", title, detail };
+}
+
+/** Nodes, processors, memory and load of the whole cluster: `{nodes, cpus, memory, load, busiest}`; load null if unknown. */
+export function capacity(cluster) {
+  const nodes = cluster.all("nodes");
+  const sum = (field) => nodes.reduce((total, node) => total + (node[field] || 0), 0);
+  const loaded = nodes.filter(({ load, state }) => state === "ready" && Number.isFinite(load));
+  const busiest = loaded.reduce((most, node) => (most === null || node.load > most.load ? node : most), null);
+  const load = loaded.length > 0 ? loaded.reduce((total, node) => total + node.load, 0) / loaded.length : null;
+  return { nodes: nodes.length, cpus: sum("cpus"), memory: sum("memory"), load, busiest };
 }
 
 /** The figures of the top bar. */

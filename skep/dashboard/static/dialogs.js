@@ -1,10 +1,10 @@
-/** Dialogs: the browser's own, which keep the focus and close with Escape. */
+/** Dialogs of the browser, which keep the focus and close with Escape. */
 
 import { h, patch } from "./dom.js";
 
 /**
- * Opens a dialog; `show(redraw, close)` gives its content and is asked again by `redraw()`.
- * Returns the element, which leaves the page when it is closed.
+ * Opens a dialog with the content of `show(redraw, close)`.  `redraw()` calls it again.
+ * Returns the element, which is removed when it closes.
  */
 export function openDialog(label, kind, show) {
   const element = document.createElement("dialog");
@@ -22,7 +22,7 @@ export function openDialog(label, kind, show) {
   return element;
 }
 
-/** A heading with the button that closes. */
+/** A heading with a close button. */
 export function dialogHead(title, close) {
   return h("div", { class: "panel-head" }, h("h2", {}, title), h("button", { type: "button", class: "close", onclick: close, title: "Close (Esc)", "aria-label": "Close" }, "×"));
 }

@@ -1,7 +1,7 @@
 /**
- * Elements as values: `h()` describes, `patch()` changes the page to match.
+ * Elements as values: `h()` describes them, `patch()` changes the page to match.
  *
- * All text comes in as text nodes and cleaned, attributes are set by name from a short list of kinds; nothing is ever parsed as HTML.
+ * All text is cleaned and becomes text nodes.  Nothing is ever parsed as HTML.
  */
 
 import { clean } from "./text.js";
@@ -10,12 +10,12 @@ const SVG = new Set(["svg", "path", "circle", "rect", "line", "g", "polygon", "p
 const PROPERTIES = new Set(["value", "checked", "disabled", "hidden", "open", "selected"]);
 const CLEANED = new Set(["title", "placeholder"]);
 
-/** A description of `<tag ...props>children</tag>`; `key` tells siblings apart, `on*` are listeners, `vars` CSS variables. */
+/** A description of `<tag ...props>children</tag>`; `key` identifies siblings, `on*` are listeners, `vars` are CSS variables. */
 export function h(tag, props, ...children) {
   return { tag, props: props ?? {}, children: flat(children) };
 }
 
-/** A description of an element that exists and looks after itself (a canvas, a terminal). */
+/** A description of an existing element that updates itself, such as a canvas or a terminal. */
 export function own(element, key) {
   return { element, props: { key } };
 }
@@ -30,7 +30,7 @@ function flat(children, into = []) {
   return into;
 }
 
-/** Makes the children of `parent` what `wanted` describes, keeping the elements that stay. */
+/** Changes the children of `parent` to match `wanted`, keeping elements that stay. */
 export function patch(parent, ...wanted) {
   patchChildren(parent, flat(wanted));
 }
@@ -60,7 +60,7 @@ function patchChildren(parent, wanted) {
   let next = null;
   for (let i = after.length - 1; i >= 0; i -= 1) {
     const { element } = after[i];
-    // An element that is where it should be is not touched: moving it would lose focus and scrolling.
+    // An element in its place is not moved, which would lose its focus and scroll position.
     if (element.parentNode !== parent || element.nextSibling !== next) parent.insertBefore(element, next);
     next = element;
   }
@@ -79,7 +79,7 @@ function create(vnode) {
     : document.createElement(vnode.tag);
   setProps(element, {}, vnode.props);
   patchChildren(element, vnode.children);
-  // After the children, as a select takes its value from its options.
+  // After the children, because the value of a select is one of its options.
   if (vnode.props.value !== undefined) element.value = vnode.props.value;
   return element;
 }

@@ -1,8 +1,9 @@
-/** The hive: nodes as hexagons with their tasks as cells.  Two canvases: what stays, and over it what moves. */
+/** The hive: nodes as hexagons with their tasks as cells.  A canvas for still shapes, and one above it for moving ones. */
 
 import { Scenes, at } from "./scene.js";
 import { Painter } from "./paint.js";
-import { age, count, imageName } from "./text.js";
+import { age, count, imageName, percent } from "./text.js";
+import { availabilityText, phase } from "./cluster.js";
 import { h, patch } from "./dom.js";
 
 const MOVE_MS = 650;
@@ -10,31 +11,30 @@ const GROW_MS = 260;
 const ZOOM_MAX = 12;
 const SHARP_AT_ONCE = 1500;
 const SHARP_AFTER_MS = 140;
-const INKS = ["ground", "surface", "line", "faint", "text", "muted", "accent", "bad", "gauge", "on-cell"];
+const INKS = ["ground", "surface", "edge", "text", "muted", "accent", "bad", "gauge", "run", "on-cell"];
 
 const isInPlace = (node, before) => before !== undefined && before.x === node.x && before.y === node.y && before.radius === node.radius;
 
 const ease = (t) => (t < 0.5 ? 4 * t ** 3 : 1 - (-2 * t + 2) ** 3 / 2);
 
-/** The element `element` with the drawing in it; `open(kind, id)` is called for what is chosen. */
+/** Draws into `element`, and calls `open(kind, id)` for a chosen node or task. */
 export class Hive {
   element = document.createElement("div");
   #still = document.createElement("canvas");
   #moving = document.createElement("canvas");
   #tip = document.createElement("div");
-  /** What is drawn. */
+  /** The cluster that is drawn. */
   cluster;
-  #colours;
   #open;
   #scenes = new Scenes();
   #scene = null;
   #painter = null;
-  /** The nodes as they are drawn, null: nothing is; and those that have to be drawn again. */
+  /** The drawn nodes, or null if everything has to be drawn, and the nodes to draw again. */
   #drawn = null;
   #due = new Set();
   #moves = [];
   #view = { scale: 1, x: 0, y: 0 };
-  /** The view in which the still picture was drawn. */
+  /** The view of the still canvas. */
   #painted = { scale: 1, x: 0, y: 0 };
   #sharpen = 0;
   #pointed = { node: null, cell: null };
@@ -42,14 +42,12 @@ export class Hive {
   #highlight = null;
   #selected = null;
   #frame = 0;
-  #isDark = false;
   #calm = matchMedia("(prefers-reduced-motion: reduce)");
-  /** How many frames were drawn: what the performance test reads. */
+  /** Number of drawn frames, for tests of speed. */
   frames = 0;
 
-  constructor(cluster, colours, open) {
+  constructor(cluster, open) {
     this.cluster = cluster;
-    this.#colours = colours;
     this.#open = open;
     this.element.className = "comb";
     this.element.tabIndex = 0;
@@ -64,7 +62,7 @@ export class Hive {
     this.#listen();
   }
 
-  /** Shows the cluster as it is now. */
+  /** Draws the present state of the cluster. */
   update() {
     const { clientWidth: width, clientHeight: height } = this.element;
     if (!width || !height || this.#painter === null) return;
@@ -79,50 +77,48 @@ export class Hive {
       }
     }
     this.element.setAttribute("aria-label", this.#summary());
-    // The first picture is drawn in the frame that shows the page: the next frame may be a tenth of a second away.
+    // The first frame shows the hive at once, as the next one may be a tenth of a second away.
     if (this.frames === 0) this.#draw(now);
     else this.#ask();
   }
 
-  /** Only tasks for which `highlight(task)` holds are bright; null: all. */
-  highlight(highlight) {
-    if (this.#highlight === highlight) return;
-    this.#highlight = highlight;
+  /** Dims the tasks of all services except one, or of none for null. */
+  highlight(service) {
+    if (this.#highlight === service) return;
+    this.#highlight = service;
     this.#redraw();
   }
 
-  /** Draws a ring around what the panel shows, `{kind, id}` or null. */
+  /** Draws a ring around the object in the panel, `{kind, id}` or null. */
   select(selected) {
     if (this.#selected?.id === selected?.id) return;
     this.#selected = selected;
     this.#ask();
   }
 
-  /** Takes the colours of the page's theme. */
-  theme(isDark) {
+  /** Reads the colors of the page's theme. */
+  theme() {
     const style = getComputedStyle(document.documentElement);
     const ink = Object.fromEntries(INKS.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
     ink.onCell = ink["on-cell"];
     ink.font = style.getPropertyValue("--font").trim();
-    this.#isDark = isDark;
     this.#painter = new Painter(ink, {
-      colour: (service) => this.#colours.of(service, this.#isDark),
-      // Without its stack: in a cell there is room for a word.
+      // Without its stack, as a cell has room for one word.
       name: (service) => {
         const row = this.cluster.get("services", service);
         return row?.stack && row.name.startsWith(`${row.stack}_`) ? row.name.slice(row.stack.length + 1) : (row?.name ?? "");
       },
-      isDimmed: (task) => this.#highlight !== null && !this.#highlight(task),
+      isDimmed: (task) => this.#highlight !== null && task.service !== this.#highlight,
     });
     this.#redraw();
   }
 
   fit() {
-    this.#view = { scale: 1, x: 0, y: 0 };
+    this.#move(1, 0, 0);
     this.#redraw();
   }
 
-  /** Zooms by a factor, keeping the middle or a point of the element where it is. */
+  /** Zooms by a factor around the middle or a point of the element. */
   zoom(factor, x = this.element.clientWidth / 2, y = this.element.clientHeight / 2) {
     const scale = Math.min(ZOOM_MAX, Math.max(1, this.#view.scale * factor));
     const ratio = scale / this.#view.scale;
@@ -131,14 +127,15 @@ export class Hive {
 
   #move(scale, x, y) {
     const { clientWidth: width, clientHeight: height } = this.element;
-    // The comb stays in sight: its edges are not pulled further in than the element's own.
+    // The hive always fills the element.
+    this.element.classList.toggle("zoomed", scale > 1);
     this.#view = {
       scale,
       x: Math.min(0, Math.max(width - width * scale, x)),
       y: Math.min(0, Math.max(height - height * scale, y)),
     };
     if (this.#scene === null || this.#scene.cells.size < SHARP_AT_ONCE) return this.#redraw();
-    // Many cells: the picture that there is is moved, and drawn sharply when the hand rests.
+    // With many cells the old picture is moved and scaled, and drawn again when the pointer rests.
     const ratio = scale / this.#painted.scale;
     this.#still.style.transform = `translate(${this.#view.x - this.#painted.x * ratio}px, ${this.#view.y - this.#painted.y * ratio}px) scale(${ratio})`;
     clearTimeout(this.#sharpen);
@@ -159,7 +156,7 @@ export class Hive {
     if (this.#fitCanvases()) this.update();
   }
 
-  /** Gives the canvases the size of the element; whether they had another one. */
+  /** Fits the canvases to the element, and returns whether their size changed. */
   #fitCanvases() {
     const ratio = Math.min(2, devicePixelRatio);
     const width = Math.round(this.element.clientWidth * ratio);
@@ -240,10 +237,11 @@ export class Hive {
     const moving = new Set(this.#moves.map((move) => move.cell?.task.id));
     const waiting = this.#scene.waiting.filter((cell) => !moving.has(cell.task.id));
     if (this.#scene.waiting.length > 0) {
-      this.#painter.label(context, `${this.#scene.waiting.length} waiting`, 24, this.#scene.height - 26);
+      this.#painter.label(context, `${this.#scene.waiting.length} pending`, 24, this.#scene.height - 26);
       this.#painter.cells(context, waiting, scale);
     }
     for (const move of this.#moves) this.#drawMove(context, move, (now - move.since) / (move.until - move.since));
+    this.#painter.rings(context, this.#siblings(), scale);
     for (const shape of this.#marked()) this.#painter.ring(context, shape, shape.isNode, scale);
   }
 
@@ -253,7 +251,7 @@ export class Hive {
     if (gone) return this.#painter.cells(context, [gone], scale, 1 - t);
     const now = this.#scene.cells.get(cell.task.id) ?? cell;
     if (!from) return this.#painter.cells(context, [now], scale, t);
-    // A bee's way: a little above the straight line.
+    // A bee does not fly in a straight line.
     const lift = Math.sin(Math.PI * t) * Math.min(40, Math.hypot(now.x - from.x, now.y - from.y) / 5);
     const place = {
       ...now,
@@ -262,6 +260,14 @@ export class Hive {
       size: from.size + (now.size - from.size) * t,
     };
     return this.#painter.cells(context, [place], scale, 1 + 0.25 * Math.sin(Math.PI * t));
+  }
+
+  /** Cells of the same service as the one below the pointer. */
+  #siblings() {
+    const { cell } = this.#pointed;
+    if (cell === null) return [];
+    const { service } = cell.task;
+    return [...this.#scene.cells.values()].filter(({ task }) => task.service === service && task.id !== cell.task.id);
   }
 
   #marked() {
@@ -286,7 +292,7 @@ export class Hive {
     return (
       `Map of ${count(nodes, "node")} with ${count(this.#scene.cells.size, "task")}` +
       `${down ? `, ${count(down, "node")} not ready` : ""}${failed ? `, ${count(failed, "task")} failed` : ""}.` +
-      " Arrow keys go from node to node, Enter opens. The same as a table: press T."
+      " Arrow keys move from node to node, Enter opens one. Press T for a table."
     );
   }
 
@@ -344,7 +350,7 @@ export class Hive {
     element.addEventListener("blur", () => this.#ask());
   }
 
-  /** Where in the element an event happened; its own offset is that of the child below the pointer. */
+  /** The place of an event in the element.  Its own offset is relative to the child below the pointer. */
   #offset(event) {
     const box = this.element.getBoundingClientRect();
     return { offsetX: event.clientX - box.left, offsetY: event.clientY - box.top };
@@ -378,7 +384,7 @@ export class Hive {
       const { task } = cell;
       return [
         h("b", {}, this.cluster.taskName(task)),
-        h("span", {}, `${task.state}${task.health ? `, ${task.health}` : ""} for ${age(task.since, Date.now())}`),
+        h("span", {}, `${phase(task)} for ${age(task.since, Date.now())}${cell.node ? ` on ${this.cluster.name("nodes", cell.node)}` : ""}`),
         h("span", { class: "mono" }, imageName(task.image)),
         task.error && h("span", { class: "bad" }, task.error),
       ];
@@ -386,8 +392,8 @@ export class Hive {
     const { row } = node;
     return [
       h("b", {}, row.name),
-      h("span", {}, `${row.role}${row.leader ? ", leader" : ""} · ${row.state}${row.availability === "active" ? "" : `, ${row.availability}`}`),
-      h("span", {}, `${count(node.cells.length, "task")}${row.load === null ? "" : ` · load ${Math.round(row.load * 100)} %`}`),
+      h("span", {}, `${row.role}${row.leader ? ", leader" : ""} · ${row.state}${row.availability === "active" ? "" : `, ${availabilityText(row)}`}`),
+      h("span", {}, `${count(node.cells.length, "task")}${row.load === null ? "" : `, load ${percent(row.load)}`}`),
       row.reason && h("span", { class: "bad" }, row.reason),
     ];
   }
@@ -405,7 +411,7 @@ export class Hive {
     event.stopPropagation();
   }
 
-  /** Goes to the nearest node in a direction. */
+  /** Moves the focus to the nearest node in a direction. */
   #step(dx, dy) {
     const { nodes } = this.#scene;
     const here = nodes[this.#focused];

@@ -1,8 +1,8 @@
-/** Where nodes and tasks are in the honeycomb.  Lengths in CSS pixels.  No DOM here. */
+/** Places of nodes and tasks in the honeycomb.  Lengths in CSS pixels.  No DOM here. */
 
 const ROOT3 = Math.sqrt(3);
-/** How much of a node's hexagon its cells fill; the rest is border and name. */
-const FILLED = 0.8;
+/** How much of a node's hexagon its cells fill. Below them is room for the name, above them for the load. */
+const FILLED = 0.67;
 const RADIUS_MAX = 150;
 
 /** Corners of a hexagon of radius 1: of a node it lies on a side, of a task it stands on a corner. */

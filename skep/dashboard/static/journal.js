@@ -1,4 +1,4 @@
-/** What happened: the leader's journal, or Docker's events where a manager keeps none.  No DOM here. */
+/** The events of the last hour: the leader's journal, or Docker's events if a manager keeps none.  No DOM here. */
 
 import { instant } from "./text.js";
 
@@ -29,11 +29,13 @@ function targetOf(type, id) {
   return KINDS[type] && id ? [KINDS[type], id] : null;
 }
 
-/** The entries that are kept, newest first; asked for again when the cluster has changed. */
+/** The entries, newest first, fetched again when the cluster has changed. */
 export class Journal {
   entries = [];
+  /** Whether the first answer has arrived. */
+  isRead = false;
   error = "";
-  /** From here on the cluster can be shown as it was (milliseconds), or null. */
+  /** The earliest time that the page can show (milliseconds), or null. */
   oldestState = null;
   #ask;
   #changed;
@@ -42,13 +44,13 @@ export class Journal {
   #version = -1;
   #busy = false;
 
-  /** `ask(path)` gives the answer's JSON, or its text where that is none. */
+  /** `ask(path)` returns the answer's JSON. */
   constructor(ask, changed) {
     this.#ask = ask;
     this.#changed = changed;
   }
 
-  /** Reads what is new if the cluster's `version` is another than last time, at most every two seconds. */
+  /** Fetches new entries if the cluster's `version` has changed, at most every two seconds. */
   async refresh(version, now) {
     if (this.#busy || version === this.#version) return;
     if (now - this.#asked < AGAIN_MS) return;
@@ -57,6 +59,7 @@ export class Journal {
     this.#version = version;
     try {
       this.#merge(await this.#newer(now), now);
+      this.isRead = true;
       this.error = "";
     } catch (error) {
       this.error = error.message;
@@ -66,7 +69,7 @@ export class Journal {
   }
 
   async #newer(now) {
-    // A little is read twice: entries of one moment may become visible one after the other.
+    // Five seconds overlap, because entries of one moment may become visible one after the other.
     const since = Math.floor(((this.entries[0]?.at ?? now - SPAN_MS) - 5000) / 1000);
     if (this.#hasHistory) {
       try {
@@ -91,7 +94,7 @@ export class Journal {
   }
 }
 
-/** How many entries of which level are in each of `count` equal parts of the time from `from` to `to`. */
+/** The number of entries by level in each of `count` equal parts of the time from `from` to `to`. */
 export function histogram(entries, from, to, count) {
   const parts = Array.from({ length: count }, () => ({ quiet: 0, warn: 0, bad: 0 }));
   for (const { at, level } of entries) {

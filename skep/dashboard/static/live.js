@@ -1,9 +1,9 @@
-/** The stream of the cluster's changes: one EventSource, begun again with growing delays when it ends. */
+/** The stream of the cluster's changes.  An EventSource that is reopened with growing delays. */
 
 const VIEW = "../skep/view";
 const DELAYS_S = [1, 2, 4, 8, 15, 30];
 
-/** Feeds `cluster` and calls `changed()`; `status(state, reason)` is told `connecting`, `live` or `lost`. */
+/** Feeds `cluster` and calls `changed()`, and `status(state, reason)` with `connecting`, `live` or `lost`. */
 export class Live {
   #cluster;
   #changed;
@@ -11,7 +11,7 @@ export class Live {
   #source = null;
   #failures = 0;
   #timer = null;
-  /** Grows with each beginning: what an earlier one brings is not taken. */
+  /** Number of the connection.  Answers of earlier ones are ignored. */
   #beginning = 0;
 
   constructor(cluster, { changed, status }) {
@@ -20,7 +20,7 @@ export class Live {
     this.#status = status;
   }
 
-  /** The first snapshot is asked for by itself: the page's head does so already, before any module is there. */
+  /** Fetches the first snapshot, which the page's head preloads before any script runs, then opens the stream. */
   async start() {
     this.stop();
     const mine = this.#beginning;
@@ -47,7 +47,7 @@ export class Live {
     source.addEventListener("snapshot", (event) => this.#receive(event, (data) => this.#cluster.take(data)));
     source.addEventListener("change", (event) => this.#receive(event, (data) => this.#cluster.apply(data)));
     source.addEventListener("error", () => {
-      // The browser tries again by itself unless the answer was not 200.
+      // The browser reconnects unless the status was not 200.
       if (source.readyState === EventSource.CLOSED) this.#again();
       else this.#status("connecting", "");
     });
@@ -65,7 +65,7 @@ export class Live {
     try {
       data = JSON.parse(event.data);
     } catch {
-      // A half line cannot be applied: everything is asked for again.
+      // A cut line cannot be applied, so everything is fetched again.
       this.#cluster.cursor = "";
       this.#again();
       return;
@@ -78,7 +78,7 @@ export class Live {
     this.stop();
     const delay = DELAYS_S[Math.min(this.#failures, DELAYS_S.length - 1)] * (0.75 + Math.random() / 2);
     this.#failures += 1;
-    // An EventSource does not say why it ended: one request does.
+    // An EventSource does not say why it ended, but a request does.
     this.#status("lost", await reasonOf(VIEW));
     this.#timer = setTimeout(() => void this.start(), delay * 1000);
   }
@@ -91,7 +91,7 @@ async function reasonOf(url) {
       await response.body?.cancel();
       return "the stream ended";
     }
-    return (await response.json().catch(() => null))?.message ?? `the answer was ${response.status}`;
+    return (await response.json().catch(() => null))?.message ?? `the request failed with status ${response.status}`;
   } catch {
     return "no connection";
   }

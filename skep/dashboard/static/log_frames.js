@@ -4,10 +4,10 @@ const HEADER = 8;
 const FRAME_MAX = 1 << 20;
 const DETAIL = /^(com\.docker\.swarm\.[a-z.]+=[^, ]*(?:,com\.docker\.swarm\.[a-z.]+=[^, ]*)*) /;
 const STAMP = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[^ ]*) /;
-// Sequences that move or colour in a terminal: their text is shown, they are not.
+// Sequences that move the cursor or change colors in a terminal.
 const ESCAPES = /\u001b(?:\[[0-?]*[ -/]*[@-~]|\][^\u0007\u001b]*(?:\u0007|\u001b\\)|[@-Z\\-_])/g;
 
-/** Text without the sequences that would move or colour it. */
+/** Text without terminal sequences. */
 export const withoutEscapes = (text) => text.replace(ESCAPES, "");
 
 /** Cuts chunks into `{stream: "stdout"|"stderr", text}`; `multiplexed`: with Docker's headers of 8 bytes. */
@@ -20,7 +20,7 @@ export class Frames {
     this.#multiplexed = multiplexed;
   }
 
-  /** Raises Error for a frame that is larger than any line. */
+  /** Throws for a frame that is larger than any line. */
   take(chunk) {
     const bytes = new Uint8Array(this.#rest.length + chunk.length);
     bytes.set(this.#rest);
@@ -59,7 +59,7 @@ export function parsedLine(line) {
   let text = line;
   let at = "";
   let task = "";
-  // The API puts the stamp before the details; both orders are read.
+  // The API puts the timestamp before the details.  Both orders are accepted.
   for (let i = 0; i < 2; i += 1) {
     const stamp = STAMP.exec(text);
     if (stamp && !at) {

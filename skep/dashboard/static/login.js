@@ -1,4 +1,4 @@
-/** The login page: in the colours that were chosen, and past itself while this browser's session lasts. */
+/** The login page: applies the theme, and forwards a browser that has a session. */
 
 import { sessionPath, savedTheme } from "./session.js";
 
@@ -6,7 +6,7 @@ const theme = savedTheme();
 const isDark = theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
 document.documentElement.dataset.theme = isDark ? "dark" : "light";
 
-// The cookie is for one path, which another tab has left here.
+// The cookie belongs to one path, which another tab has saved.
 const path = sessionPath();
 if (path !== "" && location.pathname === "/") {
   const answer = await fetch(`${path}skep/ui/session`).catch(() => null);

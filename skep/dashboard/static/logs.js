@@ -1,4 +1,4 @@
-/** Live logs of a service or a task: the last lines, followed while the panel shows them. */
+/** Live logs of a service or a task, followed while the panel shows them. */
 
 import { stream } from "./api.js";
 import { Frames, parsedLine } from "./log_frames.js";
@@ -8,7 +8,7 @@ const TAIL = 200;
 const LINES_MAX = 2000;
 const NEAR_END_PX = 40;
 
-/** Follows what the panel shows, and nothing when it shows no logs: a browser has six connections. */
+/** Follows the logs in the panel, and none without them, as a browser has only six connections. */
 export function logsOfPanel(app) {
   const { kind, id, tab } = app.route;
   app.logs.follow(tab === "logs" && app.past === null && app.cluster.cursor !== "" ? `${kind}/${id}` : "");
@@ -42,7 +42,7 @@ export class Logs {
     this.element.append(this.#filter, this.#list, this.#state);
   }
 
-  /** Follows `services/ID` or `tasks/ID`; "": nothing. */
+  /** Follows `services/ID` or `tasks/ID`, or stops for "". */
   follow(path) {
     if (path === this.#path) return;
     this.#abort?.abort();

@@ -1,17 +1,23 @@
-/** Draws scenes of the hive on a canvas.  Cells of one look are one path: ten thousand of them are a few dozen fills. */
+/** Draws scenes of the hive on a canvas.  Cells of one look are one path, so ten thousand of them are a dozen fills. */
 
-import { FLAT, POINTED, cellPlace, cellsOf } from "./honeycomb.js";
-import { short } from "./text.js";
+import { FLAT, POINTED } from "./honeycomb.js";
+import { availabilityText } from "./cluster.js";
+import { percent, short } from "./text.js";
 
 const HALF_ROOT3 = Math.sqrt(3) / 2;
 const NODE_FILL = 0.965;
 const CELL_FILL = 0.9;
-/** Cells smaller than this many pixels are squares, empty ones smaller than the second are left out, numbers and names below the next two. */
+/** Shapes in one path: the browser's time for a path grows faster than its length. */
+const PATH_MAX = 500;
+/** Smaller cells are drawn as squares. */
 const SQUARE_BELOW = 1.6;
-const EMPTY_FROM = 4;
-const NUMBER_FROM = 11;
-const LABEL_FROM = 26;
+/** Pixels from which a cell has room for its task's name, and a node for its own. */
+const LABEL_FROM = 24;
 const NAME_FROM = 30;
+/** Pixels from which a node has room for the word before its load. */
+const LOAD_WORD_FROM = 56;
+/** From the middle of a node to its lower and upper side, as a share of its radius. */
+const SIDE = HALF_ROOT3 * NODE_FILL;
 const ELLIPSIS_WIDTH = 6.3;
 
 function trace(context, corners, x, y, radius) {
@@ -33,15 +39,13 @@ class Batches {
   draw(context, scale) {
     for (const { look, at } of this.#batches.values()) {
       context.globalAlpha = look.alpha;
-      context.beginPath();
-      for (let i = 0; i < at.length; i += 3) look.shape(context, at[i], at[i + 1], at[i + 2], scale);
-      if (look.fill) {
-        context.fillStyle = look.fill;
-        context.fill();
-      } else {
-        context.strokeStyle = look.stroke;
-        context.lineWidth = look.width / scale;
-        context.stroke();
+      if (look.fill) context.fillStyle = look.fill;
+      else Object.assign(context, { strokeStyle: look.stroke, lineWidth: look.width / scale });
+      for (let first = 0; first < at.length; first += 3 * PATH_MAX) {
+        context.beginPath();
+        for (let i = first; i < Math.min(at.length, first + 3 * PATH_MAX); i += 3) look.shape(context, at[i], at[i + 1], at[i + 2], scale);
+        if (look.fill) context.fill();
+        else context.stroke();
       }
     }
     context.globalAlpha = 1;
@@ -75,61 +79,63 @@ const bar = (context, x, y, radius) => {
   context.lineTo(x + radius * 0.45, y);
 };
 
-/** How each phase looks: by shape and by brightness, so that it can be read without colours. */
-function looksOf(phase, colour, ink, alpha) {
-  const fill = (scale, strength = 1) => ({ shape: hexagon, fill: colour, alpha: alpha * strength, scale });
-  const line = (shape, stroke, width = 1.5, scale = 0.92) => ({ shape, stroke, width, alpha, scale });
+/**
+ * How each phase looks.  The color says how urgent it is, the shape says which one it is, so that it can be read
+ * without colors.  `glyph()` of parts.js has the same shapes.
+ */
+function looksOf(phase, ink, alpha) {
+  const fill = (colour, scale = 1, strength = 1) => ({ shape: hexagon, fill: colour, alpha: alpha * strength, scale });
+  const line = (shape, stroke, width = 1.6, scale = 0.9) => ({ shape, stroke, width, alpha, scale });
   switch (phase) {
     case "running":
-      return [fill(1)];
+      return [fill(ink.run)];
     case "starting":
-      return [fill(1, 0.28), fill(0.55)];
-    case "waiting":
-      return [line(hexagon, colour)];
+      return [line(hexagon, ink.accent), fill(ink.accent, 0.5)];
+    case "pending":
+      return [line(hexagon, ink.accent)];
     case "unhealthy":
-      return [fill(1), line(hexagon, ink.bad, 2.2), line(bar, ink.bad, 2.2, 1)];
+      return [line(hexagon, ink.bad, 2.2), line(bar, ink.bad, 2.2, 1)];
     case "stopping":
-      return [fill(1, 0.32)];
-    case "done":
-      return [fill(0.42, 0.7)];
+      return [line(hexagon, ink.gauge), fill(ink.gauge, 0.5)];
+    case "completed":
+      return [fill(ink.gauge, 0.5)];
     case "failed":
-      return [fill(1, 0.14), line(hexagon, ink.bad), line(cross, ink.bad, 1.8, 1)];
+      return [fill(ink.bad, 1, 0.14), line(hexagon, ink.bad), line(cross, ink.bad, 1.8, 1)];
     default:
-      return [fill(1, 0.22), line(bar, ink.muted, 1.5, 1)];
+      return [line(hexagon, ink.gauge), line(bar, ink.gauge, 1.6, 1)];
   }
 }
 
-/** Draws with the inks of a theme; `palette` is asked for each cell: `colour(service id)`, `name(service id)`, `isDimmed(task)`. */
+/** Draws with the inks of a theme.  `palette`: `name(service id)`, `isDimmed(task)`. */
 export class Painter {
   #ink;
   #palette;
   #looks = new Map();
 
-  /** `ink`: the colours `{ground, surface, line, faint, text, muted, accent, bad}` and the `font`. */
+  /** `ink`: the colors `{ground, surface, edge, text, muted, accent, bad, gauge, run, onCell}` and the `font`. */
   constructor(ink, palette) {
     this.#ink = ink;
     this.#palette = palette;
   }
 
   #looksOf(cell) {
-    const colour = this.#palette.colour(cell.task.service);
-    const alpha = this.#palette.isDimmed(cell.task) ? 0.12 : 1;
-    const key = `${cell.phase} ${colour} ${alpha}`;
+    const alpha = this.#palette.isDimmed(cell.task) ? 0.15 : 1;
+    const key = `${cell.phase} ${alpha}`;
     let looks = this.#looks.get(key);
     if (!looks) {
-      looks = looksOf(cell.phase, colour, this.#ink, alpha).map((look, i) => ({ ...look, key: `${i} ${key}` }));
+      looks = looksOf(cell.phase, this.#ink, alpha).map((look, i) => ({ ...look, key: `${i} ${key}` }));
       this.#looks.set(key, looks);
     }
     return looks;
   }
 
-  /** Draws nodes with their cells, except the cells in `without` (they are on their way). */
+  /** Draws nodes with their cells, except the cells in `without`, which are moving. */
   nodes(context, nodes, { scale, without }) {
     const grounds = new Batches();
     const cells = new Batches();
     const lines = new Batches();
     for (const node of nodes) {
-      this.#ground(grounds, node, scale);
+      this.#ground(grounds, node);
       for (const cell of node.cells) if (!without.has(cell.task.id)) this.#cell(cells, cell);
       lines.add(this.#border(node.row), node.x, node.y, node.radius * NODE_FILL);
     }
@@ -139,7 +145,7 @@ export class Painter {
     for (const node of nodes) {
       this.#gauge(context, node, scale);
       if (node.radius * scale >= NAME_FROM) this.#name(context, node, scale);
-      if (node.size * scale >= NUMBER_FROM) this.#numbers(context, node, without, scale);
+      if (node.size * scale >= LABEL_FROM) this.#labels(context, node, without, scale);
     }
   }
 
@@ -153,14 +159,23 @@ export class Painter {
     context.restore();
   }
 
-  /** Draws cells by themselves: those that wait, those that move (`grow` of their size). */
+  /** Draws cells without a node: pending ones, and moving ones at `grow` of their size. */
   cells(context, cells, scale, grow = 1) {
     const batches = new Batches();
     for (const cell of cells) this.#cell(batches, cell, grow);
     batches.draw(context, scale);
   }
 
-  /** A ring around what is pointed at or selected. */
+  /** Rings around the cells of one service. */
+  rings(context, cells, scale) {
+    context.beginPath();
+    for (const { x, y, size } of cells) trace(context, POINTED, x, y, size);
+    context.strokeStyle = this.#ink.text;
+    context.lineWidth = 1.2 / scale;
+    context.stroke();
+  }
+
+  /** A ring around a selected node or cell, or the one below the pointer. */
   ring(context, { x, y, size }, isNode, scale) {
     context.beginPath();
     trace(context, isNode ? FLAT : POINTED, x, y, isNode ? size * NODE_FILL : size + 1.5 / scale);
@@ -181,37 +196,25 @@ export class Painter {
     for (const look of this.#looksOf(cell)) batches.add(look, cell.x, cell.y, cell.size * CELL_FILL * look.scale * grow);
   }
 
-  #ground(batches, node, scale) {
-    const ink = this.#ink;
+  #ground(batches, node) {
+    const { ground, surface } = this.#ink;
     const isOff = node.row.state !== "ready" || node.row.availability !== "active";
-    batches.add(
-      { key: `ground ${isOff}`, shape: flat, fill: isOff ? ink.ground : ink.surface, alpha: 1 },
-      node.x,
-      node.y,
-      node.radius * NODE_FILL,
-    );
-    if (node.size * scale < EMPTY_FROM) return;
-    const used = new Set(node.seats.values());
-    const look = { key: `empty ${isOff}`, shape: hexagon, fill: ink.faint, alpha: isOff ? 0.4 : 1 };
-    for (let i = 0; i < cellsOf(node.ring); i += 1) {
-      if (used.has(i)) continue;
-      const { x, y } = cellPlace(i, node.size);
-      batches.add(look, node.x + x, node.y + y, node.size * CELL_FILL);
-    }
+    const look = { key: `ground ${isOff}`, shape: flat, fill: isOff ? ground : surface, alpha: 1 };
+    batches.add(look, node.x, node.y, node.radius * NODE_FILL);
   }
 
   #border(row) {
-    const { line, bad, muted } = this.#ink;
-    if (row.state === "down") return { key: "down", shape: flat, stroke: bad, width: 1.6, alpha: 1 };
-    if (row.state !== "ready") return { key: "away", shape: dashes, stroke: bad, width: 1.4, alpha: 1 };
-    if (row.availability !== "active") return { key: "off", shape: dashes, stroke: muted, width: 1.2, alpha: 1 };
-    return { key: "ready", shape: flat, stroke: line, width: 1, alpha: 1 };
+    const { edge, bad } = this.#ink;
+    if (row.state === "down") return { key: "down", shape: flat, stroke: bad, width: 2, alpha: 1 };
+    if (row.state !== "ready") return { key: "away", shape: dashes, stroke: bad, width: 1.6, alpha: 1 };
+    if (row.availability !== "active") return { key: "off", shape: dashes, stroke: edge, width: 1.4, alpha: 1 };
+    return { key: "ready", shape: flat, stroke: edge, width: 1, alpha: 1 };
   }
 
   /** The node's load: that share of its border, clockwise from the top left corner. */
   #gauge(context, node, scale) {
     const { load } = node.row;
-    if (!load || node.row.state !== "ready") return;
+    if (!load || node.row.state !== "ready" || node.row.availability !== "active") return;
     const radius = node.radius * NODE_FILL;
     let left = Math.min(1, load) * 6;
     context.beginPath();
@@ -227,69 +230,65 @@ export class Painter {
       left -= part;
     }
     context.strokeStyle = load > 0.9 ? this.#ink.bad : load > 0.75 ? this.#ink.accent : this.#ink.gauge;
-    context.lineWidth = Math.min(2.5, Math.max(1.2, (node.radius * scale) / 30)) / scale;
+    context.lineWidth = Math.min(4, Math.max(2, (node.radius * scale) / 22)) / scale;
     context.stroke();
   }
 
+  /** The name below the cells; above them the load in figures, or why the node accepts no tasks. */
   #name(context, node, scale) {
     const { row } = node;
-    const size = Math.min(12, Math.max(9, (node.radius * scale) / 7)) / scale;
+    const size = Math.min(12, Math.max(9, (node.radius * scale) / 6.2)) / scale;
+    const away = node.radius * SIDE - size * 0.9;
     const letters = Math.floor((node.radius * 1.02) / ((size / 11) * ELLIPSIS_WIDTH));
-    const mark = row.state !== "ready" ? `${row.state}` : row.availability !== "active" ? row.availability : "";
-    const y = node.y + node.radius * 0.765;
-    context.font = `${row.role === "manager" ? 600 : 500} ${size}px ${this.#ink.font}`;
-    context.textAlign = "center";
     context.textBaseline = "middle";
-    // In a small node the border passes behind its name: what is behind the letters is covered.
-    context.strokeStyle = this.#ink.surface;
-    context.lineWidth = 3 / scale;
-    context.lineJoin = "round";
-    const write = (text, at, colour) => {
-      context.strokeText(text, node.x, at);
+    context.textAlign = "center";
+    const write = (text, x, y, weight, colour) => {
+      context.font = `${weight} ${size}px ${this.#ink.font}`;
       context.fillStyle = colour;
-      context.fillText(text, node.x, at);
+      context.fillText(text, node.x + x, node.y + y);
     };
-    write(short(row.name, letters), y, row.state === "ready" ? this.#ink.text : this.#ink.bad);
-    if (mark) {
-      context.font = `500 ${size}px ${this.#ink.font}`;
-      write(mark, node.y - node.radius * 0.73, row.state === "ready" ? this.#ink.muted : this.#ink.bad);
-    } else if (row.role === "manager") {
-      this.#crown(context, node, scale);
-    }
+    const isReady = row.state === "ready";
+    write(short(row.name, letters), 0, away, row.role === "manager" ? 600 : 500, isReady ? this.#ink.text : this.#ink.bad);
+    const load = row.load === null ? "" : percent(row.load);
+    const mark = !isReady ? row.state : row.availability !== "active" ? availabilityText(row) : node.radius * scale >= LOAD_WORD_FROM && load ? `load ${load}` : load;
+    const crown = row.role === "manager" ? Math.min(5, Math.max(3, (node.radius * scale) / 18)) / scale : 0;
+    context.font = `400 ${size}px ${this.#ink.font}`;
+    const half = context.measureText(mark).width / 2;
+    if (mark) write(mark, crown * 1.3, -away, 400, isReady ? this.#ink.muted : this.#ink.bad);
+    if (crown) this.#crown(context, node, { scale, radius: crown, x: node.x - half - (mark ? crown * 0.6 : 0), y: node.y - away });
   }
 
-  /** A manager has a small cell at the top; the leader's is full. */
-  #crown(context, node, scale) {
-    const radius = Math.min(5, Math.max(2.6, (node.radius * scale) / 20)) / scale;
+  /** The sign of a manager, before its load; the leader's is full. */
+  #crown(context, node, { scale, radius, x, y }) {
     context.beginPath();
-    trace(context, POINTED, node.x, node.y - node.radius * 0.765, radius);
+    trace(context, POINTED, x, y, radius);
     if (node.row.leader) {
       context.fillStyle = this.#ink.accent;
       context.fill();
     } else {
       context.strokeStyle = this.#ink.accent;
-      context.lineWidth = 1.3 / scale;
+      context.lineWidth = 1.4 / scale;
       context.stroke();
     }
   }
 
-  #numbers(context, node, without, scale) {
-    const isNamed = node.size * scale >= LABEL_FROM;
-    const letter = Math.min(11.5, node.size * scale * 0.72) / scale;
-    const letters = Math.floor((node.size * 1.5) / (letter * 0.55));
+  /** Names of tasks in cells that have room for them: the service above, the slot below. */
+  #labels(context, node, without, scale) {
+    const letter = Math.min(11.5, node.size * scale * 0.4) / scale;
+    const letters = Math.floor((node.size * 1.5) / (letter * 0.58));
     context.textAlign = "center";
     context.textBaseline = "middle";
-    context.fillStyle = this.#ink.onCell;
     for (const cell of node.cells) {
-      if (without.has(cell.task.id) || (cell.phase !== "running" && cell.phase !== "stopping")) continue;
+      if (without.has(cell.task.id)) continue;
       context.globalAlpha = this.#palette.isDimmed(cell.task) ? 0.15 : 1;
-      const slot = cell.task.slot ? String(cell.task.slot) : "";
-      const name = isNamed ? short(this.#palette.name(cell.task.service), letters) : "";
-      const apart = name && slot ? letter * 0.66 : 0;
+      const isFull = cell.phase === "running";
+      if (!isFull) continue;
+      context.fillStyle = this.#ink.onCell;
+      const apart = cell.task.slot ? letter * 0.62 : 0;
       context.font = `600 ${letter}px ${this.#ink.font}`;
-      if (name) context.fillText(name, cell.x, cell.y - apart);
-      context.font = `${name ? 400 : 500} ${letter}px ${this.#ink.font}`;
-      if (slot) context.fillText(slot, cell.x, cell.y + apart);
+      context.fillText(short(this.#palette.name(cell.task.service), letters), cell.x, cell.y - apart);
+      context.font = `400 ${letter}px ${this.#ink.font}`;
+      if (cell.task.slot) context.fillText(`.${cell.task.slot}`, cell.x, cell.y + apart);
     }
     context.globalAlpha = 1;
   }

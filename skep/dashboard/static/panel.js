@@ -1,15 +1,15 @@
-/** The panel beside a page: one object in detail, what can be done with it, its logs, its terminal. */
+/** The panel beside a page: one object in detail, its actions, its logs, its terminal. */
 
 import { h, own } from "./dom.js";
-import { isEnded, lastHeard, phase } from "./cluster.js";
-import { ago, badge, button, chart, facts, fetched, link, links, loadInWords, section, swatch, taskGlyph, took } from "./parts.js";
+import { availabilityText, isEnded, lastHeard, phase } from "./cluster.js";
+import { ago, badge, button, command, facts, fetched, largeChart, link, links, loadInWords, section, serviceGlyph, taskGlyph, took } from "./parts.js";
 import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
 import { portText, portsText } from "./ports.js";
 import { failing } from "./reach.js";
 import { families, familyOf } from "./versions.js";
 import { table } from "./table.js";
 import { withoutEscapes } from "./log_frames.js";
-import { age, clockTime, compareNames, count, imageName, percent, bytes } from "./text.js";
+import { age, bytes, clockTime, compareNames, count, imageName, number } from "./text.js";
 import { nodeActions, serviceActions } from "./actions.js";
 
 const KINDS = {
@@ -23,7 +23,7 @@ const KINDS = {
   configs: { one: "config", tabs: [""], show: secretPanel },
 };
 
-/** The panel of what the address names. */
+/** The panel of the object in the address. */
 export function panel(app) {
   const { kind, id, tab } = app.route;
   const found = KINDS[kind];
@@ -32,12 +32,12 @@ export function panel(app) {
   const close = button("×", () => app.close(), { kind: "close", title: "Close (Esc)" });
   if (!row) {
     return [
-      h("div", { key: "head", class: "panel-head" }, h("h2", {}, found ? `This ${found.one} is gone` : "Not found"), close),
-      h("p", { key: "gone", class: "note quiet" }, kind === "tasks" ? "It was replaced or removed." : "It was removed, or never was."),
+      h("div", { key: "head", class: "panel-head" }, h("h2", {}, found ? `${found.one[0].toUpperCase()}${found.one.slice(1)} not found` : "Not found"), close),
+      h("p", { key: "gone", class: "note quiet" }, kind === "tasks" ? "It was replaced or removed." : "It was removed or never existed."),
     ];
   }
   const title = kind === "tasks" ? app.cluster.taskName(row) : row.name;
-  const mark = kind === "services" ? swatch(app, id) : kind === "tasks" ? taskGlyph(app, row) : null;
+  const mark = kind === "services" ? serviceGlyph(row) : kind === "tasks" ? taskGlyph(row) : null;
   return [
     h("div", { key: `head ${kind}`, class: "panel-head" }, h("h2", {}, mark, title), h("span", { class: "quiet" }, found.one), close),
     found.actions && h("div", { key: `actions ${kind}`, class: "actions" }, found.actions(app, row)),
@@ -62,7 +62,7 @@ function servicePanel(app, service, tab) {
   return [
     facts(
       ["State", [serviceState(service), " ", replicas(service)]],
-      // The present one is below, with what belongs to it.
+      // The section Why has the present reason.
       app.past !== null && service.reason && ["Reason", service.reason],
       ["Image", h("code", {}, imageName(service.image))],
       ["Mode", service.mode],
@@ -75,11 +75,11 @@ function servicePanel(app, service, tab) {
     ),
     service.update && rollout(app, service),
     section("Why", fetched(explained, (answer) => explanation(answer))),
-    section("Where", spread(app, service)),
+    section("Placement", spread(app, service)),
   ];
 }
 
-/** The present or last update: how many tasks are of the new spec, and what it waits for. */
+/** The present or last update: its state, and how many tasks have the new spec. */
 function rollout(app, service) {
   const { update } = service;
   const tasks = app.cluster.tasksOf("service", service.id).filter((task) => !isEnded(task));
@@ -89,18 +89,18 @@ function rollout(app, service) {
     update.state.startsWith("rollback") ? "Rollback" : "Update",
     facts(
       ["State", update.state.replaceAll("_", " ")],
-      ["Of the new spec", `${fresh} of ${count(tasks.length, "task")}`],
+      ["New tasks", `${fresh} of ${number(tasks.length)}`],
       update.message && ["Message", update.message],
-      started && [update.completed_at ? "Took" : "Since", started],
+      started && (update.completed_at ? ["Duration", started] : ["Started", `${started} ago`]),
     ),
   );
 }
 
-/** The answer of `/explain` in sentences, with the last lines of a task that ended and the nodes that refuse one. */
+/** The answer of `/explain`: the reason, other reasons, nodes that refuse a task, and the last lines of output. */
 function explanation(answer) {
   const { Reason: reason, RestartSummary: restarts, Problem: problem, Update: update, Nodes: nodes } = answer;
-  // What the first sentence says already is not said again.
-  const others = (found) => (found ?? []).filter(({ Summary: summary }) => summary !== reason);
+  // The first sentence is not repeated.
+  const others = (found) => (found ?? []).filter(({ Summary: summary }) => !reason?.startsWith(summary));
   const listed = (found) => found.map(({ Name: name, Summary: summary, Tasks: tasks }) =>
     h("li", {}, name && h("b", {}, `${name}: `), summary, tasks > 1 && h("span", { class: "quiet" }, ` (${count(tasks, "task")})`)));
   const [waiting, failed] = [others(answer.Reasons), others(answer.Failures)];
@@ -108,34 +108,37 @@ function explanation(answer) {
   const lines = end?.Lines ?? [];
   return [
     h("p", {}, reason || answer.Summary),
-    reason && h("p", { class: "quiet" }, [problem?.Name, restarts, `${answer.Running} of ${answer.Desired} tasks run`].filter(Boolean).join("; ")),
+    reason && h("p", { class: "quiet" }, [problem?.Name, restarts, `${answer.Running} of ${answer.Desired} tasks running`].filter(Boolean).join(", ")),
     waiting.length > 0 && h("ul", { class: "plain" }, listed(waiting)),
     failed.length > 0 && h("ul", { class: "plain failures" }, listed(failed)),
-    update && h("p", { class: "quiet" }, [update.Step, update.WaitingFor && `waiting for ${update.WaitingFor}`].filter(Boolean).join("; ")),
+    update && h("p", { class: "quiet" }, [update.Step, update.WaitingFor && `waiting for ${update.WaitingFor}`].filter(Boolean).join(", ")),
     nodes?.length > 0 && h("ul", { class: "plain" }, nodes.slice(0, 50).map(({ Hostname: name, NodeID: id, Reasons: refusals }) =>
-      h("li", { key: id }, h("b", {}, `${name || id}: `), refusals?.length ? refusals.join("; ") : "would take it"))),
+      h("li", { key: id }, h("b", {}, `${name || id}: `), refusals?.length ? refusals.join(", ") : "can run it"))),
     end?.HealthOutput && [h("h4", {}, "Last failed health check"), h("pre", { "aria-label": "Last failed health check", tabindex: "0" }, end.HealthOutput)],
     lines.length > 0 && h("h4", {}, "Last lines of output"),
     lines.length > 0 && h("pre", { "aria-label": "Last lines", tabindex: "0" }, lines.map(({ Text: text }) => `${withoutEscapes(text)}\n`)),
   ];
 }
 
-/** Whether the exit code is that of a signal which Skep sent: after a failed health check, or a stop. */
+/** Whether the exit code is that of a signal from Skep, after a failed health check or a stop. */
 const isKilledBySkep = (status) => ["unhealthy", "stop-timeout"].includes(status.End?.Cause);
 
-/** The error of a task that ended, without the exit code that says nothing. */
-const endText = (status) => (isKilledBySkep(status) ? status.Err?.replace(/^(task: non-zero exit \(\d+\): )?(dockerexec: )?/, "") : status.Err);
+/** ` with exit code 3` of a task that ended by itself. */
+const exitText = (status) => (status.ContainerStatus?.ExitCode && !isKilledBySkep(status) ? ` with exit code ${status.ContainerStatus.ExitCode}` : "");
 
-/** On which nodes a service's tasks are. */
+/** The error of an ended task without its exit code, which `exitText` has, or which only shows Skep's own signal. */
+const endText = (status) => status.Err?.replace(/^task: non-zero exit \(\d+\)(: )?/, "").replace(/^dockerexec: /, "") ?? "";
+
+/** A service's tasks by node. */
 function spread(app, service) {
   const byNode = new Map();
   for (const task of app.cluster.tasksOf("service", service.id)) byNode.set(task.node, [...(byNode.get(task.node) ?? []), task]);
   if (byNode.size === 0) return h("p", { class: "quiet" }, "No tasks.");
   const nodes = [...byNode].sort(([a], [b]) => compareNames(app.cluster.name("nodes", a), app.cluster.name("nodes", b)));
   return h("ul", { class: "spread" }, nodes.map(([node, tasks]) =>
-    h("li", { key: node }, h("span", {}, node ? link(app, "nodes", node) : "no node yet"),
+    h("li", { key: node }, h("span", {}, node ? link(app, "nodes", node) : "not placed"),
       h("span", { class: "cells" }, tasks.slice(0, 60).map((task) =>
-        h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(app, task)))))));
+        h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(task)))))));
 }
 
 function serviceHistory(app, service) {
@@ -144,12 +147,11 @@ function serviceHistory(app, service) {
     const sorted = [...tasks].sort((a, b) => (a.Status?.Timestamp < b.Status?.Timestamp ? 1 : -1)).slice(0, 100);
     return h("ol", { class: "history" }, sorted.map((task) => {
       const status = task.Status ?? {};
-      const ended = status.ContainerStatus?.ExitCode;
       return h("li", { key: task.ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
         h("time", {}, clockTime(status.Timestamp, app.now)),
         h("b", {}, task.Slot ? `.${task.Slot}` : app.cluster.name("nodes", task.NodeID)),
-        h("span", {}, status.State, ended && !isKilledBySkep(status) ? ` (${ended})` : "", task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
-        (status.Err || status.Message) && h("p", {}, endText(status) || status.Message));
+        h("span", {}, status.State, exitText(status), task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
+        (endText(status) || (!status.Err && status.Message)) && h("p", {}, endText(status) || status.Message));
     }));
   });
 }
@@ -161,7 +163,7 @@ function tasksOf(app, field, id) {
     label: "Tasks",
     rows: tasks.slice(0, 150),
     target: (task) => ["tasks", task.id],
-    empty: "No tasks.",
+    empty: h("p", { class: "quiet" }, "No tasks."),
     columns: taskColumns(app, { hasNode: field !== "node" }).filter(({ key }) => key !== "image" && key !== "error"),
   });
 }
@@ -177,21 +179,21 @@ function taskPanel(app, task, tab) {
       ["State", taskState(task)],
       app.past !== null && task.error && ["Reason", h("span", { class: "bad" }, task.error)],
       task.message && ["Message", task.message],
-      ["For", ago(app, task.since)],
+      ["In this state", ago(app, task.since)],
       ["Service", app.cluster.get("services", task.service) ? link(app, "services", task.service) : app.cluster.name("services", task.service)],
-      ["Node", task.node ? link(app, "nodes", task.node) : "none yet"],
+      ["Node", task.node ? link(app, "nodes", task.node) : "not placed"],
       ["Image", h("code", {}, imageName(task.image))],
       task.ports?.length > 0 && ["Ports", task.ports.map((port) => portText(port)).join(" ")],
-      ["Spec", task.current ? "the service's present one" : "an earlier one: an update will replace this task"],
+      ["Spec", task.current ? "current" : "outdated, an update replaces this task"],
       task.health && ["Health", task.health],
-      ["Id", h("code", {}, task.id)],
+      ["ID", h("code", {}, task.id)],
     ),
     section("Why", fetched(explained, explanation)),
-    section("Before", slotHistory(app, task)),
+    section("Earlier tasks", slotHistory(app, task)),
   ];
 }
 
-/** The tasks that were in the same slot before. */
+/** Earlier tasks in the same slot. */
 function slotHistory(app, task) {
   if (!task.service) return null;
   const path = `tasks?filters=${encodeURIComponent(JSON.stringify({ service: [task.service] }))}`;
@@ -199,12 +201,12 @@ function slotHistory(app, task) {
     const earlier = tasks
       .filter((other) => other.ID !== task.id && (task.slot ? other.Slot === task.slot : other.NodeID === task.node))
       .sort((a, b) => (a.Status?.Timestamp < b.Status?.Timestamp ? 1 : -1));
-    if (earlier.length === 0) return h("p", { class: "quiet" }, "Nothing: it is the first in its place.");
+    if (earlier.length === 0) return h("p", { class: "quiet" }, task.slot ? "None. This is the first task in its slot." : "None. This is the first task on its node.");
     return h("ol", { class: "history" }, earlier.map(({ ID, Status: status = {}, NodeID: node }) =>
       h("li", { key: ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
         h("time", {}, clockTime(status.Timestamp, app.now)),
-        h("span", {}, status.State, status.ContainerStatus?.ExitCode && !isKilledBySkep(status) ? ` (${status.ContainerStatus.ExitCode})` : "", node ? [" on ", app.cluster.name("nodes", node)] : ""),
-        status.Err && h("p", {}, endText(status)))));
+        h("span", {}, status.State, exitText(status), node ? [" on ", app.cluster.name("nodes", node)] : ""),
+        endText(status) && h("p", {}, endText(status)))));
   });
 }
 
@@ -214,30 +216,31 @@ function nodePanel(app, node, tab) {
   if (tab === "tasks") return tasksOf(app, "node", node.id);
   const labels = Object.entries(node.labels ?? {});
   const tasks = app.cluster.tasksOf("node", node.id);
+  const most = Math.max(4, tasks.length, ...app.samples.of(node.id).map((sample) => sample.tasks));
   return [
     facts(
-      ["State", [nodeState(node), node.availability !== "active" && node.state === "ready" ? "" : badge("quiet", node.availability)]],
+      ["State", [nodeState(node), node.availability === "active" || node.state === "ready" ? "" : badge("quiet", availabilityText(node))]],
       node.reason && ["Reason", lastHeard(node, app.now)],
       ["Role", [node.role, node.leader ? " · leader" : "", node.manager && node.manager !== "reachable" ? ` · ${node.manager}` : ""]],
-      ["Load", loadInWords(app, node)],
+      ["Load", node.state === "ready" ? loadInWords(app, node) : "not reported"],
       ["Tasks", String(tasks.length)],
-      ["Processors", String(node.cpus)],
+      ["CPUs", String(node.cpus)],
       ["Memory", bytes(node.memory)],
       ["Address", h("code", {}, node.address)],
       ["Engine", [node.engine, h("span", { class: "quiet" }, ` ${node.os}/${node.arch}`)]],
       labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
-      ["Id", h("code", {}, node.id)],
+      ["ID", h("code", {}, node.id)],
     ),
     section(
       "Load in the last hour",
-      chart(app, node.id, (sample) => sample.load, { size: "large", label: `load: ${loadInWords(app, node)}` }),
-      app.samples.of(node.id).length < 2 && h("p", { class: "quiet" }, "Kept while this page is open: the line begins now."),
+      largeChart(app, node.id, (sample) => sample.load, { top: "100 %", label: `load: ${loadInWords(app, node)}` }),
+      app.samples.of(node.id).length < 2 && h("p", { class: "quiet" }, "The chart starts now and grows while this page is open."),
     ),
-    section("Tasks in the last hour", chart(app, node.id, (sample) => sample.tasks, { size: "large", most: Math.max(4, ...app.samples.of(node.id).map((sample) => sample.tasks)) * 1.1, label: `${count(tasks.length, "task")} now` })),
-    node.failing_checks?.length > 0 && section("Does not reach", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
-    node.volumes?.length > 0 && section("Volumes", h("ul", { class: "plain" }, node.volumes.map(({ name, service, slot }) => h("li", { key: `${name} ${service} ${slot}` }, h("code", {}, name), h("span", { class: "quiet" }, ` data of ${service}.${slot}`))))),
+    section("Tasks in the last hour", largeChart(app, node.id, (sample) => sample.tasks, { most, top: count(most, "task"), label: `${count(tasks.length, "task")} now` })),
+    node.failing_checks?.length > 0 && section("Unreachable nodes", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
+    node.volumes?.length > 0 && section("Volumes", h("ul", { class: "plain" }, node.volumes.map(({ name, service, slot }) => h("li", { key: `${name} ${service} ${slot}` }, h("code", {}, name), h("span", { class: "quiet" }, ` used by ${service}.${slot}`))))),
     section("Tasks", h("div", { class: "cells" }, tasks.slice(0, 200).map((task) =>
-      h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(app, task))))),
+      h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(task))))),
   ];
 }
 
@@ -248,28 +251,28 @@ function networkPanel(app, network) {
       ["Kind", networkKind(network)],
       network.subnets.length > 0 && ["Subnets", h("code", {}, network.subnets.join(" "))],
       network.stack && ["Stack", link(app, "stacks", network.stack)],
-      ["Id", h("code", {}, network.id)],
+      ["ID", h("code", {}, network.id)],
     ),
-    section("Services on it", serviceList(app, network.services)),
-    section("Paths between its nodes", networkPaths(app, network)),
+    section("Services", serviceList(app, network.services)),
+    section("Paths between nodes", networkPaths(app, network)),
   ];
 }
 
-/** What the probes say of the nodes that have tasks on a network. */
+/** Failing probes between the nodes that run tasks on a network. */
 function networkPaths(app, network) {
   const ids = new Set(network.services.flatMap((id) => app.cluster.tasksOf("service", id).map((task) => task.node)));
   const nodes = [...ids].map((id) => app.cluster.get("nodes", id)).filter(Boolean);
   const names = new Set(nodes.map((node) => node.name));
   const wrong = failing(nodes).filter(({ to }) => names.has(to));
-  if (wrong.length === 0) return h("p", { class: "quiet" }, nodes.length < 2 ? `${count(nodes.length, "node")} with tasks on it.` : `No probe fails between the ${nodes.length} nodes with tasks on it.`);
+  if (wrong.length === 0) return h("p", { class: "quiet" }, nodes.length < 2 ? `${count(nodes.length, "node")} with tasks on this network.` : `All paths work between the ${nodes.length} nodes with tasks on this network.`);
   return h("ul", { class: "plain failures" }, wrong.map(({ from, to, check, port }) => h("li", { key: `${from.id} ${to} ${check}` }, link(app, "nodes", from.id), ` → ${to}`, h("span", { class: "quiet" }, ` ${port} (${check})`))));
 }
 
 function serviceList(app, ids) {
   const services = ids.map((id) => app.cluster.get("services", id)).filter(Boolean).sort((a, b) => compareNames(a.name, b.name));
-  if (services.length === 0) return h("p", { class: "quiet" }, "None.");
-  return h("ul", { class: "services" }, services.map((service) =>
-    h("li", { key: service.id }, swatch(app, service.id), link(app, "services", service.id), replicas(service), serviceState(service))));
+  if (services.length === 0) return h("p", { class: "quiet" }, "None");
+  return h("ul", { class: "users" }, services.map((service) =>
+    h("li", { key: service.id }, serviceGlyph(service), link(app, "services", service.id), replicas(service), serviceState(service))));
 }
 
 function stackPanel(app, stack) {
@@ -278,18 +281,18 @@ function stackPanel(app, stack) {
   return [
     facts(
       ["State", stackState(services)],
-      ["Revision", stack.revision === null ? "not kept" : String(stack.revision)],
+      ["Revision", stack.revision === null ? "not recorded" : String(stack.revision)],
       networks.length > 0 && ["Networks", links(app, "networks", networks)],
     ),
     section("Services", serviceList(app, stack.services)),
     section("Revisions", !stack.revisions?.length
-      ? h("p", { class: "quiet" }, "None are kept: it was not deployed by skep stack deploy.")
+      ? h("p", { class: "quiet" }, "None. Only skep stack deploy records revisions.")
       : h("ol", { class: "history" }, stack.revisions.map((revision) => h("li", { key: revision.number, class: revision.state.startsWith("failed") ? "bad" : "" },
           h("time", {}, clockTime(revision.created_at, app.now)),
           h("b", {}, String(revision.number)),
           h("span", {}, deployState(revision), " ", revision.changes || "no changes"),
           revision.state.startsWith("failed") && h("p", {}, revision.state))))),
-    stack.revisions?.length > 0 && h("p", { class: "quiet small" }, "What a deploy would change: ", h("code", {}, `skep stack plan ${stack.name}`), "; back to a revision: ", h("code", {}, `skep stack rollback ${stack.name} --to N`)),
+    stack.revisions?.length > 1 && section("Return to a revision", command(app, `skep stack rollback ${stack.name} --to ${stack.revisions[1].number}`)),
   ];
 }
 
@@ -299,18 +302,18 @@ function volumePanel(app, volume) {
     volume.reason && ["Reason", volume.reason],
     ["Driver", h("code", {}, volume.driver)],
     ["Availability", volume.availability],
-    ["On", links(app, "nodes", volume.nodes)],
-    ["Id", h("code", {}, volume.id)],
+    ["Nodes", links(app, "nodes", volume.nodes)],
+    ["ID", h("code", {}, volume.id)],
   );
 }
 
-/** How many running tasks of its services are of the present spec: those have the secret or config of that name. */
+/** A secret or config: its versions, and how many running tasks of each service have it. */
 function secretPanel(app, row) {
   const labels = Object.entries(row.labels ?? {});
   const versions = families(app.cluster.all(app.route.kind)).get(familyOf(row));
   const uptake = row.services.map((id) => app.cluster.get("services", id)).filter(Boolean).map((service) => {
     const tasks = app.cluster.tasksOf("service", service.id).filter((task) => phase(task) === "running");
-    return h("li", { key: service.id }, swatch(app, service.id), link(app, "services", service.id), h("span", {}, `${tasks.filter((task) => task.current).length} of ${count(tasks.length, "running task")}`));
+    return h("li", { key: service.id }, serviceGlyph(service), link(app, "services", service.id), h("span", {}, `${tasks.filter((task) => task.current).length} of ${count(tasks.length, "running task")}`));
   });
   return [
     facts(
@@ -318,11 +321,11 @@ function secretPanel(app, row) {
       row.updated_at !== row.created_at && ["Updated", [age(row.updated_at, app.now), " ago"]],
       row.stack && ["Stack", link(app, "stacks", row.stack)],
       labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
-      ["Id", h("code", {}, row.id)],
+      ["ID", h("code", {}, row.id)],
     ),
-    versions.length > 1 && section("Versions", h("ul", { class: "services" }, versions.map((version) =>
+    versions.length > 1 && section("Versions", h("ul", { class: "users" }, versions.map((version) =>
       h("li", { key: version.id, "aria-current": version.id === row.id ? "true" : undefined }, h("a", { href: app.href(app.route.kind, version.id) }, version.name), uptakeText(app, version), h("span", { class: "quiet" }, ago(app, version.created_at)))))),
-    section("Used by", uptake.length > 0 ? h("ul", { class: "services" }, uptake) : h("p", { class: "quiet" }, "No service.")),
-    h("p", { class: "quiet small" }, "Data is never sent to this page."),
+    section("Used by", uptake.length > 0 ? h("ul", { class: "users" }, uptake) : h("p", { class: "quiet" }, "No service.")),
+    h("p", { class: "quiet small" }, "The data is never sent to this page."),
   ];
 }

@@ -5,37 +5,69 @@ import { phase } from "./cluster.js";
 import { SPAN_MS, lines } from "./samples.js";
 import { age, clockTime, duration, instant, percent } from "./text.js";
 
-const GLYPHS = {
-  waiting: "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500z",
-  starting: "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500zM6 4.500 7.400 5.250v1.500L6 7.500 4.600 6.750v-1.500z",
-  cross: "M3.500 3.500l5 5m0-5l-5 5",
-  bar: "M3.500 6h5",
-};
+const HEXAGON = "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500z";
+const CORE = "M6 4 7.800 5v2L6 8 4.200 7V5z";
+const CROSS = "M3.900 3.900l4.200 4.200m0-4.200l-4.200 4.200";
+const BAR = "M4 6h4";
 
-/** The small hexagon of a task's phase, in the colour of its service: the same shapes as in the hive. */
-export function glyph(phaseName, colour) {
-  const isFull = ["running", "unhealthy", "stopping"].includes(phaseName);
+/** The small hexagon of a task's phase: the same shapes and colors as in the hive. */
+export function glyph(phaseName) {
+  const has = (...names) => names.includes(phaseName);
   return h(
     "svg",
-    { class: `glyph ${phaseName}`, viewBox: "0 0 12 12", "aria-hidden": "true", vars: { "--service": colour } },
-    h("path", { class: isFull ? "full" : "outline", d: GLYPHS.waiting }),
-    phaseName === "starting" && h("path", { class: "full", d: "M6 3.900 7.900 5v2L6 8.100 4.100 7V5z" }),
-    phaseName === "done" && h("path", { class: "full", d: "M6 4.500 7.400 5.250v1.500L6 7.500 4.600 6.750v-1.500z" }),
-    phaseName === "failed" && h("path", { class: "mark", d: GLYPHS.cross }),
-    ["unhealthy", "unknown"].includes(phaseName) && h("path", { class: "mark", d: GLYPHS.bar }),
+    { class: `glyph ${phaseName}`, viewBox: "0 0 12 12", "aria-hidden": "true" },
+    has("running") && h("path", { class: "full", d: HEXAGON }),
+    !has("running", "completed") && h("path", { class: "outline", d: HEXAGON }),
+    has("starting", "stopping", "completed") && h("path", { class: "full", d: CORE }),
+    has("failed") && h("path", { class: "mark", d: CROSS }),
+    has("unhealthy", "unknown") && h("path", { class: "mark", d: BAR }),
   );
 }
 
-export function taskGlyph(app, task) {
-  return glyph(phase(task), app.colour(task.service));
+export function taskGlyph(task) {
+  return glyph(phase(task));
 }
 
-/** A service's colour as a hexagon. */
-export function swatch(app, id) {
-  return glyph("running", app.colour(id));
+const PHASE_OF_STATE = { healthy: "running", converging: "starting", degraded: "failed" };
+
+/** The state of a service as a hexagon. */
+export function serviceGlyph(service) {
+  return glyph(PHASE_OF_STATE[service?.state] ?? "unknown");
 }
 
-/** A word with a state's weight: `good`, `warn`, `bad` or `quiet`. */
+const COPIED_MS = 2000;
+
+/** A command with a button that copies it.  Its words stay whole, as a dash may end a line but not a word. */
+export function command(app, text) {
+  const said = app.memory.get("copied")?.text === text ? app.memory.get("copied").said : "Copy";
+  return h("span", { class: "command" }, h("code", {}, text.split(" ").map((word) => [h("span", {}, word), " "])),
+    h("button", { type: "button", "aria-label": said === "Copy" ? `Copy: ${text}` : said, onclick: (event) => void copy(app, text, event.currentTarget) }, said));
+}
+
+async function copy(app, text, button) {
+  let said = "Copied";
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // The browser refuses without a secure connection or a permission, so the user copies the selected text.
+    getSelection().selectAllChildren(button.previousSibling);
+    said = "Press Ctrl-C";
+  }
+  const copied = { text, said };
+  app.memory.set("copied", copied);
+  app.invalidate();
+  setTimeout(() => {
+    if (app.memory.get("copied") === copied) app.memory.delete("copied");
+    app.invalidate();
+  }, COPIED_MS);
+}
+
+/** An empty list: what it would show, and one command that adds to it. */
+export function emptyState(app, text, line) {
+  return h("div", { class: "empty" }, h("p", {}, text), line && command(app, line));
+}
+
+/** A word in the color of a level: `good`, `warn`, `bad` or `quiet`. */
 export function badge(level, text) {
   return h("span", { class: `badge ${level}` }, text);
 }
@@ -63,16 +95,23 @@ export function chart(app, id, value, { size = "small", most = 1, label }) {
     h("path", { class: "line", d: paths.join("") }));
 }
 
-/** `34 %, 12–61 % since 10:02` of a node's load. */
+/** A large chart of the last hour with the values of its axes. */
+export function largeChart(app, id, value, { most = 1, top, label }) {
+  return h("figure", {}, chart(app, id, value, { size: "large", most, label }),
+    h("figcaption", {}, h("span", {}, "1 h ago"), h("span", {}, `0 to ${top}`), h("span", {}, "now")));
+}
+
+/** `34 %, 12 % to 61 % since 10:02:00` of a node's load. */
 export function loadInWords(app, node) {
   const loads = app.samples.of(node.id).filter(({ load }) => load !== null);
   const now = node.load === null ? "not reported" : percent(node.load);
   if (loads.length < 2) return now;
   const values = loads.map(({ load }) => load);
-  return `${now}, ${percent(Math.min(...values))} to ${percent(Math.max(...values))} since ${clockTime(loads[0].at / 1000, app.realNow)}`;
+  const [least, most] = [percent(Math.min(...values)), percent(Math.max(...values))];
+  return `${now}${least === most ? "" : `, ${least} to ${most}`} since ${clockTime(loads[0].at / 1000, app.realNow)}`;
 }
 
-/** How long ago, with the moment itself as title. */
+/** How long ago something was, with its time as title. */
 export function ago(app, at) {
   return h("time", { title: at ? clockTime(at, app.now) : "" }, at ? age(at, app.now) : "–");
 }
@@ -87,7 +126,7 @@ export function section(title, ...content) {
   return h("section", {}, h("h3", {}, title), content);
 }
 
-/** A link to something by its name, with its service's colour where it has one. */
+/** A link to an object by its name. */
 export function link(app, kind, id) {
   return h("a", { href: app.href(kind, id) }, app.cluster.name(kind, id));
 }
@@ -97,10 +136,10 @@ export function links(app, kind, ids) {
   return ids.map((id, i) => [i > 0 && ", ", link(app, kind, id)]);
 }
 
-/** What a request brings: its error, that it is under way, or `show(data)`. */
+/** The answer of a request as `show(data)`, its error, or that it is still awaited. */
 export function fetched(entry, show) {
   if (entry.error) return h("p", { class: "note bad" }, entry.error);
-  if (entry.data === undefined) return h("p", { class: "note quiet" }, "…");
+  if (entry.data === undefined) return h("p", { class: "note quiet" }, "Loading…");
   return show(entry.data);
 }
 
@@ -108,7 +147,7 @@ export function button(label, onclick, { kind = "", title, disabled } = {}) {
   return h("button", { type: "button", class: kind, onclick, title, disabled }, label);
 }
 
-/** How long something took, or has taken so far. */
+/** How long something took, or has taken until now. */
 export function took(app, from, to) {
   const [start, end] = [instant(from), instant(to)];
   return start === null ? "–" : duration(((end ?? app.now) - start) / 1000);

@@ -1,4 +1,14 @@
-/** What an action would change, in words, and the requests that do it.  No DOM here. */
+/** The effects of actions in words, and the specs that actions send.  No DOM here. */
+
+/**
+ * Why a session may not make a change, or "".  `role`: `operator` (of the cluster or the stack) or `admin`.
+ * The API decides; this spares the user a dialog that ends in a refusal.
+ */
+export function missingRole({ by_login: isByLogin, roles }, { role, stack = "" }) {
+  const enough = role === "admin" ? ["admin"] : ["admin", "operator", ...(stack ? [`operator:${stack}`] : [])];
+  if (!isByLogin || roles.some((one) => enough.includes(one))) return "";
+  return `You need the role ${role} to change this. You are ${roles.join(", ") || "without a role"}.`;
+}
 
 /** The spec with another number of replicas. */
 export function scaled(spec, replicas) {
@@ -12,7 +22,7 @@ export function withImage(spec, image) {
   return { ...spec, TaskTemplate: { ...task, ContainerSpec: { ...task.ContainerSpec, Image: image } } };
 }
 
-/** The spec whose tasks are all made anew. */
+/** The spec with which all tasks are replaced. */
 export function restarted(spec) {
   const task = spec.TaskTemplate;
   return { ...spec, TaskTemplate: { ...task, ForceUpdate: (task.ForceUpdate ?? 0) + 1 } };
@@ -29,19 +39,19 @@ export function difference(placement, before) {
   return [...rows.values()].sort((a, b) => Math.abs(b.after - b.before) - Math.abs(a.after - a.before));
 }
 
-/** How an update of `tasks` tasks would go, by the spec's update configuration. */
+/** The course of an update of `tasks` tasks, by the spec's update configuration. */
 export function course(spec, tasks) {
   const { Parallelism: parallelism = 1, Order: order = "stop-first", FailureAction: failure = "pause", Delay: delay = 0 } = spec.UpdateConfig ?? {};
   const step = parallelism === 0 ? "all at once" : parallelism === 1 ? "one after the other" : `${parallelism} at a time`;
   const pause = delay ? `, ${Math.round(delay / 1e9)} s between steps` : "";
-  const first = order === "start-first" ? "the new one is started before the old one is stopped" : "the old one is stopped before the new one is started";
-  const then = { pause: "a failure pauses the update", rollback: "a failure rolls it back", continue: "failures are ignored" }[failure] ?? failure;
-  return `${tasks} ${tasks === 1 ? "task is" : "tasks are"} replaced ${step}${pause}; ${first}; ${then}.`;
+  const first = order === "start-first" ? "a new task starts before the old one stops" : "the old task stops before the new one starts";
+  const then = { pause: "A failure pauses the update", rollback: "A failure rolls it back", continue: "Failures are ignored" }[failure] ?? failure;
+  return `${tasks} ${tasks === 1 ? "task is" : "tasks are"} replaced ${step}${pause}, and ${first}. ${then}.`;
 }
 
 /**
- * What becomes of a node's tasks (`[{service row, number}]` as `{service, count}`) when it takes none any more:
- * `{move, end}`, the names with numbers of those that go to other nodes and of those that have no other node.
+ * The effect of draining a node with these tasks (`[{service, count}]`): `{move, end}`, the services whose tasks start on
+ * other nodes, and the global services whose tasks end.
  */
 export function whenDrained(groups) {
   const words = ({ service, count }) => `${service.name}${count > 1 ? ` ×${count}` : ""}`;
@@ -49,18 +59,18 @@ export function whenDrained(groups) {
   return { move: groups.filter((group) => !isGlobal(group)).map(words), end: groups.filter(isGlobal).map(words) };
 }
 
-/** What a change of a manager's role means for the quorum: `{managers, survives, warning}`. */
+/** The quorum after a change of a manager's role: `{managers, survives, warning}`. */
 export function quorumAfter({ total, reachable }, change, isReachable) {
   const managers = total + change;
   const up = reachable + (isReachable ? change : 0);
   const needed = Math.floor(managers / 2) + 1;
   const survives = Math.max(0, up - needed);
   const warning = managers < 1
-    ? "This is the last manager: it cannot be demoted."
+    ? "You cannot demote the last manager."
     : up < needed
-      ? "The managers that are left would have no majority: every change would stop."
+      ? "The remaining managers would have no majority, and no change would be possible."
       : managers % 2 === 0
-        ? `An even number of managers survives no more losses than ${managers - 1} would.`
+        ? `${managers} managers survive no more losses than ${managers - 1}.`
         : "";
   return { managers, survives, warning };
 }

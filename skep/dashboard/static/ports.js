@@ -2,7 +2,7 @@
 
 const SHOWN_MAX = 3;
 
-/** `8080→80` of a port of every node; `8080→80 on its nodes` of one that only the nodes of its tasks have. */
+/** `8080→80` of a port on every node, `8080→80 (host)` of one on the nodes of its tasks. */
 export function portText({ published, target, protocol, mode }, given = []) {
   const end = `${target}${protocol === "tcp" ? "" : `/${protocol}`}`;
   if (mode !== "host") return `${published || "any"}→${end}`;
@@ -13,7 +13,7 @@ export function portText({ published, target, protocol, mode }, given = []) {
   return `${words}→${end} (host)`;
 }
 
-/** The ports of a service; those that each node chooses by itself are its tasks'. */
+/** The ports of a service.  Ports that each node chooses are taken from its tasks. */
 export function portsText(ports, tasks = []) {
   const given = (port) =>
     tasks.flatMap((task) => task.ports ?? []).filter(({ target, protocol }) => target === port.target && protocol === port.protocol).map(({ published }) => published);

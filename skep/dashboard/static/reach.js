@@ -1,6 +1,6 @@
-/** Whether nodes reach each other: what the probes report, and diagnostics on request.  No DOM here. */
+/** Paths between nodes: failing probes, and diagnostics on request.  No DOM here. */
 
-/** What fails by itself, `[{from, to, check, port}]`, `from` being a node's row. */
+/** Failing probes as `[{from, to, check, port}]`, `from` is a node's row. */
 export function failing(nodes) {
   return nodes.flatMap((node) => (node.failing_checks ?? []).map(({ peer, check, port }) => ({ from: node, to: peer, check, port })));
 }
@@ -33,7 +33,7 @@ export function diagnosed(lines) {
 
 const LINE_MAX = 1 << 20;
 
-/** Splits a stream of bytes into lines of JSON; what is longer than a megabyte ends it. */
+/** Splits a stream of bytes into lines of JSON, and throws for a line of more than a megabyte. */
 export class JsonLines {
   lines = [];
   #rest = "";
@@ -42,22 +42,22 @@ export class JsonLines {
   take(piece) {
     const parts = (this.#rest + this.#decoder.decode(piece, { stream: true })).split("\n");
     this.#rest = parts.pop();
-    if (this.#rest.length > LINE_MAX) throw new Error("the answer is too long");
+    if (this.#rest.length > LINE_MAX) throw new Error("the response is too long");
     for (const part of parts) if (part.trim() !== "") this.lines.push(JSON.parse(part));
   }
 }
 
-/** Runs diagnostics, one run at a time; `changed()` with each line. */
+/** Runs diagnostics one at a time, and calls `changed()` for each line. */
 export class Diagnostics {
   lines = [];
   error = "";
   isRunning = false;
-  /** Milliseconds; 0: none yet. */
+  /** Milliseconds, or 0 before the first run. */
   endedAt = 0;
   #stream;
   #changed;
 
-  /** `stream(path, signal, take)` as of `api.js`. */
+  /** `stream(path, signal, take)` as in `api.js`. */
   constructor(stream, changed) {
     this.#stream = stream;
     this.#changed = changed;

@@ -1,8 +1,8 @@
-/** Answers that a page asked for, kept while it shows them. */
+/** Answers to the page's requests, kept while it shows them. */
 
 import { get } from "./api.js";
 
-/** `resource(path, version)` while drawing: the answer known so far; asked again when `version` is another. */
+/** `use(path, version)` returns the last answer while drawing, and requests it again for another `version`. */
 export class Resources {
   #entries = new Map();
   #used = new Set();
@@ -16,12 +16,12 @@ export class Resources {
     this.#used.clear();
   }
 
-  /** Forgets what was not used since `begin`. */
+  /** Drops answers that were not used since `begin`. */
   end() {
     for (const path of this.#entries.keys()) if (!this.#used.has(path)) this.#entries.delete(path);
   }
 
-  /** `{data, error}` of a path, both undefined while the first answer is awaited. */
+  /** `{data, error}` of a path, both undefined until the first answer. */
   use(path, version) {
     this.#used.add(path);
     const entry = this.#entries.get(path) ?? { data: undefined, error: undefined, version: undefined, busy: false };

@@ -1,10 +1,10 @@
-/** How loaded each node was while this page is open: bounded, and in this page alone.  No DOM here. */
+/** Load of each node in the last hour, recorded while this page is open.  No DOM here. */
 
 export const SPAN_MS = 3600_000;
 const EVERY_MS = 10_000;
 export const SAMPLES_MAX = SPAN_MS / EVERY_MS;
 
-/** A ring of `[time, load, tasks]` for each node; three numbers of four bytes, an hour is 4 KB. */
+/** A ring of `[time, load, tasks]` for each node.  Three numbers of four bytes make 4 KB for an hour. */
 class Ring {
   #values = new Float32Array(SAMPLES_MAX * 3);
   #begin = 0;
@@ -31,7 +31,7 @@ export class Samples {
   #at = -Infinity;
   #start = 0;
 
-  /** Takes one sample of each node, at most every ten seconds; nodes that are gone are forgotten. */
+  /** Records a sample of each node, at most every ten seconds, and drops removed nodes. */
   take(cluster, now) {
     if (now - this.#at < EVERY_MS || cluster.cursor === "") return;
     if (this.#at === -Infinity) this.#start = now;
@@ -40,20 +40,20 @@ export class Samples {
     for (const node of cluster.all("nodes")) {
       const ring = this.#rings.get(node.id) ?? new Ring();
       this.#rings.set(node.id, ring);
-      // Seconds since this page began: a float of four bytes has too few digits for the time of day.
+      // Seconds since the page was opened, as a float of four bytes has too few digits for the time of day.
       ring.push((now - this.#start) / 1000, node.load ?? NaN, tasks.get(node.id)?.length ?? 0);
     }
     for (const id of this.#rings.keys()) if (cluster.get("nodes", id) === undefined) this.#rings.delete(id);
   }
 
-  /** `[{at, load, tasks}]` of a node, the oldest first; `at` in milliseconds, `load` null where it was not known. */
+  /** `[{at, load, tasks}]` of a node, the oldest first; `at` in milliseconds, `load` null if unknown. */
   of(id) {
     return [...(this.#rings.get(id) ?? [])].map(({ time, load, tasks }) => ({ at: this.#start + time * 1000, load, tasks }));
   }
 }
 
 /**
- * The lines of a chart: `[[[x, y], …], …]`, with a gap where a value is not known or samples are missing.
+ * The lines of a chart: `[[[x, y], …], …]`, with a gap for unknown values and missing samples.
  * `x` is 0 to 1 from `from` to `to`, `y` 0 to 1 of `most`.
  */
 export function lines(samples, value, { from, to, most }) {

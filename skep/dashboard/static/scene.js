@@ -1,4 +1,4 @@
-/** What the hive shows: each node's hexagon, each task's cell, and what moved since the scene before.  No DOM here. */
+/** The scene of the hive: the hexagon of each node, the cell of each task, and moves since the last scene.  No DOM here. */
 
 import { cellPlace, cellRadius, comb, commonRings, rings, seat } from "./honeycomb.js";
 import { phase } from "./cluster.js";
@@ -7,22 +7,22 @@ import { compareNames } from "./text.js";
 const WAITING_SIZE = 9;
 const WAITING_ROOM = 52;
 const MARGIN = 14;
-/** More moves than this at once are shown as done: too many to follow. */
+/** More moves than this at once are not animated, as nobody can follow them. */
 const MOVES_MAX = 400;
 
-/** Managers first, then by name: nodes keep their places while tasks come and go. */
+/** Managers first, then by name, so that nodes keep their places while tasks change. */
 export function orderedNodes(cluster) {
   return [...cluster.all("nodes")].sort(
     (a, b) => (a.role === "manager" ? 0 : 1) - (b.role === "manager" ? 0 : 1) || compareNames(a.name, b.name),
   );
 }
 
-/** Tasks grouped by service and in the order of their slots, which is how an empty node is filled. */
+/** Tasks by service and slot: the order in which an empty node is filled. */
 function ordered(tasks, ranks) {
   return [...tasks].sort((a, b) => (ranks.get(a.service) ?? -1) - (ranks.get(b.service) ?? -1) || a.slot - b.slot);
 }
 
-/** The place of each service in the order of names: to compare names for each two tasks of a large cluster takes a tenth of a second. */
+/** The rank of each service by name.  Comparing the names of all tasks of a large cluster takes a tenth of a second. */
 function ranksOf(cluster) {
   const services = [...cluster.all("services")].sort((a, b) => compareNames(a.name, b.name));
   return new Map(services.map(({ id }, i) => [id, i]));
@@ -30,7 +30,7 @@ function ranksOf(cluster) {
 
 const slotOf = (task) => (task.slot ? `${task.service} ${task.slot}` : task.id);
 
-/** Builds scenes; cells that a task has are its own until it goes. */
+/** Builds scenes.  A task keeps its cell until it is removed. */
 export class Scenes {
   #seats = new Map();
   #before = null;
@@ -39,7 +39,7 @@ export class Scenes {
   #nodes = new Map();
 
   /**
-   * `{radius, nodes: [{row, x, y, size, ring, cells}], waiting: cells, cells: {task id: cell}, moves}`, a cell being
+   * Returns `{radius, nodes: [{row, x, y, size, ring, cells}], waiting: cells, cells: {task id: cell}, moves}`, a cell being
    * `{task, phase, x, y, size, node}` and a move `{cell, from: {x, y, size} | null}` or `{gone: cell}`.  A node in which
    * nothing has changed is the same object as in the scene before.
    */
@@ -106,7 +106,7 @@ export class Scenes {
   }
 }
 
-/** What is to be seen moving between two scenes; nothing when the comb itself was laid anew. */
+/** The moves between two scenes, or none if the nodes have other places. */
 export function moves(before, after) {
   if (before === null || before.radius !== after.radius || before.width !== after.width) return [];
   const found = [];
@@ -125,7 +125,7 @@ export function moves(before, after) {
   return found.length > MOVES_MAX ? [] : found;
 }
 
-/** The node and the cell at a point, either may be null. */
+/** The node and the cell at a point.  Either may be null. */
 export function at(scene, x, y) {
   for (const cell of scene.waiting) if (Math.hypot(cell.x - x, cell.y - y) <= cell.size) return { node: null, cell };
   for (const node of scene.nodes) {

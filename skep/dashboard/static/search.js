@@ -1,8 +1,8 @@
-/** Search by anything that is known of an object.  No DOM here. */
+/** Search in all fields of all objects.  No DOM here. */
 
 import { KINDS, phase } from "./cluster.js";
 
-/** What is found of each kind besides its name and id. */
+/** The searched fields of each kind, in addition to name and ID. */
 const FIELDS = {
   nodes: (row) => [row.address, row.role, row.state, row.availability, row.engine, row.reason, ...labels(row)],
   services: (row) => [row.image, row.stack, row.mode, row.state, row.reason, row.update?.message, ...row.ports.flatMap((port) => [`:${port.published}`, String(port.published)])],
@@ -16,7 +16,7 @@ const FIELDS = {
 
 const labels = (row) => Object.entries(row.labels ?? {}).map(([name, value]) => `${name}=${value}`);
 
-/** Every word of the query has to be found; of those, names that begin with it come first. */
+/** Finds rows that have every word of the query.  Names that start with it come first. */
 export function search(cluster, query, max = 40) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (words.length === 0) return [];
@@ -32,7 +32,7 @@ export function search(cluster, query, max = 40) {
   return found.slice(0, max).map(({ rank, kind, id, name }) => ({ kind, id, name, because: rank.because }));
 }
 
-/** `{score, because}`, the lower the better, or null; `because`: the text that was found, if not the name. */
+/** `{score, because}` or null.  Lower scores are better.  `because` is the text that was found, if not the name. */
 function rankOf(words, name, row, fields) {
   let score = 0;
   let because = "";

@@ -1,10 +1,10 @@
-/** The search: `/` opens it, arrows choose, Enter goes there. */
+/** The search dialog: `/` opens it, arrows choose, Enter opens a result. */
 
 import { h } from "./dom.js";
 import { openDialog } from "./dialogs.js";
 import { search } from "./search.js";
 import { short } from "./text.js";
-import { swatch, taskGlyph } from "./parts.js";
+import { serviceGlyph, taskGlyph } from "./parts.js";
 
 export function showSearch(app) {
   if (document.querySelector("dialog.finder")) return;
@@ -37,14 +37,14 @@ export function showSearch(app) {
       h("ul", { key: "found", id: "found", role: "listbox", "aria-label": "Found" }, found.map((result, i) =>
         h("li", { key: `${result.kind} ${result.id}`, id: `found-${i}`, role: "option", "aria-selected": String(i === chosen), onclick: () => go(result) },
           mark(app, result), h("b", {}, short(result.name, 60)), h("span", { class: "because" }, short(result.because, 70)), h("i", {}, result.kind.slice(0, -1))))),
-      query && found.length === 0 && h("p", { key: "none", class: "note quiet" }, "Nothing has that."),
+      query && found.length === 0 && h("p", { key: "none", class: "note quiet" }, "No matches."),
     ];
   });
   element.querySelector("input").focus();
 }
 
 function mark(app, { kind, id }) {
-  if (kind === "services") return swatch(app, id);
+  if (kind === "services") return serviceGlyph(app.cluster.get(kind, id));
   const task = kind === "tasks" && app.cluster.get("tasks", id);
-  return task ? taskGlyph(app, task) : null;
+  return task ? taskGlyph(task) : null;
 }

@@ -1,4 +1,4 @@
-/** Who is logged in, and the way out.  With `skep ui` there is no login. */
+/** The session of the user.  With `skep ui` there is no login. */
 
 import { get, post } from "./api.js";
 
@@ -19,7 +19,7 @@ export async function readSession() {
   return session;
 }
 
-/** Ends the session and shows the login. */
+/** Ends the session and shows the login page. */
 export async function logOut() {
   try {
     await post("skep/ui/logout");

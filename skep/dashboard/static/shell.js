@@ -1,7 +1,7 @@
-/** The frame of the page: rail, top bar, what is open, and the panel beside it. */
+/** The frame of the page: top bar, rail, the open page, and the panel beside it. */
 
 import { h } from "./dom.js";
-import { problems, totals } from "./cluster.js";
+import { headline, problems, totals } from "./cluster.js";
 import { PAGES } from "./pages.js";
 import { panel } from "./panel.js";
 import { showHelp } from "./help.js";
@@ -34,20 +34,20 @@ export function shell(app) {
   const isOpen = app.route.id !== "";
   logsOfPanel(app);
   return [
-    h("a", { key: "skip", class: "skip", href: "#main", onclick: skip }, "Skip to the content"),
-    h("header", { key: "top" }, brand(app), figures(app), searchField(app), connection(app)),
+    h("a", { key: "skip", class: "skip", href: "#main", onclick: skip }, "Skip to content"),
+    h("header", { key: "top" }, brand(app), verdict(app), figures(app), searchField(app), connection(app)),
     rail(app),
     h(
       "main",
       { key: "main", id: "main", tabindex: "-1", class: page.name === "hive" ? "filled" : "", onscroll: (event) => scrolled(app, event) },
-      app.live.state === "lost" && h("p", { key: "lost", class: "banner", role: "alert" }, `Not live: ${app.live.reason}. What you see may be old. `, app.session.by_login && h("a", { href: "/" }, "Log in")),
+      app.live.state === "lost" && h("p", { key: "lost", class: "banner", role: "alert" }, `Not live: ${app.live.reason}. This page shows the last known state. `, app.session.by_login && h("a", { href: "/" }, "Log in")),
       app.notice && h("p", { key: "notice", class: "banner", role: "alert" }, app.notice),
-      app.past !== null && h("p", { key: "past", class: "banner past", role: "status" }, `The cluster as it was at ${clockTime(app.past / 1000, app.realNow)}`),
+      app.past !== null && h("p", { key: "past", class: "banner past", role: "status" }, `This is the cluster at ${clockTime(app.past / 1000, app.realNow)}.`),
       app.cluster.cursor === "" && app.live.state !== "lost"
         ? h("p", { key: "wait", class: "empty" }, "Reading the cluster…")
         : page.show(app),
     ),
-    isOpen && h("aside", { key: "panel", "aria-label": "details" }, panel(app)),
+    isOpen && h("aside", { key: "panel", "aria-label": "Details" }, panel(app)),
   ];
 }
 
@@ -72,20 +72,31 @@ function brand(app) {
   );
 }
 
+/** Whether the cluster is healthy, and the first reason why not. */
+function verdict(app) {
+  if (app.cluster.cursor === "") return null;
+  const found = problems(app.cluster, app.now);
+  const { level, word, title, detail } = headline(app.cluster, found);
+  const isOld = app.live.state === "lost" && app.past === null;
+  const more = found.length > 1 && h("i", {}, `+${number(found.length - 1)} more`);
+  return h(
+    "div",
+    { key: "verdict", class: "verdict", role: "status", "aria-label": "health of the cluster" },
+    h("a", { href: "#/hive", title: [title, detail].filter(Boolean).join(": ") }, badge(isOld ? "quiet" : level, isOld ? `Last known: ${word}` : word), h("span", {}, title, detail && h("span", { class: "detail" }, `: ${detail}`)), more),
+  );
+}
+
 function figures(app) {
   const { running, desired, ready, nodes } = totals(app.cluster);
   const { managers } = app.cluster.info;
-  const found = problems(app.cluster);
-  const isBad = found.some(({ level }) => level === "bad");
-  const figure = (value, of, label, isShort) =>
-    h("span", { class: isShort ? "figure short" : "figure" }, h("b", {}, number(value)), h("i", {}, `/${number(of)}`), ` ${label}`);
+  const figure = (value, of, label, title) =>
+    h("span", { class: value < of ? "figure short" : "figure", title: `${number(value)} of ${number(of)} ${title}` }, h("b", {}, number(value)), h("i", {}, `/${number(of)}`), ` ${label}`);
   return h(
     "div",
-    { class: "figures", role: "status", "aria-label": "the cluster in figures" },
-    figure(running, desired, "tasks", running < desired),
-    figure(ready, nodes, "nodes", ready < nodes),
-    figure(managers.reachable, managers.total, "managers", managers.reachable < managers.total),
-    found.length > 0 && badge(isBad ? "bad" : "warn", `${found.length} to look at`),
+    { key: "figures", class: "figures", role: "group", "aria-label": "the cluster in figures" },
+    figure(running, desired, "tasks", "tasks running"),
+    figure(ready, nodes, "nodes", "nodes ready"),
+    figure(managers.reachable, managers.total, "managers", "managers reachable"),
   );
 }
 
@@ -126,7 +137,7 @@ function rail(app) {
   const themes = { auto: "Theme: automatic", light: "Theme: light", dark: "Theme: dark" };
   return h(
     "nav",
-    { key: "rail", "aria-label": "pages", class: isOpen ? "open" : "" },
+    { key: "rail", "aria-label": "Pages", class: isOpen ? "open" : "" },
     PAGES.map(entry),
     h("button", { key: "more", class: "phone", type: "button", onclick: toggle, "aria-expanded": String(isOpen) }, icon("M3 8h.01M8 8h.01M13 8h.01"), h("span", {}, "More")),
     h(

@@ -1,4 +1,4 @@
-/** Lists as tables.  Long ones hold only the rows in sight. */
+/** Lists as tables.  Long tables hold only the visible rows. */
 
 import { h } from "./dom.js";
 import { compareNames } from "./text.js";
@@ -7,21 +7,21 @@ const ROW_HEIGHT = 34;
 const WHOLE_UP_TO = 150;
 const BEYOND = 12;
 
-/** What each table on the page is sorted by: `{table: {column, down}}`. */
+/** The sort order of each table: `{table: {column, down}}`. */
 const sorting = new Map();
 
 /**
  * A table.  `columns`: `{key, title, cell(row), sort(row)?, kind?: "number"|"wide"|"mono"}`, `kind: "wide"` is left out on
- * narrow screens; `target(row)`: `[kind, id]` that a row opens; `isSelected(row)`.
+ * narrow screens, "roomy" and "mono" on phones; `target(row)`: `[kind, id]` that a row opens; `empty`: shown instead of a table without rows; `isSelected(row)`.
  */
 export function table(app, { id, label, columns, rows, target, empty, isSelected }) {
-  if (rows.length === 0) return h("p", { class: "empty" }, empty);
+  if (rows.length === 0) return empty;
   const sorted = inOrder(rows, columns, sorting.get(id));
   const { first, last } = windowOf(app, sorted.length);
   const shown = sorted.slice(first, last);
   return h(
     "table",
-    { key: id, class: "list", "aria-label": label, "aria-rowcount": sorted.length + 1 },
+    { key: id, class: sorted.length <= WHOLE_UP_TO ? "list whole" : "list", "aria-label": label, "aria-rowcount": sorted.length + 1 },
     h("thead", {}, h("tr", {}, columns.map((column) => header(app, id, column)))),
     h(
       "tbody",
@@ -58,7 +58,9 @@ function line(app, row, { columns, target, isSelected, index }) {
     { key: row.id, class: isSelected?.(row) ? "selected" : "", onclick: open, "aria-rowindex": index + 2 },
     columns.map((column, i) => {
       const content = column.cell(row);
-      const inside = i === 0 ? h("a", { href: app.href(kind, rowId) }, content) : content;
+      // A long reason would push other rows off the screen; the panel has all of it.
+      const shown = column.kind?.includes("rest") ? h("div", { class: "clamped", title: typeof content === "string" ? content : undefined }, content) : content;
+      const inside = i === 0 ? h("a", { href: app.href(kind, rowId) }, shown) : shown;
       return h(i === 0 ? "th" : "td", { class: column.kind ?? "", scope: i === 0 ? "row" : undefined }, inside);
     }),
   );
@@ -70,7 +72,7 @@ function spacer(key, rows, columns) {
   return h("tr", { key, class: "spacer", "aria-hidden": "true" }, cell);
 }
 
-/** Rows in the order asked for, in the order they came where nothing was. */
+/** Rows in the chosen order, or as they came. */
 export function inOrder(rows, columns, sort) {
   const column = sort && columns.find(({ key }) => key === sort.column);
   if (!column) return rows;

@@ -1,4 +1,4 @@
-/** A terminal in a task's container: a websocket, a screen, keys. */
+/** A terminal in a task's container: a WebSocket, a screen and keys. */
 
 import { Screen, colourOf } from "./screen.js";
 import { clean } from "./text.js";
@@ -43,17 +43,17 @@ export class Terminal {
     new ResizeObserver(() => this.#fit()).observe(this.#view);
   }
 
-  /** The element for a task; nothing runs before it is asked for. */
+  /** The element for a task.  Nothing runs until the user opens it. */
   of(task) {
     if (this.#task !== task.id) {
       this.#end();
       this.#task = task.id;
-      this.#offer("Runs in the task's container, with its rights.");
+      this.#offer("Runs a command in the task's container.");
     }
     return this.#box;
   }
 
-  /** Ends a session that is not of this task. */
+  /** Ends the session of any other task. */
   keep(task) {
     if (this.#task !== task) {
       this.#end();
@@ -88,7 +88,7 @@ export class Terminal {
     this.#socket = socket;
     this.#screen = new Screen(rows, columns, (text) => this.#send(text));
     this.#decoder = new TextDecoder();
-    let end = "The connection has ended.";
+    let end = "The connection was closed.";
     socket.addEventListener("open", () => this.#fit());
     socket.addEventListener("message", ({ data }) => {
       if (socket !== this.#socket) return;
@@ -140,7 +140,7 @@ export class Terminal {
     this.#frame = requestAnimationFrame(() => {
       this.#frame = 0;
       if (this.#screen) this.#view.replaceChildren(...Array.from({ length: this.#screen.rows }, (_, row) => this.#row(row)), this.#input);
-      // The element was taken out and put back: it has to be given the focus again.
+      // The element was removed and inserted again, which lost the focus.
       if (this.#screen && this.#socket && !document.activeElement?.closest("dialog, input, button, a")) this.#input.focus({ preventScroll: true });
     });
   }
@@ -178,13 +178,13 @@ export class Terminal {
   }
 }
 
-/** What the server's last message says. */
+/** The server's last message as a sentence. */
 function ended(data) {
   try {
     const message = JSON.parse(data);
-    return message.error ?? `It ended with exit code ${message.exit_code}.`;
+    return message.error ?? `The command ended with exit code ${message.exit_code}.`;
   } catch {
-    return "The connection has ended.";
+    return "The connection was closed.";
   }
 }
 

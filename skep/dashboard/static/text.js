@@ -76,7 +76,7 @@ export function bytes(count) {
 
 /** `34 %` of a share between 0 and 1. */
 export function percent(share) {
-  return Number.isFinite(share) ? `${Math.round(share * 100)} %` : "–";
+  return Number.isFinite(share) ? `${Math.round(share * 100)}\u00a0%` : "–";
 }
 
 /** A whole number with thin spaces between thousands.  By hand: the first use of the browser's own takes 20 ms. */

@@ -1,11 +1,11 @@
-/** Secrets and configs that are versions of each other, and which tasks have which.  No DOM here. */
+/** Versions of secrets and configs, and how many tasks have each.  No DOM here. */
 
 import { phase } from "./cluster.js";
 import { compareNames } from "./text.js";
 
 const OF = "skep.rotation.of";
 
-/** What a secret or config is a version of: the name of the first one. */
+/** The name of the first version of a secret or config. */
 export const familyOf = (row) => row.labels?.[OF] || row.name;
 
 /** The versions of each name, the newest first: `{name: rows}`. */
@@ -17,8 +17,8 @@ export function families(rows) {
 }
 
 /**
- * Which running tasks of the services that name a version have it, `{have, wait}`: a task of an earlier spec gets it
- * when an update replaces it.
+ * How many running tasks of the services that name a version have it, `{have, wait}`.  A task of an earlier spec has it
+ * after an update replaced the task.
  */
 export function uptake(cluster, row) {
   let have = 0;

@@ -1,7 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Cluster } from "../../../skep/dashboard/static/cluster.js";
-import { Colours } from "../../../skep/dashboard/static/colours.js";
 import { cell, cellPlace, cellRadius, cellsOf, comb, isInside, rings, seat } from "../../../skep/dashboard/static/honeycomb.js";
 import { Scenes, at } from "../../../skep/dashboard/static/scene.js";
 
@@ -53,17 +52,6 @@ test("a comb that has lost most tasks is filled from the middle again", () => {
   assert.deepEqual([...seat(seat(new Map(), many), ["t58", "t59"]).values()], [0, 1]);
 });
 
-test("a service keeps its colour while others come and go, and neighbours differ", () => {
-  const colours = new Colours();
-  const services = Array.from({ length: 12 }, (_, i) => ({ id: `s${i}`, name: `service-${i}` }));
-  colours.assign(services);
-  const before = services.map(({ id }) => colours.of(id, false));
-  assert.equal(new Set(before).size, 12);
-  colours.assign([...services.slice(3), { id: "new", name: "new" }]);
-  assert.deepEqual(services.slice(3).map(({ id }) => colours.of(id, false)), before.slice(3));
-  assert.ok(!before.slice(3).includes(colours.of("new", false)));
-});
-
 function clusterOf(nodes, tasks) {
   const cluster = new Cluster();
   cluster.take({
@@ -75,7 +63,7 @@ function clusterOf(nodes, tasks) {
   return cluster;
 }
 
-test("a replacement flies from its slot's last cell, a waiting task from the strip, others appear and go", () => {
+test("a replacement flies from its slot's last cell, a pending task from the strip, others appear and go", () => {
   const scenes = new Scenes();
   const cluster = clusterOf(["n1", "n2"], [["t1", 1, "n1"], ["t2", 2, "n1"], ["t3", 3, ""], ["t4", 4, "n2"]]);
   const before = scenes.build(cluster, 800, 600);

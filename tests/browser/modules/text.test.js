@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { age, bytes, clean, count, duration, imageName, short } from "../../../skep/dashboard/static/text.js";
 import { Frames, parsedLine } from "../../../skep/dashboard/static/log_frames.js";
-import { course, difference, quorumAfter, scaled, whenDrained } from "../../../skep/dashboard/static/plans.js";
+import { course, difference, missingRole, quorumAfter, scaled, whenDrained } from "../../../skep/dashboard/static/plans.js";
 import { Journal, fromEvent, fromHistory, histogram } from "../../../skep/dashboard/static/journal.js";
 
 for (const [given, expected] of [
@@ -82,15 +82,26 @@ test("a changed spec keeps everything else", () => {
   assert.equal(spec.Mode.Replicated.Replicas, 1);
 });
 test("the course of an update is said in words", () => {
-  assert.match(course({ UpdateConfig: { Parallelism: 2, Order: "start-first", FailureAction: "rollback" } }, 6), /6 tasks are replaced 2 at a time; the new one is started before.*rolls it back/);
-  assert.match(course({}, 1), /1 task is replaced one after the other; the old one is stopped before.*pauses/);
+  assert.match(course({ UpdateConfig: { Parallelism: 2, Order: "start-first", FailureAction: "rollback" } }, 6), /^6 tasks are replaced 2 at a time, and a new task starts before the old one stops. A failure rolls it back.$/);
+  assert.match(course({}, 1), /^1 task is replaced one after the other, and the old task stops before the new one starts. A failure pauses the update.$/);
 });
 test("a drain moves tasks of replicated services and ends those of global ones", () => {
   const groups = [{ service: { name: "web", mode: "replicated" }, count: 3 }, { service: { name: "agent", mode: "global" }, count: 1 }];
   assert.deepEqual(whenDrained(groups), { move: ["web ×3"], end: ["agent"] });
 });
-test("what becomes of the quorum is said before", () => {
-  assert.deepEqual(quorumAfter({ total: 3, reachable: 3 }, 1, true), { managers: 4, survives: 1, warning: "An even number of managers survives no more losses than 3 would." });
+test("actions name the role that a user lacks", () => {
+  const of = (...roles) => ({ by_login: true, roles });
+  const operator = { role: "operator", stack: "shop" };
+  assert.equal(missingRole({ by_login: false, roles: [] }, operator), "");
+  assert.equal(missingRole(of("viewer"), operator), "You need the role operator to change this. You are viewer.");
+  assert.equal(missingRole(of("viewer", "operator:shop"), operator), "");
+  assert.notEqual(missingRole(of("viewer", "operator:shop"), { role: "operator", stack: "" }), "");
+  assert.notEqual(missingRole(of("viewer", "operator:shop"), { role: "operator", stack: "blog" }), "");
+  assert.equal(missingRole(of("admin"), operator), "");
+  assert.notEqual(missingRole(of("operator"), { role: "admin" }), "");
+});
+test("the quorum after a change of role is shown before it", () => {
+  assert.deepEqual(quorumAfter({ total: 3, reachable: 3 }, 1, true), { managers: 4, survives: 1, warning: "4 managers survive no more losses than 3." });
   assert.equal(quorumAfter({ total: 3, reachable: 2 }, -1, true).warning.includes("no majority"), true);
   assert.equal(quorumAfter({ total: 1, reachable: 1 }, -1, true).managers, 0);
 });

@@ -229,7 +229,7 @@ def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_no
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]
     reported = explain_service(job, tasks, wanted=1, nodes={}, now_ns=0)
-    assert (reported.summary, reported.is_healthy) == ("0 of 2 completed, 1 run", False)
+    assert (reported.summary, reported.is_healthy) == ("0 of 2 completed, 1 running", False)
 
 
 def a_task_that_waits(failures: int) -> Task:
