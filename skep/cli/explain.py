@@ -239,5 +239,5 @@ def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     if not rows:
         return
     width = max(len(title) for title, _ in (*rows, ("NODE", "")))
-    for title, text in (("NODE", "WHY NOT"), *rows):
+    for title, text in (("NODE", "REASON"), *rows):
         yield f"{title.ljust(width)}  {text}"

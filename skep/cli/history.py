@@ -19,7 +19,7 @@ from skep.model.times import SECOND_NS, unix_ns
 
 _RESPONSE_TIMEOUT_S = 20.0
 _PAGE = 1000
-_COLOURS = {"error": "red", "warning": "yellow"}
+_COLORS = {"error": "red", "warning": "yellow"}
 
 
 @click.command()
@@ -138,7 +138,7 @@ def lines_of(page: Mapping[str, Any], screen: Screen, now: datetime) -> Iterator
         return
     more = ("ID",) if screen.is_wide else ()
     rows = [_row(entry, screen, now) for entry in page["Entries"]]
-    yield from table(("TIME", *more, "BY", "WHAT"), rows, screen)
+    yield from table(("TIME", *more, "BY", "EVENT"), rows, screen)
     if page["Next"]:
         yield f"earlier: skep history --until {page['Entries'][0]['Time']}   (kept since {page['Oldest']})"
 
@@ -151,7 +151,7 @@ def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | 
         at.strftime("%H:%M:%S" if is_today and not screen.is_wide else "%Y-%m-%d %H:%M:%S"),
         *((str(entry.get("ObjectID", "")),) if screen.is_wide else ()),
         _by(entry),
-        Cell(f"{entry['Message']}{times}", _COLOURS.get(entry["Severity"], "")),
+        Cell(f"{entry['Message']}{times}", _COLORS.get(entry["Severity"], "")),
     ]
 
 

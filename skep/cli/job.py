@@ -15,7 +15,7 @@ from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 15.0
 _HEAD = ("NAME", "SCHEDULE", "LAST RUN", "STATE", "NEXT RUN", "NOTE")
-_COLOURS = {"failed": "red", "completed": "green"}
+_COLORS = {"failed": "red", "completed": "green"}
 
 
 @click.group()
@@ -70,7 +70,7 @@ def _row(found: Mapping[str, Any], screen: Screen, now: float) -> tuple[str | Ce
         found["Name"],
         schedule or "-",
         f"{age(last, now)} ago" if last else "never",
-        Cell(state, _COLOURS.get(state, "")),
+        Cell(state, _COLORS.get(state, "")),
         until(next_run, now) if next_run else "-",
         found.get("Note", ""),
     )

@@ -77,7 +77,7 @@ def _schedule(response: Mapping[str, Any], screen: Screen, now: float) -> Iterat
     yield f"schedule: {printable(response['Schedule'])}"
     rows = [_start(one, now) for one in response.get("Starts") or ()]
     if rows:
-        yield from table(("RUN", "DUE", "BEGAN", "OUTCOME"), rows, screen)
+        yield from table(("RUN", "DUE", "STARTED", "OUTCOME"), rows, screen)
 
 
 def _start(start: Mapping[str, Any], now: float) -> tuple[str, ...]:

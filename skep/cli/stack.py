@@ -48,7 +48,7 @@ from skep.stack.cluster_state import (
     with_placements,
 )
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import Deployment, Made
+from skep.stack.deploying import CreatedObjects, Deployment
 from skep.stack.document import Problems
 from skep.stack.loading import Choices, Files, Loaded, load
 from skep.stack.planning import Plan, plan_of
@@ -242,10 +242,10 @@ def config(
 
 
 async def _all_or_nothing(
-    client: Requests, plan: Plan, work: Callable[[Made], Awaitable[None]], timeout: float
+    client: Requests, plan: Plan, work: Callable[[CreatedObjects], Awaitable[None]], timeout: float
 ) -> None:
     """Deploy, and undo the deploy if it fails.  Raises: SkepError: it failed; has the result of the undo."""
-    created = Made()
+    created = CreatedObjects()
     try:
         await work(created)
     except (Replaced, Problems):
@@ -258,10 +258,12 @@ async def _all_or_nothing(
         raise Unavailable(f"the deploy failed, and {done}: {cause}") from error
 
 
-async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
+async def _undone(
+    client: Requests, failed: Plan, error: SkepError, timeout: float, created: CreatedObjects
+) -> str:
     """Undo a deploy that failed with ``error``, and return the result.  Raises: Unavailable: has both errors."""
     try:
-        return await undo(client, failed, Progress().show, timeout, warn, made)
+        return await undo(client, failed, Progress().show, timeout, warn, created)
     except SkepError as problem:
         raise Unavailable(
             f"the deploy failed: {error}; what was there before cannot be deployed again: {problem}"

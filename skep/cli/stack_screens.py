@@ -18,7 +18,7 @@ from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import IMAGE, Stack
 from skep.stack.revisions import Revision
 
-_COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
+_COLORS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
 _IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
 _VALUE_MAX = 60
 """Characters of a value in a plan."""
@@ -170,7 +170,7 @@ def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
     made = [f"Stack {plan.stack}: {', '.join(counts)}"]
     for one in effective:
         made.append(
-            click.style(printable(f"  {one.action.value} {one.kind} {one.name}"), fg=_COLOURS[one.action])
+            click.style(printable(f"  {one.action.value} {one.kind} {one.name}"), fg=_COLORS[one.action])
             + printable(_note(one))
         )
         made += [

@@ -450,9 +450,9 @@ def _count(service: Mapping[str, Any], field: str) -> int:
 def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     """Yield the screen: headline, problems, nodes, services, and the command to run next."""
     health = status.health.upper()
-    colour = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
+    color = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
     first, *further = screen.fitted(_headline(status), indent=2)
-    yield first.replace(health, screen.styled(health, colour, bold=True), 1)
+    yield first.replace(health, screen.styled(health, color, bold=True), 1)
     yield from further
     for note in status.notes:
         yield from (screen.styled(line, "red") for line in screen.fitted(printable(note), indent=2))
@@ -524,7 +524,7 @@ def _nodes(rows: Sequence[NodeRow], screen: Screen, at: str) -> Iterator[str]:
         for row in shown
     ]
     more = ["ID", "VERSION"] if screen.is_wide else []
-    yield from table(("NODE", "ROLE", f"STATE{at}", "TASKS", "LOAD", *more, "WHY"), cells, screen)
+    yield from table(("NODE", "ROLE", f"STATE{at}", "TASKS", "LOAD", *more, "REASON"), cells, screen)
     if len(shown) < len(rows):
         yield f"and {counted(len(rows) - len(shown), 'node')} more: skep status -o wide"
 
@@ -548,7 +548,7 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, at: str, *, shows_imag
         for row in shown
     ]
     more = [*(["ID"] if screen.is_wide else []), *(["IMAGE"] if shows_images else [])]
-    yield from table(("SERVICE", f"TASKS{at}", "UPDATE", *more, "WHY"), cells, screen)
+    yield from table(("SERVICE", f"TASKS{at}", "UPDATE", *more, "REASON"), cells, screen)
     if len(shown) < len(rows):
         yield f"and {counted(len(rows) - len(shown), 'service')} more: skep status -o wide"
 

@@ -234,7 +234,7 @@ def ls(options: HostOptions, output: Output) -> None:
                 "Roles": ", ".join(one["Spec"]["Roles"]),
                 "Certificates": len(one["Certificates"]),
                 "Tokens": len(one["Tokens"]),
-                "Until": _until(one)[:10] or "-",
+                "Expires": _expires(one)[:10] or "-",
             }
             for one in sorted(found, key=lambda one: str(one["Spec"]["Name"]))
         ]
@@ -265,7 +265,7 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
                 "Kind": _kind(kind, one),
                 "ID": one[key],
                 "Created": one["CreatedAt"][:19],
-                "Until": one["NotAfter"][:19],
+                "Expires": one["NotAfter"][:19],
             }
             for kind, key, items in (
                 ("certificate", "Serial", found["Certificates"]),
@@ -454,7 +454,7 @@ def _write(folder: Path, content: Iterable[bytes]) -> None:
         replace_file(folder / name, data, mode=0o600)
 
 
-def _until(user: Mapping[str, Any]) -> str:
+def _expires(user: Mapping[str, Any]) -> str:
     return max((str(one["NotAfter"]) for one in (*user["Certificates"], *user["Tokens"])), default="")
 
 

@@ -30,7 +30,7 @@ from skep.stack.cluster_state import (
     existing_of,
     known_revisions,
 )
-from skep.stack.deploying import Deployment, Made, Show
+from skep.stack.deploying import CreatedObjects, Deployment, Show
 from skep.stack.planning import Action, Plan, plan_of, planned_again
 from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import Stack
@@ -62,7 +62,7 @@ async def carry_out(
     wait_s: float | None,
     warn: Callable[[str], None],
     logins: Mapping[str, str] = NO_LOGINS,
-    made: Made | None = None,
+    created: CreatedObjects | None = None,
     *,
     failures_max: int = FAILURES_MAX,
 ) -> None:
@@ -73,38 +73,38 @@ async def carry_out(
     last revision with these services changed.  It is refused while another deploy of the stack runs, because it would
     replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
 
-    ``made`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
+    ``created`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
     Raises: Problems: the managers would refuse the plan; Unavailable: objects of another failed deploy are being
         removed; SkepError: as ``Deployment.apply``, and the revision then has the reason of the failure.
     """
-    made = made if made is not None else Made()
+    created = created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, stack.name)
-    made.known = frozenset(one.id for one in revisions)
+    created.known = frozenset(one.id for one in revisions)
     whole = _whole(stack, plan, revisions)
     asked = asked_for(whole or stack, plan)
     if not plan.effective and (
         plan.only or not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
     ):
-        await Deployment(client, stack, plan, show, logins, made).apply(wait_s, failures_max)
+        await Deployment(client, stack, plan, show, logins, created).apply(wait_s, failures_max)
         for last in () if plan.only else revisions[-1:]:
             await _complete(client, last, warn)
         return
     await check(client, stack, plan, warn)
     if whole is not None:
         after = revisions[-1].number if plan.only and revisions else None
-        made.revision = await _record(client, whole, plan, warn, after=after)
-    if made.revision:
-        made.claim = Claim(client, asked, made.revision)
+        created.revision = await _record(client, whole, plan, warn, after=after)
+    if created.revision:
+        created.claim = Claim(client, asked, created.revision)
     try:
         await _check_no_undo(client, stack.name)
-        if made.revision:
+        if created.revision:
             plan = await _planned_now(client, stack, plan, show)
-        deployment = Deployment(client, stack, plan, show, logins, made)
+        deployment = Deployment(client, stack, plan, show, logins, created)
         await deployment.apply(wait_s, failures_max)
-        await _end(client, made, None, warn)
+        await _end(client, created, None, warn)
     except BaseException as error:
-        await _end(client, made, error, warn)
+        await _end(client, created, error, warn)
         raise
     kept = await _forget_surplus(client, stack.name)
     if wait_s is not None:
@@ -156,18 +156,18 @@ async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -
 
 
 async def _end(
-    client: Requests, made: Made, error: BaseException | None, warn: Callable[[str], None]
+    client: Requests, created: CreatedObjects, error: BaseException | None, warn: Callable[[str], None]
 ) -> None:
     """Record the result of a deploy.  A replaced deploy stays marked as replaced.
 
     Raises: Replaced: a newer deploy of other content has replaced it.
     """
-    if not made.revision:
+    if not created.revision:
         return
-    found = await _set_state(client, made.revision, state_after(error), warn, unless=(REPLACED,))
+    found = await _set_state(client, created.revision, state_after(error), warn, unless=(REPLACED,))
     is_known = isinstance(error, Replaced) or not isinstance(error, SkepError | None)
-    if found.startswith(REPLACED) and made.claim is not None and not is_known:
-        await made.claim.follow()
+    if found.startswith(REPLACED) and created.claim is not None and not is_known:
+        await created.claim.follow()
 
 
 async def _record(
@@ -190,7 +190,7 @@ async def _record(
             warn(f"{error}: this deploy cannot be rolled back to")
             return ""
         try:
-            made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
+            response = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
         except AlreadyExists:  # a concurrent deploy took the number
             await asyncio.sleep(backoff.next_delay_s())
             continue
@@ -199,7 +199,7 @@ async def _record(
         ) as error:  # by a quota; a user without the right is refused at the first change
             warn(f"{error}: this deploy cannot be rolled back to")
             return ""
-        return str(made["ID"])
+        return str(response["ID"])
     raise Unavailable(f"other deploys of {stack.name} are under way: rerun the command when they have ended")
 
 
@@ -338,7 +338,7 @@ async def undo(
     show: Show,
     wait_s: float,
     warn: Callable[[str], None],
-    made: Made | None = None,
+    created: CreatedObjects | None = None,
 ) -> str:
     """Undo a failed deploy: deploy the newest deployed revision again, or remove the created objects of a new stack.
 
@@ -350,21 +350,21 @@ async def undo(
         Problems: a secret or config of the revision no longer exists.
         PermissionDenied: the writer of the revision lacks the rights for it; nothing was changed.
     """
-    name, made = failed.stack, made if made is not None else Made()
+    name, created = failed.stack, created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, name)
-    if made.revision and revisions and revisions[-1].id != made.revision:
+    if created.revision and revisions and revisions[-1].id != created.revision:
         return f"nothing was undone, as revision {revisions[-1].number} of {name} has replaced it"
-    created = {one.name for one in failed.of("service", Action.CREATE)}
+    new_services = {one.name for one in failed.of("service", Action.CREATE)}
     if failed.is_new:
-        text = await _unmade(client, name, made, show, wait_s, warn)
+        text = await _unmade(client, name, created, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
-        return text + _unsure(created & there)
+        return text + _unsure(new_services & there)
     revision = newest_deployed(revisions)
-    found = await return_plan(client, revision, removable={one.id for one in made.services})
+    found = await return_plan(client, revision, removable={one.id for one in created.services})
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))
     await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
-    return f"{name} is as in revision {revision.number} again" + _unsure(created & found.left)
+    return f"{name} is as in revision {revision.number} again" + _unsure(new_services & found.left)
 
 
 def _unsure(names: Collection[str]) -> str:
@@ -382,20 +382,25 @@ def refused(revision: Revision, beyond: Collection[str]) -> str:
 
 
 async def _unmade(
-    client: Requests, name: str, made: Made, show: Show, wait_s: float, warn: Callable[[str], None]
+    client: Requests,
+    name: str,
+    created: CreatedObjects,
+    show: Show,
+    wait_s: float,
+    warn: Callable[[str], None],
 ) -> str:
     """Remove the objects that a deploy has created, unless another deploy may use them, and return a sentence on it."""
-    if not (made.services or made.files or made.revision):
+    if not (created.services or created.files or created.revision):
         return "it had created nothing"
-    if made.revision and await _set_state(client, made.revision, UNDOING, warn, unless=(DEPLOYED,)) in (
+    if created.revision and await _set_state(client, created.revision, UNDOING, warn, unless=(DEPLOYED,)) in (
         "",
         DEPLOYED,
     ):
         return "nothing was removed: another deploy has completed it, or no manager says so"
     try:
         for one in await known_revisions(client, name):
-            is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in made.known)
-            if one.id != made.revision and is_beside:
+            is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in created.known)
+            if one.id != created.revision and is_beside:
                 hint = (
                     f".  If it was interrupted: docker config rm {one.config}"
                     if one.state == DEPLOYING
@@ -405,11 +410,11 @@ async def _unmade(
                     f"revision {one.number} of {name} is {one.state} and may use what this deploy created, "
                     f"so nothing was removed{hint}"
                 )
-        await unmake(client, name, made, show, wait_s)
+        await unmake(client, name, created, show, wait_s)
     except SkepError as error:
-        if made.revision:
-            await _set_state(client, made.revision, state_after(error), warn)
+        if created.revision:
+            await _set_state(client, created.revision, state_after(error), warn)
         raise
-    if made.revision:
-        await client.delete(f"/configs/{made.revision}", timeout_s=RESPONSE_TIMEOUT_S)
+    if created.revision:
+        await client.delete(f"/configs/{created.revision}", timeout_s=RESPONSE_TIMEOUT_S)
     return f"{name} had no services before: what the deploy created was removed"

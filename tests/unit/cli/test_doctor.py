@@ -54,7 +54,7 @@ def test_a_cluster_whose_nodes_do_not_know_each_other_yet_is_not_said_to_be_well
 
 
 def test_what_fails_comes_first_with_pair_and_port() -> None:
-    lines = list(shown(BLOCKED, Screen(has_colours=True)))
+    lines = list(shown(BLOCKED, Screen(has_colors=True)))
     assert lines[0] == "3 nodes, 3 pairs: 4789/udp (overlay) fails between w1 and w2"
     assert [line.split("  ")[0].strip() for line in lines[3:5]] == ["\x1b[31mw1\x1b[0m", "\x1b[31mw2\x1b[0m"]
     assert unstyle(lines[3]).startswith("w1    w2  overlay  4789/udp  100 %")

@@ -29,7 +29,7 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
         "  all 2 nodes: 512000 MiB of memory requested, 24106 not reserved",
     ]
     task["Nodes"] = [{"Hostname": "w2", "Reasons": ["small"]}, {"Hostname": "m1", "Reasons": ["drained"]}]
-    assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  WHY NOT", "  m1    drained", "  w2    small"]
+    assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  REASON", "  m1    drained", "  w2    small"]
 
 
 def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_may_go_on() -> None:

@@ -84,12 +84,12 @@ def test_what_nodes_say_cannot_steer_the_terminal() -> None:
     assert not any("\x1b" in line for line in table(("A",), [("\x1b[31mred",)], Screen()))
 
 
-def test_a_narrow_terminal_cuts_the_last_column_and_colours_only_terminals() -> None:
+def test_a_narrow_terminal_cuts_the_last_column_and_colors_only_terminals() -> None:
     narrow = Screen(columns=20)
     assert list(lines(narrow))[1] == "web   a long reason…"
     assert all(width_of(line) <= 20 for line in lines(narrow))
-    coloured = list(table(("A", "B"), [(Cell("down", "red"), "x")], Screen(has_colours=True)))
-    assert "\x1b[31mdown" in coloured[1]
+    colored = list(table(("A", "B"), [(Cell("down", "red"), "x")], Screen(has_colors=True)))
+    assert "\x1b[31mdown" in colored[1]
     assert "\x1b" not in "".join(table(("A", "B"), [(Cell("down", "red"), "x")], Screen()))
     assert (shortened("日本語", 5), width_of("日本")) == ("日本…", 4)
     assert Screen(columns=12).fitted("one two three four", indent=2) == ["one two", "  three four"]
@@ -97,9 +97,9 @@ def test_a_narrow_terminal_cuts_the_last_column_and_colours_only_terminals() -> 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert Screen.present(is_wide=False).has_colours
+    assert Screen.present(is_wide=False).has_colors
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not Screen.present(is_wide=False).has_colours
+    assert not Screen.present(is_wide=False).has_colors
 
 
 def test_a_watch_goes_on_when_the_node_does_not_answer(

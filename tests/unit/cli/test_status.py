@@ -96,11 +96,11 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
         "cluster  DEGRADED  1 manager (leader m1), 1 worker, 1 of 2 nodes ready  1 of 2 services healthy",
         "node  m1, skep 0.1.0",
         "",
-        "NODE  ROLE    STATE  TASKS  LOAD  WHY",
+        "NODE  ROLE    STATE  TASKS  LOAD  REASON",
         "m1    leader  ready  2      90%",
         "w1    worker  DOWN   1      20%   heartbeat failure",
         "",
-        "SERVICE  TASKS  UPDATE            WHY",
+        "SERVICE  TASKS  UPDATE            REASON",
         f"boom     0/2                      {REASON}; {COURSE}",
         "web      2/2    completed 3m ago",
         "next: skep explain boom",
@@ -149,13 +149,13 @@ def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> No
     ]
 
 
-def test_a_narrow_terminal_is_kept_to_and_has_colours() -> None:
+def test_a_narrow_terminal_is_kept_to_and_has_colors() -> None:
     narrow = list(lines_of(a_degraded_one(), Screen(columns=60)))
     assert max(map(width_of, narrow)) <= 60
     assert any(line.endswith("…") for line in narrow)
-    coloured = "\n".join(lines_of(a_degraded_one(), Screen(has_colours=True)))
-    assert "\x1b[33m\x1b[1mDEGRADED" in coloured
-    assert "\x1b[31mDOWN" in coloured
+    colored = "\n".join(lines_of(a_degraded_one(), Screen(has_colors=True)))
+    assert "\x1b[33m\x1b[1mDEGRADED" in colored
+    assert "\x1b[31mDOWN" in colored
 
 
 def test_a_large_cluster_shows_first_what_is_not_well() -> None:
@@ -260,13 +260,13 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         "cluster  NO LEADER  as of 18:38:04 UTC:  3 managers, 1 worker, 2 of 4 nodes ready  0 of 1 service healthy",
         "node  m1, skep 0.1.0",
         "",
-        "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  WHY",
+        "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  REASON",
         "m1    manager  ready                  2      -",
         "m2    manager  UNREACHABLE            0      -     no response for 1m 35s",
         "m3    manager  UNREACHABLE            0      -     no response for 1m 35s",
         "w1    worker   ready                  1      -",
         "",
-        "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  WHY",
+        "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  REASON",
         "web      0/2                            not in its desired state",
         "next: skep cluster recover --dry-run",
     ]
