@@ -40,7 +40,7 @@ def network() -> None:
     metavar="SUBNET",
     multiple=True,
     required=True,
-    help=f"Add this subnet ({AUTOMATIC}: one of the default address pools); may be repeated.",
+    help=f"Subnet to add, or {AUTOMATIC} for one from the default address pools. Repeat for several.",
 )
 @click.argument("name", metavar="NETWORK")
 @click.pass_obj

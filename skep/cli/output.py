@@ -164,7 +164,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
             except InvalidArgument:
                 raise
             except (SkepError, OSError) as error:
-                lines = [f"not known now: {printable(str(error))}"]
+                lines = [f"The state could not be read: {printable(str(error))}"]
             if sys.stdout.isatty():
                 height = shutil.get_terminal_size().lines - 1
                 click.echo(_CLEAR + "\n".join(lines[:height]))
@@ -260,7 +260,7 @@ def filled(template: str, row: Mapping[str, Any]) -> str:
     try:
         return printable_lines(expand(text, data, {"json": Function(as_json, 1)}))
     except TemplateError as error:
-        raise InvalidArgument(f"template parsing error: {error}; -o json shows the fields") from error
+        raise InvalidArgument(f"template parsing error: {error}. To see the fields, use -o json.") from error
 
 
 def printable_lines(text: str) -> str:

@@ -18,7 +18,12 @@ _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 @click.command()
 @click.argument("service")
 @click.option(
-    "--tail", "-n", default=3, show_default=True, help="Number of last output lines to show for each task."
+    "--tail",
+    "-n",
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Number of last output lines of each task.",
 )
 @shows
 @click.pass_obj

@@ -112,7 +112,7 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
         "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
     )
     if not found and not words:
-        raise NotFound(f"nothing found in stack: {stack} (skep stack ls)")
+        raise NotFound(f"stack {stack} has no services. List stacks with skep stack ls.")
     return found
 
 

@@ -139,10 +139,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 def status(host: HostOptions, when: str, output: Output) -> None:
     """Show the state of the cluster.
 
-    Lists nodes and services, with the reason if one is not healthy.
+    Lists nodes and services, and the reason if one is not healthy.
 
-    Exit code 0: healthy. 3: degraded, a node or a service is not in its desired state. 4: no leader. 1: the node does
-    not respond.
+    Exit code 0: healthy. 3: degraded. 4: the cluster has no leader. 1: the node does not respond.
 
     \b
     Examples:
@@ -179,7 +178,7 @@ async def _status(host: HostOptions) -> Status:
         try:
             cluster = await _cluster(client, info, {} if is_led else STALE)
         except SkepError as error:
-            notes.append(f"the cluster is not known: {error}")
+            notes.append(f"The state of the cluster could not be read: {error}")
         if cluster is not None and not is_led:
             cluster = as_of(cluster, quorum)
         health = "no leader" if not is_led else "healthy" if is_cluster_healthy(cluster) else "degraded"
@@ -248,7 +247,7 @@ async def _store(client: Requests) -> Row:
     try:
         response = await client.get("/skep/cluster/store", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError as error:
-        return "store", f"not known: {error}"
+        return "store", f"unknown: {error}"
     return "store", f"{response['Summary']}, file {response['Size'] >> 20} MiB"
 
 
@@ -299,13 +298,13 @@ def _membership(swarm: Mapping[str, Any]) -> str:
     id = swarm.get("NodeID", "")
     match state:
         case "inactive":
-            return "inactive: docker swarm init, or docker swarm join"
+            return "inactive. Run skep swarm init, or skep swarm join."
         case "locked":
-            return "locked: this manager waits for its key: docker swarm unlock"
+            return "locked. Run skep swarm unlock."
         case "pending":
             return f"pending: this node ({id}) has not reached a manager yet{_looked_for(swarm)}"
         case "error":
-            return f"error: this node ({id}) takes no part in the swarm"
+            return f"error: this node ({id}) is not part of the swarm"
     role = "manager" if swarm.get("ControlAvailable") else "worker"
     return f"{state}, this node is a {role} with the id {id}"
 
@@ -314,9 +313,7 @@ def _looked_for(swarm: Mapping[str, Any]) -> str:
     addresses = [peer["Addr"] for peer in swarm.get("RemoteManagers") or ()]
     if not addresses:
         return ""
-    return (
-        f'; it tries {", ".join(addresses)} (elsewhere: managers = ["address:2377"] in /etc/skep/skep.toml)'
-    )
+    return f'. It tries {", ".join(addresses)}. To try others, set managers = ["address:2377"] in /etc/skep/skep.toml.'
 
 
 def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None = None) -> list[NodeRow]:
@@ -475,12 +472,12 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
 def _next(status: Status) -> Iterator[str]:
     """Yield the command to run next if the cluster is unhealthy."""
     if status.next:
-        yield f"next: {status.next}"
+        yield f"Next: {status.next}"
         return
     if status.cluster is None or not (name := worst(status.cluster)):
         return
     is_past = bool(status.node) and status.node[0][0] == _AT
-    yield f"next: skep {'history' if is_past else 'explain'} {printable(name)}"
+    yield f"Next: skep {'history' if is_past else 'explain'} {printable(name)}"
 
 
 def worst(cluster: Cluster) -> str:
@@ -526,7 +523,7 @@ def _nodes(rows: Sequence[NodeRow], screen: Screen, at: str) -> Iterator[str]:
     more = ["ID", "VERSION"] if screen.is_wide else []
     yield from table(("NODE", "ROLE", f"STATE{at}", "TASKS", "LOAD", *more, "REASON"), cells, screen)
     if len(shown) < len(rows):
-        yield f"and {counted(len(rows) - len(shown), 'node')} more: skep status -o wide"
+        yield f"{counted(len(rows) - len(shown), 'more node')}. To show all, run skep status -o wide."
 
 
 def _state(row: NodeRow) -> str:
@@ -550,7 +547,7 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, at: str, *, shows_imag
     more = [*(["ID"] if screen.is_wide else []), *(["IMAGE"] if shows_images else [])]
     yield from table(("SERVICE", f"TASKS{at}", "UPDATE", *more, "REASON"), cells, screen)
     if len(shown) < len(rows):
-        yield f"and {counted(len(rows) - len(shown), 'service')} more: skep status -o wide"
+        yield f"{counted(len(rows) - len(shown), 'more service')}. To show all, run skep status -o wide."
 
 
 def _first(rows: Sequence[T], most: int, screen: Screen) -> Sequence[T]:

@@ -132,7 +132,7 @@ class Deployment:
         try:
             await self._apply(wait_s, failures_max)
         except asyncio.CancelledError:
-            self._show("interrupted", f"{await self._state()}; rerun the command to complete it")
+            self._show("interrupted", f"{await self._state()}. Rerun the command to complete the deploy.")
             raise
 
     async def _apply(self, wait_s: float | None, failures_max: int) -> None:
@@ -360,7 +360,7 @@ class Deployment:
 
     def _id(self, kind: str, name: str) -> Any:
         if (kind, name) not in self._ids:
-            raise NotFound(f"{kind} {name} was removed meanwhile: deploy again")
+            raise NotFound(f"{kind} {name} was removed meanwhile. Deploy again.")
         return self._ids[kind, name]
 
     async def _create_service(self, change: Change) -> None:
@@ -386,7 +386,7 @@ class Deployment:
             present = with_network_names(found, names).spec
             if present.labels.get(NAMESPACE) != self._stack.name:
                 raise AlreadyExists(
-                    f"service {change.name} exists and is not of the stack {self._stack.name}: remove or rename it"
+                    f"service {change.name} exists outside of the stack {self._stack.name}. Remove or rename it."
                 )
             spec = _now_wanted(change, wanted, present)
             # An earlier request without a response may have been applied.  Applied twice, a job would run twice, and
@@ -442,7 +442,7 @@ class Deployment:
             async with asyncio.timeout(_LAST_WORDS_S):
                 texts = await self.find_unfinished()
         except (SkepError, OSError, TimeoutError) as error:
-            return f"its state is not known ({reason_of(error)})"
+            return f"the state of the deploy is unknown ({reason_of(error)})"
         named = "; ".join(f"{name}: {text}" for name, text in texts.items())
         return named or "all services run with their new spec"
 
@@ -478,8 +478,8 @@ async def remove_unchanged(
             (found,) = services_of([await client.get(f"/services/{change.id}", timeout_s=RESPONSE_TIMEOUT_S)])
             if not is_still(change.before, with_network_names(found, names).spec):
                 raise FailedPrecondition(
-                    f"service {change.name} was changed by someone else and was not removed.  "
-                    "Plan again: skep stack plan"
+                    f"service {change.name} was changed by someone else and was not removed. "
+                    "Run skep stack plan again."
                 )
             query = {"version": str(found.version.index)}
             path = f"/services/{change.id}"

@@ -141,8 +141,8 @@ def _check_after(last: Revision, number: int) -> None:
     """
     if last.number != number or last.state == DEPLOYING:
         raise FailedPrecondition(
-            f"another deploy of {last.of} is under way (revision {last.number}), and --only would replace it without "
-            "completing it: rerun this command when it has ended, or deploy without --only"
+            f"another deploy of {last.of} is running (revision {last.number}), and --only would replace it unfinished. "
+            "Rerun the command when it has ended, or deploy without --only."
         )
 
 
@@ -151,7 +151,7 @@ async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -
     existing = await existing_of(client, stack.name, config_names(stack))
     found = planned_again(stack, plan, existing)
     if [(one.action, one.name) for one in found.changes] != [(one.action, one.name) for one in plan.changes]:
-        show(stack.name, f"changed since the plan, which is now: {summary(found)}")
+        show(stack.name, f"the cluster has changed since the plan, which is now: {summary(found)}")
     return replace(found, is_new=plan.is_new and found.is_new, former=plan.former | found.former)
 
 
@@ -187,7 +187,7 @@ async def _record(
         try:
             body = body_of(stack, plan, revisions[-1].number + 1 if revisions else 1)
         except InvalidArgument as error:
-            warn(f"{error}: this deploy cannot be rolled back to")
+            warn(f"{error}. You cannot roll back to this deploy.")
             return ""
         try:
             response = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
@@ -197,10 +197,10 @@ async def _record(
         except (
             PermissionDenied
         ) as error:  # by a quota; a user without the right is refused at the first change
-            warn(f"{error}: this deploy cannot be rolled back to")
+            warn(f"{error}. You cannot roll back to this deploy.")
             return ""
         return str(response["ID"])
-    raise Unavailable(f"other deploys of {stack.name} are under way: rerun the command when they have ended")
+    raise Unavailable(f"other deploys of {stack.name} are running. Rerun the command when they have ended.")
 
 
 async def _check_no_undo(client: Requests, stack: str) -> None:
@@ -218,8 +218,8 @@ async def _check_no_undo(client: Requests, stack: str) -> None:
 
 def _undoing(revision: Revision) -> str:
     return (
-        f"revision {revision.number} of {revision.of} failed, and what it created is being removed: rerun this command "
-        f"later.  If that removal was interrupted: docker config rm {revision.config}"
+        f"revision {revision.number} of {revision.of} failed, and its new objects are being removed. Rerun the command "
+        f"later. If the removal was interrupted, run docker config rm {revision.config}."
     )
 
 
@@ -353,7 +353,7 @@ async def undo(
     name, created = failed.stack, created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, name)
     if created.revision and revisions and revisions[-1].id != created.revision:
-        return f"nothing was undone, as revision {revisions[-1].number} of {name} has replaced it"
+        return f"nothing was undone, because revision {revisions[-1].number} of {name} has replaced it"
     new_services = {one.name for one in failed.of("service", Action.CREATE)}
     if failed.is_new:
         text = await _unmade(client, name, created, show, wait_s, warn)
@@ -364,20 +364,20 @@ async def undo(
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))
     await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
-    return f"{name} is as in revision {revision.number} again" + _unsure(new_services & found.left)
+    return f"{name} is back at revision {revision.number}" + _unsure(new_services & found.left)
 
 
 def _unsure(names: Collection[str]) -> str:
     """Return a clause about services that an undo leaves, as no response confirmed that the deploy created them."""
-    return f", but for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
+    return f", except for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
 
 
 def refused(revision: Revision, beyond: Collection[str]) -> str:
     """Return the error about a rollback that the rights of the revision's writer do not permit."""
     name, number = revision.of, revision.number
     return (
-        f"revision {number} of {name} was written with the role {revision.role}, which lacks rights that it needs "
-        f"({'; '.join(beyond)}).  If that is what you want: skep stack rollback --as-admin --to {number} {name}"
+        f"revision {number} of {name} was written with the role {revision.role}, which does not permit "
+        f"{'; '.join(beyond)}. To use your own rights, run skep stack rollback --as-admin --to {number} {name}."
     )
 
 
@@ -396,13 +396,13 @@ async def _unmade(
         "",
         DEPLOYED,
     ):
-        return "nothing was removed: another deploy has completed it, or no manager says so"
+        return "nothing was removed, because another deploy has completed it, or no manager responds"
     try:
         for one in await known_revisions(client, name):
             is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in created.known)
             if one.id != created.revision and is_beside:
                 hint = (
-                    f".  If it was interrupted: docker config rm {one.config}"
+                    f". If it was interrupted, run docker config rm {one.config}."
                     if one.state == DEPLOYING
                     else ""
                 )
@@ -417,4 +417,4 @@ async def _unmade(
         raise
     if created.revision:
         await client.delete(f"/configs/{created.revision}", timeout_s=RESPONSE_TIMEOUT_S)
-    return f"{name} had no services before: what the deploy created was removed"
+    return f"its new objects were removed, so {name} has no services again"

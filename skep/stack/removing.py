@@ -69,11 +69,11 @@ async def _wait_tasks_gone(
     try:
         async with asyncio.timeout(wait_s):
             while tasks := await persistently(read_tasks, partial(show, stack)):
-                show(stack, f"tasks that still stop: {len(tasks)}")
+                show(stack, f"waiting for {len(tasks)} tasks to stop")
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(
-            f"tasks of {stack} have not stopped within {wait_s:g} s: see docker stack ps {stack}"
+            f"tasks of {stack} have not stopped within {wait_s:g} s. Run skep stack ps {stack}."
         ) from None
 
 

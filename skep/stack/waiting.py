@@ -180,7 +180,7 @@ async def wait_done(
             if name not in waiting:
                 continue
             if found.is_stuck:
-                raise Unavailable(f"{name}: {found.text} (skep explain {name})")
+                raise Unavailable(f"{name}: {found.text}. Run skep explain {name}.")
             is_steady = steadiness.is_steady(name, found, now)
             show(
                 name, found.text if is_steady or not found.is_done else f"{found.text} again after a failure"
@@ -197,4 +197,4 @@ def unfinished(texts: Mapping[str, str], wait_s: float) -> str:
     if not texts:
         return f"not done within {wait_s:g} s"
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())
-    return f"not done within {wait_s:g} s: {named} (skep explain {next(iter(texts))})"
+    return f"not done within {wait_s:g} s: {named}. Run skep explain {next(iter(texts))}."

@@ -176,7 +176,7 @@ def test_a_service_of_that_name_that_is_not_of_the_stack_is_left_alone() -> None
         async def go() -> None:
             spec = {"Name": "shop_web", "TaskTemplate": {"ContainerSpec": {"Image": "other"}}}
             await admin.post("/services/create", spec)
-            with pytest.raises(SkepError, match="shop_web exists and is not of the stack shop"):
+            with pytest.raises(SkepError, match="shop_web exists outside of the stack shop"):
                 await deploy(admin, a_stack(GOOD))
 
         cluster.do(go())

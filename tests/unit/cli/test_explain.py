@@ -119,10 +119,10 @@ def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> 
 def test_a_paused_update_names_the_commands_that_go_on() -> None:
     service: dict[str, Any] = {"Summary": "2 of 2 tasks run: healthy", "Reasons": [], "Failures": []}
     service["UpdateStatus"] = {"State": "paused", "Message": "manually paused"}
-    line = "  it is paused: skep update resume web, or skep update abort web"
+    line = "  it is paused. Run skep update resume web, or skep update abort web."
     assert line in list(about_service("web", service, NOW))
     service["UpdateStatus"]["State"] = "rollback_paused"
-    assert "  it is paused: skep update resume web" in list(about_service("web", service, NOW))
+    assert "  it is paused. Run skep update resume web." in list(about_service("web", service, NOW))
 
 
 def test_a_node_and_a_network_are_explained_as_well() -> None:
@@ -141,7 +141,7 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
     assert lines[3:] == [
         "  worker, at 192.0.2.1, 2 CPUs, 4.0 GiB, ",
         "  tasks: 2 running",
-        "  part of the cluster for 2h, id n1",
+        "  joined 2h ago, ID n1",
     ]
     network = {
         "Id": "x1",
@@ -157,5 +157,5 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "back: overlay network of the swarm, used by db, web",
         "  10.0.1.0/24, gateway 10.0.1.1",
         "  internal",
-        "  there for 1h, id x1",
+        "  created 1h ago, ID x1",
     ]

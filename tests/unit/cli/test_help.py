@@ -33,6 +33,7 @@ VERBS = frozenset(
             "Explain",
             "Forward",
             "Give",
+            "Kill",
             "List",
             "Load",
             "Manage",

@@ -72,7 +72,7 @@ def test_a_template_is_filled_for_each_row() -> None:
     assert ran("--format", "{{json .Why}} {{json .Nodes}}").output == '{"Code":3} ["m1"]\nnull []\n'
     assert filled("{{if .Why}}{{.Why.Code}}{{else}}-{{end}}", ROWS[1]) == "-"
     wrong = ran("--format", "{{.Nam}}")
-    assert (wrong.exit_code, "-o json shows the fields" in wrong.output) == (1, True)
+    assert (wrong.exit_code, "To see the fields, use -o json" in wrong.output) == (1, True)
     both = ran("--format", "{{.Name}}", "-o", "json")
     assert (both.exit_code, "cannot be used together" in both.output) == (2, True)
 
@@ -117,7 +117,7 @@ def test_a_watch_goes_on_when_the_node_does_not_answer(
     monkeypatch.setattr("skep.cli.output.WATCH_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         output.show(fetch)
-    assert capsys.readouterr().out == "web\ndb\nnot known now: no leader\nweb\ndb\n"
+    assert capsys.readouterr().out == "web\ndb\nThe state could not be read: no leader\nweb\ndb\n"
 
 
 def test_a_template_may_be_one_of_dockers_words() -> None:

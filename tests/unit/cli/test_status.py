@@ -51,7 +51,7 @@ def a_node(name: str, state: str = "ready", leader: bool = False) -> dict[str, A
 
 def test_a_node_outside_a_swarm_says_how_to_get_into_one() -> None:
     rows = dict(about_node(an_info(LocalNodeState="inactive")))
-    assert "docker swarm init" in rows["swarm"]
+    assert "skep swarm init" in rows["swarm"]
 
 
 def test_the_reason_why_a_node_is_not_well_is_shown() -> None:
@@ -103,7 +103,7 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
         "SERVICE  TASKS  UPDATE            REASON",
         f"boom     0/2                      {REASON}; {COURSE}",
         "web      2/2    completed 3m ago",
-        "next: skep explain boom",
+        "Next: skep explain boom",
     ]
     assert found.exit_code == DEGRADED
 
@@ -122,11 +122,11 @@ def test_next_names_the_oldest_failure_before_what_a_lost_node_has_left() -> Non
     late, old = an_explanation(0, "2026-01-31T11:59:00Z"), an_explanation(0, "2026-01-31T11:20:00Z")
     moving, lost = an_explanation(4, "2026-01-31T11:00:00Z"), an_explanation(2, "2026-01-31T11:00:00Z")
     found = {"id-a": moving, "id-b": late, "id-c": old, "id-d": lost}
-    assert next_command([m1], found) == "next: skep explain c"
+    assert next_command([m1], found) == "Next: skep explain c"
     down = [m1, a_node("w1", "down")]
-    assert next_command(down, found) == "next: skep explain c"
-    assert next_command(down, {"id-a": moving, "id-d": lost}) == "next: skep explain w1"
-    assert next_command([m1], {"id-a": moving, "id-d": lost}) == "next: skep explain d"
+    assert next_command(down, found) == "Next: skep explain c"
+    assert next_command(down, {"id-a": moving, "id-d": lost}) == "Next: skep explain w1"
+    assert next_command([m1], {"id-a": moving, "id-d": lost}) == "Next: skep explain d"
 
 
 def test_jobs_and_one_shot_services_show_what_is_done() -> None:
@@ -164,8 +164,8 @@ def test_a_large_cluster_shows_first_what_is_not_well() -> None:
     found = a_status(nodes, services, {})
     lines = list(lines_of(found, Screen()))
     assert len(lines) < 62
-    assert "and 81 nodes more: skep status -o wide" in lines
-    assert "and 71 services more: skep status -o wide" in lines
+    assert "81 more nodes. To show all, run skep status -o wide." in lines
+    assert "71 more services. To show all, run skep status -o wide." in lines
     assert any(line.startswith("z ") for line in lines)
     assert any(line.startswith("zz ") and "not in its desired state" in line for line in lines)
     assert len(list(lines_of(found, Screen(is_wide=True)))) > 200
@@ -212,16 +212,16 @@ def test_a_service_is_as_wanted_when_its_slots_run_or_are_done() -> None:
 
 def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
     locked = dict(about_node(an_info(LocalNodeState="locked", Error="Swarm is encrypted")))
-    assert locked["swarm"] == "locked: this manager waits for its key: docker swarm unlock"
+    assert locked["swarm"] == "locked. Run skep swarm unlock."
     failed = dict(about_node(an_info(LocalNodeState="error", NodeID="n1", Error="an earlier incarnation")))
-    assert failed["swarm"] == "error: this node (n1) takes no part in the swarm"
+    assert failed["swarm"] == "error: this node (n1) is not part of the swarm"
     assert failed["error"] == "an earlier incarnation"
 
 
 def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others() -> None:
     info = an_info(LocalNodeState="pending", NodeID="n1", RemoteManagers=[{"Addr": "192.0.2.1:2377"}])
     reported = dict(about_node(info))["swarm"]
-    assert "it tries 192.0.2.1:2377" in reported
+    assert "It tries 192.0.2.1:2377" in reported
     assert 'managers = ["address:2377"]' in reported
 
 
@@ -268,7 +268,7 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         "",
         "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  REASON",
         "web      0/2                            not in its desired state",
-        "next: skep cluster recover --dry-run",
+        "Next: skep cluster recover --dry-run",
     ]
     assert stale.exit_code == LEADERLESS
 
@@ -281,7 +281,7 @@ def test_enough_managers_without_a_leader_are_not_to_be_recovered() -> None:
 def test_a_manager_that_lacks_something_itself_says_what() -> None:
     """The others may be well: neither `docker info` nor `skep status` of this one may blame them alone."""
     full = {**a_quorum(True, True, True), "Error": "/data: 40 MB of disk space are missing."}
-    assert "this manager itself: /data: 40 MB of disk space are missing." in no_leader(full)
+    assert "Error of this manager: /data: 40 MB of disk space are missing." in no_leader(full)
     assert lost_quorum(full) == f"{NO_LEADER} /data: 40 MB of disk space are missing."
 
 
