@@ -21,6 +21,7 @@ COMMAND = re.compile(r"\b(skep|docker) [a-z-]|(^|\s)-{1,2}[a-z]")
 ADVICE = re.compile(
     r"([:;,.] |\n)([Aa]dd|[Cc]hoose|[Cc]reate|[Dd]eploy|[Ff]ix|[Rr]emove|[Rr]erun|[Rr]un|[Uu]se)\b"
 )
+IN_PASSING = re.compile(r"[:;,] (skep|docker) [a-z]|\((skep|docker) [^)]*\)$|`|; ")
 CAUSES_ALONE = {
     "the task is …: …": "its service is removed again, so there is nothing left to look at",
 }
@@ -59,6 +60,11 @@ def literal(text: ast.expr) -> Iterator[str]:
 
 def has_next_step(text: str) -> bool:
     return COMMAND.search(text) is not None or ADVICE.search(text) is not None
+
+
+def test_a_next_step_is_a_sentence() -> None:
+    """``Run skep status.``, and not a command behind a colon or in parentheses."""
+    assert [one for one in messages() if IN_PASSING.search(one.text)] == []
 
 
 def is_known(words: list[str]) -> bool:

@@ -166,7 +166,7 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
     if progress := explanation.get("Update"):
         left = seconds_since(progress.get("Deadline", ""), now)
         until = f", for {duration(-left)} more" if left is not None else ""
-        yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
+        yield f"  update: {progress['Step']}, waiting for {progress['WaitingFor']}{until}"
     yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
     if schedule := explanation.get("Schedule"):
         yield f"  schedule: {schedule}"

@@ -139,7 +139,9 @@ def swarm(host: HostOptions, output: Path) -> None:
         _write(move, output)
     for stack, note in notes_of(move):
         click.echo(printable(f"{stack}: {note}"), err=True)
-    click.echo(f"{output}: {counted(len(move.stacks), 'stack')}; next steps are in {output / 'MOVING.md'}")
+    click.echo(
+        f"{output}: {counted(len(move.stacks), 'stack')}. The next steps are in {output / 'MOVING.md'}."
+    )
 
 
 async def _read_swarm(host: HostOptions) -> Move:

@@ -45,7 +45,7 @@ def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_
     }
     assert list(about_service("web", service, NOW)) == [
         "web: 0 of 1 tasks run",
-        "  update: 0 of 1 tasks are new; it waits for task x, for 9m 40s more",
+        "  update: 0 of 1 tasks are new, waiting for task x, for 9m 40s more",
         "  1 waiting: it waits  (skep explain web.1)",
         "  2 failed: exit 3  (skep explain 9x1)",
     ]

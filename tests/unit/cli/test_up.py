@@ -255,5 +255,5 @@ async def test_of_what_a_machine_writes_the_end_is_kept_alone(
 def test_what_a_machine_says_of_itself_reaches_no_terminal_uncleaned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Progress().show("m1", f"is suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
+    Progress().show("m1", f"suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
     assert "m1: suitable: Debian[2J, kernel" in capsys.readouterr().err

@@ -64,7 +64,7 @@ async def test_an_interrupted_one_is_not_continued_past_a_node_that_does_not_com
         cluster = MadeUp("m1", "w1", "w2")
         first = a_run(cluster, breaks=frozenset({"w1"}))
         await first.take(continues=False)
-        with pytest.raises(Unavailable, match="It stays drained. Repair the node"):
+        with pytest.raises(Unavailable, match=r"It stays drained\. Repair the node"):
             await first.run()
         cluster.show("w1", version, "down")
         second = a_run(cluster, breaks=frozenset({"w1"}))

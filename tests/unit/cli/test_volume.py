@@ -44,7 +44,7 @@ async def test_a_volume_of_a_node_that_answers_is_removed_there(cluster: tuple[M
     await put(manager, "w2", NodeState.READY, "db-2=db.2@6000")
     with pytest.raises(
         FailedPrecondition,
-        match="db-2 is on w2, which is not down. To remove it, run docker volume rm db-2 there",
+        match=r"db-2 is on w2, which is not down\. To remove it, run docker volume rm db-2 there",
     ):
         await _forget(host, "db-2", "")
     with pytest.raises(NotFound, match="no node has a local volume db-3"):

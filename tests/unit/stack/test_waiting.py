@@ -98,7 +98,8 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
 def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
     texts = {"shop_db": "0 of 1 tasks run: exit 1", "shop_web": "0 of 2 tasks run"}
     assert unfinished(texts, 600.0) == (
-        "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run. Run skep explain shop_db."
+        "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run. "
+        "Run skep explain shop_db."
     )
     assert unfinished({}, 9.0) == "not done within 9 s"
 
