@@ -15,6 +15,7 @@ from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 15.0
 _HEAD = ("NAME", "SCHEDULE", "LAST RUN", "STATE", "NEXT RUN", "NOTE")
+_NO_JOBS = "No jobs. Create one with skep service create --mode replicated-job IMAGE."
 _COLORS = {"failed": "red", "completed": "green"}
 
 
@@ -57,7 +58,7 @@ def list_jobs(host: HostOptions, output: Output) -> None:
 def shown(jobs: Sequence[Mapping[str, Any]], screen: Screen, now: float) -> Iterator[str]:
     """Yield the lines of the table.  ``now``: seconds since the epoch."""
     more = ("ID",) if screen.is_wide else ()
-    return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen)
+    return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen, empty=_NO_JOBS)
 
 
 def _row(found: Mapping[str, Any], screen: Screen, now: float) -> tuple[str | Cell, ...]:

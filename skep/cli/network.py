@@ -19,7 +19,9 @@ class _Network(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text("Other commands are docker's: skep network create, ls, inspect, rm, prune, ...")
+        formatter.write_text(
+            "Other docker commands also work: skep network create, ls, inspect, rm, prune, ..."
+        )
 
 
 @click.group(cls=_Network)

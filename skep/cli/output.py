@@ -95,12 +95,20 @@ def shortened(text: str, columns: int) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str | Cell]], screen: Screen, *, indent: int = 0
+    head: Sequence[str],
+    rows: Sequence[Sequence[str | Cell]],
+    screen: Screen,
+    *,
+    indent: int = 0,
+    empty: str = "",
 ) -> Iterator[str]:
     """Yield the lines of a table with aligned columns. On a narrow terminal, the last column is cut.
 
-    Control characters are escaped.
+    Control characters are escaped. ``empty`` is the line that replaces a table without rows.
     """
+    if empty and not rows:
+        yield empty
+        return
     cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in (head, *rows)]
     shown = [[Cell(printable(each.text), each.color) for each in row] for row in cells]
     widths = [max(width_of(each.text) for each in column) for column in zip(*shown, strict=True)]

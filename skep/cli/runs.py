@@ -62,6 +62,10 @@ async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
 def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
     """Yield the table, with each run's output below its row.  ``now``: seconds since the epoch."""
     more = ("ID",) if screen.is_wide else ()
+    if not response["Runs"]:
+        yield "No task has ended yet. Run skep service ps SERVICE to see its tasks."
+        yield from _schedule(response, screen, now)
+        return
     lines = table((*_HEAD, *more), [_row(run, screen, now) for run in response["Runs"]], screen)
     yield next(lines)
     for run, line in zip(response["Runs"], lines, strict=True):

@@ -32,6 +32,7 @@ _EXPLAINED = _SERVICES_SHOWN
 """Services whose explanation is requested: as many as are shown."""
 _TASKS_COUNTED_MAX = 5_000
 """Tasks up to which they are counted by node.  A longer list would take more time than all other requests."""
+_NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
 UNREACHABLE = "unreachable"
@@ -463,9 +464,11 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     yield ""
     at = f" AT {clock_time(status.cluster.as_of)}" if status.cluster.as_of else ""
     yield from _nodes(status.cluster.nodes, screen, at)
+    yield ""
     if status.cluster.services:
-        yield ""
         yield from _services(status.cluster.services, screen, at, shows_images=is_past or screen.is_wide)
+    else:
+        yield "No services." if is_past else _NO_SERVICES
     yield from _next(status)
 
 

@@ -244,7 +244,7 @@ def ls(options: HostOptions, output: Output) -> None:
             }
             for one in sorted(found, key=lambda one: str(one["Spec"]["Name"]))
         ]
-        return _table(found, rows)
+        return _table(found, rows, "No users. Add one with skep user add NAME --role viewer --token.")
 
     output.show(fetch)
 
@@ -279,7 +279,7 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
             )
             for one in items
         ]
-        return _table(found, rows)
+        return _table(found, rows, f"No certificates or tokens. Create a token with skep user token {name}.")
 
     output.show(fetch)
 
@@ -465,10 +465,10 @@ def _expires(user: Mapping[str, Any]) -> str:
     return max((str(one["NotAfter"]) for one in (*user["Certificates"], *user["Tokens"])), default="")
 
 
-def _table(data: Any, rows: list[dict[str, Any]]) -> Shown:
+def _table(data: Any, rows: list[dict[str, Any]], empty: str = "") -> Shown:
     def lines(screen: Screen) -> Iterator[str]:
         names = list(rows[0]) if rows else ["Name"]
         cells = [tuple(str(value) for value in row.values()) for row in rows]
-        return table(tuple(name.upper() for name in names), cells, screen)
+        return table(tuple(name.upper() for name in names), cells, screen, empty=empty)
 
     return Shown(data=data, rows=rows, lines=lines)

@@ -63,7 +63,7 @@ async def test_an_update_is_paused_and_aborted(cluster: Cluster) -> None:
     assert (await cluster.deploy("--detach"))[0] == 0
     code, out, err = await cluster.run("update", "pause", "shop_web")
     assert code == 0, err
-    assert out.startswith("shop_web: paused: manually paused; go on with skep update resume shop_web")
+    assert out.startswith("shop_web: paused: manually paused. Next: skep update resume shop_web")
     code, out, err = await cluster.run("update", "abort", "shop_web")
     assert (code, out) == (0, "shop_web: rollback_started: manually requested rollback\n"), err
     code, _, err = await cluster.run("service", "wait", "--timeout", "30", "shop_web")

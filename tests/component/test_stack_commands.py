@@ -88,7 +88,7 @@ async def test_a_deploy_waits_or_is_detached_and_names_what_does_not_run(cluster
     code, _, err = await cluster.deploy("--detach", "--prune")
     assert (code, cluster.names()) == (0, ["shop_api", "shop_db"]), err
     code, _, err = await cluster.deploy("--rollback-on-failure", "--detach")
-    assert (code, "not with --detach or --only" in err) == (2, True)
+    assert (code, "cannot be used with --detach or --only" in err) == (2, True)
 
 
 async def test_a_plan_ends_with_two_if_something_would_change_and_writes_nothing(cluster: Cluster) -> None:

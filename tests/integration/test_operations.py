@@ -116,7 +116,7 @@ def test_an_update_is_paused_resumed_and_aborted_by_commands(cluster: TestCluste
     m1.docker("service", "update", "--detach", "--env-add", "A=1", "site")
     paused = skep(m1, "update", "pause", "site").stdout
     assert paused == (
-        "site: paused: manually paused; go on with skep update resume site, or skep update abort site\n"
+        "site: paused: manually paused. Next: skep update resume site, or skep update abort site\n"
     )
     state = m1.docker(
         "service", "inspect", "site", "--format", "{{.UpdateStatus.State}} {{.UpdateStatus.Message}}"

@@ -319,7 +319,7 @@ def test_down_leaves_nothing_of_a_playground_with_running_containers(nowhere: Te
 
 
 def test_down_twice_and_of_nothing_is_fine(nowhere: TestCluster) -> None:
-    assert "there was nothing to remove" in nowhere.skep("down").stderr
+    assert "Nothing to remove." in nowhere.skep("down").stderr
 
 
 @pytest.mark.parametrize("reached", ["cluster.json", "m1/skep.log", "m1/data/images"])

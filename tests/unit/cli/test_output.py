@@ -1,6 +1,7 @@
 """One option and one renderer for whatever commands show."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,14 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from skep.cli.job import shown as jobs_shown
 from skep.cli.output import Cell, Output, Screen, Shown, filled, shortened, shows, table, width_of
+from skep.cli.runs import shown as runs_shown
+from skep.cli.stack_lists import stacks
+from skep.cli.status import Cluster, Status, lines_of
 from skep.errors import InvalidArgument, Unavailable
+
+NOW = 1_769_860_800.0
 
 ROWS = [
     {"Name": "web", "Tasks": 2, "Why": {"Code": 3}, "Nodes": ["m1"]},
@@ -138,3 +145,15 @@ def test_what_happens_is_shown_one_by_one(capsys: pytest.CaptureFixture[str]) ->
     assert shown.count('"Name"') == 2
     assert "---\nName: web\n" in shown
     assert shown.endswith("\nweb\n")
+
+
+def test_a_table_without_rows_is_a_sentence_with_a_command() -> None:
+    for shown in (
+        jobs_shown([], Screen(), NOW),
+        stacks([]).lines(Screen()),
+        runs_shown({"Runs": []}, Screen(), NOW),
+        lines_of(Status(health="healthy", node=(("node", "m1"),), cluster=Cluster()), Screen()),
+    ):
+        *_, last = shown
+        assert re.search(r"^No .*\. .*\bskep [a-z]+ [a-z]+", last), last
+    assert list(table(("NAME",), [], Screen())) == ["NAME"]
