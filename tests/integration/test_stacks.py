@@ -334,9 +334,7 @@ def test_what_is_wrong_in_a_file_is_said_and_nothing_is_done(m1: TestNode, folde
     (folder / "compose.yaml").write_text(FILE.replace("replicas: 2", "replica: 2"))
     done = deploy(m1, folder, check=False)
     assert done.returncode == 1
-    assert done.stderr.endswith(
-        "services.web.deploy.replica: this key is not known: did you mean replicas?\n"
-    )
+    assert done.stderr.endswith("services.web.deploy.replica: unknown key: did you mean replicas?\n")
     assert names(m1, "network") == set()
 
 
