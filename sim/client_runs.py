@@ -35,7 +35,7 @@ from skep.model.service import Service
 from skep.model.task import TaskState
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import config_names, existing_of
-from skep.stack.deploying import Made
+from skep.stack.deploying import CreatedObjects
 from skep.stack.planning import plan_of
 from skep.stack.project import NAMESPACE, Stack
 from skep.stack.recording import carry_out, undo
@@ -255,16 +255,16 @@ def show_version(cluster: SimulatedCluster, id: str, version: str) -> None:
 
 async def deploy(client: ApiClient, stack: Stack, *, undoes: bool, wait_s: float) -> None:
     """Run ``skep stack deploy`` without its files.  Raises: SkepError: it failed."""
-    made = Made()
+    created = CreatedObjects()
     existing = await existing_of(client, stack.name, config_names(stack))
     plan = plan_of(stack, existing, images={}, prune=False)
     try:
-        await carry_out(client, stack, plan, _say, wait_s, _warn, made=made)
+        await carry_out(client, stack, plan, _say, wait_s, _warn, created=created)
     except Replaced:
         raise
     except SkepError:
         if undoes:
-            await undo(client, plan, _say, wait_s, _warn, made)
+            await undo(client, plan, _say, wait_s, _warn, created)
         raise
 
 

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.timeout(300)
 """Everything is parsed: ten seconds on an idle machine, minutes on one that runs other tests beside."""
 
 USED_BY_OTHERS = {
-    "color": "click reads it of a context",
     "add_prefix": "called by aiohttp",
     "get_info": "called by aiohttp",
     "raw_match": "called by aiohttp",

@@ -18,7 +18,10 @@ STATES = ("NotFound", "FailedPrecondition")
 """What a user has to change something about: what is named, or its state."""
 
 COMMAND = re.compile(r"\b(skep|docker) [a-z-]|(^|\s)-{1,2}[a-z]")
-ADVICE = re.compile(r"([:;,.] |\n)([Cc]reate|[Dd]eploy|[Ff]ix|[Nn]ame|[Rr]ecover) ")
+ADVICE = re.compile(
+    r"([:;,.] |\n)([Aa]dd|[Cc]hoose|[Cc]reate|[Dd]eploy|[Ff]ix|[Rr]emove|[Rr]erun|[Rr]un|[Uu]se)\b"
+)
+IN_PASSING = re.compile(r"[:;,] (skep|docker) [a-z]|\((skep|docker) [^)]*\)$|`|; ")
 CAUSES_ALONE = {
     "the task is …: …": "its service is removed again, so there is nothing left to look at",
 }
@@ -59,6 +62,11 @@ def has_next_step(text: str) -> bool:
     return COMMAND.search(text) is not None or ADVICE.search(text) is not None
 
 
+def test_a_next_step_is_a_sentence() -> None:
+    """``Run skep status.``, and not a command behind a colon or in parentheses."""
+    assert [one for one in messages() if IN_PASSING.search(one.text)] == []
+
+
 def is_known(words: list[str]) -> bool:
     """Whether the words behind ``skep`` begin with a command: of groups, down to one that is none."""
     command: click.Command | None = main
@@ -93,10 +101,10 @@ def test_every_command_of_skep_that_an_error_names_exists() -> None:
 @pytest.mark.parametrize(
     ("text", "has"),
     [
-        ("nothing found in stack: … (skep stack ls)", True),
-        ("…: --continue takes over", True),
-        ("this node is a worker: recover on a manager that is left", True),
-        ("no node has had a local volume …", False),
+        ("stack … has no services. List stacks with skep stack ls.", True),
+        ("…. Use --continue to take over, or --abort to end it.", True),
+        ("this node is a worker. Run the command on a manager.", True),
+        ("no node has a local volume … of a service", False),
         ("the task is …: …", False),
         ("well-known, not named", False),
     ],

@@ -38,7 +38,7 @@ def _secret_options(command: Any) -> Any:
     command = click.option(
         "--key-file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A file of at least 32 random bytes in place of a passphrase.",
+        help="Use this file of at least 32 random bytes instead of a passphrase.",
     )(command)
     return click.option(
         "--passphrase-file",
@@ -56,8 +56,8 @@ def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file
 
     The cluster keeps running.
 
-    Works on any manager, also without a quorum.  The file holds all secrets and the root's key: keep it and its
-    passphrase apart.  It appears under its name when it is complete and verified.
+    You can run it on any manager, even without a quorum. FILE contains all secrets and the key of the root certificate,
+    so store FILE and its passphrase in different places. FILE appears only when the backup is complete and verified.
 
     \b
     Examples:
@@ -90,8 +90,7 @@ def restore(
 
     The node must not be part of a cluster. It becomes the manager.
 
-    It replaces the manager that made the backup.  The swarm gets another incarnation, so managers that
-    still run from before stop as soon as they meet it.
+    It replaces the manager that made the backup. Other managers that still run stop when they connect to it.
 
     \b
     Examples:
@@ -106,13 +105,13 @@ def restore(
         if dry_run:
             return
         if not yes:
-            click.confirm("Restore it?", abort=True)
+            click.confirm("Restore the cluster onto this node?", abort=True)
         asyncio.run(_restore(host, file, secret, advertise_addr, is_dry=False))
     click.echo(f"Swarm restored: current node ({plan.node_id}) is now its manager.")
     for line in _for_the_workers(plan.advertise_addr):
         click.echo(line)
     click.echo(
-        "Nodes that were removed, demoted or evicted after the backup was made are what they were then: do that again."
+        "Nodes that you removed, demoted or evicted after the backup are members again. Repeat these commands."
     )
 
 
@@ -150,7 +149,7 @@ async def _restore(
     header = _header(file)
     if header.kdf != secret[0]:
         made = "a passphrase" if header.kdf == "scrypt" else "a key file (--key-file)"
-        raise InvalidArgument(f"{file} was made with {made}")
+        raise InvalidArgument(f"{file} was made with {made}. Use the same.")
     key = await asyncio.to_thread(key_of, secret[1], header)
     query = {"dryRun": "1"} if is_dry else {}
     if advertise_addr:
@@ -171,7 +170,7 @@ def _header(file: Path) -> Header:
     with file.open("rb") as source:
         parsed = parsed_opening(source.read(4096) or b"?")
     if parsed is None:
-        raise InvalidArgument("the backup is damaged or incomplete")
+        raise InvalidArgument("the backup is damaged or incomplete. Use another file.")
     return parsed[0]
 
 
@@ -189,29 +188,28 @@ def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: boo
     else:
         passphrase = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm)
     if not passphrase:
-        raise InvalidArgument("the passphrase is empty")
+        raise InvalidArgument("The passphrase is empty. Enter one, or use --key-file.")
     return "scrypt", passphrase.encode()
 
 
 def _for_the_workers(addr: str) -> Iterator[str]:
     """Return the next steps if no manager had this address before, because workers cannot find it by themselves."""
     yield ""
-    yield f"Workers ask the addresses that their managers had. If none of them had {addr}, then on each worker"
-    yield "add this line to /etc/skep/skep.toml and restart skep (systemctl restart skep); containers run on:"
+    yield f"Workers connect to the addresses of the former managers. If none of these was {addr}, add this line"
+    yield "to /etc/skep/skep.toml on each worker, and run systemctl restart skep there. Containers keep running."
     yield ""
     yield f'    managers = ["{addr}"]'
 
 
 def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
     yield "swarm", f"{plan.cluster_id}, incarnation {plan.incarnation}"
-    yield "made", f"{plan.created_at} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
-    yield "holds", _described(plan.counts)
+    yield "created", f"{plan.created_at} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
+    yield "content", _described(plan.counts)
     outcome = (
-        f"makes this node {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm; other managers "
-        "are shown as unreachable until they are removed, and stop when they meet this one; workers look for it where "
-        "their managers were"
+        f"This node becomes {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm. Other managers are "
+        "unreachable until you remove them. Workers look for it at the addresses of their former managers."
     )
-    yield "restoring", outcome
+    yield "result", outcome
 
 
 def _described(counts: Any) -> str:

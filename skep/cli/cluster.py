@@ -43,7 +43,7 @@ def resume(host: HostOptions) -> None:
       skep cluster resume
     """
     run_requests(_resume(host))
-    click.echo("Tasks of nodes that are down are replaced again.")
+    click.echo("Skep replaces tasks of nodes that are down again.")
 
 
 @cluster.command()
@@ -53,7 +53,7 @@ def resume(host: HostOptions) -> None:
 def grace(host: HostOptions, duration: str | None, output: Output) -> None:
     """Show or set how long a silent node counts as alive.
 
-    DURATION can be "default": three heartbeats.
+    DURATION is a time such as 10s, or "default" for three heartbeats.
 
     \b
     Examples:
@@ -80,10 +80,10 @@ def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> Non
 
     DURATION is the time that a down worker is kept, or "never".
 
-    The shortest time is a minute. Managers are never removed. Nothing is removed unless more than half of all nodes are
-    ready. Nodes with a published cluster volume, or with tasks that stay there (skep.on-disconnect=keep,
-    skep.volume-affinity=required), are kept. skep status shows why. A removed node has to join again when it returns.
-    To remove one now, run skep node forget.
+    The minimum is one minute. Managers are never removed, nor workers with a published cluster volume or with tasks
+    that must stay there. Nothing is removed unless more than half of all nodes are ready.
+
+    A removed node has to join again when it returns. To remove a node now, run skep node forget.
 
     \b
     Examples:
@@ -105,14 +105,14 @@ def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> Non
     "--remove", multiple=True, metavar="SUBNET", help="Remove an address pool that no network uses."
 )
 @click.option(
-    "--size", type=int, default=0, metavar="LENGTH", help="Prefix length of further networks' subnets."
+    "--size", type=int, default=0, metavar="LENGTH", help="Prefix length of the subnets of new networks."
 )
 @shows
 @click.pass_obj
 def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: int, output: Output) -> None:
     """Show or change the address pools of networks.
 
-    Networks keep the subnets they have.
+    Existing networks keep their subnets.
 
     \b
     Examples:
@@ -141,8 +141,8 @@ def allow(host: HostOptions, rights: tuple[str, ...], output: Output) -> None:
 
     RIGHT is privileged, devices, gpus, namespaces, resources, api, api-inspect, all or none.
 
-    Services ask for them by labels of their containers, such as skep.devices=/dev/ttyUSB0.  What was allowed stays with
-    the services that have it until they are updated.
+    Services request rights by labels of their containers, such as skep.devices=/dev/ttyUSB0. If you withdraw a right,
+    services keep it until their next update.
 
     \b
     Examples:
@@ -167,10 +167,8 @@ def allow(host: HostOptions, rights: tuple[str, ...], output: Output) -> None:
 def worker_reads(host: HostOptions, switch: str | None, output: Output) -> None:
     """Show or set whether workers' APIs show the cluster.
 
-    If on, clients of workers can read services, tasks, nodes, networks and events.
-
-    Proxies and dashboards need no manager then.  They see what clients of managers see, the environment of services
-    among it.
+    If on, clients of workers can read services, tasks, nodes, networks and events, including the environment variables
+    of services. Proxies and dashboards can then connect to a worker.
 
     \b
     Examples:
@@ -186,11 +184,11 @@ def worker_reads(host: HostOptions, switch: str | None, output: Output) -> None:
 def preemption(host: HostOptions, switch: str | None, output: Output) -> None:
     """Show or set whether higher priorities preempt tasks.
 
-    With preemption on, tasks are stopped if a task with a higher priority has no other node.
+    The label skep.priority of a service sets its priority.
 
-    Services get a priority by their label skep.priority.  As few tasks as possible are stopped, those of the lowest
-    priority first, and wait until there is room again.  When it is off, tasks of higher priority come first only among
-    those that wait.
+    If on, the scheduler stops tasks of lower priority when a task of higher priority fits on no node. It stops as few
+    tasks as possible, the lowest priority first. Stopped tasks wait for free resources. If off, the priority only
+    orders the tasks that wait.
 
     \b
     Examples:
@@ -206,10 +204,8 @@ def preemption(host: HostOptions, switch: str | None, output: Output) -> None:
 def share_images(host: HostOptions, switch: str | None, output: Output) -> None:
     """Show or set whether nodes share all their images.
 
-    If on, every node can read the images of every other node.
-
-    When it is off, a worker gets from other nodes only images that its own tasks use, and managers get every image.
-    Turn it on if people pull images on workers that only another node has.
+    If on, every node can read all images of every other node. If off, a worker can only read the images that its own
+    tasks use. Managers can always read all images.
 
     \b
     Examples:
@@ -223,14 +219,14 @@ def share_images(host: HostOptions, switch: str | None, output: Output) -> None:
 def rotate_keys(host: HostOptions) -> None:
     """Encrypt the managers' store with a new data key.
 
-    New values use it at once, existing ones are re-encrypted in the background.  Nothing restarts.
+    New values use the new key at once. Existing values are re-encrypted in the background. Nothing restarts.
 
     \b
     Examples:
       skep cluster rotate-keys
     """
     run_requests(_rotate_keys(host))
-    click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
+    click.echo("A new data key is in use. Existing values are re-encrypted in the background.")
 
 
 def _show_setting(

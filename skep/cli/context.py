@@ -59,7 +59,7 @@ def create(
         given = _settings(settings)
         url = host or given.get("host", "")
         if not url or (host and "host" in given):
-            raise InvalidArgument("name one node: skep context create NAME ssh://user@machine")
+            raise InvalidArgument("Specify one node, such as skep context create NAME ssh://user@machine.")
         Endpoint(host=url).client()  # refuses an invalid address
         tls = {
             file: Path(given[key]).expanduser().read_bytes() for key, file in _FILES.items() if key in given
@@ -78,7 +78,7 @@ def _settings(text: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals or key not in {"host", "skip-tls-verify", *_FILES}:
             raise InvalidArgument(
-                f"invalid setting {part!r}: want host=, ca=, cert=, key= or skip-tls-verify="
+                f"invalid setting {part!r}. Use host=, ca=, cert=, key= or skip-tls-verify=."
             )
         settings[key] = value
     return settings
@@ -90,7 +90,7 @@ def _settings(text: str) -> dict[str, str]:
 def ls(options: HostOptions, output: Output) -> None:
     """List contexts.
 
-    The current one has a star.
+    A star marks the current context.
 
     \b
     Examples:
@@ -128,7 +128,7 @@ def listed(contexts: list[Context], current: str) -> Shown:
 def use(options: HostOptions, name: str) -> None:
     """Set the current context of skep and docker.
 
-    "default" is this machine's node.
+    NAME can be "default" for this machine's node.
 
     \b
     Examples:
@@ -139,7 +139,9 @@ def use(options: HostOptions, name: str) -> None:
     click.echo(name)
     for variable in ("SKEP_HOST", "DOCKER_HOST", "DOCKER_CONTEXT"):
         if options.environment.get(variable):
-            click.echo(f"{variable} is set and wins: unset it, or use --context {name}", err=True)
+            click.echo(
+                f"{variable} is set and overrides the context. Unset it, or use --context {name}.", err=True
+            )
 
 
 @context.command()
@@ -157,11 +159,13 @@ def show(options: HostOptions) -> None:
 
 
 @context.command()
-@click.option("-f", "--force", is_flag=True, help="Remove it even if it is the current context.")
+@click.option("-f", "--force", is_flag=True, help="Also remove the current context.")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.pass_obj
 def rm(options: HostOptions, force: bool, names: tuple[str, ...]) -> None:
-    """Remove contexts.  The nodes are not touched.
+    """Remove contexts.
+
+    The nodes do not change.
 
     \b
     Examples:

@@ -59,7 +59,7 @@ class Contexts:
         for one in self.all():
             if one.name == name:
                 return one
-        raise NotFound(f'context "{name}" is not found in {self._folder}: see `skep context ls`')
+        raise NotFound(f'context "{name}" is not in {self._folder}. List contexts with skep context ls.')
 
     def check_new(self, name: str) -> None:
         """Check the name of a new context.  Raises: InvalidArgument: the name is invalid; AlreadyExists."""
@@ -70,7 +70,9 @@ class Contexts:
                 f'context name "{name}" is invalid, names are validated against regexp "^{_NAME.pattern}$"'
             )
         if self._meta(name).exists():
-            raise AlreadyExists(f'context "{name}" already exists: skep context rm {name} first')
+            raise AlreadyExists(
+                f'context "{name}" already exists. Remove it with skep context rm {name}, or choose another name.'
+            )
 
     def replace_tls(self, name: str, tls: Mapping[str, bytes]) -> None:
         """Replace some of a context's files, named as for ``create``.  Raises: NotFound; OSError."""
@@ -112,10 +114,10 @@ class Contexts:
         """
         if name == DEFAULT:
             raise FailedPrecondition(
-                'context "default" cannot be removed: skep context use NAME selects another'
+                'context "default" cannot be removed. To use another one, run skep context use NAME.'
             )
         if not self._meta(name).exists():
-            raise NotFound(f'context "{name}" does not exist: see `skep context ls`')
+            raise NotFound(f'context "{name}" does not exist. List contexts with skep context ls.')
         if self.current == name:
             if not force:
                 raise FailedPrecondition(f'context "{name}" is in use, set -f flag to force remove')

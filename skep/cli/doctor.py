@@ -48,11 +48,10 @@ def doctor() -> None:
 def network(host: HostOptions, throughput: bool, shows_all: bool, *, output: Output) -> None:
     """Test whether nodes can reach each other.
 
-    Tests every pair of nodes and every port.
+    All nodes probe each other on every port, on the path that container traffic takes. Failures come first, with their
+    port. In a large cluster, each node probes only some of the others.
 
-    All nodes probe each other on the path of containers' packets, which takes some seconds.  What fails is shown
-    first, with its port.  In a large cluster each node probes some tens of others.  The exit code is 1 if anything
-    fails or a node does not respond.
+    Exit code 1: a check failed, or a node did not respond.
 
     \b
     Examples:
@@ -81,9 +80,11 @@ async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
         async with asyncio.timeout(_RESPONSE_TIMEOUT_S):
             total = await _collect(host, results, throughput=throughput)
     except TimeoutError:
-        raise Unavailable(f"the probes did not end within {_RESPONSE_TIMEOUT_S:g} s") from None
+        raise Unavailable(
+            f"the probes did not finish within {_RESPONSE_TIMEOUT_S:g} s. Try again, or run skep status."
+        ) from None
     if len(results) < total:
-        raise Unavailable(f"the manager ended the response after {len(results)} of {total} nodes")
+        raise Unavailable(f"the manager stopped responding after {len(results)} of {total} nodes. Try again.")
     return sorted(results, key=lambda result: (result["Hostname"], result["ID"]))
 
 
@@ -96,7 +97,7 @@ async def _collect(host: HostOptions, results: list[NodeResult], *, throughput: 
             objects = stream.objects()
             beginning = await anext(objects, None)
             if beginning is None:
-                raise Unavailable("the manager ended the response before it began")
+                raise Unavailable("the manager sent no response. Try again.")
             total = len(beginning["Nodes"])
             with _Progress(total) as progress:
                 async for result in objects:
@@ -150,10 +151,10 @@ def shown(results: Sequence[NodeResult], screen: Screen, *, shows_all: bool = Fa
     if cells:
         yield from table([_HEAD[position] for position in columns], cells, screen)
     if hidden:
-        yield f"{hidden} paths without a problem are not shown (--all)"
+        yield f"{hidden} paths without problems are hidden. Use --all to show them."
     sections = (
-        ("Why", _details(results)),
-        ("What nodes report of themselves", _conditions(results)),
+        ("Reasons", _details(results)),
+        ("Problems reported by nodes", _conditions(results)),
         ("Nodes without a response", _errors(results)),
     )
     for title, lines in sections:
@@ -185,12 +186,12 @@ def verdict(results: Sequence[NodeResult]) -> str:
         for what, places in sorted(failing.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     if troubled := sum(bool(result.get("Conditions")) for result in results):
-        words.append(f"{counted(troubled, 'node')} with a problem of its own")
+        words.append(f"{counted(troubled, 'node')} with problems")
     if silent:
         words.append(f"no response from {counted(silent, 'node')}")
     if is_too_early(results):
-        words.append("no node has its list of peers yet: try again in a few seconds")
-    return f"{looked}: {'; '.join(words) or 'everything is well'}"
+        words.append("the nodes do not know their peers yet, so try again in a few seconds")
+    return f"{looked}: {'; '.join(words) or 'no problems found'}"
 
 
 def is_too_early(results: Sequence[NodeResult]) -> bool:

@@ -143,7 +143,9 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
         path = contexts / "meta" / id / "meta.json"
         described = _json(path)
         if described is None:
-            raise InvalidArgument(f'context "{name}" is not found in {contexts}: see `skep context ls`')
+            raise InvalidArgument(
+                f'context "{name}" is not in {contexts}. List contexts with skep context ls.'
+            )
         try:
             docker = described["Endpoints"]["docker"]
             host, skips = docker["Host"], bool(docker.get("SkipTLSVerify"))

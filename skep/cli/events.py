@@ -35,7 +35,7 @@ _TOLD = ("disconnect", "gap")
     "words",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Filter as in docker events, and by task=.",
+    help="Filter as in docker events. Also task=NAME.",
 )
 @click.option("--after", default="", metavar="CURSOR", help="Start after the event with this cursor.")
 @click.option(
@@ -56,8 +56,8 @@ _TOLD = ("disconnect", "gap")
 def events(host: HostOptions, /, words: tuple[str, ...], output: Output, **given: str) -> None:
     """Show cluster events as they happen.
 
-    Includes the events of tasks. If the connection is lost, the command reconnects and continues without a gap. Any
-    manager can continue from a cursor. -o wide shows cursors, full IDs and every label, as docker events does.
+    Includes the events of tasks. If the connection is lost, the command reconnects and shows the missed events. -o wide
+    shows full IDs, all labels and the cursor of each event. Any manager accepts a cursor.
 
     \b
     Examples:
@@ -110,7 +110,7 @@ def stream_of(options: Mapping[str, str], now: datetime) -> Stream:
     since = unix_ns(moment_of(options["since"], now)) if options["since"] else None
     until = unix_ns(moment_of(options["until"], now)) if options["until"] else None
     if since is not None and options["after"]:
-        raise InvalidArgument("--since and --after exclude each other")
+        raise InvalidArgument("--since and --after cannot be used together")
     if until is not None and until < (since or 0):
         raise InvalidArgument(f"--since {options['since']} is after --until {options['until']}")
     begin = _unix(since) if since is not None else ""

@@ -30,8 +30,8 @@ from skep.errors import InvalidArgument
 def exec_command(ctx: click.Context, /, target: str, command: Sequence[str], **options: Any) -> None:
     """Run a command in a task's container on any node.
 
-    Of a service it is the task of the lowest slot that runs; of a global service SERVICE.NODE names one.  What is no
-    service and no task is a container of this node, as for docker.  The exit code is the command's.
+    SERVICE alone means its running task with the lowest slot. For a global service, use SERVICE.NODE. Any other name is
+    a container of this node, as in docker exec. The exit code is that of COMMAND.
 
     \b
     Examples:

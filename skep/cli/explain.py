@@ -29,9 +29,7 @@ _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 def explain(host: HostOptions, name: str, output: Output) -> None:
     """Explain why an object is not in its desired state.
 
-    NAME is a service, task, node or network.
-
-    NAME: of a service, of a task (web.2, or its id), of a node or a network; prefixes of ids do as well.
+    NAME is a service, a task (web.2), a node or a network. IDs and their prefixes also work.
 
     \b
     Examples:
@@ -69,7 +67,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
             network = await get(f"/networks/{name}")
         except NotFound:
             raise NotFound(
-                f"no such service, task, node or network: {name} (skep status; skep service ps SERVICE)"
+                f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
             ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
         return _report(name, {**network, "ServiceNames": sorted(services)}, about_network, now)
@@ -106,10 +104,16 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
         f": {message}" if message else ""
     )
     if status["State"] == "down":
-        yield "  its tasks move to other nodes after its grace period; if it is lost for good: skep node forget"
+        yield (
+            "  its tasks move to other nodes after the grace period. If the node is lost for good, run skep node "
+            "forget."
+        )
     if spec["Availability"] != "active":
         word = spec["Availability"]
-        yield f"  it gets no tasks: its availability is {word} (docker node update --availability active)"
+        yield (
+            f"  it gets no tasks, because its availability is {word}. Run skep node update --availability active "
+            "NODE."
+        )
     manager = node.get("ManagerStatus")
     role = spec["Role"] if manager is None else "manager, leader" if manager.get("Leader") else "manager"
     if manager is not None and manager.get("Reachability") != "reachable":
@@ -120,7 +124,7 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
     tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
     yield f"  tasks: {tasks or 'none'}"
-    yield f"  part of the cluster for {age(node['CreatedAt'], now)}, id {node['ID']}"
+    yield f"  joined {age(node['CreatedAt'], now)} ago, ID {node['ID']}"
 
 
 def about_network(_: str, network: Mapping[str, Any], now: float) -> Iterator[str]:
@@ -141,7 +145,7 @@ def _network_lines(network: Mapping[str, Any], now: float) -> Iterator[str]:
     ]
     if kinds:
         yield f"  {', '.join(kinds)}"
-    yield f"  there for {age(network['Created'], now)}, id {network['Id']}"
+    yield f"  created {age(network['Created'], now)} ago, ID {network['Id']}"
 
 
 def about_service(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
@@ -158,11 +162,11 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
         yield f"  update: {update['Message']}"
     if (state := update.get("State")) in _PAUSED:
         other = f", or skep update abort {name}" if state == "paused" else ""
-        yield f"  it is paused: skep update resume {name}{other}"
+        yield f"  it is paused. Run skep update resume {name}{other}."
     if progress := explanation.get("Update"):
         left = seconds_since(progress.get("Deadline", ""), now)
         until = f", for {duration(-left)} more" if left is not None else ""
-        yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
+        yield f"  update: {progress['Step']}, waiting for {progress['WaitingFor']}{until}"
     yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
     if schedule := explanation.get("Schedule"):
         yield f"  schedule: {schedule}"
@@ -232,12 +236,12 @@ def _output(end: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(node: Mapping[str, Any]) -> tuple[str, str]:
-    return node["Hostname"] or node["NodeID"], "; ".join(node["Reasons"]) or "could take it"
+    return node["Hostname"] or node["NodeID"], "; ".join(node["Reasons"]) or "suitable"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     if not rows:
         return
     width = max(len(title) for title, _ in (*rows, ("NODE", "")))
-    for title, text in (("NODE", "WHY NOT"), *rows):
+    for title, text in (("NODE", "REASON"), *rows):
         yield f"{title.ljust(width)}  {text}"

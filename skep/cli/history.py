@@ -19,7 +19,7 @@ from skep.model.times import SECOND_NS, unix_ns
 
 _RESPONSE_TIMEOUT_S = 20.0
 _PAGE = 1000
-_COLOURS = {"error": "red", "warning": "yellow"}
+_COLORS = {"error": "red", "warning": "yellow"}
 
 
 @click.command()
@@ -39,7 +39,8 @@ _COLOURS = {"error": "red", "warning": "yellow"}
     default=50,
     show_default=True,
     type=click.IntRange(1, _PAGE),
-    help="Number of entries to show, the newest.",
+    metavar="N",
+    help="Number of newest entries to show.",
 )
 @click.option(
     "--export",
@@ -60,9 +61,7 @@ def history(
 ) -> None:
     """Show what happened in the cluster, and why.
 
-    Includes the audit log: which users made which requests.
-
-    Of everything, or of a service, a node or a stack.
+    Without a name, shows the whole cluster. Includes the audit log: which users made which requests.
 
     \b
     Examples:
@@ -92,7 +91,7 @@ def history(
         with partial.open("wb") as file:
             count = asyncio.run(_export(pages, file))
         partial.replace(export)  # it appears when it is complete
-    say(f"entries written to {export}: {count}")
+    say(f"Wrote {count} {'entry' if count == 1 else 'entries'} to {export}")
 
 
 def query_of(name: str, since: str, until: str, kind: str | None, now: datetime) -> dict[str, str]:
@@ -134,13 +133,13 @@ async def _export(pages: AsyncIterator[Sequence[Mapping[str, Any]]], file: IO[by
 def lines_of(page: Mapping[str, Any], screen: Screen, now: datetime) -> Iterator[str]:
     """Yield the table, oldest first, with times in the zone of ``now``."""
     if not page["Entries"]:
-        yield "nothing is known of this time" if page["Total"] else "nothing is known yet"
+        yield "No entries match. Try an earlier --since." if page["Total"] else "No entries yet."
         return
     more = ("ID",) if screen.is_wide else ()
     rows = [_row(entry, screen, now) for entry in page["Entries"]]
-    yield from table(("TIME", *more, "BY", "WHAT"), rows, screen)
+    yield from table(("TIME", *more, "BY", "EVENT"), rows, screen)
     if page["Next"]:
-        yield f"earlier: skep history --until {page['Entries'][0]['Time']}   (kept since {page['Oldest']})"
+        yield f"Earlier entries: skep history --until {page['Entries'][0]['Time']} (oldest: {page['Oldest']})"
 
 
 def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | Cell]:
@@ -151,7 +150,7 @@ def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | 
         at.strftime("%H:%M:%S" if is_today and not screen.is_wide else "%Y-%m-%d %H:%M:%S"),
         *((str(entry.get("ObjectID", "")),) if screen.is_wide else ()),
         _by(entry),
-        Cell(f"{entry['Message']}{times}", _COLOURS.get(entry["Severity"], "")),
+        Cell(f"{entry['Message']}{times}", _COLORS.get(entry["Severity"], "")),
     ]
 
 

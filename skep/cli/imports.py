@@ -26,10 +26,10 @@ _FILE_BYTES_MAX = 16 << 20
 def imports() -> None:
     """Convert other formats to stack files.
 
-    Reads old Compose files, fleet units, services and a Docker Swarm.
+    Reads old Compose files, fleet units, Docker services or a whole Docker Swarm, and prints a stack file. Settings
+    that cannot be converted are listed at the top of the file and on standard error.
 
-    The stack file goes to standard output.  What it does not say of what it was made from is a comment at its top, and
-    goes to standard error.  (To import an image: skep image import.)
+    To import an image, use skep image import.
 
     \b
     Examples:
@@ -41,9 +41,12 @@ def imports() -> None:
 
 
 def _stack_option(command: Any) -> Any:
-    return click.option("--stack", default="", metavar="NAME", help="The stack's name; default: the file's.")(
-        command
-    )
+    return click.option(
+        "--stack",
+        default="",
+        metavar="NAME",
+        help="Name of the stack. Default: the name in the file, or its directory.",
+    )(command)
 
 
 @imports.command()
@@ -73,7 +76,7 @@ def fig(file: Path, stack: str) -> None:
 def fleet(files: tuple[Path, ...], stack: str) -> None:
     """Convert fleet units that run containers.
 
-    Several instances of a template (apache@1.service, apache@2.service) are the replicas of one service.
+    Instances of a template (apache@1.service, apache@2.service) become the replicas of one service.
 
     \b
     Example:
@@ -92,7 +95,7 @@ def fleet(files: tuple[Path, ...], stack: str) -> None:
 @click.option(
     "--networks",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What docker network inspect printed: services name their networks by id.",
+    help="Output of docker network inspect, to replace network IDs by names.",
 )
 def service(file: Path, stack: str, networks: Path | None) -> None:
     """Convert the output of docker service inspect.
@@ -108,7 +111,7 @@ def service(file: Path, stack: str, networks: Path | None) -> None:
         found = inspected.specs_in(_text(file))
         name = stack or inspected.stack_name_of(spec for spec, _ in found)
         if not name:
-            raise InvalidArgument("these services are not of one stack: name one with --stack")
+            raise InvalidArgument("These services belong to different stacks. Choose a name with --stack.")
         _show(inspected.imported(found, name, _networks(networks)))
 
 
@@ -118,15 +121,14 @@ def service(file: Path, stack: str, networks: Path | None) -> None:
     required=True,
     metavar="DIRECTORY",
     type=click.Path(file_okay=False, path_type=Path),
-    help="A new directory.",
+    help="New directory for the files.",
 )
 @click.pass_obj
 def swarm(host: HostOptions, output: Path) -> None:
     """Convert a whole Docker Swarm.
 
-    Writes stack files, configs, and MOVING.md with the steps.
-
-    Only reads from the swarm.  Values of secrets cannot be read; the page names them.
+    Writes stack files, configs, and MOVING.md with the next steps. The swarm does not change. The values of secrets
+    cannot be read, so MOVING.md lists their names.
 
     \b
     Example:
@@ -137,7 +139,9 @@ def swarm(host: HostOptions, output: Path) -> None:
         _write(move, output)
     for stack, note in notes_of(move):
         click.echo(printable(f"{stack}: {note}"), err=True)
-    click.echo(f"{output}: {counted(len(move.stacks), 'stack')}; next: {output / 'MOVING.md'}")
+    click.echo(
+        f"{output}: {counted(len(move.stacks), 'stack')}. The next steps are in {output / 'MOVING.md'}."
+    )
 
 
 async def _read_swarm(host: HostOptions) -> Move:
@@ -148,7 +152,7 @@ async def _read_swarm(host: HostOptions) -> Move:
 def _write(move: Move, output: Path) -> None:
     """Raises: InvalidArgument: there is something already; OSError."""
     if output.exists() and any(output.iterdir()):
-        raise InvalidArgument(f"{output} is not empty: name a new directory")
+        raise InvalidArgument(f"{output} is not empty. Choose a new directory.")
     for name, content in move.files.items():
         file = output / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +173,7 @@ def _text(file: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise InvalidArgument(f"{file} is no text in UTF-8") from None
+        raise InvalidArgument(f"{file} is not a UTF-8 text") from None
 
 
 def _bytes(file: Path) -> bytes:

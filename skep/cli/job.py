@@ -15,14 +15,15 @@ from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 15.0
 _HEAD = ("NAME", "SCHEDULE", "LAST RUN", "STATE", "NEXT RUN", "NOTE")
-_COLOURS = {"failed": "red", "completed": "green"}
+_NO_JOBS = "No jobs. Create one with skep service create --mode replicated-job IMAGE."
+_COLORS = {"failed": "red", "completed": "green"}
 
 
 @click.group()
 def job() -> None:
     """Manage jobs and their schedules.
 
-    A job is a service whose tasks end, once or by a schedule (label skep.cron).
+    A job is a service whose tasks run to completion, once or on a schedule (label skep.cron).
 
     \b
     Examples:
@@ -57,7 +58,7 @@ def list_jobs(host: HostOptions, output: Output) -> None:
 def shown(jobs: Sequence[Mapping[str, Any]], screen: Screen, now: float) -> Iterator[str]:
     """Yield the lines of the table.  ``now``: seconds since the epoch."""
     more = ("ID",) if screen.is_wide else ()
-    return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen)
+    return table((*more, *_HEAD), [_row(one, screen, now) for one in jobs], screen, empty=_NO_JOBS)
 
 
 def _row(found: Mapping[str, Any], screen: Screen, now: float) -> tuple[str | Cell, ...]:
@@ -70,7 +71,7 @@ def _row(found: Mapping[str, Any], screen: Screen, now: float) -> tuple[str | Ce
         found["Name"],
         schedule or "-",
         f"{age(last, now)} ago" if last else "never",
-        Cell(state, _COLOURS.get(state, "")),
+        Cell(state, _COLORS.get(state, "")),
         until(next_run, now) if next_run else "-",
         found.get("Note", ""),
     )
@@ -85,15 +86,14 @@ def until(stamp: str, now: float) -> str:
 
 
 @job.command()
-@click.option("--replace", "replaces", is_flag=True, help="Stop the present run if it is still going.")
+@click.option("--replace", "replaces", is_flag=True, help="Stop the current run first.")
 @click.argument("names", metavar="JOB...", nargs=-1, required=True)
 @click.pass_obj
 def run(host: HostOptions, names: tuple[str, ...], replaces: bool) -> None:
     """Start the next run of a job now.
 
-    The job does not need a schedule.
-
-    A schedule goes on as before.  skep service wait waits for the end of the run.
+    The schedule does not change, and a job without a schedule also works. To wait for the end of the run, use skep
+    service wait.
 
     \b
     Examples:
@@ -102,7 +102,7 @@ def run(host: HostOptions, names: tuple[str, ...], replaces: bool) -> None:
     """
     for name in names:
         found = run_requests(_post(host, name, "run", replace="true" if replaces else "false"))
-        click.echo(printable(f"{found['Name']}: run {found['Iteration']} has begun"))
+        click.echo(printable(f"{found['Name']}: run {found['Iteration']} started"))
 
 
 @job.command()
@@ -111,9 +111,7 @@ def run(host: HostOptions, names: tuple[str, ...], replaces: bool) -> None:
 def retry(host: HostOptions, names: tuple[str, ...]) -> None:
     """Retry the failed tasks of a job's last run.
 
-    Completed tasks are not repeated.
-
-    The attempts of the restart policy are counted anew, and the run keeps the spec that it began with.
+    Completed tasks are not repeated. The run keeps its spec, and the restart policy counts attempts from zero.
 
     \b
     Examples:

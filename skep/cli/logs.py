@@ -23,8 +23,8 @@ _VALUED = "-[a-z]*n|--tail|--since|--until"
 def logs(ctx: click.Context, /, words: Sequence[str]) -> None:
     """Show the logs of a service or task on any node.
 
-    Options are those of docker service logs: --follow, --tail, --since, --timestamps. Any other name is a container of
-    this node, as in docker logs.
+    Takes the options of docker service logs, such as --follow, --tail, --since and --timestamps. Any other name is a
+    container of this node, as in docker logs.
 
     \b
     Examples:

@@ -36,7 +36,7 @@ systemctl enable --now skep || exit 1
 i=0
 until [ -S /run/skep/skep.sock ]; do
     i=$((i + 1))
-    if [ $i -gt 60 ]; then echo "skep does not start: journalctl -u skep" >&2; exit 1; fi
+    if [ $i -gt 60 ]; then echo "Skep does not start. Run journalctl -u skep on the machine." >&2; exit 1; fi
     sleep 0.5
 done
 """
@@ -61,7 +61,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """Return the facts as one line of text."""
-        state = "runs" if self.runs else "is there" if self.skep else "is to be installed"
+        state = "is running" if self.runs else "is installed" if self.skep else "will be installed"
         skep = f"skep {self.skep} {state}" if self.skep else f"skep {state}"
         return f"{self.os}, kernel {self.kernel}, {self.free_kib >> 20} GiB free, {skep}"
 
@@ -99,25 +99,25 @@ def problems(facts: Facts, before: float, after: float, *, has_package: bool) ->
 
 def _problems(facts: Facts, before: float, after: float, has_package: bool) -> Iterator[str]:
     if not facts.is_whole:
-        yield "the preflight broke off: a shell and awk are needed there"
+        yield "The check did not finish. Install a shell and awk on the machine."
         return
     if facts.uid != 0:
-        yield "the user is not root: name root@MACHINE"
+        yield "The user is not root. Use root@MACHINE."
     version = re.match(r"(\d+)\.(\d+)", facts.kernel)
     if version is None or (int(version[1]), int(version[2])) < KERNEL_MIN:
-        yield f"kernel {facts.kernel or 'unknown'}: at least {KERNEL_MIN[0]}.{KERNEL_MIN[1]} is needed"
+        yield f"Kernel {facts.kernel or 'unknown'} is too old. Use at least {KERNEL_MIN[0]}.{KERNEL_MIN[1]}."
     skew_s = max(before - 1 - facts.time_s, facts.time_s - after, 0.0)
     if skew_s > SKEW_S_MAX:
-        yield f"its clock is wrong by {skew_s:.0f} s: set it (timedatectl set-ntp true)"
+        yield f"The clock is wrong by {skew_s:.0f} s. Run timedatectl set-ntp true there."
     if facts.free_kib < FREE_KIB_MIN:
-        yield f"{facts.free_kib >> 10} MiB are free below /var/lib: at least 1 GiB is needed"
+        yield f"Only {facts.free_kib >> 10} MiB are free in /var/lib. Free at least 1 GiB."
     if facts.taken and not facts.runs:
-        yield f"other programs listen on its ports {', '.join(map(str, facts.taken))}"
+        yield f"Other programs use the ports {', '.join(map(str, facts.taken))}. Stop them."
     if facts.runs:
         return
     if not facts.skep and not has_package:
-        yield "skep is not there: --package skep.deb installs it"
+        yield "Skep is not installed. Install it with --package skep.deb."
     elif not facts.skep and not facts.has_apt:
-        yield "apt-get is not there, which installs the package"
+        yield "The machine has no apt-get to install the package. Install Skep by other means."
     if not facts.has_systemd:
-        yield "skep does not run there, and there is no systemd to start it"
+        yield "Skep is not running, and there is no systemd to start it. Start skep daemon there."

@@ -46,8 +46,8 @@ def read(text: str) -> tuple[Holder, ...]:
         return msgspec.json.decode(text, type=_Lock).holders if text else ()
     except msgspec.MsgspecError as error:
         raise FailedPrecondition(
-            f"the label {MAINTENANCE} of the cluster cannot be read ({error}): docker swarm inspect shows it, "
-            "skep reboot-lock release --all removes it"
+            f"the cluster's label {MAINTENANCE} cannot be read ({error}). Remove it with skep reboot-lock release "
+            "--all."
         ) from error
 
 
@@ -97,7 +97,7 @@ def described(holder: Holder, members: Sequence[Member], now: datetime) -> str:
     if minutes < 60:
         return f"{text}, overdue for {counted(max(minutes, 1), 'minute')}"
     ready = any(one.id == holder.node and one.is_ready for one in members)
-    cause = "it was not given back" if ready or not holder.node else "THE NODE HAS NOT COME BACK"
+    cause = "it was not released" if ready or not holder.node else "THE NODE IS STILL NOT READY"
     return f"{text}, OVERDUE for {counted(minutes // 60, 'hour')}: {cause}"
 
 

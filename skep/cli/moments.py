@@ -43,7 +43,7 @@ def moment_of(text: str, now: datetime) -> Timestamp:
             return timestamp(_ns(_at(found["day"] or "today", found["time"] or "00:00", now)))
     except (ValueError, OverflowError):  # no such day or hour, or before the year 1
         pass
-    raise InvalidArgument(f"invalid time {text!r}: want {EXAMPLES}")
+    raise InvalidArgument(f"invalid time {text!r}. Use {EXAMPLES}.")
 
 
 def moment_or_revision(text: str, now: datetime) -> str:

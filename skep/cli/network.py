@@ -19,7 +19,9 @@ class _Network(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text("Other commands are docker's: skep network create, ls, inspect, rm, prune, ...")
+        formatter.write_text(
+            "Other docker commands also work: skep network create, ls, inspect, rm, prune, ..."
+        )
 
 
 @click.group(cls=_Network)
@@ -40,7 +42,7 @@ def network() -> None:
     metavar="SUBNET",
     multiple=True,
     required=True,
-    help=f"Add this subnet ({AUTOMATIC}: one of the default address pools); may be repeated.",
+    help=f"Subnet to add, or {AUTOMATIC} for one from the default address pools. Repeat for several.",
 )
 @click.argument("name", metavar="NETWORK")
 @click.pass_obj

@@ -30,8 +30,8 @@ _LOOK_S = 0.5
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
 _CONTAINERS = {
-    False: "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
-    True: "Its containers keep running beside their replacements until docker swarm leave --force is run there.",
+    False: "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
+    True: "Its containers keep running until you run docker swarm leave --force on the node.",
 }
 """Texts about an evicted node's containers, by whether they are kept."""
 _ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
@@ -58,7 +58,7 @@ def node() -> None:
     "--detach/--wait",
     "-d/",
     default=False,
-    help="Return at once, or wait until the tasks have moved (default).",
+    help="Return at once instead of waiting until the tasks have stopped.",
 )
 @options.timeout()
 @click.argument("name", metavar="NODE")
@@ -66,11 +66,10 @@ def node() -> None:
 def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     """Drain a node and wait until its tasks have stopped.
 
-    You can then switch the node off.
+    You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
 
-    The command names services that are down until their tasks run elsewhere, and services that leave local volumes
-    behind. To avoid the former, run docker service update --force SERVICE first. To undo the drain, run docker node
-    update --availability active NODE.
+    The command first lists services that will be down until their tasks run elsewhere, and services whose local volumes
+    stay on the node. To spread the tasks of such a service before, run skep service update --force SERVICE.
 
     \b
     Examples:
@@ -78,7 +77,7 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     """
     run_requests(_drain(host, name, None if detach else timeout))
     if not detach:
-        click.echo(f"{name} has no more tasks")
+        click.echo(f"{name} is drained: no tasks are left")
 
 
 async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
@@ -105,7 +104,7 @@ async def _consequences(client: Client, name: str) -> Sequence[str]:
         if "Replicated" in one["Spec"]["Mode"] and node["ID"] in homes.get(one["ID"], set())
     ]
     away = [
-        f"{one['Spec']['Name']} has all its tasks there, and is away until they run elsewhere"
+        f"{one['Spec']['Name']} has all its tasks on {name}, and is down until they run elsewhere"
         for one in there
         if homes[one["ID"]] == {node["ID"]}
     ]
@@ -121,10 +120,10 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
     volumes = local_volumes(task)
     if not volumes:
         return ""
-    has = f"{spec['Name']} has local volumes there ({named(volumes)})"
+    has = f"{spec['Name']} has local volumes on {node} ({named(volumes)})"
     if volume_affinity(spec.get("Labels") or {}) is VolumeAffinity.REQUIRED:
-        return f"{has}, and waits until {node} takes tasks again ({VOLUME_AFFINITY}={VolumeAffinity.REQUIRED.value})"
-    return f"{has}: it starts without their data elsewhere, and the data stays on {node}"
+        return f"{has}, and waits until {node} accepts tasks again ({VOLUME_AFFINITY}={VolumeAffinity.REQUIRED.value})"
+    return f"{has}: it starts elsewhere with empty volumes, and the data stays on {node}"
 
 
 def named(words: Sequence[str]) -> str:
@@ -159,7 +158,7 @@ async def drain_and_wait(client: Client, name: str, within_s: float) -> None:
                 shown = text
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
-        raise Unavailable(f"not done within {within_s:g} s: {shown} (skep explain TASK)") from None
+        raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain TASK.") from None
 
 
 async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:
@@ -180,9 +179,9 @@ def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
 def forget(host: HostOptions, names: tuple[str, ...]) -> None:
     """Remove nodes that left or are lost for good.
 
-    Everything that the cluster knows about them is deleted.
+    Deletes everything that the cluster knows about them. A forgotten node has to join again.
 
-    A node that still answers is refused: it would come back.  See skep node evict for one that is no longer trusted.
+    Only nodes that are down can be forgotten. To remove a node that you no longer trust, use skep node evict.
 
     \b
     Examples:
@@ -200,7 +199,8 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
             state = found["Status"]["State"]
             if state != "down":
                 raise FailedPrecondition(
-                    f"{name} is {state}, not down: drain it and let it leave, or skep node evict {name}"
+                    f"{name} is {state}, not down. Drain it and run docker swarm leave there, or run skep node "
+                    f"evict {name}."
                 )
             await client.delete(f"/nodes/{found['ID']}", force="1", timeout_s=_RESPONSE_TIMEOUT_S)
             done.append(name)
@@ -208,18 +208,18 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
 
 
 @node.command()
-@click.option("--keep", is_flag=True, help="Keep its containers running alongside their replacements.")
+@click.option("--keep", is_flag=True, help="Keep the containers on the node running.")
 @options.yes
 @click.argument("name", metavar="NODE")
 @click.pass_obj
 def evict(host: HostOptions, name: str, keep: bool, yes: bool) -> None:
     """Remove an untrusted node and rotate all its keys.
 
-    The cluster replaces its tasks, and the node stops its containers when a manager refuses it.  A node that is cut
-    off keeps them running until it reaches a manager again.
+    Replaces the managers' keys, the root certificate, the join tokens and the unlock key. The node's tasks start
+    elsewhere, and the node stops its containers when it reaches a manager.
 
-    NODE is a name or an ID. Use the full ID for a node that was already removed. If you interrupt the command, the
-    managers continue; rerun it to see the progress. Replace the secrets of your services that the node had.
+    If you interrupt the command, the managers continue. Rerun it to see the progress. Use the full ID for a node that
+    was already removed. Afterwards, rotate the secrets that the node had (skep secret rotate).
 
     \b
     Examples:
@@ -260,7 +260,9 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
         try:
             response = await client.get("/swarm/unlockkey", timeout_s=_RESPONSE_TIMEOUT_S)
         except SkepError as error:
-            raise Unavailable(f"all is done, and the unlock key could not be read: {error}") from error
+            raise Unavailable(
+                f"the node is evicted, but the unlock key could not be read: {error}. Run docker swarm unlock-key."
+            ) from error
         return str(response.get("UnlockKey") or "")
 
 
@@ -280,10 +282,10 @@ class _Progress:
                 click.echo(f"done: {step['Text']}")
         if damaged := [key for key in state.get("Damaged") or () if key not in self._damaged]:
             self._damaged.update(damaged)
-            click.echo(f"      could not be read, and are left as they are: {', '.join(damaged)}", err=True)
+            click.echo(f"      could not be read and stay unchanged: {', '.join(damaged)}", err=True)
         if state["Complete"]:
             click.echo(
-                f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
+                f"{state['Hostname'] or state['NodeID']} is evicted. All its keys are revoked or replaced."
             )
             click.echo(_CONTAINERS[bool(state.get("KeepContainers"))])
             return True

@@ -34,7 +34,7 @@ class Screen(msgspec.Struct, frozen=True):
 
     columns: int | None = None
     is_wide: bool = False
-    has_colours: bool = False
+    has_colors: bool = False
 
     @classmethod
     def present(cls, *, is_wide: bool) -> "Screen":
@@ -44,12 +44,12 @@ class Screen(msgspec.Struct, frozen=True):
             max(shutil.get_terminal_size().columns, _COLUMNS_MIN) if is_terminal and not is_wide else None
         )
         return cls(
-            columns=columns, is_wide=is_wide, has_colours=is_terminal and not os.environ.get("NO_COLOR")
+            columns=columns, is_wide=is_wide, has_colors=is_terminal and not os.environ.get("NO_COLOR")
         )
 
-    def styled(self, text: str, colour: str = "", *, bold: bool = False) -> str:
+    def styled(self, text: str, color: str = "", *, bold: bool = False) -> str:
         """Return ``text`` in a color, if the screen has colors."""
-        return click.style(text, fg=colour or None, bold=bold or None) if self.has_colours and text else text
+        return click.style(text, fg=color or None, bold=bold or None) if self.has_colors and text else text
 
     def fitted(self, text: str, *, indent: int = 0) -> list[str]:
         """Wrap ``text`` to the screen. Lines after the first are indented."""
@@ -69,7 +69,7 @@ class Cell(msgspec.Struct, frozen=True):
     """A table cell with a color."""
 
     text: str
-    colour: str = ""
+    color: str = ""
 
 
 def width_of(text: str) -> int:
@@ -95,14 +95,22 @@ def shortened(text: str, columns: int) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str | Cell]], screen: Screen, *, indent: int = 0
+    head: Sequence[str],
+    rows: Sequence[Sequence[str | Cell]],
+    screen: Screen,
+    *,
+    indent: int = 0,
+    empty: str = "",
 ) -> Iterator[str]:
     """Yield the lines of a table with aligned columns. On a narrow terminal, the last column is cut.
 
-    Control characters are escaped.
+    Control characters are escaped. ``empty`` is the line that replaces a table without rows.
     """
+    if empty and not rows:
+        yield empty
+        return
     cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in (head, *rows)]
-    shown = [[Cell(printable(each.text), each.colour) for each in row] for row in cells]
+    shown = [[Cell(printable(each.text), each.color) for each in row] for row in cells]
     widths = [max(width_of(each.text) for each in column) for column in zip(*shown, strict=True)]
     if screen.columns is not None:
         before = indent + sum(width + len(_GAP) for width in widths[:-1])
@@ -111,7 +119,7 @@ def table(
         line, missing = " " * indent, 0
         for each, width in zip(row, widths, strict=True):
             text = shortened(each.text, width)
-            line += " " * missing + screen.styled(text, each.colour, bold=number == 0)
+            line += " " * missing + screen.styled(text, each.color, bold=number == 0)
             missing = width - width_of(text) + len(_GAP)
         yield line.rstrip()
 
@@ -164,7 +172,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
             except InvalidArgument:
                 raise
             except (SkepError, OSError) as error:
-                lines = [f"not known now: {printable(str(error))}"]
+                lines = [f"The state could not be read: {printable(str(error))}"]
             if sys.stdout.isatty():
                 height = shutil.get_terminal_size().lines - 1
                 click.echo(_CLEAR + "\n".join(lines[:height]))
@@ -260,7 +268,7 @@ def filled(template: str, row: Mapping[str, Any]) -> str:
     try:
         return printable_lines(expand(text, data, {"json": Function(as_json, 1)}))
     except TemplateError as error:
-        raise InvalidArgument(f"template parsing error: {error}; -o json shows the fields") from error
+        raise InvalidArgument(f"template parsing error: {error}. To see the fields, use -o json.") from error
 
 
 def printable_lines(text: str) -> str:

@@ -65,7 +65,7 @@ def find_docker() -> str:
     if own.exists():
         return str(own)
     raise click.ClickException(
-        "no docker command found: run `make setup`, or install docker-cli (Debian 13) or docker.io"
+        "The docker command is not installed. Install docker-cli (Debian 13) or docker.io, or run make setup."
     )
 
 
@@ -80,4 +80,4 @@ class WithDockers(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text(f"Other commands are docker's: skep {self.name} {self.dockers}")
+        formatter.write_text(f"Other docker commands also work: skep {self.name} {self.dockers}")

@@ -32,9 +32,9 @@ def parse_forward(word: str) -> Forward:
     address, _, local = head.rpartition(":")
     local = local if head or word.startswith(":") else port
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise InvalidArgument(f"invalid port {word!r}: want [[ADDRESS:]LOCAL:]PORT")
+        raise InvalidArgument(f"invalid port {word!r}. Use [[ADDRESS:]LOCAL:]PORT, such as 8080:80.")
     if local and not (local.isascii() and local.isdigit() and int(local) < 65536):
-        raise InvalidArgument(f"invalid port {word!r}: want [[ADDRESS:]LOCAL:]PORT")
+        raise InvalidArgument(f"invalid port {word!r}. Use [[ADDRESS:]LOCAL:]PORT, such as 8080:80.")
     return Forward(address.strip("[]") or _LOOPBACK, int(local or 0), int(port))
 
 
@@ -45,11 +45,10 @@ def parse_forward(word: str) -> Forward:
 def port_forward(host: HostOptions, target: str, ports: Sequence[str]) -> None:
     """Forward local ports to a task's container.
 
-    The task can run on any node. Forwards until Ctrl+C.
+    Forwards until Ctrl+C. The task can run on any node, and PORT need not be published.
 
-    PORT need not be published; programs that listen on the container's loopback are reached, too.  Connections are
-    accepted on 127.0.0.1 unless ADDRESS says otherwise.  Each goes to the task that SERVICE means then, so that one
-    which is replaced is followed.
+    Listens on 127.0.0.1 unless you specify ADDRESS. If a task of SERVICE is replaced, new connections go to the new
+    task.
 
     \b
     Examples:
@@ -76,7 +75,7 @@ async def _forward_all(host: HostOptions, word: str, ports: Sequence[str]) -> No
             await stack.enter_async_context(server)
             local = server.sockets[0].getsockname()[1]
             click.echo(
-                f"{forward.address}:{local} leads to port {forward.port} of {target.name} on {target.hostname}"
+                f"{forward.address}:{local} -> port {forward.port} of {target.name} on {target.hostname}"
             )
         await asyncio.Event().wait()
 
@@ -108,4 +107,4 @@ class _Port:
 
 def failure_of(port: int, error: SkepError) -> str:
     """Return the line about a failed connection, whose reason comes from a node."""
-    return printable(f"connection to port {port}: {error}")
+    return printable(f"connection to port {port} failed: {error}")

@@ -53,13 +53,13 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     missing = f" ({', '.join(silent)} {'does' if len(silent) == 1 else 'do'} not)" if silent else ""
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
-    yield "what follows is the state of that time; containers keep running, nothing can be changed"
+    yield "This is the last known state. Containers keep running, but you cannot change anything."
     if error := quorum.get("Error"):
-        yield f"this manager itself: {error}"
+        yield f"Error of this manager: {error}"
     if answering < needed:
         count = needed - answering
         them = "it" if len(silent) == 1 else f"{count} of them"
-        yield f"either restart {them}, or repair the network to {them} (port 2377 and the peer port)"
-        yield "or, if they are lost for good: skep cluster recover   (a plan is shown first; docs/guide/recovery.md)"
+        yield f"To recover, restart {them}, or repair the network to {them} (port 2377 and the peer port)."
+        yield "If they are lost for good, run skep cluster recover. It shows a plan first."
     else:
-        yield "the managers that respond are enough for a quorum: read their logs, and run `skep doctor network`"
+        yield "Enough managers respond for a quorum. Run skep doctor network, and read their logs."

@@ -23,9 +23,9 @@ from skep.errors import InvalidArgument
 def reboot_lock() -> None:
     """Manage the cluster-wide reboot lock.
 
-    Nodes that take the lock before they reboot do so one at a time.
+    Take the lock before you reboot a node, and release it afterwards, so that only one node is down at a time.
 
-    It is refused while another node has it, while skep upgrade runs, and where the managers would lose their quorum.
+    The lock is refused while another node holds it, while skep upgrade runs, and if the managers would lose quorum.
 
     \b
     Examples:
@@ -46,13 +46,14 @@ def whoami() -> str:
     default="30m",
     show_default=True,
     metavar="DURATION",
-    help="Time until others may take the lock over.",
+    help="Time after which another node may take the lock.",
 )
 @click.option(
     "--at-once",
     default=1,
     show_default=True,
     type=click.IntRange(1),
+    metavar="N",
     help="Number of nodes that may hold the lock.",
 )
 @click.argument("node", metavar="NODE")
@@ -68,7 +69,7 @@ def take(host: HostOptions, node: str, ttl: float, at_once: int) -> None:
       until skep reboot-lock take --ttl 10m "$(hostname)"; do sleep 30; done
     """
     run_requests(_take(host, node, ttl, at_once))
-    click.echo(f"{node} has the lock for {duration(ttl)}")
+    click.echo(f"{node} holds the lock for {duration(ttl)}")
 
 
 @reboot_lock.command()
@@ -92,7 +93,9 @@ def release(host: HostOptions, node: str, everything: bool) -> None:
 @shows
 @click.pass_obj
 def status(host: HostOptions, output: Output) -> None:
-    """Show the holders of the lock.  Exit code 3: one is overdue.
+    """Show the holders of the lock.
+
+    Exit code 3: a holder is overdue.
 
     \b
     Examples:
@@ -103,7 +106,7 @@ def status(host: HostOptions, output: Output) -> None:
         async with host.client() as client:
             members, now = await maintenance.nodes_and_time(client)
             holders = await maintenance.holders_of(client)
-        lines = [maintenance.described(one, members, now) for one in holders] or ["no node holds the lock"]
+        lines = [maintenance.described(one, members, now) for one in holders] or ["No node holds the lock."]
 
         is_late = any(one.is_overdue(now) for one in holders)
         rows = [msgspec.to_builtins(one) for one in holders]
@@ -117,7 +120,7 @@ def named(members: Sequence[Member], word: str) -> Member:
     found = [one for one in members if word in (one.id, one.name)]
     if len(found) != 1:
         raise InvalidArgument(
-            f"{'no node is' if not found else 'several nodes are'} called {word!r}: skep node ls"
+            f"{'no node is' if not found else 'several nodes are'} called {word!r}. List nodes with skep node ls."
         )
     return found[0]
 
@@ -135,7 +138,7 @@ async def _take(host: HostOptions, word: str, ttl: float, at_once: int) -> None:
 
 async def _release(host: HostOptions, word: str, everything: bool) -> None:
     if bool(word) == everything:
-        raise InvalidArgument("name one node, or --all")
+        raise InvalidArgument("Specify a node or --all.")
     async with host.client() as client:
         if everything:
             await maintenance.change(client, lambda _: "")

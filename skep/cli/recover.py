@@ -32,17 +32,20 @@ class Kept(msgspec.Struct, frozen=True):
 @click.command()
 @options.dry_run("Show the steps without taking them.")
 @click.option(
-    "--advertise-addr", default="", help="Address where others reach this manager; default: as before."
+    "--advertise-addr",
+    default="",
+    metavar="ADDRESS",
+    help="Address where other nodes reach this manager. Default: unchanged.",
 )
 @options.yes
 @click.pass_obj
 def recover(host: HostOptions, dry_run: bool, advertise_addr: str, yes: bool) -> None:
     """Recover the cluster from this manager alone.
 
-    Use it after more than half of the managers are lost for good.
+    Use it only if more than half of the managers are lost for good. Changes that only the lost managers know are lost.
 
-    Shows first which managers are gone, and which state is kept; asks, unless --yes is given.  Services, tasks and
-    networks stay, containers run on.  Refused while the cluster has a leader, or enough managers for one.
+    The command shows a plan and asks for confirmation. Services, tasks and networks stay, and containers keep running.
+    It is refused while enough managers respond to elect a leader.
 
     \b
     Examples:
@@ -59,7 +62,7 @@ def recover(host: HostOptions, dry_run: bool, advertise_addr: str, yes: bool) ->
     if not yes:
         click.confirm("Continue with this manager alone?", abort=True, err=True)
     run_requests(_recover(host, advertise_addr))
-    click.echo(f"{info['Name']} is the only manager of the cluster now.")
+    click.echo(f"{info['Name']} is now the only manager of the cluster.")
     for line in afterwards(lost(info, quorum)):
         click.echo(printable(line))
 
@@ -93,23 +96,24 @@ def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
     match swarm.get("LocalNodeState") or "inactive":
         case "inactive":
             raise FailedPrecondition(
-                "this node is in no cluster: skep restore FILE makes it the manager of one in a backup"
+                "this node is not in a cluster. To restore one from a backup, run skep restore FILE."
             )
         case "locked":
-            raise FailedPrecondition("this manager is locked: docker swarm unlock, then look again")
+            raise FailedPrecondition("this manager is locked. Run docker swarm unlock, then try again.")
     if quorum is None:
         # The manager does not serve, after a restart without a quorum or with a damaged store.  Workers have no quorum.
         if not swarm.get("ControlAvailable") and not swarm.get("Error"):
-            raise FailedPrecondition("this node is a worker: recover on a manager that is left")
+            raise FailedPrecondition("this node is a worker. Run the command on a manager.")
         return
     managers = quorum["Managers"]
     if quorum["HasLeader"]:
-        raise FailedPrecondition("the cluster has a leader: there is nothing to recover (skep status)")
+        raise FailedPrecondition("the cluster has a leader, so there is nothing to recover. Run skep status.")
     answering = sum(bool(manager["IsReachable"]) for manager in managers)
     if 2 * answering > len(managers):
         raise FailedPrecondition(
-            f"{answering} of {len(managers)} managers respond, which is enough for a quorum: read their logs, or run "
-            "skep doctor network"
+            f"{answering} of {len(managers)} managers respond, which is enough for a quorum. Run skep doctor "
+            "network, or "
+            "read their logs."
         )
 
 
@@ -124,12 +128,12 @@ def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) 
     """Yield the plan as a word and a text each: lost managers, kept state, the steps, and possible losses."""
     if quorum is None:
         peers = [one["Addr"] for one in info["Swarm"].get("RemoteManagers") or ()]
-        yield "here", f"{info['Name']} does not serve: {info['Swarm'].get('Error') or 'it is starting'}"
+        yield "here", f"{info['Name']} is not serving: {info['Swarm'].get('Error') or 'it is starting'}"
         yield (
             "others",
-            f"{', '.join(peers) or 'not known'}: which of them are gone is not known here, look at each",
+            f"{', '.join(peers) or 'unknown'}. Check each of them, because this manager does not know which are lost.",
         )
-        yield "kept", "this manager's store, as it is on its disk"
+        yield "kept", "the store on this manager's disk"
     else:
         yield from _managers(info, quorum)
         words = ", ".join(counted(count, kind[:-1]) for kind, count in (kept.counts or {}).items())
@@ -141,18 +145,15 @@ def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) 
         if others:
             yield (
                 "compare",
-                f"the same with --dry-run on {', '.join(others)}: recover where the revision is highest",
+                f"Also run it with --dry-run on {', '.join(others)}. Recover on the manager with the highest revision.",
             )
     yield (
         "done",
-        "a snapshot of this store becomes the store of a cluster with this manager alone; services, tasks",
+        "This manager's store becomes the store of a cluster with one manager. Services, tasks and networks stay.",
     )
-    yield "", "and networks stay, containers run on, workers find this manager by the list they keep"
-    yield (
-        "lost",
-        "what others acknowledged and this manager has not seen; they serve no more when they come back",
-    )
-    yield "first", "skep backup FILE keeps a copy of the present state; it needs no leader"
+    yield "", "Containers keep running, and workers reconnect to this manager."
+    yield "lost", "Changes that only the other managers have. These managers no longer serve if they return."
+    yield "first", "Run skep backup FILE to keep a copy of the current state. It works without a leader."
 
 
 def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -168,7 +169,7 @@ def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tu
         if _is_here(one, info):
             yield "here", name
         elif one["IsReachable"]:
-            yield "answers", name
+            yield "responds", name
         else:
             yield "LOST", f"{name}, no response for {duration(one.get('UnreachableSeconds', 0.0))}"
 
@@ -180,12 +181,15 @@ def _is_here(manager: Mapping[str, Any], info: Mapping[str, Any]) -> bool:
 def afterwards(names: Sequence[str]) -> Iterator[str]:
     """Yield the remaining steps for the user."""
     if not names:
-        yield "For each manager that is lost (skep node ls): docker node demote NODE, then skep node forget NODE."
+        yield "For each lost manager in skep node ls, run docker node demote NODE, then skep node forget NODE."
         return
-    yield f"{counted(len(names), 'manager')} of before to remove, when docker node ls shows them as down:"
+    yield f"Remove {counted(len(names), 'lost manager')} as soon as skep node ls shows them as down:"
     for name in names:
         yield f"  docker node demote {name} && docker node rm --force {name}"
-    yield "One that comes back serves nothing: docker swarm leave --force there, then docker swarm join-token manager."
+    yield (
+        "If one of them returns, run docker swarm leave --force on it, and let it join again (docker swarm join-token "
+        "manager)."
+    )
 
 
 async def _recover(host: HostOptions, advertise_addr: str) -> None:

@@ -80,7 +80,9 @@ def _from_helper(helper: str, server: str) -> dict[str, str]:
     """Return the helper's login for ``server``, or an empty dict.  Its output is secret, so errors never contain it."""
     program = f"docker-credential-{helper}"
     if (path := shutil.which(program)) is None:
-        raise InvalidArgument(f"there is no {program}, which the docker command's config.json names")
+        raise InvalidArgument(
+            f"{program} is not installed, but docker's config.json names it. Install it, or run docker login again."
+        )
     try:
         done = subprocess.run(
             [path, "get"], input=server.encode(), capture_output=True, timeout=_HELPER_S, check=False
@@ -93,5 +95,5 @@ def _from_helper(helper: str, server: str) -> dict[str, str]:
         found: Any = msgspec.json.decode(done.stdout, type=dict[str, str])
         name, secret = found["Username"], found["Secret"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
-        raise InvalidArgument(f"{program} gave no login that can be read") from None
+        raise InvalidArgument(f"{program} returned an unreadable login") from None
     return {"identitytoken": secret} if name == _TOKEN_USER else {"username": name, "password": secret}

@@ -87,7 +87,7 @@ def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[st
     """
     named = next((one for one in objects if one["Spec"]["Name"] == name), None)
     if named is None:
-        raise NotFound(f"there is no {name}: create it with docker, and rotate it from then on")
+        raise NotFound(f"{name} does not exist. Create it with skep secret create or skep config create.")
     root, stack = root_of(named), _labels(named).get(NAMESPACE)
     found = [one for one in objects if root_of(one) == root and _labels(one).get(NAMESPACE) == stack]
     return sorted(found, key=lambda one: _number(one, root))
@@ -254,11 +254,11 @@ class _Rotation:
         job = leniently(msgspec.json.encode(service), Service)
         found = [leniently(msgspec.json.encode(one), Task) for one in tasks]
         if progress_of(job, found).is_done:
-            click.echo(f"{name}: a completed job, keeps the former {self._kind.noun}", err=True)
+            click.echo(f"{name}: completed job, keeps the previous {self._kind.noun}", err=True)
             return
         self.problems.append(
-            f"{name}: a job that is not complete keeps the former {self._kind.noun}, because an update runs it again: "
-            f"update it to {new} yourself"
+            f"{name}: this job is not complete, and an update would run it again, so it keeps the previous "
+            f"{self._kind.noun}. Update it to {new} yourself."
         )
 
     async def _is_gone(self, id: str) -> bool:
@@ -294,7 +294,7 @@ class _Rotation:
                 text += f": {found.cause}" if found.cause and not found.stuck else ""
                 self._show(name, f"its next run has {version}" if _is_scheduled(service) else text)
                 if found.stuck:
-                    self.problems.append(f"{name}: {found.stuck} (skep explain {name})")
+                    self.problems.append(f"{name}: {found.stuck}. Run skep explain {name}.")
                 if found.stuck or found.is_complete:
                     waiting.remove(id)
                     self._open.discard(name)
@@ -360,9 +360,10 @@ async def _prune(host: HostOptions, kind: Kind, *, all: bool) -> None:
 
 _ROTATE_HELP = """Replace the content of a {noun} in every service.
 
-Creates a version with the content of FILE (- for standard input) and updates the services, each by its own
-update policy. The command returns when every task has it.  Without FILE, it resumes a
-rotation that was interrupted or is stuck. Earlier versions stay for rollbacks until you prune them.
+Creates a new version from FILE (- for standard input) and updates the services by their update policies. The command
+returns when all tasks have the new version. Previous versions stay for rollbacks until you prune them.
+
+Without FILE, resumes an interrupted rotation.
 
 \b
 Examples:
@@ -397,7 +398,11 @@ def _commands(kind: Kind) -> click.Group:
         data = file.read(_FILE_BYTES_MAX + 1) if file is not None else None
         if data is not None and len(data) > _FILE_BYTES_MAX:
             raise click.ClickException(
-                str(InvalidArgument(f"the file is larger than {_FILE_BYTES_MAX} bytes"))
+                str(
+                    InvalidArgument(
+                        f"the file is larger than {_FILE_BYTES_MAX >> 20} MiB. Use a smaller one."
+                    )
+                )
             )
         click.echo(run_requests(_rotate(host, kind, name, data, timeout)))
 
@@ -405,21 +410,23 @@ def _commands(kind: Kind) -> click.Group:
         cls=options.accepting({"--force": "--yes", "-f": "--yes"}),
         help=f"""Remove unused {kind.noun}s.
 
-        A {kind.noun} is unused if no service uses it and no rollback would return to it. Without --all, only superseded
-        versions are removed.
+        A {kind.noun} is unused if neither the current nor the previous spec of a service uses it. Without --all, only
+        previous versions of rotated {kind.noun}s are removed.
 
         \b
         Examples:
           skep {kind.noun} prune
         """,
     )
-    @click.option("--all", "-a", "is_all", is_flag=True, help="Also remove those that were never rotated.")
+    @click.option(
+        "--all", "-a", "is_all", is_flag=True, help=f"Also remove {kind.noun}s that were never rotated."
+    )
     @options.yes
     @click.pass_obj
     def prune(host: HostOptions, is_all: bool, yes: bool) -> None:
         if not yes:
-            which = "every unused" if is_all else "every superseded and unused"
-            click.confirm(f"Remove {which} {kind.noun}?", abort=True, err=True)
+            which = "all unused" if is_all else "all unused previous versions of"
+            click.confirm(f"Remove {which} {kind.noun}s?", abort=True, err=True)
         run_requests(_prune(host, kind, all=is_all))
 
     return group

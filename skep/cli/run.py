@@ -45,7 +45,7 @@ def run_spec(
     task = copy.deepcopy(dict(service["TaskTemplate"]))
     container = task.get("ContainerSpec")
     if container is None:
-        raise FailedPrecondition(f"service {service['Name']} has no containers: name one that has")
+        raise FailedPrecondition(f"service {service['Name']} runs no containers. Choose another service.")
     container["Args"] = list(command)
     container["Env"] = [*(container.get("Env") or ()), *env]
     container["Healthcheck"] = {"Test": ["NONE"]}
@@ -62,7 +62,7 @@ def run_spec(
 
 
 @click.command(cls=OrDocker, context_settings={"allow_interspersed_args": False})
-@click.option("-i", "--interactive", is_flag=True, help="Keep STDIN open; only together with --tty.")
+@click.option("-i", "--interactive", is_flag=True, help="Keep STDIN open. Needs --tty.")
 @click.option("-t", "--tty", is_flag=True, help="Allocate a pseudo-TTY, and attach to it.")
 @click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Set environment variables.")
 @click.argument("service")
@@ -79,10 +79,10 @@ def run(
 ) -> None:
     """Run a one-off command with a service's settings.
 
-    The command gets the service's image, environment, networks, secrets, configs and mounts.
+    COMMAND runs with the image, environment, networks, secrets, configs and mounts of SERVICE, in a new task on any
+    node. The task publishes no ports and is removed afterwards. The exit code is that of COMMAND.
 
-    It gets a task of its own on a node that the scheduler chooses, publishes no ports, and is removed afterwards.  The
-    exit code is the command's.  What names no service is an image, as for docker run.
+    Any other name is an image, as in docker run.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def run(
     """
     host: HostOptions = ctx.obj
     if interactive and not tty:
-        raise click.UsageError("--interactive needs --tty: a task's input cannot end before its output does")
+        raise click.UsageError("--interactive needs --tty. Use -it.")
     code = run_requests(_run(host, service, command, env, tty=tty))
     if code is None:
         to_docker(ctx)

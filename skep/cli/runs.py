@@ -18,7 +18,12 @@ _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 @click.command()
 @click.argument("service")
 @click.option(
-    "--tail", "-n", default=3, show_default=True, help="Number of last output lines to show for each task."
+    "--tail",
+    "-n",
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Number of last output lines of each task.",
 )
 @shows
 @click.pass_obj
@@ -57,6 +62,10 @@ async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
 def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
     """Yield the table, with each run's output below its row.  ``now``: seconds since the epoch."""
     more = ("ID",) if screen.is_wide else ()
+    if not response["Runs"]:
+        yield "No task has ended yet. Run skep service ps SERVICE to see its tasks."
+        yield from _schedule(response, screen, now)
+        return
     lines = table((*_HEAD, *more), [_row(run, screen, now) for run in response["Runs"]], screen)
     yield next(lines)
     for run, line in zip(response["Runs"], lines, strict=True):
@@ -77,7 +86,7 @@ def _schedule(response: Mapping[str, Any], screen: Screen, now: float) -> Iterat
     yield f"schedule: {printable(response['Schedule'])}"
     rows = [_start(one, now) for one in response.get("Starts") or ()]
     if rows:
-        yield from table(("RUN", "DUE", "BEGAN", "OUTCOME"), rows, screen)
+        yield from table(("RUN", "DUE", "STARTED", "OUTCOME"), rows, screen)
 
 
 def _start(start: Mapping[str, Any], now: float) -> tuple[str, ...]:

@@ -32,10 +32,10 @@ def service() -> None:
 def wait(host: HostOptions, names: tuple[str, ...], timeout: float, max_failures: int) -> None:
     """Wait until services are in their desired state.
 
-    All tasks run, or the job has completed.
+    Returns when all tasks run, or the job is complete.
 
-    Exit code 1: an update was paused or rolled back, tasks failed repeatedly or are not restarted, or the timeout has
-    passed. The error has the reason.
+    Exit code 1: an update was paused or rolled back, tasks keep failing, or the timeout is over. The error has the
+    reason.
 
     \b
     Examples:
@@ -66,5 +66,5 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, fai
             async with asyncio.timeout(timeout_s):
                 await wait_done(names, look, show)
         except TimeoutError:
-            texts = {name: shown.get(name, "nothing is known") for name in sorted(open_)}
+            texts = {name: shown.get(name, "state unknown") for name in sorted(open_)}
             raise Unavailable(unfinished(texts, timeout_s)) from None

@@ -48,7 +48,7 @@ from skep.stack.cluster_state import (
     with_placements,
 )
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import Deployment, Made
+from skep.stack.deploying import CreatedObjects, Deployment
 from skep.stack.document import Problems
 from skep.stack.loading import Choices, Files, Loaded, load
 from skep.stack.planning import Plan, plan_of
@@ -58,7 +58,7 @@ from skep.stack.recording import carry_out, refused, return_plan, undo
 from skep.stack.removing import remove
 from skep.stack.revisions import before, pair_of
 
-_HINT = re.compile(r" \(skep explain [^)]*\)$")
+_HINT = re.compile(r"\. Run skep explain \S+\.$")
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
@@ -85,7 +85,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
         name = self.name or loaded.name
         if not name:
             raise InvalidArgument(
-                "the stack has no name: give one as argument, or write name: at the top of the file"
+                "The stack has no name. Add it to the command, or write name: at the top of the file."
             )
         stack = stack_of(loaded.document, name, loaded.contents, report)
         if not report.problems:
@@ -103,7 +103,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
         for name in _DEFAULT_FILES:
             if Path(name).is_file():
                 return (name,)
-        raise InvalidArgument(f"there is no {_DEFAULT_FILES[0]} here: name a file with -c")
+        raise InvalidArgument(f"There is no {_DEFAULT_FILES[0]} in this directory. Specify a file with -c.")
 
 
 def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
@@ -131,8 +131,8 @@ def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
             "files",
             multiple=True,
             metavar="FILE",
-            help="Compose file, or - for standard input. Later files override earlier ones. "
-            "Else COMPOSE_FILE, or compose.yaml here.",
+            help="Compose file, or - for standard input. Repeat to override. "
+            "Default: COMPOSE_FILE, or compose.yaml in this directory.",
         ),
         click.option(
             "--env-file",
@@ -160,7 +160,7 @@ def _chooses_services(command: Callable[..., None]) -> Callable[..., None]:
     return _with(
         command,
         click.option(
-            "--only", multiple=True, metavar="SERVICE", help="Only this service. Repeat for several."
+            "--only", multiple=True, metavar="SERVICE", help="Change only this service. Repeat for several."
         ),
         click.option(
             "--resolve-image",
@@ -196,9 +196,9 @@ def stack() -> None:
 
     \b
     Examples:
-      skep stack plan -c compose.yaml shop       what a deploy would change
-      skep stack deploy -c compose.yaml shop     and change it
-      skep stack services shop                   how its services are
+      skep stack plan -c compose.yaml shop       show what a deploy would change
+      skep stack deploy -c compose.yaml shop     deploy it
+      skep stack services shop                   list its services
     """
 
 
@@ -221,9 +221,7 @@ def config(
 ) -> None:
     """Check and print merged Compose files.
 
-    Variables are replaced.
-
-    A dollar sign in a value is printed as $$, so that the output can be read as a Compose file again.
+    Replaces variables. Prints $ as $$, so that the output is a valid Compose file.
 
     \b
     Examples:
@@ -242,29 +240,31 @@ def config(
 
 
 async def _all_or_nothing(
-    client: Requests, plan: Plan, work: Callable[[Made], Awaitable[None]], timeout: float
+    client: Requests, plan: Plan, work: Callable[[CreatedObjects], Awaitable[None]], timeout: float
 ) -> None:
     """Deploy, and undo the deploy if it fails.  Raises: SkepError: it failed; has the result of the undo."""
-    created = Made()
+    created = CreatedObjects()
     try:
         await work(created)
     except (Replaced, Problems):
         raise  # this deploy changed nothing, or another deploy has taken over
     except SkepError as error:
-        click.echo(f"failed: {error}", err=True)
+        click.echo(f"The deploy failed: {error}", err=True)
         done = await _undone(client, plan, error, timeout, created)
         # Removed services can no longer be explained.
         cause = _HINT.sub("", str(error)) if plan.is_new else str(error)
-        raise Unavailable(f"the deploy failed, and {done}: {cause}") from error
+        raise Unavailable(f"the deploy failed, and {done}. Reason: {cause}") from error
 
 
-async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
+async def _undone(
+    client: Requests, failed: Plan, error: SkepError, timeout: float, created: CreatedObjects
+) -> str:
     """Undo a deploy that failed with ``error``, and return the result.  Raises: Unavailable: has both errors."""
     try:
-        return await undo(client, failed, Progress().show, timeout, warn, made)
+        return await undo(client, failed, Progress().show, timeout, warn, created)
     except SkepError as problem:
         raise Unavailable(
-            f"the deploy failed: {error}; what was there before cannot be deployed again: {problem}"
+            f"the deploy failed: {error}. The previous revision cannot be deployed again: {problem}"
         ) from error
 
 
@@ -280,7 +280,7 @@ async def _plan(
 ) -> Plan:
     unknown = [name for name in only if name not in stack.services]
     if unknown:
-        raise NotFound(f"the files have no service {unknown[0]}: name one of {', '.join(stack.services)}")
+        raise NotFound(f"the files have no service {unknown[0]}. Choose one of {', '.join(stack.services)}")
     existing = await existing_of(client, stack.name, config_names(stack))
     images: Mapping[str, str] = {}
     if resolve != "never":
@@ -314,13 +314,10 @@ def plan(
 ) -> None:
     """Show what a deploy would change.
 
-    Compares field by field, and shows where tasks would run. Nothing is written.
+    Compares the files with the cluster and shows the changed fields, the nodes that would get tasks, and the reasons if
+    tasks do not fit. Anything that the managers would refuse is an error. Nothing changes in the cluster.
 
-    The managers try the whole plan: what they would refuse (ports, names, quotas, rights) is an error here.  The
-    cluster's scheduler says which nodes would get the tasks, and why some would not fit.  If nothing would change, the
-    services that do not run are named.
-
-    Exit status 0: nothing would change; 2: something would; 1: the files or the request are wrong.
+    Exit code 0: nothing would change. 2: something would change. 1: the files are invalid, or the managers refuse them.
 
     \b
     Examples:
@@ -363,12 +360,12 @@ def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str
 @click.option(
     "--rollback-on-failure",
     is_flag=True,
-    help="All or nothing: deploy the revision before, if this one fails.",
+    help="Deploy the previous revision again if this deploy fails.",
 )
 @click.option(
     "--with-registry-auth",
     is_flag=True,
-    help="Send registry credentials of docker login to the nodes.",
+    help="Send the credentials of docker login to the nodes.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until the services run.")
 @options.timeout()
@@ -389,14 +386,13 @@ def deploy(
 ) -> None:
     """Deploy a stack and wait until its services run.
 
-    The tasks of a service start when the conditions in its depends_on are met. The name of a secret or config includes
-    a hash of its content, so new content creates a new object and updates the services that use it. If a deploy is
-    interrupted, rerun it.
+    Tasks start in the order of depends_on. If the content of a secret or config changes, the services that use it are
+    updated. If a deploy is interrupted, rerun it.
 
-    The command fails early when a task fails repeatedly, its image, program or mount is missing, or no node can run it.
-    A newer deploy of the stack replaces a running one, which then ends with an error.
+    The command fails early if tasks keep failing or no node can run them. If you deploy the stack again meanwhile, the
+    newer deploy replaces the older one.
 
-    Exit code 0: all services run. 1: they do not, or the API rejected a change. 2: wrong options.
+    Exit code 0: all services run. 1: the deploy failed. 2: the options are invalid.
 
     \b
     Examples:
@@ -405,7 +401,7 @@ def deploy(
     """
     progress = Progress()
     if rollback_on_failure and (detach or only):
-        raise click.UsageError("--rollback-on-failure waits for the whole stack: not with --detach or --only")
+        raise click.UsageError("--rollback-on-failure cannot be used with --detach or --only")
 
     async def run(made: Stack) -> None:
         async with host.requests() as client:
@@ -436,7 +432,7 @@ def deploy(
 def rm(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
     """Remove stacks and wait until they are gone.
 
-    You can deploy again at once.
+    Removes the services, networks, secrets and configs of the stacks, but not their volumes.
 
     \b
     Examples:
@@ -463,9 +459,8 @@ def rm(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
 def history(host: HostOptions, name: str, output: Output) -> None:
     """List the revisions of a stack.
 
-    Shows when each was deployed, what it changed and how it ended.
-
-    The last ten are kept, with the stack: docker stack rm removes them.
+    Shows when each revision was deployed, what it changed, and whether it succeeded. The last ten revisions are kept
+    until you remove the stack.
 
     \b
     Examples:
@@ -476,7 +471,7 @@ def history(host: HostOptions, name: str, output: Output) -> None:
         async with host.requests() as client:
             found = await known_revisions(client, name)
         if not found:
-            raise NotFound(f"stack {name} has no revisions: skep stack deploy makes them")
+            raise NotFound(f"stack {name} has no revisions. Create one with skep stack deploy.")
         return revisions(found, time.time())
 
     output.show(run)
@@ -487,10 +482,10 @@ def history(host: HostOptions, name: str, output: Output) -> None:
     "--to",
     type=click.IntRange(1),
     metavar="N",
-    help="Revision to deploy. Default: the last deployed one before the present.",
+    help="Revision to deploy. Default: the previous one that was deployed.",
 )
 @click.option(
-    "--as-admin", is_flag=True, help="Use all your rights, whoever wrote the revision.  Read the plan first."
+    "--as-admin", is_flag=True, help="Use all your rights instead of those of the revision's author."
 )
 @options.timeout()
 @click.argument("name", metavar="STACK")
@@ -498,12 +493,11 @@ def history(host: HostOptions, name: str, output: Output) -> None:
 def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: float, name: str) -> None:
     """Deploy an earlier revision of a stack.
 
-    It has the images, secrets and configs of that revision.
+    Restores the images, secrets and configs of that revision, and removes services that it does not have. The rollback
+    becomes a new revision.
 
-    Services that it did not have are removed.  The return is a revision itself.
-
-    It runs with the rights of the user who wrote the revision.  If these do not suffice, the command shows the plan
-    and the missing rights, and changes nothing.
+    The rollback has the rights of the revision's author. If these do not suffice, the command shows the missing rights
+    and changes nothing.
 
     \b
     Examples:
@@ -521,7 +515,7 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
             if found.beyond and not as_admin:
                 raise PermissionDenied(refused(revision, found.beyond))
             for line in found.beyond:
-                warn(printable(f"beyond the role {revision.role}: {line}"))
+                warn(printable(f"not permitted with the role {revision.role}: {line}"))
             await carry_out(found.client, found.stack, found.plan, progress.show, timeout, warn)
 
     run_requests(run())
@@ -536,7 +530,7 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
 def diff(host: HostOptions, name: str, first: int | None, second: int | None, output: Output) -> None:
     """Compare the services of two revisions of a stack.
 
-    Without numbers the last two are compared; with one, it and the last.
+    Without numbers, compares the last two revisions. With one number, compares it with the last revision.
 
     \b
     Examples:

@@ -39,7 +39,7 @@ def build_images(docker: Sequence[str], stack: Stack, only: Collection[str]) -> 
                 docker,
                 "push",
                 image,
-                failure=f"{image} could not be pushed: is there a docker login for its registry?",
+                failure=f"{image} could not be pushed. Check that you are logged in to its registry with docker login.",
             )
             continue
         names[image] = _named_by_content(docker, image)
@@ -51,7 +51,7 @@ def _named_by_content(docker: Sequence[str], image: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     id = done.stdout.strip().rpartition(":")[2]
     if done.returncode or not id:
-        raise click.ClickException(f"{image} was built and is not found")
+        raise click.ClickException(f"{image} was built, but it is missing now. Build it again.")
     head, slash, last = image.rpartition("/")
     made = f"{head}{slash}{last.partition(':')[0]}:build-{id[:_ID_CHARACTERS]}"
     _run(docker, "tag", image, made, failure=f"{image} could not be named {made}")

@@ -19,6 +19,7 @@ from skep.errors import NotFound
 
 NAMESPACE = "com.docker.stack.namespace"
 _RESPONSE_TIMEOUT_S = 15.0
+_NO_STACKS = "No stacks. Deploy one with skep stack deploy -c compose.yaml NAME."
 _PROBLEMS = ("failed", "rejected", "orphaned")
 _MODES = {
     "Global": "global",
@@ -80,7 +81,7 @@ def stacks(services: Objects) -> Shown:
         for row in listed
     ]
     head = ("NAME", "SERVICES", "TASKS")
-    return Shown(data=listed, rows=listed, lines=lambda screen: table(head, cells, screen))
+    return Shown(data=listed, rows=listed, lines=lambda screen: table(head, cells, screen, empty=_NO_STACKS))
 
 
 @click.command()
@@ -112,7 +113,7 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
         "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
     )
     if not found and not words:
-        raise NotFound(f"nothing found in stack: {stack} (skep stack ls)")
+        raise NotFound(f"stack {stack} has no services. List stacks with skep stack ls.")
     return found
 
 

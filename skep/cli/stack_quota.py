@@ -19,7 +19,7 @@ _CPU = 1_000_000_000
 def quota() -> None:
     """Manage the quotas of stacks.
 
-    A quota limits what the objects of a stack use together.
+    A quota limits the resources of all services of a stack together.
 
     \b
     Examples:
@@ -29,27 +29,44 @@ def quota() -> None:
 
 
 @quota.command("set")
-@click.option("--tasks", type=click.IntRange(min=0), default=0, help="Maximum number of tasks. 0: unlimited.")
-@click.option("--cpus", type=click.FloatRange(min=0), default=0.0, help="Maximum sum of reserved CPUs.")
+@click.option("--tasks", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of tasks.")
+@click.option(
+    "--cpus", type=click.FloatRange(min=0), default=0.0, metavar="N", help="Maximum sum of reserved CPUs."
+)
 @click.option("--memory", default="0", metavar="SIZE", help="Maximum sum of reserved memory: 512m, 8g.")
-@click.option("--ports", type=click.IntRange(min=0), default=0, help="Maximum number of published ports.")
-@click.option("--networks", type=click.IntRange(min=0), default=0, help="Maximum number of networks.")
+@click.option(
+    "--ports", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of published ports."
+)
+@click.option(
+    "--networks", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of networks."
+)
 @click.option(
     "--addresses",
     type=click.IntRange(min=0),
     default=0,
+    metavar="N",
     help="Maximum number of IPv4 addresses in its networks.",
 )
-@click.option("--secrets", type=click.IntRange(min=0), default=0, help="Maximum number of secrets.")
 @click.option(
-    "--configs", type=click.IntRange(min=0), default=0, help="Maximum number of configs, including revisions."
+    "--secrets", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of secrets."
 )
-@click.option("--services", type=click.IntRange(min=0), default=0, help="Maximum number of services.")
+@click.option(
+    "--configs",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Maximum number of configs, including revisions.",
+)
+@click.option(
+    "--services", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of services."
+)
 @click.option("--data", default="0", metavar="SIZE", help="Maximum size of secrets and configs: 64m.")
 @click.argument("stack")
 @click.pass_obj
 def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
-    """Set the quota of a stack.  What it takes already stays.
+    """Set the quota of a stack.
+
+    Existing tasks stay, even if they exceed the quota. Limits that you leave out are unlimited.
 
     \b
     Examples:
@@ -88,7 +105,7 @@ def _check_is_set(body: dict[str, int], state: dict[str, Any]) -> None:
     present = state.get("Quota", {})
     if missing := [name for name, number in body.items() if number and present.get(name) != number]:
         raise FailedPrecondition(
-            f"the manager does not know the bounds {', '.join(missing)} and has not set them: run `skep upgrade` first"
+            f"the manager's version does not support the limits {', '.join(missing)}. Run skep upgrade first."
         )
 
 
@@ -164,5 +181,5 @@ def _bytes(text: str) -> int:
     unit = text[len(digits) :].lower()
     unit = unit.removesuffix("b") or unit
     if not (digits.isascii() and digits.isdigit() and len(digits) < 16 and unit in _UNITS):
-        raise InvalidArgument(f"invalid size {text!r}: want 512m or 8g")
+        raise InvalidArgument(f"invalid size {text!r}. Use a size such as 512m or 8g.")
     return int(digits) * _UNITS[unit]

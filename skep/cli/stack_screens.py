@@ -26,7 +26,7 @@ from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import IMAGE, Stack
 from skep.stack.revisions import Revision
 
-_COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
+_COLORS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
 _IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
 _CONSTRAINTS = "TaskTemplate.Placement.Constraints"
 _VALUE_MAX = 60
@@ -59,7 +59,7 @@ max_failures = click.option(
     default=FAILURES_MAX,
     show_default=True,
     metavar="N",
-    help="Stop waiting after a task failed N times in a row; 0: never.",
+    help="Stop waiting after N failures of a task in a row. 0: never stop.",
 )
 """Option of commands that wait for services."""
 
@@ -90,7 +90,7 @@ def planned(plan: Plan, unfinished: Mapping[str, str] = MappingProxyType({})) ->
 
 def _unfinished_lines(unfinished: Mapping[str, str]) -> list[str]:
     lines = [click.style(printable(f"  {name}: {text}"), fg="red") for name, text in unfinished.items()]
-    return [*lines, f"  next: skep explain {next(iter(unfinished))}"] if lines else []
+    return [*lines, f"  Next: skep explain {next(iter(unfinished))}"] if lines else []
 
 
 def dumped(document: Node) -> str:
@@ -170,7 +170,7 @@ def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
     """
     effective = plan.effective
     if not effective:
-        return [f"Stack {plan.stack}: nothing to change"]
+        return [f"Stack {plan.stack} is up to date."]
     counts = [
         f"{counted(len(found), 'object')} to {verb}"
         for verb, action in (("create", Action.CREATE), ("update", Action.UPDATE), ("remove", Action.REMOVE))
@@ -179,7 +179,7 @@ def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
     made = [f"Stack {plan.stack}: {', '.join(counts)}"]
     for one in effective:
         made.append(
-            click.style(printable(f"  {one.action.value} {one.kind} {one.name}"), fg=_COLOURS[one.action])
+            click.style(printable(f"  {one.action.value} {one.kind} {one.name}"), fg=_COLORS[one.action])
             + printable(_note(one))
         )
         made += [
@@ -203,7 +203,7 @@ def placement_lines(placement: Placement) -> list[str]:
     fitting = sum(one.tasks for one in shares)
     where = f": {named}{others}" if named else ""
     stopped = ", ".join(f"{counted(one.tasks, 'task')} of {one.name}" for one in placement.preempted)
-    preempts = [click.style(f"stops for it: {printable(stopped)}", fg="yellow")] if stopped else []
+    preempts = [click.style(f"preempts {printable(stopped)}", fg="yellow")] if stopped else []
     if not placement.error:
         return [f"{counted(placement.desired, 'task')}{where}", *preempts] if placement.desired else []
     if not placement.desired:
@@ -244,22 +244,20 @@ def _note(change: Change) -> str:
         return ""
     if not change.restarts:
         moves = any(each.path.startswith(_CONSTRAINTS) for each in change.differences)
-        return (
-            "   only tasks on nodes that no longer fit are replaced" if moves else "   no task is restarted"
-        )
+        return "   replaces only tasks on nodes that no longer fit" if moves else "   restarts no tasks"
     config = change.spec.update_config if change.spec is not None else None
     at_once = config.parallelism if config is not None else 1
     order = (
-        "start first"
+        "starting new tasks first"
         if config is not None and config.order is not None and config.order.value == "start-first"
-        else "stop first"
+        else "stopping old tasks first"
     )
-    if order == "start first" and change.spec is not None and host_ports(change.spec):
-        order = "start first (stop first without a further node for the host port)"
+    if order.startswith("starting") and change.spec is not None and host_ports(change.spec):
+        order = "starting new tasks first, or stopping old ones if no other node has a free host port"
     causes = dict.fromkeys(
         _field(each.path).partition("[")[0] for each in change.differences if each.restarts
     )
-    return f"   tasks are replaced, {at_once or 'all'} at a time, {order}, for: {', '.join(causes)}"
+    return f"   replaces tasks, {at_once or 'all'} at a time, {order}, because of {', '.join(causes)}"
 
 
 def _field(path: str) -> str:

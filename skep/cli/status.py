@@ -32,6 +32,7 @@ _EXPLAINED = _SERVICES_SHOWN
 """Services whose explanation is requested: as many as are shown."""
 _TASKS_COUNTED_MAX = 5_000
 """Tasks up to which they are counted by node.  A longer list would take more time than all other requests."""
+_NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
 UNREACHABLE = "unreachable"
@@ -139,10 +140,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 def status(host: HostOptions, when: str, output: Output) -> None:
     """Show the state of the cluster.
 
-    Lists nodes and services, with the reason if one is not healthy.
+    Lists nodes and services, and the reason if one is not healthy.
 
-    Exit code 0: healthy. 3: degraded, a node or a service is not in its desired state. 4: no leader. 1: the node does
-    not respond.
+    Exit code 0: healthy. 3: degraded. 4: the cluster has no leader. 1: the node does not respond.
 
     \b
     Examples:
@@ -179,7 +179,7 @@ async def _status(host: HostOptions) -> Status:
         try:
             cluster = await _cluster(client, info, {} if is_led else STALE)
         except SkepError as error:
-            notes.append(f"the cluster is not known: {error}")
+            notes.append(f"The state of the cluster could not be read: {error}")
         if cluster is not None and not is_led:
             cluster = as_of(cluster, quorum)
         health = "no leader" if not is_led else "healthy" if is_cluster_healthy(cluster) else "degraded"
@@ -250,7 +250,7 @@ async def _store(client: Requests) -> Row | None:
     except PermissionDenied:  # users of single stacks do not see the cluster's store
         return None
     except SkepError as error:
-        return "store", f"not known: {error}"
+        return "store", f"unknown: {error}"
     return "store", f"{response['Summary']}, file {response['Size'] >> 20} MiB"
 
 
@@ -301,13 +301,13 @@ def _membership(swarm: Mapping[str, Any]) -> str:
     id = swarm.get("NodeID", "")
     match state:
         case "inactive":
-            return "inactive: docker swarm init, or docker swarm join"
+            return "inactive. Run skep swarm init, or skep swarm join."
         case "locked":
-            return "locked: this manager waits for its key: docker swarm unlock"
+            return "locked. Run skep swarm unlock."
         case "pending":
             return f"pending: this node ({id}) has not reached a manager yet{_looked_for(swarm)}"
         case "error":
-            return f"error: this node ({id}) takes no part in the swarm"
+            return f"error: this node ({id}) is not part of the swarm"
     role = "manager" if swarm.get("ControlAvailable") else "worker"
     return f"{state}, this node is a {role} with the id {id}"
 
@@ -316,9 +316,7 @@ def _looked_for(swarm: Mapping[str, Any]) -> str:
     addresses = [peer["Addr"] for peer in swarm.get("RemoteManagers") or ()]
     if not addresses:
         return ""
-    return (
-        f'; it tries {", ".join(addresses)} (elsewhere: managers = ["address:2377"] in /etc/skep/skep.toml)'
-    )
+    return f'. It tries {", ".join(addresses)}. To try others, set managers = ["address:2377"] in /etc/skep/skep.toml.'
 
 
 def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None = None) -> list[NodeRow]:
@@ -452,9 +450,9 @@ def _count(service: Mapping[str, Any], field: str) -> int:
 def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     """Yield the screen: headline, problems, nodes, services, and the command to run next."""
     health = status.health.upper()
-    colour = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
+    color = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
     first, *further = screen.fitted(_headline(status), indent=2)
-    yield first.replace(health, screen.styled(health, colour, bold=True), 1)
+    yield first.replace(health, screen.styled(health, color, bold=True), 1)
     yield from further
     for note in status.notes:
         yield from (screen.styled(line, "red") for line in screen.fitted(printable(note), indent=2))
@@ -468,21 +466,23 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     yield ""
     at = f" AT {clock_time(status.cluster.as_of)}" if status.cluster.as_of else ""
     yield from _nodes(status.cluster.nodes, screen, at)
+    yield ""
     if status.cluster.services:
-        yield ""
         yield from _services(status.cluster.services, screen, at, shows_images=is_past or screen.is_wide)
+    else:
+        yield "No services." if is_past else _NO_SERVICES
     yield from _next(status)
 
 
 def _next(status: Status) -> Iterator[str]:
     """Yield the command to run next if the cluster is unhealthy."""
     if status.next:
-        yield f"next: {status.next}"
+        yield f"Next: {status.next}"
         return
     if status.cluster is None or not (name := worst(status.cluster)):
         return
     is_past = bool(status.node) and status.node[0][0] == _AT
-    yield f"next: skep {'history' if is_past else 'explain'} {printable(name)}"
+    yield f"Next: skep {'history' if is_past else 'explain'} {printable(name)}"
 
 
 def worst(cluster: Cluster) -> str:
@@ -526,9 +526,9 @@ def _nodes(rows: Sequence[NodeRow], screen: Screen, at: str) -> Iterator[str]:
         for row in shown
     ]
     more = ["ID", "VERSION"] if screen.is_wide else []
-    yield from table(("NODE", "ROLE", f"STATE{at}", "TASKS", "LOAD", *more, "WHY"), cells, screen)
+    yield from table(("NODE", "ROLE", f"STATE{at}", "TASKS", "LOAD", *more, "REASON"), cells, screen)
     if len(shown) < len(rows):
-        yield f"and {counted(len(rows) - len(shown), 'node')} more: skep status -o wide"
+        yield f"{counted(len(rows) - len(shown), 'more node')}. To show all, run skep status -o wide."
 
 
 def _state(row: NodeRow) -> str:
@@ -550,9 +550,9 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, at: str, *, shows_imag
         for row in shown
     ]
     more = [*(["ID"] if screen.is_wide else []), *(["IMAGE"] if shows_images else [])]
-    yield from table(("SERVICE", f"TASKS{at}", "UPDATE", *more, "WHY"), cells, screen)
+    yield from table(("SERVICE", f"TASKS{at}", "UPDATE", *more, "REASON"), cells, screen)
     if len(shown) < len(rows):
-        yield f"and {counted(len(rows) - len(shown), 'service')} more: skep status -o wide"
+        yield f"{counted(len(rows) - len(shown), 'more service')}. To show all, run skep status -o wide."
 
 
 def _first(rows: Sequence[T], most: int, screen: Screen) -> Sequence[T]:

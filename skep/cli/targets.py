@@ -41,7 +41,7 @@ class Target(msgspec.Struct, frozen=True, rename="pascal"):
 async def find_target(client: RawClient, word: str) -> Target:
     """Find the running task for ``SERVICE``, ``SERVICE.SLOT`` or ``TASK``.  Raises: NotFound, FailedPrecondition."""
     if not word or "/" in word:
-        raise NotFound(f"no such service or task: {word} (skep service ls; skep service ps SERVICE)")
+        raise NotFound(f"no such service or task: {word}. List services with skep service ls.")
     return msgspec.convert(await client.get(f"/skep/tasks/{quote(word, safe='')}/target"), Target)
 
 

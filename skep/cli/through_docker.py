@@ -185,7 +185,7 @@ cp = _command(
     _of_copy,
     """Copy files to or from a task's container on any node.
 
-    Name a container as SERVICE[.SLOT] or by its task. Options and rules are those of docker cp.
+    One of SOURCE and DESTINATION is SERVICE[.SLOT]:PATH or TASK:PATH. Takes the options of docker cp.
 
     \b
     Examples:
@@ -201,7 +201,7 @@ attach = _command(
     lambda words: arguments_of(words, "--detach-keys")[:1],
     """Attach to a task's container on any node.
 
-    Options are those of docker attach. Signals are not forwarded, because only the cluster stops tasks.
+    Takes the options of docker attach. Signals are not forwarded to the task.
 
     \b
     Examples:
@@ -216,7 +216,7 @@ stats = _command(
     lambda words: arguments_of(words, "--format"),
     """Show resource usage of tasks' containers on any node.
 
-    Options are those of docker stats. Without an argument, shows the containers of this node.
+    Takes the options of docker stats. Without an argument, shows the containers of this node.
 
     \b
     Examples:
@@ -231,7 +231,7 @@ top = _command(
     lambda words: words[:1],
     """Show the processes in a task's container.
 
-    PS OPTIONS are those of ps.
+    Takes the options of ps.
 
     \b
     Examples:

@@ -24,17 +24,15 @@ from skep.errors import NotFound, Unavailable, Unimplemented, reason_of
     type=click.IntRange(0, 65535),
     default=0,
     metavar="PORT",
-    help="Listen on this port of 127.0.0.1.",
+    help="Local port to listen on. Default: any free port.",
 )
-@click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
+@click.option("--no-browser", is_flag=True, help="Print the address without opening a browser.")
 @click.pass_obj
 def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
     """Open the dashboard in a browser.
 
-    Serves it until Ctrl+C.
-
-    Listens on 127.0.0.1 and passes the page's requests on to the node of the other commands: its socket, TLS, or ssh.
-    The address works once, for one browser, which then has the rights of this command's user.
+    Serves the dashboard on 127.0.0.1 until Ctrl+C. The address works once, for one browser. The browser gets your
+    rights.
 
     \b
     Examples:
@@ -61,7 +59,7 @@ async def _serve(host: HostOptions, port: int, *, opens: bool) -> None:
             async with relay.listening(port) as address:
                 click.echo(address)
                 say(
-                    "Open this address in a browser of this machine; it works once.  Ctrl-c ends the dashboard."
+                    "Open this address in a browser on this machine. It works once. Press Ctrl+C to stop the dashboard."
                 )
                 if opens:
                     with _opened(address) as opening:
@@ -80,7 +78,7 @@ async def _check(client: RawClient) -> None:
         async with client.exchange("GET", "/ui/", headers={RELAY_HEADER: "1"}):
             pass
     except NotFound as error:
-        raise Unimplemented("the Skep of this node has no dashboard: upgrade it") from error
+        raise Unimplemented("this node's version of Skep has no dashboard. Run skep upgrade.") from error
 
 
 @contextmanager

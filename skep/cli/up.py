@@ -62,7 +62,7 @@ class Machine(msgspec.Struct, frozen=True):
         url = word if word.startswith("ssh://") else f"ssh://{word}"
         destination = Destination.of(url)
         if destination.machine.startswith("-"):
-            raise InvalidArgument(f"{word!r} is no name of a machine")
+            raise InvalidArgument(f"{word!r} is not a machine. Use [USER@]MACHINE.")
         return cls(word, destination)
 
     def command(self, words: Sequence[str]) -> list[str]:
@@ -86,7 +86,7 @@ class Machine(msgspec.Struct, frozen=True):
                 *self.command(words), stdin=PIPE, stdout=PIPE, stderr=PIPE
             )
         except OSError as error:
-            raise Unavailable(f"the command ssh cannot be run: {error.strerror}") from error
+            raise Unavailable(f"ssh cannot be run: {error.strerror}. Install openssh-client.") from error
         try:
             async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
                 out, err = (group.create_task(_end_of(one)) for one in (process.stdout, process.stderr))
@@ -138,25 +138,31 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="Number of managers: the first HOSTs.",
+    metavar="N",
+    help="Number of managers. The first N hosts become managers.",
 )
 @click.option(
     "--package",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A Debian package of skep to install where there is none; else machines must have it.",
+    metavar="FILE",
+    help="Debian package to install on machines without Skep.",
 )
 @click.option(
-    "--advertise-addr", "advertise", default="", metavar="INTERFACE", help="Of machines with several."
+    "--advertise-addr",
+    "advertise",
+    default="",
+    metavar="INTERFACE",
+    help="Network interface that other nodes reach, if machines have several.",
 )
 @click.option("--dry-run", is_flag=True, help="Check the machines without changing them.")
 @click.argument("hosts", metavar="HOST...", nargs=-1, required=True)
 def up(hosts: tuple[str, ...], managers: int, package: Path | None, advertise: str, dry_run: bool) -> None:
     """Turn machines into a cluster over SSH.
 
-    The first HOST becomes the first manager, or is one already.
+    HOST is [USER@]MACHINE. You need root and an SSH key there. The first HOST becomes the first manager.
 
-    HOST is [USER@]MACHINE, reached by a key.  All machines are looked at first (root, kernel, clock, disk, ports), and
-    nothing is changed unless all are suitable.  The same command again continues, and adds machines.
+    Checks all machines first, and changes nothing if one is not suitable. Rerun the command to continue after an error,
+    or to add machines.
 
     \b
     Examples:
@@ -166,14 +172,16 @@ def up(hosts: tuple[str, ...], managers: int, package: Path | None, advertise: s
     """
     with errors_shown():
         if package is not None and package.suffix != ".deb":
-            raise InvalidArgument(f"{package} is no Debian package (.deb): install skep there by other means")
+            raise InvalidArgument(
+                f"{package} is not a Debian package (.deb). Choose one, or install Skep by other means."
+            )
         if _is_address(advertise):
             raise InvalidArgument(
-                "--advertise-addr is the name of an interface: each machine has its own address"
+                "--advertise-addr is the name of an interface, such as eth1, because each machine has another address"
             )
         machines = [Machine.of(word) for word in hosts]
         if len({str(one.destination) for one in machines}) < len(machines):
-            raise InvalidArgument("a machine is named twice")
+            raise InvalidArgument("A machine is listed twice. Remove one.")
         wanted = Wanted(managers=managers, package=package, advertise=advertise)
         asyncio.run(make_cluster(machines, wanted, is_dry=dry_run))
 
@@ -205,7 +213,9 @@ async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: b
     for one in others[: wanted.managers - 1]:  # one after the other: each changes the group that votes
         await _each([one], lambda machine: joins(machine, "Manager")())
     await _each(others[wanted.managers - 1 :], lambda machine: joins(machine, "Worker")())
-    click.echo(f"{counted(len(machines), 'machine')} in the cluster: skep --host {first.destination} status")
+    click.echo(
+        f"{counted(len(machines), 'machine')} in the cluster. Next: skep --host {first.destination} status"
+    )
 
 
 async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> None:
@@ -242,8 +252,8 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
         found[machine.word] = facts
         bad = problems(facts, begun, time.time(), has_package=wanted.package is not None)
         if bad:
-            raise FailedPrecondition("; ".join(bad))
-        progress.show(machine.word, f"is suitable: {facts.summary}")
+            raise FailedPrecondition(" ".join(bad))
+        progress.show(machine.word, f"suitable: {facts.summary}")
 
     try:
         await _each(machines, look)
@@ -257,12 +267,12 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
 
 async def install(machine: Machine, facts: Facts, wanted: Wanted, progress: Progress) -> None:
     """Install the package if the machine has none, and start the node.  Raises: Unavailable."""
-    then = "starts skep"
+    then = "starting skep"
     if not facts.skep and not facts.runs and wanted.package is not None:
-        progress.show(machine.word, f"installs {wanted.package.name}")
+        progress.show(machine.word, f"installing {wanted.package.name}")
         content = await asyncio.to_thread(wanted.package.read_bytes)
         await machine.run(["sh", "-c", quoted(_INSTALL)], content, timeout_s=INSTALLS_WITHIN_S)
-        then = "waits until skep serves"  # the package starts it
+        then = "waiting for skep to start"  # the package starts it
     if not facts.runs:
         progress.show(machine.word, then)
         await machine.run(["sh", "-s"], START.encode(), timeout_s=_JOINS_WITHIN_S)
@@ -282,13 +292,13 @@ async def _ensure_cluster(
         if (info["Swarm"].get("LocalNodeState") or "inactive") == "inactive":
             body = {"ListenAddr": "0.0.0.0:2377", "AdvertiseAddr": wanted.advertise}
             await client.post("/swarm/init", body, timeout_s=_JOINS_WITHIN_S)
-            progress.show(first.word, "has founded the cluster")
+            progress.show(first.word, "created the cluster")
             info = await client.get("/info", timeout_s=_LOOKS_WITHIN_S)
         else:
-            progress.show(first.word, "is in a cluster already")
+            progress.show(first.word, "already in a cluster")
         if not info["Swarm"].get("ControlAvailable"):
             raise FailedPrecondition(
-                f"{first.word} is not a working manager: name one first (check with skep status there)"
+                f"{first.word} is not a working manager. Put a manager first in the list, or run skep status there."
             )
         swarm = await client.get("/swarm", timeout_s=_LOOKS_WITHIN_S)
         nodes = await client.get("/nodes", timeout_s=_LOOKS_WITHIN_S)
@@ -312,11 +322,11 @@ async def join(
         if (state := swarm.get("LocalNodeState") or "inactive") != "inactive":
             if swarm.get("NodeID") not in members:
                 raise FailedPrecondition(
-                    f"it is in another cluster ({state}): run docker swarm leave there, then rerun the command"
+                    f"it is in another cluster ({state}). Run docker swarm leave there, then rerun the command."
                 )
-            promote = f", as a worker: docker node promote {swarm['NodeID']} makes it a manager"
+            promote = f" as a worker. To make it a manager, run docker node promote {swarm['NodeID']}."
             is_less = role == "Manager" and not swarm.get("ControlAvailable")
-            progress.show(machine.word, f"is in the cluster already{promote if is_less else ''}")
+            progress.show(machine.word, f"already in the cluster{promote if is_less else ''}")
             return
         body = {
             "ListenAddr": "0.0.0.0:2377",

@@ -23,7 +23,7 @@ class _Update(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        formatter.write_text("Other commands are docker's: skep update --memory 1g CONTAINER")
+        formatter.write_text("docker update also works: skep update --memory 1g CONTAINER")
 
 
 @click.group(cls=_Update)
@@ -44,9 +44,7 @@ def update() -> None:
 def pause(host: HostOptions, names: tuple[str, ...]) -> None:
     """Pause an update or rollback.
 
-    No further task starts until you resume or abort it.
-
-    Tasks that it has begun with are completed.  It stays paused when another manager leads.
+    No more tasks are replaced until you resume or abort it. Tasks that are being replaced are completed.
 
     \b
     Examples:
@@ -57,7 +55,7 @@ def pause(host: HostOptions, names: tuple[str, ...]) -> None:
         more = f"skep update resume {name}"
         if service["UpdateStatus"]["State"] == "paused":
             more += f", or skep update abort {name}"
-        click.echo(f"{_line(service)}; go on with {more}")
+        click.echo(f"{_line(service)}. Next: {more}")
 
 
 @update.command()
@@ -66,9 +64,7 @@ def pause(host: HostOptions, names: tuple[str, ...]) -> None:
 def resume(host: HostOptions, names: tuple[str, ...]) -> None:
     """Resume a paused update or rollback.
 
-    It does not matter whether a user or a failure paused it.
-
-    Failures until now do not count any more; those of later tasks do.
+    It can be paused by a user or after a failure. Earlier failures no longer count.
 
     \b
     Examples:
@@ -84,9 +80,7 @@ def resume(host: HostOptions, names: tuple[str, ...]) -> None:
 def abort(host: HostOptions, names: tuple[str, ...]) -> None:
     """Abort an update and return to the previous spec.
 
-    The update can be running or paused.
-
-    As docker service rollback, and refused where that would undo an update that has ended.
+    The update can be running or paused. Unlike docker service rollback, it never undoes a completed update.
 
     \b
     Examples:

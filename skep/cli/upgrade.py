@@ -8,7 +8,7 @@ import asyncio
 import os
 import re
 import subprocess
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from skep.cli.node import drain_and_wait
 from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
 from skep.cli.up import APT_INSTALL, INSTALLS_WITHIN_S, Machine, quoted
-from skep.cli.upgrade_plan import Member, Plan, Step, plan, running_of
+from skep.cli.upgrade_plan import Member, Plan, Step, lines_of, plan, running_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
 _LEVEL_UNKNOWN = 4
 """Level that the last version without a reported level supports."""
+_REPAIR = "Repair the node and rerun with --continue, or use --abort."
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 FORMER = "/var/cache/skep/former.deb"
 
@@ -140,7 +141,7 @@ async def _run_here(command: str, node: Member) -> None:
         async with asyncio.timeout(INSTALLS_WITHIN_S):
             code = await process.wait()
     except TimeoutError:
-        raise Unavailable(f"the command is not done within {INSTALLS_WITHIN_S:g} s") from None
+        raise Unavailable(f"the command did not finish within {INSTALLS_WITHIN_S:g} s") from None
     finally:
         if process.returncode is None:
             process.kill()
@@ -153,25 +154,27 @@ async def _run_here(command: str, node: Member) -> None:
 @click.option(
     "--package",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
     help="Debian package to install over SSH on each node.",
 )
-@click.option("--ssh-user", default="root", show_default=True, help="User for --package.")
+@click.option("--ssh-user", default="root", show_default=True, metavar="USER", help="SSH user for --package.")
 @click.option(
     "--command",
     default="",
-    help="Upgrade each node by running this command locally. It gets SKEP_NODE and SKEP_ADDRESS.",
+    metavar="COMMAND",
+    help="Upgrade each node by running this command here. It gets SKEP_NODE and SKEP_ADDRESS.",
 )
-@click.option("--rollback-command", "rollback", default="", help="Command that undoes --command.")
+@click.option(
+    "--rollback-command", "rollback", default="", metavar="COMMAND", help="Command that undoes --command."
+)
 @click.option(
     "--to",
     "version",
     default="",
     metavar="VERSION",
-    help="With --command: the version that nodes report afterwards.",
+    help="Version that nodes report after --command.",
 )
-@click.option(
-    "--keep-running", is_flag=True, help="Do not drain. Containers keep running while the daemon restarts."
-)
+@click.option("--keep-running", is_flag=True, help="Keep containers running instead of draining each node.")
 @click.option(
     "--within",
     type=options.Duration(),
@@ -180,13 +183,13 @@ async def _run_here(command: str, node: Member) -> None:
     metavar="DURATION",
     help="Longest time for a node to become healthy.",
 )
-@options.dry_run("Show the steps and what blocks them. Exit code 2: blocked.")
+@options.dry_run("Show the steps without taking them. Exit code 2: blocked.")
 @click.option("--continue", "continues", is_flag=True, help="Resume an interrupted upgrade.")
 @click.option(
     "--abort",
     "aborts",
     is_flag=True,
-    help="Abort an interrupted upgrade. Its node gets tasks again and the lock is released.",
+    help="Abort an interrupted upgrade and activate its node.",
 )
 @click.pass_obj
 def upgrade(
@@ -205,11 +208,11 @@ def upgrade(
 ) -> None:
     """Upgrade all nodes one after the other.
 
-    Workers come first, then managers, the leader last.
+    Drains each node, upgrades it, waits until it is healthy, and activates it. Workers come first, then managers, the
+    leader last.
 
-    Skep drains each node, upgrades it, waits until it is healthy, and activates it. If a node is not healthy in time,
-    Skep reinstalls its previous version and stops. The upgrade does not start while a manager is unreachable or a
-    service is degraded.
+    If a node is not healthy in time, its previous version is installed again and the upgrade stops. The upgrade does
+    not start while a manager is unreachable or a service is degraded.
 
     \b
     Examples:
@@ -237,16 +240,16 @@ def upgrade(
 def _version(package: Path | None, command: str, version: str) -> str:
     """Return the version that nodes report afterwards.  Raises: InvalidArgument."""
     if (package is None) == (not command):
-        raise InvalidArgument("name one of --package and --command")
+        raise InvalidArgument("Specify --package or --command.")
     if package is None:
         if not version:
-            raise InvalidArgument("--command needs --to VERSION")
+            raise InvalidArgument("--command needs --to VERSION.")
         return version
     done = subprocess.run(
         ["dpkg-deb", "-f", package, "Version"], capture_output=True, text=True, timeout=30, check=False
     )
     if done.returncode:
-        raise InvalidArgument(f"{package} is no Debian package: {done.stderr.strip()}")
+        raise InvalidArgument(f"{package} is not a Debian package: {done.stderr.strip()}")
     return version or version_of(done.stdout.strip())
 
 
@@ -273,7 +276,7 @@ class _Upgrade:
         if former is not None:
             if not continues and not former.is_overdue(now):
                 held = maintenance.described(former, members, now)
-                raise FailedPrecondition(f"{held}: --continue takes over, --abort ends it")
+                raise FailedPrecondition(f"{held}. Use --continue to take over, or --abort to end it.")
             self._holder = msgspec.structs.replace(
                 self._holder, node=former.node, availability=former.availability
             )
@@ -345,7 +348,7 @@ class _Upgrade:
                 while found.refusals:
                     if found.refusals != shown:
                         shown = found.refusals
-                        say(f"waits for {self._within_s:g} s at most: {'; '.join(shown)}")
+                        say(f"waiting up to {self._within_s:g} s: {'; '.join(shown)}")
                     await asyncio.sleep(_LOOK_S)
                     found = await self._plan()
         except TimeoutError:
@@ -369,16 +372,18 @@ class _Upgrade:
             await self._means.check(node)
         except Unavailable as error:
             if self._holder.node:
-                raise Unavailable(f"{node.name}: {error}; repair it: then --continue, or --abort") from error
+                raise Unavailable(
+                    f"{node.name}: {error}. Repair the node and rerun with --continue, or use --abort."
+                ) from error
             await self.release()
-            raise Unavailable(f"{node.name} cannot be upgraded, and is as it was: {error}") from error
+            raise Unavailable(f"{node.name} cannot be upgraded and is unchanged: {error}") from error
         drains = (
             step.drains and node.is_ready
         )  # the node of an interrupted upgrade may be down, without its tasks
         before = self._holder.availability or (node.availability if drains else "")
         await self._hold(node=node.id, availability=before)
         if drains:
-            say(f"{node.name}: is being drained")
+            say(f"{node.name}: draining")
             try:
                 await drain_and_wait(self._client, node.id, self._within_s * 3)
             except Unavailable:
@@ -387,14 +392,14 @@ class _Upgrade:
                 raise
         await self._hold()
         supported = (await self._levels()).get(node.id, _LEVEL_UNKNOWN)
-        say(f"{node.name}: is being upgraded from {node.version} to {self._means.version}")
+        say(f"{node.name}: upgrading from {node.version} to {self._means.version}")
         try:
             await self._means.upgrade(node)
             await self._comes_back(node, self._means.version)
         except Unavailable as error:
             raise Unavailable(await self._rolled_back(node, str(error), supported)) from error
         await self._activate()
-        say(f"{node.name}: has {self._means.version}")
+        say(f"{node.name}: upgraded to {self._means.version}")
 
     async def _levels(self) -> Mapping[str, int]:
         """Return the level of data that each manager supports, by id, and the level of the cluster as ``""``.
@@ -413,26 +418,25 @@ class _Upgrade:
         Args:
             supported: the level of data that its former version can read.
         """
-        text = f"{node.name} did not come back with {self._means.version}: {reason}"
+        text = f"{node.name} did not become healthy with {self._means.version}: {reason}"
         if not self._means.can_roll_back:
-            return f"{text}; it stays drained: repair it, then --continue, or --abort"
+            return f"{text}. It stays drained. {_REPAIR}"
         # Without a response no manager uses the data, and a manager that never became ready has not raised the level.
         level = (await self._levels()).get("", supported)
         if node.is_manager and level > supported:
             return (
-                f"{text}; it keeps {self._means.version}, because the cluster's data are at level {level} and "
-                f"{node.version} reads level {supported} at most; it stays drained: repair it, then --continue, "
-                "or --abort"
+                f"{text}. It keeps {self._means.version}, because the cluster's data has level {level} and "
+                f"{node.version} reads level {supported} at most. It stays drained. {_REPAIR}"
             )
-        say(f"{node.name}: did not come back well, is being put back to {node.version}")
+        say(f"{node.name}: not healthy, rolling back to {node.version}")
         try:
             await self._means.roll_back(node)
             await self._comes_back(node, node.version)
         except Unavailable as error:
-            return f"{text}; nor with {node.version} again: {error}; it stays drained: then --continue, or --abort"
+            return f"{text}. The rollback to {node.version} failed: {error}. It stays drained. {_REPAIR}"
         await self._activate()
         await self.release()
-        return f"{text}; it has {node.version} again, and the upgrade ends here (journalctl -u skep on {node.name})"
+        return f"{text}. It has {node.version} again, and the upgrade stops. Run journalctl -u skep on {node.name}."
 
     async def _comes_back(self, node: Member, version: str) -> None:
         """Wait until the node is healthy with ``version``.  Raises: Unavailable."""
@@ -468,14 +472,14 @@ class _Upgrade:
         try:
             await self._comes_back(node, self._means.version)
         except Unavailable as error:
-            text = f"{node.name}, whose turn was interrupted, is not well: {error}"
-            raise Unavailable(f"{text}; repair it: then --continue, or --abort") from error
+            text = f"the interrupted upgrade of {node.name} did not succeed: {error}"
+            raise Unavailable(f"{text}. {_REPAIR}") from error
         await self._activate()
 
     async def _distribute(self, names: Sequence[str]) -> None:
         """Force updates of services, by their own policy, so that the scheduler spreads tasks after a drain."""
         for name in names:
-            say(f"{name}: is being distributed anew")
+            say(f"{name}: redistributing its tasks")
             await update(self._client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
         try:
             async with asyncio.timeout(self._within_s):
@@ -487,7 +491,7 @@ class _Upgrade:
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             raise Unavailable(
-                f"{', '.join(names)}: not distributed within {self._within_s:g} s (skep explain SERVICE)"
+                f"{', '.join(names)}: not redistributed within {self._within_s:g} s. Run skep explain SERVICE."
             ) from None
 
     async def _retry(self, request: Callable[[], Awaitable[T]]) -> T:
@@ -497,7 +501,7 @@ class _Upgrade:
                 return await persistently(request, say)
         except TimeoutError:
             raise Unavailable(
-                f"no manager has responded for {self._within_s:g} s (skep status at another manager)"
+                f"no manager has responded for {self._within_s:g} s. Run skep status on another manager."
             ) from None
 
 
@@ -532,7 +536,7 @@ async def _is_updated(client: Client, name: str) -> bool:
     state = (service.get("UpdateStatus") or {}).get("State", "completed")
     if state not in ("updating", "completed"):
         raise FailedPrecondition(
-            f"{name} could not be distributed anew: its update is {state} (skep explain {name})"
+            f"{name} could not be redistributed, because its update is {state}. Run skep explain {name}."
         )
     return bool(state == "completed")
 
@@ -553,7 +557,7 @@ async def carry_out(
             await run.end()
             raise
         except asyncio.CancelledError:
-            say("interrupted: rerun the command with --continue to resume, or run skep upgrade --abort")
+            say("Interrupted. Rerun the command with --continue, or run skep upgrade --abort.")
             raise
         await run.release()
     click.echo(f"{counted(count, 'node')} upgraded to {means.version}")
@@ -565,31 +569,18 @@ async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
         found = await plan_now(client, means.version, drains=drains)
         members, now = await maintenance.nodes_and_time(client)
         held = [maintenance.described(one, members, now) for one in await maintenance.holders_of(client)]
-    for line in _lines(found, means.version):
+    for line in lines_of(found, means.version):
         click.echo(line)
     for reason in (*held, *found.refusals):
-        click.echo(f"forbidden now: {reason}", err=True)
+        click.echo(f"blocked: {reason}", err=True)
     return 2 if held or found.refusals else 0
-
-
-def _lines(found: Plan, version: str) -> Iterator[str]:
-    for number, step in enumerate(found.steps, 1):
-        role = "leader" if step.node.is_leader else "manager" if step.node.is_manager else "worker"
-        how = "drain, upgrade, activate" if step.drains else "upgrade while containers run on"
-        yield f"{number}. {step.node.name} ({role}): {how}, from {step.node.version or 'unknown'} to {version}"
-        if step.spread:
-            yield f"   first distributed anew: {', '.join(step.spread)}"
-    if found.done:
-        yield f"have it already: {', '.join(found.done)}"
-    if found.left_out:
-        yield f"left out (docker nodes, workers that are down): {', '.join(found.left_out)}"
 
 
 async def _abort(host: HostOptions) -> None:
     async with host.client() as client:
         former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
         if former is None:
-            raise FailedPrecondition("no upgrade is under way (skep reboot-lock status)")
+            raise FailedPrecondition("No upgrade is running. Run skep reboot-lock status.")
         if former.node and former.availability:
             await _set_availability(client, former.node, former.availability)
 
@@ -597,4 +588,6 @@ async def _abort(host: HostOptions) -> None:
             return maintenance.written([one for one in maintenance.read(text) if not one.is_upgrade])
 
         await maintenance.change(client, decide)
-    click.echo("The upgrade is aborted: nodes keep the versions they have (skep version --all).")
+    click.echo(
+        "The upgrade is aborted. Nodes keep their present versions. Run skep version --all to see them."
+    )

@@ -121,11 +121,9 @@ def refusals_of_quorum(nodes: Iterable[Member], away: Member, first: str = "") -
     managers = [one for one in nodes if one.is_manager]
     for one in managers:
         if not one.is_ready and one.id not in (away.id, first):
-            yield f"the manager {one.name} is not reachable: bring it back first (skep status)"
+            yield f"the manager {one.name} is unreachable. Restart it first."
     if away.is_manager and len(managers) == 2:
-        yield (
-            f"there are two managers, which need each other: demote one (docker node demote {away.name}) or add a third"
-        )
+        yield (f"two managers need each other. Demote one (docker node demote {away.name}), or add a third.")
 
 
 def _refusals_of_replicas(
@@ -133,23 +131,37 @@ def _refusals_of_replicas(
 ) -> Iterator[str]:
     others = [one for one in nodes if one.id != away.id and one.is_ready and one.availability == "active"]
     if any(away.id in one.on for one in services) and not others:
-        yield f"no other node could take the tasks of {away.name}: --keep-running lets containers run on"
+        yield f"no other node can run the tasks of {away.name}. Use --keep-running to keep them on the node."
         return
     for one in services:
         running = sum(one.on.values())
         if running < one.replicas and away.availability == "active":
-            yield f"{one.name} runs {running} of {one.replicas} tasks: see skep explain {one.name}"
+            yield f"{one.name} runs {running} of {one.replicas} tasks. Run skep explain {one.name}."
         elif one.excess(away.id) and (one.returns or one.name in spread):
             text = (
-                f"{one.name} has {one.on[away.id]} of its {one.replicas} tasks on {away.name}, and its update policy "
-                f"takes away {one.away_max} at a time: docker service update --update-parallelism, or --keep-running"
+                f"{one.name} has {one.on[away.id]} of its {one.replicas} tasks on {away.name}, but its update policy "
+                f"stops {one.away_max} at a time. Raise --update-parallelism of the service, or use --keep-running."
             )
             if one.returns:
                 text += (
-                    "; its tasks return to the data in their local volumes, unless the service has the label "
-                    f"{VOLUME_AFFINITY}={VolumeAffinity.NONE.value}"
+                    " Its tasks stay with their local volumes. The label "
+                    f"{VOLUME_AFFINITY}={VolumeAffinity.NONE.value} allows them to move."
                 )
             yield text
+
+
+def lines_of(found: Plan, version: str) -> Iterator[str]:
+    """Yield the steps of an upgrade to ``version`` for people."""
+    for number, step in enumerate(found.steps, 1):
+        role = "leader" if step.node.is_leader else "manager" if step.node.is_manager else "worker"
+        how = "drain, upgrade, activate" if step.drains else "upgrade while containers keep running"
+        yield f"{number}. {step.node.name} ({role}): {how}, from {step.node.version or 'unknown'} to {version}"
+        if step.spread:
+            yield f"   redistribute before: {', '.join(step.spread)}"
+    if found.done:
+        yield f"up to date: {', '.join(found.done)}"
+    if found.left_out:
+        yield f"skipped (Docker nodes, workers that are down): {', '.join(found.left_out)}"
 
 
 def members_of(nodes: Iterable[Mapping[str, Any]]) -> list[Member]:

@@ -50,8 +50,8 @@ _LIFETIME = options.Duration(plain_s=options.DAY_S, least_s=options.DAY_S, most_
 def user() -> None:
     """Manage users of the API.
 
-    A role is viewer (reads), operator (changes services and what they use) or admin; viewer and operator can be
-    those of a single stack: operator:shop.
+    A role is viewer (read only), operator (changes services, networks, secrets and configs) or admin. Viewer and
+    operator can be limited to a stack, such as operator:shop.
 
     \b
     Examples:
@@ -81,6 +81,7 @@ def user() -> None:
 @click.option(
     "--ca",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
     help="CA of the API's certificate (the node's setting tls-ca).",
 )
 @click.option(
@@ -163,19 +164,24 @@ async def _wait_known(options: HostOptions) -> None:
                 await asyncio.sleep(backoff.next_delay_s())
     except TimeoutError:
         error = error or f"{endpoint.host} does not respond"
-    say(f"the user was added; the context does not work yet: {error}")
+    say(f"The user was added, but the context does not work yet: {error}")
 
 
 @user.command()
 @click.option(
-    "--role", "roles", multiple=True, required=True, metavar="ROLE[:STACK]", help="All that the user has."
+    "--role",
+    "roles",
+    multiple=True,
+    required=True,
+    metavar="ROLE[:STACK]",
+    help="Role of the user. Repeat for several.",
 )
 @click.argument("name")
 @click.pass_obj
 def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
     """Replace the roles of a user.
 
-    Its open connections are closed.
+    Closes the user's open connections.
 
     \b
     Examples:
@@ -198,7 +204,7 @@ def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
 def rm(options: HostOptions, names: tuple[str, ...]) -> None:
     """Remove users and revoke their credentials.
 
-    Open connections are closed.
+    Closes the users' open connections.
 
     \b
     Examples:
@@ -234,11 +240,11 @@ def ls(options: HostOptions, output: Output) -> None:
                 "Roles": ", ".join(one["Spec"]["Roles"]),
                 "Certificates": len(one["Certificates"]),
                 "Tokens": len(one["Tokens"]),
-                "Until": _until(one)[:10] or "-",
+                "Expires": _expires(one)[:10] or "-",
             }
             for one in sorted(found, key=lambda one: str(one["Spec"]["Name"]))
         ]
-        return _table(found, rows)
+        return _table(found, rows, "No users. Add one with skep user add NAME --role viewer --token.")
 
     output.show(fetch)
 
@@ -250,7 +256,7 @@ def ls(options: HostOptions, output: Output) -> None:
 def inspect(options: HostOptions, name: str, output: Output) -> None:
     """Show a user with its certificates and tokens.
 
-    The tokens themselves are never shown.
+    The values of tokens are never shown.
 
     \b
     Examples:
@@ -265,7 +271,7 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
                 "Kind": _kind(kind, one),
                 "ID": one[key],
                 "Created": one["CreatedAt"][:19],
-                "Until": one["NotAfter"][:19],
+                "Expires": one["NotAfter"][:19],
             }
             for kind, key, items in (
                 ("certificate", "Serial", found["Certificates"]),
@@ -273,7 +279,7 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
             )
             for one in items
         ]
-        return _table(found, rows)
+        return _table(found, rows, f"No certificates or tokens. Create a token with skep user token {name}.")
 
     output.show(fetch)
 
@@ -298,7 +304,7 @@ def _kind(kind: str, credential: Mapping[str, Any]) -> str:
 def token(options: HostOptions, name: str, removed: str, lifetime: float, *, dashboard: bool) -> None:
     """Create or remove a token.
 
-    A new token is printed once.
+    Prints the new token once. You cannot print it again.
 
     \b
     Examples:
@@ -325,13 +331,14 @@ def token(options: HostOptions, name: str, removed: str, lifetime: float, *, das
 @click.option(
     "--ca",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
     help="CA of the API's certificate, with --out.",
 )
 @click.option(
     "--lifetime",
     type=_LIFETIME,
     metavar="DURATION",
-    help="Time until the new certificate expires. Default: that of your present one, or 30d for NAME.",
+    help="Time until the new certificate expires. Default: as before, or 30d for NAME.",
 )
 @click.argument("name", required=False)
 @click.pass_obj
@@ -340,9 +347,7 @@ def renew(
 ) -> None:
     """Renew a certificate.
 
-    Renews that of your context, or as an administrator that of NAME.
-
-    The present certificate stays valid until it expires.
+    Renews your own certificate, or as an administrator that of NAME. The old certificate stays valid until it expires.
 
     \b
     Examples:
@@ -354,7 +359,7 @@ def renew(
     async def change() -> str:
         if not wanted.context and wanted.out is None:
             raise InvalidArgument(
-                "say where the certificate goes: --out FOLDER, --for CONTEXT, or --context as yours"
+                "Specify where to write the certificate, with --out DIRECTORY or --for CONTEXT."
             )
         authority = _authority(options, wanted) if wanted.out is not None else b""
         path = f"/skep/users/{quote(name)}/certificates" if name else "/skep/access/certificates"
@@ -420,20 +425,22 @@ def _authority(options: HostOptions, wanted: _Wanted) -> bytes:
     path = wanted.ca or (tls.ca if tls is not None else None)
     if path is None:
         raise InvalidArgument(
-            "name the authority of the API's certificate: --ca FILE (the node's setting tls-ca)"
+            "Specify the CA of the API's certificate with --ca FILE (the node's setting tls-ca)."
         )
     content = path.read_bytes()
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii"))
     except (ValueError, ssl.SSLError) as error:  # not ASCII, empty, or not PEM
-        raise InvalidArgument(f"{path} holds no certificate of an authority in PEM: {error}") from error
+        raise InvalidArgument(f"{path} has no CA certificate in PEM format: {error}") from error
     return content
 
 
 def _address(options: HostOptions, wanted: _Wanted) -> str:
     address = wanted.address or options.endpoint().host
     if not address.startswith("tcp://"):
-        raise InvalidArgument("name the API by TCP for the context: --address tcp://manager1:2376")
+        raise InvalidArgument(
+            "Specify the address of the API for the context, such as --address tcp://manager1:2376."
+        )
     return address
 
 
@@ -443,7 +450,7 @@ def _keep(options: HostOptions, wanted: _Wanted, content: tuple[bytes, bytes, by
         _write(wanted.out, content)
     if wanted.context:
         made = Context(
-            name=wanted.context, host=_address(options, wanted), description="made by skep user add"
+            name=wanted.context, host=_address(options, wanted), description="Created by skep user add"
         )
         Contexts(options.docker_folder).create(made, dict(zip(_FILES, content, strict=True)))
 
@@ -454,14 +461,14 @@ def _write(folder: Path, content: Iterable[bytes]) -> None:
         replace_file(folder / name, data, mode=0o600)
 
 
-def _until(user: Mapping[str, Any]) -> str:
+def _expires(user: Mapping[str, Any]) -> str:
     return max((str(one["NotAfter"]) for one in (*user["Certificates"], *user["Tokens"])), default="")
 
 
-def _table(data: Any, rows: list[dict[str, Any]]) -> Shown:
+def _table(data: Any, rows: list[dict[str, Any]], empty: str = "") -> Shown:
     def lines(screen: Screen) -> Iterator[str]:
         names = list(rows[0]) if rows else ["Name"]
         cells = [tuple(str(value) for value in row.values()) for row in rows]
-        return table(tuple(name.upper() for name in names), cells, screen)
+        return table(tuple(name.upper() for name in names), cells, screen, empty=empty)
 
     return Shown(data=data, rows=rows, lines=lines)

@@ -78,8 +78,9 @@ def _checked_out() -> tuple[str, str]:
 def version(host: HostOptions, all_nodes: bool, output: Output) -> None:
     """Show version information.
 
-    Shows Skep's version, commit, date and API versions, then docker's client and the server. With --all, shows the
-    version of every node. Exit code 3: nodes have different versions.
+    Shows Skep's version, commit, date and API versions, then those of docker and the server.
+
+    Exit code 3, with --all: nodes have different versions.
 
     \b
     Examples:
@@ -125,7 +126,10 @@ def versions(nodes: Iterable[Mapping[str, Any]]) -> Shown:
         ]
         yield from table(("NODE", "ROLE", "STATE", "VERSION"), cells, screen)
         if len(counts) > 1:
-            yield f"{counted(len(counts), 'version')}; this command has {__version__}"
+            yield (
+                f"{counted(len(counts), 'version')}. This command has {__version__}. Run skep upgrade to upgrade all "
+                "nodes."
+            )
 
     data = {"Command": __version__, "Nodes": rows}
     return Shown(data=data, rows=rows, lines=lines, exit_code=3 if len(counts) > 1 else 0)

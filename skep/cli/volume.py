@@ -43,15 +43,14 @@ def volume() -> None:
 
 
 @volume.command()
-@click.option("--node", "node", metavar="NODE", default="", help="Only on this node.")
+@click.option("--node", "node", metavar="NODE", default="", help="Give up the volume only on this node.")
 @click.argument("name", metavar="VOLUME")
 @click.pass_obj
 def forget(host: HostOptions, name: str, node: str) -> None:
     """Give up a local volume on nodes that are down.
 
-    Tasks no longer wait for these nodes and start with an empty volume. The data on a node is not deleted.
-
-    Nothing is removed there.  A node that returns keeps the volume, and its tasks do not return to it.
+    Tasks no longer wait for these nodes and start elsewhere with an empty volume. The data stays on the nodes, but
+    tasks do not move back to it when a node returns.
 
     \b
     Examples:
@@ -69,16 +68,15 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
         nodes = [await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S)] if path else await _nodes(client)
         having = [one for one in nodes if name in _volumes_of(one) or await _had(client, one, name)]
         if not having:
-            has_not = f"{only} has not" if only else "no node has"
+            where = f"{only} has no" if only else "no node has a"
             raise NotFound(
-                f"{has_not} had a local volume {name} of a service's slot: skep explain TASK names the one that a "
-                "task waits for"
+                f"{where} local volume {name} of a service. Run skep explain TASK to see which volume a task waits for."
             )
         lost = [one for one in having if one["Status"]["State"] == "down"]
         if not lost:
             where = ", ".join(sorted(_hostname(one) for one in having))
             raise FailedPrecondition(
-                f"{name} is on {where}, not down: docker volume rm {name} there removes it"
+                f"{name} is on {where}, which is not down. To remove it, run docker volume rm {name} there."
             )
         for one in lost:
             change = partial(_with_forgotten, name, await _latest_ms(client, one, name))

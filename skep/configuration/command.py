@@ -25,7 +25,46 @@ def _option(setting: Setting) -> click.Option:
     text = f"{setting.help[0].upper()}{setting.help[1:]}."
     if setting.name == "debug":
         return click.Option(names, help=text, is_flag=False, flag_value="true", metavar="[BOOL]")
-    return click.Option(names, help=text, multiple=setting.repeats)
+    return click.Option(names, help=text, multiple=setting.repeats, metavar=_metavar(setting.name))
+
+
+_METAVARS = {
+    "host": "URL",
+    "trace-endpoint": "URL",
+    "image-gc-high": "PERCENT",
+    "image-gc-low": "PERCENT",
+    "disk-pressure": "PERCENT",
+    "store-quota": "SIZE",
+    "label": "KEY=VALUE",
+    "generic-resource": "KEY=VALUE",
+    "log-opt": "KEY=VALUE",
+    "default-address-pool": "KEY=VALUE,...",
+    "credential-helper": "REGISTRY=NAME",
+    "allow": "RIGHT",
+    "dashboard": "ADDRESS",
+    "manager": "ADDRESS",
+    "insecure-registry": "ADDRESS",
+    "registry-mirror": "URL",
+    "metrics-host": "NAME",
+    "engine-socket": "FILE",
+    "dashboard-public": "BOOL",
+    "executor": "oci|process",
+    "encryption": "auto|kernel|wireguard-go",
+    "log-format": "text|json",
+}
+_METAVARS_BY_END = {
+    "addr": "ADDRESS",
+    "port": "PORT",
+    "dir": "DIRECTORY",
+    "cert": "FILE",
+    "key": "FILE",
+    "ca": "FILE",
+}
+
+
+def _metavar(name: str) -> str:
+    """Return the name of the option's value in the help."""
+    return _METAVARS.get(name) or _METAVARS_BY_END.get(name.rpartition("-")[2], "NAME")
 
 
 def _former(setting: Setting) -> click.Option:

@@ -66,7 +66,7 @@ SETTINGS = (
     Setting(name="tls-ca", help="CA that signs client certificates", read=values.existing_file),
     Setting(
         name="dashboard",
-        help="address:port where users with a token open the dashboard in a browser, by TLS, on managers only (none)",
+        help="address:port where users with a token open the dashboard in a browser, by TLS (none). Only on managers",
         read=values.listening_addr,
     ),
     Setting(
@@ -117,7 +117,7 @@ SETTINGS = (
     Setting(
         name="image-gc-high",
         former="image-disk-high",
-        help="disk usage in percent at which a cluster node starts to remove unused images, 0 for never (85)",
+        help="disk usage in percent at which a cluster node starts to remove unused images, or 0 for never (85)",
         read=values.percent,
         reloads=True,
     ),
@@ -131,7 +131,7 @@ SETTINGS = (
     Setting(
         name="disk-pressure",
         former="disk-full",
-        help="usage of the data directory's disk in percent at which the node gets no new tasks, 0 for never (95)",
+        help="usage of the data directory's disk in percent at which the node gets no new tasks, or 0 for never (95)",
         read=values.percent,
         reloads=True,
     ),

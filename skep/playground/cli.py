@@ -28,7 +28,7 @@ _DIRECTORY = click.option(
     show_default=True,
     help="Directory of the playground.",
 )
-_NAME = click.option("--name", help=f"Name of the playground.  [default: {names.DEFAULT}]")
+_NAME = click.option("--name", metavar="NAME", help=f"Name of the playground.  [default: {names.DEFAULT}]")
 
 
 def _verb(command: Command) -> Command:
@@ -72,20 +72,28 @@ def playground() -> None:
 
 
 @playground.command()
-@click.option("--managers", default=1, show_default=True, help="How many managers.")
-@click.option("--workers", default=0, show_default=True, help="How many workers.")
+@click.option("--managers", default=1, show_default=True, metavar="N", help="Number of managers.")
+@click.option("--workers", default=0, show_default=True, metavar="N", help="Number of workers.")
 @click.option(
-    "--docker-workers", default=0, show_default=True, help="How many Docker Engines as workers beside them."
+    "--docker-workers",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Number of additional workers that are Docker Engines.",
 )
 @click.option(
-    "--subnets", default=1, show_default=True, help="Spread the nodes over so many routed networks."
+    "--subnets",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Number of routed networks to spread the nodes over.",
 )
 @click.option(
     "--relay/--no-relay",
     default=True,
-    help="Have published ports answer at 127.0.0.1 as well.  [default: relay]",
+    help="Also serve published ports on 127.0.0.1.  [default: relay]",
 )
-@click.option("--tls", is_flag=True, help="Have the managers serve their API by TLS as well, for users.")
+@click.option("--tls", is_flag=True, help="Also serve the managers' API by TLS, for users.")
 @_verb
 def up(
     directory: Path,
@@ -99,9 +107,8 @@ def up(
 ) -> None:
     """Start a playground.
 
-    Its nodes are m1, m2, ... and w1, w2, ..., in one swarm, with a busybox image on each.
-
-    Docker workers are called d1, d2, ...: unmodified Docker Engines of this machine's dockerd.
+    Managers are called m1, m2, ..., workers w1, w2, ... and Docker Engines d1, d2, ... All are in one swarm and have a
+    busybox image. Docker Engines run this machine's dockerd.
 
     \b
     Examples:
@@ -123,9 +130,7 @@ def up(
     click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
     click.echo(f"description: {directory.resolve() / 'cluster.json'}")
     if relay:
-        click.echo(
-            "published TCP and UDP ports answer at 127.0.0.1 of this machine (skep playground ps lists them)"
-        )
+        click.echo("published ports are also served on 127.0.0.1: skep playground ps")
     if relay and tls:
         local = _finish(ground.wait_relayed(PORT))
         click.echo(
@@ -139,14 +144,14 @@ def up(
 def down(directory: Path, name: str | None) -> None:
     """Remove a playground and everything it created.
 
-    Works after a crash and a second time.
+    Also works after a crash.
 
     \b
     Example:
       skep playground down --dir /var/tmp/bees
     """
     something = _finish(_open(directory, name).down())
-    click.echo("down" if something else "there was nothing to remove", err=True)
+    click.echo("removed" if something else "Nothing to remove.", err=True)
 
 
 @playground.command()
@@ -190,9 +195,7 @@ def ps(directory: Path, name: str | None, output: Output) -> None:
 @click.argument("node")
 @_verb
 def kill(directory: Path, name: str | None, node: str) -> None:
-    """Cut a node's power.
-
-    Its daemon, monitors and containers end at once.
+    """Kill all processes of a node, as a power failure does.
 
     \b
     Example:
@@ -207,7 +210,7 @@ def kill(directory: Path, name: str | None, node: str) -> None:
 def start(directory: Path, name: str | None, node: str) -> None:
     """Restart a killed node with its disk unchanged.
 
-    Returns when its API responds.
+    Waits until its API responds.
 
     \b
     Example:
@@ -219,13 +222,13 @@ def start(directory: Path, name: str | None, node: str) -> None:
 @playground.command()
 @click.argument("node")
 @click.option(
-    "--only", type=click.Choice(["in", "out"]), help="Lose packets to (in) or from (out) NODE only."
+    "--only", type=click.Choice(["in", "out"]), help="Drop only packets to NODE (in) or from NODE (out)."
 )
 @_verb
 def cut(directory: Path, name: str | None, node: str, only: Way | None) -> None:
     """Disconnect a node from the network.
 
-    NODE keeps running. With --only, drop the packets of one direction.
+    The node keeps running. To undo this, run skep playground reconnect NODE.
 
     \b
     Examples:
@@ -254,7 +257,7 @@ def reconnect(directory: Path, name: str | None, node: str) -> None:
 def pause(directory: Path, name: str | None, node: str) -> None:
     """Pause every process of a node.
 
-    SIGSTOP makes NODE behave like a machine that hangs.
+    The node behaves like a machine that hangs. To undo this, run skep playground resume NODE.
 
     \b
     Example:
@@ -285,12 +288,12 @@ def resume(directory: Path, name: str | None, node: str) -> None:
 def execute(directory: Path, name: str | None, node: str, command: Sequence[str]) -> None:
     """Run a command on a node of the playground.
 
-    It runs in the node's network and mounts, under its host name.
+    The command sees the network, mounts and host name of the node.
 
     \b
     Examples:
       skep playground exec m1 -- ip route
-      skep playground exec m1                # a shell
+      skep playground exec m1
     """
     words = [word for index, word in enumerate(command) if index or word != "--"]
     try:
@@ -303,10 +306,12 @@ def execute(directory: Path, name: str | None, node: str, command: Sequence[str]
 @playground.command()
 @click.argument("role", type=click.Choice(["manager", "worker"]))
 @click.argument("node", required=False)
-@click.option("--docker", "is_docker", is_flag=True, help="A Docker Engine instead of a skep node.")
+@click.option("--docker", "is_docker", is_flag=True, help="Add a Docker Engine instead of a Skep node.")
 @_verb
 def add(directory: Path, name: str | None, role: names.Role, node: str | None, is_docker: bool) -> None:
-    """Add a machine to the playground's network.  It is in no swarm yet.
+    """Add a machine to the playground's network.
+
+    The machine does not join the swarm.
 
     \b
     Examples:
@@ -354,7 +359,7 @@ def load(directory: Path, name: str | None, archive: Path) -> None:
 def show(directory: Path, name: str | None) -> None:
     """Start a playground with a demo service.
 
-    Prints the next commands to try.
+    Prints commands to try next.
 
     \b
     Example:

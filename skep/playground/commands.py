@@ -19,7 +19,9 @@ def find(command: str) -> str:
     """Return the path of a command, also in /usr/sbin.  Raises: FailedPrecondition: it is not installed."""
     if path := shutil.which(command, path=_PATH):
         return path
-    raise FailedPrecondition(f"the command {command} is missing: run `make setup`, or install its package")
+    raise FailedPrecondition(
+        f"The command {command} is not installed. Run make setup, or install its package."
+    )
 
 
 async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
@@ -38,7 +40,7 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
     try:
         output, errors = await communicate(process, deadline_s, stdin)
     except TimeoutError as error:
-        raise Unavailable(f"not done after {deadline_s:g} s: {' '.join(argv)}") from error
+        raise Unavailable(f"did not finish within {deadline_s:g} s: {' '.join(argv)}") from error
     if process.returncode:
         message = errors.decode(errors="replace").strip()
         raise FailedPrecondition(f"{' '.join(argv)}: {message or f'exit code {process.returncode}'}")

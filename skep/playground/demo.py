@@ -41,15 +41,15 @@ async def demo(playground: Playground) -> None:
         cluster = await _build(playground)
     elif not all(node.is_up(known) for known in cluster.nodes):
         raise FailedPrecondition(
-            "the demo was left half-way, or a node of it is down: run `make demo-down` first"
+            "The demo is incomplete, or one of its nodes is down. Run make demo-down first."
         )
     await _show(cluster, playground)
 
 
 async def _build(playground: Playground) -> Cluster:
-    click.secho("1. a cluster: one manager, two workers, each in namespaces of its own", bold=True)
+    click.secho("1. Start a cluster of one manager and two workers", bold=True)
     cluster = await playground.up(managers=1, workers=WORKERS)
-    click.secho("2. an image: nginx out of the distribution's packages, no registry needed", bold=True)
+    click.secho("2. Build an nginx image from the distribution's packages", bold=True)
     archive = playground.images / "nginx.tar"
     built = await nginx.nginx_archive()
     archive.write_bytes(built.data)
@@ -57,7 +57,7 @@ async def _build(playground: Playground) -> Cluster:
     command = ["service", "create", "--name", SERVICE, "--replicas", str(REPLICAS)]
     command += ["--publish", f"published={free_port(_is_free)},target=80"]
     command += ["--publish", "mode=host,target=80", "--no-resolve-image", nginx.TAG]
-    click.secho(f"3. a service: docker {' '.join(command)}", bold=True)
+    click.secho(f"3. Create a service: docker {' '.join(command)}", bold=True)
     await _docker(cluster.nodes[0].endpoint, *command)
     return cluster
 
@@ -68,19 +68,20 @@ async def _show(cluster: Cluster, playground: Playground) -> None:
     await _docker(first.endpoint, "service", "ps", SERVICE)
     port = await _mesh_port(cluster)
     address = f"127.0.0.1:{await playground.wait_relayed(port)}"
-    click.echo(f"\nhttp://{address} answers, in a browser too: {await asyncio.to_thread(_get, address)}")
+    click.echo(f"\nhttp://{address} responds: {await asyncio.to_thread(_get, address)}")
     click.echo(
-        f"Every node answers on port {port} for all replicas (the routing mesh).  Each replica has a port of its own "
-        "on its node as well.\n"
+        f"Port {port} of every node leads to all replicas (the routing mesh). Each replica also has its own port on "
+        "its "
+        "node.\n"
     )
-    click.secho("Try next:", bold=True)
+    click.secho("Try these commands:", bold=True)
     if not shutil.which("docker"):
         click.echo(f"  export PATH={Path(sys.prefix) / 'bin'}:$PATH")
     click.echo(f"  export DOCKER_HOST={first.endpoint}")
-    click.echo(f"  docker service scale {SERVICE}=9                # more of them")
-    click.echo("  docker kill $(docker ps -q | head -n 1)   # break one of this node's, it is replaced:")
+    click.echo(f"  docker service scale {SERVICE}=9                # run more replicas")
+    click.echo("  docker kill $(docker ps -q | head -n 1)   # kill a container: Skep replaces it")
     click.echo(f"  docker service ps {SERVICE}")
-    click.echo("\nmake demo-down removes everything.")
+    click.echo("\nRun make demo-down to remove everything.")
 
 
 async def _docker(endpoint: str, *words: str) -> None:
@@ -94,7 +95,7 @@ async def _docker(endpoint: str, *words: str) -> None:
     try:
         await communicate(process, _CREATE_WITHIN_S)
     except TimeoutError as error:
-        raise Unavailable(f"docker {' '.join(words)}: not done after {_CREATE_WITHIN_S} s") from error
+        raise Unavailable(f"docker {' '.join(words)}: did not finish within {_CREATE_WITHIN_S} s") from error
     if process.returncode:
         raise FailedPrecondition(f"docker {' '.join(words)} failed with exit code {process.returncode}")
 
@@ -115,7 +116,8 @@ def free_port(is_free: Callable[[int], bool]) -> int:
         if is_free(port):
             return port
     raise FailedPrecondition(
-        f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} of this machine are taken: free one, and run it again"
+        f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} of this machine are in use. Free one of them and "
+        "rerun the command."
     )
 
 
@@ -137,6 +139,6 @@ def _get(address: str) -> str:
         connection.request("GET", "/")
         return connection.getresponse().read().decode(errors="replace").strip()
     except (OSError, HTTPException) as error:
-        raise Unavailable(f"http://{address} does not answer: {reason_of(error)}") from error
+        raise Unavailable(f"http://{address} does not respond: {reason_of(error)}") from error
     finally:
         connection.close()

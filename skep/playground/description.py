@@ -64,7 +64,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             if node.name == name:
                 return node
         names = " ".join(node.name for node in self.nodes) or "none"
-        raise NotFound(f"no node {name} in the playground {self.name} (there are: {names})")
+        raise NotFound(f"The playground {self.name} has no node {name}. Choose one of {names}.")
 
     def with_node(self, node: Node) -> "Cluster":
         """Return the cluster with ``node`` replacing the one with its name, or appended."""
@@ -91,14 +91,14 @@ class DescriptionFile:
             return None
         except msgspec.DecodeError as error:
             raise FailedPrecondition(
-                f"{self.path} is damaged ({error}): remove it, then run `skep playground down` with its --name"
+                f"{self.path} is damaged ({error}). Remove it, then run skep playground down with --name."
             ) from error
 
     def require(self) -> Cluster:
         """Return the description.  Raises: NotFound."""
         if (cluster := self.read()) is None:
             raise NotFound(
-                f"no playground in {self.directory}: start one with `skep playground up --dir {self.directory}`"
+                f"No playground in {self.directory}. Start one with skep playground up --dir {self.directory}."
             )
         return cluster
 

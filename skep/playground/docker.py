@@ -9,8 +9,8 @@ from skep.playground.description import Node
 SOCKET = "docker.sock"
 CONFIGURATION = "daemon.json"
 NO_IPVS = (
-    "note: this kernel has no IPVS, with which Docker Engines balance load: on docker nodes no virtual address and no "
-    "port of the routing mesh answers here.  Use --endpoint-mode dnsrr or tasks.<service>, and --publish mode=host"
+    "note: This kernel has no IPVS, so virtual addresses and the routing mesh do not work on Docker Engines. Use "
+    "--endpoint-mode dnsrr and --publish mode=host."
 )
 _MODULES = Path("/lib/modules")
 

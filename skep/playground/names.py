@@ -34,7 +34,7 @@ def check_name(name: str) -> str:
     """Return ``name`` if it is valid for a playground or a node.  Raises: InvalidArgument."""
     if not _WORD.fullmatch(name) or name == SWITCH:
         raise InvalidArgument(
-            f"{name!r} cannot be a name here: a letter, then at most 15 letters and digits, all lower case"
+            f"{name!r} is not a valid name. Use up to 16 lower-case letters and digits, starting with a letter."
         )
     return name
 
@@ -102,7 +102,7 @@ def free_address(taken: Iterable[str], subnets: int) -> Address:
         address = Address(subnet=index % subnets, host=_FIRST_HOST + index // subnets)
         if address.ip not in used:
             return address
-    raise FailedPrecondition("the playground's networks are full")
+    raise FailedPrecondition("The playground's networks are full. Use more --subnets.")
 
 
 def free_name(role: Role, taken: Iterable[str], engine: Engine = "skep") -> str:

@@ -71,9 +71,9 @@ class Holder:
 
     async def _answers(self) -> bool:
         if self._process.poll() is not None:
-            raise Unavailable(f"{self.node.name} ended at once")
+            raise Unavailable(f"{self.node.name} stopped right after its start")
         if _ends(self._home) >= _ENDS_MAX:
-            raise Unavailable(f"the daemon of {self.node.name} ends again and again")
+            raise Unavailable(f"the daemon of {self.node.name} keeps stopping")
         return await engine.is_up(self.node.endpoint)
 
 

@@ -53,7 +53,8 @@ class Playground:
         cluster = self._file.require()
         if self._wanted_name not in (None, cluster.name):
             raise NotFound(
-                f"the playground in {self._directory} is called {cluster.name}, not {self._wanted_name}"
+                f"the playground in {self._directory} is called {cluster.name}, not {self._wanted_name}. Use --name "
+                f"{cluster.name}, or another --dir."
             )
         return cluster
 
@@ -82,7 +83,7 @@ class Playground:
         everything created stays for inspection until ``down``.
         """
         if min(workers, docker_workers) < 0:
-            raise InvalidArgument("a playground has no negative number of workers")
+            raise InvalidArgument("The number of workers cannot be negative.")
         if docker_workers:
             find("dockerd")
         manager: names.Role = "manager"
@@ -153,7 +154,7 @@ class Playground:
             cluster = self.cluster()
             name = names.check_name(name) if name else names.free_name(role, _names(cluster), kind)
             if name in _names(cluster):
-                raise AlreadyExists(f"there is a node {name} already")
+                raise AlreadyExists(f"The node {name} already exists. Choose another name.")
             new = self._next(cluster, name, role, kind)
             self._file.write(cluster.with_node(new))
         return await self._make(new)
@@ -252,19 +253,19 @@ class Playground:
     async def _describe(self, managers: int, subnets: int) -> Cluster:
         """Refuse settings that cannot work, then record the intent, so that ``down`` finds the name."""
         if os.geteuid() != 0:
-            raise FailedPrecondition("a playground makes namespaces and cgroups: run it as root")
+            raise FailedPrecondition("A playground needs namespaces and cgroups. Run the command as root.")
         if managers < 1:
-            raise InvalidArgument("a playground has at least one manager")
+            raise InvalidArgument("A playground needs at least one manager.")
         if not 1 <= subnets <= names.SUBNETS_MAX:
-            raise InvalidArgument(f"--subnets is between 1 and {names.SUBNETS_MAX}")
+            raise InvalidArgument(f"Use 1 to {names.SUBNETS_MAX} --subnets.")
         name = names.check_name(self._wanted_name or names.DEFAULT)
         await _check_directory(self._directory)
         if self._file.read() is not None:
             raise AlreadyExists(
-                f"a playground is described in {self._directory} already: run its `down` first"
+                f"{self._directory} already has a playground. Run skep playground down --dir {self._directory} first."
             )
         if underlay.namespaces(name):
-            raise AlreadyExists(f"a playground called {name} is up: choose another --name")
+            raise AlreadyExists(f"A playground called {name} is running. Choose another --name.")
         made = not self._directory.exists()
         self._directory.mkdir(parents=True, exist_ok=True)
         cluster = Cluster(
@@ -302,7 +303,7 @@ class Playground:
         first, *others = cluster.nodes
         async with Client.at(first.endpoint) as manager:
             await manager.post("/swarm/init", {"ListenAddr": _LISTEN, "AdvertiseAddr": first.addr})
-            self._progress(f"{first.name} leads a swarm")
+            self._progress(f"{first.name} created a swarm")
             tokens = (await manager.get("/swarm"))["JoinTokens"]
             await together(*(_join(other, first, tokens[other.role.capitalize()]) for other in others))
 
@@ -348,18 +349,20 @@ async def _check_directory(directory: Path) -> None:
     """
     if any(character in str(directory) for character in ' :,"\\\n'):
         raise InvalidArgument(
-            f"{directory}: blanks, colons, commas and quotes cannot be part of overlay mounts"
+            f"{directory}: The path of an overlay mount cannot contain blanks, colons, commas or quotes. Choose "
+            "another directory."
         )
     if len(str(directory / "x" / "skep.sock")) + _NAME_BYTES_MAX > SOCKET_PATH_BYTES_MAX:
         raise InvalidArgument(
-            f"{directory} is too long: the path of a socket has {SOCKET_PATH_BYTES_MAX} bytes"
+            f"{directory} is too long, because paths of sockets have at most {SOCKET_PATH_BYTES_MAX} bytes. Choose "
+            "another directory."
         )
     if directory.is_relative_to("/run"):
-        raise InvalidArgument(f"{directory}: every node has a /run of its own, choose a directory elsewhere")
+        raise InvalidArgument(f"{directory}: Every node has its own /run. Choose another directory.")
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     kind = (await run("stat", "--file-system", "--format=%T", str(existing))).decode().strip()
     if kind == "overlayfs":
         raise FailedPrecondition(
-            f"{directory} lies on an overlay file system, on which no other can be mounted: "
-            "name a directory on a disk, a volume or a tmpfs with --dir"
+            f"{directory} is on an overlay file system, which cannot hold another one. "
+            "Choose a directory on a disk, a volume or a tmpfs with --dir."
         )

@@ -74,7 +74,7 @@ async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], No
     except NotFound:  # an earlier version
         return plan
     except (SkepError, msgspec.ValidationError) as error:
-        warn(f"the cluster does not say where services would run: {error}")
+        warn(f"the placement of the services is unknown: {error}")
         return plan
     return replace(plan, placements={one.name: one for one in placements})
 
@@ -144,13 +144,13 @@ def _unpinned(failed: Mapping[str, str]) -> str:
     if not others:
         return (
             f"image {first} could not be accessed on a registry to record its digest ({error}): "
-            "nodes take the version that they find"
+            "each node uses the version that it finds"
         )
     names = [first, *(name for name, _ in others)]
     more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
     return (
         f"images {', '.join(names[:_NAMED_MAX])}{more} could not be accessed on a registry to record their digests "
-        f"({first}: {error}): nodes take the versions that they find"
+        f"({first}: {error}): each node uses the versions that it finds"
     )
 
 
@@ -199,7 +199,7 @@ async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str]
         place, path = places.get((one["Kind"], one["Name"]), (Place(stack.name, 1, 1), one["Name"]))
         text = one["Error"]
         if one["Kind"] == "service" and text.endswith("already exists"):
-            text = f"service {one['Name']} exists and is not of the stack {stack.name}: remove or rename it"
+            text = f"service {one['Name']} exists outside of the stack {stack.name}. Remove or rename it."
         problems.append(Problem(place, path, text))
     if problems:
         raise Problems(problems)

@@ -87,7 +87,7 @@ class Volumes:
         Source: docker/cli, cli/compose/convert/volume.go (handleClusterToMount).
         """
         if not source:
-            raise ValueError("it has no source: want a volume, or group:NAME")
+            raise ValueError("it has no source: expected a volume, or group:NAME")
         if not source.startswith("group:"):
             source = self._named(source)[0]
         options = ClusterOptions()
@@ -213,7 +213,7 @@ def hosts_of(service: Reader) -> tuple[str, ...]:
     for text in service.texts("extra_hosts"):
         name, separator, address = text.partition("=" if "=" in text else ":")
         if not (separator and name and address):
-            service.problem("extra_hosts", f"want NAME=ADDRESS, not {text!r}")
+            service.problem("extra_hosts", f"expected NAME=ADDRESS, not {text!r}")
         made.append(f"{address.strip('[]')} {name}")
     return tuple(made)
 
@@ -281,14 +281,16 @@ def _tmpfs(service: Reader, text: str) -> TmpfsOptions | None:
 
 def _short_mount(node: Node, volumes: Volumes) -> Mount:
     if not isinstance(node.value, str):
-        raise ValueError(f"want SOURCE:TARGET, or a mapping with type, source and target, not {node.kind}")
+        raise ValueError(
+            f"expected SOURCE:TARGET, or a mapping with type, source and target, not {node.kind}"
+        )
     parts = node.text.split(":")
     if len(parts) > 3 or not all(parts):
-        raise ValueError(f"want SOURCE:TARGET[:OPTIONS], not {node.text!r}")
+        raise ValueError(f"expected SOURCE:TARGET[:OPTIONS], not {node.text!r}")
     source, target, modes = ("", parts[0], "") if len(parts) == 1 else (*parts, "")[:3]
     words = modes.split(",") if modes else []
     if unknown := [word for word in words if word not in _MODES]:
-        raise ValueError(f"the option {unknown[0]!r} is not known: want some of {', '.join(_MODES)}")
+        raise ValueError(f"the option {unknown[0]!r} is unknown: expected some of {', '.join(_MODES)}")
     if not target.startswith("/"):
         raise ValueError(f"the target {target!r} is not an absolute path in the container")
     read_only = "ro" in words

@@ -34,7 +34,8 @@ def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes
         from skep.gotemplate import quoted  # an import that costs more than the conversion of most files
 
         top.problem(
-            "name", f"invalid stack name {quoted(name)}: want letters, digits, dots, dashes and underscores"
+            "name",
+            f"invalid stack name {quoted(name)}: expected letters, digits, dots, dashes and underscores",
         )
     top.skip("version", "name", "include")
     top.refuse("models", "language models are not served by a cluster: run the model as a service")
@@ -299,7 +300,7 @@ def _file(one: Reader, key: str, name: str, given: str, stack: str, content: byt
     if len(sources) != 1 and one.node("driver") is None:
         one.problem(
             sources[-1] if sources else "file",
-            f"want one of file, content and environment, not {' and '.join(sources) or 'none'}",
+            f"expected one of file, content and environment, not {' and '.join(sources) or 'none'}",
         )
     text = one.text("content")
     content = text.encode() if "content" in sources else content

@@ -84,7 +84,7 @@ def restart_of(service: Reader, deploy: Reader) -> RestartPolicy | None:
         or (count and not (count.isascii() and count.isdigit()))
     ):
         service.problem(
-            "restart", f"{word!r} is not known: want no, always, unless-stopped, on-failure or on-failure:N"
+            "restart", f"{word!r} is unknown: expected no, always, unless-stopped, on-failure or on-failure:N"
         )
         return None
     if policy is not None:
@@ -187,7 +187,7 @@ def _generic(reserved: Reader | None) -> tuple[GenericResource, ...]:
         one = Reader(node, path, reserved.report)
         discrete = one.reader("discrete_resource_spec")
         if discrete is None:
-            one.problem("discrete_resource_spec", "it is missing: want kind and value")
+            one.problem("discrete_resource_spec", "it is missing: expected kind and value")
             continue
         kind, value = discrete.text("kind"), discrete.integer("value")
         made.append(GenericResource(discrete_resource_spec=DiscreteResource(kind=kind, value=value or 0)))

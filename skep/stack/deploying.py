@@ -73,7 +73,7 @@ Show = Callable[[str, str], None]
 """Called with the name of an object and a progress text."""
 
 
-class Made(msgspec.Struct):
+class CreatedObjects(msgspec.Struct):
     """The objects that a deploy has created so far.  Its undo removes these and nothing else."""
 
     services: list[Service] = []
@@ -98,14 +98,14 @@ class Deployment:
         plan: Plan,
         show: Show,
         logins: Mapping[str, str] = NO_LOGINS,
-        made: Made | None = None,
+        created: CreatedObjects | None = None,
     ) -> None:
         """
         Args:
             logins: ``X-Registry-Auth`` by the names of images as the files have them.
-            made: filled with the objects that the deploy creates.
+            created: filled with the objects that the deploy creates.
         """
-        self._made = made if made is not None else Made()
+        self._created = created if created is not None else CreatedObjects()
         self._client = client
         self._logins = logins
         self._stack = stack
@@ -132,7 +132,7 @@ class Deployment:
         try:
             await self._apply(wait_s, failures_max)
         except asyncio.CancelledError:
-            self._show("interrupted", f"{await self._state()}; rerun the command to complete it")
+            self._show("interrupted", f"{await self._state()}. Rerun the command to complete the deploy.")
             raise
 
     async def _apply(self, wait_s: float | None, failures_max: int) -> None:
@@ -165,7 +165,7 @@ class Deployment:
                 if one not in first:
                     await self._remove(one)
         except SkepError as error:
-            if self._made.claim is None or not await self._made.claim.follow():
+            if self._created.claim is None or not await self._created.claim.follow():
                 raise
             self._show(self._stack.name, f"another deploy has the same content ({error})")
 
@@ -257,7 +257,7 @@ class Deployment:
                 except AlreadyExists:  # a concurrent deploy created it
                     return
             if found:
-                self._made.files.append((kind, name, str(found.get("ID") or found.get("Id"))))
+                self._created.files.append((kind, name, str(found.get("ID") or found.get("Id"))))
             self._show(name, f"{kind} created")
 
         await all_of(create(name, body) for name, body in bodies.items())
@@ -305,7 +305,7 @@ class Deployment:
             results, done = [{}] * len(changes), [False] * len(changes)
         for change, is_done, result in zip(changes, done, results, strict=True):
             if is_done and change.action is Action.CREATE:
-                self._created(change, result)
+                self._note_created(change, result)
             elif is_done:
                 self._show(change.name, "updated")
             for warning in result.get("Warnings") or ():
@@ -314,10 +314,10 @@ class Deployment:
             self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
         )
 
-    def _created(self, change: Change, response: Mapping[str, Any]) -> None:
+    def _note_created(self, change: Change, response: Mapping[str, Any]) -> None:
         assert change.spec is not None
         if response.get("ID"):
-            self._made.services.append(Service(id=response["ID"], spec=change.spec))
+            self._created.services.append(Service(id=response["ID"], spec=change.spec))
         self._show(change.name, "created")
 
     def _wanted(self, change: Change) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class Deployment:
     def _headers(self, change: Change | None = None) -> dict[str, str]:
         """Return the headers of a request that changes several services, or only the service of ``change``."""
         made = registry_auth(self._login(change)) if change is not None else {}
-        return made | dict(self._made.claim.headers) if self._made.claim is not None else made
+        return made | dict(self._created.claim.headers) if self._created.claim is not None else made
 
     def _login(self, change: Change) -> str:
         assert change.spec is not None
@@ -360,7 +360,7 @@ class Deployment:
 
     def _id(self, kind: str, name: str) -> Any:
         if (kind, name) not in self._ids:
-            raise NotFound(f"{kind} {name} was removed meanwhile: deploy again")
+            raise NotFound(f"{kind} {name} was removed meanwhile. Deploy again.")
         return self._ids[kind, name]
 
     async def _create_service(self, change: Change) -> None:
@@ -373,7 +373,7 @@ class Deployment:
         except AlreadyExists:
             await self._update_service(change)
             return
-        self._created(change, found or {})
+        self._note_created(change, found or {})
 
     async def _update_service(self, change: Change) -> None:
         wanted = change.spec
@@ -386,7 +386,7 @@ class Deployment:
             present = with_network_names(found, names).spec
             if present.labels.get(NAMESPACE) != self._stack.name:
                 raise AlreadyExists(
-                    f"service {change.name} exists and is not of the stack {self._stack.name}: remove or rename it"
+                    f"service {change.name} exists outside of the stack {self._stack.name}. Remove or rename it."
                 )
             spec = _now_wanted(change, wanted, present)
             # An earlier request without a response may have been applied.  Applied twice, a job would run twice, and
@@ -412,8 +412,8 @@ class Deployment:
 
     async def _wait(self, changes: Sequence[Change]) -> None:
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            if self._made.claim is not None:
-                await self._made.claim.follow()
+            if self._created.claim is not None:
+                await self._created.claim.follow()
             looks = await self._looks()
             return await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
 
@@ -442,7 +442,7 @@ class Deployment:
             async with asyncio.timeout(_LAST_WORDS_S):
                 texts = await self.find_unfinished()
         except (SkepError, OSError, TimeoutError) as error:
-            return f"its state is not known ({reason_of(error)})"
+            return f"the state of the deploy is unknown ({reason_of(error)})"
         named = "; ".join(f"{name}: {text}" for name, text in texts.items())
         return named or "all services run with their new spec"
 
@@ -478,8 +478,8 @@ async def remove_unchanged(
             (found,) = services_of([await client.get(f"/services/{change.id}", timeout_s=RESPONSE_TIMEOUT_S)])
             if not is_still(change.before, with_network_names(found, names).spec):
                 raise FailedPrecondition(
-                    f"service {change.name} was changed by someone else and was not removed.  "
-                    "Plan again: skep stack plan"
+                    f"service {change.name} was changed by someone else and was not removed. "
+                    "Run skep stack plan again."
                 )
             query = {"version": str(found.version.index)}
             path = f"/services/{change.id}"

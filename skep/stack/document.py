@@ -289,7 +289,7 @@ class _Builder:
         if tag is None or tag.startswith("tag:yaml.org,2002:") or tag == "!":
             return ""
         if tag not in TAGS:
-            self._refuse(place, f"the tag {tag} is not known: a stack has {' and '.join(TAGS)}")
+            self._refuse(place, f"the tag {tag} is unknown: a stack has {' and '.join(TAGS)}")
         return tag
 
     def _alias(self, event: Any, place: Place) -> None:

@@ -37,7 +37,9 @@ def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> d
             continue
         match = _NAME.match(line)
         if match is None:
-            raise ValueError(f"line {first}: want NAME=VALUE")  # without the line, which may have a secret
+            raise ValueError(
+                f"line {first}: expected NAME=VALUE"
+            )  # without the line, which may have a secret
         name, rest = match[1], line[match.end() :].strip()
         if not match[2]:
             if name in variables:

@@ -89,7 +89,7 @@ class Substitution:
             if rest.startswith(operator):
                 return self._operated(name, operator, rest[len(operator) :], depth)
         raise ValueError(
-            f"${{{name} is followed by {rest[:1]!r}: want one of {' '.join(_OPERATORS)} or a closing brace"
+            f"${{{name} is followed by {rest[:1]!r}: expected one of {' '.join(_OPERATORS)} or a closing brace"
         )
 
     def _value(self, name: str) -> str:

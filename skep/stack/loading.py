@@ -75,7 +75,7 @@ class Files:
         except OSError as error:
             raise InvalidArgument(f"{path} cannot be read: {reason_of(error)}") from error
         except ValueError as error:  # a zero byte
-            raise InvalidArgument(f"{str(path)!r} is no path: {error}") from error
+            raise InvalidArgument(f"{str(path)!r} is not a path: {error}") from error
 
 
 def load(paths: Sequence[Path | str], choices: Choices, files: Files, report: Report) -> Loaded:

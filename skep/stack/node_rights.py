@@ -14,7 +14,7 @@ def rights_labels(service: Reader, deploy: Reader) -> dict[str, str]:
         if text == "host":
             made[f"skep.{key}"] = text
         elif text and not (key == "ipc" and text in ("private", "shareable")):
-            service.problem(key, f"{text!r} is not supported for services of a cluster: want host")
+            service.problem(key, f"{text!r} is not supported for services of a cluster: expected host")
     for key, label in (("shm_size", "skep.shm-size"), ("memswap_limit", "skep.memory-swap")):
         if (size := service.size(key)) is not None:
             made[label] = str(size)
@@ -66,7 +66,7 @@ def _gpus(request: Reader) -> str:
     request.refuse("options", "options of a driver of GPUs are not supported")
     if capabilities and "gpu" not in capabilities:
         request.problem(
-            "capabilities", f"want gpu: there is nothing to reserve for {', '.join(capabilities)}"
+            "capabilities", f"expected gpu: there is nothing to reserve for {', '.join(capabilities)}"
         )
     request.close()
     return f"device={','.join(ids)}" if ids else count or "all"

@@ -45,7 +45,7 @@ class Reader:
         self._read: dict[str, None] = {}
         entries = node.entries
         if entries is None and node.value is not None:
-            self._problem(node.place, path, f"want a mapping, not {node.kind}")
+            self._problem(node.place, path, f"expected a mapping, not {node.kind}")
         self._entries = entries or {}
 
     def __contains__(self, key: str) -> bool:
@@ -106,10 +106,10 @@ class Reader:
         if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,19}", value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            self.problem(key, f"want a whole number, not {found.kind}")
+            self.problem(key, f"expected a whole number, not {found.kind}")
             return None
         if not least <= value <= most:
-            self.problem(key, f"{value} is out of range: want {least} to {most}")
+            self.problem(key, f"{value} is out of range: expected {least} to {most}")
             return None
         return value
 
@@ -133,7 +133,7 @@ class Reader:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}", value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
-            self.problem(key, f"want a number, not {found.kind}")
+            self.problem(key, f"expected a number, not {found.kind}")
             return None
         return float(value)
 
@@ -156,7 +156,7 @@ class Reader:
         }
         if isinstance(found.value, str) and found.value.lower() in known:
             return known[found.value.lower()]
-        self.problem(key, f"want true or false, not {found.kind}")
+        self.problem(key, f"expected true or false, not {found.kind}")
         return None
 
     def duration(self, key: str) -> int | None:
@@ -167,7 +167,7 @@ class Reader:
         text = f"{found.text}s" if isinstance(found.value, int | float) and found.text != "0" else found.text
         value = _duration(text) if isinstance(found.value, str | int | float) else None
         if value is None or not 0 <= value < 2**63:
-            self.problem(key, f"want a duration like 10s or 1m30s, not {found.kind}")
+            self.problem(key, f"expected a duration like 10s or 1m30s, not {found.kind}")
             return None
         return value
 
@@ -182,7 +182,7 @@ class Reader:
             return -1
         match = _SIZE.fullmatch(node.text) if isinstance(node.value, str | int | float) else None
         if match is None:
-            self._problem(node.place, path, f"want a size like 64m or 1g, not {node.kind}")
+            self._problem(node.place, path, f"expected a size like 64m or 1g, not {node.kind}")
             return None
         whole = (
             round(float(match[1]) * _FACTORS[match[2].lower()])
@@ -198,7 +198,7 @@ class Reader:
         """Return one of the ``known`` words, or an empty text without the key."""
         text = self.text(key)
         if text and text not in known:
-            self.problem(key, f"{text!r} is not known: want {_either(known)}{meant_by(text, known)}")
+            self.problem(key, f"{text!r} is unknown: expected {_either(known)}{meant_by(text, known)}")
             return ""
         return text
 
@@ -255,7 +255,7 @@ class Reader:
         if found is None:
             return []
         if found.items is None:
-            self.problem(key, f"want a list, not {found.kind}")
+            self.problem(key, f"expected a list, not {found.kind}")
             return []
         return [(one, f"{self.at(key)}[{at}]") for at, one in enumerate(found.items)]
 
@@ -267,7 +267,7 @@ class Reader:
         if found.entries is not None:
             return dict(found.entries)
         if found.items is None:
-            self.problem(key, f"want a mapping or a list of names, not {found.kind}")
+            self.problem(key, f"expected a mapping or a list of names, not {found.kind}")
             return {}
         return {
             self._text(one, f"{self.at(key)}[{at}]"): Node(None, one.place)
@@ -294,13 +294,13 @@ class Reader:
                 continue
             place = self._node.keys.get(name, self.place)
             hint = (hints or {}).get(name, "") or meant_by(name, tuple(self._read))
-            self._problem(place, self.at(name), f"this key is not known{hint}")
+            self._problem(place, self.at(name), f"unknown key{hint}")
 
     def _text(self, node: Node, path: str) -> str:
         if isinstance(node.value, str):
             return node.value
         if node.value is None or node.entries is not None or node.items is not None:
-            self._problem(node.place, path, f"want a text, not {node.kind}")
+            self._problem(node.place, path, f"expected a text, not {node.kind}")
             return ""
         return node.text
 

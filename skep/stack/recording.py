@@ -30,7 +30,7 @@ from skep.stack.cluster_state import (
     existing_of,
     known_revisions,
 )
-from skep.stack.deploying import Deployment, Made, Show
+from skep.stack.deploying import CreatedObjects, Deployment, Show
 from skep.stack.planning import Action, Plan, plan_of, planned_again
 from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import Stack
@@ -62,7 +62,7 @@ async def carry_out(
     wait_s: float | None,
     warn: Callable[[str], None],
     logins: Mapping[str, str] = NO_LOGINS,
-    made: Made | None = None,
+    created: CreatedObjects | None = None,
     *,
     failures_max: int = FAILURES_MAX,
 ) -> None:
@@ -73,20 +73,20 @@ async def carry_out(
     last deployed revision with these services changed.  It is refused while another deploy of the stack runs, because
     it would replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
 
-    ``made`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
+    ``created`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
     Raises: Problems: the managers would refuse the plan; Unavailable: objects of another failed deploy are being
         removed; SkepError: as ``Deployment.apply``, and the revision then has the reason of the failure.
     """
-    made = made if made is not None else Made()
+    created = created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, stack.name)
-    made.known = frozenset(one.id for one in revisions)
+    created.known = frozenset(one.id for one in revisions)
     whole = _whole(stack, plan, revisions)
     asked = asked_for(whole or stack, plan)
     if not plan.effective and (
         plan.only or not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
     ):
-        await Deployment(client, stack, plan, show, logins, made).apply(wait_s, failures_max)
+        await Deployment(client, stack, plan, show, logins, created).apply(wait_s, failures_max)
         for last in () if plan.only else revisions[-1:]:
             await _complete(client, last, warn)
         return
@@ -94,18 +94,18 @@ async def carry_out(
     if whole is not None:
         newest = revisions[-1].number if revisions else 0
         after = newest if plan.only else None
-        made.revision = await _record(client, whole, plan, warn, after=after)
-    if made.revision:
-        made.claim = Claim(client, asked, made.revision)
+        created.revision = await _record(client, whole, plan, warn, after=after)
+    if created.revision:
+        created.claim = Claim(client, asked, created.revision)
     try:
         await _check_no_undo(client, stack.name)
-        if made.revision:
+        if created.revision:
             plan = await _planned_now(client, stack, plan, show)
-        deployment = Deployment(client, stack, plan, show, logins, made)
+        deployment = Deployment(client, stack, plan, show, logins, created)
         await deployment.apply(wait_s, failures_max)
-        await _end(client, made, None, warn)
+        await _end(client, created, None, warn)
     except BaseException as error:
-        await _end(client, made, error, warn)
+        await _end(client, created, error, warn)
         raise
     kept = await _forget_surplus(client, stack.name)
     if wait_s is not None:
@@ -147,8 +147,8 @@ def _check_after(last: Revision, number: int) -> None:
     """
     if last.number != number or last.state == DEPLOYING:
         raise FailedPrecondition(
-            f"another deploy of {last.of} is under way (revision {last.number}), and --only would replace it without "
-            "completing it: rerun this command when it has ended, or deploy without --only"
+            f"another deploy of {last.of} is running (revision {last.number}), and --only would replace it unfinished. "
+            "Rerun the command when it has ended, or deploy without --only."
         )
 
 
@@ -157,23 +157,23 @@ async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -
     existing = await existing_of(client, stack.name, config_names(stack))
     found = planned_again(stack, plan, existing)
     if [(one.action, one.name) for one in found.changes] != [(one.action, one.name) for one in plan.changes]:
-        show(stack.name, f"changed since the plan, which is now: {summary(found)}")
+        show(stack.name, f"the cluster has changed since the plan, which is now: {summary(found)}")
     return replace(found, is_new=plan.is_new and found.is_new, former=plan.former | found.former)
 
 
 async def _end(
-    client: Requests, made: Made, error: BaseException | None, warn: Callable[[str], None]
+    client: Requests, created: CreatedObjects, error: BaseException | None, warn: Callable[[str], None]
 ) -> None:
     """Record the result of a deploy.  A replaced deploy stays marked as replaced.
 
     Raises: Replaced: a newer deploy of other content has replaced it.
     """
-    if not made.revision:
+    if not created.revision:
         return
-    found = await _set_state(client, made.revision, state_after(error), warn, unless=(REPLACED,))
+    found = await _set_state(client, created.revision, state_after(error), warn, unless=(REPLACED,))
     is_known = isinstance(error, Replaced) or not isinstance(error, SkepError | None)
-    if found.startswith(REPLACED) and made.claim is not None and not is_known:
-        await made.claim.follow()
+    if found.startswith(REPLACED) and created.claim is not None and not is_known:
+        await created.claim.follow()
 
 
 async def _record(
@@ -194,20 +194,20 @@ async def _record(
         try:
             body = body_of(stack, plan, revisions[-1].number + 1 if revisions else 1)
         except InvalidArgument as error:
-            warn(f"{error}: this deploy cannot be rolled back to")
+            warn(f"{error}. You cannot roll back to this deploy.")
             return ""
         try:
-            made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
+            response = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
         except AlreadyExists:  # a concurrent deploy took the number
             await asyncio.sleep(backoff.next_delay_s())
             continue
         except (
             PermissionDenied
         ) as error:  # by a quota; a user without the right is refused at the first change
-            warn(f"{error}: this deploy cannot be rolled back to")
+            warn(f"{error}. You cannot roll back to this deploy.")
             return ""
-        return str(made["ID"])
-    raise Unavailable(f"other deploys of {stack.name} are under way: rerun the command when they have ended")
+        return str(response["ID"])
+    raise Unavailable(f"other deploys of {stack.name} are running. Rerun the command when they have ended.")
 
 
 async def _check_no_undo(client: Requests, stack: str) -> None:
@@ -225,8 +225,8 @@ async def _check_no_undo(client: Requests, stack: str) -> None:
 
 def _undoing(revision: Revision) -> str:
     return (
-        f"revision {revision.number} of {revision.of} failed, and what it created is being removed: rerun this command "
-        f"later.  If that removal was interrupted: docker config rm {revision.config}"
+        f"revision {revision.number} of {revision.of} failed, and its new objects are being removed. Rerun the command "
+        f"later. If the removal was interrupted, run docker config rm {revision.config}."
     )
 
 
@@ -345,7 +345,7 @@ async def undo(
     show: Show,
     wait_s: float,
     warn: Callable[[str], None],
-    made: Made | None = None,
+    created: CreatedObjects | None = None,
 ) -> str:
     """Undo a failed deploy: deploy the newest deployed revision again, or remove the created objects of a new stack.
 
@@ -357,54 +357,59 @@ async def undo(
         Problems: a secret or config of the revision no longer exists.
         PermissionDenied: the writer of the revision lacks the rights for it; nothing was changed.
     """
-    name, made = failed.stack, made if made is not None else Made()
+    name, created = failed.stack, created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, name)
-    if made.revision and revisions and revisions[-1].id != made.revision:
-        return f"nothing was undone, as revision {revisions[-1].number} of {name} has replaced it"
-    created = {one.name for one in failed.of("service", Action.CREATE)}
+    if created.revision and revisions and revisions[-1].id != created.revision:
+        return f"nothing was undone, because revision {revisions[-1].number} of {name} has replaced it"
+    new_services = {one.name for one in failed.of("service", Action.CREATE)}
     if failed.is_new:
-        text = await _unmade(client, name, made, show, wait_s, warn)
+        text = await _unmade(client, name, created, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
-        return text + _unsure(created & there)
+        return text + _unsure(new_services & there)
     revision = newest_deployed(revisions)
-    found = await return_plan(client, revision, removable={one.id for one in made.services})
+    found = await return_plan(client, revision, removable={one.id for one in created.services})
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))
     await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
-    return f"{name} is as in revision {revision.number} again" + _unsure(created & found.left)
+    return f"{name} is back at revision {revision.number}" + _unsure(new_services & found.left)
 
 
 def _unsure(names: Collection[str]) -> str:
     """Return a clause about services that an undo leaves, as no response confirmed that the deploy created them."""
-    return f", but for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
+    return f", except for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
 
 
 def refused(revision: Revision, beyond: Collection[str]) -> str:
     """Return the error about a rollback that the rights of the revision's writer do not permit."""
     name, number = revision.of, revision.number
     return (
-        f"revision {number} of {name} was written with the role {revision.role}, which lacks rights that it needs "
-        f"({'; '.join(beyond)}).  If that is what you want: skep stack rollback --as-admin --to {number} {name}"
+        f"revision {number} of {name} was written with the role {revision.role}, which does not permit "
+        f"{'; '.join(beyond)}. To use your own rights, run skep stack rollback --as-admin --to {number} {name}."
     )
 
 
 async def _unmade(
-    client: Requests, name: str, made: Made, show: Show, wait_s: float, warn: Callable[[str], None]
+    client: Requests,
+    name: str,
+    created: CreatedObjects,
+    show: Show,
+    wait_s: float,
+    warn: Callable[[str], None],
 ) -> str:
     """Remove the objects that a deploy has created, unless another deploy may use them, and return a sentence on it."""
-    if not (made.services or made.files or made.revision):
+    if not (created.services or created.files or created.revision):
         return "it had created nothing"
-    if made.revision and await _set_state(client, made.revision, UNDOING, warn, unless=(DEPLOYED,)) in (
+    if created.revision and await _set_state(client, created.revision, UNDOING, warn, unless=(DEPLOYED,)) in (
         "",
         DEPLOYED,
     ):
-        return "nothing was removed: another deploy has completed it, or no manager says so"
+        return "nothing was removed, because another deploy has completed it, or no manager responds"
     try:
         for one in await known_revisions(client, name):
-            is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in made.known)
-            if one.id != made.revision and is_beside:
+            is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in created.known)
+            if one.id != created.revision and is_beside:
                 hint = (
-                    f".  If it was interrupted: docker config rm {one.config}"
+                    f". If it was interrupted, run docker config rm {one.config}."
                     if one.state == DEPLOYING
                     else ""
                 )
@@ -412,11 +417,11 @@ async def _unmade(
                     f"revision {one.number} of {name} is {one.state} and may use what this deploy created, "
                     f"so nothing was removed{hint}"
                 )
-        await unmake(client, name, made, show, wait_s)
+        await unmake(client, name, created, show, wait_s)
     except SkepError as error:
-        if made.revision:
-            await _set_state(client, made.revision, state_after(error), warn)
+        if created.revision:
+            await _set_state(client, created.revision, state_after(error), warn)
         raise
-    if made.revision:
-        await client.delete(f"/configs/{made.revision}", timeout_s=RESPONSE_TIMEOUT_S)
-    return f"{name} had no services before: what the deploy created was removed"
+    if created.revision:
+        await client.delete(f"/configs/{created.revision}", timeout_s=RESPONSE_TIMEOUT_S)
+    return f"its new objects were removed, so {name} has no services again"

@@ -9,7 +9,7 @@ from skep.api.requests import Requests
 from skep.api.waiting import persistently
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
-from skep.stack.deploying import Made, Show, all_of, remove_unchanged
+from skep.stack.deploying import CreatedObjects, Show, all_of, remove_unchanged
 from skep.stack.planning import removal_of
 from skep.stack.project import NAMESPACE
 
@@ -38,18 +38,18 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
     return found
 
 
-async def unmake(client: Requests, stack: str, made: Made, show: Show, wait_s: float) -> None:
+async def unmake(client: Requests, stack: str, created: CreatedObjects, show: Show, wait_s: float) -> None:
     """Remove the objects that a deploy has created, and nothing else.
 
     Raises: FailedPrecondition: one of the services was changed meanwhile; Unavailable: an object stays in use.
     """
-    for service in made.services:
+    for service in created.services:
         if await remove_unchanged(client, removal_of(service)):
             show(service.spec.name, "service removed")
     label = {"label": [f"{NAMESPACE}={stack}"]}
-    await _wait_tasks_gone(client, label, show, stack, wait_s, {one.id for one in made.services})
+    await _wait_tasks_gone(client, label, show, stack, wait_s, {one.id for one in created.services})
     for kind in ("secret", "config", "network"):
-        of_kind = [(name, id) for one, name, id in made.files if one == kind]
+        of_kind = [(name, id) for one, name, id in created.files if one == kind]
         await all_of(_remove(client, kind, name, id, show, wait_s) for name, id in of_kind)
 
 
@@ -70,11 +70,11 @@ async def _wait_tasks_gone(
     try:
         async with asyncio.timeout(wait_s):
             while tasks := await persistently(read_tasks, partial(show, stack)):
-                show(stack, f"tasks that still stop: {len(tasks)}")
+                show(stack, f"waiting for {len(tasks)} tasks to stop")
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(
-            f"tasks of {stack} have not stopped within {wait_s:g} s: see docker stack ps {stack}"
+            f"tasks of {stack} have not stopped within {wait_s:g} s. Run skep stack ps {stack}."
         ) from None
 
 

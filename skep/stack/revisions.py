@@ -90,8 +90,8 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
         stack = self._decoded()
         if stack.name != self.of:
             raise InvalidArgument(
-                f"revision {self.number} of {self.of} describes the stack {stack.name}: it was not made by a deploy "
-                f"of {self.of}"
+                f"revision {self.number} of {self.of} describes the stack {stack.name}, so it was not "
+                f"written by a deploy of {self.of}"
             )
         for one in stack.services.values():
             name, labels = one.spec.name, one.spec.labels
@@ -274,7 +274,7 @@ def before(revisions: Sequence[Revision], number: int | None) -> Revision:
         found = [one for one in revisions if one.number == number]
         if not found:
             known = ", ".join(str(one.number) for one in revisions) or "none"
-            raise InvalidArgument(f"there is no revision {number}: there are {known}")
+            raise InvalidArgument(f"there is no revision {number}. Choose one of {known}.")
         return found[0]
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if deployed and deployed[-1] is revisions[-1]:
@@ -290,9 +290,9 @@ def pair_of(
     Raises: InvalidArgument.
     """
     if first is None and len(revisions) < 2:
-        known = f"revision {revisions[0].number} alone" if revisions else "no revision"
+        known = f"only revision {revisions[0].number}" if revisions else "no revision"
         raise InvalidArgument(
-            f"there is nothing to compare: the stack has {known} (skep stack history STACK)"
+            f"there is nothing to compare, because the stack has {known}. Run skep stack history STACK."
         )
     older = before(revisions, first) if first is not None else revisions[-2]
     newer = before(revisions, second) if second is not None else revisions[-1]
@@ -303,5 +303,5 @@ def newest_deployed(revisions: Sequence[Revision]) -> Revision:
     """Return the newest deployed revision, which a failed deploy has changed.  Raises: InvalidArgument: none."""
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
-        raise InvalidArgument("there is no earlier revision that was deployed (skep stack history STACK)")
+        raise InvalidArgument("no earlier revision was deployed. Run skep stack history STACK.")
     return deployed[-1]

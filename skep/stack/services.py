@@ -237,7 +237,7 @@ def _networks(name: str, service: Reader, objects: StackObjects) -> tuple[Networ
         if attached:
             service.problem("network_mode", "network_mode and networks can't be set at the same time")
         if mode not in NODES_NETWORKS:
-            service.problem("network_mode", f"{mode!r} is not supported: want host or none")
+            service.problem("network_mode", f"{mode!r} is not supported: expected host or none")
         return (NetworkAttachmentConfig(target=mode),)
     made: list[NetworkAttachmentConfig] = []
     for key, node in (attached or {"default": Node(None, service.place)}).items():
@@ -300,7 +300,7 @@ def _long_port(port: Reader) -> list[tuple[PortConfig, str]]:
     port.close()
     low, high = _range(published or "0")
     if not 0 <= low <= high <= 65535 or (published and not low) or high - low > 0:
-        port.problem("published", f"want one port from 1 to 65535, not {published!r}")
+        port.problem("published", f"expected one port from 1 to 65535, not {published!r}")
         return []
     return [
         (
@@ -326,7 +326,7 @@ def _range(text: str) -> tuple[int, int]:
 def _short_ports(node: Node, path: str, service: Reader) -> list[tuple[PortConfig, str]]:
     match = _PORT.fullmatch(node.text) if isinstance(node.value, str | int | float) else None
     if match is None:
-        service.problem_at(node, path, f"want [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], not {node.kind}")
+        service.problem_at(node, path, f"expected [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], not {node.kind}")
         return []
     protocol = (match["protocol"] or "tcp").lower()
     low, high = _range(match["target"])
@@ -417,7 +417,7 @@ def _autoscaling(settings: Reader) -> dict[str, str]:
     one, before = Reader(node, settings.at("autoscale"), settings.report), len(settings.report.problems)
     least, most = one.integer("min", 1, REPLICAS_MAX), one.integer("max", 1, REPLICAS_MAX)
     if "max" not in one:
-        one.problem("max", "want the most tasks that the service may have")
+        one.problem("max", "expected the most tasks that the service may have")
     if least is not None and most is not None and least > most:
         one.problem("min", f"{least} is more than max, which is {most}")
     made = {AUTOSCALE: f"{least or 1}..{most or REPLICAS_MAX}"}
@@ -458,9 +458,7 @@ def _x_skep(service: Reader, mode: str) -> dict[str, str]:
             if node.entries is None:
                 made |= {f"{PREFIX}{key}": publish.text(key)}
                 if key not in _PUBLISH:
-                    publish.problem(
-                        key, f"this key is not known: want {', '.join(_PUBLISH)}, or a port above them"
-                    )
+                    publish.problem(key, f"unknown key: expected {', '.join(_PUBLISH)}, or a port above them")
                 continue
             port = Reader(node, publish.at(key), service.report)
             made |= {f"{PREFIX}{key}.{option}": text for option in _PUBLISH if (text := port.text(option))}

@@ -203,14 +203,15 @@ def _stuck(name: str, looked: Mapping[str, ServiceProgress], waiting: Collection
     """Return the error of a wait that the service ``name`` has ended.  It names the causes of the others too, so that
     one deploy shows all of them.
     """
-    error = f"{name}: {looked[name].text} (skep explain {name})"
+    first = f"{name}: {looked[name].text}."
     others = [
         f"{other}: {found.text}"
         for other, found in looked.items()
         if other != name and other in waiting and not found.is_done and found.cause
     ]
     more = f"; and {len(others) - _OTHERS_MAX} more" if len(others) > _OTHERS_MAX else ""
-    return f"{error}; also not done: {'; '.join(others[:_OTHERS_MAX])}{more}" if others else error
+    also = f" Also not done: {'; '.join(others[:_OTHERS_MAX])}{more}." if others else ""
+    return f"{first}{also} Run skep explain {name}."
 
 
 def unfinished(texts: Mapping[str, str], wait_s: float) -> str:
@@ -218,4 +219,4 @@ def unfinished(texts: Mapping[str, str], wait_s: float) -> str:
     if not texts:
         return f"not done within {wait_s:g} s"
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())
-    return f"not done within {wait_s:g} s: {named} (skep explain {next(iter(texts))})"
+    return f"not done within {wait_s:g} s: {named}. Run skep explain {next(iter(texts))}."

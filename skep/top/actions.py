@@ -70,20 +70,24 @@ def scale(service: Mapping[str, Any], typed: str) -> Action:
     now = replicas_of(service)
     wanted = _number(typed, now)
     name, is_job = str(service["Spec"]["Name"]), mode_of(service) == "job"
-    if wanted == now:
-        raise InvalidArgument(f"{name} has {counted(now, 'replica')} already")
     noun = "completion" if is_job else "replica"
+    if wanted == now:
+        raise InvalidArgument(f"{name} already has {counted(now, noun)}")
     if wanted > now:
-        effect = f"{counted(wanted - now, 'task')} more will be started, where the scheduler finds room."
+        effect = f"Starts {wanted - now} more {'task' if wanted == now + 1 else 'tasks'}."
     else:
-        effect = f"{counted(now - wanted, 'task')} will be stopped, on the nodes that hold most of the service first."
-    effects = [effect] + (["No task will be left: nothing answers for the service."] if wanted == 0 else [])
+        effect = (
+            f"Stops {counted(now - wanted, 'task')}, first on the nodes with the most tasks of the service."
+        )
+    effects = [effect] + (
+        ["No tasks remain: the service stops until you scale it up."] if wanted == 0 else []
+    )
     return Action(
         "service",
         service["ID"],
         f"Scale {name} from {now} to {counted(wanted, noun)}?",
         tuple(effects),
-        f"{name} is scaled to {wanted}",
+        f"{name} scaled to {wanted}",
         lambda found: _scaled(found, now, wanted),
     )
 
@@ -92,10 +96,10 @@ def _number(typed: str, now: int) -> int:
     text = typed.strip()
     digits = text[1:] if text[:1] in ("+", "-") else text
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 7:
-        raise InvalidArgument("a number of replicas, or +N or -N")
+        raise InvalidArgument("Enter a number of replicas, +N or -N.")
     number = now + int(text) if text[0] in "+-" else int(text)
     if not 0 <= number <= _REPLICAS_MAX:
-        raise InvalidArgument(f"a number from 0 to {_REPLICAS_MAX}")
+        raise InvalidArgument(f"Enter a number from 0 to {_REPLICAS_MAX:,}.")
     return number
 
 
@@ -104,7 +108,7 @@ def _scaled(service: Mapping[str, Any], shown: int, number: int) -> Mapping[str,
     if present == number:
         return None
     if present != shown:
-        raise _changed(service, f"it has {counted(present, 'replica')} now")
+        raise _changed(service, f"It has {counted(present, 'replica')} now.")
     spec, is_job = service["Spec"], mode_of(service) == "job"
     key, field = ("ReplicatedJob", "TotalCompletions") if is_job else ("Replicated", "Replicas")
     return {**spec, "Mode": {key: {**(spec["Mode"].get(key) or {}), field: number}}}
@@ -122,17 +126,17 @@ def update_image(service: Mapping[str, Any], typed: str) -> Action:
     """
     name, image, now = str(service["Spec"]["Name"]), typed.strip(), image_of(service)
     if not now:
-        raise InvalidArgument(f"{name} runs no containers")
+        raise InvalidArgument(f"{name} has no image, because it runs no containers")
     if not image or not image.isascii() or not image.isprintable() or " " in image:
-        raise InvalidArgument("the name of an image")
+        raise InvalidArgument("Enter the name of an image, such as nginx:1.27.")
     same = image == now
-    first = "The image stays the same; the tasks are replaced all the same." if same else f"{now} -> {image}"
+    first = "The image stays the same." if same else f"{now} -> {image}"
     return Action(
         "service",
         service["ID"],
         f"Update the image of {name}?",
         (first, *_rollout(service, "UpdateConfig")),
-        f"{name} is being updated",
+        f"Updating {name}",
         lambda found: _with_image(found, now, image),
     )
 
@@ -141,7 +145,7 @@ def _with_image(service: Mapping[str, Any], shown: str, image: str) -> Mapping[s
     spec = service["Spec"]
     template = spec["TaskTemplate"]
     if (present := image_of(service)) != shown:
-        raise _changed(service, f"its image is {present} now")
+        raise _changed(service, f"Its image is {present} now.")
     changed = {**template, "ContainerSpec": {**template["ContainerSpec"], "Image": image}}
     if image == shown:
         changed["ForceUpdate"] = int(template.get("ForceUpdate") or 0) + 1
@@ -154,11 +158,13 @@ def _rollout(service: Mapping[str, Any], key: str) -> tuple[str, ...]:
     settings = service["Spec"].get(key) or {}
     tasks = int((service.get("ServiceStatus") or {}).get("DesiredTasks") or 0)
     parallelism = int(settings.get("Parallelism", 1))
-    order = "start first" if settings.get("Order") == "start-first" else "stop first"
+    order = (
+        "starting new tasks first" if settings.get("Order") == "start-first" else "stopping old tasks first"
+    )
     action = str(settings.get("FailureAction") or "pause")
     return (
-        f"{counted(tasks, 'task')} will be replaced, {parallelism or 'all'} at a time, {order}.",
-        f"If a new one fails: {action}.",
+        f"Replaces {counted(tasks, 'task')}, {parallelism or 'all'} at a time, {order}.",
+        _ON_FAILURE.get(action, f"If a new task fails: {action}."),
     )
 
 
@@ -179,26 +185,34 @@ def roll_back(service: Mapping[str, Any]) -> Action:
         [f"and {len(fields) - _NAMED_MAX} more fields"] if len(fields) > _NAMED_MAX else []
     )
     is_replaced = (before.task_template, before.networks) != (after.task_template, after.networks)
-    rollout = _rollout(service, "RollbackConfig") if is_replaced else ("No task is replaced.",)
+    rollout = _rollout(service, "RollbackConfig") if is_replaced else ("Replaces no tasks.",)
     return Action(
         "service",
         service["ID"],
         f"Roll {name} back to its previous spec?",
-        (*(shown or ["Both specs are the same."]), *rollout),
-        f"{name} is being rolled back",
+        (*(shown or ["The specs are equal."]), *rollout),
+        f"Rolling back {name}",
         lambda found: _rolled_back(found, service),
         {"rollback": "previous"},
     )
 
 
+_ON_FAILURE = {
+    "pause": "If a new task fails, the change is paused.",
+    "continue": "If a new task fails, the change continues.",
+    "rollback": "If a new task fails, the change is rolled back.",
+}
+
+
 def _rolled_back(found: Mapping[str, Any], shown: Mapping[str, Any]) -> Any:
     if (found["Spec"], found.get("PreviousSpec")) != (shown["Spec"], shown["PreviousSpec"]):
-        raise _changed(found, "its specs are others now")
+        raise _changed(found, "Its spec is different now.")
     return found["Spec"]
 
 
 def _changed(service: Mapping[str, Any], how: str) -> FailedPrecondition:
-    return FailedPrecondition(f"{service['Spec']['Name']} has changed meanwhile: {how}; nothing was done")
+    name = service["Spec"]["Name"]
+    return FailedPrecondition(f"{name} has changed since you were asked. {how} Nothing was done. Try again.")
 
 
 def set_availability(snapshot: Snapshot, node: Mapping[str, Any], availability: str) -> Action:
@@ -207,18 +221,18 @@ def set_availability(snapshot: Snapshot, node: Mapping[str, Any], availability: 
     """
     name = snapshot.node_name(node["ID"])
     if node["Spec"].get("Availability") == availability:
-        raise InvalidArgument(f"{name} is {'drained' if availability == 'drain' else availability} already")
+        raise InvalidArgument(f"{name} is already {'drained' if availability == 'drain' else availability}")
     if availability == "drain":
         title, effects = f"Drain {name}?", _drained(snapshot, node["ID"])
     else:
-        title = f"Let {name} take tasks again?"
-        effects = ["New tasks may go to it.", "Running tasks do not move back by themselves."]
+        title = f"Activate {name}?"
+        effects = ["The node accepts tasks again.", "Running tasks do not move back to it."]
     return Action(
         "node",
         node["ID"],
         title,
         tuple(effects),
-        f"{name} is {'being drained' if availability == 'drain' else availability}",
+        f"Draining {name}" if availability == "drain" else f"{name} is active",
         lambda found: {**found["Spec"], "Availability": availability},
     )
 
@@ -226,23 +240,25 @@ def set_availability(snapshot: Snapshot, node: Mapping[str, Any], availability: 
 def _drained(snapshot: Snapshot, id: str) -> list[str]:
     tasks = [task for task in tasks_of(snapshot, node=id) if task.is_active]
     if not tasks:
-        return ["It has no tasks, and will get none."]
+        return ["The node has no tasks, and gets no new ones."]
     modes = {task.service_id: _mode(snapshot, task.service_id) for task in tasks}
     moving = [task for task in tasks if "global" not in modes[task.service_id]]
     names = [snapshot.task_name(task) for task in tasks]
     more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
-    effects = [f"{counted(len(tasks), 'task')} will be stopped here: {', '.join(names[:_NAMED_MAX])}{more}."]
+    effects = [f"Stops {counted(len(tasks), 'task')}: {', '.join(names[:_NAMED_MAX])}{more}."]
     others = [one for one in snapshot.nodes.values() if one["ID"] != id and _takes_tasks(one)]
     if moving and others:
         elsewhere = "the other node" if len(others) == 1 else f"the other {len(others)} nodes"
-        effects.append(f"{counted(len(moving), 'task')} will be started on {elsewhere}, where there is room.")
+        effects.append(f"Starts {counted(len(moving), 'task')} on {elsewhere} if the free resources suffice.")
     elif moving:
-        effects.append(f"No other node takes tasks: {counted(len(moving), 'task')} will wait until one does.")
-    if len(moving) < len(tasks):
-        effects.append(
-            f"{counted(len(tasks) - len(moving), 'task')} of global services will not run elsewhere."
-        )
+        effects.append(f"No other node accepts tasks. {_tasks(len(moving), 'wait')} until one does.")
+    if staying := len(tasks) - len(moving):
+        effects.append(f"{_tasks(staying, 'stay')} stopped: global services run no replacement elsewhere.")
     return effects
+
+
+def _tasks(number: int, verb: str) -> str:
+    return f"{counted(number, 'task')} {verb}{'s' if number == 1 else ''}"
 
 
 def _mode(snapshot: Snapshot, id: str) -> str:

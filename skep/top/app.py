@@ -1,8 +1,9 @@
 """The application: tables over snapshots, and keys."""
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -12,6 +13,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.widgets import ContentSwitcher, Footer, Input, Static
 
+from skep.cli.output import shortened
+from skep.cli.status import ServiceRow
 from skep.errors import SkepError
 from skep.model.task_end import printable
 from skep.top.actions import Action, image_of, replicas_of, roll_back, scale, set_availability, update_image
@@ -19,14 +22,26 @@ from skep.top.describe import HELP, about_node, tasks_listed
 from skep.top.dialogs import Ask, Confirm, Show
 from skep.top.logs import LogLine
 from skep.top.rows import COLUMNS, KnownRow, Row, View, chosen, log_row, rows_of, task_rows
-from skep.top.snapshot import Link, Snapshot, headlines, summary
+from skep.top.snapshot import Health, Link, Snapshot, headline, states_of, summary
 from skep.top.table import RowTable
 from skep.top.watching import Cluster
 
+_SHORT = 16
+"""Lines below which the screen leaves out empty lines and shows the headline on one line."""
+_TABS_WITH_COUNTS = 64
+"""Columns from which the tabs fit with their counts."""
+_WRAPPING = 12
+"""Columns that stay empty at the end of a wrapped line: the length of a long word."""
+_COLORS = {Health.HEALTHY: "text-success", Health.CONVERGING: "text-warning"}
+"""Theme variables of the headline.  Other states are errors."""
+_WHEN_EMPTY: Mapping[View, str] = {
+    View.SERVICES: "No services.  Create one: skep service create --name web --publish 8080:80 nginx",
+    View.TASKS: "No tasks.  Services start them: skep service create --name web --publish 8080:80 nginx",
+    View.NODES: "No nodes.  Create a cluster: skep swarm init",
+    View.EVENTS: "No events since skep top started.  Earlier ones: skep history",
+}
 LOG_LINES_MAX = 2000
 """Log lines that the view keeps."""
-_HEADLINES_MAX = 3
-"""Lines of the headline."""
 _LOGS_S = 0.2
 """Seconds between two repaints of the logs."""
 _LOG_BATCH, _LOG_REST_S = 500, 0.02
@@ -56,16 +71,17 @@ class TopApp(App[None]):
     #title { height: 1; background: $panel; color: $foreground; }
     #name { width: 1fr; text-style: bold; }
     #link { width: auto; }
-    #summary, #tabs, #problems { height: auto; }
-    #summary, #problems, #tabs, #name { text-wrap: nowrap; text-overflow: ellipsis; }
-    #summary { height: 1; }
-    #tabs { height: 1; margin-top: 1; }
-    #problems { color: $text-error; }
+    #summary, #tabs, #name { text-wrap: nowrap; text-overflow: ellipsis; }
+    #health { height: auto; max-height: 2; padding: 0 1; }
+    #summary { height: 1; color: $text-muted; }
+    #tabs { height: 1; margin-top: 1; link-style: none; link-color: $foreground; }
     #filter { display: none; }
-    .-no-color #problems { color: $foreground; text-style: bold; }
-    .-no-color RowTable > .table--bad { color: $foreground; }
     #filter.shown { display: block; }
+    .-no-color #summary, .-no-color RowTable > .table--bad { color: $foreground; }
+    .-short #tabs { margin-top: 0; }
+    .-short #health { max-height: 1; text-wrap: nowrap; text-overflow: ellipsis; }
     """
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (_SHORT, "-tall")]  # noqa: RUF012 - Textual annotates it
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(str(number), f"view('{view.name}')", view.value, show=False)
@@ -74,8 +90,11 @@ class TopApp(App[None]):
         Binding("tab", "next_view(1)", "Next view", show=False, priority=True),
         Binding("shift+tab", "next_view(-1)", "Previous view", show=False, priority=True),
         Binding("slash", "filter", "Filter", key_display="/"),
+        # Before the keys of a view, so that a narrow terminal shows them.
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("q", "quit", "Quit"),
         Binding("s", "scale", "Scale"),
-        Binding("u", "image", "Update"),
+        Binding("u", "image", "Image"),
         Binding("r", "roll_back", "Roll back"),
         Binding("d", "drain", "Drain"),
         Binding("a", "activate", "Activate"),
@@ -84,8 +103,6 @@ class TopApp(App[None]):
         Binding("o", "order", "Order", show=False),
         Binding("t", "light", "Light/dark", show=False),
         Binding("escape", "clear", "Clear", show=False),
-        Binding("question_mark", "help", "Help", key_display="?"),
-        Binding("q", "quit", "Quit"),
         Binding("ctrl+c", "quit", "Quit", show=False, priority=True),
     ]
 
@@ -109,15 +126,15 @@ class TopApp(App[None]):
         with Horizontal(id="title"):
             yield Static(Text(f" skep top  {printable(self._cluster.name)}"), id="name")
             yield Static("", id="link", markup=False)
+        yield Static("", id="health", markup=False)
         yield Static("", id="summary", markup=False)
-        yield Static("", id="problems", markup=False)
         yield Static("", id="tabs", markup=False)
         with ContentSwitcher(initial=View.SERVICES.name):
             for view in View:
                 is_log = view is View.LOGS
                 yield RowTable(COLUMNS[view], empty="", follows_end=is_log, id=view.name)
         yield Input(
-            placeholder="words that a row must have; enter: keep, esc: clear", id="filter", compact=True
+            placeholder="Words that rows must contain.  enter: keep   esc: clear", id="filter", compact=True
         )
         yield Footer(show_command_palette=False)
 
@@ -153,11 +170,9 @@ class TopApp(App[None]):
         self._is_stale = False
         snapshot, screen = self._snapshot, self.screen_stack[0]
         screen.query_one("#link", Static).update(_link(snapshot))
-        screen.query_one("#summary", Static).update(_summary(snapshot))
-        problems = screen.query_one("#problems", Static)
-        lines = _problems(snapshot)
-        problems.display = bool(lines)
-        problems.update(Text("\n".join(lines)))
+        services = states_of(snapshot, time.time())
+        screen.query_one("#health", Static).update(self._health(services))
+        screen.query_one("#summary", Static).update(_summary(snapshot, services, self.size.width))
         screen.query_one("#tabs", Static).update(self._tabs())
         self._paint_table()
 
@@ -171,7 +186,7 @@ class TopApp(App[None]):
             self._rows[self._view] = (
                 task_rows(self._snapshot, self._task_rows, with_ended=self._with_ended)
                 if self._view is View.TASKS
-                else rows_of(self._view, self._snapshot)
+                else rows_of(self._view, self._snapshot, time.time())
             )
         table.show(chosen(self._rows[self._view], self._needle, by_name=self._by_name))
 
@@ -179,16 +194,18 @@ class TopApp(App[None]):
         if self._view is View.LOGS:
             table = self.table
             table.say_when_empty(
-                "no lines yet" if self._log_name else "l on a service or a task shows its logs here"
+                "No lines yet."
+                if self._log_name
+                else "Select a service or a task and press l to follow its logs."
             )
             table.show(chosen(self._lines, self._needle))
 
     def _when_empty(self) -> str:
         if self._needle:
-            return f"nothing has {printable(self._needle)!r}   (esc: clear the filter)"
+            return f"No row contains {printable(self._needle)!r}.  Press esc to clear the filter."
         if not self._snapshot.is_loaded:
-            return "asking ..."
-        return f"no {self._view.value.lower()}" + ("" if self._view is not View.EVENTS else " yet")
+            return "Loading..."
+        return _WHEN_EMPTY.get(self._view, "")
 
     def _tabs(self) -> Text:
         counts = {
@@ -197,8 +214,9 @@ class TopApp(App[None]):
             View.NODES: len(self._snapshot.nodes),
         }
         text = Text()
+        has_counts = self.size.width >= _TABS_WITH_COUNTS
         for number, view in enumerate(View, start=1):
-            count = f" {counts[view]}" if counts.get(view) else ""
+            count = f" {counts[view]}" if counts.get(view) and has_counts else ""
             style = "reverse bold" if view is self._view else ""
             label = f" {number} {view.value}{count} "
             text.append(label, style=style)
@@ -206,7 +224,7 @@ class TopApp(App[None]):
         if self._view is View.LOGS and self._log_name:
             text.append(f"  of {printable(self._log_name)}")
         elif self._needle:
-            text.append(f"  with {printable(self._needle)!r}")
+            text.append(f"  filter {printable(self._needle)!r}")
         return text
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -265,7 +283,7 @@ class TopApp(App[None]):
     def action_order(self) -> None:
         """Switch between the order by name and problems first."""
         self._by_name = not self._by_name
-        self.notify("by name" if self._by_name else "what is wrong first", timeout=2)
+        self.notify("Sorted by name." if self._by_name else "Problems first.", timeout=2)
         self.paint()
 
     def action_light(self) -> None:
@@ -328,14 +346,17 @@ class TopApp(App[None]):
                 self._complain(error)
                 return
             self._ask(
-                f"Replicas of {name}", str(now), "a number, +N or -N", lambda typed: scale(service, typed)
+                f"Scale {name}",
+                str(now),
+                "Number of replicas, +N or -N.",
+                lambda typed: scale(service, typed),
             )
 
     def action_image(self) -> None:
         """Ask for another image."""
         if service := self._service():
-            title = f"Image of {service['Spec']['Name']}"
-            hint = "the same name replaces the tasks, too"
+            title = f"Set the image of {service['Spec']['Name']}"
+            hint = "The same image replaces all tasks."
             self._ask(title, image_of(service), hint, lambda typed: update_image(service, typed))
 
     def action_roll_back(self) -> None:
@@ -354,6 +375,31 @@ class TopApp(App[None]):
     def _set_availability(self, word: str) -> None:
         if node := self._snapshot.nodes.get(self.table.key):
             self._propose(lambda: set_availability(self._snapshot, node, word))
+
+    def on_resize(self) -> None:
+        """Fit the lines at the top to the new width."""
+        self.call_after_refresh(self.paint)
+
+    def _health(self, services: Sequence[ServiceRow]) -> Text:
+        """Return the headline: the health in its color, and the reason."""
+        snapshot, connection = self._snapshot, self._snapshot.connection
+        colors = self.theme_variables
+        if connection.link is Link.LOST:
+            seen = " The screen shows the last known state." if snapshot.is_loaded else ""
+            words = f"{connection.reason}.{seen} Next attempt in {connection.retry_s:.0f} s."
+            return Text.assemble(("Not connected", f"bold {colors['text-error']}"), "  ", printable(words))
+        if not snapshot.is_loaded:
+            return Text("")
+        health, reason = headline(snapshot, services)
+        style = f"bold {colors[_COLORS.get(health, 'text-error')]}"
+        return Text.assemble((health.value, style), "  ", shortened(printable(reason), self._headline_room()))
+
+    def _headline_room(self) -> int:
+        """Return how many characters the reason of the headline may have, less some that wrapping leaves empty."""
+        lines = 1 if self.size.height < _SHORT else 2
+        return max(
+            lines * (self.size.width - 2) - (lines - 1) * _WRAPPING - len(Health.CONVERGING.value) - 2, 10
+        )
 
     @work(group="action", exclusive=True)
     async def _ask(self, title: str, value: str, hint: str, build: Callable[[str], Action]) -> None:
@@ -420,20 +466,13 @@ def _link(snapshot: Snapshot) -> Text:
     return Text(text, style="" if link is Link.LIVE else "bold")
 
 
-def _summary(snapshot: Snapshot) -> Text:
-    parts = summary(snapshot) if snapshot.is_loaded else ()
-    shown = (Text.assemble((f"{noun} ", "bold"), printable(words)) for noun, words in parts)
-    return Text(" ") + Text("  ").join(shown)
-
-
-def _problems(snapshot: Snapshot) -> list[str]:
-    """Return the most serious problems, each on a line, and the number of further ones."""
-    lines = [printable(f"{kind} {text}") for kind, text in headlines(snapshot)]
-    connection = snapshot.connection
-    if connection.link is Link.LOST:
-        seen = "what follows is what was seen last; " if snapshot.is_loaded else ""
-        lines.insert(0, printable(f"{connection.reason}; {seen}again in {connection.retry_s:.0f} s"))
-    if len(lines) > _HEADLINES_MAX:
-        more = len(lines) - _HEADLINES_MAX + 1
-        lines = [*lines[: _HEADLINES_MAX - 1], f"and {more} more"]
-    return [f" ! {line}" for line in lines]
+def _summary(snapshot: Snapshot, services: Sequence[ServiceRow], width: int) -> Text:
+    """Return the counts, as many as fit into a line of ``width``."""
+    parts = summary(snapshot, services) if snapshot.is_loaded else ()
+    line = Text()
+    for noun, words in parts:
+        part = Text.assemble(("  " if line else " ", ""), (f"{noun} ", "bold"), printable(words))
+        if line and line.cell_len + part.cell_len > width:
+            break
+        line.append_text(part)
+    return line

@@ -20,16 +20,16 @@ _LIGHT_BACKGROUNDS = ("7", "15")
     type=click.Choice(["auto", "dark", "light"]),
     default="auto",
     show_default=True,
-    help="The terminal's background; auto: as COLORFGBG says, else dark.",
+    help="Background of the terminal. auto reads COLORFGBG, and is dark without it.",
 )
 @click.pass_obj
 def top(host: HostOptions, theme: str) -> None:
     """Show the cluster live in full screen.
 
-    Shows services, tasks, nodes, events and logs.
+    Shows services, tasks, nodes, events and logs. Press ? for all keys.
 
-    Scales, updates and rolls back services, drains and activates nodes; each says what it would do, and asks.  The key
-    ? shows all keys.  NO_COLOR is obeyed.
+    You can also scale, update and roll back services, and drain and activate nodes. Each action shows its effects and
+    asks for confirmation.
 
     \b
     Examples:
@@ -49,7 +49,9 @@ def has_light_background(environment: Mapping[str, str]) -> bool:
 
 async def _run(host: HostOptions, *, is_light: bool) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise FailedPrecondition("skep top needs a terminal: skep status shows the cluster once")
+        raise FailedPrecondition(
+            "skep top needs a terminal. Run skep status to print the state of the cluster once."
+        )
     from skep.aio.clock import SystemClock
     from skep.top.app import TopApp
     from skep.top.watching import LiveCluster

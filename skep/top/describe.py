@@ -5,27 +5,30 @@ from typing import Any
 
 from skep.cli.formatting import aligned, counted
 from skep.model.node import plain_message
-from skep.top.snapshot import Snapshot, tasks_of
+from skep.top.snapshot import Reserved, Snapshot, cpus_of, memory_of, share_of, sum_of, tasks_of
 
 _LISTED_MAX = 100
 """Tasks that the panel lists."""
 
 HELP = (
-    "1 to 5, tab      services, tasks, nodes, events, logs",
-    "arrows, j, k     move; page up and down, home, end",
-    "enter            why it is as it is, as skep explain says",
-    "/                filter: words that a row must have; esc clears it",
-    "o                what is wrong first, or by name",
-    "e                tasks: those that have ended, too",
-    "l                follow the logs of a service or task",
-    "t                light or dark",
-    "q, ctrl-c        quit",
+    "1 to 5, tab      Switch between services, tasks, nodes, events and logs",
+    "arrows, j, k     Move the cursor (also page up, page down, home, end)",
+    "enter            Explain the state of the selected object",
+    "/                Show only rows with some words (esc shows all rows)",
+    "o                Sort by problems or by name",
+    "e                Show or hide ended tasks",
+    "l                Follow the logs of the service or task",
+    "t                Switch between dark and light colors",
+    "q, ctrl-c        Quit",
     "",
-    "Each of these says what it would do, and asks:",
-    "s                scale the service",
-    "u                update the service's image",
-    "r                roll the service back to its previous spec",
-    "d, a             drain the node, let it take tasks again",
+    "These keys show the effects and ask for confirmation:",
+    "s                Scale the service",
+    "u                Set the image of the service",
+    "r                Roll the service back to its previous spec",
+    "d, a             Drain or activate the node",
+    "",
+    "LOAD is the measured use of the busier of CPU and memory.",
+    "RESERVED is what tasks reserve, and on nodes also the total.",
 )
 
 
@@ -39,7 +42,7 @@ def tasks_listed(snapshot: Snapshot, service: str) -> Iterator[str]:
         (snapshot.task_name(task), task.status.state, _node(snapshot, task.node_id), task.status.err)
         for task in tasks[:_LISTED_MAX]
     ]
-    yield from aligned((("TASK", "STATE", "NODE", "WHY"), *rows))
+    yield from aligned((("TASK", "STATE", "NODE", "REASON"), *rows))
     if len(tasks) > _LISTED_MAX:
         yield f"and {len(tasks) - _LISTED_MAX} more"
 
@@ -51,9 +54,9 @@ def _node(snapshot: Snapshot, id: str) -> str:
 def about_node(snapshot: Snapshot, node: Mapping[str, Any]) -> list[str]:
     """Return the lines about a node, its labels and its tasks."""
     description, status, spec = node["Description"], node["Status"], node["Spec"]
-    resources, platform = description.get("Resources") or {}, description.get("Platform") or {}
-    cpus, memory = int(resources.get("NanoCPUs") or 0) / 1e9, int(resources.get("MemoryBytes") or 0) >> 20
-    room = f"{cpus:g} CPUs, {memory} MiB"
+    platform = description.get("Platform") or {}
+    tasks = [task for task in tasks_of(snapshot, node=node["ID"]) if task.is_active]
+    reserved = share_of(sum_of(tasks), Reserved(cpus_of(node), memory_of(node)))
     words = plain_message(str(status.get("Message") or ""), str(node.get("SilentSince") or ""))
     message = f": {words}" if words else ""
     rows = [
@@ -62,10 +65,10 @@ def about_node(snapshot: Snapshot, node: Mapping[str, Any]) -> list[str]:
         ("availability", str(spec.get("Availability") or "")),
         ("role", str(spec.get("Role") or "")),
         ("address", str(status.get("Addr") or "")),
-        ("machine", f"{platform.get('OS', '')} {platform.get('Architecture', '')}, {room}"),
+        ("platform", f"{platform.get('OS', '')} {platform.get('Architecture', '')}"),
+        ("reserved", reserved),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted((spec.get("Labels") or {}).items()))),
     ]
-    tasks = [task for task in tasks_of(snapshot, node=node["ID"]) if task.is_active]
     listed = aligned(
         [("TASK", "STATE"), *((snapshot.task_name(task), task.status.state) for task in tasks[:_LISTED_MAX])]
     )

@@ -50,7 +50,7 @@ class Ask(ModalScreen[Action | None]):
             yield Static(plain([self._title]), classes="title")
             yield Input(printable(self._value), compact=True)
             yield Static("", classes="error", markup=False)
-            yield Static(Text(f"{self._hint}   enter: go on   esc: cancel"), classes="hint")
+            yield Static(Text(f"{self._hint}   enter: continue   esc: cancel"), classes="hint")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Close the dialog with an action if the value is valid."""
@@ -116,7 +116,7 @@ class Show(ModalScreen[None]):
         with Vertical():
             yield Static(plain([self._title]), classes="title")
             with VerticalScroll():
-                yield Static("asking ...", id="text", markup=False)
+                yield Static("Loading...", id="text", markup=False)
             yield Static("esc: close", classes="hint")
 
     def on_mount(self) -> None:
@@ -127,7 +127,7 @@ class Show(ModalScreen[None]):
         try:
             lines = await self._ask()
         except (SkepError, OSError) as error:
-            lines = [f"not known: {error}"]
+            lines = [f"The details could not be loaded: {error}"]
         self.query_one("#text", Static).update(plain(lines))
 
     def action_close(self) -> None:

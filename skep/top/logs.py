@@ -58,7 +58,7 @@ async def follow_logs(
         except Unavailable as error:
             reason = str(error)
         delay_s = backoff.next_delay_s()
-        yield LogLine(f"{reason}; again in {delay_s:.1f} s")
+        yield LogLine(f"{reason}. Reconnecting in {delay_s:.1f} s.")
         await clock.sleep(delay_s)
 
 

@@ -3,20 +3,34 @@
 Texts are unchanged from the cluster.  The widget that paints them removes terminal control sequences.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.status import completion, is_service_healthy
+from skep.cli.status import ServiceRow
 from skep.errors import InvalidArgument
 from skep.model.node import plain_message
 from skep.model.times import SECOND_NS, timestamp, unix_ns
 from skep.top.actions import image_of
 from skep.top.logs import LogLine
-from skep.top.snapshot import ENDED, Snapshot, Task, mode_of
+from skep.top.snapshot import (
+    ENDED,
+    Health,
+    Reserved,
+    Snapshot,
+    Task,
+    cpus_of,
+    health_of,
+    is_updating,
+    memory_of,
+    mode_of,
+    share_of,
+    states_of,
+    sum_of,
+)
 
 
 class Tone(Enum):
@@ -76,58 +90,69 @@ COLUMNS: Mapping[View, tuple[Column, ...]] = {
     View.SERVICES: (
         Column("SERVICE", 32, is_toned=True),
         Column("TASKS", 11, is_toned=True),
-        Column("MODE", 10, rank=3),
-        Column("IMAGE", 36, rank=2),
+        Column("UPDATE", 24, rank=2),
+        Column("RESERVED", 22, rank=1),
+        Column("IMAGE", 36, rank=3),
         Column("PORTS", 24, rank=4),
-        Column("WHY", is_flexible=True, is_toned=True),
+        Column("MODE", 10, rank=5),
+        Column("REASON", is_flexible=True, is_toned=True),
     ),
     View.TASKS: (
         Column("TASK", 34, is_toned=True),
         Column("STATE", 10, is_toned=True),
-        Column("SINCE", 8, rank=1, is_age=True),
+        Column("AGE", 8, rank=2, is_age=True),
         Column("NODE", 20, rank=1),
         Column("IMAGE", 30, rank=3),
-        Column("WHY", is_flexible=True, is_toned=True),
+        Column("REASON", is_flexible=True, is_toned=True),
     ),
     View.NODES: (
         Column("NODE", 28, is_toned=True),
-        Column("STATE", 12, is_toned=True),
-        Column("AVAILABILITY", 12, is_toned=True),
-        Column("ROLE", 8, rank=1),
+        Column("STATE", 14, is_toned=True),
+        Column("ROLE", 8, rank=2),
         Column("TASKS", 6),
         Column("LOAD", 6, rank=1),
-        Column("ADDRESS", 22, rank=2),
-        Column("VERSION", 12, rank=3),
-        Column("WHY", is_flexible=True, is_toned=True),
+        Column("RESERVED", 28, rank=1),
+        Column("ADDRESS", 22, rank=3),
+        Column("VERSION", 12, rank=4),
+        Column("REASON", is_flexible=True, is_toned=True),
     ),
     View.EVENTS: (
-        Column("AGO", 8, is_age=True),
+        Column("AGE", 8, is_age=True),
         Column("TYPE", 9, rank=2),
         Column("ACTION", 10, is_toned=True),
         Column("NAME", 34),
-        Column("WHAT", is_flexible=True),
+        Column("DETAILS", is_flexible=True),
     ),
     View.LOGS: (
         Column("TIME", 12, rank=2),
         Column("TASK", 24, rank=1),
-        Column("LINE", is_flexible=True, is_toned=True),
+        Column("MESSAGE", is_flexible=True, is_toned=True),
     ),
 }
 
 
-def rows_of(view: View, snapshot: Snapshot, *, with_ended: bool = False) -> list[Row]:
-    """Return all rows of any view but the logs, unordered."""
+def rows_of(view: View, snapshot: Snapshot, now: float, *, with_ended: bool = False) -> list[Row]:
+    """Return all rows of any view but the logs, unordered.  ``now`` is Unix time in seconds."""
     match view:
         case View.SERVICES:
-            return [_service(snapshot, service) for service in snapshot.services.values()]
+            tasks = _active_by(lambda task: task.service_id, snapshot)
+            return [_service(snapshot, state, tasks[state.id]) for state in states_of(snapshot, now)]
         case View.TASKS:
             return task_rows(snapshot, {}, with_ended=with_ended)
         case View.NODES:
-            counts = Counter(task.node_id for task in snapshot.tasks.values() if task.is_active)
-            return [_node(snapshot, node, counts[node["ID"]]) for node in snapshot.nodes.values()]
+            tasks = _active_by(lambda task: task.node_id, snapshot)
+            return [_node(snapshot, node, tasks[node["ID"]]) for node in snapshot.nodes.values()]
         case View.EVENTS:
             return [_event(snapshot, place, event) for place, event in enumerate(snapshot.events)]
     return []
+
+
+def _active_by(key: Callable[[Task], str], snapshot: Snapshot) -> Mapping[str, list[Task]]:
+    found: defaultdict[str, list[Task]] = defaultdict(list)
+    for task in snapshot.tasks.values():
+        if task.is_active:
+            found[key(task)].append(task)
+    return found
 
 
 def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: bool = False) -> list[Row]:
@@ -160,42 +185,41 @@ def _has(row: Row, words: Sequence[str]) -> bool:
     return all(word in text for word in words)
 
 
-def _service(snapshot: Snapshot, service: Mapping[str, Any]) -> Row:
-    name, status = str(service["Spec"]["Name"]), service.get("ServiceStatus") or {}
-    reason = snapshot.reasons.get(service["ID"], "")
-    update = service.get("UpdateStatus") or {}
-    is_updating = str(update.get("State") or "") in ("updating", "rollback_started")
-    if reason:
-        tone, why = Tone.BAD, reason
-    elif is_updating:
-        tone, why = Tone.WARNING, str(update.get("Message") or update["State"])
-    elif not is_service_healthy(service) and "job" not in mode_of(service):
-        tone, why = Tone.WARNING, "not as wanted"
-    else:
-        tone, why = Tone.GOOD, ""
-    completed, total = completion(service)
+def _service(snapshot: Snapshot, state: ServiceRow, tasks: Sequence[Task]) -> Row:
+    service, health = snapshot.services[state.id], health_of(state)
+    tone = {Health.DEGRADED: Tone.BAD, Health.CONVERGING: Tone.WARNING}.get(health, Tone.GOOD)
     cells = (
-        name,
-        f"{completed}/{total} done" if total else f"{status.get('RunningTasks', 0)}/{_wanted(service)}",
-        mode_of(service),
+        state.name,
+        state.tasks,
+        state.update,
+        _reserved(tasks),
         image_of(service),
         _ports(service),
-        why,
+        mode_of(service),
+        state.reason or (state.update if is_updating(state) else ""),
     )
-    return Row(service["ID"], cells, tone, (_URGENCY[tone], name, service["ID"]))
+    return Row(state.id, cells, tone, (_URGENCY[tone], state.name, state.id))
 
 
 _URGENCY = {Tone.BAD: 0, Tone.WARNING: 1, Tone.PLAIN: 2, Tone.GOOD: 2, Tone.MUTED: 3}
 
 
-def _wanted(service: Mapping[str, Any]) -> int:
-    return int((service.get("ServiceStatus") or {}).get("DesiredTasks") or 0)
+def _reserved(tasks: Sequence[Task]) -> str:
+    """Return ``1.5 CPUs, 512 MiB``, or an empty text if nothing is reserved."""
+    found = sum_of(tasks)
+    cpus = f"{round(found.cpus, 2):g} CPU{'' if found.cpus == 1 else 's'}" if found.cpus else ""
+    return ", ".join(filter(None, (cpus, size_of(found.memory) if found.memory else "")))
+
+
+def size_of(size: int) -> str:
+    """Return ``512 MiB``, or ``1.5 GiB``."""
+    return f"{round(size / (1 << 30), 1):g} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
 
 
 def _ports(service: Mapping[str, Any]) -> str:
     ports = (service.get("Endpoint") or {}).get("Ports") or ()
     return " ".join(
-        f"{port.get('PublishedPort', '')}>{port.get('TargetPort', '')}"
+        f"{port.get('PublishedPort', '')}->{port.get('TargetPort', '')}"
         + ("" if port.get("Protocol", "tcp") == "tcp" else f"/{port['Protocol']}")
         for port in ports
     )
@@ -213,19 +237,19 @@ def _task(snapshot: Snapshot, task: Task) -> Row:
         tone = Tone.BAD if status.err else Tone.WARNING
     why = status.err or ("" if tone is Tone.GOOD else status.message)
     if task.desired_state not in ("", state) and tone is not Tone.MUTED and state == "running":
-        why = f"to be {task.desired_state}"
+        why = f"stopping: its desired state is {task.desired_state}"
     name = snapshot.task_name(task)
     node = snapshot.node_name(task.node_id) if task.node_id else ""
     order = (_URGENCY[tone], snapshot.service_name(task.service_id), task.slot, node, task.id)
     return Row(task.id, (name, state, status.timestamp, node, task.image, why), tone, order)
 
 
-def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: int) -> Row:
+def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: Sequence[Task]) -> Row:
     state, availability = str(node["Status"]["State"]), str(node["Spec"].get("Availability") or "")
     message = plain_message(str(node["Status"].get("Message") or ""), str(node.get("SilentSince") or ""))
     manager = node.get("ManagerStatus") or {}
     if manager.get("Reachability") == "unreachable" and not message:
-        message = "its manager is unreachable"
+        message = "the manager is unreachable"
     is_calm = not message and availability == "active"
     tone = Tone.BAD if state != "ready" else Tone.GOOD if is_calm else Tone.WARNING
     role = "leader" if manager.get("Leader") else str(node["Spec"].get("Role") or "")
@@ -233,11 +257,11 @@ def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: int) -> Row:
     name = snapshot.node_name(node["ID"])
     cells = (
         name,
-        state,
-        availability,
+        state if availability in ("", "active") else f"{state}, {availability}",
         role,
-        str(tasks),
-        f"{load:.0%}" if isinstance(load, int | float) else "",
+        str(len(tasks)),
+        f"{load:.0%}" if isinstance(load, int | float) and state == "ready" else "-",
+        share_of(sum_of(tasks), Reserved(cpus_of(node), memory_of(node))),
         str(node["Status"].get("Addr") or ""),
         str((node["Description"].get("Engine") or {}).get("EngineVersion") or ""),
         message,
@@ -289,13 +313,10 @@ def laid_out(columns: Sequence[Column], naturals: Sequence[int], width: int, gap
         0 if column.is_flexible else min(natural, column.width_max)
         for column, natural in zip(columns, naturals, strict=True)
     ]
-    wanted = min(
-        max(
-            (natural for column, natural in zip(columns, naturals, strict=True) if column.is_flexible),
-            default=0,
-        ),
-        _FLEXIBLE_MIN,
+    longest = max(
+        (natural for column, natural in zip(columns, naturals, strict=True) if column.is_flexible), default=0
     )
+    wanted = min(longest, int(width * _FLEXIBLE_SHARE))
 
     def used() -> int:
         return sum(one + gap for one in widths if one)
@@ -308,8 +329,8 @@ def laid_out(columns: Sequence[Column], naturals: Sequence[int], width: int, gap
     return [max(rest, 0) if column.is_flexible else one for column, one in zip(columns, widths, strict=True)]
 
 
-_FLEXIBLE_MIN = 30
-"""Characters of the flexible column that take precedence over other columns."""
+_FLEXIBLE_SHARE = 0.6
+"""Share of the width up to which a long text in the flexible column hides the columns with a rank."""
 
 
 def age_of(stamp: str, now: float) -> str:

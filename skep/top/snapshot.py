@@ -1,19 +1,25 @@
 """The state of a cluster that ``skep top`` shows, and its changes by events.  Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.status import is_service_healthy, node_rows
+from skep.cli.formatting import counted
+from skep.cli.status import NodeRow, ServiceRow, is_service_healthy, node_rows, service_rows
 from skep.model.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 _WANTED = frozenset({"running", "ready", "complete"})
 _TASK_SERVICE = "com.docker.swarm.service.id"
 _NO_NODES: Mapping[str, Mapping[str, Any]] = {}
+_WAITING = 3
+"""``Problem.Weight`` from which a task only waits or starts, so that its service may converge without help."""
+_NAMED_MAX = 3
+"""Objects of a kind that the headline names.  It counts the others."""
+_NANO = 1e9
 
 
 class Link(Enum):
@@ -48,8 +54,25 @@ class _ContainerSpec(msgspec.Struct, frozen=True, rename=go_name, gc=False):
     image: str = ""
 
 
+class _Amounts(msgspec.Struct, frozen=True, rename=go_name, gc=False):
+    nano_cpus: int = msgspec.field(name="NanoCPUs", default=0)
+    memory_bytes: int = 0
+
+
+class _Resources(msgspec.Struct, frozen=True, rename=go_name):
+    reservations: _Amounts | None = None
+
+
 class _TaskSpec(msgspec.Struct, frozen=True, rename=go_name):
     container_spec: _ContainerSpec | None = None
+    resources: _Resources | None = None
+
+
+class Reserved(NamedTuple):
+    """CPUs, and bytes of memory."""
+
+    cpus: float = 0.0
+    memory: int = 0
 
 
 class Task(msgspec.Struct, frozen=True, rename=go_name):
@@ -68,6 +91,13 @@ class Task(msgspec.Struct, frozen=True, rename=go_name):
         """The image without the digest."""
         container = self.spec.container_spec
         return container.image.partition("@")[0] if container is not None else ""
+
+    @property
+    def reserved(self) -> "Reserved":
+        """The CPUs and memory that the scheduler keeps free for the task on its node."""
+        resources = self.spec.resources
+        amounts = (resources.reservations if resources is not None else None) or _Amounts()
+        return Reserved(amounts.nano_cpus / _NANO, amounts.memory_bytes)
 
     @property
     def is_settled(self) -> bool:
@@ -90,15 +120,15 @@ class Task(msgspec.Struct, frozen=True, rename=go_name):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All shown objects.
 
-    Nodes and services are in the API's form.  ``reasons`` explains services that are not in their desired state, by id,
-    as in ``skep explain``.  ``without_leader`` has the text of ``skep status`` without a leader, and is empty
-    otherwise.
+    Nodes and services are in the API's form.  ``explained`` has the explanations of services without their desired
+    number of tasks, by id, as in ``skep explain``.  ``without_leader`` has the text of ``skep status`` without a
+    leader, and is empty otherwise.
     """
 
     nodes: Mapping[str, Mapping[str, Any]] = _NO_NODES
     services: Mapping[str, Mapping[str, Any]] = _NO_NODES
     tasks: Mapping[str, Task] = {}
-    reasons: Mapping[str, str] = {}
+    explained: Mapping[str, Mapping[str, Any]] = _NO_NODES
     events: tuple[Mapping[str, Any], ...] = ()
     without_leader: tuple[str, ...] = ()
     connection: Connection = Connection()
@@ -170,17 +200,117 @@ def _order(snapshot: Snapshot, task: Task) -> tuple[str, int, str, str]:
     return snapshot.service_name(task.service_id), task.slot, task.node_id, task.id
 
 
-def summary(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """Return the summary for the top line, as pairs of a noun and its counts."""
-    nodes = Counter(str(node["Status"]["State"]) for node in snapshot.nodes.values())
-    wanted = sum(1 for service in snapshot.services.values() if is_service_healthy(service))
-    tasks = Counter(_kind(task) for task in snapshot.tasks.values())
-    shown = [f"{tasks[kind]} {kind}" for kind in ("run", "start", "wait") if tasks[kind]]
-    return [
-        ("nodes", ", ".join(f"{count} {state}" for state, count in sorted(nodes.items())) or "none"),
-        ("services", f"{wanted} of {len(snapshot.services)} as wanted" if snapshot.services else "none"),
-        ("tasks", ", ".join(shown) or "none"),
+class Health(Enum):
+    """Health of the cluster, as the headline names it."""
+
+    HEALTHY = "Healthy"
+    CONVERGING = "Converging"
+    DEGRADED = "Degraded"
+    LEADERLESS = "No leader"
+
+
+def states_of(snapshot: Snapshot, now: float) -> list[ServiceRow]:
+    """Return the services by name, with the verdict of ``skep status``.  ``now`` is Unix time in seconds."""
+    return list(service_rows(snapshot.services.values(), snapshot.explained, now))
+
+
+def is_updating(row: ServiceRow) -> bool:
+    """Return whether an update or a rollback replaces tasks now."""
+    return row.update.startswith(("updating", "rollback started"))
+
+
+def health_of(row: ServiceRow) -> Health:
+    """Return the health of a service.  It is degraded if a task failed, no node suits it, or its update is paused."""
+    if row.is_healthy:
+        return Health.CONVERGING if is_updating(row) else Health.HEALTHY
+    return Health.CONVERGING if row.weight >= _WAITING else Health.DEGRADED
+
+
+def headline(snapshot: Snapshot, services: Iterable[ServiceRow]) -> tuple[Health, str]:
+    """Return the health of the cluster and its reasons, the worst first.  Only the first sentence has details."""
+    if snapshot.without_leader:
+        return Health.LEADERLESS, " ".join(f"{line}." for line in snapshot.without_leader[:2])
+    nodes = node_rows(snapshot.nodes.values())
+    found = {health: [row for row in services if health_of(row) is health] for health in Health}
+    down = [row for row in nodes if row.state != "ready"]
+    unreachable = [row for row in nodes if row.state == "ready" and not row.is_healthy]
+    degraded, converging = found[Health.DEGRADED], found[Health.CONVERGING]
+    warned = [row for row in nodes if row.is_healthy and row.reason]
+    groups: list[tuple[Sequence[NodeRow] | Sequence[ServiceRow], str, str]] = [
+        (down, "node", "down" if all(row.state == "down" for row in down) else "not ready"),
+        (unreachable, "manager", "unreachable"),
+        (degraded, "service", "degraded"),
+        (converging, "service", "converging"),
+        (warned, "node", "ready with a warning"),
     ]
+    sentences: list[str] = []
+    for rows, noun, state in groups:
+        if rows:
+            sentences.append(_about(rows, noun, state, has_reason=not sentences))
+    health = (
+        Health.DEGRADED
+        if down or unreachable or degraded
+        else Health.CONVERGING
+        if converging
+        else Health.HEALTHY
+    )
+    return health, " ".join(sentences) or "All nodes and services are in their desired state."
+
+
+def _about(rows: Sequence[NodeRow] | Sequence[ServiceRow], noun: str, state: str, *, has_reason: bool) -> str:
+    """Return a sentence that names the objects, with the reason if there is only one."""
+    if len(rows) == 1:
+        reason = f": {rows[0].reason}" if rows[0].reason and has_reason else ""
+        return f"{noun.capitalize()} {rows[0].name} is {state}{reason}."
+    names = [row.name for row in rows[:_NAMED_MAX]]
+    more = f" and {len(rows) - _NAMED_MAX} more" if len(rows) > _NAMED_MAX else ""
+    return f"{counted(len(rows), noun)} are {state} ({', '.join(names)}{more})."
+
+
+def summary(snapshot: Snapshot, services: Sequence[ServiceRow]) -> list[tuple[str, str]]:
+    """Return the counts below the headline, the most important first, as pairs of a noun and its counts."""
+    ready = sum(node["Status"]["State"] == "ready" for node in snapshot.nodes.values())
+    healthy = sum(row.is_healthy for row in services)
+    tasks = Counter(_kind(task) for task in snapshot.tasks.values())
+    shown = [f"{tasks[kind]} {kind}" for kind in ("running", "starting", "pending") if tasks[kind]]
+    usable = {id: node for id, node in snapshot.nodes.items() if node["Status"]["State"] == "ready"}
+    reserved = sum_of(task for task in snapshot.tasks.values() if task.node_id in usable)
+    total = Reserved(sum(map(cpus_of, usable.values())), sum(map(memory_of, usable.values())))
+    return [
+        ("Nodes", f"{ready}/{len(snapshot.nodes)} ready"),
+        ("Services", f"{healthy}/{len(services)} healthy" if services else "none"),
+        ("Tasks", ", ".join(shown) or "none"),
+        ("Reserved", share_of(reserved, total)),
+    ]
+
+
+def cpus_of(node: Mapping[str, Any]) -> float:
+    """Return the number of CPUs that a node offers to tasks."""
+    return int((node["Description"].get("Resources") or {}).get("NanoCPUs") or 0) / _NANO
+
+
+def memory_of(node: Mapping[str, Any]) -> int:
+    """Return the bytes of memory that a node offers to tasks."""
+    return int((node["Description"].get("Resources") or {}).get("MemoryBytes") or 0)
+
+
+def sum_of(tasks: Iterable[Task]) -> Reserved:
+    """Return what the active ones of ``tasks`` reserve together."""
+    found = [task.reserved for task in tasks if task.is_active]
+    return Reserved(sum(one.cpus for one in found), sum(one.memory for one in found))
+
+
+def share_of(part: Reserved, whole: Reserved) -> str:
+    """Return ``1.5/4 CPUs, 0.8/7.8 GiB``."""
+    return f"{_number(part.cpus)}/{_number(whole.cpus)} CPUs, {_gib(part.memory)}/{_gib(whole.memory)} GiB"
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 2):g}"
+
+
+def _gib(size: int) -> str:
+    return f"{round(size / (1 << 30), 1):g}"
 
 
 def _kind(task: Task) -> str:
@@ -188,19 +318,8 @@ def _kind(task: Task) -> str:
     if state in ENDED:
         return "ended"
     if state == "running":
-        return "run"
-    return "wait" if state in ("new", "allocated", "pending") else "start"
-
-
-def headlines(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
-    """Yield each problem as a kind and a sentence, as in ``skep status``, the most serious first."""
-    yield from (("swarm", line) for line in snapshot.without_leader[:1])
-    for row in node_rows(snapshot.nodes.values()):
-        if row.reason or not row.is_healthy:
-            yield "node", f"{row.name} is {row.state}" + (f": {row.reason}" if row.reason else "")
-    for id, service in sorted(snapshot.services.items(), key=lambda item: str(item[1]["Spec"]["Name"])):
-        if reason := snapshot.reasons.get(id):
-            yield "service", f"{service['Spec']['Name']}: {reason}"
+        return "running"
+    return "pending" if state in ("new", "allocated", "pending") else "starting"
 
 
 def unexplained(services: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -34,7 +34,7 @@ class RowTable(ScrollView, can_focus=True):
         Binding("pagedown", "page(1)", "Page down", show=False),
         Binding("home", "edge(0)", "First", show=False),
         Binding("end", "edge(1)", "Last", show=False),
-        Binding("enter", "choose", "Details", show=False),
+        Binding("enter", "choose", "Explain", key_display="enter"),
     ]
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "table--header",
@@ -42,7 +42,7 @@ class RowTable(ScrollView, can_focus=True):
         *(f"table--{tone.value}" for tone in Tone),
     }
     DEFAULT_CSS = """
-    RowTable { height: 1fr; overflow-x: hidden; scrollbar-size-vertical: 1; }
+    RowTable { height: 1fr; padding-left: 1; overflow-x: hidden; scrollbar-size-vertical: 1; }
     RowTable > .table--header { color: $text-muted; text-style: bold; }
     RowTable > .table--cursor { background: $panel; color: $foreground; text-style: bold; }
     RowTable:focus > .table--cursor { background: $block-cursor-background; color: $block-cursor-foreground; }
@@ -98,7 +98,7 @@ class RowTable(ScrollView, can_focus=True):
             self.refresh()
 
     def render_line(self, y: int) -> Strip:
-        width = self.size.width
+        width = self.scrollable_content_region.width
         widths = laid_out(self._columns, self._naturals, width, _GAP)
         if y == 0:
             style = self.get_component_rich_style("table--header")
@@ -129,7 +129,7 @@ class RowTable(ScrollView, can_focus=True):
             if cell_len(text) > width:
                 text = f"{set_cell_size(text, width - 1)}…"
             segments += [Segment(set_cell_size(text, width), style), Segment(" " * _GAP, base)]
-        return Strip(segments).adjust_cell_length(self.size.width, base)
+        return Strip(segments).adjust_cell_length(self.scrollable_content_region.width, base)
 
     def _move_to(self, place: int) -> None:
         self._cursor = max(0, min(place, len(self._rows) - 1))

@@ -18,7 +18,6 @@ from skep.aio.clock import Clock
 from skep.api.client import Client
 from skep.cli.explain import about_service, about_task
 from skep.cli.quorum import STALE, no_leader, quorum_of
-from skep.cli.status import reason_in
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable, reason_of
 from skep.top.actions import Action, perform
 from skep.top.logs import LogLine, follow_logs
@@ -37,7 +36,7 @@ _ONE_BY_ONE = 50
 _AT_ONCE = 8
 """Concurrent requests for single objects."""
 _EXPLAINED = 20
-"""Services whose explanation is requested, as in ``skep status``.  The others only show their numbers."""
+"""Services whose explanation is requested.  The others only show their numbers."""
 _GATHER_S = 0.15
 """Seconds for which changes are gathered before they are read."""
 _LOOK_S = 2.0
@@ -123,7 +122,7 @@ class _State:
         self.nodes: dict[str, Mapping[str, Any]] = {}
         self.services: dict[str, Mapping[str, Any]] = {}
         self.tasks: dict[str, Task] = {}
-        self.reasons: dict[str, str] = {}
+        self.explained: dict[str, Mapping[str, Any]] = {}
         self.events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.without_leader: tuple[str, ...] = ()
         self.cursor = ""
@@ -141,7 +140,7 @@ class _State:
                 nodes=dict(self.nodes),
                 services=dict(self.services),
                 tasks=dict(self.tasks),
-                reasons=dict(self.reasons),
+                explained=dict(self.explained),
                 events=tuple(self.events),
                 without_leader=self.without_leader,
                 connection=self._connection,
@@ -189,7 +188,7 @@ class _Connected:
         state = self._state
         await self._list_nodes_and_services()
         await self._list_tasks()
-        await self._find_reasons()
+        await self._explain_services()
         self._backoff.reset()
         state.connected(Connection(Link.LIVE), is_loaded=True)
         async with asyncio.TaskGroup() as group:
@@ -220,7 +219,7 @@ class _Connected:
             moving = [task.id for task in self._state.tasks.values() if not task.is_settled]
             await self._read_tasks(moving)
             await self._list_nodes_and_services()
-            await self._find_reasons()
+            await self._explain_services()
             self._state.publish()
             took_s = self._clock.monotonic() - begun
 
@@ -289,21 +288,19 @@ class _Connected:
         now = self._clock.monotonic()
         self._tasks_again_at = now + (now - begun) * _LIST_SHARE
 
-    async def _find_reasons(self) -> None:
+    async def _explain_services(self) -> None:
         wanted = unexplained(self._state.services.values())[:_EXPLAINED]
-        found: dict[str, str] = {}
+        found: dict[str, Mapping[str, Any]] = {}
         places = asyncio.Semaphore(_AT_ONCE)
 
-        async def ask(id: str) -> None:
+        async def explain(id: str) -> None:
             with suppress(NotFound):  # it was removed in the meantime
-                response = await self._get(f"/skep/services/{id}/explain")
-                if not response["IsHealthy"]:
-                    found[id] = reason_in(response)
+                found[id] = await self._get(f"/skep/services/{id}/explain")
 
         async with asyncio.TaskGroup() as group:
             for id in wanted:
-                group.create_task(self._within(places, ask(id)))
-        self._state.reasons = found
+                group.create_task(self._within(places, explain(id)))
+        self._state.explained = found
 
     async def _get(self, path: str, **query: Any) -> Any:
         return await self._client.get(path, headers=self._headers, timeout_s=_RESPONSE_TIMEOUT_S, **query)

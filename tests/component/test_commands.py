@@ -27,7 +27,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 async def test_a_wait_that_is_over_names_what_does_not_run(cluster: Cluster) -> None:
     code, _, err = await cluster.run("service", "wait", "--timeout", "0.5", "shop_web", "shop_db")
-    text = "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run (skep explain shop_db)"
+    text = "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run. Run skep explain shop_db."
     assert (code, err.splitlines()[-1]) == (1, text)
 
 
@@ -43,7 +43,7 @@ async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster:
     code, _, err = await cluster.run("explain", "shop")
     assert (code, err) == (
         1,
-        "Error: no such service, task, node or network: shop (skep status; skep service ps SERVICE)\n",
+        "Error: no such service, task, node or network: shop. Run skep status to list services and nodes.\n",
     )
 
 
@@ -53,7 +53,7 @@ async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_i
     code, _, err = await cluster.run("node", "forget", "m1")
     assert (code, "m1 is ready, not down" in err) == (1, True)
     code, out, err = await cluster.run("node", "drain", "--wait", "m1")
-    assert (code, out) == (0, "m1 has no more tasks\n"), err
+    assert (code, out) == (0, "m1 is drained: no tasks are left\n"), err
     _, out, _ = await cluster.run("explain", "m1")
     assert "its availability is drain" in out
 
@@ -63,7 +63,7 @@ async def test_an_update_is_paused_and_aborted(cluster: Cluster) -> None:
     assert (await cluster.deploy("--detach"))[0] == 0
     code, out, err = await cluster.run("update", "pause", "shop_web")
     assert code == 0, err
-    assert out.startswith("shop_web: paused: manually paused; go on with skep update resume shop_web")
+    assert out.startswith("shop_web: paused: manually paused. Next: skep update resume shop_web")
     code, out, err = await cluster.run("update", "abort", "shop_web")
     assert (code, out) == (0, "shop_web: rollback_started: manually requested rollback\n"), err
     code, _, err = await cluster.run("service", "wait", "--timeout", "30", "shop_web")

@@ -65,7 +65,7 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     assert "converged" in shown
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+", shown)
     assert url == f"http://127.0.0.1:{port}"
-    assert "in a browser too: nginx in container " in shown
+    assert "responds: nginx in container " in shown
     assert shown.count("\n  docker ") == 3
     assert f"export DOCKER_HOST=unix://{place}/m1/skep.sock" in shown
 

@@ -85,7 +85,7 @@ def test_what_does_not_exist_is_said_to_be_neither(m1: TestNode) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr.strip()) == (
         1,
-        "Error: no such service, task, node or network: nothing (skep status; skep service ps SERVICE)",
+        "Error: no such service, task, node or network: nothing. Run skep status to list services and nodes.",
     )
 
 

@@ -50,10 +50,13 @@ def test_a_drained_node_is_empty_when_the_command_ends_and_a_lost_one_is_forgott
     assert {task["NodeID"] for task in tasks} > {worker}
     refused = skep(m1, "node", "forget", "w1", check=False)
     assert refused.returncode == 1
-    assert "w1 is ready, not down: drain it and let it leave, or skep node evict w1" in refused.stderr
+    assert (
+        "w1 is ready, not down. Drain it and run docker swarm leave there, or run skep node evict w1."
+        in refused.stderr
+    )
 
     drained = skep(m1, "node", "drain", "w1")
-    assert drained.stdout == "w1 has no more tasks\n"
+    assert drained.stdout == "w1 is drained: no tasks are left\n"
     assert "left: web." in drained.stderr
     left = m1.docker("node", "ps", "w1", "--format", "{{.CurrentState}}").stdout
     assert "Running" not in left
@@ -117,13 +120,13 @@ def test_an_update_is_paused_resumed_and_aborted_by_commands(cluster: TestCluste
     m1.docker("service", "update", "--detach", "--env-add", "A=1", "site")
     paused = skep(m1, "update", "pause", "site").stdout
     assert paused == (
-        "site: paused: manually paused; go on with skep update resume site, or skep update abort site\n"
+        "site: paused: manually paused. Next: skep update resume site, or skep update abort site\n"
     )
     state = m1.docker(
         "service", "inspect", "site", "--format", "{{.UpdateStatus.State}} {{.UpdateStatus.Message}}"
     )
     assert state.stdout == "paused manually paused\n"
-    assert "it is paused: skep update resume site" in skep(m1, "explain", "site").stdout
+    assert "it is paused. Run skep update resume site" in skep(m1, "explain", "site").stdout
     assert skep(m1, "update", "resume", "site").stdout == "site: updating: update in progress\n"
     aborted = skep(m1, "update", "abort", "site").stdout
     assert aborted == "site: rollback_started: manually requested rollback\n"

@@ -104,7 +104,7 @@ def test_a_cluster_that_is_well_is_diagnosed_in_seconds(quartet: TestCluster, m1
     wait_until(lambda: "4 nodes, 6 pairs" in doctor(m1).stdout, "all know of each other")
     done = doctor(m1)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("4 nodes, 6 pairs: everything is well")
+    assert done.stdout.startswith("4 nodes, 6 pairs: no problems found")
     assert "\x1b" not in done.stdout + done.stderr
     responses = json.loads(doctor(m1, "--json").stdout)
     assert {response["Hostname"]: len(response["Paths"]) for response in responses} == {

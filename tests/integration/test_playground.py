@@ -282,7 +282,7 @@ def test_a_fresh_machine_is_plugged_in_and_belongs_to_no_swarm(trio: TestCluster
     ("words", "sentence"),
     [
         (["--managers", "0"], "at least one manager"),
-        (["--subnets", "0"], "--subnets is between 1 and"),
+        (["--subnets", "0"], "Use 1 to "),
         (["--workers", "-1"], "no negative number"),
     ],
 )
@@ -301,7 +301,7 @@ def test_a_name_is_taken_while_its_playground_is_up(trio: TestCluster, tmp_path:
         [SKEP, "playground", "up", *words], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 1
-    assert f"a playground called {trio.name} is up" in done.stderr
+    assert f"A playground called {trio.name} is running" in done.stderr
 
 
 def test_down_leaves_nothing_of_a_playground_with_running_containers(nowhere: TestCluster) -> None:
@@ -319,7 +319,7 @@ def test_down_leaves_nothing_of_a_playground_with_running_containers(nowhere: Te
 
 
 def test_down_twice_and_of_nothing_is_fine(nowhere: TestCluster) -> None:
-    assert "there was nothing to remove" in nowhere.skep("down").stderr
+    assert "Nothing to remove." in nowhere.skep("down").stderr
 
 
 @pytest.mark.parametrize("reached", ["cluster.json", "m1/skep.log", "m1/data/images"])

@@ -87,7 +87,7 @@ def test_a_service_that_is_stuck_is_named_and_the_rotation_is_finished_later(
     failed = skep(node, "secret", "rotate", "key", str(tmp_path / "new"), check=False)
     assert failed.returncode == 1
     assert "Error: web: update paused due to failure or early termination of task" in failed.stderr
-    assert failed.stderr.splitlines()[-1].endswith("(skep explain web)")
+    assert failed.stderr.splitlines()[-1].endswith("Run skep explain web.")
     (tmp_path / "new").write_text("good again")
     assert skep(node, "secret", "rotate", "key", str(tmp_path / "new")).stdout == "key-v3\n"
     assert contents(node, "web", "/run/secrets/key") == {"good again"}

@@ -42,7 +42,7 @@ class Seen:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            pytest.fail(f"not within 30 s: {what}; {self.last.connection}, {self.last.reasons}")
+            pytest.fail(f"not within 30 s: {what}; {self.last.connection}, {self.last.explained}")
         return self.last
 
 
@@ -130,7 +130,7 @@ async def test_a_cluster_is_followed_and_changed_over_a_lost_connection(m1: Test
         await relay.open()
         await seen.until(lambda one: one.connection.link is Link.LIVE, "the connection is made again")
         found = await seen.until(
-            lambda one: any("exit 3" in r for r in one.reasons.values()), "the reason is shown"
+            lambda one: any("exit 3" in r["Reason"] for r in one.explained.values()), "the reason is shown"
         )
         (crashed,) = (one["ID"] for one in found.services.values() if one["Spec"]["Name"] == "crash")
         details = await cluster.details("service", crashed, "crash")
@@ -158,7 +158,7 @@ def test_the_command_draws_itself_and_leaves_by_a_key(m1: TestNode) -> None:
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown, deadline = b"", time.monotonic() + 60
-        while not (b"drawn" in shown and b"as wanted" in shown):
+        while not (b"drawn" in shown and b"healthy" in shown):
             assert time.monotonic() < deadline, shown
             if select.select([mine], [], [], 1)[0]:
                 shown += os.read(mine, 65536)
@@ -182,5 +182,5 @@ def test_without_a_terminal_it_says_what_to_use_instead(m1: TestNode) -> None:
     )
     assert (done.returncode, done.stderr) == (
         1,
-        "Error: skep top needs a terminal: skep status shows the cluster once\n",
+        "Error: skep top needs a terminal. Run skep status to print the state of the cluster once.\n",
     )

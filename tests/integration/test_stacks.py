@@ -107,7 +107,7 @@ def test_a_stack_is_planned_deployed_changed_and_removed(m1: TestNode, folder: P
         *m1.docker("stack", "ps", "-q", "--no-trunc", "shop").stdout.split()
     }
     again = skep(m1, "stack", "plan", "--resolve-image", "never", cwd=folder)
-    assert again.stdout == "Stack shop: nothing to change\n"
+    assert again.stdout == "Stack shop is up to date.\n"
 
     services = m1.docker("service", "inspect", "shop_web", "shop_migrate", "shop_db").stdout
     networks = m1.docker("network", "inspect", "shop_default").stdout
@@ -117,7 +117,7 @@ def test_a_stack_is_planned_deployed_changed_and_removed(m1: TestNode, folder: P
     assert imported.stderr == "", "notes on what is lost"
     (folder / "imported.yaml").write_text(imported.stdout)
     again = skep(m1, "stack", "plan", "--resolve-image", "never", "-c", "imported.yaml", "shop", cwd=folder)
-    assert again.stdout == "Stack shop: nothing to change\n"
+    assert again.stdout == "Stack shop is up to date.\n"
 
     skep(m1, "import", "swarm", "--output", "moved", cwd=folder)
     (config,) = (folder / "moved/configs").iterdir()
@@ -198,7 +198,9 @@ def test_an_earlier_revision_is_deployed_again(m1: TestNode, folder: Path) -> No
     )
     failed = deploy(m1, folder, "--rollback-on-failure", check=False)
     assert failed.returncode == 1
-    assert "the deploy failed, and shop is as in revision 3 again: shop_" in failed.stderr.splitlines()[-1]
+    assert (
+        "the deploy failed, and shop is back at revision 3. Reason: shop_" in failed.stderr.splitlines()[-1]
+    )
     assert m1.docker("stack", "services", "shop", "--format", "{{.Name}}").stdout == "shop_web\n"
     states = [
         line.split("  ")[-1].strip() for line in skep(m1, "stack", "history", "shop").stdout.splitlines()[1:]
@@ -283,7 +285,7 @@ def test_one_service_is_deployed_and_the_others_stay_as_they_are(m1: TestNode, f
     unknown = deploy(m1, folder, "--only", "c", check=False)
     assert (unknown.returncode, unknown.stderr.splitlines()[-1]) == (
         1,
-        "Error: the files have no service c: name one of a, b",
+        "Error: the files have no service c. Choose one of a, b",
     )
 
 
@@ -320,19 +322,19 @@ def test_an_image_is_built_and_its_service_runs(m1: TestNode, folder: Path) -> N
     container = running(m1, "shop_app")[0]["Status"]["ContainerStatus"]["ContainerID"]
     assert m1.docker("exec", container, "sh", "-c", "echo $WORD").stdout == "built\n"
     (folder / "compose.yaml").write_text(text.replace("built", "again"))
-    assert "tasks are replaced, 1 at a time, stop first, for: Image" in deploy(m1, folder).stderr
+    assert (
+        "replaces tasks, 1 at a time, stopping old tasks first, because of Image" in deploy(m1, folder).stderr
+    )
     container = running(m1, "shop_app")[0]["Status"]["ContainerStatus"]["ContainerID"]
     assert m1.docker("exec", container, "sh", "-c", "echo $WORD").stdout == "again\n"
-    assert "nothing to change" in deploy(m1, folder).stderr
+    assert "is up to date" in deploy(m1, folder).stderr
 
 
 def test_what_is_wrong_in_a_file_is_said_and_nothing_is_done(m1: TestNode, folder: Path) -> None:
     (folder / "compose.yaml").write_text(FILE.replace("replicas: 2", "replica: 2"))
     done = deploy(m1, folder, check=False)
     assert done.returncode == 1
-    assert done.stderr.endswith(
-        "services.web.deploy.replica: this key is not known: did you mean replicas?\n"
-    )
+    assert done.stderr.endswith("services.web.deploy.replica: unknown key: did you mean replicas?\n")
     assert names(m1, "network") == set()
 
 

@@ -96,13 +96,13 @@ async def test_machines_are_looked_at_and_joined_and_the_same_command_again_adds
 
         code, out, err = await up(m1, w8)
         assert code == 0, err
-        assert f"{m1}: is in a cluster already" in err
+        assert f"{m1}: already in a cluster" in err
         assert f"{w8}: has joined as a worker" in err
-        assert out.startswith("2 machines in the cluster: skep --host ssh://m1@")
+        assert out.startswith("2 machines in the cluster. Next: skep --host ssh://m1@")
         code, _, err = await up("--managers", "2", m1, w9, w8)
         assert code == 0, err
         assert f"{w9}: has joined as a manager" in err
-        assert f"{w8}: is in the cluster already" in err
+        assert f"{w8}: already in the cluster" in err
         nodes = nodes_by_name(cluster.node("m1"))
         roles = {name: node["Spec"]["Role"] for name, node in nodes.items()}
         assert roles == {"m1": "manager", "w8": "worker", "w9": "manager"}

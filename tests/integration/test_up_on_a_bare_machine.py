@@ -119,7 +119,7 @@ def test_a_bare_machine_becomes_a_cluster_and_the_same_command_again_changes_not
     assert machine.run(has) == "active\n"
     without = client.up()
     assert without.returncode == 1
-    assert f"{HOST}: skep is not there: --package skep.deb installs it" in without.stderr
+    assert f"{HOST}: Skep is not installed. Install it with --package skep.deb." in without.stderr
     dry = client.up("--dry-run", "--package", package)
     assert dry.returncode == 0, dry.stderr
     assert f"{HOST}: is suitable: Debian GNU/Linux 12 (bookworm), kernel " in dry.stderr
@@ -128,7 +128,7 @@ def test_a_bare_machine_becomes_a_cluster_and_the_same_command_again_changes_not
     first = client.up("--package", package)
     assert first.returncode == 0, first.stderr
     assert f"{HOST}: installs {package.name}" in first.stderr
-    assert f"{HOST}: has founded the cluster" in first.stderr
+    assert f"{HOST}: created the cluster" in first.stderr
     assert machine.run("find /root /tmp -name '*.deb'") == ""
     said, _, command = first.stdout.strip().partition(": ")
     assert said == "1 machine in the cluster"
@@ -149,5 +149,5 @@ def test_a_bare_machine_becomes_a_cluster_and_the_same_command_again_changes_not
     again = client.up("--package", package)
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
-    assert again.stderr.splitlines()[1:] == [f"{HOST}: is in a cluster already"]
+    assert again.stderr.splitlines()[1:] == [f"{HOST}: already in a cluster"]
     assert state(machine) == before

@@ -236,6 +236,6 @@ def test_an_upgrade_ends_at_a_node_that_does_not_come_back_which_has_its_version
         commands.upgrade("upgrade", "2", continues=False, broken=[broken])
         commands.finish(within_s=900.0)
         (outcome,) = commands.outcomes
-        assert f"{broken} did not come back with 2" in outcome
+        assert f"{broken} did not become healthy with 2" in outcome
         assert cluster.view.get(Node, broken).description.engine.engine_version == "1"
         assert drained(cluster) == []

@@ -15,7 +15,7 @@ from skep.model.access import Identity, Origin, parse_binding
 from skep.model.container import Mount
 from skep.model.service import Service
 from skep.stack.cluster_state import config_names, existing_of, known_revisions
-from skep.stack.deploying import Made
+from skep.stack.deploying import CreatedObjects
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack
 from skep.stack.recording import carry_out, refused, return_plan, undo
@@ -27,9 +27,9 @@ ANN = Identity(name="ann", origin=Origin.TOKEN, bindings=(parse_binding("operato
 LABELS = {"com.docker.stack.namespace": "shop", "skep.stack.revision": "8", "skep.stack.state": "deployed"}
 
 
-async def deploy(client: ApiClient, stack: Stack, made: Made | None = None) -> None:
+async def deploy(client: ApiClient, stack: Stack, created: CreatedObjects | None = None) -> None:
     plan = plan_of(stack, await existing_of(client, stack.name, config_names(stack)), images={}, prune=True)
-    await carry_out(client, stack, plan, lambda *_: None, 60.0, pytest.fail, made=made)
+    await carry_out(client, stack, plan, lambda *_: None, 60.0, pytest.fail, created=created)
 
 
 def with_root(stack: Stack) -> Stack:
@@ -176,7 +176,7 @@ def test_a_service_of_that_name_that_is_not_of_the_stack_is_left_alone() -> None
         async def go() -> None:
             spec = {"Name": "shop_web", "TaskTemplate": {"ContainerSpec": {"Image": "other"}}}
             await admin.post("/services/create", spec)
-            with pytest.raises(SkepError, match="shop_web exists and is not of the stack shop"):
+            with pytest.raises(SkepError, match="shop_web exists outside of the stack shop"):
                 await deploy(admin, a_stack(GOOD))
 
         cluster.do(go())

@@ -26,7 +26,7 @@ class StillCluster:
         publish(self.snapshot)
 
     async def details(self, kind: str, id: str, name: str) -> list[str]:
-        return [f"{kind} {name}: {self.snapshot.reasons.get(id, 'as wanted')}"]
+        return [f"{kind} {name}: {self.snapshot.explained.get(id, {}).get('Reason', 'healthy')}"]
 
     async def perform(self, action: Action) -> None:
         if self.error is not None:
@@ -90,7 +90,10 @@ def a_service(name: str, running: int = 2, wanted: int = 2, **changes: Any) -> M
 
 
 def a_task(service: str, slot: int, node: str = "", **changes: Any) -> Task:
-    """Return a running task.  ``changes``: ``state``, ``desired``, ``err``, ``message``."""
+    """Return a running task.  ``changes``: ``state``, ``desired``, ``err``, ``message``, ``cpus`` and ``memory``
+    (reserved).
+    """
+    amounts = {"NanoCPUs": int(changes.get("cpus", 0) * 10**9), "MemoryBytes": changes.get("memory", 0)}
     raw = {
         "ID": f"id-{service}-{slot}-{node}" + changes.get("suffix", ""),
         "ServiceID": f"id-{service}",
@@ -103,7 +106,10 @@ def a_task(service: str, slot: int, node: str = "", **changes: Any) -> Task:
             "Message": changes.get("message", "started"),
             "Err": changes.get("err", ""),
         },
-        "Spec": {"ContainerSpec": {"Image": "busybox:1@sha256:00"}},
+        "Spec": {
+            "ContainerSpec": {"Image": changes.get("image", "busybox:1@sha256:00")},
+            "Resources": {"Reservations": amounts},
+        },
     }
     return msgspec.convert(raw, Task)
 
@@ -123,8 +129,15 @@ def a_snapshot(
     )
 
 
+def an_explanation(reason: str, *, weight: int = 0) -> Mapping[str, Any]:
+    """Return the explanation of a service that is not in its desired state."""
+    return {"IsHealthy": False, "Reason": reason, "Summary": reason, "Problem": {"Weight": weight}}
+
+
 def a_shop() -> Snapshot:
     """Return three nodes of which one is down, and services of which two are degraded."""
+    reserved = {"cpus": 0.5, "memory": 256 << 20}
+    refused = "no suitable node (insufficient resources on 2 nodes)"
     crash = 'exit 3, last line "panic: no database at db:5432"; crash loop, 4 failures in a row'
     update = {"State": "updating", "Message": "update in progress"}
     return a_snapshot(
@@ -141,19 +154,23 @@ def a_shop() -> Snapshot:
             a_service("report", 0, 2, image="shop/report:1"),
         ),
         tasks=(
-            *(a_task("web", slot, "m1" if slot % 2 else "w1") for slot in range(1, 4)),
-            *(a_task("api", slot, "w1") for slot in range(1, 5)),
-            a_task("api", 5, "m1", state="preparing", message="pulling the image"),
+            *(
+                a_task("web", slot, "m1" if slot % 2 else "w1", image="shop/web:2.1", **reserved)
+                for slot in range(1, 4)
+            ),
+            *(a_task("api", slot, "w1", image="shop/api:7", memory=512 << 20) for slot in range(1, 5)),
+            a_task("api", 5, "m1", state="preparing", message="pulling the image", memory=512 << 20),
             a_task("api", 6, state="pending", message="pending task scheduling"),
             a_task("orders", 1, "w1", state="failed", err="task: non-zero exit (3)"),
             a_task("agent", 0, "m1"),
             a_task("agent", 0, "w1"),
-            a_task("report", 1, state="pending", err="no suitable node (insufficient resources on 2 nodes)"),
-            a_task("report", 2, state="pending", err="no suitable node (insufficient resources on 2 nodes)"),
+            a_task("report", 1, state="pending", err=refused),
+            a_task("report", 2, state="pending", err=refused),
         ),
-        reasons={
-            "id-orders": crash,
-            "id-report": "no suitable node (insufficient resources on 2 nodes)",
+        explained={
+            "id-orders": an_explanation(crash),
+            "id-report": an_explanation(refused, weight=1),
+            "id-api": an_explanation("m1 prepares it: image, mounts and networks", weight=4),
         },
         events=tuple(
             {

@@ -8,7 +8,7 @@ from skep.top.app import TopApp
 from tests.support.top_clusters import StillCluster, a_shop
 
 PICTURE = Path(__file__).parents[2] / "docs/guide/skep-top.svg"
-PAINTED = ("shop/web:2.1", "Quit")
+PAINTED = ("1.5&#160;CPUs", "Roll&#160;back")
 """Texts in the last row of the table and in the key bar, which are painted last."""
 _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 
@@ -16,7 +16,7 @@ _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 async def picture() -> str:
     """Return the first screen, without fonts from another site that a reader's browser would fetch."""
     app = TopApp(StillCluster(a_shop()))
-    async with app.run_test(size=(110, 20)) as pilot:
+    async with app.run_test(size=(114, 17)) as pilot:
         before, present = "", app.export_screenshot(title="skep top")
         while not all(text in present for text in PAINTED) or present != before:
             await pilot.pause(0.05)

@@ -334,11 +334,11 @@ class Build:
 
     async def _carry_out(self, step: Step, instruction: Instruction) -> None:
         state = self._results.state
-        beside = self._arguments.beside(state.config.env or ())
-        ready = await self._expand(instruction, variables_of(state, beside))
+        visible = self._arguments.visible(state.config.env or ())
+        ready = await self._expand(instruction, variables_of(state, visible))
         match ready:
             case Run():
-                await self._run(step, ready, beside)
+                await self._run(step, ready, visible)
             case Copy():
                 await self._copy(step, ready)
             case _:
@@ -455,7 +455,7 @@ class Build:
         async with mounted_image(changes, new_work(self._images, self._workspace)) as root:
             yield root
 
-    async def _run(self, step: Step, run: Run, beside: Mapping[str, str]) -> None:
+    async def _run(self, step: Step, run: Run, visible: Mapping[str, str]) -> None:
         """Carry out RUN."""
         state = self._results.state
         if self._results.position.image is None:
@@ -464,9 +464,9 @@ class Build:
             raise InvalidArgument(copies.NEEDS_BUILDKIT.format(run.flags[0]))
         network = runs.network_of(run, has_host_network=self._request.has_host_network)
         command, script = runs.command_of(run, state.shell)
-        shown = command_of_step(command, self._arguments, beside)
+        shown = command_of_step(command, self._arguments, visible)
         container = options_of(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
-        variables = variables_of(state, beside)
+        variables = variables_of(state, visible)
         expand = partial(substituted, variables=variables, escape=self._stages.escape, budget=self._budget)
         mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
         async with AsyncExitStack() as stack:
@@ -484,7 +484,7 @@ class Build:
             change = self._results.change(state, container, line, *(extras if any(extras) else ()))
             if await self._results.take_cached(step, change):
                 return
-            env = {**beside, **self._arguments.proxies}
+            env = {**visible, **self._arguments.proxies}
             prepared = await sources.prepare(command, script, env, mounts, state.config.working_dir)
             prepared = msgspec.structs.replace(prepared, network=network)
             await self._run_command(step, prepared, change)

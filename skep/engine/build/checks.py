@@ -374,7 +374,7 @@ class Checks:
         used = dict[type[Instruction], Instruction]()
         has_directory = self._has_directory.get(index, False) if index is not None else False
         for one in stage.instructions:
-            variables = variables_of(state, self._arguments.beside(state.config.env or ()))
+            variables = variables_of(state, self._arguments.visible(state.config.env or ()))
             if isinstance(one, Arg):
                 self._declare(one, variables, is_checked=is_known)
                 continue
@@ -475,7 +475,7 @@ class Checks:
             self._add("SecretsUsedInArgOrEnv", text, place)
 
     def _ports(self, one: Instruction, ports: Sequence[str], state: StageState) -> None:
-        variables = variables_of(state, self._arguments.beside(state.config.env or ()))
+        variables = variables_of(state, self._arguments.visible(state.config.env or ()))
         for port in (
             word for text in ports for word in split(text, variables, self._stages.escape, self._budget)
         ):

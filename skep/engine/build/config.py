@@ -133,7 +133,7 @@ class Arguments:
         """Arguments that FROM, and ARG before the first FROM, substitute."""
         return self._values(self._before)
 
-    def beside(self, env: Iterable[str]) -> Mapping[str, str]:
+    def visible(self, env: Iterable[str]) -> Mapping[str, str]:
         """Return the arguments that instructions of the stage see, except if ``env`` overrides them."""
         hidden = self.stage.hidden if self._is_buildkit else {text.partition("=")[0] for text in env}
         return {
@@ -337,11 +337,11 @@ def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerD
 
 
 def command_of_step(
-    command: Sequence[str], arguments: Arguments, beside: Mapping[str, str]
+    command: Sequence[str], arguments: Arguments, visible: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Return the command of a RUN step for history and cache.  The arguments that it sees precede it."""
-    counted = sorted(f"{name}={value}" for name, value in beside.items() if arguments.in_key(name))
-    return (f"|{len(counted)}", *counted, *command) if beside else tuple(command)
+    counted = sorted(f"{name}={value}" for name, value in visible.items() if arguments.in_key(name))
+    return (f"|{len(counted)}", *counted, *command) if visible else tuple(command)
 
 
 def working_directory(current: str, wanted: str) -> str:

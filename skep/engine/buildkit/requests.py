@@ -247,12 +247,12 @@ def _arguments(
     known, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
 
     def declared(arg: Arg, *, before_stages: bool) -> Mapping[str, str]:
-        variables = known.of_stages if before_stages else known.beside(())
+        variables = known.of_stages if before_stages else known.visible(())
         ready = expanded(arg, variables, stages.escape, budget, build.arguments)
         assert isinstance(ready, Arg), "expanding keeps the type"
         for name, value in ready.pairs:
             known.declare(name, value, before_stages=before_stages)
-        return dict(known.of_stages if before_stages else known.beside(()))
+        return dict(known.of_stages if before_stages else known.visible(()))
 
     before = [(arg, declared(arg, before_stages=True)) for arg in stages.arguments]
     names = {

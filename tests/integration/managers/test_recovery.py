@@ -66,7 +66,7 @@ def test_two_managers_of_three_are_lost_and_join_again(own: TestCluster) -> None
     assert "of m1: 1 service, " in planned
     assert not can_write(m1, "probe"), "a dry run changes nothing"
     recovered = skep(m1, "--yes")
-    assert "m1 is the only manager of the cluster now." in recovered
+    assert "m1 is now the only manager of the cluster." in recovered
     assert "docker node demote m2 && docker node rm --force m2" in recovered
     refused = skep(m1, "--yes", code=1)
     assert "the cluster has a leader: there is nothing to recover" in refused

@@ -51,7 +51,7 @@ def test_an_evicted_worker_says_what_happened_and_stops_what_was_replaced(cluste
     m1, w1 = cluster.node("m1"), cluster.node("w1")
     done = skep(m1, "node", "evict", "--yes", "w1")
     assert done.returncode == 0, done.stderr
-    assert "It stops its containers as soon as it reaches a manager" in done.stdout
+    assert "It stops its containers when it reaches a manager" in done.stdout
     wait_until(lambda: "this node was removed from the cluster at 20" in swarm_error(w1), "it knows it")
     wait_running(m1, "web", 3)
     wait_until(lambda: is_stopped(w1), "its tasks have stopped")

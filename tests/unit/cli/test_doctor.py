@@ -36,7 +36,7 @@ BLOCKED = [
 
 def test_a_cluster_that_is_well_is_said_to_be() -> None:
     assert list(shown(WELL, Screen())) == [
-        "2 nodes, 1 pair: everything is well",
+        "2 nodes, 1 pair: no problems found",
         "",
         "FROM  TO  CHECK    LOSS  RTT     MTU   STATE",
         "m1    w1  1 check  0 %   0.4 ms  1500  ok",
@@ -47,18 +47,21 @@ def test_a_cluster_that_is_well_is_said_to_be() -> None:
 
 def test_a_cluster_whose_nodes_do_not_know_each_other_yet_is_not_said_to_be_well() -> None:
     early = [a_result("m1"), a_result("w1")]
-    assert verdict(early) == "2 nodes, 0 pairs: no node has its list of peers yet: try again in a few seconds"
+    assert (
+        verdict(early)
+        == "2 nodes, 0 pairs: the nodes do not know their peers yet, so try again in a few seconds"
+    )
     assert is_too_early(early)
     assert not is_too_early([a_result("m1")])
     assert not is_too_early(WELL)
 
 
 def test_what_fails_comes_first_with_pair_and_port() -> None:
-    lines = list(shown(BLOCKED, Screen(has_colours=True)))
+    lines = list(shown(BLOCKED, Screen(has_colors=True)))
     assert lines[0] == "3 nodes, 3 pairs: 4789/udp (overlay) fails between w1 and w2"
     assert [line.split("  ")[0].strip() for line in lines[3:5]] == ["\x1b[31mw1\x1b[0m", "\x1b[31mw2\x1b[0m"]
     assert unstyle(lines[3]).startswith("w1    w2  overlay  4789/udp  100 %")
-    assert lines[-2:] == ["Why:", "  w1 -> w2 and 1 more: overlay: nothing came back"]
+    assert lines[-2:] == ["Reasons:", "  w1 -> w2 and 1 more: overlay: nothing came back"]
     assert [has_problem(result) for result in BLOCKED] == [False, True, True]
 
 
@@ -75,7 +78,9 @@ def test_a_node_that_does_not_answer_is_named_with_why() -> None:
 def test_in_a_large_cluster_only_what_fails_is_listed() -> None:
     names = [f"w{number}" for number in range(10)]
     results = [a_result(name, *(a_path(peer) for peer in names if peer != name)) for name in names]
-    assert list(shown(results, Screen()))[2:] == ["90 paths without a problem are not shown (--all)"]
+    assert list(shown(results, Screen()))[2:] == [
+        "90 paths without problems are hidden. Use --all to show them."
+    ]
     assert len(list(shown([*BLOCKED, *results], Screen()))) == 9
     assert len(list(shown(results, Screen(), shows_all=True))) == 3 + 90
 
@@ -114,9 +119,9 @@ def test_without_a_node_it_is_one_line() -> None:
 def test_network_problems_of_a_node_are_problems() -> None:
     results = [WELL[0] | {"Conditions": ["the kernel's table of neighbors overflows"]}, WELL[1]]
     lines = list(shown(results, Screen()))
-    assert lines[0] == "2 nodes, 1 pair: 1 node with a problem of its own"
+    assert lines[0] == "2 nodes, 1 pair: 1 node with problems"
     assert lines[-2:] == [
-        "What nodes report of themselves:",
+        "Problems reported by nodes:",
         "  m1: the kernel's table of neighbors overflows",
     ]
     assert [has_problem(result) for result in results] == [True, False]

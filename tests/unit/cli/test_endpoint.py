@@ -82,7 +82,7 @@ def test_certificates_come_with_the_context_or_with_the_environment(tmp_path: Pa
     ("written", "says"),
     [
         ({"host": "unix:///a", "context": "b"}, "either specify --host or --context"),
-        ({"context": "nowhere"}, 'context "nowhere" is not found'),
+        ({"context": "nowhere"}, 'context "nowhere" is not in'),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, written: dict[str, str], says: str) -> None:

@@ -29,7 +29,7 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
         "  all 2 nodes: 512000 MiB of memory requested, 24106 not reserved",
     ]
     task["Nodes"] = [{"Hostname": "w2", "Reasons": ["small"]}, {"Hostname": "m1", "Reasons": ["drained"]}]
-    assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  WHY NOT", "  m1    drained", "  w2    small"]
+    assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  REASON", "  m1    drained", "  w2    small"]
 
 
 def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_may_go_on() -> None:
@@ -45,7 +45,7 @@ def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_
     }
     assert list(about_service("web", service, NOW)) == [
         "web: 0 of 1 tasks run",
-        "  update: 0 of 1 tasks are new; it waits for task x, for 9m 40s more",
+        "  update: 0 of 1 tasks are new, waiting for task x, for 9m 40s more",
         "  1 waiting: it waits  (skep explain web.1)",
         "  2 failed: exit 3  (skep explain 9x1)",
     ]
@@ -119,10 +119,10 @@ def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> 
 def test_a_paused_update_names_the_commands_that_go_on() -> None:
     service: dict[str, Any] = {"Summary": "2 of 2 tasks run: healthy", "Reasons": [], "Failures": []}
     service["UpdateStatus"] = {"State": "paused", "Message": "manually paused"}
-    line = "  it is paused: skep update resume web, or skep update abort web"
+    line = "  it is paused. Run skep update resume web, or skep update abort web."
     assert line in list(about_service("web", service, NOW))
     service["UpdateStatus"]["State"] = "rollback_paused"
-    assert "  it is paused: skep update resume web" in list(about_service("web", service, NOW))
+    assert "  it is paused. Run skep update resume web." in list(about_service("web", service, NOW))
 
 
 def test_a_node_and_a_network_are_explained_as_well() -> None:
@@ -141,7 +141,7 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
     assert lines[3:] == [
         "  worker, at 192.0.2.1, 2 CPUs, 4.0 GiB, ",
         "  tasks: 2 running",
-        "  part of the cluster for 2h, id n1",
+        "  joined 2h ago, ID n1",
     ]
     network = {
         "Id": "x1",
@@ -157,5 +157,5 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "back: overlay network of the swarm, used by db, web",
         "  10.0.1.0/24, gateway 10.0.1.1",
         "  internal",
-        "  there for 1h, id x1",
+        "  created 1h ago, ID x1",
     ]

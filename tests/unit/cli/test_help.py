@@ -1,6 +1,8 @@
 """The rules of the command's help: summaries, groups, one spelling of each option, former spellings."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -9,7 +11,14 @@ from click.testing import CliRunner
 from skep.cli import main as cli
 from skep.cli.options import Duration
 
+ROOT = Path(__file__).parents[3]
 SUMMARY_MAX = 60
+SENTENCE_MAX = 25
+HELP_WORDS_MAX = 90
+UNNAMED = re.compile(r"(What|Who|That|Those|Which|Of)\b")
+"""Beginnings of sentences that make the reader look for their subject."""
+RIDDLE = re.compile(r"\b(anew|beside|goes on|go on|any more|is no|run on(?=[.,])|too(?=[.,])|as well)\b")
+"""Words that are not the field's."""
 VERBS = frozenset(
     {
         *(
@@ -33,6 +42,7 @@ VERBS = frozenset(
             "Explain",
             "Forward",
             "Give",
+            "Kill",
             "List",
             "Load",
             "Manage",
@@ -78,6 +88,10 @@ def commands(
             yield from commands(found, context)
 
 
+def read(path: Path) -> str:
+    return path.read_text()
+
+
 ALL = {words: (command, context) for words, command, context in commands()}
 
 
@@ -108,6 +122,56 @@ def test_every_option_has_a_help_sentence_and_every_argument_a_name(words: str) 
     usage = command.get_usage(context)
     assert usage.count("[OPTIONS]") == 1
     assert "..." not in usage.split()
+
+
+def sentences_of(command: click.Command) -> Iterator[str]:
+    """The sentences of a command's help and options, without the examples."""
+    texts = [part for part in (command.help or "").partition("\b")[0].split("\n\n") if part.strip()]
+    texts += [
+        one.help.partition("  [default")[0]
+        for one in command.params
+        if isinstance(one, click.Option) and one.help and not one.hidden
+    ]
+    for text in texts:
+        yield from re.split(r"(?<=[.?])\s+", re.sub(r"\s+", " ", text.strip()))
+
+
+@pytest.mark.parametrize("words", sorted(ALL))
+def test_every_sentence_of_the_help_is_understood_at_the_first_reading(words: str) -> None:
+    """Short, without asides after a semicolon, and about a thing that it names."""
+    for sentence in sentences_of(ALL[words][0]):
+        assert len(sentence.split()) <= SENTENCE_MAX, sentence
+        assert ";" not in sentence, sentence
+        assert not UNNAMED.match(sentence), sentence
+        assert not RIDDLE.search(sentence), sentence
+
+
+@pytest.mark.parametrize("words", sorted(ALL))
+def test_the_help_fits_on_a_screen_and_options_name_their_values(words: str) -> None:
+    command, context = ALL[words]
+    about = (command.help or "").partition("\b")[0]
+    assert len(about.split()) <= HELP_WORDS_MAX
+    assert not re.search(r"\b(INTEGER|FLOAT|RANGE)\b", command.get_help(context))
+
+
+@pytest.mark.parametrize(
+    "sentence", ["What fails is shown first.", "Of a service it is the task.", "That it has."]
+)
+def test_a_sentence_that_names_nothing_is_found(sentence: str) -> None:
+    assert UNNAMED.match(sentence)
+
+
+@pytest.mark.parametrize("sentence", ["It goes on as before.", "Attempts are counted anew.", "Yes, too."])
+def test_a_riddle_is_found(sentence: str) -> None:
+    assert RIDDLE.search(sentence)
+
+
+def test_tables_of_all_commands_use_the_same_headings() -> None:
+    """The words of Docker and Kubernetes, as in docs/reference/screens.md and the views of ``skep top``."""
+    texts = [*map(read, sorted((ROOT / "skep/cli").rglob("*.py"))), read(ROOT / "skep/top/rows.py")]
+    headings = {word for text in texts for word in re.findall(r'"([A-Z][A-Z ]{2,14})"', text)}
+    assert {"REASON", "STARTED", "EVENT"} <= headings
+    assert not headings & {"WHY", "WHY NOT", "WHAT", "BEGAN", "SINCE", "AGO", "UNTIL"}
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_runs_of_a_schedule_are_listed_with_their_reasons() -> None:
     }
     lines = [line.split() for line in shown_runs(response, Screen(), NOW)]
     assert lines[2] == ["schedule:", "@hourly", "(UTC),", "next", "run", "at", "2026-11-24T11:00:00Z"]
-    assert lines[3] == ["RUN", "DUE", "BEGAN", "OUTCOME"]
+    assert lines[3] == ["RUN", "DUE", "STARTED", "OUTCOME"]
     assert lines[4] == [
         *["3", "2026-11-24T07:00:00Z", "3h", "ago", "completed;"],
         *["due", "times", "since", "2026-11-24T05:00:00Z", "had", "no", "leader"],

@@ -64,9 +64,9 @@ def test_a_second_upgrade_is_refused_and_the_same_one_renews() -> None:
 
 def test_a_manager_is_refused_while_another_is_away_or_may_be() -> None:
     away = [Member(id="id-m2", name="m2", is_manager=True, is_ready=False)]
-    with pytest.raises(FailedPrecondition, match="the manager m2 is not reachable"):
+    with pytest.raises(FailedPrecondition, match="the manager m2 is unreachable"):
         taken((), a_holder("m1"), [MANAGERS[0], *away, MANAGERS[2]], NOW)
-    with pytest.raises(FailedPrecondition, match="the manager m2 is not reachable"):
+    with pytest.raises(FailedPrecondition, match="the manager m2 is unreachable"):
         taken((a_holder("m2"),), a_holder("m1"), MEMBERS, NOW, at_once=2)
 
 
@@ -74,16 +74,16 @@ def test_the_longer_it_is_overdue_the_louder_it_is_shown() -> None:
     gone = [Member(id="id-w1", name="w1", is_ready=False)]
     assert described(a_holder("w1", minutes=-5), gone, NOW).endswith("for w1, overdue for 5 minutes")
     assert described(a_holder("w1", minutes=-150), gone, NOW).endswith(
-        "OVERDUE for 2 hours: THE NODE HAS NOT COME BACK"
+        "OVERDUE for 2 hours: THE NODE IS STILL NOT READY"
     )
     assert described(a_holder("w1", minutes=-150), MEMBERS, NOW).endswith(
-        "OVERDUE for 2 hours: it was not given back"
+        "OVERDUE for 2 hours: it was not released"
     )
     assert list(overdue((a_holder("w2"),), MEMBERS, NOW)) == []
 
 
 def test_a_damaged_label_is_an_error_that_says_how_to_go_on() -> None:
-    with pytest.raises(FailedPrecondition, match="release --all removes it"):
+    with pytest.raises(FailedPrecondition, match="Remove it with skep reboot-lock release --all"):
         read("{")
 
 

@@ -44,7 +44,7 @@ def test_times_are_read_in_the_zone_of_the_user(text: str, meant: str) -> None:
     ],
 )
 def test_what_is_no_time_is_refused_with_examples(text: str) -> None:
-    with pytest.raises(InvalidArgument, match="want '10 min ago'"):
+    with pytest.raises(InvalidArgument, match="Use '10 min ago'"):
         moment_of(text, NOW)
 
 

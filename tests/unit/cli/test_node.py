@@ -32,8 +32,8 @@ def test_each_step_and_each_reason_is_printed_once(capsys: pytest.CaptureFixture
     assert out.splitlines() == [
         "done: step 0",
         "done: step 1",
-        "m3 is evicted: every key that it had is revoked or replaced.",
-        "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
+        "m3 is evicted. All its keys are revoked or replaced.",
+        "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
     ]
     assert err.split("\n") == ["      manager m2 cannot be reached", ""]
 
@@ -60,7 +60,7 @@ async def test_a_drain_names_the_services_that_have_no_task_elsewhere(
     objects = [a_node("w1"), a_node("w2"), alone, spread, agent, *tasks]
     await manager.store.update(lambda tx: [tx.put(one) for one in objects])
     await _drain(host, "w1", None)
-    assert capsys.readouterr().err == "alone has all its tasks there, and is away until they run elsewhere\n"
+    assert capsys.readouterr().err == "alone has all its tasks on w1, and is down until they run elsewhere\n"
     assert manager.store.view().get(Node, "w1").spec.availability is Availability.DRAIN
 
 
@@ -82,7 +82,7 @@ async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins
     await manager.store.update(lambda tx: [tx.put(one) for one in objects])
     await _drain(host, "w1", None)
     assert capsys.readouterr().err == (
-        "db has local volumes there (data): it starts without their data elsewhere, and the data stays on w1\n"
+        "db has local volumes on w1 (data): it starts elsewhere with empty volumes, and the data stays on w1\n"
     )
 
 
@@ -94,11 +94,13 @@ def a_spec(*mounts: dict[str, Any], **labels: str) -> dict[str, Any]:
 def test_only_data_that_stays_on_the_node_is_named() -> None:
     data = {"Type": "volume", "Source": "data", "Target": "/d"}
     nfs = {"DriverConfig": {"Name": "local", "Options": {"type": "nfs", "device": ":/x"}}}
-    assert left_behind(a_spec(data), "w1").startswith("db has local volumes there (data): it starts without")
+    assert left_behind(a_spec(data), "w1").startswith(
+        "db has local volumes on w1 (data): it starts elsewhere"
+    )
     assert left_behind(a_spec(data | {"VolumeOptions": nfs}), "w1") == ""
     assert left_behind(a_spec({"Type": "bind", "Source": "/d", "Target": "/d"}), "w1") == ""
     assert left_behind(a_spec(data, **{"skep.volume-affinity": "required"}), "w1") == (
-        "db has local volumes there (data), and waits until w1 takes tasks again (skep.volume-affinity=required)"
+        "db has local volumes on w1 (data), and waits until w1 accepts tasks again (skep.volume-affinity=required)"
     )
 
 

@@ -1,6 +1,7 @@
 """One option and one renderer for whatever commands show."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,14 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from skep.cli.job import shown as jobs_shown
 from skep.cli.output import Cell, Output, Screen, Shown, filled, shortened, shows, table, width_of
+from skep.cli.runs import shown as runs_shown
+from skep.cli.stack_lists import stacks
+from skep.cli.status import Cluster, Status, lines_of
 from skep.errors import InvalidArgument, Unavailable
+
+NOW = 1_769_860_800.0
 
 ROWS = [
     {"Name": "web", "Tasks": 2, "Why": {"Code": 3}, "Nodes": ["m1"]},
@@ -72,7 +79,7 @@ def test_a_template_is_filled_for_each_row() -> None:
     assert ran("--format", "{{json .Why}} {{json .Nodes}}").output == '{"Code":3} ["m1"]\nnull []\n'
     assert filled("{{if .Why}}{{.Why.Code}}{{else}}-{{end}}", ROWS[1]) == "-"
     wrong = ran("--format", "{{.Nam}}")
-    assert (wrong.exit_code, "-o json shows the fields" in wrong.output) == (1, True)
+    assert (wrong.exit_code, "To see the fields, use -o json" in wrong.output) == (1, True)
     both = ran("--format", "{{.Name}}", "-o", "json")
     assert (both.exit_code, "cannot be used together" in both.output) == (2, True)
 
@@ -84,12 +91,12 @@ def test_what_nodes_say_cannot_steer_the_terminal() -> None:
     assert not any("\x1b" in line for line in table(("A",), [("\x1b[31mred",)], Screen()))
 
 
-def test_a_narrow_terminal_cuts_the_last_column_and_colours_only_terminals() -> None:
+def test_a_narrow_terminal_cuts_the_last_column_and_colors_only_terminals() -> None:
     narrow = Screen(columns=20)
     assert list(lines(narrow))[1] == "web   a long reason…"
     assert all(width_of(line) <= 20 for line in lines(narrow))
-    coloured = list(table(("A", "B"), [(Cell("down", "red"), "x")], Screen(has_colours=True)))
-    assert "\x1b[31mdown" in coloured[1]
+    colored = list(table(("A", "B"), [(Cell("down", "red"), "x")], Screen(has_colors=True)))
+    assert "\x1b[31mdown" in colored[1]
     assert "\x1b" not in "".join(table(("A", "B"), [(Cell("down", "red"), "x")], Screen()))
     assert (shortened("日本語", 5), width_of("日本")) == ("日本…", 4)
     assert Screen(columns=12).fitted("one two three four", indent=2) == ["one two", "  three four"]
@@ -97,9 +104,9 @@ def test_a_narrow_terminal_cuts_the_last_column_and_colours_only_terminals() -> 
 
 def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert Screen.present(is_wide=False).has_colours
+    assert Screen.present(is_wide=False).has_colors
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not Screen.present(is_wide=False).has_colours
+    assert not Screen.present(is_wide=False).has_colors
 
 
 def test_a_watch_goes_on_when_the_node_does_not_answer(
@@ -117,7 +124,7 @@ def test_a_watch_goes_on_when_the_node_does_not_answer(
     monkeypatch.setattr("skep.cli.output.WATCH_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         output.show(fetch)
-    assert capsys.readouterr().out == "web\ndb\nnot known now: no leader\nweb\ndb\n"
+    assert capsys.readouterr().out == "web\ndb\nThe state could not be read: no leader\nweb\ndb\n"
 
 
 def test_a_template_may_be_one_of_dockers_words() -> None:
@@ -138,3 +145,15 @@ def test_what_happens_is_shown_one_by_one(capsys: pytest.CaptureFixture[str]) ->
     assert shown.count('"Name"') == 2
     assert "---\nName: web\n" in shown
     assert shown.endswith("\nweb\n")
+
+
+def test_a_table_without_rows_is_a_sentence_with_a_command() -> None:
+    for shown in (
+        jobs_shown([], Screen(), NOW),
+        stacks([]).lines(Screen()),
+        runs_shown({"Runs": []}, Screen(), NOW),
+        lines_of(Status(health="healthy", node=(("node", "m1"),), cluster=Cluster()), Screen()),
+    ):
+        *_, last = shown
+        assert re.search(r"^No .*\. .*\bskep [a-z]+ [a-z]+", last), last
+    assert list(table(("NAME",), [], Screen())) == ["NAME"]

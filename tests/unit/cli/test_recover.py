@@ -55,18 +55,24 @@ def test_the_lost_managers_are_named_and_so_is_the_state_that_is_kept() -> None:
 
 def test_another_manager_that_answers_may_have_more() -> None:
     lines = shown(an_info(), a_quorum("m3", "m4", "m5", managers=5), Kept(revision=7))
-    assert "compare the same with --dry-run on m2: recover where the revision is highest" in lines
-    assert "answers m2 (192.0.2.2:2377)" in lines
+    assert (
+        "compare Also run it with --dry-run on m2. Recover on the manager with the highest revision." in lines
+    )
+    assert "responds m2 (192.0.2.2:2377)" in lines
 
 
 @pytest.mark.parametrize(
     ("swarm", "quorum", "reason"),
     [
-        ({}, a_quorum(has_leader=True), "has a leader: there is nothing to recover"),
+        ({}, a_quorum(has_leader=True), "has a leader, so there is nothing to recover"),
         ({}, a_quorum("m3"), "2 of 3 managers respond, which is enough"),
-        ({"LocalNodeState": "inactive"}, None, "in no cluster: skep restore FILE"),
+        (
+            {"LocalNodeState": "inactive"},
+            None,
+            "not in a cluster. To restore one from a backup, run skep restore FILE",
+        ),
         ({"LocalNodeState": "locked"}, None, "docker swarm unlock"),
-        ({"ControlAvailable": False}, None, "a worker: recover on a manager"),
+        ({"ControlAvailable": False}, None, "a worker. Run the command on a manager"),
     ],
 )
 def test_what_needs_no_recovery_is_refused_with_the_next_step(swarm: Any, quorum: Any, reason: str) -> None:
@@ -82,6 +88,6 @@ def test_a_manager_that_does_not_serve_is_recovered_from_its_disk() -> None:
     )
     check(info, None)
     lines = shown(info, None, Kept())
-    assert lines[0] == "here m1 does not serve: the store's log is damaged"
+    assert lines[0] == "here m1 is not serving: the store's log is damaged"
     assert "192.0.2.2:2377" in lines[1]
     assert lost(info, None) == []

@@ -71,7 +71,9 @@ def test_what_a_helper_gives_is_in_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
     a_helper(tmp_path, monkeypatch, f"echo '{output}'")
-    with pytest.raises(InvalidArgument, match="docker-credential-test gave no login") as caught:
+    with pytest.raises(
+        InvalidArgument, match="docker-credential-test returned an unreadable login"
+    ) as caught:
         login(tmp_path, "r.example/app")
     assert "secret-word" not in str(caught.value)
 
@@ -84,5 +86,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"the login for r\.example cannot be read"):
         login(tmp_path, "r.example/app")
     write(tmp_path, credsStore="missing-one")
-    with pytest.raises(InvalidArgument, match="there is no docker-credential-missing-one"):
+    with pytest.raises(InvalidArgument, match="docker-credential-missing-one is not installed"):
         login(tmp_path, "busybox")

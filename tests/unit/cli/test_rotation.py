@@ -90,7 +90,7 @@ def test_versions_are_found_by_any_of_their_names_in_the_order_of_their_numbers(
 
 
 def test_a_name_that_no_object_has_is_an_error() -> None:
-    with pytest.raises(NotFound, match=r"^there is no nothing: "):
+    with pytest.raises(NotFound, match=r"^nothing does not exist\. "):
         versions(OBJECTS, "nothing")
 
 
@@ -257,8 +257,8 @@ async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not
 ) -> None:
     monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.0)
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
-    waited = "web: 0 of 2 tasks have key-v2 (skep explain web)"
-    problems = "broken: no such mount; stuck: paused (skep explain stuck)"
+    waited = "web: 0 of 2 tasks have key-v2. Run skep explain web."
+    problems = "broken: no such mount; stuck: paused. Run skep explain stuck."
     text = re.escape(f"not done within 9 s: {waited}; {problems}")
     with pytest.raises(Unavailable, match=f"^{text}$"):
         await _rotate(host, SECRET, "key", None, 9)
@@ -299,7 +299,7 @@ async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(
     host: Any = _Failing(is_given_up=is_given_up)
     with pytest.raises(Unavailable) as ended:
         await _rotate(host, SECRET, "key", None, 9)
-    reason = f'{why}: exit 3, last line "no such key" (skep explain web)'
+    reason = f'{why}: exit 3, last line "no such key". Run skep explain web.'
     assert str(ended.value) == f"web: 0 of 2 tasks run: {reason}"
 
 
@@ -349,7 +349,7 @@ async def test_a_next_version_has_the_labels_and_moves_every_service_but_jobs_th
         using = await rotation.move(old, new)
         assert set(using) == {web, agent}
         (problem,) = rotation.problems
-        assert problem.startswith("job: a job that is not complete keeps the former secret")
+        assert problem.startswith("job: this job is not complete")
         made = manager.store.view().get(Secret, new["ID"])
         assert (made.spec.name, dict(made.spec.labels)) == ("key-v2", {"team": "red", ROTATION_OF: "key"})
         assert secrets_of(manager, web) == secrets_of(manager, agent) == [("key-v2", "password")]
@@ -409,7 +409,7 @@ async def test_a_completed_job_keeps_its_version_without_a_problem(
     await manager.store.update(put, done)
     assert await _rotate(host, SECRET, "key", b"two", 9) == "key-v2"
     assert secrets_of(manager, job) == [("key", "password")]
-    assert "migrate: a completed job, keeps the former secret" in capsys.readouterr().err
+    assert "migrate: completed job, keeps the previous secret" in capsys.readouterr().err
 
 
 async def test_prune_removes_superseded_versions_and_with_all_whatever_is_unused(

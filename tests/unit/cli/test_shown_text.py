@@ -57,4 +57,4 @@ def test_an_error_is_cleaned_but_keeps_its_lines():
     with pytest.raises(click.ClickException) as raised, errors_shown():
         raise Unavailable(f"{BAD}second")
     assert raised.value.message == f"{SAFE}\nsecond"
-    assert failure_of(80, Unavailable(BAD)) == f"connection to port 80: {SAFE}"
+    assert failure_of(80, Unavailable(BAD)) == f"connection to port 80 failed: {SAFE}"

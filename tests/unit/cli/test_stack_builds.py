@@ -65,9 +65,9 @@ def test_only_the_chosen_services_are_built(tmp_path: Path) -> None:
     ("word", "message"),
     [
         ("build", "the image of app could not be built from ./app"),
-        ("push", "r.example:5000/team/p:2 could not be pushed: is there a docker login"),
+        ("push", "r.example:5000/team/p:2 could not be pushed. Check that you are logged in"),
         ("tag", "shop-app:latest could not be named shop-app:build-0123456789ab"),
-        ("image", "shop-app:latest was built and is not found"),
+        ("image", "shop-app:latest was built, but it is missing now"),
     ],
 )
 def test_a_failure_ends_it_and_is_named(tmp_path: Path, word: str, message: str) -> None:

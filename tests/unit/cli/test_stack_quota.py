@@ -22,5 +22,5 @@ def test_bounds_that_are_not_given_are_not_sent_to_older_managers():
 def test_a_bound_that_an_older_manager_has_dropped_is_an_error():
     body = _body(cpus=0, memory="0", data="0", **NONE | {"tasks": 3, "networks": 2})
     _check_is_set(body, {"Quota": {"Tasks": 3, "Networks": 2}})
-    with pytest.raises(FailedPrecondition, match="does not know the bounds Networks"):
+    with pytest.raises(FailedPrecondition, match="does not support the limits Networks"):
         _check_is_set(body, {"Quota": {"Tasks": 3}})

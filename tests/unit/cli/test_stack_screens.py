@@ -39,5 +39,5 @@ def test_a_plan_says_where_start_first_cannot_be_kept(mode: str, is_warned: bool
     )
     plan = plan_of(a_stack(text % ("b", mode)), deployed(a_stack(text % ("a", mode))), images={}, prune=False)
     shown = "\n".join(lines_of(plan))
-    assert "start first" in shown
-    assert ("stop first without a further node for the host port" in shown) is is_warned
+    assert "starting new tasks first" in shown
+    assert ("or stopping old ones if no other node has a free host port" in shown) is is_warned

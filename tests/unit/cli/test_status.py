@@ -51,7 +51,7 @@ def a_node(name: str, state: str = "ready", leader: bool = False) -> dict[str, A
 
 def test_a_node_outside_a_swarm_says_how_to_get_into_one() -> None:
     rows = dict(about_node(an_info(LocalNodeState="inactive")))
-    assert "docker swarm init" in rows["swarm"]
+    assert "skep swarm init" in rows["swarm"]
 
 
 def test_the_reason_why_a_node_is_not_well_is_shown() -> None:
@@ -96,14 +96,14 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
         "cluster  DEGRADED  1 manager (leader m1), 1 worker, 1 of 2 nodes ready  1 of 2 services healthy",
         "node  m1, skep 0.1.0",
         "",
-        "NODE  ROLE    STATE  TASKS  LOAD  WHY",
+        "NODE  ROLE    STATE  TASKS  LOAD  REASON",
         "m1    leader  ready  2      90%",
         "w1    worker  DOWN   1      20%   heartbeat failure",
         "",
-        "SERVICE  TASKS  UPDATE            WHY",
+        "SERVICE  TASKS  UPDATE            REASON",
         f"boom     0/2                      {REASON}; {COURSE}",
         "web      2/2    completed 3m ago",
-        "next: skep explain boom",
+        "Next: skep explain boom",
     ]
     assert found.exit_code == DEGRADED
 
@@ -122,11 +122,11 @@ def test_next_names_the_oldest_failure_before_what_a_lost_node_has_left() -> Non
     late, old = an_explanation(0, "2026-01-31T11:59:00Z"), an_explanation(0, "2026-01-31T11:20:00Z")
     moving, lost = an_explanation(4, "2026-01-31T11:00:00Z"), an_explanation(2, "2026-01-31T11:00:00Z")
     found = {"id-a": moving, "id-b": late, "id-c": old, "id-d": lost}
-    assert next_command([m1], found) == "next: skep explain c"
+    assert next_command([m1], found) == "Next: skep explain c"
     down = [m1, a_node("w1", "down")]
-    assert next_command(down, found) == "next: skep explain c"
-    assert next_command(down, {"id-a": moving, "id-d": lost}) == "next: skep explain w1"
-    assert next_command([m1], {"id-a": moving, "id-d": lost}) == "next: skep explain d"
+    assert next_command(down, found) == "Next: skep explain c"
+    assert next_command(down, {"id-a": moving, "id-d": lost}) == "Next: skep explain w1"
+    assert next_command([m1], {"id-a": moving, "id-d": lost}) == "Next: skep explain d"
 
 
 def test_jobs_and_one_shot_services_show_what_is_done() -> None:
@@ -149,13 +149,13 @@ def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> No
     ]
 
 
-def test_a_narrow_terminal_is_kept_to_and_has_colours() -> None:
+def test_a_narrow_terminal_is_kept_to_and_has_colors() -> None:
     narrow = list(lines_of(a_degraded_one(), Screen(columns=60)))
     assert max(map(width_of, narrow)) <= 60
     assert any(line.endswith("…") for line in narrow)
-    coloured = "\n".join(lines_of(a_degraded_one(), Screen(has_colours=True)))
-    assert "\x1b[33m\x1b[1mDEGRADED" in coloured
-    assert "\x1b[31mDOWN" in coloured
+    colored = "\n".join(lines_of(a_degraded_one(), Screen(has_colors=True)))
+    assert "\x1b[33m\x1b[1mDEGRADED" in colored
+    assert "\x1b[31mDOWN" in colored
 
 
 def test_a_large_cluster_shows_first_what_is_not_well() -> None:
@@ -164,8 +164,8 @@ def test_a_large_cluster_shows_first_what_is_not_well() -> None:
     found = a_status(nodes, services, {})
     lines = list(lines_of(found, Screen()))
     assert len(lines) < 62
-    assert "and 81 nodes more: skep status -o wide" in lines
-    assert "and 71 services more: skep status -o wide" in lines
+    assert "81 more nodes. To show all, run skep status -o wide." in lines
+    assert "71 more services. To show all, run skep status -o wide." in lines
     assert any(line.startswith("z ") for line in lines)
     assert any(line.startswith("zz ") and "not in its desired state" in line for line in lines)
     assert len(list(lines_of(found, Screen(is_wide=True)))) > 200
@@ -212,16 +212,16 @@ def test_a_service_is_as_wanted_when_its_slots_run_or_are_done() -> None:
 
 def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
     locked = dict(about_node(an_info(LocalNodeState="locked", Error="Swarm is encrypted")))
-    assert locked["swarm"] == "locked: this manager waits for its key: docker swarm unlock"
+    assert locked["swarm"] == "locked. Run skep swarm unlock."
     failed = dict(about_node(an_info(LocalNodeState="error", NodeID="n1", Error="an earlier incarnation")))
-    assert failed["swarm"] == "error: this node (n1) takes no part in the swarm"
+    assert failed["swarm"] == "error: this node (n1) is not part of the swarm"
     assert failed["error"] == "an earlier incarnation"
 
 
 def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others() -> None:
     info = an_info(LocalNodeState="pending", NodeID="n1", RemoteManagers=[{"Addr": "192.0.2.1:2377"}])
     reported = dict(about_node(info))["swarm"]
-    assert "it tries 192.0.2.1:2377" in reported
+    assert "It tries 192.0.2.1:2377" in reported
     assert 'managers = ["address:2377"]' in reported
 
 
@@ -260,15 +260,15 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         "cluster  NO LEADER  as of 18:38:04 UTC:  3 managers, 1 worker, 2 of 4 nodes ready  0 of 1 service healthy",
         "node  m1, skep 0.1.0",
         "",
-        "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  WHY",
+        "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  REASON",
         "m1    manager  ready                  2      -",
         "m2    manager  UNREACHABLE            0      -     no response for 1m 35s",
         "m3    manager  UNREACHABLE            0      -     no response for 1m 35s",
         "w1    worker   ready                  1      -",
         "",
-        "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  WHY",
+        "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  REASON",
         "web      0/2                            not in its desired state",
-        "next: skep cluster recover --dry-run",
+        "Next: skep cluster recover --dry-run",
     ]
     assert stale.exit_code == LEADERLESS
 
@@ -281,7 +281,7 @@ def test_enough_managers_without_a_leader_are_not_to_be_recovered() -> None:
 def test_a_manager_that_lacks_something_itself_says_what() -> None:
     """The others may be well: neither `docker info` nor `skep status` of this one may blame them alone."""
     full = {**a_quorum(True, True, True), "Error": "/data: 40 MB of disk space are missing."}
-    assert "this manager itself: /data: 40 MB of disk space are missing." in no_leader(full)
+    assert "Error of this manager: /data: 40 MB of disk space are missing." in no_leader(full)
     assert lost_quorum(full) == f"{NO_LEADER} /data: 40 MB of disk space are missing."
 
 

@@ -64,17 +64,17 @@ def test_a_machine_that_will_do_has_no_problem() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"is_whole": False}, "the preflight broke off"),
-        ({"uid": 1000}, "name root@MACHINE"),
-        ({"kernel": "4.19.0"}, "at least 5.10 is needed"),
-        ({"kernel": "5.9.1"}, "at least 5.10 is needed"),
-        ({"kernel": "?"}, "at least 5.10 is needed"),
-        ({"time_s": NOW + 60}, "its clock is wrong by 59 s"),
-        ({"time_s": NOW - 60}, "its clock is wrong by 58 s"),
+        ({"is_whole": False}, "The check did not finish"),
+        ({"uid": 1000}, "Use root@MACHINE"),
+        ({"kernel": "4.19.0"}, "Use at least 5.10"),
+        ({"kernel": "5.9.1"}, "Use at least 5.10"),
+        ({"kernel": "?"}, "Use at least 5.10"),
+        ({"time_s": NOW + 60}, "The clock is wrong by 59 s"),
+        ({"time_s": NOW - 60}, "The clock is wrong by 58 s"),
         ({"free_kib": 100 << 10}, "100 MiB are free"),
-        ({"taken": (2377, 2378)}, "other programs listen on its ports 2377, 2378"),
-        ({"skep": ""}, "--package skep.deb installs it"),
-        ({"skep": "", "has_package": True, "has_apt": False}, "apt-get is not there"),
+        ({"taken": (2377, 2378)}, "Other programs use the ports 2377, 2378"),
+        ({"skep": ""}, "Install it with --package skep.deb"),
+        ({"skep": "", "has_package": True, "has_apt": False}, "no apt-get to install"),
         ({"has_systemd": False}, "no systemd to start it"),
     ],
 )
@@ -97,9 +97,9 @@ def test_a_machine_is_named_as_for_ssh_and_options_cannot_be_smuggled() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["root@m1", "root@m1"], "a machine is named twice"),
-        (["--advertise-addr", "10.0.0.1", "root@m1"], "each machine has its own address"),
-        (["--package", __file__, "root@m1"], "is no Debian package"),
+        (["root@m1", "root@m1"], "A machine is listed twice"),
+        (["--advertise-addr", "10.0.0.1", "root@m1"], "each machine has another address"),
+        (["--package", __file__, "root@m1"], "is not a Debian package"),
     ],
 )
 def test_wrong_calls_reach_no_machine(words: list[str], said: str) -> None:
@@ -139,7 +139,7 @@ def test_machines_are_looked_at_at_once_and_a_dry_run_does_nothing_more(tmp_path
     code, output, asked = up(tmp_path, "--dry-run", "root@m1", "root@m3", "root@m4")
     assert code == 0, output
     for machine in ("m1", "m3", "m4"):
-        assert f"root@{machine}: is suitable: Debian, kernel 6.1.0" in output
+        assert f"root@{machine}: suitable: Debian, kernel 6.1.0" in output
     assert len(asked) == 3
     assert all(line.endswith("sh -s") for line in asked)
 
@@ -148,13 +148,13 @@ def test_nothing_is_changed_unless_all_machines_will_do(tmp_path: Path) -> None:
     code, output, asked = up(tmp_path, "root@m1", "root@m2", "root@m3")
     assert code == 1
     assert output.splitlines()[-2:] == [
-        "Error: root@m2: the user is not root: name root@MACHINE",
+        "Error: root@m2: The user is not root. Use root@MACHINE.",
         "Nothing was changed. Fix the problem and rerun the command.",
     ]
-    assert "root@m1: is suitable" in output
+    assert "root@m1: suitable" in output
     assert len(asked) == 3
     code, output, _ = up(tmp_path, "root@m1", "root@m3", "root@m4", end="")
-    assert "root@m4: the preflight broke off" in output
+    assert "root@m4: The check did not finish" in output
 
 
 REMOTE = """#!/bin/sh
@@ -197,7 +197,7 @@ async def test_the_package_is_sent_installed_without_a_question_and_the_node_is_
     assert (tmp_path / "started").read_text() == "enable --now skep\n", "a node that runs is left"
     (tmp_path / "skep.sock").unlink()
     (tmp_path / "broken").touch()
-    with pytest.raises(Unavailable, match=r"^skep does not start: journalctl -u skep$"):
+    with pytest.raises(Unavailable, match=r"^Skep does not start\. Run journalctl -u skep on the machine\.$"):
         await install(Machine.of("root@m1"), GOOD, wanted, Progress())
 
 
@@ -224,11 +224,14 @@ async def test_a_machine_of_another_cluster_is_refused_and_one_of_this_is_left(
     monkeypatch.setattr(Machine, "client", lambda _: Node("active"))
     rest = (Machine.of("m2"), "Manager", "192.0.2.1:2377", {})
     with pytest.raises(
-        FailedPrecondition, match=r"it is in another cluster \(active\): run docker swarm leave there"
+        FailedPrecondition, match=r"it is in another cluster \(active\)\. Run docker swarm leave there"
     ):
         await join(*rest, {"ours"}, Wanted(), Progress())
     await join(*rest, {"theirs"}, Wanted(), Progress())
-    assert "m2: is in the cluster already, as a worker: docker node promote theirs" in capsys.readouterr().err
+    assert (
+        "m2: already in the cluster as a worker. To make it a manager, run docker node promote theirs"
+        in capsys.readouterr().err
+    )
 
 
 async def test_of_what_a_machine_writes_the_end_is_kept_alone(
@@ -252,5 +255,5 @@ async def test_of_what_a_machine_writes_the_end_is_kept_alone(
 def test_what_a_machine_says_of_itself_reaches_no_terminal_uncleaned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Progress().show("m1", f"is suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
-    assert "m1: is suitable: Debian[2J, kernel" in capsys.readouterr().err
+    Progress().show("m1", f"suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
+    assert "m1: suitable: Debian[2J, kernel" in capsys.readouterr().err

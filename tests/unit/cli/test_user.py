@@ -12,9 +12,9 @@ from skep.security.authority import Authority
 @pytest.mark.parametrize(
     ("ca", "address", "error"),
     [
-        (b"no PEM", "tcp://manager1:2376", "ca.pem holds no certificate of an authority in PEM"),
-        (b"\xff\xfe", "tcp://manager1:2376", "ca.pem holds no certificate of an authority in PEM"),
-        (b"", "tcp://manager1:2376", "ca.pem holds no certificate of an authority in PEM"),
+        (b"no PEM", "tcp://manager1:2376", "ca.pem has no CA certificate in PEM format"),
+        (b"\xff\xfe", "tcp://manager1:2376", "ca.pem has no CA certificate in PEM format"),
+        (b"", "tcp://manager1:2376", "ca.pem has no CA certificate in PEM format"),
         (None, "tcp://manager1", "unable to parse docker host `tcp://manager1`"),
         (None, "tcp://manager1:port", "unable to parse docker host `tcp://manager1:port`"),
     ],

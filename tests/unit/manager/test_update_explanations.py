@@ -102,7 +102,7 @@ def test_people_read_it_in_one_line() -> None:
     now = unix_ns(Timestamp("2026-01-31T12:00:00Z")) / SECOND_NS
     lines = list(about_service("web", msgspec.json.decode(to_json(found)), now))
     assert (
-        "  update: 2 of 3 tasks are new; it waits for task web.2: it waits for a node, for 40 s more" in lines
+        "  update: 2 of 3 tasks are new, waiting for task web.2: it waits for a node, for 40 s more" in lines
     )
 
 

@@ -13,6 +13,6 @@ def test_the_demo_has_port_8080_or_the_next_free_one() -> None:
 
 def test_a_machine_without_a_free_port_is_named() -> None:
     tried: list[int] = []
-    with pytest.raises(FailedPrecondition, match="ports 8080 to 8179 of this machine are taken"):
+    with pytest.raises(FailedPrecondition, match="ports 8080 to 8179 of this machine are in use"):
         free_port(lambda port: tried.append(port) or False)
     assert tried == list(range(FIRST_PORT, FIRST_PORT + PORTS_TRIED))

@@ -353,7 +353,7 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w, volumes: [{type: cluster, target: /v}]}}",
-            "f:1:36: services.w.volumes[0]: it has no source: want a volume, or group:NAME",
+            "f:1:36: services.w.volumes[0]: it has no source: expected a volume, or group:NAME",
         ),
         (
             "services: {w: {image: w, volumes: ['/a:/b:nocopy']}}",
@@ -374,8 +374,8 @@ volumes: {orders: {external: true}, data: {}}
         (
             "services: {w: {image: w, restart: 'on-failure:²'}}",
             (
-                "f:1:35: services.w.restart: 'on-failure:²' is not known: "
-                "want no, always, unless-stopped, on-failure or on-failure:N"
+                "f:1:35: services.w.restart: 'on-failure:²' is unknown: "
+                "expected no, always, unless-stopped, on-failure or on-failure:N"
             ),
         ),
         ("services: {}", "f:1:11: services: there are no services"),
@@ -386,16 +386,16 @@ volumes: {orders: {external: true}, data: {}}
         ("services: {w: {}}", "f:1:15: services.w.image: the service has neither image nor build"),
         (
             "servces: {}\nservices: {w: {image: w}}",
-            "f:1:1: servces: this key is not known: did you mean services?",
+            "f:1:1: servces: unknown key: did you mean services?",
         ),
         (
             "services: {w: {image: w, imagee: x}}",
-            "f:1:26: services.w.imagee: this key is not known: did you mean image?",
+            "f:1:26: services.w.imagee: unknown key: did you mean image?",
         ),
-        ("services: {w: {image: [w]}}", "f:1:23: services.w.image: want a text, not a list"),
+        ("services: {w: {image: [w]}}", "f:1:23: services.w.image: expected a text, not a list"),
         (
             "services: {w: {image: w, ports: ['1:2:3:4']}}",
-            "f:1:34: services.w.ports[0]: want [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], not the text '1:2:3:4'",
+            "f:1:34: services.w.ports[0]: expected [ADDRESS:][PUBLISHED:]TARGET[/PROTOCOL], not the text '1:2:3:4'",
         ),
         (
             "services: {w: {image: w, ports: ['80-82:80']}}",
@@ -428,7 +428,7 @@ volumes: {orders: {external: true}, data: {}}
         (
             "services: {web: {image: w, depends_on: {d: {condition: service_heathy}}}, d: {image: d}}",
             (
-                "f:1:56: services.web.depends_on.d.condition: 'service_heathy' is not known: want service_started, "
+                "f:1:56: services.web.depends_on.d.condition: 'service_heathy' is unknown: expected service_started, "
                 "service_healthy or service_completed_successfully: did you mean service_healthy?"
             ),
         ),
@@ -457,11 +457,11 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w, x-skep: {priority: urgent}}}",
-            "f:1:45: services.w.x-skep.priority: want a whole number, not the text 'urgent'",
+            "f:1:45: services.w.x-skep.priority: expected a whole number, not the text 'urgent'",
         ),
         (
             "services: {w: {image: w, x-skep: {priority: 1001}}}",
-            "f:1:45: services.w.x-skep.priority: 1001 is out of range: want -1000 to 1000",
+            "f:1:45: services.w.x-skep.priority: 1001 is out of range: expected -1000 to 1000",
         ),
         (
             "services: {w: {image: w, scale: 2, deploy: {replicas: 3}}}",
@@ -491,7 +491,7 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w, deploy: {mode: global-job},\n x-skep: {cron: {schedule: '@daily', zone: UTC}}}}",
-            "f:2:38: services.w.x-skep.cron.zone: this key is not known",
+            "f:2:38: services.w.x-skep.cron.zone: unknown key",
         ),
         (
             "services: {w: {image: w, deploy: {labels: {skep.cron: '@daily'}}}}",
@@ -518,7 +518,7 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w}}\nconfigs: {c: {content: x, environment: Y}}",
-            "f:2:40: configs.c.environment: want one of file, content and environment, not content and environment",
+            "f:2:40: configs.c.environment: expected one of file, content and environment, not content and environment",
         ),
     ],
 )

@@ -123,7 +123,7 @@ async def test_a_cluster_that_cannot_say_where_services_would_run_is_no_error() 
     cluster = Cluster({})
     cluster.placement = Unavailable("too busy")
     assert await with_placements(cluster, plan, warnings.append) == plan
-    assert warnings == ["the cluster does not say where services would run: too busy"]
+    assert warnings == ["the placement of the services is unknown: too busy"]
 
 
 FILES = """

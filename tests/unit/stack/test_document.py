@@ -74,7 +74,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: *nothing", "f:1:4: a: *nothing refers to nothing: there is no &nothing before it"),
         (
             "a: !python/object:os.system x",
-            "f:1:4: a: the tag !python/object:os.system is not known: a stack has !reset and !override",
+            "f:1:4: a: the tag !python/object:os.system is unknown: a stack has !reset and !override",
         ),
         (
             "a: {{ b }}: c",

@@ -38,11 +38,11 @@ def test_a_form_gives_its_value(text: str, value: str) -> None:
     [
         ("${NO:?set it}", "the variable NO has no value: set it"),
         ("${EMPTY:?}", "the variable EMPTY has no value"),
-        ("${A", "${A is followed by '': want one of :- :? :+ - ? + or a closing brace"),
+        ("${A", "${A is followed by '': expected one of :- :? :+ - ? + or a closing brace"),
         ("${A:-x", "a ${ is never closed: write $$ for a dollar sign"),
         ("${}", "${ without the name of a variable: write $$ for a dollar sign"),
         ("$ 5", "a dollar sign without the name of a variable: write $$ for a dollar sign"),
-        ("${A!}", "${A is followed by '!': want one of :- :? :+ - ? + or a closing brace"),
+        ("${A!}", "${A is followed by '!': expected one of :- :? :+ - ? + or a closing brace"),
         ("${X:-" * 50 + "}" * 50, "variables are nested more than 20 levels deep"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_file_of_variables_has_quotes_comments_and_variables() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("A=1\n=2", "line 2: want NAME=VALUE"),
+        ("A=1\n=2", "line 2: expected NAME=VALUE"),
         ("A='x", "line 1: a quote is never closed"),
         ("A='x' y", "line 1: unexpected text after the closing quote"),
         ("A=$", "line 1: a dollar sign without the name of a variable: write $$ for a dollar sign"),

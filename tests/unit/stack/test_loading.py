@@ -185,7 +185,7 @@ services:
             r"main\.yml:1:25: services\.a\.extends: there is no service c in ",
         ),
         ({"main": "services: {a: {extends: {file: m.yml, service: c}}}"}, "m.yml cannot be read"),
-        ({"main": 'include: "a\\0b"'}, "is no path: .*embedded null (byte|character)"),
+        ({"main": 'include: "a\\0b"'}, "is not a path: .*embedded null (byte|character)"),
     ],
 )
 def test_files_that_cannot_be_joined_are_an_error(tmp_path: Path, files: dict[str, str], error: str) -> None:

@@ -294,7 +294,7 @@ def test_labels_of_a_file_with_a_name_of_its_own_are_updated(kind: str) -> None:
     made = plan_of(a_stack(text.replace("a: b", "a: c"), c=b"x"), existing, images={}, prune=False)
     assert signs(made) == [f"~{kind} m"]
     assert [unstyle(line) for line in lines_of(made)][1:] == [
-        f"  ~ {kind} m   no task is restarted",
+        f"  ~ {kind} m   restarts no tasks",
         "      Labels.a: b -> c",
     ]
     assert signs(plan_of(a_stack(text, c=b"x"), existing, images={}, prune=False)) == []
@@ -353,12 +353,12 @@ def test_a_plan_reads_like_a_list_of_changes() -> None:
     made = plan(text, deployed(a_stack()), prune=True)
     assert [unstyle(line) for line in lines_of(made)] == [
         "Stack shop: 1 object to update, 1 object to remove",
-        "  ~ service shop_web   tasks are replaced, 2 at a time, stop first, for: Image",
+        "  ~ service shop_web   replaces tasks, 2 at a time, stopping old tasks first, because of Image",
         "      Image: w -> v",
         "      Mode.Replicated.Replicas: 2 -> 3",
         "  - service shop_db",
     ]
-    assert lines_of(plan(TEXT, deployed(a_stack()))) == ["Stack shop: nothing to change"]
+    assert lines_of(plan(TEXT, deployed(a_stack()))) == ["Stack shop is up to date."]
 
 
 def test_a_plan_says_where_services_would_run_and_why_not() -> None:
@@ -398,6 +398,6 @@ def test_a_plan_says_which_tasks_a_changed_constraint_replaces() -> None:
         for placement in ("constraints: []", "constraints: [node.labels.disk == ssd]")
     )
     made = plan(after, deployed(a_stack(before)))
-    assert "  ~ service shop_web   only tasks on nodes that no longer fit are replaced" in [
+    assert "  ~ service shop_web   replaces only tasks on nodes that no longer fit" in [
         unstyle(line) for line in lines_of(made)
     ]

@@ -38,8 +38,8 @@ FAILED = config(body(1), **{"skep.stack.state": "failed: x"})
 @pytest.mark.parametrize(
     ("configs", "problem"),
     [
-        ([], "no earlier revision that was deployed"),
-        ([FAILED], "no earlier revision that was deployed"),
+        ([], "no earlier revision was deployed"),
+        ([FAILED], "no earlier revision was deployed"),
         ([config(body(1), **{"skep.stack.state": "deployed"})], "declared as external, and there is none"),
         ([config(body(1) | {"Data": "!"}, **{"skep.stack.state": "deployed"})], "revision 1 cannot be read"),
     ],
@@ -67,4 +67,4 @@ async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> N
     stack = a_stack()
     plan = plan_of(stack, Existing(), images={}, prune=False)
     assert await _record(Full(), stack, plan, warnings.append) == ""
-    assert warnings == ["the quota of shop allows 3 configs: this deploy cannot be rolled back to"]
+    assert warnings == ["the quota of shop allows 3 configs. You cannot roll back to this deploy."]

@@ -52,7 +52,7 @@ async def test_an_address_where_nothing_answers_is_an_error_at_once() -> None:
 async def test_what_does_not_go_on_is_an_error_that_names_the_next_step_and_is_not_shown_before() -> None:
     shown: list[str] = []
     managers = Managers(ServiceProgress("update paused due to t", is_stuck=True))
-    with pytest.raises(Unavailable, match=r"^web: update paused due to t \(skep explain web\)$"):
+    with pytest.raises(Unavailable, match=r"^web: update paused due to t\. Run skep explain web\.$"):
         await wait_done(["web"], managers.look, lambda _, text: shown.append(text))
     assert shown == []
 
@@ -126,7 +126,8 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
 def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
     texts = {"shop_db": "0 of 1 tasks run: exit 1", "shop_web": "0 of 2 tasks run"}
     assert unfinished(texts, 600.0) == (
-        "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run (skep explain shop_db)"
+        "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run. "
+        "Run skep explain shop_db."
     )
     assert unfinished({}, 9.0) == "not done within 9 s"
 

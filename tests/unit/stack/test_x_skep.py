@@ -53,7 +53,7 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
         ),
         (
             "autoscale: {min: 2}",
-            "services.web.x-skep.autoscale.max: want the most tasks that the service may have",
+            "services.web.x-skep.autoscale.max: expected the most tasks that the service may have",
         ),
         (
             "autoscale: {min: 9, max: 2}",
@@ -67,7 +67,7 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
             "autoscale: {max: 2, memory: 50}",
             "skep.autoscale.memory is a percentage of the memory limit: set one",
         ),
-        ("autoscale: {max: 2, requests: 9}", "services.web.x-skep.autoscale.requests: this key is not known"),
+        ("autoscale: {max: 2, requests: 9}", "services.web.x-skep.autoscale.requests: unknown key"),
         ("autoscale: {max: 2, down-after: 1s}", "want a duration from 15s to 24h"),
     ],
 )

@@ -13,10 +13,10 @@ def test_scaling_says_how_many_start_or_stop_and_changes_nothing_else() -> None:
     service = a_service("web", 3, 3)
     more = scale(service, "+2")
     assert more.title == "Scale web from 3 to 5 replicas?"
-    assert more.consequences == ("2 tasks more will be started, where the scheduler finds room.",)
+    assert more.consequences == ("Starts 2 more tasks.",)
     assert more.change(service) == {**service["Spec"], "Mode": {"Replicated": {"Replicas": 5}}}
     none = scale(service, "0")
-    assert none.consequences[1] == "No task will be left: nothing answers for the service."
+    assert none.consequences[1] == "No tasks remain: the service stops until you scale it up."
     assert scale(service, "-1").change(a_service("web", 2, 2)) is None  # somebody else was as quick
 
 
@@ -46,8 +46,8 @@ def test_an_update_says_how_tasks_are_replaced() -> None:
     action = update_image(service, "busybox:2")
     assert action.consequences == (
         "busybox:1 -> busybox:2",
-        "3 tasks will be replaced, 2 at a time, start first.",
-        "If a new one fails: rollback.",
+        "Replaces 3 tasks, 2 at a time, starting new tasks first.",
+        "If a new task fails, the change is rolled back.",
     )
     assert action.change(service)["TaskTemplate"]["ContainerSpec"]["Image"] == "busybox:2"
 
@@ -68,7 +68,7 @@ def test_a_rollback_shows_the_fields_that_change() -> None:
     service = a_service("web", image="busybox:2", previous=a_service("web")["Spec"])
     action = roll_back(service)
     assert action.consequences[0] == "Image: busybox:2 -> busybox:1@sha256:00"
-    assert action.consequences[1] == "2 tasks will be replaced, 1 at a time, stop first."
+    assert action.consequences[1] == "Replaces 2 tasks, 1 at a time, stopping old tasks first."
     assert action.query == {"rollback": "previous"}
     with pytest.raises(FailedPrecondition, match="service web does not have a previous spec"):
         roll_back(a_service("web"))
@@ -78,9 +78,9 @@ def test_a_drain_says_which_tasks_stop_and_where_they_go() -> None:
     shop = a_shop()
     action = set_availability(shop, shop.nodes["id-m1"], "drain")
     assert action.consequences == (
-        "4 tasks will be stopped here: agent.m1, api.5, web.1, web.3.",
-        "3 tasks will be started on the other node, where there is room.",
-        "1 task of global services will not run elsewhere.",
+        "Stops 4 tasks: agent.m1, api.5, web.1, web.3.",
+        "Starts 3 tasks on the other node if the free resources suffice.",
+        "1 task stays stopped: global services run no replacement elsewhere.",
     )
     assert action.change(shop.nodes["id-m1"])["Availability"] == "drain"
 
@@ -89,20 +89,22 @@ def test_a_drain_without_another_node_says_that_the_tasks_wait() -> None:
     nodes = (a_node("m1"), a_node("w1", availability="pause"))
     snapshot = a_snapshot(nodes, (a_service("web"),), (a_task("web", 1, "m1"),))
     action = set_availability(snapshot, nodes[0], "drain")
-    assert action.consequences[1] == "No other node takes tasks: 1 task will wait until one does."
-    with pytest.raises(InvalidArgument, match="m1 is active already"):
+    assert action.consequences[1] == "No other node accepts tasks. 1 task waits until one does."
+    with pytest.raises(InvalidArgument, match="m1 is already active"):
         set_availability(snapshot, nodes[0], "active")
 
 
 def test_what_has_changed_since_it_was_asked_is_left_alone() -> None:
     """Three to five was confirmed: not ten to five."""
     service = a_service("web", 3, 3)
-    with pytest.raises(FailedPrecondition, match="web has changed meanwhile: it has 10 replicas now"):
+    with pytest.raises(
+        FailedPrecondition, match=r"web has changed since you were asked\. It has 10 replicas now\."
+    ):
         scale(service, "5").change(a_service("web", 10, 10))
     other = copy.deepcopy(service)
     other["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:3"
     for typed in ("busybox:1", "busybox:2"):
-        with pytest.raises(FailedPrecondition, match="its image is busybox:3 now; nothing was done"):
+        with pytest.raises(FailedPrecondition, match=r"Its image is busybox:3 now\. Nothing was done\."):
             update_image(service, typed).change(other)
     before = {**service, "PreviousSpec": service["Spec"]}
     assert roll_back(before).change(before) == service["Spec"]
@@ -111,5 +113,5 @@ def test_what_has_changed_since_it_was_asked_is_left_alone() -> None:
         {**other, "PreviousSpec": service["Spec"]},
         service,
     ):
-        with pytest.raises(FailedPrecondition, match="its specs are others now"):
+        with pytest.raises(FailedPrecondition, match=r"Its spec is different now\."):
             roll_back(before).change(changed)

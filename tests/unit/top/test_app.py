@@ -1,6 +1,7 @@
 """``skep top`` driven by its keys, on snapshots."""
 
 import asyncio
+import re
 import time
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,15 @@ from skep.top.dialogs import Ask, Confirm, Show
 from skep.top.logs import LogLine
 from skep.top.snapshot import Connection, Link
 from skep.top.table import RowTable
-from tests.support.top_clusters import StillCluster, a_node, a_service, a_shop, a_snapshot, a_task
+from tests.support.top_clusters import (
+    StillCluster,
+    a_node,
+    a_service,
+    a_shop,
+    a_snapshot,
+    a_task,
+    an_explanation,
+)
 from tests.support.top_screen import PICTURE, picture
 
 HOSTILE = "[red]x[/red]\x1b]0;owned\x07\u202e[@click=app.quit]go[/]"
@@ -76,8 +85,11 @@ async def test_the_first_screen_says_what_is_wrong_and_why() -> None:
     app = TopApp(StillCluster(a_shop()))
     async with app.run_test(size=(120, 30)) as pilot:
         text = await settled(pilot)
-        assert "1 down, 2 ready" in text
-        assert '! service orders: exit 3, last line "panic: no database' in text
+        assert (
+            "Degraded  Node w2 is down: heartbeat failure. 2 services are degraded (orders, report)." in text
+        )
+        assert 'exit 3, last line "panic: no database' in text
+        assert "2/5 healthy" in text
         assert text.index("orders ") < text.index("web ")
 
 
@@ -89,16 +101,16 @@ async def test_scaling_asks_says_what_it_would_do_and_does_it() -> None:
         await pilot.press("end", "s")
         await opened(pilot, Ask)
         await pilot.press("backspace", "x", "enter")
-        await shown(pilot, "a number of replicas, or +N or -N")
+        await shown(pilot, "Enter a number of replicas, +N or -N.")
         await pilot.press("backspace", "5", "enter")
         await opened(pilot, Confirm)
-        await shown(pilot, "2 tasks more will be started")
+        await shown(pilot, "Starts 2 more tasks.")
         assert cluster.performed == []
         await pilot.press("y")
         await answered(pilot)
         (action,) = cluster.performed
         assert (action.id, action.title) == ("id-web", "Scale web from 3 to 5 replicas?")
-        await shown(pilot, "web is scaled to 5")
+        await shown(pilot, "web scaled to 5")
 
 
 @pytest.mark.parametrize("key", ["enter", "n", "escape"])
@@ -158,7 +170,7 @@ async def test_names_logs_and_errors_are_never_markup_nor_control_characters() -
         (a_node(f"n{HOSTILE}", message=HOSTILE, state="down"),),
         (a_service(f"s{HOSTILE}", 0, 1, image=HOSTILE),),
         (a_task(f"s{HOSTILE}", 1, f"n{HOSTILE}", state="pending", err=HOSTILE),),
-        reasons={f"id-s{HOSTILE}": HOSTILE},
+        explained={f"id-s{HOSTILE}": an_explanation(HOSTILE)},
         events=(
             {"Type": HOSTILE, "Action": HOSTILE, "Actor": {"ID": HOSTILE, "Attributes": {HOSTILE: HOSTILE}}},
         ),
@@ -181,6 +193,31 @@ async def test_names_logs_and_errors_are_never_markup_nor_control_characters() -
         assert app.is_running
 
 
+@pytest.mark.parametrize("size", [(80, 24), (120, 30), (200, 50), (60, 12), (40, 10)])
+async def test_the_screen_fits_terminals_of_any_size(size: tuple[int, int]) -> None:
+    """The state, the worst service and the first keys are always there."""
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=size) as pilot:
+        text = await settled(pilot)
+        assert "Degraded  Node w2 is down" in text
+        assert "2/5 healthy" in text
+        assert re.search("orders +0/1 .*exit 3", text)
+        assert "enter Explain" in text
+        shown = [column for column in ("RESERVED", "IMAGE", "PORTS", "MODE") if column in text]
+        assert shown == {120: ["RESERVED"], 200: ["RESERVED", "IMAGE", "PORTS", "MODE"]}.get(size[0], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "command"), [("1", "skep service create"), ("2", "skep service create"), ("4", "skep history")]
+)
+async def test_an_empty_view_shows_a_command(key: str, command: str) -> None:
+    app = TopApp(StillCluster(a_snapshot((a_node("m1"),))))
+    async with app.run_test(size=(100, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press(key)
+        assert command in screen_of(app)
+
+
 async def test_a_lost_connection_is_said_and_what_was_seen_stays() -> None:
     lost = Connection(Link.LOST, "connection refused", 4.0)
     app = TopApp(StillCluster(a_shop()))
@@ -190,7 +227,10 @@ async def test_a_lost_connection_is_said_and_what_was_seen_stays() -> None:
         await pilot.pause()
         text = screen_of(app)
         assert "NOT CONNECTED" in text
-        assert "connection refused; what follows is what was seen last; again in 4 s" in text
+        words = (
+            "Not connected connection refused. The screen shows the last known state. Next attempt in 4 s."
+        )
+        assert words in " ".join(text.split())
         assert "web" in text
 
 

@@ -110,18 +110,18 @@ def test_arguments_have_the_users_value_then_the_defaults() -> None:
     arguments.declare("C", "c", before_stages=True)
     assert dict(arguments.of_stages) == {"A": "given", "C": "c"}
     arguments.begin_stage()
-    assert dict(arguments.beside(())) == {}
+    assert dict(arguments.visible(())) == {}
     for name, value in (("A", "default"), ("B", "default"), ("C", None), ("D", None)):
         arguments.declare(name, value)
-    assert dict(arguments.beside(())) == {"A": "given", "B": "default", "C": "c"}
-    assert dict(arguments.beside(["A=image"])) == {"B": "default", "C": "c"}
+    assert dict(arguments.visible(())) == {"A": "given", "B": "default", "C": "c"}
+    assert dict(arguments.visible(["A=image"])) == {"B": "default", "C": "c"}
     assert arguments.unused == ("UNUSED",)
 
 
 def test_a_step_is_named_by_the_arguments_that_it_sees_but_not_by_undeclared_proxies() -> None:
     arguments = Arguments({"http_proxy": "http://p", "B": "2"}, {})
     arguments.declare("B", None)
-    assert command_of_step(("sh", "-c", "x"), arguments, arguments.beside(())) == (
+    assert command_of_step(("sh", "-c", "x"), arguments, arguments.visible(())) == (
         "|1",
         "B=2",
         "sh",
@@ -130,13 +130,13 @@ def test_a_step_is_named_by_the_arguments_that_it_sees_but_not_by_undeclared_pro
     )
     assert arguments.unused == ()
     arguments.declare("http_proxy", None)
-    shown = command_of_step(("x",), arguments, arguments.beside(()))
+    shown = command_of_step(("x",), arguments, arguments.visible(()))
     assert shown == ("|2", "B=2", "http_proxy=http://p", "x")
 
 
 def test_buildkits_proxies_reach_commands_alone_in_both_spellings() -> None:
     arguments = Arguments({"http_proxy": "http://p", "NO_PROXY": "x"}, {}, is_buildkit=True)
-    assert dict(arguments.beside(())) == {}
+    assert dict(arguments.visible(())) == {}
     assert dict(arguments.proxies) == {
         "http_proxy": "http://p",
         "HTTP_PROXY": "http://p",
@@ -151,9 +151,9 @@ def test_the_later_one_of_arg_and_env_wins_in_buildkit_and_env_in_the_classic_bu
         arguments = Arguments({}, {}, is_buildkit=is_buildkit)
         arguments.declare("A", "arg")
         arguments.hide(["A"])
-        assert dict(arguments.beside(["A=env"])) == {}
+        assert dict(arguments.visible(["A=env"])) == {}
         arguments.declare("A", "again")
-        assert dict(arguments.beside(["A=env"])) == ({"A": "again"} if is_buildkit else {})
+        assert dict(arguments.visible(["A=env"])) == ({"A": "again"} if is_buildkit else {})
 
 
 def test_a_stage_has_the_arguments_of_the_stage_that_it_is_based_on_but_the_variables_of_its_image_win() -> (
@@ -164,11 +164,11 @@ def test_a_stage_has_the_arguments_of_the_stage_that_it_is_based_on_but_the_vari
     arguments.declare("E", "arg")
     base = arguments.stage
     arguments.begin_stage(base, ["E=env"])
-    assert dict(arguments.beside(["E=env"])) == {"A": "1"}
+    assert dict(arguments.visible(["E=env"])) == {"A": "1"}
     arguments.declare("OWN", "x")
     assert "OWN" not in base.declared
     arguments.begin_stage()
-    assert dict(arguments.beside(())) == {}
+    assert dict(arguments.visible(())) == {}
 
 
 def test_arguments_of_one_instruction_see_those_before_them_and_given_ones_their_default_never() -> None:
