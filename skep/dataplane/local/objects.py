@@ -20,7 +20,7 @@ from skep.model.times import Timestamp
 
 MTU: Final = 1500
 LOCAL_ID_LENGTH: Final = 64
-"""As of Docker's local objects.  Cluster objects have 25 characters."""
+"""Docker's local objects have ids of this length.  Cluster objects have 25 characters."""
 GATEWAY: Final = "docker_gwbridge"
 """Docker's name of the bridge through which containers on overlay networks have egress."""
 

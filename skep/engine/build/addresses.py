@@ -32,7 +32,7 @@ class Parts(NamedTuple):
     """Parts of an address, as clients of its scheme split it."""
 
     scheme: str
-    """With its ``://``.  Empty without one."""
+    """It includes ``://``.  Empty if there is none."""
     userinfo: str
     """User and password, without the ``@``."""
     rest: str

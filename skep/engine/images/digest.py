@@ -13,7 +13,7 @@ Digest = NewType("Digest", str)
 _FORMAT = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[a-zA-Z0-9=_-]+", re.ASCII)
 _LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}
 _SHORT_LENGTH = 12
-"""As docker shortens ids."""
+"""Characters of the ids that docker shows."""
 
 
 def parse_digest(text: str) -> Digest:
