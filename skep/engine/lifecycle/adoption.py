@@ -118,7 +118,7 @@ class Adoption:
             container.state is not State.REMOVING
             and self._network.is_present(sandbox)
             and (
-                not container.was_started
+                not (container.was_started or container.is_retired)
                 or (container.process is not None and self._runtime.is_alive(container.process))
             )
         )

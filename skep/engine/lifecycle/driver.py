@@ -431,7 +431,7 @@ class LifecycleDriver:
         container = self._store.lookup(id)
         if container is None or container.sandbox is None:
             return False
-        return container.is_running or not container.was_started
+        return container.is_running or not (container.was_started or container.is_retired)
 
     async def persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
         """Return the result of ``work`` on a container.  Retries errors and shows them as the container's error."""

@@ -33,6 +33,9 @@ from skep.engine.volumes import Volumes
 from skep.model.times import Timestamp, timestamp
 from skep.tracing import within
 
+_RUNS = ("running", "paused", "stopped")
+"""The runtime's states of a container whose command was started."""
+
 
 class Program:
     """The effects that follow one event, in progress."""
@@ -272,9 +275,13 @@ class Effects:
             return life_events.Adopted(at)
         return life_events.Adopted(
             at,
-            has_run=has_process and await self._runtime.status(id) in ("running", "paused", "stopped"),
+            # Without its networks, it is a failed start that was not cleaned up completely.
+            has_run=has_process and has_network and await self._runtime.status(id) in _RUNS,
             has_network=has_network,
-            has_leftovers=has_process or self._runtime.has(id) or self._bundles.is_mounted(id),
+            has_leftovers=has_process
+            or (container.sandbox is not None and not container.was_started)
+            or self._runtime.has(id)
+            or self._bundles.is_mounted(id),
             health=health.initial(container.config.healthcheck),
         )
 

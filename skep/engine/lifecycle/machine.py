@@ -413,11 +413,12 @@ AT_REST, LIVE, ANY = (*CREATED, *EXITED), (*RUNNING, *PAUSED), tuple(State)
 NOT_LIVE = (*AT_REST, *REMOVING)
 
 E = Effect
-_BEFORE_START = (E.AWAIT_RELEASE, E.MOUNT_VOLUMES, E.TAKE_START_SLOT)
+_BEFORE_START = (E.MOUNT_VOLUMES, E.TAKE_START_SLOT)
 _START = (E.CREATE_PROCESS, E.SERVE_CLIENTS, E.START_COMMAND)
 _ATTACH = (E.FIND_SHARED, E.ATTACH_NETWORKS, E.WRITE_BUNDLE)
 _ADOPT_RUN = (E.ADOPT_VOLUMES, E.ADOPT_API, E.WATCH)
 _CLEAN = (E.DELETE_PROCESS, E.DETACH_NETWORKS, E.RELEASE_ROOT, E.UNMOUNT_VOLUMES)
+_UNDO = (E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES, E.FORGET_RECORD)
 _DISCARD = (E.FORGET_EXECS, E.DELETE_PROCESS, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
 
 TABLE = (
@@ -436,9 +437,8 @@ TABLE = (
     on(AT_REST, Attached, record=_with_sandbox, saving=Saving.FIRST),
     on(AT_REST, Written, record=_with_warnings),
     on(AT_REST, ProcessCreated, record=_with_process, saving=Saving.FIRST),
-    on(CREATED, CreateFailed, (*_DISCARD, E.FORGET_RECORD), to=State.REMOVING, fails=RemovalFailed),
+    on(CREATED, CreateFailed, _UNDO, to=State.REMOVING, fails=RemovalFailed),
     # Start.
-    on(REMOVING, UserStarts, refusal=_being_removed),
     on(ANY, UserStarts, record=_wanted, saving=Saving.FIRST),
     on(REMOVING, Start, refusal=_being_removed),
     on(LIVE, Start),
@@ -451,7 +451,13 @@ TABLE = (
         when=_is_attached,
         fails=StartFailed,
     ),
-    on(AT_REST, Start, (*_BEFORE_START, *_ATTACH, *_START), record=_resumed, fails=StartFailed),
+    on(
+        AT_REST,
+        Start,
+        (E.AWAIT_RELEASE, *_BEFORE_START, *_ATTACH, *_START),
+        record=_resumed,
+        fails=StartFailed,
+    ),
     on(
         AT_REST,
         Started,
