@@ -23,6 +23,7 @@ from skep.engine.container import (
     BeingRemoved,
     Container,
     ContainerState,
+    HealthStatus,
     NotRunning,
     PlainOptions,
     StillRunning,
@@ -336,7 +337,8 @@ def _began(container: Container, event: Started | Adopted) -> Container:
 
 
 def _ended(container: Container, event: Exited) -> Container:
-    """exit code, end time, no process, policy active"""
+    """exit code, end time, no process, unhealthy, policy active"""
+    health = container.health  # unhealthy without a process, as in Docker
     return replace(
         container,
         process=None,
@@ -345,6 +347,7 @@ def _ended(container: Container, event: Exited) -> Container:
         oom_killed=event.oom_killed,
         error=event.error,
         interruption=event.interruption,
+        health=None if health is None else replace(health, status=HealthStatus.UNHEALTHY),
         finished_at=event.at,
         is_at_rest=False,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.container import ContainerState, PlainOptions, RestartPolicy
+from skep.engine.container import ContainerState, Health, HealthStatus, PlainOptions, RestartPolicy
 from skep.engine.lifecycle import life_events, machine
 from skep.engine.lifecycle.driver import LifecycleDriver
 from skep.engine.lifecycle.effects import Effects
@@ -164,6 +164,14 @@ def test_a_stop_by_its_user_ends_a_restart_that_waits() -> None:
     stopped = machine.step(ended, life_events.UserStops()).container
     assert not machine.rule_for(stopped, due).effects
     assert machine.rule_for(stopped, replace(due, ignore_stop=True)).effects
+
+
+def test_a_container_that_has_ended_is_unhealthy_in_the_same_record() -> None:
+    """A later change could be about the next run."""
+    running = a_container(health=Health(status=HealthStatus.HEALTHY))
+    ended = machine.step(running, event_of(life_events.Exited)).container
+    assert ended.health == Health(status=HealthStatus.UNHEALTHY)
+    assert machine.step(a_container(), event_of(life_events.Exited)).container.health is None
 
 
 def test_an_event_that_a_state_does_not_have_is_an_error_of_the_program() -> None:
