@@ -221,7 +221,7 @@ class Run:
         request = Request(shown, id, self.loop.time(), self.world.starts[id])
         self.requests.append(request)
         works: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
-            "start": lambda: engine.start(id),
+            "start": lambda: engine.start(id, secret_env=("A=b",) if len(self.requests) % 2 else ()),
             "stop": lambda: engine.stop(id, self.random.choice((0.0, 1.0, 10.0))),
             "kill": lambda: self._kill(node, id),
             "restart": lambda: engine.stop_and_start(id, 1.0),
